@@ -1,0 +1,1 @@
+"""Per-sample gradient uncertainty scores for PyTorch Lightning."""

@@ -1,0 +1,150 @@
+"""The engine: statistics of every sample's gradient with respect to a model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.engine.functional import functional_moments
+from lightning_gradmetrics.engine.reference import reference_moments
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.forward import (
+    Inputs,
+    batch_size,
+    check_inputs,
+    check_model,
+    gradients_enabled,
+    logits_of,
+    map_tensors,
+    preserved,
+)
+from lightning_gradmetrics.objectives import Loss, Objective
+from lightning_gradmetrics.statistics import STATISTICS, GradientStatistics, Moments, moments_for, result_dtype
+
+__all__ = ["ENGINES", "GradientStatistics", "gradient_statistics", "select_parameters"]
+
+ENGINES: dict[str, Callable[[Task], list[Moments]]] = {
+    "vmap": functional_moments,
+    "reference": reference_moments,
+}
+"""Engines by name: each maps a :class:`Task` to the moments ``(N, P)`` of each objective."""
+
+Parameters = Callable[[str], bool] | None
+
+
+def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
+    """The chosen parameters by name, frozen ones included.
+
+    Args:
+        model: The model.
+        parameters: ``None`` for all, or a predicate on the parameter's name.
+
+    Raises:
+        ValueError: If none is chosen.
+    """
+    named = dict(model.named_parameters())
+    chosen = {name: p for name, p in named.items() if parameters is None or parameters(name)}
+    if not chosen:
+        raise ValueError(
+            f"no parameter of {type(model).__name__} was chosen; its parameters are: {', '.join(list(named)[:12]) or 'none'}"
+            + (", ..." if len(named) > 12 else "")
+        )
+    return chosen
+
+
+@overload
+def gradient_statistics(
+    model: nn.Module,
+    inputs: Inputs,
+    objective: str | Loss | Objective,
+    parameters: Parameters = ...,
+    per_parameter: bool = ...,
+    **options: Any,
+) -> GradientStatistics: ...
+
+
+@overload
+def gradient_statistics(
+    model: nn.Module,
+    inputs: Inputs,
+    objective: Sequence[str | Loss | Objective],
+    parameters: Parameters = ...,
+    per_parameter: bool = ...,
+    **options: Any,
+) -> list[GradientStatistics]: ...
+
+
+def gradient_statistics(
+    model: nn.Module,
+    inputs: Inputs,
+    objective: str | Loss | Objective | Sequence[str | Loss | Objective],
+    parameters: Parameters = None,
+    per_parameter: bool = False,
+    *,
+    statistics: Iterable[str] = STATISTICS,
+    targets: Tensor | None = None,
+    logits: Callable[[Any], Tensor] = logits_of,
+    engine: str = "vmap",
+) -> GradientStatistics | list[GradientStatistics]:
+    r"""Statistics of the gradient of a per-sample loss, for every sample: ``stat(d L_n / d theta)``.
+
+    Args:
+        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
+        objective: ``"pseudo_label"``, ``"uniform"``, ``"confounding"``, ``"confounding_logits"``, ``"label"``, or any callable from
+            logits ``(N, C)`` to losses ``(N,)``. A sequence of them shares one forward and gives a list.
+        parameters: ``None`` for all parameters (frozen ones too), or a predicate on the parameter's name.
+        per_parameter: Whether to keep the parameters apart: results ``(N, P)`` instead of ``(N,)``.
+        statistics: Names of the statistics to compute; the fewer, the faster.
+        targets: True labels ``(N,)``, for the objective ``"label"``.
+        logits: From the model's output to its logits ``(N, C)``.
+        engine: ``"vmap"`` or ``"reference"`` (one sample at a time, slow).
+
+    Returns:
+        A :class:`GradientStatistics`, or a list of them, one an objective.
+
+    Raises:
+        ValueError: If batch norm is in train mode, or a name is unknown.
+        TypeError: If the inputs are no floats and the model has no embedding.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> stats = gradient_statistics(model, torch.randn(5, 2, 4), "pseudo_label")
+        >>> stats.names, stats.norm(1).shape
+        (('1.weight', '1.bias'), torch.Size([5]))
+
+    Reference:
+        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient Information, 2018.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; available: {', '.join(ENGINES)}")
+    single = isinstance(objective, (str, Objective)) or callable(objective)
+    objectives = [Objective.of(o) for o in ([objective] if single else objective)]  # type: ignore[list-item, union-attr]
+    check_model(model)
+    check_inputs(model, inputs)
+    chosen = select_parameters(model, parameters)
+    with preserved(model), gradients_enabled():
+        task = Task(
+            model=model,
+            inputs=map_tensors(inputs, lambda t: t.detach().clone() if t.is_inference() else t.detach()),
+            size=batch_size(inputs),
+            losses=tuple(o.loss for o in objectives),
+            targets=targets.clone() if targets is not None and targets.is_inference() else targets,
+            parameters=chosen,
+            wanted=moments_for(statistics),
+            logits=logits,
+        )
+        moments = ENGINES[engine](task)
+    results = [_result(chosen, m, per_parameter) for m in moments]
+    return results[0] if single else results
+
+
+def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter: bool) -> GradientStatistics:
+    counts = torch.tensor([p.numel() for p in chosen.values()])
+    dtype = result_dtype(next(iter(chosen.values())).dtype)
+    result = GradientStatistics(tuple(chosen), counts, moments, dtype)
+    return result if per_parameter else result.merged()

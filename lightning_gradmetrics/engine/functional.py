@@ -1,0 +1,49 @@
+"""The ``torch.func`` engine: ``vmap(grad)`` over the samples, a bounded number at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from lightning_gradmetrics.engine.task import Task, empty_moments
+from lightning_gradmetrics.forward import map_tensors
+from lightning_gradmetrics.statistics import Moments, gradient_moments
+
+__all__ = ["functional_moments"]
+
+ENTRIES = 2**25
+"""Gradient entries materialised at a time: 128 MiB in float32."""
+
+
+def functional_moments(task: Task) -> list[Moments]:
+    """The moments ``(N, P)`` of each objective's gradient, by ``vmap(grad)`` in chunks of samples."""
+    results = empty_moments(task)
+    entries = sum(p.numel() for p in task.parameters.values())
+    step = max(1, ENTRIES // max(entries, 1))
+    for start in range(0, task.size, step):
+        chunk = task.rows(start, start + step)
+        for index, result in enumerate(results):
+            gradients = _chunk_gradients(chunk, index)
+            rows = [gradient_moments(gradient, task.wanted) for gradient in gradients.values()]
+            for key in task.wanted:
+                result[key] = torch.cat([result[key], torch.stack([row[key] for row in rows], 1)])
+    return results
+
+
+def _chunk_gradients(task: Task, index: int) -> dict[str, Tensor]:
+    """Every sample's gradient of one objective, ``{name: (N, ...)}``."""
+    parameters = {name: p.detach() for name, p in task.parameters.items()}
+    state = {name: p.detach() for name, p in task.model.named_parameters() if name not in parameters}
+    state |= dict(task.model.named_buffers())
+
+    def loss(chosen: dict[str, Tensor], inputs: object, target: Tensor | None) -> Tensor:
+        batch = map_tensors(inputs, lambda t: t.unsqueeze(0))
+        arguments = (batch,) if isinstance(batch, (Tensor, dict)) else tuple(batch)
+        kwargs = arguments[0] if isinstance(batch, dict) else {}
+        output = functional_call(task.model, {**state, **chosen}, () if kwargs else arguments, kwargs)
+        targets = None if target is None else target[None]
+        return task.losses[index](targets)(task.logits(output)).sum()
+
+    in_dims = (None, 0, None if task.targets is None else 0)
+    return vmap(grad(loss), in_dims, randomness="same")(parameters, task.inputs, task.targets)  # type: ignore[no-any-return]

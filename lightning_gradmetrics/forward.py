@@ -1,0 +1,153 @@
+"""Calling any model: what goes in, what comes out, and leaving the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Inputs", "batch_size", "call", "check_inputs", "check_model", "gradients_enabled", "logits_of", "map_tensors", "preserved"]
+
+Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
+"""A model's inputs: a tensor ``(N, ...)``, keyword arguments, or positional arguments; every tensor's first axis is the sample."""
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call ``model`` with a tensor, with a mapping as keyword arguments, or with a sequence as positional arguments."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits ``(N, C)`` in a model's output: the tensor itself, its ``logits`` entry, or its ``.logits``.
+
+    Raises:
+        TypeError: If there are none to be found.
+        ValueError: If they are not ``(N, C)``.
+    """
+    logits = output
+    if isinstance(output, Mapping) and "logits" in output:
+        logits = output["logits"]
+    elif not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"no logits in the model's output of type {type(output).__name__}; allowed: a tensor, a mapping with 'logits', or an "
+            "object with .logits; for anything else pass logits=, a callable from the output to the logits (N, C)"
+        )
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row a sample and one column a class; "
+            "pass logits=, a callable from the model's output to them"
+        )
+    return logits
+
+
+def _tensors(inputs: Any) -> Iterator[Tensor]:
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping):
+        for value in inputs.values():
+            yield from _tensors(value)
+    elif isinstance(inputs, (list, tuple)):
+        for value in inputs:
+            yield from _tensors(value)
+
+
+def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``inputs`` with ``function`` applied to every tensor in it; the containers become plain dicts, lists and tuples."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {key: map_tensors(value, function) for key, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(map_tensors(value, function) for value in inputs)
+    return inputs
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Number of samples: the first axis of the first tensor.
+
+    Raises:
+        ValueError: If there is no tensor, or a tensor without axes.
+    """
+    for tensor in _tensors(inputs):
+        if tensor.ndim == 0:
+            break
+        return len(tensor)
+    raise ValueError("the inputs hold no tensor with a sample axis; expected a tensor (N, ...), or a mapping or sequence of them")
+
+
+def check_inputs(model: nn.Module, inputs: Inputs) -> None:
+    """Refuse inputs of whole numbers, unless the model has an embedding to look them up in.
+
+    Raises:
+        TypeError: If no input is floating point and the model has no embedding.
+    """
+    tensors = list(_tensors(inputs))
+    if any(tensor.is_floating_point() for tensor in tensors):
+        return
+    if any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in model.modules()):
+        return
+    kinds = ", ".join(sorted({str(tensor.dtype) for tensor in tensors})) or "no tensor"
+    raise TypeError(
+        f"the inputs are no floats ({kinds}); the model {type(model).__name__} has no embedding for whole numbers. "
+        "Convert them first, for images as in x.float() / 255"
+    )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model whose samples depend on each other.
+
+    Raises:
+        ValueError: If a batch norm is in train mode.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            why = "is in train mode" if module.training else "keeps no running statistics"
+            raise ValueError(
+                f"the batch norm {name or type(module).__name__!r} {why}: every sample's prediction would depend on its batch, and "
+                "per-sample gradients mean nothing. Call model.eval() first"
+                + ("" if module.training else ", and give it track_running_stats=True")
+            )
+
+
+@contextmanager
+def gradients_enabled() -> Iterator[None]:
+    """Gradients on, also inside ``torch.inference_mode`` and ``torch.no_grad``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Leave the model and the random number generators as they were, also after an exception.
+
+    Kept: every parameter's ``requires_grad`` and ``.grad``, every module's train/eval mode, the values of all buffers, and the
+    state of the CPU generator and of the generators of the model's CUDA devices.
+    """
+    parameters = list(model.parameters())
+    gradients = [(p, p.requires_grad, p.grad) for p in parameters]
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        try:
+            yield
+        finally:
+            for parameter, requires_grad, grad in gradients:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, version, value in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(value)
