@@ -1,0 +1,7 @@
+"""Pure functions from a layer's input and the gradient of its output to moments of each sample's weight gradient."""
+
+from lightning_gradmetrics.engine.kernels.convolution import conv_gradient, conv_moments
+from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments
+from lightning_gradmetrics.engine.kernels.reduction import row_moments
+
+__all__ = ["conv_gradient", "conv_moments", "embedding_moments", "linear_gradient", "linear_moments", "row_moments"]

@@ -1,0 +1,98 @@
+"""Convolutions of one to three spatial dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_gradmetrics.engine.kernels.reduction import row_moments
+from lightning_gradmetrics.statistics import Moment, Moments
+
+__all__ = ["conv_gradient", "conv_moments"]
+
+
+def conv_gradient(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """Per-sample weight gradients of a convolution, ``G_n[o, i, k] = sum_p g_n[o, p] x_n[i, stride p + dilation k - padding]``.
+
+    A transposed convolution's weight ``(C_in, C_out / groups, *k)`` has the same gradient with the roles swapped: pass the
+    gradient of its output as ``x`` and its input as ``g``.
+
+    Args:
+        x: The layer's input, ``(N, C_in, *S)`` with one to three spatial dimensions. Pad it beforehand for other paddings than
+            symmetric zeros, and give ``padding`` zeros.
+        g: The gradient of its output, ``(N, C_out, *S')``.
+        kernel_size: One integer a spatial dimension.
+        stride: The same.
+        padding: The same: zeros added on both sides.
+        dilation: The same.
+        groups: Number of groups.
+
+    Returns:
+        ``(N, C_out, C_in / groups, *kernel_size)``.
+
+    Example:
+        >>> conv_gradient(torch.ones(1, 1, 4), torch.ones(1, 1, 3), [2], [1], [0], [1])
+        tensor([[[[3., 3.]]]])
+    """
+    n, channels = g.shape[:2]
+    x = x.to(g.dtype)
+    patches = _patches(x, g.shape[2:], kernel_size, stride, padding, dilation)
+    patches = patches.reshape(n, groups, x.shape[1] // groups * math.prod(kernel_size), math.prod(g.shape[2:]))
+    flat = g.reshape(n, groups, channels // groups, patches.shape[-1])
+    return (flat @ patches.mT).reshape(n, channels, x.shape[1] // groups, *kernel_size)
+
+
+def _patches(
+    x: Tensor,
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """What each kernel entry meets at each output position: a view ``(N, C, *k, *S')`` of the padded input."""
+    if any(padding):
+        x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
+    steps = x.stride()[2:]
+    strides = (
+        *x.stride()[:2],
+        *(s * d for s, d in zip(steps, dilation, strict=True)),
+        *(s * d for s, d in zip(steps, stride, strict=True)),
+    )
+    return x.as_strided((*x.shape[:2], *kernel_size, *size), strides)
+
+
+def conv_moments(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: Iterable[Moment],
+) -> Moments:
+    """Moments of the per-sample weight gradients of a convolution; see :func:`conv_gradient` for the arguments.
+
+    Returns:
+        Each moment of the weight's entries, ``(N,)``.
+
+    Example:
+        >>> conv_moments(torch.ones(1, 1, 4), torch.ones(1, 1, 3), [2], [1], [0], [1], 1, ["sum"])
+        {'sum': tensor([6.], dtype=torch.float64)}
+    """
+    if g.dtype in (torch.float16, torch.bfloat16):
+        x, g = x.float(), g.float()
+    return row_moments(conv_gradient(x, g, kernel_size, stride, padding, dilation, groups).flatten(1), wanted)

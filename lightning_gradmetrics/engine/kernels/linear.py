@@ -1,0 +1,98 @@
+"""Linear layers with a sequence axis, and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.kernels.reduction import row_moments
+from lightning_gradmetrics.statistics import Moment, Moments
+
+__all__ = ["embedding_moments", "linear_gradient", "linear_moments"]
+
+
+def linear_gradient(a: Tensor, g: Tensor) -> Tensor:
+    """Per-sample weight gradients of a linear layer, ``G_n = sum_t g_nt a_nt^T``.
+
+    Args:
+        a: The layer's input, ``(N, T, I)``.
+        g: The gradient of its output, ``(N, T, O)``.
+
+    Returns:
+        ``(N, O, I)``.
+
+    Example:
+        >>> linear_gradient(torch.ones(1, 3, 2), torch.ones(1, 3, 1))
+        tensor([[[3., 3.]]])
+    """
+    return g.mT @ a.to(g.dtype)
+
+
+def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
+    """Moments of the per-sample weight gradients of a linear layer with a sequence axis.
+
+    Args:
+        a: The layer's input, ``(N, T, I)``.
+        g: The gradient of its output, ``(N, T, O)``.
+        wanted: The moments to compute.
+
+    Returns:
+        Each moment of the ``O I`` entries, ``(N,)``.
+
+    Example:
+        >>> linear_moments(torch.ones(1, 3, 2), torch.ones(1, 3, 1), ["sum"])
+        {'sum': tensor([6.], dtype=torch.float64)}
+    """
+    if g.dtype in (torch.float16, torch.bfloat16):
+        a, g = a.float(), g.float()
+    return row_moments(linear_gradient(a, g).flatten(1), wanted)
+
+
+def embedding_moments(
+    indices: Tensor, g: Tensor, num_embeddings: int, padding_idx: int | None, wanted: Iterable[Moment]
+) -> Moments:
+    """Moments of the per-sample weight gradients of an embedding, without the ``(N, V, D)`` tensor.
+
+    Args:
+        indices: ``(N, T)``, rows of the table.
+        g: The gradient of the layer's output, ``(N, T, D)``.
+        num_embeddings: Number of rows ``V`` of the table. Rows that a sample does not touch have zero gradient and count.
+        padding_idx: The row that gets no gradient, if there is one.
+        wanted: The moments to compute.
+
+    Returns:
+        Each moment of the ``V D`` entries, ``(N,)``.
+
+    Example:
+        >>> embedding_moments(torch.tensor([[2, 2]]), torch.ones(1, 2, 3), 5, None, ["max", "min"])["max"]
+        tensor([2.], dtype=torch.float64)
+    """
+    keys = frozenset(wanted)
+    g = g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
+    if padding_idx is not None:
+        g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    # Equal indices of a sample share one slot: the position of the index among the sample's sorted distinct indices.
+    ordered, order = indices.sort(1)
+    fresh = torch.ones_like(ordered)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    slot = torch.empty_like(indices).scatter_(1, order, fresh.cumsum(1) - 1)
+    touched = torch.zeros_like(g).scatter_add_(1, slot.unsqueeze(-1).expand_as(g), g)
+    moments = row_moments(touched.flatten(1), keys)
+    full = (
+        slot.amax(1) + 1 == num_embeddings
+        if indices.shape[1]
+        else torch.zeros(len(g), dtype=torch.bool, device=g.device)
+    )
+    # Unused slots are zeros like the untouched rows: extremes are wrong only where a sample touches every row and some twice.
+    if ("max" in keys or "min" in keys) and bool(full.any()):
+        spare = torch.arange(g.shape[1], device=g.device) > slot.amax(1, keepdim=True)
+        low, high = (touched.masked_fill(spare.unsqueeze(-1), v).flatten(1) for v in (-torch.inf, torch.inf))
+        exact = {**row_moments(low, keys & {"max"}), **row_moments(high, keys & {"min"})}
+        moments |= {key: torch.where(full, value, moments[key]) for key, value in exact.items()}
+    untouched = ~full if num_embeddings > 0 else full
+    for key, bound in (("max", torch.Tensor.clamp_min), ("min", torch.Tensor.clamp_max)):
+        if key in keys:
+            moments[key] = torch.where(untouched, bound(moments[key], 0), moments[key])  # type: ignore[index, operator]
+    return moments

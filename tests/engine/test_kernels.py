@@ -1,0 +1,186 @@
+"""Kernels against autograd, one sample at a time, over random shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gradmetrics.engine import kernels
+from lightning_gradmetrics.statistics import gradient_moments
+
+WANTED = frozenset({"sum", "max", "min", 1.0, 2.0, 3.0})
+SUBSETS = [
+    WANTED,
+    frozenset({"sum", "max", "min", 1.0, 2.0}),
+    frozenset({"sum", 2.0}),
+    frozenset({"sum"}),
+    frozenset({2.0}),
+    frozenset({"max"}),
+]
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-9 if dtype == torch.float64 else 1e-4
+
+
+def close(actual: dict, gradient: torch.Tensor, wanted: frozenset, dtype: torch.dtype) -> None:
+    """Equal to the moments of the materialised gradient; a sum may lose what its terms cancel."""
+    expected = gradient_moments(gradient.double(), {*wanted, 1.0})
+    assert set(actual) == set(wanted)
+    for key in wanted:
+        scale = expected[1.0] if key == "sum" else expected[key].abs()
+        error = (actual[key] - expected[key]).abs()
+        assert actual[key].dtype == torch.float64 and actual[key].shape == (len(gradient),)
+        bound = tolerance(dtype) * scale + tolerance(dtype) * 1e-2 * (
+            gradient.double().abs().flatten(1).amax(1) if gradient[:1].numel() else 0
+        )
+        assert bool((error <= bound + 1e-30).all()), (key, actual[key], expected[key])
+
+
+def conv_reference(x, weight_shape, g, transposed=False, **options):
+    """The weight's gradient for each sample, by autograd in float64."""
+    grads = []
+    for xn, gn in zip(x.double(), g.double(), strict=True):
+        weight = torch.zeros(weight_shape, dtype=torch.float64, requires_grad=True)
+        call = (TRANSPOSED if transposed else CONV)[xn.ndim - 1]
+        output = call(xn[None], weight, **options)
+        grads.append(torch.autograd.grad(output, weight, gn[None])[0])
+    return torch.stack(grads) if grads else torch.zeros(0, *weight_shape, dtype=torch.float64)
+
+
+@st.composite
+def convolutions(draw):
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    per_in, per_out = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 5, 17, 40]))
+    if draw(st.booleans()) and groups > 1:
+        per_in = per_out = 1
+    top = {1: 9, 2: 7, 3: 4}[dims]
+    spec = {
+        "kernel_size": [draw(st.integers(1, 3)) for _ in range(dims)],
+        "stride": [draw(st.integers(1, 3)) for _ in range(dims)],
+        "padding": [draw(st.integers(0, 2)) for _ in range(dims)],
+        "dilation": [draw(st.integers(1, 2)) for _ in range(dims)],
+    }
+    size = [
+        draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), top + d * (k - 1)))
+        for k, p, d in zip(spec["kernel_size"], spec["padding"], spec["dilation"], strict=True)
+    ]
+    out = [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in zip(size, *spec.values(), strict=True)]
+    n = draw(st.sampled_from([0, 1, 2, 3]))
+    return n, groups, per_in, per_out, size, out, spec
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    case=convolutions(),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    wanted=st.sampled_from(SUBSETS),
+)
+def test_convolution(case, seed, dtype, wanted):
+    n, groups, per_in, per_out, size, out, spec = case
+    torch.manual_seed(seed)
+    x = torch.randn(n, groups * per_in, *size, dtype=dtype)
+    g = torch.randn(n, groups * per_out, *out, dtype=dtype)
+    options = {k: v for k, v in spec.items() if k != "kernel_size"}
+    expected = conv_reference(x, (groups * per_out, per_in, *spec["kernel_size"]), g, groups=groups, **options)
+    gradient = kernels.conv_gradient(x, g, **spec, groups=groups)
+    torch.testing.assert_close(gradient.double(), expected, rtol=tolerance(dtype), atol=tolerance(dtype) * 10)
+    close(kernels.conv_moments(x, g, **spec, groups=groups, wanted=wanted), expected, wanted, dtype)
+
+
+@pytest.mark.parametrize("output_padding", [0, 1])
+def test_a_transposed_convolution_is_a_convolution_with_swapped_roles(output_padding):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    options = {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+    shape = (4, 3, 3, 2)
+    output = F.conv_transpose2d(x, torch.zeros(shape, dtype=torch.float64), output_padding=output_padding, **options)
+    g = torch.randn_like(output)
+    expected = conv_reference(x, shape, g, transposed=True, output_padding=output_padding, **options)
+    torch.testing.assert_close(kernels.conv_gradient(g, x, (3, 2), **options), expected)
+    close(kernels.conv_moments(g, x, (3, 2), **options, wanted=WANTED), expected, WANTED, torch.float64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.sampled_from([0, 1, 2, 5]),
+    t=st.integers(1, 20),
+    i=st.integers(1, 40),
+    o=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    wanted=st.sampled_from(SUBSETS),
+)
+def test_linear(n, t, i, o, dtype, wanted):
+    torch.manual_seed(n + t + i + o)
+    a, g = torch.randn(n, t, i, dtype=dtype), torch.randn(n, t, o, dtype=dtype)
+    expected = torch.einsum("nto,nti->noi", g.double(), a.double())
+    torch.testing.assert_close(
+        kernels.linear_gradient(a, g).double(), expected, rtol=tolerance(dtype), atol=tolerance(dtype) * 10
+    )
+    close(kernels.linear_moments(a, g, wanted), expected, wanted, dtype)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.sampled_from([0, 1, 4]),
+    t=st.integers(1, 9),
+    rows=st.integers(1, 6),
+    width=st.integers(1, 4),
+    padding=st.booleans(),
+    shift=st.sampled_from([-3.0, 0.0, 3.0]),
+    seed=st.integers(0, 99),
+)
+def test_embedding(n, t, rows, width, padding, shift, seed):
+    torch.manual_seed(seed)
+    indices, g = torch.randint(rows, (n, t)), torch.randn(n, t, width, dtype=torch.float64) + shift
+    padding_idx = rows - 1 if padding else None
+    expected = torch.zeros(n, rows, width, dtype=torch.float64)
+    for sample in range(n):
+        expected[sample].index_add_(0, indices[sample], g[sample])
+    if padding:
+        expected[:, padding_idx] = 0
+    close(kernels.embedding_moments(indices, g, rows, padding_idx, WANTED), expected, WANTED, torch.float64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 5),
+    d=st.integers(1, 3000),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    wanted=st.sampled_from(SUBSETS),
+)
+def test_rows(n, d, dtype, wanted):
+    torch.manual_seed(n + d)
+    flat = torch.randn(n, d, dtype=dtype) + 0.1
+    close(kernels.row_moments(flat, wanted), flat, wanted, dtype)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bad_sample_keeps_to_its_row(bad, dtype):
+    torch.manual_seed(0)
+    x, g = torch.randn(4, 3, 6, 6, dtype=dtype), torch.randn(4, 20, 6, 6, dtype=dtype)
+    broken = g.clone()
+    broken[1, 2, 3, 4] = bad
+    spec = ((3, 3), (1, 1), (1, 1), (1, 1), 1, WANTED)
+    clean, actual = kernels.conv_moments(x, g, *spec), kernels.conv_moments(x, broken, *spec)
+    for key in WANTED:
+        assert not bool(actual[key][1].isfinite()), key
+        torch.testing.assert_close(actual[key][[0, 2, 3]], clean[key][[0, 2, 3]], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_accumulates_in_float32(dtype):
+    torch.manual_seed(0)
+    x, g = torch.randn(3, 4, 9, 9).to(dtype), torch.randn(3, 5, 9, 9).to(dtype)
+    expected = conv_reference(x, (5, 4, 3, 3), g, padding=1)
+    close(kernels.conv_moments(x, g, (3, 3), (1, 1), (1, 1), (1, 1), 1, WANTED), expected, WANTED, torch.float32)
+    a, b = x.flatten(2), g.flatten(2)
+    close(kernels.linear_moments(a.mT, b.mT, WANTED), b.double() @ a.double().mT, WANTED, torch.float32)
