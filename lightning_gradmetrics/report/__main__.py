@@ -1,0 +1,33 @@
+"""``python -m lightning_gradmetrics.report RUN_DIRECTORY [-o FILE]``: make the report of a finished run again."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_gradmetrics.report import ReportError, write_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report, print its path, and return the exit status: 0, or 2 if the run cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_gradmetrics.report",
+        description=write_report.__doc__.split("\n")[0] if write_report.__doc__ else None,
+    )
+    parser.add_argument("run_directory", type=Path, help="holds metrics.json and results.parquet")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="the file to write (default: report.html in the run directory)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print(write_report(options.run_directory, options.output))
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Building HTML from strings that come from users: everything is escaped unless it is already markup."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from typing import Union
+
+__all__ = ["Child", "Markup", "join", "tag"]
+
+
+class Markup(str):
+    """A string that is HTML already and is not escaped again."""
+
+    __slots__ = ()
+
+
+Child = Union[str, int, float, None, "Iterable[Child]"]
+
+
+def join(*children: Child) -> Markup:
+    """Escape and concatenate; None is left out and iterables are flattened.
+
+    Example:
+        >>> join("a<b", None, [tag("i", "c"), 1])
+        'a&lt;b<i>c</i>1'
+    """
+    return Markup("".join(_text(child) for child in children))
+
+
+def _text(child: Child) -> str:
+    if child is None:
+        return ""
+    if isinstance(child, Markup):
+        return child
+    if isinstance(child, str | int | float):
+        return html.escape(str(child))
+    return "".join(_text(item) for item in child)
+
+
+def tag(name: str, /, *children: Child, **attributes: str | int | float | bool | None) -> Markup:
+    """An element. Attributes: a trailing underscore is dropped, others become hyphens; None and False are left out.
+
+    Example:
+        >>> tag("td", "1 < 2", class_="best", data_value=3, hidden=False)
+        '<td class="best" data-value="3">1 &lt; 2</td>'
+    """
+    parts = [f"<{name}"]
+    for key, value in attributes.items():
+        label = key.rstrip("_").replace("_", "-")
+        if value is True:
+            parts.append(f" {label}")
+        elif value is not None and value is not False:
+            parts.append(f' {label}="{html.escape(str(value))}"')
+    return Markup(f"{''.join(parts)}>{join(*children)}</{name}>")

@@ -1,0 +1,253 @@
+"""The tables of the report: data sets, the main table, best by column, comparisons, samples, and every figure of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from lightning_gradmetrics.report.columns import (
+    ROLES,
+    Column,
+    best_values,
+    column_of,
+    find_columns,
+    ordered_scores,
+    percent,
+)
+from lightning_gradmetrics.report.markup import Child, Markup, join, tag
+from lightning_gradmetrics.report.run import Metric, Rows, Run, Score
+
+__all__ = [
+    "all_figures",
+    "best_by_column",
+    "comparison_table",
+    "data_table",
+    "family_mark",
+    "main_table",
+    "sample_tables",
+]
+
+_SAMPLE_CELLS = 150
+
+
+def _table(head: Child, body: Iterable[Child], **attributes: str) -> Markup:
+    return tag("div", tag("table", tag("thead", head), tag("tbody", body), **attributes), class_="scroll", tabindex=0)
+
+
+def _row(cells: Iterable[Child], element: str = "td") -> Markup:
+    return tag(
+        "tr", [cell if isinstance(cell, Markup) and cell.startswith("<t") else tag(element, cell) for cell in cells]
+    )
+
+
+def family_mark(score: Score) -> Markup:
+    """A word that says what kind of score it is, in the kind's colour."""
+    return tag(
+        "span", score.family or "other", class_=f"mark {'baseline' if score.family == 'baseline' else 'gradient'}"
+    )
+
+
+def data_table(run: Run) -> Markup:
+    """One row a data set: role, rows, non-finite rows, accuracy, description."""
+    described = any(dataset.description for dataset in run.datasets)
+    head = ["Data set", "Role", "Rows", "Non-finite", "Labels", "Accuracy (%)", *(["What it is"] if described else [])]
+    rows = [
+        [
+            tag("th", dataset.name, scope="row"),
+            ROLES.get(dataset.role, dataset.role or "–"),
+            tag("td", _count(dataset.rows), class_="n"),
+            tag("td", _count(dataset.not_finite), class_="n"),
+            "yes" if dataset.labelled else "no",
+            tag("td", percent(dataset.accuracy, 1), class_="n"),
+            *([dataset.description] if described else []),
+        ]
+        for dataset in run.datasets
+    ]
+    return _table(_row(head, "th"), map(_row, rows), class_="data")
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def main_table(run: Run) -> Markup:
+    """A row a score, a column a metric and data set; best in bold; a click on a heading sorts."""
+    columns = find_columns(run)
+    scores = {score.name: score for score in run.scores}
+    timed = any(score.seconds_per_sample is not None for score in run.scores)
+    best = {column: set(best_values(column, entries)) for column, entries in columns.items()}
+    body = [
+        tag(
+            "tr",
+            tag("th", tag("span", name, class_="name"), _about(scores[name]), scope="row", data_sort=name),
+            [_figure_cell(column, entries.get(name), name in best[column]) for column, entries in columns.items()],
+            _time_cell(scores[name].seconds_per_sample) if timed else None,
+            class_="baseline" if scores[name].family == "baseline" else "gradient",
+        )
+        for name in ordered_scores(run)
+    ]
+    return _table(_main_head(columns, timed), body, class_="main sortable")
+
+
+def _about(score: Score) -> Markup:
+    target = tag("span", f"of {score.target}", class_="small") if score.target and score.family != "baseline" else None
+    return join(tag("span", family_mark(score), target and " ", target, class_="about"))
+
+
+def _main_head(columns: dict[Column, dict[str, Metric]], timed: bool) -> Markup:
+    places: dict[tuple[str, str, bool], list[Column]] = {}
+    for column in columns:
+        places.setdefault((column.task, column.place, column.grouped), []).append(column)
+    top = [tag("th", _sort_button("Score", None), rowspan=2, scope="col", class_="corner")]
+    for (task, place, grouped), members in places.items():
+        title = {"ood": "Out-of-distribution", "misprediction": "Misprediction"}.get(task, task)
+        counts = tag("span", _counts(task, columns[members[0]].values()), class_="small")
+        where = tag("span", f"group {place}" if grouped else place, class_="place")
+        top.append(tag("th", title, where, counts, colspan=len(members), scope="colgroup", class_="first"))
+    if timed:
+        top.append(tag("th", "Cost", scope="colgroup", class_="first"))
+    second = [
+        tag(
+            "th", _sort_button(f"{column.kind.title} {column.kind.arrow}", column.kind.higher), scope="col", class_=edge
+        )
+        for members in places.values()
+        for column, edge in zip(members, ["first"] + [""] * len(members), strict=False)
+    ]
+    if timed:
+        second.append(tag("th", _sort_button("ms / sample ↓", False), scope="col", class_="first"))
+    return join(tag("tr", top), tag("tr", second))
+
+
+def _sort_button(text: str, higher: bool | None) -> Markup:
+    return tag("button", text, type="button", data_first="descending" if higher else "ascending")
+
+
+def _counts(task: str, entries: Iterable[Metric]) -> str | None:
+    counts = {(entry.count_positive, entry.count_negative) for entry in entries}
+    if len(counts) != 1 or None in next(iter(counts)):
+        return None
+    positive, negative = next(iter(counts))
+    words = ("wrong", "right") if task == "misprediction" else ("out", "in")
+    return f"{_count(positive)} {words[0]}, {_count(negative)} {words[1]}"
+
+
+def _figure_cell(column: Column, entry: Metric | None, best: bool) -> Markup:
+    kind = column.kind
+    value = None if entry is None else entry.value
+    number = value is not None and math.isfinite(value)
+    text: Child = percent(value, kind.digits)
+    interval = (
+        tag("span", _interval(entry.low, entry.high, kind.digits), class_="small")
+        if entry and _has_interval(entry)
+        else None
+    )
+    shown = tag("b", text) if best else text
+    edge = "n first" if column.metric == "auroc" else "n"
+    return tag("td", shown, interval, class_=f"{edge} best" if best else edge, data_sort=value if number else "")
+
+
+def _has_interval(entry: Metric) -> bool:
+    return all(end is not None and math.isfinite(end) for end in (entry.low, entry.high))
+
+
+def _interval(low: float | None, high: float | None, digits: int) -> str:
+    return f"{percent(low, digits)} to {percent(high, digits)}"
+
+
+def _time_cell(seconds: float | None) -> Markup:
+    if seconds is None or not math.isfinite(seconds):
+        return tag("td", "–", class_="n first", data_sort="")
+    return tag("td", f"{1000 * seconds:.2g}", class_="n first", data_sort=seconds)
+
+
+def best_by_column(run: Run) -> Markup | None:
+    """The best baseline beside the best gradient score in each column; None where a family is missing."""
+    family = {score.name: score.family == "baseline" for score in run.scores}
+    rows = []
+    for column, entries in find_columns(run).items():
+        sides = [{name: e for name, e in entries.items() if family.get(name) is side} for side in (True, False)]
+        best = [best_values(column, side) for side in sides]
+        if all(best):
+            values = [side[names[0]].value or 0.0 for side, names in zip(sides, best, strict=True)]
+            rows.append([tag("th", column.title, scope="row"), *_best_cells(column, best, values)])
+    head = ["Column", "Best baseline", "Best gradient score", "Gradient against baseline"]
+    return _table(_row(head, "th"), map(_row, rows), class_="data") if rows else None
+
+
+def _best_cells(column: Column, best: list[list[str]], values: list[float]) -> list[Child]:
+    digits, gain = column.kind.digits, (values[1] - values[0]) * (1 if column.kind.higher else -1)
+    points = percent(abs(gain), digits)
+    word = "equal" if float(points) == 0 else f"{points} {'better' if gain > 0 else 'worse'}"
+    named = [f"{names[0]}{f' (+{len(names) - 1} equal)' if len(names) > 1 else ''}" for names in best]
+    return [
+        *(join(name, " ", tag("b", percent(value, digits))) for name, value in zip(named, values, strict=True)),
+        word,
+    ]
+
+
+def comparison_table(run: Run) -> Markup | None:
+    """Paired differences to a baseline, a row a score and a column a metric; None where the run has none."""
+    columns: dict[Column, dict[str, Markup]] = {}
+    for entry in run.comparisons:
+        column = column_of(run, Metric(entry.score, entry.task, entry.metric, None, entry.dataset, entry.group))
+        digits = column.kind.digits
+        difference = percent(entry.difference, digits)
+        signed = f"+{difference}" if (entry.difference or 0) > 0 else difference
+        interval = "" if entry.low is None or entry.high is None else f" ({_interval(entry.low, entry.high, digits)})"
+        verdict = tag("span", entry.verdict, class_=f"verdict {entry.verdict.split(' ')[0]}")
+        columns.setdefault(column, {})[entry.score] = tag(
+            "td", verdict, tag("span", f"{signed}{interval} to {entry.baseline}", class_="small")
+        )
+    names = [name for name in ordered_scores(run) if any(name in cells for cells in columns.values())]
+    head = ["Score", *(f"{column.title} {column.kind.arrow}" for column in columns)]
+    rows = [[tag("th", name, scope="row"), *(cells.get(name, "–") for cells in columns.values())] for name in names]
+    return _table(_row(head, "th"), map(_row, rows), class_="data") if rows else None
+
+
+def sample_tables(run: Run, names: list[str], count: int = 5) -> Markup | None:
+    """For each score, folded but for the first, the most uncertain rows of each data set; None where nothing is finite."""
+    rows = {name: rows for name, rows in run.rows.items() if rows.finite.any()}
+    if not rows:
+        return None
+    folds = [
+        tag(
+            "details",
+            tag("summary", score),
+            tag("div", [_sample_table(name, part, score, count) for name, part in rows.items()], class_="samples"),
+            open=place == 0,
+        )
+        for place, score in enumerate(names[: max(1, _SAMPLE_CELLS // len(rows))])
+    ]
+    return join(folds)
+
+
+def _sample_table(dataset: str, rows: Rows, score: str, count: int) -> Markup:
+    values = rows.scores[score]
+    usable = np.flatnonzero(rows.finite & np.isfinite(values))
+    top = usable[np.argsort(-values[usable], kind="stable")[:count]]
+    part, labelled = rows.take(top), bool(rows.labelled.any())
+    head = ["Index", "Prediction", *(["Label"] if labelled else []), "Score"]
+    cells: Callable[[int], list[Child]] = lambda i: [  # noqa: E731
+        tag("td", int(part.index[i]), class_="n"),
+        tag("td", int(part.prediction[i]), class_="n"),
+        *([tag("td", int(part.label[i]) if part.labelled[i] else "–", class_="n")] if labelled else []),
+        tag("td", f"{part.scores[score][i]:.4g}".replace("-", "\N{MINUS SIGN}"), class_="n"),
+    ]
+    table = _table(_row(head, "th"), [_row(cells(i)) for i in range(len(top))], class_="data")
+    return tag("div", tag("h4", dataset), table)
+
+
+def all_figures(run: Run) -> Markup:
+    """Every figure of the run, times 100 with two decimals, with interval and counts."""
+    head = ["Score", "Figure", "Value", "Interval", "Positives", "Negatives"]
+    rows = []
+    for entry in run.metrics:
+        column = column_of(run, entry)
+        interval = _interval(entry.low, entry.high, 2) if _has_interval(entry) else "–"
+        numbers = (percent(entry.value, 2), interval, _count(entry.count_positive), _count(entry.count_negative))
+        rows.append(
+            [tag("th", entry.score, scope="row"), column.title, *(tag("td", text, class_="n") for text in numbers)]
+        )
+    return _table(_row(head, "th"), map(_row, rows), class_="data")
