@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Inputs", "batch_size", "call", "check_inputs", "check_model", "gradients_enabled", "logits_of", "map_tensors", "preserved"]
+__all__ = ["Inputs", "batch_size", "call", "check_inputs", "check_model", "gradients_enabled", "logits_of", "map_tensors", "preserved", "tensors_in"]
 
 Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
 """A model's inputs: a tensor ``(N, ...)``, keyword arguments, or positional arguments; every tensor's first axis is the sample."""
@@ -49,15 +49,16 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def _tensors(inputs: Any) -> Iterator[Tensor]:
+def tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """Every tensor in the inputs."""
     if isinstance(inputs, Tensor):
         yield inputs
     elif isinstance(inputs, Mapping):
         for value in inputs.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(inputs, (list, tuple)):
         for value in inputs:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -67,7 +68,8 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, Mapping):
         return {key: map_tensors(value, function) for key, value in inputs.items()}
     if isinstance(inputs, (list, tuple)):
-        return type(inputs)(map_tensors(value, function) for value in inputs)
+        values = [map_tensors(value, function) for value in inputs]
+        return values if isinstance(inputs, list) else tuple(values)
     return inputs
 
 
@@ -77,7 +79,7 @@ def batch_size(inputs: Inputs) -> int:
     Raises:
         ValueError: If there is no tensor, or a tensor without axes.
     """
-    for tensor in _tensors(inputs):
+    for tensor in tensors_in(inputs):
         if tensor.ndim == 0:
             break
         return len(tensor)
@@ -90,7 +92,7 @@ def check_inputs(model: nn.Module, inputs: Inputs) -> None:
     Raises:
         TypeError: If no input is floating point and the model has no embedding.
     """
-    tensors = list(_tensors(inputs))
+    tensors = list(tensors_in(inputs))
     if any(tensor.is_floating_point() for tensor in tensors):
         return
     if any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module in model.modules()):

@@ -7,7 +7,7 @@ Moments merge across parameters, chunks and micro-batches by add, max and min, s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,6 +156,12 @@ class GradientStatistics:
         reduce = {"max": lambda x: x.amax(1), "min": lambda x: x.amin(1)}
         moments = {key: reduce.get(key, lambda x: x.sum(1))(value) for key, value in self.moments.items()}  # type: ignore[arg-type]
         return GradientStatistics(self.names, self.count.sum(), moments, self.dtype)
+
+    def select(self, parameters: Callable[[str], bool] | None) -> GradientStatistics:
+        """Of statistics per parameter, those of the parameters whose name the predicate accepts; ``None`` accepts all."""
+        columns = [i for i, name in enumerate(self.names) if parameters is None or parameters(name)]
+        moments = {key: value[:, columns] for key, value in self.moments.items()}
+        return GradientStatistics(tuple(self.names[i] for i in columns), self.count[columns], moments, self.dtype)
 
     def _moment(self, key: Moment, statistic: str) -> Tensor:
         if key not in self.moments:

@@ -1,0 +1,287 @@
+"""The Lightning callback: it watches the steps that a ``Trainer`` runs and scores every sample that passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gradmetrics.batches import split_batch
+from lightning_gradmetrics.evaluation import Evaluation, evaluate
+from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, logits_of
+from lightning_gradmetrics.head import Capture, capturing, install
+from lightning_gradmetrics.results import Rows, empty_results, merge_results, sample_indices
+from lightning_gradmetrics.scores import ScoreLike, resolve
+from lightning_gradmetrics.scoring import Scorer
+
+__all__ = ["GradientMetrics"]
+
+
+class GradientMetrics(Callback):
+    """Scores every sample at validate, test and predict time, and judges the scores.
+
+    Scores of the logits and of the head use the forward that Lightning runs anyway; the others share one forward of their own. The
+    model is left exactly as it was.
+
+    Args:
+        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or ``Score`` objects, or a mapping that names them.
+        datasets: Names of the dataloaders, in their order; or a mapping from name to role: ``"id"`` is in-distribution, any other word
+            names a group of out-of-distribution sets, as ``"near"`` or ``"far"``. Without it, a mapping of dataloaders gives its keys.
+        head: The name of the classification head, a linear layer; found by itself where its output is what the model returns.
+        model: The name of the submodule to score, where that is not the ``LightningModule`` itself.
+        batch: From a batch to ``(inputs, labels or None)``.
+        logits: From the model's output to its logits ``(N, C)``.
+        engine: The engine of the scores that need a backward pass.
+        prefix: What the logged metrics' names begin with.
+
+    Attributes:
+        results: After a run, a ``pyarrow.Table``: dataset, index, prediction, label, one column a score, and ``finite``, which is false
+            where the input, the logits or a score hold NaN or Inf: such a row is kept and never enters a metric. Under several
+            processes rank 0 has all rows, each once, and the other ranks have their own.
+        evaluation: The metrics, as :func:`lightning_gradmetrics.evaluation.evaluate` gives them.
+
+    Raises:
+        ValueError: If a score is unknown, or the names do not fit the dataloaders.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> callback = GradientMetrics(["gradnorm", "max_softmax"], datasets={"cifar10": "id", "svhn": "far"})
+        >>> callback.scorer.scores[0].name
+        'gradnorm'
+    """
+
+    def __init__(
+        self,
+        scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike] = ("max_softmax", "entropy", "energy", "gradnorm", "gradtrust"),
+        *,
+        datasets: Sequence[str] | Mapping[str, str] | None = None,
+        head: str | None = None,
+        model: str | None = None,
+        batch: Callable[[Any], tuple[Inputs, Tensor | None]] = split_batch,
+        logits: Callable[[Any], Tensor] = logits_of,
+        engine: str = "auto",
+        prefix: str = "gradmetrics",
+    ) -> None:
+        super().__init__()
+        self.scorer = Scorer(resolve(scores), head, logits, engine)
+        self.datasets = datasets
+        self.model = model
+        self.batch = batch
+        self.prefix = prefix
+        self.results: pa.Table = empty_results(self.score_names)
+        self.evaluation: Evaluation | None = None
+        self._rows: list[Rows] = []
+        self._capture: Capture | None = None
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def score_names(self) -> list[str]:
+        """The names of the scores: the columns of the results."""
+        return [score.name for score in self.scorer.scores]
+
+    # The run
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the last run."""
+        self._rows, self.results, self.evaluation = [], empty_results(self.score_names), None
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, dataloaders: Any) -> None:
+        loaders = _flat(dataloaders)
+        world, rank = trainer.world_size, trainer.global_rank
+        self._rows = [
+            Rows(name, self.score_names, sample_indices(loader, rank, world), world, rank)
+            for name, loader in zip(_names(self.datasets, dataloaders), loaders, strict=True)
+        ]
+        self._capture = self.scorer.capture(_scored_model(pl_module, self.model))
+
+    def _watch(self) -> None:
+        assert self._capture is not None
+        self._capture.clear()
+        self._handles = install(self._capture)
+
+    def _unwatch(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _score(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
+        self._unwatch()
+        assert self._capture is not None
+        inputs, labels = self.batch(batch)
+        if not batch_size(inputs):
+            return
+        model = self._capture.model
+        check_model(model)
+        check_inputs(model, inputs)
+        with trainer.precision_plugin.forward_context():
+            if not self._capture.calls and not self._capture.outputs:
+                _forward(self._capture, inputs)
+            scored = self.scorer(self._capture, model, inputs, labels)
+        self._capture.clear()
+        self._rows[dataloader_idx].add(inputs, scored.logits, labels, scored.scores)
+
+    def _finish(self, trainer: Trainer) -> dict[str, float]:
+        """Gather the rows, judge them, and give the metrics by their logged names; the same on every rank."""
+        names = [rows.dataset for rows in self._rows]
+        tables = [rows.table() for rows in self._rows]
+        for name, table in zip(names, tables, strict=True):
+            if not table.num_rows:
+                rank_zero_warn(f"the dataloader {name!r} gave no samples: it is not in the results")
+        self._rows = []
+        self.results = merge_results(tables or [empty_results(self.score_names)], names)
+        if trainer.world_size > 1:
+            self.results = _gather(self.results, names)
+        if trainer.is_global_zero:
+            self.evaluation = evaluate(self.results, self.score_names, _roles(self.datasets, names), self._baselines)
+        metrics = {} if self.evaluation is None else _flat_metrics(self.evaluation, self.prefix)
+        return _broadcast(metrics) if trainer.world_size > 1 else metrics
+
+    @property
+    def _baselines(self) -> list[str]:
+        return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
+
+    # Lightning's hooks, one line each
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._start(trainer, pl_module, trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._start(trainer, pl_module, trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._start(trainer, pl_module, trainer.predict_dataloaders)
+
+    def on_validation_batch_start(self, *_: Any) -> None:  # noqa: D102
+        self._watch()
+
+    def on_test_batch_start(self, *_: Any) -> None:  # noqa: D102
+        self._watch()
+
+    def on_predict_batch_start(self, *_: Any) -> None:  # noqa: D102
+        self._watch()
+
+    def on_validation_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._score(trainer, batch, dataloader_idx)
+
+    def on_test_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._score(trainer, batch, dataloader_idx)
+
+    def on_predict_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._score(trainer, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if trainer.sanity_checking:
+            self._rows = []
+        else:
+            self.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        metrics = self._finish(trainer)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
+        self._unwatch()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._unwatch()
+        self._capture = None
+
+
+def _flat(dataloaders: Any) -> list[Any]:
+    if isinstance(dataloaders, Mapping):
+        return list(dataloaders.values())
+    return list(dataloaders) if isinstance(dataloaders, (list, tuple)) else [dataloaders]
+
+
+def _names(datasets: Sequence[str] | Mapping[str, str] | None, dataloaders: Any) -> list[str]:
+    """The data sets' names, in the order of the dataloaders.
+
+    Raises:
+        ValueError: If their number is not that of the dataloaders.
+    """
+    keys = list(dataloaders) if isinstance(dataloaders, Mapping) else None
+    count = len(_flat(dataloaders))
+    if datasets is None:
+        return keys or [f"dataloader_{i}" for i in range(count)]
+    names = list(datasets)
+    if keys is not None and isinstance(datasets, Mapping) and set(keys) == set(names):
+        return keys
+    if len(names) != count or len(set(names)) != count:
+        raise ValueError(
+            f"datasets= names {len(names)} data sets ({', '.join(names)}), and there are {count} dataloaders"
+            + (f" ({', '.join(map(str, keys))})" if keys else "")
+            + "; give each dataloader one name of its own, in their order"
+        )
+    return names
+
+
+def _roles(datasets: Sequence[str] | Mapping[str, str] | None, names: list[str]) -> dict[str, str]:
+    return dict(datasets) if isinstance(datasets, Mapping) else {name: "id" for name in names}
+
+
+def _scored_model(pl_module: LightningModule, name: str | None) -> nn.Module:
+    """The named submodule, or the module itself, or its only child where the module has no forward.
+
+    Raises:
+        ValueError: If there is no such submodule, or it is not clear which to take.
+    """
+    children = {key: child for key, child in pl_module.named_children() if next(child.parameters(), None) is not None}
+    if name is not None:
+        if name not in dict(pl_module.named_modules()):
+            raise ValueError(f"{type(pl_module).__name__} has no submodule {name!r}; its children are: {', '.join(children) or 'none'}")
+        return pl_module.get_submodule(name)
+    if type(pl_module).forward is not LightningModule.forward:
+        return pl_module
+    if len(children) != 1:
+        raise ValueError(
+            f"{type(pl_module).__name__} has no forward, and {len(children)} children with parameters ({', '.join(children)}): name the one "
+            "to score, as in GradientMetrics(model='net')"
+        )
+    return next(iter(children.values()))
+
+
+def _forward(capture: Capture, inputs: Inputs) -> None:
+    """A forward of its own, where the step ran none that could be watched (a compiled or a cached model)."""
+    with capturing(capture), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        call(capture.model, inputs)
+
+
+def _gather(table: pa.Table, names: list[str]) -> pa.Table:
+    """All processes' rows on rank 0; each other rank keeps its own."""
+    root = torch.distributed.get_rank() == 0
+    tables = [None] * torch.distributed.get_world_size() if root else None
+    torch.distributed.gather_object(table, tables)
+    return merge_results(tables, names) if root else table  # type: ignore[arg-type]
+
+
+def _broadcast(metrics: dict[str, float]) -> dict[str, float]:
+    """Rank 0's metrics on every rank."""
+    box = [metrics]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def _flat_metrics(evaluation: Evaluation, prefix: str) -> dict[str, float]:
+    """The defined metrics by their logged names, ``prefix/dataset/score/task_metric``; a group has its role for a data set."""
+    return {
+        f"{prefix}/{r['dataset'] or r['group']}/{r['score']}/{r['task']}_{r['metric']}": r["value"]
+        for r in evaluation.records
+        if r["value"] is not None
+    }

@@ -1,0 +1,7 @@
+"""Data for experiments: named sets with roles."""
+
+from lightning_gradmetrics.data.digits import digits
+from lightning_gradmetrics.data.folders import image_folders
+from lightning_gradmetrics.data.sets import EvaluationData
+
+__all__ = ["EvaluationData", "digits", "image_folders"]

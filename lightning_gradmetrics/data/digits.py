@@ -1,0 +1,70 @@
+"""Data that needs no download: scikit-learn's handwritten digits and photographs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from lightning_gradmetrics.data.sets import EvaluationData
+
+__all__ = ["digits"]
+
+SIZE = 8
+"""Width and height of an image."""
+
+
+def digits(train: int = 120, patches: int = 400, seed: int = 0) -> EvaluationData:
+    """Digits 0 to 7 to classify, digits 8 and 9 as near and patches of photographs as far out-of-distribution data.
+
+    Args:
+        train: Images of digits 0 to 7 to train on: few, so that there are errors to find. The rest of them is scored.
+        patches: Number of patches of scikit-learn's two photographs.
+        seed: Of the split and of the patches.
+
+    Returns:
+        Data sets ``digits`` (``id``), ``digits_8_9`` (``near``) and ``photo_patches`` (``far``): grey images ``(1, 8, 8)`` in [0, 1].
+
+    Example:
+        >>> data = digits()
+        >>> {name: len(dataset) for name, dataset in data.sets.items()}
+        {'digits': 1323, 'digits_8_9': 354, 'photo_patches': 400}
+    """
+    generator = np.random.default_rng(seed)
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images).float().view(-1, 1, SIZE, SIZE) / 16
+    classes = torch.from_numpy(labels).long()
+    known = generator.permutation(np.flatnonzero(labels < 8))
+    if not 0 < train < len(known):
+        raise ValueError(f"train is {train}; it must lie between 1 and {len(known) - 1}, the number of digits 0 to 7 less one")
+    unknown = np.flatnonzero(labels >= 8)
+    return EvaluationData(
+        sets={
+            "digits": TensorDataset(pixels[known[train:]], classes[known[train:]]),
+            "digits_8_9": TensorDataset(pixels[unknown], torch.full((len(unknown),), -1)),
+            "photo_patches": TensorDataset(_patches(patches, generator), torch.full((patches,), -1)),
+        },
+        roles={"digits": "id", "digits_8_9": "near", "photo_patches": "far"},
+        classes=tuple("01234567"),
+        train=TensorDataset(pixels[known[:train]], classes[known[:train]]),
+        descriptions={
+            "digits": "handwritten digits 0 to 7, held out",
+            "digits_8_9": "handwritten digits 8 and 9, classes the model never saw",
+            "photo_patches": "patches of two photographs, in grey",
+        },
+    )
+
+
+def _patches(count: int, generator: np.random.Generator) -> Tensor:
+    """Square patches of the photographs at random places and sizes, in grey, shrunk to the digits' size: ``(count, 1, 8, 8)``."""
+    photographs = [torch.from_numpy(image).float().mean(2) / 255 for image in load_sample_images().images]
+    patches = []
+    for number in range(count):
+        image = photographs[number % len(photographs)]
+        side = int(generator.integers(2, 13)) * SIZE
+        top, left = (int(generator.integers(0, length - side)) for length in image.shape)
+        patch = image[None, top : top + side, left : left + side]
+        patches.append(torch.nn.functional.adaptive_avg_pool2d(patch, SIZE))
+    return torch.stack(patches)

@@ -1,0 +1,226 @@
+"""Evidence: what a score may look at, and the dry run that finds out what it does look at."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.forward import gradients_enabled
+from lightning_gradmetrics.objectives import Loss, Objective
+from lightning_gradmetrics.statistics import GradientStatistics, Moment, accumulator, factor_moments, moments_for, result_dtype
+
+__all__ = ["Evidence", "Gradient", "HeadGradient", "Needs", "Probe", "Target", "needs_of", "parameter_filter"]
+
+Target = str | Callable[[str], bool]
+"""What a gradient is taken of: ``"head"`` (the head's weight), ``"all"`` (all parameters), a pattern such as ``"layer4.*"``, or a
+predicate on the parameter's name."""
+
+Probe = Callable[[Any, Any], Tensor]
+"""``(model, inputs) -> (N, ...)``: a computation of a score's own on the model, run with gradients enabled."""
+
+
+def parameter_filter(target: Target) -> Callable[[str], bool] | None:
+    """The predicate on parameter names that a target other than ``"head"`` stands for."""
+    if callable(target):
+        return target
+    return None if target == "all" else lambda name: fnmatchcase(name, target)
+
+
+class Gradient(Protocol):
+    """Statistics of a gradient, each ``(N,)``."""
+
+    @property
+    def max(self) -> Tensor: ...  # noqa: D102
+    @property
+    def min(self) -> Tensor: ...  # noqa: D102
+    @property
+    def mean(self) -> Tensor: ...  # noqa: D102
+    @property
+    def std(self) -> Tensor: ...  # noqa: D102
+    def norm(self, p: float = 2.0) -> Tensor: ...  # noqa: D102
+    def statistic(self, name: str) -> Tensor: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class HeadGradient:
+    """The gradient of the head's weight, ``g h^T``, by its factors: no backward pass and no gradient tensor.
+
+    Args:
+        output: The gradient of the logits ``g``, ``(N, C)``.
+        features: The head's input ``h``, ``(N, D)``.
+    """
+
+    output: Tensor
+    features: Tensor
+
+    def moments(self, wanted: Iterable[Moment]) -> GradientStatistics:
+        """The statistics that the wanted moments give."""
+        count = torch.tensor(self.output.shape[1] * self.features.shape[1])
+        return GradientStatistics(("head",), count, factor_moments(self.output, self.features, wanted), result_dtype(self.output.dtype))
+
+    def statistic(self, name: str) -> Tensor:
+        """A statistic by name, as in :meth:`GradientStatistics.statistic`."""
+        return self.moments(moments_for([name])).statistic(name)
+
+    def norm(self, p: float = 2.0) -> Tensor:
+        """The p-norm, the product of the factors' p-norms."""
+        return self.statistic(f"l{p:g}")
+
+    max = property(lambda self: self.statistic("max"))
+    min = property(lambda self: self.statistic("min"))
+    mean = property(lambda self: self.statistic("mean"))
+    std = property(lambda self: self.statistic("std"))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """The tensor in the precision of the accumulators: ``1 - p`` of a confident sample keeps its digits."""
+    return tensor.detach().to(accumulator(tensor))
+
+
+@dataclass
+class Evidence:
+    """What one batch offers to the scores. Asking for what is not there is an error that names it.
+
+    Args:
+        given_logits: ``(N, C)``.
+        given_features: The head's input ``(N, D)``.
+        given_labels: True labels ``(N,)``.
+        gradients: Statistics of gradients by target and objective.
+        probes: Results of the scores' own computations.
+    """
+
+    given_logits: Tensor
+    given_features: Tensor | None = None
+    given_labels: Tensor | None = None
+    gradients: dict[tuple[Target, Objective], Gradient] = field(default_factory=dict)
+    probes: dict[Probe, Tensor] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits ``(N, C)``, in float64 where the device has it."""
+        return _exact(self.given_logits)
+
+    @property
+    def features(self) -> Tensor:
+        """The head's input ``(N, D)``, in float64 where the device has it."""
+        if self.given_features is None:
+            raise ValueError("a score needs the head's input, which was not recorded")
+        return _exact(self.given_features)
+
+    @property
+    def labels(self) -> Tensor:
+        """True labels ``(N,)``."""
+        if self.given_labels is None:
+            raise ValueError("a score needs true labels: pass targets=, or give batches (inputs, labels)")
+        return self.given_labels
+
+    def gradient(self, objective: str | Loss | Objective, target: Target = "head", **arguments: Any) -> Gradient:
+        """The gradient of an objective with respect to a target."""
+        objective = Objective.of(objective, **arguments)
+        if target == "head":
+            return self._head_gradient(objective)
+        return self.gradients[target, objective]
+
+    def _head_gradient(self, objective: Objective) -> HeadGradient:
+        with gradients_enabled():
+            logits = self.logits.detach().clone().requires_grad_(True)
+            losses = objective.loss(self.labels if objective.needs_targets else None)(logits)
+            (output,) = torch.autograd.grad(losses.sum(), logits)
+        return HeadGradient(output, self.features)
+
+    def probe(self, function: Probe, shape: tuple[int, ...] = ()) -> Tensor:
+        """The result ``(N, *shape)`` of a computation of the score's own on the model, ``function(model, inputs)``."""
+        return self.probes[function]
+
+
+@dataclass
+class Needs:
+    """What scores look at.
+
+    Args:
+        features: Whether the head's input.
+        labels: Whether true labels.
+        gradients: For each target, the objectives and the moments of their gradients.
+        probes: Computations of the scores' own.
+    """
+
+    features: bool = False
+    labels: bool = False
+    gradients: dict[Target, dict[Objective, set[Moment]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
+    probes: list[Probe] = field(default_factory=list)
+
+    @property
+    def backward(self) -> bool:
+        """Whether a backward pass through the network."""
+        return bool(self.gradients or self.probes)
+
+
+class _RecordedGradient:
+    """Stands in for a gradient in the dry run and notes the moments asked of it."""
+
+    def __init__(self, moments: set[Moment], size: int) -> None:
+        self.moments, self.size = moments, size
+
+    def statistic(self, name: str) -> Tensor:
+        self.moments |= moments_for([name])
+        return torch.ones(self.size)
+
+    def norm(self, p: float = 2.0) -> Tensor:
+        return self.statistic(f"l{p:g}")
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in ("max", "min", "mean", "std"):
+            return self.statistic(name)
+        raise AttributeError(name)
+
+
+class _Recorder(Evidence):
+    """Evidence of two made-up samples that notes what is looked at."""
+
+    def __init__(self, needs: Needs, classes: int) -> None:
+        super().__init__(torch.linspace(-1, 1, 2 * classes).view(2, classes), torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
+        self.needs = needs
+
+    @property
+    def features(self) -> Tensor:
+        self.needs.features = True
+        return super().features
+
+    @property
+    def labels(self) -> Tensor:
+        self.needs.labels = True
+        return super().labels
+
+    def gradient(self, objective: str | Loss | Objective, target: Target = "head", **arguments: Any) -> Gradient:
+        objective = Objective.of(objective, **arguments)
+        if target == "head":
+            return super().gradient(objective, target)
+        self.needs.labels |= objective.needs_targets
+        return _RecordedGradient(self.needs.gradients[target][objective], 2)  # type: ignore[return-value]
+
+    def probe(self, function: Probe, shape: tuple[int, ...] = ()) -> Tensor:
+        if function not in self.needs.probes:
+            self.needs.probes.append(function)
+        return torch.ones(2, *shape)
+
+
+def needs_of(scores: Iterable[Callable[[Evidence], Tensor]], classes: int = 3) -> Needs:
+    """What the scores look at, found by a dry run of each on two made-up samples with ``classes`` classes.
+
+    A score declares nothing: what it asks of the evidence is what it needs.
+
+    Example:
+        >>> from lightning_gradmetrics.scores import make
+        >>> needs_of([make("gradnorm"), make("entropy")]).features
+        True
+    """
+    needs = Needs()
+    for score in scores:
+        score(_Recorder(needs, classes))
+    return needs

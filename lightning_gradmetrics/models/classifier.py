@@ -1,0 +1,72 @@
+"""A plain LightningModule around a classification network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+__all__ = ["Classifier", "load_weights"]
+
+
+class Classifier(LightningModule):
+    """A classifier: cross-entropy in training, logits in prediction.
+
+    Args:
+        network: From inputs ``(N, ...)`` to logits ``(N, C)``.
+        learning_rate: Of Adam.
+    """
+
+    def __init__(self, network: nn.Module, learning_rate: float = 1e-2) -> None:
+        super().__init__()
+        self.network = network
+        self.learning_rate = learning_rate
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits ``(N, C)``."""
+        return self.network(inputs)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The mean cross-entropy."""
+        inputs, labels = batch
+        return nn.functional.cross_entropy(self(inputs), labels)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The prediction alone: what is made of it is the callbacks' business."""
+        self(batch[0])
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Logits ``(N, C)``."""
+        return self(batch[0])  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), self.learning_rate)
+
+
+def load_weights(network: nn.Module, checkpoint: str | Path) -> None:
+    """Load a state dict, also one inside ``{"state_dict": ...}``; prefixes such as ``module.`` or ``model.`` are taken off.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its keys do not fit the network.
+    """
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {str(checkpoint)!r}: give the path of a state dict saved with torch.save")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    wanted = set(network.state_dict())
+    for prefix in ("", "module.", "model.", "network.", "net."):
+        taken = {key.removeprefix(prefix): value for key, value in state.items()}
+        if set(taken) == wanted:
+            network.load_state_dict(taken)
+            return
+    missing, extra = sorted(wanted - set(state)), sorted(set(state) - wanted)
+    raise ValueError(
+        f"the checkpoint {str(checkpoint)!r} does not fit {type(network).__name__}: it lacks {missing[:3]} ({len(missing)} keys) and holds "
+        f"{extra[:3]} ({len(extra)} keys) too many; choose the model that it was made from"
+    )

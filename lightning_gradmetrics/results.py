@@ -1,0 +1,110 @@
+"""The per-sample results: one row a sample, in a pyarrow table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+
+from lightning_gradmetrics.forward import Inputs, batch_size, tensors_in
+
+__all__ = ["Rows", "empty_results", "finite_rows", "merge_results", "sample_indices"]
+
+
+def finite_rows(inputs: Inputs, others: Iterable[Tensor]) -> Tensor:
+    """Which samples are free of NaN and Inf, in their inputs and in ``others``: ``(N,)``, bool."""
+    size = batch_size(inputs)
+    checked = [t for t in (*tensors_in(inputs), *others) if t.is_floating_point() and t.ndim and len(t) == size]
+    flags = [t.detach().isfinite().reshape(size, -1).all(1) for t in checked]
+    return torch.stack(flags).all(0) if flags else torch.ones(size, dtype=torch.bool)
+
+
+def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> list[int] | None:
+    """The data set's index of each row that this process will see, in order; ``None`` where it cannot be known beforehand.
+
+    A distributed sampler repeats rows so that all processes see equally many: a repeated row has the index ``-1``.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
+        return None
+    if isinstance(sampler, SequentialSampler):
+        return list(range(len(sampler)))
+    if isinstance(sampler, DistributedSampler):
+        size = len(loader.dataset)
+        return [index if rank + row * world_size < size else -1 for row, index in enumerate(sampler)]
+    return None
+
+
+@dataclass
+class Rows:
+    """The rows of one data set as they come in, kept on the device until they are asked for.
+
+    Args:
+        dataset: The data set's name.
+        scores: The names of the score columns.
+        indices: The data set's index of each row, or ``None``.
+        stride: Distance between the positions of two rows of this process, where ``indices`` is ``None``.
+        offset: Position of this process's first row, likewise.
+    """
+
+    dataset: str
+    scores: Sequence[str]
+    indices: list[int] | None = None
+    stride: int = 1
+    offset: int = 0
+    batches: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def add(self, inputs: Inputs, logits: Tensor, labels: Tensor | None, scores: dict[str, Tensor]) -> None:
+        """Add a batch."""
+        prediction = logits.argmax(1)
+        known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
+        finite = finite_rows(inputs, (logits, *scores.values())).to(prediction.device)
+        self.batches.append({"prediction": prediction, "label": known, "finite": finite, **{f"score/{k}": v.detach() for k, v in scores.items()}})
+
+    def __len__(self) -> int:
+        return sum(len(batch["prediction"]) for batch in self.batches)
+
+    def table(self) -> pa.Table:
+        """The rows so far. Rows that a distributed sampler repeated are left out."""
+        if not self.batches:
+            return empty_results(self.scores)
+        columns = {key: torch.cat([batch[key] for batch in self.batches]).cpu() for key in self.batches[0]}
+        rows = len(columns["prediction"])
+        index = torch.tensor(self.indices[:rows]) if self.indices is not None else self.offset + self.stride * torch.arange(rows)
+        keep = (index >= 0).numpy()
+        label = columns["label"].numpy()
+        arrays = [
+            pa.array([self.dataset] * rows, pa.string()),
+            pa.array(index.numpy(), pa.int64()),
+            pa.array(columns["prediction"].numpy(), pa.int64()),
+            pa.array(label, pa.int64(), mask=label < 0),
+            *(pa.array(columns[f"score/{name}"].double().numpy(), pa.float64()) for name in self.scores),
+            pa.array(columns["finite"].numpy(), pa.bool_()),
+        ]
+        return pa.table(arrays, schema=_schema(self.scores)).filter(pa.array(keep))
+
+
+def _schema(scores: Sequence[str]) -> pa.Schema:
+    head = [("dataset", pa.string()), ("index", pa.int64()), ("prediction", pa.int64()), ("label", pa.int64())]
+    return pa.schema([*head, *((name, pa.float64()) for name in scores), ("finite", pa.bool_())])
+
+
+def empty_results(scores: Sequence[str]) -> pa.Table:
+    """The results table with no rows."""
+    return _schema(scores).empty_table()
+
+
+def merge_results(tables: Sequence[pa.Table], datasets: Sequence[str]) -> pa.Table:
+    """The tables of several processes or data sets as one, in the order of the data sets and of their indices."""
+    merged = pa.concat_tables(tables)
+    if not merged.num_rows:
+        return merged
+    position = {name: i for i, name in enumerate(datasets)}
+    order = pa.array([position[name] for name in merged.column("dataset").to_pylist()])
+    ordered = merged.append_column("_order", order).sort_by([("_order", "ascending"), ("index", "ascending")])
+    return ordered.drop_columns(["_order"])

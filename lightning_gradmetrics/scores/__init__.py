@@ -1,0 +1,24 @@
+"""Scores: named recipes from evidence to an uncertainty, higher = more uncertain."""
+
+from lightning_gradmetrics.scores.gradients import exgrad, gradnorm, pseudo_label
+from lightning_gradmetrics.scores.logits import energy, entropy, gradtrust, margin, max_logit, max_softmax
+from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
+
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "Score",
+    "ScoreLike",
+    "energy",
+    "entropy",
+    "exgrad",
+    "gradnorm",
+    "gradtrust",
+    "make",
+    "margin",
+    "max_logit",
+    "max_softmax",
+    "pseudo_label",
+    "register",
+    "resolve",
+]

@@ -1,0 +1,62 @@
+"""Gradient scores: of the head in closed form, or of any parameters by the engine, from the same few lines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.evidence import Evidence, Target
+from lightning_gradmetrics.scores.registry import register
+
+__all__ = ["exgrad", "gradnorm", "pseudo_label"]
+
+
+@register("gradient", "Huang et al. 2021, arXiv:2110.00218")
+def gradnorm(evidence: Evidence, *, temperature: float = 1.0, p: float = 1.0, target: Target = "head") -> Tensor:
+    r"""Negative norm of the gradient of the cross-entropy to the uniform distribution.
+
+    On the head ``-|h|_1 |softmax(z / T) - 1/C|_1 / T``: the paper's quantity is its negative, and the official code's is ``C``
+    times that. ``target="all"`` takes the norm over all parameters.
+    """
+    return -evidence.gradient("uniform", target, temperature=temperature).norm(p)
+
+
+@register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")
+def pseudo_label(evidence: Evidence, *, statistic: str = "l1", target: Target = "head") -> Tensor:
+    r"""A statistic of the gradient of the cross-entropy to the predicted class.
+
+    ``statistic``: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``. Of ``min``, which falls
+    as the gradient grows, the score is the negative. On the head ``l1`` is ``|h|_1 |p - e_y|_1``.
+    """
+    value = evidence.gradient("pseudo_label", target).statistic(statistic)
+    return -value if statistic == "min" else value
+
+
+@register("gradient", "Igoe et al. 2022, arXiv:2205.10439")
+def exgrad(evidence: Evidence, *, p: float = 1.0, target: Target = "head") -> Tensor:
+    r"""Expected norm of the gradient under the predicted distribution, ``sum_c p_c |grad -log p_c|``.
+
+    On the head ``|h|_p sum_c p_c |p - e_c|_p``, which for ``p = 1`` is ``2 |h|_1 (1 - sum_c p_c^2)``. Over other targets it takes
+    one backward pass a class.
+    """
+    probabilities = torch.softmax(evidence.logits, 1)
+    if target == "head":
+        return torch.linalg.vector_norm(evidence.features, p, 1) * _expected_residual(probabilities, p)
+    norms = [evidence.gradient("class", target, index=c).norm(p) for c in range(probabilities.shape[1])]
+    return (probabilities.to(norms[0].dtype) * torch.stack(norms, 1)).sum(1)
+
+
+def _expected_residual(probabilities: Tensor, p: float) -> Tensor:
+    """``sum_c p_c |p - e_c|_p`` for probabilities ``(N, C)``, without a ``(N, C, C)`` tensor."""
+    others = 1 - probabilities
+    if p == float("inf"):
+        return (probabilities * torch.maximum(others, _largest_other(probabilities))).sum(1)
+    total = probabilities.pow(p).sum(1, keepdim=True)
+    residual = (total - probabilities.pow(p)).clamp(min=0) + others.pow(p)
+    return (probabilities * residual.pow(1 / p)).sum(1)
+
+
+def _largest_other(probabilities: Tensor) -> Tensor:
+    """For each class, the largest probability of another one, ``(N, C)``."""
+    first, second = probabilities.topk(2, 1).values.split(1, 1)
+    return torch.where(probabilities == first, second, first)

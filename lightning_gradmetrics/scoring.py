@@ -1,0 +1,192 @@
+"""From a batch to its scores: gather the evidence that the chosen scores need, once, and hand it to them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.evidence import Evidence, Gradient, Needs, Target, needs_of, parameter_filter
+from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, gradients_enabled, logits_of, map_tensors, preserved
+from lightning_gradmetrics.head import Capture, capturing, linear_layers
+from lightning_gradmetrics.objectives import Objective
+from lightning_gradmetrics.scores import Score, ScoreLike, resolve
+from lightning_gradmetrics.statistics import Moment, result_dtype
+
+__all__ = ["Scored", "Scorer", "score"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one batch.
+
+    Args:
+        logits: ``(N, C)``.
+        scores: Uncertainty by score name, ``(N,)`` each.
+    """
+
+    logits: Tensor
+    scores: dict[str, Tensor]
+
+
+@dataclass
+class Scorer:
+    """Computes a set of scores, sharing whatever they share.
+
+    Args:
+        scores: The scores.
+        head: The name of the classification head, or ``None`` to find it.
+        logits: From the model's output to its logits ``(N, C)``.
+        engine: The engine of the scores that need a backward pass.
+    """
+
+    scores: tuple[Score, ...]
+    head: str | None = None
+    logits: Callable[[Any], Tensor] = logits_of
+    engine: str = "auto"
+    _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
+
+    def needs(self, classes: int) -> Needs:
+        """What the scores look at, for that number of classes."""
+        if classes not in self._needs:
+            self._needs[classes] = needs_of(self.scores, classes)
+        return self._needs[classes]
+
+    def capture(self, model: nn.Module) -> Capture:
+        """A watcher of the model's next forward."""
+        return Capture(model, self.head, self.logits)
+
+    def __call__(self, capture: Capture, model: nn.Module, inputs: Inputs, labels: Tensor | None) -> Scored:
+        """The scores of a batch whose forward was captured.
+
+        Args:
+            capture: What was seen of the forward.
+            model: The model, for what needs a forward of its own.
+            inputs: Its inputs.
+            labels: True labels ``(N,)``, or ``None``.
+        """
+        size = batch_size(inputs)
+        features, logits = self._captured(capture, size)
+        needs = self.needs(logits.shape[1])
+        evidence = Evidence(logits, features, labels, _gradients(self, needs, model, inputs, labels), _probes(needs, model, inputs))
+        dtype = result_dtype(logits.dtype)
+        return Scored(logits, {score.name: score(evidence).to(dtype) for score in self.scores})
+
+    def _captured(self, capture: Capture, size: int) -> tuple[Tensor | None, Tensor]:
+        """The head's input, where a score needs it, and the logits."""
+        found = None if self.needs(3).features or self.head else capture.model_logits(size)
+        features = None
+        if found is None:
+            features, found = capture.features_and_logits(size)
+            self.head = capture.head
+        _check_logits(found)
+        return features, found
+
+
+def _gradients(
+    scorer: Scorer, needs: Needs, model: nn.Module, inputs: Inputs, labels: Tensor | None
+) -> dict[tuple[Target, Objective], Gradient]:
+    """Statistics for every target and objective: one forward, and one backward an objective."""
+    if not needs.gradients:
+        return {}
+    filters = {target: parameter_filter(target) for target in needs.gradients}
+    objectives = list(dict.fromkeys(o for by_objective in needs.gradients.values() for o in by_objective))
+    moments = {m for by_objective in needs.gradients.values() for wanted in by_objective.values() for m in wanted}
+    results = gradient_statistics(
+        model,
+        inputs,
+        objectives,
+        lambda name: any(accepts is None or accepts(name) for accepts in filters.values()),
+        per_parameter=True,
+        statistics=_statistic_names(moments),
+        targets=labels,
+        logits=scorer.logits,
+        engine=scorer.engine,
+    )
+    by_objective = dict(zip(objectives, results, strict=True))
+    return {(target, o): by_objective[o].select(filters[target]).merged() for target in needs.gradients for o in needs.gradients[target]}
+
+
+def _statistic_names(moments: Iterable[Moment]) -> list[str]:
+    return [{"sum": "mean"}.get(m, m) if isinstance(m, str) else f"l{m:g}" for m in moments]
+
+
+def _probes(needs: Needs, model: nn.Module, inputs: Inputs) -> dict[Any, Tensor]:
+    """The scores' own computations on the model."""
+    if not needs.probes:
+        return {}
+    with preserved(model), gradients_enabled():
+        plain = map_tensors(inputs, lambda t: t.clone() if t.is_inference() else t.detach())
+        return {probe: probe(model, plain) for probe in needs.probes}
+
+
+def _check_logits(logits: Tensor) -> None:
+    """Refuse probabilities, warn of log-probabilities: both change the scores that look at the size of the logits."""
+    if not logits.numel() or not logits.isfinite().all():
+        return
+    if logits.shape[1] < 2:
+        raise ValueError(f"the logits have shape {tuple(logits.shape)}; a classifier has at least two classes: expected (N, C) with C >= 2")
+    rows = logits.detach().float()
+    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is taken, "
+            "or pass logits=, a callable from the model's output to its logits"
+        )
+    if bool((rows.logsumexp(1).abs() < 1e-4).all()):
+        warnings.warn(
+            "the model seems to return log-probabilities; energy, max_logit and gradtrust need the raw logits: name the head, "
+            "as in head='fc'",
+            stacklevel=3,
+        )
+
+
+def score(
+    model: nn.Module,
+    inputs: Inputs,
+    scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike],
+    targets: Tensor | None = None,
+    *,
+    head: str | None = None,
+    logits: Callable[[Any], Tensor] = logits_of,
+    engine: str = "auto",
+) -> dict[str, Tensor]:
+    """Uncertainty scores of every sample, higher = more uncertain; plain torch, no Trainer.
+
+    Args:
+        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
+        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or :class:`Score` objects, or a mapping that names them.
+        targets: True labels ``(N,)``, for the scores that need them.
+        head: The name of the classification head, a linear layer; found by itself where its output is what the model returns.
+        logits: From the model's output to its logits ``(N, C)``.
+        engine: The engine of the scores that need a backward pass.
+
+    Returns:
+        Each score ``(N,)`` by name, on the model's device.
+
+    Raises:
+        ValueError: If a score is unknown, a batch norm is in train mode, or the head cannot be found.
+        TypeError: If the inputs are no floats and the model has no embedding.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> found = score(model, torch.randn(5, 2, 4), ["gradnorm", "entropy"])
+        >>> {name: tuple(values.shape) for name, values in found.items()}
+        {'gradnorm': (5,), 'entropy': (5,)}
+    """
+    scorer = Scorer(resolve(scores), head, logits, engine)
+    check_model(model)
+    check_inputs(model, inputs)
+    if not batch_size(inputs):
+        return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
+    if scorer.needs(3).features and not linear_layers(model):
+        scorer.capture(model).features_and_logits(batch_size(inputs))
+    with preserved(model), capturing(scorer.capture(model)) as capture, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        call(model, inputs)
+    return scorer(capture, model, inputs, targets).scores
