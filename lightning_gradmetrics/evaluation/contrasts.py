@@ -1,0 +1,198 @@
+"""What is judged against what: contrasts between rows of a results table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+__all__ = ["ID", "Contrast", "Rows", "contrasts_of", "rows_of"]
+
+ID = "id"
+"""The role of in-distribution data. Any other word names a group of out-of-distribution data."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one data set that enter metrics.
+
+    Args:
+        dataset: Its name.
+        role: ``"id"``, or the name of an out-of-distribution group.
+        scores: Each score, ``(n,)`` in float64.
+        wrong: ``(n,)`` bool, the prediction is not the label; ``None`` without labels.
+        labelled: ``(n,)`` bool, the row has a label.
+        total: The number of rows in the table, with those that are left out.
+    """
+
+    dataset: str
+    role: str
+    scores: Mapping[str, Tensor]
+    wrong: Tensor
+    labelled: Tensor
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts that a reader of the metrics needs beside them."""
+        labelled = int(self.labelled.sum())
+        known = self.role == ID and labelled
+        return {
+            "dataset": self.dataset,
+            "role": self.role,
+            "rows": self.total,
+            "left_out": self.total - len(self),
+            "labelled": labelled,
+            "accuracy": 1 - int((self.wrong & self.labelled).sum()) / labelled if known else None,
+        }
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One question put to every score: positives against negatives.
+
+    Args:
+        task: ``"misprediction"`` or ``"ood"``.
+        dataset: The data set that is judged.
+        group: Its role.
+        parts: The data sets that the rows come from, and which rows of each, ``(n_i,)`` bool.
+        target: ``(n,)`` bool over the rows of all parts in turn, 1 = positive.
+    """
+
+    task: str
+    dataset: str
+    group: str
+    parts: tuple[tuple[str, Tensor], ...]
+    target: Tensor
+
+    def values(self, rows: Mapping[str, Rows], score: str) -> Tensor:
+        """``(n,)``, a score on the rows of this contrast."""
+        return torch.cat([rows[name].scores[score][mask] for name, mask in self.parts])
+
+    def weights(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """``(B, n)``, how often each row of this contrast is in each resample."""
+        return torch.cat([weights[name][:, mask] for name, mask in self.parts], 1)
+
+
+def rows_of(results: pa.Table, scores: Sequence[str], roles: Mapping[str, str]) -> tuple[dict[str, Rows], list[str]]:
+    """Split a results table by data set, and leave out what cannot be ranked.
+
+    A row is left out for every score if it is flagged, or if any of the chosen scores is missing, NaN or infinite, so
+    that all scores are judged on the same rows.
+
+    Args:
+        results: The per-sample table.
+        scores: The columns that are judged.
+        roles: The role of each data set.
+
+    Returns:
+        The rows of each data set in the order of ``roles``, and notes on what was left out.
+
+    Raises:
+        ValueError: If a column is missing, a data set has no role, or a row appears twice.
+    """
+    _check_columns(results, scores)
+    names = np.asarray(results["dataset"].to_pylist(), dtype=object)
+    if unknown := sorted(set(names.tolist()) - set(roles)):
+        raise ValueError(f"no role for the data sets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
+    columns = {score: _float(results[score]) for score in scores}
+    keep = np.logical_and.reduce([_flags(results), *(np.isfinite(column) for column in columns.values())])
+    rows, notes = {}, []
+    for dataset, role in roles.items():
+        here = names == dataset
+        rows[dataset] = _rows(results, columns, dataset, role, here, here & keep)
+        notes += _row_notes(rows[dataset])
+    return rows, notes
+
+
+def _check_columns(results: pa.Table, scores: Sequence[str]) -> None:
+    needed = ("dataset", "index", "prediction", "label", *scores)
+    if missing := [name for name in needed if name not in results.column_names]:
+        raise ValueError(f"the results have no column {missing}; columns: {', '.join(results.column_names)}")
+    pairs = results.select(["dataset", "index"]).group_by(["dataset", "index"]).aggregate([])
+    if len(pairs) != len(results):
+        twice = len(results) - len(pairs)
+        raise ValueError(f"{twice} rows repeat a (dataset, index): keep one row a sample, or it counts twice")
+
+
+def _float(column: pa.ChunkedArray) -> Any:
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def _flags(results: pa.Table) -> Any:
+    if "finite" not in results.column_names:
+        return np.ones(len(results), dtype=bool)
+    return results["finite"].fill_null(False).to_numpy(zero_copy_only=False).astype(bool)
+
+
+def _rows(results: pa.Table, columns: Mapping[str, Any], dataset: str, role: str, here: Any, keep: Any) -> Rows:
+    label, prediction = _float(results["label"])[keep], _float(results["prediction"])[keep]
+    labelled = ~np.isnan(label) & ~np.isnan(prediction)
+    return Rows(
+        dataset=dataset,
+        role=role,
+        scores={name: torch.from_numpy(column[keep]) for name, column in columns.items()},
+        wrong=torch.from_numpy(labelled & (label != prediction)),
+        labelled=torch.from_numpy(labelled),
+        total=int(here.sum()),
+    )
+
+
+def _row_notes(rows: Rows) -> list[str]:
+    left_out, unlabelled = rows.total - len(rows), len(rows) - int(rows.labelled.sum())
+    name = f'"{rows.dataset}"'
+    if not rows.total:
+        return [f"data set {name} has no rows: it is left out"]
+    notes = [f"{left_out} of {rows.total} rows of {name} are not finite and were left out"] if left_out else []
+    if rows.role == ID and len(rows) and unlabelled == len(rows):
+        notes.append(f"data set {name} has no labels: misprediction is left out")
+    elif rows.role == ID and unlabelled:
+        notes.append(f"{unlabelled} of {len(rows)} rows of {name} have no label: misprediction leaves them out")
+    return notes
+
+
+def contrasts_of(rows: Mapping[str, Rows]) -> tuple[list[Contrast], list[str]]:
+    """The contrasts that the data allow, and notes on those that they do not.
+
+    Misprediction: the errors of an in-distribution data set against its right predictions. Out-of-distribution: the
+    rows of a data set against those of all in-distribution data sets.
+    """
+    inside = [part for part in rows.values() if part.role == ID and len(part)]
+    outside = [part for part in rows.values() if part.role != ID and len(part)]
+    contrasts = [_misprediction(part) for part in inside if bool(part.labelled.any())]
+    notes = [note for contrast in contrasts for note in _one_class_notes(contrast)]
+    if outside and not inside:
+        notes.append(
+            "no in-distribution rows: out-of-distribution detection is left out; give a data set the role 'id'"
+        )
+    elif not outside:
+        notes.append("no out-of-distribution rows: out-of-distribution detection is left out")
+    if inside:
+        contrasts += [_ood(part, inside) for part in outside]
+    return contrasts, notes
+
+
+def _misprediction(part: Rows) -> Contrast:
+    return Contrast("misprediction", part.dataset, ID, ((part.dataset, part.labelled),), part.wrong[part.labelled])
+
+
+def _ood(part: Rows, inside: Sequence[Rows]) -> Contrast:
+    parts = [*inside, part]
+    everything = tuple((each.dataset, torch.ones(len(each), dtype=torch.bool)) for each in parts)
+    target = torch.cat([torch.full((len(each),), each is part) for each in parts])
+    return Contrast("ood", part.dataset, part.role, everything, target)
+
+
+def _one_class_notes(contrast: Contrast) -> list[str]:
+    wrong, total = int(contrast.target.sum()), len(contrast.target)
+    if 0 < wrong < total:
+        return []
+    what = "right" if not wrong else "wrong"
+    return [f'every prediction on "{contrast.dataset}" is {what}: misprediction AUROC is undefined']

@@ -1,0 +1,57 @@
+"""The metrics of each task, as functions of counts: one value, or one a resample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_gradmetrics.meters.functional.counts import Counts, flip
+from lightning_gradmetrics.meters.functional.ranking import (
+    auroc_of_counts,
+    average_precision_of_counts,
+    fpr_at_tpr_of_counts,
+)
+from lightning_gradmetrics.meters.functional.selective import augrc_of_counts, aurc_of_counts, eaurc_of_counts
+
+__all__ = ["HIGHER_IS_BETTER", "TASKS", "metrics_of"]
+
+HIGHER_IS_BETTER = {
+    "auroc": True,
+    "average_precision": True,
+    "average_precision_in": True,
+    "fpr95": False,
+    "aurc": False,
+    "eaurc": False,
+    "augrc": False,
+}
+"""Every metric, and whether more of it is better. ``fpr95`` is the false-positive rate at ``rate``, by default 0.95."""
+
+TASKS = {
+    "misprediction": ("auroc", "aurc", "eaurc", "augrc", "fpr95", "average_precision"),
+    "ood": ("auroc", "fpr95", "average_precision", "average_precision_in"),
+}
+"""The metrics of each task."""
+
+
+def metrics_of(task: str, counts: Counts, rate: float) -> dict[str, Tensor]:
+    """Every metric of a task.
+
+    Args:
+        task: ``"misprediction"`` or ``"ood"``.
+        counts: Counts with any leading dimensions ``(...)``.
+        rate: The true-positive rate of ``fpr95``; the positives are the errors or the out-of-distribution samples.
+
+    Returns:
+        Each metric, ``(...)``; NaN where it is undefined.
+    """
+    functions: dict[str, Callable[[Counts], Tensor]] = {
+        "auroc": auroc_of_counts,
+        "average_precision": average_precision_of_counts,
+        "average_precision_in": lambda counts: average_precision_of_counts(flip(counts)),
+        "fpr95": lambda counts: fpr_at_tpr_of_counts(counts, rate),
+        "aurc": aurc_of_counts,
+        "eaurc": eaurc_of_counts,
+        "augrc": augrc_of_counts,
+    }
+    return {name: functions[name](counts) for name in TASKS[task]}

@@ -1,0 +1,262 @@
+"""How well scores rank positives above negatives: ROC, precision-recall, and numbers read off them.
+
+torchmetrics computes these right for scores in [0, 1], and applies a sigmoid to a whole batch as soon as one score
+lies outside, which merges well separated scores. So it is only ever given ranks, mapped to [0, 1]: the order and the
+ties are all these metrics use.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_precision_recall_curve,
+    binary_roc,
+)
+
+from lightning_gradmetrics.meters.functional.counts import (
+    Counts,
+    Positive,
+    announce_undefined,
+    check_rate,
+    check_scores,
+    check_target,
+    count,
+    flip,
+)
+
+__all__ = [
+    "auroc",
+    "auroc_of_counts",
+    "average_precision",
+    "average_precision_of_counts",
+    "check_positive",
+    "fpr_at_tpr",
+    "fpr_at_tpr_of_counts",
+    "precision_recall_curve",
+    "precision_recall_curve_of_counts",
+    "roc",
+    "roc_of_counts",
+]
+
+BOTH = "at least one sample of each class"
+
+
+def check_positive(positive: Positive) -> Positive:
+    """A word for the positive class.
+
+    Raises:
+        ValueError: If it is neither ``"out"`` nor ``"in"``.
+    """
+    if positive not in get_args(Positive):
+        raise ValueError(
+            f"positive must be 'out' (target 1: error, out-of-distribution) or 'in' (target 0), got {positive!r}"
+        )
+    return positive
+
+
+def _ranked(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
+    """Ranks in [0, 1] with ties, the target as 0 and 1 with 1 = positive, and the distinct scores."""
+    scores = check_scores(scores)
+    target = check_target(target, scores)
+    if check_positive(positive) == "in":
+        scores, target = -scores, ~target
+    distinct, ranks = torch.unique(scores, return_inverse=True)
+    return ranks.double() / max(len(distinct) - 1, 1), target.long(), distinct
+
+
+def _one_class(target: Tensor) -> bool:
+    return bool((target == target[:1]).all())
+
+
+def _nan(like: Tensor) -> Tensor:
+    return torch.full((), torch.nan, device=like.device)
+
+
+def auroc(scores: Tensor, target: Tensor) -> Tensor:
+    r"""Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
+
+    Returns:
+        A scalar in [0, 1]. NaN with a UserWarning if a class is missing.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> auroc(torch.tensor([20.0, 60.0, -3.0, 20.0]), torch.tensor([0, 1, 0, 1]))
+        tensor(0.8750)
+    """
+    ranks, target, _ = _ranked(scores, target)
+    value = _nan(ranks) if _one_class(target) else binary_auroc(ranks, target, validate_args=False)
+    return announce_undefined(value, "AUROC", BOTH)
+
+
+def auroc_of_counts(counts: Counts) -> Tensor:
+    """AUROC of counts, ``(...)`` in float64; NaN where a class is missing."""
+    negative, positive = counts.negative.double(), counts.positive.double()
+    below = negative.cumsum(-1) - negative / 2
+    return (positive * below).sum(-1) / (positive.sum(-1) * negative.sum(-1))
+
+
+def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out") -> Tensor:
+    r"""Average precision: ``sum_k (R_k - R_{k-1}) P_k`` over the distinct thresholds.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
+        positive: ``"out"``: target 1 is positive and high scores find it; ``"in"``: target 0 is positive and low
+            scores find it.
+
+    Returns:
+        A scalar in [0, 1]. NaN with a UserWarning if there is no positive.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> scores, target = torch.tensor([20.0, 60.0, -3.0]), torch.tensor([1, 0, 0])
+        >>> average_precision(scores, target), average_precision(scores, target, positive="in")
+        (tensor(0.5000), tensor(0.8333))
+    """
+    ranks, target, _ = _ranked(scores, target, positive)
+    value = binary_average_precision(ranks, target, validate_args=False) if bool(target.any()) else _nan(ranks)
+    return announce_undefined(value, "average precision", f"at least one positive sample (positive={positive!r})")
+
+
+def average_precision_of_counts(counts: Counts) -> Tensor:
+    """Average precision of counts with target 1 as positive, ``(...)`` in float64; NaN without a positive."""
+    positive = counts.positive.double()
+    hits, flagged = _from_above(positive), _from_above(counts.both.double())
+    precision = hits / flagged.clamp(min=1)
+    return (positive * precision).sum(-1) / positive.sum(-1)
+
+
+def _from_above(values: Tensor) -> Tensor:
+    """Sums over each entry and all above it, ``(..., G)``."""
+    return values.flip(-1).cumsum(-1).flip(-1)
+
+
+def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Positive = "out") -> Tensor:
+    """The lowest false-positive rate of a threshold whose true-positive rate is at least ``rate``.
+
+    Others differ in which class is positive: OpenOOD, pytorch-ood and torch-uncertainty take out-of-distribution, as
+    the default here does; the original GradNorm code takes in-distribution, ``positive="in"``. A threshold is a score
+    that occurs; there is no interpolation between them.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
+        rate: The true-positive rate, in (0, 1].
+        positive: ``"out"``: target 1 is positive, flagged from above; ``"in"``: target 0 is positive, accepted from
+            below.
+
+    Returns:
+        A scalar in [0, 1]. NaN with a UserWarning if a class is missing.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> scores, target = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 1, 0, 1])
+        >>> fpr_at_tpr(scores, target, rate=0.5), fpr_at_tpr(scores, target, rate=1.0)
+        (tensor(0.), tensor(0.5000))
+    """
+    counts = count(scores, target)
+    value = fpr_at_tpr_of_counts(flip(counts) if check_positive(positive) == "in" else counts, rate)
+    return announce_undefined(value, f"FPR at {rate:g} TPR", BOTH)
+
+
+def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95) -> Tensor:
+    """FPR at a TPR of counts with target 1 as positive, ``(...)`` in float64; NaN where a class is missing."""
+    hits, false = _from_above(counts.positive.double()), _from_above(counts.negative.double())
+    if not hits.shape[-1]:
+        return torch.full(hits.shape[:-1], torch.nan, dtype=hits.dtype, device=hits.device)
+    enough = hits >= check_rate(rate, "rate") * hits[..., :1] * (1 - 1e-12)
+    highest = enough.sum(-1, keepdim=True) - 1
+    value = false.gather(-1, highest).squeeze(-1) / false[..., 0]
+    return torch.where(hits[..., 0] > 0, value, torch.nan)
+
+
+def roc(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The ROC curve: a point for each distinct score, a sample being flagged where its score is at least the threshold.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
+
+    Returns:
+        False-positive rates, true-positive rates and thresholds, ``(G + 1,)`` each, from nothing flagged (threshold
+        ``inf``) to all.
+
+    Raises:
+        ValueError: If a class is missing, or a shape or a value is wrong.
+
+    Example:
+        >>> roc(torch.tensor([20.0, 60.0, -3.0]), torch.tensor([0, 1, 0]))
+        (tensor([0.0000, 0.0000, 0.5000, 1.0000]), tensor([0., 1., 1., 1.]), tensor([inf, 60., 20., -3.]))
+    """
+    ranks, target, distinct = _ranked(scores, target)
+    if _one_class(target):
+        raise ValueError(f"the ROC curve needs {BOTH}")
+    fpr, tpr, _ = binary_roc(ranks, target, validate_args=False)
+    return fpr, tpr, _above_all(distinct)
+
+
+def _above_all(distinct: Tensor) -> Tensor:
+    return torch.cat([distinct.new_full((1,), torch.inf), distinct.flip(0)])
+
+
+def roc_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
+    """The ROC curve of counts, in float32; the same points as :func:`roc`."""
+    rates = [
+        torch.nn.functional.pad(side.flip(-1).double().cumsum(-1), (1, 0))
+        for side in (counts.negative, counts.positive)
+    ]
+    if any(not bool(rate[-1] > 0) for rate in rates):
+        raise ValueError(f"the ROC curve needs {BOTH}")
+    fpr, tpr = ((rate / rate[-1]).float() for rate in rates)
+    return fpr, tpr, _above_all(counts.scores)
+
+
+def precision_recall_curve(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
+    """The precision-recall curve: a point for each distinct score, and the end point (1, 0) that has no threshold.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
+        positive: ``"out"``: flagged where the score is at least the threshold; ``"in"``: accepted where it is at most
+            the threshold.
+
+    Returns:
+        Precision and recall, ``(G + 1,)`` each, and thresholds in the scores' own unit, ``(G,)``, from all flagged to
+        few.
+
+    Raises:
+        ValueError: If there is no positive, or a shape or a value is wrong.
+
+    Example:
+        >>> precision_recall_curve(torch.tensor([20.0, 60.0, -3.0]), torch.tensor([0, 1, 0]))
+        (tensor([0.3333, 0.5000, 1.0000, 1.0000]), tensor([1., 1., 1., 0.]), tensor([-3., 20., 60.]))
+    """
+    ranks, target, distinct = _ranked(scores, target, positive)
+    if not bool(target.any()):
+        raise ValueError(f"the precision-recall curve needs at least one positive sample (positive={positive!r})")
+    precision, recall, _ = binary_precision_recall_curve(ranks, target, validate_args=False)
+    return precision, recall, -distinct if positive == "in" else distinct
+
+
+def precision_recall_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
+    """The precision-recall curve of counts with target 1 as positive, in float32."""
+    hits, flagged = _from_above(counts.positive.double()), _from_above(counts.both.double())
+    if not bool(hits[:1].sum() > 0):
+        raise ValueError("the precision-recall curve needs at least one positive sample")
+    precision = torch.nn.functional.pad(hits / flagged, (0, 1), value=1.0).float()
+    return precision, torch.nn.functional.pad(hits / hits[0], (0, 1)).float(), counts.scores

@@ -1,0 +1,180 @@
+"""Selective prediction: what the error rate is when the most uncertain samples are rejected.
+
+Samples are accepted in ascending order of their score; target 1 is an error. Tied samples have no order among
+themselves, so within a tie group every metric takes the mean over all orders: the result does not depend on how the
+samples were stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, count
+
+__all__ = [
+    "augrc",
+    "augrc_of_counts",
+    "aurc",
+    "aurc_of_counts",
+    "eaurc",
+    "eaurc_of_counts",
+    "oracle_counts",
+    "risk_coverage_curve",
+    "risk_coverage_curve_of_counts",
+]
+
+SOME = "at least one sample"
+TABLE_LIMIT = 2**22
+
+
+def _harmonic(number: Tensor) -> Tensor:
+    """The harmonic numbers ``H_n = sum_{k<=n} 1/k``, up to a constant that cancels in a difference."""
+    largest = int(number.max()) if number.numel() else 0
+    if largest > TABLE_LIMIT:
+        return torch.digamma(number.double() + 1)
+    table = torch.arange(largest + 1, device=number.device, dtype=torch.float64)
+    table[1:] = table[1:].reciprocal()
+    return table.cumsum(0)[number.long()]
+
+
+def aurc(scores: Tensor, target: Tensor) -> Tensor:
+    r"""Area under the risk-coverage curve: the mean over ``k`` of the error rate among the ``k`` most certain samples.
+
+    ``AURC = 1/N sum_k E_k / k``, where ``E_k`` counts the errors among the ``k`` lowest scores, in the mean over all
+    orders of ties.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+
+    Returns:
+        A scalar in [0, 1], lower is better. 0 without errors; NaN with a UserWarning if there is no sample.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> aurc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0])), aurc(torch.zeros(2), torch.tensor([0, 1]))
+        (tensor(0.2778), tensor(0.5000))
+
+    Reference:
+        Geifman, Uziel, El-Yaniv: Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, ICLR 2019.
+    """
+    return announce_undefined(aurc_of_counts(count(scores, target)), "AURC", SOME)
+
+
+def aurc_of_counts(counts: Counts) -> Tensor:
+    r"""AURC of counts, ``(...)`` in float64; NaN without samples.
+
+    Within a group of ``m`` ties, ``d`` of them errors, after ``c`` samples with ``e`` errors, the expected number of
+    errors grows by ``d/m`` a sample, so the group adds ``sum_{j<=m} (e + j d/m) / (c + j) = d + (e - c d/m) (H_{c+m}
+    - H_c)``.
+    """
+    errors, size = counts.positive.double(), counts.both
+    end = size.cumsum(-1)
+    before, errors_before = (end - size).double(), errors.cumsum(-1) - errors
+    slope = errors / size.clamp(min=1)
+    steps = torch.where(size == 1, 1 / (before + 1), _harmonic(end) - _harmonic(end - size))
+    return (errors + (errors_before - before * slope) * steps).sum(-1) / size.sum(-1)
+
+
+def oracle_counts(counts: Counts) -> Counts:
+    """The counts of a perfect score: all right predictions below all errors."""
+    negative, positive = counts.negative.sum(-1), counts.positive.sum(-1)
+    none = torch.zeros_like(negative)
+    order = torch.arange(2, dtype=counts.scores.dtype, device=counts.scores.device)
+    return Counts(order, torch.stack([negative, none], -1), torch.stack([none, positive], -1))
+
+
+def eaurc(scores: Tensor, target: Tensor) -> Tensor:
+    """Excess AURC: AURC less that of a perfect score with as many errors.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+
+    Returns:
+        A scalar in [0, 1], lower is better, 0 for a perfect ranking. NaN with a UserWarning if there is no sample.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> eaurc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))
+        tensor(0.)
+
+    Reference:
+        Geifman, Uziel, El-Yaniv: Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, ICLR 2019.
+    """
+    return announce_undefined(eaurc_of_counts(count(scores, target)), "E-AURC", SOME)
+
+
+def eaurc_of_counts(counts: Counts) -> Tensor:
+    """Excess AURC of counts, ``(...)`` in float64; NaN without samples."""
+    return (aurc_of_counts(counts) - aurc_of_counts(oracle_counts(counts))).clamp(min=0)
+
+
+def augrc(scores: Tensor, target: Tensor) -> Tensor:
+    r"""Area under the generalised risk-coverage curve: the mean rate of undetected errors over all coverages.
+
+    The generalised risk at a coverage is the share of *all* samples that are accepted and wrong. With error rate ``r``,
+    ``AUGRC = r (1 - r) (1 - AUROC) + r^2 / 2``.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+
+    Returns:
+        A scalar in [0, 1/2], lower is better. NaN with a UserWarning if there is no sample.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> augrc(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+        tensor(0.1250)
+
+    Reference:
+        Traub et al.: Overcoming Common Flaws in the Evaluation of Selective Classification Systems, NeurIPS 2024.
+    """
+    return announce_undefined(augrc_of_counts(count(scores, target)), "AUGRC", SOME)
+
+
+def augrc_of_counts(counts: Counts) -> Tensor:
+    """AUGRC of counts by the trapezoidal rule, ``(...)`` in float64; NaN without samples."""
+    errors, size = counts.positive.double(), counts.both.double()
+    undetected = errors.cumsum(-1) - errors / 2
+    return (size * undetected).sum(-1) / size.sum(-1).square()
+
+
+def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The risk-coverage curve: a point for each distinct score.
+
+    A sample is accepted where its score is at most the threshold.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+
+    Returns:
+        Coverage (the share accepted), risk (the error rate among the accepted) and thresholds, ``(G,)`` each, in
+        ascending order.
+
+    Raises:
+        ValueError: If there is no sample, or a shape or a value is wrong.
+
+    Example:
+        >>> risk_coverage_curve(torch.tensor([-1.0, 5.0, 5.0, 7.0]), torch.tensor([0, 1, 0, 1]))
+        (tensor([0.2500, 0.7500, 1.0000]), tensor([0.0000, 0.3333, 0.5000]), tensor([-1.,  5.,  7.]))
+    """
+    return risk_coverage_curve_of_counts(count(scores, target))
+
+
+def risk_coverage_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
+    """The risk-coverage curve of counts, in float32."""
+    accepted = counts.both.double().cumsum(-1)
+    if not accepted.numel():
+        raise ValueError(f"the risk-coverage curve needs {SOME}")
+    risk = counts.positive.double().cumsum(-1) / accepted
+    return (accepted / accepted[-1]).float(), risk.float(), counts.scores
