@@ -8,6 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.engine.auto import auto_moments
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
 from lightning_gradmetrics.engine.task import Task
@@ -27,6 +28,7 @@ from lightning_gradmetrics.statistics import STATISTICS, GradientStatistics, Mom
 __all__ = ["ENGINES", "GradientStatistics", "gradient_statistics", "select_parameters"]
 
 ENGINES: dict[str, Callable[[Task], list[Moments]]] = {
+    "auto": auto_moments,
     "vmap": functional_moments,
     "reference": reference_moments,
 }
@@ -87,7 +89,8 @@ def gradient_statistics(
     statistics: Iterable[str] = STATISTICS,
     targets: Tensor | None = None,
     logits: Callable[[Any], Tensor] = logits_of,
-    engine: str = "vmap",
+    engine: str = "auto",
+    memory: int | None = None,
 ) -> GradientStatistics | list[GradientStatistics]:
     r"""Statistics of the gradient of a per-sample loss, for every sample: ``stat(d L_n / d theta)``.
 
@@ -101,7 +104,8 @@ def gradient_statistics(
         statistics: Names of the statistics to compute; the fewer, the faster.
         targets: True labels ``(N,)``, for the objective ``"label"``.
         logits: From the model's output to its logits ``(N, C)``.
-        engine: ``"vmap"`` or ``"reference"`` (one sample at a time, slow).
+        engine: ``"auto"``, the fast one; ``"vmap"`` (``torch.func``); or ``"reference"`` (one sample at a time, slow).
+        memory: Bytes to use at most beyond the model and the inputs, by splitting the batch; ``None`` runs it in one piece.
 
     Returns:
         A :class:`GradientStatistics`, or a list of them, one an objective.
@@ -137,6 +141,7 @@ def gradient_statistics(
             parameters=chosen,
             wanted=moments_for(statistics),
             logits=logits,
+            memory=memory,
         )
         moments = ENGINES[engine](task)
     results = [_result(chosen, m, per_parameter) for m in moments]

@@ -31,6 +31,10 @@ def _sample_gradients(task: Task) -> list[list[Tensor]]:
     gradients = []
     for loss in task.losses:
         total = loss(task.targets)(logits).sum()
-        found = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True) if total.requires_grad else [None] * len(parameters)
+        found = (
+            torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
+            if total.requires_grad
+            else [None] * len(parameters)
+        )
         gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
     return gradients

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning_gradmetrics.forward import Inputs, call, map_tensors
 from lightning_gradmetrics.objectives import Loss
 from lightning_gradmetrics.statistics import Moment, Moments, accumulator
 
-__all__ = ["Task", "empty_moments"]
+__all__ = ["Task", "empty_moments", "joined"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Task:
         parameters: The chosen parameters by name, in the order of the result's columns.
         wanted: The moments to compute.
         logits: From the model's output to its logits ``(N, C)``.
+        memory: Bytes that may be used beyond the model and the inputs; ``None`` sets no bound.
     """
 
     model: nn.Module
@@ -39,24 +40,47 @@ class Task:
     parameters: Mapping[str, nn.Parameter]
     wanted: frozenset[Moment]
     logits: Callable[[Any], Tensor]
+    memory: int | None = None
 
     def rows(self, start: int, stop: int) -> Task:
         """The same task for the samples ``start`` to ``stop``."""
+        return self._take(slice(start, stop), len(range(self.size)[start:stop]))
 
+    def picked(self, samples: Sequence[int]) -> Task:
+        """The same task for the samples with these numbers, repeats allowed."""
+        return self._take(list(samples), len(samples))
+
+    def _take(self, index: slice | list[int], size: int) -> Task:
         def take(tensor: Tensor) -> Tensor:
-            return tensor[start:stop] if tensor.ndim and len(tensor) == self.size else tensor
+            return tensor[index] if tensor.ndim and len(tensor) == self.size else tensor
 
-        targets = None if self.targets is None else self.targets[start:stop]
-        size = len(range(self.size)[start:stop])
-        return Task(self.model, map_tensors(self.inputs, take), size, self.losses, targets, self.parameters, self.wanted, self.logits)
+        targets = None if self.targets is None else self.targets[index]
+        return replace(self, inputs=map_tensors(self.inputs, take), size=size, targets=targets)
+
+    def restricted(self, names: Collection[str]) -> Task:
+        """The same task for some of its parameters."""
+        return replace(self, parameters={name: p for name, p in self.parameters.items() if name in names})
 
     def forward(self) -> Tensor:
         """The model's logits ``(N, C)``."""
         return self.logits(call(self.model, self.inputs))
 
+    def loss(self, index: int, logits: Tensor) -> Tensor:
+        """The losses ``(N,)`` of one objective."""
+        return self.losses[index](self.targets)(logits)
 
-def empty_moments(task: Task) -> list[Moments]:
-    """The moments of no samples, ``(0, P)`` for each objective."""
+
+def empty_moments(task: Task, size: int = 0) -> list[Moments]:
+    """Moments of all-zero gradients, ``(size, P)`` for each objective."""
     parameter = next(iter(task.parameters.values()))
-    shape = (0, len(task.parameters))
-    return [{key: torch.empty(shape, dtype=accumulator(parameter), device=parameter.device) for key in task.wanted} for _ in task.losses]
+    shape = (size, len(task.parameters))
+    kind = {"dtype": accumulator(parameter), "device": parameter.device}
+    return [{key: torch.zeros(shape, **kind) for key in task.wanted} for _ in task.losses]  # type: ignore[call-overload]
+
+
+def joined(parts: Sequence[list[Moments]]) -> list[Moments]:
+    """The moments of all samples, from those of consecutive groups of them."""
+    return [
+        {key: torch.cat([part[index][key] for part in parts]) for key in parts[0][index]}
+        for index in range(len(parts[0]))
+    ]

@@ -1,0 +1,238 @@
+"""The fast engine: one forward and one backward pass for the batch, planned and verified on a few of its samples."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.engine.functional import functional_moments
+from lightning_gradmetrics.engine.plan import Plan, PlanError, make_plan
+from lightning_gradmetrics.engine.record import Recorder
+from lightning_gradmetrics.engine.reference import reference_moments
+from lightning_gradmetrics.engine.task import Task, empty_moments
+from lightning_gradmetrics.engine.tracer import Tracer
+from lightning_gradmetrics.engine.uses import Use
+from lightning_gradmetrics.forward import map_tensors
+from lightning_gradmetrics.statistics import Moments, gradient_moments
+
+__all__ = ["auto_moments"]
+
+
+@dataclass(frozen=True)
+class _Strategy:
+    """How a model is handled: a plan for most of its parameters, and another engine for each of the rest."""
+
+    plan: Plan
+    fast: tuple[str, ...]
+    slow: Mapping[str, str] = field(default_factory=dict)
+
+
+_STRATEGIES: WeakKeyDictionary[nn.Module, dict[Any, _Strategy]] = WeakKeyDictionary()
+
+
+def auto_moments(task: Task) -> list[Moments]:
+    """The moments ``(N, P)`` of each objective's gradient, each parameter by the fastest engine that is right for it."""
+    if task.size == 0:
+        return empty_moments(task)
+    known = _STRATEGIES.setdefault(task.model, {})
+    key = _signature(task)
+    if key not in known:
+        known[key] = _strategy(task)
+    try:
+        return _run(task, known[key])
+    except PlanError:
+        known[key] = _strategy(task)
+    try:
+        return _run(task, known[key])
+    except PlanError as error:
+        known[key] = _Strategy(Plan(()), (), dict.fromkeys(task.parameters, str(error)))
+        _warn(task, known[key].slow)
+        return _run(task, known[key])
+
+
+def _run(task: Task, strategy: _Strategy) -> list[Moments]:
+    results = empty_moments(task, task.size)
+    columns = {name: index for index, name in enumerate(task.parameters)}
+    if strategy.fast:
+        part = fast_moments(task.restricted(strategy.fast), strategy.plan)
+        _fill(results, part, [columns[name] for name in task.parameters if name in strategy.fast])
+    if strategy.slow:
+        part = _slow_moments(task.restricted(strategy.slow))
+        _fill(results, part, [columns[name] for name in task.parameters if name in strategy.slow])
+    return results
+
+
+def _fill(results: list[Moments], parts: list[Moments], columns: list[int]) -> None:
+    for result, part in zip(results, parts, strict=True):
+        for key, value in part.items():
+            result[key][:, columns] = value
+
+
+def _slow_moments(task: Task) -> list[Moments]:
+    try:
+        return functional_moments(task)
+    except Exception:  # noqa: BLE001 - torch.func raises many kinds of errors; the loop raises the model's own
+        return reference_moments(task)
+
+
+def fast_moments(task: Task, plan: Plan, scales: defaultdict[str, float] | None = None) -> list[Moments]:
+    """The moments of parameters that the plan covers; ``scales`` collects the size of the terms of their gradients."""
+    results = empty_moments(task, task.size)
+    columns = {name: index for index, name in enumerate(task.parameters)}
+    current = 0
+
+    def sink(name: str, use: Use) -> None:
+        for key, value in use.moments(task.wanted).items():
+            results[current][key][:, columns[name]] = value
+
+    for current, _ in enumerate(_backwards(task, plan, sink, scales)):  # noqa: B007 - the sink reads it
+        pass
+    return results
+
+
+def _backwards(task: Task, plan: Plan, sink: Callable[[str, Use], None], scales: Any = None) -> Any:
+    """Run one forward, then yield before each objective's backward."""
+    for parameter in task.model.parameters():
+        parameter.requires_grad_(False)
+    tracer = Tracer(plan, task.parameters, task.size, sink)
+    tracer.scales = scales
+    with tracer:
+        logits = task.forward()
+    losses = [task.loss(index, logits).sum() for index in range(len(task.losses))]
+    for index, loss in enumerate(losses):
+        yield index
+        tracer.backward(loss, last=index == len(losses) - 1)
+
+
+# -- choosing a strategy -----------------------------------------------------------------------------------------------------
+
+
+def _signature(task: Task) -> Any:
+    """What a plan depends on."""
+    shapes: list[Any] = []
+    map_tensors(task.inputs, lambda t: shapes.append((t.shape[1:], t.dtype, t.device)))
+    kinds = [type(task.inputs), *(sorted(task.inputs) if isinstance(task.inputs, Mapping) else ())]
+    device = next(iter(task.parameters.values())).device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    names = tuple((name, p.shape, p.dtype) for name, p in task.parameters.items())
+    modes = tuple(module.training for module in task.model.modules())
+    return (tuple(kinds), tuple(shapes), names, modes, autocast, task.wanted)
+
+
+def _strategy(task: Task) -> _Strategy:
+    """Plan on two and three samples of the batch, verify, and leave to other engines what cannot be covered."""
+    try:
+        strategy = _verified(task)
+    except Exception as error:  # noqa: BLE001 - whatever happens in a probe, the slow engines still are right
+        strategy = _Strategy(Plan(()), (), dict.fromkeys(task.parameters, f"{type(error).__name__}: {error}"))
+    _warn(task, strategy.slow)
+    return strategy
+
+
+def _warn(task: Task, slow: Mapping[str, str]) -> None:
+    if slow:
+        reasons = {reason: [n for n in slow if slow[n] == reason] for reason in dict.fromkeys(slow.values())}
+        text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        warnings.warn(
+            f"no fast rule for these parameters of {type(task.model).__name__}, which take a slower exact way: {text}",
+            stacklevel=2,
+        )
+
+
+def _verified(task: Task) -> _Strategy:
+    samples = _finite_samples(task)
+    two, three = task.picked(samples[:2]), task.picked(samples)
+    state = torch.random.get_rng_state()
+    small, _ = _record(two)
+    torch.random.set_rng_state(state)
+    large, losses = _record(three)
+    plan = make_plan(small, large, losses[0][0])
+    expected = _reference_gradients(three, losses)
+    del losses
+    covered = [name for name in task.parameters if name not in plan.uncovered]
+    slow = dict(plan.uncovered)
+    if covered:
+        torch.random.set_rng_state(state)
+        slow |= _disagreements(three.restricted(covered), plan, expected)
+    return _Strategy(plan, tuple(name for name in covered if name not in slow), slow)
+
+
+def _record(task: Task) -> tuple[Recorder, list[Tensor]]:
+    """A recorded forward with its graph, and the losses of each objective."""
+    for parameter in task.model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in task.parameters.values():
+        parameter.requires_grad_(True)
+    recorder = Recorder(task.parameters)
+    with recorder:
+        logits = task.forward()
+    return recorder, [task.loss(index, logits) for index in range(len(task.losses))]
+
+
+def _reference_gradients(task: Task, losses: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """For each objective, the per-sample gradients ``(N, *shape)`` of the recorded graph, one sample at a time."""
+    parameters = list(task.parameters.values())
+    found = []
+    for loss in losses:
+        rows = [_gradients(one, parameters) for one in loss]
+        found.append({name: torch.stack([row[i] for row in rows]) for i, name in enumerate(task.parameters)})
+    return found
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def _disagreements(task: Task, plan: Plan, expected: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """The parameters whose moments by the plan are not those of the gradients that autograd gives."""
+    scales: defaultdict[str, float] = defaultdict(float)
+    results = fast_moments(task, plan, scales)
+    wrong: dict[str, str] = {}
+    for result, gradients in zip(results, expected, strict=True):
+        for column, name in enumerate(task.parameters):
+            moments = {key: value[:, column] for key, value in result.items()}
+            if not _agree(moments, gradients[name], scales[name]):
+                wrong[name] = "its fast rule disagrees with autograd on a probe"
+    return wrong
+
+
+def _agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
+    """Whether moments are those of a gradient ``(N, ...)`` up to rounding."""
+    half = {torch.float64: 1e-8, torch.float32: 1e-3}.get(gradient.dtype, 0.1)
+    flat = gradient.flatten(1).double()
+    expected = gradient_moments(flat, moments)
+    level = flat.norm(dim=1) + scale
+    entries = max(flat.shape[1], 1)
+    for key, value in moments.items():
+        # The moment of a gradient whose norm is ``level``: an error in it is at most about ``half`` times this.
+        largest = {"max": level, "min": level, "sum": level * entries**0.5}.get(key)  # type: ignore[call-overload]
+        if largest is None:
+            p = float(key)
+            largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * half ** max(0.0, p - 1)
+        error = (value - expected[key]).abs()
+        if not bool((error <= half * largest)[expected[key].isfinite()].all()):
+            return False
+    return True
+
+
+def _finite_samples(task: Task) -> list[int]:
+    """Three samples, without a NaN or Inf in their inputs if there are such; a sample is repeated if there are fewer."""
+    finite = torch.ones(task.size, dtype=torch.bool)
+
+    def check(tensor: Tensor) -> None:
+        if tensor.is_floating_point() and tensor.ndim and len(tensor) == task.size:
+            finite.logical_and_(tensor.isfinite().flatten(1).all(1).cpu())
+
+    map_tensors(task.inputs, check)
+    good = finite.nonzero().flatten()[:3].tolist() or list(range(min(3, task.size)))
+    return (good * 3)[:3]

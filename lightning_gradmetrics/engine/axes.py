@@ -1,0 +1,63 @@
+"""Where the sample is in a tensor, found by comparing the shapes of a run with two samples and of one with three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Axis", "axis_between"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The axis that holds the samples, ``times`` positions each (windows, frames, tokens).
+
+    Args:
+        dim: The axis.
+        times: Positions of one sample on it.
+        minor: Whether the sample is the fast index, position ``t N + n``, instead of ``n times + t``.
+    """
+
+    dim: int
+    times: int = 1
+    minor: bool = False
+
+    def size(self, tensor: Tensor) -> int | None:
+        """The number of samples in ``tensor``, or ``None`` if it does not fit."""
+        if tensor.ndim <= self.dim or tensor.shape[self.dim] % self.times:
+            return None
+        return tensor.shape[self.dim] // self.times
+
+    def unflatten(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The axis cut into samples and positions, and the axis of the samples in the result."""
+        sizes = (self.times, -1) if self.minor else (-1, self.times)
+        if tensor.shape[self.dim] == 0:
+            sizes = (self.times, 0) if self.minor else (0, self.times)
+        return tensor.unflatten(self.dim, sizes), self.dim + self.minor
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """``(N, times, *others)``: the samples first, then their positions, then the other axes in order."""
+        if self.times == 1:
+            return tensor.movedim(self.dim, 0).unsqueeze(1)
+        cut, sample = self.unflatten(tensor)
+        return cut.movedim((sample, self.dim + (not self.minor)), (0, 1))
+
+
+def axis_between(two: Sequence[int], three: Sequence[int]) -> Axis | None:
+    """The sample axis of a tensor with shape ``two`` for two samples and ``three`` for three; ``None`` if it has none.
+
+    Raises:
+        ValueError: If the shapes differ in another way than one axis growing with the samples.
+
+    Example:
+        >>> axis_between((8, 2, 5), (8, 3, 5)), axis_between((98, 7), (147, 7)), axis_between((3,), (3,))
+        (Axis(dim=1, times=1, minor=False), Axis(dim=0, times=49, minor=False), None)
+    """
+    if tuple(two) == tuple(three):
+        return None
+    grown = [i for i, (a, b) in enumerate(zip(two, three, strict=False)) if a != b]
+    if len(two) != len(three) or len(grown) != 1 or two[grown[0]] * 3 != three[grown[0]] * 2:
+        raise ValueError(f"a shape changes from {tuple(two)} to {tuple(three)} between two and three samples")
+    return Axis(grown[0], two[grown[0]] // 2)

@@ -1,0 +1,94 @@
+"""What a rule is: from one call of a layer and the gradient of its output to the uses of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_gradmetrics.engine.axes import Axis
+from lightning_gradmetrics.engine.uses import Use
+
+__all__ = ["RULES", "Call", "Rule", "bind", "rule"]
+
+
+@dataclass
+class Call:
+    """One call of a function that has a rule.
+
+    Args:
+        values: Its arguments by name; those left out are missing.
+        axis: The sample axis of its input.
+        out: The sample axis of its output.
+        slots: The names of the arguments whose gradients are wanted.
+    """
+
+    values: dict[str, Any]
+    axis: Axis
+    out: Axis
+    slots: frozenset[str]
+
+    @property
+    def x(self) -> Tensor:
+        """The input, ``(N, times, *others)``."""
+        return self.axis.split(self.values["input"])
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument, or ``default`` if it was left out or is ``None``."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor argument."""
+        return tuple(self.values[name].shape)
+
+
+Function = Callable[[Call, Tensor], Iterator[tuple[str, Use]]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule for one torch function.
+
+    Args:
+        uses: From the call and the gradient of its output, samples first as ``(N, times, *others)``, to the uses of ``call.slots``.
+        arguments: The function's arguments in order.
+        weights: Those that may be parameters.
+        accepts: Whether the rule covers a call.
+    """
+
+    uses: Function
+    arguments: tuple[str, ...]
+    weights: frozenset[str]
+    accepts: Callable[[Call], bool]
+
+
+RULES: dict[Any, Rule] = {}
+"""Rules by torch function."""
+
+
+def first_axis(call: Call) -> bool:
+    """Whether the samples are on the first axis."""
+    return call.axis.dim == 0 == call.out.dim
+
+
+def rule(
+    *functions: Any, arguments: str, weights: str, accepts: Callable[[Call], bool] = first_axis
+) -> Callable[[Function], Function]:
+    """Register a rule for torch functions; ``arguments`` and ``weights`` are names with spaces between."""
+
+    def register(uses: Function) -> Function:
+        for function in functions:
+            RULES[function] = Rule(uses, tuple(arguments.split()), frozenset(weights.split()), accepts)
+        return uses
+
+    return register
+
+
+def bind(found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """A call's arguments by the names of its rule; ``None`` if they do not fit."""
+    if len(args) > len(found.arguments) or not set(kwargs) <= set(found.arguments):
+        return None
+    return {**dict(zip(found.arguments, args, strict=False)), **kwargs}

@@ -1,0 +1,70 @@
+"""Linear layers, and products with a matrix of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine.rules.base import Call, rule
+from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
+
+__all__ = ["linear", "product"]
+
+
+def _sequence(tensor: Tensor) -> Tensor:
+    """``(N, times, *others, D)`` as ``(N, T, D)``."""
+    return tensor.reshape(tensor.shape[0], tensor.shape[1:-1].numel(), tensor.shape[-1])
+
+
+def _inner_axis(call: Call) -> bool:
+    """Whether the samples are on the same axis of input and output, and not on the one that is multiplied."""
+    ndim = call.values["input"].ndim
+    return call.axis == call.out and call.axis.dim < ndim - 1
+
+
+@rule(F.linear, arguments="input weight bias", weights="weight bias", accepts=_inner_axis)
+def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """``y = a W^T + b``: the weight's gradient is ``sum_t g_t a_t^T``, the bias' ``sum_t g_t``."""
+    g = _sequence(g)
+    if "bias" in call.slots:
+        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else g.sum(1))
+    if "weight" in call.slots:
+        yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g)
+
+
+def _matrix(call: Call) -> bool:
+    """Whether an input with rows is multiplied by one matrix of parameters."""
+    return _inner_axis(call) and call.values["weight"].ndim == 2 and call.get("alpha", 1) == 1 == call.get("beta", 1)
+
+
+@rule(
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+    arguments="input weight",
+    weights="weight",
+    accepts=_matrix,
+)
+def product(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """``y = a W``: the gradient is ``sum_t a_t g_t^T``."""
+    g = _sequence(g)
+    yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g, transposed=True)
+
+
+def _affine(call: Call) -> bool:
+    return _matrix(call) and call.values["bias"].ndim == 1
+
+
+@rule(torch.addmm, arguments="bias input weight beta alpha", weights="weight bias", accepts=_affine)
+def affine(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """``y = b + a W``."""
+    g = _sequence(g)
+    if "bias" in call.slots:
+        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else g.sum(1))
+    if "weight" in call.slots:
+        yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g, transposed=True)

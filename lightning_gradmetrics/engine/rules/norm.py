@@ -1,0 +1,108 @@
+"""Normalisation layers: ``y = x^ w + b`` with the normalised input ``x^``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule
+from lightning_gradmetrics.engine.uses import RowsUse, Use
+
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+
+
+def _channels(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """Uses of ``w`` and ``b`` with one entry a channel, from ``(N, times, C, *S)``."""
+    others = (1, *range(3, g.ndim))
+    if "bias" in call.slots:
+        yield "bias", RowsUse(g.sum(others))
+    if "weight" in call.slots:
+        yield "weight", RowsUse((normalised * g).sum(others))
+
+
+def _frozen_statistics(call: Call) -> bool:
+    return first_axis(call) and not call.get("training", False)
+
+
+@rule(
+    torch.batch_norm,
+    arguments="input weight bias running_mean running_var training momentum eps cudnn_enabled",
+    weights="weight bias",
+    accepts=_frozen_statistics,
+)
+def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """``sum (x - m) g / sqrt(v + eps)``, by two sums over the positions that need no normalised input."""
+    others = (1, *range(3, g.ndim))
+    total = g.sum(others)
+    if "bias" in call.slots:
+        yield "bias", RowsUse(total)
+    if "weight" in call.slots:
+        mean, variance = call.values["running_mean"], call.values["running_var"]
+        product = (call.x * g).sum(others)
+        scale = torch.rsqrt(variance + call.values["eps"])
+        yield "weight", RowsUse((product - total * mean) * scale)
+
+
+@rule(
+    torch.group_norm,
+    arguments="input num_groups weight bias eps cudnn_enabled",
+    weights="weight bias",
+)
+def group_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """Normalised over groups of channels of one sample."""
+    normalised = F.group_norm(call.values["input"].to(g.dtype), call.values["num_groups"], eps=call.get("eps", 1e-5))
+    yield from _channels(call, call.axis.split(normalised), g)
+
+
+@rule(
+    torch.instance_norm,
+    arguments="input weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled",
+    weights="weight bias",
+)
+def instance_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """Normalised over the positions of one channel of one sample, or by the running statistics."""
+    use_input = call.get("use_input_stats", True)
+    mean, variance = (None, None) if use_input else (call.values["running_mean"], call.values["running_var"])
+    normalised = F.instance_norm(
+        call.values["input"].to(g.dtype), mean, variance, use_input_stats=use_input, eps=call.values["eps"]
+    )
+    yield from _channels(call, call.axis.split(normalised), g)
+
+
+def _outside(call: Call) -> bool:
+    """Whether the samples are not on a normalised axis."""
+    ndim = call.values["input"].ndim - len(call.values["normalized_shape"])
+    return call.axis == call.out and call.axis.dim < ndim
+
+
+def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """Uses of ``w`` and ``b`` with one entry for each entry of the last axes, from ``(N, times, *positions, *shape)``."""
+    shape = tuple(call.values["normalized_shape"])
+    positions = tuple(range(1, g.ndim - len(shape)))
+    if "bias" in call.slots:
+        yield "bias", RowsUse(g.sum(positions))
+    if "weight" in call.slots:
+        yield "weight", RowsUse((call.axis.split(normalised) * g).sum(positions))
+
+
+@rule(
+    torch.layer_norm,
+    arguments="input normalized_shape weight bias eps cudnn_enable",
+    weights="weight bias",
+    accepts=_outside,
+)
+def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """Normalised over the last axes."""
+    shape = list(call.values["normalized_shape"])
+    normalised = F.layer_norm(call.values["input"].to(g.dtype), shape, eps=call.get("eps", 1e-5))
+    yield from _trailing(call, normalised, g)
+
+
+@rule(torch.rms_norm, arguments="input normalized_shape weight eps", weights="weight", accepts=_outside)
+def rms_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """Divided by the root mean square over the last axes."""
+    shape = list(call.values["normalized_shape"])
+    yield from _trailing(call, F.rms_norm(call.values["input"].to(g.dtype), shape, eps=call.get("eps")), g)

@@ -1,0 +1,277 @@
+"""Running a model once while collecting what each chosen parameter's per-sample gradients need."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.axes import Axis
+from lightning_gradmetrics.engine.calls import OpeningMode, map_arguments, opened, tensors_in
+from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
+from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
+from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
+
+__all__ = ["Tracer"]
+
+Sink = Callable[[str, Use], None]
+
+
+class _Root(torch.autograd.Function):
+    """Makes a fresh tensor part of the graph, without a copy and without being a leaf, so that it may be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        return None, None
+
+
+class _Copies(torch.autograd.Function):
+    """A copy of ``tensor`` for each of ``size`` samples, in no memory; ``receive`` gets their gradients ``(N, *shape)``."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, size: int, receive: Callable[[Tensor], None]) -> Tensor:
+        ctx.receive = receive
+        return tensor.expand(size, *tensor.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+        ctx.receive(gradient)
+        return None, None, None, None
+
+
+class Tracer(OpeningMode):
+    """A forward pass whose chosen parameters' per-sample gradients reach ``sink`` during each backward pass.
+
+    The parameters must not require gradients. Active during the forward and, for activation checkpoints, the backward pass.
+
+    Args:
+        plan: What to do at each call.
+        parameters: The chosen parameters by name.
+        size: The number of samples.
+        sink: Called once a parameter and backward pass, as soon as its last use's gradient is there.
+    """
+
+    def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int, sink: Sink) -> None:
+        super().__init__()
+        self.plan, self.size, self.sink = plan, size, sink
+        first = next(iter(parameters.values()))
+        self.anchor = torch.zeros((), device=first.device, requires_grad=True)
+        self._parameters = parameters
+        self._tracked: dict[int, Source] = {id(p): name for name, p in parameters.items()}
+        self._leaves: dict[str, Tensor] = {}
+        self._derived: dict[Source, Tensor] = {}
+        self._roots: dict[Source, tuple[str, ...]] = {name: (name,) for name in parameters}
+        self._expected: Counter[str] = Counter()
+        self._pending: defaultdict[str, list[Use]] = defaultdict(list)
+        self._position = 0
+        self._busy = False
+        self.scales: defaultdict[str, float] | None = None
+
+    # -- forward ---------------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call, as planned if it involves chosen parameters."""
+        kwargs = kwargs or {}
+        sources = () if self._busy else self._sources(args, kwargs)
+        if not sources:
+            return func(*args, **kwargs)
+        if self._opens(func):
+            return self._inside(func, args, kwargs)
+        step = self.plan.steps[self._position] if self._position < len(self.plan.steps) else None
+        if step is None or step.function != func or step.sources != sources:
+            result = func(*args, **kwargs)
+            if any(True for _ in tensors_in(result)):
+                raise PlanError(f"an unexpected call of {getattr(func, '__name__', func)}")
+            return result
+        self._position += 1
+        return getattr(self, f"_{step.kind}")(step, args, kwargs)
+
+    def _sources(self, args: Any, kwargs: Any) -> tuple[Source, ...]:
+        tracked = self._tracked
+        return tuple(tracked[id(t)] for t in tensors_in((args, kwargs)) if id(t) in tracked)
+
+    def _plain(self, step: Step, args: Any, kwargs: Any) -> Any:
+        return step.function(*args, **kwargs)
+
+    def _uncovered(self, step: Step, args: Any, kwargs: Any) -> Any:
+        return step.function(*self._cut(args), **self._cut(kwargs))
+
+    def _cut(self, arguments: Any) -> Any:
+        """The arguments without the graphs of derived tensors."""
+        return map_arguments(lambda t: t.detach() if id(t) in self._tracked and t.requires_grad else t, arguments)
+
+    def _derive(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """Run on leaves, and remember which parameters the outputs depend on."""
+        index = self._position - 1
+        args, kwargs = map_arguments(self._leaf, args), map_arguments(self._leaf, kwargs)
+        result = step.function(*args, **kwargs)
+        outputs = list(tensors_in(result))
+        names = tuple(dict.fromkeys(name for source in step.sources for name in self._roots[source]))
+        for number in step.derived:
+            source = (index, number)
+            self._tracked[id(outputs[number])] = source
+            self._derived[source] = outputs[number]
+            self._roots[source] = names
+        return result
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        """For a parameter its leaf in the graphs of derived tensors, anything else as it is."""
+        name = self._tracked.get(id(tensor))
+        if not isinstance(name, str) or tensor is not self._parameters[name]:
+            return tensor
+        if name not in self._leaves:
+            self._leaves[name] = tensor.detach().requires_grad_()
+            self._tracked[id(self._leaves[name])] = name
+        return self._leaves[name]
+
+    def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """Run as it is, and hook the output."""
+        found = RULES[step.function]
+        tracked = {id(t): self._tracked[id(t)] for t in tensors_in((args, kwargs)) if id(t) in self._tracked}
+        named = bind(found, args, kwargs) or {}
+        slots = {name: tracked[id(value)] for name, value in named.items() if id(value) in tracked}
+        args, kwargs = self._cut(args), self._cut(kwargs)
+        values = bind(found, args, kwargs) or {}
+        axis = next(a for t, a in zip(tensors_in((args, kwargs)), step.inputs, strict=True) if t is values["input"])
+        assert axis is not None and step.output is not None
+        result = self._rooted(step.function(*args, **kwargs))
+        self._check(axis, values["input"])
+        self._check(step.output, result)
+        for source in slots.values():
+            self._expect(source)
+        call = Call(values, axis, step.output, frozenset(slots))
+        result.register_hook(partial(self._rule_gradient, found, call, slots, values["input"]._version))
+        return result
+
+    def _rooted(self, result: Tensor) -> Tensor:
+        if result.requires_grad:
+            return result
+        return _Root.apply(result.data, self.anchor)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _check(self, axis: Axis, tensor: Tensor) -> None:
+        if axis.size(tensor) != self.size:
+            raise PlanError(f"a tensor of shape {tuple(tensor.shape)} where one with {self.size} samples was expected")
+
+    def _expect(self, source: Source) -> None:
+        self._expected.update(self._roots[source])
+
+    def _copies(self, tensor: Tensor) -> Tensor:
+        """A copy of a parameter or derived tensor for each sample."""
+        source = self._tracked[id(tensor)]
+        self._expect(source)
+        return _Copies.apply(tensor.detach(), self.anchor, self.size, partial(self._copy_gradient, source))  # type: ignore
+
+    def _broadcast(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """Run with a copy for each sample, its axes aligned to those of the output."""
+        assert step.output is not None
+        axis, function = step.output, step.function
+        ndims = [t.ndim for t in tensors_in((args, kwargs))]
+        name = getattr(function, "__name__", "")
+        if name in ("expand", "broadcast_to"):
+            sizes = args[1:] or tuple(kwargs.values())
+            ndim = len(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else len(sizes)
+        else:
+            ndim = max(ndims)
+        args, kwargs = map_arguments(lambda t: self._aligned(t, axis, ndim), (args, kwargs))
+        result = function(*args, **kwargs)
+        self._check(axis, result)
+        return result
+
+    def _aligned(self, tensor: Tensor, axis: Axis, ndim: int) -> Tensor:
+        if id(tensor) not in self._tracked:
+            return tensor
+        copies = self._copies(tensor)
+        full = copies.reshape(self.size, *(1,) * (ndim - tensor.ndim), *tensor.shape)
+        if full.shape[axis.dim + 1] != 1:
+            raise PlanError("a parameter covers the sample axis")
+        spread = full.unsqueeze(1).expand(self.size, axis.times, *full.shape[1:])
+        rows = (spread.transpose(0, 1) if axis.minor else spread).flatten(0, 1)
+        return rows.squeeze(axis.dim + 1).movedim(0, axis.dim)
+
+    def _vmap(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """Map the function over the samples, each with its own copy."""
+        assert step.output is not None
+        tensors, dims, places = [], [], {}
+        for tensor, axis in zip(tensors_in((args, kwargs)), step.inputs, strict=True):
+            if id(tensor) in places:
+                continue
+            if id(tensor) in self._tracked:
+                entry, dim = self._copies(tensor), 0
+            elif axis is not None:
+                self._check(axis, tensor)
+                entry, dim = axis.unflatten(tensor)
+            else:
+                continue
+            places[id(tensor)] = len(tensors)
+            tensors.append(entry)
+            dims.append(dim)
+
+        def one(*entries: Tensor) -> Tensor:
+            new_args, new_kwargs = map_arguments(
+                lambda t: entries[places[id(t)]] if id(t) in places else t, (args, kwargs)
+            )
+            return step.function(*new_args, **new_kwargs)  # type: ignore[no-any-return]
+
+        axis = step.output
+        mapped = torch.func.vmap(one, tuple(dims), axis.dim + axis.minor, randomness="same")(*tensors)
+        return mapped.flatten(axis.dim, axis.dim + 1)
+
+    # -- backward --------------------------------------------------------------------------------------------------------
+
+    def backward(self, total: Tensor, last: bool = True) -> None:
+        """Send the gradient of a scalar back through the graph; every reached parameter goes to the sink once."""
+        if total.requires_grad:
+            with self:
+                opened(torch.autograd.grad)(total, [self.anchor], retain_graph=not last, allow_unused=True)
+        for name in list(self._pending):
+            self._finish(name)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        self._busy, before = True, self._busy
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._busy = before
+
+    def _rule_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
+        if call.values["input"]._version != version:
+            raise PlanError("a layer's input was changed in place after the layer had used it")
+        with self._quiet():
+            self._scale(slots.values(), call.values["input"], g)
+            for slot, use in found.uses(call, call.out.split(g)):
+                self._arrive(slots[slot], use)
+
+    def _copy_gradient(self, source: Source, g: Tensor) -> None:
+        with self._quiet():
+            self._scale([source], g, g)
+            self._arrive(source, RowsUse(g))
+
+    def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
+        """Note how large the terms are whose sum is a gradient: rounding errors are relative to them, not to the sum."""
+        if self.scales is not None:
+            factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
+            for name in {name for source in sources for name in self._roots[source]}:
+                self.scales[name] += factor * g.double().norm().item()
+
+    def _arrive(self, source: Source, use: Use) -> None:
+        for name in self._roots[source]:
+            derived = self._derived.get(source)
+            self._pending[name].append(use if derived is None else DerivedUse(use, derived, self._leaves[name]))
+            if len(self._pending[name]) == self._expected[name]:
+                self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        with self._quiet():
+            self.sink(name, combined(self._pending.pop(name)))

@@ -1,0 +1,265 @@
+"""A use: what one call of a parameter contributes to every sample's gradient, kept unevaluated as long as that is cheaper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.kernels import (
+    conv_gradient,
+    conv_moments,
+    embedding_moments,
+    linear_gradient,
+    linear_moments,
+    row_moments,
+)
+from lightning_gradmetrics.statistics import Moment, Moments, factor_moments
+
+__all__ = ["ConvUse", "DerivedUse", "EmbeddingUse", "LinearUse", "RowsUse", "SumUse", "Use", "combined", "merge_rows"]
+
+ENTRIES = 1_500_000
+"""Gradient entries materialised at a time, so that they stay in cache for the reductions."""
+
+
+class Use(Protocol):
+    """The gradients ``(N, *shape)`` of one parameter, in a form that need not build them."""
+
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def rows(self, start: int, stop: int) -> Use:
+        """The same for some of the samples."""
+
+    def gradient(self) -> Tensor:
+        """The gradients, ``(N, *shape)``."""
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:
+        """Their moments, ``(N,)`` each."""
+
+
+def merge_rows(parts: Sequence[Moments]) -> Moments:
+    """The moments of all samples, from those of consecutive groups of them."""
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def chunked_moments(use: Use, wanted: Iterable[Moment]) -> Moments:
+    """The moments of a use through its gradients, a bounded number of entries at a time."""
+    keys, step = frozenset(wanted), max(1, ENTRIES // max(1, math.prod(use.shape)))
+    starts = range(0, len(use), step) if len(use) else range(1)
+    return merge_rows([row_moments(use.rows(i, i + step).gradient().flatten(1), keys) for i in starts])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@dataclass(frozen=True)
+class RowsUse:
+    """Gradients that are there already, ``(N, *shape)``."""
+
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.value.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def rows(self, start: int, stop: int) -> RowsUse:  # noqa: D102
+        return RowsUse(self.value[start:stop])
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        return _wide(self.value)
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        return row_moments(self.value.reshape(len(self), math.prod(self.shape)), wanted)
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """``G_n = sum_t g_nt a_nt^T``, of shape ``(O, I)``, or its transpose.
+
+    Args:
+        a: ``(N, T, I)``.
+        g: ``(N, T, O)``.
+        transposed: Whether the parameter is ``(I, O)``.
+    """
+
+    a: Tensor
+    g: Tensor
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        sizes = (self.g.shape[2], self.a.shape[2])
+        return sizes[::-1] if self.transposed else sizes
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def rows(self, start: int, stop: int) -> LinearUse:  # noqa: D102
+        return replace(self, a=self.a[start:stop], g=self.g[start:stop])
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        gradient = linear_gradient(_wide(self.a), _wide(self.g))
+        return gradient.mT if self.transposed else gradient
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        if self.a.shape[1] == 1:
+            return factor_moments(self.g[:, 0], self.a[:, 0], wanted)
+        return linear_moments(self.a, self.g, wanted)
+
+
+@dataclass(frozen=True)
+class ConvUse:
+    """The weight gradient of a convolution with ``times`` inputs a sample.
+
+    Args:
+        x: Its input, ``(N, times, C, *S)``; for a transposed convolution the gradient of its output.
+        g: The gradient of its output, ``(N, times, C', *S')``; for a transposed convolution its input.
+        shape: The weight's shape.
+        settings: Kernel size, stride, padding, dilation and groups.
+    """
+
+    x: Tensor
+    g: Tensor
+    shape: tuple[int, ...]
+    settings: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, start: int, stop: int) -> ConvUse:  # noqa: D102
+        return replace(self, x=self.x[start:stop], g=self.g[start:stop])
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        x, g = _wide(self.x), _wide(self.g)
+        if x.shape[1] == 1:
+            return conv_gradient(x[:, 0], g[:, 0], *self.settings).reshape(len(x), *self.shape)
+        flat = conv_gradient(x.flatten(0, 1), g.flatten(0, 1), *self.settings)
+        return flat.reshape(*x.shape[:2], *self.shape).sum(1)
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        if self.x.shape[1] == 1:
+            return conv_moments(self.x[:, 0], self.g[:, 0], *self.settings, wanted)
+        return chunked_moments(self, wanted)
+
+
+@dataclass(frozen=True)
+class EmbeddingUse:
+    """The gradient of an embedding's table: ``g`` added at the rows ``indices``.
+
+    Args:
+        indices: ``(N, T)``.
+        g: ``(N, T, D)``.
+        shape: The table's shape.
+        padding: The row without a gradient, or ``None``.
+    """
+
+    indices: Tensor
+    g: Tensor
+    shape: tuple[int, ...]
+    padding: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.g)
+
+    def rows(self, start: int, stop: int) -> EmbeddingUse:  # noqa: D102
+        return replace(self, indices=self.indices[start:stop], g=self.g[start:stop])
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        g = _wide(self.g)
+        if self.padding is not None:
+            g = g.masked_fill((self.indices == self.padding).unsqueeze(-1), 0)
+        table = g.new_zeros(len(g), *self.shape)
+        return table.scatter_add_(1, self.indices.unsqueeze(-1).expand_as(g), g)
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        return embedding_moments(self.indices, self.g, self.shape[0], self.padding, wanted)
+
+
+@dataclass(frozen=True)
+class DerivedUse:
+    """A use of a tensor that was computed from the parameter alone, pulled back through that computation.
+
+    Args:
+        use: The use of the derived tensor.
+        derived: The derived tensor, with its graph.
+        parameter: The leaf of that graph.
+    """
+
+    use: Use
+    derived: Tensor
+    parameter: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.parameter.shape)
+
+    def __len__(self) -> int:
+        return len(self.use)
+
+    def rows(self, start: int, stop: int) -> DerivedUse:  # noqa: D102
+        return replace(self, use=self.use.rows(start, stop))
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        outer = self.use.gradient().to(self.derived.dtype)
+        (pulled,) = torch.autograd.grad(
+            self.derived, [self.parameter], [outer], retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        return self.parameter.new_zeros(len(self), *self.shape) if pulled is None else pulled
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        return chunked_moments(self, wanted)
+
+
+@dataclass(frozen=True)
+class SumUse:
+    """Several uses of one parameter: their gradients add."""
+
+    uses: tuple[Use, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return self.uses[0].shape
+
+    def __len__(self) -> int:
+        return len(self.uses[0])
+
+    def rows(self, start: int, stop: int) -> SumUse:  # noqa: D102
+        return SumUse(tuple(use.rows(start, stop) for use in self.uses))
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        total = self.uses[0].gradient()
+        for use in self.uses[1:]:
+            total = total + use.gradient()
+        return total
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        return chunked_moments(self, wanted)
+
+
+def combined(uses: Sequence[Use]) -> Use:
+    """All uses of one parameter as one: linear and embedding uses by joining their positions, others by adding gradients."""
+    first = uses[0]
+    if len(uses) == 1:
+        return first
+    if all(isinstance(use, LinearUse) and use.transposed == getattr(first, "transposed", None) for use in uses):
+        return replace(first, a=_joined([u.a for u in uses]), g=_joined([u.g for u in uses]))  # type: ignore
+    if all(isinstance(use, EmbeddingUse) and use.padding == getattr(first, "padding", None) for use in uses):
+        return replace(first, indices=_joined([u.indices for u in uses]), g=_joined([u.g for u in uses]))  # type: ignore
+    if all(isinstance(use, RowsUse) for use in uses):
+        return RowsUse(sum((use.gradient() for use in uses[1:]), start=first.gradient()))
+    return SumUse(tuple(uses))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return torch.cat(tensors, 1)
