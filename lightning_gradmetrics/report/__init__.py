@@ -1,7 +1,7 @@
 """The HTML report of a run: one self-contained file made from the files of a run directory.
 
-It reads ``metrics.json`` and ``results.parquet`` and imports nothing else of the package, so a report can be made again, or
-elsewhere, long after the run: ``python -m lightning_gradmetrics.report RUN_DIRECTORY``.
+It reads ``metrics.json`` and ``results.parquet`` and imports nothing else of the package, so a report can be made again
+later, or elsewhere: ``python -m lightning_gradmetrics.report RUN_DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_gradmetrics.report.page import render
-from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, VERSION, ReportError, read_run
+from lightning_gradmetrics.report.reading import read_run
+from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, VERSION, ReportError
 
 __all__ = ["METRICS_FILE", "RESULTS_FILE", "VERSION", "ReportError", "write_report"]
 

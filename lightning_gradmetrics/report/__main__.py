@@ -12,10 +12,8 @@ from lightning_gradmetrics.report import ReportError, write_report
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report, print its path, and return the exit status: 0, or 2 if the run cannot be read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lightning_gradmetrics.report",
-        description=write_report.__doc__.split("\n")[0] if write_report.__doc__ else None,
-    )
+    description = "Write the report of a run as one HTML file that needs no network."
+    parser = argparse.ArgumentParser(prog="python -m lightning_gradmetrics.report", description=description)
     parser.add_argument("run_directory", type=Path, help="holds metrics.json and results.parquet")
     parser.add_argument(
         "-o", "--output", type=Path, help="the file to write (default: report.html in the run directory)"

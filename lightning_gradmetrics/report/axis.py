@@ -1,4 +1,4 @@
-"""The axis of a score's distribution: limits that outliers cannot stretch, and a log scale where values span decades."""
+"""A score's axis: limits that outliers cannot stretch, and a log scale where the values span decades."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def _forward(kind: str) -> Callable[[Floats], Floats]:
 
 
 def _linear_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
-    places = [float(x) for x in MaxNLocator(nbins=4, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= x <= high]
+    places = [float(x) for x in MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= x <= high]
     for digits in range(1, 17):
-        texts = [_short(f"{place:.{digits}g}") for place in places]
+        texts = [_short(place, digits) for place in places]
         if len(set(texts)) == len(texts) and all(
             np.isclose(float(t), p, rtol=1e-9) for t, p in zip(texts, places, strict=True)
         ):
@@ -91,8 +91,10 @@ def _log_ticks(kind: str, low: float, high: float) -> tuple[tuple[float, str], .
     return tuple((place, sign + (f"{10.0**k:g}" if -3 < k < 4 else f"1e{k}")) for place, k in powers)
 
 
-def _short(text: str) -> str:
-    """Without the zeros and the plus sign of an exponent: 1e-05 -> 1e-5; a rounded minus zero is 0."""
-    mantissa, mark, exponent = text.partition("e")
-    text = f"{mantissa}e{int(exponent)}" if mark else text
-    return "0" if float(text) == 0 else text
+def _short(place: float, digits: int) -> str:
+    """Rounded to significant digits: plain from 0.001 to 99999, otherwise as 1e-5 or 2e6, and never a minus zero."""
+    text = f"{place:.{digits}g}"
+    if float(text) == 0:
+        return "0"
+    mantissa, _, exponent = f"{float(text):.{digits - 1}e}".partition("e")
+    return f"{float(text):.12g}" if -4 < int(exponent) < 5 else f"{float(mantissa):g}e{int(exponent)}"

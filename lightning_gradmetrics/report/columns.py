@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 from lightning_gradmetrics.report.run import Metric, Run
 
-__all__ = ["METRIC_KINDS", "ROLES", "Column", "MetricKind", "best_values", "find_columns", "ordered_scores", "percent"]
+__all__ = [
+    "METRIC_KINDS",
+    "ROLES",
+    "Column",
+    "MetricKind",
+    "best_values",
+    "column_of",
+    "find_columns",
+    "ordered_scores",
+    "percent",
+]
 
 ROLES = {"id": "in-distribution", "near": "near out-of-distribution", "far": "far out-of-distribution"}
 _SHOWN = {"misprediction": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
@@ -76,8 +86,8 @@ def column_of(run: Run, entry: Metric) -> Column:
 def find_columns(run: Run) -> dict[Column, dict[str, Metric]]:
     """Columns of the main table in reading order, each with its figure by score.
 
-    Misprediction comes first, then each out-of-distribution set, then groups of two sets or more. AUROC and AURC, or AUROC and
-    FPR95, are shown; where a place has neither, all that it has.
+    Misprediction comes first, then each out-of-distribution set, then groups of two sets or more. Shown are AUROC and
+    AURC, or AUROC and FPR95; where a place has neither, all that it has.
     """
     found: dict[Column, dict[str, Metric]] = {}
     for entry in run.metrics:

@@ -1,92 +1,25 @@
-"""Choosing what is drawn: which rows, which curves stand out and in which colour, and the pictures with their legends."""
+"""The pictures of the report with their captions and legends, and alternative text for those who cannot see them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_gradmetrics.report.columns import Column, best_values, find_columns, ordered_scores, percent
+from lightning_gradmetrics.report.columns import Column, find_columns, ordered_scores, percent
 from lightning_gradmetrics.report.curves import Floats, risk_coverage_curve, roc_curve, spearman
-from lightning_gradmetrics.report.markup import Markup, join, tag
+from lightning_gradmetrics.report.drawing import Drawing, known_value
+from lightning_gradmetrics.report.markup import Markup, tag
 from lightning_gradmetrics.report.plots import Curve, Group, curves_svg, distribution_svg, heat_map_svg
-from lightning_gradmetrics.report.run import Rows, Run
+from lightning_gradmetrics.report.run import Rows
 from lightning_gradmetrics.report.svg import FAINT, SERIES, colour_variable
 from lightning_gradmetrics.report.tables import family_mark
 
-__all__ = ["Drawing", "correlation_figure", "distribution_figures", "risk_figures", "roc_figures", "start_drawing"]
+__all__ = ["MAX_PANELS", "correlation_figure", "distribution_figures", "risk_figures", "roc_figures"]
 
-MAX_ROWS = 50_000
-"""At most about this many rows are drawn, shared evenly among the data sets."""
 MAX_PANELS = 12
-_GRADIENT_COLOURS = (SERIES[0], SERIES[2], SERIES[3], SERIES[5])
-_BASELINE_COLOURS = (SERIES[1], SERIES[4], SERIES[6])
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """The run, the finite rows of it that are drawn, and a colour for each score that stands out."""
-
-    run: Run
-    rows: Mapping[str, Rows]
-    sampled: bool
-    colours: Mapping[str, str]
-
-    @property
-    def inside(self) -> list[str]:
-        """Names of the in-distribution sets that have rows to draw."""
-        return [dataset.name for dataset in self.run.datasets if dataset.role == "id" and dataset.name in self.rows]
-
-    def values(self, datasets: Iterable[str], score: str) -> Floats:
-        """Finite values of a score over the named data sets."""
-        columns = [self.rows[name].scores[score] for name in datasets if name in self.rows]
-        joined: Floats = np.concatenate([*columns, np.empty(0)])
-        finite: Floats = joined[np.isfinite(joined)]
-        return finite
-
-
-def start_drawing(run: Run, max_rows: int = MAX_ROWS) -> Drawing:
-    """Keep finite rows, thin large data sets with a fixed seed, and give the leading scores their colours."""
-    finite = {
-        dataset.name: run.rows[dataset.name].take(run.rows[dataset.name].finite)
-        for dataset in run.datasets
-        if dataset.name in run.rows
-    }
-    finite = {name: rows for name, rows in finite.items() if len(rows)}
-    share = max(200, max_rows // max(1, len(finite)))
-    random = np.random.default_rng(0)
-    drawn = {name: rows.take(_some(len(rows), share, random)) for name, rows in finite.items()}
-    sampled = any(len(drawn[name]) < len(rows) for name, rows in finite.items())
-    return Drawing(run, drawn, sampled, _colours(run))
-
-
-def _some(count: int, most: int, random: np.random.Generator) -> NDArray[np.int64]:
-    chosen = np.arange(count) if count <= most else np.sort(random.choice(count, most, replace=False))
-    return chosen.astype(np.int64)
-
-
-def _colours(run: Run) -> dict[str, str]:
-    """Colours for four gradient scores and three baselines: the best of each column first, then by mean AUROC."""
-    baseline = {score.name for score in run.scores if score.family == "baseline"}
-    columns = {column: entries for column, entries in find_columns(run).items() if column.metric == "auroc"}
-    colours: dict[str, str] = {}
-    for side, palette in ((False, _GRADIENT_COLOURS), (True, _BASELINE_COLOURS)):
-        names = [score.name for score in run.scores if (score.name in baseline) is side]
-        first = [best_values(c, {n: e for n, e in entries.items() if n in names})[:1] for c, entries in columns.items()]
-        means = {name: np.mean([_value(entries, name) for entries in columns.values()] or [0.0]) for name in names}
-        ranked = dict.fromkeys(
-            [*(name for best in first for name in best), *sorted(names, key=lambda name: -means[name])]
-        )
-        colours |= dict(zip(ranked, palette, strict=False))
-    return colours
-
-
-def _value(entries: Mapping[str, object], name: str) -> float:
-    value = getattr(entries.get(name), "value", None)
-    return float(value) if value is not None and math.isfinite(value) else 0.0
+"""At most this many data sets are drawn in a section."""
 
 
 def distribution_figures(drawing: Drawing) -> Markup | None:
@@ -193,34 +126,29 @@ def _curves(drawing: Drawing, points: Mapping[str, tuple[Floats, Floats]]) -> li
 
 def _with_legend(drawing: Drawing, title: str, picture: Markup, curves: list[Curve], column: Column) -> Markup:
     """The picture and its legend, the best score first, each line with the figure from the run's metrics."""
-    entries = find_columns(drawing.run).get(column, {})
-    sign = -1 if column.kind.higher else 1
+    kind, entries = column.kind, find_columns(drawing.run).get(column, {})
+    values = {curve.name: known_value(entries, curve.name) for curve in curves}
+    ordered = sorted(curves, key=lambda c: math.inf if (v := values[c.name]) is None else -v if kind.higher else v)
+    items = [_legend_line(curve, percent(values[curve.name], kind.digits)) for curve in ordered]
+    head = tag("p", f"{kind.title} {kind.arrow}, best first", class_="small")
+    body = tag("div", picture, tag("div", head, tag("ol", items, class_="legend")))
+    return tag("figure", tag("figcaption", tag("b", title)), body, class_="curves")
 
-    def place(curve: Curve) -> float:
-        value = getattr(entries.get(curve.name), "value", None)
-        return sign * value if value is not None and math.isfinite(value) else math.inf
 
-    items = [
-        tag(
-            "li",
-            tag(
-                "span", class_="dash" if curve.dashed else "line", style=f"border-color:{colour_variable(curve.colour)}"
-            ),
-            tag("span", curve.name, class_="name"),
-            tag("span", percent(getattr(entries.get(curve.name), "value", None), column.kind.digits), class_="n"),
-            data_curve=curve.number,
-            tabindex=0,
-        )
-        for curve in sorted(curves, key=place)
-    ]
-    head = tag("p", f"{column.kind.title} {column.kind.arrow}, best first", class_="small")
+def _legend_line(curve: Curve, figure: str) -> Markup:
+    colour = f"border-color:{colour_variable(curve.colour)}"
     return tag(
-        "figure", tag("figcaption", tag("b", title)), picture, head, tag("ol", items, class_="legend"), class_="curves"
+        "li",
+        tag("span", class_="dash" if curve.dashed else "line", style=colour),
+        tag("span", curve.name, class_="name"),
+        tag("span", figure, class_="n"),
+        data_curve=curve.number,
+        tabindex=0,
     )
 
 
 def correlation_figure(drawing: Drawing) -> Markup | None:
-    """Spearman correlation of every pair of scores over the in-distribution rows; None for fewer than two scores or rows."""
+    """Spearman correlations of all scores over in-distribution rows; None for fewer than two scores or rows."""
     names = ordered_scores(drawing.run)
     places = drawing.inside or list(drawing.rows)
     if len(names) < 2 or not places:
@@ -235,4 +163,4 @@ def correlation_figure(drawing: Drawing) -> Markup | None:
     label = f"Spearman rank correlations between {len(names)} scores, times 100."
     picture = heat_map_svg(names, spearman(columns), split, label, "h")
     width = float(picture.split('viewBox="0 0 ', 1)[1].split(" ", 1)[0])
-    return join(tag("div", tag("figure", picture, style=f"width:{width:.0f}px"), class_="scroll heat", tabindex=0))
+    return tag("div", tag("figure", picture, style=f"width:{width:.0f}px"), class_="scroll heat", tabindex=0)

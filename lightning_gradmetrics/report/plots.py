@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import Polygon, Rectangle
 
 from lightning_gradmetrics.report.axis import choose_axis
 from lightning_gradmetrics.report.curves import Floats, thin
@@ -76,9 +77,10 @@ def _draw_row(axes: Axes, row: int, places: Floats, colour: str, limits: tuple[f
     counts, edges = np.histogram(places, bins=_BINS, range=limits)
     heights = row + 0.86 * counts / max(1, counts.max())
     x, y = np.repeat(edges, 2), np.concatenate([[row], np.repeat(heights, 2), [row]])
-    axes.fill(x, y, facecolor=to_rgba(colour, 0.35), edgecolor=colour, linewidth=1)
+    outline = np.stack([x, y], axis=1)
+    axes.add_artist(Polygon(outline, facecolor=to_rgba(colour, 0.35), edgecolor=colour, linewidth=1))
     if len(places):
-        axes.plot([np.median(places)] * 2, [row, row + 0.86], color=INK, linewidth=1.6)
+        axes.add_artist(Line2D([np.median(places)] * 2, [row, row + 0.86], color=INK, linewidth=1.6))
 
 
 def _minus(text: str) -> str:
@@ -148,11 +150,11 @@ def heat_map_svg(names: Sequence[str], values: Floats, split: int, label: str, p
 def _draw_cell(axes: Axes, x: float, y: float, side: float, value: float) -> None:
     known = np.isfinite(value)
     face = _diverging(value) if known else "none"
-    axes.add_patch(
+    axes.add_artist(
         Rectangle((x + 0.5, y + 0.5), side - 1, side - 1, facecolor=face, edgecolor="none" if known else GRID)
     )
     text = f"{100 * value:.0f}".replace("-0", "0") if known else "–"
-    ink = ("#ffffff" if abs(value) > 0.6 else "#111111") if known else MUTED
+    ink = ("#ffffff" if abs(value) > 0.55 else "#111111") if known else MUTED
     axes.text(
         x + side / 2, y + side / 2 + 0.5, _minus(text) if known else text, color=ink, size=9, ha="center", va="center"
     )

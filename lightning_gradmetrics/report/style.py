@@ -45,30 +45,36 @@ td .small{display:block}
 .main tbody th,.main .corner{position:sticky;left:0;z-index:1;background:var(--paper);min-width:8.5rem;max-width:15rem}
 .main .corner{background:var(--panel);z-index:2}
 .main tbody th .name,.main tbody th .about{display:block;overflow-wrap:anywhere}
+.main thead .small,.data thead .small{display:block}
 .main tbody tr.gradient th{border-left:4px solid var(--s1)}
 .main tbody tr.baseline th{border-left:4px double var(--s2)}
 .main tbody tr:hover td,.main tbody tr:hover th{background:var(--panel)}
 .main td.best{background:var(--best)}
 .place{font-weight:500;color:var(--muted)}
-.mark{display:inline-block;font-size:.72rem;line-height:1.35;padding:0 .4em;border-radius:1em;border:1px solid;font-weight:500}
+.mark{display:inline-block;font-size:.72rem;line-height:1.35;padding:0 .4em;border-radius:1em;
+ border:1px solid;font-weight:500}
 .mark.gradient{color:var(--s1)}
 .mark.baseline{color:var(--s2);border-style:dashed}
 .verdict{font-weight:600;display:block}
 .verdict.better{color:var(--good)}.verdict.worse{color:var(--bad)}.verdict.cannot{color:var(--muted);font-weight:500}
-button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:.2rem 0;cursor:pointer;white-space:nowrap}
+button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:.2rem 0;
+ cursor:pointer;white-space:nowrap}
 button:hover,button:focus-visible{text-decoration:underline}
 [aria-sort] button::after{content:" ▾"}
 [aria-sort=ascending] button::after{content:" ▴"}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:.9rem}
-.panels.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,24rem),1fr))}
+.panels.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr))}
+.curves>div{display:flex;flex-wrap:wrap;gap:.4rem 1.4rem}
+.curves>div>svg{flex:1 1 20rem;max-width:34rem;align-self:flex-start}
+.curves>div>div{flex:1 1 12rem}
 figure{margin:0;padding:.6rem .7rem;background:var(--panel);border-radius:8px;break-inside:avoid}
 figcaption{margin-bottom:.3rem;overflow-wrap:anywhere}
 figcaption .small{display:block}
 svg{display:block;width:100%;height:auto;font-family:inherit}
-.curves svg{max-width:34rem;margin:0 auto}
 .heat figure{padding:.4rem}
 .legend{list-style:none;margin:.3rem 0 0;padding:0;columns:13rem;column-gap:1.2rem;font-size:.84rem}
-.legend li{display:flex;align-items:center;gap:.5rem;padding:.08rem .2rem;break-inside:avoid;cursor:pointer;border-radius:4px}
+.legend li{display:flex;align-items:center;gap:.5rem;padding:.08rem .2rem;break-inside:avoid;
+ cursor:pointer;border-radius:4px}
 .legend .name{flex:1;overflow-wrap:anywhere}
 .legend .line,.legend .dash{width:1.6rem;flex:none;border-top:3px solid}
 .legend .dash{border-top-style:dashed}

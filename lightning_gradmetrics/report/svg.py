@@ -1,7 +1,7 @@
 """Matplotlib figures as small inline SVG that follows the page's colours, light or dark.
 
-A figure is drawn in stand-in colours. Each is replaced by a CSS variable of the page, so one drawing serves both schemes and
-print. Text stays text. Nothing of matplotlib's global state is left changed, and pyplot is not used.
+A figure is drawn in stand-in colours. Each is replaced by a CSS variable of the page, so one drawing serves both
+schemes and print. Text stays text. Nothing of matplotlib's global state is left changed, and pyplot is not used.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def colour_variable(colour: str) -> str:
 
 
 def new_axes(width: float, height: float, margins: tuple[float, float, float, float]) -> Axes:
-    """Axes in a new figure; sizes and margins (left, right, bottom, top) in points, which are pixels of the SVG's view box."""
+    """Axes in a new figure; sizes and margins (left, right, bottom, top) in points, the units of the SVG's view box."""
     left, right, bottom, top = margins
     figure = Figure(figsize=(width / 72, height / 72), facecolor="none")
     FigureCanvasSVG(figure)

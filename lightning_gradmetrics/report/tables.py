@@ -1,4 +1,4 @@
-"""The tables of the report: data sets, the main table, best by column, comparisons, samples, and every figure of the run."""
+"""The tables of the report: data sets, the main table, the most uncertain samples, and every figure of the run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from lightning_gradmetrics.report.run import Metric, Rows, Run, Score
 
 __all__ = [
     "all_figures",
-    "best_by_column",
-    "comparison_table",
+    "counted",
     "data_table",
     "family_mark",
+    "html_row",
+    "html_table",
+    "interval",
     "main_table",
     "sample_tables",
 ]
@@ -32,11 +34,13 @@ __all__ = [
 _SAMPLE_CELLS = 150
 
 
-def _table(head: Child, body: Iterable[Child], **attributes: str) -> Markup:
+def html_table(head: Child, body: Iterable[Child], **attributes: str) -> Markup:
+    """A table that scrolls sideways on its own where it is wider than the page."""
     return tag("div", tag("table", tag("thead", head), tag("tbody", body), **attributes), class_="scroll", tabindex=0)
 
 
-def _row(cells: Iterable[Child], element: str = "td") -> Markup:
+def html_row(cells: Iterable[Child], element: str = "td") -> Markup:
+    """A row; what is not a cell yet becomes one."""
     return tag(
         "tr", [cell if isinstance(cell, Markup) and cell.startswith("<t") else tag(element, cell) for cell in cells]
     )
@@ -65,7 +69,15 @@ def data_table(run: Run) -> Markup:
         ]
         for dataset in run.datasets
     ]
-    return _table(_row(head, "th"), map(_row, rows), class_="data")
+    return html_table(html_row(head, "th"), map(html_row, rows), class_="data")
+
+
+def counted(value: object, noun: str) -> str | None:
+    """A number with its noun, as in '1 class' and '2 classes'; None where the value is no whole number."""
+    if not isinstance(value, int):
+        return None
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{_count(value)} {noun if value == 1 else plural}"
 
 
 def _count(value: int | None) -> str:
@@ -88,12 +100,13 @@ def main_table(run: Run) -> Markup:
         )
         for name in ordered_scores(run)
     ]
-    return _table(_main_head(columns, timed), body, class_="main sortable")
+    return html_table(_main_head(columns, timed), body, class_="main sortable")
 
 
 def _about(score: Score) -> Markup:
-    target = tag("span", f"of {score.target}", class_="small") if score.target and score.family != "baseline" else None
-    return join(tag("span", family_mark(score), target and " ", target, class_="about"))
+    words = {"all": "all parameters"}.get(score.target or "", score.target)
+    target = tag("span", " ", words, class_="small") if words and score.family != "baseline" else None
+    return tag("span", family_mark(score), target, class_="about")
 
 
 def _main_head(columns: dict[Column, dict[str, Metric]], timed: bool) -> Markup:
@@ -138,21 +151,22 @@ def _figure_cell(column: Column, entry: Metric | None, best: bool) -> Markup:
     value = None if entry is None else entry.value
     number = value is not None and math.isfinite(value)
     text: Child = percent(value, kind.digits)
-    interval = (
-        tag("span", _interval(entry.low, entry.high, kind.digits), class_="small")
+    between = (
+        tag("span", interval(entry.low, entry.high, kind.digits), class_="small")
         if entry and _has_interval(entry)
         else None
     )
     shown = tag("b", text) if best else text
     edge = "n first" if column.metric == "auroc" else "n"
-    return tag("td", shown, interval, class_=f"{edge} best" if best else edge, data_sort=value if number else "")
+    return tag("td", shown, between, class_=f"{edge} best" if best else edge, data_sort=value if number else "")
 
 
 def _has_interval(entry: Metric) -> bool:
     return all(end is not None and math.isfinite(end) for end in (entry.low, entry.high))
 
 
-def _interval(low: float | None, high: float | None, digits: int) -> str:
+def interval(low: float | None, high: float | None, digits: int) -> str:
+    """Both ends times 100, as in '88.1 to 92.3'."""
     return f"{percent(low, digits)} to {percent(high, digits)}"
 
 
@@ -162,52 +176,8 @@ def _time_cell(seconds: float | None) -> Markup:
     return tag("td", f"{1000 * seconds:.2g}", class_="n first", data_sort=seconds)
 
 
-def best_by_column(run: Run) -> Markup | None:
-    """The best baseline beside the best gradient score in each column; None where a family is missing."""
-    family = {score.name: score.family == "baseline" for score in run.scores}
-    rows = []
-    for column, entries in find_columns(run).items():
-        sides = [{name: e for name, e in entries.items() if family.get(name) is side} for side in (True, False)]
-        best = [best_values(column, side) for side in sides]
-        if all(best):
-            values = [side[names[0]].value or 0.0 for side, names in zip(sides, best, strict=True)]
-            rows.append([tag("th", column.title, scope="row"), *_best_cells(column, best, values)])
-    head = ["Column", "Best baseline", "Best gradient score", "Gradient against baseline"]
-    return _table(_row(head, "th"), map(_row, rows), class_="data") if rows else None
-
-
-def _best_cells(column: Column, best: list[list[str]], values: list[float]) -> list[Child]:
-    digits, gain = column.kind.digits, (values[1] - values[0]) * (1 if column.kind.higher else -1)
-    points = percent(abs(gain), digits)
-    word = "equal" if float(points) == 0 else f"{points} {'better' if gain > 0 else 'worse'}"
-    named = [f"{names[0]}{f' (+{len(names) - 1} equal)' if len(names) > 1 else ''}" for names in best]
-    return [
-        *(join(name, " ", tag("b", percent(value, digits))) for name, value in zip(named, values, strict=True)),
-        word,
-    ]
-
-
-def comparison_table(run: Run) -> Markup | None:
-    """Paired differences to a baseline, a row a score and a column a metric; None where the run has none."""
-    columns: dict[Column, dict[str, Markup]] = {}
-    for entry in run.comparisons:
-        column = column_of(run, Metric(entry.score, entry.task, entry.metric, None, entry.dataset, entry.group))
-        digits = column.kind.digits
-        difference = percent(entry.difference, digits)
-        signed = f"+{difference}" if (entry.difference or 0) > 0 else difference
-        interval = "" if entry.low is None or entry.high is None else f" ({_interval(entry.low, entry.high, digits)})"
-        verdict = tag("span", entry.verdict, class_=f"verdict {entry.verdict.split(' ')[0]}")
-        columns.setdefault(column, {})[entry.score] = tag(
-            "td", verdict, tag("span", f"{signed}{interval} to {entry.baseline}", class_="small")
-        )
-    names = [name for name in ordered_scores(run) if any(name in cells for cells in columns.values())]
-    head = ["Score", *(f"{column.title} {column.kind.arrow}" for column in columns)]
-    rows = [[tag("th", name, scope="row"), *(cells.get(name, "–") for cells in columns.values())] for name in names]
-    return _table(_row(head, "th"), map(_row, rows), class_="data") if rows else None
-
-
 def sample_tables(run: Run, names: list[str], count: int = 5) -> Markup | None:
-    """For each score, folded but for the first, the most uncertain rows of each data set; None where nothing is finite."""
+    """For each score, folded but for the first, the most uncertain rows of each set; None where nothing is finite."""
     rows = {name: rows for name, rows in run.rows.items() if rows.finite.any()}
     if not rows:
         return None
@@ -220,7 +190,10 @@ def sample_tables(run: Run, names: list[str], count: int = 5) -> Markup | None:
         )
         for place, score in enumerate(names[: max(1, _SAMPLE_CELLS // len(rows))])
     ]
-    return join(folds)
+    rest = (
+        tag("details", tag("summary", f"The other {len(folds) - 1} scores"), folds[1:]) if len(folds) > 2 else folds[1:]
+    )
+    return join(folds[:1], rest)
 
 
 def _sample_table(dataset: str, rows: Rows, score: str, count: int) -> Markup:
@@ -235,7 +208,7 @@ def _sample_table(dataset: str, rows: Rows, score: str, count: int) -> Markup:
         *([tag("td", int(part.label[i]) if part.labelled[i] else "–", class_="n")] if labelled else []),
         tag("td", f"{part.scores[score][i]:.4g}".replace("-", "\N{MINUS SIGN}"), class_="n"),
     ]
-    table = _table(_row(head, "th"), [_row(cells(i)) for i in range(len(top))], class_="data")
+    table = html_table(html_row(head, "th"), [html_row(cells(i)) for i in range(len(top))], class_="data")
     return tag("div", tag("h4", dataset), table)
 
 
@@ -245,9 +218,9 @@ def all_figures(run: Run) -> Markup:
     rows = []
     for entry in run.metrics:
         column = column_of(run, entry)
-        interval = _interval(entry.low, entry.high, 2) if _has_interval(entry) else "–"
-        numbers = (percent(entry.value, 2), interval, _count(entry.count_positive), _count(entry.count_negative))
+        between = interval(entry.low, entry.high, 2) if _has_interval(entry) else "–"
+        numbers = (percent(entry.value, 2), between, _count(entry.count_positive), _count(entry.count_negative))
         rows.append(
             [tag("th", entry.score, scope="row"), column.title, *(tag("td", text, class_="n") for text in numbers)]
         )
-    return _table(_row(head, "th"), map(_row, rows), class_="data")
+    return html_table(html_row(head, "th"), map(html_row, rows), class_="data")

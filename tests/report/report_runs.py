@@ -37,8 +37,8 @@ def make_run(
 ) -> Path:
     """Write ``results.parquet`` and ``metrics.json`` of a made-up run, and return its directory.
 
-    ``sets`` holds name, role, rows, labelled; ``not_finite`` rows of each set are not finite; ``changes`` replaces keys of
-    the JSON file, and a value of None removes one.
+    ``sets`` holds name, role, rows, labelled; ``not_finite`` rows of each set are not finite; ``changes`` replaces
+    keys of the JSON file, and a value of None removes one.
     """
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(7)

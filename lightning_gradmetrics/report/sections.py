@@ -1,0 +1,167 @@
+"""The sections of the report: each a table or pictures with a plain sentence on how to read them, or None."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lightning_gradmetrics.report.columns import find_columns, ordered_scores
+from lightning_gradmetrics.report.drawing import MAX_ROWS, Drawing
+from lightning_gradmetrics.report.figures import (
+    MAX_PANELS,
+    correlation_figure,
+    distribution_figures,
+    risk_figures,
+    roc_figures,
+)
+from lightning_gradmetrics.report.findings import best_by_column, comparison_table
+from lightning_gradmetrics.report.markup import Markup, join, tag
+from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, Run
+from lightning_gradmetrics.report.tables import counted, main_table, sample_tables
+
+__all__ = [
+    "agreement",
+    "distributions",
+    "findings",
+    "most_uncertain",
+    "notes",
+    "out_of_distribution",
+    "scores",
+    "wrong_predictions",
+]
+
+_TASKS = {
+    "misprediction": "Misprediction: do wrong predictions (the positives) score higher than right ones?",
+    "ood": "Out-of-distribution: do samples of the other set (the positives) score higher than in-distribution ones?",
+}
+_BETTER = {True: "higher is better", False: "lower is better", None: "direction not known"}
+_READING = (
+    "Solid lines are gradient scores, dashed ones baselines. The leading scores are in colour, the others grey; "
+    "point at or tap a name in the legend to bring out its curve."
+)
+
+
+def scores(run: Run) -> Markup:
+    """The main table and what its headings mean."""
+    columns = find_columns(run)
+    if not columns:
+        return tag("p", "No figure could be computed in this run; the notes say why.")
+    intervals = any(entry.low is not None and entry.high is not None for entry in run.metrics)
+    reading = (
+        "All figures are times 100; ↑ higher is better, ↓ lower is better. The best of each column is bold. "
+        f"{'The small line under a figure is its interval. ' if intervals else ''}Click a heading to sort."
+    )
+    tasks = [_TASKS[task] for task in dict.fromkeys(column.task for column in columns) if task in _TASKS]
+    kinds = {column.metric: column.kind for column in columns}.values()
+    words = [
+        join(tag("b", kind.title), f" ({_BETTER[kind.higher]}){': ' if kind.meaning else ''}{kind.meaning}.")
+        for kind in kinds
+    ]
+    return join(
+        tag("p", reading), main_table(run), tag("ul", [tag("li", text) for text in [*tasks, *words]], class_="small")
+    )
+
+
+def findings(run: Run) -> Markup | None:
+    """The run's statements, the best of each family, and the paired differences."""
+    best, compared = best_by_column(run), comparison_table(run)
+    warning = (
+        "The run holds no intervals on these differences: on a few hundred samples, a few points can be chance."
+        if best and not compared
+        else None
+    )
+    verdicts = Counter(entry.verdict for entry in run.comparisons)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    reading = f"Score minus baseline on the same rows, times 100, with its interval. In all: {told}."
+    parts = [
+        tag("ul", [tag("li", sentence) for sentence in run.statements]) if run.statements else None,
+        best,
+        warning and tag("p", warning),
+        compared and join(tag("h3", "Paired differences to a baseline"), tag("p", reading), compared),
+    ]
+    return join(parts) if any(parts) else None
+
+
+def notes(run: Run, drawing: Drawing) -> Markup | None:
+    """The run's own notes, and what the report itself left out and why."""
+    lines = [*run.notes, *(note for note in (_not_finite(run), *_missing(run, drawing)) if note)]
+    return tag("ul", [tag("li", line) for line in dict.fromkeys(lines)]) if lines else None
+
+
+def _not_finite(run: Run) -> str | None:
+    parts = [f"{d.name}: {d.not_finite} of {d.rows}" for d in run.datasets if d.not_finite]
+    total = sum(dataset.not_finite for dataset in run.datasets)
+    return (
+        f"{counted(total, 'row')} had NaN or Inf in the input, the logits or a score ({'; '.join(parts)}). "
+        f"Such rows stay in {RESULTS_FILE}, marked finite = false, and enter no figure and no plot."
+        if total
+        else None
+    )
+
+
+def _missing(run: Run, drawing: Drawing) -> list[str]:
+    strangers = sorted(set(run.rows) - {dataset.name for dataset in run.datasets})
+    told = {
+        "No in-distribution data set has labels, so misprediction is not judged.": run.datasets
+        and not any(dataset.role == "id" and dataset.labelled for dataset in run.datasets),
+        "There is no out-of-distribution data set, so only misprediction can be judged.": not any(
+            dataset.role not in ("", "id") for dataset in run.datasets
+        ),
+        "No row is finite, so nothing is drawn.": not drawing.rows,
+        f"Plots show a random part of the rows (fixed seed, about {MAX_ROWS} in all); tables use all.": drawing.sampled,
+        f"Plots show at most {MAX_PANELS} data sets.": len(drawing.rows) > MAX_PANELS,
+        f"{RESULTS_FILE} also holds rows of {', '.join(strangers)}, which {METRICS_FILE} does not describe.": strangers,
+    }
+    return [sentence for sentence, holds in told.items() if holds]
+
+
+def distributions(drawing: Drawing) -> Markup | None:
+    """A panel a score."""
+    reading = (
+        "How each score spreads over each kind of sample: the further right a row lies of the first one, the better "
+        "the score tells that kind apart. Each histogram is scaled to its own highest bin; the upright line is the "
+        "median; values beyond the axis are counted in its end bins; the axis is logarithmic where values span decades."
+    )
+    figures = distribution_figures(drawing)
+    return figures and join(tag("p", reading), figures)
+
+
+def out_of_distribution(drawing: Drawing) -> Markup | None:
+    """ROC curves, a panel for each out-of-distribution set."""
+    reading = (
+        "ROC curves: the share of the other set that is flagged (up) at the price of flagging in-distribution samples "
+        f"(right). Nearer to the top left corner is better; the dotted diagonal is guessing. {_READING}"
+    )
+    figures = roc_figures(drawing)
+    return figures and join(tag("p", reading), figures)
+
+
+def wrong_predictions(drawing: Drawing) -> Markup | None:
+    """Risk-coverage curves, a panel for each labelled in-distribution set."""
+    reading = (
+        "Risk-coverage curves: the error rate among the samples that are kept when only the least uncertain are kept; "
+        f"lower is better. Dotted: keeping all (level), and a perfect ordering (the lowest possible). {_READING}"
+    )
+    figures = risk_figures(drawing)
+    return figures and join(tag("p", reading), figures)
+
+
+def agreement(drawing: Drawing) -> Markup | None:
+    """The correlation heat map."""
+    over = "in-distribution rows" if drawing.inside else "rows of all data sets"
+    reading = (
+        f"Spearman rank correlation of each pair of scores over the {over}, times 100: 100 (dark red) means that both "
+        "put the samples in the same order, 0 (white) that the orders are unrelated, −100 (dark blue) that one is the "
+        "reverse of the other."
+    )
+    figure = correlation_figure(drawing)
+    return figure and join(tag("p", reading), figure)
+
+
+def most_uncertain(run: Run, drawing: Drawing) -> Markup | None:
+    """The rows with the highest scores; the leading scores come first."""
+    names = list(dict.fromkeys([*drawing.colours, *ordered_scores(run)]))
+    reading = (
+        f"The samples with the highest score in each data set, by their index in {RESULTS_FILE}: worth a look by eye."
+    )
+    tables = sample_tables(run, names)
+    return tables and join(tag("p", reading), tables)
