@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.reduction import row_moments
-from lightning_gradmetrics.statistics import Moment, Moments
+from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square
+from lightning_gradmetrics.engine.kernels.native import native_products, supports
+from lightning_gradmetrics.engine.kernels.reduction import chunked_moments
+from lightning_gradmetrics.statistics import Moment, Moments, accumulator
 
 __all__ = ["conv_gradient", "conv_moments"]
 
@@ -24,14 +26,16 @@ def conv_gradient(
     dilation: Sequence[int],
     groups: int = 1,
 ) -> Tensor:
-    """Per-sample weight gradients of a convolution, ``G_n[o, i, k] = sum_p g_n[o, p] x_n[i, stride p + dilation k - padding]``.
+    """Per-sample weight gradients of a convolution.
 
-    A transposed convolution's weight ``(C_in, C_out / groups, *k)`` has the same gradient with the roles swapped: pass the
-    gradient of its output as ``x`` and its input as ``g``.
+    ``G_n[o, i, k] = sum_p g_n[o, p] x_n[i, stride p + dilation k - padding]``
+
+    A transposed convolution's weight ``(C_in, C_out / groups, *k)`` has the same gradient with the roles swapped: pass
+    the gradient of its output as ``x`` and its input as ``g``.
 
     Args:
-        x: The layer's input, ``(N, C_in, *S)`` with one to three spatial dimensions. Pad it beforehand for other paddings than
-            symmetric zeros, and give ``padding`` zeros.
+        x: The layer's input, ``(N, C_in, *S)`` with one to three spatial dimensions. Pad it beforehand for other
+            paddings than symmetric zeros, and give ``padding`` zeros.
         g: The gradient of its output, ``(N, C_out, *S')``.
         kernel_size: One integer a spatial dimension.
         stride: The same.
@@ -94,5 +98,53 @@ def conv_moments(
         {'sum': tensor([6.], dtype=torch.float64)}
     """
     if g.dtype in (torch.float16, torch.bfloat16):
-        x, g = x.float(), g.float()
-    return row_moments(conv_gradient(x, g, kernel_size, stride, padding, dilation, groups).flatten(1), wanted)
+        g = g.float()
+    x, keys, spec = x.to(g.dtype), frozenset(wanted), (kernel_size, stride, padding, dilation)
+    channels, outputs = x.shape[1] // groups, g.shape[1] // groups
+    if keys == {"sum"}:
+        return {"sum": _total(x, g, *spec, groups)}
+    if (
+        2.0 in keys
+        and keys <= {"sum", 2.0}
+        and conv_gram_pays(channels, outputs, x.shape[2:], g.shape[2:], kernel_size, padding)
+    ):
+        square: Moments = {
+            2.0: conv_square(
+                x, g, *spec, groups, lambda rows: _products(x[rows], g[rows], *spec, groups, frozenset({2.0}))[2.0]
+            )
+        }
+        return square | ({"sum": _total(x, g, *spec, groups)} if "sum" in keys else {})
+    return _products(x, g, *spec, groups, keys)
+
+
+def _products(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    keys: frozenset[Moment],
+) -> Moments:
+    spec = (kernel_size, stride, padding, dilation, groups)
+    if g.numel() and supports(g, keys):
+        return native_products(x, g, *spec, keys)
+    entries = g.shape[1] * x.shape[1] // groups * math.prod(kernel_size)
+    return chunked_moments(lambda rows: conv_gradient(x[rows], g[rows], *spec), g, entries, keys)
+
+
+def _total(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The sum of a weight gradient's entries, from the sums over channels."""
+    xs, gs = (
+        t.reshape(len(t), groups, t.shape[1] // groups, *t.shape[2:]).sum(2, dtype=accumulator(g)) for t in (x, g)
+    )
+    return conv_gradient(xs, gs, kernel_size, stride, padding, dilation, groups).flatten(1).sum(1)

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.reduction import row_moments
-from lightning_gradmetrics.statistics import Moment, Moments
+from lightning_gradmetrics.engine.kernels.gram import linear_gram_pays, linear_square
+from lightning_gradmetrics.engine.kernels.native import native_products, supports
+from lightning_gradmetrics.engine.kernels.reduction import chunked_moments, row_moments
+from lightning_gradmetrics.statistics import Moment, Moments, accumulator
 
 __all__ = ["embedding_moments", "linear_gradient", "linear_moments"]
 
@@ -47,7 +49,22 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
     """
     if g.dtype in (torch.float16, torch.bfloat16):
         a, g = a.float(), g.float()
-    return row_moments(linear_gradient(a, g).flatten(1), wanted)
+    keys = frozenset(wanted)
+    if keys == {"sum"}:
+        return {"sum": _total(a, g)}
+    a = a.to(g.dtype)
+    if 2.0 in keys and keys <= {"sum", 2.0} and linear_gram_pays(a.shape[1], a.shape[2], g.shape[2]):
+        square: Moments = {2.0: linear_square(a, g)}
+        return square | ({"sum": _total(a, g)} if "sum" in keys else {})
+    if g.numel() and supports(g, keys):
+        return native_products(a.mT, g.mT, [1], [1], [0], [1], 1, keys)
+    return chunked_moments(lambda rows: linear_gradient(a[rows], g[rows]), g, a.shape[2] * g.shape[2], keys)
+
+
+def _total(a: Tensor, g: Tensor) -> Tensor:
+    """``sum_t (1 . g_t)(1 . a_t)``."""
+    dtype = accumulator(g)
+    return (a.sum(2, dtype=dtype) * g.sum(2, dtype=dtype)).sum(1)
 
 
 def embedding_moments(
@@ -58,7 +75,7 @@ def embedding_moments(
     Args:
         indices: ``(N, T)``, rows of the table.
         g: The gradient of the layer's output, ``(N, T, D)``.
-        num_embeddings: Number of rows ``V`` of the table. Rows that a sample does not touch have zero gradient and count.
+        num_embeddings: Number of rows ``V`` of the table. Rows that a sample does not touch count as zeros.
         padding_idx: The row that gets no gradient, if there is one.
         wanted: The moments to compute.
 
@@ -85,7 +102,7 @@ def embedding_moments(
         if indices.shape[1]
         else torch.zeros(len(g), dtype=torch.bool, device=g.device)
     )
-    # Unused slots are zeros like the untouched rows: extremes are wrong only where a sample touches every row and some twice.
+    # Unused slots are zeros like the untouched rows: they matter only where a sample touches every row, some twice.
     if ("max" in keys or "min" in keys) and bool(full.any()):
         spare = torch.arange(g.shape[1], device=g.device) > slot.amax(1, keepdim=True)
         low, high = (touched.masked_fill(spare.unsqueeze(-1), v).flatten(1) for v in (-torch.inf, torch.inf))

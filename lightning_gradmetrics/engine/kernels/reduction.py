@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.kernels.native import native_rows, supports
 from lightning_gradmetrics.statistics import Moment, Moments, gradient_moments
 
-__all__ = ["row_moments"]
+__all__ = ["chunked_moments", "row_moments"]
+
+ENTRIES = {"cpu": 1_500_000}
+"""Gradient entries of a chunk of samples: as many as stay in cache. Other devices want larger pieces of work."""
 
 
 def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
@@ -26,4 +31,27 @@ def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
         >>> row_moments(torch.tensor([[1.0, -2.0]]), ["min"])
         {'min': tensor([-2.], dtype=torch.float64)}
     """
-    return gradient_moments(flat, wanted)
+    keys = frozenset(wanted)
+    if flat.numel() and supports(flat, keys):
+        return native_rows(flat, keys)
+    return gradient_moments(flat, keys)
+
+
+def chunked_moments(
+    gradients: Callable[[slice], Tensor], samples: Tensor, entries: int, wanted: Iterable[Moment]
+) -> Moments:
+    """Moments of gradients that are materialised a cache-sized chunk of samples at a time.
+
+    Args:
+        gradients: The gradients ``(n, ...)`` of a slice of samples.
+        samples: A tensor of all samples, ``(N, ...)``, for their number and device.
+        entries: Gradient entries of one sample.
+        wanted: The moments to compute.
+
+    Returns:
+        Each moment, ``(N,)``.
+    """
+    keys, size = frozenset(wanted), max(1, ENTRIES.get(samples.device.type, 2**26) // max(entries, 1))
+    slices = [slice(start, start + size) for start in range(0, len(samples), size)] or [slice(0, 0)]
+    parts = [row_moments(gradients(rows).flatten(1), keys) for rows in slices]
+    return {key: torch.cat([part[key] for part in parts]) for key in keys}

@@ -1,0 +1,116 @@
+"""Cosine similarity maps against the gga-csm package: ``python -m benchmarks.gga``.
+
+Each figure is a ratio of times taken in turn in one process: this project's ``cosine_similarity_maps`` to the package's function
+(which names its device once, for its labels: patched), the same model, batch and values. The table also shows where the time goes: without
+parameter gradients alone (C backward passes), and without the backward that follows from the others (C - 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import CASES
+from lightning_gradmetrics import cosine_similarity
+from lightning_gradmetrics.cosine_similarity import cosine_similarity_maps
+
+__all__ = ["compare", "main", "original"]
+
+
+def original(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The gga-csm package's maps, on the inputs' device."""
+    import gga.CSM
+
+    patched, ones = ModuleType("torch"), torch.ones
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patched.__dict__.update(torch.__dict__)
+    patched.ones = lambda *size, device=None, **kwargs: ones(*size, device=inputs.device, **kwargs)
+    gga.CSM.torch = patched
+    try:
+        return gga.CSM.cosine_similarity_maps(model, inputs).detach()
+    finally:
+        gga.CSM.torch = torch
+
+
+def every_class(model: nn.Module, inputs: Tensor) -> None:
+    """The input gradients of all C classes and nothing else: what leaving out parameter gradients alone would give."""
+    flags = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    leaf = inputs.detach().clone().requires_grad_()
+    logits = model(leaf)
+    order = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+    for row in cosine_similarity.class_covectors(logits.detach(), order).transpose(0, 1):
+        torch.autograd.grad(logits, leaf, row, retain_graph=True)
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+
+
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """The time of one call."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function(*arguments)
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(case: str, batch: int, repeats: int, device: str) -> dict[str, Any]:
+    """One row of the table: times in milliseconds, ratios to the original, and how far the values are apart."""
+    model, inputs = CASES[case].build(device, batch)
+    runs = {"original": original, "every_class": every_class, "ours": cosine_similarity_maps}
+    for function in runs.values():
+        function(model, inputs)
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, function in runs.items():
+            times[name].append(seconds(function, model, inputs))
+    row: dict[str, Any] = {"case": case, "batch": batch}
+    row |= {f"{name}_ms": round(1e3 * min(taken), 1) for name, taken in times.items()}
+    for name in ("every_class", "ours"):
+        row[f"{name}_ratio_min"] = round(min(times[name]) / min(times["original"]), 3)
+        each = [a / b for a, b in zip(times[name], times["original"], strict=True)]
+        row[f"{name}_ratio_median"] = round(statistics.median(each), 3)
+    apart = (original(model, inputs) - cosine_similarity_maps(model, inputs)).abs()
+    return row | {"largest_difference": float(apart.max()), "mean_difference": float(apart.mean())}
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run the comparison, print a row a batch size, and write JSON if asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gga", description=__doc__)
+    parser.add_argument("--case", choices=sorted(CASES), default="resnet20")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16, 32, 64])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rows = []
+    for batch in options.batch:
+        rows.append(compare(options.case, batch, options.repeats, options.device))
+        print(json.dumps(rows[-1]), flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(
+            json.dumps({"torch": torch.__version__, "device": options.device, "rows": rows}, indent=2)
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
