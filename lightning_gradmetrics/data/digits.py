@@ -25,12 +25,12 @@ def digits(train: int = 120, patches: int = 400, seed: int = 0) -> EvaluationDat
         seed: Of the split and of the patches.
 
     Returns:
-        Data sets ``digits`` (``id``), ``digits_8_9`` (``near``) and ``photo_patches`` (``far``): grey images ``(1, 8, 8)`` in [0, 1].
+        Data sets ``digits`` (``id``), ``digits_8_9`` (``near``) and ``photos`` (``far``): grey images ``(1, 8, 8)`` in [0, 1].
 
     Example:
         >>> data = digits()
         >>> {name: len(dataset) for name, dataset in data.sets.items()}
-        {'digits': 1323, 'digits_8_9': 354, 'photo_patches': 400}
+        {'digits': 1323, 'digits_8_9': 354, 'photos': 400}
     """
     generator = np.random.default_rng(seed)
     images, labels = load_digits(return_X_y=True)
@@ -44,22 +44,22 @@ def digits(train: int = 120, patches: int = 400, seed: int = 0) -> EvaluationDat
         sets={
             "digits": TensorDataset(pixels[known[train:]], classes[known[train:]]),
             "digits_8_9": TensorDataset(pixels[unknown], torch.full((len(unknown),), -1)),
-            "photo_patches": TensorDataset(_patches(patches, generator), torch.full((patches,), -1)),
+            "photos": TensorDataset(_patches(patches, generator), torch.full((patches,), -1)),
         },
-        roles={"digits": "id", "digits_8_9": "near", "photo_patches": "far"},
+        roles={"digits": "id", "digits_8_9": "near", "photos": "far"},
         classes=tuple("01234567"),
         train=TensorDataset(pixels[known[:train]], classes[known[:train]]),
         descriptions={
             "digits": "handwritten digits 0 to 7, held out",
             "digits_8_9": "handwritten digits 8 and 9, classes the model never saw",
-            "photo_patches": "patches of two photographs, in grey",
+            "photos": "patches of two photographs, in grey",
         },
     )
 
 
 def _patches(count: int, generator: np.random.Generator) -> Tensor:
     """Square patches of the photographs at random places and sizes, in grey, shrunk to the digits' size: ``(count, 1, 8, 8)``."""
-    photographs = [torch.from_numpy(image).float().mean(2) / 255 for image in load_sample_images().images]
+    photographs = [torch.tensor(image, dtype=torch.float32).mean(2) / 255 for image in load_sample_images().images]
     patches = []
     for number in range(count):
         image = photographs[number % len(photographs)]

@@ -28,6 +28,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         classes: The names of the classes in the order of their labels, or ``None``: every label is then -1, unknown.
         size: Width and height: the shorter side is resized to ``resize`` (or ``size``) and the centre is cut out.
         resize: The shorter side before the centre is cut out; ``None`` takes ``size``.
+        interpolation: How it is resized: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, as Pillow has them.
         mean: Subtracted a channel, of RGB in [0, 1].
         std: Divided by a channel.
 
@@ -42,6 +43,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         classes: Sequence[str] | None,
         size: int,
         resize: int | None = None,
+        interpolation: str = "bicubic",
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
@@ -53,6 +55,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             raise FileNotFoundError(f"no image below {str(folder)!r}; allowed: files ending in {', '.join(sorted(SUFFIXES))}")
         self.labels = [-1 if classes is None else self._label(path, classes) for path in self.files]
         self.size, self.resize = size, resize or size
+        self.interpolation = _resampling(interpolation)
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
     def _label(self, path: Path, classes: Sequence[str]) -> int:
@@ -66,17 +69,24 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with Image.open(self.files[index]) as file:
-            image = _fit(file.convert("RGB"), self.resize, self.size)
+            image = _fit(file.convert("RGB"), self.resize, self.size, self.interpolation)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return (pixels - self.mean) / self.std, self.labels[index]
 
 
-def _fit(image: Image.Image, resize: int, size: int) -> Image.Image:
+def _resampling(name: str) -> Image.Resampling:
+    known = {filter.name.lower(): filter for filter in Image.Resampling}
+    if name.lower() not in known:
+        raise ValueError(f"unknown interpolation {name!r}; allowed: {', '.join(known)}")
+    return known[name.lower()]
+
+
+def _fit(image: Image.Image, resize: int, size: int, interpolation: Image.Resampling) -> Image.Image:
     """Resize the shorter side to ``resize`` and cut out the centre, ``size`` wide and high."""
     width, height = image.size
     if min(width, height) != resize:
         scale = resize / min(width, height)
-        image = image.resize((max(resize, round(width * scale)), max(resize, round(height * scale))), Image.Resampling.BILINEAR)
+        image = image.resize((max(resize, round(width * scale)), max(resize, round(height * scale))), interpolation)
         width, height = image.size
     left, top = (width - size) // 2, (height - size) // 2
     return image if image.size == (size, size) else image.crop((left, top, left + size, top + size))
@@ -91,6 +101,7 @@ def image_folders(
     train: str | None = None,
     classes: Sequence[str] | None = None,
     resize: int | None = None,
+    interpolation: str = "bicubic",
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> EvaluationData:
@@ -105,6 +116,7 @@ def image_folders(
         train: A folder of training data, with a folder a class below it, for fitted scores.
         classes: Names of the class folders in the order of the model's classes; ``None`` takes them in alphabetical order.
         resize: The shorter side before the centre is cut out; ``None`` takes ``size``.
+        interpolation: How it is resized: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, as Pillow has them.
         mean: Subtracted a channel, of RGB in [0, 1].
         std: Divided by a channel.
 
@@ -118,7 +130,7 @@ def image_folders(
     if double:
         raise ValueError(f"two folders are called {sorted(double)[0]!r}: give each a name of its own, as in near={{name: path}}")
     known = tuple(classes or _class_names(next(iter(groups["id"].values()))))
-    options = {"size": size, "resize": resize, "mean": mean, "std": std}
+    options = {"size": size, "resize": resize, "interpolation": interpolation, "mean": mean, "std": std}
     return EvaluationData(
         sets={
             name: ImageFolder(path, known if role == "id" else None, **options)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Scores: named recipes from evidence to an uncertainty, higher = more uncertain."""
 
-from lightning_gradmetrics.scores.gradients import exgrad, gradnorm, pseudo_label
+from lightning_gradmetrics.scores.gradients import exgrad, feature_norm, gradnorm, pseudo_label
 from lightning_gradmetrics.scores.logits import energy, entropy, gradtrust, margin, max_logit, max_softmax
 from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
 
@@ -12,6 +12,7 @@ __all__ = [
     "energy",
     "entropy",
     "exgrad",
+    "feature_norm",
     "gradnorm",
     "gradtrust",
     "make",

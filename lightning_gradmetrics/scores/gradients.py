@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_gradmetrics.evidence import Evidence, Target
 from lightning_gradmetrics.scores.registry import register
 
-__all__ = ["exgrad", "gradnorm", "pseudo_label"]
+__all__ = ["exgrad", "feature_norm", "gradnorm", "pseudo_label"]
 
 
 @register("gradient", "Huang et al. 2021, arXiv:2110.00218")
@@ -60,3 +60,12 @@ def _largest_other(probabilities: Tensor) -> Tensor:
     """For each class, the largest probability of another one, ``(N, C)``."""
     first, second = probabilities.topk(2, 1).values.split(1, 1)
     return torch.where(probabilities == first, second, first)
+
+
+@register("gradient", "Huang et al. 2021, arXiv:2110.00218")
+def feature_norm(evidence: Evidence, *, p: float = 1.0) -> Tensor:
+    r"""Negative norm of the head's input, ``-|h|_p``: the factor that every head score has, by itself.
+
+    The other factor is ``gradnorm(factor=output)``.
+    """
+    return -torch.linalg.vector_norm(evidence.features, p, 1)

@@ -1,0 +1,105 @@
+"""The ``gradmetrics`` command: one Hydra run from data and model to table, files and report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+__all__ = ["configuration_directory", "main"]
+
+
+def configuration_directory() -> Path:
+    """``conf/``: inside the installed package, or beside it in a source checkout."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "conf", here.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"the configuration folder conf/ lies neither in {here} nor beside it: install the package again")
+
+
+def run(config: DictConfig) -> None:
+    """Train or load the model, score the data, write the files, show the table."""
+    from lightning.pytorch import seed_everything
+
+    from lightning_gradmetrics.report import write_report
+    from lightning_gradmetrics.runs import write_run
+    from lightning_gradmetrics.scores import resolve
+    from lightning_gradmetrics.tables import metrics_table
+
+    console = Console()
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    seed_everything(config.seed, verbose=False)
+    scores = resolve({str(name): instantiate(node) for name, node in config.score.items()})
+    clock = time.perf_counter()
+    data = instantiate(config.data, _convert_="all")
+    model = instantiate(config.model, _partial_=True)(data=data)
+    prepared = time.perf_counter()
+    callback = instantiate(config.callback, _partial_=True)(scores=scores, datasets=dict(data.roles))
+    logger = instantiate(config.logger) or False
+    trainer = instantiate(config.trainer, _partial_=True)(callbacks=[callback], logger=logger)
+    trainer.test(model, data.loaders(config.batch_size, config.num_workers), verbose=False)
+    scored = time.perf_counter()
+    write_run(
+        directory,
+        callback.results,
+        callback.evaluation,
+        scores,
+        model=_describe(config, model, data),
+        descriptions=data.descriptions,
+        command=shlex.join(["gradmetrics", *sys.argv[1:]]),
+        timing={"prepare_seconds": prepared - clock, "score_seconds": scored - prepared},
+    )
+    console.print(metrics_table(callback.evaluation, scores))
+    console.print(f"Results: {_shown(directory)}", soft_wrap=True)
+    if config.report:
+        console.print(f"Report:  {_shown(write_report(directory))}", soft_wrap=True)
+
+
+def _describe(config: DictConfig, model: Any, data: Any) -> dict[str, Any]:
+    return {
+        "name": str(config.model._target_).rpartition(".")[2] + (f" {config.model.name}" if "name" in config.model else ""),
+        "checkpoint": config.model.get("checkpoint"),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "classes": len(data.classes),
+    }
+
+
+def _shown(path: Path) -> str:
+    """The path from here where it lies below, else in full."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says to every newcomer; warnings about the user's own data stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=r".*GPU available but not used.*")
+
+
+def main() -> None:
+    """``gradmetrics scores`` lists the scores; anything else is a Hydra command line."""
+    _quiet()
+    if sys.argv[1:] == ["scores"]:
+        from lightning_gradmetrics.tables import scores_table
+
+        Console().print(scores_table())
+        return
+    hydra.main(version_base="1.3", config_path=str(configuration_directory()), config_name="config")(run)()
+
+
+if __name__ == "__main__":
+    main()
