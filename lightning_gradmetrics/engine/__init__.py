@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -55,6 +57,16 @@ def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.
             + (", ..." if len(named) > 12 else "")
         )
     return chosen
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled modules run as they are written, so that their calls can be seen."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @overload
@@ -131,7 +143,7 @@ def gradient_statistics(
     check_model(model)
     check_inputs(model, inputs)
     chosen = select_parameters(model, parameters)
-    with preserved(model), gradients_enabled():
+    with preserved(model), gradients_enabled(), eager():
         task = Task(
             model=model,
             inputs=map_tensors(inputs, lambda t: t.detach().clone() if t.is_inference() else t.detach()),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.plan import Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.record import Recorder
-from lightning_gradmetrics.engine.reference import reference_moments
+from lightning_gradmetrics.engine.reference import loss_gradients, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.uses import Use
@@ -89,6 +89,8 @@ def fast_moments(task: Task, plan: Plan, scales: defaultdict[str, float] | None 
     current = 0
 
     def sink(name: str, use: Use) -> None:
+        if name not in columns:
+            return
         for key, value in use.moments(task.wanted).items():
             results[current][key][:, columns[name]] = value
 
@@ -101,7 +103,8 @@ def _backwards(task: Task, plan: Plan, sink: Callable[[str, Use], None], scales:
     """Run one forward, then yield before each objective's backward."""
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
-    tracer = Tracer(plan, task.parameters, task.size, sink)
+    known = {name: p for name, p in task.model.named_parameters() if frozenset([name]) in plan.roots.values()}
+    tracer = Tracer(plan, known, task.size, sink)
     tracer.scales = scales
     with tracer:
         logits = task.forward()
@@ -155,13 +158,19 @@ def _verified(task: Task) -> _Strategy:
     large, losses = _record(three)
     plan = make_plan(small, large, losses[0][0])
     expected = _reference_gradients(three, losses)
-    del losses
-    covered = [name for name in task.parameters if name not in plan.uncovered]
-    slow = dict(plan.uncovered)
-    if covered:
+    del losses, large
+    while True:
+        covered = [name for name in task.parameters if name not in plan.uncovered]
         torch.random.set_rng_state(state)
-        slow |= _disagreements(three.restricted(covered), plan, expected)
-    return _Strategy(plan, tuple(name for name in covered if name not in slow), slow)
+        try:
+            wrong = _disagreements(three.restricted(covered), plan, expected) if covered else {}
+        except PlanError as error:
+            if error.step is None:
+                raise
+            plan = plan.without(error.step, str(error))
+            continue
+        slow = {**plan.uncovered, **wrong}
+        return _Strategy(plan, tuple(name for name in covered if name not in slow), slow)
 
 
 def _record(task: Task) -> tuple[Recorder, list[Tensor]]:
@@ -181,16 +190,9 @@ def _reference_gradients(task: Task, losses: Sequence[Tensor]) -> list[dict[str,
     parameters = list(task.parameters.values())
     found = []
     for loss in losses:
-        rows = [_gradients(one, parameters) for one in loss]
+        rows = [loss_gradients(one, parameters) for one in loss]
         found.append({name: torch.stack([row[i] for row in rows]) for i, name in enumerate(task.parameters)})
     return found
-
-
-def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    if not loss.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 def _disagreements(task: Task, plan: Plan, expected: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,16 @@ Source = str | tuple[int, int]
 
 
 class PlanError(Exception):
-    """The model did not do what the plan expects."""
+    """The model did not do what the plan expects, or a step failed.
+
+    Args:
+        message: What went wrong.
+        step: The number of the step that failed, if it is one.
+    """
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -55,17 +64,26 @@ class Plan:
     Args:
         steps: The steps.
         uncovered: Parameters that no step can handle, and why.
+        roots: The parameters behind each source.
     """
 
     steps: tuple[Step, ...]
-    uncovered: dict[str, str] = field(default_factory=dict)
+    uncovered: Mapping[str, str] = field(default_factory=dict)
+    roots: Mapping[Source, frozenset[str]] = field(default_factory=dict)
+
+    def without(self, number: int, reason: str) -> Plan:
+        """The plan with one step given up, its parameters left to other engines."""
+        step = self.steps[number]
+        names = frozenset().union(*(self.roots[source] for source in step.sources))
+        steps = (*self.steps[:number], replace(step, kind="uncovered"), *self.steps[number + 1 :])
+        return replace(self, steps=steps, uncovered={**dict.fromkeys(names, reason), **self.uncovered})
 
 
 BROADCAST = frozenset(
     """add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub subtract subtract_ mul mul_ __mul__ __rmul__
     __imul__ multiply multiply_ div div_ __truediv__ __rtruediv__ __itruediv__ divide divide_ true_divide true_divide_ pow
     __pow__ __rpow__ where maximum minimum fmax fmin lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ expand expand_as
-    broadcast_to""".split()
+    broadcast_to repeat tile""".split()
 )
 """Functions that broadcast their tensor arguments, and nothing else."""
 
@@ -86,7 +104,7 @@ def make_plan(two: Recorder, three: Recorder, loss: Tensor | None) -> Plan:
     builder = _Builder(three.names)
     for small, large in zip(two.records, three.records, strict=True):
         builder.add(small, large)
-    return Plan(tuple(_with_layouts(builder.steps, builder.results, loss)), builder.uncovered)
+    return Plan(tuple(_with_layouts(builder.steps, builder.results, loss)), builder.uncovered, builder.roots)
 
 
 class _Builder:
@@ -122,7 +140,7 @@ class _Builder:
             raise ValueError("other tensors for three samples than for two")
         inputs = tuple(axis_between(a.shape, b.shape) for a, b in zip(small.inputs, large.inputs, strict=True))
         outputs = [axis_between(a.shape, b.shape) for a, b in zip(small.outputs, large.outputs, strict=True)]
-        if not any(seen.requires_grad for seen in large.outputs):
+        if not large.differentiable or (not any(inputs) and not any(o.requires_grad for o in large.outputs)):
             return Step(large.function, sources, "plain")
         if not any(inputs) and not any(outputs):
             return self._derive(large, sources)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.calls import OpeningMode, tensors_in
@@ -32,6 +33,7 @@ class Record:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+    differentiable: bool
 
 
 class Recorder(OpeningMode):
@@ -63,5 +65,7 @@ class Recorder(OpeningMode):
         result = func(*args, **kwargs)
         outputs = tuple(self._see(tensor) for tensor in tensors_in(result))
         if outputs:
-            self.records.append(Record(func, inputs, outputs, args, kwargs, result))
+            # Reentrant checkpoints run without gradients here and once more in the backward pass.
+            differentiable = not torch.is_grad_enabled() or any(seen.requires_grad for seen in outputs)
+            self.records.append(Record(func, inputs, outputs, args, kwargs, result, differentiable))
         return result

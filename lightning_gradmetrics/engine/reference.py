@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.task import Task, empty_moments
+from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.statistics import Moments, gradient_moments
 
-__all__ = ["reference_moments"]
+__all__ = ["loss_gradients", "reference_moments"]
 
 
 def reference_moments(task: Task) -> list[Moments]:
     """The moments ``(N, P)`` of each objective's gradient, one sample and one objective at a time."""
-    results = empty_moments(task)
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)
-    for n in range(task.size):
-        for result, gradients in zip(results, _sample_gradients(task.rows(n, n + 1)), strict=True):
-            rows = [gradient_moments(gradient[None], task.wanted) for gradient in gradients]
-            for key in task.wanted:
-                result[key] = torch.cat([result[key], torch.stack([row[key] for row in rows], 1)])
-    return results
+    parts = [empty_moments(task)] + [_sample_moments(task.rows(n, n + 1)) for n in range(task.size)]
+    return joined(parts)
 
 
-def _sample_gradients(task: Task) -> list[list[Tensor]]:
-    """For each objective, the gradient of every chosen parameter; zero where the loss does not reach it."""
-    parameters = list(task.parameters.values())
-    logits = task.forward()
-    gradients = []
-    for loss in task.losses:
-        total = loss(task.targets)(logits).sum()
-        found = (
-            torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
-            if total.requires_grad
-            else [None] * len(parameters)
-        )
-        gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)])
-    return gradients
+def _sample_moments(task: Task) -> list[Moments]:
+    """The moments ``(1, P)`` of each objective's gradient."""
+    logits, found = task.forward(), []
+    for index in range(len(task.losses)):
+        gradients = loss_gradients(task.loss(index, logits).sum(), list(task.parameters.values()))
+        rows = [gradient_moments(gradient[None], task.wanted) for gradient in gradients]
+        found.append({key: torch.stack([row[key] for row in rows], 1) for key in task.wanted})
+    return found
+
+
+def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of a scalar for each parameter, zero where it does not reach; its graph is kept.
+
+    Reentrant activation checkpoints allow ``backward`` only, so there the parameters' ``.grad`` is used and left ``None``.
+    """
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    try:
+        found: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+        found = _backward_gradients(loss, parameters)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def _backward_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,7 +76,9 @@ class Tracer(OpeningMode):
         self._expected: Counter[str] = Counter()
         self._pending: defaultdict[str, list[Use]] = defaultdict(list)
         self._position = 0
-        self._busy = False
+        self._delayed: list[Step] = []
+        self._backward = self._busy = self._checkpoints = False
+        self._collecting = True
         self.scales: defaultdict[str, float] | None = None
 
     # -- forward ---------------------------------------------------------------------------------------------------------
@@ -87,14 +91,45 @@ class Tracer(OpeningMode):
             return func(*args, **kwargs)
         if self._opens(func):
             return self._inside(func, args, kwargs)
-        step = self.plan.steps[self._position] if self._position < len(self.plan.steps) else None
-        if step is None or step.function != func or step.sources != sources:
+        step = self._next_step(func, sources)
+        if step is None:
             result = func(*args, **kwargs)
             if any(True for _ in tensors_in(result)):
                 raise PlanError(f"an unexpected call of {getattr(func, '__name__', func)}")
             return result
+        try:
+            return getattr(self, f"_{step.kind}")(step, args, kwargs)
+        except Exception as error:
+            if step.kind in ("broadcast", "vmap"):
+                raise PlanError(f"{getattr(func, '__name__', func)}: {error}", self._position - 1) from error
+            raise
+
+    def _next_step(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
+        """The step for a call: the next one, or in the backward pass the one that a checkpoint runs again."""
+        if self._backward:
+            return self._again(function, sources)
+        step = self.plan.steps[self._position] if self._position < len(self.plan.steps) else None
+        if step is None or step.function != function or step.sources != sources:
+            return None
         self._position += 1
-        return getattr(self, f"_{step.kind}")(step, args, kwargs)
+        if not torch.is_grad_enabled() and step.kind in ("rule", "broadcast", "vmap"):
+            self._delayed.append(step)
+            self._checkpoints = True
+            return replace(step, kind="plain")
+        return step
+
+    def _again(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
+        """The step of a call in the backward pass.
+
+        A reentrant checkpoint ran its calls without gradients in the forward pass, and their uses are collected now. Other
+        checkpoints only compute again what they did not store.
+        """
+        fits = [step for step in self._delayed if step.function == function and step.sources == sources]
+        self._collecting = bool(fits)
+        if fits:
+            self._delayed.remove(fits[0])
+            return fits[0]
+        return next((s for s in self.plan.steps if s.function == function and s.sources == sources), None)
 
     def _sources(self, args: Any, kwargs: Any) -> tuple[Source, ...]:
         tracked = self._tracked
@@ -147,6 +182,8 @@ class Tracer(OpeningMode):
         result = self._rooted(step.function(*args, **kwargs))
         self._check(axis, values["input"])
         self._check(step.output, result)
+        if not self._collecting:
+            return result
         for source in slots.values():
             self._expect(source)
         call = Call(values, axis, step.output, frozenset(slots))
@@ -163,7 +200,8 @@ class Tracer(OpeningMode):
             raise PlanError(f"a tensor of shape {tuple(tensor.shape)} where one with {self.size} samples was expected")
 
     def _expect(self, source: Source) -> None:
-        self._expected.update(self._roots[source])
+        if self._collecting:
+            self._expected.update(self._roots[source])
 
     def _copies(self, tensor: Tensor) -> Tensor:
         """A copy of a parameter or derived tensor for each sample."""
@@ -177,11 +215,14 @@ class Tracer(OpeningMode):
         axis, function = step.output, step.function
         ndims = [t.ndim for t in tensors_in((args, kwargs))]
         name = getattr(function, "__name__", "")
-        if name in ("expand", "broadcast_to"):
+        ndim = max(ndims)
+        if name in ("expand", "broadcast_to", "repeat", "tile"):
             sizes = args[1:] or tuple(kwargs.values())
-            ndim = len(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else len(sizes)
-        else:
-            ndim = max(ndims)
+            sizes = list(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+            ndim = max(ndim, len(sizes))
+            if name in ("repeat", "tile"):
+                sizes[axis.dim - ndim] = 1
+                args, kwargs = (args[0], tuple(sizes)), {}
         args, kwargs = map_arguments(lambda t: self._aligned(t, axis, ndim), (args, kwargs))
         result = function(*args, **kwargs)
         self._check(axis, result)
@@ -223,16 +264,24 @@ class Tracer(OpeningMode):
             return step.function(*new_args, **new_kwargs)  # type: ignore[no-any-return]
 
         axis = step.output
-        mapped = torch.func.vmap(one, tuple(dims), axis.dim + axis.minor, randomness="same")(*tensors)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            mapped = torch.func.vmap(one, tuple(dims), axis.dim + axis.minor, randomness="same")(*tensors)
         return mapped.flatten(axis.dim, axis.dim + 1)
 
     # -- backward --------------------------------------------------------------------------------------------------------
 
     def backward(self, total: Tensor, last: bool = True) -> None:
         """Send the gradient of a scalar back through the graph; every reached parameter goes to the sink once."""
-        if total.requires_grad:
-            with self:
-                opened(torch.autograd.grad)(total, [self.anchor], retain_graph=not last, allow_unused=True)
+        self._backward, delayed = True, list(self._delayed)
+        try:
+            with self, torch.autograd.set_multithreading_enabled(False):
+                if total.requires_grad and delayed:
+                    opened(torch.autograd.backward)(total, retain_graph=not last)
+                elif total.requires_grad:
+                    opened(torch.autograd.grad)(total, [self.anchor], retain_graph=not last, allow_unused=True)
+        finally:
+            self._backward, self._collecting, self._delayed = False, True, delayed
         for name in list(self._pending):
             self._finish(name)
 
@@ -269,7 +318,7 @@ class Tracer(OpeningMode):
         for name in self._roots[source]:
             derived = self._derived.get(source)
             self._pending[name].append(use if derived is None else DerivedUse(use, derived, self._leaves[name]))
-            if len(self._pending[name]) == self._expected[name]:
+            if len(self._pending[name]) == self._expected[name] and not self._checkpoints:
                 self._finish(name)
 
     def _finish(self, name: str) -> None:

@@ -1,0 +1,121 @@
+"""Recurrent layers, written out: their fused functions become linear layers, which have a rule, and element-wise steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine.calls import DECOMPOSED
+
+__all__ = ["gru_cell", "layers", "lstm_cell", "plain_cell"]
+
+State = tuple[Tensor, ...]
+Cell = Callable[[Tensor, State, Sequence[Tensor | None]], State]
+
+
+def lstm_cell(projected: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
+    """One step of an LSTM, ``c' = f c + i g`` and ``h' = o tanh c'``; ``weights`` are ``W_hh``, ``b_hh`` and a projection."""
+    hidden, cell = state
+    i, f, g, o = (projected + _linear(hidden, weights[0], weights[1])).chunk(4, -1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    hidden = o.sigmoid() * cell.tanh()
+    return (hidden if weights[2] is None else _linear(hidden, weights[2], None)), cell
+
+
+def gru_cell(projected: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
+    """One step of a GRU, ``h' = n + z (h - n)``."""
+    hidden = state[0]
+    input_r, input_z, input_n = projected.chunk(3, -1)
+    hidden_r, hidden_z, hidden_n = _linear(hidden, weights[0], weights[1]).chunk(3, -1)
+    new = (input_n + (input_r + hidden_r).sigmoid() * hidden_n).tanh()
+    return (new + (input_z + hidden_z).sigmoid() * (hidden - new),)
+
+
+def plain_cell(
+    activation: Callable[[Tensor], Tensor], projected: Tensor, state: State, weights: Sequence[Tensor | None]
+) -> State:
+    """One step of an Elman network, ``h' = act(W_ih x + W_hh h)``."""
+    return (activation(projected + _linear(state[0], weights[0], weights[1])),)
+
+
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert weight is not None
+    return F.linear(x, weight, bias)
+
+
+def _direction(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor | None], reverse: bool) -> Any:
+    """One direction of one layer, ``(T, N, D) -> (T, N, H)``, and its last state."""
+    w_ih, w_hh, b_ih, b_hh, projection = weights
+    projected = _linear(x, w_ih, b_ih).unbind(0)
+    outputs = []
+    for step in projected[::-1] if reverse else projected:
+        state = cell(step, state, (w_hh, b_hh, projection))
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if reverse else outputs), state
+
+
+def _weights(flat: Sequence[Tensor], sets: int, has_biases: bool) -> list[tuple[Tensor | None, ...]]:
+    """For each layer and direction: ``W_ih, W_hh, b_ih, b_hh, W_hr``, with ``None`` for what is not there."""
+    each = len(flat) // sets
+    groups = [flat[i * each : (i + 1) * each] for i in range(sets)]
+    if has_biases:
+        return [(*g[:4], g[4] if each > 4 else None) for g in groups]
+    return [(g[0], g[1], None, None, g[2] if each > 2 else None) for g in groups]
+
+
+def layers(
+    fused: Callable[..., Any],
+    cell: Cell,
+    input: Tensor,
+    hx: Any,
+    params: Any,
+    has_biases: bool,
+    num_layers: Any,
+    dropout: Any,
+    train: Any,
+    bidirectional: Any,
+    batch_first: Any,
+) -> Any:
+    """A stack of recurrent layers, with the arguments and the result of the fused function.
+
+    Packed sequences have a tensor of batch sizes as a further second argument; they go to the fused function itself.
+    """
+    if isinstance(has_biases, (tuple, list)):
+        return fused(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+    directions = 2 if bidirectional else 1
+    weights = _weights(params, num_layers * directions, has_biases)
+    x, last = input.transpose(0, 1) if batch_first else input, []
+    for layer in range(num_layers):
+        runs = []
+        for index in range(layer * directions, (layer + 1) * directions):
+            output, state = _direction(
+                cell, x, tuple(s[index] for s in states), weights[index], index % directions == 1
+            )
+            runs.append(output)
+            last.append(state)
+        x = torch.cat(runs, -1) if bidirectional else runs[0]
+        x = F.dropout(x, dropout, train) if layer < num_layers - 1 else x
+    ends = [torch.stack(parts) for parts in zip(*last, strict=True)]
+    return (x.transpose(0, 1) if batch_first else x, *ends)
+
+
+def _cell(cell: Cell, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+    state = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+    result = cell(_linear(input, w_ih, b_ih), state, (w_hh, b_hh, None))
+    return result if len(result) > 1 else result[0]
+
+
+for _fused, _one, _function in (
+    (torch.lstm, torch.lstm_cell, lstm_cell),
+    (torch.gru, torch.gru_cell, gru_cell),
+    (torch.rnn_tanh, torch.rnn_tanh_cell, partial(plain_cell, torch.tanh)),
+    (torch.rnn_relu, torch.rnn_relu_cell, partial(plain_cell, torch.relu)),
+):
+    DECOMPOSED[_fused] = partial(layers, _fused, _function)
+    DECOMPOSED[_one] = partial(_cell, _function)
