@@ -38,7 +38,7 @@ def choose_axis(groups: Sequence[Floats]) -> Axis:
         >>> choose_axis([np.array([0.0, 1.0, 2.0])]).kind
         'linear'
         >>> [text for _, text in choose_axis([np.logspace(-6, 0, 1000)]).ticks]
-        ['1e-5', '1e-3', '0.1']
+        ['1e-6', '1e-4', '0.01', '1']
     """
     groups = [group for group in groups if len(group)]
     kind = _kind(np.concatenate(groups)) if groups else _LINEAR
@@ -73,7 +73,8 @@ def _forward(kind: str) -> Callable[[Floats], Floats]:
 
 
 def _linear_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
-    places = [float(x) for x in MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= x <= high]
+    locator = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
+    places = [float(x) for x in locator.tick_values(low, high) if low <= x <= high]
     for digits in range(1, 17):
         texts = [_short(place, digits) for place in places]
         if len(set(texts)) == len(texts) and all(
@@ -85,9 +86,10 @@ def _linear_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
 
 def _log_ticks(kind: str, low: float, high: float) -> tuple[tuple[float, str], ...]:
     exponents = range(int(np.ceil(low)), int(np.floor(high)) + 1)
-    exponents = exponents[len(exponents) > 3 :: max(1, -(-len(exponents) // 3))] if len(exponents) > 3 else exponents
+    step = max(1, -(-len(exponents) // 4))
+    exponents_shown = [k for k in exponents if k % step == 0]
     sign = "-" if kind == _NEGATIVE_LOG else ""
-    powers = [(float(k), k if kind == _LOG else -k) for k in exponents]
+    powers = [(float(k), k if kind == _LOG else -k) for k in exponents_shown]
     return tuple((place, sign + (f"{10.0**k:g}" if -3 < k < 4 else f"1e{k}")) for place, k in powers)
 
 

@@ -79,7 +79,7 @@ def thin(x: Floats, y: Floats, steps: int) -> tuple[Floats, Floats]:
 
     Example:
         >>> [len(axis) for axis in thin(np.linspace(0, 1, 5001), np.linspace(0, 1, 5001), steps=100)]
-        [101, 101]
+        [102, 102]
     """
     cells = np.round(np.stack([x, y]) * steps)
     keep = np.append(True, np.any(np.diff(cells, axis=1) != 0, axis=0))

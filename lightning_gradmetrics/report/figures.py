@@ -10,7 +10,7 @@ import numpy as np
 from lightning_gradmetrics.report.columns import Column, find_columns, ordered_scores, percent
 from lightning_gradmetrics.report.curves import Floats, risk_coverage_curve, roc_curve, spearman
 from lightning_gradmetrics.report.drawing import Drawing, known_value
-from lightning_gradmetrics.report.markup import Markup, tag
+from lightning_gradmetrics.report.markup import Markup, breakable, tag
 from lightning_gradmetrics.report.plots import Curve, Group, curves_svg, distribution_svg, heat_map_svg
 from lightning_gradmetrics.report.run import Rows
 from lightning_gradmetrics.report.svg import FAINT, SERIES, colour_variable
@@ -34,7 +34,8 @@ def distribution_figures(drawing: Drawing) -> Markup | None:
         picture = distribution_svg(
             groups, f"Distribution of {name}. Medians: {', '.join(medians) or 'none'}.", f"d{number}"
         )
-        caption = tag("figcaption", tag("b", name), " ", family_mark(scores[name]), _summary(scores[name].summary))
+        heading = [tag("b", breakable(name)), " ", family_mark(scores[name])]
+        caption = tag("figcaption", heading, _summary(scores[name].summary))
         panels.append(tag("figure", caption, picture))
     return tag("div", panels, class_="panels")
 
@@ -140,7 +141,7 @@ def _legend_line(curve: Curve, figure: str) -> Markup:
     return tag(
         "li",
         tag("span", class_="dash" if curve.dashed else "line", style=colour),
-        tag("span", curve.name, class_="name"),
+        tag("span", breakable(curve.name), class_="name"),
         tag("span", figure, class_="n"),
         data_curve=curve.number,
         tabindex=0,

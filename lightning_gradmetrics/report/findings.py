@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lightning_gradmetrics.report.columns import Column, best_values, column_of, find_columns, ordered_scores, percent
-from lightning_gradmetrics.report.markup import Child, Markup, join, tag
+from lightning_gradmetrics.report.markup import Child, Markup, breakable, join, tag
 from lightning_gradmetrics.report.run import Comparison, Metric, Run
 from lightning_gradmetrics.report.tables import html_row, html_table, interval
 
@@ -21,7 +21,7 @@ def best_by_column(run: Run) -> Markup | None:
         best = [best_values(column, side) for side in sides]
         if all(best):
             values = [side[names[0]].value or 0.0 for side, names in zip(sides, best, strict=True)]
-            rows.append([tag("th", column.title, scope="row"), *_best_cells(column, best, values)])
+            rows.append([tag("th", breakable(column.title), scope="row"), *_best_cells(column, best, values)])
     head = ["Column", "Best baseline", "Best gradient score", "Gradient against baseline"]
     return html_table(html_row(head, "th"), map(html_row, rows), class_="data") if rows else None
 
@@ -30,11 +30,9 @@ def _best_cells(column: Column, best: list[list[str]], values: list[float]) -> l
     digits, gain = column.kind.digits, (values[1] - values[0]) * (1 if column.kind.higher else -1)
     points = percent(abs(gain), digits)
     word = "equal" if float(points) == 0 else f"{points} {'better' if gain > 0 else 'worse'}"
-    named = [f"{names[0]}{f' (+{len(names) - 1} equal)' if len(names) > 1 else ''}" for names in best]
-    return [
-        *(join(name, " ", tag("b", percent(value, digits))) for name, value in zip(named, values, strict=True)),
-        word,
-    ]
+    named = [f"{names[0]} {f'(+{len(names) - 1} equal) ' if len(names) > 1 else ''}" for names in best]
+    figures = [tag("b", percent(value, digits)) for value in values]
+    return [*(join(breakable(name), figure) for name, figure in zip(named, figures, strict=True)), word]
 
 
 def comparison_table(run: Run) -> Markup | None:
@@ -50,7 +48,7 @@ def comparison_table(run: Run) -> Markup | None:
     head = [tag("th", "Score", scope="col"), *(_comparison_head(column, sole[column]) for column in columns)]
     rows = [
         [
-            tag("th", name, scope="row"),
+            tag("th", breakable(name), scope="row"),
             *(_comparison_cell(column, entries.get(name, ()), sole[column]) for column, entries in columns.items()),
         ]
         for name in names

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 from typing import Union
 
-__all__ = ["Child", "Markup", "join", "tag"]
+__all__ = ["Child", "Markup", "breakable", "join", "tag"]
 
 
 class Markup(str):
@@ -26,6 +27,16 @@ def join(*children: Child) -> Markup:
         'a&lt;b<i>c</i>1'
     """
     return Markup("".join(_text(child) for child in children))
+
+
+def breakable(name: str) -> Markup:
+    """A name that a narrow column may break after an underscore, a dot or a slash.
+
+    Example:
+        >>> breakable("max_softmax")
+        'max_<wbr>softmax'
+    """
+    return Markup(re.sub(r"([_./]+)(?=[^_./])", r"\1<wbr>", html.escape(name)))
 
 
 def _text(child: Child) -> str:

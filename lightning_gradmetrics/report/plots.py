@@ -16,7 +16,7 @@ from lightning_gradmetrics.report.curves import Floats, thin
 from lightning_gradmetrics.report.markup import Markup
 from lightning_gradmetrics.report.svg import FAINT, GRID, INK, MUTED, new_axes, to_svg
 
-__all__ = ["Curve", "Group", "curves_svg", "distribution_svg", "heat_map_svg", "shorten"]
+__all__ = ["Curve", "Group", "curves_svg", "distribution_svg", "heat_map_svg", "plot_text"]
 
 _BINS = 48
 _STEPS = 150
@@ -44,22 +44,23 @@ class Curve:
     front: bool = False
 
 
-def shorten(text: str, length: int) -> str:
-    """At most ``length`` characters, with an ellipsis in the middle, so that endings that tell names apart stay.
+def plot_text(text: str, length: int) -> str:
+    r"""On one line, at most ``length`` characters (the middle is cut: endings tell names apart), and no mathematics.
 
     Example:
-        >>> shorten("pseudo_label_l2_all", 11)
-        'pseud…2_all'
+        >>> plot_text("pseudo_label_l2_all", 11), plot_text("in $", 11)
+        ('pseud…2_all', 'in \\$')
     """
-    if len(text) <= length:
-        return text
-    head = length // 2
-    return f"{text[:head]}…{text[len(text) - (length - head - 1) :]}"
+    text = " ".join(text.split())
+    if len(text) > length:
+        head = length // 2
+        text = f"{text[:head]}…{text[len(text) - (length - head - 1) :]}"
+    return text.replace("$", r"\$")
 
 
 def distribution_svg(groups: Sequence[Group], label: str, prefix: str) -> Markup:
     """One row a group over a shared axis: a histogram scaled to its own highest bin, and a tick at the median."""
-    names = [shorten(group.name, 18) for group in groups]
+    names = [plot_text(group.name, 18) for group in groups]
     left = 14 + 5.6 * max(map(len, names))
     axes = new_axes(340, 28 + 30 * len(groups), (left, 8, 22, 4))
     axis = choose_axis([group.values for group in groups])
@@ -114,7 +115,7 @@ def curves_svg(
         style = (0, (4, 1.6)) if line.dashed else "-"
         width = 1.8 if line.front else 0.9
         axes.plot(x, y * top, color=line.colour, linewidth=width, linestyle=style, gid=f"curve curve-{line.number}")
-    axes.set(xlim=(0, 1), ylim=(0, top), xlabel=axis_names[0], ylabel=axis_names[1])
+    axes.set(xlim=(0, 1), ylim=(0, top), xlabel=plot_text(axis_names[0], 56), ylabel=plot_text(axis_names[1], 44))
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}")
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}")
     return to_svg(axes, label, prefix)
@@ -130,7 +131,7 @@ def heat_map_svg(names: Sequence[str], values: Floats, split: int, label: str, p
         label: The alternative text.
         prefix: Makes ids unique.
     """
-    side, short = 27.0, [shorten(name, 26) for name in names]
+    side, short = 27.0, [plot_text(name, 26) for name in names]
     margin = 12 + 5.6 * max(map(len, short))
     size = side * len(names) + (4 if 0 < split < len(names) else 0)
     axes = new_axes(size + margin + 4, size + margin + 4, (margin, 4, 4, margin))

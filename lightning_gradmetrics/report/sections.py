@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from lightning_gradmetrics.report.columns import find_columns, ordered_scores
-from lightning_gradmetrics.report.drawing import MAX_ROWS, Drawing
+from lightning_gradmetrics.report.drawing import Drawing
 from lightning_gradmetrics.report.figures import (
     MAX_PANELS,
     correlation_figure,
@@ -34,10 +34,6 @@ _TASKS = {
     "ood": "Out-of-distribution: do samples of the other set (the positives) score higher than in-distribution ones?",
 }
 _BETTER = {True: "higher is better", False: "lower is better", None: "direction not known"}
-_READING = (
-    "Solid lines are gradient scores, dashed ones baselines. The leading scores are in colour, the others grey; "
-    "point at or tap a name in the legend to bring out its curve."
-)
 
 
 def scores(run: Run) -> Markup:
@@ -47,7 +43,8 @@ def scores(run: Run) -> Markup:
         return tag("p", "No figure could be computed in this run; the notes say why.")
     intervals = any(entry.low is not None and entry.high is not None for entry in run.metrics)
     reading = (
-        "All figures are times 100; ↑ higher is better, ↓ lower is better. The best of each column is bold. "
+        "All figures are times 100; ↑ higher is better, ↓ lower is better. "
+        f"{'The best of each column is bold. ' if len(run.scores) > 1 else ''}"
         f"{'The small line under a figure is its interval. ' if intervals else ''}Click a heading to sort."
     )
     tasks = [_TASKS[task] for task in dict.fromkeys(column.task for column in columns) if task in _TASKS]
@@ -100,6 +97,7 @@ def _not_finite(run: Run) -> str | None:
 
 def _missing(run: Run, drawing: Drawing) -> list[str]:
     strangers = sorted(set(run.rows) - {dataset.name for dataset in run.datasets})
+    drawn = sum(len(rows) for rows in drawing.rows.values())
     told = {
         "No in-distribution data set has labels, so misprediction is not judged.": run.datasets
         and not any(dataset.role == "id" and dataset.labelled for dataset in run.datasets),
@@ -107,7 +105,7 @@ def _missing(run: Run, drawing: Drawing) -> list[str]:
             dataset.role not in ("", "id") for dataset in run.datasets
         ),
         "No row is finite, so nothing is drawn.": not drawing.rows,
-        f"Plots show a random part of the rows (fixed seed, about {MAX_ROWS} in all); tables use all.": drawing.sampled,
+        f"Plots show {counted(drawn, 'row')}, chosen at random with a fixed seed; tables use all.": drawing.sampled,
         f"Plots show at most {MAX_PANELS} data sets.": len(drawing.rows) > MAX_PANELS,
         f"{RESULTS_FILE} also holds rows of {', '.join(strangers)}, which {METRICS_FILE} does not describe.": strangers,
     }
@@ -129,17 +127,28 @@ def out_of_distribution(drawing: Drawing) -> Markup | None:
     """ROC curves, a panel for each out-of-distribution set."""
     reading = (
         "ROC curves: the share of the other set that is flagged (up) at the price of flagging in-distribution samples "
-        f"(right). Nearer to the top left corner is better; the dotted diagonal is guessing. {_READING}"
+        f"(right). Nearer to the top left corner is better; the dotted diagonal is guessing. {_curve_reading(drawing)}"
     )
     figures = roc_figures(drawing)
     return figures and join(tag("p", reading), figures)
+
+
+def _curve_reading(drawing: Drawing) -> str:
+    families = {score.family == "baseline" for score in drawing.run.scores}
+    parts = {
+        "Solid lines are gradient scores, dashed ones baselines.": len(families) > 1,
+        "The leading scores are in colour, the others grey.": len(drawing.run.scores) > len(drawing.colours),
+        "Point at or tap a name in the legend to bring out its curve.": len(drawing.run.scores) > 1,
+    }
+    return " ".join(text for text, holds in parts.items() if holds)
 
 
 def wrong_predictions(drawing: Drawing) -> Markup | None:
     """Risk-coverage curves, a panel for each labelled in-distribution set."""
     reading = (
         "Risk-coverage curves: the error rate among the samples that are kept when only the least uncertain are kept; "
-        f"lower is better. Dotted: keeping all (level), and a perfect ordering (the lowest possible). {_READING}"
+        "lower is better. Dotted: keeping all (level), and a perfect ordering (the lowest possible). "
+        f"{_curve_reading(drawing)}"
     )
     figures = risk_figures(drawing)
     return figures and join(tag("p", reading), figures)

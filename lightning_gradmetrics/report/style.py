@@ -37,14 +37,19 @@ thead th{font-weight:600;vertical-align:bottom;background:var(--panel)}
 tbody th{font-weight:500}
 .n{text-align:right;white-space:nowrap}
 td .small{display:block}
-.data tbody th{overflow-wrap:anywhere;min-width:7rem}
+.data tbody th{min-width:5rem;max-width:26rem}
+.keep,time{white-space:nowrap}
 .main th[scope=colgroup]{text-align:center;line-height:1.25}
 .main th[scope=colgroup] span{display:block}
 .main thead tr+tr th{text-align:right}
 .main .first{border-left:1px solid var(--grid)}
-.main tbody th,.main .corner{position:sticky;left:0;z-index:1;background:var(--paper);min-width:8.5rem;max-width:15rem}
+.main tbody th,.main .corner{position:sticky;left:0;z-index:1;background:var(--paper);min-width:9rem;max-width:17rem}
 .main .corner{background:var(--panel);z-index:2}
-.main tbody th .name,.main tbody th .about{display:block;overflow-wrap:anywhere}
+.main tbody th .name{display:block}
+.main tbody th .about{display:block;white-space:nowrap}
+@media (min-width:40.01rem){.main.plain tbody th{max-width:none}
+ .main.plain tbody th .name,.main.plain tbody th .about{display:inline-block}
+ .main.plain tbody th .about{margin-left:.5rem}}
 .main thead .small,.data thead .small{display:block}
 .main tbody tr.gradient th{border-left:4px solid var(--s1)}
 .main tbody tr.baseline th{border-left:4px double var(--s2)}
@@ -68,14 +73,14 @@ button:hover,button:focus-visible{text-decoration:underline}
 .curves>div>svg{flex:1 1 20rem;max-width:34rem;align-self:flex-start}
 .curves>div>div{flex:1 1 12rem}
 figure{margin:0;padding:.6rem .7rem;background:var(--panel);border-radius:8px;break-inside:avoid}
-figcaption{margin-bottom:.3rem;overflow-wrap:anywhere}
+figcaption{margin-bottom:.3rem}
 figcaption .small{display:block}
 svg{display:block;width:100%;height:auto;font-family:inherit}
 .heat figure{padding:.4rem}
 .legend{list-style:none;margin:.3rem 0 0;padding:0;columns:13rem;column-gap:1.2rem;font-size:.84rem}
 .legend li{display:flex;align-items:center;gap:.5rem;padding:.08rem .2rem;break-inside:avoid;
  cursor:pointer;border-radius:4px}
-.legend .name{flex:1;overflow-wrap:anywhere}
+.legend .name{flex:1;min-width:0}
 .legend .line,.legend .dash{width:1.6rem;flex:none;border-top:3px solid}
 .legend .dash{border-top-style:dashed}
 .legend li:hover,.legend li:focus-visible,.legend li.on{background:var(--best);outline:none}
@@ -85,14 +90,16 @@ svg{display:block;width:100%;height:auto;font-family:inherit}
 details{margin:.3rem 0;border:1px solid var(--grid);border-radius:6px;padding:.3rem .7rem}
 summary{cursor:pointer;font-weight:500;overflow-wrap:anywhere}
 .samples{display:flex;flex-wrap:wrap;gap:.2rem 1.6rem}
-dl{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr;gap:.15rem 1rem;margin:.5rem 0}
+dl{display:grid;grid-template-columns:fit-content(40%) 1fr;gap:.15rem 1rem;margin:.5rem 0}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:40rem){body{font-size:15px}th,td{padding:.28rem .45rem}
- .main tbody th,.main .corner{min-width:7rem;max-width:9rem}}
+ .main tbody th,.main .corner{min-width:8rem;max-width:9.5rem}
+ .data tbody th{max-width:11rem}.main tbody th .about{white-space:normal}}
 @media print{body{max-width:none;padding:0;font-size:10pt}nav{display:none}.scroll{overflow:visible}
  table{font-size:8pt}th,td{padding:.15rem .3rem}.main tbody th,.main .corner{position:static}
  figure,thead th,.mark,.best,.legend .line,.legend .dash{print-color-adjust:exact;-webkit-print-color-adjust:exact}
- h2,h3,figcaption{break-after:avoid}tr{break-inside:avoid}@page{margin:12mm}}
+ h2,h3,figcaption{break-after:avoid}tr,p{break-inside:avoid}section>p{break-after:avoid}
+ td .small,th .small{font-size:.92em}@page{margin:12mm}}
 """
 )
 

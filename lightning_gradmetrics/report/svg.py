@@ -7,6 +7,7 @@ schemes and print. Text stays text. Nothing of matplotlib's global state is left
 from __future__ import annotations
 
 import re
+import warnings
 from io import StringIO
 
 import matplotlib
@@ -62,7 +63,11 @@ def to_svg(axes: Axes, label: str, prefix: str) -> Markup:
     figure = axes.get_figure(root=True)
     assert figure is not None
     buffer = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "path.simplify": True}):
+    with (
+        warnings.catch_warnings(),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "path.simplify": True}),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has its own fonts
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawing = buffer.getvalue()
     width, height = (72 * size for size in figure.get_size_inches())

@@ -16,7 +16,7 @@ from lightning_gradmetrics.report.columns import (
     ordered_scores,
     percent,
 )
-from lightning_gradmetrics.report.markup import Child, Markup, join, tag
+from lightning_gradmetrics.report.markup import Child, Markup, breakable, join, tag
 from lightning_gradmetrics.report.run import Metric, Rows, Run, Score
 
 __all__ = [
@@ -59,8 +59,8 @@ def data_table(run: Run) -> Markup:
     head = ["Data set", "Role", "Rows", "Non-finite", "Labels", "Accuracy (%)", *(["What it is"] if described else [])]
     rows = [
         [
-            tag("th", dataset.name, scope="row"),
-            ROLES.get(dataset.role, dataset.role or "–"),
+            tag("th", breakable(dataset.name), scope="row"),
+            tag("td", ROLES.get(dataset.role, dataset.role or "–"), class_="keep"),
             tag("td", _count(dataset.rows), class_="n"),
             tag("td", _count(dataset.not_finite), class_="n"),
             "yes" if dataset.labelled else "no",
@@ -89,18 +89,21 @@ def main_table(run: Run) -> Markup:
     columns = find_columns(run)
     scores = {score.name: score for score in run.scores}
     timed = any(score.seconds_per_sample is not None for score in run.scores)
-    best = {column: set(best_values(column, entries)) for column, entries in columns.items()}
+    best = {
+        column: set(best_values(column, entries) if len(entries) > 1 else ()) for column, entries in columns.items()
+    }
+    plain = not any(_has_interval(entry) for entries in columns.values() for entry in entries.values())
     body = [
         tag(
             "tr",
-            tag("th", tag("span", name, class_="name"), _about(scores[name]), scope="row", data_sort=name),
+            tag("th", tag("span", breakable(name), class_="name"), _about(scores[name]), scope="row", data_sort=name),
             [_figure_cell(column, entries.get(name), name in best[column]) for column, entries in columns.items()],
             _time_cell(scores[name].seconds_per_sample) if timed else None,
             class_="baseline" if scores[name].family == "baseline" else "gradient",
         )
         for name in ordered_scores(run)
     ]
-    return html_table(_main_head(columns, timed), body, class_="main sortable")
+    return html_table(_main_head(columns, timed), body, class_="main plain sortable" if plain else "main sortable")
 
 
 def _about(score: Score) -> Markup:
@@ -117,7 +120,7 @@ def _main_head(columns: dict[Column, dict[str, Metric]], timed: bool) -> Markup:
     for (task, place, grouped), members in places.items():
         title = {"ood": "Out-of-distribution", "misprediction": "Misprediction"}.get(task, task)
         counts = tag("span", _counts(task, columns[members[0]].values()), class_="small")
-        where = tag("span", f"group {place}" if grouped else place, class_="place")
+        where = tag("span", "group " if grouped else None, breakable(place), class_="place")
         top.append(tag("th", title, where, counts, colspan=len(members), scope="colgroup", class_="first"))
     if timed:
         top.append(tag("th", "Cost", scope="colgroup", class_="first"))
@@ -221,6 +224,10 @@ def all_figures(run: Run) -> Markup:
         between = interval(entry.low, entry.high, 2) if _has_interval(entry) else "–"
         numbers = (percent(entry.value, 2), between, _count(entry.count_positive), _count(entry.count_negative))
         rows.append(
-            [tag("th", entry.score, scope="row"), column.title, *(tag("td", text, class_="n") for text in numbers)]
+            [
+                tag("th", breakable(entry.score), scope="row"),
+                column.title,
+                *(tag("td", text, class_="n") for text in numbers),
+            ]
         )
     return html_table(html_row(head, "th"), map(html_row, rows), class_="data")
