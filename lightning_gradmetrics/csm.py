@@ -93,8 +93,8 @@ def _check_maps(csm: Tensor) -> None:
 def mean_cosine(csm: Tensor) -> Tensor:
     """The mean cosine of two different classes, ``(N,)``: higher = more uncertain.
 
-    A confident sample's predicted class has a gradient opposite to all others', which lowers the mean; where the model
-    has no preference, no class stands out.
+    The direction is an observation, not a law: it held for errors and for near out-of-distribution data, and on far data
+    (digits shown to a classifier of photographs) the mean told nothing.
 
     Example:
         >>> mean_cosine(torch.tensor([[[1.0, -0.5], [-0.5, 1.0]]]))
