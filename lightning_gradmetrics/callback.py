@@ -80,6 +80,7 @@ class GradientMetrics(Callback):
         self._rows: list[Rows] = []
         self._capture: Capture | None = None
         self._handles: list[RemovableHandle] = []
+        self._finished = False
 
     @property
     def score_names(self) -> list[str]:
@@ -91,6 +92,7 @@ class GradientMetrics(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last run."""
         self._rows, self.results, self.evaluation = [], empty_results(self.score_names), None
+        self._finished = False
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, dataloaders: Any) -> None:
         loaders = _flat(dataloaders)
@@ -128,6 +130,7 @@ class GradientMetrics(Callback):
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
         """Gather the rows, judge them, and give the metrics by their logged names; the same on every rank."""
+        self._finished = True
         names = [rows.dataset for rows in self._rows]
         tables = [rows.table() for rows in self._rows]
         for name, table in zip(names, tables, strict=True):
@@ -202,6 +205,8 @@ class GradientMetrics(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
         self._unwatch()
         self._capture = None
+        if stage != "fit" and not self._finished:
+            rank_zero_warn(f"the {stage} run gave no samples (are its dataloaders empty?): the results table has no rows")
 
 
 def _flat(dataloaders: Any) -> list[Any]:

@@ -56,5 +56,5 @@ def gradtrust(evidence: Evidence) -> Tensor:
     a = logits - 1 / logits.shape[1]
     # Dividing by the largest entry first keeps the fourth power in range; all-zero rows have equal (zero) rows: trust 1.
     largest = a.abs().amax(1, keepdim=True)
-    scaled = torch.where(largest > 0, a / largest, torch.ones_like(a))
+    scaled = torch.where(largest == 0, torch.ones_like(a), a / largest)
     return -1 / scaled.pow(4).mean(1)
