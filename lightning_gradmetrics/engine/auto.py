@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.engine.functional import functional_moments
+from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
 from lightning_gradmetrics.engine.plan import Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.record import Recorder
 from lightning_gradmetrics.engine.reference import loss_gradients, reference_moments
-from lightning_gradmetrics.engine.task import Task, empty_moments
-from lightning_gradmetrics.engine.tracer import Tracer
-from lightning_gradmetrics.engine.uses import Use
+from lightning_gradmetrics.engine.task import Task, empty_moments, joined
+from lightning_gradmetrics.engine.tracer import Probe, Tracer
+from lightning_gradmetrics.engine.uses import RowsUse, Use
 from lightning_gradmetrics.forward import map_tensors
 from lightning_gradmetrics.statistics import Moments, gradient_moments
 
-__all__ = ["auto_moments"]
+__all__ = ["auto_moments", "sample_uses"]
 
 
 @dataclass(frozen=True)
 class _Strategy:
-    """How a model is handled: a plan for most of its parameters, and another engine for each of the rest."""
+    """How a model is handled: a plan for most of its parameters, and another engine for each of the rest.
+
+    Args:
+        plan: The plan.
+        fast: The parameters it covers, and is verified for.
+        slow: The others, and why.
+        bytes: About the memory that a sample's activations take, to split batches by.
+    """
 
     plan: Plan
     fast: tuple[str, ...]
     slow: Mapping[str, str] = field(default_factory=dict)
+    bytes: int = 1
 
 
 _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Any, _Strategy]] = WeakKeyDictionary()
@@ -41,23 +48,42 @@ def auto_moments(task: Task) -> list[Moments]:
     """The moments ``(N, P)`` of each objective's gradient, each parameter by the fastest engine that is right for it."""
     if task.size == 0:
         return empty_moments(task)
+    return _planned(task, _run)
+
+
+def sample_uses(task: Task) -> dict[str, Use]:
+    """For each parameter that the loss reaches, what every sample's gradient of the first objective can be built from."""
+    return _planned(task, _uses) if task.size else {}
+
+
+Result = TypeVar("Result")
+
+
+def _planned(task: Task, work: Callable[[Task, _Strategy], Result]) -> Result:
+    """``work`` with the strategy for this kind of task; made anew if the model does something else than planned."""
     known = _STRATEGIES.setdefault(task.model, {})
     key = _signature(task)
     if key not in known:
         known[key] = _strategy(task)
     try:
-        return _run(task, known[key])
+        return work(task, known[key])
     except PlanError:
         known[key] = _strategy(task)
     try:
-        return _run(task, known[key])
+        return work(task, known[key])
     except PlanError as error:
         known[key] = _Strategy(Plan(()), (), dict.fromkeys(task.parameters, str(error)))
         _warn(task, known[key].slow)
-        return _run(task, known[key])
+        return work(task, known[key])
 
 
 def _run(task: Task, strategy: _Strategy) -> list[Moments]:
+    """The moments, in pieces of the batch if the memory is bounded."""
+    step = task.size if task.memory is None else max(1, task.memory // strategy.bytes)
+    return joined([_piece(task.rows(i, i + step), strategy) for i in range(0, task.size, step)])
+
+
+def _piece(task: Task, strategy: _Strategy) -> list[Moments]:
     results = empty_moments(task, task.size)
     columns = {name: index for index, name in enumerate(task.parameters)}
     if strategy.fast:
@@ -69,6 +95,29 @@ def _run(task: Task, strategy: _Strategy) -> list[Moments]:
     return results
 
 
+def _uses(task: Task, strategy: _Strategy) -> dict[str, Use]:
+    uses: dict[str, Use] = {}
+    for _ in _backwards(replace(task, losses=task.losses[:1]), strategy.plan, uses.__setitem__):
+        pass
+    uses = {name: use for name, use in uses.items() if name in strategy.fast}
+    if strategy.slow:
+        uses |= {name: RowsUse(g) for name, g in _slow_gradients(task.restricted(strategy.slow)).items()}
+    return uses
+
+
+def _slow_gradients(task: Task) -> dict[str, Tensor]:
+    try:
+        return functional_gradients(task, 0)
+    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's own
+        for parameter in task.parameters.values():
+            parameter.requires_grad_(True)
+        rows = []
+        for n in range(task.size):
+            one = task.rows(n, n + 1)
+            rows.append(loss_gradients(one.loss(0, one.forward()).sum(), list(task.parameters.values())))
+        return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(task.parameters)}
+
+
 def _fill(results: list[Moments], parts: list[Moments], columns: list[int]) -> None:
     for result, part in zip(results, parts, strict=True):
         for key, value in part.items():
@@ -78,12 +127,12 @@ def _fill(results: list[Moments], parts: list[Moments], columns: list[int]) -> N
 def _slow_moments(task: Task) -> list[Moments]:
     try:
         return functional_moments(task)
-    except Exception:  # noqa: BLE001 - torch.func raises many kinds of errors; the loop raises the model's own
+    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's own
         return reference_moments(task)
 
 
-def fast_moments(task: Task, plan: Plan, scales: defaultdict[str, float] | None = None) -> list[Moments]:
-    """The moments of parameters that the plan covers; ``scales`` collects the size of the terms of their gradients."""
+def fast_moments(task: Task, plan: Plan, probe: Probe | None = None) -> list[Moments]:
+    """The moments of parameters that the plan covers; ``probe`` is filled in a run that verifies it."""
     results = empty_moments(task, task.size)
     columns = {name: index for index, name in enumerate(task.parameters)}
     current = 0
@@ -94,18 +143,18 @@ def fast_moments(task: Task, plan: Plan, scales: defaultdict[str, float] | None 
         for key, value in use.moments(task.wanted).items():
             results[current][key][:, columns[name]] = value
 
-    for current, _ in enumerate(_backwards(task, plan, sink, scales)):  # noqa: B007 - the sink reads it
+    for current, _ in enumerate(_backwards(task, plan, sink, probe)):  # noqa: B007 - the sink reads it
         pass
     return results
 
 
-def _backwards(task: Task, plan: Plan, sink: Callable[[str, Use], None], scales: Any = None) -> Any:
+def _backwards(task: Task, plan: Plan, sink: Callable[[str, Use], None], probe: Probe | None = None) -> Any:
     """Run one forward, then yield before each objective's backward."""
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
     known = {name: p for name, p in task.model.named_parameters() if frozenset([name]) in plan.roots.values()}
     tracer = Tracer(plan, known, task.size, sink)
-    tracer.scales = scales
+    tracer.probe = probe
     with tracer:
         logits = task.forward()
     losses = [task.loss(index, logits).sum() for index in range(len(task.losses))]
@@ -133,7 +182,7 @@ def _strategy(task: Task) -> _Strategy:
     """Plan on two and three samples of the batch, verify, and leave to other engines what cannot be covered."""
     try:
         strategy = _verified(task)
-    except Exception as error:  # noqa: BLE001 - whatever happens in a probe, the slow engines still are right
+    except Exception as error:  # whatever happens in a probe, the slow engines still are right
         strategy = _Strategy(Plan(()), (), dict.fromkeys(task.parameters, f"{type(error).__name__}: {error}"))
     _warn(task, strategy.slow)
     return strategy
@@ -158,6 +207,7 @@ def _verified(task: Task) -> _Strategy:
     large, losses = _record(three)
     plan = make_plan(small, large, losses[0][0])
     expected = _reference_gradients(three, losses)
+    size = large.bytes() // 3 + 1
     del losses, large
     while True:
         covered = [name for name in task.parameters if name not in plan.uncovered]
@@ -170,7 +220,7 @@ def _verified(task: Task) -> _Strategy:
             plan = plan.without(error.step, str(error))
             continue
         slow = {**plan.uncovered, **wrong}
-        return _Strategy(plan, tuple(name for name in covered if name not in slow), slow)
+        return _Strategy(plan, tuple(name for name in covered if name not in slow), slow, size)
 
 
 def _record(task: Task) -> tuple[Recorder, list[Tensor]]:
@@ -197,32 +247,33 @@ def _reference_gradients(task: Task, losses: Sequence[Tensor]) -> list[dict[str,
 
 def _disagreements(task: Task, plan: Plan, expected: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
     """The parameters whose moments by the plan are not those of the gradients that autograd gives."""
-    scales: defaultdict[str, float] = defaultdict(float)
-    results = fast_moments(task, plan, scales)
-    wrong: dict[str, str] = {}
+    probe = Probe()
+    results = fast_moments(task, plan, probe)
+    wrong = {name: reason for name, reason in probe.failures.items() if name in task.parameters}
     for result, gradients in zip(results, expected, strict=True):
         for column, name in enumerate(task.parameters):
             moments = {key: value[:, column] for key, value in result.items()}
-            if not _agree(moments, gradients[name], scales[name]):
+            if name not in wrong and not _agree(moments, gradients[name], probe.scales[name]):
                 wrong[name] = "its fast rule disagrees with autograd on a probe"
     return wrong
 
 
 def _agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
     """Whether moments are those of a gradient ``(N, ...)`` up to rounding."""
-    half = {torch.float64: 1e-8, torch.float32: 1e-3}.get(gradient.dtype, 0.1)
-    flat = gradient.flatten(1).double()
+    exact = not torch.is_autocast_enabled(gradient.device.type)
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(gradient.dtype, 0.1) if exact else 0.1
+    flat = gradient.reshape(len(gradient), gradient[:1].numel()).double()
     expected = gradient_moments(flat, moments)
     level = flat.norm(dim=1) + scale
     entries = max(flat.shape[1], 1)
     for key, value in moments.items():
-        # The moment of a gradient whose norm is ``level``: an error in it is at most about ``half`` times this.
+        # The moment of a gradient whose norm is ``level``: an error in it is at most about ``tolerance`` times this.
         largest = {"max": level, "min": level, "sum": level * entries**0.5}.get(key)  # type: ignore[call-overload]
         if largest is None:
             p = float(key)
-            largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * half ** max(0.0, p - 1)
+            largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * tolerance ** max(0.0, p - 1)
         error = (value - expected[key]).abs()
-        if not bool((error <= half * largest)[expected[key].isfinite()].all()):
+        if not bool((error <= tolerance * largest)[expected[key].isfinite()].all()):
             return False
     return True
 
@@ -233,7 +284,7 @@ def _finite_samples(task: Task) -> list[int]:
 
     def check(tensor: Tensor) -> None:
         if tensor.is_floating_point() and tensor.ndim and len(tensor) == task.size:
-            finite.logical_and_(tensor.isfinite().flatten(1).all(1).cpu())
+            finite.logical_and_(tensor.isfinite().reshape(task.size, -1).all(1).cpu())
 
     map_tensors(task.inputs, check)
     good = finite.nonzero().flatten()[:3].tolist() or list(range(min(3, task.size)))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from lightning_gradmetrics.engine.task import Task, empty_moments
+from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.forward import map_tensors
 from lightning_gradmetrics.statistics import Moments, gradient_moments
 
-__all__ = ["functional_moments"]
+__all__ = ["functional_gradients", "functional_moments"]
 
 ENTRIES = 2**25
 """Gradient entries materialised at a time: 128 MiB in float32."""
@@ -20,20 +20,21 @@ ENTRIES = 2**25
 
 def functional_moments(task: Task) -> list[Moments]:
     """The moments ``(N, P)`` of each objective's gradient, by ``vmap(grad)`` in chunks of samples."""
-    results = empty_moments(task)
     entries = sum(p.numel() for p in task.parameters.values())
-    step = max(1, ENTRIES // max(entries, 1))
-    for start in range(0, task.size, step):
-        chunk = task.rows(start, start + step)
-        for index, result in enumerate(results):
-            gradients = _chunk_gradients(chunk, index)
-            rows = [gradient_moments(gradient, task.wanted) for gradient in gradients.values()]
-            for key in task.wanted:
-                result[key] = torch.cat([result[key], torch.stack([row[key] for row in rows], 1)])
-    return results
+    step = max(1, (ENTRIES if task.memory is None else min(ENTRIES, task.memory // 16)) // max(entries, 1))
+    chunks = [task.rows(start, start + step) for start in range(0, task.size, step)]
+    return joined([empty_moments(task), *(_chunk_moments(chunk) for chunk in chunks)])
 
 
-def _chunk_gradients(task: Task, index: int) -> dict[str, Tensor]:
+def _chunk_moments(task: Task) -> list[Moments]:
+    found = []
+    for index in range(len(task.losses)):
+        rows = [gradient_moments(gradient, task.wanted) for gradient in functional_gradients(task, index).values()]
+        found.append({key: torch.stack([row[key] for row in rows], 1) for key in task.wanted})
+    return found
+
+
+def functional_gradients(task: Task, index: int) -> dict[str, Tensor]:
     """Every sample's gradient of one objective, ``{name: (N, ...)}``."""
     parameters = {name: p.detach() for name, p in task.parameters.items()}
     state = {name: p.detach() for name, p in task.model.named_parameters() if name not in parameters}

@@ -79,11 +79,25 @@ class Plan:
         return replace(self, steps=steps, uncovered={**dict.fromkeys(names, reason), **self.uncovered})
 
 
+_PLAIN = [
+    "add",
+    "sub",
+    "subtract",
+    "mul",
+    "multiply",
+    "div",
+    "divide",
+    "true_divide",
+    "pow",
+    "lerp",
+    "addcmul",
+    "addcdiv",
+]
+_OPERATORS = ["add", "sub", "mul", "truediv", "pow"]
 BROADCAST = frozenset(
-    """add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub subtract subtract_ mul mul_ __mul__ __rmul__
-    __imul__ multiply multiply_ div div_ __truediv__ __rtruediv__ __itruediv__ divide divide_ true_divide true_divide_ pow
-    __pow__ __rpow__ where maximum minimum fmax fmin lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ expand expand_as
-    broadcast_to repeat tile""".split()
+    [name + end for name in _PLAIN for end in ("", "_")]
+    + [f"__{kind}{name}__" for name in _OPERATORS for kind in ("", "r", "i")]
+    + ["rsub", "where", "maximum", "minimum", "fmax", "fmin", "expand", "expand_as", "broadcast_to", "repeat", "tile"]
 )
 """Functions that broadcast their tensor arguments, and nothing else."""
 

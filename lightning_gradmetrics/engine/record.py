@@ -56,6 +56,11 @@ class Recorder(OpeningMode):
             self._kept.append(tensor)
         return Seen(self._serials[id(tensor)], tuple(tensor.shape), tensor.requires_grad)
 
+    def bytes(self) -> int:
+        """The size of everything that was computed: at least what the forward pass keeps."""
+        outputs = (tensor for record in self.records for tensor in tensors_in(record.result))
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in outputs}.values())
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call and note what went in and what came out."""
         kwargs = kwargs or {}

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,22 @@ from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
 
-__all__ = ["Tracer"]
+__all__ = ["Probe", "Tracer"]
 
 Sink = Callable[[str, Use], None]
+
+
+@dataclass
+class Probe:
+    """What is noted in a run that only verifies a plan.
+
+    Args:
+        scales: For each parameter, how large the terms are whose sum is its gradient.
+        failures: Parameters whose rules raised an error, and what it was.
+    """
+
+    scales: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 class _Root(torch.autograd.Function):
@@ -78,8 +91,8 @@ class Tracer(OpeningMode):
         self._position = 0
         self._delayed: list[Step] = []
         self._backward = self._busy = self._checkpoints = False
-        self._collecting = True
-        self.scales: defaultdict[str, float] | None = None
+        self._collecting, self._last = True, False
+        self.probe: Probe | None = None
 
     # -- forward ---------------------------------------------------------------------------------------------------------
 
@@ -273,7 +286,7 @@ class Tracer(OpeningMode):
 
     def backward(self, total: Tensor, last: bool = True) -> None:
         """Send the gradient of a scalar back through the graph; every reached parameter goes to the sink once."""
-        self._backward, delayed = True, list(self._delayed)
+        self._backward, self._last, delayed = True, last, list(self._delayed)
         try:
             with self, torch.autograd.set_multithreading_enabled(False):
                 if total.requires_grad and delayed:
@@ -289,7 +302,7 @@ class Tracer(OpeningMode):
     def _quiet(self) -> Iterator[None]:
         self._busy, before = True, self._busy
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.anchor.device.type, enabled=False):
                 yield
         finally:
             self._busy = before
@@ -297,22 +310,35 @@ class Tracer(OpeningMode):
     def _rule_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
         if call.values["input"]._version != version:
             raise PlanError("a layer's input was changed in place after the layer had used it")
-        with self._quiet():
+        with self._quiet(), self._guarded(slots.values()):
             self._scale(slots.values(), call.values["input"], g)
             for slot, use in found.uses(call, call.out.split(g)):
                 self._arrive(slots[slot], use)
+        if self._last:  # the graph keeps this hook, and with it the layer's input, until the whole pass is over
+            call.values.clear()
+
+    @contextmanager
+    def _guarded(self, sources: Iterable[Source]) -> Iterator[None]:
+        """In a probe, an error costs the parameters that it concerns and not the whole plan."""
+        try:
+            yield
+        except Exception as error:
+            if self.probe is None:
+                raise
+            for name in {name for source in sources for name in self._roots[source]}:
+                self.probe.failures[name] = f"{type(error).__name__}: {error}"
 
     def _copy_gradient(self, source: Source, g: Tensor) -> None:
-        with self._quiet():
+        with self._quiet(), self._guarded([source]):
             self._scale([source], g, g)
             self._arrive(source, RowsUse(g))
 
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
         """Note how large the terms are whose sum is a gradient: rounding errors are relative to them, not to the sum."""
-        if self.scales is not None:
+        if self.probe is not None:
             factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
             for name in {name for source in sources for name in self._roots[source]}:
-                self.scales[name] += factor * g.double().norm().item()
+                self.probe.scales[name] += factor * g.double().norm().item()
 
     def _arrive(self, source: Source, use: Use) -> None:
         for name in self._roots[source]:
@@ -322,5 +348,5 @@ class Tracer(OpeningMode):
                 self._finish(name)
 
     def _finish(self, name: str) -> None:
-        with self._quiet():
+        with self._quiet(), self._guarded([name]):
             self.sink(name, combined(self._pending.pop(name)))

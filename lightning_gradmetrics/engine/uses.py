@@ -29,7 +29,9 @@ ENTRIES = 1_500_000
 class Use(Protocol):
     """The gradients ``(N, *shape)`` of one parameter, in a form that need not build them."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape."""
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -53,7 +55,11 @@ def chunked_moments(use: Use, wanted: Iterable[Moment]) -> Moments:
     """The moments of a use through its gradients, a bounded number of entries at a time."""
     keys, step = frozenset(wanted), max(1, ENTRIES // max(1, math.prod(use.shape)))
     starts = range(0, len(use), step) if len(use) else range(1)
-    return merge_rows([row_moments(use.rows(i, i + step).gradient().flatten(1), keys) for i in starts])
+    return merge_rows([row_moments(_flat(use.rows(i, i + step).gradient()), keys) for i in starts])
+
+
+def _flat(rows: Tensor) -> Tensor:
+    return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class RowsUse:
         return _wide(self.value)
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
-        return row_moments(self.value.reshape(len(self), math.prod(self.shape)), wanted)
+        return row_moments(_flat(self.value), wanted)
 
 
 @dataclass(frozen=True)

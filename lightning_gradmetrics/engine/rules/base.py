@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.uses import Use
 
-__all__ = ["RULES", "Call", "Rule", "bind", "rule"]
+__all__ = ["RULES", "Call", "Rule", "bind", "first_axis", "rule", "summed", "wide"]
 
 
 @dataclass
@@ -72,6 +73,16 @@ RULES: dict[Any, Rule] = {}
 def first_axis(call: Call) -> bool:
     """Whether the samples are on the first axis."""
     return call.axis.dim == 0 == call.out.dim
+
+
+def summed(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """The sum over ``dims``, in float32 for half precision."""
+    return tensor.sum(dims, dtype=wide(tensor.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 for half precision."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def rule(

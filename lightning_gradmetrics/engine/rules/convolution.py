@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule
+from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
 
 __all__ = ["convolution", "transposed_convolution"]
@@ -41,7 +41,7 @@ def _padded(
 
 def _bias(g: Tensor) -> RowsUse:
     """``(N, times, C, *S)`` summed over everything but samples and channels."""
-    return RowsUse(g.sum((1, *range(3, g.ndim))))
+    return RowsUse(summed(g, (1, *range(3, g.ndim))))
 
 
 @rule(

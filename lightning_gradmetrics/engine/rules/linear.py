@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.rules.base import Call, rule
+from lightning_gradmetrics.engine.rules.base import Call, rule, summed
 from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
 
 __all__ = ["linear", "product"]
@@ -30,7 +30,7 @@ def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W^T + b``: the weight's gradient is ``sum_t g_t a_t^T``, the bias' ``sum_t g_t``."""
     g = _sequence(g)
     if "bias" in call.slots:
-        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else g.sum(1))
+        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else summed(g, 1))
     if "weight" in call.slots:
         yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g)
 
@@ -65,6 +65,6 @@ def affine(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = b + a W``."""
     g = _sequence(g)
     if "bias" in call.slots:
-        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else g.sum(1))
+        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else summed(g, 1))
     if "weight" in call.slots:
         yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g, transposed=True)

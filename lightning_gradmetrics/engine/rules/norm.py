@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule
+from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed, wide
 from lightning_gradmetrics.engine.uses import RowsUse, Use
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -18,9 +18,9 @@ def _channels(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, 
     """Uses of ``w`` and ``b`` with one entry a channel, from ``(N, times, C, *S)``."""
     others = (1, *range(3, g.ndim))
     if "bias" in call.slots:
-        yield "bias", RowsUse(g.sum(others))
+        yield "bias", RowsUse(summed(g, others))
     if "weight" in call.slots:
-        yield "weight", RowsUse((normalised * g).sum(others))
+        yield "weight", RowsUse(summed(normalised * g, others))
 
 
 def _frozen_statistics(call: Call) -> bool:
@@ -36,12 +36,12 @@ def _frozen_statistics(call: Call) -> bool:
 def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``sum (x - m) g / sqrt(v + eps)``, by two sums over the positions that need no normalised input."""
     others = (1, *range(3, g.ndim))
-    total = g.sum(others)
+    total = summed(g, others)
     if "bias" in call.slots:
         yield "bias", RowsUse(total)
     if "weight" in call.slots:
         mean, variance = call.values["running_mean"], call.values["running_var"]
-        product = (call.x * g).sum(others)
+        product = summed(call.x * g, others)
         scale = torch.rsqrt(variance + call.values["eps"])
         yield "weight", RowsUse((product - total * mean) * scale)
 
@@ -53,7 +53,9 @@ def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
 )
 def group_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Normalised over groups of channels of one sample."""
-    normalised = F.group_norm(call.values["input"].to(g.dtype), call.values["num_groups"], eps=call.get("eps", 1e-5))
+    normalised = F.group_norm(
+        call.values["input"].to(wide(g.dtype)), call.values["num_groups"], eps=call.get("eps", 1e-5)
+    )
     yield from _channels(call, call.axis.split(normalised), g)
 
 
@@ -67,7 +69,7 @@ def instance_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     use_input = call.get("use_input_stats", True)
     mean, variance = (None, None) if use_input else (call.values["running_mean"], call.values["running_var"])
     normalised = F.instance_norm(
-        call.values["input"].to(g.dtype), mean, variance, use_input_stats=use_input, eps=call.values["eps"]
+        call.values["input"].to(wide(g.dtype)), mean, variance, use_input_stats=use_input, eps=call.values["eps"]
     )
     yield from _channels(call, call.axis.split(normalised), g)
 
@@ -83,9 +85,9 @@ def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, 
     shape = tuple(call.values["normalized_shape"])
     positions = tuple(range(1, g.ndim - len(shape)))
     if "bias" in call.slots:
-        yield "bias", RowsUse(g.sum(positions))
+        yield "bias", RowsUse(summed(g, positions))
     if "weight" in call.slots:
-        yield "weight", RowsUse((call.axis.split(normalised) * g).sum(positions))
+        yield "weight", RowsUse(summed(call.axis.split(normalised) * g, positions))
 
 
 @rule(
@@ -97,7 +99,7 @@ def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, 
 def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Normalised over the last axes."""
     shape = list(call.values["normalized_shape"])
-    normalised = F.layer_norm(call.values["input"].to(g.dtype), shape, eps=call.get("eps", 1e-5))
+    normalised = F.layer_norm(call.values["input"].to(wide(g.dtype)), shape, eps=call.get("eps", 1e-5))
     yield from _trailing(call, normalised, g)
 
 
@@ -105,4 +107,4 @@ def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
 def rms_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Divided by the root mean square over the last axes."""
     shape = list(call.values["normalized_shape"])
-    yield from _trailing(call, F.rms_norm(call.values["input"].to(g.dtype), shape, eps=call.get("eps")), g)
+    yield from _trailing(call, F.rms_norm(call.values["input"].to(wide(g.dtype)), shape, eps=call.get("eps")), g)

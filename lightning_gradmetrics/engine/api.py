@@ -1,0 +1,223 @@
+"""The engine's public functions: they check what they are given, and hand a task to an engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.engine.auto import auto_moments, sample_uses
+from lightning_gradmetrics.engine.functional import functional_moments
+from lightning_gradmetrics.engine.reference import reference_moments
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.uses import Use
+from lightning_gradmetrics.forward import (
+    Inputs,
+    batch_size,
+    check_inputs,
+    check_model,
+    gradients_enabled,
+    logits_of,
+    map_tensors,
+    preserved,
+)
+from lightning_gradmetrics.objectives import Loss, Objective
+from lightning_gradmetrics.statistics import STATISTICS, GradientStatistics, Moments, moments_for, result_dtype
+
+__all__ = ["ENGINES", "eager", "gradient_statistics", "per_sample_gradients", "select_parameters"]
+
+ENGINES: dict[str, Callable[[Task], list[Moments]]] = {
+    "auto": auto_moments,
+    "vmap": functional_moments,
+    "reference": reference_moments,
+}
+"""Engines by name: each maps a :class:`Task` to the moments ``(N, P)`` of each objective."""
+
+Parameters = Callable[[str], bool] | None
+
+
+def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
+    """The chosen parameters by name, frozen ones included.
+
+    Args:
+        model: The model.
+        parameters: ``None`` for all, or a predicate on the parameter's name.
+
+    Raises:
+        ValueError: If none is chosen.
+    """
+    named = dict(model.named_parameters())
+    chosen = {name: p for name, p in named.items() if parameters is None or parameters(name)}
+    if not chosen:
+        raise ValueError(
+            f"no parameter of {type(model).__name__} was chosen; its parameters are: {', '.join(list(named)[:12]) or 'none'}"
+            + (", ..." if len(named) > 12 else "")
+        )
+    return chosen
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled modules run as they are written, so that their calls can be seen."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@overload
+def gradient_statistics(
+    model: nn.Module,
+    inputs: Inputs,
+    objective: str | Loss | Objective,
+    parameters: Parameters = ...,
+    per_parameter: bool = ...,
+    **options: Any,
+) -> GradientStatistics: ...
+
+
+@overload
+def gradient_statistics(
+    model: nn.Module,
+    inputs: Inputs,
+    objective: Sequence[str | Loss | Objective],
+    parameters: Parameters = ...,
+    per_parameter: bool = ...,
+    **options: Any,
+) -> list[GradientStatistics]: ...
+
+
+def gradient_statistics(
+    model: nn.Module,
+    inputs: Inputs,
+    objective: str | Loss | Objective | Sequence[str | Loss | Objective],
+    parameters: Parameters = None,
+    per_parameter: bool = False,
+    *,
+    statistics: Iterable[str] = STATISTICS,
+    targets: Tensor | None = None,
+    logits: Callable[[Any], Tensor] = logits_of,
+    engine: str = "auto",
+    memory: int | None = None,
+) -> GradientStatistics | list[GradientStatistics]:
+    r"""Statistics of the gradient of a per-sample loss, for every sample: ``stat(d L_n / d theta)``.
+
+    Args:
+        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
+        objective: ``"pseudo_label"``, ``"uniform"``, ``"confounding"``, ``"confounding_logits"``, ``"label"``, or any callable from
+            logits ``(N, C)`` to losses ``(N,)``. A sequence of them shares one forward and gives a list.
+        parameters: ``None`` for all parameters (frozen ones too), or a predicate on the parameter's name.
+        per_parameter: Whether to keep the parameters apart: results ``(N, P)`` instead of ``(N,)``.
+        statistics: Names of the statistics to compute; the fewer, the faster.
+        targets: True labels ``(N,)``, for the objective ``"label"``.
+        logits: From the model's output to its logits ``(N, C)``.
+        engine: ``"auto"``, the fast one; ``"vmap"`` (``torch.func``); or ``"reference"`` (one sample at a time, slow).
+        memory: Bytes to use at most beyond the model and the inputs, by splitting the batch; ``None`` runs it in one piece.
+
+    Returns:
+        A :class:`GradientStatistics`, or a list of them, one an objective.
+
+    Raises:
+        ValueError: If batch norm is in train mode, or a name is unknown.
+        TypeError: If the inputs are no floats and the model has no embedding.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> stats = gradient_statistics(model, torch.randn(5, 2, 4), "pseudo_label")
+        >>> stats.names, stats.norm(1).shape
+        (('1.weight', '1.bias'), torch.Size([5]))
+
+    Reference:
+        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient Information, 2018.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; available: {', '.join(ENGINES)}")
+    single = isinstance(objective, (str, Objective)) or callable(objective)
+    objectives = [Objective.of(o) for o in ([objective] if single else objective)]  # type: ignore[list-item, union-attr]
+    with _task(model, inputs, objectives, parameters, targets, logits) as task:
+        moments = ENGINES[engine](replace(task, wanted=moments_for(statistics), memory=memory))
+    results = [_result(task.parameters, m, per_parameter) for m in moments]
+    return results[0] if single else results
+
+
+def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter: bool) -> GradientStatistics:
+    counts = torch.tensor([p.numel() for p in chosen.values()])
+    dtype = result_dtype(next(iter(chosen.values())).dtype)
+    result = GradientStatistics(tuple(chosen), counts, moments, dtype)
+    return result if per_parameter else result.merged()
+
+
+@contextmanager
+def _task(
+    model: nn.Module,
+    inputs: Inputs,
+    objectives: Sequence[Objective],
+    parameters: Parameters,
+    targets: Tensor | None,
+    logits: Callable[[Any], Tensor],
+) -> Iterator[Task]:
+    """The task, in the surroundings it needs; the model is as before afterwards."""
+    check_model(model)
+    check_inputs(model, inputs)
+    chosen = select_parameters(model, parameters)
+    with preserved(model), gradients_enabled(), eager():
+        yield Task(
+            model=model,
+            inputs=map_tensors(inputs, lambda t: t.detach().clone() if t.is_inference() else t.detach()),
+            size=batch_size(inputs),
+            losses=tuple(o.loss for o in objectives),
+            targets=targets.clone() if targets is not None and targets.is_inference() else targets,
+            parameters=chosen,
+            wanted=moments_for(STATISTICS),
+            logits=logits,
+        )
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    inputs: Inputs,
+    objective: str | Loss | Objective,
+    parameters: Parameters = None,
+    *,
+    targets: Tensor | None = None,
+    logits: Callable[[Any], Tensor] = logits_of,
+) -> Iterator[tuple[str, Tensor]]:
+    r"""Every sample's gradient of a per-sample loss, one parameter after the other: ``d L_n / d theta``.
+
+    The backward pass runs at once; a parameter's gradients are built when the iterator comes to it.
+
+    Args:
+        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        inputs: As in :func:`gradient_statistics`.
+        objective: As in :func:`gradient_statistics`, one only.
+        parameters: ``None`` for all parameters, or a predicate on the parameter's name.
+        targets: True labels ``(N,)``, for the objective ``"label"``.
+        logits: From the model's output to its logits ``(N, C)``.
+
+    Returns:
+        An iterator over names and gradients ``(N, *shape)``, zero where the loss does not reach.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Linear(4, 3)
+        >>> {name: g.shape for name, g in per_sample_gradients(model, torch.randn(5, 4), "pseudo_label")}
+        {'weight': torch.Size([5, 3, 4]), 'bias': torch.Size([5, 3])}
+    """
+    with _task(model, inputs, [Objective.of(objective)], parameters, targets, logits) as task:
+        uses = sample_uses(task)
+    return ((name, _evaluated(uses.get(name), task, p)) for name, p in task.parameters.items())
+
+
+def _evaluated(use: Use | None, task: Task, parameter: nn.Parameter) -> Tensor:
+    with gradients_enabled(), torch.no_grad():
+        if use is None:
+            return parameter.new_zeros(task.size, *parameter.shape)
+        return use.gradient().contiguous()
