@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gradmetrics.batches import split_batch
+from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.evaluation import Evaluation, evaluate
 from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, logits_of
 from lightning_gradmetrics.head import Capture, capturing, install
-from lightning_gradmetrics.results import Rows, empty_results, merge_results, sample_indices
-from lightning_gradmetrics.scores import ScoreLike, resolve
+from lightning_gradmetrics.fitting import Fitting
+from lightning_gradmetrics.results import Rows, empty_results, finite_rows, merge_results, sample_indices
+from lightning_gradmetrics.scores import FittedScore, ScoreLike, resolve
 from lightning_gradmetrics.scoring import Scorer
 
 __all__ = ["GradientMetrics"]
@@ -81,11 +83,59 @@ class GradientMetrics(Callback):
         self._capture: Capture | None = None
         self._handles: list[RemovableHandle] = []
         self._finished = False
+        self._fitting: Fitting | None = None
 
     @property
     def score_names(self) -> list[str]:
         """The names of the scores: the columns of the results."""
         return [score.name for score in self.scorer.scores]
+
+    # Fitted scores
+
+    def fit(self, trainer: Trainer, model: LightningModule, dataloaders: Any, datasets: Mapping[str, str] | None = None) -> None:
+        """Fit the scores that need it, on in-distribution data, before they score.
+
+        It is a ``trainer.predict`` over the data, with all that a ``Trainer`` brings: device, precision, processes, progress bar.
+        Scores that need no fit are left alone; without any, it does nothing but say so.
+
+        Args:
+            trainer: A trainer that this callback belongs to.
+            model: The model.
+            dataloaders: One dataloader or several, of data that is not scored later.
+            datasets: Names and roles of the dataloaders, where scores are fitted on in- (``"id"``) and out-of-distribution data.
+
+        Raises:
+            ValueError: If the callback is not one of the trainer's.
+        """
+        wanted = [score for score in self.scorer.scores if isinstance(score, FittedScore)]
+        if self not in trainer.callbacks:  # type: ignore[attr-defined]
+            raise ValueError("this callback is not one of the trainer's: make it as Trainer(callbacks=[callback])")
+        if not wanted:
+            rank_zero_warn("none of the scores needs a fit: nothing was done")
+            return
+        kept, self.datasets = self.datasets, datasets
+        self._fitting = Fitting(wanted, self.scorer)
+        try:
+            trainer.predict(model, dataloaders, return_predictions=False)
+        finally:
+            self._fitting, self.datasets = None, kept
+
+    def _outside(self, dataloader_idx: int, size: int) -> Tensor | None:
+        """When fitting with roles, whether this dataloader's samples are out-of-distribution."""
+        if self._fitting is None or not isinstance(self.datasets, Mapping):
+            return None
+        return torch.full((size,), self.datasets[self._rows[dataloader_idx].dataset] != "id")
+
+    def _fit_finish(self, trainer: Trainer) -> None:
+        """Join what all processes accumulated, and put the fitted scores in the place of those that were not."""
+        assert self._fitting is not None and self._capture is not None
+        if trainer.world_size > 1:
+            totals: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(totals, self._fitting.totals)
+            self._fitting.join(totals)
+        fitted = self._fitting.finish(self._capture.model)
+        self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
+        self.scorer.head = self.scorer.head or self._fitting.scorer.head
 
     # The run
 
@@ -101,7 +151,8 @@ class GradientMetrics(Callback):
             Rows(name, self.score_names, sample_indices(loader, rank, world), world, rank)
             for name, loader in zip(_names(self.datasets, dataloaders), loaders, strict=True)
         ]
-        self._capture = self.scorer.capture(_scored_model(pl_module, self.model))
+        scorer = self.scorer if self._fitting is None else self._fitting.scorer
+        self._capture = scorer.capture(_scored_model(pl_module, self.model))
 
     def _watch(self) -> None:
         assert self._capture is not None
@@ -115,6 +166,7 @@ class GradientMetrics(Callback):
     def _score(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
         self._unwatch()
         assert self._capture is not None
+        scorer = self.scorer if self._fitting is None else self._fitting.scorer
         inputs, labels = self.batch(batch)
         if not batch_size(inputs):
             return
@@ -124,13 +176,19 @@ class GradientMetrics(Callback):
         with trainer.precision_plugin.forward_context():
             if not self._capture.calls and not self._capture.outputs:
                 _forward(self._capture, inputs)
-            scored = self.scorer(self._capture, model, inputs, labels)
+            evidence = scorer.evidence(self._capture, model, inputs, labels, self._outside(dataloader_idx, batch_size(inputs)))
         self._capture.clear()
-        self._rows[dataloader_idx].add(inputs, scored.logits, labels, scored.scores)
+        if self._fitting is None:
+            self._rows[dataloader_idx].add(inputs, evidence.given_logits, labels, scorer(evidence))
+        else:
+            self._fitting.add(evidence, finite_rows(inputs, [evidence.given_logits]))
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
         """Gather the rows, judge them, and give the metrics by their logged names; the same on every rank."""
         self._finished = True
+        if self._fitting is not None:
+            self._fit_finish(trainer)
+            return {}
         names = [rows.dataset for rows in self._rows]
         tables = [rows.table() for rows in self._rows]
         for name, table in zip(names, tables, strict=True):
@@ -195,6 +253,8 @@ class GradientMetrics(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         metrics = self._finish(trainer)
+        if not metrics:
+            return
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
@@ -264,7 +324,7 @@ def _scored_model(pl_module: LightningModule, name: str | None) -> nn.Module:
 
 def _forward(capture: Capture, inputs: Inputs) -> None:
     """A forward of its own, where the step ran none that could be watched (a compiled or a cached model)."""
-    with capturing(capture), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with capturing(capture), torch.no_grad(), eager():
         call(capture.model, inputs)
 
 

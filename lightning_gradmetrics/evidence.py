@@ -91,14 +91,16 @@ class Evidence:
         given_logits: ``(N, C)``.
         given_features: The head's input ``(N, D)``.
         given_labels: True labels ``(N,)``.
-        gradients: Statistics of gradients by target and objective.
+        given_outside: Which samples are out-of-distribution ``(N,)``, bool; known when a detector is fitted.
+        gradients: Statistics of gradients by target and objective, per parameter.
         probes: Results of the scores' own computations.
     """
 
     given_logits: Tensor
     given_features: Tensor | None = None
     given_labels: Tensor | None = None
-    gradients: dict[tuple[Target, Objective], Gradient] = field(default_factory=dict)
+    given_outside: Tensor | None = None
+    gradients: dict[tuple[Target, Objective], GradientStatistics] = field(default_factory=dict)
     probes: dict[Probe, Tensor] = field(default_factory=dict)
 
     @property
@@ -120,12 +122,43 @@ class Evidence:
             raise ValueError("a score needs true labels: pass targets=, or give batches (inputs, labels)")
         return self.given_labels
 
+    @property
+    def wrong(self) -> Tensor:
+        """Which predictions are wrong ``(N,)``, bool."""
+        return self.logits.argmax(1) != self.labels
+
+    @property
+    def outside(self) -> Tensor:
+        """Which samples are out-of-distribution ``(N,)``, bool; known only when a score is fitted."""
+        if self.given_outside is None:
+            raise ValueError("a score is fitted on in- and out-of-distribution samples: give both kinds of data, with roles")
+        return self.given_outside
+
     def gradient(self, objective: str | Loss | Objective, target: Target = "head", **arguments: Any) -> Gradient:
-        """The gradient of an objective with respect to a target."""
+        """The gradient of an objective with respect to a target: statistics ``(N,)``."""
         objective = Objective.of(objective, **arguments)
         if target == "head":
             return self._head_gradient(objective)
-        return self.gradients[target, objective]
+        return self.gradients[target, objective].merged()
+
+    def gradient_per_parameter(self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any) -> Gradient:
+        """The gradient of an objective with respect to each parameter of a target: statistics ``(N, P)``."""
+        return self.gradients[target, Objective.of(objective, **arguments)]
+
+    def rows(self, keep: Tensor) -> Evidence:
+        """The evidence of the samples that ``keep`` ``(N,)``, bool, marks."""
+
+        def take(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[keep]
+
+        return Evidence(
+            self.given_logits[keep],
+            take(self.given_features),
+            take(self.given_labels),
+            take(self.given_outside),
+            {key: value.rows(keep) for key, value in self.gradients.items()},
+            {key: value[keep] for key, value in self.probes.items()},
+        )
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         with gradients_enabled():
@@ -164,12 +197,12 @@ class Needs:
 class _RecordedGradient:
     """Stands in for a gradient in the dry run and notes the moments asked of it."""
 
-    def __init__(self, moments: set[Moment], size: int) -> None:
-        self.moments, self.size = moments, size
+    def __init__(self, moments: set[Moment], shape: tuple[int, ...]) -> None:
+        self.moments, self.shape = moments, shape
 
     def statistic(self, name: str) -> Tensor:
         self.moments |= moments_for([name])
-        return torch.ones(self.size)
+        return torch.ones(self.shape)
 
     def norm(self, p: float = 2.0) -> Tensor:
         return self.statistic(f"l{p:g}")
@@ -184,7 +217,8 @@ class _Recorder(Evidence):
     """Evidence of two made-up samples that notes what is looked at."""
 
     def __init__(self, needs: Needs, classes: int) -> None:
-        super().__init__(torch.linspace(-1, 1, 2 * classes).view(2, classes), torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
+        logits, labels = torch.linspace(-1, 1, 2 * classes).view(2, classes), torch.zeros(2, dtype=torch.long)
+        super().__init__(logits, torch.ones(2, 3), labels, torch.tensor([False, True]))
         self.needs = needs
 
     @property
@@ -201,8 +235,14 @@ class _Recorder(Evidence):
         objective = Objective.of(objective, **arguments)
         if target == "head":
             return super().gradient(objective, target)
+        return self._recorded(objective, target, (2,))
+
+    def gradient_per_parameter(self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any) -> Gradient:
+        return self._recorded(Objective.of(objective, **arguments), target, (2, 4))
+
+    def _recorded(self, objective: Objective, target: Target, shape: tuple[int, ...]) -> Gradient:
         self.needs.labels |= objective.needs_targets
-        return _RecordedGradient(self.needs.gradients[target][objective], 2)  # type: ignore[return-value]
+        return _RecordedGradient(self.needs.gradients[target][objective], shape)  # type: ignore[return-value]
 
     def probe(self, function: Probe, shape: tuple[int, ...] = ()) -> Tensor:
         if function not in self.needs.probes:
@@ -213,7 +253,8 @@ class _Recorder(Evidence):
 def needs_of(scores: Iterable[Callable[[Evidence], Tensor]], classes: int = 3) -> Needs:
     """What the scores look at, found by a dry run of each on two made-up samples with ``classes`` classes.
 
-    A score declares nothing: what it asks of the evidence is what it needs.
+    A score declares nothing: what it asks of the evidence is what it needs. A fitted score's dry run is its ``look``, which needs no
+    state.
 
     Example:
         >>> from lightning_gradmetrics.scores import make
@@ -222,5 +263,5 @@ def needs_of(scores: Iterable[Callable[[Evidence], Tensor]], classes: int = 3) -
     """
     needs = Needs()
     for score in scores:
-        score(_Recorder(needs, classes))
+        getattr(score, "look", score)(_Recorder(needs, classes))
     return needs

@@ -11,27 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.engine import gradient_statistics
-from lightning_gradmetrics.evidence import Evidence, Gradient, Needs, Target, needs_of, parameter_filter
+from lightning_gradmetrics.engine.api import eager
+from lightning_gradmetrics.evidence import Evidence, Needs, Target, needs_of, parameter_filter
 from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, gradients_enabled, logits_of, map_tensors, preserved
 from lightning_gradmetrics.head import Capture, capturing, linear_layers
 from lightning_gradmetrics.objectives import Objective
 from lightning_gradmetrics.scores import Score, ScoreLike, resolve
-from lightning_gradmetrics.statistics import Moment, result_dtype
+from lightning_gradmetrics.statistics import GradientStatistics, Moment, result_dtype
 
-__all__ = ["Scored", "Scorer", "score"]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The scores of one batch.
-
-    Args:
-        logits: ``(N, C)``.
-        scores: Uncertainty by score name, ``(N,)`` each.
-    """
-
-    logits: Tensor
-    scores: dict[str, Tensor]
+__all__ = ["Scorer", "score"]
 
 
 @dataclass
@@ -61,21 +49,27 @@ class Scorer:
         """A watcher of the model's next forward."""
         return Capture(model, self.head, self.logits)
 
-    def __call__(self, capture: Capture, model: nn.Module, inputs: Inputs, labels: Tensor | None) -> Scored:
-        """The scores of a batch whose forward was captured.
+    def evidence(
+        self, capture: Capture, model: nn.Module, inputs: Inputs, labels: Tensor | None, outside: Tensor | None = None
+    ) -> Evidence:
+        """What the scores need of a batch whose forward was captured.
 
         Args:
             capture: What was seen of the forward.
             model: The model, for what needs a forward of its own.
             inputs: Its inputs.
             labels: True labels ``(N,)``, or ``None``.
+            outside: Which samples are out-of-distribution ``(N,)``, where that is known.
         """
-        size = batch_size(inputs)
-        features, logits = self._captured(capture, size)
+        features, logits = self._captured(capture, batch_size(inputs))
         needs = self.needs(logits.shape[1])
-        evidence = Evidence(logits, features, labels, _gradients(self, needs, model, inputs, labels), _probes(needs, model, inputs))
-        dtype = result_dtype(logits.dtype)
-        return Scored(logits, {score.name: score(evidence).to(dtype) for score in self.scores})
+        gradients, probes = _gradients(self, needs, model, inputs, labels), _probes(needs, model, inputs)
+        return Evidence(logits, features, labels, outside, gradients, probes)
+
+    def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
+        """The scores by name, ``(N,)`` each."""
+        dtype = result_dtype(evidence.given_logits.dtype)
+        return {score.name: score(evidence).to(dtype) for score in self.scores}
 
     def _captured(self, capture: Capture, size: int) -> tuple[Tensor | None, Tensor]:
         """The head's input, where a score needs it, and the logits."""
@@ -90,7 +84,7 @@ class Scorer:
 
 def _gradients(
     scorer: Scorer, needs: Needs, model: nn.Module, inputs: Inputs, labels: Tensor | None
-) -> dict[tuple[Target, Objective], Gradient]:
+) -> dict[tuple[Target, Objective], GradientStatistics]:
     """Statistics for every target and objective: one forward, and one backward an objective."""
     if not needs.gradients:
         return {}
@@ -109,7 +103,7 @@ def _gradients(
         engine=scorer.engine,
     )
     by_objective = dict(zip(objectives, results, strict=True))
-    return {(target, o): by_objective[o].select(filters[target]).merged() for target in needs.gradients for o in needs.gradients[target]}
+    return {(target, o): by_objective[o].select(filters[target]) for target in needs.gradients for o in needs.gradients[target]}
 
 
 def _statistic_names(moments: Iterable[Moment]) -> list[str]:
@@ -187,6 +181,6 @@ def score(
         return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
     if scorer.needs(3).features and not linear_layers(model):
         scorer.capture(model).features_and_logits(batch_size(inputs))
-    with preserved(model), capturing(scorer.capture(model)) as capture, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with preserved(model), capturing(scorer.capture(model)) as capture, torch.no_grad(), eager():
         call(model, inputs)
-    return scorer(capture, model, inputs, targets).scores
+    return scorer(scorer.evidence(capture, model, inputs, targets))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -162,6 +162,10 @@ class GradientStatistics:
         columns = [i for i, name in enumerate(self.names) if parameters is None or parameters(name)]
         moments = {key: value[:, columns] for key, value in self.moments.items()}
         return GradientStatistics(tuple(self.names[i] for i in columns), self.count[columns], moments, self.dtype)
+
+    def rows(self, keep: Tensor) -> GradientStatistics:
+        """The statistics of the samples that ``keep`` ``(N,)``, bool, marks."""
+        return replace(self, moments={key: value[keep] for key, value in self.moments.items()})
 
     def _moment(self, key: Moment, statistic: str) -> Tensor:
         if key not in self.moments:

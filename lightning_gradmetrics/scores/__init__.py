@@ -1,11 +1,14 @@
 """Scores: named recipes from evidence to an uncertainty, higher = more uncertain."""
 
+from lightning_gradmetrics.scores.fitted import FittedRecipe, FittedScore, load_fitted, register_fitted, save_fitted
 from lightning_gradmetrics.scores.gradients import exgrad, feature_norm, gradnorm, pseudo_label
 from lightning_gradmetrics.scores.logits import energy, entropy, gradtrust, margin, max_logit, max_softmax
 from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
 
 __all__ = [
     "RECIPES",
+    "FittedRecipe",
+    "FittedScore",
     "Recipe",
     "Score",
     "ScoreLike",
@@ -15,11 +18,14 @@ __all__ = [
     "feature_norm",
     "gradnorm",
     "gradtrust",
+    "load_fitted",
     "make",
     "margin",
     "max_logit",
     "max_softmax",
     "pseudo_label",
     "register",
+    "register_fitted",
     "resolve",
+    "save_fitted",
 ]

@@ -70,8 +70,8 @@ class Recipe:
     @property
     def defaults(self) -> dict[str, Any]:
         """Its arguments with their default values."""
-        parameters = list(inspect.signature(self.function).parameters.values())[1:]
-        return {p.name: p.default for p in parameters}
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def __call__(self, *, name: str | None = None, **arguments: Any) -> Score:
         """The score with these arguments.
