@@ -1,7 +1,7 @@
 """Cosine similarity maps against the gga-csm package: ``python -m benchmarks.gga``.
 
 Each figure is a ratio of times taken in turn in one process: ``cosine_similarity_maps`` to the package's function
-(patched, as it makes its labels on CUDA whatever the device), on the same model and batch. ``every_class`` shows how much
+(patched, as it makes its labels on CUDA on any device), on the same model and batch. ``every_class`` shows how much
 comes from computing no parameter gradients alone, with C backward passes; the rest comes from doing C - 1.
 """
 

@@ -93,7 +93,7 @@ def _check_maps(csm: Tensor) -> None:
 def mean_cosine(csm: Tensor) -> Tensor:
     """The mean cosine of two different classes, ``(N,)``: higher = more uncertain.
 
-    The direction is an observation, not a law: it held for errors and for near out-of-distribution data, and on far data
+    The direction is an observation, not a law: it held for errors and near out-of-distribution data, and on far data
     (digits shown to a classifier of photographs) the mean told nothing.
 
     Example:
