@@ -44,6 +44,7 @@ METRIC_KINDS = {
         "AUROC", True, 1, "chance that a random positive scores above a random negative; 50 is guessing"
     ),
     "average_precision": MetricKind("AP", True, 1, "average precision, the area under the precision-recall curve"),
+    "average_precision_in": MetricKind("AP in", True, 1, "average precision with the negatives taken as positives"),
     "fpr95": MetricKind("FPR95", False, 1, "share of negatives flagged when 95 % of positives are flagged"),
     "aurc": MetricKind(
         "AURC", False, 2, "mean error rate over all shares of rows kept, the least uncertain kept first"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from lightning_gradmetrics.report.run import (
     METRICS_FILE,
@@ -57,6 +58,7 @@ def read_run(directory: Path) -> Run:
         model=_mapping(content, "model"),
         environment=_mapping(content, "environment"),
         timing=_mapping(content, "timing"),
+        settings=_mapping(content, "settings"),
         created=str(content.get("created") or ""),
         command=str(content.get("command") or ""),
     )
@@ -150,12 +152,23 @@ def _read_rows(path: Path, scores: list[str]) -> dict[str, Rows]:
 
 
 def _rows(table: pa.Table, scores: list[str]) -> Rows:
-    label = table["label"].combine_chunks()
+    prediction, label = (table[name].combine_chunks() for name in ("prediction", "label"))
     return Rows(
         index=table["index"].to_numpy().astype(np.int64),
-        prediction=table["prediction"].to_numpy().astype(np.int64),
-        label=label.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64),
-        labelled=np.asarray(label.is_valid().to_numpy(zero_copy_only=False), dtype=bool),
-        finite=np.asarray(table["finite"].to_numpy(), dtype=bool),
+        prediction=_integers(prediction),
+        label=_integers(label),
+        labelled=_flags(label.is_valid()) & _flags(prediction.is_valid()),
+        finite=_flags(table["finite"].combine_chunks().fill_null(False)),
         scores={name: table[name].to_numpy().astype(np.float64) for name in scores},
     )
+
+
+def _integers(column: pa.Array) -> NDArray[np.int64]:
+    """A nullable column as integers, -1 where it is null."""
+    values: NDArray[np.int64] = column.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    return values
+
+
+def _flags(column: pa.Array) -> NDArray[np.bool_]:
+    values: NDArray[np.bool_] = np.asarray(column.to_numpy(zero_copy_only=False), dtype=bool)
+    return values

@@ -91,7 +91,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one data set, as columns; ``label`` is -1 where there is none (see ``labelled``)."""
+    """The rows of one data set, as columns; -1 where a prediction or a label is not known (see ``labelled``)."""
 
     index: NDArray[np.int64]
     prediction: NDArray[np.int64]
@@ -137,5 +137,6 @@ class Run:
     model: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     command: str = ""

@@ -49,6 +49,8 @@ def scores(run: Run) -> Markup:
     )
     tasks = [_TASKS[task] for task in dict.fromkeys(column.task for column in columns) if task in _TASKS]
     kinds = {column.metric: column.kind for column in columns}.values()
+    if any(column.grouped for column in columns):
+        tasks.append("A group's figure is the mean over its data sets.")
     words = [
         join(tag("b", kind.title), f" ({_BETTER[kind.higher]}){': ' if kind.meaning else ''}{kind.meaning}.")
         for kind in kinds
@@ -79,33 +81,37 @@ def findings(run: Run) -> Markup | None:
 
 
 def notes(run: Run, drawing: Drawing) -> Markup | None:
-    """The run's own notes, and what the report itself left out and why."""
-    lines = [*run.notes, *(note for note in (_not_finite(run), *_missing(run, drawing)) if note)]
+    """The run's own notes, and what they do not say of what is missing here and why."""
+    lines = [*run.notes, *_gaps(run), *_drawing_notes(run, drawing)]
     return tag("ul", [tag("li", line) for line in dict.fromkeys(lines)]) if lines else None
 
 
-def _not_finite(run: Run) -> str | None:
-    parts = [f"{d.name}: {d.not_finite} of {d.rows}" for d in run.datasets if d.not_finite]
-    total = sum(dataset.not_finite for dataset in run.datasets)
-    return (
-        f"{counted(total, 'row')} had NaN or Inf in the input, the logits or a score ({'; '.join(parts)}). "
-        f"Such rows stay in {RESULTS_FILE}, marked finite = false, and enter no figure and no plot."
-        if total
-        else None
-    )
-
-
-def _missing(run: Run, drawing: Drawing) -> list[str]:
-    strangers = sorted(set(run.rows) - {dataset.name for dataset in run.datasets})
-    drawn = sum(len(rows) for rows in drawing.rows.values())
+def _gaps(run: Run) -> list[str]:
+    """What the tables lack, unless the run's notes have the subject's word already."""
+    parts = "; ".join(f"{d.name}: {d.not_finite} of {d.rows}" for d in run.datasets if d.not_finite)
+    rate = run.settings.get("rate", 0.95)
     told = {
-        "No in-distribution data set has labels, so misprediction is not judged.": run.datasets
-        and not any(dataset.role == "id" and dataset.labelled for dataset in run.datasets),
-        "There is no out-of-distribution data set, so only misprediction can be judged.": not any(
-            dataset.role not in ("", "id") for dataset in run.datasets
-        ),
+        "finite": f"Rows with NaN or Inf in the input, the logits or a score ({parts}) stay in {RESULTS_FILE}, marked "
+        "finite = false, and enter no figure and no plot."
+        if parts
+        else "",
+        "label": ""
+        if any(dataset.role == "id" and dataset.labelled for dataset in run.datasets)
+        else "No in-distribution data set has labels, so misprediction is not judged.",
+        "out-of-distribution": ""
+        if any(dataset.role not in ("", "id") for dataset in run.datasets)
+        else "There is no out-of-distribution data set, so only misprediction can be judged.",
+        "FPR95": "" if rate == 0.95 else f"FPR95 is taken at a true-positive rate of {100 * rate:g} % in this run.",
+    }
+    return [text for word, text in told.items() if text and not any(word in note for note in run.notes)]
+
+
+def _drawing_notes(run: Run, drawing: Drawing) -> list[str]:
+    strangers = sorted(set(run.rows) - {dataset.name for dataset in run.datasets})
+    drawn = counted(sum(len(rows) for rows in drawing.rows.values()), "row")
+    told = {
         "No row is finite, so nothing is drawn.": not drawing.rows,
-        f"Plots show {counted(drawn, 'row')}, chosen at random with a fixed seed; tables use all.": drawing.sampled,
+        f"Plots show {drawn}, chosen at random with a fixed seed; tables use all.": drawing.sampled,
         f"Plots show at most {MAX_PANELS} data sets.": len(drawing.rows) > MAX_PANELS,
         f"{RESULTS_FILE} also holds rows of {', '.join(strangers)}, which {METRICS_FILE} does not describe.": strangers,
     }

@@ -207,7 +207,7 @@ def _sample_table(dataset: str, rows: Rows, score: str, count: int) -> Markup:
     head = ["Index", "Prediction", *(["Label"] if labelled else []), "Score"]
     cells: Callable[[int], list[Child]] = lambda i: [  # noqa: E731
         tag("td", int(part.index[i]), class_="n"),
-        tag("td", int(part.prediction[i]), class_="n"),
+        tag("td", int(part.prediction[i]) if part.prediction[i] >= 0 else "–", class_="n"),
         *([tag("td", int(part.label[i]) if part.labelled[i] else "–", class_="n")] if labelled else []),
         tag("td", f"{part.scores[score][i]:.4g}".replace("-", "\N{MINUS SIGN}"), class_="n"),
     ]

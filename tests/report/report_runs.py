@@ -58,7 +58,7 @@ def make_run(
         "datasets": [_dataset(tables[name], name, role, labelled) for name, role, _, labelled in sets],
         "scores": [_score(name, "baseline") for name in baselines] + [_score(name, "gradient") for name in gradients],
         "metrics": metrics,
-        "notes": ["digits_8_9 has labels outside the model's classes; they are not used."],
+        "notes": ["Temperature 1 was used throughout."],
         "timing": {"predict_seconds": 1.234, "score_seconds": {"head": 0.5, "all": 7.25}},
     }
     if comparisons:
@@ -174,6 +174,7 @@ def _pair(
             "score": score,
             "task": task,
             "dataset": dataset,
+            "group": "id" if task == "misprediction" else {name: role for name, role, *_ in SETS}.get(dataset, "far"),
             "metric": metric,
             "value": value,
             "low": value - 0.021 if intervals else None,
