@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_gradmetrics.report.markup import Markup, breakable, join, tag
+from lightning_gradmetrics.report.markup import Markup, breakable, join, prose, tag
 from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, Run, Score
 from lightning_gradmetrics.report.tables import all_figures
 
@@ -39,7 +39,7 @@ def _fold(title: str, content: Markup, printed: bool = True) -> Markup:
 def _pairs(values: Mapping[str, Any], names: bool = False) -> Markup:
     """A list of terms; underscores become spaces unless the terms are names."""
     terms = {key if names else key.replace("_", " "): value for key, value in values.items()}
-    return tag("dl", [[tag("dt", breakable(term)), tag("dd", _plain(value))] for term, value in terms.items()])
+    return tag("dl", [[tag("dt", breakable(term)), tag("dd", prose(_plain(value)))] for term, value in terms.items()])
 
 
 def _plain(value: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from lightning_gradmetrics.report.columns import Column, find_columns, ordered_scores, percent
 from lightning_gradmetrics.report.curves import Floats, risk_coverage_curve, roc_curve, spearman
 from lightning_gradmetrics.report.drawing import Drawing, known_value
-from lightning_gradmetrics.report.markup import Markup, breakable, tag
+from lightning_gradmetrics.report.markup import Markup, breakable, prose, tag
 from lightning_gradmetrics.report.plots import Curve, Group, curves_svg, distribution_svg, heat_map_svg
 from lightning_gradmetrics.report.run import Rows
 from lightning_gradmetrics.report.svg import FAINT, SERIES, colour_variable
@@ -41,7 +41,7 @@ def distribution_figures(drawing: Drawing) -> Markup | None:
 
 
 def _summary(text: str) -> Markup | None:
-    return tag("span", text, class_="small") if text else None
+    return tag("span", prose(text), class_="small") if text else None
 
 
 def _groups(drawing: Drawing, score: str) -> list[Group]:

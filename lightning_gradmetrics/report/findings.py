@@ -27,7 +27,9 @@ def best_by_column(run: Run) -> Markup | None:
 
 
 def _best_cells(column: Column, best: list[list[str]], values: list[float]) -> list[Child]:
-    digits, gain = column.kind.digits, (values[1] - values[0]) * (1 if column.kind.higher else -1)
+    digits = column.kind.digits
+    baseline, gradient = (round(100 * value, digits) / 100 for value in values)  # so that it agrees with what is shown
+    gain = (gradient - baseline) * (1 if column.kind.higher else -1)
     points = percent(abs(gain), digits)
     word = "equal" if float(points) == 0 else f"{points} {'better' if gain > 0 else 'worse'}"
     named = [f"{names[0]} {f'(+{len(names) - 1} equal) ' if len(names) > 1 else ''}" for names in best]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Union
 
-__all__ = ["Child", "Markup", "breakable", "join", "tag"]
+__all__ = ["Child", "Markup", "breakable", "join", "prose", "tag"]
 
 
 class Markup(str):
@@ -37,6 +37,16 @@ def breakable(name: str) -> Markup:
         'max_<wbr>softmax'
     """
     return Markup(re.sub(r"([_./]+)(?=[^_./])", r"\1<wbr>", html.escape(name)))
+
+
+def prose(text: str) -> Markup:
+    """A sentence in which double backticks, as docstrings have them, mark code.
+
+    Example:
+        >>> prose("the norm ``|h| < 1``")
+        'the norm <code>|h| &lt; 1</code>'
+    """
+    return Markup(re.sub(r"``(.+?)``", r"<code>\1</code>", html.escape(text)))
 
 
 def _text(child: Child) -> str:

@@ -61,10 +61,11 @@ def _sections(contents: dict[str, Markup]) -> Markup:
 
 
 def _introduction(run: Run) -> Markup:
+    checkpoint = PurePath(str(run.model.get("checkpoint") or ""))
     facts = [
         counted(run.model.get("parameters"), "parameter"),
         counted(run.model.get("classes"), "class"),
-        f"checkpoint {PurePath(str(run.model['checkpoint'])).name}" if run.model.get("checkpoint") else None,
+        f"checkpoint {checkpoint.name}" if checkpoint.suffix else None,
     ]
     known = ", ".join(fact for fact in facts if fact)
     rows = sum(len(rows) for rows in run.rows.values())

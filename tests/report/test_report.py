@@ -173,13 +173,23 @@ def test_a_difference_is_better_or_worse_by_the_direction_of_its_metric(tmp_path
         return {"score": score, "task": "ood", "dataset": "photo_patches", "metric": metric, "value": value}
 
     figures = [entry("entropy", "auroc", 0.9), entry("gradnorm", "auroc", 0.95)]
-    figures += [entry("entropy", "fpr95", 0.2), entry("gradnorm", "fpr95", 0.3)]
+    figures += [entry("entropy", "fpr95", 0.20049), entry("gradnorm", "fpr95", 0.3)]
     tree = page(tmp_path, baselines=("entropy",), gradients=("gradnorm",), changes={"metrics": figures})
     rows = section(tree, "What the figures say").find("table")[0].find("tbody")[0].find("tr")
     assert [row.cells[1:] for row in rows] == [
         ["entropy 90.0", "gradnorm 95.0", "5.0 better"],
         ["entropy 20.0", "gradnorm 30.0", "10.0 worse"],
     ]
+
+
+def test_a_difference_agrees_with_the_figures_beside_it(tmp_path):
+    figures = [
+        {"score": score, "task": "ood", "dataset": "photo_patches", "metric": "auroc", "value": value}
+        for score, value in (("entropy", 0.68449), ("gradnorm", 0.67551))
+    ]
+    tree = page(tmp_path, changes={"metrics": figures}, **FEW)
+    row = section(tree, "What the figures say").find("table")[0].find("tbody")[0].find("tr")[0]
+    assert row.cells[1:] == ["entropy 68.4", "gradnorm 67.6", "0.8 worse"]
 
 
 def test_notes_count_rows_that_are_not_finite(full):
