@@ -38,7 +38,7 @@ tbody th{font-weight:500}
 .n{text-align:right;white-space:nowrap}
 td .small{display:block}
 .data tbody th{min-width:5rem;max-width:26rem}
-.keep,time{white-space:nowrap}
+.keep,time{white-space:nowrap}.words{min-width:14rem}
 .main th[scope=colgroup]{text-align:center;line-height:1.25}
 .main th[scope=colgroup] span{display:block}
 .main thead tr+tr th{text-align:right}

@@ -65,7 +65,7 @@ def data_table(run: Run) -> Markup:
             tag("td", _count(dataset.not_finite), class_="n"),
             "yes" if dataset.labelled else "no",
             tag("td", percent(dataset.accuracy, 1), class_="n"),
-            *([dataset.description] if described else []),
+            *([tag("td", dataset.description, class_="words")] if described else []),
         ]
         for dataset in run.datasets
     ]
