@@ -93,7 +93,7 @@ def gradient_statistics(
 ) -> list[GradientStatistics]: ...
 
 
-def gradient_statistics(
+def gradient_statistics(  # type: ignore[misc]
     model: nn.Module,
     inputs: Inputs,
     objective: str | Loss | Objective | Sequence[str | Loss | Objective],
@@ -141,7 +141,8 @@ def gradient_statistics(
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; available: {', '.join(ENGINES)}")
     single = isinstance(objective, (str, Objective)) or callable(objective)
-    objectives = [Objective.of(o) for o in ([objective] if single else objective)]  # type: ignore[list-item, union-attr]
+    several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
+    objectives = [Objective.of(o) for o in several]
     with _task(model, inputs, objectives, parameters, targets, logits) as task:
         moments = ENGINES[engine](replace(task, wanted=moments_for(statistics), memory=memory))
     results = [_result(task.parameters, m, per_parameter) for m in moments]

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.engine.calls import tensors_in
 from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
 from lightning_gradmetrics.engine.plan import Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.record import Recorder
@@ -18,7 +19,6 @@ from lightning_gradmetrics.engine.reference import loss_gradients, reference_mom
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.tracer import Probe, Tracer
 from lightning_gradmetrics.engine.uses import RowsUse, Use
-from lightning_gradmetrics.forward import map_tensors
 from lightning_gradmetrics.statistics import Moments, gradient_moments
 
 __all__ = ["auto_moments", "sample_uses"]
@@ -168,8 +168,7 @@ def _backwards(task: Task, plan: Plan, sink: Callable[[str, Use], None], probe: 
 
 def _signature(task: Task) -> Any:
     """What a plan depends on."""
-    shapes: list[Any] = []
-    map_tensors(task.inputs, lambda t: shapes.append((t.shape[1:], t.dtype, t.device)))
+    shapes = [(t.shape[1:], t.dtype, t.device) for t in tensors_in(task.inputs)]
     kinds = [type(task.inputs), *(sorted(task.inputs) if isinstance(task.inputs, Mapping) else ())]
     device = next(iter(task.parameters.values())).device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
@@ -188,7 +187,14 @@ def _strategy(task: Task) -> _Strategy:
     return strategy
 
 
+_WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
 def _warn(task: Task, slow: Mapping[str, str]) -> None:
+    """Name the parameters without a fast rule, once a model."""
+    warned = _WARNED.setdefault(task.model, set())
+    slow = {name: reason for name, reason in slow.items() if name not in warned}
+    warned |= set(slow)
     if slow:
         reasons = {reason: [n for n in slow if slow[n] == reason] for reason in dict.fromkeys(slow.values())}
         text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
@@ -268,8 +274,9 @@ def _agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
     entries = max(flat.shape[1], 1)
     for key, value in moments.items():
         # The moment of a gradient whose norm is ``level``: an error in it is at most about ``tolerance`` times this.
-        largest = {"max": level, "min": level, "sum": level * entries**0.5}.get(key)  # type: ignore[call-overload]
-        if largest is None:
+        if key in ("max", "min", "sum"):
+            largest = level * entries**0.5 if key == "sum" else level
+        else:
             p = float(key)
             largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * tolerance ** max(0.0, p - 1)
         error = (value - expected[key]).abs()
@@ -282,10 +289,8 @@ def _finite_samples(task: Task) -> list[int]:
     """Three samples, without a NaN or Inf in their inputs if there are such; a sample is repeated if there are fewer."""
     finite = torch.ones(task.size, dtype=torch.bool)
 
-    def check(tensor: Tensor) -> None:
+    for tensor in tensors_in(task.inputs):
         if tensor.is_floating_point() and tensor.ndim and len(tensor) == task.size:
-            finite.logical_and_(tensor.isfinite().reshape(task.size, -1).all(1).cpu())
-
-    map_tensors(task.inputs, check)
+            finite &= tensor.isfinite().reshape(task.size, -1).all(1).cpu()
     good = finite.nonzero().flatten()[:3].tolist() or list(range(min(3, task.size)))
     return (good * 3)[:3]

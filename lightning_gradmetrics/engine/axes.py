@@ -35,7 +35,7 @@ class Axis:
         sizes = (self.times, -1) if self.minor else (-1, self.times)
         if tensor.shape[self.dim] == 0:
             sizes = (self.times, 0) if self.minor else (0, self.times)
-        return tensor.unflatten(self.dim, sizes), self.dim + self.minor
+        return tensor.unflatten(self.dim, sizes), self.dim + self.minor  # type: ignore[no-untyped-call]
 
     def split(self, tensor: Tensor) -> Tensor:
         """``(N, times, *others)``: the samples first, then their positions, then the other axes in order."""

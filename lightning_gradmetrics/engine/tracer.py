@@ -192,6 +192,8 @@ class Tracer(OpeningMode):
         values = bind(found, args, kwargs) or {}
         axis = next(a for t, a in zip(tensors_in((args, kwargs)), step.inputs, strict=True) if t is values["input"])
         assert axis is not None and step.output is not None
+        if found.dense and values["input"].ndim > 2:
+            args, kwargs = map_arguments(lambda t: t.contiguous() if t is values["input"] else t, (args, kwargs))
         result = self._rooted(step.function(*args, **kwargs))
         self._check(axis, values["input"])
         self._check(step.output, result)
@@ -200,7 +202,8 @@ class Tracer(OpeningMode):
         for source in slots.values():
             self._expect(source)
         call = Call(values, axis, step.output, frozenset(slots))
-        result.register_hook(partial(self._rule_gradient, found, call, slots, values["input"]._version))
+        hook = partial(self._rule_gradient, found, call, slots, values["input"]._version)
+        result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
 
     def _rooted(self, result: Tensor) -> Tensor:
@@ -255,7 +258,9 @@ class Tracer(OpeningMode):
     def _vmap(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Map the function over the samples, each with its own copy."""
         assert step.output is not None
-        tensors, dims, places = [], [], {}
+        tensors: list[Tensor] = []
+        dims: list[int] = []
+        places: dict[int, int] = {}
         for tensor, axis in zip(tensors_in((args, kwargs)), step.inputs, strict=True):
             if id(tensor) in places:
                 continue

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
+from lightning_gradmetrics.engine.kernels import position_sums
 from lightning_gradmetrics.engine.uses import Use
 
 __all__ = ["RULES", "Call", "Rule", "bind", "first_axis", "rule", "summed", "wide"]
@@ -58,12 +59,14 @@ class Rule:
         arguments: The function's arguments in order.
         weights: Those that may be parameters.
         accepts: Whether the rule covers a call.
+        dense: Whether to run on a contiguous input. With a frozen weight, torch multiplies a strided one slice by slice.
     """
 
     uses: Function
     arguments: tuple[str, ...]
     weights: frozenset[str]
     accepts: Callable[[Call], bool]
+    dense: bool = False
 
 
 RULES: dict[Any, Rule] = {}
@@ -75,9 +78,9 @@ def first_axis(call: Call) -> bool:
     return call.axis.dim == 0 == call.out.dim
 
 
-def summed(tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
-    """The sum over ``dims``, in float32 for half precision."""
-    return tensor.sum(dims, dtype=wide(tensor.dtype))
+def summed(tensor: Tensor) -> Tensor:
+    """``(N, C, *S)`` summed over the positions ``S``, in float32 for half precision."""
+    return position_sums(tensor)[0].to(wide(tensor.dtype))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -86,13 +89,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def rule(
-    *functions: Any, arguments: str, weights: str, accepts: Callable[[Call], bool] = first_axis
+    *functions: Any, arguments: str, weights: str, accepts: Callable[[Call], bool] = first_axis, dense: bool = False
 ) -> Callable[[Function], Function]:
     """Register a rule for torch functions; ``arguments`` and ``weights`` are names with spaces between."""
 
     def register(uses: Function) -> Function:
         for function in functions:
-            RULES[function] = Rule(uses, tuple(arguments.split()), frozenset(weights.split()), accepts)
+            RULES[function] = Rule(uses, tuple(arguments.split()), frozenset(weights.split()), accepts, dense)
         return uses
 
     return register

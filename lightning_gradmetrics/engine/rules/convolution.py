@@ -35,13 +35,14 @@ def _padded(
         return x, _tuple(padding, len(kernel))
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if any(t % 2 for t in total):
-        x = F.pad(x.flatten(0, 1), [s for t in reversed(total) for s in (0, t % 2)]).unflatten(0, x.shape[:2])
+        wider = F.pad(x.flatten(0, 1), [s for t in reversed(total) for s in (0, t % 2)])
+        x = wider.reshape(*x.shape[:2], *wider.shape[1:])
     return x, tuple(t // 2 for t in total)
 
 
 def _bias(g: Tensor) -> RowsUse:
     """``(N, times, C, *S)`` summed over everything but samples and channels."""
-    return RowsUse(summed(g, (1, *range(3, g.ndim))))
+    return RowsUse(summed(g.transpose(1, 2)))
 
 
 @rule(

@@ -25,12 +25,12 @@ def _inner_axis(call: Call) -> bool:
     return call.axis == call.out and call.axis.dim < ndim - 1
 
 
-@rule(F.linear, arguments="input weight bias", weights="weight bias", accepts=_inner_axis)
+@rule(F.linear, arguments="input weight bias", weights="weight bias", accepts=_inner_axis, dense=True)
 def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W^T + b``: the weight's gradient is ``sum_t g_t a_t^T``, the bias' ``sum_t g_t``."""
     g = _sequence(g)
     if "bias" in call.slots:
-        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else summed(g, 1))
+        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else summed(g.mT))
     if "weight" in call.slots:
         yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g)
 
@@ -49,6 +49,7 @@ def _matrix(call: Call) -> bool:
     arguments="input weight",
     weights="weight",
     accepts=_matrix,
+    dense=True,
 )
 def product(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W``: the gradient is ``sum_t a_t g_t^T``."""
@@ -65,6 +66,6 @@ def affine(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = b + a W``."""
     g = _sequence(g)
     if "bias" in call.slots:
-        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else summed(g, 1))
+        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else summed(g.mT))
     if "weight" in call.slots:
         yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g, transposed=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed, wide
+from lightning_gradmetrics.engine.kernels import position_sums
+from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
 from lightning_gradmetrics.engine.uses import RowsUse, Use
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -16,11 +18,11 @@ __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"
 
 def _channels(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Uses of ``w`` and ``b`` with one entry a channel, from ``(N, times, C, *S)``."""
-    others = (1, *range(3, g.ndim))
+    total, product = position_sums(g.transpose(1, 2), normalised.transpose(1, 2) if "weight" in call.slots else None)
     if "bias" in call.slots:
-        yield "bias", RowsUse(summed(g, others))
-    if "weight" in call.slots:
-        yield "weight", RowsUse(summed(normalised * g, others))
+        yield "bias", RowsUse(total.to(wide(g.dtype)))
+    if product is not None:
+        yield "weight", RowsUse(product.to(wide(g.dtype)))
 
 
 def _frozen_statistics(call: Call) -> bool:
@@ -35,15 +37,13 @@ def _frozen_statistics(call: Call) -> bool:
 )
 def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``sum (x - m) g / sqrt(v + eps)``, by two sums over the positions that need no normalised input."""
-    others = (1, *range(3, g.ndim))
-    total = summed(g, others)
+    total, product = position_sums(g.transpose(1, 2), call.x.transpose(1, 2) if "weight" in call.slots else None)
     if "bias" in call.slots:
-        yield "bias", RowsUse(total)
-    if "weight" in call.slots:
+        yield "bias", RowsUse(total.to(wide(g.dtype)))
+    if product is not None:
         mean, variance = call.values["running_mean"], call.values["running_var"]
-        product = summed(call.x * g, others)
         scale = torch.rsqrt(variance + call.values["eps"])
-        yield "weight", RowsUse((product - total * mean) * scale)
+        yield "weight", RowsUse(((product - total * mean) * scale).to(wide(g.dtype)))
 
 
 @rule(
@@ -83,11 +83,16 @@ def _outside(call: Call) -> bool:
 def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Uses of ``w`` and ``b`` with one entry for each entry of the last axes, from ``(N, times, *positions, *shape)``."""
     shape = tuple(call.values["normalized_shape"])
-    positions = tuple(range(1, g.ndim - len(shape)))
+    entries = math.prod(shape)
+
+    def columns(tensor: Tensor) -> Tensor:
+        return tensor.reshape(len(g), tensor[0].numel() // entries, entries).mT
+
+    total, product = position_sums(columns(g), columns(call.axis.split(normalised)) if "weight" in call.slots else None)
     if "bias" in call.slots:
-        yield "bias", RowsUse(summed(g, positions))
-    if "weight" in call.slots:
-        yield "weight", RowsUse(summed(call.axis.split(normalised) * g, positions))
+        yield "bias", RowsUse(total.to(wide(g.dtype)).reshape(-1, *shape))
+    if product is not None:
+        yield "weight", RowsUse(product.to(wide(g.dtype)).reshape(-1, *shape))
 
 
 @rule(

@@ -1,0 +1,237 @@
+"""The fast engine against the reference, on one model for each thing it covers."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tests.engine.cases import CASES, Packed, made, worst_difference
+from torch import nn
+
+from lightning_gradmetrics.engine import gradient_statistics, per_sample_gradients
+from lightning_gradmetrics.statistics import STATISTICS, gradient_moments
+
+ALL = (*STATISTICS, "l1.5", "l3")
+
+
+def _statistics(model, x, engine="auto", **options):
+    options = {"statistics": ALL, "per_parameter": True} | options
+    with warnings.catch_warnings():
+        if engine == "auto":
+            warnings.simplefilter("error")  # a parameter that falls back would warn
+        warnings.filterwarnings("ignore", ".*padding='same' with even kernel.*")
+        warnings.filterwarnings("ignore", ".*LSTM with projections is not supported with oneDNN.*")
+        return gradient_statistics(model, x, options.pop("objective", "pseudo_label"), engine=engine, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference_in_float64(name):
+    model, x = made(name)
+    assert worst_difference(_statistics(model, x), _statistics(model, x, "reference")) < 1e-9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference_in_float32(name):
+    model, x = made(name, torch.float32)
+    expected = _statistics(*made(name), "reference")
+    assert worst_difference(_statistics(model, x), expected, floor=1e-2) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["linear", "convolutional", "frames", "gru", "tied", "raw", "minor", "checkpoint_reentrant"])
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_small_batches(name, size):
+    model, x = made(name)
+    found = _statistics(model, x[:size])
+    assert found.max.shape == (size, len(found.names))
+    assert worst_difference(found, _statistics(model, x[:size], "reference")) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["convolutional", "lstm", "raw", "seq2seq_second_axis", "tied", "minor"])
+def test_any_order_and_any_split(name):
+    model, x = made(name)
+    whole, order = _statistics(model, x), torch.tensor([3, 0, 4, 1, 2])
+    shuffled = _statistics(model, x[order])
+    for memory in (1, 40_000):
+        split = _statistics(model, x, memory=memory)
+        assert worst_difference(split, whole) < 1e-9
+    for key, value in shuffled.moments.items():
+        torch.testing.assert_close(value, whole.moments[key][order], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "convolutional", "encoder", "tied"])
+@pytest.mark.parametrize("statistics", [("mean", "std", "l2"), ("l2",), ("max",), ("l1",), ("linf", "l3")])
+def test_only_what_is_asked_for(name, statistics):
+    model, x = made(name)
+    found, full = _statistics(model, x, statistics=statistics), _statistics(model, x, "reference")
+    assert set(found.moments) < set(full.moments)
+    for statistic in statistics:
+        torch.testing.assert_close(found.statistic(statistic), full.statistic(statistic), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["convolutional", "raw", "lstm", "checkpoint", "checkpoint_reentrant"])
+def test_several_objectives_share_one_forward(name):
+    model, x = made(name)
+    objectives = ["pseudo_label", "uniform", lambda z: z.square().sum(1), "confounding"]
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        found = _statistics(model, x, objective=objectives)
+        calls.clear()
+        _statistics(model, x, objective=objectives)
+    finally:
+        handle.remove()
+    assert len(calls) == 1
+    for one, objective in zip(found, objectives, strict=True):
+        assert worst_difference(one, _statistics(model, x, "reference", objective=objective)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["convolutional", "raw", "encoder"])
+def test_chosen_parameters(name):
+    model, x = made(name)
+    names = [n for n, _ in model.named_parameters()]
+    for keep in (names[:1], names[-1:], names[1::3]):
+        found = _statistics(model, x, parameters=lambda n, keep=keep: n in keep)
+        expected = _statistics(model, x, "reference", parameters=lambda n, keep=keep: n in keep)
+        assert found.names == tuple(keep)
+        assert worst_difference(found, expected) < 1e-9
+
+
+def test_backward_stops_above_the_lowest_chosen_parameter():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    x, seen = torch.randn(5, 4, dtype=torch.float64), []
+    model[0].register_forward_hook(lambda _m, _i, out: seen.append(out.requires_grad))
+    model[1].register_forward_hook(lambda _m, _i, out: seen.append(out.requires_grad))
+    for _ in range(2):
+        seen.clear()
+        _statistics(model, x, parameters=lambda n: n.startswith("2"))
+    assert seen == [False, False]
+
+
+def test_rows_of_nan_stay_apart():
+    model, x = made("convolutional")
+    clean = _statistics(model, x)
+    x = x.clone()
+    x[0, 0, 0, 0], x[3] = float("nan"), float("inf")
+    found = _statistics(model, x)
+    rows = [1, 2, 4]
+    for key, value in found.moments.items():
+        torch.testing.assert_close(value[rows], clean.moments[key][rows], rtol=1e-9, atol=1e-12)
+    assert not torch.isfinite(found.moments["sum"][0, 0])
+
+
+@pytest.mark.parametrize("name", ["raw", "tied", "convolutional", "lstm"])
+def test_per_sample_gradients(name):
+    model, x = made(name)
+    expected = _statistics(model, x, "reference")
+    found = dict(per_sample_gradients(model, x, "pseudo_label"))
+    assert tuple(found) == expected.names
+    for column, (key, gradient) in enumerate(found.items()):
+        assert gradient.shape == (5, *model.get_parameter(key).shape)
+        for moment, value in gradient_moments(gradient, expected.moments).items():
+            torch.testing.assert_close(value, expected.moments[moment][:, column], rtol=1e-8, atol=1e-10)
+
+
+def test_packed_sequences_fall_back_with_one_warning():
+    model = Packed().eval().double()
+    x = torch.randn(5, 5, 6, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"no fast rule for these parameters of Packed.*lstm\.weight_ih_l0") as caught:
+        found = gradient_statistics(model, x, "pseudo_label", per_parameter=True, statistics=ALL)
+    assert len(caught) == 1 and "head.weight" not in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradient_statistics(model, x, "pseudo_label", statistics=("l2",))
+    assert worst_difference(found, _statistics(model, x, "reference")) < 1e-9
+
+
+class Hidden(torch.autograd.Function):
+    """A function that torch's overrides do not see."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return g * weight, (g * x).sum(0)
+
+
+class WithHidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(Hidden.apply(x, self.scale))
+
+
+def test_what_cannot_be_seen_is_found_by_the_verification():
+    model, x = WithHidden().double(), torch.randn(5, 4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"scale \(its fast rule disagrees"):
+        found = gradient_statistics(model, x, "pseudo_label", per_parameter=True, statistics=ALL)
+    assert worst_difference(found, _statistics(model, x, "reference")) < 1e-9
+
+
+class Changeable(nn.Module):
+    """A model whose calls depend on what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        if bool((x > 100).any()):
+            x = self.a(x)
+        return self.b(self.a(x))
+
+
+def test_another_path_through_the_model_is_planned_anew():
+    model, x = Changeable().double(), torch.randn(5, 4, dtype=torch.float64)
+    for batch in (x, x + 1000, x):
+        assert worst_difference(_statistics(model, batch), _statistics(model, batch, "reference")) < 1e-9
+
+
+class ReusedInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.a(x)
+        out = self.b(hidden)
+        with torch.no_grad():
+            hidden.zero_()
+        return out
+
+
+def test_an_input_changed_after_its_use_is_no_wrong_number():
+    model, x = ReusedInput().double(), torch.randn(5, 4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="no fast rule"), pytest.raises(RuntimeError, match="modified by an inplace"):
+        gradient_statistics(model, x, "pseudo_label")
+
+
+@pytest.mark.slow
+def test_compiled_module():
+    model, x = made("linear")
+    compiled = torch.compile(model)
+    assert worst_difference(_statistics(compiled, x), _statistics(model, x, "reference")) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["linear", "encoder", "tied"])
+def test_autocast(name, dtype):
+    model, x = made(name, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        found, expected = _statistics(model, x), _statistics(model, x, "reference")
+    assert worst_difference(found, expected) < 0.05
+    assert all(value.dtype == torch.float64 for value in found.moments.values())
+
+
+@pytest.mark.parametrize("name", ["convolutional", "lstm"])
+def test_inside_inference_mode(name):
+    model, x = made(name)
+    expected = _statistics(model, x, "reference")
+    with torch.inference_mode():
+        assert worst_difference(_statistics(model, x.clone()), expected) < 1e-9

@@ -1,0 +1,76 @@
+"""The model comes back as it was, whatever happens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.engine.cases import made
+from torch import nn
+
+from lightning_gradmetrics.engine import gradient_statistics
+
+
+def _snapshot(model: nn.Module):
+    values = {name: (value.clone(), value._version) for name, value in model.state_dict(keep_vars=True).items()}
+    parameters = [(id(p), p.requires_grad, None if p.grad is None else (id(p.grad), p.grad.clone())) for p in model.parameters()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+    tensor_hooks = [p._backward_hooks for p in model.parameters()]
+    return values, parameters, hooks, tensor_hooks, [m.training for m in model.modules()], torch.random.get_rng_state()
+
+
+def _same(before, after) -> None:
+    for name, (value, version) in before[0].items():
+        assert torch.equal(value, after[0][name][0]) and version == after[0][name][1], name
+    for (i, r, g), (j, s, h) in zip(before[1], after[1], strict=True):
+        assert (i, r) == (j, s) and (g is None) == (h is None)
+        assert g is None or (g[0] == h[0] and torch.equal(g[1], h[1]))
+    assert before[2:5] == after[2:5]
+    assert torch.equal(before[5], after[5])
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "reference"])
+@pytest.mark.parametrize("where", ["nowhere", "objective", "forward"])
+def test_untouched(engine, where):
+    model, x = made("convolutional")
+    model[0].bias.requires_grad_(False)
+    model(x).sum().backward()
+    model[-1].train()
+    if engine == "auto":
+        gradient_statistics(model, x[:2], "uniform")
+    calls = 0
+
+    def explode(*_):
+        nonlocal calls
+        calls += 1
+        if calls == 1 and where != "nowhere":
+            raise Boom("here")
+
+    handle = model[4].register_forward_hook(explode) if where == "forward" else None
+
+    def objective(logits):
+        if where == "objective":
+            raise Boom("here")
+        return logits.square().sum(1)
+
+    before = _snapshot(model)
+    if where == "nowhere":
+        gradient_statistics(model, x, objective, engine=engine)
+    else:
+        with pytest.raises(Boom, match="here"):
+            gradient_statistics(model, x, objective, engine=engine)
+    _same(before, _snapshot(model))
+    assert handle is None or calls == 1
+
+
+def test_a_user_error_in_a_first_call_is_the_users_error():
+    model, x = made("linear")
+
+    def wrong(logits):
+        raise KeyError("mine")
+
+    with pytest.warns(UserWarning, match="KeyError"), pytest.raises(KeyError, match="mine"):
+        gradient_statistics(model, x, wrong)
