@@ -184,3 +184,31 @@ def test_half_precision_accumulates_in_float32(dtype):
     close(kernels.conv_moments(x, g, (3, 3), (1, 1), (1, 1), (1, 1), 1, WANTED), expected, WANTED, torch.float32)
     a, b = x.flatten(2), g.flatten(2)
     close(kernels.linear_moments(a.mT, b.mT, WANTED), b.double() @ a.double().mT, WANTED, torch.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.sampled_from([0, 1, 3]),
+    c=st.sampled_from([1, 2, 5, 600]),
+    size=st.sampled_from([(), (1,), (7,), (5, 40), (3, 4, 50)]),
+    layout=st.sampled_from(["plain", "last", "expanded"]),
+    paired=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_position_sums(n, c, size, layout, paired, dtype):
+    torch.manual_seed(n + c)
+    g, x = (torch.randn(n, c, *size).to(dtype) for _ in range(2))
+    if layout == "last":
+        g, x = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (g, x))
+    if layout == "expanded" and size:
+        g = g[..., :1].expand_as(g)
+    total, product = kernels.position_sums(g, x if paired else None)
+    dims = tuple(range(2, g.ndim))
+    expected = [g.double(), g.double() * x.double()]
+    for actual, terms in zip([total, product], expected, strict=True):
+        if actual is not None:
+            reference = terms.sum(dims) if dims else terms
+            scale = terms.abs().sum(dims) if dims else terms.abs()
+            bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+            assert actual.dtype == torch.float64 and bool(((actual - reference).abs() <= bound * scale).all())
+    assert (product is None) == (not paired)

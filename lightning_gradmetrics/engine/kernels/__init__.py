@@ -2,6 +2,14 @@
 
 from lightning_gradmetrics.engine.kernels.convolution import conv_gradient, conv_moments
 from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments
-from lightning_gradmetrics.engine.kernels.reduction import row_moments
+from lightning_gradmetrics.engine.kernels.reduction import position_sums, row_moments
 
-__all__ = ["conv_gradient", "conv_moments", "embedding_moments", "linear_gradient", "linear_moments", "row_moments"]
+__all__ = [
+    "conv_gradient",
+    "conv_moments",
+    "embedding_moments",
+    "linear_gradient",
+    "linear_moments",
+    "position_sums",
+    "row_moments",
+]

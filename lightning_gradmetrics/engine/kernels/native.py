@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.statistics import Moment, Moments
 
-__all__ = ["native_products", "native_rows", "supports"]
+__all__ = ["native_products", "native_rows", "native_sums", "supports"]
 
 VARIABLE = "LIGHTNING_GRADMETRICS_NATIVE"
 SOURCE = Path(__file__).with_name("native.c")
@@ -36,6 +36,9 @@ TASKS = 4
 
 TILE_MULTIPLE = 12
 """A multiple of the rows of a tile on every machine."""
+
+SMALL = 16384
+"""Entries below which one thread does the work."""
 
 _Size = tuple[int, ...]
 _Three = ctypes.c_int64 * 3
@@ -58,6 +61,15 @@ class _RowJob(ctypes.Structure):
     _fields_ = (
         [("x", ctypes.c_void_p), ("out", ctypes.c_void_p)]
         + [(name, ctypes.c_int64) for name in ("samples", "pieces", "columns", "x_sample", "mode")]
+        + [("next", ctypes.c_int)]
+    )
+
+
+class _SumJob(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("x", "g", "out")]
+        + [(name, ctypes.c_int64) for name in ("samples", "channels", "positions")]
+        + [(f"{t}_{axis}", ctypes.c_int64) for t in "xg" for axis in ("sample", "channel", "position")]
         + [("next", ctypes.c_int)]
     )
 
@@ -118,7 +130,7 @@ def _library(dtype: torch.dtype) -> Any:
         return None
     library.scratch_bytes.restype = ctypes.c_int64
     library.scratch_bytes.argtypes = [ctypes.c_int64] * 3
-    for function in (library.products, library.row_statistics):
+    for function in (library.products, library.row_statistics, library.position_statistics):
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int], None
     return library
 
@@ -161,7 +173,10 @@ def _scratch(size: int) -> Tensor:
 def _moments(out: Tensor, wanted: Iterable[Moment]) -> Moments:
     """From partial statistics ``(N, pieces, 5)``."""
     reduce = {"max": lambda v: v.amax(1), "min": lambda v: v.amin(1)}
-    return {key: reduce.get(key, lambda v: v.sum(1))(out[..., KEYS.index(key)]) for key in wanted}  # type: ignore[arg-type]
+    parts = ((key, out[..., KEYS.index(key)]) for key in wanted)
+    if out.shape[1] == 1:
+        return {key: part.squeeze(1) for key, part in parts}
+    return {key: reduce.get(key, lambda v: v.sum(1))(part) for key, part in parts}  # type: ignore[arg-type]
 
 
 def _mode(wanted: Iterable[Moment]) -> int:
@@ -176,9 +191,23 @@ def native_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
     pieces = 1 if samples >= TASKS * threads else max(1, min(TASKS * threads, columns // 4096))
     out = torch.empty(samples, pieces, len(KEYS), dtype=torch.float64)
     job = _RowJob(flat.data_ptr(), out.data_ptr(), samples, pieces, columns, flat.stride(0), _mode(keys))
-    threads = threads if flat.numel() > 16384 else 1
+    threads = threads if flat.numel() > SMALL else 1
     _library(flat.dtype).row_statistics(ctypes.byref(job), _parallel(), threads)
     return _moments(out, keys)
+
+
+def native_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass; without ``x`` the second is 0."""
+    tensors = [g] if x is None else [g, x]
+    if not any(all(t.shape[dim] == 1 or t.stride(dim) == 1 for t in tensors) for dim in (1, 2)):
+        tensors = [t.contiguous() for t in tensors]
+    strides = [(t.stride(0), t.stride(1), 1 if t.shape[2] == 1 else t.stride(2)) for t in tensors]
+    out = torch.empty(2, *g.shape[:2], dtype=torch.float64)
+    pointers = (tensors[1].data_ptr() if x is not None else None, tensors[0].data_ptr(), out.data_ptr())
+    job = _SumJob(*pointers, *g.shape, *strides[-1], *strides[0])
+    threads = _threads() if g.numel() > SMALL else 1
+    _library(g.dtype).position_statistics(ctypes.byref(job), _parallel(), threads)
+    return out[0], out[1]
 
 
 @functools.lru_cache(maxsize=512)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.native import native_rows, supports
-from lightning_gradmetrics.statistics import Moment, Moments, gradient_moments
+from lightning_gradmetrics.engine.kernels.native import native_rows, native_sums, supports
+from lightning_gradmetrics.statistics import Moment, Moments, accumulator, gradient_moments
 
-__all__ = ["chunked_moments", "row_moments"]
+__all__ = ["chunked_moments", "position_sums", "row_moments"]
 
 ENTRIES = {"cpu": 1_500_000}
 """Gradient entries of a chunk of samples: as many as stay in cache. Other devices want larger pieces of work."""
@@ -55,3 +55,29 @@ def chunked_moments(
     slices = [slice(start, start + size) for start in range(0, len(samples), size)] or [slice(0, 0)]
     parts = [row_moments(gradients(rows).flatten(1), keys) for rows in slices]
     return {key: torch.cat([part[key] for part in parts]) for key in keys}
+
+
+def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The sums over positions of ``g`` and of ``x g``: a bias' and a norm weight's gradient in one pass.
+
+    Args:
+        g: ``(N, C, *S)``, of any strides.
+        x: The same shape, or ``None``.
+
+    Returns:
+        Both sums, ``(N, C)``, in float64 where the device has it; ``None`` for the second without ``x``.
+
+    Example:
+        >>> position_sums(torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0))
+        (tensor([[3., 3.]], dtype=torch.float64), tensor([[6., 6.]], dtype=torch.float64))
+    """
+    dtype = torch.promote_types(g.dtype, g.dtype if x is None else x.dtype)
+    dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    g, x = g.to(dtype), None if x is None else x.to(dtype)
+    shape = (*g.shape[:2], g.shape[2:].numel())
+    flat_g, flat_x = g.reshape(shape), None if x is None else x.reshape(shape)
+    if g.numel() and supports(g, ()):
+        total, product = native_sums(flat_g, flat_x)
+        return total, None if x is None else product
+    total = flat_g.sum(2, dtype=accumulator(g))
+    return total, None if flat_x is None else (flat_x * flat_g).sum(2, dtype=accumulator(g))

@@ -1,0 +1,18 @@
+"""``python -m benchmarks NAME [options]``; with ``--help`` after the name, its options."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+NAMES = ("engine", "gga")
+
+
+def main() -> None:
+    """Run the named benchmark."""
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        sys.exit(f"usage: python -m benchmarks NAME [options]; NAME is one of: {', '.join(NAMES)}")
+    import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+
+
+main()

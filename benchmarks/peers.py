@@ -1,0 +1,94 @@
+"""What the engine is measured against: a training step, and other ways to the same statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+import lightning_gradmetrics as lgm
+
+__all__ = ["FULL", "SQUARES", "gradient_metrics_seconds", "lgm_engine", "pytorch_ood", "training_step", "vmap_grad"]
+
+FULL = ("max", "min", "mean", "std", "l1", "l2")
+SQUARES = ("mean", "std", "l2")
+
+
+def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward, backward and parameter gradients of one batch; no optimiser."""
+    labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(model(x).float(), labels).backward()
+
+    return step
+
+
+def lgm_engine(model: nn.Module, x: Tensor, statistics: tuple[str, ...]) -> Callable[[], Any]:
+    """This project's engine."""
+    return lambda: lgm.gradient_statistics(model, x, "pseudo_label", statistics=statistics)
+
+
+def vmap_grad(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """``torch.func.vmap(grad)`` over the whole batch, then reductions: each the fastest torch call for it."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(values: dict[str, Tensor], one: Tensor) -> Tensor:
+        logits = functional_call(model, {**values, **buffers}, (one[None],))
+        return F.cross_entropy(logits, logits.detach().argmax(1))
+
+    def run() -> list[Tensor]:
+        gradients = [g.flatten(1) for g in vmap(grad(loss), (None, 0), randomness="same")(parameters, x).values()]
+        high = torch.stack([g.amax(1) for g in gradients]).amax(0)
+        low = torch.stack([g.amin(1) for g in gradients]).amin(0)
+        sums = [sum(f(g) for g in gradients) for f in (_total, _absolute, _square)]
+        return [high, low, *sums]
+
+    return run
+
+
+def _total(g: Tensor) -> Tensor:
+    return g.sum(1)
+
+
+def _absolute(g: Tensor) -> Tensor:
+    return g.abs().sum(1)
+
+
+def _square(g: Tensor) -> Tensor:
+    return torch.linalg.vecdot(g, g)
+
+
+def pytorch_ood(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """GradUncertainty of pytorch-ood: ``vmap(grad)`` and a sum of squares."""
+    from pytorch_ood.detector import GradUncertainty
+
+    detector = GradUncertainty(model)
+    return lambda: detector.predict(x)
+
+
+def gradient_metrics_seconds(model: nn.Module, x: Tensor, samples: int) -> float:
+    """Seconds that gradient_metrics takes for the batch.
+
+    It runs one forward, and for each sample a backward of the whole batch's graph and the metrics. With fewer samples,
+    the backward part is measured on so many, on the whole graph, and scaled.
+    """
+    from gradient_metrics import GradientMetricCollector
+    from gradient_metrics.metrics import Max, MeanStd, Min, PNorm
+
+    metrics = [Max(model), Min(model), MeanStd(model), PNorm(model, p=1), PNorm(model, p=2)]
+    collector = GradientMetricCollector(metrics)
+    start = time.perf_counter()
+    logits = model(x)
+    losses = F.cross_entropy(logits, logits.argmax(1), reduction="none")
+    forward = time.perf_counter() - start
+    start = time.perf_counter()
+    collector(losses[:samples])
+    return forward + (time.perf_counter() - start) * len(x) / min(samples, len(x))
