@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from lightning_gradmetrics.batches import split_batch
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.evaluation import Evaluation, evaluate
+from lightning_gradmetrics.fitting import Fitting
 from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, logits_of
 from lightning_gradmetrics.head import Capture, capturing, install
-from lightning_gradmetrics.fitting import Fitting
-from lightning_gradmetrics.results import Rows, empty_results, finite_rows, merge_results, sample_indices
-from lightning_gradmetrics.scores import FittedScore, ScoreLike, resolve
+from lightning_gradmetrics.results import Rows, empty_results, merge_results, sample_indices
+from lightning_gradmetrics.scores import FittedScore, ScoreLike, check_fitted, resolve
 from lightning_gradmetrics.scoring import Scorer
 
 __all__ = ["GradientMetrics"]
@@ -61,7 +60,13 @@ class GradientMetrics(Callback):
 
     def __init__(
         self,
-        scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike] = ("max_softmax", "entropy", "energy", "gradnorm", "gradtrust"),
+        scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike] = (
+            "max_softmax",
+            "entropy",
+            "energy",
+            "gradnorm",
+            "gradtrust",
+        ),
         *,
         datasets: Sequence[str] | Mapping[str, str] | None = None,
         head: str | None = None,
@@ -92,7 +97,9 @@ class GradientMetrics(Callback):
 
     # Fitted scores
 
-    def fit(self, trainer: Trainer, model: LightningModule, dataloaders: Any, datasets: Mapping[str, str] | None = None) -> None:
+    def fit(
+        self, trainer: Trainer, model: LightningModule, dataloaders: Any, datasets: Mapping[str, str] | None = None
+    ) -> None:
         """Fit the scores that need it, on in-distribution data, before they score.
 
         It is a ``trainer.predict`` over the data, with all that a ``Trainer`` brings: device, precision, processes, progress bar.
@@ -129,11 +136,11 @@ class GradientMetrics(Callback):
     def _fit_finish(self, trainer: Trainer) -> None:
         """Join what all processes accumulated, and put the fitted scores in the place of those that were not."""
         assert self._fitting is not None and self._capture is not None
+        seen: list[Any] = [self._fitting.seen]
         if trainer.world_size > 1:
-            totals: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(totals, self._fitting.totals)
-            self._fitting.join(totals)
-        fitted = self._fitting.finish(self._capture.model)
+            seen = [None] * trainer.world_size
+            torch.distributed.all_gather_object(seen, self._fitting.seen)
+        fitted = self._fitting.finish(self._capture.model, seen)
         self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
         self.scorer.head = self.scorer.head or self._fitting.scorer.head
 
@@ -153,6 +160,8 @@ class GradientMetrics(Callback):
         ]
         scorer = self.scorer if self._fitting is None else self._fitting.scorer
         self._capture = scorer.capture(_scored_model(pl_module, self.model))
+        if self._fitting is None:
+            check_fitted(scorer.scores, self._capture.model)
 
     def _watch(self) -> None:
         assert self._capture is not None
@@ -176,12 +185,14 @@ class GradientMetrics(Callback):
         with trainer.precision_plugin.forward_context():
             if not self._capture.calls and not self._capture.outputs:
                 _forward(self._capture, inputs)
-            evidence = scorer.evidence(self._capture, model, inputs, labels, self._outside(dataloader_idx, batch_size(inputs)))
+            evidence = scorer.evidence(
+                self._capture, model, inputs, labels, self._outside(dataloader_idx, batch_size(inputs))
+            )
         self._capture.clear()
         if self._fitting is None:
             self._rows[dataloader_idx].add(inputs, evidence.given_logits, labels, scorer(evidence))
         else:
-            self._fitting.add(evidence, finite_rows(inputs, [evidence.given_logits]))
+            self._fitting.add(inputs, evidence, self._rows[dataloader_idx].first_seen(batch_size(inputs)))
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
         """Gather the rows, judge them, and give the metrics by their logged names; the same on every rank."""
@@ -228,17 +239,35 @@ class GradientMetrics(Callback):
         self._watch()
 
     def on_validation_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._score(trainer, batch, dataloader_idx)
 
     def on_test_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._score(trainer, batch, dataloader_idx)
 
     def on_predict_batch_end(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._score(trainer, batch, dataloader_idx)
 
@@ -266,7 +295,9 @@ class GradientMetrics(Callback):
         self._unwatch()
         self._capture = None
         if stage != "fit" and not self._finished:
-            rank_zero_warn(f"the {stage} run gave no samples (are its dataloaders empty?): the results table has no rows")
+            rank_zero_warn(
+                f"the {stage} run gave no samples (are its dataloaders empty?): the results table has no rows"
+            )
 
 
 def _flat(dataloaders: Any) -> list[Any]:
@@ -298,7 +329,7 @@ def _names(datasets: Sequence[str] | Mapping[str, str] | None, dataloaders: Any)
 
 
 def _roles(datasets: Sequence[str] | Mapping[str, str] | None, names: list[str]) -> dict[str, str]:
-    return dict(datasets) if isinstance(datasets, Mapping) else {name: "id" for name in names}
+    return dict(datasets) if isinstance(datasets, Mapping) else dict.fromkeys(names, "id")
 
 
 def _scored_model(pl_module: LightningModule, name: str | None) -> nn.Module:
@@ -310,7 +341,9 @@ def _scored_model(pl_module: LightningModule, name: str | None) -> nn.Module:
     children = {key: child for key, child in pl_module.named_children() if next(child.parameters(), None) is not None}
     if name is not None:
         if name not in dict(pl_module.named_modules()):
-            raise ValueError(f"{type(pl_module).__name__} has no submodule {name!r}; its children are: {', '.join(children) or 'none'}")
+            raise ValueError(
+                f"{type(pl_module).__name__} has no submodule {name!r}; its children are: {', '.join(children) or 'none'}"
+            )
         return pl_module.get_submodule(name)
     if type(pl_module).forward is not LightningModule.forward:
         return pl_module

@@ -13,9 +13,26 @@ from torch import Tensor
 
 from lightning_gradmetrics.forward import gradients_enabled
 from lightning_gradmetrics.objectives import Loss, Objective
-from lightning_gradmetrics.statistics import GradientStatistics, Moment, accumulator, factor_moments, moments_for, result_dtype
+from lightning_gradmetrics.statistics import (
+    GradientStatistics,
+    Moment,
+    accumulator,
+    factor_moments,
+    moments_for,
+    result_dtype,
+)
 
-__all__ = ["Evidence", "Gradient", "HeadGradient", "Needs", "Probe", "Target", "needs_of", "parameter_filter"]
+__all__ = [
+    "Evidence",
+    "Gradient",
+    "HeadGradient",
+    "Needs",
+    "ParameterGradients",
+    "Probe",
+    "Target",
+    "needs_of",
+    "parameter_filter",
+]
 
 Target = str | Callable[[str], bool]
 """What a gradient is taken of: ``"head"`` (the head's weight), ``"all"`` (all parameters), a pattern such as ``"layer4.*"``, or a
@@ -47,6 +64,15 @@ class Gradient(Protocol):
     def statistic(self, name: str) -> Tensor: ...  # noqa: D102
 
 
+class ParameterGradients(Gradient, Protocol):
+    """Statistics of the gradients of several parameters, each ``(N, P)``."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...  # noqa: D102
+    def by_layer(self) -> ParameterGradients: ...  # noqa: D102
+    def merged(self) -> Gradient: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class HeadGradient:
     """The gradient of the head's weight, ``g h^T``, by its factors: no backward pass and no gradient tensor.
@@ -62,7 +88,9 @@ class HeadGradient:
     def moments(self, wanted: Iterable[Moment]) -> GradientStatistics:
         """The statistics that the wanted moments give."""
         count = torch.tensor(self.output.shape[1] * self.features.shape[1])
-        return GradientStatistics(("head",), count, factor_moments(self.output, self.features, wanted), result_dtype(self.output.dtype))
+        return GradientStatistics(
+            ("head",), count, factor_moments(self.output, self.features, wanted), result_dtype(self.output.dtype)
+        )
 
     def statistic(self, name: str) -> Tensor:
         """A statistic by name, as in :meth:`GradientStatistics.statistic`."""
@@ -71,6 +99,39 @@ class HeadGradient:
     def norm(self, p: float = 2.0) -> Tensor:
         """The p-norm, the product of the factors' p-norms."""
         return self.statistic(f"l{p:g}")
+
+    max = property(lambda self: self.statistic("max"))
+    min = property(lambda self: self.statistic("min"))
+    mean = property(lambda self: self.statistic("mean"))
+    std = property(lambda self: self.statistic("std"))
+
+
+@dataclass(frozen=True)
+class HeadColumn:
+    """The gradient of the head's weight as that of a target with one parameter: statistics ``(N, 1)``.
+
+    Args:
+        head: The gradient.
+    """
+
+    head: HeadGradient
+    names: tuple[str, ...] = ("head",)
+
+    def statistic(self, name: str) -> Tensor:
+        """A statistic by name."""
+        return self.head.statistic(name)[:, None]
+
+    def norm(self, p: float = 2.0) -> Tensor:
+        """The p-norm."""
+        return self.statistic(f"l{p:g}")
+
+    def by_layer(self) -> HeadColumn:
+        """It is one layer."""
+        return self
+
+    def merged(self) -> HeadGradient:
+        """The head's gradient."""
+        return self.head
 
     max = property(lambda self: self.statistic("max"))
     min = property(lambda self: self.statistic("min"))
@@ -131,7 +192,9 @@ class Evidence:
     def outside(self) -> Tensor:
         """Which samples are out-of-distribution ``(N,)``, bool; known only when a score is fitted."""
         if self.given_outside is None:
-            raise ValueError("a score is fitted on in- and out-of-distribution samples: give both kinds of data, with roles")
+            raise ValueError(
+                "a score is fitted on in- and out-of-distribution samples: give both kinds of data, with roles"
+            )
         return self.given_outside
 
     def gradient(self, objective: str | Loss | Objective, target: Target = "head", **arguments: Any) -> Gradient:
@@ -141,9 +204,14 @@ class Evidence:
             return self._head_gradient(objective)
         return self.gradients[target, objective].merged()
 
-    def gradient_per_parameter(self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any) -> Gradient:
+    def gradient_per_parameter(
+        self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any
+    ) -> ParameterGradients:
         """The gradient of an objective with respect to each parameter of a target: statistics ``(N, P)``."""
-        return self.gradients[target, Objective.of(objective, **arguments)]
+        objective = Objective.of(objective, **arguments)
+        if target == "head":
+            return HeadColumn(self._head_gradient(objective))
+        return self.gradients[target, objective]
 
     def rows(self, keep: Tensor) -> Evidence:
         """The evidence of the samples that ``keep`` ``(N,)``, bool, marks."""
@@ -179,13 +247,17 @@ class Needs:
     Args:
         features: Whether the head's input.
         labels: Whether true labels.
+        outside: Whether which samples are out-of-distribution.
         gradients: For each target, the objectives and the moments of their gradients.
         probes: Computations of the scores' own.
     """
 
     features: bool = False
     labels: bool = False
-    gradients: dict[Target, dict[Objective, set[Moment]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
+    outside: bool = False
+    gradients: dict[Target, dict[Objective, set[Moment]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(set))
+    )
     probes: list[Probe] = field(default_factory=list)
 
     @property
@@ -207,10 +279,20 @@ class _RecordedGradient:
     def norm(self, p: float = 2.0) -> Tensor:
         return self.statistic(f"l{p:g}")
 
-    def __getattr__(self, name: str) -> Tensor:
-        if name in ("max", "min", "mean", "std"):
-            return self.statistic(name)
-        raise AttributeError(name)
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"layer.{i}" for i in range(self.shape[1]))
+
+    def by_layer(self) -> _RecordedGradient:
+        return self
+
+    def merged(self) -> _RecordedGradient:
+        return _RecordedGradient(self.moments, self.shape[:1])
+
+    max = property(lambda self: self.statistic("max"))
+    min = property(lambda self: self.statistic("min"))
+    mean = property(lambda self: self.statistic("mean"))
+    std = property(lambda self: self.statistic("std"))
 
 
 class _Recorder(Evidence):
@@ -231,18 +313,28 @@ class _Recorder(Evidence):
         self.needs.labels = True
         return super().labels
 
+    @property
+    def outside(self) -> Tensor:
+        self.needs.outside = True
+        return super().outside
+
     def gradient(self, objective: str | Loss | Objective, target: Target = "head", **arguments: Any) -> Gradient:
         objective = Objective.of(objective, **arguments)
         if target == "head":
             return super().gradient(objective, target)
         return self._recorded(objective, target, (2,))
 
-    def gradient_per_parameter(self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any) -> Gradient:
-        return self._recorded(Objective.of(objective, **arguments), target, (2, 4))
+    def gradient_per_parameter(
+        self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any
+    ) -> ParameterGradients:
+        objective = Objective.of(objective, **arguments)
+        if target == "head":
+            return super().gradient_per_parameter(objective, target)
+        return self._recorded(objective, target, (2, 4))
 
-    def _recorded(self, objective: Objective, target: Target, shape: tuple[int, ...]) -> Gradient:
+    def _recorded(self, objective: Objective, target: Target, shape: tuple[int, ...]) -> _RecordedGradient:
         self.needs.labels |= objective.needs_targets
-        return _RecordedGradient(self.needs.gradients[target][objective], shape)  # type: ignore[return-value]
+        return _RecordedGradient(self.needs.gradients[target][objective], shape)
 
     def probe(self, function: Probe, shape: tuple[int, ...] = ()) -> Tensor:
         if function not in self.needs.probes:

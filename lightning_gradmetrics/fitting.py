@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lightning_gradmetrics.batches import split_batch
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.evidence import Evidence, Needs, needs_of
-from lightning_gradmetrics.forward import call, check_inputs, check_model, preserved
+from lightning_gradmetrics.forward import Inputs, call, check_inputs, check_model, preserved
 from lightning_gradmetrics.head import capturing
 from lightning_gradmetrics.results import finite_rows
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, resolve
-from lightning_gradmetrics.scores.fitted import Tensors, add, fingerprint
+from lightning_gradmetrics.scores.fitted import RunningTotal, Tensors, add, row_keys
+from lightning_gradmetrics.scores.states import fingerprint
 from lightning_gradmetrics.scoring import Scorer
 
 __all__ = ["Fitting", "fit"]
@@ -29,8 +30,8 @@ class _FittingScorer(Scorer):
 
     def needs(self, classes: int) -> Needs:
         if classes not in self._needs:
-            fitted = [score for score in self.scores if isinstance(score, FittedScore)]
-            self._needs[classes] = needs_of([score.contribution for score in fitted], classes)  # type: ignore[list-item]
+            fitted = [score.contribution for score in self.scores if isinstance(score, FittedScore)]
+            self._needs[classes] = needs_of(fitted, classes)  # type: ignore[arg-type]
         return self._needs[classes]
 
 
@@ -41,40 +42,69 @@ class Fitting:
     Args:
         scores: The scores to fit.
         like: The scorer whose settings (head, logits, engine) hold here too.
+        left_out: Samples with NaN or Inf, which are left out.
     """
 
     scores: Sequence[FittedScore]
     like: Scorer
-    totals: dict[str, Tensors] = field(default_factory=dict)
     left_out: int = 0
+    _running: dict[str, RunningTotal] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.scorer: Scorer = _FittingScorer(tuple(self.scores), self.like.head, self.like.logits, self.like.engine)
+        self._running = {score.name: RunningTotal() for score in self.scores}
+        self._needs = {score.name: score.fit_needs for score in self.scores}
 
-    def add(self, evidence: Evidence, finite: Tensor) -> None:
-        """Add a batch; rows that are not finite are left out and counted."""
-        finite = finite.to(evidence.given_logits.device)
-        self.left_out += int((~finite).sum())
-        kept = evidence.rows(finite)
-        if len(kept.given_logits):
-            for score in self.scores:
-                self.totals[score.name] = add([self.totals.get(score.name, {}), score.contribution(kept)])
+    def add(self, inputs: Inputs, evidence: Evidence, keep: Tensor | None = None) -> None:
+        """Add a batch; rows that are not finite are left out and counted.
 
-    def join(self, totals: Sequence[dict[str, Tensors]]) -> None:
-        """Put the totals of several processes together."""
-        self.totals = {score.name: add([t.get(score.name, {}) for t in totals]) for score in self.scores}
+        Args:
+            inputs: The model's inputs.
+            evidence: What the scores need of them.
+            keep: Which samples to take ``(N,)``, bool: a distributed sampler repeats some.
+        """
+        finite = finite_rows(inputs, [evidence.given_logits]).to(evidence.given_logits.device)
+        keep = torch.ones_like(finite) if keep is None else keep.to(finite.device)
+        self.left_out += int((keep & ~finite).sum())
+        known, keys = keep & finite, row_keys(inputs)
+        for score in self.scores:
+            wanted = known
+            if evidence.given_outside is not None and not self._needs[score.name].outside:
+                wanted = known & ~evidence.given_outside.to(known.device)
+            if wanted.any():
+                self._running[score.name].add(score.contribution(evidence.rows(wanted), keys[wanted.cpu()]))
 
-    def finish(self, model: nn.Module) -> dict[str, FittedScore]:
+    @property
+    def seen(self) -> tuple[int, dict[str, Tensors]]:
+        """What was accumulated: what processes send each other."""
+        return self.left_out, {name: running.total for name, running in self._running.items()}
+
+    def finish(
+        self, model: nn.Module, seen: Sequence[tuple[int, dict[str, Tensors]]] | None = None
+    ) -> dict[str, FittedScore]:
         """The fitted scores by name.
 
+        Args:
+            model: The model that they are fitted for.
+            seen: What all processes accumulated; ``None`` for this one's alone.
+
         Raises:
-            ValueError: If no sample was seen.
+            ValueError: If a score saw no sample.
         """
-        if self.left_out:
-            warnings.warn(f"{self.left_out} samples with NaN or Inf were left out of the fit", stacklevel=2)
-        if not all(self.totals.get(score.name) for score in self.scores):
-            raise ValueError("the data to fit the scores on hold no samples: give a dataloader with finite samples")
-        return {score.name: score.fitted(self.totals[score.name], fingerprint(model)) for score in self.scores}
+        parts = [self.seen] if seen is None else seen
+        left_out = sum(count for count, _ in parts)
+        if left_out:
+            warnings.warn(f"{left_out} samples with NaN or Inf were left out of the fit", stacklevel=2)
+        totals = {score.name: add([part[score.name] for _, part in parts]) for score in self.scores}
+        empty = [name for name, total in totals.items() if not total]
+        if empty:
+            raise ValueError(
+                f"the data hold no finite in-distribution sample to fit {', '.join(empty)} on: give a dataloader that does"
+            )
+        heads = {score.name: self.scorer.head if self._needs[score.name].features else None for score in self.scores}
+        return {
+            score.name: score.fitted(totals[score.name], fingerprint(model), heads[score.name]) for score in self.scores
+        }
 
 
 def fit(
@@ -114,5 +144,5 @@ def fit(
                 logits = call(model, inputs)
             flags = torch.full((len(fitting.scorer.logits(logits)),), kind)
             evidence = fitting.scorer.evidence(capture, model, inputs, labels, flags)
-            fitting.add(evidence, finite_rows(inputs, [evidence.given_logits]))
-    return [replace(score) for score in fitting.finish(model).values()]
+            fitting.add(inputs, evidence)
+    return list(fitting.finish(model).values())

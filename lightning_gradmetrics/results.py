@@ -58,13 +58,28 @@ class Rows:
     stride: int = 1
     offset: int = 0
     batches: list[dict[str, Tensor]] = field(default_factory=list)
+    position: int = 0
+
+    def first_seen(self, count: int) -> Tensor:
+        """Which of the next ``count`` rows are no repetitions of a distributed sampler ``(count,)``, bool; moves on by as many."""
+        start, self.position = self.position, self.position + count
+        if self.indices is None:
+            return torch.ones(count, dtype=torch.bool)
+        return torch.tensor(self.indices[start : self.position]) >= 0
 
     def add(self, inputs: Inputs, logits: Tensor, labels: Tensor | None, scores: dict[str, Tensor]) -> None:
         """Add a batch."""
         prediction = logits.argmax(1)
         known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
         finite = finite_rows(inputs, (logits, *scores.values())).to(prediction.device)
-        self.batches.append({"prediction": prediction, "label": known, "finite": finite, **{f"score/{k}": v.detach() for k, v in scores.items()}})
+        self.batches.append(
+            {
+                "prediction": prediction,
+                "label": known,
+                "finite": finite,
+                **{f"score/{k}": v.detach() for k, v in scores.items()},
+            }
+        )
 
     def __len__(self) -> int:
         return sum(len(batch["prediction"]) for batch in self.batches)
@@ -75,7 +90,11 @@ class Rows:
             return empty_results(self.scores)
         columns = {key: torch.cat([batch[key] for batch in self.batches]).cpu() for key in self.batches[0]}
         rows = len(columns["prediction"])
-        index = torch.tensor(self.indices[:rows]) if self.indices is not None else self.offset + self.stride * torch.arange(rows)
+        index = (
+            torch.tensor(self.indices[:rows])
+            if self.indices is not None
+            else self.offset + self.stride * torch.arange(rows)
+        )
         keep = (index >= 0).numpy()
         label = columns["label"].numpy()
         arrays = [

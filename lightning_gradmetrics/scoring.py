@@ -13,10 +13,21 @@ from torch import Tensor, nn
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.evidence import Evidence, Needs, Target, needs_of, parameter_filter
-from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, gradients_enabled, logits_of, map_tensors, preserved
+from lightning_gradmetrics.forward import (
+    Inputs,
+    batch_size,
+    call,
+    check_inputs,
+    check_model,
+    gradients_enabled,
+    logits_of,
+    map_tensors,
+    preserved,
+)
 from lightning_gradmetrics.head import Capture, capturing, linear_layers
 from lightning_gradmetrics.objectives import Objective
 from lightning_gradmetrics.scores import Score, ScoreLike, resolve
+from lightning_gradmetrics.scores.states import check_fitted, check_head
 from lightning_gradmetrics.statistics import GradientStatistics, Moment, result_dtype
 
 __all__ = ["Scorer", "score"]
@@ -62,6 +73,7 @@ class Scorer:
             outside: Which samples are out-of-distribution ``(N,)``, where that is known.
         """
         features, logits = self._captured(capture, batch_size(inputs))
+        check_head(self.scores, self.head)
         needs = self.needs(logits.shape[1])
         gradients, probes = _gradients(self, needs, model, inputs, labels), _probes(needs, model, inputs)
         return Evidence(logits, features, labels, outside, gradients, probes)
@@ -103,7 +115,17 @@ def _gradients(
         engine=scorer.engine,
     )
     by_objective = dict(zip(objectives, results, strict=True))
-    return {(target, o): by_objective[o].select(filters[target]) for target in needs.gradients for o in needs.gradients[target]}
+    for target, accepts in filters.items():
+        if not any(accepts is None or accepts(name) for name in results[0].names):
+            named = [name for name, _ in model.named_parameters()]
+            raise ValueError(
+                f"the target {target!r} of a score chooses no parameter; the parameters are: {', '.join(named[:12])}"
+            )
+    return {
+        (target, o): by_objective[o].select(filters[target])
+        for target in needs.gradients
+        for o in needs.gradients[target]
+    }
 
 
 def _statistic_names(moments: Iterable[Moment]) -> list[str]:
@@ -124,7 +146,9 @@ def _check_logits(logits: Tensor) -> None:
     if not logits.numel() or not logits.isfinite().all():
         return
     if logits.shape[1] < 2:
-        raise ValueError(f"the logits have shape {tuple(logits.shape)}; a classifier has at least two classes: expected (N, C) with C >= 2")
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}; a classifier has at least two classes: expected (N, C) with C >= 2"
+        )
     rows = logits.detach().float()
     if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
         raise ValueError(
@@ -164,7 +188,7 @@ def score(
         Each score ``(N,)`` by name, on the model's device.
 
     Raises:
-        ValueError: If a score is unknown, a batch norm is in train mode, or the head cannot be found.
+        ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, or the head cannot be found.
         TypeError: If the inputs are no floats and the model has no embedding.
 
     Example:
@@ -177,6 +201,7 @@ def score(
     scorer = Scorer(resolve(scores), head, logits, engine)
     check_model(model)
     check_inputs(model, inputs)
+    check_fitted(scorer.scores, model)
     if not batch_size(inputs):
         return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
     if scorer.needs(3).features and not linear_layers(model):

@@ -49,7 +49,9 @@ def _norm_moments(name: str) -> set[Moment]:
     except ValueError:
         p = -1.0
     if not p > 0:
-        raise ValueError(f"unknown statistic {name!r}; available: {', '.join(STATISTICS)}, and l<p> for a p-norm with p > 0")
+        raise ValueError(
+            f"unknown statistic {name!r}; available: {', '.join(STATISTICS)}, and l<p> for a p-norm with p > 0"
+        )
     return {"max", "min"} if math.isinf(p) else {p}
 
 
@@ -141,7 +143,9 @@ class GradientStatistics:
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, gradients: Mapping[str, Tensor], statistics: Iterable[str] = STATISTICS, per_parameter: bool = False) -> GradientStatistics:
+    def of(
+        cls, gradients: Mapping[str, Tensor], statistics: Iterable[str] = STATISTICS, per_parameter: bool = False
+    ) -> GradientStatistics:
         """Statistics of materialised per-sample gradients ``{name: (N, ...)}``: the plain definition, for small things."""
         wanted = moments_for(statistics)
         rows = [gradient_moments(gradient, wanted) for gradient in gradients.values()]
@@ -163,13 +167,24 @@ class GradientStatistics:
         moments = {key: value[:, columns] for key, value in self.moments.items()}
         return GradientStatistics(tuple(self.names[i] for i in columns), self.count[columns], moments, self.dtype)
 
+    def by_layer(self) -> GradientStatistics:
+        """Of statistics per parameter, those per layer: the parameters of a module (its weight and its bias) taken together."""
+        layers: dict[str, list[str]] = {}
+        for name in self.names:
+            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        parts = [self.select(set(members).__contains__).merged() for members in layers.values()]
+        moments = {key: torch.stack([part.moments[key] for part in parts], 1) for key in self.moments}
+        return GradientStatistics(tuple(layers), torch.stack([part.count for part in parts]), moments, self.dtype)
+
     def rows(self, keep: Tensor) -> GradientStatistics:
         """The statistics of the samples that ``keep`` ``(N,)``, bool, marks."""
         return replace(self, moments={key: value[keep] for key, value in self.moments.items()})
 
     def _moment(self, key: Moment, statistic: str) -> Tensor:
         if key not in self.moments:
-            raise ValueError(f"the statistic {statistic!r} was not asked for: add it to statistics=, as in statistics=('{statistic}',)")
+            raise ValueError(
+                f"the statistic {statistic!r} was not asked for: add it to statistics=, as in statistics=('{statistic}',)"
+            )
         return self.moments[key]
 
     @property

@@ -1,9 +1,10 @@
 """Scores: named recipes from evidence to an uncertainty, higher = more uncertain."""
 
-from lightning_gradmetrics.scores.fitted import FittedRecipe, FittedScore, load_fitted, register_fitted, save_fitted
+from lightning_gradmetrics.scores.fitted import FittedRecipe, FittedScore, register_fitted
 from lightning_gradmetrics.scores.gradients import exgrad, feature_norm, gradnorm, pseudo_label
 from lightning_gradmetrics.scores.logits import energy, entropy, gradtrust, margin, max_logit, max_softmax
 from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
+from lightning_gradmetrics.scores.states import check_fitted, load_fitted, save_fitted
 
 __all__ = [
     "RECIPES",
@@ -12,6 +13,7 @@ __all__ = [
     "Recipe",
     "Score",
     "ScoreLike",
+    "check_fitted",
     "energy",
     "entropy",
     "exgrad",

@@ -1,45 +1,54 @@
-"""Scores that are fitted before they are used: measured, accumulated over a dataloader in bounded memory, finished, saved.
+"""Scores that are fitted before they are used: measured, accumulated over a dataloader in bounded memory, finished.
 
 A fitted score is a class of four plain functions, registered with :func:`register_fitted`:
 
 - ``measure(evidence, **arguments)``: what it looks at, ``{name: (N, ...)}``, when it is fitted and when it scores alike;
 - ``accumulate(evidence, measured, **arguments)``: one batch's contribution, ``{name: tensor}``. Contributions of batches and of
-  processes add up; those named ``rows/...``, ``(N, ...)``, are kept row by row, a uniform sample of at most :data:`MAX_ROWS`;
+  processes add up; those named ``rows/...``, ``(N, ...)``, one row a sample, are kept row by row: a uniform sample of at most
+  :data:`MAX_ROWS` samples and :data:`MAX_ENTRIES` entries;
 - ``finish(total, **arguments)``: from the total of the contributions to the state, ``{name: tensor}``;
 - ``score(measured, state, **arguments)``: the uncertainties ``(N,)``.
+
+A score whose ``accumulate`` looks at ``evidence.outside`` is fitted on in- and out-of-distribution samples; all others see the
+in-distribution samples only. Rows come to ``finish`` in an order of their own: the state does not depend on batches or processes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_gradmetrics.evidence import Evidence, Needs, needs_of
+from lightning_gradmetrics.forward import Inputs, gradients_enabled, tensors_in
 from lightning_gradmetrics.scores.registry import RECIPES, Family, Recipe, Score
+from lightning_gradmetrics.statistics import accumulator
 
 __all__ = [
+    "MAX_ENTRIES",
     "MAX_ROWS",
     "FittedRecipe",
     "FittedScore",
+    "RunningTotal",
     "Tensors",
     "add",
-    "fingerprint",
-    "load_fitted",
     "register_fitted",
-    "save_fitted",
+    "row_keys",
 ]
 
 Tensors = dict[str, Tensor]
 
 MAX_ROWS = 50_000
-"""Rows kept of contributions named ``rows/...``: a uniform sample of all that were seen."""
+"""Samples kept of contributions named ``rows/...``: a uniform sample of all that were seen."""
+
+MAX_ENTRIES = 2**25
+"""Entries kept of them: of wide rows, fewer samples."""
+
+KEY = "rows/key"
+"""The row that orders and samples the others: a number made of each sample's input."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,12 @@ class FittedScore(Score):
         arguments: Its keyword arguments.
         state: What was fitted, or ``None``.
         model: The fingerprint of the model that it was fitted for.
+        head: The name of the head that it was fitted for, where it looks at the head.
     """
 
     state: Tensors | None = None
     model: str | None = None
+    head: str | None = None
 
     @property
     def _functions(self) -> Any:
@@ -80,47 +91,63 @@ class FittedScore(Score):
             ValueError: If it is not fitted.
         """
         if self.state is None:
-            raise ValueError(
-                f"the score {self.name!r} is not fitted: call GradientMetrics.fit(trainer, model, dataloader) first, or load its state with "
-                "load_fitted"
-            )
-        measured = self._functions.measure(evidence, **self.arguments)
-        device = evidence.logits.device
-        return self._functions.score(measured, {key: value.to(device) for key, value in self.state.items()}, **self.arguments)  # type: ignore[no-any-return]
+            raise ValueError(_not_fitted(self.name))
+        state = {key: _beside(value, evidence.given_logits) for key, value in self.state.items()}
+        return self._functions.score(self._functions.measure(evidence, **self.arguments), state, **self.arguments)  # type: ignore[no-any-return]
 
     @property
     def needs(self) -> Needs:
         """What it looks at when it scores."""
         return needs_of([self])
 
+    @property
+    def fit_needs(self) -> Needs:
+        """What it looks at when it is fitted."""
+        return needs_of([self.contribution])  # type: ignore[list-item]
+
     def look(self, evidence: Evidence) -> None:
         """Look at everything that scoring needs: the dry run, which needs no state."""
         self._functions.measure(evidence, **self.arguments)
 
-    def contribution(self, evidence: Evidence) -> Tensors:
-        """One batch's contribution to the fit, on the CPU."""
+    def contribution(self, evidence: Evidence, keys: Tensor | None = None) -> Tensors:
+        """One batch's contribution to the fit; ``keys`` ``(N,)`` order the rows."""
         measured = self._functions.measure(evidence, **self.arguments)
-        found: Tensors = self._functions.accumulate(evidence, measured, **self.arguments)
-        rows = [value for key, value in found.items() if key.startswith("rows/")]
-        if rows:
-            found["rows/priority"] = _priority(rows)
-        return {key: value.detach().cpu() for key, value in found.items()}
+        found: Tensors = {
+            key: value.detach()
+            for key, value in self._functions.accumulate(evidence, measured, **self.arguments).items()
+        }
+        if keys is not None and any(_is_rows(key) for key in found):
+            found[KEY] = keys
+        return {key: value.cpu() if _is_rows(key) else value for key, value in found.items()}
 
-    def fitted(self, total: Tensors, model: str) -> FittedScore:
+    def fitted(self, total: Tensors, model: str, head: str | None = None) -> FittedScore:
         """The score with the state that the total of all contributions gives."""
-        state = self._functions.finish({key: value for key, value in total.items() if key != "rows/priority"}, **self.arguments)
-        return replace(self, state={key: value.detach().cpu().contiguous() for key, value in state.items()}, model=model)
+        with gradients_enabled():
+            ordered = {key: value.clone() for key, value in _sampled(total).items() if key != KEY}
+            state = self._functions.finish(ordered, **self.arguments)
+        return replace(
+            self, state={key: value.detach().cpu().contiguous() for key, value in state.items()}, model=model, head=head
+        )
 
 
-def _priority(rows: Sequence[Tensor]) -> Tensor:
-    """A number in [0, 1) for each row, spread evenly and made of its content: the sample is the same in any order and grouping."""
-    flat = torch.cat([value.detach().double().cpu().reshape(len(value), -1) for value in rows], 1)
-    weights = torch.rand(flat.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return (flat @ weights).mul(1e5).sin().mul(1e4).frac().abs()
+def _not_fitted(name: str) -> str:
+    return (
+        f"the score {name!r} is not fitted: call GradientMetrics.fit(trainer, model, dataloader) first, or lightning_gradmetrics.fit without "
+        "a Trainer, or load its state with load_fitted"
+    )
+
+
+def _beside(value: Tensor, other: Tensor) -> Tensor:
+    """On the other's device, in the precision that it has there."""
+    if value.is_floating_point():
+        return value.to(other.device, accumulator(other))
+    return value.to(other.device)
 
 
 def register_fitted(family: Family, paper: str) -> Callable[[type], FittedRecipe]:
     """Register a class of four functions (``measure``, ``accumulate``, ``finish``, ``score``) as the fitted score of its name.
+
+    The class's docstring and the keyword arguments of ``measure`` are those of the score.
 
     Args:
         family: ``"baseline"`` or ``"gradient"``.
@@ -135,80 +162,86 @@ def register_fitted(family: Family, paper: str) -> Callable[[type], FittedRecipe
     return decorate
 
 
+# Totals
+
+
+def _is_rows(key: str) -> bool:
+    return key.startswith("rows/")
+
+
+def row_keys(inputs: Inputs) -> Tensor:
+    """A whole number for each sample, spread evenly and made of its input's bits: ``(N,)``, int64, on the CPU.
+
+    It depends neither on the batch nor on the device, so the rows that are kept, and their order, do not either.
+    """
+    keys = torch.zeros((), dtype=torch.int64)
+    for number, tensor in enumerate(tensors_in(inputs)):
+        if tensor.ndim:
+            keys = keys * 31 + _hashed(tensor.detach(), number)
+    keys = (keys ^ (keys >> 29)) * 0x1B873593CC9E2D51
+    return keys ^ (keys >> 32)
+
+
+def _hashed(tensor: Tensor, seed: int) -> Tensor:
+    """Sums of each row's bits with random odd weights; of a long row, of 4096 entries of it."""
+    flat = tensor.reshape(len(tensor), -1)
+    if flat.shape[1] > 4096:
+        flat = flat[:, torch.linspace(0, flat.shape[1] - 1, 4096, device=flat.device).long()]
+    flat = flat.contiguous().cpu()
+    if flat.is_floating_point():
+        flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randint(-(2**62), 2**62, flat.shape[1:], generator=generator) * 2 + 1
+    return (flat.long() * weights).sum(1)
+
+
 def add(totals: Sequence[Tensors]) -> Tensors:
-    """The total of contributions: sums, and of rows a uniform sample of at most :data:`MAX_ROWS`, whatever the order or grouping."""
+    """The total of contributions: sums, and of rows a uniform sample, whatever the order or grouping."""
     present = [total for total in totals if total]
     if not present:
         return {}
-    merged = {
-        key: torch.cat([t[key] for t in present]) if key.startswith("rows/") else torch.stack([t[key] for t in present]).sum(0) for key in present[0]
-    }
-    if "rows/priority" in merged and len(merged["rows/priority"]) > MAX_ROWS:
-        keep = merged["rows/priority"].topk(MAX_ROWS).indices
-        merged |= {key: value[keep] for key, value in merged.items() if key.startswith("rows/")}
-    return merged
+    return _sampled({key: (torch.cat if _is_rows(key) else _sum)([t[key] for t in present]) for key in present[0]})
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Of the model that a state is fitted for: the names, shapes and values of its parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().double()
-        digest.update(repr((name.rpartition("_orig_mod.")[2], tuple(value.shape))).encode())
-        digest.update(torch.stack([value.sum(), value.abs().sum(), value.square().sum()]).cpu().numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()[:16]
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.cpu() for value in values]).sum(0)
 
 
-def save_fitted(scores: Iterable[Score], directory: str | Path) -> list[Path]:
-    """Write the state of each fitted score to ``directory/<name>.safetensors``: tensors and text, nothing that could run.
-
-    Raises:
-        ValueError: If a fitted score has no state.
-    """
-    from safetensors.torch import save_file
-
-    folder, written = Path(directory), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for score in scores:
-        if not isinstance(score, FittedScore):
-            continue
-        if score.state is None:
-            raise ValueError(f"the score {score.name!r} is not fitted, so there is nothing to save")
-        about = {"score": score.recipe.name, "arguments": json.dumps(dict(score.arguments), sort_keys=True, default=str), "model": score.model or ""}
-        path = folder / f"{score.name}.safetensors"
-        save_file(score.state, path, metadata=about)
-        written.append(path)
-    return written
+def _cap(rows: Tensors) -> int:
+    width = sum(value[:1].numel() for key, value in rows.items() if _is_rows(key))
+    return max(1, min(MAX_ROWS, MAX_ENTRIES // max(1, width)))
 
 
-def load_fitted(scores: Iterable[Score], directory: str | Path, model: nn.Module) -> tuple[Score, ...]:
-    """The scores with the states that :func:`save_fitted` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no state for a fitted score.
-        ValueError: If a state was made for another model, another head, another score or other arguments.
-    """
-    return tuple(_load(score, Path(directory), model) if isinstance(score, FittedScore) else score for score in scores)
+def _sampled(total: Tensors) -> Tensors:
+    """At most as many rows as are kept, in the order of their keys."""
+    if KEY not in total:
+        return total
+    keep = total[KEY].argsort(stable=True)[: _cap(total)]
+    return {key: value[keep] if _is_rows(key) else value for key, value in total.items()}
 
 
-def _load(score: FittedScore, folder: Path, model: nn.Module) -> FittedScore:
-    from safetensors import safe_open
+@dataclass
+class RunningTotal:
+    """A total that takes one contribution after the other; it holds at most twice the rows that are kept."""
 
-    path = folder / f"{score.name}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"no state of the score {score.name!r} in {str(folder)!r}: fit it first, and save it with save_fitted")
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-        about: Mapping[str, str] = file.metadata()
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    wanted = {
-        "score": score.recipe.name,
-        "arguments": json.dumps(dict(score.arguments), sort_keys=True, default=str),
-        "model": fingerprint(model),
-    }
-    for key, value in wanted.items():
-        if about.get(key) != value:
-            raise ValueError(
-                f"the state in {str(path)!r} was made for another {key} ({about.get(key)}, and this is {value}): fit the score again for this one"
-            )
-    return replace(score, state=state, model=about["model"])
+    sums: Tensors = field(default_factory=dict)
+    rows: list[Tensors] = field(default_factory=list)
+    waiting: int = 0
 
+    def add(self, contribution: Tensors) -> None:
+        """Add a batch's contribution."""
+        for key, value in contribution.items():
+            if not _is_rows(key):
+                self.sums[key] = self.sums[key] + value if key in self.sums else value
+        rows = {key: value for key, value in contribution.items() if _is_rows(key)}
+        if rows:
+            self.rows.append(rows)
+            self.waiting += len(rows[KEY])
+            if self.waiting > 2 * _cap(rows):
+                self.rows = [add(self.rows)]
+                self.waiting = len(self.rows[0][KEY])
+
+    @property
+    def total(self) -> Tensors:
+        """The total so far, on the CPU."""
+        return {**{key: value.cpu() for key, value in self.sums.items()}, **add(self.rows)}

@@ -125,7 +125,9 @@ def make(score: ScoreLike, **arguments: Any) -> Score:
     if isinstance(score, Recipe):
         return score(**arguments)
     if not isinstance(score, str):
-        raise TypeError(f"a score is a name, as 'gradnorm' or 'gradnorm(temperature=2)', or a Score; got {type(score).__name__}")
+        raise TypeError(
+            f"a score is a name, as 'gradnorm' or 'gradnorm(temperature=2)', or a Score; got {type(score).__name__}"
+        )
     name, given = _parse(score)
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, 3, 0.5)
@@ -145,7 +147,9 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
             raise ValueError
         return name.strip(), {str(k.arg): _value(k.value) for k in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read the score {text!r}; write name(argument=value, ...), as in gradnorm(temperature=2.0)") from error
+        raise ValueError(
+            f"cannot read the score {text!r}; write name(argument=value, ...), as in gradnorm(temperature=2.0)"
+        ) from error
 
 
 def _value(node: ast.expr) -> Any:
@@ -166,7 +170,9 @@ def resolve(scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike]) -
     names = [score.name for score in made]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
-        raise ValueError(f"the score name {double[0]!r} stands twice; give one another name, as in make('gradnorm', name='mine')")
+        raise ValueError(
+            f"the score name {double[0]!r} stands twice; give one another name, as in make('gradnorm', name='mine')"
+        )
     if not made:
         raise ValueError(f"no score was given; available: {', '.join(sorted(RECIPES))}")
     return tuple(made)
