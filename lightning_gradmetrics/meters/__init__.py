@@ -1,7 +1,36 @@
 """Meters: torchmetrics over raw uncertainty scores, and the same as plain functions in ``meters.functional``."""
 
 from lightning_gradmetrics.meters import functional
-from lightning_gradmetrics.meters.ranking import AUROC, AveragePrecision, FPRAtTPR
-from lightning_gradmetrics.meters.selective import AUGRC, AURC, EAURC
+from lightning_gradmetrics.meters.ranking import AUROC, OSCR, ROC, AveragePrecision, FPRAtTPR, PrecisionRecallCurve
+from lightning_gradmetrics.meters.selective import (
+    AUAC,
+    AUFC,
+    AUGRC,
+    AURC,
+    EAURC,
+    AccuracyAtCoverage,
+    CoverageAtRisk,
+    RiskCoverageCurve,
+)
+from lightning_gradmetrics.meters.summary import CalibrationError, ScoreDistribution, SpearmanCorrelation
 
-__all__ = ["AUGRC", "AURC", "AUROC", "EAURC", "AveragePrecision", "FPRAtTPR", "functional"]
+__all__ = [
+    "AUAC",
+    "AUFC",
+    "AUGRC",
+    "AURC",
+    "AUROC",
+    "EAURC",
+    "OSCR",
+    "ROC",
+    "AccuracyAtCoverage",
+    "AveragePrecision",
+    "CalibrationError",
+    "CoverageAtRisk",
+    "FPRAtTPR",
+    "PrecisionRecallCurve",
+    "RiskCoverageCurve",
+    "ScoreDistribution",
+    "SpearmanCorrelation",
+    "functional",
+]

@@ -1,4 +1,4 @@
-"""The state that every meter of scores and targets shares."""
+"""The states that every meter of scores and targets shares, and how they are gathered."""
 
 from __future__ import annotations
 
@@ -6,22 +6,36 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.utilities.plot import plot_curve
 
-from lightning_gradmetrics.meters.functional.counts import check_scores, check_target
+from lightning_gradmetrics.meters.functional.counts import Counts, check_scores, check_target, count
+from lightning_gradmetrics.meters.functional.histogram import (
+    append,
+    check_bins,
+    counts_of_table,
+    empty_table,
+    merge_tables,
+)
 
-__all__ = ["ScoreMeter"]
+__all__ = ["CurveMeter", "ScoreMeter", "gather_rows"]
 
 
 class ScoreMeter(Metric):
-    """A meter of scores ``(N,)`` against targets ``(N,)`` that keeps every score.
-
-    Subclasses say which function of all scores and targets they compute.
+    """A meter of scores ``(N,)`` against targets ``(N,)``.
 
     Args:
+        bins: ``None`` keeps every score (exact). A number keeps a histogram of a fixed ``256 * bins`` bytes, whatever
+            the scores and however many: exact up to ``4 * bins`` distinct scores, and close after that; see
+            :mod:`lightning_gradmetrics.meters.functional.histogram` for how close. 16384 (4 MiB) suits every stream
+            that was tried.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``bins`` is neither ``None`` nor a whole number of at least 1024.
     """
 
     is_differentiable = False
@@ -30,34 +44,56 @@ class ScoreMeter(Metric):
     plot_upper_bound: float | None = 1.0
     scores: list[Tensor]
     target: list[Tensor]
+    table: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, bins: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("scores", default=[], dist_reduce_fx="cat")
-        self.add_state("target", default=[], dist_reduce_fx="cat")
+        self.bins = check_bins(bins)
+        if self.bins is None:
+            self.add_state("scores", default=[], dist_reduce_fx="cat")
+            self.add_state("target", default=[], dist_reduce_fx="cat")
+        else:
+            self.add_state("table", default=empty_table(self.bins), dist_reduce_fx=merge_tables)
 
     def update(self, scores: Tensor, target: Tensor) -> None:
         """Take a batch.
 
         Args:
-            scores: ``(N,)``, higher = more uncertain, any scale and sign.
+            scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
             target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
 
         Raises:
+            TypeError: If an argument is no tensor of numbers.
             ValueError: If a shape or a value is wrong, or a score is NaN.
         """
         scores = check_scores(scores)
-        self.scores.append(scores)
-        self.target.append(check_target(target, scores))
+        self._take(scores, check_target(target, scores))
 
-    def _all(self) -> tuple[Tensor, Tensor]:
+    def _take(self, scores: Tensor, target: Tensor) -> None:
+        if self.bins is not None:
+            self.table = append(self.table, scores, target)
+            return
+        self.scores.append(scores)
+        self.target.append(target.to(torch.uint8))
+
+    def _samples(self) -> tuple[Tensor, Tensor]:
         """All scores and targets so far, also if there are none."""
         if not isinstance(self.scores, Tensor) and not self.scores:
             return torch.zeros(0, device=self.device), torch.zeros(0, dtype=torch.bool, device=self.device)
         return dim_zero_cat(self.scores), dim_zero_cat(self.target).bool()
 
-    def _call(self, function: Callable[..., Any], **kwargs: Any) -> Any:
-        return function(*self._all(), **kwargs)
+    def _counts(self) -> Counts:
+        """Counts per distinct score, in either mode."""
+        return count(*self._samples()) if self.bins is None else counts_of_table(self.table)
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        """Gather: every rank's samples once, each written to its place in one tensor."""
+        if self.bins is not None or dist_sync_fn is not gather_all_tensors:
+            super()._sync_dist(dist_sync_fn, process_group)
+            return
+        group = process_group or self.process_group
+        for name in self._reductions:
+            setattr(self, name, _gather_state(getattr(self, name), self.device, group))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot the value, or the values given, as torchmetrics' meters do.
@@ -70,3 +106,84 @@ class ScoreMeter(Metric):
             The figure and the axis.
         """
         return self._plot(val, ax)
+
+
+class CurveMeter(ScoreMeter):
+    """A meter whose result is a curve: x, y and thresholds."""
+
+    axes = ("x", "y")
+
+    def plot(self, curve: Any = None, score: Any = None, ax: Any = None) -> Any:  # type: ignore[override]
+        """Plot the curve.
+
+        Args:
+            curve: A result of ``compute()``; by default computed now.
+            score: A number for the legend, such as the area under the curve.
+            ax: A matplotlib axis; by default a new figure.
+
+        Returns:
+            The figure and the axis.
+        """
+        curve = curve if curve is not None else self.compute()
+        return plot_curve(self._drawn(curve), score=score, ax=ax, label_names=self.axes, name=type(self).__name__)
+
+    def _drawn(self, curve: Any) -> Any:
+        """X, y and thresholds, from a result of ``compute()``."""
+        return curve
+
+
+def _gather_state(state: Any, device: torch.device, group: Any) -> Any:
+    """A list of samples, gathered; or a count, summed."""
+    if isinstance(state, list):
+        return [gather_rows(state, device, group)]
+    total = state.clone()
+    distributed.all_reduce(total, group=group)
+    return total
+
+
+_CODES = {None: 0, torch.uint8: 1, torch.float32: 2, torch.float64: 3}
+_TYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+def gather_rows(pieces: list[Tensor] | Tensor, device: torch.device, group: Any = None) -> Tensor:
+    """The rows of all ranks, in the order of the ranks, without a second copy of any of them.
+
+    Each rank's rows are broadcast straight into their place; ranks may have different numbers of rows, also none.
+
+    Args:
+        pieces: This rank's tensors, each ``(n, ...)`` in uint8, float32 or float64.
+        device: Where the result lies.
+        group: The process group; by default all ranks.
+
+    Returns:
+        ``(N, ...)``, in the widest type of any rank.
+    """
+    pieces = [pieces] if isinstance(pieces, Tensor) else pieces
+    width = pieces[0].shape[1] if pieces and pieces[0].ndim > 1 else 0
+    code = max((_CODES[piece.dtype] for piece in pieces), default=0)
+    about = _gather_numbers([sum(map(len, pieces)), width, code], device, group)
+    dtype, width = _TYPES[int(about[:, 2].max())] or torch.float32, int(about[:, 1].max())
+    sizes = about[:, 0].tolist()
+    rows = torch.empty((sum(sizes), *([width] if width else [])), dtype=dtype, device=device)
+    for rank, place in enumerate(torch.split(rows, sizes)):
+        if rank == distributed.get_rank(group):
+            _fill(place, pieces)
+        if len(place):
+            distributed.broadcast(place, _global_rank(rank, group), group=group)
+    return rows
+
+
+def _gather_numbers(numbers: list[int], device: torch.device, group: Any) -> Tensor:
+    mine = torch.tensor(numbers, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(everyone, mine, group=group)
+    return torch.stack(everyone)
+
+
+def _global_rank(rank: int, group: Any) -> int:
+    return rank if group is None else distributed.get_global_rank(group, rank)
+
+
+def _fill(place: Tensor, pieces: list[Tensor]) -> None:
+    for part, piece in zip(torch.split(place, [len(piece) for piece in pieces]), pieces, strict=True):
+        part.copy_(piece)

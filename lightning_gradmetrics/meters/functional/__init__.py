@@ -1,26 +1,47 @@
 """Metrics as plain functions of scores ``(N,)`` and targets ``(N,)``.
 
-Scores are raw: any scale, any sign, higher = more uncertain. Target 1 is the positive class: an error, or
-out-of-distribution.
+Scores are raw: any scale, any sign, higher = more uncertain; infinities rank, NaN is refused. Target 1 is the
+positive class: an error, or out-of-distribution. A metric that is undefined, for want of a class or of samples, is
+NaN and says so in one ``UserWarning``; a curve that is undefined is a ``ValueError``.
 """
 
+from lightning_gradmetrics.meters.functional.areas import auac, aufc
 from lightning_gradmetrics.meters.functional.ranking import (
     auroc,
     average_precision,
     fpr_at_tpr,
+    oscr,
+    oscr_samples,
     precision_recall_curve,
     roc,
 )
-from lightning_gradmetrics.meters.functional.selective import augrc, aurc, eaurc, risk_coverage_curve
+from lightning_gradmetrics.meters.functional.selective import (
+    accuracy_at_coverage,
+    augrc,
+    aurc,
+    coverage_at_risk,
+    eaurc,
+    risk_coverage_curve,
+)
+from lightning_gradmetrics.meters.functional.summary import calibration_error, distribution, spearman
 
 __all__ = [
+    "accuracy_at_coverage",
+    "auac",
+    "aufc",
     "augrc",
     "aurc",
     "auroc",
     "average_precision",
+    "calibration_error",
+    "coverage_at_risk",
+    "distribution",
     "eaurc",
     "fpr_at_tpr",
+    "oscr",
+    "oscr_samples",
     "precision_recall_curve",
     "risk_coverage_curve",
     "roc",
+    "spearman",
 ]

@@ -37,6 +37,9 @@ __all__ = [
     "check_positive",
     "fpr_at_tpr",
     "fpr_at_tpr_of_counts",
+    "oscr",
+    "oscr_of_counts",
+    "oscr_samples",
     "precision_recall_curve",
     "precision_recall_curve_of_counts",
     "roc",
@@ -260,3 +263,49 @@ def precision_recall_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Te
         raise ValueError("the precision-recall curve needs at least one positive sample")
     precision = torch.nn.functional.pad(hits / flagged, (0, 1), value=1.0).float()
     return precision, torch.nn.functional.pad(hits / hits[0], (0, 1)).float(), counts.scores
+
+
+def oscr(scores: Tensor, target: Tensor, correct: Tensor) -> Tensor:
+    r"""Open-set classification rate: area under the correct-classification rate over the false-positive rate.
+
+    At a threshold, the correct-classification rate is the share of in-distribution samples that are accepted *and*
+    classified rightly, the false-positive rate the share of out-of-distribution samples that are accepted. The area
+    is the accuracy times the AUROC of out-of-distribution samples against rightly classified ones.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = out-of-distribution, 0 = in-distribution.
+        correct: ``(N,)``, 1 = the prediction is right; it is not used where the target is 1.
+
+    Returns:
+        A scalar in [0, 1], higher is better, at most the accuracy. 0 if no prediction is right; NaN with a
+        UserWarning if a class is missing.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> oscr(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0, 0, 0]))
+        tensor(0.5000)
+
+    Reference:
+        Dhamija, Guenther, Boult: Reducing Network Agnostophobia, NeurIPS 2018.
+    """
+    kept, outside, wrong = oscr_samples(scores, target, correct)
+    return announce_undefined(oscr_of_counts(count(kept, outside), wrong), "OSCR", BOTH)
+
+
+def oscr_samples(scores: Tensor, target: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and targets without wrongly classified in-distribution samples, and the number of those."""
+    scores = check_scores(scores)
+    outside, right = check_target(target, scores), check_target(correct, scores)
+    keep = outside | right
+    return scores[keep], outside[keep], (~keep).sum()
+
+
+def oscr_of_counts(counts: Counts, wrong: Tensor) -> Tensor:
+    """OSCR from counts of rightly classified (negative) and out-of-distribution (positive) samples, and the rest."""
+    right = counts.negative.sum(-1)
+    area = auroc_of_counts(counts) * right / (right + wrong)
+    nothing = (right == 0) & (wrong > 0) & (counts.positive.sum(-1) > 0)
+    return torch.where(nothing, torch.zeros_like(area), area)

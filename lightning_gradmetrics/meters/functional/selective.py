@@ -10,15 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, count
+from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, check_rate, count
 
 __all__ = [
+    "accuracy_at_coverage",
+    "accuracy_at_coverage_of_counts",
     "augrc",
     "augrc_of_counts",
     "aurc",
     "aurc_of_counts",
+    "coverage_at_risk",
+    "coverage_at_risk_of_counts",
     "eaurc",
     "eaurc_of_counts",
+    "harmonic",
     "oracle_counts",
     "risk_coverage_curve",
     "risk_coverage_curve_of_counts",
@@ -28,7 +33,7 @@ SOME = "at least one sample"
 TABLE_LIMIT = 2**22
 
 
-def _harmonic(number: Tensor) -> Tensor:
+def harmonic(number: Tensor) -> Tensor:
     """The harmonic numbers ``H_n = sum_{k<=n} 1/k``, up to a constant that cancels in a difference."""
     largest = int(number.max()) if number.numel() else 0
     if largest > TABLE_LIMIT:
@@ -75,7 +80,7 @@ def aurc_of_counts(counts: Counts) -> Tensor:
     end = size.cumsum(-1)
     before, errors_before = (end - size).double(), errors.cumsum(-1) - errors
     slope = errors / size.clamp(min=1)
-    steps = torch.where(size == 1, 1 / (before + 1), _harmonic(end) - _harmonic(end - size))
+    steps = torch.where(size == 1, 1 / (before + 1), harmonic(end) - harmonic(end - size))
     return (errors + (errors_before - before * slope) * steps).sum(-1) / size.sum(-1)
 
 
@@ -178,3 +183,67 @@ def risk_coverage_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tenso
         raise ValueError(f"the risk-coverage curve needs {SOME}")
     risk = counts.positive.double().cumsum(-1) / accepted
     return (accepted / accepted[-1]).float(), risk.float(), counts.scores
+
+
+def accuracy_at_coverage(scores: Tensor, target: Tensor, coverage: float = 0.9) -> Tensor:
+    """The accuracy on the ``ceil(coverage * N)`` lowest scores, in the mean over all orders of ties.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        coverage: The share of samples that is accepted, in (0, 1].
+
+    Returns:
+        A scalar in [0, 1], higher is better. NaN with a UserWarning if there is no sample.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> accuracy_at_coverage(torch.tensor([1.0, 2.0, 2.0, 9.0]), torch.tensor([0, 1, 0, 1]), coverage=0.5)
+        tensor(0.7500)
+    """
+    value = accuracy_at_coverage_of_counts(count(scores, target), coverage)
+    return announce_undefined(value, "accuracy at coverage", SOME)
+
+
+def accuracy_at_coverage_of_counts(counts: Counts, coverage: float = 0.9) -> Tensor:
+    """Accuracy at a coverage of counts ``(G,)``, in float64; NaN without samples."""
+    check_rate(coverage, "coverage")
+    size = counts.both.double()
+    wanted = torch.ceil(size.sum() * coverage * (1 - 1e-12))
+    accepted = torch.minimum(size, (wanted - (size.cumsum(0) - size)).clamp(min=0))
+    return 1 - (accepted * counts.positive / size.clamp(min=1)).sum() / wanted
+
+
+def coverage_at_risk(scores: Tensor, target: Tensor, risk: float = 0.05) -> Tensor:
+    """The largest share of samples that a threshold accepts at an error rate of at most ``risk``.
+
+    A threshold accepts or rejects tied samples together.
+
+    Args:
+        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        risk: The error rate among the accepted that is allowed, in (0, 1].
+
+    Returns:
+        A scalar in [0, 1], higher is better; 0 if no threshold is good enough. NaN with a UserWarning if there is no
+        sample.
+
+    Raises:
+        ValueError: If a shape or a value is wrong.
+
+    Example:
+        >>> coverage_at_risk(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 0]), risk=0.3)
+        tensor(1.)
+    """
+    return announce_undefined(coverage_at_risk_of_counts(count(scores, target), risk), "coverage at risk", SOME)
+
+
+def coverage_at_risk_of_counts(counts: Counts, risk: float = 0.05) -> Tensor:
+    """Coverage at a risk of counts ``(G,)``, in float64; NaN without samples."""
+    check_rate(risk, "risk")
+    accepted, errors = counts.both.double().cumsum(0), counts.positive.double().cumsum(0)
+    good = errors <= risk * accepted * (1 + 1e-12)
+    total = counts.both.sum()
+    return torch.cat([accepted.new_zeros(1), torch.where(good, accepted, 0)]).amax() / total

@@ -1,0 +1,267 @@
+"""A histogram of fixed size over scores of any scale: constant memory for streams without end.
+
+A score's float64 bit pattern, with the lower bits of negative numbers inverted, is an integer in the same order as
+the score. The histogram is a table of cells. A cell stands for all scores whose integer starts with the same bits,
+``4 * level`` low bits being free, and holds the number of negatives and of positives. Level 0 is one score: its
+samples are true ties.
+
+New samples are appended as level-0 cells. When the table is full, the counts of equal cells are added; and only if
+more than half of the table is still in use, the lightest families of neighbours are folded, each into the shortest
+prefix that its cells share, until ``bins`` cells are left. So:
+
+- no range need be known, and cells are fine where the scores are, whether in [9, 10], within 1e-9 of 1, or over 600
+decades; - **with no more than** ``4 * bins`` **distinct scores, nothing is ever folded: every metric is exact**, and
+merging is plain addition; - after that, counts are still only added, never sampled or dropped. What is lost is the
+order of a positive and a negative whose
+  cells are equal or nested. If no folded cell holds more than a share ``f`` of either class, a chain of nested folded
+  cells having at most 15 links, **the AUROC is off by at most** ``29 f``; ``f`` is a few times ``1 / bins``, and
+  :func:`folded_share` gives it. :func:`auroc_bounds` gives the lowest and the highest AUROC that the cells allow,
+  which is closer by far.
+
+Why the folding is not the same for every order of batches: a summary that is always exactly additive has to choose
+its cells before it sees the data (a fixed range or a fixed number of leading bits), and then a stream that lies in
+one cell defeats it; softmax confidences near 1 do. Here the cells follow the data, and two orders can differ by less
+than the bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.meters.functional.counts import Counts
+from lightning_gradmetrics.meters.functional.ranking import auroc_of_counts
+
+__all__ = [
+    "append",
+    "auroc_bounds",
+    "cells_of",
+    "check_bins",
+    "counts_of_table",
+    "empty_table",
+    "folded_share",
+    "merge_tables",
+    "score_of_key",
+    "sorted_key",
+]
+
+KEY, LEVEL, NEGATIVE, POSITIVE = range(4)
+STEP = 4
+LEVELS = 15
+COLUMNS = 8
+Array = npt.NDArray[Any]
+
+
+def check_bins(bins: int | None) -> int | None:
+    """A number of bins, or ``None`` for the exact mode.
+
+    Raises:
+        ValueError: If it is neither ``None`` nor a whole number of at least 1024.
+    """
+    if bins is None or (isinstance(bins, int) and not isinstance(bins, bool) and bins >= 1024):
+        return bins
+    raise ValueError(f"bins must be None (keep every score) or a whole number of at least 1024, got {bins!r}")
+
+
+def sorted_key(scores: Tensor) -> Tensor:
+    """An int64 for each score, in the same order and with the same ties (``-0.0`` equals ``0.0``).
+
+    Example:
+        >>> key = sorted_key(torch.tensor([-1e30, -1e-30, 0.0, 1e-30, torch.inf]))
+        >>> bool((key.diff() > 0).all()), score_of_key(key)[[1, 4]].tolist()
+        (True, [-1.0000000031710769e-30, inf])
+    """
+    bits = (scores.double() + 0.0).view(torch.int64)
+    return bits ^ ((bits >> 63) & (2**63 - 1))
+
+
+def score_of_key(key: Tensor) -> Tensor:
+    """The float64 score of each key: the inverse of :func:`sorted_key`."""
+    return (key ^ ((key >> 63) & (2**63 - 1))).view(torch.float64)
+
+
+def empty_table(bins: int) -> Tensor:
+    """A table ``(4, 8 * bins)`` without samples; a column is a cell: key, level, negatives, positives."""
+    return torch.zeros(4, COLUMNS * bins, dtype=torch.int64)
+
+
+def cells_of(table: Tensor) -> Tensor:
+    """The cells in use, ``(4, R)``."""
+    return table[:, : int((table[NEGATIVE] + table[POSITIVE] > 0).sum())]
+
+
+def append(table: Tensor, scores: Tensor, target: Tensor) -> Tensor:
+    """The table with a batch added.
+
+    Args:
+        table: ``(4, 8 * bins)``; it is changed in place where there is room.
+        scores: ``(N,)`` without NaN.
+        target: ``(N,)`` bool.
+
+    Returns:
+        The table, of the same size.
+    """
+    done = 0
+    while done < len(scores):
+        used = cells_of(table).shape[1]
+        if used == table.shape[1]:
+            table, used = _fitted(cells_of(table), table.shape[1])
+        take = slice(done, done + table.shape[1] - used)
+        _write(table[:, used:], scores[take], target[take])
+        done = take.stop
+    return table
+
+
+def _write(free: Tensor, scores: Tensor, target: Tensor) -> None:
+    size = len(scores)
+    free[KEY, :size] = sorted_key(scores)
+    free[LEVEL, :size] = 0
+    free[POSITIVE, :size] = target
+    free[NEGATIVE, :size] = ~target
+
+
+def merge_tables(tables: Tensor) -> Tensor:
+    """One table from several: counts of equal cells are added.
+
+    Args:
+        tables: ``(W, 4, 8 * bins)``.
+
+    Returns:
+        ``(4, 8 * bins)``.
+    """
+    return _fitted(torch.cat([cells_of(table) for table in tables], 1), tables.shape[2])[0]
+
+
+def _fitted(cells: Tensor, size: int) -> tuple[Tensor, int]:
+    """Cells of any order in a table of ``size`` columns, at most half of it used; on the CPU, in NumPy."""
+    fitted = _added(cells.cpu().numpy())
+    if fitted.shape[1] > size // 2:
+        fitted = _folded(fitted, size // COLUMNS)
+    table = cells.new_zeros(4, size)
+    table[:, : fitted.shape[1]] = torch.from_numpy(fitted)
+    return table, fitted.shape[1]
+
+
+def _added(cells: Array) -> Array:
+    """Cells sorted by key, longer spans first, with equal ones added."""
+    alone = (cells[LEVEL] == 0) & (cells[NEGATIVE] + cells[POSITIVE] == 1)
+    old = cells.compress(~alone, axis=1)
+    old = old.take(np.lexsort((-old[LEVEL], old[KEY])), axis=1)
+    new = [_singles(cells[KEY, alone & (cells[side] == 1)], side) for side in (NEGATIVE, POSITIVE)]
+    cells = np.concatenate([old, *new], 1)
+    cells = cells.take(np.argsort(cells[KEY], kind="stable"), axis=1)
+    first = np.flatnonzero(_changes(cells[KEY]) | _changes(cells[LEVEL]))
+    return _merged(cells, first)
+
+
+def _singles(keys: Array, side: int) -> Array:
+    """Cells of single scores of one class, sorted and added: sorting keys alone is far faster than sorting cells."""
+    keys = np.sort(keys)
+    first = np.flatnonzero(_changes(keys))
+    cells = np.zeros((4, len(first)), dtype=np.int64)
+    cells[KEY], cells[side] = keys[first], np.diff(first, append=len(keys))
+    return cells
+
+
+def _changes(values: Array) -> Array:
+    """Whether each value differs from the one before it; the first does."""
+    return np.concatenate([np.ones(min(len(values), 1), dtype=bool), values[1:] != values[:-1]])
+
+
+def _merged(cells: Array, first: Array) -> Array:
+    """Runs of cells added up, each with the key and level of its first cell."""
+    if not len(first):
+        return cells
+    return np.concatenate([cells[:NEGATIVE].take(first, axis=1), np.add.reduceat(cells[NEGATIVE:], first, axis=1)])
+
+
+def _folded(cells: Array, room: int) -> Array:
+    """Cells with the lightest families folded, as many as it takes to fit the room."""
+    excess = cells.shape[1] - room
+    join = _join_levels(cells)
+    share = _family_shares(cells, join)
+    fold = share <= np.partition(share, excess - 1)[excess - 1]
+    first = np.flatnonzero(np.concatenate([[True], ~fold]))
+    joined = np.where(fold, join, cells[LEVEL, 1:])
+    level = np.maximum.reduceat(np.concatenate([cells[LEVEL, :1], joined]), first)
+    cells = _merged(cells, first)
+    cells[KEY], cells[LEVEL] = cells[KEY] >> (STEP * level) << (STEP * level), level
+    return cells
+
+
+def _join_levels(cells: Array) -> Array:
+    """The level of the smallest family that holds each pair of neighbours, ``(R - 1,)``."""
+    differ = (cells[KEY, 1:] ^ cells[KEY, :-1]).view(np.uint64)
+    # The bit below the highest is cleared, so that the conversion to float64 cannot round up to the next power of two.
+    bits = np.frexp((differ & ~(differ >> np.uint64(1))).astype(np.float64))[1]
+    levels: Array = np.maximum((bits + STEP - 1) // STEP, cells[LEVEL, :-1]).astype(np.int8)
+    return levels
+
+
+def _family_shares(cells: Array, join: Array) -> Array:
+    """The larger of the shares of the two classes in the smallest family of each pair of neighbours, ``(R - 1,)``."""
+    below = np.concatenate([np.zeros((2, 1)), cells[NEGATIVE:].cumsum(1)], 1)
+    below /= np.maximum(below[:, -1:], 1)
+    shares = np.full(len(join), np.inf)
+    pair = np.arange(len(join))
+    for level in np.flatnonzero(np.bincount(join)[: LEVELS + 1]):
+        # What joined on a finer level is one piece by now, so the work shrinks from level to level.
+        apart = join > level
+        ends = np.concatenate([[0], pair[apart] + 1, [cells.shape[1]]])
+        share = np.maximum(np.diff(below[0].take(ends)), np.diff(below[1].take(ends)))
+        shares[pair[~apart]] = share.take(np.cumsum(apart)[~apart])
+        pair, join = pair[apart], join[apart]
+    return shares
+
+
+def _sorted_cells(table: Tensor) -> Tensor:
+    return torch.from_numpy(_added(cells_of(table).cpu().numpy())).to(table.device)
+
+
+def _span(cells: Tensor) -> Tensor:
+    """One less than the number of keys that each cell stands for."""
+    return (torch.ones_like(cells[LEVEL]) << (STEP * cells[LEVEL])) - 1
+
+
+def folded_share(table: Tensor) -> float:
+    """The largest share of either class in a folded cell; 0 where every metric is exact."""
+    cells = _sorted_cells(table)
+    share = cells[NEGATIVE:] / cells[NEGATIVE:].sum(1, keepdim=True).clamp(min=1)
+    return float(share[:, cells[LEVEL] > 0].max()) if bool((cells[LEVEL] > 0).any()) else 0.0
+
+
+def counts_of_table(table: Tensor) -> Counts:
+    """The cells as counts per score, each cell at the middle of its keys.
+
+    Args:
+        table: ``(4, 8 * bins)``.
+    """
+    cells = _sorted_cells(table)
+    middle = cells[KEY] + _span(cells) // 2
+    keys, cell = torch.unique(middle, return_inverse=True)
+    sums = cells.new_zeros(2, len(keys)).index_add_(1, cell, cells[NEGATIVE:])
+    return Counts(score_of_key(keys), sums[0], sums[1])
+
+
+def auroc_bounds(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest AUROC that the samples in a table can have had, in float64.
+
+    All positives at the low end of their cells and all negatives at the high end give the lowest; the opposite the
+    highest.
+    """
+    cells = cells_of(table)
+    low, high = cells[KEY], cells[KEY] + _span(cells)
+    return _auroc_at(low, high, cells), _auroc_at(high, low, cells)
+
+
+def _auroc_at(positive_at: Tensor, negative_at: Tensor, cells: Tensor) -> Tensor:
+    keys, place = torch.unique(torch.cat([negative_at, positive_at]), return_inverse=True)
+    nothing = torch.zeros_like(cells[NEGATIVE])
+    negative = torch.cat([cells[NEGATIVE], nothing])
+    positive = torch.cat([nothing, cells[POSITIVE]])
+    sums = cells.new_zeros(2, len(keys)).index_add_(1, place, torch.stack([negative, positive]))
+    return auroc_of_counts(Counts(score_of_key(keys), sums[0], sums[1]))

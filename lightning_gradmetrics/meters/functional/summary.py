@@ -1,0 +1,180 @@
+"""What scores are like: their distribution, how they go together, and whether a probability is calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
+
+from lightning_gradmetrics.meters.functional.counts import announce_undefined, check_scores, check_target
+
+__all__ = [
+    "QUANTILES",
+    "calibration_error",
+    "check_norm",
+    "check_quantiles",
+    "distribution",
+    "distribution_of_counts",
+    "spearman",
+]
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+Norm = Literal["l1", "l2", "max"]
+
+
+def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
+    """Quantiles.
+
+    Raises:
+        ValueError: If one is outside [0, 1].
+    """
+    if any(isinstance(q, bool) or not 0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"quantiles must lie in [0, 1], got {tuple(quantiles)}")
+    return tuple(float(q) for q in quantiles)
+
+
+def distribution(scores: Tensor, quantiles: Sequence[float] = QUANTILES) -> dict[str, Tensor]:
+    """Count, non-finite count, mean, standard deviation, minimum, maximum and quantiles of a score.
+
+    Args:
+        scores: ``(N,)``; NaN and infinities are counted as ``non_finite`` and enter nothing else.
+        quantiles: Which quantiles, in [0, 1]; between two scores they are interpolated.
+
+    Returns:
+        ``count`` (of the finite), ``non_finite``, ``mean``, ``std`` (unbiased), ``min``, ``max``, and ``q<percent>``
+        for each quantile, as scalars. Without a finite score all but the counts are NaN, with a UserWarning; so is
+        ``std`` of one score.
+
+    Raises:
+        TypeError: If the scores are no tensor of real numbers.
+        ValueError: If the shape or a quantile is wrong.
+
+    Example:
+        >>> distribution(torch.tensor([1.0, 3.0, torch.inf]), quantiles=[0.5])["q50"]
+        tensor(2.)
+    """
+    finite = torch.isfinite(scores) if isinstance(scores, Tensor) and scores.ndim == 1 else ...
+    kept = check_scores(scores[finite] if isinstance(scores, Tensor) else scores)
+    distinct, number = torch.unique(kept, return_counts=True)
+    return distribution_of_counts(distinct, number, torch.tensor(len(scores) - len(kept)), quantiles)
+
+
+def distribution_of_counts(
+    distinct: Tensor, number: Tensor, non_finite: Tensor, quantiles: Sequence[float] = QUANTILES
+) -> dict[str, Tensor]:
+    """The same from distinct finite scores in ascending order, and how many samples have each."""
+    values, total = distinct.double(), number.sum()
+    exponent = 2.0 ** torch.frexp(values.abs().amax() if len(values) else values.new_zeros(())).exponent
+    # Scaled by a power of two, so that squares of very large or small scores neither overflow nor vanish.
+    scaled = values / exponent
+    mean = (scaled * number).sum() / total
+    variance = ((scaled - mean).square() * number).sum() / (total - 1).clamp(min=0)
+    numbers = {"mean": mean * exponent, "std": variance.sqrt() * exponent}
+    numbers |= {"min": _quantile(values, number, 0.0), "max": _quantile(values, number, 1.0)}
+    numbers |= {f"q{100 * q:g}": _quantile(values, number, q) for q in check_quantiles(quantiles)}
+    announce_undefined(torch.stack(list(numbers.values())), "a score's distribution", "at least two finite scores")
+    return {
+        "count": total,
+        "non_finite": non_finite.to(total.device),
+        **{k: v.to(distinct.dtype) for k, v in numbers.items()},
+    }
+
+
+def _quantile(values: Tensor, number: Tensor, quantile: float) -> Tensor:
+    if not len(values):
+        return values.new_tensor(torch.nan)
+    position = quantile * float(number.sum() - 1)
+    place = torch.tensor([int(position), -int(-position // 1)], device=values.device)
+    low, high = values[torch.searchsorted(number.cumsum(0), place, right=True)]
+    return torch.lerp(low, high, position - int(position))
+
+
+def spearman(scores: Tensor) -> Tensor:
+    """Spearman's rank correlation between every two scores: Pearson's of the ranks, ties having their mean rank.
+
+    Args:
+        scores: ``(N, S)``, a column a score, any scale and sign; infinities rank, NaN is refused.
+
+    Returns:
+        ``(S, S)`` in [-1, 1]. NaN with a UserWarning for a score that is constant, or if there are fewer than two
+        samples.
+
+    Raises:
+        TypeError: If it is no tensor of real numbers.
+        ValueError: If the shape is wrong, or a score is NaN.
+
+    Example:
+        >>> spearman(torch.tensor([[1.0, -10.0], [2.0, -100.0], [3.0, -1000.0]]))
+        tensor([[ 1., -1.],
+                [-1.,  1.]])
+    """
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        raise ValueError(f"scores must have the shape (N, S), got {tuple(getattr(scores, 'shape', ()))}")
+    ranks = (
+        torch.stack([_mean_ranks(check_scores(column)) for column in scores.unbind(1)], 1)
+        if scores.shape[1]
+        else scores
+    )
+    centred = ranks - ranks.mean(0)
+    covariance = centred.T @ centred
+    scale = covariance.diagonal().sqrt()
+    value = (covariance / scale.outer(scale)).clamp(-1, 1)
+    return announce_undefined(value, "Spearman's correlation", "scores that are not all equal")
+
+
+def _mean_ranks(scores: Tensor) -> Tensor:
+    _, group, size = torch.unique(scores, return_inverse=True, return_counts=True)
+    ranks: Tensor = size.cumsum(0).double() - (size - 1) / 2
+    return ranks[group]
+
+
+def check_norm(norm: Norm) -> Norm:
+    """A norm of the calibration error.
+
+    Raises:
+        ValueError: If it is none of ``"l1"``, ``"l2"`` and ``"max"``.
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be 'l1', 'l2' or 'max', got {norm!r}")
+    return norm
+
+
+def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, norm: Norm = "l1") -> Tensor:
+    """Expected calibration error: how far a probability is from the rate of positives, over equal-width bins.
+
+    Args:
+        probability: ``(N,)`` in [0, 1], the chance that the sample is positive. Other scores are no probabilities and
+            are refused.
+        target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
+        n_bins: The number of bins.
+        norm: ``"l1"`` the mean distance, ``"l2"`` the root mean square, ``"max"`` the largest.
+
+    Returns:
+        A scalar in [0, 1], lower is better. NaN with a UserWarning if there is no sample.
+
+    Raises:
+        ValueError: If a probability is outside [0, 1], or another argument is wrong.
+
+    Example:
+        >>> calibration_error(torch.tensor([0.1, 0.9, 0.9, 0.1]), torch.tensor([0, 1, 1, 0]))
+        tensor(0.1000)
+
+    Reference:
+        Naeini, Cooper, Hauskrecht: Obtaining Well Calibrated Probabilities Using Bayesian Binning, AAAI 2015.
+    """
+    probability = check_scores(probability, "probability")
+    target = check_target(target, probability)
+    if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
+        raise ValueError(f"n_bins must be a whole number of at least 1, got {n_bins!r}")
+    check_norm(norm)
+    if not len(probability):
+        return announce_undefined(probability.new_tensor(torch.nan), "calibration error", "at least one sample")
+    if bool((probability < 0).any() | (probability > 1).any()):
+        raise ValueError(
+            "a probability must lie in [0, 1]: fit a detector that gives one, a raw score has no calibration"
+        )
+    value: Tensor = binary_calibration_error(probability, target.long(), n_bins=n_bins, norm=norm, validate_args=False)
+    return value
