@@ -158,6 +158,12 @@ class GradientMetrics(Callback):
             Rows(name, self.score_names, sample_indices(loader, rank, world), world, rank)
             for name, loader in zip(_names(self.datasets, dataloaders), loaders, strict=True)
         ]
+        unknown = [rows.dataset for rows in self._rows if rows.indices is None]
+        if world > 1 and unknown:
+            rank_zero_warn(
+                f"the order of {', '.join(unknown)} is not known beforehand (its sampler is neither sequential nor distributed): index is the "
+                "position in the run, and rows that a sampler repeated to fill up cannot be told"
+            )
         scorer = self.scorer if self._fitting is None else self._fitting.scorer
         self._capture = scorer.capture(_scored_model(pl_module, self.model))
         if self._fitting is None:

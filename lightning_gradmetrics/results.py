@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_gradmetrics.forward import Inputs, batch_size, tensors_in
 
@@ -29,15 +29,25 @@ def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> list[int]
 
     A distributed sampler repeats rows so that all processes see equally many: a repeated row has the index ``-1``.
     """
-    sampler = getattr(loader, "sampler", None)
     if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
         return None
+    sampler = _sampler(loader)
     if isinstance(sampler, SequentialSampler):
         return list(range(len(sampler)))
-    if isinstance(sampler, DistributedSampler):
-        size = len(loader.dataset)
+    # Lightning wraps the user's own sampler; only a sequential one gives the same order when it is asked twice.
+    wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    if isinstance(sampler, DistributedSampler) and (wrapped is None or isinstance(wrapped, SequentialSampler)):
+        size = len(sampler.dataset)  # type: ignore[arg-type]
         return [index if rank + row * world_size < size else -1 for row, index in enumerate(sampler)]
     return None
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    """The sampler whose order the loader follows; ``None`` behind a batch sampler of the user's own, which may follow another."""
+    batches = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
+    if batches is None:
+        return loader.sampler
+    return batches.sampler if type(batches) is BatchSampler else None
 
 
 @dataclass

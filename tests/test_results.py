@@ -40,6 +40,8 @@ def test_a_shuffled_distributed_sampler_gives_true_indices() -> None:
 def test_unknown_orders() -> None:
     assert sample_indices(DataLoader(TensorDataset(torch.arange(4)), shuffle=True)) is None
     assert sample_indices([1, 2, 3]) is None
+    batches = [[3, 1], [0, 2]]
+    assert sample_indices(DataLoader(TensorDataset(torch.arange(4)), batch_sampler=batches)) is None
 
 
 def test_labels_and_order_of_datasets() -> None:
