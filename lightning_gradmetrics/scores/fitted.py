@@ -15,6 +15,7 @@ in-distribution samples only. Rows come to ``finish`` in an order of their own: 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,6 +57,11 @@ class FittedRecipe(Recipe):
     """A registered fitted score. Calling it with arguments makes a :class:`FittedScore` that is not fitted yet."""
 
     functions: Any = None
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (inspect.getdoc(self.functions) or "").partition("\n")[0]
 
     def __call__(self, *, name: str | None = None, **arguments: Any) -> FittedScore:
         """The score with these arguments, not fitted yet."""
