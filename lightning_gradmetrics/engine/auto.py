@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.engine.agreement import agree
 from lightning_gradmetrics.engine.calls import tensors_in
 from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
 from lightning_gradmetrics.engine.plan import Plan, PlanError, make_plan
@@ -19,7 +20,7 @@ from lightning_gradmetrics.engine.reference import loss_gradients, reference_mom
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.tracer import Probe, Tracer
 from lightning_gradmetrics.engine.uses import RowsUse, Use
-from lightning_gradmetrics.statistics import Moments, gradient_moments
+from lightning_gradmetrics.statistics import Moments
 
 __all__ = ["auto_moments", "sample_uses"]
 
@@ -259,30 +260,9 @@ def _disagreements(task: Task, plan: Plan, expected: Sequence[Mapping[str, Tenso
     for result, gradients in zip(results, expected, strict=True):
         for column, name in enumerate(task.parameters):
             moments = {key: value[:, column] for key, value in result.items()}
-            if name not in wrong and not _agree(moments, gradients[name], probe.scales[name]):
+            if name not in wrong and not agree(moments, gradients[name], probe.scales[name]):
                 wrong[name] = "its fast rule disagrees with autograd on a probe"
     return wrong
-
-
-def _agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
-    """Whether moments are those of a gradient ``(N, ...)`` up to rounding."""
-    exact = not torch.is_autocast_enabled(gradient.device.type)
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(gradient.dtype, 0.1) if exact else 0.1
-    flat = gradient.reshape(len(gradient), gradient[:1].numel()).double()
-    expected = gradient_moments(flat, moments)
-    level = flat.norm(dim=1) + scale
-    entries = max(flat.shape[1], 1)
-    for key, value in moments.items():
-        # The moment of a gradient whose norm is ``level``: an error in it is at most about ``tolerance`` times this.
-        if key in ("max", "min", "sum"):
-            largest = level * entries**0.5 if key == "sum" else level
-        else:
-            p = float(key)
-            largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * tolerance ** max(0.0, p - 1)
-        error = (value - expected[key]).abs()
-        if not bool((error <= tolerance * largest)[expected[key].isfinite()].all()):
-            return False
-    return True
 
 
 def _finite_samples(task: Task) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -62,9 +62,20 @@ def opened(function: Any) -> Callable[..., Any]:
 class OpeningMode(TorchFunctionMode):
     """A torch function mode that sees the calls inside functions that torch writes in Python or that have a decomposition."""
 
+    active: ClassVar[int] = 0
+    """How many such modes are active."""
+
     def __init__(self) -> None:
         super().__init__()
         self._open: list[Any] = []
+
+    def __enter__(self) -> OpeningMode:
+        OpeningMode.active += 1
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        OpeningMode.active -= 1
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _opens(self, function: Any) -> bool:
         """Whether to look inside; a function that hands itself back (a dispatcher) is taken as it is the second time."""

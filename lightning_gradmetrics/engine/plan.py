@@ -47,6 +47,7 @@ class Step:
         inputs: The sample axis of each tensor argument.
         output: The sample axis of the output.
         derived: Which outputs are derived tensors.
+        root: Whether no chosen parameter comes before it on the samples' way.
     """
 
     function: Any
@@ -55,6 +56,7 @@ class Step:
     inputs: tuple[Axis | None, ...] = ()
     output: Axis | None = None
     derived: tuple[int, ...] = ()
+    root: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ class _Builder:
             return self._derive(large, sources)
         if len(outputs) != 1 or outputs[0] is None:
             raise ValueError("it mixes parameters and samples in a way that no rule covers")
-        step = Step(large.function, sources, "rule", inputs, outputs[0])
+        root = not any(seen.requires_grad for seen, axis in zip(large.inputs, inputs, strict=True) if axis)
+        step = Step(large.function, sources, "rule", inputs, outputs[0], root=root)
         if _rule_covers(large, step, {s.serial for s in large.inputs if s.serial in self.sources}):
             return step
         return replace(step, kind="broadcast" if _name(large.function) in BROADCAST else "vmap")

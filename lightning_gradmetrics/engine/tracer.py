@@ -59,9 +59,9 @@ class _Copies(torch.autograd.Function):
         return tensor.expand(size, *tensor.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
         ctx.receive(gradient)
-        return None, None, None, None
+        return (gradient.sum(0) if ctx.needs_input_grad[0] else None), None, None, None
 
 
 class Tracer(OpeningMode):
@@ -81,7 +81,7 @@ class Tracer(OpeningMode):
         self.plan, self.size, self.sink = plan, size, sink
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
-        self._parameters = parameters
+        self.parameters = parameters
         self._tracked: dict[int, Source] = {id(p): name for name, p in parameters.items()}
         self._leaves: dict[str, Tensor] = {}
         self._derived: dict[Source, Tensor] = {}
@@ -175,12 +175,15 @@ class Tracer(OpeningMode):
     def _leaf(self, tensor: Tensor) -> Tensor:
         """For a parameter its leaf in the graphs of derived tensors, anything else as it is."""
         name = self._tracked.get(id(tensor))
-        if not isinstance(name, str) or tensor is not self._parameters[name]:
+        if not isinstance(name, str) or tensor is not self.parameters[name]:
             return tensor
         if name not in self._leaves:
-            self._leaves[name] = tensor.detach().requires_grad_()
+            self._leaves[name] = self._new_leaf(tensor)
             self._tracked[id(self._leaves[name])] = name
         return self._leaves[name]
+
+    def _new_leaf(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().requires_grad_()
 
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run as it is, and hook the output."""
@@ -194,7 +197,7 @@ class Tracer(OpeningMode):
         assert axis is not None and step.output is not None
         if found.dense and values["input"].ndim > 2:
             args, kwargs = map_arguments(lambda t: t.contiguous() if t is values["input"] else t, (args, kwargs))
-        result = self._rooted(step.function(*args, **kwargs))
+        result = self._rooted(step, step.function(*args, **kwargs))
         self._check(axis, values["input"])
         self._check(step.output, result)
         if not self._collecting:
@@ -206,7 +209,7 @@ class Tracer(OpeningMode):
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
 
-    def _rooted(self, result: Tensor) -> Tensor:
+    def _rooted(self, step: Step, result: Tensor) -> Tensor:
         if result.requires_grad:
             return result
         return _Root.apply(result.data, self.anchor)  # type: ignore[no-untyped-call, no-any-return]
@@ -223,7 +226,7 @@ class Tracer(OpeningMode):
         """A copy of a parameter or derived tensor for each sample."""
         source = self._tracked[id(tensor)]
         self._expect(source)
-        return _Copies.apply(tensor.detach(), self.anchor, self.size, partial(self._copy_gradient, source))  # type: ignore
+        return _Copies.apply(self._cut(tensor), self.anchor, self.size, partial(self._copy_gradient, source))  # type: ignore
 
     def _broadcast(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run with a copy for each sample, its axes aligned to those of the output."""

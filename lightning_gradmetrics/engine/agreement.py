@@ -1,0 +1,37 @@
+"""Whether two ways to the same gradients agree up to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.statistics import Moments, gradient_moments
+
+__all__ = ["agree"]
+
+
+def agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
+    """Whether moments ``(N,)`` are those of a gradient up to rounding.
+
+    Args:
+        moments: The moments, of ``N`` samples.
+        gradient: ``(N, ...)``.
+        scale: How large the terms are whose sum the gradient is: rounding errors are relative to them.
+    """
+    exact = not torch.is_autocast_enabled(gradient.device.type)
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(gradient.dtype, 0.1) if exact else 0.1
+    flat = gradient.reshape(len(gradient), gradient[:1].numel()).double()
+    expected = gradient_moments(flat, moments)
+    level = flat.norm(dim=1) + scale
+    entries = max(flat.shape[1], 1)
+    for key, value in moments.items():
+        # The moment of a gradient whose norm is ``level``: an error in it is at most about ``tolerance`` times this.
+        if key in ("max", "min", "sum"):
+            largest = level * entries**0.5 if key == "sum" else level
+        else:
+            p = float(key)
+            largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * tolerance ** max(0.0, p - 1)
+        error = (value - expected[key]).abs()
+        if not bool((error <= tolerance * largest)[expected[key].isfinite()].all()):
+            return False
+    return True
