@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-__all__ = ["ID", "Contrast", "Rows", "contrasts_of", "rows_of"]
+__all__ = ["ID", "Contrast", "Rows", "contrasts_of", "finite_rows", "float_column", "rows_of"]
 
 ID = "id"
 """The role of in-distribution data. Any other word names a group of out-of-distribution data."""
@@ -98,12 +98,12 @@ def rows_of(results: pa.Table, scores: Sequence[str], roles: Mapping[str, str]) 
     Raises:
         ValueError: If a column is missing, a data set has no role, or a row appears twice.
     """
-    _check_columns(results, scores)
+    _check_columns(results)
     names = np.asarray(results["dataset"].to_pylist(), dtype=object)
     if unknown := sorted(set(names.tolist()) - set(roles)):
         raise ValueError(f"no role for the data sets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
-    columns = {score: _float(results[score]) for score in scores}
-    keep = np.logical_and.reduce([_flags(results), *(np.isfinite(column) for column in columns.values())])
+    columns = {score: float_column(results, score) for score in scores}
+    keep = finite_rows(results, scores)
     rows, notes = {}, []
     for dataset, role in roles.items():
         here = names == dataset
@@ -112,28 +112,42 @@ def rows_of(results: pa.Table, scores: Sequence[str], roles: Mapping[str, str]) 
     return rows, notes
 
 
-def _check_columns(results: pa.Table, scores: Sequence[str]) -> None:
-    needed = ("dataset", "index", "prediction", "label", *scores)
-    if missing := [name for name in needed if name not in results.column_names]:
-        raise ValueError(f"the results have no column {missing}; columns: {', '.join(results.column_names)}")
+def _check_columns(results: pa.Table) -> None:
+    for name in ("dataset", "index", "prediction", "label"):
+        _column(results, name)
     pairs = results.select(["dataset", "index"]).group_by(["dataset", "index"]).aggregate([])
     if len(pairs) != len(results):
         twice = len(results) - len(pairs)
         raise ValueError(f"{twice} rows repeat a (dataset, index): keep one row a sample, or it counts twice")
 
 
-def _float(column: pa.ChunkedArray) -> Any:
-    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+def _column(results: pa.Table, name: str) -> pa.ChunkedArray:
+    if name not in results.column_names:
+        raise ValueError(f"the results have no column {name!r}; columns: {', '.join(results.column_names)}")
+    return results[name]
 
 
-def _flags(results: pa.Table) -> Any:
-    if "finite" not in results.column_names:
-        return np.ones(len(results), dtype=bool)
-    return results["finite"].fill_null(False).to_numpy(zero_copy_only=False).astype(bool)
+def float_column(results: pa.Table, name: str) -> Any:
+    """A column as a float64 array, with NaN for null.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    return _column(results, name).cast(pa.float64()).to_numpy()
+
+
+def finite_rows(results: pa.Table, scores: Sequence[str]) -> Any:
+    """``(N,)`` bool: the row is not flagged as not finite, and all these scores are finite."""
+    keep = np.ones(len(results), dtype=bool)
+    if "finite" in results.column_names:
+        keep &= results["finite"].fill_null(False).to_numpy().astype(bool)
+    for score in scores:
+        keep &= np.isfinite(float_column(results, score))
+    return keep
 
 
 def _rows(results: pa.Table, columns: Mapping[str, Any], dataset: str, role: str, here: Any, keep: Any) -> Rows:
-    label, prediction = _float(results["label"])[keep], _float(results["prediction"])[keep]
+    label, prediction = (float_column(results, name)[keep] for name in ("label", "prediction"))
     labelled = ~np.isnan(label) & ~np.isnan(prediction)
     return Rows(
         dataset=dataset,

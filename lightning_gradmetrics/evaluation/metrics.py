@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_gradmetrics.meters.functional.counts import Counts, flip
+from lightning_gradmetrics.meters.functional.counts import Counts
 from lightning_gradmetrics.meters.functional.ranking import (
     auroc_of_counts,
     average_precision_of_counts,
@@ -45,13 +45,14 @@ def metrics_of(task: str, counts: Counts, rate: float) -> dict[str, Tensor]:
     Returns:
         Each metric, ``(...)``; NaN where it is undefined.
     """
+    area = aurc_of_counts(counts) if task == "misprediction" else None
     functions: dict[str, Callable[[Counts], Tensor]] = {
         "auroc": auroc_of_counts,
         "average_precision": average_precision_of_counts,
-        "average_precision_in": lambda counts: average_precision_of_counts(flip(counts)),
+        "average_precision_in": lambda counts: average_precision_of_counts(counts, "in"),
         "fpr95": lambda counts: fpr_at_tpr_of_counts(counts, rate),
-        "aurc": aurc_of_counts,
-        "eaurc": eaurc_of_counts,
+        "aurc": lambda counts: aurc_of_counts(counts) if area is None else area,
+        "eaurc": lambda counts: eaurc_of_counts(counts, area),
         "augrc": augrc_of_counts,
     }
     return {name: functions[name](counts) for name in TASKS[task]}

@@ -64,8 +64,8 @@ class AveragePrecision(ScoreMeter):
         """The average precision of all samples so far; NaN with a UserWarning without a positive."""
         if self.bins is None:
             return F.average_precision(*self._samples(), positive=self.positive)
-        counts = flip(self._counts()) if self.positive == "in" else self._counts()
-        return announce_undefined(R.average_precision_of_counts(counts), "average precision", "a positive sample")
+        value = R.average_precision_of_counts(self._counts(), self.positive)
+        return announce_undefined(value, "average precision", "a positive sample")
 
 
 class FPRAtTPR(ScoreMeter):
@@ -87,8 +87,7 @@ class FPRAtTPR(ScoreMeter):
 
     def compute(self) -> Tensor:
         """The false-positive rate of all samples so far; NaN with a UserWarning if a class is missing."""
-        counts = flip(self._counts()) if self.positive == "in" else self._counts()
-        value = R.fpr_at_tpr_of_counts(counts, self.rate)
+        value = R.fpr_at_tpr_of_counts(self._counts(), self.rate, self.positive)
         return announce_undefined(value, f"FPR at {self.rate:g} TPR", R.BOTH)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, count
-from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, harmonic
+from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, harmonic_steps
 
 __all__ = ["Mode", "auac", "auac_of_counts", "aufc", "aufc_of_counts", "check_mode"]
 
@@ -65,7 +65,7 @@ def auac_of_counts(counts: Counts, mode: Mode = "coverage") -> Tensor:
     """AUAC of counts ``(G,)``, in float64; NaN where it is undefined."""
     if check_mode(mode) == "coverage":
         return 1 - aurc_of_counts(counts)
-    return _over_threshold(counts, counts.negative.double().cumsum(0) / counts.both.double().cumsum(0))
+    return _over_threshold(counts, counts.negatives_to / counts.samples_to)
 
 
 def aufc(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
@@ -102,13 +102,12 @@ def aufc_of_counts(counts: Counts, mode: Mode = "coverage") -> Tensor:
     Within a group of ``m`` ties, a share ``q`` of them right, after ``k`` samples with ``c`` right ones, the group adds
     ``sum_{j<=m} 2 (c + j q) / (k + j + C) = 2 (m q + (c - q (k + C)) (H_{k+C+m} - H_{k+C}))``.
     """
-    right, size = counts.negative.double(), counts.both
-    end, all_right = size.cumsum(0), counts.negative.sum()
+    right, all_right, ends = counts.negative, counts.negatives, counts.samples_to
     if check_mode(mode) == "threshold":
-        return _over_threshold(counts, 2 * right.cumsum(0) / (end + all_right))
-    share, start = right / size.clamp(min=1), end - size + all_right
-    before = right.cumsum(0) - right
-    group = right + (before - share * start) * (harmonic(end + all_right) - harmonic(start))
+        return _over_threshold(counts, 2 * counts.negatives_to / (ends + all_right))
+    size = right + counts.positive
+    share, start = right / size.clamp(min=1), ends - size + all_right
+    group = right + (counts.negatives_to - right - share * start) * harmonic_steps(ends, all_right)
     return 2 * group.sum() / size.sum()
 
 

@@ -8,19 +8,32 @@ serves constant memory.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-__all__ = ["Counts", "Positive", "announce_undefined", "check_rate", "check_scores", "check_target", "count", "flip"]
+__all__ = [
+    "Counts",
+    "Positive",
+    "announce_undefined",
+    "check_rate",
+    "check_scores",
+    "check_target",
+    "count",
+    "flip",
+    "real",
+]
 
 Positive = Literal["out", "in"]
 """Which class is the positive one: ``"out"`` is target 1 (an error, or out-of-distribution), ``"in"`` is target 0."""
 
 
-class Counts(NamedTuple):
+@dataclass(frozen=True)
+class Counts:
     """Distinct scores in ascending order, and the samples of each class that have them.
 
     Args:
@@ -33,10 +46,40 @@ class Counts(NamedTuple):
     negative: Tensor
     positive: Tensor
 
-    @property
-    def both(self) -> Tensor:
-        """``(..., G)``, the number of samples of either class."""
-        return self.negative + self.positive
+    @cached_property
+    def negatives_to(self) -> Tensor:
+        """``(..., G)``, the negatives at or below each score."""
+        return real(self.negative).cumsum(-1)
+
+    @cached_property
+    def positives_to(self) -> Tensor:
+        """``(..., G)``, the positives at or below each score."""
+        return real(self.positive).cumsum(-1)
+
+    @cached_property
+    def samples_to(self) -> Tensor:
+        """``(..., G)``, the samples of either class at or below each score."""
+        return self.negatives_to + self.positives_to
+
+    @cached_property
+    def negatives_from(self) -> Tensor:
+        """``(..., G)``, the negatives at or above each score."""
+        return self.negatives_to[..., -1:] - self.negatives_to + self.negative
+
+    @cached_property
+    def positives_from(self) -> Tensor:
+        """``(..., G)``, the positives at or above each score."""
+        return self.positives_to[..., -1:] - self.positives_to + self.positive
+
+    @cached_property
+    def negatives(self) -> Tensor:
+        """``(...)``, the number of negatives."""
+        return real(self.negative).sum(-1)
+
+    @cached_property
+    def positives(self) -> Tensor:
+        """``(...)``, the number of positives."""
+        return real(self.positive).sum(-1)
 
 
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
@@ -127,6 +170,11 @@ def count(scores: Tensor, target: Tensor) -> Counts:
     distinct, group = torch.unique(scores, return_inverse=True)
     table = torch.bincount(group + len(distinct) * target, minlength=2 * len(distinct)).view(2, -1)
     return Counts(distinct, table[0], table[1])
+
+
+def real(number: Tensor) -> Tensor:
+    """Counts as floating numbers: whole numbers in float64, and the weights of resamples as they are."""
+    return number if number.is_floating_point() else number.double()
 
 
 def flip(counts: Counts) -> Counts:

@@ -26,7 +26,6 @@ from lightning_gradmetrics.meters.functional.counts import (
     check_scores,
     check_target,
     count,
-    flip,
 )
 
 __all__ = [
@@ -103,10 +102,9 @@ def auroc(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def auroc_of_counts(counts: Counts) -> Tensor:
-    """AUROC of counts, ``(...)`` in float64; NaN where a class is missing."""
-    negative, positive = counts.negative.double(), counts.positive.double()
-    below = negative.cumsum(-1) - negative / 2
-    return (positive * below).sum(-1) / (positive.sum(-1) * negative.sum(-1))
+    """AUROC of counts, ``(...)``; NaN where a class is missing."""
+    below = counts.negatives_to - counts.negative / 2
+    return (counts.positive * below).sum(-1) / (counts.positives * counts.negatives)
 
 
 def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out") -> Tensor:
@@ -134,17 +132,13 @@ def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out"
     return announce_undefined(value, "average precision", f"at least one positive sample (positive={positive!r})")
 
 
-def average_precision_of_counts(counts: Counts) -> Tensor:
-    """Average precision of counts with target 1 as positive, ``(...)`` in float64; NaN without a positive."""
-    positive = counts.positive.double()
-    hits, flagged = _from_above(positive), _from_above(counts.both.double())
-    precision = hits / flagged.clamp(min=1)
-    return (positive * precision).sum(-1) / positive.sum(-1)
-
-
-def _from_above(values: Tensor) -> Tensor:
-    """Sums over each entry and all above it, ``(..., G)``."""
-    return values.flip(-1).cumsum(-1).flip(-1)
+def average_precision_of_counts(counts: Counts, positive: Positive = "out") -> Tensor:
+    """Average precision of counts, ``(...)``; NaN without a positive."""
+    if positive == "in":
+        precision = counts.negatives_to / counts.samples_to.clamp(min=1)
+        return (counts.negative * precision).sum(-1) / counts.negatives
+    precision = counts.positives_from / (counts.positives_from + counts.negatives_from).clamp(min=1)
+    return (counts.positive * precision).sum(-1) / counts.positives
 
 
 def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Positive = "out") -> Tensor:
@@ -172,20 +166,28 @@ def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Pos
         >>> fpr_at_tpr(scores, target, rate=0.5), fpr_at_tpr(scores, target, rate=1.0)
         (tensor(0.), tensor(0.5000))
     """
-    counts = count(scores, target)
-    value = fpr_at_tpr_of_counts(flip(counts) if check_positive(positive) == "in" else counts, rate)
+    value = fpr_at_tpr_of_counts(count(scores, target), rate, check_positive(positive))
     return announce_undefined(value, f"FPR at {rate:g} TPR", BOTH)
 
 
-def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95) -> Tensor:
-    """FPR at a TPR of counts with target 1 as positive, ``(...)`` in float64; NaN where a class is missing."""
-    hits, false = _from_above(counts.positive.double()), _from_above(counts.negative.double())
-    if not hits.shape[-1]:
-        return torch.full(hits.shape[:-1], torch.nan, dtype=hits.dtype, device=hits.device)
-    enough = hits >= check_rate(rate, "rate") * hits[..., :1] * (1 - 1e-12)
-    highest = enough.sum(-1, keepdim=True) - 1
-    value = false.gather(-1, highest).squeeze(-1) / false[..., 0]
-    return torch.where(hits[..., 0] > 0, value, torch.nan)
+def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive = "out") -> Tensor:
+    """FPR at a TPR of counts, ``(...)``; NaN where a class is missing."""
+    check_rate(rate, "rate")
+    if not len(counts.scores):
+        return counts.negatives * torch.nan
+    if positive == "in":
+        enough = _enough(counts.negatives_to, counts.negatives, rate)
+        place, false, total = (~enough).sum(-1, keepdim=True), counts.positives_to, counts.positives
+    else:
+        enough = _enough(counts.positives_from, counts.positives, rate)
+        place, false, total = enough.sum(-1, keepdim=True) - 1, counts.negatives_from, counts.negatives
+    value = false.gather(-1, place).squeeze(-1) / total
+    return torch.where((counts.positives > 0) & (counts.negatives > 0), value, torch.nan)
+
+
+def _enough(hits: Tensor, total: Tensor, rate: float) -> Tensor:
+    """Whether hits make up the rate; a rounding error below it does not count."""
+    return hits >= rate * (1 - 8 * torch.finfo(hits.dtype).eps) * total.unsqueeze(-1)
 
 
 def roc(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,13 +221,10 @@ def _above_all(distinct: Tensor) -> Tensor:
 
 def roc_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
     """The ROC curve of counts, in float32; the same points as :func:`roc`."""
-    rates = [
-        torch.nn.functional.pad(side.flip(-1).double().cumsum(-1), (1, 0))
-        for side in (counts.negative, counts.positive)
-    ]
-    if any(not bool(rate[-1] > 0) for rate in rates):
+    if not bool((counts.negatives > 0) & (counts.positives > 0)):
         raise ValueError(f"the ROC curve needs {BOTH}")
-    fpr, tpr = ((rate / rate[-1]).float() for rate in rates)
+    sides = ((counts.negatives_from, counts.negatives), (counts.positives_from, counts.positives))
+    fpr, tpr = (torch.nn.functional.pad((hits / total).flip(0), (1, 0)).float() for hits, total in sides)
     return fpr, tpr, _above_all(counts.scores)
 
 
@@ -258,10 +257,10 @@ def precision_recall_curve(scores: Tensor, target: Tensor, positive: Positive = 
 
 def precision_recall_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
     """The precision-recall curve of counts with target 1 as positive, in float32."""
-    hits, flagged = _from_above(counts.positive.double()), _from_above(counts.both.double())
-    if not bool(hits[:1].sum() > 0):
+    if not bool(counts.positives > 0):
         raise ValueError("the precision-recall curve needs at least one positive sample")
-    precision = torch.nn.functional.pad(hits / flagged, (0, 1), value=1.0).float()
+    hits = counts.positives_from
+    precision = torch.nn.functional.pad(hits / (hits + counts.negatives_from), (0, 1), value=1.0).float()
     return precision, torch.nn.functional.pad(hits / hits[0], (0, 1)).float(), counts.scores
 
 
@@ -305,7 +304,7 @@ def oscr_samples(scores: Tensor, target: Tensor, correct: Tensor) -> tuple[Tenso
 
 def oscr_of_counts(counts: Counts, wrong: Tensor) -> Tensor:
     """OSCR from counts of rightly classified (negative) and out-of-distribution (positive) samples, and the rest."""
-    right = counts.negative.sum(-1)
+    right = counts.negatives
     area = auroc_of_counts(counts) * right / (right + wrong)
-    nothing = (right == 0) & (wrong > 0) & (counts.positive.sum(-1) > 0)
+    nothing = (right == 0) & (wrong > 0) & (counts.positives > 0)
     return torch.where(nothing, torch.zeros_like(area), area)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, check_rate, count
+from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, check_rate, count, real
 
 __all__ = [
     "accuracy_at_coverage",
@@ -23,7 +23,7 @@ __all__ = [
     "coverage_at_risk_of_counts",
     "eaurc",
     "eaurc_of_counts",
-    "harmonic",
+    "harmonic_steps",
     "oracle_counts",
     "risk_coverage_curve",
     "risk_coverage_curve_of_counts",
@@ -33,14 +33,22 @@ SOME = "at least one sample"
 TABLE_LIMIT = 2**22
 
 
-def harmonic(number: Tensor) -> Tensor:
-    """The harmonic numbers ``H_n = sum_{k<=n} 1/k``, up to a constant that cancels in a difference."""
-    largest = int(number.max()) if number.numel() else 0
-    if largest > TABLE_LIMIT:
-        return torch.digamma(number.double() + 1)
-    table = torch.arange(largest + 1, device=number.device, dtype=torch.float64)
-    table[1:] = table[1:].reciprocal()
-    return table.cumsum(0)[number.long()]
+def harmonic_steps(ends: Tensor, offset: Tensor | int = 0) -> Tensor:
+    """Steps of the harmonic numbers ``H_n = sum_{k<=n} 1/k``: from 0 to the first end, and on from end to end.
+
+    Args:
+        ends: ``(..., G)``, ascending whole numbers.
+        offset: A whole number that is added to all of them, and to the 0.
+    """
+    bounds = (torch.nn.functional.pad(ends, (1, 0)) + offset).long()
+    largest = int(bounds[..., -1].max()) if bounds.numel() else 0
+    if largest <= TABLE_LIMIT:
+        table = torch.arange(largest + 1, device=ends.device, dtype=torch.float64)
+        table[1:] = table[1:].reciprocal()
+        return table.cumsum(0)[bounds].diff(dim=-1)
+    # A step of one sample is 1/b exactly, where the difference of two logarithms would lose digits.
+    steps = torch.digamma(bounds.double() + 1).diff(dim=-1)
+    return torch.where(bounds.diff(dim=-1) == 1, 1 / bounds[..., 1:].double(), steps)
 
 
 def aurc(scores: Tensor, target: Tensor) -> Tensor:
@@ -76,20 +84,19 @@ def aurc_of_counts(counts: Counts) -> Tensor:
     errors grows by ``d/m`` a sample, so the group adds ``sum_{j<=m} (e + j d/m) / (c + j) = d + (e - c d/m) (H_{c+m}
     - H_c)``.
     """
-    errors, size = counts.positive.double(), counts.both
-    end = size.cumsum(-1)
-    before, errors_before = (end - size).double(), errors.cumsum(-1) - errors
-    slope = errors / size.clamp(min=1)
-    steps = torch.where(size == 1, 1 / (before + 1), harmonic(end) - harmonic(end - size))
-    return (errors + (errors_before - before * slope) * steps).sum(-1) / size.sum(-1)
+    errors, before = counts.positive, torch.nn.functional.pad(counts.samples_to, (1, 0))[..., :-1]
+    slope = errors / (errors + counts.negative).clamp(min=1)
+    steps = harmonic_steps(counts.samples_to)
+    return (errors + (counts.positives_to - errors - before * slope) * steps).sum(-1) / (
+        counts.positives + counts.negatives
+    )
 
 
 def oracle_counts(counts: Counts) -> Counts:
     """The counts of a perfect score: all right predictions below all errors."""
-    negative, positive = counts.negative.sum(-1), counts.positive.sum(-1)
-    none = torch.zeros_like(negative)
+    none = torch.zeros_like(counts.negatives)
     order = torch.arange(2, dtype=counts.scores.dtype, device=counts.scores.device)
-    return Counts(order, torch.stack([negative, none], -1), torch.stack([none, positive], -1))
+    return Counts(order, torch.stack([counts.negatives, none], -1), torch.stack([none, counts.positives], -1))
 
 
 def eaurc(scores: Tensor, target: Tensor) -> Tensor:
@@ -115,9 +122,10 @@ def eaurc(scores: Tensor, target: Tensor) -> Tensor:
     return announce_undefined(eaurc_of_counts(count(scores, target)), "E-AURC", SOME)
 
 
-def eaurc_of_counts(counts: Counts) -> Tensor:
-    """Excess AURC of counts, ``(...)`` in float64; NaN without samples."""
-    return (aurc_of_counts(counts) - aurc_of_counts(oracle_counts(counts))).clamp(min=0)
+def eaurc_of_counts(counts: Counts, area: Tensor | None = None) -> Tensor:
+    """Excess AURC of counts, ``(...)``, from their AURC where that is known; NaN without samples."""
+    area = aurc_of_counts(counts) if area is None else area
+    return (area - aurc_of_counts(oracle_counts(counts))).clamp(min=0)
 
 
 def augrc(scores: Tensor, target: Tensor) -> Tensor:
@@ -148,9 +156,8 @@ def augrc(scores: Tensor, target: Tensor) -> Tensor:
 
 def augrc_of_counts(counts: Counts) -> Tensor:
     """AUGRC of counts by the trapezoidal rule, ``(...)`` in float64; NaN without samples."""
-    errors, size = counts.positive.double(), counts.both.double()
-    undetected = errors.cumsum(-1) - errors / 2
-    return (size * undetected).sum(-1) / size.sum(-1).square()
+    size = counts.positive + counts.negative
+    return (size * (counts.positives_to - counts.positive / 2)).sum(-1) / (counts.positives + counts.negatives).square()
 
 
 def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,11 +185,10 @@ def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor,
 
 def risk_coverage_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
     """The risk-coverage curve of counts, in float32."""
-    accepted = counts.both.double().cumsum(-1)
-    if not accepted.numel():
+    if not len(counts.scores):
         raise ValueError(f"the risk-coverage curve needs {SOME}")
-    risk = counts.positive.double().cumsum(-1) / accepted
-    return (accepted / accepted[-1]).float(), risk.float(), counts.scores
+    coverage = counts.samples_to / counts.samples_to[-1]
+    return coverage.float(), (counts.positives_to / counts.samples_to).float(), counts.scores
 
 
 def accuracy_at_coverage(scores: Tensor, target: Tensor, coverage: float = 0.9) -> Tensor:
@@ -210,9 +216,9 @@ def accuracy_at_coverage(scores: Tensor, target: Tensor, coverage: float = 0.9) 
 def accuracy_at_coverage_of_counts(counts: Counts, coverage: float = 0.9) -> Tensor:
     """Accuracy at a coverage of counts ``(G,)``, in float64; NaN without samples."""
     check_rate(coverage, "coverage")
-    size = counts.both.double()
+    size = real(counts.positive + counts.negative)
     wanted = torch.ceil(size.sum() * coverage * (1 - 1e-12))
-    accepted = torch.minimum(size, (wanted - (size.cumsum(0) - size)).clamp(min=0))
+    accepted = torch.minimum(size, (wanted - (counts.samples_to - size)).clamp(min=0))
     return 1 - (accepted * counts.positive / size.clamp(min=1)).sum() / wanted
 
 
@@ -243,7 +249,8 @@ def coverage_at_risk(scores: Tensor, target: Tensor, risk: float = 0.05) -> Tens
 def coverage_at_risk_of_counts(counts: Counts, risk: float = 0.05) -> Tensor:
     """Coverage at a risk of counts ``(G,)``, in float64; NaN without samples."""
     check_rate(risk, "risk")
-    accepted, errors = counts.both.double().cumsum(0), counts.positive.double().cumsum(0)
-    good = errors <= risk * accepted * (1 + 1e-12)
-    total = counts.both.sum()
-    return torch.cat([accepted.new_zeros(1), torch.where(good, accepted, 0)]).amax() / total
+    accepted = counts.samples_to
+    good = counts.positives_to <= risk * accepted * (1 + 1e-12)
+    return torch.cat([accepted.new_zeros(1), torch.where(good, accepted, 0)]).amax() / (
+        counts.positives + counts.negatives
+    )
