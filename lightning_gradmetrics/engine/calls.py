@@ -23,7 +23,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors_in(item)
-    elif isinstance(value, Mapping):
+    elif value is not None and not isinstance(value, (int, float, str)) and isinstance(value, Mapping):
         for item in value.values():
             yield from tensors_in(item)
 

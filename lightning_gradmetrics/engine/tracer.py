@@ -310,7 +310,12 @@ class Tracer(OpeningMode):
     def _quiet(self) -> Iterator[None]:
         self._busy, before = True, self._busy
         try:
-            with torch.no_grad(), torch.autocast(self.anchor.device.type, enabled=False):
+            # While a mode is active, even reading a shape goes through it.
+            with (
+                torch._C.DisableTorchFunction(),
+                torch.no_grad(),
+                torch.autocast(self.anchor.device.type, enabled=False),
+            ):
                 yield
         finally:
             self._busy = before
