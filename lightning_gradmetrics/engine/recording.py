@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +36,14 @@ class Recording:
     def __init__(self, modules: Sequence[nn.Module], parameters: Mapping[int, Tensor]) -> None:
         self._parameters = dict(parameters)
         self._plans: dict[Any, Plan] = {}
-        self._trusted: set[int] = set()
+        self._trusted: set[Any] = set()
+        self._failure = ""
         self._listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
         self._current: tuple[nn.Module, Listener] | None = None
         self._problem = ""
         self._handles: list[Any] = []
-        for module in dict.fromkeys(modules):
+        inside = {id(part) for module in modules for part in module.modules() if part is not module}
+        for module in (m for m in dict.fromkeys(modules) if id(m) not in inside):
             self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
 
@@ -67,6 +71,9 @@ class Recording:
             listener.__enter__()
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        failure, self._failure = self._failure, ""
+        if failure and output is not None:  # the probe failed, and not because the module itself does
+            self.give_up(failure)
         if self._current is not None and self._current[0] is module:
             listener = self._current[1]
             self._current = None
@@ -84,7 +91,8 @@ class Recording:
             try:
                 self._plans[key] = plan_module(module, args, kwargs, chosen)
             except Exception as error:  # whatever a probe runs into must not disturb the user's forward pass
-                return self.give_up(f"{type(error).__name__}: {error}")
+                self._failure = f"{type(error).__name__}: {error}"
+                return None
             if self._plans[key].uncovered:
                 return self.give_up(f"no fast rule for {', '.join(self._plans[key].uncovered)}")
         return self._plans[key]
@@ -116,36 +124,78 @@ class Recording:
         """
         if self._problem or not len(loss):
             return False
-        listeners = list(self._listeners)
+        edges = _parameter_edges(loss)
+        listeners = [listener for listener in self._listeners if id(listener.anchor) in edges]
         covered = {id(p) for listener in listeners for p in listener.parameters.values()}
-        if not listeners or covered != set(self._parameters):
-            self.give_up(_unseen(listeners, self._parameters))
+        missing = {key for key in self._parameters if key in edges} - covered
+        if missing or not listeners:
+            self.give_up(_UNSEEN_PARAMETER if listeners else _UNSEEN)
             return False
-        fresh = any(id(listener.plan) not in self._trusted for listener in listeners)
-        check = _Check(loss, self._parameters) if fresh else None
-        uses: dict[int, list[Use]] = {}
+        # What was right once is right again for the same plans and as many places where parameters enter the graph.
+        kind = (
+            *sorted(id(listener.plan) for listener in listeners),
+            sum(edges.get(key, 0) for key in self._parameters),
+        )
+        check = None if kind in self._trusted else _Check(loss, self._parameters)
+        uses = _Uses(listeners, sink if len(listeners) == 1 and check is None else None)
         for number, listener in enumerate(listeners):
-            identity = {name: id(p) for name, p in listener.parameters.items()}
-            keep = retain_graph or fresh or number < len(listeners) - 1
-            if len(listeners) == 1 and check is None:
-                listener.listen(loss, lambda name, use, identity=identity: sink(identity[name], use), keep)  # type: ignore
-            else:
-                listener.listen(loss, lambda name, use, i=identity: uses.setdefault(i[name], []).append(use), keep)  # type: ignore
-        for key, several in uses.items():
-            use = combined(several)
+            keep = retain_graph or check is not None or number < len(listeners) - 1
+            listener.listen(loss, partial(uses.add, listener), keep)
+        for key, use in uses.joined():
             if check is not None:
                 check(key, use)
             sink(key, use)
         if check is not None:
-            check.missing(set(uses))
-        self._trusted |= {id(listener.plan) for listener in listeners}
+            check.missing(uses.found)
+        self._trusted.add(kind)
         return True
 
 
-def _unseen(listeners: Sequence[Listener], parameters: Mapping[int, Tensor]) -> str:
-    if listeners:
-        return "a target is not a parameter of a layer whose forward pass was watched"
-    return "the forward pass was not watched; build the collector with layers, before the forward pass"
+_UNSEEN = "the forward pass was not watched; build the collector with layers, before the forward pass"
+_UNSEEN_PARAMETER = "a target is not a parameter of a layer whose forward pass was watched"
+
+
+def _parameter_edges(loss: Tensor) -> Counter[int]:
+    """For each leaf tensor that the loss depends on, by identity, in how many places it enters the graph."""
+    edges: Counter[int] = Counter()
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        for node, _ in waiting.pop().next_functions:  # type: ignore[union-attr]
+            if node is None:
+                continue
+            if hasattr(node, "variable"):
+                edges[id(node.variable)] += 1
+            elif node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return edges
+
+
+class _Uses:
+    """What comes from several listeners: handed on at once if there is one only, otherwise joined at the end."""
+
+    def __init__(self, listeners: Sequence[Listener], sink: Sink | None) -> None:
+        self._names = {id(x): {name: id(p) for name, p in x.parameters.items()} for x in listeners}
+        self._sink = sink
+        self._uses: dict[int, list[Use]] = {}
+
+    def add(self, listener: Listener, name: str, use: Use) -> None:
+        """Take a parameter's use."""
+        key = self._names[id(listener)][name]
+        if self._sink is not None:
+            self._sink(key, use)
+        else:
+            self._uses.setdefault(key, []).append(use)
+
+    @property
+    def found(self) -> set[int]:
+        """The parameters that have uses."""
+        return set(self._uses)
+
+    def joined(self) -> Iterator[tuple[int, Use]]:
+        """What was not handed on yet."""
+        for key, several in self._uses.items():
+            yield key, combined(several)
 
 
 class _Check:
@@ -156,7 +206,7 @@ class _Check:
             torch.where(loss.detach().isfinite(), loss.detach(), loss.detach().new_tensor(-1e30)).argmax()
         )
         live = {key: p for key, p in parameters.items() if p.requires_grad}
-        gradients = loss_gradients(loss[self._sample], list(live.values()))
+        gradients = loss_gradients(loss[self._sample], list(live.values())) if live else []
         self._gradients = dict(zip(live, gradients, strict=True))
         self._scale = 1e-2 * max((float(g.double().norm()) for g in gradients), default=0.0)
 
