@@ -56,7 +56,7 @@ def train_detector(features: Tensor, labels: Tensor, hidden: int = 32, epochs: i
         epochs: Passes over the data.
         seed: Of the weights and the order of the samples; the global random state is left alone.
     """
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), _quiet(), _one_thread():
         torch.manual_seed(seed)
         detector = Detector(features.shape[1], hidden)
         batch_size = max(32, math.ceil(len(features) / STEPS))
@@ -91,6 +91,17 @@ def cross_validated_auroc(
         with torch.no_grad():
             found.append(float(roc_auc_score(labels[outside], detector(features[outside]))))
     return torch.tensor(found, dtype=torch.float64)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On one thread: the steps are so small that threads only wait for each other, and the sums have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

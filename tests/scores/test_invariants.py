@@ -6,44 +6,63 @@ import pytest
 import torch
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.scores import FittedScore
 from tests.models import MODELS, assert_same_state, cnn, images, state_of
+from tests.scores.fits import ready
 from tests.scores.test_reference import CASES
 
 
-def values(model, inputs, case):
-    (found,) = lgm.score(model, inputs, case).values()
+def values(model, inputs, score):
+    (found,) = lgm.score(model, inputs, score).values()
     return found
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_shape_finite_and_dtype(case: str) -> None:
     for make_model, make_inputs in MODELS.values():
-        found = values(make_model(), make_inputs(3), case)
-        assert found.shape == (3,) and found.dtype == torch.float32 and found.isfinite().all() and not found.requires_grad
+        model = make_model()
+        found = values(model, make_inputs(3), ready(case, model, make_inputs))
+        assert (
+            found.shape == (3,) and found.dtype == torch.float32 and found.isfinite().all() and not found.requires_grad
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_batch_splitting_and_order(case: str) -> None:
     model, inputs = cnn().double(), images(7).double()
-    whole = values(model, inputs, case)
-    parts = torch.cat([values(model, part, case) for part in inputs.split([1, 4, 2])])
+    score = ready(case, model, images)
+    whole = values(model, inputs, score)
+    parts = torch.cat([values(model, part, score) for part in inputs.split([1, 4, 2])])
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
     order = torch.randperm(7)
-    torch.testing.assert_close(values(model, inputs[order], case), whole[order], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(values(model, inputs[order], score), whole[order], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_samples(case: str) -> None:
-    assert values(cnn(), images(0), case).shape == (0,)
+    model = cnn()
+    assert values(model, images(0), ready(case, model, images)).shape == (0,)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_half_precision(case: str) -> None:
-    """A bfloat16 model's scores are finite, and near those of the float32 model of the same weights."""
+    """A bfloat16 model's scores are finite, equal to plain autograd's in bfloat16, and near those in float32.
+
+    One sample of the six may be off: a ReLU that is at its edge opens in one precision and not in the other. A fitted classifier
+    stretches small differences, so its outputs are held to a mean difference.
+    """
     model, inputs = cnn().bfloat16(), images(6).bfloat16()
-    rough, exact = values(model, inputs, case), values(cnn_like(model), inputs.float(), case)
+    score = ready(case, cnn_like(model), images)
+    rough, exact = values(model, inputs, score), values(cnn_like(model), inputs.float(), score)
     assert rough.isfinite().all()
-    torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.05 * exact.abs().max().item() + 1e-12)
+    largest = exact.abs().max().item()
+    if isinstance(score, FittedScore):
+        assert (rough - exact).abs().mean() <= 0.15 * max(1, largest), (rough, exact)
+    else:
+        assert torch.isclose(rough, exact, rtol=0.1, atol=0.05 * largest + 1e-12).sum() >= 5, (rough, exact)
+    if score.needs.gradients:
+        (slow,) = lgm.score(model, inputs, score, engine="reference").values()
+        torch.testing.assert_close(rough, slow, rtol=0.05, atol=0.02 * largest + 1e-12)
 
 
 def cnn_like(model):
@@ -59,18 +78,20 @@ def test_model_comes_back_untouched(case: str) -> None:
     model[3].weight.grad = torch.ones_like(model[3].weight)
     inputs = images(3)
     before = state_of(model)
+    score = ready(case, model, images)
     with torch.inference_mode():
-        inside = values(model, inputs, case)
+        inside = values(model, inputs, score)
     assert_same_state(before, model)
-    torch.testing.assert_close(values(model, inputs, case), inside)
+    torch.testing.assert_close(values(model, inputs, score), inside)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_row_stays_in_its_row(case: str) -> None:
     model, inputs = cnn(), images(4)
-    clean = values(model, inputs, case)
+    score = ready(case, model, images)
+    clean = values(model, inputs, score)
     inputs[1, 0, 0, 0] = float("nan")
-    found = values(model, inputs, case)
+    found = values(model, inputs, score)
     keep = torch.tensor([0, 2, 3])
     torch.testing.assert_close(found[keep], clean[keep], rtol=1e-4, atol=1e-6)
     assert not found[1].isfinite()
@@ -85,5 +106,5 @@ def test_confident_samples_stay_apart(case: str) -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), head).eval()
     inputs = torch.zeros(3, 4)
     inputs[:, 0] = torch.tensor([20.0, 40.0, 60.0])
-    found = values(model, inputs, case)
+    found = values(model, inputs, ready(case, model, lambda n: torch.randn(n, 4)))
     assert found.isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,9 +11,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.scores.fitted import FittedScore, Tensors
 from tests.models import MODELS
+from tests.scores.fits import ready
 
 Definition = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FromState:
+    """The definition of a fitted score, given its state."""
+
+    function: Callable[[nn.Module, Tensor, Tensors], Tensor]
+
+
+def definition_of(case: str, score: object) -> Definition:
+    """The row of a case; of a fitted score, with the state that it was fitted to."""
+    row = CASES[case]
+    if isinstance(row, FromState):
+        assert isinstance(score, FittedScore) and score.state is not None
+        return lambda model, x: row.function(model, x, score.state)
+    return row
 
 
 def gradient(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], which: str) -> Tensor:
@@ -31,6 +50,14 @@ def pseudo(which: str, statistic: Callable[[Tensor], Tensor]) -> Definition:
     return lambda model, x: statistic(gradient(model, x, lambda z: cross_entropy(z, int(z.argmax())), which))
 
 
+def to_uniform(z: Tensor) -> Tensor:
+    return F.cross_entropy(z, torch.full_like(z, 1 / z.shape[1]))
+
+
+HEAD = {7: -2, 3: -1}
+"""By the number of parameters: where the head's weight is among them."""
+
+
 def uniform(which: str, temperature: float = 1.0, p: float = 1.0) -> Definition:
     def loss(z: Tensor) -> Tensor:
         target = torch.full_like(z, 1 / z.shape[1])
@@ -42,7 +69,9 @@ def uniform(which: str, temperature: float = 1.0, p: float = 1.0) -> Definition:
 def expected(which: str, p: float = 1.0) -> Definition:
     def definition(model: nn.Module, x: Tensor) -> Tensor:
         probabilities = model(x).softmax(1)[0].detach()
-        norms = [gradient(model, x, lambda z, c=c: cross_entropy(z, c), which).norm(p) for c in range(len(probabilities))]
+        norms = [
+            gradient(model, x, lambda z, c=c: cross_entropy(z, c), which).norm(p) for c in range(len(probabilities))
+        ]
         return (probabilities * torch.stack(norms)).sum()
 
     return definition
@@ -65,7 +94,54 @@ def softmax(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).softmax(1)[0]
 
 
-CASES: dict[str, Definition] = {
+def squares(model: nn.Module, x: Tensor, logits: bool) -> Tensor:
+    """Squared L2 norm of each parameter's gradient of the binary cross-entropy to ones."""
+    z, ones = model(x), torch.ones_like(model(x))
+    bce = F.binary_cross_entropy_with_logits if logits else F.binary_cross_entropy
+    loss = bce(z if logits else z.softmax(1), ones, reduction="sum")
+    return torch.stack([g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def purview(take: Callable[[Tensor], Tensor]) -> Definition:
+    return lambda model, x: take(squares(model, x, True)).mean() / model(x).shape[1] ** 2
+
+
+def features_of(model: nn.Module, x: Tensor, objectives: tuple[str, ...], levels: tuple[str, ...]) -> Tensor:
+    """The feature vector of one sample: max, min, mean, standard deviation, L1 and L2 norm over each group of parameters."""
+    columns = []
+    names = [name for name, _ in model.named_parameters()]
+    for objective in objectives:
+        z = model(x)
+        target = z.argmax(1) if objective == "pseudo_label" else torch.full_like(z, 1 / z.shape[1])
+        gradients = dict(
+            zip(names, torch.autograd.grad(F.cross_entropy(z, target), list(model.parameters())), strict=True)
+        )
+        for level in levels:
+            layers = dict.fromkeys(name.split(".")[0] for name in names)
+            groups = {"all": [names], "layer": [[n for n in names if n.split(".")[0] == k] for k in layers]}[level]
+            for group in groups:
+                g = torch.cat([gradients[name].flatten() for name in group])
+                mean = g.mean() if g.mean().abs() > 1e-6 * g.std() else torch.zeros(())
+                columns += [g.max(), g.min(), mean, g.std(), g.norm(1), g.norm(2)]
+    return torch.stack(columns)
+
+
+def meta(objectives: tuple[str, ...] = ("pseudo_label",), levels: tuple[str, ...] = ("all",)) -> FromState:
+    return FromState(lambda model, x, state: classified(features_of(model, x, objectives, levels), state))
+
+
+def classified(features: Tensor, state: Tensors) -> Tensor:
+    """The fitted classifier on the features of one sample."""
+    hidden = (features.detach() - state["mean"]) / state["scale"]
+    if "weight1" in state:
+        hidden = (state["weight1"].T @ hidden + state["bias1"]).clamp(min=0)
+    return 1 / (1 + torch.exp(-(state["weight"] @ hidden + state["bias"])))
+
+
+detector = FromState(lambda model, x, state: classified((squares(model, x, True) + 1e-12).log(), state))
+
+
+CASES: dict[str, Definition | FromState] = {
     "max_softmax": lambda m, x: 1 - softmax(m, x).max(),
     "max_softmax(temperature=3.0)": lambda m, x: 1 - (m(x) / 3).softmax(1).max(),
     "entropy": lambda m, x: torch.distributions.Categorical(probs=softmax(m, x)).entropy(),
@@ -94,6 +170,23 @@ CASES: dict[str, Definition] = {
     "exgrad(p=2)": expected("head", 2),
     "exgrad(p=inf)": expected("head", float("inf")),
     "exgrad(target=all)": expected("all"),
+    "uniform": uniform("head"),
+    "uniform(statistic=std,target=all)": lambda m, x: -gradient(m, x, to_uniform, "all").std(),
+    "uniform(statistic=min,target=all,temperature=2)": lambda m, x: gradient(
+        m, x, lambda z: to_uniform(z / 2), "all"
+    ).min(),
+    "confounding": lambda m, x: squares(m, x, False).sum(),
+    "confounding(logits=True)": lambda m, x: squares(m, x, True).sum(),
+    "confounding(target=head)": lambda m, x: squares(m, x, False)[HEAD[len(list(m.parameters()))]],
+    "confounding(target=head,logits=True)": lambda m, x: squares(m, x, True)[HEAD[len(list(m.parameters()))]],
+    "purview": purview(lambda s: s[: (len(s) - 1) // 2]),
+    "purview(part=final)": purview(lambda s: s[len(s) // 2 :]),
+    "oberdiek": meta(),
+    "oberdiek(classifier=network)": meta(),
+    "oberdiek(levels='all+layer',objectives='pseudo_label+uniform')": meta(
+        ("pseudo_label", "uniform"), ("all", "layer")
+    ),
+    "confounding_detector(epochs=5)": detector,
     "feature_norm": lambda m, x: -features(m, x).norm(1),
     "feature_norm(p=2)": lambda m, x: -features(m, x).norm(2),
 }
@@ -109,6 +202,8 @@ def test_every_registered_score_has_a_row() -> None:
 def test_equals_its_definition(case: str, model_name: str) -> None:
     make_model, make_inputs = MODELS[model_name]
     model, inputs = make_model().double(), make_inputs(4).double()
-    (found,) = lgm.score(model, inputs, case).values()
-    wanted = torch.stack([CASES[case](model, x[None]).detach().squeeze() for x in inputs])
+    score = ready(case, model, make_inputs)
+    (found,) = lgm.score(model, inputs, score).values()
+    definition = definition_of(case, score)
+    wanted = torch.stack([definition(model, x[None]).detach().squeeze() for x in inputs])
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,34 @@
+"""Fitting the scores of the test table that need it, on small made-up data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.scores import FittedScore, Score, make
+
+ROWS = 40
+
+
+def fit_batches(model: nn.Module, make_inputs: Callable[[int], Tensor]) -> tuple[list, list]:
+    """Labelled samples of which the less certain half is predicted wrong; and others, three times as large."""
+    first = next(model.parameters())
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        inside, outside = make_inputs(ROWS).to(first.dtype), 3 * make_inputs(ROWS).to(first.dtype)
+        logits = model(inside)
+    confidence = logits.softmax(1).amax(1)
+    labels = (logits.argmax(1) + (confidence < confidence.median())) % logits.shape[1]
+    return [(inside, labels)], [(outside, torch.full((ROWS,), -1))]
+
+
+def ready(case: str, model: nn.Module, make_inputs: Callable[[int], Tensor]) -> Score:
+    """The score of that name, fitted for the model where it needs a fit."""
+    score = make(case)
+    if not isinstance(score, FittedScore):
+        return score
+    inside, outside = fit_batches(model, make_inputs)
+    return lgm.fit(model, inside, score, outside=outside)[0]
