@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_gradmetrics.batches import split_batch
 from lightning_gradmetrics.engine.api import eager
-from lightning_gradmetrics.evaluation import Evaluation, evaluate
+from lightning_gradmetrics.evaluation import Evaluation, Thresholds, apply_thresholds, evaluate
 from lightning_gradmetrics.fitting import Fitting
 from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, logits_of
 from lightning_gradmetrics.head import Capture, capturing, install
@@ -41,6 +41,8 @@ class GradientMetrics(Callback):
         logits: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
         prefix: What the logged metrics' names begin with.
+        resamples: Bootstrap resamples for the intervals in ``evaluation``; 0, the default, for none.
+        thresholds: From :func:`lightning_gradmetrics.evaluation.fit_thresholds`: each adds a column ``<score>_accept`` to the results.
 
     Attributes:
         results: After a run, a ``pyarrow.Table``: dataset, index, prediction, label, one column a score, and ``finite``, which is false
@@ -75,6 +77,8 @@ class GradientMetrics(Callback):
         logits: Callable[[Any], Tensor] = logits_of,
         engine: str = "auto",
         prefix: str = "gradmetrics",
+        resamples: int = 0,
+        thresholds: Thresholds | None = None,
     ) -> None:
         super().__init__()
         self.scorer = Scorer(resolve(scores), head, logits, engine)
@@ -82,6 +86,8 @@ class GradientMetrics(Callback):
         self.model = model
         self.batch = batch
         self.prefix = prefix
+        self.resamples = resamples
+        self.thresholds = thresholds
         self.results: pa.Table = empty_results(self.score_names)
         self.evaluation: Evaluation | None = None
         self._rows: list[Rows] = []
@@ -216,7 +222,10 @@ class GradientMetrics(Callback):
         if trainer.world_size > 1:
             self.results = _gather(self.results, names)
         if trainer.is_global_zero:
-            self.evaluation = evaluate(self.results, self.score_names, _roles(self.datasets, names), self._baselines)
+            roles = _roles(self.datasets, names)
+            self.evaluation = evaluate(self.results, self.score_names, roles, self._baselines, resamples=self.resamples)
+        if self.thresholds is not None:
+            self.results = apply_thresholds(self.results, self.thresholds)
         metrics = {} if self.evaluation is None else _flat_metrics(self.evaluation, self.prefix)
         return _broadcast(metrics) if trainer.world_size > 1 else metrics
 

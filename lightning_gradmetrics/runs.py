@@ -66,6 +66,8 @@ def write_run(
         "datasets": [_dataset(d, (descriptions or {}).get(d["dataset"], "")) for d in found.pop("datasets")],
         "scores": [_score(score) for score in scores],
         "metrics": found.pop("records"),
+        "statements": found.pop("sentences"),
+        "comparisons": [{**c, "verdict": c["verdict"].replace("unclear", "cannot tell")} for c in found.pop("comparisons")],
         "timing": dict(timing or {}),
         **found,
     }

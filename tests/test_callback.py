@@ -438,3 +438,22 @@ def test_rerun_forgets_the_last_run() -> None:
 def test_docstring_lists_every_argument() -> None:
     arguments = re.findall(r"^        (\w+):", lgm.GradientMetrics.__doc__.split("Attributes:")[0], re.M)
     assert set(arguments) >= {"scores", "datasets", "head", "model", "batch", "logits", "engine", "prefix"}
+
+
+def test_thresholds_fitted_on_one_run_are_applied_in_the_next(tmp_path) -> None:
+    callback, model = lgm.GradientMetrics(["energy", "gradnorm"]), Module()
+    run("validate", callback, model, loader(20))
+    fitted = lgm.evaluation.fit_thresholds(callback.results, callback.score_names, tpr=0.9)
+    (tmp_path / "thresholds.json").write_text(fitted.to_json())
+    kept = lgm.evaluation.Thresholds.from_json((tmp_path / "thresholds.json").read_text())
+    judging = lgm.GradientMetrics(["energy", "gradnorm"], thresholds=kept)
+    run("predict", judging, model, loader(8, labels=False))
+    accepted = judging.results["energy_accept"].to_pylist()
+    assert accepted == [value <= kept.values["energy"] for value in judging.results["energy"].to_pylist()]
+
+
+def test_intervals_on_request() -> None:
+    callback = lgm.GradientMetrics(["energy", "gradnorm"], datasets={"a": "id", "b": "far"}, resamples=50)
+    run("predict", callback, Answer(lambda b: b[0], lambda z: z), [loader(12), loader(9, labels=False)])
+    (record,) = callback.evaluation.find(score="gradnorm", task="ood", dataset="b", metric="auroc")
+    assert record["low"] <= record["value"] <= record["high"] and callback.evaluation.sentences
