@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Inputs", "batch_size", "call", "check_inputs", "check_model", "gradients_enabled", "logits_of", "map_tensors", "preserved", "tensors_in"]
+__all__ = [
+    "Inputs",
+    "batch_size",
+    "call",
+    "check_inputs",
+    "check_model",
+    "gradients_enabled",
+    "logits_of",
+    "map_tensors",
+    "preserved",
+    "tensors_in",
+]
 
 Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
 """A model's inputs: a tensor ``(N, ...)``, keyword arguments, or positional arguments; every tensor's first axis is the sample."""
@@ -83,7 +94,9 @@ def batch_size(inputs: Inputs) -> int:
         if tensor.ndim == 0:
             break
         return len(tensor)
-    raise ValueError("the inputs hold no tensor with a sample axis; expected a tensor (N, ...), or a mapping or sequence of them")
+    raise ValueError(
+        "the inputs hold no tensor with a sample axis; expected a tensor (N, ...), or a mapping or sequence of them"
+    )
 
 
 def check_inputs(model: nn.Module, inputs: Inputs) -> None:

@@ -84,20 +84,26 @@ class Capture:
             self.head = self._find()
         seen = [(a, z) for name, a, z in self.calls if name == self.head]
         if not seen:
-            raise HeadNotFoundError(f"the head {self.head!r} was not called in this step; {_choices(linear_layers(self.model))}")
+            raise HeadNotFoundError(
+                f"the head {self.head!r} was not called in this step; {_choices(linear_layers(self.model))}"
+            )
         if any(a.ndim != 2 for a, _ in seen):
             raise HeadNotFoundError(
                 f"the head {self.head!r} has an input of shape {tuple(seen[0][0].shape)}; the closed forms need pooled features (N, D)"
             )
         a, z = zip(*seen, strict=True)
-        return _rows([t.detach() for t in a], size, f"the head {self.head!r}"), _rows([t.detach() for t in z], size, f"the head {self.head!r}")
+        return _rows([t.detach() for t in a], size, f"the head {self.head!r}"), _rows(
+            [t.detach() for t in z], size, f"the head {self.head!r}"
+        )
 
     def _find(self) -> str:
         """The linear layer whose output the model returned; where the model was not called as a whole, the last one called."""
         called = [(name, z) for name, _, z in self.calls if z.ndim == 2]
         if self.outputs:
             result = self.logits(self.outputs[-1])
-            called = [(name, z) for name, z in called if z is result or (z.shape == result.shape and torch.equal(z, result))]
+            called = [
+                (name, z) for name, z in called if z is result or (z.shape == result.shape and torch.equal(z, result))
+            ]
         if not called:
             raise HeadNotFoundError(
                 f"the head of {type(self.model).__name__} could not be found: no linear layer's output is what the model returns "
@@ -135,5 +141,7 @@ def install(capture: Capture) -> list[RemovableHandle]:
         return lambda module, arguments, output: capture.calls.append((name, arguments[0], output))
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in capture.layers().items()]
-    handles.append(capture.model.register_forward_hook(lambda module, arguments, output: capture.outputs.append(output)))
+    handles.append(
+        capture.model.register_forward_hook(lambda module, arguments, output: capture.outputs.append(output))
+    )
     return handles

@@ -67,7 +67,9 @@ def write_run(
         "scores": [_score(score) for score in scores],
         "metrics": found.pop("records"),
         "statements": found.pop("sentences"),
-        "comparisons": [{**c, "verdict": c["verdict"].replace("unclear", "cannot tell")} for c in found.pop("comparisons")],
+        "comparisons": [
+            {**c, "verdict": c["verdict"].replace("unclear", "cannot tell")} for c in found.pop("comparisons")
+        ],
         "timing": dict(timing or {}),
         **found,
     }
@@ -90,12 +92,17 @@ def _dataset(record: Mapping[str, Any], description: str) -> dict[str, Any]:
 
 def _score(score: Score) -> dict[str, Any]:
     needs = score.needs
-    target = "model" if needs.probes else ", ".join(map(str, needs.gradients)) or ("head" if needs.features else "logits")
+    target = (
+        "model" if needs.probes else ", ".join(map(str, needs.gradients)) or ("head" if needs.features else "logits")
+    )
     return {
         "name": score.name,
         "family": score.recipe.family,
         "target": target,
         "summary": score.recipe.summary,
         "paper": score.recipe.paper,
-        "arguments": {key: value if isinstance(value, (str, int, float, type(None))) else str(value) for key, value in score.arguments.items()},
+        "arguments": {
+            key: value if isinstance(value, (str, int, float, type(None))) else str(value)
+            for key, value in score.arguments.items()
+        },
     }

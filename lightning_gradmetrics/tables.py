@@ -24,7 +24,12 @@ def metrics_table(evaluation: Evaluation, scores: Sequence[Score]) -> Table:
     columns = _columns(evaluation)
     values = {(r["score"], r["task"], r["dataset"], r["metric"]): r["value"] for r in evaluation.records}
     best = {column: _best(column, [values.get((s.name, *column)) for s in scores]) for column in columns}
-    table = Table(title="Figures times 100; bold is the best of a column", title_justify="left", caption=_caption(evaluation), caption_justify="left")
+    table = Table(
+        title="Figures times 100; bold is the best of a column",
+        title_justify="left",
+        caption=_caption(evaluation),
+        caption_justify="left",
+    )
     table.box, table.pad_edge = box.SIMPLE_HEAD, False
     table.add_column("score", no_wrap=True)
     for column in columns:
@@ -74,7 +79,8 @@ def _percent(value: float) -> str:
 
 def _caption(evaluation: Evaluation) -> str:
     sets = [
-        f"{d['dataset']}: {d['rows']} samples ({d['role']})" + (f", accuracy {100 * d['accuracy']:.1f}" if d["accuracy"] is not None else "")
+        f"{d['dataset']}: {d['rows']} samples ({d['role']})"
+        + (f", accuracy {100 * d['accuracy']:.1f}" if d["accuracy"] is not None else "")
         for d in evaluation.datasets
     ]
     return "\n".join(["; ".join(sets), *evaluation.notes])
@@ -87,7 +93,13 @@ def scores_table() -> Table:
         table.add_column(name, overflow="fold")
     for recipe in sorted(RECIPES.values(), key=lambda r: (r.family, r.name)):
         needs = recipe().needs
-        words = [word for word, needed in (("head", needs.features), ("labels", needs.labels), ("backward", needs.backward)) if needed]
+        words = [
+            word
+            for word, needed in (("head", needs.features), ("labels", needs.labels), ("backward", needs.backward))
+            if needed
+        ]
         arguments = ", ".join(f"{key}={value}" for key, value in recipe.defaults.items())
-        table.add_row(recipe.name, arguments, recipe.summary.replace("``", ""), recipe.paper, ", ".join(words) or "logits")
+        table.add_row(
+            recipe.name, arguments, recipe.summary.replace("``", ""), recipe.paper, ", ".join(words) or "logits"
+        )
     return table

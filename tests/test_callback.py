@@ -21,11 +21,18 @@ STAGES = ["validate", "test", "predict"]
 
 
 def trainer(*callbacks, **options) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
     return Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **options})
 
 
-def loader(n: int = 10, batch_size: int = 4, labels: bool = True, inputs: torch.Tensor | None = None, **options) -> DataLoader:
+def loader(
+    n: int = 10, batch_size: int = 4, labels: bool = True, inputs: torch.Tensor | None = None, **options
+) -> DataLoader:
     x = images(n) if inputs is None else inputs
     y = torch.randint(0, 5, (len(x),))
     return DataLoader(TensorDataset(x, y) if labels else TensorDataset(x), batch_size, **options)
@@ -73,7 +80,10 @@ def test_head_scores_run_no_forward_of_their_own(stage: str) -> None:
 def test_full_network_scores_share_one_forward() -> None:
     """Any number of them costs as many forwards as one does."""
     counts = []
-    for wanted in (["gradnorm(target=all)"], ["gradnorm(target=all)", "pseudo_label(target=all)", "pseudo_label(target='network.7.*')"]):
+    for wanted in (
+        ["gradnorm(target=all)"],
+        ["gradnorm(target=all)", "pseudo_label(target=all)", "pseudo_label(target='network.7.*')"],
+    ):
         model, data = Module(), loader(8, 4)
         run("test", lgm.GradientMetrics(wanted), model, data)
         before = model.forwards
@@ -89,7 +99,10 @@ def test_model_untouched_and_metrics_reach_the_loggers(tmp_path) -> None:
         logger = CSVLogger(tmp_path, name=stage, version=0)
         run(stage, lgm.GradientMetrics(["energy", "gradnorm(target=all)"]), model, loader(8, 4), logger=logger)
         logger.save()
-        assert "gradmetrics/dataloader_0/energy/misprediction_auroc" in (tmp_path / stage / "version_0" / "metrics.csv").read_text()
+        assert (
+            "gradmetrics/dataloader_0/energy/misprediction_auroc"
+            in (tmp_path / stage / "version_0" / "metrics.csv").read_text()
+        )
     model.eval()
     assert_same_state({**before, "training": state_of(model)["training"], "random": torch.get_rng_state()}, model)
 
@@ -172,7 +185,9 @@ class Answer(LightningModule):
     ids=["tensor", "pair", "list", "mapping", "mapping-y", "mapping-unlabelled"],
 )
 @pytest.mark.parametrize(
-    "answer", [lambda z: z, lambda z: {"logits": z, "loss": 0}, lambda z: SimpleNamespace(logits=z)], ids=["tensor", "mapping", "object"]
+    "answer",
+    [lambda z: z, lambda z: {"logits": z, "loss": 0}, lambda z: SimpleNamespace(logits=z)],
+    ids=["tensor", "mapping", "object"],
 )
 def test_batches_and_outputs(make, take, labelled, answer) -> None:
     data = Samples(make)
@@ -181,7 +196,9 @@ def test_batches_and_outputs(make, take, labelled, answer) -> None:
     run("test", callback, model, DataLoader(data, 4))
     expected = lgm.score(model.network, data.x, ["energy", "gradnorm(target=all)"])
     torch.testing.assert_close(scores_of(callback, "energy"), expected["energy"])
-    torch.testing.assert_close(scores_of(callback, "gradnorm(target=all)"), expected["gradnorm(target=all)"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        scores_of(callback, "gradnorm(target=all)"), expected["gradnorm(target=all)"], rtol=1e-4, atol=1e-5
+    )
     assert callback.results["label"].to_pylist() == ([i % 5 for i in range(6)] if labelled else [None] * 6)
 
 
@@ -263,7 +280,9 @@ def test_a_model_whose_head_cannot_be_found() -> None:
     callback = lgm.GradientMetrics(["gradnorm", "energy"], head="network.7")
     data = loader(4)
     run("test", callback, Module(softmax), data)
-    torch.testing.assert_close(scores_of(callback, "energy"), lgm.score(softmax[:-1], data.dataset.tensors[0], "energy")["energy"])
+    torch.testing.assert_close(
+        scores_of(callback, "energy"), lgm.score(softmax[:-1], data.dataset.tensors[0], "energy")["energy"]
+    )
     with pytest.raises(ValueError, match="no linear layer 'fc'"):
         run("test", lgm.GradientMetrics("gradnorm", head="fc"), Module(), loader(4))
 
@@ -304,10 +323,9 @@ def test_inputs_that_are_no_floats() -> None:
 def test_an_empty_dataloader() -> None:
     empty = DataLoader(TensorDataset(images(0), torch.zeros(0, dtype=torch.long)), 4)
     callback = lgm.GradientMetrics("energy", datasets=["some", "none"])
-    with pytest.warns(UserWarning, match="'none' gave no samples"):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*ength.*zero.*|.*returned 0.*")
-            run("test", callback, Module(), [loader(4), empty])
+    with pytest.warns(UserWarning, match="'none' gave no samples"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ength.*zero.*|.*returned 0.*")
+        run("test", callback, Module(), [loader(4), empty])
     assert callback.results["dataset"].to_pylist() == ["some"] * 4
     callback = lgm.GradientMetrics("energy")
     with pytest.warns(UserWarning, match="no samples"), warnings.catch_warnings():
@@ -334,7 +352,9 @@ def test_rows_that_are_not_finite(bad: float) -> None:
     callback = lgm.GradientMetrics(["energy", "gradnorm(target=all)"], datasets={"x": "id"})
     run("test", callback, model, data)
     assert callback.results["finite"].to_pylist() == [i != 5 for i in range(12)]
-    assert callback.evaluation.datasets[0]["left_out"] == 1 and any("finite" in note for note in callback.evaluation.notes)
+    assert callback.evaluation.datasets[0]["left_out"] == 1 and any(
+        "finite" in note for note in callback.evaluation.notes
+    )
     for record, wanted in zip(callback.evaluation.records, clean.evaluation.records, strict=True):
         assert record["value"] == pytest.approx(wanted["value"], abs=1e-5)
 
@@ -387,7 +407,9 @@ def test_a_step_that_calls_the_model_more_than_once() -> None:
     model, data = InParts(), loader(8)
     callback = lgm.GradientMetrics(["energy", "gradnorm"])
     run("test", callback, model, data)
-    torch.testing.assert_close(scores_of(callback, "energy"), lgm.score(model.network, data.dataset.tensors[0], "energy")["energy"])
+    torch.testing.assert_close(
+        scores_of(callback, "energy"), lgm.score(model.network, data.dataset.tensors[0], "energy")["energy"]
+    )
 
 
 class Stream(IterableDataset):
@@ -412,7 +434,9 @@ def test_precision(precision: str) -> None:
     for name, values in expected.items():
         found = scores_of(callback, name).float()
         assert found.isfinite().all()
-        torch.testing.assert_close(found, values, rtol=1e-4 if precision == "64-true" else 0.1, atol=1e-4 if precision == "64-true" else 0.1)
+        torch.testing.assert_close(
+            found, values, rtol=1e-4 if precision == "64-true" else 0.1, atol=1e-4 if precision == "64-true" else 0.1
+        )
 
 
 @pytest.mark.slow

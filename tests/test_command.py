@@ -35,7 +35,16 @@ def configured(*overrides: str):
 def test_every_score_of_the_default_configuration_can_be_made() -> None:
     config = configured()
     scores = resolve({str(name): instantiate(node) for name, node in config.score.items()})
-    assert {"max_softmax", "entropy", "energy", "gradnorm", "gradnorm_all", "gradtrust", "pseudo_label_std", "exgrad_all"} <= {s.name for s in scores}
+    assert {
+        "max_softmax",
+        "entropy",
+        "energy",
+        "gradnorm",
+        "gradnorm_all",
+        "gradtrust",
+        "pseudo_label_std",
+        "exgrad_all",
+    } <= {s.name for s in scores}
 
 
 def test_every_score_file_makes_registered_scores() -> None:
@@ -60,13 +69,33 @@ def test_default_run(tmp_path: Path) -> None:
     """Table on screen, results, metrics, report, TensorBoard; and the second run uses the kept weights."""
     first = gradmetrics(tmp_path)
     assert first.returncode == 0, first.stderr
-    for word in ("max_softmax", "entropy", "energy", "gradnorm_all", "AUROC", "AURC", "FPR95", "digits_8_9", "photos", "Report:"):
+    for word in (
+        "max_softmax",
+        "entropy",
+        "energy",
+        "gradnorm_all",
+        "AUROC",
+        "AURC",
+        "FPR95",
+        "digits_8_9",
+        "photos",
+        "Report:",
+    ):
         assert word in first.stdout, word
     (run,) = (tmp_path / "outputs").glob("*/*")
     table = pq.read_table(run / "results.parquet")
     metrics = json.loads((run / "metrics.json").read_text())
-    assert table.column_names == ["dataset", "index", "prediction", "label", *(s["name"] for s in metrics["scores"]), "finite"]
-    assert [d["rows"] for d in metrics["datasets"]] == [(np.array(table["dataset"].to_pylist()) == d["name"]).sum() for d in metrics["datasets"]]
+    assert table.column_names == [
+        "dataset",
+        "index",
+        "prediction",
+        "label",
+        *(s["name"] for s in metrics["scores"]),
+        "finite",
+    ]
+    assert [d["rows"] for d in metrics["datasets"]] == [
+        (np.array(table["dataset"].to_pylist()) == d["name"]).sum() for d in metrics["datasets"]
+    ]
     accuracy = metrics["datasets"][0]["accuracy"]
     assert 0.8 < accuracy < 0.99, "there must be errors to find"
     assert (run / "report.html").stat().st_size > 10_000 and list((run / "tensorboard").glob("events*"))
@@ -74,7 +103,9 @@ def test_default_run(tmp_path: Path) -> None:
     second = gradmetrics(tmp_path, "score=[max_softmax,gradnorm]", "logger=none", "report=false")
     assert second.returncode == 0, second.stderr
     assert list((tmp_path / "checkpoints").iterdir()) == [kept]
-    again = json.loads(max((tmp_path / "outputs").glob("*/*"), key=lambda p: p.stat().st_mtime).joinpath("metrics.json").read_text())
+    again = json.loads(
+        max((tmp_path / "outputs").glob("*/*"), key=lambda p: p.stat().st_mtime).joinpath("metrics.json").read_text()
+    )
     value = {(m["score"], m["task"], m["dataset"], m["metric"]): m["value"] for m in metrics["metrics"]}
     assert all(m["value"] == value[m["score"], m["task"], m["dataset"], m["metric"]] for m in again["metrics"])
 
@@ -86,7 +117,9 @@ def test_image_folders_with_a_checkpoint(tmp_path: Path) -> None:
     for folder, count in [("inside/a", 6), ("inside/b", 6), ("close", 5), ("away", 4)]:
         (tmp_path / folder).mkdir(parents=True)
         for number in range(count):
-            Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / folder / f"{number}.png")
+            Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+                tmp_path / folder / f"{number}.png"
+            )
     torch.manual_seed(0)
     torch.save(ResNetCifar(3, 2).state_dict(), tmp_path / "weights.pt")
     found = gradmetrics(
@@ -130,7 +163,9 @@ def test_the_wheel_holds_the_configuration(tmp_path: Path) -> None:
     subprocess.run(install, check=True, capture_output=True, timeout=300)
     code = "import lightning_gradmetrics.command as c; print(c.__file__, c.configuration_directory())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert all(path.startswith(str(tmp_path / "site")) for path in shown)
     packed = {p.relative_to(shown[1]).as_posix() for p in Path(shown[1]).rglob("*.yaml")}
     assert packed == {p.relative_to(root / "conf").as_posix() for p in (root / "conf").rglob("*.yaml")}

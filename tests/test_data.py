@@ -54,7 +54,9 @@ def test_digits_with_an_impossible_split(train: int) -> None:
 
 
 def test_image_folders(folders: Path) -> None:
-    data = image_folders(id={"pets": str(folders / "inside")}, far=str(folders / "outside"), size=8, mean=[0, 0, 0], std=[1, 1, 1])
+    data = image_folders(
+        id={"pets": str(folders / "inside")}, far=str(folders / "outside"), size=8, mean=[0, 0, 0], std=[1, 1, 1]
+    )
     assert data.classes == ("cat", "dog") and dict(data.roles) == {"pets": "id", "outside": "far"}
     assert [label for _, label in data.sets["pets"]] == [0, 0, 1]
     image, label = data.sets["outside"][0]
@@ -64,7 +66,9 @@ def test_image_folders(folders: Path) -> None:
 
 
 def test_normalisation_and_centre(folders: Path) -> None:
-    data = image_folders(id=str(folders / "inside"), far=str(folders / "outside"), size=6, resize=10, mean=[0.5] * 3, std=[0.25] * 3)
+    data = image_folders(
+        id=str(folders / "inside"), far=str(folders / "outside"), size=6, resize=10, mean=[0.5] * 3, std=[0.25] * 3
+    )
     raw = torch.from_numpy(np.array(Image.open(folders / "outside/a.png")))
     torch.testing.assert_close(data.sets["outside"][0][0][0], (raw[2:8, 5:11] / 255 - 0.5) / 0.25)
 

@@ -44,8 +44,12 @@ def run(devices: int, folder: Path) -> list[dict]:
     script.write_text(SCRIPT)
     root = Path(__file__).parent.parent
     command = [sys.executable, str(script), str(devices), str(out)]
-    environment = {key: value for key, value in os.environ.items() if "RANK" not in key and not key.startswith(("WORLD", "MASTER"))}
-    done = subprocess.run(command, cwd=root, env={**environment, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=600)
+    environment = {
+        key: value for key, value in os.environ.items() if "RANK" not in key and not key.startswith(("WORLD", "MASTER"))
+    }
+    done = subprocess.run(
+        command, cwd=root, env={**environment, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(devices)]
 

@@ -38,13 +38,17 @@ def test_option_a_shortcut_is_every_second_pixel_between_zeros() -> None:
     assert not out[:, :8].any() and not out[:, 24:].any()
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()}]
+)
 def test_checkpoints(tmp_path, wrap) -> None:
     source = ResNetCifar(1)
     torch.save(wrap(source.state_dict()), tmp_path / "weights.pt")
     target = ResNetCifar(1)
     load_weights(target, tmp_path / "weights.pt")
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path) -> None:
