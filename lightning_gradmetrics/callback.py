@@ -133,6 +133,10 @@ class GradientMetrics(Callback):
         finally:
             self._fitting, self.datasets = None, kept
 
+    def scored_model(self, model: LightningModule) -> nn.Module:
+        """The part of a module that is scored: the one named in ``model=``, or what has the forward."""
+        return _scored_model(model, self.model)
+
     def _outside(self, dataloader_idx: int, size: int) -> Tensor | None:
         """When fitting with roles, whether this dataloader's samples are out-of-distribution."""
         if self._fitting is None or not isinstance(self.datasets, Mapping):

@@ -26,7 +26,9 @@ def configuration_directory() -> Path:
     for folder in (here / "conf", here.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"the configuration folder conf/ lies neither in {here} nor beside it: install the package again")
+    raise FileNotFoundError(
+        f"the configuration folder conf/ lies neither in {here} nor beside it: install the package again"
+    )
 
 
 def run(config: DictConfig) -> None:
@@ -49,6 +51,7 @@ def run(config: DictConfig) -> None:
     callback = instantiate(config.callback, _partial_=True)(scores=scores, datasets=dict(data.roles))
     logger = instantiate(config.logger) or False
     trainer = instantiate(config.trainer, _partial_=True)(callbacks=[callback], logger=logger)
+    fit_scores(callback, trainer, model, data, config, directory / "fitted")
     trainer.test(model, data.loaders(config.batch_size, config.num_workers), verbose=False)
     scored = time.perf_counter()
     write_run(
@@ -67,9 +70,25 @@ def run(config: DictConfig) -> None:
         console.print(f"Report:  {_shown(write_report(directory))}", soft_wrap=True)
 
 
+def fit_scores(callback: Any, trainer: Any, model: Any, data: Any, config: DictConfig, directory: Path) -> None:
+    """Fit the scores that need it, and keep their states; or take the states that an earlier run kept in ``config.fitted``."""
+    from lightning_gradmetrics.scores import FittedScore, load_fitted, save_fitted
+
+    scores = callback.scorer.scores
+    if not any(isinstance(score, FittedScore) for score in scores):
+        return
+    if config.fitted is not None:
+        callback.scorer.scores = load_fitted(scores, Path(config.fitted).expanduser(), callback.scored_model(model))
+    else:
+        loaders, roles = data.fit_loaders(config.batch_size, config.num_workers)
+        callback.fit(trainer, model, loaders, roles)
+    save_fitted(callback.scorer.scores, directory)
+
+
 def _describe(config: DictConfig, model: Any, data: Any) -> dict[str, Any]:
     return {
-        "name": str(config.model._target_).rpartition(".")[2] + (f" {config.model.name}" if "name" in config.model else ""),
+        "name": str(config.model._target_).rpartition(".")[2]
+        + (f" {config.model.name}" if "name" in config.model else ""),
         "checkpoint": config.model.get("checkpoint"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": len(data.classes),

@@ -34,6 +34,12 @@ def test_digits_are_split_by_class_and_never_overlap() -> None:
     assert len(train_y) == 100 and set(train_y.tolist()) == set(inside_y.tolist()) == set(range(8))
     seen = {x.numpy().tobytes() for x in train_x}
     assert not seen & {x.numpy().tobytes() for x in inside_x}
+    fit_x, fit_y = data.fit["digits_fit"].tensors
+    held_out = {x.numpy().tobytes() for x in fit_x}
+    assert len(fit_y) == 250 and len(held_out) == 250
+    assert not held_out & (seen | {x.numpy().tobytes() for x in inside_x})
+    loaders, roles = data.fit_loaders(64)
+    assert roles == {"digits_fit": "id", "photos_fit": "far"} and len(loaders["photos_fit"].dataset) == 80
     assert (data.sets["digits_8_9"].tensors[1] == -1).all()
     photos = data.sets["photos"].tensors[0]
     assert photos.shape == (400, 1, 8, 8) and photos.min() >= 0 and photos.max() <= 1 and photos.std() > 0.05
@@ -49,7 +55,7 @@ def test_digits_are_the_same_for_the_same_seed() -> None:
 
 @pytest.mark.parametrize("train", [0, -1, 10_000])
 def test_digits_with_an_impossible_split(train: int) -> None:
-    with pytest.raises(ValueError, match=f"train is {train}; it must lie between 1 and"):
+    with pytest.raises(ValueError, match=f"train is {train} and fit is 250; train must be at least 1"):
         digits(train=train)
 
 
@@ -94,3 +100,17 @@ def test_bad_folders(folders: Path, options: dict, message: str) -> None:
     paths = {key: str(folders / value) if key in ("id", "far") else value for key, value in options.items()}
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         image_folders(size=8, **paths)
+
+
+def test_data_to_fit_scores_on(folders: Path) -> None:
+    """Folders of their own, or the training data, or an error that says what to give."""
+    options = {"id": {"pets": str(folders / "inside")}, "size": 8}
+    with pytest.raises(ValueError, match=r"no data to fit them on.*data.fit=PATH"):
+        image_folders(**options).fit_loaders(4)
+    loaders, roles = image_folders(**options, train=str(folders / "inside")).fit_loaders(4)
+    assert list(loaders) == ["train"] and roles == {"train": "id"}
+    outside = {"others": str(folders / "outside")}
+    loaders, roles = image_folders(**options, fit={"more": str(folders / "inside")}, fit_outside=outside).fit_loaders(4)
+    assert roles == {"more": "id", "others": "outside"}
+    assert [label for _, labels in loaders["more"] for label in labels] == [0, 0, 1]
+    assert [int(label) for _, labels in loaders["others"] for label in labels] == [-1]

@@ -52,7 +52,9 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             raise FileNotFoundError(f"no folder {str(folder)!r}: give the path of a folder of images")
         self.files = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.files:
-            raise FileNotFoundError(f"no image below {str(folder)!r}; allowed: files ending in {', '.join(sorted(SUFFIXES))}")
+            raise FileNotFoundError(
+                f"no image below {str(folder)!r}; allowed: files ending in {', '.join(sorted(SUFFIXES))}"
+            )
         self.labels = [-1 if classes is None else self._label(path, classes) for path in self.files]
         self.size, self.resize = size, resize or size
         self.interpolation = _resampling(interpolation)
@@ -99,6 +101,8 @@ def image_folders(
     far: str | Mapping[str, str] | None = None,
     other: Mapping[str, Mapping[str, str]] | None = None,
     train: str | None = None,
+    fit: str | Mapping[str, str] | None = None,
+    fit_outside: str | Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
     resize: int | None = None,
     interpolation: str = "bicubic",
@@ -113,7 +117,9 @@ def image_folders(
         near: Near out-of-distribution folders: a path, or ``{name: path}``.
         far: Far out-of-distribution folders, likewise.
         other: Further groups of them, ``{group: {name: path}}``.
-        train: A folder of training data, with a folder a class below it, for fitted scores.
+        train: A folder of training data, with a folder a class below it; fitted scores fall back on it.
+        fit: Folders to fit scores on, with a folder a class below them: neither trained on nor scored.
+        fit_outside: Folders of out-of-distribution images to train detectors on that need both kinds.
         classes: Names of the class folders in the order of the model's classes; ``None`` takes them in alphabetical order.
         resize: The shorter side before the centre is cut out; ``None`` takes ``size``.
         interpolation: How it is resized: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, as Pillow has them.
@@ -124,23 +130,37 @@ def image_folders(
         FileNotFoundError: If a folder does not exist or holds no image.
         ValueError: If a name stands twice.
     """
-    groups = {"id": _named(id), "near": _named(near), "far": _named(far), **{key: _named(value) for key, value in (other or {}).items()}}
-    names = [name for group in groups.values() for name in group]
+    groups = {
+        "id": _named(id),
+        "near": _named(near),
+        "far": _named(far),
+        **{key: _named(value) for key, value in (other or {}).items()},
+    }
+    fitted = {"id": _named(fit), "outside": _named(fit_outside)}
+    names = [name for group in (*groups.values(), *fitted.values()) for name in group]
     double = {name for name in names if names.count(name) > 1}
     if double:
-        raise ValueError(f"two folders are called {sorted(double)[0]!r}: give each a name of its own, as in near={{name: path}}")
+        raise ValueError(
+            f"two folders are called {sorted(double)[0]!r}: give each a name of its own, as in near={{name: path}}"
+        )
     known = tuple(classes or _class_names(next(iter(groups["id"].values()))))
     options = {"size": size, "resize": resize, "interpolation": interpolation, "mean": mean, "std": std}
-    return EvaluationData(
-        sets={
+
+    def sets_of(groups: Mapping[str, Mapping[str, str]]) -> dict[str, ImageFolder]:
+        return {
             name: ImageFolder(path, known if role == "id" else None, **options)  # type: ignore[arg-type]
             for role, group in groups.items()
             for name, path in group.items()
-        },
+        }
+
+    return EvaluationData(
+        sets=sets_of(groups),
         roles={name: role for role, group in groups.items() for name in group},
         classes=known,
         train=ImageFolder(train, known, **options) if train else None,  # type: ignore[arg-type]
         descriptions={name: str(path) for group in groups.values() for name, path in group.items()},
+        fit=sets_of(fitted),
+        fit_roles={name: role for role, group in fitted.items() for name in group},
     )
 
 
