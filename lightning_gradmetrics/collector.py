@@ -21,8 +21,10 @@ __all__ = ["GradientMetricCollector"]
 class GradientMetricCollector:
     """Computes gradient metrics of every sample in a batch.
 
-    Build it before the forward pass: it watches the target layers' forward passes (by forward hooks, which go when the collector
-    goes), so that one backward pass serves all samples. Losses whose forward pass it has not seen, and targets that are single
+    Build it before the forward pass: it watches the target layers' forward passes (by forward hooks, which go when
+    the collector
+    goes), so that one backward pass serves all samples. Losses whose forward pass it has not seen, and targets that
+    are single
     tensors, take one backward pass a sample, as do layers that no rule covers; a warning says so.
 
     Args:
@@ -42,7 +44,8 @@ class GradientMetricCollector:
         (torch.Size([5, 3]), 3)
 
     Reference:
-        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient Information, 2018.
+        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient
+        Information, 2018.
     """
 
     def __init__(self, metrics: Sequence[GradientMetric] | GradientMetric) -> None:
@@ -152,8 +155,9 @@ class GradientMetricCollector:
         parameters = list(self._parameters.values())
         if any(not p.requires_grad for p in parameters):
             raise ValueError(
-                "a target tensor requires no gradient, and the forward pass of its layer was not seen: build the collector "
-                "with the layer (not the tensor) before the forward pass, or call requires_grad_() on the tensor first"
+                "a target tensor requires no gradient, and the forward pass of its layer was not seen: build the "
+                "collector with the layer (not the tensor) before the forward pass, or call requires_grad_() on the "
+                "tensor first"
             )
         rows = []
         for n, one in enumerate(loss):
@@ -173,7 +177,7 @@ class _Evidence:
 
 
 def _by_moments(metric: GradientMetric) -> bool:
-    """Whether a metric follows from moments: one of this package's, not changed by a subclass, and with no transform."""
+    """Whether a metric follows from moments: one of this package's, as it is, with no transform."""
     plain = metric.grad_transform is None and isinstance(metric, _MomentMetric) and metric.target_parameters
     names = ("__call__", "_collect", "_get_metric", "data", "reset")
     return bool(plain) and all(getattr(type(metric), n) is _original(metric, n) for n in names)
@@ -217,7 +221,8 @@ def _check_loss(loss: Tensor) -> None:
     if not loss.requires_grad:
         why = (
             "it was computed in inference mode: run the forward pass inside torch.inference_mode(False) and "
-            "torch.enable_grad(), with cloned inputs, or use lightning_gradmetrics.gradient_statistics, which does so itself"
+            "torch.enable_grad(), with cloned inputs, or use "
+            "lightning_gradmetrics.gradient_statistics, which does so itself"
             if loss.is_inference() or torch.is_inference_mode_enabled()
             else "run the forward pass with gradients enabled (torch.enable_grad()), after building the collector"
         )

@@ -1,7 +1,9 @@
 """Metrics of gradient entries: the largest, the smallest, the mean, the standard deviation, a norm.
 
-A metric collects one gradient after the other, and holds their joint value. The metrics here also compute their values for a
-whole batch of samples from the moments of the gradients, which :class:`lightning_gradmetrics.GradientMetricCollector` uses.
+A metric collects one gradient after the other, and holds their joint value. The metrics here also compute their
+values for a
+whole batch of samples from the moments of the gradients, which :class:`lightning_gradmetrics.GradientMetricCollector`
+uses.
 """
 
 from __future__ import annotations
@@ -90,6 +92,9 @@ class _MomentMetric(GradientMetric):
     moments: frozenset[Moment] = frozenset()
     """The moments it needs."""
     empty: ClassVar[float] = 0.0
+    _moments: Moments
+    _count: int
+    _dtype: torch.dtype
 
     def __init__(self, target_layers: Targets, grad_transform: Transform | None = None) -> None:
         super().__init__(target_layers, grad_transform)
@@ -123,7 +128,7 @@ class _MomentMetric(GradientMetric):
 
     def reset(self) -> None:
         """Forget what was collected."""
-        self._moments: Moments = {}
+        self._moments = {}
         self._count = 0
         self._dtype = torch.float32
 
@@ -188,7 +193,7 @@ class Mean(_MomentMetric):
 
 
 class MeanStd(_MomentMetric):
-    """The mean and the unbiased standard deviation of the gradient entries, ``sqrt(var + eps^2)``; of one entry ``eps``.
+    """The mean and the unbiased standard deviation of the entries, ``sqrt(var + eps^2)``; of one entry ``eps``.
 
     Args:
         target_layers: Layers or tensors whose gradients are measured; of a layer, all its parameters.

@@ -161,7 +161,7 @@ def test_one_backward_for_the_whole_batch():
 
 def test_channels_last():
     model, x = made("channels_last")
-    plain, y = made("convolutional")
+    plain, _ = made("convolutional")
     plain.load_state_dict(model.state_dict())
     collector = _build(ours, GradientMetricCollector, model, _layers(model))
     expected = _build(theirs, Theirs, plain, _layers(plain))(_loss(plain, x.contiguous()))
@@ -230,7 +230,9 @@ def test_several_forward_passes():
     first, second = _loss(model, x), _loss(model, y)
     for loss in (first + second, second, first * 2):
         expected = reference(loss, retain_graph=True)
-        torch.testing.assert_close(collector(loss, retain_graph=True), expected, rtol=1e-6, atol=1e-8, check_dtype=False)
+        torch.testing.assert_close(
+            collector(loss, retain_graph=True), expected, rtol=1e-6, atol=1e-8, check_dtype=False
+        )
     del kept
 
 

@@ -55,8 +55,8 @@ def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.
     chosen = {name: p for name, p in named.items() if parameters is None or parameters(name)}
     if not chosen:
         raise ValueError(
-            f"no parameter of {type(model).__name__} was chosen; its parameters are: {', '.join(list(named)[:12]) or 'none'}"
-            + (", ..." if len(named) > 12 else "")
+            f"no parameter of {type(model).__name__} was chosen; its parameters are: "
+            f"{', '.join(list(named)[:12]) or 'none'}" + (", ..." if len(named) > 12 else "")
         )
     return chosen
 
@@ -111,7 +111,8 @@ def gradient_statistics(  # type: ignore[misc]
     Args:
         model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
         inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
-        objective: ``"pseudo_label"``, ``"uniform"``, ``"confounding"``, ``"confounding_logits"``, ``"label"``, or any callable from
+        objective: ``"pseudo_label"``, ``"uniform"``, ``"confounding"``, ``"confounding_logits"``, ``"label"``, or any
+            callable from
             logits ``(N, C)`` to losses ``(N,)``. A sequence of them shares one forward and gives a list.
         parameters: ``None`` for all parameters (frozen ones too), or a predicate on the parameter's name.
         per_parameter: Whether to keep the parameters apart: results ``(N, P)`` instead of ``(N,)``.
@@ -119,7 +120,8 @@ def gradient_statistics(  # type: ignore[misc]
         targets: True labels ``(N,)``, for the objective ``"label"``.
         logits: From the model's output to its logits ``(N, C)``.
         engine: ``"auto"``, the fast one; ``"vmap"`` (``torch.func``); or ``"reference"`` (one sample at a time, slow).
-        memory: Bytes to use at most beyond the model and the inputs, by splitting the batch; ``None`` runs it in one piece.
+        memory: Bytes to use at most beyond the model and the inputs, by splitting the batch; ``None`` runs it in one
+            piece.
 
     Returns:
         A :class:`GradientStatistics`, or a list of them, one an objective.
@@ -136,7 +138,8 @@ def gradient_statistics(  # type: ignore[misc]
         (('1.weight', '1.bias'), torch.Size([5]))
 
     Reference:
-        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient Information, 2018.
+        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient
+        Information, 2018.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; available: {', '.join(ENGINES)}")

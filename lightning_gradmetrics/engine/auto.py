@@ -46,14 +46,14 @@ _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Any, _Strategy]] = WeakKeyDiction
 
 
 def auto_moments(task: Task) -> list[Moments]:
-    """The moments ``(N, P)`` of each objective's gradient, each parameter by the fastest engine that is right for it."""
+    """The moments ``(N, P)`` of each objective's gradient, each parameter by the fastest right engine."""
     if task.size == 0:
         return empty_moments(task)
     return _planned(task, _run)
 
 
 def sample_uses(task: Task) -> dict[str, Use]:
-    """For each parameter that the loss reaches, what every sample's gradient of the first objective can be built from."""
+    """What the gradients of the first objective can be built from, for each parameter that it reaches."""
     return _planned(task, _uses) if task.size else {}
 
 
@@ -164,7 +164,7 @@ def _backwards(task: Task, plan: Plan, sink: Callable[[str, Use], None], probe: 
         tracer.backward(loss, last=index == len(losses) - 1)
 
 
-# -- choosing a strategy -----------------------------------------------------------------------------------------------------
+# -- choosing a strategy ----------------------------------------------------------------------------------------------
 
 
 def _signature(task: Task) -> Any:
@@ -266,7 +266,7 @@ def _disagreements(task: Task, plan: Plan, expected: Sequence[Mapping[str, Tenso
 
 
 def _finite_samples(task: Task) -> list[int]:
-    """Three samples, without a NaN or Inf in their inputs if there are such; a sample is repeated if there are fewer."""
+    """Three samples, if possible without NaN or Inf in their inputs; repeated if there are fewer."""
     finite = torch.ones(task.size, dtype=torch.bool)
 
     for tensor in tensors_in(task.inputs):

@@ -49,7 +49,8 @@ def _never(*_: Any) -> bool:
 def opened(function: Any) -> Callable[..., Any]:
     """A composite torch function without its own check for overrides, so that only the calls inside it are intercepted.
 
-    A torch function mode is left while it handles a call. Entering it again and calling the function would only hand it the same
+    A torch function mode is left while it handles a call. Entering it again and calling the function would only hand
+    it the same
     call; the copy made here skips that check and runs its body.
     """
     checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
@@ -60,7 +61,7 @@ def opened(function: Any) -> Callable[..., Any]:
 
 
 class OpeningMode(TorchFunctionMode):
-    """A torch function mode that sees the calls inside functions that torch writes in Python or that have a decomposition."""
+    """A torch function mode that sees inside functions written in Python, and those with a decomposition."""
 
     active: ClassVar[int] = 0
     """How many such modes are active."""
@@ -78,7 +79,7 @@ class OpeningMode(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _opens(self, function: Any) -> bool:
-        """Whether to look inside; a function that hands itself back (a dispatcher) is taken as it is the second time."""
+        """Whether to look inside; a dispatcher, which hands itself back, is taken as it is the second time."""
         return (isinstance(function, FunctionType) or function in DECOMPOSED) and function not in self._open
 
     def _inside(self, function: Any, args: Any, kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class _Through(torch.autograd.Function):
 
 
 class Listener(Tracer):
-    """A tracer in the user's own forward pass: parameters keep their gradients, and nothing is collected until asked for.
+    """A tracer in the user's own forward pass: parameters keep their gradients, collecting waits to be asked for.
 
     It is kept alive by the graph that it listens to.
 
@@ -49,7 +49,7 @@ class Listener(Tracer):
         self.broken = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one call as planned; what was not planned ends the listening and never disturbs the user's forward pass."""
+        """Run one call; what was not planned ends the listening and never disturbs the user's forward pass."""
         if self.broken:
             return func(*args, **(kwargs or {}))
         try:
@@ -122,8 +122,8 @@ def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[s
     with preserved(module), gradients_enabled():
         for parameter in module.parameters():
             parameter.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        for chosen in parameters.values():
+            chosen.requires_grad_(True)
         (two, small), (three, large) = (_recorded(module, args, kwargs, parameters, size, count) for count in (2, 3))
         return make_plan(two, three, _first_sample(small, large))
 
@@ -149,6 +149,5 @@ def _first_sample(small: Any, large: Any) -> Tensor | None:
     for two, three in zip(tensors_in(small), tensors_in(large), strict=True):
         axis = axis_between(two.shape, three.shape)
         if axis is not None and three.requires_grad:
-            weights: Sequence[float] | Tensor = torch.rand_like(three)
-            return axis.split(three * weights)[0].sum()
+            return axis.split(three * torch.rand_like(three))[0].sum()
     return None

@@ -17,7 +17,7 @@ from lightning_gradmetrics.engine.rules import RULES, Call, bind
 __all__ = ["Plan", "PlanError", "Source", "Step", "make_plan"]
 
 Source = str | tuple[int, int]
-"""What an argument is: a parameter by name, or an output of an earlier step that depends on parameters and not on the samples."""
+"""A parameter by name, or an output of an earlier step that depends on parameters and not on the samples."""
 
 
 class PlanError(Exception):
@@ -40,9 +40,12 @@ class Step:
     Args:
         function: The function called.
         sources: The parameters and derived tensors among its arguments, in order.
-        kind: ``"derive"``: no argument depends on the samples, run it with a graph; ``"rule"``: a rule covers it; ``"broadcast"``:
-            give each sample its own copy, aligned to the output; ``"vmap"``: give each sample its own copy and map over the
-            samples; ``"plain"``: run it, nothing differentiable is returned; ``"uncovered"``: run it, these parameters need
+        kind: ``"derive"``: no argument depends on the samples, run it with a graph; ``"rule"``: a rule covers it;
+            ``"broadcast"``:
+            give each sample its own copy, aligned to the output; ``"vmap"``: give each sample its own copy and map
+            over the
+            samples; ``"plain"``: run it, nothing differentiable is returned; ``"uncovered"``: run it, these
+            parameters need
             another engine.
         inputs: The sample axis of each tensor argument.
         output: The sample axis of the output.
@@ -110,7 +113,8 @@ def make_plan(two: Recorder, three: Recorder, loss: Tensor | None) -> Plan:
     Args:
         two: The recording with two samples.
         three: The recording with three samples, with its graph.
-        loss: The loss of the first of the three samples, to tell the layout of axes that hold several positions a sample.
+        loss: The loss of the first of the three samples, to tell the layout of axes that hold several positions a
+            sample.
 
     Raises:
         PlanError: If the two runs made different calls.
@@ -201,7 +205,7 @@ def _rule_covers(record: Record, step: Step, tracked: set[int]) -> bool:
 
 
 def _with_layouts(steps: Sequence[Step], results: Sequence[Any], loss: Tensor | None) -> list[Step]:
-    """The steps with ``minor`` set on axes whose slow index is the position: there one sample's gradient is spread out."""
+    """The steps with ``minor`` set on axes where one sample's gradient is spread out."""
     open_steps = [
         i for i, s in enumerate(steps) if s.output is not None and s.output.times > 1 and results[i].requires_grad
     ]
@@ -218,6 +222,6 @@ def _with_layouts(steps: Sequence[Step], results: Sequence[Any], loss: Tensor | 
 
 
 def _is_minor(gradient: Tensor, axis: Axis) -> bool:
-    """Whether the gradient of the first of three samples' loss vanishes for the others only in the layout ``t N + n``."""
+    """Whether the gradient of the first sample's loss vanishes for the others only in the layout ``t N + n``."""
     major, minor = (bool((replace(axis, minor=m).split(gradient)[1:] != 0).any()) for m in (False, True))
     return major and not minor

@@ -16,7 +16,7 @@ __all__ = ["Record", "Recorder", "Seen"]
 
 @dataclass(frozen=True)
 class Seen:
-    """A tensor at the time of a call: its serial number in the recording, its shape then, and whether a gradient flows into it."""
+    """A tensor at the time of a call: its serial number, its shape then, and whether a gradient flows into it."""
 
     serial: int
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class Record:
 
 
 class Recorder(OpeningMode):
-    """Records the calls made while it is active; composite functions are opened and only the calls inside them recorded.
+    """Records the calls made while it is active, of composite functions the calls inside.
 
     Args:
         parameters: The parameters to know by name.

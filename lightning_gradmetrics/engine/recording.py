@@ -56,7 +56,7 @@ class Recording:
         for handle in self._handles:
             handle.remove()
 
-    # -- forward ---------------------------------------------------------------------------------------------------------
+    # -- forward ------------------------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         size = samples_in((args, kwargs))
@@ -87,14 +87,16 @@ class Recording:
         key = (id(module), shapes, modes, autocast)
         if key not in self._plans:
             if any(type(m).__name__ == "OptimizedModule" for m in module.modules()):
-                return self.give_up("a compiled module's calls cannot be seen")
+                self.give_up("a compiled module's calls cannot be seen")
+                return None
             try:
                 self._plans[key] = plan_module(module, args, kwargs, chosen)
             except Exception as error:  # whatever a probe runs into must not disturb the user's forward pass
                 self._failure = f"{type(error).__name__}: {error}"
                 return None
             if self._plans[key].uncovered:
-                return self.give_up(f"no fast rule for {', '.join(self._plans[key].uncovered)}")
+                self.give_up(f"no fast rule for {', '.join(self._plans[key].uncovered)}")
+                return None
         return self._plans[key]
 
     def give_up(self, reason: str) -> None:
@@ -102,11 +104,12 @@ class Recording:
         if not self._problem:
             self._problem = reason
             warnings.warn(
-                f"gradient metrics take one backward pass a sample here, which is slow: {reason}. The values are the same",
+                f"gradient metrics take one backward pass a sample here, which is slow: {reason}. "
+                "The values are the same",
                 stacklevel=4,
             )
 
-    # -- backward --------------------------------------------------------------------------------------------------------
+    # -- backward -----------------------------------------------------------------------------------------------------
 
     def collect(self, loss: Tensor, sink: Sink, retain_graph: bool) -> bool:
         """Collect every reached parameter's use from one backward pass.

@@ -34,7 +34,8 @@ def _sample_moments(task: Task) -> list[Moments]:
 def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The gradient of a scalar for each parameter, zero where it does not reach; its graph is kept.
 
-    Reentrant activation checkpoints allow ``backward`` only, so there the parameters' ``.grad`` is used and left ``None``.
+    Reentrant activation checkpoints allow ``backward`` only, so there the parameters' ``.grad`` is used and left
+    ``None``.
     """
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in parameters]

@@ -18,7 +18,7 @@ __all__ = ["Task", "empty_moments", "joined"]
 
 @dataclass(frozen=True)
 class Task:
-    """One batch's work. Runs with gradients enabled, on inputs that are no inference tensors, inside ``forward.preserved``.
+    """One batch's work, with gradients enabled, no inference tensors, inside ``forward.preserved``.
 
     Args:
         model: The model.

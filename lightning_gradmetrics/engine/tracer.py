@@ -38,7 +38,7 @@ class Probe:
 
 
 class _Root(torch.autograd.Function):
-    """Makes a fresh tensor part of the graph, without a copy and without being a leaf, so that it may be changed in place."""
+    """Makes a fresh tensor part of the graph with no copy; it is no leaf and may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class _Root(torch.autograd.Function):
 
 
 class _Copies(torch.autograd.Function):
-    """A copy of ``tensor`` for each of ``size`` samples, in no memory; ``receive`` gets their gradients ``(N, *shape)``."""
+    """A copy of ``tensor`` for each sample, in no memory; ``receive`` gets their gradients ``(N, *shape)``."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor, size: int, receive: Callable[[Tensor], None]) -> Tensor:
@@ -67,7 +67,8 @@ class _Copies(torch.autograd.Function):
 class Tracer(OpeningMode):
     """A forward pass whose chosen parameters' per-sample gradients reach ``sink`` during each backward pass.
 
-    The parameters must not require gradients. Active during the forward and, for activation checkpoints, the backward pass.
+    The parameters must not require gradients. Active during the forward and, for activation checkpoints, the backward
+    pass.
 
     Args:
         plan: What to do at each call.
@@ -94,7 +95,7 @@ class Tracer(OpeningMode):
         self._collecting, self._last = True, False
         self.probe: Probe | None = None
 
-    # -- forward ---------------------------------------------------------------------------------------------------------
+    # -- forward ------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call, as planned if it involves chosen parameters."""
@@ -134,7 +135,8 @@ class Tracer(OpeningMode):
     def _again(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
         """The step of a call in the backward pass.
 
-        A reentrant checkpoint ran its calls without gradients in the forward pass, and their uses are collected now. Other
+        A reentrant checkpoint ran its calls without gradients in the forward pass, and their uses are collected now.
+        Other
         checkpoints only compute again what they did not store.
         """
         fits = [step for step in self._delayed if step.function == function and step.sources == sources]
@@ -290,7 +292,7 @@ class Tracer(OpeningMode):
             mapped = torch.func.vmap(one, tuple(dims), axis.dim + axis.minor, randomness="same")(*tensors)
         return mapped.flatten(axis.dim, axis.dim + 1)
 
-    # -- backward --------------------------------------------------------------------------------------------------------
+    # -- backward -----------------------------------------------------------------------------------------------------
 
     def backward(self, total: Tensor, last: bool = True) -> None:
         """Send the gradient of a scalar back through the graph; every reached parameter goes to the sink once."""
@@ -347,7 +349,7 @@ class Tracer(OpeningMode):
             self._arrive(source, RowsUse(g))
 
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
-        """Note how large the terms are whose sum is a gradient: rounding errors are relative to them, not to the sum."""
+        """Note how large the terms of a gradient are: rounding errors are relative to them, not to their sum."""
         if self.probe is not None:
             factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
             for name in {name for source in sources for name in self._roots[source]}:

@@ -1,4 +1,4 @@
-"""A use: what one call of a parameter contributes to every sample's gradient, kept unevaluated as long as that is cheaper."""
+"""A use: what one call of a parameter adds to every sample's gradient, kept unevaluated while that is cheaper."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ class ConvUse:
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         if self.x.shape[1] == 1:
-            return conv_moments(self.x[:, 0], self.g[:, 0], *self.settings, wanted)
+            kernel, stride, padding, dilation, groups = self.settings
+            return conv_moments(self.x[:, 0], self.g[:, 0], kernel, stride, padding, dilation, groups, wanted)
         return chunked_moments(self, wanted)
 
 
@@ -254,7 +255,7 @@ class SumUse:
 
 
 def combined(uses: Sequence[Use]) -> Use:
-    """All uses of one parameter as one: linear and embedding uses by joining their positions, others by adding gradients."""
+    """All uses of one parameter as one: positions of linear and embedding uses are joined, others add."""
     first = uses[0]
     if len(uses) == 1:
         return first

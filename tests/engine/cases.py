@@ -31,7 +31,12 @@ class Cells(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.gru, self.rnn, self.head = nn.LSTMCell(6, 4), nn.GRUCell(4, 4), nn.RNNCell(4, 4), nn.Linear(4, 3)
+        self.lstm, self.gru, self.rnn, self.head = (
+            nn.LSTMCell(6, 4),
+            nn.GRUCell(4, 4),
+            nn.RNNCell(4, 4),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         state, hidden, plain = None, None, None
@@ -264,9 +269,10 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tens
 
 
 def worst_difference(found: GradientStatistics, expected: GradientStatistics, floor: float = 1e-5) -> float:
-    """The largest difference of a moment, relative to what rounding can do to it: for sums the L1 norm, for extremes L2.
+    """The largest difference of a moment, for sums relative to the L1 norm, for extremes to L2.
 
-    A parameter whose gradient is zero up to rounding, such as a key's bias in attention, is measured against ``floor`` times the
+    A parameter whose gradient is zero up to rounding, such as a key's bias in attention, is measured against
+    ``floor`` times the
     largest.
     """
     l1, l2 = expected.moments[1.0], expected.moments[2.0].sqrt()

@@ -25,7 +25,15 @@ def _bert() -> nn.Module:
 def _gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=16, num_labels=5, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        vocab_size=50,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=16,
+        num_labels=5,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return transformers.GPT2ForSequenceClassification(config)
 

@@ -34,8 +34,9 @@ def _check(layer: nn.Module, *inputs: torch.Tensor, take: int | None = None) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*padding='same' with even kernel.*")
-        found = gradient_statistics(model, inputs, ["pseudo_label", "uniform"], per_parameter=True)
-        expected = gradient_statistics(model, inputs, ["pseudo_label", "uniform"], per_parameter=True, engine="reference")
+        objectives = ["pseudo_label", "uniform"]
+        found = gradient_statistics(model, inputs, objectives, per_parameter=True)
+        expected = gradient_statistics(model, inputs, objectives, per_parameter=True, engine="reference")
     for one, other in zip(found, expected, strict=True):
         assert worst_difference(one, other) < 1e-9
 

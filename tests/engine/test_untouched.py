@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.engine.cases import made
 from torch import nn
 
 from lightning_gradmetrics.engine import gradient_statistics
+from tests.engine.cases import made
 
 
 def _snapshot(model: nn.Module):
     values = {name: (value.clone(), value._version) for name, value in model.state_dict(keep_vars=True).items()}
-    parameters = [(id(p), p.requires_grad, None if p.grad is None else (id(p.grad), p.grad.clone())) for p in model.parameters()]
+    grads = [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()]
+    parameters = [(id(p), p.requires_grad, g) for p, g in zip(model.parameters(), grads, strict=True)]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
     tensor_hooks = [p._backward_hooks for p in model.parameters()]
     return values, parameters, hooks, tensor_hooks, [m.training for m in model.modules()], torch.random.get_rng_state()

@@ -55,11 +55,13 @@ class Rule:
     """A rule for one torch function.
 
     Args:
-        uses: From the call and the gradient of its output, samples first as ``(N, times, *others)``, to the uses of ``call.slots``.
+        uses: From the call and the gradient of its output, samples first as ``(N, times, *others)``, to the uses of
+            ``call.slots``.
         arguments: The function's arguments in order.
         weights: Those that may be parameters.
         accepts: Whether the rule covers a call.
-        dense: Whether to run on a contiguous input. With a frozen weight, torch multiplies a strided one slice by slice.
+        dense: Whether to run on a contiguous input. With a frozen weight, torch multiplies a strided one slice by
+            slice.
     """
 
     uses: Function

@@ -54,7 +54,7 @@ def _bias(g: Tensor) -> RowsUse:
     accepts=_batched,
 )
 def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """``y = x * W + b``: each kernel entry meets the input at a shift, so its gradient is the product of that shift with ``g``."""
+    """``y = x * W + b``: a kernel entry meets a shift of the input, and its gradient is that shift times ``g``."""
     if "bias" in call.slots:
         yield "bias", _bias(g)
     if "weight" in call.slots:

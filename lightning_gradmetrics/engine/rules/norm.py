@@ -81,7 +81,7 @@ def _outside(call: Call) -> bool:
 
 
 def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """Uses of ``w`` and ``b`` with an entry for each entry of the last axes, from ``(N, times, *positions, *shape)``."""
+    """Uses of ``w`` and ``b`` over the last axes, from ``(N, times, *positions, *shape)``."""
     shape = tuple(call.values["normalized_shape"])
     entries = math.prod(shape)
 

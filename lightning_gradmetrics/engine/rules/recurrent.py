@@ -1,4 +1,4 @@
-"""Recurrent layers, written out: their fused functions become linear layers, which have a rule, and element-wise steps."""
+"""Recurrent layers, written out as linear layers, which have a rule, and element-wise steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Cell = Callable[[Tensor, State, Sequence[Tensor | None]], State]
 
 
 def lstm_cell(projected: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
-    """One step of an LSTM, ``c' = f c + i g`` and ``h' = o tanh c'``; ``weights`` are ``W_hh``, ``b_hh`` and a projection."""
+    """One step of an LSTM, ``c' = f c + i g`` and ``h' = o tanh c'``; ``weights``: ``W_hh, b_hh, W_hr``."""
     hidden, cell = state
     i, f, g, o = (projected + _linear(hidden, weights[0], weights[1])).chunk(4, -1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
