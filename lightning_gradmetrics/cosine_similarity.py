@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_gradmetrics.csm import at_least_float32, cosine_similarity
-from lightning_gradmetrics.forward import call, check_model, gradients_enabled, logits_of, preserved
+from lightning_gradmetrics.forward import check_model, gradients_enabled, preserved
+from lightning_gradmetrics.input_gradients import check_floats, differentiable_logits
 
 __all__ = ["class_covectors", "cosine_similarity_maps"]
+
+_WHO = "cosine similarity maps"
 
 BUDGET = 2**28
 """Bytes of saliency maps kept at a time; a batch that needs more is cut into chunks of samples, with a forward each."""
@@ -76,18 +79,12 @@ def cosine_similarity_maps(
 
 def _check(model: nn.Module, inputs: Tensor) -> None:
     check_model(model)
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise TypeError(
-            f"cosine similarity maps need one tensor (N, ...) of floats to differentiate by, not {kind}. Convert "
-            "whole numbers first, for images as in x.float() / 255; wrap a model of several inputs, or of tokens, in "
-            "one that takes their embedding"
-        )
+    check_floats(inputs, _WHO)
 
 
 def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: int | None) -> Tensor:
     """The maps of one chunk of samples, or of several if the saliency maps would not fit."""
-    leaf, logits = _forward(model, inputs)
+    leaf, logits = differentiable_logits(model, inputs, _WHO)
     order = _ranking(logits.detach(), classes)
     size, kept, count = *order.shape, logits.shape[1]
     step = max(1, BUDGET // (kept * max(count, _positions(leaf)) * 4))
@@ -96,18 +93,6 @@ def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: 
         return torch.cat([_maps(model, chunk, sign, rescale, classes) for chunk in torch.split(inputs, step)])
     csm = cosine_similarity(_saliency(leaf, logits, order, sign, rescale))
     return csm if classes is not None else _in_class_order(csm, order)
-
-
-def _forward(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """A leaf of the inputs' values, and the logits as a function of it. The model gets a copy: it may work in place."""
-    leaf = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
-    logits = logits_of(call(model, leaf.clone()))
-    if not logits.requires_grad:
-        raise ValueError(
-            f"the logits of {type(model).__name__} do not depend on its inputs by autograd; cosine similarity maps "
-            "need their gradient. Remove detach(), no_grad() or inference_mode() from its forward"
-        )
-    return leaf, logits
 
 
 def _ranking(logits: Tensor, classes: int | None) -> Tensor:

@@ -1,10 +1,21 @@
 """Scores: named recipes from evidence to an uncertainty, higher = more uncertain."""
 
 from lightning_gradmetrics.scores.confounding import confounding, confounding_detector, purview
+from lightning_gradmetrics.scores.dropout import mc_dropout
 from lightning_gradmetrics.scores.fitted import FittedRecipe, FittedScore, register_fitted
-from lightning_gradmetrics.scores.gradients import exgrad, feature_norm, gradnorm, pseudo_label
-from lightning_gradmetrics.scores.logits import energy, entropy, gradtrust, margin, max_logit, max_softmax
+from lightning_gradmetrics.scores.geometry import gga, gga_detector
+from lightning_gradmetrics.scores.gradients import exgrad, feature_norm, gradnorm, gradnorm_kl, pseudo_label
+from lightning_gradmetrics.scores.logits import (
+    energy,
+    entropy,
+    gradtrust,
+    log_likelihood,
+    margin,
+    max_logit,
+    max_softmax,
+)
 from lightning_gradmetrics.scores.oberdiek import oberdiek, uniform
+from lightning_gradmetrics.scores.perturbation import odin
 from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
 from lightning_gradmetrics.scores.states import check_fitted, load_fitted, save_fitted
 
@@ -22,14 +33,20 @@ __all__ = [
     "entropy",
     "exgrad",
     "feature_norm",
+    "gga",
+    "gga_detector",
     "gradnorm",
+    "gradnorm_kl",
     "gradtrust",
     "load_fitted",
+    "log_likelihood",
     "make",
     "margin",
     "max_logit",
     "max_softmax",
+    "mc_dropout",
     "oberdiek",
+    "odin",
     "pseudo_label",
     "purview",
     "register",

@@ -8,25 +8,40 @@ from torch import Tensor
 from lightning_gradmetrics.evidence import Evidence, Target
 from lightning_gradmetrics.scores.registry import register
 
-__all__ = ["exgrad", "feature_norm", "gradnorm", "pseudo_label"]
+__all__ = ["exgrad", "feature_norm", "gradnorm", "gradnorm_kl", "pseudo_label"]
 
 
 @register("gradient", "Huang et al. 2021, arXiv:2110.00218")
 def gradnorm(evidence: Evidence, *, temperature: float = 1.0, p: float = 1.0, target: Target = "head") -> Tensor:
     r"""Negative norm of the gradient of the cross-entropy to the uniform distribution.
 
-    On the head ``-|h|_1 |softmax(z / T) - 1/C|_1 / T``: the paper's quantity is its negative, and the official code's is ``C``
-    times that. ``target="all"`` takes the norm over all parameters.
+    On the head ``-|h|_1 |softmax(z / T) - 1/C|_1 / T``: the paper's quantity is its negative, and the official code's
+    is ``C`` times that. ``target="all"`` takes the norm over all parameters.
     """
     return -evidence.gradient("uniform", target, temperature=temperature).norm(p)
+
+
+@register("gradient", "Prabhushankar & AlRegib 2024, arXiv:2405.13758")
+def gradnorm_kl(evidence: Evidence) -> Tensor:
+    r"""Norm of the head gradient of the loss that GradTrust's demo calls "Grad Norm": not Huang et al.'s ``gradnorm``.
+
+    ``|h|_2 |p (log p + H)|_2 / C`` with ``p`` the softmax and ``H`` its entropy: the demo hands the uniform
+    distribution as the logarithms, and the prediction as the target, to ``torch.nn.KLDivLoss``. The gradient is that of
+    the negative entropy over C, zero for certain and for uniform predictions. The demo prints the score's negative, as
+    a confidence.
+    """
+    log_p = torch.log_softmax(evidence.logits, 1)
+    p = log_p.exp()
+    output = p * (log_p - (p * log_p).sum(1, keepdim=True)) / p.shape[1]
+    return torch.linalg.vector_norm(evidence.features, 2, 1) * torch.linalg.vector_norm(output, 2, 1)
 
 
 @register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")
 def pseudo_label(evidence: Evidence, *, statistic: str = "l1", target: Target = "head") -> Tensor:
     r"""A statistic of the gradient of the cross-entropy to the predicted class.
 
-    ``statistic``: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``. Of ``min``, which falls
-    as the gradient grows, the score is the negative. On the head ``l1`` is ``|h|_1 |p - e_y|_1``.
+    ``statistic``: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``. Of ``min``, which
+    falls as the gradient grows, the score is the negative. On the head ``l1`` is ``|h|_1 |p - e_y|_1``.
     """
     value = evidence.gradient("pseudo_label", target).statistic(statistic)
     return -value if statistic == "min" else value
@@ -36,8 +51,8 @@ def pseudo_label(evidence: Evidence, *, statistic: str = "l1", target: Target = 
 def exgrad(evidence: Evidence, *, p: float = 1.0, target: Target = "head") -> Tensor:
     r"""Expected norm of the gradient under the predicted distribution, ``sum_c p_c |grad -log p_c|``.
 
-    On the head ``|h|_p sum_c p_c |p - e_c|_p``, which for ``p = 1`` is ``2 |h|_1 (1 - sum_c p_c^2)``. Over other targets it takes
-    one backward pass a class.
+    On the head ``|h|_p sum_c p_c |p - e_c|_p``, which for ``p = 1`` is ``2 |h|_1 (1 - sum_c p_c^2)``. Over other
+    targets it takes one backward pass a class.
     """
     probabilities = torch.softmax(evidence.logits, 1)
     if target == "head":

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_gradmetrics.evidence import Evidence
 from lightning_gradmetrics.scores.registry import register
 
-__all__ = ["energy", "entropy", "gradtrust", "margin", "max_logit", "max_softmax"]
+__all__ = ["energy", "entropy", "gradtrust", "log_likelihood", "margin", "max_logit", "max_softmax"]
 
 
 @register("baseline", "Hendrycks & Gimpel 2017, arXiv:1610.02136")
@@ -27,7 +27,7 @@ def entropy(evidence: Evidence, *, temperature: float = 1.0) -> Tensor:
 
 @register("baseline", "Scheffer et al. 2001")
 def margin(evidence: Evidence, *, temperature: float = 1.0) -> Tensor:
-    r"""Negative margin of the two largest softmax probabilities, ``p_(2) - p_(1)``; the margin itself is its negative."""
+    r"""Negative margin of the two largest softmax probabilities, ``p_(2) - p_(1)``; the margin is its negative."""
     first, second = torch.softmax(evidence.logits / temperature, 1).topk(2, 1).values.unbind(1)
     return second - first
 
@@ -44,17 +44,30 @@ def max_logit(evidence: Evidence) -> Tensor:
     return -evidence.logits.amax(1)
 
 
-@register("gradient", "Prabhushankar & AlRegib 2024, IEEE MIPR")
-def gradtrust(evidence: Evidence) -> Tensor:
+@register("baseline", "Prabhushankar & AlRegib 2024, arXiv:2405.13758")
+def log_likelihood(evidence: Evidence) -> Tensor:
+    r"""Negative largest raw logit, which GradTrust's demo calls the log-likelihood: ``max_logit`` under that name."""
+    return -evidence.logits.amax(1)
+
+
+@register("gradient", "Prabhushankar & AlRegib 2024, arXiv:2405.13758")
+def gradtrust(evidence: Evidence, *, k: int | None = None) -> Tensor:
     r"""Negative GradTrust: the largest over the mean variance of the squared head gradient's rows.
 
-    ``trust = C (|a|_inf / |a|_4)^4`` with ``a = z - 1/C``, in ``[1, C]``; the score is ``-trust``. The gradient of the squared
-    error between the logits and ``1/C`` with respect to the head's weight is ``a h^T``: the features cancel in the ratio. It is
-    not invariant to a shift of the logits.
+    The gradient of the squared error between the logits and ``1/C`` with respect to the head's weight is ``2/C a h^T``
+    with ``a = z - 1/C``: the features cancel in the ratio, and ``trust = C (|a|_inf / |a|_4)^4``, in ``[1, C]``. The
+    paper's trust is the score's negative. It is not invariant to a shift of the logits. No gradient is computed, and no
+    power overflows.
+
+    ``k`` counts only the rows of the k classes with the largest logits as counterfactual classes: the trust is then in
+    ``[1, k]``. ``None``, or all C of them, is what the paper's demo computes.
     """
-    logits = evidence.logits
-    a = logits - 1 / logits.shape[1]
-    # Dividing by the largest entry first keeps the fourth power in range; all-zero rows have equal (zero) rows: trust 1.
+    if k is not None and k < 2:
+        raise ValueError(f"k={k}: a ratio of classes needs 2 or more of them, or None for all")
+    a = evidence.logits - 1 / evidence.logits.shape[1]
+    if k is not None and k < a.shape[1]:
+        a = a.topk(k, 1).values
+    # Divided by the largest entry, the fourth power stays in range; an all-zero sample has equal rows: trust 1.
     largest = a.abs().amax(1, keepdim=True)
     scaled = torch.where(largest == 0, torch.ones_like(a), a / largest)
     return -1 / scaled.pow(4).mean(1)

@@ -11,6 +11,8 @@ from tests.models import MODELS, assert_same_state, cnn, images, state_of
 from tests.scores.fits import ready
 from tests.scores.test_reference import CASES
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no dropout module")  # mc_dropout on models without dropout
+
 
 def values(model, inputs, score):
     (found,) = lgm.score(model, inputs, score).values()

@@ -13,7 +13,10 @@ from torch.nn import functional as F
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores.fitted import FittedScore, Tensors
 from tests.models import MODELS
+from tests.scores import trust_cases
 from tests.scores.fits import ready
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no dropout module")  # mc_dropout on models without dropout
 
 Definition = Callable[[nn.Module, Tensor], Tensor]
 
@@ -75,15 +78,6 @@ def expected(which: str, p: float = 1.0) -> Definition:
         return (probabilities * torch.stack(norms)).sum()
 
     return definition
-
-
-def trust(model: nn.Module, x: Tensor) -> Tensor:
-    """As the demo: squared error to 1/C, the head weight's gradient, the variance over features of its square, largest over mean."""
-    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    z = model(x)
-    (g,) = torch.autograd.grad(F.mse_loss(z, torch.full_like(z, 1 / z.shape[1])), [head.weight])
-    variance = (g**2).var(1)
-    return -(variance.max() / variance.mean())
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:
@@ -149,7 +143,6 @@ CASES: dict[str, Definition | FromState] = {
     "energy": lambda m, x: -m(x).exp().sum().log(),
     "energy(temperature=2.0)": lambda m, x: -2 * (m(x) / 2).exp().sum().log(),
     "max_logit": lambda m, x: -m(x).max(),
-    "gradtrust": trust,
     "gradnorm": uniform("head"),
     "gradnorm(temperature=2.0)": uniform("head", 2.0),
     "gradnorm(p=2)": uniform("head", p=2),
@@ -189,6 +182,8 @@ CASES: dict[str, Definition | FromState] = {
     "confounding_detector(epochs=5)": detector,
     "feature_norm": lambda m, x: -features(m, x).norm(1),
     "feature_norm(p=2)": lambda m, x: -features(m, x).norm(2),
+    **trust_cases.CASES,
+    **{case: FromState(definition) for case, definition in trust_cases.FITTED.items()},
 }
 """The test table: one row a score and setting, with its definition for a single sample ``(1, ...)``."""
 

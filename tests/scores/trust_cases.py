@@ -16,7 +16,7 @@ def head_gradient(model: nn.Module, x: Tensor, loss) -> Tensor:
 
 
 def trust(model: nn.Module, x: Tensor, k: int | None = None) -> Tensor:
-    """The demo: squared error to 1/C; each class row's variance of the squared gradient; the largest over the mean of the rows."""
+    """The demo: squared error to 1/C; each class row's variance of the squared gradient; largest over mean."""
     z = model(x)
     gradient = head_gradient(model, x, lambda z: nn.MSELoss()(z, torch.full_like(z, 1 / z.shape[1])))
     variance = gradient.square().var(1)[z[0].topk(k or z.shape[1]).indices]
@@ -63,11 +63,11 @@ def cosines(model: nn.Module, x: Tensor, sign: bool = True, rescale: bool = True
 
 
 def lof(model: nn.Module, x: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """scikit-learn's local outlier factor, fitted on the rows of the state."""
+    """scikit-learn's local outlier factor on the rows of the state; without signs, so that no distances tie."""
     from sklearn.neighbors import LocalOutlierFactor
 
     found = LocalOutlierFactor(n_neighbors=20, novelty=True).fit(state["rows"].numpy())
-    return torch.from_numpy(-found.score_samples(cosines(model, x)[None].numpy()))
+    return torch.from_numpy(-found.score_samples(cosines(model, x, sign=False)[None].numpy()))
 
 
 def mahalanobis(model: nn.Module, x: Tensor, state: dict[str, Tensor]) -> Tensor:
@@ -90,4 +90,4 @@ CASES = {
     "gga(classes=3,rescale=False,summary=max_cosine)": lambda m, x: cosines(m, x, True, False, 3).max(),
     "gga(classes=2,summary=min_cosine)": lambda m, x: cosines(m, x, classes=2).min(),
 }
-FITTED = {"gga_detector": lof, "gga_detector(method=mahalanobis,classes=3)": mahalanobis}
+FITTED = {"gga_detector(sign=False)": lof, "gga_detector(method=mahalanobis,classes=3)": mahalanobis}

@@ -1,0 +1,106 @@
+"""Monte Carlo dropout: the mean prediction of networks with units dropped at random."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.csm import at_least_float32
+from lightning_gradmetrics.engine.api import eager
+from lightning_gradmetrics.evidence import Evidence
+from lightning_gradmetrics.forward import batch_size, call, logits_of, preserved
+from lightning_gradmetrics.scores.registry import register
+
+__all__ = ["MeanPrediction", "mc_dropout"]
+
+_WHOLE_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+_ALPHA = (nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DROPPED = -1.7580993408473766
+"""What alpha dropout puts in a dropped unit's place: SELU's limit for large negative inputs."""
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class MeanPrediction:
+    """A probe: the mean softmax ``(N, C)`` over passes with dropout.
+
+    A pass draws one set of masks from a generator of its own and gives it to every sample, so that a sample's figure
+    does not depend on its batch, on the device, or on the caller's random numbers.
+
+    Args:
+        passes: Number of passes.
+        seed: Of the masks.
+    """
+
+    passes: int
+    seed: int
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        """The mean softmax; that of one pass where the model has no dropout."""
+        dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+        if not dropouts:
+            _tell(model)
+        generator = torch.Generator().manual_seed(self.seed)
+        with preserved(model), torch.no_grad(), eager(), _dropping(dropouts, batch_size(inputs), generator):
+            passes = self.passes if dropouts else 1
+            predictions = (at_least_float32(logits_of(call(model, inputs))).softmax(1) for _ in range(passes))
+            return sum(predictions, torch.zeros(())) / passes
+
+
+def _tell(model: nn.Module) -> None:
+    """Say once a model that there is nothing to drop."""
+    if model not in _told:
+        _told.add(model)
+        warnings.warn(
+            f"{type(model).__name__} has no dropout module with p > 0: mc_dropout equals the entropy of its prediction",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def _dropping(dropouts: list[nn.modules.dropout._DropoutNd], size: int, generator: torch.Generator) -> Iterator[None]:
+    """Every call of the dropout modules drops units, the same ones of each of the ``size`` samples."""
+
+    def dropped(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return _drop(module, output, size, generator)  # type: ignore[arg-type]
+
+    with ExitStack() as stack:
+        for module in dropouts:
+            module.eval()  # the module itself then returns its input
+            stack.callback(module.register_forward_hook(dropped).remove)
+        yield
+
+
+def _drop(module: nn.modules.dropout._DropoutNd, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Dropout of ``x``: its first axis is the samples, or some rows (windows, say) of each one after the other."""
+    rows = len(x) // size if len(x) % size == 0 else len(x)
+    channels = isinstance(module, _WHOLE_CHANNELS)
+    shape = (rows, x.shape[1], *[1] * (x.ndim - 2)) if channels else (rows, *x.shape[1:])
+    kept = (torch.rand(shape, generator=generator) >= module.p).to(x.device, x.dtype)
+    kept = kept.repeat(len(x) // rows, *[1] * (x.ndim - 1))
+    if not isinstance(module, _ALPHA):
+        return x * kept / (1 - module.p) if module.p < 1 else x * kept
+    scale = ((1 - module.p) * (1 + module.p * _DROPPED**2)) ** -0.5 if module.p < 1 else 0.0
+    dropped: Tensor = scale * (x * kept + _DROPPED * (1 - kept) + _DROPPED * -module.p)
+    return dropped
+
+
+@register("baseline", "Gal & Ghahramani 2016, arXiv:1506.02142")
+def mc_dropout(evidence: Evidence, *, passes: int = 10, seed: int = 0) -> Tensor:
+    r"""Entropy of the mean softmax over passes with dropout, in nats.
+
+    Only dropout modules drop, all else stays as it is: dropout that a layer does within itself, as attention and
+    recurrent layers do, stays off. Each pass has one set of masks, the same for every sample. Of a model without
+    dropout it is the entropy, and a warning says so. GradTrust's demo means this quantity, and its code keeps only the
+    last of the passes.
+    """
+    p = evidence.probe(MeanPrediction(passes, seed), (evidence.logits.shape[1],))
+    return torch.special.entr(p.to(evidence.logits.dtype)).sum(1)
