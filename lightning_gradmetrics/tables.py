@@ -8,7 +8,8 @@ from rich import box
 from rich.table import Table
 
 from lightning_gradmetrics.evaluation import Evaluation
-from lightning_gradmetrics.scores import RECIPES, Score
+from lightning_gradmetrics.scores import Score
+from lightning_gradmetrics.scores.table import lines
 
 __all__ = ["metrics_table", "scores_table"]
 
@@ -87,19 +88,11 @@ def _caption(evaluation: Evaluation) -> str:
 
 
 def scores_table() -> Table:
-    """All registered scores: a row a score with its arguments, its paper and what it needs."""
+    """All registered scores: a row a score with its arguments, its paper, what it needs, what it costs and its sign."""
     table = Table(title="Scores: every one is an uncertainty, higher = more uncertain", title_justify="left")
-    for name in ("score", "arguments", "what it is", "paper", "needs"):
+    for name in ("score", "arguments", "what it is", "paper", "needs", "cost", "paper's quantity"):
         table.add_column(name, overflow="fold")
-    for recipe in sorted(RECIPES.values(), key=lambda r: (r.family, r.name)):
-        needs = recipe().needs
-        words = [
-            word
-            for word, needed in (("head", needs.features), ("labels", needs.labels), ("backward", needs.backward))
-            if needed
-        ]
-        arguments = ", ".join(f"{key}={value}" for key, value in recipe.defaults.items())
-        table.add_row(
-            recipe.name, arguments, recipe.summary.replace("``", ""), recipe.paper, ", ".join(words) or "logits"
-        )
+    for line in lines():
+        summary = line.summary.replace("``", "")
+        table.add_row(line.name, line.arguments, summary, line.paper, line.needs, line.cost, line.sign)
     return table

@@ -96,8 +96,9 @@ class confounding_detector:
         mean, scale = features.mean(0), features.std(0)
         scale = torch.where(scale > 0, scale, 1.0)
         features = (features - mean) / scale
-        first, _relu, last = train_detector(features, outside, hidden, epochs, seed).network
-        state = {"weight1": first.weight.T, "bias1": first.bias, "weight": last.weight[0], "bias": last.bias[0]}
+        trained = train_detector(features, outside, hidden, epochs, seed).network.state_dict()
+        state = {"weight1": trained["0.weight"].T, "bias1": trained["0.bias"]}
+        state |= {"weight": trained["2.weight"][0], "bias": trained["2.bias"][0]}
         if folds:
             state["cross_validated_auroc"] = cross_validated_auroc(features, outside, folds, hidden, epochs, seed)
             logging.getLogger(__name__).info(

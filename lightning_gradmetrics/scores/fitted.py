@@ -59,9 +59,9 @@ class FittedRecipe(Recipe):
     functions: Any = None
 
     @property
-    def summary(self) -> str:
-        """The first line of its docstring."""
-        return (inspect.getdoc(self.functions) or "").partition("\n")[0]
+    def documentation(self) -> str:
+        """The class's docstring."""
+        return inspect.getdoc(self.functions) or ""
 
     def __call__(self, *, name: str | None = None, **arguments: Any) -> FittedScore:
         """The score with these arguments, not fitted yet."""

@@ -84,7 +84,8 @@ class oberdiek:
 
 def _features(gradient: ParameterGradients, levels: tuple[str, ...]) -> Tensor:
     """The features; a mean that is nothing but rounding, as of a softmax layer's gradient, which sums to zero, is zero."""
-    columns = feature_columns(gradient, levels).unflatten(1, (-1, len(FEATURES)))
+    columns = feature_columns(gradient, levels)
+    columns = columns.reshape(len(columns), columns.shape[1] // len(FEATURES), len(FEATURES))
     mean, std = columns[..., FEATURES.index("mean")], columns[..., FEATURES.index("std")]
     cleaned = torch.where(mean.abs() <= 1e-6 * std, torch.zeros_like(mean), mean)
     return torch.stack([cleaned if name == "mean" else columns[..., i] for i, name in enumerate(FEATURES)], -1).flatten(

@@ -63,9 +63,14 @@ class Recipe:
     paper: str
 
     @property
+    def documentation(self) -> str:
+        """Its docstring; its first line begins with "Negative" where the paper's quantity is a confidence."""
+        return inspect.getdoc(self.function) or ""
+
+    @property
     def summary(self) -> str:
         """The first line of its docstring."""
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        return self.documentation.partition("\n")[0]
 
     @property
     def defaults(self) -> dict[str, Any]:
