@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gradmetrics.engine import kernels
+from lightning_gradmetrics.engine.kernels import native
 from lightning_gradmetrics.statistics import gradient_moments
 
 WANTED = frozenset({"sum", "max", "min", 1.0, 2.0, 3.0})
@@ -22,6 +23,17 @@ SUBSETS = [
 ]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"], autouse=True)
+def form(request):
+    """Every test once with the compiled kernels, if there is a compiler, and once with plain torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setenv(native.VARIABLE, "0")
+        native._library.cache_clear()
+        yield
+    native._library.cache_clear()
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -4,8 +4,11 @@
  * kernel offset and p an output position. A tile of ROWS x COLS entries of G stays in registers over all positions and is then
  * added to five running statistics: sum, sum of squares, sum of absolute values, maximum, minimum.
  *
- * Compiled at first use with -DREAL=float or -DREAL=double; plain C with the vector extensions of gcc and clang.
+ * Compiled at first use with -DREAL=float -DSINGLE or -DREAL=double; plain C with the vector extensions of gcc and clang.
  */
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -169,9 +172,46 @@ static void pack_input(const job *j, const REAL *x, REAL *to) {
       }
 }
 
+#if defined(__AVX__) && defined(SINGLE)
+/* Eight columns of eight positions each, from rows of positions to rows of columns. */
+inline_always void transpose(const REAL *from, int64_t step, REAL *to) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * step);
+  for (int i = 0; i < 8; i += 2) b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; k++) {
+      a[i + 2 * k] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0x44);
+      a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(to + i * COLS, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * COLS, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+#define TRANSPOSED 8
+#else
+#define TRANSPOSED 1
+inline_always void transpose(const REAL *from, int64_t step, REAL *to) { *to = *from; }
+#endif
+
+/* A line of positions of some columns, neighbours in memory, to rows of COLS. */
+static void pack_line(const REAL *from, int64_t step, int64_t width, int columns, REAL *to) {
+  int c = 0;
+  for (; c + TRANSPOSED <= columns; c += TRANSPOSED) {
+    int64_t i = 0;
+    for (; i + TRANSPOSED <= width; i += TRANSPOSED) transpose(from + c * step + i, step, to + i * COLS + c);
+    for (; i < width; i++)
+      for (int k = c; k < c + TRANSPOSED; k++) to[i * COLS + k] = from[k * step + i];
+  }
+  for (; c < columns; c++)
+    for (int64_t i = 0; i < width; i++) to[i * COLS + c] = from[c * step + i];
+}
+
 /* Copies output gradients to panels [column / COLS][position][COLS], zeros past the last column. */
 static void pack_gradient(const job *j, const REAL *g, int64_t columns, REAL *to) {
-  const int64_t h = j->out_size[1], w = j->out_size[2], count = j->out_size[0] * h * w;
+  int64_t h = j->out_size[1], w = j->out_size[2];
+  const int64_t count = j->out_size[0] * h * w, joined = j->g_step[2] == 1 && j->g_step[1] == w;
+  if (joined) w *= h, h = 1;
   for (int64_t first = 0; first < columns; first += COLS, to += count * COLS) {
     int valid = columns - first < COLS ? (int)(columns - first) : COLS;
     if (valid < COLS) memset(to, 0, sizeof(REAL) * count * COLS);
@@ -179,11 +219,13 @@ static void pack_gradient(const job *j, const REAL *g, int64_t columns, REAL *to
     for (int64_t z = 0; z < j->out_size[0]; z++)
       for (int64_t y = 0; y < h; y++, line += w * COLS) {
         const REAL *from = g + first * j->g_channel + z * j->g_step[0] + y * j->g_step[1];
-        if (j->g_channel == 1)
-          for (int64_t i = 0; i < w; i++) memcpy(line + i * COLS, from + i * j->g_step[2], sizeof(REAL) * valid);
+        if (j->g_step[2] == 1)
+          pack_line(from, j->g_channel, w, valid, line);
+        else if (j->g_channel == 1 && valid == COLS)
+          for (int64_t i = 0; i < w; i++) memcpy(line + i * COLS, from + i * j->g_step[2], sizeof(REAL) * COLS);
         else
-          for (int c = 0; c < valid; c++)
-            for (int64_t i = 0; i < w; i++) line[i * COLS + c] = from[c * j->g_channel + i * j->g_step[2]];
+          for (int64_t i = 0; i < w; i++)
+            for (int c = 0; c < valid; c++) line[i * COLS + c] = from[c * j->g_channel + i * j->g_step[2]];
       }
   }
 }

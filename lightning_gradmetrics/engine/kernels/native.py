@@ -29,6 +29,7 @@ __all__ = ["native_products", "native_rows", "native_sums", "supports"]
 VARIABLE = "LIGHTNING_GRADMETRICS_NATIVE"
 SOURCE = Path(__file__).with_name("native.c")
 KEYS: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
+DEFINES = {"float": ("-DREAL=float", "-DSINGLE"), "double": ("-DREAL=double",)}
 REALS = {torch.float32: "float", torch.float64: "double"}
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-w")
 TASKS = 4
@@ -108,7 +109,7 @@ def _compile(compiler: Sequence[str], real: str, target: Path) -> bool:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fresh = Path(folder) / target.name
-            command = [*compiler, *FLAGS, f"-DREAL={real}", str(SOURCE), "-o", str(fresh), "-lm"]
+            command = [*compiler, *FLAGS, *DEFINES[real], str(SOURCE), "-o", str(fresh), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             fresh.replace(target)
     except (OSError, subprocess.SubprocessError):
@@ -197,7 +198,7 @@ def native_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
 
 
 def native_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass; without ``x`` the second is 0."""
+    """Sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass; without ``x`` zeros."""
     tensors = [g] if x is None else [g, x]
     if not any(all(t.shape[dim] == 1 or t.stride(dim) == 1 for t in tensors) for dim in (1, 2)):
         tensors = [t.contiguous() for t in tensors]
