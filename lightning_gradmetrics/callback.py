@@ -17,6 +17,7 @@ from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds, apply_thresholds, evaluate
 from lightning_gradmetrics.fitting import Fitting
 from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, logits_of
+from lightning_gradmetrics.gallery import MapGallery, log_pictures
 from lightning_gradmetrics.head import Capture, capturing, install
 from lightning_gradmetrics.results import Rows, empty_results, merge_results, sample_indices
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, check_fitted, resolve
@@ -48,6 +49,7 @@ class GradientMetrics(Callback):
         results: After a run, a ``pyarrow.Table``: dataset, index, prediction, label, one column a score, and ``finite``, which is false
             where the input, the logits or a score hold NaN or Inf: such a row is kept and never enters a metric. Under several
             processes rank 0 has all rows, each once, and the other ranks have their own.
+        gallery: Cosine similarity maps of a few samples, where a score looks at them; the loggers get their pictures.
         evaluation: The metrics, as :func:`lightning_gradmetrics.evaluation.evaluate` gives them.
 
     Raises:
@@ -90,6 +92,7 @@ class GradientMetrics(Callback):
         self.thresholds = thresholds
         self.results: pa.Table = empty_results(self.score_names)
         self.evaluation: Evaluation | None = None
+        self.gallery: MapGallery | None = None
         self._rows: list[Rows] = []
         self._capture: Capture | None = None
         self._handles: list[RemovableHandle] = []
@@ -174,6 +177,7 @@ class GradientMetrics(Callback):
                 f"the order of {', '.join(unknown)} is not known beforehand (its sampler is neither sequential nor distributed): index is the "
                 "position in the run, and rows that a sampler repeated to fill up cannot be told"
             )
+        self.gallery = MapGallery.of(self.scorer.scores) if self._fitting is None else None
         scorer = self.scorer if self._fitting is None else self._fitting.scorer
         self._capture = scorer.capture(_scored_model(pl_module, self.model))
         if self._fitting is None:
@@ -206,7 +210,10 @@ class GradientMetrics(Callback):
             )
         self._capture.clear()
         if self._fitting is None:
-            self._rows[dataloader_idx].add(inputs, evidence.given_logits, labels, scorer(evidence))
+            found, rows = scorer(evidence), self._rows[dataloader_idx]
+            rows.add(inputs, evidence.given_logits, labels, found)
+            if self.gallery is not None:
+                self.gallery.add(rows.dataset, inputs, evidence, found)
         else:
             self._fitting.add(inputs, evidence, self._rows[dataloader_idx].first_seen(batch_size(inputs)))
 
@@ -228,6 +235,8 @@ class GradientMetrics(Callback):
         if trainer.is_global_zero:
             roles = _roles(self.datasets, names)
             self.evaluation = evaluate(self.results, self.score_names, roles, self._baselines, resamples=self.resamples)
+            if self.gallery is not None and trainer.loggers:
+                log_pictures(trainer.loggers, self.gallery.pictures(), self.prefix, trainer.global_step)
         if self.thresholds is not None:
             self.results = apply_thresholds(self.results, self.thresholds)
         metrics = {} if self.evaluation is None else _flat_metrics(self.evaluation, self.prefix)

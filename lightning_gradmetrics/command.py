@@ -35,6 +35,7 @@ def run(config: DictConfig) -> None:
     """Train or load the model, score the data, write the files, show the table."""
     from lightning.pytorch import seed_everything
 
+    from lightning_gradmetrics.gallery import write_pictures
     from lightning_gradmetrics.report import write_report
     from lightning_gradmetrics.runs import write_run
     from lightning_gradmetrics.scores import resolve
@@ -61,6 +62,7 @@ def run(config: DictConfig) -> None:
         scores,
         model=_describe(config, model, data),
         descriptions=data.descriptions,
+        figures=write_pictures(callback.gallery.pictures(), directory) if callback.gallery else (),
         command=shlex.join(["gradmetrics", *sys.argv[1:]]),
         timing={"prepare_seconds": prepared - clock, "score_seconds": scored - prepared},
     )

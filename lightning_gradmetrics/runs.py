@@ -36,6 +36,7 @@ def write_run(
     *,
     model: Mapping[str, Any],
     descriptions: Mapping[str, str] | None = None,
+    figures: Sequence[Mapping[str, str]] = (),
     command: str = "",
     timing: Mapping[str, float] | None = None,
 ) -> Path:
@@ -48,6 +49,7 @@ def write_run(
         scores: The scores, for their families and papers.
         model: What was scored: ``name``, ``checkpoint``, ``parameters``, ``classes``.
         descriptions: A few words on each data set.
+        figures: Pictures in the directory: ``file``, ``title`` and ``caption`` of each.
         command: The command line that made the run.
         timing: Seconds, by what took them.
 
@@ -70,6 +72,7 @@ def write_run(
         "comparisons": [
             {**c, "verdict": c["verdict"].replace("unclear", "cannot tell")} for c in found.pop("comparisons")
         ],
+        "figures": [dict(figure) for figure in figures],
         "timing": dict(timing or {}),
         **found,
     }

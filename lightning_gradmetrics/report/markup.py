@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Union
 
-__all__ = ["Child", "Markup", "breakable", "join", "prose", "tag"]
+__all__ = ["Child", "Markup", "breakable", "join", "prose", "tag", "void"]
 
 
 class Markup(str):
@@ -66,6 +66,20 @@ def tag(name: str, /, *children: Child, **attributes: str | int | float | bool |
         >>> tag("td", "1 < 2", class_="best", data_value=3, hidden=False)
         '<td class="best" data-value="3">1 &lt; 2</td>'
     """
+    return Markup(f"{_start(name, attributes)}{join(*children)}</{name}>")
+
+
+def void(name: str, /, **attributes: str | int | float | bool | None) -> Markup:
+    """An element without content or end tag.
+
+    Example:
+        >>> void("img", alt="a < b")
+        '<img alt="a &lt; b">'
+    """
+    return Markup(_start(name, attributes))
+
+
+def _start(name: str, attributes: Mapping[str, str | int | float | bool | None]) -> str:
     parts = [f"<{name}"]
     for key, value in attributes.items():
         label = key.rstrip("_").replace("_", "-")
@@ -73,4 +87,4 @@ def tag(name: str, /, *children: Child, **attributes: str | int | float | bool |
             parts.append(f" {label}")
         elif value is not None and value is not False:
             parts.append(f' {label}="{html.escape(str(value))}"')
-    return Markup(f"{''.join(parts)}>{join(*children)}</{name}>")
+    return f"{''.join(parts)}>"

@@ -16,6 +16,7 @@ from lightning_gradmetrics.report.sections import (
     most_uncertain,
     notes,
     out_of_distribution,
+    pictures,
     scores,
     wrong_predictions,
 )
@@ -37,6 +38,7 @@ def render(run: Run) -> str:
         "Finding wrong predictions": wrong_predictions(drawing),
         "Which scores agree": agreement(drawing),
         "Most uncertain samples": most_uncertain(run, drawing),
+        "Pictures": pictures(run),
         "Run details": details(run),
     }
     title = f"Gradient uncertainty report: {run.model.get('name') or 'unnamed model'}"

@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lightning_gradmetrics.report.run import (
+    IMAGE_TYPES,
     METRICS_FILE,
     RESULTS_FILE,
     VERSION,
     Comparison,
     Dataset,
     Metric,
+    Picture,
     ReportError,
     Rows,
     Run,
@@ -53,6 +55,7 @@ def read_run(directory: Path) -> Run:
         metrics=_records(Metric, content, "metrics"),
         rows=_read_rows(directory / RESULTS_FILE, [score.name for score in scores]),
         comparisons=_records(Comparison, content, "comparisons"),
+        pictures=_pictures(directory, content),
         statements=_sentences(content, "statements"),
         notes=_sentences(content, "notes"),
         model=_mapping(content, "model"),
@@ -62,6 +65,21 @@ def read_run(directory: Path) -> Run:
         created=str(content.get("created") or ""),
         command=str(content.get("command") or ""),
     )
+
+
+def _pictures(directory: Path, content: Mapping[str, Any]) -> tuple[Picture, ...]:
+    """The pictures, each a file inside the run directory."""
+    pictures = _records(Picture, content, "figures")
+    for picture in pictures:
+        path = directory / picture.file
+        if path.suffix not in IMAGE_TYPES or not path.resolve().is_relative_to(directory.resolve()):
+            kinds = ", ".join(IMAGE_TYPES)
+            raise ReportError(f"{METRICS_FILE}: {picture.file!r} is no picture ({kinds}) inside the run directory")
+        if not path.is_file():
+            raise ReportError(
+                f"{path} does not exist, and {METRICS_FILE} lists it: run it again, or take it off the list"
+            )
+    return pictures
 
 
 def _read_json(path: Path) -> dict[str, Any]:

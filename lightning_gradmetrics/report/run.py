@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "IMAGE_TYPES",
     "METRICS_FILE",
     "RESULTS_FILE",
     "VERSION",
     "Comparison",
     "Dataset",
     "Metric",
+    "Picture",
     "ReportError",
     "Rows",
     "Run",
@@ -26,6 +28,7 @@ __all__ = [
 METRICS_FILE = "metrics.json"
 RESULTS_FILE = "results.parquet"
 VERSION = 1
+IMAGE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 class ReportError(ValueError):
@@ -90,6 +93,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture in the run directory, with its words."""
+
+    file: str
+    title: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of one data set, as columns; -1 where a prediction or a label is not known (see ``labelled``)."""
 
@@ -132,6 +144,7 @@ class Run:
     metrics: tuple[Metric, ...]
     rows: Mapping[str, Rows]
     comparisons: tuple[Comparison, ...] = ()
+    pictures: tuple[Picture, ...] = ()
     statements: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections import Counter
+from pathlib import Path
 
 from lightning_gradmetrics.report.columns import find_columns, ordered_scores
 from lightning_gradmetrics.report.drawing import Drawing
@@ -14,8 +16,8 @@ from lightning_gradmetrics.report.figures import (
     roc_figures,
 )
 from lightning_gradmetrics.report.findings import best_by_column, comparison_table
-from lightning_gradmetrics.report.markup import Markup, join, tag
-from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, Run
+from lightning_gradmetrics.report.markup import Markup, join, tag, void
+from lightning_gradmetrics.report.run import IMAGE_TYPES, METRICS_FILE, RESULTS_FILE, Picture, Run
 from lightning_gradmetrics.report.tables import counted, main_table, sample_tables
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "most_uncertain",
     "notes",
     "out_of_distribution",
+    "pictures",
     "scores",
     "wrong_predictions",
 ]
@@ -180,3 +183,15 @@ def most_uncertain(run: Run, drawing: Drawing) -> Markup | None:
     )
     tables = sample_tables(run, names)
     return tables and join(tag("p", reading), tables)
+
+
+def pictures(run: Run) -> Markup | None:
+    """The pictures that the run wrote, inside the page."""
+    return join(_picture(run.directory, picture) for picture in run.pictures) if run.pictures else None
+
+
+def _picture(directory: Path, picture: Picture) -> Markup:
+    path = directory / picture.file
+    source = f"data:{IMAGE_TYPES[path.suffix]};base64,{b64encode(path.read_bytes()).decode()}"
+    words = tag("figcaption", tag("b", picture.title), tag("span", picture.caption, class_="small"))
+    return tag("figure", words, void("img", src=source, alt=picture.title), class_="picture")

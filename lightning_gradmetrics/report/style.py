@@ -87,6 +87,7 @@ svg{display:block;width:100%;height:auto;font-family:inherit}
 .curves.pick .curve{opacity:.12}
 .curves.pick .curve.on{opacity:1}
 .curves.pick .curve.on path{stroke-width:3!important}
+.picture{margin:.6rem 0 .9rem}.picture img{display:block;max-width:100%;height:auto;background:#fff;border-radius:6px}
 details{margin:.3rem 0;border:1px solid var(--grid);border-radius:6px;padding:.3rem .7rem}
 summary{cursor:pointer;font-weight:500;overflow-wrap:anywhere}
 .samples{display:flex;flex-wrap:wrap;gap:.2rem 1.6rem}
