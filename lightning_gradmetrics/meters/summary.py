@@ -15,6 +15,7 @@ from lightning_gradmetrics.meters.functional.counts import check_scores, check_t
 from lightning_gradmetrics.meters.functional.summary import (
     QUANTILES,
     Norm,
+    check_n_bins,
     check_norm,
     check_quantiles,
     distribution_of_counts,
@@ -79,7 +80,7 @@ class CalibrationError(ScoreMeter):
 
     def __init__(self, n_bins: int = 15, norm: Norm = "l1", **kwargs: Any) -> None:
         super().__init__(None, **kwargs)
-        self.n_bins, self.norm = n_bins, check_norm(norm)
+        self.n_bins, self.norm = check_n_bins(n_bins), check_norm(norm)
 
     def update(self, probability: Tensor, target: Tensor) -> None:
         """Take a batch.

@@ -14,6 +14,7 @@ from lightning_gradmetrics.meters.functional.counts import announce_undefined, c
 __all__ = [
     "QUANTILES",
     "calibration_error",
+    "check_n_bins",
     "check_norm",
     "check_quantiles",
     "distribution",
@@ -67,7 +68,8 @@ def distribution_of_counts(
 ) -> dict[str, Tensor]:
     """The same from distinct finite scores in ascending order, and how many samples have each."""
     values, total = distinct.double(), number.sum()
-    exponent = 2.0 ** torch.frexp(values.abs().amax() if len(values) else values.new_zeros(())).exponent
+    largest = values.abs().amax() if len(values) else values.new_zeros(())
+    exponent = 2.0 ** torch.frexp(largest).exponent.clamp(-1000, 1000).double()
     # Scaled by a power of two, so that squares of very large or small scores neither overflow nor vanish.
     scaled = values / exponent
     mean = (scaled * number).sum() / total
@@ -142,6 +144,17 @@ def check_norm(norm: Norm) -> Norm:
     return norm
 
 
+def check_n_bins(n_bins: int) -> int:
+    """A number of bins.
+
+    Raises:
+        ValueError: If it is not a whole number of at least 1.
+    """
+    if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
+        raise ValueError(f"n_bins must be a whole number of at least 1, got {n_bins!r}")
+    return n_bins
+
+
 def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, norm: Norm = "l1") -> Tensor:
     """Expected calibration error: how far a probability is from the rate of positives, over equal-width bins.
 
@@ -167,8 +180,7 @@ def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, nor
     """
     probability = check_scores(probability, "probability")
     target = check_target(target, probability)
-    if not isinstance(n_bins, int) or isinstance(n_bins, bool) or n_bins < 1:
-        raise ValueError(f"n_bins must be a whole number of at least 1, got {n_bins!r}")
+    check_n_bins(n_bins)
     check_norm(norm)
     if not len(probability):
         return announce_undefined(probability.new_tensor(torch.nan), "calibration error", "at least one sample")

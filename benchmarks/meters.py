@@ -1,0 +1,165 @@
+"""``python -m benchmarks meters``: the two modes of the AUROC meter beside torchmetrics and scikit-learn.
+
+Times of one size come from one process, the methods taking turns; the median is shown. Scores lie in [0, 1], so that
+torchmetrics' own meters are right on them too. Memory is the growth of the peak of a fresh process over one batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torchmetrics.classification import BinaryAUROC
+
+from lightning_gradmetrics.meters import AUROC
+
+BATCH = 1_000_000
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+class ScikitLearn:
+    """scikit-learn's function in the dress of a meter: update keeps, compute computes."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, scores: Tensor, target: Tensor) -> None:
+        self.batches.append((scores, target))
+
+    def compute(self) -> float:
+        scores, target = (torch.cat(parts).numpy() for parts in zip(*self.batches, strict=True))
+        return float(roc_auc_score(target, scores))
+
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "exact": AUROC,
+    "constant, 4096 bins": lambda: AUROC(bins=4096),
+    "constant, 16384 bins": lambda: AUROC(bins=16384),
+    "torchmetrics, 200 thresholds": lambda: BinaryAUROC(thresholds=200),
+    "torchmetrics, exact": BinaryAUROC,
+    "scikit-learn": ScikitLearn,
+}
+
+
+def stream(size: int, batch: int, seed: int = 0) -> Batches:
+    """Scores in [0, 1] and targets, a fifth of them positive and one standard deviation higher before the sigmoid."""
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, size, batch):
+        number = min(batch, size - start)
+        target = torch.rand(number, generator=generator) < 0.2
+        yield torch.sigmoid(torch.randn(number, generator=generator) + target), target.long()
+
+
+def timed(make: Callable[[], Any], batches: Batches) -> dict[str, float]:
+    """Seconds in update and in compute, and the value."""
+    meter, seconds = make(), 0.0
+    for scores, target in batches:
+        start = time.perf_counter()
+        meter.update(scores, target)
+        seconds += time.perf_counter() - start
+    start = time.perf_counter()
+    value = float(meter.compute())
+    return {"update_s": seconds, "compute_s": time.perf_counter() - start, "value": value}
+
+
+def compare(size: int, batch: int, repeats: int, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """A row a method: median times of several turns, and the distance to the exact value."""
+    data = list(stream(size, batch))
+    turns = [{name: timed(METHODS[name], iter(data)) for name in methods} for _ in range(repeats)]
+    exact = roc_auc_score(torch.cat([t for _, t in data]).numpy(), torch.cat([s for s, _ in data]).double().numpy())
+    rows = []
+    for name in methods:
+        update, compute = (statistics.median(turn[name][key] for turn in turns) for key in ("update_s", "compute_s"))
+        error = abs(turns[0][name]["value"] - exact)
+        rows.append(
+            {"method": name, "size": size, "batch": batch, "update_s": update, "compute_s": compute, "error": error}
+        )
+    return rows
+
+
+def alone(name: str, size: int) -> dict[str, Any]:
+    """One method in this process, and by how much the process' peak memory grew after its first batch."""
+    make, batches = METHODS[name], stream(size, BATCH)
+    timed(make, stream(min(size, BATCH), BATCH))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = timed(make, batches)
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"method": name, "size": size, "batch": BATCH, **found, "growth_mib": growth}
+
+
+def in_fresh_process(name: str, size: int, threads: int) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.meters",
+        "--alone",
+        name,
+        "--sizes",
+        str(size),
+        "--threads",
+        str(threads),
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def shown(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(
+        "method", "scores", "batch", "update, million/s", "compute, s", "error, AUROC points", "memory growth, MiB"
+    )
+    for row in rows:
+        rate = row["size"] / row["update_s"] / 1e6
+        error = f"{100 * row['error']:.5f}" if "error" in row else "-"
+        growth = f"{row['growth_mib']:.0f}" if "growth_mib" in row else "-"
+        cells = (f"{row['size']:.0e}", f"{row['batch']:.0e}", f"{rate:.2f}", f"{row['compute_s']:.3f}", error, growth)
+        table.add_row(row["method"], *cells)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run the comparison, print the table, and write JSON if asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks meters", description=__doc__)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1e4, 1e6], help="compared with all methods")
+    parser.add_argument("--batches", type=float, nargs="+", default=[4096, BATCH])
+    parser.add_argument("--stream", type=float, nargs="*", default=[1e6, 1e8], help="constant mode, in fresh processes")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--alone", choices=METHODS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.alone:
+        print(json.dumps(alone(options.alone, int(options.sizes[0]))))
+        return []
+    rows: list[dict[str, Any]] = []
+    console = Console(stderr=True)
+    for size in map(int, options.sizes):
+        for batch in sorted({min(int(batch), size) for batch in options.batches}):
+            with console.status(f"{size:.0e} scores in batches of {batch}"):
+                rows += compare(size, batch, options.repeats, list(METHODS))
+    for size in map(int, options.stream):
+        with console.status(f"a stream of {size:.0e} scores"):
+            rows.append(in_fresh_process("constant, 16384 bins", size, options.threads))
+    Console(width=140).print(shown(rows))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"torch": torch.__version__, "threads": options.threads, "rows": rows}
+        options.json.write_text(json.dumps(facts, indent=2) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Every meter through every invariant of a torchmetrics meter."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import matplotlib
+import pytest
+import torch
+from torchmetrics import MetricCollection
+
+from lightning_gradmetrics import meters as M
+from tests.meters.meter_cases import CASES, MODES, SIZE, assert_same, data, expected, made
+
+matplotlib.use("Agg")
+both_modes = pytest.mark.parametrize(("name", "bins"), MODES)
+
+
+@both_modes
+@pytest.mark.parametrize("batch", [1, 7, SIZE])
+def test_any_batching_equals_the_function(name, bins, batch):
+    case = CASES[name]
+    rows, meter = data(case.inputs), made(case, bins)
+    for parts in zip(*(row.split(batch) for row in rows), strict=True):
+        meter.update(*parts)
+    assert_same(meter.compute(), expected(case, rows))
+
+
+@both_modes
+def test_torchmetrics_life(name, bins):
+    case = CASES[name]
+    rows, meter = data(case.inputs), made(case, bins)
+    wanted = expected(case, rows)
+    assert meter.higher_is_better is case.higher_is_better
+    assert meter.full_state_update is False
+    assert meter.is_differentiable is False
+    first, second = [[row[part] for row in rows] for part in (slice(0, 60), slice(60, None))]
+    assert_same(meter(*first), expected(case, tuple(first)))
+    assert_same(meter(*second), expected(case, tuple(second)))
+    assert_same(meter.compute(), wanted)
+    for other in (meter.clone(), pickle.loads(pickle.dumps(meter)), copy.deepcopy(meter)):
+        assert_same(other.compute(), wanted)
+    meter.persistent(True)
+    loaded = made(case, bins)
+    loaded.load_state_dict(meter.state_dict(), strict=False)
+    loaded._update_count = 1
+    assert_same(loaded.compute(), wanted)
+    other = made(case, bins)
+    other.update(*second)
+    merged = made(case, bins)
+    merged.update(*first)
+    merged.merge_state(other)
+    assert_same(merged.compute(), wanted)
+    meter.reset()
+    meter.update(*second)
+    assert_same(meter.compute(), expected(case, tuple(second)))
+
+
+@both_modes
+def test_plot(name, bins):
+    import matplotlib.pyplot as plt
+
+    case = CASES[name]
+    meter = made(case, bins)
+    meter.update(*data(case.inputs))
+    _, ax = meter.plot()
+    assert ax.has_data()
+    _, other_ax = plt.subplots()
+    _, ax2 = meter.plot(meter.compute(), ax=other_ax)
+    assert ax2 is other_ax
+    assert other_ax.has_data()
+    plt.close("all")
+
+
+def test_collection_shares_the_samples():
+    pair = [name for name, case in CASES.items() if case.inputs == "scores target" and not name.endswith("Curve")]
+    scalars = [name for name in pair if CASES[name].make is not M.ROC and "Curve" not in name]
+    collection = MetricCollection({name.replace(" ", "_"): made(CASES[name], None) for name in scalars})
+    rows = data("scores target")
+    for parts in zip(*(row.split(20) for row in rows), strict=True):
+        collection.update(*parts)
+    assert len(collection.compute_groups) == 1
+    for name, value in collection.compute().items():
+        assert_same(value, expected(CASES[name.replace("_", " ")], rows))
+
+
+def test_constant_memory_is_constant():
+    meter = M.AUROC(bins=1024)
+    before = sum(state.numel() * state.element_size() for state in meter.metric_state.values())
+    for _ in range(20):
+        meter.update(torch.randn(5000), torch.randint(2, (5000,)))
+    after = list(meter.metric_state.values())
+    assert before == sum(state.numel() * state.element_size() for state in after) == 256 * 1024
+    assert all(state.dtype == torch.int64 for state in after)
+
+
+def test_bounds():
+    scores, target = torch.randn(50_000), torch.randint(2, (50_000,))
+    exact, small = M.AUROC(), M.AUROC(bins=1024)
+    for meter in (exact, small):
+        meter.update(scores, target)
+    low, high = small.bounds()
+    assert low < exact.compute().double() < high
+    assert high - low < 0.01
+    assert exact.bounds()[0] == exact.bounds()[1]
+
+
+def test_without_samples_there_is_a_value_and_a_warning():
+    for name, bins in MODES:
+        case = CASES[name]
+        if case.higher_is_better is None:
+            continue
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert made(case, bins).compute().isnan()
+        # The first is torchmetrics' own, for compute before update.
+        assert [warning.category for warning in caught] == [UserWarning, UserWarning]
+        assert "undefined" in str(caught[1].message)
+
+
+def test_an_empty_batch_changes_nothing():
+    for name, bins in MODES:
+        case = CASES[name]
+        rows, meter = data(case.inputs), made(case, bins)
+        meter.update(*(row[:0] for row in rows))
+        meter.update(*rows)
+        assert_same(meter.compute(), expected(case, rows))
+
+
+@both_modes
+def test_a_refused_batch_leaves_the_state(name, bins):
+    case = CASES[name]
+    rows, meter = data(case.inputs), made(case, bins)
+    meter.update(*rows)
+    if name != "ScoreDistribution":
+        with pytest.raises(ValueError, match="NaN"):
+            meter.update(rows[0] * torch.nan, *rows[1:])
+    if len(rows) > 1:
+        with pytest.raises(ValueError, match="0 or 1"):
+            meter.update(rows[0], rows[1] + 5, *rows[2:])
+    assert_same(meter.compute(), expected(case, rows))
+
+
+def test_wrong_arguments_are_refused():
+    for bins in (0, 10, 1.5, True, "many"):
+        with pytest.raises(ValueError, match="bins must be None"):
+            M.AUROC(bins=bins)
+    with pytest.raises(ValueError, match="rate must be"):
+        M.FPRAtTPR(rate=0)
+    with pytest.raises(ValueError, match="'out'"):
+        M.AveragePrecision(positive="ood")
+    with pytest.raises(ValueError, match="coverage must be"):
+        M.AccuracyAtCoverage(coverage=2)
+    with pytest.raises(ValueError, match="risk must be"):
+        M.CoverageAtRisk(risk=0)
+    with pytest.raises(ValueError, match="mode must be"):
+        M.AUAC(mode="score")
+    with pytest.raises(ValueError, match="norm must be"):
+        M.CalibrationError(norm="l3")
+    with pytest.raises(ValueError, match="n_bins must be"):
+        M.CalibrationError(n_bins=0)
+    with pytest.raises(ValueError, match=r"\(N, 2\)"):
+        M.SpearmanCorrelation(["a", "b"]).update(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="quantiles"):
+        M.ScoreDistribution(quantiles=[2])
