@@ -93,7 +93,7 @@ class confounding_detector:
         known = total["rows/features"].isfinite().all(1)
         features, outside = total["rows/features"][known], total["rows/outside"][known]
         _check_both(int(outside.sum()), len(outside))
-        mean, scale = features.mean(0), features.std(0)
+        mean, scale = features.mean(0), features.std(0, correction=0)
         scale = torch.where(scale > 0, scale, 1.0)
         features = (features - mean) / scale
         trained = train_detector(features, outside, hidden, epochs, seed).network.state_dict()

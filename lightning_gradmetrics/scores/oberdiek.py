@@ -70,7 +70,7 @@ class oberdiek:
         known = (total["rows/wrong"] >= 0) & total["rows/features"].isfinite().all(1)
         features, wrong = total["rows/features"][known], total["rows/wrong"][known]
         _check_errors(int(wrong.sum()), len(wrong))
-        mean, scale = features.mean(0), features.std(0)
+        mean, scale = features.mean(0), features.std(0, correction=0)
         scale = torch.where(scale > 0, scale, 1.0)
         return {"mean": mean, "scale": scale, **_layers((features - mean) / scale, wrong, classifier, seed)}
 

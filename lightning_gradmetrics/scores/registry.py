@@ -89,8 +89,15 @@ class Recipe:
             allowed = ", ".join(f"{k}={v!r}" for k, v in self.defaults.items()) or "none"
             raise TypeError(f"score {self.name!r} has no argument {unknown[0]!r}; its arguments are: {allowed}")
         changed = {key: value for key, value in arguments.items() if value != self.defaults[key]}
-        shown = ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in changed.items())
+        shown = ",".join(f"{key}={_shown(value)}" for key, value in changed.items())
         return Score(name or (f"{self.name}({shown})" if shown else self.name), self, arguments)
+
+
+def _shown(value: Any) -> str:
+    """An argument in a score's name, so that :func:`make` reads it back: words stand bare, other text in quotes."""
+    if isinstance(value, str):
+        return value if value.isidentifier() else repr(value)
+    return str(getattr(value, "__name__", value))
 
 
 RECIPES: dict[str, Recipe] = {}
