@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -303,10 +303,10 @@ class GradientMetrics(Callback):
         if trainer.sanity_checking:
             self._rows = []
         else:
-            self.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
+            pl_module.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         metrics = self._finish(trainer)

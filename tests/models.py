@@ -40,7 +40,10 @@ def vectors(n: int) -> Tensor:
     return torch.randn(n, 7)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {"cnn": (cnn, images), "mlp": (mlp, vectors)}
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "cnn": (cnn, images),
+    "mlp": (mlp, vectors),
+}
 
 
 class Module(LightningModule):

@@ -12,7 +12,15 @@ X, Y = torch.randn(3, 4), torch.tensor([0, 1, 2])
 
 @pytest.mark.parametrize(
     ("batch", "labelled"),
-    [(X, False), ((X, Y), True), ([X, Y], True), ([X], False), ((X, Y, X), True), ({"a": X, "labels": Y}, True), ({"a": X}, False)],
+    [
+        (X, False),
+        ((X, Y), True),
+        ([X, Y], True),
+        ([X], False),
+        ((X, Y, X), True),
+        ({"a": X, "labels": Y}, True),
+        ({"a": X}, False),
+    ],
 )
 def test_known_kinds(batch, labelled: bool) -> None:
     inputs, labels = split_batch(batch)

@@ -56,7 +56,9 @@ def load_weights(network: nn.Module, checkpoint: str | Path) -> None:
     """
     path = Path(checkpoint).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {str(checkpoint)!r}: give the path of a state dict saved with torch.save")
+        raise FileNotFoundError(
+            f"no checkpoint {str(checkpoint)!r}: give the path of a state dict saved with torch.save"
+        )
     state = torch.load(path, map_location="cpu", weights_only=True)
     state = state.get("state_dict", state)
     wanted = set(network.state_dict())

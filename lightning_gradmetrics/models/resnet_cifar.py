@@ -54,7 +54,9 @@ class ResNetCifar(nn.Module):
 
     @staticmethod
     def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(*(Block(channels_in if i == 0 else channels, channels, stride if i == 0 else 1) for i in range(blocks)))
+        return nn.Sequential(
+            *(Block(channels_in if i == 0 else channels, channels, stride if i == 0 else 1) for i in range(blocks))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, classes)``."""

@@ -9,7 +9,9 @@ from lightning_gradmetrics.models.classifier import Classifier, load_weights
 __all__ = ["torchvision_model"]
 
 
-def torchvision_model(name: str, checkpoint: str | None = None, weights: str | None = None, classes: int = 1000, data: Any = None) -> Classifier:
+def torchvision_model(
+    name: str, checkpoint: str | None = None, weights: str | None = None, classes: int = 1000, data: Any = None
+) -> Classifier:
     """A torchvision model by name.
 
     Args:

@@ -5,20 +5,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence, Target
+from lightning_gradmetrics.evidence import Evidence, HeadGradient, Target
+from lightning_gradmetrics.objectives import Objective
 from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.statistics import GradientStatistics
 
 __all__ = ["exgrad", "feature_norm", "gradnorm", "gradnorm_kl", "pseudo_label"]
 
 
+FACTORS = ("both", "output")
+
+
+def _statistic(evidence: Evidence, objective: Objective, target: Target, factor: str, name: str) -> Tensor:
+    """A statistic of a gradient; with ``factor="output"``, of the gradient of the logits alone."""
+    if factor not in FACTORS:
+        raise ValueError(
+            f"unknown factor {factor!r}; available: {', '.join(FACTORS)}, and the score feature_norm for the other factor"
+        )
+    gradient = evidence.gradient(objective, target)
+    if factor == "both":
+        return gradient.statistic(name)
+    if not isinstance(gradient, HeadGradient):
+        raise ValueError(f"factor='output' is for target='head', whose gradient has two factors; got target={target!r}")
+    return GradientStatistics.of({"output": gradient.output}, [name]).statistic(name)
+
+
 @register("gradient", "Huang et al. 2021, arXiv:2110.00218")
-def gradnorm(evidence: Evidence, *, temperature: float = 1.0, p: float = 1.0, target: Target = "head") -> Tensor:
+def gradnorm(
+    evidence: Evidence, *, temperature: float = 1.0, p: float = 1.0, target: Target = "head", factor: str = "both"
+) -> Tensor:
     r"""Negative norm of the gradient of the cross-entropy to the uniform distribution.
 
     On the head ``-|h|_1 |softmax(z / T) - 1/C|_1 / T``: the paper's quantity is its negative, and the official code's
-    is ``C`` times that. ``target="all"`` takes the norm over all parameters.
+    is ``C`` times that. ``target="all"`` takes the norm over all parameters. ``factor="output"`` leaves out the feature
+    norm ``|h|_1``, which is the score ``feature_norm``: where that one alone does as well, the gradient adds nothing.
     """
-    return -evidence.gradient("uniform", target, temperature=temperature).norm(p)
+    return -_statistic(evidence, Objective.of("uniform", temperature=temperature), target, factor, f"l{p:g}")
 
 
 @register("gradient", "Prabhushankar & AlRegib 2024, arXiv:2405.13758")
@@ -37,13 +59,16 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
 
 
 @register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")
-def pseudo_label(evidence: Evidence, *, statistic: str = "l1", target: Target = "head") -> Tensor:
+def pseudo_label(
+    evidence: Evidence, *, statistic: str = "l1", target: Target = "head", factor: str = "both"
+) -> Tensor:
     r"""A statistic of the gradient of the cross-entropy to the predicted class.
 
     ``statistic``: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``. Of ``min``, which
-    falls as the gradient grows, the score is the negative. On the head ``l1`` is ``|h|_1 |p - e_y|_1``.
+    falls as the gradient grows, the score is the negative. On the head ``l1`` is ``|h|_1 |p - e_y|_1``; ``factor="output"`` leaves
+    out the feature norm.
     """
-    value = evidence.gradient("pseudo_label", target).statistic(statistic)
+    value = _statistic(evidence, Objective.of("pseudo_label"), target, factor, statistic)
     return -value if statistic == "min" else value
 
 
@@ -73,7 +98,7 @@ def _expected_residual(probabilities: Tensor, p: float) -> Tensor:
 
 def _largest_other(probabilities: Tensor) -> Tensor:
     """For each class, the largest probability of another one, ``(N, C)``."""
-    first, second = probabilities.topk(2, 1).values.split(1, 1)
+    first, second = probabilities.topk(2, 1).values.chunk(2, 1)
     return torch.where(probabilities == first, second, first)
 
 
@@ -81,6 +106,6 @@ def _largest_other(probabilities: Tensor) -> Tensor:
 def feature_norm(evidence: Evidence, *, p: float = 1.0) -> Tensor:
     r"""Negative norm of the head's input, ``-|h|_p``: the factor that every head score has, by itself.
 
-    The other factor is ``gradnorm(factor=output)``.
+    The other factor is that of ``gradnorm(factor="output")``.
     """
     return -torch.linalg.vector_norm(evidence.features, p, 1)

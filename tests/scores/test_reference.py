@@ -146,6 +146,10 @@ CASES: dict[str, Definition | FromState] = {
     "gradnorm": uniform("head"),
     "gradnorm(temperature=2.0)": uniform("head", 2.0),
     "gradnorm(p=2)": uniform("head", p=2),
+    "gradnorm(factor=output)": lambda m, x: -(softmax(m, x) - 1 / softmax(m, x).numel()).norm(1),
+    "pseudo_label(factor=output,statistic=l2)": lambda m, x: (
+        softmax(m, x) - torch.eye(softmax(m, x).numel(), dtype=x.dtype)[softmax(m, x).argmax()]
+    ).norm(2),
     "gradnorm(target=all)": uniform("all"),
     "gradnorm(target=all,temperature=0.5,p=3)": uniform("all", 0.5, 3),
     "pseudo_label": pseudo("head", lambda g: g.norm(1)),
