@@ -18,9 +18,9 @@ LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
     """Inputs and true labels of a batch.
 
-    A tensor is the inputs; of a sequence the first entry is the inputs and the second the labels, if it holds one whole number a
-    sample; of a mapping the labels are the entry called ``label``, ``labels``, ``target``, ``targets`` or ``y``, and what is left
-    is the inputs: keyword arguments, or a tensor where only one is left.
+    A tensor is the inputs; of a sequence the first entry is the inputs and the second the labels, if it holds one
+    whole number a sample; of a mapping the labels are the entry called ``label``, ``labels``, ``target``, ``targets``
+    or ``y``, and what is left is the inputs: keyword arguments, or a tensor where only one is left.
 
     Args:
         batch: What the dataloader gave.

@@ -29,26 +29,31 @@ __all__ = ["GradientMetrics"]
 class GradientMetrics(Callback):
     """Scores every sample at validate, test and predict time, and judges the scores.
 
-    Scores of the logits and of the head use the forward that Lightning runs anyway; the others share one forward of their own. The
-    model is left exactly as it was.
+    Scores of the logits and of the head use the forward that Lightning runs anyway; the others share one forward of
+    their own. The model is left exactly as it was.
 
     Args:
-        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or ``Score`` objects, or a mapping that names them.
-        datasets: Names of the dataloaders, in their order; or a mapping from name to role: ``"id"`` is in-distribution, any other word
-            names a group of out-of-distribution sets, as ``"near"`` or ``"far"``. Without it, a mapping of dataloaders gives its keys.
-        head: The name of the classification head, a linear layer; found by itself where its output is what the model returns.
+        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or ``Score`` objects, or a mapping that
+            names them.
+        datasets: Names of the dataloaders, in their order; or a mapping from name to role: ``"id"`` is
+            in-distribution, any other word names a group of out-of-distribution sets, as ``"near"`` or ``"far"``.
+            Without it, a mapping of dataloaders gives its keys.
+        head: The name of the classification head, a linear layer; found by itself where its output is what the model
+            returns.
         model: The name of the submodule to score, where that is not the ``LightningModule`` itself.
         batch: From a batch to ``(inputs, labels or None)``.
         logits: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
         prefix: What the logged metrics' names begin with.
         resamples: Bootstrap resamples for the intervals in ``evaluation``; 0, the default, for none.
-        thresholds: From :func:`lightning_gradmetrics.evaluation.fit_thresholds`: each adds a column ``<score>_accept`` to the results.
+        thresholds: From :func:`lightning_gradmetrics.evaluation.fit_thresholds`: each adds a column ``<score>_accept``
+            to the results.
 
     Attributes:
-        results: After a run, a ``pyarrow.Table``: dataset, index, prediction, label, one column a score, and ``finite``, which is false
-            where the input, the logits or a score hold NaN or Inf: such a row is kept and never enters a metric. Under several
-            processes rank 0 has all rows, each once, and the other ranks have their own.
+        results: After a run, a ``pyarrow.Table``: dataset, index, prediction, label, one column a score, and
+            ``finite``, which is false where the input, the logits or a score hold NaN or Inf: such a row is kept and
+            never enters a metric. Under several processes rank 0 has all rows, each once, and the other ranks have
+            their own.
         gallery: Cosine similarity maps of a few samples, where a score looks at them; the loggers get their pictures.
         evaluation: The metrics, as :func:`lightning_gradmetrics.evaluation.evaluate` gives them.
 
@@ -111,14 +116,15 @@ class GradientMetrics(Callback):
     ) -> None:
         """Fit the scores that need it, on in-distribution data, before they score.
 
-        It is a ``trainer.predict`` over the data, with all that a ``Trainer`` brings: device, precision, processes, progress bar.
-        Scores that need no fit are left alone; without any, it does nothing but say so.
+        It is a ``trainer.predict`` over the data, with all that a ``Trainer`` brings: device, precision, processes,
+        progress bar. Scores that need no fit are left alone; without any, it does nothing but say so.
 
         Args:
             trainer: A trainer that this callback belongs to.
             model: The model.
             dataloaders: One dataloader or several, of data that is not scored later.
-            datasets: Names and roles of the dataloaders, where scores are fitted on in- (``"id"``) and out-of-distribution data.
+            datasets: Names and roles of the dataloaders, where scores are fitted on in- (``"id"``) and
+                out-of-distribution data.
 
         Raises:
             ValueError: If the callback is not one of the trainer's.

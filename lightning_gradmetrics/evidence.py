@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 Target = str | Callable[[str], bool]
-"""What a gradient is taken of: ``"head"`` (the head's weight), ``"all"`` (all parameters), a pattern such as ``"layer4.*"``, or a
-predicate on the parameter's name."""
+"""What a gradient is taken of: ``"head"`` (the head's weight), ``"all"`` (all parameters), a pattern such as
+``"layer4.*"``, or a predicate on the parameter's name."""
 
 Probe = Callable[[Any, Any], Tensor]
 """``(model, inputs) -> (N, ...)``: a computation of a score's own on the model, run with gradients enabled."""
@@ -345,8 +345,8 @@ class _Recorder(Evidence):
 def needs_of(scores: Iterable[Callable[[Evidence], Tensor]], classes: int = 3) -> Needs:
     """What the scores look at, found by a dry run of each on two made-up samples with ``classes`` classes.
 
-    A score declares nothing: what it asks of the evidence is what it needs. A fitted score's dry run is its ``look``, which needs no
-    state.
+    A score declares nothing: what it asks of the evidence is what it needs. A fitted score's dry run is its ``look``,
+    which needs no state.
 
     Example:
         >>> from lightning_gradmetrics.scores import make

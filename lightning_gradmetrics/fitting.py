@@ -99,7 +99,8 @@ class Fitting:
         empty = [name for name, total in totals.items() if not total]
         if empty:
             raise ValueError(
-                f"the data hold no finite in-distribution sample to fit {', '.join(empty)} on: give a dataloader that does"
+                f"the data hold no finite in-distribution sample to fit {', '.join(empty)} on: give a "
+                "dataloader that does"
             )
         heads = {score.name: self.scorer.head if self._needs[score.name].features else None for score in self.scores}
         return {
@@ -119,7 +120,8 @@ def fit(
 
     Args:
         model: A classifier in eval mode, on the device of the batches.
-        batches: Batches of in-distribution data, as a dataloader gives them: ``(inputs, labels)``, a tensor, or a mapping.
+        batches: Batches of in-distribution data, as a dataloader gives them: ``(inputs, labels)``, a tensor, or a
+            mapping.
         scores: The scores to fit.
         outside: Batches of out-of-distribution data, for detectors that are fitted on both kinds.
         **options: ``head``, ``logits`` and ``engine``, as in :func:`lightning_gradmetrics.score`.

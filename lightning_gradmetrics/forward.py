@@ -144,7 +144,8 @@ def gradients_enabled() -> Iterator[None]:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Leave the model and the random number generators as they were, also after an exception.
 
-    Kept: every parameter's ``requires_grad`` and ``.grad``, every module's train/eval mode, the values of all buffers, and the
+    Kept: every parameter's ``requires_grad`` and ``.grad``, every module's train/eval mode, the values of all buffers,
+        and the
     state of the CPU generator and of the generators of the model's CUDA devices.
     """
     parameters = list(model.parameters())

@@ -178,9 +178,11 @@ def score(
     Args:
         model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
         inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
-        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or :class:`Score` objects, or a mapping that names them.
+        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or :class:`Score` objects, or a mapping
+            that names them.
         targets: True labels ``(N,)``, for the scores that need them.
-        head: The name of the classification head, a linear layer; found by itself where its output is what the model returns.
+        head: The name of the classification head, a linear layer; found by itself where its output is what the model
+            returns.
         logits: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
 
@@ -188,7 +190,8 @@ def score(
         Each score ``(N,)`` by name, on the model's device.
 
     Raises:
-        ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, or the head cannot be found.
+        ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, or the head
+            cannot be found.
         TypeError: If the inputs are no floats and the model has no embedding.
 
     Example:

@@ -97,8 +97,8 @@ def _moment(flat: Tensor, key: Moment) -> Tensor:
 def factor_moments(left: Tensor, right: Tensor, wanted: Iterable[Moment]) -> Moments:
     """Moments of the outer products ``left_n right_n^T``, without forming them.
 
-    Every moment of an outer product factorises: sums of powers and the sum multiply, and the extremes are among the products of
-    the factors' extremes.
+    Every moment of an outer product factorises: sums of powers and the sum multiply, and the extremes are among the
+    products of the factors' extremes.
 
     Args:
         left: ``(N, A)``, for a linear layer the gradient of its output.

@@ -120,7 +120,8 @@ def image_folders(
         train: A folder of training data, with a folder a class below it; fitted scores fall back on it.
         fit: Folders to fit scores on, with a folder a class below them: neither trained on nor scored.
         fit_outside: Folders of out-of-distribution images to train detectors on that need both kinds.
-        classes: Names of the class folders in the order of the model's classes; ``None`` takes them in alphabetical order.
+        classes: Names of the class folders in the order of the model's classes; ``None`` takes them in alphabetical
+            order.
         resize: The shorter side before the centre is cut out; ``None`` takes ``size``.
         interpolation: How it is resized: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``, as Pillow has them.
         mean: Subtracted a channel, of RGB in [0, 1].
