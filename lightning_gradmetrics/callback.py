@@ -180,8 +180,8 @@ class GradientMetrics(Callback):
         unknown = [rows.dataset for rows in self._rows if rows.indices is None]
         if world > 1 and unknown:
             rank_zero_warn(
-                f"the order of {', '.join(unknown)} is not known beforehand (its sampler is neither sequential nor distributed): index is the "
-                "position in the run, and rows that a sampler repeated to fill up cannot be told"
+                f"the order of {', '.join(unknown)} is not known beforehand (its sampler is neither sequential nor distributed): "
+                "index is the position in the run, and rows that a sampler repeated to fill up cannot be told"
             )
         self.gallery = MapGallery.of(self.scorer.scores) if self._fitting is None else None
         scorer = self.scorer if self._fitting is None else self._fitting.scorer
@@ -240,7 +240,7 @@ class GradientMetrics(Callback):
             self.results = _gather(self.results, names)
         if trainer.is_global_zero:
             roles = _roles(self.datasets, names)
-            self.evaluation = evaluate(self.results, self.score_names, roles, self._baselines, resamples=self.resamples)
+            self.evaluation = evaluate(self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples)
             if self.gallery is not None and trainer.loggers:
                 log_pictures(trainer.loggers, self.gallery.pictures(), self.prefix, trainer.global_step)
         if self.thresholds is not None:
@@ -249,7 +249,8 @@ class GradientMetrics(Callback):
         return _broadcast(metrics) if trainer.world_size > 1 else metrics
 
     @property
-    def _baselines(self) -> list[str]:
+    def baseline_names(self) -> list[str]:
+        """The names of those scores that take no gradient."""
         return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
 
     # Lightning's hooks, one line each
@@ -383,8 +384,8 @@ def _scored_model(pl_module: LightningModule, name: str | None) -> nn.Module:
         return pl_module
     if len(children) != 1:
         raise ValueError(
-            f"{type(pl_module).__name__} has no forward, and {len(children)} children with parameters ({', '.join(children)}): name the one "
-            "to score, as in GradientMetrics(model='net')"
+            f"{type(pl_module).__name__} has no forward, and {len(children)} children with parameters ({', '.join(children)}): "
+            "name the one to score, as in GradientMetrics(model='net')"
         )
     return next(iter(children.values()))
 
