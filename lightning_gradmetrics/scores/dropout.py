@@ -52,7 +52,8 @@ class MeanPrediction:
         with preserved(model), torch.no_grad(), eager(), _dropping(dropouts, batch_size(inputs), generator):
             passes = self.passes if dropouts else 1
             predictions = (at_least_float32(logits_of(call(model, inputs))).softmax(1) for _ in range(passes))
-            return sum(predictions, torch.zeros(())) / passes
+            mean: Tensor = sum(predictions, torch.zeros(())) / passes
+            return mean
 
 
 def _tell(model: nn.Module) -> None:
