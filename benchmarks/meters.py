@@ -37,9 +37,11 @@ class ScikitLearn:
         self.batches: list[tuple[Tensor, Tensor]] = []
 
     def update(self, scores: Tensor, target: Tensor) -> None:
+        """Keep a batch."""
         self.batches.append((scores, target))
 
     def compute(self) -> float:
+        """The AUROC of all batches."""
         scores, target = (torch.cat(parts).numpy() for parts in zip(*self.batches, strict=True))
         return float(roc_auc_score(target, scores))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.meters import functional as F
 from lightning_gradmetrics.meters.base import CurveMeter, ScoreMeter
+from lightning_gradmetrics.meters.functional import curves as C
 from lightning_gradmetrics.meters.functional import ranking as R
 from lightning_gradmetrics.meters.functional.counts import Positive, announce_undefined, check_rate, flip
 from lightning_gradmetrics.meters.functional.histogram import auroc_bounds
@@ -133,7 +134,7 @@ class ROC(CurveMeter):
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """False-positive rates, true-positive rates and thresholds of all samples so far."""
-        return F.roc(*self._samples()) if self.bins is None else R.roc_of_counts(self._counts())
+        return F.roc(*self._samples()) if self.bins is None else C.roc_of_counts(self._counts())
 
 
 class PrecisionRecallCurve(CurveMeter):
@@ -157,8 +158,8 @@ class PrecisionRecallCurve(CurveMeter):
         if self.bins is None:
             return F.precision_recall_curve(*self._samples(), positive=self.positive)
         if self.positive == "out":
-            return R.precision_recall_curve_of_counts(self._counts())
-        precision, recall, thresholds = R.precision_recall_curve_of_counts(flip(self._counts()))
+            return C.precision_recall_curve_of_counts(self._counts())
+        precision, recall, thresholds = C.precision_recall_curve_of_counts(flip(self._counts()))
         return precision, recall, -thresholds
 
     def _drawn(self, curve: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from lightning_gradmetrics import meters as M
+from lightning_gradmetrics.meters import functional as F
 from tests.meters.meter_cases import CASES, MODES, SIZE, assert_same, data, expected, made
 
 matplotlib.use("Agg")
@@ -165,3 +166,32 @@ def test_wrong_arguments_are_refused():
         M.SpearmanCorrelation(["a", "b"]).update(torch.zeros(3, 3))
     with pytest.raises(ValueError, match="quantiles"):
         M.ScoreDistribution(quantiles=[2])
+
+
+def test_lightning_logs_a_meter(tmp_path):
+    import lightning as L
+
+    class Model(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.exact, self.small = M.AUROC(), M.AUROC(bins=1024)
+
+        def test_step(self, batch, index):
+            self.exact.update(*batch)
+            self.small.update(*batch)
+            self.log("exact", self.exact, sync_dist=True)
+            self.log("small", self.small, sync_dist=True)
+
+    rows = data("scores target")
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*rows), batch_size=10)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (found,) = trainer.test(Model(), loader, verbose=False)
+    assert found == pytest.approx({"exact": F.auroc(*rows).item(), "small": F.auroc(*rows).item()})

@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 from lightning_gradmetrics.meters import functional as F
+from lightning_gradmetrics.meters.functional import curves as C
 from lightning_gradmetrics.meters.functional import ranking as R
 from lightning_gradmetrics.meters.functional.counts import count, flip
 
@@ -78,7 +79,7 @@ def test_counts_say_the_same_as_samples(name):
         torch.testing.assert_close(area, F.average_precision(scores, target, positive=positive))
         other = R.fpr_at_tpr_of_counts(flip(counts) if positive == "in" else counts).float()
         torch.testing.assert_close(other, F.fpr_at_tpr(scores, target, positive=positive))
-    for ours, theirs in [(R.roc_of_counts, F.roc), (R.precision_recall_curve_of_counts, F.precision_recall_curve)]:
+    for ours, theirs in [(C.roc_of_counts, F.roc), (C.precision_recall_curve_of_counts, F.precision_recall_curve)]:
         for one, other in zip(ours(counts), theirs(scores, target), strict=True):
             torch.testing.assert_close(one, other)
 

@@ -6,15 +6,8 @@ NaN and says so in one ``UserWarning``; a curve that is undefined is a ``ValueEr
 """
 
 from lightning_gradmetrics.meters.functional.areas import auac, aufc
-from lightning_gradmetrics.meters.functional.ranking import (
-    auroc,
-    average_precision,
-    fpr_at_tpr,
-    oscr,
-    oscr_samples,
-    precision_recall_curve,
-    roc,
-)
+from lightning_gradmetrics.meters.functional.curves import precision_recall_curve, roc
+from lightning_gradmetrics.meters.functional.ranking import auroc, average_precision, fpr_at_tpr, oscr, oscr_samples
 from lightning_gradmetrics.meters.functional.selective import (
     accuracy_at_coverage,
     augrc,

@@ -18,6 +18,10 @@ order of a positive and a negative whose
   :func:`folded_share` gives it. :func:`auroc_bounds` gives the lowest and the highest AUROC that the cells allow,
   which is closer by far.
 
+On a million scores of thirteen kinds (the tests: normal, energies in [9, 10], confidences within 1e-4 of 1, 1e8 and a
+little, hundreds of decades, mixtures, sorted, drifting) 16384 bins gave the AUROC within 0.001 points, and bounds
+less than 0.1 points apart.
+
 Why the folding is not the same for every order of batches: a summary that is always exactly additive has to choose
 its cells before it sees the data (a fixed range or a fixed number of leading bits), and then a stream that lies in
 one cell defeats it; softmax confidences near 1 do. Here the cells follow the data, and two orders can differ by less

@@ -1,4 +1,4 @@
-"""How well scores rank positives above negatives: ROC, precision-recall, and numbers read off them.
+"""How well scores rank positives above negatives.
 
 torchmetrics computes these right for scores in [0, 1], and applies a sigmoid to a whole batch as soon as one score
 lies outside, which merges well separated scores. So it is only ever given ranks, mapped to [0, 1]: the order and the
@@ -11,12 +11,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    binary_average_precision,
-    binary_precision_recall_curve,
-    binary_roc,
-)
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from lightning_gradmetrics.meters.functional.counts import (
     Counts,
@@ -29,6 +24,7 @@ from lightning_gradmetrics.meters.functional.counts import (
 )
 
 __all__ = [
+    "BOTH",
     "auroc",
     "auroc_of_counts",
     "average_precision",
@@ -38,11 +34,9 @@ __all__ = [
     "fpr_at_tpr_of_counts",
     "oscr",
     "oscr_of_counts",
+    "one_class",
     "oscr_samples",
-    "precision_recall_curve",
-    "precision_recall_curve_of_counts",
-    "roc",
-    "roc_of_counts",
+    "ranked",
 ]
 
 BOTH = "at least one sample of each class"
@@ -61,7 +55,7 @@ def check_positive(positive: Positive) -> Positive:
     return positive
 
 
-def _ranked(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
+def ranked(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
     """Ranks in [0, 1] with ties, the target as 0 and 1 with 1 = positive, and the distinct scores."""
     scores = check_scores(scores)
     target = check_target(target, scores)
@@ -71,7 +65,8 @@ def _ranked(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple
     return ranks.double() / max(len(distinct) - 1, 1), target.long(), distinct
 
 
-def _one_class(target: Tensor) -> bool:
+def one_class(target: Tensor) -> bool:
+    """Whether all targets are the same, or there are none."""
     return bool((target == target[:1]).all())
 
 
@@ -96,8 +91,8 @@ def auroc(scores: Tensor, target: Tensor) -> Tensor:
         >>> auroc(torch.tensor([20.0, 60.0, -3.0, 20.0]), torch.tensor([0, 1, 0, 1]))
         tensor(0.8750)
     """
-    ranks, target, _ = _ranked(scores, target)
-    value = _nan(ranks) if _one_class(target) else binary_auroc(ranks, target, validate_args=False)
+    ranks, target, _ = ranked(scores, target)
+    value = _nan(ranks) if one_class(target) else binary_auroc(ranks, target, validate_args=False)
     return announce_undefined(value, "AUROC", BOTH)
 
 
@@ -127,7 +122,7 @@ def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out"
         >>> average_precision(scores, target), average_precision(scores, target, positive="in")
         (tensor(0.5000), tensor(0.8333))
     """
-    ranks, target, _ = _ranked(scores, target, positive)
+    ranks, target, _ = ranked(scores, target, positive)
     value = binary_average_precision(ranks, target, validate_args=False) if bool(target.any()) else _nan(ranks)
     return announce_undefined(value, "average precision", f"at least one positive sample (positive={positive!r})")
 
@@ -188,80 +183,6 @@ def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive 
 def _enough(hits: Tensor, total: Tensor, rate: float) -> Tensor:
     """Whether hits make up the rate; a rounding error below it does not count."""
     return hits >= rate * (1 - 8 * torch.finfo(hits.dtype).eps) * total.unsqueeze(-1)
-
-
-def roc(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ROC curve: a point for each distinct score, a sample being flagged where its score is at least the threshold.
-
-    Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
-        target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
-
-    Returns:
-        False-positive rates, true-positive rates and thresholds, ``(G + 1,)`` each, from nothing flagged (threshold
-        ``inf``) to all.
-
-    Raises:
-        ValueError: If a class is missing, or a shape or a value is wrong.
-
-    Example:
-        >>> roc(torch.tensor([20.0, 60.0, -3.0]), torch.tensor([0, 1, 0]))
-        (tensor([0.0000, 0.0000, 0.5000, 1.0000]), tensor([0., 1., 1., 1.]), tensor([inf, 60., 20., -3.]))
-    """
-    ranks, target, distinct = _ranked(scores, target)
-    if _one_class(target):
-        raise ValueError(f"the ROC curve needs {BOTH}")
-    fpr, tpr, _ = binary_roc(ranks, target, validate_args=False)
-    return fpr, tpr, _above_all(distinct)
-
-
-def _above_all(distinct: Tensor) -> Tensor:
-    return torch.cat([distinct.new_full((1,), torch.inf), distinct.flip(0)])
-
-
-def roc_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
-    """The ROC curve of counts, in float32; the same points as :func:`roc`."""
-    if not bool((counts.negatives > 0) & (counts.positives > 0)):
-        raise ValueError(f"the ROC curve needs {BOTH}")
-    sides = ((counts.negatives_from, counts.negatives), (counts.positives_from, counts.positives))
-    fpr, tpr = (torch.nn.functional.pad((hits / total).flip(0), (1, 0)).float() for hits, total in sides)
-    return fpr, tpr, _above_all(counts.scores)
-
-
-def precision_recall_curve(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
-    """The precision-recall curve: a point for each distinct score, and the end point (1, 0) that has no threshold.
-
-    Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
-        target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
-        positive: ``"out"``: flagged where the score is at least the threshold; ``"in"``: accepted where it is at most
-            the threshold.
-
-    Returns:
-        Precision and recall, ``(G + 1,)`` each, and thresholds in the scores' own unit, ``(G,)``, from all flagged to
-        few.
-
-    Raises:
-        ValueError: If there is no positive, or a shape or a value is wrong.
-
-    Example:
-        >>> precision_recall_curve(torch.tensor([20.0, 60.0, -3.0]), torch.tensor([0, 1, 0]))
-        (tensor([0.3333, 0.5000, 1.0000, 1.0000]), tensor([1., 1., 1., 0.]), tensor([-3., 20., 60.]))
-    """
-    ranks, target, distinct = _ranked(scores, target, positive)
-    if not bool(target.any()):
-        raise ValueError(f"the precision-recall curve needs at least one positive sample (positive={positive!r})")
-    precision, recall, _ = binary_precision_recall_curve(ranks, target, validate_args=False)
-    return precision, recall, -distinct if positive == "in" else distinct
-
-
-def precision_recall_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
-    """The precision-recall curve of counts with target 1 as positive, in float32."""
-    if not bool(counts.positives > 0):
-        raise ValueError("the precision-recall curve needs at least one positive sample")
-    hits = counts.positives_from
-    precision = torch.nn.functional.pad(hits / (hits + counts.negatives_from), (0, 1), value=1.0).float()
-    return precision, torch.nn.functional.pad(hits / hits[0], (0, 1)).float(), counts.scores
 
 
 def oscr(scores: Tensor, target: Tensor, correct: Tensor) -> Tensor:
