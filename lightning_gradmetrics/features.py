@@ -85,10 +85,11 @@ def gradient_features(
         objectives: Objectives, as in :func:`lightning_gradmetrics.gradient_statistics`: ``"pseudo_label"``,
             ``"pseudo_label+uniform"``, or a sequence of names and callables.
         parameters: ``None`` for all, or a predicate on the parameter's name.
-        levels: ``"all"`` (all parameters together), ``"layer"`` (the parameters of each layer together), ``"parameter"``
-            (each by itself), or several, as ``"all+layer"``.
+        levels: ``"all"`` (all parameters together), ``"layer"`` (the parameters of each layer together),
+            ``"parameter"`` (each by itself), or several, as ``"all+layer"``.
         statistics: Names of statistics.
-        **options: ``targets``, ``logits``, ``engine`` and ``memory``, as in :func:`lightning_gradmetrics.gradient_statistics`.
+        **options: ``targets``, ``logits``, ``engine`` and ``memory``, as in
+        :func:`lightning_gradmetrics.gradient_statistics`.
 
     Returns:
         The features ``(N, F)``, and the names of their columns, ``objective/group/statistic``.
@@ -99,12 +100,16 @@ def gradient_features(
     Example:
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).eval()
-        >>> features, names = gradient_features(model, torch.randn(5, 2, 4), levels="all+parameter", statistics=("l1", "max"))
-        >>> features.shape, names[:4]
-        (torch.Size([5, 6]), ('pseudo_label/all/l1', 'pseudo_label/all/max', 'pseudo_label/1.weight/l1', 'pseudo_label/1.weight/max'))
+        >>> x = torch.randn(5, 2, 4)
+        >>> features, names = gradient_features(model, x, levels="all+parameter", statistics=("l1", "max"))
+        >>> features.shape
+        torch.Size([5, 6])
+        >>> names[:3]
+        ('pseudo_label/all/l1', 'pseudo_label/all/max', 'pseudo_label/1.weight/l1')
 
     Reference:
-        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient Information, 2018.
+        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient
+        Information, 2018.
     """
     named = several(objectives) if isinstance(objectives, str) else objectives
     made = [Objective.of(objective) for objective in named]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -135,7 +136,7 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
 
 
 def test_rows_are_capped_and_the_sample_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a cap of 12 rows: memory stays bounded while batches come in, and batches and order do not change what is kept."""
+    """With a cap of 12 rows: memory stays bounded, and neither batches nor order change what is kept."""
     monkeypatch.setattr(fitted, "MAX_ROWS", 12)
     most, kept = [], fitted.RunningTotal.add
 
@@ -161,7 +162,7 @@ def test_rows_are_capped_and_the_sample_depends_on_nothing_else(monkeypatch: pyt
 
 
 def test_the_kept_rows_are_spread_evenly() -> None:
-    """A sample by keys has no favourites: of 4000 rows the 1000 kept are a quarter of every quarter, and of bright and dark ones."""
+    """A sample by keys has no favourites: of 4000 rows the 1000 kept are a quarter of every quarter."""
     inputs = torch.cat([torch.rand(2000, 5), 100 + torch.rand(2000, 5)])
     keys = fitted.row_keys(inputs)
     kept = keys.argsort()[:1000]
@@ -210,7 +211,7 @@ def test_a_model_that_trains_on_after_the_fit_is_another_model() -> None:
 
 
 def test_fingerprint_is_that_of_the_weights() -> None:
-    """The same in another precision and inside a wrapper; another one after a small change, a permutation, other running statistics."""
+    """The same in another precision and inside a wrapper; another after a small change of anything."""
     model = cnn()
     first = fingerprint(model)
     assert first == fingerprint(Module(model)) == fingerprint(model.double()) == fingerprint(model.bfloat16())
@@ -275,7 +276,8 @@ model = Module()
 callback = lgm.GradientMetrics([META, "confounding_detector(epochs=3)"])
 used = trainer(callback, devices=2, strategy="ddp")
 loaders = data(model.network)
-loaders["mine"] = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*(t[:33] for t in loaders["mine"].dataset.tensors)), 7)
+first = [t[:33] for t in loaders["mine"].dataset.tensors]
+loaders["mine"] = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*first), 7)
 callback.fit(used, model, loaders, ROLES)
 save_fitted(callback.scorer.scores, f"{sys.argv[1]}/{used.global_rank}")
 used.test(model, loaders["mine"], verbose=False)
@@ -286,7 +288,7 @@ if used.is_global_zero:
 
 @pytest.mark.slow
 def test_two_processes_fit_the_same_state(tmp_path: Path) -> None:
-    """33 and 40 samples on two processes, where the sampler repeats one: the state is that of one process, on both ranks."""
+    """33 and 40 samples on two processes, where the sampler repeats one: the state of one process, on both ranks."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[1]
@@ -309,3 +311,53 @@ def test_two_processes_fit_the_same_state(tmp_path: Path) -> None:
     for rank in (0, 1):
         for one, other in zip(load_fitted(lgm.scores.resolve(scores), tmp_path / str(rank), model), alone, strict=True):
             assert_same_fit(one, other, 1e-4)
+
+
+def test_cross_validation_of_the_detector(caplog: pytest.LogCaptureFixture) -> None:
+    """Samples three times as large are told apart on held-out folds; samples of the same kind are not."""
+    model = cnn()
+    inside, outside = fit_batches(model, images)
+    with caplog.at_level("INFO"):
+        found = lgm.fit(model, inside, "confounding_detector(folds=4,epochs=5)", outside=outside)[0]
+    auroc = found.state["cross_validated_auroc"]
+    assert auroc.shape == (4,) and auroc.min() > 0.9 and "the mean of 4 folds" in caplog.text
+    same = lgm.fit(model, inside, "confounding_detector(folds=4,epochs=5)", outside=[(images(40), None)])[0]
+    assert 0.2 < same.state["cross_validated_auroc"].mean() < 0.8
+    alone = lgm.fit(model, inside, "confounding_detector(epochs=5)", outside=outside)[0]
+    assert "cross_validated_auroc" not in alone.state
+    with pytest.raises(ValueError, match="folds is 41; it must lie between 2 and 40"):
+        lgm.fit(model, inside, "confounding_detector(folds=41,epochs=1)", outside=outside)
+
+
+def test_the_detector_learns_the_direction() -> None:
+    """Trained with the two kinds exchanged, it ranks them the other way round: the sum alone cannot."""
+    model = cnn()
+    inside, outside = fit_batches(model, images)
+    small, large = images(30), 3 * images(30)
+    for one, other, sign in ((inside, outside, 1), (outside, inside, -1)):
+        score = lgm.fit(model, one, "confounding_detector(epochs=10)", outside=other)
+        low, high = (next(iter(lgm.score(model, x, score).values())).mean() for x in (small, large))
+        assert sign * (high - low) > 0.5
+
+
+@pytest.mark.slow
+def test_the_command_fits_and_keeps_the_states(tmp_path: Path) -> None:
+    """The states of one run, given to the next, make the same scores."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    common = ["score=[max_softmax,oberdiek,confounding_detector]", "logger=none", "report=false"]
+
+    def run(name: str, *arguments: str) -> dict[str, list[float]]:
+        call = [sys.executable, "-m", "lightning_gradmetrics.command", *common, f"hydra.run.dir={name}", *arguments]
+        done = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return pq.read_table(tmp_path / name / "results.parquet").to_pydict()
+
+    first, second = run("first"), run("second", "fitted=first/fitted")
+    assert sorted(path.name for path in (tmp_path / "first/fitted").iterdir()) == [
+        "confounding_detector.safetensors",
+        "oberdiek.safetensors",
+    ]
+    assert first["oberdiek"] == second["oberdiek"] and len(set(first["oberdiek"])) > 1000
+    outside = torch.tensor([name == "photos" for name in first["dataset"]])
+    assert torch.tensor(first["confounding_detector"])[outside].mean() > 0.9

@@ -28,7 +28,8 @@ def digits(train: int = 120, fit: int = 250, patches: int = 400, seed: int = 0) 
         seed: Of the split and of the patches.
 
     Returns:
-        Data sets ``digits`` (``id``), ``digits_8_9`` (``near``) and ``photos`` (``far``): grey images ``(1, 8, 8)`` in [0, 1].
+        Data sets ``digits`` (``id``), ``digits_8_9`` (``near``) and ``photos`` (``far``): grey images ``(1, 8, 8)`` in
+        [0, 1].
 
     Example:
         >>> data = digits()
@@ -42,8 +43,8 @@ def digits(train: int = 120, fit: int = 250, patches: int = 400, seed: int = 0) 
     known = generator.permutation(np.flatnonzero(labels < 8))
     if train < 1 or fit < 0 or train + fit >= len(known):
         raise ValueError(
-            f"train is {train} and fit is {fit}; train must be at least 1 and fit at least 0, and together they must be fewer than "
-            f"the {len(known)} digits 0 to 7: the rest is scored"
+            f"train is {train} and fit is {fit}; train must be at least 1 and fit at least 0, and together they must "
+            f"be fewer than the {len(known)} digits 0 to 7: the rest is scored"
         )
     held_out, scored = known[train : train + fit], known[train + fit :]
     photographs = _patches(patches + patches // 5, generator)
@@ -71,7 +72,7 @@ def digits(train: int = 120, fit: int = 250, patches: int = 400, seed: int = 0) 
 
 
 def _patches(count: int, generator: np.random.Generator) -> Tensor:
-    """Square patches of the photographs at random places and sizes, in grey, shrunk to the digits' size: ``(count, 1, 8, 8)``."""
+    """Square patches of the photographs at random places and sizes, in grey, shrunk to ``(count, 1, 8, 8)``."""
     photographs = [torch.tensor(image, dtype=torch.float32).mean(2) / 255 for image in load_sample_images().images]
     patches = []
     for number in range(count):

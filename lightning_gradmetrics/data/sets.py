@@ -38,7 +38,7 @@ class EvaluationData:
         return _loaders(self.sets, batch_size, num_workers)
 
     def fit_loaders(self, batch_size: int, num_workers: int = 0) -> tuple[dict[str, DataLoader[Any]], dict[str, str]]:
-        """Dataloaders of what fitted scores are fitted on, and their roles; the training data where there is nothing else.
+        """Dataloaders of what fitted scores are fitted on, and their roles; else of the training data.
 
         Raises:
             ValueError: If there is neither.
@@ -46,8 +46,8 @@ class EvaluationData:
         sets = dict(self.fit) or ({} if self.train is None else {"train": self.train})
         if not sets:
             raise ValueError(
-                "some of the scores are fitted before they are used, and there are no data to fit them on: give a folder of "
-                "labelled images that are not scored, as in data.fit=PATH (or data.train=PATH), or leave these scores out"
+                "some of the scores are fitted before they are used, and there are no data to fit them on: give a "
+                "folder of labelled images that are not scored, as in data.fit=PATH (or data.train=PATH), or leave them out"
             )
         return _loaders(sets, batch_size, num_workers), {name: self.fit_roles.get(name, "id") for name in sets}
 

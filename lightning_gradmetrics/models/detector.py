@@ -1,4 +1,4 @@
-"""A small detector trained on feature vectors: two fully connected layers, trained with Lightning wherever it is called."""
+"""A small detector trained on feature vectors: two fully connected layers, trained with Lightning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -2,15 +2,17 @@
 
 A fitted score is a class of four plain functions, registered with :func:`register_fitted`:
 
-- ``measure(evidence, **arguments)``: what it looks at, ``{name: (N, ...)}``, when it is fitted and when it scores alike;
-- ``accumulate(evidence, measured, **arguments)``: one batch's contribution, ``{name: tensor}``. Contributions of batches and of
-  processes add up; those named ``rows/...``, ``(N, ...)``, one row a sample, are kept row by row: a uniform sample of at most
-  :data:`MAX_ROWS` samples and :data:`MAX_ENTRIES` entries;
+- ``measure(evidence, **arguments)``: what it looks at, ``{name: (N, ...)}``, when it is fitted and when it scores
+  alike;
+- ``accumulate(evidence, measured, **arguments)``: one batch's contribution, ``{name: tensor}``. Contributions of
+  batches and of processes add up; those named ``rows/...``, ``(N, ...)``, one row a sample, are kept row by row: a
+  uniform sample of at most :data:`MAX_ROWS` samples and :data:`MAX_ENTRIES` entries;
 - ``finish(total, **arguments)``: from the total of the contributions to the state, ``{name: tensor}``;
 - ``score(measured, state, **arguments)``: the uncertainties ``(N,)``.
 
-A score whose ``accumulate`` looks at ``evidence.outside`` is fitted on in- and out-of-distribution samples; all others see the
-in-distribution samples only. Rows come to ``finish`` in an order of their own: the state does not depend on batches or processes.
+A score whose ``accumulate`` looks at ``evidence.outside`` is fitted on in- and out-of-distribution samples; all others
+see the in-distribution samples only. Rows come to ``finish`` in an order of their own: the state does not depend on
+batches or processes.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ class FittedScore(Score):
         if self.state is None:
             raise ValueError(_not_fitted(self.name))
         state = {key: _beside(value, evidence.given_logits) for key, value in self.state.items()}
-        return self._functions.score(self._functions.measure(evidence, **self.arguments), state, **self.arguments)  # type: ignore[no-any-return]
+        measured = self._functions.measure(evidence, **self.arguments)
+        return self._functions.score(measured, state, **self.arguments)  # type: ignore[no-any-return]
 
     @property
     def needs(self) -> Needs:
@@ -138,8 +141,8 @@ class FittedScore(Score):
 
 def _not_fitted(name: str) -> str:
     return (
-        f"the score {name!r} is not fitted: call GradientMetrics.fit(trainer, model, dataloader) first, or lightning_gradmetrics.fit without "
-        "a Trainer, or load its state with load_fitted"
+        f"the score {name!r} is not fitted: call GradientMetrics.fit(trainer, model, dataloader) first, or "
+        "lightning_gradmetrics.fit without a Trainer, or load its state with load_fitted"
     )
 
 
@@ -151,7 +154,7 @@ def _beside(value: Tensor, other: Tensor) -> Tensor:
 
 
 def register_fitted(family: Family, paper: str) -> Callable[[type], FittedRecipe]:
-    """Register a class of four functions (``measure``, ``accumulate``, ``finish``, ``score``) as the fitted score of its name.
+    """Register a class of four functions as the fitted score of its name.
 
     The class's docstring and the keyword arguments of ``measure`` are those of the score.
 
@@ -161,7 +164,8 @@ def register_fitted(family: Family, paper: str) -> Callable[[type], FittedRecipe
     """
 
     def decorate(functions: type) -> FittedRecipe:
-        recipe = FittedRecipe(functions.__name__, functions.measure, family, paper, functions)  # type: ignore[attr-defined]
+        measure = functions.measure  # type: ignore[attr-defined]
+        recipe = FittedRecipe(functions.__name__, measure, family, paper, functions)
         RECIPES[recipe.name] = recipe
         return recipe
 

@@ -1,4 +1,4 @@
-"""Scores of Oberdiek et al.: a statistic of the gradient, and errors predicted from many of them by a meta-classifier."""
+"""Scores of Oberdiek et al.: a statistic of the gradient, and errors predicted from many by a meta-classifier."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CLASSIFIERS = ("logistic", "network")
 def uniform(evidence: Evidence, *, statistic: str = "l1", target: Target = "head", temperature: float = 1.0) -> Tensor:
     r"""Negative statistic of the gradient of the cross-entropy to the uniform distribution.
 
-    The counterpart of ``pseudo_label``, with the same statistics. The gradient falls as the prediction gets less certain: the
-    statistic itself is the negative, but of ``min`` it is the score. ``l1`` is ``gradnorm``.
+    The counterpart of ``pseudo_label``, with the same statistics. The gradient falls as the prediction gets less
+    certain: the statistic itself is the negative, but of ``min`` it is the score. ``l1`` is ``gradnorm``.
     """
     value = evidence.gradient("uniform", target, temperature=temperature).statistic(statistic)
     return value if statistic == "min" else -value
@@ -33,13 +33,13 @@ def uniform(evidence: Evidence, *, statistic: str = "l1", target: Target = "head
 class oberdiek:
     r"""Probability that the prediction is wrong, by a classifier of the gradient's statistics.
 
-    The features are max, min, mean, standard deviation, L1 and L2 norm of the gradient's entries, standardised. The classifier is
-    fitted with scikit-learn on labelled data that the model was not trained on, to predict the model's errors; it is kept as
-    tensors and applied in plain torch.
+    The features are max, min, mean, standard deviation, L1 and L2 norm of the gradient's entries, standardised. The
+    classifier is fitted with scikit-learn on labelled data that the model was not trained on, to predict the model's
+    errors; it is kept as tensors and applied in plain torch.
 
-    ``classifier``: ``"logistic"`` (logistic regression) or ``"network"`` (one hidden layer of 32). ``target``: as everywhere.
-    ``levels``: ``"all"``, ``"layer"``, ``"parameter"``, or several as ``"all+layer"``. ``objectives``: ``"pseudo_label"``,
-    ``"uniform"``, or both as ``"pseudo_label+uniform"``. ``seed``: of the network.
+    ``classifier``: ``"logistic"`` (logistic regression) or ``"network"`` (one hidden layer of 32). ``target``: as
+    everywhere. ``levels``: ``"all"``, ``"layer"``, ``"parameter"``, or several as ``"all+layer"``. ``objectives``:
+    ``"pseudo_label"``, ``"uniform"``, or both as ``"pseudo_label+uniform"``. ``seed``: of the network.
     """
 
     @staticmethod
@@ -52,6 +52,7 @@ class oberdiek:
         objectives: str = "pseudo_label",
         seed: int = 0,
     ) -> Tensors:
+        """The features ``(N, F)``."""
         if classifier not in CLASSIFIERS:
             raise ValueError(f"unknown classifier {classifier!r}; available: {', '.join(CLASSIFIERS)}")
         gradients = [evidence.gradient_per_parameter(objective, target) for objective in several(objectives)]
@@ -59,6 +60,7 @@ class oberdiek:
 
     @staticmethod
     def accumulate(evidence: Evidence, measured: Tensors, **_: Any) -> Tensors:
+        """The features, and which predictions are wrong; -1 where the label is not known."""
         unknown = evidence.labels < 0
         return {
             "rows/features": measured["features"].double(),
@@ -67,6 +69,7 @@ class oberdiek:
 
     @staticmethod
     def finish(total: Tensors, *, classifier: str = "logistic", seed: int = 0, **_: Any) -> Tensors:
+        """Fit the classifier."""
         known = (total["rows/wrong"] >= 0) & total["rows/features"].isfinite().all(1)
         features, wrong = total["rows/features"][known], total["rows/wrong"][known]
         _check_errors(int(wrong.sum()), len(wrong))
@@ -76,6 +79,7 @@ class oberdiek:
 
     @staticmethod
     def score(measured: Tensors, state: Tensors, **_: Any) -> Tensor:
+        """Apply it: the probability of an error."""
         hidden = (measured["features"].to(state["mean"].dtype) - state["mean"]) / state["scale"]
         if "weight1" in state:
             hidden = torch.relu(hidden @ state["weight1"] + state["bias1"])
@@ -83,7 +87,7 @@ class oberdiek:
 
 
 def _features(gradient: ParameterGradients, levels: tuple[str, ...]) -> Tensor:
-    """The features; a mean that is nothing but rounding, as of a softmax layer's gradient, which sums to zero, is zero."""
+    """The features; a mean that is only rounding, as of a softmax layer's gradient, which sums to zero, is zero."""
     columns = feature_columns(gradient, levels)
     columns = columns.reshape(len(columns), columns.shape[1] // len(FEATURES), len(FEATURES))
     mean, std = columns[..., FEATURES.index("mean")], columns[..., FEATURES.index("std")]
@@ -101,13 +105,13 @@ def _check_errors(errors: int, count: int) -> None:
     if errors in (0, count):
         found = "no error" if not errors else "only errors"
         raise ValueError(
-            f"the model makes {found} on the {count} samples to fit 'oberdiek' on, and it learns to tell errors from the rest: give "
-            "labelled data that the model was not trained on, or more of it"
+            f"the model makes {found} on the {count} samples to fit 'oberdiek' on, and it learns to tell errors from "
+            "the rest: give labelled data that the model was not trained on, or more of it"
         )
 
 
 def _layers(features: Tensor, wrong: Tensor, classifier: str, seed: int) -> Tensors:
-    """The classifier's weights, ``weight`` ``(F,)`` and ``bias``, behind a hidden layer ``weight1`` ``(F, H)``, ``bias1`` if any."""
+    """The classifier: ``weight`` ``(F,)`` and ``bias``, behind ``weight1`` ``(F, H)`` and ``bias1`` if it has them."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier

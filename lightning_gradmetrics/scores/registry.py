@@ -1,4 +1,4 @@
-"""The registry of scores: a score is a named recipe from evidence to an uncertainty ``(N,)``, higher = more uncertain."""
+"""The registry of scores: named recipes from evidence to an uncertainty ``(N,)``, higher = more uncertain."""
 
 from __future__ import annotations
 

@@ -21,9 +21,10 @@ CHUNK = 2**22
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the model that a state is fitted for: the shapes and values of its parameters and buffers, to the precision of bfloat16.
+    """Of the model that a state is fitted for: the shapes and values of its parameters and buffers.
 
-    It is the same on every device, for a network and for a module that wraps it, and after a change of precision.
+    It is the same on every device, for a network and for a module that wraps it, and after a change of precision: values
+    count to the precision of bfloat16.
     """
     digest = hashlib.sha256()
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -55,8 +56,8 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
             raise ValueError(_not_fitted(score.name))
         if score.model != found:
             raise ValueError(
-                f"the score {score.name!r} was fitted for another model ({score.model}, and this {type(model).__name__} is {found}): its weights "
-                "or its shape changed; fit the score again for this one"
+                f"the score {score.name!r} was fitted for another model ({score.model}, and this "
+                f"{type(model).__name__} is {found}): its weights or its shape changed; fit the score again for this one"
             )
 
 
@@ -69,7 +70,8 @@ def check_head(scores: Iterable[Score], head: str | None) -> None:
     for score in scores:
         if isinstance(score, FittedScore) and score.head and head and not _same_module(score.head, head):
             raise ValueError(
-                f"the score {score.name!r} was fitted for the head {score.head!r}, and this is {head!r}: fit it again, or pass head={score.head!r}"
+                f"the score {score.name!r} was fitted for the head {score.head!r}, and this is {head!r}: fit it again, "
+                f"or pass head={score.head!r}"
             )
 
 
@@ -79,7 +81,9 @@ def _same_module(first: str, second: str) -> bool:
 
 
 def save_fitted(scores: Iterable[Score], directory: str | Path) -> list[Path]:
-    """Write the state of each fitted score to ``directory/<name>.safetensors``: tensors and text, nothing that could run.
+    """Write the state of each fitted score to ``directory/<name>.safetensors``.
+
+    A file holds tensors and text, nothing that could run.
 
     Args:
         scores: Scores; those that need no fit are passed over.
@@ -158,6 +162,7 @@ def _load(score: FittedScore, folder: Path) -> FittedScore:
     for key, value in _about(score).items():
         if about.get(key) != value:
             raise ValueError(
-                f"the state in {str(path)!r} was made for another {key} ({about.get(key)}, and this is {value}): fit the score again for this one"
+                f"the state in {str(path)!r} was made for another {key} ({about.get(key)}, and this is {value}): "
+                "fit the score again for this one"
             )
     return replace(score, state=state, model=about.get("model"), head=about.get("head") or None)

@@ -13,6 +13,16 @@ from lightning_gradmetrics.scores import RECIPES, FittedScore, Recipe, Score
 __all__ = ["Line", "lines", "markdown"]
 
 
+INTRODUCTION = (
+    "This page is made by `python -m lightning_gradmetrics.scores.table > docs/scores.md`; `gradmetrics scores` shows "
+    "the table.",
+    "Every score is an uncertainty: higher = more uncertain. Where the paper's quantity is a confidence, the last "
+    "column says how to get it back. *Free with the forward* means that the forward which runs anyway gives all it "
+    "needs. All scores that need more share one forward of their own, and those of one objective share its backward. C "
+    "is the number of classes.",
+)
+
+
 @dataclass(frozen=True)
 class Line:
     """A score's line in the tables, in words.
@@ -118,12 +128,7 @@ def markdown() -> str:
     table = [head, ["---"] * len(head), *rows]
     parts = [
         "# Scores",
-        "This page is made by `python -m lightning_gradmetrics.scores.table > docs/scores.md`; `gradmetrics scores` shows the "
-        "table.",
-        "Every score is an uncertainty: higher = more uncertain. Where the paper's quantity is a confidence, the last column "
-        "says how to get it back. *Free with the forward* means that the forward which runs anyway gives all it needs. All "
-        "scores that need more share one forward of their own, and those of one objective share its backward. C is the number "
-        "of classes.",
+        *INTRODUCTION,
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         *(_section(line) for line in lines()),
     ]

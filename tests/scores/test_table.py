@@ -39,7 +39,7 @@ def test_every_score_has_a_file_with_its_defaults(name: str) -> None:
 
 
 def test_the_documentation_is_up_to_date() -> None:
-    """Otherwise run: python -m lightning_gradmetrics.scores.table > docs/scores.md"""
+    """Otherwise run ``python -m lightning_gradmetrics.scores.table > docs/scores.md``."""
     assert (ROOT / "docs" / "scores.md").read_text(encoding="utf-8") == markdown()
 
 
