@@ -42,7 +42,7 @@ Parameters = Callable[[str], bool] | None
 
 
 def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
-    """The chosen parameters by name, frozen ones included.
+    """The chosen parameters by name, frozen ones included; those without entries have no gradient and are left out.
 
     Args:
         model: The model.
@@ -52,7 +52,7 @@ def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.
         ValueError: If none is chosen.
     """
     named = dict(model.named_parameters())
-    chosen = {name: p for name, p in named.items() if parameters is None or parameters(name)}
+    chosen = {name: p for name, p in named.items() if p.numel() and (parameters is None or parameters(name))}
     if not chosen:
         raise ValueError(
             f"no parameter of {type(model).__name__} was chosen; its parameters are: "

@@ -39,7 +39,7 @@ def _gpt2() -> nn.Module:
 
 
 def _swin(**options: object) -> nn.Module:
-    return models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], 0.0, num_classes=10, **options)
+    return models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=10, **options)
 
 
 def _swin_v2() -> nn.Module:
@@ -52,8 +52,19 @@ def _convnext() -> nn.Module:
     return models.ConvNeXt([setting(16, 32, 2), setting(32, None, 2)], num_classes=10)
 
 
+def _mobilenet() -> nn.Module:
+    block = models.mobilenetv3.InvertedResidualConfig
+    setting = [block(16, 3, 16, 16, True, "RE", 2, 1, 1), block(16, 5, 40, 24, True, "HS", 2, 1, 1)]
+    return models.MobileNetV3(setting, 32, num_classes=10)
+
+
+def _efficientnet() -> nn.Module:
+    block = models.efficientnet.MBConvConfig
+    return models.EfficientNet([block(1, 3, 1, 32, 16, 1), block(6, 5, 2, 16, 24, 2)], 0.2, num_classes=10)
+
+
 def _images(side: int = 48) -> torch.Tensor:
-    return torch.randn(3, 3, side, side)
+    return torch.randn(2, 3, side, side)
 
 
 def _tokens() -> dict[str, torch.Tensor]:
@@ -64,14 +75,13 @@ def _tokens() -> dict[str, torch.Tensor]:
 
 ARCHITECTURES = {
     "resnet18": (lambda: models.resnet18(num_classes=10), _images),
-    "mobilenet_v3": (lambda: models.mobilenet_v3_small(num_classes=10), _images),
-    "efficientnet": (lambda: models.efficientnet_b0(num_classes=10), _images),
+    "mobilenet_v3": (_mobilenet, _images),
+    "efficientnet": (_efficientnet, _images),
     "convnext": (_convnext, _images),
     "vit_small": (lambda: models.VisionTransformer(48, 16, 2, 4, 32, 64, num_classes=10), _images),
     "vit_b_16": (lambda: models.vit_b_16(num_classes=10, image_size=32), lambda: _images(32)),
     "swin": (_swin, _images),
     "swin_v2": (_swin_v2, _images),
-    "swin_t": (lambda: models.swin_t(num_classes=10), lambda: _images(32)),
     "maxvit": (lambda: models.MaxVit((64, 64), 16, 4, [16, 32], [1, 1], 8, 0.0, num_classes=10), lambda: _images(64)),
     "squeezenet": (lambda: models.squeezenet1_1(num_classes=10), _images),
     "bert": (_bert, _tokens),
@@ -82,11 +92,10 @@ ARCHITECTURES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name):
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
     make, batch = ARCHITECTURES[name]
-    model, inputs = make().eval(), batch()
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        model, inputs = make().eval(), batch()
         warnings.filterwarnings("error", "no fast rule")
         found = gradient_statistics(model, inputs, "pseudo_label", per_parameter=True)
     expected = gradient_statistics(model, inputs, "pseudo_label", per_parameter=True, engine="reference")

@@ -31,6 +31,7 @@ def test_equals_reference_in_float64(name):
     assert worst_difference(_statistics(model, x), _statistics(model, x, "reference")) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_equals_reference_in_float32(name):
     model, x = made(name, torch.float32)
@@ -47,6 +48,7 @@ def test_small_batches(name, size):
     assert worst_difference(found, _statistics(model, x[:size], "reference")) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convolutional", "lstm", "raw", "seq2seq_second_axis", "tied", "minor"])
 def test_any_order_and_any_split(name):
     model, x = made(name)
