@@ -31,10 +31,38 @@ def configuration_directory() -> Path:
     )
 
 
+TASKS = ("evaluate", "demo")
+
+
 def run(config: DictConfig) -> None:
+    """Evaluate a model's scores, or show GradTrust's demo.
+
+    Raises:
+        ValueError: If the task is unknown.
+    """
+    if config.task not in TASKS:
+        raise ValueError(f"unknown task {config.task!r}; allowed: {', '.join(TASKS)}")
+    evaluate(config) if config.task == "evaluate" else demo(config)
+
+
+def demo(config: DictConfig) -> None:
+    """GradTrust's demo for one image."""
+    from lightning.pytorch import seed_everything
+
+    from lightning_gradmetrics.demo import demo_block, read_image
+
+    image = read_image(config.image, config.size)
+    seed_everything(config.seed, verbose=False)
+    random = config.model.get("weights") is None and config.model.get("checkpoint") is None
+    note = "The weights are random: model.weights=DEFAULT downloads the published ones."
+    print(demo_block(instantiate(config.model), image, [note] if random else []))
+
+
+def evaluate(config: DictConfig) -> None:
     """Train or load the model, score the data, write the files, show the table."""
     from lightning.pytorch import seed_everything
 
+    from lightning_gradmetrics.demo import trust_areas, trust_table, write_trust_table
     from lightning_gradmetrics.gallery import write_pictures
     from lightning_gradmetrics.report import write_report
     from lightning_gradmetrics.runs import write_run
@@ -67,6 +95,10 @@ def run(config: DictConfig) -> None:
         timing={"prepare_seconds": prepared - clock, "score_seconds": scored - prepared},
     )
     console.print(metrics_table(callback.evaluation, scores))
+    if config.trust_table:
+        records = trust_areas(callback.results, [score.name for score in scores])
+        write_trust_table(records, directory / "trust_table.csv")
+        console.print(trust_table(records))
     console.print(f"Results: {_shown(directory)}", soft_wrap=True)
     if config.report:
         console.print(f"Report:  {_shown(write_report(directory))}", soft_wrap=True)

@@ -104,4 +104,5 @@ def mc_dropout(evidence: Evidence, *, passes: int = 10, seed: int = 0) -> Tensor
     last of the passes.
     """
     p = evidence.probe(MeanPrediction(passes, seed), (evidence.logits.shape[1],))
-    return torch.special.entr(p.to(evidence.logits.dtype)).sum(1)
+    found: Tensor = torch.special.entr(p.to(evidence.logits.dtype)).sum(1)
+    return found
