@@ -83,18 +83,23 @@ def evaluate(config: DictConfig) -> None:
     fit_scores(callback, trainer, model, data, config, directory / "fitted")
     trainer.test(model, data.loaders(config.batch_size, config.num_workers), verbose=False)
     scored = time.perf_counter()
+    evaluation = judge(callback, data, config, console)
     write_run(
         directory,
         callback.results,
-        callback.evaluation,
+        evaluation,
         scores,
         model=_describe(config, model, data),
         descriptions=data.descriptions,
         figures=write_pictures(callback.gallery.pictures(), directory) if callback.gallery else (),
         command=shlex.join(["gradmetrics", *sys.argv[1:]]),
-        timing={"prepare_seconds": prepared - clock, "score_seconds": scored - prepared},
+        timing={
+            "prepare_seconds": prepared - clock,
+            "score_seconds": scored - prepared,
+            "judge_seconds": time.perf_counter() - scored,
+        },
     )
-    console.print(metrics_table(callback.evaluation, scores))
+    console.print(metrics_table(evaluation, scores))
     if config.trust_table:
         records = trust_areas(callback.results, [score.name for score in scores])
         write_trust_table(records, directory / "trust_table.csv")
@@ -102,6 +107,27 @@ def evaluate(config: DictConfig) -> None:
     console.print(f"Results: {_shown(directory)}", soft_wrap=True)
     if config.report:
         console.print(f"Report:  {_shown(write_report(directory))}", soft_wrap=True)
+
+
+def judge(callback: Any, data: Any, config: DictConfig, console: Console) -> Any:
+    """The evaluation of the run's results, with intervals and a progress bar."""
+    from rich.progress import Progress
+
+    from lightning_gradmetrics.evaluation import evaluate as evaluate_results
+
+    present = set(callback.results["dataset"].to_pylist())
+    roles = {name: role for name, role in data.roles.items() if name in present}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Intervals", total=1.0, visible=config.resamples > 0)
+        return evaluate_results(
+            callback.results,
+            callback.score_names,
+            roles,
+            callback.baseline_names,
+            resamples=config.resamples,
+            seed=config.seed,
+            progress=lambda share: progress.update(task, completed=share),
+        )
 
 
 def fit_scores(callback: Any, trainer: Any, model: Any, data: Any, config: DictConfig, directory: Path) -> None:
@@ -123,7 +149,7 @@ def _describe(config: DictConfig, model: Any, data: Any) -> dict[str, Any]:
     return {
         "name": str(config.model._target_).rpartition(".")[2]
         + (f" {config.model.name}" if "name" in config.model else ""),
-        "checkpoint": config.model.get("checkpoint"),
+        "checkpoint": None if config.model.get("checkpoint") is None else _shown(Path(config.model.checkpoint)),
         "parameters": sum(p.numel() for p in model.parameters()),
         "classes": len(data.classes),
     }

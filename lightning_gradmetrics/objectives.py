@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["OBJECTIVES", "Loss", "Objective", "class_loss", "confounding", "confounding_logits", "label", "pseudo_label", "uniform"]
+__all__ = [
+    "OBJECTIVES",
+    "Loss",
+    "Objective",
+    "class_loss",
+    "confounding",
+    "confounding_logits",
+    "label",
+    "pseudo_label",
+    "uniform",
+]
 
 Loss = Callable[[Tensor], Tensor]
 """Logits ``(N, C)`` to losses ``(N,)``."""
@@ -115,7 +125,9 @@ class Objective:
         function, arguments = self.function or OBJECTIVES[self.name], dict(self.arguments)
         if self.needs_targets:
             if targets is None:
-                raise ValueError("the objective 'label' needs true labels: pass targets=, a tensor (N,) of class indices")
+                raise ValueError(
+                    "the objective 'label' needs true labels: pass targets=, a tensor (N,) of class indices"
+                )
             arguments["targets"] = targets
 
         def checked(logits: Tensor) -> Tensor:

@@ -36,7 +36,12 @@ def network(classes: int, width: int = 16) -> nn.Sequential:
 
 
 def digits_cnn(
-    data: EvaluationData, checkpoint: str | None = None, width: int = 16, epochs: int = 12, learning_rate: float = 3e-3, seed: int = 0
+    data: EvaluationData,
+    checkpoint: str | None = None,
+    width: int = 16,
+    epochs: int = 12,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
 ) -> Classifier:
     """The network trained on ``data.train``, or loaded where the same one was trained before.
 
@@ -52,16 +57,27 @@ def digits_cnn(
         ValueError: If the data hold no training images.
     """
     if data.train is None:
-        raise ValueError("this model is trained on the spot, and the data hold no training set: choose data=digits, or another model")
+        raise ValueError(
+            "this model is trained on the spot, and the data hold no training set: choose data=digits, or another model"
+        )
     seed_everything(seed, verbose=False)
     model = Classifier(network(len(data.classes), width), learning_rate)
-    kept = None if checkpoint is None else Path(checkpoint) / f"digits_cnn-{_fingerprint(data, width, epochs, learning_rate, seed)}.pt"
+    kept = (
+        None
+        if checkpoint is None
+        else Path(checkpoint) / f"digits_cnn-{_fingerprint(data, width, epochs, learning_rate, seed)}.pt"
+    )
     if kept is not None and kept.is_file():
         load_weights(model.network, kept)
         return model.eval()
     loader = DataLoader(data.train, batch_size=32, shuffle=True)
     trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False, log_every_n_steps=1
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
     )
     trainer.fit(model, loader)
     if kept is not None:
