@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(_peak(options)))
         return
     rows: list[Row] = []
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     facts = environment(options.device) | {"precision": options.precision}
     for case in options.case:
         for part in options.part:

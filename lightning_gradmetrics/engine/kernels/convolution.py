@@ -16,6 +16,9 @@ from lightning_gradmetrics.statistics import Moment, Moments, accumulator
 
 __all__ = ["conv_gradient", "conv_moments"]
 
+DEPTHWISE_ENTRIES = 16
+"""Kernel entries below which torch's depthwise gradients, reduced afterwards, beat the fused product: measured."""
+
 
 def conv_gradient(
     x: Tensor,
@@ -52,10 +55,43 @@ def conv_gradient(
     """
     n, channels = g.shape[:2]
     x = x.to(g.dtype)
+    if groups == channels == x.shape[1] and _fits(x, g, kernel_size, stride, padding, dilation):
+        return _depthwise_gradient(x, g, kernel_size, stride, padding, dilation)
     patches = _patches(x, g.shape[2:], kernel_size, stride, padding, dilation)
     patches = patches.reshape(n, groups, x.shape[1] // groups * math.prod(kernel_size), math.prod(g.shape[2:]))
     flat = g.reshape(n, groups, channels // groups, patches.shape[-1])
     return (flat @ patches.mT).reshape(n, channels, x.shape[1] // groups, *kernel_size)
+
+
+def _fits(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:
+    """Whether ``g`` covers all that ``x`` allows (with swapped roles it may cover less), in a type every backend takes."""
+    spec = zip(x.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    full = tuple((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in spec)
+    return g.numel() > 0 and full == tuple(g.shape[2:]) and g.dtype in (torch.float32, torch.float64)
+
+
+def _depthwise_gradient(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The samples as groups of one depthwise convolution."""
+    n, channels = g.shape[:2]
+    weight = x.new_empty(n * channels, 1, *kernel_size)
+    x, g = (t.reshape(1, n * channels, *t.shape[2:]) for t in (x, g))
+    options = ([*stride], [*padding], [*dilation], False, [0] * len(kernel_size), n * channels, [False, True, False])
+    gradient = torch.ops.aten.convolution_backward(g, x, weight, None, *options)[1]
+    return gradient.reshape(n, channels, 1, *kernel_size)  # type: ignore[no-any-return]
 
 
 def _patches(
@@ -128,7 +164,8 @@ def _products(
     keys: frozenset[Moment],
 ) -> Moments:
     spec = (kernel_size, stride, padding, dilation, groups)
-    if g.numel() and supports(g, keys):
+    small = groups == g.shape[1] == x.shape[1] and math.prod(kernel_size) < DEPTHWISE_ENTRIES
+    if g.numel() and supports(g, keys) and not small:
         return native_products(x, g, *spec, keys)
     entries = g.shape[1] * x.shape[1] // groups * math.prod(kernel_size)
     return chunked_moments(lambda rows: conv_gradient(x[rows], g[rows], *spec), g, entries, keys)
