@@ -2,6 +2,7 @@
 
 from lightning_gradmetrics.scores.confounding import confounding, confounding_detector, purview
 from lightning_gradmetrics.scores.dropout import mc_dropout
+from lightning_gradmetrics.scores.fisher import fisher_trace, kfac_influence
 from lightning_gradmetrics.scores.fitted import FittedRecipe, FittedScore, register_fitted
 from lightning_gradmetrics.scores.geometry import gga, gga_detector
 from lightning_gradmetrics.scores.gradients import exgrad, feature_norm, gradnorm, gradnorm_kl, pseudo_label
@@ -33,11 +34,13 @@ __all__ = [
     "entropy",
     "exgrad",
     "feature_norm",
+    "fisher_trace",
     "gga",
     "gga_detector",
     "gradnorm",
     "gradnorm_kl",
     "gradtrust",
+    "kfac_influence",
     "load_fitted",
     "log_likelihood",
     "make",

@@ -132,6 +132,24 @@ def classified(features: Tensor, state: Tensors) -> Tensor:
     return 1 / (1 + torch.exp(-(state["weight"] @ hidden + state["bias"])))
 
 
+def trace(which: str) -> Definition:
+    def definition(model: nn.Module, x: Tensor) -> Tensor:
+        p = softmax(model, x).detach()
+        squares = [gradient(model, x, lambda z, c=c: cross_entropy(z, c), which).square().sum() for c in range(len(p))]
+        return (p * torch.stack(squares)).sum()
+
+    return definition
+
+
+def influence(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
+    """The quadratic form of the head's whole gradient, weight and bias, with the Kronecker product of the factors."""
+    h = torch.cat([features(model, x).detach(), torch.ones(1, dtype=x.dtype)])
+    z = model(x).detach().requires_grad_()
+    (g,) = torch.autograd.grad(cross_entropy(z, int(z.argmax())), z)
+    whole = torch.outer(g[0], h).flatten()
+    return whole @ torch.kron(state["output"], state["features"]) @ whole
+
+
 detector = FromState(lambda model, x, state: classified((squares(model, x, True) + 1e-12).log(), state))
 
 
@@ -184,6 +202,9 @@ CASES: dict[str, Definition | FromState] = {
         ("pseudo_label", "uniform"), ("all", "layer")
     ),
     "confounding_detector(epochs=5)": detector,
+    "fisher_trace": trace("head"),
+    "fisher_trace(target=all)": trace("all"),
+    "kfac_influence": FromState(influence),
     "feature_norm": lambda m, x: -features(m, x).norm(1),
     "feature_norm(p=2)": lambda m, x: -features(m, x).norm(2),
     **trust_cases.CASES,
