@@ -131,7 +131,7 @@ def judge(callback: Any, data: Any, config: DictConfig, console: Console) -> Any
 
 
 def fit_scores(callback: Any, trainer: Any, model: Any, data: Any, config: DictConfig, directory: Path) -> None:
-    """Fit the scores that need it, and keep their states; or take the states that an earlier run kept in ``config.fitted``."""
+    """Fit the scores that need it, or take the states that an earlier run kept in ``config.fitted``; keep the states."""
     from lightning_gradmetrics.scores import FittedScore, load_fitted, save_fitted
 
     scores = callback.scorer.scores
@@ -142,7 +142,8 @@ def fit_scores(callback: Any, trainer: Any, model: Any, data: Any, config: DictC
     else:
         loaders, roles = data.fit_loaders(config.batch_size, config.num_workers)
         callback.fit(trainer, model, loaders, roles)
-    save_fitted(callback.scorer.scores, directory)
+    if trainer.is_global_zero:
+        save_fitted(callback.scorer.scores, directory)
 
 
 def _describe(config: DictConfig, model: Any, data: Any) -> dict[str, Any]:

@@ -7,14 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.command import fit_scores
+from lightning_gradmetrics.data import digits
+from lightning_gradmetrics.models import digits_cnn
 from lightning_gradmetrics.scores import FittedScore, fitted, load_fitted, save_fitted
 from lightning_gradmetrics.scores.states import fingerprint
 from tests.models import Module, assert_same_state, cnn, images, state_of
@@ -159,6 +162,15 @@ def test_rows_are_capped_and_the_sample_depends_on_nothing_else(monkeypatch: pyt
     parts = lgm.fit(model, list(zip(x[order].split(5), y[order].split(5), strict=True)), META)[0]
     assert_same_fit(whole, parts, 1e-9)
     assert seen == [12, 12] and max(most) <= 2 * 12
+
+
+def test_wide_rows_are_capped_by_their_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitted, "MAX_ENTRIES", 1000)
+    running = fitted.RunningTotal()
+    for _ in range(9):
+        x = torch.randn(20, 49)
+        running.add({"rows/x": x, fitted.KEY: fitted.row_keys(x), "count": torch.tensor(20)})
+    assert running.total["rows/x"].shape == (1000 // 50, 49) and running.total["count"] == 180
 
 
 def test_the_kept_rows_are_spread_evenly() -> None:
@@ -340,24 +352,27 @@ def test_the_detector_learns_the_direction() -> None:
         assert sign * (high - low) > 0.5
 
 
-@pytest.mark.slow
 def test_the_command_fits_and_keeps_the_states(tmp_path: Path) -> None:
-    """The states of one run, given to the next, make the same scores."""
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    common = ["score=[max_softmax,oberdiek,confounding_detector]", "logger=none", "report=false"]
+    """The states of one run, given to the next, make the same scores; another model's are refused."""
+    sets = digits(patches=50)
+    model = digits_cnn(sets, epochs=2, width=4)
 
-    def run(name: str, *arguments: str) -> dict[str, list[float]]:
-        call = [sys.executable, "-m", "lightning_gradmetrics.command", *common, f"hydra.run.dir={name}", *arguments]
-        done = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return pq.read_table(tmp_path / name / "results.parquet").to_pydict()
+    def run(folder: Path, network: Module | None = None, **settings) -> lgm.GradientMetrics:
+        config = OmegaConf.create({"fitted": None, "batch_size": 100, "num_workers": 0, **settings})
+        callback = lgm.GradientMetrics(["oberdiek", "confounding_detector(epochs=5)", "energy"])
+        used = trainer(callback)
+        fit_scores(callback, used, network or model, sets, config, folder)
+        used.test(network or model, sets.loaders(200)["photos"], verbose=False)
+        return callback
 
-    first, second = run("first"), run("second", "fitted=first/fitted")
-    assert sorted(path.name for path in (tmp_path / "first/fitted").iterdir()) == [
-        "confounding_detector.safetensors",
-        "oberdiek.safetensors",
-    ]
-    assert first["oberdiek"] == second["oberdiek"] and len(set(first["oberdiek"])) > 1000
-    outside = torch.tensor([name == "photos" for name in first["dataset"]])
-    assert torch.tensor(first["confounding_detector"])[outside].mean() > 0.9
+    first = run(tmp_path / "first")
+    second = run(tmp_path / "second", fitted=str(tmp_path / "first"))
+    assert len(list((tmp_path / "first").iterdir())) == len(list((tmp_path / "second").iterdir())) == 2
+    assert first.results.equals(second.results)
+    assert scores_of(first, "confounding_detector(epochs=5)").mean() > 0.7
+    with pytest.raises(ValueError, match="fitted for another model"):
+        run(tmp_path / "third", digits_cnn(sets, epochs=1, width=4), fitted=str(tmp_path / "first"))
+
+
+def scores_of(callback: lgm.GradientMetrics, name: str) -> torch.Tensor:
+    return torch.tensor(callback.results.column(name).to_pylist())

@@ -20,6 +20,18 @@ INTRODUCTION = (
     "column says how to get it back. *Free with the forward* means that the forward which runs anyway gives all it "
     "needs. All scores that need more share one forward of their own, and those of one objective share its backward. C "
     "is the number of classes.",
+    "A score that needs a fit is fitted once, on data that are neither trained on nor scored, and its state is kept as "
+    "tensors (safetensors). A state is refused by any other model, head or setting.",
+    """```python
+callback = lgm.GradientMetrics(["max_softmax", "oberdiek", "confounding_detector"])
+trainer = Trainer(callbacks=[callback])
+callback.fit(trainer, model, [held_out, others], datasets={"held_out": "id", "others": "far"})
+trainer.test(model, loaders)
+lgm.scores.save_fitted(callback.scorer.scores, "fitted")                 # and load_fitted(scores, "fitted", model)
+scores = lgm.fit(model, batches, ["oberdiek"])                           # without a Trainer
+```""",
+    "The command does it by itself, on `data.fit`, `data.fit_outside` or else `data.train`; `fitted=FOLDER` takes states that "
+    "an earlier run kept. Fitting a detector of errors on the very samples a model was trained on finds few errors.",
 )
 
 
