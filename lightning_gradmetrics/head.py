@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Capture", "HeadNotFoundError", "capturing", "linear_layers", "named_head"]
+__all__ = ["Capture", "HeadNotFoundError", "capturing", "linear_layers", "named_head", "returning_logits"]
 
 
 class HeadNotFoundError(ValueError):
@@ -145,3 +145,29 @@ def install(capture: Capture) -> list[RemovableHandle]:
         capture.model.register_forward_hook(lambda module, arguments, output: capture.outputs.append(output))
     )
     return handles
+
+
+@contextmanager
+def returning_logits(model: nn.Module, head: str | None, logits: Callable[[Any], Tensor]) -> Iterator[None]:
+    """Inside the block the model returns its logits ``(N, C)``, whatever it makes of them otherwise.
+
+    Args:
+        model: The model.
+        head: The name of the layer whose output they are, or ``None``.
+        logits: From the model's output to them, where there is no such layer.
+    """
+    seen: list[Tensor] = []
+
+    def replace(module: nn.Module, arguments: Any, output: Any) -> Tensor:
+        found = torch.cat(seen) if len(seen) > 1 else seen[0] if seen else logits(output)
+        seen.clear()
+        return found
+
+    with ExitStack() as stack:
+        if head is not None:
+            handle = named_head(model, head).register_forward_hook(
+                lambda module, arguments, output: seen.append(output)
+            )
+            stack.callback(handle.remove)
+        stack.callback(model.register_forward_hook(replace).remove)
+        yield

@@ -24,7 +24,7 @@ from lightning_gradmetrics.forward import (
     map_tensors,
     preserved,
 )
-from lightning_gradmetrics.head import Capture, capturing, linear_layers
+from lightning_gradmetrics.head import Capture, capturing, linear_layers, returning_logits
 from lightning_gradmetrics.objectives import Objective
 from lightning_gradmetrics.scores import Score, ScoreLike, resolve
 from lightning_gradmetrics.scores.states import check_fitted, check_head
@@ -75,7 +75,7 @@ class Scorer:
         features, logits = self._captured(capture, batch_size(inputs))
         check_head(self.scores, self.head)
         needs = self.needs(logits.shape[1])
-        gradients, probes = _gradients(self, needs, model, inputs, labels), _probes(needs, model, inputs)
+        gradients, probes = _gradients(self, needs, model, inputs, labels), _probes(self, needs, model, inputs)
         return Evidence(logits, features, labels, outside, gradients, probes)
 
     def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
@@ -132,11 +132,11 @@ def _statistic_names(moments: Iterable[Moment]) -> list[str]:
     return [{"sum": "mean"}.get(m, m) if isinstance(m, str) else f"l{m:g}" for m in moments]
 
 
-def _probes(needs: Needs, model: nn.Module, inputs: Inputs) -> dict[Any, Tensor]:
-    """The scores' own computations on the model."""
+def _probes(scorer: Scorer, needs: Needs, model: nn.Module, inputs: Inputs) -> dict[Any, Tensor]:
+    """The scores' own computations on the model, which returns its logits to them."""
     if not needs.probes:
         return {}
-    with preserved(model), gradients_enabled():
+    with preserved(model), gradients_enabled(), returning_logits(model, scorer.head, scorer.logits):
         plain = map_tensors(inputs, lambda t: t.clone() if t.is_inference() else t.detach())
         return {probe: probe(model, plain) for probe in needs.probes}
 

@@ -179,3 +179,30 @@ def test_detectors_say_what_they_cannot_be_fitted_on() -> None:
         detectors.mahalanobis_state(detectors.moment_sums(torch.ones(5, 3, dtype=torch.float64)))
     twins = detectors.lof_state(torch.ones(30, 3, dtype=torch.float64), 5)
     assert detectors.local_outlier_factor(torch.ones(2, 3, dtype=torch.float64), twins, 5).isfinite().all()
+
+
+@pytest.mark.parametrize("score", ["odin(epsilon=0.1)", "gga(sign=False)", "mc_dropout"])
+def test_probes_look_at_the_logits_wherever_they_are(score: str) -> None:
+    """A model that returns probabilities, with its head named, or odds and a way back from them."""
+
+    class Softmax(nn.Module):
+        def __init__(self, log: bool) -> None:
+            super().__init__()
+            self.body, self.head, self.log = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.2)), nn.Linear(6, 3), log
+
+        def forward(self, x: Tensor) -> object:
+            z = self.head(self.body(x).tanh())
+            return {"odds": (5 * x[:, :3] + z).exp()} if self.log else z.softmax(1)
+
+    class Plain(Softmax):
+        def forward(self, x: Tensor) -> Tensor:
+            return (5 * x[:, :3] if self.log else 0) + self.head(self.body(x).tanh())
+
+    inputs = torch.randn(5, 4)
+    for log, options in ((False, {"head": "head"}), (True, {"logits": lambda output: output["odds"].log()})):
+        hidden, plain = Softmax(log).eval(), Plain(log).eval()
+        plain.load_state_dict(hidden.state_dict())
+        before = state_of(hidden)
+        (found,) = lgm.score(hidden, inputs, score, **options).values()
+        assert_same_state(before, hidden)
+        torch.testing.assert_close(found, only(plain, inputs, score), rtol=1e-4, atol=1e-5)
