@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_gradmetrics.evaluation import Evaluation
@@ -88,11 +89,15 @@ def _caption(evaluation: Evaluation) -> str:
 
 
 def scores_table() -> Table:
-    """All registered scores: a row a score with its arguments, its paper, what it needs, what it costs and its sign."""
+    """All registered scores: what each is, its paper, what it needs and costs, its sign and its arguments; 80 columns do."""
     table = Table(title="Scores: every one is an uncertainty, higher = more uncertain", title_justify="left")
-    for name in ("score", "arguments", "what it is", "paper", "needs", "cost", "paper's quantity"):
-        table.add_column(name, overflow="fold")
+    table.box, table.pad_edge = box.SIMPLE_HEAD, False
+    table.add_column("score", no_wrap=True)
+    table.add_column("what it is, its paper, needs, cost, arguments")
     for line in lines():
-        summary = line.summary.replace("``", "")
-        table.add_row(line.name, line.arguments, summary, line.paper, line.needs, line.cost, line.sign)
+        about = [f"{line.paper}; its quantity is {line.sign}", f"needs {line.needs}; {line.cost}"]
+        if line.arguments:
+            about.append(f"({line.arguments})")
+        summary, details = line.summary.replace("``", ""), "\n".join(about)
+        table.add_row(escape(line.name), f"{escape(summary)}\n[dim]{escape(details)}[/dim]")
     return table
