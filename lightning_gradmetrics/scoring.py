@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,9 @@ class Scorer:
     logits: Callable[[Any], Tensor] = logits_of
     engine: str = "auto"
     _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.head_is_named = self.head is not None
 
     def needs(self, classes: int) -> Needs:
         """What the scores look at, for that number of classes."""
@@ -103,17 +107,20 @@ def _gradients(
     filters = {target: parameter_filter(target) for target in needs.gradients}
     objectives = list(dict.fromkeys(o for by_objective in needs.gradients.values() for o in by_objective))
     moments = {m for by_objective in needs.gradients.values() for wanted in by_objective.values() for m in wanted}
-    results = gradient_statistics(
-        model,
-        inputs,
-        objectives,
-        lambda name: any(accepts is None or accepts(name) for accepts in filters.values()),
-        per_parameter=True,
-        statistics=_statistic_names(moments),
-        targets=labels,
-        logits=scorer.logits,
-        engine=scorer.engine,
-    )
+    # A named head may lie before a softmax or a scaling: the model then has to return what the head does.
+    own = returning_logits(model, scorer.head, scorer.logits) if scorer.head_is_named else nullcontext()
+    with own:
+        results = gradient_statistics(
+            model,
+            inputs,
+            objectives,
+            lambda name: any(accepts is None or accepts(name) for accepts in filters.values()),
+            per_parameter=True,
+            statistics=_statistic_names(moments),
+            targets=labels,
+            logits=logits_of if scorer.head_is_named else scorer.logits,
+            engine=scorer.engine,
+        )
     by_objective = dict(zip(objectives, results, strict=True))
     for target, accepts in filters.items():
         if not any(accepts is None or accepts(name) for name in results[0].names):

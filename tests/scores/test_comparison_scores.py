@@ -181,8 +181,10 @@ def test_detectors_say_what_they_cannot_be_fitted_on() -> None:
     assert detectors.local_outlier_factor(torch.ones(2, 3, dtype=torch.float64), twins, 5).isfinite().all()
 
 
-@pytest.mark.parametrize("score", ["odin(epsilon=0.1)", "gga(sign=False)", "mc_dropout"])
-def test_probes_look_at_the_logits_wherever_they_are(score: str) -> None:
+@pytest.mark.parametrize(
+    "score", ["odin(epsilon=0.1)", "gga(sign=False)", "mc_dropout", "gradnorm(target=all)", "purview"]
+)
+def test_scores_look_at_the_logits_wherever_they_are(score: str) -> None:
     """A model that returns probabilities, with its head named, or odds and a way back from them."""
 
     class Softmax(nn.Module):
