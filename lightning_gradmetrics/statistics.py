@@ -90,7 +90,8 @@ def _moment(flat: Tensor, key: Moment) -> Tensor:
     if key == 1.0:
         return flat.abs().sum(1)
     if key == 2.0:
-        return torch.linalg.vecdot(flat, flat)
+        squares: Tensor = torch.linalg.vecdot(flat, flat)
+        return squares
     return flat.abs().pow(float(key)).sum(1)
 
 

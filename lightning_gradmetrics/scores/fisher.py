@@ -72,7 +72,8 @@ def _damped_inverse(matrix: Tensor, damping: float) -> Tensor:
     matrix = matrix.double()
     size = len(matrix)
     added = damping * matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
-    return torch.linalg.inv(matrix + added * torch.eye(size, dtype=matrix.dtype))
+    inverse: Tensor = torch.linalg.inv(matrix + added * torch.eye(size, dtype=matrix.dtype))
+    return inverse
 
 
 def _quadratic(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
     log_p = torch.log_softmax(evidence.logits, 1)
     p = log_p.exp()
     output = p * (log_p - (p * log_p).sum(1, keepdim=True)) / p.shape[1]
-    return torch.linalg.vector_norm(evidence.features, 2, 1) * torch.linalg.vector_norm(output, 2, 1)
+    return _norm(evidence.features, 2) * _norm(output, 2)
 
 
 @register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")
@@ -81,7 +81,7 @@ def exgrad(evidence: Evidence, *, p: float = 1.0, target: Target = "head") -> Te
     """
     probabilities = torch.softmax(evidence.logits, 1)
     if target == "head":
-        return torch.linalg.vector_norm(evidence.features, p, 1) * _expected_residual(probabilities, p)
+        return _norm(evidence.features, p) * _expected_residual(probabilities, p)
     norms = [evidence.gradient("class", target, index=c).norm(p) for c in range(probabilities.shape[1])]
     return (probabilities.to(norms[0].dtype) * torch.stack(norms, 1)).sum(1)
 
@@ -108,4 +108,10 @@ def feature_norm(evidence: Evidence, *, p: float = 1.0) -> Tensor:
 
     The other factor is that of ``gradnorm(factor="output")``.
     """
-    return -torch.linalg.vector_norm(evidence.features, p, 1)
+    return -_norm(evidence.features, p)
+
+
+def _norm(rows: Tensor, p: float) -> Tensor:
+    """The p-norm of each row, ``(N, D) -> (N,)``."""
+    norm: Tensor = torch.linalg.vector_norm(rows, p, 1)
+    return norm
