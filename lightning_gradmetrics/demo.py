@@ -93,7 +93,7 @@ def demo_values(model: nn.Module, image: Tensor) -> tuple[int, dict[str, float]]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has no dropout module")  # the block's notes say it
         evidence = scorer.evidence(capture, model, image, None)
-    figures = {score.name: LINES[score.name][1](score(evidence).item()) for score in scorer.scores}
+    figures = {score.name: LINES[score.name][1](score(evidence).item()) + 0.0 for score in scorer.scores}
     return int(evidence.given_logits.argmax(1)), figures
 
 
