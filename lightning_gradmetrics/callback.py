@@ -240,7 +240,9 @@ class GradientMetrics(Callback):
             self.results = _gather(self.results, names)
         if trainer.is_global_zero:
             roles = _roles(self.datasets, names)
-            self.evaluation = evaluate(self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples)
+            self.evaluation = evaluate(
+                self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples
+            )
             if self.gallery is not None and trainer.loggers:
                 log_pictures(trainer.loggers, self.gallery.pictures(), self.prefix, trainer.global_step)
         if self.thresholds is not None:

@@ -262,8 +262,8 @@ class Needs:
 
     @property
     def backward(self) -> bool:
-        """Whether a backward pass through the network."""
-        return bool(self.gradients or self.probes)
+        """Whether a backward pass through the network: a probe takes one, unless its ``backward`` is false."""
+        return bool(self.gradients) or any(getattr(probe, "backward", True) for probe in self.probes)
 
 
 class _RecordedGradient:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class MeanPrediction:
         seed: Of the masks.
     """
 
+    backward: ClassVar[bool] = False
     passes: int
     seed: int
 

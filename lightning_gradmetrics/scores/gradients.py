@@ -59,9 +59,7 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
 
 
 @register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")
-def pseudo_label(
-    evidence: Evidence, *, statistic: str = "l1", target: Target = "head", factor: str = "both"
-) -> Tensor:
+def pseudo_label(evidence: Evidence, *, statistic: str = "l1", target: Target = "head", factor: str = "both") -> Tensor:
     r"""A statistic of the gradient of the cross-entropy to the predicted class.
 
     ``statistic``: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``. Of ``min``, which

@@ -82,7 +82,8 @@ def _line(recipe: Recipe) -> Line:
 def _needs(score: Score) -> list[str]:
     """In words, for the default arguments."""
     needs = score.needs
-    found = {"head": needs.features, "labels": needs.labels, "backward": needs.backward}
+    forward = bool(needs.probes) and not needs.backward
+    found = {"head": needs.features, "labels": needs.labels, "forward": forward, "backward": needs.backward}
     words = [word for word, needed in found.items() if needed]
     return [*(words or ["logits"]), *_fit(score)]
 

@@ -39,7 +39,9 @@ def _gpt2() -> nn.Module:
 
 
 def _swin(**options: object) -> nn.Module:
-    return models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=10, **options)
+    return models.SwinTransformer(
+        [4, 4], 16, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=10, **options
+    )
 
 
 def _swin_v2() -> nn.Module:
