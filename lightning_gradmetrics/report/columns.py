@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 ROLES = {"id": "in-distribution", "near": "near out-of-distribution", "far": "far out-of-distribution"}
-_SHOWN = {"misprediction": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
+SHOWN = {"misprediction": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ def find_columns(run: Run) -> dict[Column, dict[str, Metric]]:
     for entry in run.metrics:
         found.setdefault(column_of(run, entry), {})[entry.score] = entry
     order = [dataset.name for dataset in run.datasets]
-    tasks = [*_SHOWN, *sorted({column.task for column in found} - set(_SHOWN))]
+    tasks = [*SHOWN, *sorted({column.task for column in found} - set(SHOWN))]
     kept = [column for column in found if _is_shown(column, found) and not _repeats_its_only_set(run, column)]
     return {column: found[column] for column in sorted(kept, key=lambda column: _position(column, order, tasks))}
 
 
 def _is_shown(column: Column, found: Iterable[Column]) -> bool:
-    shown = _SHOWN.get(column.task, ())
+    shown = SHOWN.get(column.task, ())
     beside = {other.metric for other in found if (other.task, other.place) == (column.task, column.place)}
     return column.metric in shown or not beside & set(shown)
 
@@ -111,7 +111,7 @@ def _repeats_its_only_set(run: Run, column: Column) -> bool:
 
 
 def _position(column: Column, order: list[str], tasks: list[str]) -> tuple[int, bool, int, int]:
-    shown = _SHOWN.get(column.task, ())
+    shown = SHOWN.get(column.task, ())
     place = order.index(column.place) if column.place in order else len(order)
     return (
         tasks.index(column.task),

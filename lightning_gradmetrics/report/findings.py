@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lightning_gradmetrics.report.columns import Column, best_values, column_of, find_columns, ordered_scores, percent
+from lightning_gradmetrics.report.columns import (
+    SHOWN,
+    Column,
+    best_values,
+    column_of,
+    find_columns,
+    ordered_scores,
+    percent,
+)
 from lightning_gradmetrics.report.markup import Child, Markup, breakable, join, tag
 from lightning_gradmetrics.report.run import Comparison, Metric, Run
 from lightning_gradmetrics.report.tables import html_row, html_table, interval
@@ -37,10 +45,16 @@ def _best_cells(column: Column, best: list[list[str]], values: list[float]) -> l
     return [*(join(breakable(name), figure) for name, figure in zip(named, figures, strict=True)), word]
 
 
+def shown_comparisons(run: Run) -> list[Comparison]:
+    """The comparisons of the main table's metrics; where there are none of these, all."""
+    main = [entry for entry in run.comparisons if entry.metric in SHOWN.get(entry.task, ())]
+    return main or list(run.comparisons)
+
+
 def comparison_table(run: Run) -> Markup | None:
     """Paired differences to a baseline, a row a score and a column a metric; None where the run has none."""
     columns: dict[Column, dict[str, list[Comparison]]] = {}
-    for entry in run.comparisons:
+    for entry in shown_comparisons(run):
         column = column_of(run, Metric(entry.score, entry.task, entry.metric, None, entry.dataset, entry.group))
         columns.setdefault(column, {}).setdefault(entry.score, []).append(entry)
     names = [name for name in ordered_scores(run) if any(name in entries for entries in columns.values())]

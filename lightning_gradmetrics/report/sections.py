@@ -15,7 +15,7 @@ from lightning_gradmetrics.report.figures import (
     risk_figures,
     roc_figures,
 )
-from lightning_gradmetrics.report.findings import best_by_column, comparison_table
+from lightning_gradmetrics.report.findings import best_by_column, comparison_table, shown_comparisons
 from lightning_gradmetrics.report.markup import Markup, join, tag, void
 from lightning_gradmetrics.report.run import IMAGE_TYPES, METRICS_FILE, RESULTS_FILE, Picture, Run
 from lightning_gradmetrics.report.tables import counted, main_table, sample_tables
@@ -71,7 +71,7 @@ def findings(run: Run) -> Markup | None:
         if best and not compared
         else None
     )
-    verdicts = Counter(entry.verdict for entry in run.comparisons)
+    verdicts = Counter(entry.verdict for entry in shown_comparisons(run))
     told = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     reading = f"Score minus baseline on the same rows, times 100, with its interval. In all: {told}."
     parts = [
