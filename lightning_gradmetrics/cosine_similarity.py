@@ -20,7 +20,7 @@ _WHO = "cosine similarity maps"
 BUDGET = 2**28
 """Bytes of saliency maps kept at a time; a batch that needs more is cut into chunks of samples, with a forward each."""
 
-ROWS = {"cpu": 12, "cuda": 512}
+ROWS = {"cpu": 4, "cuda": 512}
 """Samples times classes in one backward. A small batch takes several classes at once: operations have a fixed cost."""
 
 
