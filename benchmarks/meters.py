@@ -1,13 +1,17 @@
 """``python -m benchmarks meters``: the two modes of the AUROC meter beside torchmetrics and scikit-learn.
 
 Times of one size come from one process, the methods taking turns; the median is shown. Scores lie in [0, 1], so that
-torchmetrics' own meters are right on them too. Memory is the growth of the peak of a fresh process over one batch.
+torchmetrics' own meters are right on them too. Memory is by how much the peak of a fresh process grew over a stream,
+after a stream of WARM batches; a row "no meter" says what the batches themselves cost. It is measured twice: as it is,
+and, "live", with a C library that hands every freed block back at once (glibc's MALLOC_MMAP_THRESHOLD_), so that holes
+in the heap do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -27,6 +31,8 @@ from torchmetrics.classification import BinaryAUROC
 from lightning_gradmetrics.meters import AUROC
 
 BATCH = 1_000_000
+WARM = 20
+EXACT_UP_TO = 10**8
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
@@ -46,6 +52,17 @@ class ScikitLearn:
         return float(roc_auc_score(target, scores))
 
 
+class NoMeter:
+    """Takes batches and keeps nothing: what the stream itself costs."""
+
+    def update(self, scores: Tensor, target: Tensor) -> None:
+        """Forget a batch."""
+
+    def compute(self) -> float:
+        """There is nothing to say."""
+        return float("nan")
+
+
 METHODS: dict[str, Callable[[], Any]] = {
     "exact": AUROC,
     "constant, 4096 bins": lambda: AUROC(bins=4096),
@@ -53,6 +70,13 @@ METHODS: dict[str, Callable[[], Any]] = {
     "torchmetrics, 200 thresholds": lambda: BinaryAUROC(thresholds=200),
     "torchmetrics, exact": BinaryAUROC,
     "scikit-learn": ScikitLearn,
+}
+
+
+STREAMED: dict[str, Callable[[], Any]] = {
+    "constant, 16384 bins": METHODS["constant, 16384 bins"],
+    "exact": AUROC,
+    "no meter": NoMeter,
 }
 
 
@@ -93,41 +117,38 @@ def compare(size: int, batch: int, repeats: int, methods: Sequence[str]) -> list
 
 
 def alone(name: str, size: int) -> dict[str, Any]:
-    """One method in this process, and by how much the process' peak memory grew after its first batch."""
-    make, batches = METHODS[name], stream(size, BATCH)
-    timed(make, stream(min(size, BATCH), BATCH))
+    """One method in this process, and by how much the process' peak memory grew after a warm-up."""
+    make, batches = STREAMED[name], stream(size, BATCH)
+    timed(make, stream(WARM * BATCH, BATCH))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = timed(make, batches)
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {"method": name, "size": size, "batch": BATCH, **found, "growth_mib": growth}
 
 
-def in_fresh_process(name: str, size: int, threads: int) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.meters",
-        "--alone",
-        name,
-        "--sizes",
-        str(size),
-        "--threads",
-        str(threads),
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def streamed(name: str, size: int, threads: int) -> dict[str, Any]:
+    """One method on a stream in two fresh processes: its times, and its memory as it is and live."""
+    found = in_fresh_process(name, size, threads, {})
+    live = in_fresh_process(name, size, threads, {"MALLOC_MMAP_THRESHOLD_": "65536"})
+    return {**found, "live_mib": live["growth_mib"]}
+
+
+def in_fresh_process(name: str, size: int, threads: int, environment: dict[str, str]) -> dict[str, Any]:
+    options = ["--alone", name, "--sizes", str(size), "--threads", str(threads)]
+    command = [sys.executable, "-m", "benchmarks.meters", *options]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
     return dict(json.loads(done.stdout))
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(
-        "method", "scores", "batch", "update, million/s", "compute, s", "error, AUROC points", "memory growth, MiB"
-    )
+    memory = ("memory growth, MiB", "live, MiB")
+    table = Table("method", "scores", "batch", "update, million/s", "compute, s", "error, AUROC points", *memory)
     for row in rows:
-        rate = row["size"] / row["update_s"] / 1e6
+        rate = f"{row['size'] / row['update_s'] / 1e6:.2f}" if row["method"] != "no meter" else "-"
         error = f"{100 * row['error']:.5f}" if "error" in row else "-"
-        growth = f"{row['growth_mib']:.0f}" if "growth_mib" in row else "-"
-        cells = (f"{row['size']:.0e}", f"{row['batch']:.0e}", f"{rate:.2f}", f"{row['compute_s']:.3f}", error, growth)
-        table.add_row(row["method"], *cells)
+        growth = [f"{row[key]:.0f}" if key in row else "-" for key in ("growth_mib", "live_mib")]
+        cells = (f"{row['size']:.0e}", f"{row['batch']:.0e}", rate, f"{row['compute_s']:.3f}", error)
+        table.add_row(row["method"], *cells, *growth)
     return table
 
 
@@ -136,11 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks meters", description=__doc__)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e4, 1e6], help="compared with all methods")
     parser.add_argument("--batches", type=float, nargs="+", default=[4096, BATCH])
-    parser.add_argument("--stream", type=float, nargs="*", default=[1e6, 1e8], help="constant mode, in fresh processes")
+    parser.add_argument("--stream", type=float, nargs="*", default=[1e6, 1e8], help="in fresh processes")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--alone", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=STREAMED, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.alone:
@@ -154,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 rows += compare(size, batch, options.repeats, list(METHODS))
     for size in map(int, options.stream):
         with console.status(f"a stream of {size:.0e} scores"):
-            rows.append(in_fresh_process("constant, 16384 bins", size, options.threads))
+            names = [name for name in STREAMED if name != "exact" or size <= EXACT_UP_TO]
+            rows += [streamed(name, size, options.threads) for name in names]
     Console(width=140).print(shown(rows))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gradmetrics.engine import kernels
-from lightning_gradmetrics.engine.kernels import native
+from lightning_gradmetrics.engine.kernels import gram, native
 from lightning_gradmetrics.statistics import gradient_moments
 
 WANTED = frozenset({"sum", "max", "min", 1.0, 2.0, 3.0})
@@ -105,6 +105,33 @@ def test_convolution(case, seed, dtype, wanted):
     gradient = kernels.conv_gradient(x, g, **spec, groups=groups)
     torch.testing.assert_close(gradient.double(), expected, rtol=tolerance(dtype), atol=tolerance(dtype) * 10)
     close(kernels.conv_moments(x, g, **spec, groups=groups, wanted=wanted), expected, wanted, dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    case=convolutions(),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    layout=st.sampled_from(["plain", "last", "strided"]),
+    extra=st.integers(0, 1),
+)
+def test_gram_form(case, seed, dtype, layout, extra):
+    """Where it pays or not. An input may be larger than what the output gradient covers."""
+    n, groups, per_in, per_out, size, out, spec = case
+    torch.manual_seed(seed)
+    x = torch.randn(n, groups * per_in, *(s + extra for s in size), dtype=dtype)
+    g = torch.randn(n, groups * per_out, *out, dtype=dtype)
+    gradient = kernels.conv_gradient(x.double(), g.double(), **spec, groups=groups)
+    if layout == "last":
+        x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
+    if layout == "strided":
+        x, g = (torch.stack([t, t], -1)[..., 0] for t in (x, g))
+
+    def direct(rows):
+        return gradient[rows].flatten(1).square().sum(1)
+
+    found = gram.conv_square(x, g, *spec.values(), groups, direct)
+    close(found, gradient, frozenset(found), dtype)
 
 
 @pytest.mark.parametrize("output_padding", [0, 1])

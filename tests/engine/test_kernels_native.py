@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_gradmetrics.engine import kernels
-from lightning_gradmetrics.engine.kernels import native
+from lightning_gradmetrics.engine.kernels import gram, native
 from lightning_gradmetrics.statistics import gradient_moments
 
 ALL = frozenset({"sum", "max", "min", 1.0, 2.0})
@@ -127,3 +127,57 @@ def test_gram_sums_that_cancel_are_computed_directly():
     expected = (g.double().mT @ a.double()).square().sum((1, 2))
     actual = kernels.linear_moments(a, g, {2.0})[2.0]
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("native_form", ["1", "0"])
+def test_gram_sums_of_a_convolution_that_cancel_are_computed_directly(fresh, native_form):
+    fresh.setenv(native.VARIABLE, native_form)
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 1, 1).expand(2, 40, 4, 4).contiguous()
+    g = torch.randn(2, 50, 4, 4)
+    g -= g.mean((2, 3), keepdim=True) * (1 + 1e-4)
+    spec = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    expected = kernels.conv_gradient(x.double(), g.double(), *spec).flatten(1).square().sum(1)
+    assert bool((expected < 1e-6 * (x[:1].square().sum() * g[:1].square().sum())).all())
+    direct = []
+
+    def exactly(rows):
+        direct.append(int(rows.sum()))
+        return expected[rows]
+
+    found = gram.conv_square(x, g, *spec, exactly)[2.0]
+    assert direct == [2]
+    torch.testing.assert_close(found, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(5, 300, 33), (2, 7, 260), (70, 20, 16)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gram_form_over_blocks_and_panels(shape, threads):
+    """More channels than a block, more positions than a panel, and any number of threads."""
+    n, channels, positions = shape
+    torch.manual_seed(0)
+    x, g = torch.randn(n, channels, positions), torch.randn(n, channels + 9, positions)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        total, square, bound = native.native_squares(x, g, [3], [1], [1], [1], 1)
+    finally:
+        torch.set_num_threads(before)
+    gradient = kernels.conv_gradient(x.double(), g.double(), [3], [1], [1], [1]).flatten(1)
+    torch.testing.assert_close(square[:, 0], gradient.square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(total[:, 0], gradient.sum(1), rtol=0, atol=1e-5 * float(gradient.abs().sum(1).max()))
+    assert bool((square <= bound).all())
+
+
+@needs_compiler
+def test_gram_form_of_a_bad_sample_keeps_to_its_row():
+    torch.manual_seed(0)
+    x, g = torch.randn(3, 20, 5, 5), torch.randn(3, 30, 5, 5)
+    spec = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    clean = native.native_squares(x, g, *spec)
+    for bad in (float("nan"), float("inf")):
+        x[1, 4, 2, 3] = bad
+        for before, after in zip(clean, native.native_squares(x, g, *spec), strict=True):
+            assert not bool(after[1].isfinite().any())
+            assert torch.equal(after[[0, 2]], before[[0, 2]])

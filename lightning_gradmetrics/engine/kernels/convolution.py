@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square
+from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square, form
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.reduction import chunked_moments
 from lightning_gradmetrics.statistics import Moment, Moments, accumulator
@@ -139,17 +139,16 @@ def conv_moments(
     channels, outputs = x.shape[1] // groups, g.shape[1] // groups
     if keys == {"sum"}:
         return {"sum": _total(x, g, *spec, groups)}
-    if (
-        2.0 in keys
-        and keys <= {"sum", 2.0}
-        and conv_gram_pays(channels, outputs, x.shape[2:], g.shape[2:], kernel_size, padding)
-    ):
-        square: Moments = {
-            2.0: conv_square(
-                x, g, *spec, groups, lambda rows: _products(x[rows], g[rows], *spec, groups, frozenset({2.0}))[2.0]
-            )
-        }
-        return square | ({"sum": _total(x, g, *spec, groups)} if "sum" in keys else {})
+    gram = 2.0 in keys and keys <= {"sum", 2.0} and g.numel() > 0
+    if gram and conv_gram_pays(channels, outputs, x.shape[2:], g.shape[2:], kernel_size, padding, *form(g, groups)):
+
+        def direct(rows: Tensor) -> Tensor:
+            return _products(x[rows], g[rows], *spec, groups, frozenset({2.0}))[2.0]
+
+        found = conv_square(x, g, *spec, groups, direct)
+        if keys > found.keys():
+            found["sum"] = _total(x, g, *spec, groups)
+        return {key: found[key] for key in keys}
     return _products(x, g, *spec, groups, keys)
 
 

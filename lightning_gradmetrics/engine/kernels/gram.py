@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gradmetrics.statistics import accumulator
+from lightning_gradmetrics.engine.kernels.native import native_squares, supports
+from lightning_gradmetrics.statistics import Moments, accumulator
 
-__all__ = ["conv_gram_pays", "conv_square", "linear_gram_pays", "linear_square"]
+__all__ = ["conv_gram_pays", "conv_square", "form", "linear_gram_pays", "linear_square"]
 
 GAIN = 2.8
 """How many times fewer multiplications make a Gram form worth it: measured, against the fused product."""
@@ -23,9 +25,17 @@ CANCELLED = 1e-3
 """Below this part of its largest possible value a Gram sum has lost digits to cancellation: it is computed directly."""
 
 
-def linear_gram_pays(positions: int, inputs: int, outputs: int) -> bool:
+COMPILED_GAIN, TILES, SHIFT = 1.2, 1.3, 12.0
+"""The same for the compiled form; what its tiles multiply in vain; and what a kernel entry of a pair of positions costs,
+in multiplications: measured."""
+
+LARGEST = {"entries": 64, "padding": 256}
+"""What the compiled form takes."""
+
+
+def linear_gram_pays(positions: int, inputs: int, outputs: int, compiled: bool = False, idle: float = 1.0) -> bool:
     """Whether :func:`linear_square` is cheaper than the product, by multiplications."""
-    return GAIN * positions * (inputs + outputs + 2) < inputs * outputs
+    return conv_gram_pays(inputs, outputs, [positions], [positions], [1], [0], compiled, idle)
 
 
 def conv_gram_pays(
@@ -35,12 +45,35 @@ def conv_gram_pays(
     out_size: Sequence[int],
     kernel_size: Sequence[int],
     padding: Sequence[int],
+    compiled: bool = False,
+    idle: float = 1.0,
 ) -> bool:
-    """Whether :func:`conv_square` is cheaper than the product, by multiplications within a group."""
-    volume = math.prod(s + 2 * p for s, p in zip(size, padding, strict=True))
+    """Whether :func:`conv_square` is cheaper than the product, by multiplications within a group.
+
+    Args:
+        channels: Input channels of a group.
+        outputs: Output channels of a group.
+        size: Of the input.
+        out_size: Of the output.
+        kernel_size: One integer a spatial dimension.
+        padding: The same.
+        compiled: Whether the compiled form is to be had; it computes half of each symmetric matrix, and no border.
+        idle: Threads for each sample and group: a sample's Gram form is the work of one, so above 1 some do nothing.
+    """
     positions, entries = math.prod(out_size), math.prod(kernel_size)
-    gram = volume**2 * channels + positions**2 * (outputs + 4 * entries)
-    return GAIN * gram < positions * channels * entries * outputs
+    product = positions * channels * entries * outputs
+    if not compiled:
+        volume = math.prod(s + 2 * p for s, p in zip(size, padding, strict=True))
+        return GAIN * (volume**2 * channels + positions**2 * (outputs + 4 * entries)) < product
+    if entries > LARGEST["entries"] or max(padding) > LARGEST["padding"]:
+        return False
+    matrices = (math.prod(size) ** 2 * channels + positions**2 * outputs) / 2
+    return COMPILED_GAIN * max(1.0, idle) * (TILES * matrices + SHIFT * entries * positions**2) < product
+
+
+def form(g: Tensor, groups: int = 1) -> tuple[bool, float]:
+    """Whether the compiled form is to be had for an output gradient, and the threads for each sample and group of it."""
+    return supports(g, {2.0}), torch.get_num_threads() / (len(g) * groups)
 
 
 def _gram(t: Tensor) -> Tensor:
@@ -48,31 +81,47 @@ def _gram(t: Tensor) -> Tensor:
     return t.mT @ t
 
 
-def _checked(left: Tensor, right: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
+def _summed(left: Tensor, right: Tensor, direct: Callable[[Tensor], Tensor]) -> Moments:
     """``sum_{p,q} left right`` for each sample ``(N, B, P, P)``, direct where it cancels."""
     dtype = accumulator(left)
-    total = (left * right).sum((1, 2, 3), dtype=dtype)
     norms = (left.diagonal(dim1=2, dim2=3) * right.diagonal(dim1=2, dim2=3)).clamp(min=0).sqrt()
-    bound = norms.sum(2, dtype=dtype).square().sum(1)
-    lost = (total < CANCELLED * bound) & bound.isfinite()
+    bound = norms.sum(2, dtype=dtype).square()
+    return {2.0: _kept((left * right).sum((2, 3), dtype=dtype), bound, direct)}
+
+
+def _compiled(x: Tensor, g: Tensor, *arguments: Any) -> Moments:
+    """The same by the compiled form."""
+    *spec, direct = arguments
+    total, square, bound = native_squares(x, g, *spec)
+    return {"sum": total.sum(1), 2.0: _kept(square, bound, direct)}
+
+
+def _kept(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sums ``(N, B)`` over groups, direct where they are so far below their bounds that digits were lost."""
+    total, most = square.sum(1), bound.sum(1)
+    lost = (total < CANCELLED * most) & most.isfinite()
     if bool(lost.any()):
-        total[lost] = direct(lost).to(dtype)
+        total[lost] = direct(lost).to(total.dtype)
     return total
 
 
-def linear_square(a: Tensor, g: Tensor) -> Tensor:
-    """Sums of squares of a linear layer's per-sample weight gradients.
+def linear_square(a: Tensor, g: Tensor) -> Moments:
+    """Sums of squares of a linear layer's per-sample weight gradients, and their sums where those come for nothing.
 
     Args:
         a: ``(N, T, I)``.
         g: ``(N, T, O)``.
 
     Returns:
-        ``(N,)``.
+        ``(N,)`` each.
     """
-    return _checked(
-        _gram(a.mT)[:, None], _gram(g.mT)[:, None], lambda rows: (g[rows].mT @ a[rows]).double().square().sum((1, 2))
-    )
+
+    def direct(rows: Tensor) -> Tensor:
+        return (g[rows].mT @ a[rows]).double().square().sum((1, 2))
+
+    if supports(g, {2.0}):
+        return _compiled(a.mT, g.mT, [1], [1], [0], [1], 1, direct)
+    return _summed(_gram(a.mT)[:, None], _gram(g.mT)[:, None], direct)
 
 
 def conv_square(
@@ -84,8 +133,8 @@ def conv_square(
     dilation: Sequence[int],
     groups: int,
     direct: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Sums of squares of a convolution's per-sample weight gradients.
+) -> Moments:
+    """Sums of squares of a convolution's per-sample weight gradients, and their sums where those come for nothing.
 
     The Gram matrix of the patches is a sum of the pixels' Gram matrix, shifted by each kernel entry.
 
@@ -100,8 +149,10 @@ def conv_square(
         direct: The sums of squares of the samples that a mask ``(N,)`` selects, by products.
 
     Returns:
-        ``(N,)``.
+        ``(N,)`` each.
     """
+    if supports(g, {2.0}) and math.prod(kernel_size) <= LARGEST["entries"] and max(padding) <= LARGEST["padding"]:
+        return _compiled(x, g, kernel_size, stride, padding, dilation, groups, direct)
     if any(padding):
         x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     n, plane, out = len(g), x.shape[2:], g.shape[2:]
@@ -117,7 +168,7 @@ def conv_square(
         patches += pixels.as_strided((n * groups, *out, *out), strides, shift)
     gradients = _gram(g.reshape(n * groups, g.shape[1] // groups, positions))
     shape = (n, groups, positions, positions)
-    return _checked(patches.view(shape), gradients.view(shape), direct)
+    return _summed(patches.view(shape), gradients.view(shape), direct)
 
 
 def _entries(kernel_size: Sequence[int]) -> list[tuple[int, ...]]:

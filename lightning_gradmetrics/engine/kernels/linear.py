@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.gram import linear_gram_pays, linear_square
+from lightning_gradmetrics.engine.kernels.gram import form, linear_gram_pays, linear_square
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.reduction import chunked_moments, row_moments
 from lightning_gradmetrics.statistics import Moment, Moments, accumulator
@@ -53,9 +53,12 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
     if keys == {"sum"}:
         return {"sum": _total(a, g)}
     a = a.to(g.dtype)
-    if 2.0 in keys and keys <= {"sum", 2.0} and linear_gram_pays(a.shape[1], a.shape[2], g.shape[2]):
-        square: Moments = {2.0: linear_square(a, g)}
-        return square | ({"sum": _total(a, g)} if "sum" in keys else {})
+    gram = 2.0 in keys and keys <= {"sum", 2.0} and g.numel() > 0
+    if gram and linear_gram_pays(a.shape[1], a.shape[2], g.shape[2], *form(g)):
+        found = linear_square(a, g)
+        if keys > found.keys():
+            found["sum"] = _total(a, g)
+        return {key: found[key] for key in keys}
     if g.numel() and supports(g, keys):
         return native_products(a.mT, g.mT, [1], [1], [0], [1], 1, keys)
     return chunked_moments(lambda rows: linear_gradient(a[rows], g[rows]), g, a.shape[2] * g.shape[2], keys)

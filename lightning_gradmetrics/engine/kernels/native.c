@@ -427,3 +427,5 @@ void products(job *j, parallel run, int threads) {
   else
     run(work, j, (unsigned)threads, 0);
 }
+
+#include "gram.c"

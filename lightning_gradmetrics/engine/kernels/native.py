@@ -24,10 +24,11 @@ from torch import Tensor
 
 from lightning_gradmetrics.statistics import Moment, Moments
 
-__all__ = ["native_products", "native_rows", "native_sums", "supports"]
+__all__ = ["native_products", "native_rows", "native_squares", "native_sums", "supports"]
 
 VARIABLE = "LIGHTNING_GRADMETRICS_NATIVE"
 SOURCE = Path(__file__).with_name("native.c")
+SOURCES = (SOURCE, Path(__file__).with_name("gram.c"))
 KEYS: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
 DEFINES = {"float": ("-DREAL=float", "-DSINGLE"), "double": ("-DREAL=double",)}
 REALS = {torch.float32: "float", torch.float64: "double"}
@@ -75,6 +76,16 @@ class _SumJob(ctypes.Structure):
     )
 
 
+class _GramJob(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("x", "g", "out", "scratch")]
+        + [(name, ctypes.c_int64) for name in ("scratch_bytes", "samples", "groups", "channels", "columns")]
+        + [(name, _Three) for name in ("size", "out_size", "kernel", "stride", "pad", "dilation")]
+        + [(f"{t}_{axis}", ctypes.c_int64) for t in "xg" for axis in ("sample", "channel", "position")]
+        + [("next", ctypes.c_int), ("worker", ctypes.c_int)]
+    )
+
+
 def _cache_directory() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "lightning_gradmetrics"
@@ -94,9 +105,8 @@ def _build(real: str) -> Path | None:
     compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
     if compiler is None:
         return None
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, real, compiler, _processor())).encode()).hexdigest()[
-        :16
-    ]
+    about = [*(source.read_text() for source in SOURCES), *FLAGS, real, compiler, _processor()]
+    key = hashlib.sha256("\n".join(about).encode()).hexdigest()[:16]
     for directory in (_cache_directory(), Path(tempfile.gettempdir()) / f"lightning_gradmetrics-{os.getuid()}"):
         target = directory / f"native-{real}-{key}.so"
         if target.exists() or _compile(compiler.split(), real, target):
@@ -131,7 +141,9 @@ def _library(dtype: torch.dtype) -> Any:
         return None
     library.scratch_bytes.restype = ctypes.c_int64
     library.scratch_bytes.argtypes = [ctypes.c_int64] * 3
-    for function in (library.products, library.row_statistics, library.position_statistics):
+    library.gram_scratch_bytes.restype = ctypes.c_int64
+    library.gram_scratch_bytes.argtypes = [ctypes.c_int64] * 3
+    for function in (library.products, library.row_statistics, library.position_statistics, library.squares):
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int], None
     return library
 
@@ -289,3 +301,43 @@ def native_products(
     job = _Job(*pointers, *counts, _Three(*size), _Three(*pad), _Three(*out_size), *steps[0], *steps[1])
     library.products(ctypes.byref(job), _parallel(), threads)
     return _moments(out, keys)
+
+
+def native_squares(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A convolution's per-sample weight gradients by Gram matrices: sum, sum of squares, and what the latter is at most.
+
+    The arguments are those of :func:`native_products`. The last result is ``(sum_p |g_p| |x_p|)^2`` for each sample and
+    group, the sum of squares if no two positions cancelled. Each is ``(N, groups)``.
+    """
+    missing, threads, library = 3 - len(kernel_size), _threads(), _library(g.dtype)
+
+    def three(values: Iterable[int], fill: int) -> Any:
+        return _Three(*(fill,) * missing, *values)
+
+    flat = [_steady(t.flatten(2)) for t in (x, g)]
+    each = library.gram_scratch_bytes(flat[0].shape[2], flat[1].shape[2], (kernel_size[-1] + 1) * g.shape[-1])
+    scratch = _scratch(each * threads + 64)
+    out = torch.empty(len(g), groups, 3, dtype=torch.float64)
+    job = _GramJob(
+        *(t.data_ptr() for t in (*flat, out)),
+        -(-scratch.data_ptr() // 64) * 64,
+        *(each, len(g), groups, x.shape[1] // groups, g.shape[1] // groups),
+        *(three(x.shape[2:], 1), three(g.shape[2:], 1), three(kernel_size, 1)),
+        *(three(stride, 1), three(padding, 0), three(dilation, 1)),
+        *(step for t in flat for step in t.stride()),
+    )
+    library.squares(ctypes.byref(job), _parallel(), threads)
+    return out[..., 0], out[..., 1], out[..., 2]
+
+
+def _steady(flat: Tensor) -> Tensor:
+    """``(N, C, P)`` with channels or positions as neighbours in memory."""
+    return flat if 1 in flat.stride()[1:] else flat.contiguous()
