@@ -211,8 +211,9 @@ class GradientMetrics(Callback):
         with trainer.precision_plugin.forward_context():
             if not self._capture.calls and not self._capture.outputs:
                 _forward(self._capture, inputs)
+            outside = self._outside(dataloader_idx, batch_size(inputs))
             evidence = scorer.evidence(
-                self._capture, model, inputs, labels, self._outside(dataloader_idx, batch_size(inputs))
+                self._capture, model, inputs, labels, outside, self._rows[dataloader_idx].dataset
             )
         self._capture.clear()
         if self._fitting is None:

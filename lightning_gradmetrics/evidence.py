@@ -231,7 +231,7 @@ class Evidence:
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         with gradients_enabled():
             logits = self.logits.detach().clone().requires_grad_(True)
-            losses = objective.loss(self.labels if objective.needs_targets else None)(logits)
+            losses = objective.loss(self.labels.clone() if objective.needs_targets else None)(logits)
             (output,) = torch.autograd.grad(losses.sum(), logits)
         return HeadGradient(output, self.features)
 

@@ -34,6 +34,9 @@ class _FittingScorer(Scorer):
             self._needs[classes] = needs_of(fitted, classes)  # type: ignore[arg-type]
         return self._needs[classes]
 
+    def _check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
+        """A score passes over the samples without a label when it is fitted, or refuses them itself."""
+
 
 @dataclass
 class Fitting:

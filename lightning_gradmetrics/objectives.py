@@ -24,6 +24,7 @@ __all__ = [
     "confounding_logits",
     "label",
     "pseudo_label",
+    "ranked_class",
     "uniform",
 ]
 
@@ -65,6 +66,12 @@ def class_loss(logits: Tensor, index: int | Tensor, *, temperature: float = 1.0)
     return -F.log_softmax(logits / temperature, 1).gather(1, classes[:, None])[:, 0]
 
 
+def ranked_class(logits: Tensor, rank: int) -> Tensor:
+    """Cross-entropy to each sample's class of rank ``rank`` by its logits, 0 the likeliest; ``(N, C) -> (N,)``."""
+    order = logits.detach().argsort(dim=1, descending=True, stable=True)
+    return class_loss(logits, order[:, rank])
+
+
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "pseudo_label": pseudo_label,
     "uniform": uniform,
@@ -72,6 +79,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "confounding_logits": confounding_logits,
     "label": label,
     "class": class_loss,
+    "ranked_class": ranked_class,
 }
 
 

@@ -65,7 +65,13 @@ class Scorer:
         return Capture(model, self.head, self.logits)
 
     def evidence(
-        self, capture: Capture, model: nn.Module, inputs: Inputs, labels: Tensor | None, outside: Tensor | None = None
+        self,
+        capture: Capture,
+        model: nn.Module,
+        inputs: Inputs,
+        labels: Tensor | None,
+        outside: Tensor | None = None,
+        dataset: str | None = None,
     ) -> Evidence:
         """What the scores need of a batch whose forward was captured.
 
@@ -75,10 +81,17 @@ class Scorer:
             inputs: Its inputs.
             labels: True labels ``(N,)``, or ``None``.
             outside: Which samples are out-of-distribution ``(N,)``, where that is known.
+            dataset: The name of the data set, for messages.
+
+        Raises:
+            ValueError: If a score needs a label that is not there.
         """
         features, logits = self._captured(capture, batch_size(inputs))
         check_head(self.scores, self.head)
         needs = self.needs(logits.shape[1])
+        labels = None if labels is None else labels.to(logits.device)
+        if needs.labels:
+            self._check_labels(labels, logits, dataset)
         gradients, probes = _gradients(self, needs, model, inputs, labels), _probes(self, needs, model, inputs)
         return Evidence(logits, features, labels, outside, gradients, probes)
 
@@ -86,6 +99,26 @@ class Scorer:
         """The scores by name, ``(N,)`` each."""
         dtype = result_dtype(evidence.given_logits.dtype)
         return {score.name: score(evidence).to(dtype) for score in self.scores}
+
+    def _check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
+        """Refuse samples without a label where a score looks at it: it has no value there that could be compared."""
+        names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)
+        place = f" in the data set {dataset!r}" if dataset else ""
+        remedy = "leave the score out, or score labelled data alone: pass targets=, or give batches (inputs, labels)"
+        size, count = logits.shape
+        if labels is None:
+            raise ValueError(f"the score {names} needs true labels, and there are none{place}: {remedy}")
+        if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(
+                f"the score {names} needs true labels ({size},), whole numbers; these are "
+                f"{tuple(labels.shape)}, {labels.dtype}{place}"
+            )
+        unknown = int(((labels < 0) | (labels >= count)).sum())
+        if unknown:
+            raise ValueError(
+                f"the score {names} needs the true label of every sample, and {unknown} of {size} samples of a batch{place} "
+                f"have none from 0 to {count - 1}: {remedy}"
+            )
 
     def _captured(self, capture: Capture, size: int) -> tuple[Tensor | None, Tensor]:
         """The head's input, where a score needs it, and the logits."""

@@ -2,10 +2,13 @@
 
 from lightning_gradmetrics.scores.confounding import confounding, confounding_detector, purview
 from lightning_gradmetrics.scores.dropout import mc_dropout
-from lightning_gradmetrics.scores.fisher import fisher_trace, kfac_influence
+from lightning_gradmetrics.scores.expected import exgrad, fisher_trace
+from lightning_gradmetrics.scores.fisher import kfac_influence
 from lightning_gradmetrics.scores.fitted import FittedRecipe, FittedScore, register_fitted
 from lightning_gradmetrics.scores.geometry import gga, gga_detector
-from lightning_gradmetrics.scores.gradients import exgrad, feature_norm, gradnorm, gradnorm_kl, pseudo_label
+from lightning_gradmetrics.scores.gradients import feature_norm, gradnorm, gradnorm_kl, pseudo_label
+from lightning_gradmetrics.scores.gradorth import gradorth
+from lightning_gradmetrics.scores.labelled import el2n, grand
 from lightning_gradmetrics.scores.logits import (
     energy,
     entropy,
@@ -18,6 +21,7 @@ from lightning_gradmetrics.scores.logits import (
 from lightning_gradmetrics.scores.oberdiek import oberdiek, uniform
 from lightning_gradmetrics.scores.perturbation import odin
 from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
+from lightning_gradmetrics.scores.regrad import regrad
 from lightning_gradmetrics.scores.states import check_fitted, load_fitted, save_fitted
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "check_fitted",
     "confounding",
     "confounding_detector",
+    "el2n",
     "energy",
     "entropy",
     "exgrad",
@@ -39,7 +44,9 @@ __all__ = [
     "gga_detector",
     "gradnorm",
     "gradnorm_kl",
+    "gradorth",
     "gradtrust",
+    "grand",
     "kfac_influence",
     "load_fitted",
     "log_likelihood",
@@ -54,6 +61,7 @@ __all__ = [
     "purview",
     "register",
     "register_fitted",
+    "regrad",
     "resolve",
     "save_fitted",
     "uniform",

@@ -1,4 +1,4 @@
-"""Scores of the Fisher information: its trace at a sample, and the sample's influence on itself."""
+"""A sample's influence on itself, in the metric of the Fisher information."""
 
 from __future__ import annotations
 
@@ -7,24 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence, Target
+from lightning_gradmetrics.evidence import Evidence
 from lightning_gradmetrics.scores.fitted import Tensors, register_fitted
-from lightning_gradmetrics.scores.registry import register
 
-__all__ = ["fisher_trace", "kfac_influence"]
-
-
-@register("gradient", "cf. Igoe et al. 2022, arXiv:2205.10439")
-def fisher_trace(evidence: Evidence, *, target: Target = "head") -> Tensor:
-    r"""Trace of the Fisher information, ``sum_c p_c |grad -log p_c|_2^2``.
-
-    On the head ``|h|_2^2 (1 - sum_c p_c^2)``. Over other targets it takes one backward pass a class.
-    """
-    probabilities = torch.softmax(evidence.logits, 1)
-    if target == "head":
-        return evidence.features.square().sum(1) * (probabilities * (1 - probabilities)).sum(1)
-    squares = [evidence.gradient("class", target, index=c).norm(2).square() for c in range(probabilities.shape[1])]
-    return (probabilities.to(squares[0].dtype) * torch.stack(squares, 1)).sum(1)
+__all__ = ["kfac_influence"]
 
 
 @register_fitted("gradient", "Grosse et al. 2023, arXiv:2308.03296; Martens & Grosse 2015, arXiv:1503.05671")

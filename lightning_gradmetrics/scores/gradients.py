@@ -10,7 +10,7 @@ from lightning_gradmetrics.objectives import Objective
 from lightning_gradmetrics.scores.registry import register
 from lightning_gradmetrics.statistics import GradientStatistics
 
-__all__ = ["exgrad", "feature_norm", "gradnorm", "gradnorm_kl", "pseudo_label"]
+__all__ = ["feature_norm", "gradnorm", "gradnorm_kl", "pseudo_label"]
 
 
 FACTORS = ("both", "output")
@@ -68,36 +68,6 @@ def pseudo_label(evidence: Evidence, *, statistic: str = "l1", target: Target = 
     """
     value = _statistic(evidence, Objective.of("pseudo_label"), target, factor, statistic)
     return -value if statistic == "min" else value
-
-
-@register("gradient", "Igoe et al. 2022, arXiv:2205.10439")
-def exgrad(evidence: Evidence, *, p: float = 1.0, target: Target = "head") -> Tensor:
-    r"""Expected norm of the gradient under the predicted distribution, ``sum_c p_c |grad -log p_c|``.
-
-    On the head ``|h|_p sum_c p_c |p - e_c|_p``, which for ``p = 1`` is ``2 |h|_1 (1 - sum_c p_c^2)``. Over other
-    targets it takes one backward pass a class.
-    """
-    probabilities = torch.softmax(evidence.logits, 1)
-    if target == "head":
-        return _norm(evidence.features, p) * _expected_residual(probabilities, p)
-    norms = [evidence.gradient("class", target, index=c).norm(p) for c in range(probabilities.shape[1])]
-    return (probabilities.to(norms[0].dtype) * torch.stack(norms, 1)).sum(1)
-
-
-def _expected_residual(probabilities: Tensor, p: float) -> Tensor:
-    """``sum_c p_c |p - e_c|_p`` for probabilities ``(N, C)``, without a ``(N, C, C)`` tensor."""
-    others = 1 - probabilities
-    if p == float("inf"):
-        return (probabilities * torch.maximum(others, _largest_other(probabilities))).sum(1)
-    total = probabilities.pow(p).sum(1, keepdim=True)
-    residual = (total - probabilities.pow(p)).clamp(min=0) + others.pow(p)
-    return (probabilities * residual.pow(1 / p)).sum(1)
-
-
-def _largest_other(probabilities: Tensor) -> Tensor:
-    """For each class, the largest probability of another one, ``(N, C)``."""
-    first, second = probabilities.topk(2, 1).values.chunk(2, 1)
-    return torch.where(probabilities == first, second, first)
 
 
 @register("gradient", "Huang et al. 2021, arXiv:2110.00218")

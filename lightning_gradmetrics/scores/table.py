@@ -85,7 +85,7 @@ def _needs(score: Score) -> list[str]:
     forward = bool(needs.probes) and not needs.backward
     found = {"head": needs.features, "labels": needs.labels, "forward": forward, "backward": needs.backward}
     words = [word for word, needed in found.items() if needed]
-    return [*(words or ["logits"]), *_fit(score)]
+    return [*(words if set(words) - {"labels"} else ["logits", *words]), *_fit(score)]
 
 
 def _fit(score: Score) -> list[str]:

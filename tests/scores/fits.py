@@ -25,6 +25,12 @@ def fit_batches(model: nn.Module, make_inputs: Callable[[int], Tensor]) -> tuple
     return [(inside, labels)], [(outside, torch.full((ROWS,), -1))]
 
 
+def labels_of(inputs: Tensor) -> Tensor:
+    """A label from 0 to 3 that goes with each sample, whatever its batch and precision."""
+    last = inputs.flatten(1)[:, -2:] > 0
+    return 2 * last[:, 0].long() + last[:, 1].long()
+
+
 def ready(case: str, model: nn.Module, make_inputs: Callable[[int], Tensor]) -> Score:
     """The score of that name, fitted for the model where it needs a fit."""
     score = make(case)

@@ -8,14 +8,14 @@ import torch
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import FittedScore
 from tests.models import MODELS, assert_same_state, cnn, images, state_of
-from tests.scores.fits import ready
+from tests.scores.fits import labels_of, ready
 from tests.scores.test_reference import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no dropout module")  # mc_dropout on models without dropout
 
 
 def values(model, inputs, score):
-    (found,) = lgm.score(model, inputs, score).values()
+    (found,) = lgm.score(model, inputs, score, labels_of(inputs)).values()
     return found
 
 
@@ -63,7 +63,7 @@ def test_half_precision(case: str) -> None:
     else:
         assert torch.isclose(rough, exact, rtol=0.1, atol=0.05 * largest + 1e-12).sum() >= 5, (rough, exact)
     if score.needs.gradients:
-        (slow,) = lgm.score(model, inputs, score, engine="reference").values()
+        (slow,) = lgm.score(model, inputs, score, labels_of(inputs), engine="reference").values()
         torch.testing.assert_close(rough, slow, rtol=0.05, atol=0.02 * largest + 1e-12)
 
 

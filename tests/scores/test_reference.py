@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores.fitted import FittedScore, Tensors
 from tests.models import MODELS
 from tests.scores import trust_cases
-from tests.scores.fits import ready
+from tests.scores.fits import labels_of, ready
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no dropout module")  # mc_dropout on models without dropout
 
@@ -28,9 +29,18 @@ class FromState:
     function: Callable[[nn.Module, Tensor, Tensors], Tensor]
 
 
+@dataclass(frozen=True)
+class OfLabel:
+    """The definition of a score that needs the true label."""
+
+    function: Callable[[nn.Module, Tensor, int], Tensor]
+
+
 def definition_of(case: str, score: object) -> Definition:
     """The row of a case; of a fitted score, with the state that it was fitted to."""
     row = CASES[case]
+    if isinstance(row, OfLabel):
+        return lambda model, x: row.function(model, x, int(labels_of(x)))
     if isinstance(row, FromState):
         assert isinstance(score, FittedScore) and score.state is not None
         return lambda model, x: row.function(model, x, score.state)
@@ -69,13 +79,14 @@ def uniform(which: str, temperature: float = 1.0, p: float = 1.0) -> Definition:
     return lambda model, x: -gradient(model, x, loss, which).norm(p)
 
 
-def expected(which: str, p: float = 1.0) -> Definition:
+def expected(which: str, p: float = 1.0, power: int = 1, classes: int | None = None) -> Definition:
+    """The mean over the likeliest classes of a power of the norm, weighted by their probabilities."""
+
     def definition(model: nn.Module, x: Tensor) -> Tensor:
-        probabilities = model(x).softmax(1)[0].detach()
-        norms = [
-            gradient(model, x, lambda z, c=c: cross_entropy(z, c), which).norm(p) for c in range(len(probabilities))
-        ]
-        return (probabilities * torch.stack(norms)).sum()
+        probabilities, order = model(x).softmax(1)[0].detach().sort(descending=True)
+        norms = [gradient(model, x, lambda z, c=c: cross_entropy(z, int(c)), which).norm(p) for c in order[:classes]]
+        kept = probabilities[:classes]
+        return (kept * torch.stack(norms) ** power).sum() / kept.sum()
 
     return definition
 
@@ -132,13 +143,44 @@ def classified(features: Tensor, state: Tensors) -> Tensor:
     return 1 / (1 + torch.exp(-(state["weight"] @ hidden + state["bias"])))
 
 
-def trace(which: str) -> Definition:
+def smoothed(
+    kind: str = "", classes: int | None = None, growth: float = 3.0, count: int = 8, sigma: float = 0.02, seed: int = 0
+) -> Definition:
+    """REGrad: the gradients of each class averaged over perturbed inputs, their norms layer by layer, both weighted."""
+
     def definition(model: nn.Module, x: Tensor) -> Tensor:
-        p = softmax(model, x).detach()
-        squares = [gradient(model, x, lambda z, c=c: cross_entropy(z, c), which).square().sum() for c in range(len(p))]
-        return (p * torch.stack(squares)).sum()
+        noise = torch.randn(count, *x.shape[1:], generator=torch.Generator().manual_seed(seed)).to(x)
+        inputs = [x + sigma * e for e in noise] or [x]
+        layers = [[p for name, p in m.named_parameters() if kind in name] for m in model if list(m.parameters())]
+        probabilities, order = softmax(model, x).detach().sort(descending=True)
+        norms = []
+        for c in order[:classes]:
+            norms.append([])
+            for parameters in layers:
+                found = [torch.autograd.grad(cross_entropy(model(y), int(c)), parameters) for y in inputs]
+                means = [torch.stack(g).mean(0).flatten() for g in zip(*found, strict=True)]
+                norms[-1].append(torch.cat(means).norm())
+        roots = probabilities[:classes].sqrt()
+        depths = torch.tensor(
+            [math.exp(growth * i / max(1, len(layers) - 1)) for i in range(len(layers))], dtype=x.dtype
+        )
+        return (roots / roots.sum()) @ torch.stack([torch.stack(row) for row in norms]) @ (depths / depths.sum())
 
     return definition
+
+
+def subspace(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
+    """The whole gradient of the head's weight, projected row by row."""
+    whole = gradient(model, x, to_uniform, "head").view(-1, len(state["directions"]))
+    return -(whole @ state["directions"] @ state["directions"].T).norm()
+
+
+def error_norm(model: nn.Module, x: Tensor, label: int) -> Tensor:
+    return (softmax(model, x) - torch.eye(softmax(model, x).numel(), dtype=x.dtype)[label]).norm()
+
+
+def of_label(which: str, p: float = 2.0) -> OfLabel:
+    return OfLabel(lambda model, x, label: gradient(model, x, lambda z: cross_entropy(z, label), which).norm(p))
 
 
 def influence(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
@@ -153,7 +195,7 @@ def influence(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
 detector = FromState(lambda model, x, state: classified((squares(model, x, True) + 1e-12).log(), state))
 
 
-CASES: dict[str, Definition | FromState] = {
+CASES: dict[str, Definition | FromState | OfLabel] = {
     "max_softmax": lambda m, x: 1 - softmax(m, x).max(),
     "max_softmax(temperature=3.0)": lambda m, x: 1 - (m(x) / 3).softmax(1).max(),
     "entropy": lambda m, x: torch.distributions.Categorical(probs=softmax(m, x)).entropy(),
@@ -185,6 +227,12 @@ CASES: dict[str, Definition | FromState] = {
     "exgrad(p=2)": expected("head", 2),
     "exgrad(p=inf)": expected("head", float("inf")),
     "exgrad(target=all)": expected("all"),
+    "exgrad(classes=1)": pseudo("head", lambda g: g.norm(1)),
+    "exgrad(classes=3)": expected("head", classes=3),
+    "exgrad(classes=2,p=inf)": expected("head", float("inf"), classes=2),
+    "exgrad(classes=99)": expected("head"),
+    "exgrad(classes=2,target=all)": expected("all", classes=2),
+    "exgrad(classes=99,target=all)": expected("all"),
     "uniform": uniform("head"),
     "uniform(statistic=std,target=all)": lambda m, x: -gradient(m, x, to_uniform, "all").std(),
     "uniform(statistic=min,target=all,temperature=2)": lambda m, x: gradient(
@@ -202,8 +250,19 @@ CASES: dict[str, Definition | FromState] = {
         ("pseudo_label", "uniform"), ("all", "layer")
     ),
     "confounding_detector(epochs=5)": detector,
-    "fisher_trace": trace("head"),
-    "fisher_trace(target=all)": trace("all"),
+    "fisher_trace": expected("head", 2, 2),
+    "fisher_trace(target=all)": expected("all", 2, 2),
+    "fisher_trace(classes=2)": expected("head", 2, 2, 2),
+    "fisher_trace(classes=3,target=all)": expected("all", 2, 2, 3),
+    "regrad": smoothed(),
+    "regrad(classes=2,growth=0.5,perturbations=3,seed=5,sigma=0.3)": smoothed("", 2, 0.5, 3, 0.3, 5),
+    "regrad(perturbations=0)": smoothed(count=0),
+    "regrad(perturbations=2,target='*weight')": smoothed("weight", count=2),
+    "gradorth": FromState(subspace),
+    "gradorth(energy=0.6)": FromState(subspace),
+    "grand": of_label("all"),
+    "grand(p=1,target=head)": of_label("head", 1),
+    "el2n": OfLabel(error_norm),
     "kfac_influence": FromState(influence),
     "feature_norm": lambda m, x: -features(m, x).norm(1),
     "feature_norm(p=2)": lambda m, x: -features(m, x).norm(2),
@@ -223,7 +282,7 @@ def test_equals_its_definition(case: str, model_name: str) -> None:
     make_model, make_inputs = MODELS[model_name]
     model, inputs = make_model().double(), make_inputs(4).double()
     score = ready(case, model, make_inputs)
-    (found,) = lgm.score(model, inputs, score).values()
+    (found,) = lgm.score(model, inputs, score, labels_of(inputs)).values()
     definition = definition_of(case, score)
     wanted = torch.stack([definition(model, x[None]).detach().squeeze() for x in inputs])
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,109 @@
+"""Scores that average over the classes that a sample could have: ExGrad, and the trace of the Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.evidence import Evidence, Gradient, Target
+from lightning_gradmetrics.objectives import Objective
+from lightning_gradmetrics.scores.registry import register
+
+__all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residual_norms"]
+
+
+@register("gradient", "Igoe et al. 2022, arXiv:2205.10439")
+def exgrad(evidence: Evidence, *, p: float = 1.0, target: Target = "head", classes: int | None = None) -> Tensor:
+    r"""Expected norm of the gradient under the predicted distribution, ``sum_c p_c |grad -log p_c|``.
+
+    On the head ``|h|_p sum_c p_c |p - e_c|_p``, which for ``p = 1`` is ``2 |h|_1 (1 - sum_c p_c^2)``. Over other
+    targets it takes one backward pass a class.
+
+    ``classes=k`` averages over each sample's k likeliest classes alone, in k backward passes: ``sum_{c in top k} p_c
+    |grad -log p_c| / sum_{c in top k} p_c``, the expectation given that the class is one of them. Without the division
+    the value could not exceed what share of the probability the k classes hold, and would rank the samples whose
+    prediction is spread widest as the most certain. ``k = 1`` is ``pseudo_label``; all classes, or more than there
+    are, give the whole; on the head it grows with k.
+    """
+    if target == "head":
+        probabilities = torch.softmax(evidence.logits, 1)
+        size: Tensor = torch.linalg.vector_norm(evidence.features, p, 1)
+        return size * _mean_over_classes(evidence, residual_norms(probabilities, p), classes)
+    return _expected(evidence, target, classes, lambda gradient: gradient.norm(p))
+
+
+@register("gradient", "cf. Igoe et al. 2022, arXiv:2205.10439")
+def fisher_trace(evidence: Evidence, *, target: Target = "head", classes: int | None = None) -> Tensor:
+    r"""Trace of the Fisher information, ``sum_c p_c |grad -log p_c|_2^2``.
+
+    On the head ``|h|_2^2 (1 - sum_c p_c^2)``. Over other targets it takes one backward pass a class.
+
+    ``classes=k`` averages over each sample's k likeliest classes alone, in k backward passes, as in ``exgrad``:
+    ``sum_{c in top k} p_c |grad -log p_c|_2^2 / sum_{c in top k} p_c``.
+    """
+    if target == "head":
+        squares = residual_norms(torch.softmax(evidence.logits, 1), 2).square()
+        return evidence.features.square().sum(1) * _mean_over_classes(evidence, squares, classes)
+    return _expected(evidence, target, classes, lambda gradient: gradient.norm(2).square())
+
+
+def class_order(logits: Tensor, classes: int | None) -> Tensor:
+    """Each sample's likeliest classes, ``(N, K)``, likeliest first; K is at most ``classes``.
+
+    Raises:
+        ValueError: If ``classes`` is below 1.
+    """
+    if classes is not None and classes < 1:
+        raise ValueError(f"classes={classes}; allowed: None for all classes, or how many of the likeliest, from 1")
+    return logits.argsort(dim=1, descending=True, stable=True)[:, :classes]
+
+
+def class_objectives(count: int, classes: int | None) -> list[Objective]:
+    """The objectives of all ``count`` classes in the model's order, or of each sample's ``classes`` likeliest by rank."""
+    if classes is None or classes >= count:
+        return [Objective.of("class", index=c) for c in range(count)]
+    return [Objective.of("ranked_class", rank=r) for r in range(classes)]
+
+
+def _expected(evidence: Evidence, target: Target, classes: int | None, value: Callable[[Gradient], Tensor]) -> Tensor:
+    """The mean over classes of a function of their gradients, a backward pass each."""
+    probabilities = torch.softmax(evidence.logits, 1)
+    order = class_order(evidence.logits, classes)
+    if order.shape[1] < probabilities.shape[1]:
+        probabilities = probabilities.gather(1, order)
+    objectives = class_objectives(evidence.logits.shape[1], classes)
+    values = torch.stack([value(evidence.gradient(objective, target)) for objective in objectives], 1)
+    return _weighted_mean(probabilities.to(values.dtype), values)
+
+
+def _mean_over_classes(evidence: Evidence, values: Tensor, classes: int | None) -> Tensor:
+    """The mean of ``(N, C)`` values over the likeliest classes, weighted by their probabilities."""
+    order = class_order(evidence.logits, classes)
+    return _weighted_mean(torch.softmax(evidence.logits, 1).gather(1, order), values.gather(1, order))
+
+
+def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
+    return (weights * values).sum(1) / weights.sum(1)
+
+
+def residual_norms(probabilities: Tensor, p: float) -> Tensor:
+    """``|p - e_c|_p`` of each class ``c`` for probabilities ``(N, C)``, without a ``(N, C, C)`` tensor: ``(N, C)``."""
+    others = _complement(probabilities)
+    if p == float("inf"):
+        return torch.maximum(others, _largest_other(probabilities))
+    powers = probabilities.pow(p)
+    return ((powers.sum(1, keepdim=True) - powers).clamp(min=0) + others.pow(p)).pow(1 / p)
+
+
+def _complement(probabilities: Tensor) -> Tensor:
+    """``1 - p``; of the likeliest class as the sum of the others, which keeps its digits where p rounds to 1."""
+    top = probabilities.argmax(1, keepdim=True)
+    return (1 - probabilities).scatter(1, top, probabilities.scatter(1, top, 0.0).sum(1, keepdim=True))
+
+
+def _largest_other(probabilities: Tensor) -> Tensor:
+    """For each class, the largest probability of another one, ``(N, C)``."""
+    first, second = probabilities.topk(2, 1).values.chunk(2, 1)
+    return torch.where(probabilities == first, second, first)

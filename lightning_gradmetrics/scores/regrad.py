@@ -1,0 +1,135 @@
+"""REGrad: class-weighted gradient norms with weights of the layers, of gradients averaged over perturbed inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.evidence import Evidence, Target, parameter_filter
+from lightning_gradmetrics.forward import call, logits_of
+from lightning_gradmetrics.input_gradients import check_floats
+from lightning_gradmetrics.objectives import Objective
+from lightning_gradmetrics.scores.expected import class_order
+from lightning_gradmetrics.scores.registry import register
+
+__all__ = ["SmoothedNorms", "regrad"]
+
+
+class _MeanLogLikelihood(nn.Module):
+    """From inputs and classes ``(N, K)`` to each class's log-likelihood, averaged over perturbed inputs, ``(N, K)``."""
+
+    def __init__(self, model: nn.Module, noise: Tensor) -> None:
+        super().__init__()
+        self.model, self.noise = model, noise
+
+    def forward(self, inputs: Tensor, classes: Tensor) -> Tensor:
+        """The average; the gradient of it is the average of the gradients."""
+        perturbed = (inputs[:, None] + self.noise).flatten(0, 1)
+        log_p = torch.log_softmax(logits_of(call(self.model, perturbed)), 1)
+        return log_p.view(len(inputs), len(self.noise), -1).mean(1).gather(1, classes)
+
+
+def _negative(log_likelihoods: Tensor, rank: int) -> Tensor:
+    return -log_likelihoods[:, rank]
+
+
+@dataclass(frozen=True)
+class SmoothedNorms:
+    """A probe: L2 norms ``(N, K, L)`` of each likeliest class's gradient, averaged over perturbed inputs, in each layer.
+
+    Args:
+        target: The parameters.
+        classes: K, the number of classes; ``None`` for all.
+        perturbations: Number of perturbed inputs.
+        sigma: Standard deviation of the Gaussian noise.
+        seed: Of the noise; every sample gets the same, so that its value does not depend on its batch.
+    """
+
+    target: Target
+    classes: int | None
+    perturbations: int
+    sigma: float
+    seed: int
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        """The norms; at most as many perturbed inputs at a time as there are samples."""
+        check_floats(inputs, "perturbed inputs")
+        with torch.no_grad():
+            order = class_order(logits_of(call(model, inputs)), self.classes)
+        smoothed = _MeanLogLikelihood(model, self._noise(inputs))
+        step = max(1, len(inputs) // self.perturbations)
+        parts = zip(torch.split(inputs, step), torch.split(order, step), strict=True)
+        return torch.cat([self._norms(smoothed, *part) for part in parts])
+
+    def _noise(self, inputs: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(self.perturbations, *inputs.shape[1:], generator=generator)
+        return self.sigma * noise.to(inputs.device, inputs.dtype)
+
+    def _norms(self, smoothed: nn.Module, inputs: Tensor, order: Tensor) -> Tensor:
+        accepts = parameter_filter(self.target)
+        results = gradient_statistics(
+            smoothed,
+            (inputs, order),
+            [Objective("rank", (("rank", rank),), _negative) for rank in range(order.shape[1])],
+            None if accepts is None else lambda name: accepts(name.removeprefix("model.")),
+            per_parameter=True,
+            statistics=["l2"],
+        )
+        return torch.stack([result.by_layer().norm(2) for result in results], 1)
+
+
+@register("gradient", "Wang & Ji 2024, arXiv:2404.10124")
+def regrad(
+    evidence: Evidence,
+    *,
+    target: Target = "all",
+    classes: int | None = None,
+    growth: float = 3.0,
+    perturbations: int = 8,
+    sigma: float = 0.02,
+    seed: int = 0,
+) -> Tensor:
+    r"""Norms of the classes' gradients in each layer, weighted by the roots of the probabilities and by depth.
+
+    ``sum_c w_c sum_l v_l |mean_e grad_l -log p_c(x + e)|_2`` with ``w_c`` proportional to ``sqrt(p_c(x))`` and ``v_l``
+    to ``exp(growth l / (L - 1))`` for the layers ``l = 0 ... L - 1`` in the order in which the model defines them; both
+    sum to one. The root lets unlikely classes count for more than in ``exgrad``; the last layer counts ``exp(growth)``
+    times the first; the mean over Gaussian noise ``e`` smooths the gradient. The noise is the same for every sample.
+
+    ``classes=k`` takes each sample's k likeliest classes, their weights summing to one: k backward passes instead of
+    C, each over ``perturbations`` times the samples. ``perturbations=0`` takes the gradient at the input itself.
+    ``sigma`` is in the units of the model's input, after any normalisation. ``target``: all parameters, or a pattern;
+    with ``"head"`` there is one layer, and no perturbation.
+
+    From the paper's abstract and from reviews of it: roots as class weights, exponential growth with depth, gradients
+    averaged over perturbed inputs. Not checked in the paper: that the weights sum to one, the L2 norm of each layer,
+    and the values of ``growth``, ``perturbations`` and ``sigma``, which are choices of this package.
+    """
+    _check(target, perturbations, sigma)
+    order = class_order(evidence.logits, classes)
+    if perturbations:
+        probe = SmoothedNorms(target, classes, perturbations, sigma, seed)
+        norms = evidence.probe(probe, (order.shape[1], 1))
+    else:
+        objectives = [Objective.of("ranked_class", rank=rank) for rank in range(order.shape[1])]
+        gradients = [evidence.gradient_per_parameter(objective, target) for objective in objectives]
+        norms = torch.stack([gradient.by_layer().norm(2) for gradient in gradients], 1)
+    roots = torch.softmax(evidence.logits / 2, 1).gather(1, order)  # proportional to the roots of the probabilities
+    places = torch.linspace(0, 1, norms.shape[2], dtype=roots.dtype, device=roots.device)
+    depth = torch.softmax(growth * places, 0)
+    return ((roots / roots.sum(1, keepdim=True))[:, None] @ (norms.to(roots) @ depth)[:, :, None])[:, 0, 0]
+
+
+def _check(target: Target, perturbations: int, sigma: float) -> None:
+    if perturbations < 0 or sigma < 0:
+        raise ValueError(f"perturbations={perturbations} and sigma={sigma}; both must be 0 or more")
+    if perturbations and target == "head":
+        raise ValueError(
+            "regrad perturbs inputs, and target='head' looks at the features of the input itself: pass perturbations=0, "
+            "or name the head's weight as a pattern, as in target='fc.weight'"
+        )
