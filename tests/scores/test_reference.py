@@ -164,7 +164,8 @@ def smoothed(
         depths = torch.tensor(
             [math.exp(growth * i / max(1, len(layers) - 1)) for i in range(len(layers))], dtype=x.dtype
         )
-        return (roots / roots.sum()) @ torch.stack([torch.stack(row) for row in norms]) @ (depths / depths.sum())
+        weights = roots / roots.sum() if normalise else roots
+        return weights @ torch.stack([torch.stack(row) for row in norms]) @ (depths / depths.sum())
 
     return definition
 
@@ -257,6 +258,7 @@ CASES: dict[str, Definition | FromState | OfLabel] = {
     "regrad": smoothed(),
     "regrad(classes=2,growth=0.5,perturbations=3,seed=5,sigma=0.3)": smoothed("", 2, 0.5, 3, 0.3, 5),
     "regrad(perturbations=0)": smoothed(count=0),
+    "regrad(classes=3,normalise=False,perturbations=0)": smoothed(classes=3, count=0, normalise=False),
     "regrad(perturbations=2,target='*weight')": smoothed("weight", count=2),
     "gradorth": FromState(subspace),
     "gradorth(energy=0.6)": FromState(subspace),
