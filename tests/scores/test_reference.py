@@ -144,7 +144,13 @@ def classified(features: Tensor, state: Tensors) -> Tensor:
 
 
 def smoothed(
-    kind: str = "", classes: int | None = None, growth: float = 3.0, count: int = 8, sigma: float = 0.02, seed: int = 0
+    kind: str = "",
+    classes: int | None = None,
+    growth: float = 3.0,
+    count: int = 8,
+    sigma: float = 0.02,
+    seed: int = 0,
+    normalise: bool = True,
 ) -> Definition:
     """REGrad: the gradients of each class averaged over perturbed inputs, their norms layer by layer, both weighted."""
 
