@@ -155,6 +155,7 @@ class Evidence:
         given_outside: Which samples are out-of-distribution ``(N,)``, bool; known when a detector is fitted.
         gradients: Statistics of gradients by target and objective, per parameter.
         probes: Results of the scores' own computations.
+        given_head: The head's weight ``(C, D)``, and its bias ``(C,)`` if it has one.
     """
 
     given_logits: Tensor
@@ -163,6 +164,7 @@ class Evidence:
     given_outside: Tensor | None = None
     gradients: dict[tuple[Target, Objective], GradientStatistics] = field(default_factory=dict)
     probes: dict[Probe, Tensor] = field(default_factory=dict)
+    given_head: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -175,6 +177,14 @@ class Evidence:
         if self.given_features is None:
             raise ValueError("a score needs the head's input, which was not recorded")
         return _exact(self.given_features)
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        """The head's weight ``(C, D)`` and bias ``(C,)``, zero where it has none."""
+        if self.given_head is None:
+            raise ValueError("a score needs the head, which was not recorded")
+        weight, bias = self.given_head
+        return weight.detach(), weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
     @property
     def labels(self) -> Tensor:
@@ -226,6 +236,7 @@ class Evidence:
             take(self.given_outside),
             {key: value.rows(keep) for key, value in self.gradients.items()},
             {key: value[keep] for key, value in self.probes.items()},
+            self.given_head,
         )
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
@@ -307,6 +318,11 @@ class _Recorder(Evidence):
     def features(self) -> Tensor:
         self.needs.features = True
         return super().features
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        classes = self.given_logits.shape[1]
+        return torch.ones(classes, self.features.shape[1]), torch.zeros(classes)
 
     @property
     def labels(self) -> Tensor:

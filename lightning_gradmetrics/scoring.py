@@ -25,7 +25,7 @@ from lightning_gradmetrics.forward import (
     map_tensors,
     preserved,
 )
-from lightning_gradmetrics.head import Capture, capturing, linear_layers, returning_logits
+from lightning_gradmetrics.head import Capture, capturing, linear_layers, named_head, returning_logits
 from lightning_gradmetrics.objectives import Objective
 from lightning_gradmetrics.scores import Score, ScoreLike, resolve
 from lightning_gradmetrics.scores.states import check_fitted, check_head
@@ -50,12 +50,15 @@ class Scorer:
     logits: Callable[[Any], Tensor] = logits_of
     engine: str = "auto"
     _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
+    _needs_of: tuple[Score, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         self.head_is_named = self.head is not None
 
     def needs(self, classes: int) -> Needs:
         """What the scores look at, for that number of classes."""
+        if self._needs_of is not self.scores:  # a fit puts others in their place
+            self._needs, self._needs_of = {}, self.scores
         if classes not in self._needs:
             self._needs[classes] = needs_of(self.scores, classes)
         return self._needs[classes]
@@ -93,7 +96,8 @@ class Scorer:
         if needs.labels:
             self._check_labels(labels, logits, dataset)
         gradients, probes = _gradients(self, needs, model, inputs, labels), _probes(self, needs, model, inputs)
-        return Evidence(logits, features, labels, outside, gradients, probes)
+        head = None if self.head is None else _weight_and_bias(named_head(model, self.head))
+        return Evidence(logits, features, labels, outside, gradients, probes, head)
 
     def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
         """The scores by name, ``(N,)`` each."""
@@ -129,6 +133,10 @@ class Scorer:
             self.head = capture.head
         _check_logits(found)
         return features, found
+
+
+def _weight_and_bias(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return head.weight, head.bias
 
 
 def _gradients(

@@ -19,6 +19,7 @@ from lightning_gradmetrics.scores.logits import (
     max_softmax,
 )
 from lightning_gradmetrics.scores.oberdiek import oberdiek, uniform
+from lightning_gradmetrics.scores.ood_adapter import pytorch_ood
 from lightning_gradmetrics.scores.perturbation import odin
 from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
 from lightning_gradmetrics.scores.regrad import regrad
@@ -59,6 +60,7 @@ __all__ = [
     "odin",
     "pseudo_label",
     "purview",
+    "pytorch_ood",
     "register",
     "register_fitted",
     "regrad",

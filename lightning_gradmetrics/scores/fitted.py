@@ -6,7 +6,8 @@ A fitted score is a class of four plain functions, registered with :func:`regist
   alike;
 - ``accumulate(evidence, measured, **arguments)``: one batch's contribution, ``{name: tensor}``. Contributions of
   batches and of processes add up; those named ``rows/...``, ``(N, ...)``, one row a sample, are kept row by row: a
-  uniform sample of at most :data:`MAX_ROWS` samples and :data:`MAX_ENTRIES` entries;
+  uniform sample of at most :data:`MAX_ROWS` samples and :data:`MAX_ENTRIES` entries; those named ``model/...`` are the
+  model's own, the same in every batch, and are taken once;
 - ``finish(total, **arguments)``: from the total of the contributions to the state, ``{name: tensor}``;
 - ``score(measured, state, **arguments)``: the uncertainties ``(N,)``.
 
@@ -179,6 +180,10 @@ def _is_rows(key: str) -> bool:
     return key.startswith("rows/")
 
 
+def _is_models(key: str) -> bool:
+    return key.startswith("model/")
+
+
 def row_keys(inputs: Inputs) -> Tensor:
     """A whole number for each sample, spread evenly and made of its input's bits: ``(N,)``, int64, on the CPU.
 
@@ -210,7 +215,13 @@ def add(totals: Sequence[Tensors]) -> Tensors:
     present = [total for total in totals if total]
     if not present:
         return {}
-    return _sampled({key: (torch.cat if _is_rows(key) else _sum)([t[key] for t in present]) for key in present[0]})
+    return _sampled({key: _joined(key, [total[key] for total in present]) for key in present[0]})
+
+
+def _joined(key: str, values: Sequence[Tensor]) -> Tensor:
+    if _is_models(key):
+        return values[0].cpu()
+    return torch.cat(list(values)) if _is_rows(key) else _sum(values)
 
 
 def _sum(values: Sequence[Tensor]) -> Tensor:
@@ -241,7 +252,9 @@ class RunningTotal:
     def add(self, contribution: Tensors) -> None:
         """Add a batch's contribution."""
         for key, value in contribution.items():
-            if not _is_rows(key):
+            if _is_models(key):
+                self.sums.setdefault(key, value)
+            elif not _is_rows(key):
                 self.sums[key] = self.sums[key] + value if key in self.sums else value
         rows = {key: value for key, value in contribution.items() if _is_rows(key)}
         if rows:

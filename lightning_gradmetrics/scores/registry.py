@@ -78,6 +78,10 @@ class Recipe:
         parameters = inspect.signature(self.function).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    def described(self) -> Score:
+        """The score with its default arguments, for the tables: to be looked at, not run."""
+        return self()
+
     def __call__(self, *, name: str | None = None, **arguments: Any) -> Score:
         """The score with these arguments.
 

@@ -73,7 +73,7 @@ def _line(recipe: Recipe) -> Line:
         summary=summary,
         text=text.strip(),
         paper=recipe.paper,
-        needs=", ".join(_needs(recipe())),
+        needs=", ".join(_needs(recipe.described())),
         cost=_cost(recipe),
         sign=_sign(summary),
     )
@@ -99,10 +99,11 @@ def _fit(score: Score) -> list[str]:
 
 def _cost(recipe: Recipe) -> str:
     """What one batch costs, with the default arguments and, where that differs, over all parameters."""
-    cost = _passes(recipe())
+    score = recipe.described()
+    cost = _passes(score)
     if recipe.defaults.get("target") == "head":
         cost += f"; target='all': {_passes(recipe(target='all'))}"
-    return f"fitted once, then {cost}" if isinstance(recipe(), FittedScore) else cost
+    return f"fitted once, then {cost}" if isinstance(score, FittedScore) else cost
 
 
 def _passes(score: Score) -> str:

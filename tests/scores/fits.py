@@ -14,7 +14,7 @@ ROWS = 40
 
 
 def fit_batches(model: nn.Module, make_inputs: Callable[[int], Tensor]) -> tuple[list, list]:
-    """Labelled samples of which the less certain half is predicted wrong; and others, three times as large."""
+    """Labelled samples of which the less certain half is predicted wrong, of every class; and others, three times as large."""
     first = next(model.parameters())
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
@@ -22,6 +22,7 @@ def fit_batches(model: nn.Module, make_inputs: Callable[[int], Tensor]) -> tuple
         logits = model(inside)
     confidence = logits.softmax(1).amax(1)
     labels = (logits.argmax(1) + (confidence < confidence.median())) % logits.shape[1]
+    labels[: logits.shape[1]] = torch.arange(logits.shape[1])
     return [(inside, labels)], [(outside, torch.full((ROWS,), -1))]
 
 

@@ -9,7 +9,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import FittedScore
 from tests.models import MODELS, assert_same_state, cnn, images, state_of
 from tests.scores.fits import labels_of, ready
-from tests.scores.test_reference import CASES
+from tests.scores.test_reference import CASES, tolerances
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no dropout module")  # mc_dropout on models without dropout
 
@@ -35,9 +35,9 @@ def test_batch_splitting_and_order(case: str) -> None:
     score = ready(case, model, images)
     whole = values(model, inputs, score)
     parts = torch.cat([values(model, part, score) for part in inputs.split([1, 4, 2])])
-    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts, whole, **tolerances(case))
     order = torch.randperm(7)
-    torch.testing.assert_close(values(model, inputs[order], score), whole[order], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(values(model, inputs[order], score), whole[order], **tolerances(case))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,9 +99,9 @@ def test_a_bad_row_stays_in_its_row(case: str) -> None:
     assert not found[1].isfinite()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "energy" not in c and "logit" not in c])
+@pytest.mark.parametrize("case", [c for c in CASES if all(word not in c for word in ("energy", "logit", "NACUE"))])
 def test_confident_samples_stay_apart(case: str) -> None:
-    """Logit gaps of 20 to 60 in float32: nothing overflows, nothing becomes NaN."""
+    """Logit gaps of 20 to 60 in float32: nothing overflows, nothing becomes NaN. NAC-UE needs a layer before the head."""
     head = torch.nn.Linear(4, 4, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.eye(4))
