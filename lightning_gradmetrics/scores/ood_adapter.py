@@ -106,9 +106,9 @@ class DetectorScore(Score):
         plan = _plan(self)
         return build(plan, _own(self.arguments), None if plan.takes == "logits" else evidence.head)
 
-    def detector_on(self, model: nn.Module, device: torch.device) -> Any:
-        """The detector that runs the model."""
-        return build(_plan(self), _own(self.arguments), model=model).to(device)
+    def detector_on(self, model: nn.Module, inputs: Tensor) -> Any:
+        """The detector that runs the model, on the inputs' device."""
+        return build(_plan(self), _own(self.arguments), model=model).to(inputs.device)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class FittedDetectorScore(FittedScore):
     """The score of a detector that is fitted.
 
     Args:
-        built: Detectors made of the state, by device (and model): they are made when they are first needed.
+        built: Detectors made of the state, by device, model and precision: they are made when they are first needed.
     """
 
     built: Cache = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -146,13 +146,14 @@ class FittedDetectorScore(FittedScore):
             self.built[device] = _detector(_plan(self), self.arguments, self.state or {}).to(device)
         return self.built[device]
 
-    def detector_on(self, model: nn.Module, device: torch.device) -> Any:
-        """The detector that runs the model, fitted on the state's inputs."""
-        if (model, device) not in self.built:
+    def detector_on(self, model: nn.Module, inputs: Tensor) -> Any:
+        """The detector that runs the model, fitted on the state's inputs, on the device and in the precision of these."""
+        key = model, inputs.device, inputs.dtype
+        if key not in self.built:
             state, plan = self.state or {}, _plan(self)
-            made = build(plan, _own(self.arguments), model=model).to(device)
-            self.built[model, device] = fit(plan, made, state["rows"].to(device), state["labels"].to(device))
-        return self.built[model, device]
+            made = build(plan, _own(self.arguments), model=model).to(inputs.device)
+            self.built[key] = fit(plan, made, state["rows"].to(inputs), state["labels"].to(inputs.device))
+        return self.built[key]
 
 
 def _detector(plan: Plan, arguments: Mapping[str, Any], state: Tensors) -> Any:
@@ -191,7 +192,7 @@ class Prediction:
         rows = inputs_of(model, inputs)
         if self.backward:  # of a frozen layer too; who runs a probe leaves the model as it was
             model.requires_grad_(True)
-        return predict(_plan(self.score), self.score.detector_on(model, rows.device), rows)
+        return predict(_plan(self.score), self.score.detector_on(model, rows), rows)
 
 
 def inputs_of(model: nn.Module, inputs: Any) -> Tensor:
@@ -242,7 +243,7 @@ def _registered(functions: type) -> DetectorRecipe:
 
 @_registered
 class pytorch_ood:
-    r"""An outlier detector of the library pytorch-ood, run as it is, higher = more of an outlier.
+    r"""An outlier detector of the library pytorch-ood, run as it is.
 
     Any of its detectors by the name of its class, with its own arguments: ``pytorch_ood(detector=KNN, k=10)``. Install
     it with ``pip install "lightning-gradmetrics[pytorch-ood]"``. In ``conf/score/`` there is a file each for eight of
