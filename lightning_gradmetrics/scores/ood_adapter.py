@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.evidence import Evidence
 from lightning_gradmetrics.scores.fitted import FittedScore, Tensors, _not_fitted
-from lightning_gradmetrics.scores.ood_plan import KNN, REQUIRED, Plan, build, fit, plan_of, predict
+from lightning_gradmetrics.scores.ood_plan import KNN, PARTS, REQUIRED, Plan, build, fit, plan_of, predict
 from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score
 
 __all__ = ["DetectorRecipe", "DetectorScore", "FittedDetectorScore", "pytorch_ood"]
@@ -37,8 +37,9 @@ class DetectorRecipe(Recipe):
     @property
     def defaults(self) -> dict[str, Any]:
         """The arguments with their defaults, the detector's own among them once it is named."""
-        own = {} if self.plan is None else {**self.plan.defaults, **dict.fromkeys(self.extra, REQUIRED)}
-        return {**super().defaults, **own}
+        if self.plan is None:
+            return super().defaults
+        return {"detector": REQUIRED, **self.plan.defaults, **dict.fromkeys(self.extra, REQUIRED)}
 
     @property
     def documentation(self) -> str:
@@ -48,7 +49,7 @@ class DetectorRecipe(Recipe):
 
     def described(self) -> Score:
         """The default score, which can be looked at where pytorch-ood is not installed."""
-        return FittedDetectorScore(self.name, replace(self, plan=KNN), {})
+        return FittedDetectorScore(self.name, replace(self, plan=KNN), self.defaults)
 
     def __call__(self, *, name: str | None = None, **arguments: Any) -> Score:
         """The score of a detector with its arguments, fitted or not as the detector is.
@@ -58,13 +59,13 @@ class DetectorRecipe(Recipe):
             TypeError: If the detector has no such argument, or one that it needs is missing.
             ValueError: If there is no such detector, or it cannot be run.
         """
-        arguments = {key: _plain(value) for key, value in arguments.items()}
-        own = {key: value for key, value in arguments.items() if key != "detector"}
-        plan = plan_of(arguments.get("detector", super().defaults["detector"]), own)
-        extra = tuple(key for key in own if key not in plan.defaults) if plan.more else ()
+        arguments = {**super().defaults, **{key: _plain(value) for key, value in arguments.items()}}
+        own = _own(arguments)
+        plan = plan_of(arguments["detector"], own)
+        extra = tuple(key for key in own if key not in (*plan.defaults, *PARTS)) if plan.more else ()
         bound = replace(self, plan=plan, extra=extra, family=plan.family, paper=plan.paper)
         made = super(DetectorRecipe, bound).__call__(name=name, **arguments)
-        missing = [key for key, value in bound.defaults.items() if value is REQUIRED and key not in own]
+        missing = [key for key, value in bound.defaults.items() if value is REQUIRED and key not in arguments]
         if missing:
             raise TypeError(
                 f"pytorch-ood's {plan.name} needs {missing[0]}=, as in "
@@ -120,6 +121,10 @@ class FittedDetectorScore(FittedScore):
     """
 
     built: Cache = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def _functions(self) -> Any:
+        return self.recipe.functions(_plan(self))  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process gets: the state, and not what was made of it."""
@@ -242,12 +247,14 @@ def _registered(functions: type) -> DetectorRecipe:
 
 
 @_registered
+@dataclass(frozen=True)
 class pytorch_ood:
     r"""An outlier detector of the library pytorch-ood, run as it is.
 
-    Any of its detectors by the name of its class, with its own arguments: ``pytorch_ood(detector=KNN, k=10)``. Install
-    it with ``pip install "lightning-gradmetrics[pytorch-ood]"``. In ``conf/score/`` there is a file each for eight of
-    them: ``pytorch_ood_knn``, ``_vim``, ``_mahalanobis``, ``_react``, ``_ash``, ``_gen``, ``_nnguide`` and ``_nacue``.
+    A detector by the name of its class, with its own arguments: ``pytorch_ood(detector=KNN, k=10)``. Install it with
+    ``pip install "lightning-gradmetrics[pytorch-ood]"``. In ``conf/score/`` there is a file each for eight of them:
+    ``pytorch_ood_knn``, ``_vim``, ``_mahalanobis``, ``_react``, ``_ash``, ``_gen``, ``_nnguide`` and ``_nacue``. All
+    others run too, but for Gram, MultiMahalanobis, RankFeat and MahalanobisODIN, which take a network in pieces.
 
     Detectors of logits and of the head's input cost no forward. They are given logits in float64, and the head's input
     in float32, which their own code has; those that act on feature maps (ReAct, ASH, SCALE, VRA) act on the head's
@@ -261,32 +268,29 @@ class pytorch_ood:
 
     Arguments that are left out have pytorch-ood's defaults, but for two that have none: ``d`` of ViM is half of the
     head's input, and ``layers`` of NAC-UE (names, as in ``layers='layer3+layer4'``) are the model's blocks or else its
-    layers, without the head. Random numbers are drawn from a seed of their own.
+    layers, without the head. Defaults are made for large data: k=50 of KNN looks past a class with fewer samples in the
+    fit, and then says the opposite. Random numbers are drawn from a seed of their own.
     """
 
-    @staticmethod
-    def measure(evidence: Evidence, *, detector: str = "KNN", **arguments: Any) -> Tensors:
-        plan = plan_of(detector, arguments)
-        return {"rows": evidence.probe(inputs_of) if plan.takes == "model" else _seen(plan, evidence)}
+    plan: Plan
 
-    @staticmethod
-    def accumulate(evidence: Evidence, measured: Tensors, *, detector: str = "KNN", **arguments: Any) -> Tensors:
-        plan = plan_of(detector, arguments)
+    def measure(self, evidence: Evidence, *, detector: str = "KNN", **arguments: Any) -> Tensors:
+        return {"rows": evidence.probe(inputs_of) if self.plan.takes == "model" else _seen(self.plan, evidence)}
+
+    def accumulate(self, evidence: Evidence, measured: Tensors, *, detector: str, **arguments: Any) -> Tensors:
         rows = measured["rows"]
-        labels = evidence.labels.long() if plan.classes else torch.zeros(len(rows), dtype=torch.long)
+        labels = evidence.labels.long() if self.plan.classes else torch.zeros(len(rows), dtype=torch.long)
         found = {"rows/rows": rows, "rows/labels": labels}
-        if plan.takes in ("features", "maps"):
+        if self.plan.takes in ("features", "maps"):
             weight, bias = evidence.head
             found |= {"model/weight": weight.float(), "model/bias": bias.float()}
         return found
 
-    @staticmethod
-    def finish(total: Tensors, *, detector: str = "KNN", **arguments: Any) -> Tensors:
-        plan = plan_of(detector, arguments)
+    def finish(self, total: Tensors, *, detector: str, **arguments: Any) -> Tensors:
         state = {key.partition("/")[2]: value for key, value in total.items()}
-        if plan.takes != "model":
-            made = _detector(plan, arguments, state)
-            if not predict(plan, made, state["rows"][:8]).isfinite().all():
+        if self.plan.takes != "model":
+            made = _detector(self.plan, arguments, state)
+            if not predict(self.plan, made, state["rows"][:8]).isfinite().all():
                 raise ValueError(
                     f"pytorch-ood's {detector} gives no finite score to samples that it was fitted on, of "
                     f"{state['rows'].shape[1]} numbers each: its arguments do not suit them"

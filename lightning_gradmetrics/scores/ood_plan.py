@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from lightning_gradmetrics.forward import gradients_enabled
 from lightning_gradmetrics.scores.registry import Family
 
-__all__ = ["KNN", "REQUIRED", "Plan", "build", "fit", "plan_of", "predict", "stages"]
+__all__ = ["KNN", "PARTS", "REQUIRED", "Plan", "build", "fit", "plan_of", "predict", "stages"]
 
 Takes = Literal["logits", "features", "maps", "model"]
 
-REQUIRED = "required"
+
+class _Required:
+    def __repr__(self) -> str:
+        return "(to be given)"
+
+
+REQUIRED = _Required()
 """Stands for the default of an argument that has none."""
 
 PARTS = ("self", "model", "encoder", "backbone", "head", "w", "b", "device", "detector")
