@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.evidence import Evidence
 from lightning_gradmetrics.scores.fitted import FittedScore, Tensors, _not_fitted
-from lightning_gradmetrics.scores.ood_plan import KNN, PARTS, REQUIRED, Plan, build, fit, plan_of, predict
+from lightning_gradmetrics.scores.ood_detectors import build, fit, predict
+from lightning_gradmetrics.scores.ood_plan import KNN, PARTS, REQUIRED, Plan, plan_of
 from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score
 
 __all__ = ["DetectorRecipe", "DetectorScore", "FittedDetectorScore", "pytorch_ood"]

@@ -22,7 +22,8 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.fitting import Fitting
 from lightning_gradmetrics.head import capturing
 from lightning_gradmetrics.scores import FittedScore, fitted, load_fitted, make, save_fitted
-from lightning_gradmetrics.scores.ood_plan import REFUSED, stages
+from lightning_gradmetrics.scores.ood_detectors import stages
+from lightning_gradmetrics.scores.ood_plan import REFUSED
 from lightning_gradmetrics.scoring import Scorer
 from tests.models import Module, assert_same_state, cnn, images, state_of
 from tests.scores.fits import fit_batches
