@@ -61,6 +61,14 @@ class Task:
         """The same task for some of its parameters."""
         return replace(self, parameters={name: p for name, p in self.parameters.items() if name in names})
 
+    def channels_last(self) -> Task:
+        """The same task with images whose channels are neighbours in memory."""
+
+        def laid_out(tensor: Tensor) -> Tensor:
+            return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+        return replace(self, inputs=map_tensors(self.inputs, laid_out))
+
     def forward(self) -> Tensor:
         """The model's logits ``(N, C)``."""
         return self.logits(call(self.model, self.inputs))

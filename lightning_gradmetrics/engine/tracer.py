@@ -199,7 +199,8 @@ class Tracer(OpeningMode):
         assert axis is not None and step.output is not None
         if found.dense and values["input"].ndim > 2:
             args, kwargs = map_arguments(lambda t: t.contiguous() if t is values["input"] else t, (args, kwargs))
-        result = self._rooted(step, step.function(*args, **kwargs))
+        run = None if found.run is None or not self._constant(values) else found.run
+        result = self._rooted(step, run(values) if run else step.function(*args, **kwargs))
         self._check(axis, values["input"])
         self._check(step.output, result)
         if not self._collecting:
@@ -210,6 +211,10 @@ class Tracer(OpeningMode):
         hook = partial(self._rule_gradient, found, call, slots, values["input"]._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
+
+    def _constant(self, values: Mapping[str, Any]) -> bool:
+        """Whether of a call's tensors only the input is part of a graph."""
+        return not any(name != "input" and isinstance(t, Tensor) and t.requires_grad for name, t in values.items())
 
     def _rooted(self, step: Step, result: Tensor) -> Tensor:
         if result.requires_grad:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradmetrics.engine import gradient_statistics, per_sample_gradients
+from lightning_gradmetrics.engine import auto, gradient_statistics, per_sample_gradients
 from lightning_gradmetrics.statistics import STATISTICS, gradient_moments
 from tests.engine.cases import CASES, Packed, made, worst_difference
 
@@ -237,3 +237,39 @@ def test_inside_inference_mode(name):
     expected = _statistics(model, x, "reference")
     with torch.inference_mode():
         assert worst_difference(_statistics(model, x.clone()), expected) < 1e-9
+
+
+class _Views(nn.Module):
+    """A model that only takes images whose positions are neighbours in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 5, 3), nn.Linear(180, 4)
+        self.layouts = []
+
+    def forward(self, x):
+        self.layouts.append(x.is_contiguous())
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+def test_images_are_laid_out_channels_last_unless_the_model_minds():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    for model in (_Views(), nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(180, 4))):
+        found = _statistics(model, x)
+        assert worst_difference(found, _statistics(model, x, "reference"), floor=1e-2) < 1e-4
+        (strategy,) = auto._STRATEGIES[model].values()
+        assert strategy.channels_last != isinstance(model, _Views) and not strategy.slow
+        assert x.is_contiguous()
+
+
+def test_batch_norm_of_a_half_precision_model():
+    """Its backward is the engine's own where nothing but its input is part of the graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)).eval()
+    model[1].running_var.uniform_(0.5, 2)
+    model[1].weight.data.uniform_(-1, 1)
+    x = torch.randn(4, 3, 8, 8)
+    expected = _statistics(model, x, "reference", statistics=("std", "l1"))
+    found = _statistics(model.bfloat16(), x.bfloat16(), statistics=("std", "l1"))
+    torch.testing.assert_close(found.norm(1), expected.norm(1), rtol=0.05, atol=0.05)

@@ -62,6 +62,8 @@ class Rule:
         accepts: Whether the rule covers a call.
         dense: Whether to run on a contiguous input. With a frozen weight, torch multiplies a strided one slice by
             slice.
+        run: From the call's arguments by name to its result, where constant parameters make the backward cheaper than
+            the function's own.
     """
 
     uses: Function
@@ -69,6 +71,7 @@ class Rule:
     weights: frozenset[str]
     accepts: Callable[[Call], bool]
     dense: bool = False
+    run: Callable[[dict[str, Any]], Tensor] | None = None
 
 
 RULES: dict[Any, Rule] = {}
@@ -91,13 +94,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def rule(
-    *functions: Any, arguments: str, weights: str, accepts: Callable[[Call], bool] = first_axis, dense: bool = False
+    *functions: Any,
+    arguments: str,
+    weights: str,
+    accepts: Callable[[Call], bool] = first_axis,
+    dense: bool = False,
+    run: Callable[[dict[str, Any]], Tensor] | None = None,
 ) -> Callable[[Function], Function]:
     """Register a rule for torch functions; ``arguments`` and ``weights`` are names with spaces between."""
 
     def register(uses: Function) -> Function:
         for function in functions:
-            RULES[function] = Rule(uses, tuple(arguments.split()), frozenset(weights.split()), accepts, dense)
+            RULES[function] = Rule(uses, tuple(arguments.split()), frozenset(weights.split()), accepts, dense, run)
         return uses
 
     return register

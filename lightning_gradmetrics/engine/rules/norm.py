@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,34 @@ def _frozen_statistics(call: Call) -> bool:
     return first_axis(call) and not call.get("training", False)
 
 
+class _Frozen(torch.autograd.Function):
+    """Batch norm by running statistics, all of it constant but the input: its backward is one product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+        bias, mean, variance, eps, cudnn = rest
+        factor = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(factor if weight is None else factor * weight)
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, cudnn)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (factor,) = ctx.saved_tensors
+        product = gradient * factor.reshape(1, -1, *[1] * (gradient.ndim - 2))
+        return product.to(gradient.dtype), *[None] * 6
+
+
+def _run_frozen(values: dict[str, Any]) -> Tensor:
+    names = ("input", "weight", "bias", "running_mean", "running_var", "eps", "cudnn_enabled")
+    return _Frozen.apply(*(values[name] for name in names))  # type: ignore[no-untyped-call, no-any-return]
+
+
 @rule(
     torch.batch_norm,
     arguments="input weight bias running_mean running_var training momentum eps cudnn_enabled",
     weights="weight bias",
     accepts=_frozen_statistics,
+    run=_run_frozen,
 )
 def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``sum (x - m) g / sqrt(v + eps)``, by two sums over the positions that need no normalised input."""
