@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from lightning_gradmetrics.batches import split_batch
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.evidence import Evidence, Needs, needs_of
-from lightning_gradmetrics.forward import Inputs, call, check_inputs, check_model, preserved
+from lightning_gradmetrics.forward import (
+    Inputs,
+    batch_size,
+    call,
+    check_inputs,
+    check_model,
+    map_tensors,
+    preserved,
+)
 from lightning_gradmetrics.head import capturing
 from lightning_gradmetrics.results import finite_rows
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, resolve
@@ -21,17 +29,18 @@ from lightning_gradmetrics.scores.fitted import RunningTotal, Tensors, add, row_
 from lightning_gradmetrics.scores.states import fingerprint
 from lightning_gradmetrics.scoring import Scorer
 
-__all__ = ["Fitting", "fit"]
+__all__ = ["Fitting", "FittingScorer", "fit", "gathered"]
 
 
 @dataclass
-class _FittingScorer(Scorer):
-    """Gathers the evidence that fitting needs, labels included."""
+class FittingScorer(Scorer):
+    """Gathers the evidence that fitting needs, labels included; and what the scores that need no fit look at."""
 
     def needs(self, classes: int) -> Needs:
+        """What they look at, for that number of classes."""
         if classes not in self._needs:
-            fitted = [score.contribution for score in self.scores if isinstance(score, FittedScore)]
-            self._needs[classes] = needs_of(fitted, classes)  # type: ignore[arg-type]
+            looks = [score.contribution if isinstance(score, FittedScore) else score for score in self.scores]
+            self._needs[classes] = needs_of(looks, classes)  # type: ignore[arg-type]
         return self._needs[classes]
 
     def _check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
@@ -54,7 +63,7 @@ class Fitting:
     _running: dict[str, RunningTotal] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.scorer: Scorer = _FittingScorer(tuple(self.scores), self.like.head, self.like.logits, self.like.engine)
+        self.scorer: Scorer = FittingScorer(tuple(self.scores), self.like.head, self.like.logits, self.like.engine)
         self._running = {score.name: RunningTotal() for score in self.scores}
         self._needs = {score.name: score.fit_needs for score in self.scores}
 
@@ -69,7 +78,10 @@ class Fitting:
         finite = finite_rows(inputs, [evidence.given_logits]).to(evidence.given_logits.device)
         keep = torch.ones_like(finite) if keep is None else keep.to(finite.device)
         self.left_out += int((keep & ~finite).sum())
-        known, keys = keep & finite, row_keys(inputs)
+        self.add_rows(evidence, keep & finite, row_keys(inputs))
+
+    def add_rows(self, evidence: Evidence, known: Tensor, keys: Tensor) -> None:
+        """Add the rows of a batch that ``known`` ``(N,)``, bool, marks; ``keys`` ``(N,)`` order the rows."""
         for score in self.scores:
             wanted = known
             if evidence.given_outside is not None and not self._needs[score.name].outside:
@@ -142,12 +154,29 @@ def fit(
     fitting = Fitting([score for score in wanted if isinstance(score, FittedScore)], Scorer(wanted, **options))
     check_model(model)
     for kind, stream in ((False, batches), (True, outside)):
-        for batch in stream:
-            inputs, labels = split_batch(batch)
-            check_inputs(model, inputs)
-            with preserved(model), capturing(fitting.scorer.capture(model)) as capture, torch.no_grad(), eager():
-                logits = call(model, inputs)
-            flags = torch.full((len(fitting.scorer.logits(logits)),), kind)
-            evidence = fitting.scorer.evidence(capture, model, inputs, labels, flags)
+        for inputs, evidence in gathered(model, stream, fitting.scorer, kind):
             fitting.add(inputs, evidence)
     return list(fitting.finish(model).values())
+
+
+def gathered(
+    model: nn.Module, batches: Iterable[Any], scorer: Scorer, outside: bool
+) -> Iterator[tuple[Inputs, Evidence]]:
+    """Inputs and evidence of each batch, by a forward of its own on the model's device.
+
+    Args:
+        model: A classifier in eval mode.
+        batches: As a dataloader gives them.
+        scorer: What the evidence is for.
+        outside: Whether the samples are out-of-distribution.
+    """
+    device = next(model.parameters()).device
+    for batch in batches:
+        inputs, labels = split_batch(batch)
+        inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
+        labels = None if labels is None else labels.to(device)
+        check_inputs(model, inputs)
+        with preserved(model), capturing(scorer.capture(model)) as capture, torch.no_grad(), eager():
+            call(model, inputs)
+        flags = torch.full((batch_size(inputs),), outside, device=device)
+        yield inputs, scorer.evidence(capture, model, inputs, labels, flags)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_gradmetrics.forward import Inputs, batch_size, tensors_in
 
-__all__ = ["Rows", "empty_results", "finite_rows", "merge_results", "sample_indices"]
+__all__ = ["Rows", "empty_results", "finite_rows", "join_scores", "merge_results", "sample_indices", "with_scores"]
 
 
 def finite_rows(inputs: Inputs, others: Iterable[Tensor]) -> Tensor:
@@ -137,3 +138,38 @@ def merge_results(tables: Sequence[pa.Table], datasets: Sequence[str]) -> pa.Tab
     order = pa.array([position[name] for name in merged.column("dataset").to_pylist()])
     ordered = merged.append_column("_order", order).sort_by([("_order", "ascending"), ("index", "ascending")])
     return ordered.drop_columns(["_order"])
+
+
+KEYS = ("dataset", "index", "prediction", "label")
+
+
+def with_scores(results: pa.Table, columns: Mapping[str, Tensor]) -> pa.Table:
+    """The table with further scores ``(N,)`` before ``finite``, which is false where one of them is not.
+
+    Args:
+        results: A results table.
+        columns: The scores by name, in the order of its rows.
+
+    Raises:
+        ValueError: If the table has a column of that name.
+    """
+    for name, values in columns.items():
+        if name in results.column_names:
+            raise ValueError(f"the results have a column {name!r} already: give the score another name")
+        values = values.detach().cpu().double()
+        finite = pc.and_(results["finite"], pa.array(values.isfinite().numpy()))
+        results = results.drop_columns(["finite"]).append_column(name, pa.array(values.numpy()))
+        results = results.append_column("finite", finite)
+    return results
+
+
+def join_scores(first: pa.Table, second: pa.Table) -> pa.Table:
+    """The first table with the scores of a second one of the same samples in the same order.
+
+    Raises:
+        ValueError: If the samples are not the same.
+    """
+    if any(first[key].to_pylist() != second[key].to_pylist() for key in ("dataset", "index")):
+        raise ValueError("the two results tables are not of the same samples in the same order")
+    scores = [name for name in second.column_names if name not in (*KEYS, "finite")]
+    return with_scores(first, {name: torch.from_numpy(second[name].to_numpy().copy()) for name in scores})

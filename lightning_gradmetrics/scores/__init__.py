@@ -1,5 +1,6 @@
 """Scores: named recipes from evidence to an uncertainty, higher = more uncertain."""
 
+from lightning_gradmetrics.scores.combination import combination
 from lightning_gradmetrics.scores.confounding import confounding, confounding_detector, purview
 from lightning_gradmetrics.scores.dropout import mc_dropout
 from lightning_gradmetrics.scores.expected import exgrad, fisher_trace
@@ -33,6 +34,7 @@ __all__ = [
     "Score",
     "ScoreLike",
     "check_fitted",
+    "combination",
     "confounding",
     "confounding_detector",
     "el2n",

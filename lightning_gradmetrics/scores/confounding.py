@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_gradmetrics.evidence import Evidence, Target
+from lightning_gradmetrics.scores.classifiers import classified, column_scale, standardised
 from lightning_gradmetrics.scores.fitted import Tensors, register_fitted
 from lightning_gradmetrics.scores.registry import register
 
@@ -99,9 +99,8 @@ class confounding_detector:
         known = total["rows/features"].isfinite().all(1)
         features, outside = total["rows/features"][known], total["rows/outside"][known]
         _check_both(int(outside.sum()), len(outside))
-        mean, scale = features.mean(0), features.std(0, correction=0)
-        scale = torch.where(scale > 0, scale, 1.0)
-        features = (features - mean) / scale
+        scale = column_scale(features)
+        features = standardised(features, scale)
         trained = train_detector(features, outside, hidden, epochs, seed).network.state_dict()
         state = {"weight1": trained["0.weight"].T, "bias1": trained["0.bias"]}
         state |= {"weight": trained["2.weight"][0], "bias": trained["2.bias"][0]}
@@ -110,14 +109,12 @@ class confounding_detector:
             logging.getLogger(__name__).info(
                 "confounding_detector: AUROC %.4f, the mean of %d folds", state["cross_validated_auroc"].mean(), folds
             )
-        return {"mean": mean, "scale": scale, **state}
+        return {**scale, **state}
 
     @staticmethod
     def score(measured: Tensors, state: Tensors, **_: Any) -> Tensor:
         """Apply it: the probability of being out-of-distribution."""
-        features = (measured["features"] - state["mean"]) / state["scale"]
-        hidden = torch.relu(features @ state["weight1"] + state["bias1"])
-        return torch.sigmoid(hidden @ state["weight"] + state["bias"])
+        return classified(measured["features"], state)
 
 
 def _check_both(outside: int, count: int) -> None:

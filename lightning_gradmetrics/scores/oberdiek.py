@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.evidence import Evidence, ParameterGradients, Target
 from lightning_gradmetrics.features import FEATURES, feature_columns, several
+from lightning_gradmetrics.scores.classifiers import classified, column_scale, standardised
 from lightning_gradmetrics.scores.fitted import Tensors, register_fitted
 from lightning_gradmetrics.scores.registry import register
 
@@ -73,17 +74,13 @@ class oberdiek:
         known = (total["rows/wrong"] >= 0) & total["rows/features"].isfinite().all(1)
         features, wrong = total["rows/features"][known], total["rows/wrong"][known]
         _check_errors(int(wrong.sum()), len(wrong))
-        mean, scale = features.mean(0), features.std(0, correction=0)
-        scale = torch.where(scale > 0, scale, 1.0)
-        return {"mean": mean, "scale": scale, **_layers((features - mean) / scale, wrong, classifier, seed)}
+        scale = column_scale(features)
+        return {**scale, **_layers(standardised(features, scale), wrong, classifier, seed)}
 
     @staticmethod
     def score(measured: Tensors, state: Tensors, **_: Any) -> Tensor:
         """Apply it: the probability of an error."""
-        hidden = (measured["features"].to(state["mean"].dtype) - state["mean"]) / state["scale"]
-        if "weight1" in state:
-            hidden = torch.relu(hidden @ state["weight1"] + state["bias1"])
-        return torch.sigmoid(hidden @ state["weight"] + state["bias"])
+        return classified(measured["features"], state)
 
 
 def _features(gradient: ParameterGradients, levels: tuple[str, ...]) -> Tensor:

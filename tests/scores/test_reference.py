@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores.fitted import FittedScore, Tensors
 from tests.models import MODELS
-from tests.scores import ood_cases, trust_cases
+from tests.scores import combination_cases, ood_cases, trust_cases
 from tests.scores.fits import labels_of, ready
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no dropout module")  # mc_dropout on models without dropout
@@ -278,6 +278,7 @@ CASES: dict[str, Definition | FromState | OfLabel] = {
     **{case: FromState(definition) for case, definition in trust_cases.FITTED.items()},
     **ood_cases.CASES,
     **{case: FromState(definition) for case, definition in ood_cases.FITTED.items()},
+    **{case: FromState(definition) for case, definition in combination_cases.FITTED.items()},
 }
 """The test table: one row a score and setting, with its definition for a single sample ``(1, ...)``."""
 
