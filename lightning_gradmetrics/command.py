@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +67,32 @@ def evaluate(config: DictConfig) -> None:
     from lightning_gradmetrics.gallery import write_pictures
     from lightning_gradmetrics.report import write_report
     from lightning_gradmetrics.runs import write_run
-    from lightning_gradmetrics.scores import resolve
+    from lightning_gradmetrics.scores import FittedScore, resolve
+    from lightning_gradmetrics.standings import standings_table, write_standings
     from lightning_gradmetrics.tables import metrics_table
 
     console = Console()
     directory = Path(HydraConfig.get().runtime.output_dir)
     seed_everything(config.seed, verbose=False)
-    scores = resolve({str(name): instantiate(node) for name, node in config.score.items()})
+    scores: Sequence[Any] = resolve({str(name): instantiate(node) for name, node in config.score.items()})
     clock = time.perf_counter()
     data = instantiate(config.data, _convert_="all")
     model = instantiate(config.model, _partial_=True)(data=data)
     prepared = time.perf_counter()
-    callback = instantiate(config.callback, _partial_=True)(scores=scores, datasets=dict(data.roles))
+    scored_as_is = [score for score in scores if not (config.folds and isinstance(score, FittedScore))]
+    callback = instantiate(config.callback, _partial_=True)(scores=scored_as_is, datasets=dict(data.roles))
     logger = instantiate(config.logger) or False
     trainer = instantiate(config.trainer, _partial_=True)(callbacks=[callback], logger=logger)
     fit_scores(callback, trainer, model, data, config, directory / "fitted")
     trainer.test(model, data.loaders(config.batch_size, config.num_workers), verbose=False)
+    results, standing = callback.results, list[Any]()
+    if config.folds:
+        results, scores, standing = cross_validate(callback, trainer, model, data, scores, config, console)
     scored = time.perf_counter()
-    evaluation = judge(callback, data, config, console)
+    evaluation = judge(results, scores, data, config, console)
     write_run(
         directory,
-        callback.results,
+        results,
         evaluation,
         scores,
         model=_describe(config, model, data),
@@ -101,29 +107,69 @@ def evaluate(config: DictConfig) -> None:
     )
     console.print(metrics_table(evaluation, scores))
     if config.trust_table:
-        records = trust_areas(callback.results, [score.name for score in scores])
-        write_trust_table(records, directory / "trust_table.csv")
-        console.print(trust_table(records))
+        areas = trust_areas(results, [score.name for score in scores])
+        write_trust_table(areas, directory / "trust_table.csv")
+        console.print(trust_table(areas))
+    if standing:
+        write_standings(standing, directory)
+        console.print(standings_table(standing))
     console.print(f"Results: {_shown(directory)}", soft_wrap=True)
     if config.report:
         console.print(f"Report:  {_shown(write_report(directory))}", soft_wrap=True)
 
 
-def judge(callback: Any, data: Any, config: DictConfig, console: Console) -> Any:
+def cross_validate(
+    callback: Any, trainer: Any, model: Any, data: Any, scores: Any, config: DictConfig, console: Console
+) -> tuple[Any, list[Any], list[Any]]:
+    """The run's results with the held-out scores of ``config.folds`` folds, its scores, and where the fitted ones stand.
+
+    Raises:
+        ValueError: If there are several processes, or no score but fitted ones.
+    """
+    from rich.progress import Progress
+
+    from lightning_gradmetrics.crossfit import cross_fit, plans_of
+    from lightning_gradmetrics.results import join_scores
+    from lightning_gradmetrics.scores import FittedScore
+    from lightning_gradmetrics.standings import standings
+
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"folds is {config.folds}: cross-validation runs in one process; set trainer.devices=1, or folds=0"
+        )
+    fitted = [score for score in scores if isinstance(score, FittedScore)]
+    if not fitted:
+        return callback.results, list(scores), []
+    scorer = callback.scorer
+    options = {"head": config.callback.head, "logits": scorer.logits, "engine": scorer.engine}
+    network = callback.scored_model(model).to(trainer.strategy.root_device).eval()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Cross-validation", total=1.0)
+        options |= {"progress": lambda share: progress.update(task, completed=share)}
+        loaders = data.loaders(config.batch_size, config.num_workers)
+        held_out = cross_fit(network, loaders, fitted, data.roles, folds=config.folds, seed=config.seed, **options)
+    plans = plans_of(fitted, data.roles)
+    everything = [*(s for s in scores if not isinstance(s, FittedScore)), *(plan.named for plan in plans)]
+    results, without = join_scores(callback.results, held_out), {plan.named.name: plan.without for plan in plans}
+    options = {"resamples": config.resamples, "seed": config.seed}
+    return results, everything, standings(results, everything, data.roles, without, **options)
+
+
+def judge(results: Any, scores: Any, data: Any, config: DictConfig, console: Console) -> Any:
     """The evaluation of the run's results, with intervals and a progress bar."""
     from rich.progress import Progress
 
     from lightning_gradmetrics.evaluation import evaluate as evaluate_results
 
-    present = set(callback.results["dataset"].to_pylist())
+    present = set(results["dataset"].to_pylist())
     roles = {name: role for name, role in data.roles.items() if name in present}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Intervals", total=1.0, visible=config.resamples > 0)
         return evaluate_results(
-            callback.results,
-            callback.score_names,
+            results,
+            [score.name for score in scores],
             roles,
-            callback.baseline_names,
+            [score.name for score in scores if score.recipe.family == "baseline"],
             resamples=config.resamples,
             seed=config.seed,
             progress=lambda share: progress.update(task, completed=share),

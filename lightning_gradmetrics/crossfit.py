@@ -96,9 +96,9 @@ def deal(keys: Tensor, strata: Tensor, folds: int, seed: int = 0) -> Tensor:
     """
     mixed = (keys + (seed + 1) * 0x632BE59BD9B4E01) * 0x1B873593CC9E2D51
     mixed, dealt = mixed ^ (mixed >> 31), torch.zeros_like(keys)
-    for number, stratum in enumerate(strata.unique()):
+    for number, stratum in enumerate(torch.unique(strata)):
         here = strata == stratum
-        _, place = torch.unique(mixed[here], return_inverse=True)  # type: ignore[no-untyped-call]
+        _, place = torch.unique(mixed[here], return_inverse=True)
         dealt[here] = (place + number) % folds
     return dealt
 
