@@ -4,6 +4,7 @@ from lightning_gradmetrics import evaluation, meters, metrics, scores
 from lightning_gradmetrics.callback import GradientMetrics
 from lightning_gradmetrics.collector import GradientMetricCollector
 from lightning_gradmetrics.cosine_similarity import cosine_similarity_maps
+from lightning_gradmetrics.crossfit import cross_fit
 from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
 from lightning_gradmetrics.features import gradient_features
 from lightning_gradmetrics.fitting import fit
@@ -16,6 +17,7 @@ __all__ = [
     "GradientMetrics",
     "GradientStatistics",
     "cosine_similarity_maps",
+    "cross_fit",
     "evaluation",
     "fit",
     "gradient_features",

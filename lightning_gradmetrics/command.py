@@ -80,6 +80,10 @@ def evaluate(config: DictConfig) -> None:
     model = instantiate(config.model, _partial_=True)(data=data)
     prepared = time.perf_counter()
     scored_as_is = [score for score in scores if not (config.folds and isinstance(score, FittedScore))]
+    if not scored_as_is:
+        raise ValueError(
+            "folds cross-validates the fitted scores: give one or more scores that need no fit beside them"
+        )
     callback = instantiate(config.callback, _partial_=True)(scores=scored_as_is, datasets=dict(data.roles))
     logger = instantiate(config.logger) or False
     trainer = instantiate(config.trainer, _partial_=True)(callbacks=[callback], logger=logger)

@@ -143,6 +143,30 @@ def test_image_folders_with_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_cross_validated_run(tmp_path: Path) -> None:
+    """The experiment, with fewer scores: held-out columns in the results, the table on screen and in files."""
+    found = gradmetrics(
+        tmp_path,
+        "experiment=combination",
+        "score=[max_softmax,gradnorm,kfac_influence,combination,combination_errors,combination_outside]",
+        "folds=2",
+        "resamples=50",
+        "logger=none",
+    )
+    assert found.returncode == 0, found.stderr
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    table = pq.read_table(run / "results.parquet")
+    names = ["kfac_influence", "combination", "combination_errors", "combination_outside"]
+    left_out = [f"combination_outside without {name}" for name in ("digits_8_9", "photos")]
+    assert table.column_names[4:] == ["max_softmax", "gradnorm", *names, *left_out, "finite"]
+    records = json.loads((run / "combination.json").read_text())
+    assert len(records) == 3 + 4 + 4 and (run / "combination.csv").is_file() and (run / "report.html").is_file()
+    assert "best single" in found.stdout and "errors: digits" in found.stdout
+    refused = gradmetrics(tmp_path, "folds=2", "score=[combination]", "logger=none")
+    assert refused.returncode != 0 and "give one or more scores that need no fit" in refused.stderr
+
+
+@pytest.mark.slow
 def test_mistakes_are_explained(tmp_path: Path) -> None:
     found = gradmetrics(tmp_path, "data=image_folders", "data.size=32", "data.id=nowhere", "model=resnet20_cifar")
     assert found.returncode != 0 and "no folder 'nowhere'" in found.stderr

@@ -173,7 +173,7 @@ def test_what_cannot_be_cross_validated_is_explained() -> None:
     with pytest.raises(ValueError, match="folds is 1; it must lie between 2 and 40"):
         cross_fit(model, {"mine": [(x, y)]}, INSIDE, {"mine": "id"}, folds=1)
     few = torch.where(torch.arange(40) < 3, (right + 1) % 5, right)
-    with pytest.raises(ValueError, match="3 errors and 37 right predictions in 'mine'.*needs 5 or more of each"):
+    with pytest.raises(ValueError, match=r"3 errors and 37 right predictions in 'mine'.*needs 5 or more of each"):
         cross_fit(model, {"mine": [(x, few)]}, ERRORS, {"mine": "id"})
     with pytest.raises(ValueError, match=r"of 'combination.*': combination.detector=outside. is fitted on 2 or more"):
         cross_fit(model, {"mine": [(x, y)]}, OUTSIDE, {"mine": "id"})
