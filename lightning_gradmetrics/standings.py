@@ -37,10 +37,11 @@ def standings(
     """AUROC of every candidate, and its differences to the best single score and to the best baseline.
 
     Candidates are the scores made of ``combination``, and all that learn from labels or from out-of-distribution
-    samples; every other score is a single one. The best single score is the one with the largest AUROC on the very rows
-    that are judged, which favours it: a candidate that is better than that one is better than the single score that
-    anybody would have chosen beforehand. Intervals are those of :func:`lightning_gradmetrics.evaluation.evaluate`: they
-    hold the variation of the rows, not that of the fits, and are not corrected for the number of candidates.
+    samples; every other score is a single one, but for those that look at the label of the row they score. The best
+    single score is the one with the largest AUROC on the very rows that are judged, which favours it: a candidate that
+    is better than that one is better than the single score that anybody would have chosen beforehand. Intervals are
+    those of :func:`lightning_gradmetrics.evaluation.evaluate`: they hold the variation of the rows, not that of the
+    fits, and are not corrected for the number of candidates.
 
     Args:
         results: Per-sample results, of scores whose fits did not see the row.
@@ -80,7 +81,7 @@ def _is_candidate(score: FittedScore) -> bool:
 
 def _rivals(scores: Sequence[Score]) -> dict[str, list[str]]:
     """The names of the scores that candidates are compared with."""
-    singles = [score for score in scores if not (isinstance(score, FittedScore) and _is_candidate(score))]
+    singles = [s for s in scores if not (s.needs.labels or (isinstance(s, FittedScore) and _is_candidate(s)))]
     baselines = [score for score in singles if score.recipe.family == "baseline"]
     return dict(zip(RIVALS, ([score.name for score in group] for group in (singles, baselines)), strict=True))
 
