@@ -1,4 +1,4 @@
-"""The Lightning callback: it watches the steps that a ``Trainer`` runs and scores every sample that passes."""
+"""The Lightning callback: it scores every sample that a ``Trainer`` validates, tests or predicts, and judges the scores."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_gradmetrics.batches import split_batch
-from lightning_gradmetrics.engine.api import eager
+from lightning_gradmetrics.dataloaders import dataset_roles, rows_of_loaders
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds, apply_thresholds, evaluate
+from lightning_gradmetrics.evaluation.metrics import logged_metrics
 from lightning_gradmetrics.fitting import Fitting
-from lightning_gradmetrics.forward import Inputs, batch_size, call, check_inputs, check_model, logits_of
+from lightning_gradmetrics.forward import Inputs, logits_of
 from lightning_gradmetrics.gallery import MapGallery, log_pictures
-from lightning_gradmetrics.head import Capture, capturing, install
-from lightning_gradmetrics.results import Rows, empty_results, merge_results, sample_indices
+from lightning_gradmetrics.hooks import StageCallback, processes_of, scored_model
+from lightning_gradmetrics.results import empty_results, merge_results
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, check_fitted, resolve
 from lightning_gradmetrics.scoring import Scorer
+from lightning_gradmetrics.stages import FitStage, ScoreStage, Stage
 
 __all__ = ["GradientMetrics"]
 
 
-class GradientMetrics(Callback):
+class GradientMetrics(StageCallback):
     """Scores every sample at validate, test and predict time, and judges the scores.
 
     Scores of the logits and of the head use the forward that Lightning runs anyway; the others share one forward of
@@ -98,10 +98,6 @@ class GradientMetrics(Callback):
         self.results: pa.Table = empty_results(self.score_names)
         self.evaluation: Evaluation | None = None
         self.gallery: MapGallery | None = None
-        self._rows: list[Rows] = []
-        self._capture: Capture | None = None
-        self._handles: list[RemovableHandle] = []
-        self._finished = False
         self._fitting: Fitting | None = None
 
     @property
@@ -109,7 +105,14 @@ class GradientMetrics(Callback):
         """The names of the scores: the columns of the results."""
         return [score.name for score in self.scorer.scores]
 
-    # Fitted scores
+    @property
+    def baseline_names(self) -> list[str]:
+        """The names of those scores that take no gradient."""
+        return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
+
+    def scored_model(self, model: LightningModule) -> nn.Module:
+        """The part of a module that is scored: the one named in ``model=``, or what has the forward."""
+        return scored_model(model, self.model)
 
     def fit(
         self, trainer: Trainer, model: LightningModule, dataloaders: Any, datasets: Mapping[str, str] | None = None
@@ -142,282 +145,40 @@ class GradientMetrics(Callback):
         finally:
             self._fitting, self.datasets = None, kept
 
-    def scored_model(self, model: LightningModule) -> nn.Module:
-        """The part of a module that is scored: the one named in ``model=``, or what has the forward."""
-        return _scored_model(model, self.model)
-
-    def _outside(self, dataloader_idx: int, size: int) -> Tensor | None:
-        """When fitting with roles, whether this dataloader's samples are out-of-distribution."""
-        if self._fitting is None or not isinstance(self.datasets, Mapping):
-            return None
-        return torch.full((size,), self.datasets[self._rows[dataloader_idx].dataset] != "id")
-
-    def _fit_finish(self, trainer: Trainer) -> None:
-        """Join what all processes accumulated, and put the fitted scores in the place of those that were not."""
-        assert self._fitting is not None and self._capture is not None
-        seen: list[Any] = [self._fitting.seen]
-        if trainer.world_size > 1:
-            seen = [None] * trainer.world_size
-            torch.distributed.all_gather_object(seen, self._fitting.seen)
-        fitted = self._fitting.finish(self._capture.model, seen)
-        self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
-        self.scorer.head = self.scorer.head or self._fitting.scorer.head
-
-    # The run
+    # The stages of a run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last run."""
-        self._rows, self.results, self.evaluation = [], empty_results(self.score_names), None
-        self._finished = False
+        super().setup(trainer, pl_module, stage)
+        self.results, self.evaluation = empty_results(self.score_names), None
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule, dataloaders: Any) -> None:
-        loaders = _flat(dataloaders)
-        world, rank = trainer.world_size, trainer.global_rank
-        self._rows = [
-            Rows(name, self.score_names, sample_indices(loader, rank, world), world, rank)
-            for name, loader in zip(_names(self.datasets, dataloaders), loaders, strict=True)
-        ]
-        unknown = [rows.dataset for rows in self._rows if rows.indices is None]
-        if world > 1 and unknown:
-            rank_zero_warn(
-                f"the order of {', '.join(unknown)} is not known beforehand (its sampler is neither sequential nor distributed): "
-                "index is the position in the run, and rows that a sampler repeated to fill up cannot be told"
-            )
-        self.gallery = MapGallery.of(self.scorer.scores) if self._fitting is None else None
-        scorer = self.scorer if self._fitting is None else self._fitting.scorer
-        self._capture = scorer.capture(_scored_model(pl_module, self.model))
-        if self._fitting is None:
-            check_fitted(scorer.scores, self._capture.model)
-
-    def _watch(self) -> None:
-        assert self._capture is not None
-        self._capture.clear()
-        self._handles = install(self._capture)
-
-    def _unwatch(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _score(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
-        self._unwatch()
-        assert self._capture is not None
-        scorer = self.scorer if self._fitting is None else self._fitting.scorer
-        inputs, labels = self.batch(batch)
-        if not batch_size(inputs):
-            return
-        model = self._capture.model
-        check_model(model)
-        check_inputs(model, inputs)
-        with trainer.precision_plugin.forward_context():
-            if not self._capture.calls and not self._capture.outputs:
-                _forward(self._capture, inputs)
-            outside = self._outside(dataloader_idx, batch_size(inputs))
-            evidence = scorer.evidence(
-                self._capture, model, inputs, labels, outside, self._rows[dataloader_idx].dataset
-            )
-        self._capture.clear()
-        if self._fitting is None:
-            found, rows = scorer(evidence), self._rows[dataloader_idx]
-            rows.add(inputs, evidence.given_logits, labels, found)
-            if self.gallery is not None:
-                self.gallery.add(rows.dataset, inputs, evidence, found)
-        else:
-            self._fitting.add(inputs, evidence, self._rows[dataloader_idx].first_seen(batch_size(inputs)))
-
-    def _finish(self, trainer: Trainer) -> dict[str, float]:
-        """Gather the rows, judge them, and give the metrics by their logged names; the same on every rank."""
-        self._finished = True
+    def begin(self, trainer: Trainer, model: nn.Module, dataloaders: Any) -> Stage:
+        """Score the samples, or fit on them."""
+        rows = rows_of_loaders(self.datasets, dataloaders, self.score_names, processes_of(trainer))
         if self._fitting is not None:
-            self._fit_finish(trainer)
+            return FitStage(self._fitting, rows, self.datasets if isinstance(self.datasets, Mapping) else None)
+        check_fitted(self.scorer.scores, model)
+        self.gallery = MapGallery.of(self.scorer.scores)
+        return ScoreStage(self.scorer, rows, self.gallery)
+
+    def end(self, trainer: Trainer, model: nn.Module, stage: Stage) -> dict[str, float]:
+        """Take the fitted scores, or gather the rows and judge them."""
+        processes = processes_of(trainer)
+        if isinstance(stage, FitStage):
+            stage.finish(self.scorer, model, processes)
             return {}
-        names = [rows.dataset for rows in self._rows]
-        tables = [rows.table() for rows in self._rows]
-        for name, table in zip(names, tables, strict=True):
-            if not table.num_rows:
-                rank_zero_warn(f"the dataloader {name!r} gave no samples: it is not in the results")
-        self._rows = []
-        self.results = merge_results(tables or [empty_results(self.score_names)], names)
-        if trainer.world_size > 1:
-            self.results = _gather(self.results, names)
-        if trainer.is_global_zero:
-            roles = _roles(self.datasets, names)
-            self.evaluation = evaluate(
-                self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples
-            )
-            if self.gallery is not None and trainer.loggers:
-                log_pictures(trainer.loggers, self.gallery.pictures(), self.prefix, trainer.global_step)
+        self.results = stage.results(processes)
+        tables = processes.gather(self.results)
+        metrics = processes.from_first(lambda: self._judge(trainer, tables, stage.names))
         if self.thresholds is not None:
             self.results = apply_thresholds(self.results, self.thresholds)
-        metrics = {} if self.evaluation is None else _flat_metrics(self.evaluation, self.prefix)
-        return _broadcast(metrics) if trainer.world_size > 1 else metrics
+        return metrics
 
-    @property
-    def baseline_names(self) -> list[str]:
-        """The names of those scores that take no gradient."""
-        return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
-
-    # Lightning's hooks, one line each
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._start(trainer, pl_module, trainer.val_dataloaders)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._start(trainer, pl_module, trainer.test_dataloaders)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._start(trainer, pl_module, trainer.predict_dataloaders)
-
-    def on_validation_batch_start(self, *_: Any) -> None:  # noqa: D102
-        self._watch()
-
-    def on_test_batch_start(self, *_: Any) -> None:  # noqa: D102
-        self._watch()
-
-    def on_predict_batch_start(self, *_: Any) -> None:  # noqa: D102
-        self._watch()
-
-    def on_validation_batch_end(  # noqa: D102
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._score(trainer, batch, dataloader_idx)
-
-    def on_test_batch_end(  # noqa: D102
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._score(trainer, batch, dataloader_idx)
-
-    def on_predict_batch_end(  # noqa: D102
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._score(trainer, batch, dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if trainer.sanity_checking:
-            self._rows = []
-        else:
-            pl_module.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        pl_module.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        metrics = self._finish(trainer)
-        if not metrics:
-            return
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: D102
-        self._unwatch()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
-        self._unwatch()
-        self._capture = None
-        if stage != "fit" and not self._finished:
-            rank_zero_warn(
-                f"the {stage} run gave no samples (are its dataloaders empty?): the results table has no rows"
-            )
-
-
-def _flat(dataloaders: Any) -> list[Any]:
-    if isinstance(dataloaders, Mapping):
-        return list(dataloaders.values())
-    return list(dataloaders) if isinstance(dataloaders, (list, tuple)) else [dataloaders]
-
-
-def _names(datasets: Sequence[str] | Mapping[str, str] | None, dataloaders: Any) -> list[str]:
-    """The data sets' names, in the order of the dataloaders.
-
-    Raises:
-        ValueError: If their number is not that of the dataloaders.
-    """
-    keys = list(dataloaders) if isinstance(dataloaders, Mapping) else None
-    count = len(_flat(dataloaders))
-    if datasets is None:
-        return keys or [f"dataloader_{i}" for i in range(count)]
-    names = list(datasets)
-    if keys is not None and isinstance(datasets, Mapping) and set(keys) == set(names):
-        return keys
-    if len(names) != count or len(set(names)) != count:
-        raise ValueError(
-            f"datasets= names {len(names)} data sets ({', '.join(names)}), and there are {count} dataloaders"
-            + (f" ({', '.join(map(str, keys))})" if keys else "")
-            + "; give each dataloader one name of its own, in their order"
-        )
-    return names
-
-
-def _roles(datasets: Sequence[str] | Mapping[str, str] | None, names: list[str]) -> dict[str, str]:
-    return dict(datasets) if isinstance(datasets, Mapping) else dict.fromkeys(names, "id")
-
-
-def _scored_model(pl_module: LightningModule, name: str | None) -> nn.Module:
-    """The named submodule, or the module itself, or its only child where the module has no forward.
-
-    Raises:
-        ValueError: If there is no such submodule, or it is not clear which to take.
-    """
-    children = {key: child for key, child in pl_module.named_children() if next(child.parameters(), None) is not None}
-    if name is not None:
-        if name not in dict(pl_module.named_modules()):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no submodule {name!r}; its children are: {', '.join(children) or 'none'}"
-            )
-        return pl_module.get_submodule(name)
-    if type(pl_module).forward is not LightningModule.forward:
-        return pl_module
-    if len(children) != 1:
-        raise ValueError(
-            f"{type(pl_module).__name__} has no forward, and {len(children)} children with parameters ({', '.join(children)}): "
-            "name the one to score, as in GradientMetrics(model='net')"
-        )
-    return next(iter(children.values()))
-
-
-def _forward(capture: Capture, inputs: Inputs) -> None:
-    """A forward of its own, where the step ran none that could be watched (a compiled or a cached model)."""
-    with capturing(capture), torch.no_grad(), eager():
-        call(capture.model, inputs)
-
-
-def _gather(table: pa.Table, names: list[str]) -> pa.Table:
-    """All processes' rows on rank 0; each other rank keeps its own."""
-    root = torch.distributed.get_rank() == 0
-    tables = [None] * torch.distributed.get_world_size() if root else None
-    torch.distributed.gather_object(table, tables)
-    return merge_results(tables, names) if root else table  # type: ignore[arg-type]
-
-
-def _broadcast(metrics: dict[str, float]) -> dict[str, float]:
-    """Rank 0's metrics on every rank."""
-    box = [metrics]
-    torch.distributed.broadcast_object_list(box)
-    return box[0]
-
-
-def _flat_metrics(evaluation: Evaluation, prefix: str) -> dict[str, float]:
-    """The defined metrics by their logged names, ``prefix/dataset/score/task_metric``; a group has its role for a data set."""
-    return {
-        f"{prefix}/{r['dataset'] or r['group']}/{r['score']}/{r['task']}_{r['metric']}": r["value"]
-        for r in evaluation.records
-        if r["value"] is not None
-    }
+    def _judge(self, trainer: Trainer, tables: Sequence[pa.Table], names: Sequence[str]) -> dict[str, float]:
+        """On rank 0: judge the rows of all processes, and give the loggers their pictures."""
+        self.results = merge_results(tables, names)
+        roles = dataset_roles(self.datasets, names)
+        self.evaluation = evaluate(self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples)
+        if self.gallery is not None and trainer.loggers:
+            log_pictures(trainer.loggers, self.gallery.pictures(), self.prefix, trainer.global_step)
+        return logged_metrics(self.evaluation.records, self.prefix)

@@ -11,23 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.batches import split_batch
-from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.evidence import Evidence, Needs, needs_of
-from lightning_gradmetrics.forward import (
-    Inputs,
-    batch_size,
-    call,
-    check_inputs,
-    check_model,
-    map_tensors,
-    preserved,
-)
-from lightning_gradmetrics.head import capturing
+from lightning_gradmetrics.forward import Inputs, batch_size, check_model, map_tensors
 from lightning_gradmetrics.results import finite_rows
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, resolve
 from lightning_gradmetrics.scores.fitted import RunningTotal, Tensors, add, row_keys
 from lightning_gradmetrics.scores.states import fingerprint
 from lightning_gradmetrics.scoring import Scorer
+from lightning_gradmetrics.watching import Watch
 
 __all__ = ["Fitting", "FittingScorer", "fit", "gathered"]
 
@@ -170,13 +161,9 @@ def gathered(
         scorer: What the evidence is for.
         outside: Whether the samples are out-of-distribution.
     """
-    device = next(model.parameters()).device
+    watch, device = Watch(scorer, model), next(model.parameters()).device
     for batch in batches:
         inputs, labels = split_batch(batch)
         inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
         labels = None if labels is None else labels.to(device)
-        check_inputs(model, inputs)
-        with preserved(model), capturing(scorer.capture(model)) as capture, torch.no_grad(), eager():
-            call(model, inputs)
-        flags = torch.full((batch_size(inputs),), outside, device=device)
-        yield inputs, scorer.evidence(capture, model, inputs, labels, flags)
+        yield inputs, watch.evidence(inputs, labels, torch.full((batch_size(inputs),), outside, device=device))

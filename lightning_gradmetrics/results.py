@@ -71,52 +71,44 @@ class Rows:
     batches: list[dict[str, Tensor]] = field(default_factory=list)
     position: int = 0
 
-    def first_seen(self, count: int) -> Tensor:
-        """Which of the next ``count`` rows are no repetitions of a distributed sampler ``(count,)``, bool; moves on by as many."""
+    def advance(self, count: int) -> Tensor:
+        """The indices of the next ``count`` rows ``(count,)``, -1 where a distributed sampler repeats one; moves on by as many."""
         start, self.position = self.position, self.position + count
         if self.indices is None:
-            return torch.ones(count, dtype=torch.bool)
-        return torch.tensor(self.indices[start : self.position]) >= 0
+            return self.offset + self.stride * torch.arange(start, self.position)
+        return torch.tensor(self.indices[start : self.position])
 
-    def add(self, inputs: Inputs, logits: Tensor, labels: Tensor | None, scores: dict[str, Tensor]) -> None:
-        """Add a batch."""
-        prediction = logits.argmax(1)
+    def add(self, inputs: Inputs, logits: Tensor, labels: Tensor | None, scores: dict[str, Tensor]) -> Tensor:
+        """Add a batch, and give its indices, as :meth:`advance` does."""
+        prediction, index = logits.argmax(1), self.advance(len(logits))
         known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
         finite = finite_rows(inputs, (logits, *scores.values())).to(prediction.device)
         self.batches.append(
             {
+                "index": index,
                 "prediction": prediction,
                 "label": known,
                 "finite": finite,
                 **{f"score/{k}": v.detach() for k, v in scores.items()},
             }
         )
-
-    def __len__(self) -> int:
-        return sum(len(batch["prediction"]) for batch in self.batches)
+        return index
 
     def table(self) -> pa.Table:
         """The rows so far. Rows that a distributed sampler repeated are left out."""
         if not self.batches:
             return empty_results(self.scores)
         columns = {key: torch.cat([batch[key] for batch in self.batches]).cpu() for key in self.batches[0]}
-        rows = len(columns["prediction"])
-        index = (
-            torch.tensor(self.indices[:rows])
-            if self.indices is not None
-            else self.offset + self.stride * torch.arange(rows)
-        )
-        keep = (index >= 0).numpy()
-        label = columns["label"].numpy()
+        index, label = columns["index"].numpy(), columns["label"].numpy()
         arrays = [
-            pa.array([self.dataset] * rows, pa.string()),
-            pa.array(index.numpy(), pa.int64()),
+            pa.array([self.dataset] * len(index), pa.string()),
+            pa.array(index, pa.int64()),
             pa.array(columns["prediction"].numpy(), pa.int64()),
             pa.array(label, pa.int64(), mask=label < 0),
             *(pa.array(columns[f"score/{name}"].double().numpy(), pa.float64()) for name in self.scores),
             pa.array(columns["finite"].numpy(), pa.bool_()),
         ]
-        return pa.table(arrays, schema=_schema(self.scores)).filter(pa.array(keep))
+        return pa.table(arrays, schema=_schema(self.scores)).filter(pa.array(index >= 0))
 
 
 def _schema(scores: Sequence[str]) -> pa.Schema:

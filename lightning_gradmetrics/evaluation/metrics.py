@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from lightning_gradmetrics.meters.functional.ranking import (
 )
 from lightning_gradmetrics.meters.functional.selective import augrc_of_counts, aurc_of_counts, eaurc_of_counts
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "metrics_of"]
+__all__ = ["HIGHER_IS_BETTER", "TASKS", "logged_metrics", "metrics_of"]
 
 HIGHER_IS_BETTER = {
     "auroc": True,
@@ -56,3 +57,17 @@ def metrics_of(task: str, counts: Counts, rate: float) -> dict[str, Tensor]:
         "augrc": augrc_of_counts,
     }
     return {name: functions[name](counts) for name in TASKS[task]}
+
+
+def logged_metrics(records: Iterable[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    """The defined metrics by their logged names, ``prefix/dataset/score/task_metric``; a group has its role for a data set.
+
+    Args:
+        records: Those of :class:`~lightning_gradmetrics.evaluation.Evaluation`.
+        prefix: What the names begin with.
+    """
+    return {
+        f"{prefix}/{r['dataset'] or r['group']}/{r['score']}/{r['task']}_{r['metric']}": r["value"]
+        for r in records
+        if r["value"] is not None
+    }

@@ -1,0 +1,66 @@
+"""What the processes of a run send each other; a run of one process keeps what it has."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["Processes"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Args:
+        count: How many there are.
+        rank: Which of them this is.
+
+    Example:
+        >>> alone = Processes()
+        >>> alone.all_gather("mine"), alone.gather("mine"), alone.from_first(lambda: "mine")
+        (['mine'], ['mine'], 'mine')
+    """
+
+    count: int = 1
+    rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def warn(self, text: str) -> None:
+        """Warn once for all processes."""
+        if self.is_first:
+            warnings.warn(text, stacklevel=3)
+
+    def all_gather(self, value: T) -> list[T]:
+        """Every process's value in the order of the ranks, on every process."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value in the order of the ranks on rank 0; an empty list on the others."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.count if self.is_first else None
+        torch.distributed.gather_object(value, values)
+        return values or []
+
+    def from_first(self, compute: Callable[[], T]) -> T:
+        """What rank 0 computes, on every process."""
+        if self.count == 1:
+            return compute()
+        box: list[Any] = [compute() if self.is_first else None]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]  # type: ignore[no-any-return]
