@@ -58,9 +58,27 @@ class Processes:
         return values or []
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What rank 0 computes, on every process."""
+        """What rank 0 computes, on every process; where it fails, every process does, so that none waits for ever.
+
+        Raises:
+            RuntimeError: On the other processes, if ``compute`` raises on rank 0; it says what was raised there.
+        """
         if self.count == 1:
             return compute()
-        box: list[Any] = [compute() if self.is_first else None]
+        if not self.is_first:
+            return self._received()  # type: ignore[no-any-return]
+        try:
+            value = compute()
+        except Exception as error:
+            torch.distributed.broadcast_object_list([None, f"{type(error).__name__}: {error}"])
+            raise
+        torch.distributed.broadcast_object_list([value, None])
+        return value
+
+    def _received(self) -> Any:
+        box: list[Any] = [None, None]
         torch.distributed.broadcast_object_list(box)
-        return box[0]  # type: ignore[no-any-return]
+        value, error = box
+        if error is not None:
+            raise RuntimeError(f"rank 0 failed, so rank {self.rank} stops too. What rank 0 raised: {error}")
+        return value
