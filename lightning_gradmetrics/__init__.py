@@ -8,6 +8,7 @@ from lightning_gradmetrics.crossfit import cross_fit
 from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
 from lightning_gradmetrics.features import gradient_features
 from lightning_gradmetrics.fitting import fit
+from lightning_gradmetrics.profile import gradient_profile
 from lightning_gradmetrics.scoring import score
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "evaluation",
     "fit",
     "gradient_features",
+    "gradient_profile",
     "gradient_statistics",
     "meters",
     "metrics",

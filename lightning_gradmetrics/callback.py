@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -16,8 +17,9 @@ from lightning_gradmetrics.evaluation import Evaluation, Thresholds, apply_thres
 from lightning_gradmetrics.evaluation.metrics import logged_metrics
 from lightning_gradmetrics.fitting import Fitting
 from lightning_gradmetrics.forward import Inputs, logits_of
-from lightning_gradmetrics.gallery import MapGallery, log_pictures
+from lightning_gradmetrics.gallery import MapGallery, Picture, PictureSource, log_pictures, picture_sources
 from lightning_gradmetrics.hooks import StageCallback, processes_of, scored_model
+from lightning_gradmetrics.profile import Profile
 from lightning_gradmetrics.results import empty_results, merge_results
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, check_fitted, resolve
 from lightning_gradmetrics.scoring import Scorer
@@ -48,17 +50,22 @@ class GradientMetrics(StageCallback):
         resamples: Bootstrap resamples for the intervals in ``evaluation``; 0, the default, for none.
         thresholds: From :func:`lightning_gradmetrics.evaluation.fit_thresholds`: each adds a column ``<score>_accept``
             to the results.
+        profile: Whether to look at the gradient norm of every layer: true, an objective's name, or the arguments
+            ``objective`` and ``norm`` by name. It costs a forward, and a backward unless a score takes the same.
+        examples: How many samples with the largest scores to keep pictures of, by score, as ``{"pseudo_label": 20}``:
+            for each data set, where its inputs are images.
 
     Attributes:
         results: After a run, a ``pyarrow.Table``: dataset, index, prediction, label, one column a score, and
             ``finite``, which is false where the input, the logits or a score hold NaN or Inf: such a row is kept and
             never enters a metric. Under several processes rank 0 has all rows, each once, and the other ranks have
             their own.
-        gallery: Cosine similarity maps of a few samples, where a score looks at them; the loggers get their pictures.
+        sources: What made pictures in the run; the loggers get them, and :meth:`pictures` gives them. Under several
+            processes rank 0 has those of all samples.
         evaluation: The metrics, as :func:`lightning_gradmetrics.evaluation.evaluate` gives them.
 
     Raises:
-        ValueError: If a score is unknown, or the names do not fit the dataloaders.
+        ValueError: If a score or an objective is unknown, or the names do not fit the dataloaders.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -86,9 +93,13 @@ class GradientMetrics(StageCallback):
         prefix: str = "gradmetrics",
         resamples: int = 0,
         thresholds: Thresholds | None = None,
+        profile: bool | str | Mapping[str, Any] = False,
+        examples: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.scorer = Scorer(resolve(scores), head, logits, engine)
+        made = resolve(scores)
+        self._new_sources = partial(picture_sources, made, Profile.of(profile), examples)
+        self.scorer = Scorer(made, head, logits, engine, [source.look for source in self._new_sources()])
         self.datasets = datasets
         self.model = model
         self.batch = batch
@@ -97,13 +108,26 @@ class GradientMetrics(StageCallback):
         self.thresholds = thresholds
         self.results: pa.Table = empty_results(self.score_names)
         self.evaluation: Evaluation | None = None
-        self.gallery: MapGallery | None = None
+        self.sources: list[PictureSource] = []
         self._fitting: Fitting | None = None
 
     @property
     def score_names(self) -> list[str]:
         """The names of the scores: the columns of the results."""
         return [score.name for score in self.scorer.scores]
+
+    @property
+    def gallery(self) -> MapGallery | None:
+        """Cosine similarity maps of a few samples, where a score looks at them."""
+        return next((source for source in self.sources if isinstance(source, MapGallery)), None)
+
+    def pictures(self) -> list[Picture]:
+        """The last run's pictures, drawn anew."""
+        return [picture for source in self.sources for picture in source.pictures()]
+
+    def tables(self) -> dict[str, pa.Table]:
+        """The numbers in them: ``profile``, where it was asked for, has a row a data set and layer."""
+        return {name: table for source in self.sources for name, table in source.tables().items()}
 
     @property
     def baseline_names(self) -> list[str]:
@@ -158,8 +182,8 @@ class GradientMetrics(StageCallback):
         if self._fitting is not None:
             return FitStage(self._fitting, rows, self.datasets if isinstance(self.datasets, Mapping) else None)
         check_fitted(self.scorer.scores, model)
-        self.gallery = MapGallery.of(self.scorer.scores)
-        return ScoreStage(self.scorer, rows, self.gallery)
+        self.sources = self._new_sources()
+        return ScoreStage(self.scorer, rows, self.sources)
 
     def end(self, trainer: Trainer, model: nn.Module, stage: Stage) -> dict[str, float]:
         """Take the fitted scores, or gather the rows and judge them."""
@@ -168,17 +192,20 @@ class GradientMetrics(StageCallback):
             stage.finish(self.scorer, model, processes)
             return {}
         self.results = stage.results(processes)
-        tables = processes.gather(self.results)
-        metrics = processes.from_first(lambda: self._judge(trainer, tables, stage.names))
+        parts = processes.gather((self.results, stage.kept()))
+        metrics = processes.from_first(lambda: self._judge(trainer, stage, parts))
         if self.thresholds is not None:
             self.results = apply_thresholds(self.results, self.thresholds)
         return metrics
 
-    def _judge(self, trainer: Trainer, tables: Sequence[pa.Table], names: Sequence[str]) -> dict[str, float]:
+    def _judge(
+        self, trainer: Trainer, stage: ScoreStage, parts: Sequence[tuple[pa.Table, list[Any]]]
+    ) -> dict[str, float]:
         """On rank 0: judge the rows of all processes, and give the loggers their pictures."""
-        self.results = merge_results(tables, names)
-        roles = dataset_roles(self.datasets, names)
+        self.results = merge_results([table for table, _ in parts], stage.names)
+        stage.join([kept for _, kept in parts])
+        roles = dataset_roles(self.datasets, stage.names)
         self.evaluation = evaluate(self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples)
-        if self.gallery is not None and trainer.loggers:
-            log_pictures(trainer.loggers, self.gallery.pictures(), self.prefix, trainer.global_step)
+        if self.sources and trainer.loggers:
+            log_pictures(trainer.loggers, self.pictures(), self.prefix, trainer.global_step)
         return logged_metrics(self.evaluation.records, self.prefix)

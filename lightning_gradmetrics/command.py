@@ -64,7 +64,7 @@ def evaluate(config: DictConfig) -> None:
     from lightning.pytorch import seed_everything
 
     from lightning_gradmetrics.demo import trust_areas, trust_table, write_trust_table
-    from lightning_gradmetrics.gallery import write_pictures
+    from lightning_gradmetrics.gallery import write_pictures, write_tables
     from lightning_gradmetrics.report import write_report
     from lightning_gradmetrics.runs import write_run
     from lightning_gradmetrics.scores import FittedScore, resolve
@@ -101,7 +101,7 @@ def evaluate(config: DictConfig) -> None:
         scores,
         model=_describe(config, model, data),
         descriptions=data.descriptions,
-        figures=write_pictures(callback.gallery.pictures(), directory) if callback.gallery else (),
+        figures=write_pictures(callback.pictures(), directory),
         command=shlex.join(["gradmetrics", *sys.argv[1:]]),
         timing={
             "prepare_seconds": prepared - clock,
@@ -109,6 +109,7 @@ def evaluate(config: DictConfig) -> None:
             "judge_seconds": time.perf_counter() - scored,
         },
     )
+    write_tables(callback.tables(), directory)
     console.print(metrics_table(evaluation, scores))
     if config.trust_table:
         areas = trust_areas(results, [score.name for score in scores])

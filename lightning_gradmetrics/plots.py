@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.csm import zero_saliency
 
-__all__ = ["csm_figure", "mean_csm_figure"]
+__all__ = ["csm_figure", "draw_image", "mean_csm_figure"]
 
 _LABELLED = 12
 """Classes up to which each has its tick; above, matplotlib chooses."""
@@ -63,7 +63,7 @@ def csm_figure(
     for index, values in enumerate(csm.detach().float().cpu()):
         row, column = divmod(index, columns)
         if images is not None:
-            _draw_image(grid[row * per_sample, column], images[index])
+            draw_image(grid[row * per_sample, column], images[index])
         picture = _draw_map(grid[(row + 1) * per_sample - 1, column], values, class_names, first=column == 0)
         if titles is not None:
             grid[row * per_sample, column].set_title(titles[index].replace("$", r"\$"), fontsize=9)
@@ -139,7 +139,7 @@ def _draw_map(axes: Axes, values: Tensor, class_names: Sequence[str] | None, fir
     return picture
 
 
-def _draw_image(axes: Axes, image: Tensor) -> None:
+def draw_image(axes: Axes, image: Tensor) -> None:
     """A picture stretched to its own range; grey if it has one channel."""
     pixels = image.detach().float().cpu().nan_to_num()
     pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp(min=1e-12)

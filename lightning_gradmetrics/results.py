@@ -78,21 +78,16 @@ class Rows:
             return self.offset + self.stride * torch.arange(start, self.position)
         return torch.tensor(self.indices[start : self.position])
 
-    def add(self, inputs: Inputs, logits: Tensor, labels: Tensor | None, scores: dict[str, Tensor]) -> Tensor:
-        """Add a batch, and give its indices, as :meth:`advance` does."""
+    def add(
+        self, inputs: Inputs, logits: Tensor, labels: Tensor | None, scores: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Add a batch, and give its columns: ``index``, ``prediction``, ``label`` and ``finite``, ``(N,)`` each."""
         prediction, index = logits.argmax(1), self.advance(len(logits))
         known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
         finite = finite_rows(inputs, (logits, *scores.values())).to(prediction.device)
-        self.batches.append(
-            {
-                "index": index,
-                "prediction": prediction,
-                "label": known,
-                "finite": finite,
-                **{f"score/{k}": v.detach() for k, v in scores.items()},
-            }
-        )
-        return index
+        columns = {"index": index, "prediction": prediction, "label": known, "finite": finite}
+        self.batches.append({**columns, **{f"score/{name}": values.detach() for name, values in scores.items()}})
+        return columns
 
     def table(self) -> pa.Table:
         """The rows so far. Rows that a distributed sampler repeated are left out."""

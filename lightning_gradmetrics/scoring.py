@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,12 +43,14 @@ class Scorer:
         head: The name of the classification head, or ``None`` to find it.
         logits: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
+        looks: What else looks at the evidence, beside the scores.
     """
 
     scores: tuple[Score, ...]
     head: str | None = None
     logits: Callable[[Any], Tensor] = logits_of
     engine: str = "auto"
+    looks: Sequence[Callable[[Evidence], Any]] = ()
     _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
     _needs_of: tuple[Score, ...] = field(default=(), repr=False)
 
@@ -56,11 +58,11 @@ class Scorer:
         self.head_is_named = self.head is not None
 
     def needs(self, classes: int) -> Needs:
-        """What the scores look at, for that number of classes."""
+        """What the scores, and whatever else, look at, for that number of classes."""
         if self._needs_of is not self.scores:  # a fit puts others in their place
             self._needs, self._needs_of = {}, self.scores
         if classes not in self._needs:
-            self._needs[classes] = needs_of(self.scores, classes)
+            self._needs[classes] = needs_of([*self.scores, *self.looks], classes)
         return self._needs[classes]
 
     def capture(self, model: nn.Module) -> Capture:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -17,7 +18,7 @@ from lightning_gradmetrics.distributed import Processes
 from lightning_gradmetrics.evidence import Evidence
 from lightning_gradmetrics.fitting import Fitting
 from lightning_gradmetrics.forward import Inputs, batch_size
-from lightning_gradmetrics.gallery import MapGallery
+from lightning_gradmetrics.gallery import PictureSource, ScoredBatch
 from lightning_gradmetrics.results import Rows, empty_results, merge_results
 from lightning_gradmetrics.scoring import Scorer
 
@@ -31,12 +32,12 @@ class ScoreStage:
     Args:
         scorer: Computes the scores.
         rows: The results of each dataloader.
-        gallery: Looks at the batches too, or ``None``.
+        sources: Look at the batches too, and make pictures.
     """
 
     scorer: Scorer
     rows: Sequence[Rows]
-    gallery: MapGallery | None = None
+    sources: Sequence[PictureSource] = ()
 
     def outside(self, place: int, size: int) -> Tensor | None:
         """Scoring does not know."""
@@ -45,14 +46,25 @@ class ScoreStage:
     def add(self, place: int, inputs: Inputs, labels: Tensor | None, evidence: Evidence) -> None:
         """Score a batch."""
         scores, rows = self.scorer(evidence), self.rows[place]
-        rows.add(inputs, evidence.given_logits, labels, scores)
-        if self.gallery is not None:
-            self.gallery.add(rows.dataset, inputs, evidence, scores)
+        columns = rows.add(inputs, evidence.given_logits, labels, scores)
+        if self.sources:
+            batch = ScoredBatch(rows.dataset, **columns, inputs=inputs, evidence=evidence, scores=scores).once()
+            for source in self.sources:
+                source.add(batch)
 
     @property
     def names(self) -> list[str]:
         """The data sets' names, in the order of the dataloaders."""
         return [rows.dataset for rows in self.rows]
+
+    def kept(self) -> list[Any]:
+        """What each picture source kept."""
+        return [source.kept() for source in self.sources]
+
+    def join(self, parts: Sequence[list[Any]]) -> None:
+        """Give each picture source what all processes kept."""
+        for number, source in enumerate(self.sources):
+            source.join([part[number] for part in parts])
 
     def results(self, processes: Processes) -> pa.Table:
         """This process's results; a data set without a sample is warned of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,19 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.gallery import MapGallery, log_pictures, write_pictures
+from lightning_gradmetrics.evidence import Evidence
+from lightning_gradmetrics.gallery import MapGallery, ScoredBatch, log_pictures, write_pictures
 from lightning_gradmetrics.report import ReportError, write_report
 from lightning_gradmetrics.runs import write_run
 from lightning_gradmetrics.scores import resolve
 from tests.models import Module, images
+
+
+def batch(inputs: torch.Tensor, scores: dict[str, torch.Tensor], evidence: Evidence | None = None) -> ScoredBatch:
+    """A batch of the data set a, whose samples are all finite."""
+    index = torch.arange(len(inputs))
+    evidence = evidence or Evidence(torch.zeros(len(inputs), 3))
+    return ScoredBatch("a", index, index, index, index >= 0, inputs, evidence, scores)
 
 
 def scored(folder: Path, scores: list[str], logger: object = False) -> lgm.GradientMetrics:
@@ -52,10 +61,37 @@ def test_samples_that_are_not_finite_are_left_out() -> None:
     gallery = MapGallery.of(resolve("gga"))
     maps = torch.eye(3).repeat(4, 1, 1)
     maps[1, 0, 0] = float("nan")
-    evidence = lgm.evidence.Evidence(torch.zeros(4, 3), probes={gallery.probe: maps})
-    gallery.add("a", torch.randn(4, 7), evidence, {"gga": torch.tensor([0.0, 1, float("inf"), 3])})
+    evidence = Evidence(torch.zeros(4, 3), probes={gallery.probe: maps})
+    gallery.add(batch(torch.randn(4, 7), {"gga": torch.tensor([0.0, 1, float("inf"), 3])}, evidence))
     assert gallery.seen["a"].count == 2 and gallery.seen["a"].images is None
     assert [p.name for p in gallery.pictures()] == ["mean_maps", "maps_a"]
+
+
+def test_repeated_samples_are_taken_out_of_every_part() -> None:
+    inputs = {"x": torch.arange(4.0)[:, None], "scale": torch.tensor(2.0)}
+    whole = batch(torch.zeros(4, 1), {"s": torch.arange(4.0)}, Evidence(torch.eye(4)))
+    assert whole.once() is whole
+    found = replace(whole, inputs=inputs, index=torch.tensor([3, -1, 5, -1])).once()
+    assert (
+        found.index.tolist() == [3, 5] and found.prediction.tolist() == [0, 2] and found.finite.tolist() == [True] * 2
+    )
+    assert found.inputs["x"].flatten().tolist() == found.scores["s"].tolist() == [0, 2]
+    assert found.inputs["scale"].item() == 2 and torch.equal(found.evidence.given_logits, torch.eye(4)[[0, 2]])
+
+
+def test_maps_of_several_processes_are_those_of_one() -> None:
+    torch.manual_seed(0)
+    whole, parts = MapGallery.of(resolve("gga")), [MapGallery.of(resolve("gga")) for _ in range(2)]
+    for number in range(4):
+        maps, values = torch.rand(5, 3, 3), torch.rand(5)
+        found = batch(torch.rand(5, 3, 4, 4), {"gga": values}, Evidence(torch.zeros(5, 3), probes={whole.probe: maps}))
+        whole.add(found)
+        parts[number % 2].add(found)
+    parts[0].join([part.kept() for part in parts])
+    one, other = whole.seen["a"], parts[0].seen["a"]
+    assert one.count == other.count == 20
+    for key in ("values", "maps", "images", "total"):
+        torch.testing.assert_close(getattr(one, key), getattr(other, key))
 
 
 def test_loggers_get_pictures(tmp_path: Path) -> None:

@@ -38,9 +38,10 @@ def render(run: Run) -> str:
         "Finding wrong predictions": wrong_predictions(drawing),
         "Which scores agree": agreement(drawing),
         "Most uncertain samples": most_uncertain(run, drawing),
-        "Pictures": pictures(run),
-        "Run details": details(run),
     }
+    for section, content in pictures(run).items():
+        sections[section] = join(sections.get(section), content)
+    sections["Run details"] = details(run)
     title = f"Gradient uncertainty report: {run.model.get('name') or 'unnamed model'}"
     body = join(
         tag("header", tag("h1", title), _introduction(run)),

@@ -94,11 +94,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in the run directory, with its words."""
+    """A picture in the run directory, with its words, and the title of the section that it stands in."""
 
     file: str
     title: str = ""
     caption: str = ""
+    section: str = "Pictures"
 
 
 @dataclass(frozen=True)

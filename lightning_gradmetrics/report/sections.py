@@ -185,9 +185,12 @@ def most_uncertain(run: Run, drawing: Drawing) -> Markup | None:
     return tables and join(tag("p", reading), tables)
 
 
-def pictures(run: Run) -> Markup | None:
-    """The pictures that the run wrote, inside the page."""
-    return join(_picture(run.directory, picture) for picture in run.pictures) if run.pictures else None
+def pictures(run: Run) -> dict[str, Markup]:
+    """The pictures that the run wrote, inside the page, by the titles of their sections."""
+    sections: dict[str, list[Markup]] = {}
+    for picture in run.pictures:
+        sections.setdefault(picture.section, []).append(_picture(run.directory, picture))
+    return {title: join(parts) for title, parts in sections.items()}
 
 
 def _picture(directory: Path, picture: Picture) -> Markup:
