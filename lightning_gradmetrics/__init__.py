@@ -9,6 +9,7 @@ from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
 from lightning_gradmetrics.features import gradient_features
 from lightning_gradmetrics.fitting import fit
 from lightning_gradmetrics.profile import gradient_profile
+from lightning_gradmetrics.results import largest
 from lightning_gradmetrics.scoring import score
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "gradient_features",
     "gradient_profile",
     "gradient_statistics",
+    "largest",
     "meters",
     "metrics",
     "score",

@@ -20,7 +20,7 @@ from lightning_gradmetrics.forward import Inputs, logits_of
 from lightning_gradmetrics.gallery import MapGallery, Picture, PictureSource, log_pictures, picture_sources
 from lightning_gradmetrics.hooks import StageCallback, processes_of, scored_model
 from lightning_gradmetrics.profile import Profile
-from lightning_gradmetrics.results import empty_results, merge_results
+from lightning_gradmetrics.results import empty_results, largest_of_each, merge_results
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, check_fitted, resolve
 from lightning_gradmetrics.scoring import Scorer
 from lightning_gradmetrics.stages import FitStage, ScoreStage, Stage
@@ -52,8 +52,8 @@ class GradientMetrics(StageCallback):
             to the results.
         profile: Whether to look at the gradient norm of every layer: true, an objective's name, or the arguments
             ``objective`` and ``norm`` by name. It costs a forward, and a backward unless a score takes the same.
-        examples: How many samples with the largest scores to keep pictures of, by score, as ``{"pseudo_label": 20}``:
-            for each data set, where its inputs are images.
+        examples: How many samples with the largest scores to list of each data set, by score, as
+            ``{"pseudo_label": 20}``; with their pictures where the inputs are images.
 
     Attributes:
         results: After a run, a ``pyarrow.Table``: dataset, index, prediction, label, one column a score, and
@@ -98,7 +98,8 @@ class GradientMetrics(StageCallback):
     ) -> None:
         super().__init__()
         made = resolve(scores)
-        self._new_sources = partial(picture_sources, made, Profile.of(profile), examples)
+        self.examples = dict(examples or {})
+        self._new_sources = partial(picture_sources, made, Profile.of(profile), self.examples)
         self.scorer = Scorer(made, head, logits, engine, [source.look for source in self._new_sources()])
         self.datasets = datasets
         self.model = model
@@ -126,8 +127,9 @@ class GradientMetrics(StageCallback):
         return [picture for source in self.sources for picture in source.pictures()]
 
     def tables(self) -> dict[str, pa.Table]:
-        """The numbers in them: ``profile``, where it was asked for, has a row a data set and layer."""
-        return {name: table for source in self.sources for name, table in source.tables().items()}
+        """What goes with them: ``profile``, a row a data set and layer, and ``largest``, a row an example."""
+        tables = {name: table for source in self.sources for name, table in source.tables().items()}
+        return {**tables, "largest": largest_of_each(self.results, self.examples)} if self.examples else tables
 
     @property
     def baseline_names(self) -> list[str]:

@@ -69,7 +69,7 @@ def evaluate(config: DictConfig) -> None:
     from lightning_gradmetrics.runs import write_run
     from lightning_gradmetrics.scores import FittedScore, resolve
     from lightning_gradmetrics.standings import standings_table, write_standings
-    from lightning_gradmetrics.tables import metrics_table
+    from lightning_gradmetrics.tables import largest_table, metrics_table
 
     console = Console()
     directory = Path(HydraConfig.get().runtime.output_dir)
@@ -109,8 +109,11 @@ def evaluate(config: DictConfig) -> None:
             "judge_seconds": time.perf_counter() - scored,
         },
     )
-    write_tables(callback.tables(), directory)
+    tables = callback.tables()
+    write_tables(tables, directory)
     console.print(metrics_table(evaluation, scores))
+    if "largest" in tables:
+        console.print(largest_table(tables["largest"]))
     if config.trust_table:
         areas = trust_areas(results, [score.name for score in scores])
         write_trust_table(areas, directory / "trust_table.csv")

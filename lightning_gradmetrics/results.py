@@ -14,7 +14,17 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 
 from lightning_gradmetrics.forward import Inputs, batch_size, tensors_in
 
-__all__ = ["Rows", "empty_results", "finite_rows", "join_scores", "merge_results", "sample_indices", "with_scores"]
+__all__ = [
+    "Rows",
+    "empty_results",
+    "finite_rows",
+    "join_scores",
+    "largest",
+    "largest_of_each",
+    "merge_results",
+    "sample_indices",
+    "with_scores",
+]
 
 
 def finite_rows(inputs: Inputs, others: Iterable[Tensor]) -> Tensor:
@@ -160,3 +170,57 @@ def join_scores(first: pa.Table, second: pa.Table) -> pa.Table:
         raise ValueError("the two results tables are not of the same samples in the same order")
     scores = [name for name in second.column_names if name not in (*KEYS, "finite")]
     return with_scores(first, {name: torch.from_numpy(second[name].to_numpy().copy()) for name in scores})
+
+
+def largest(results: pa.Table, score: str, n: int = 20, dataset: str | None = None) -> pa.Table:
+    """The samples with the largest values of a score, the largest first: what to look at when data is audited.
+
+    Rows with NaN or Inf are left out. Of equal values the sample with the lower index comes first.
+
+    Args:
+        results: A per-sample table, as ``callback.results``.
+        score: The name of its column.
+        n: How many samples at the most.
+        dataset: Of that data set; by default of each, one after the other.
+
+    Returns:
+        The columns ``dataset``, ``index``, ``label``, ``prediction``, and the score under its name.
+
+    Raises:
+        ValueError: If there is no such column or data set, or ``n`` is below 1.
+
+    Example:
+        >>> columns = {"dataset": ["train"] * 3, "index": [0, 1, 2], "prediction": [0, 1, 1], "label": [0, 1, 0]}
+        >>> table = pa.table({**columns, "entropy": [0.1, 0.3, 0.9], "finite": [True] * 3})
+        >>> largest(table, "entropy", n=2)["index"].to_pylist()
+        [2, 1]
+    """
+    names = pc.unique(results["dataset"]).to_pylist()
+    fields = [f.name for f in results.schema if pa.types.is_floating(f.type)]
+    if score not in fields:
+        raise ValueError(f"the results have no score {score!r}; theirs are: {', '.join(fields) or 'none'}")
+    if dataset is not None and dataset not in names:
+        raise ValueError(f"the results have no data set {dataset!r}; theirs are: {', '.join(names) or 'none'}")
+    if n < 1:
+        raise ValueError(f"n is {n}; expected at least 1 sample")
+    known = results.filter(results["finite"]).select(["dataset", "index", "label", "prediction", score])
+    ordered = known.sort_by([(score, "descending"), ("index", "ascending")])
+    parts = [
+        ordered.filter(pc.equal(ordered["dataset"], name)).slice(0, n) for name in names if dataset in (None, name)
+    ]
+    return pa.concat_tables(parts) if parts else known
+
+
+def largest_of_each(results: pa.Table, counts: Mapping[str, int]) -> pa.Table:
+    """:func:`largest` of several scores in one table, with the columns ``score`` and ``value``.
+
+    Args:
+        results: A per-sample table.
+        counts: How many samples of each data set, by score.
+    """
+    parts = []
+    for score, count in counts.items():
+        found = largest(results, score, count)
+        named = found.rename_columns([*found.column_names[:-1], "value"])
+        parts.append(named.add_column(1, "score", pa.array([score] * named.num_rows, pa.string())))
+    return pa.concat_tables(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pyarrow as pa
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -12,7 +13,7 @@ from lightning_gradmetrics.evaluation import Evaluation
 from lightning_gradmetrics.scores import Score
 from lightning_gradmetrics.scores.table import lines
 
-__all__ = ["metrics_table", "scores_table"]
+__all__ = ["largest_table", "metrics_table", "scores_table"]
 
 Column = tuple[str, str, str]
 """A task, a data set and a metric."""
@@ -86,6 +87,27 @@ def _caption(evaluation: Evaluation) -> str:
         for d in evaluation.datasets
     ]
     return "\n".join(["; ".join(sets), *evaluation.notes])
+
+
+def largest_table(largest: pa.Table) -> Table:
+    """The samples with the largest scores, a line between data sets and scores.
+
+    Args:
+        largest: Of :func:`lightning_gradmetrics.results.largest_of_each`.
+    """
+    table = Table(title="Samples with the largest scores", title_justify="left")
+    table.box, table.pad_edge = box.SIMPLE_HEAD, False
+    for name in ("score", "dataset"):
+        table.add_column(name, no_wrap=True)
+    for name in ("index", "label", "prediction", "value"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = largest.to_pylist()
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        label = "–" if row["label"] is None else str(row["label"])
+        cells = [row["score"], row["dataset"], str(row["index"]), label, str(row["prediction"]), f"{row['value']:.4g}"]
+        ends = after is None or (row["score"], row["dataset"]) != (after["score"], after["dataset"])
+        table.add_row(*map(escape, cells), end_section=ends)
+    return table
 
 
 def scores_table() -> Table:

@@ -24,14 +24,17 @@ devices, out = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 model = Module()
 sets = [DataLoader(TensorDataset(torch.randn(n, 3, 8, 8), torch.randint(0, 5, (n,))), 4) for n in (23, 11)]
-callback = lgm.GradientMetrics(["energy", "gradnorm", "pseudo_label(target=all)"], datasets={"in": "id", "out": "far"})
+scores, sources = ["energy", "gradnorm", "pseudo_label(target=all)"], {"profile": True, "examples": {"energy": 6}}
+callback = lgm.GradientMetrics(scores, datasets={"in": "id", "out": "far"}, **sources)
 options = {"accelerator": "cpu", "devices": devices, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
 trainer = Trainer(strategy="ddp" if devices > 1 else "auto", callbacks=[callback], **options)
 found = {}
 for stage in ("test", "predict"):
     getattr(trainer, stage)(model, sets)
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    found[stage] = {"metrics": metrics, "rows": callback.results.to_pydict()}
+    shown = [axes.get_title() for picture in callback.pictures() for axes in picture.figure.axes]
+    tables = {name: table.to_pydict() for name, table in callback.tables().items()}
+    found[stage] = {"metrics": metrics, "rows": callback.results.to_pydict(), "tables": tables, "shown": shown}
 with open(f"{out}.{trainer.global_rank}", "w") as file:
     json.dump(found, file)
 """
@@ -96,7 +99,10 @@ def run(devices: int, folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_two_and_three_processes_give_what_one_gives(tmp_path: Path) -> None:
-    """Sizes that divide by none: every row once, every metric the same, on every rank, in test and in predict."""
+    """Sizes that divide by none: every row once, every metric the same, on every rank, in test and in predict.
+
+    Rank 0's pictures, and the numbers in them, are those of all samples.
+    """
     (alone,) = run(1, tmp_path)
     for devices in (2, 3):
         ranks = run(devices, tmp_path)
@@ -107,6 +113,12 @@ def test_two_and_three_processes_give_what_one_gives(tmp_path: Path) -> None:
                 assert rows[key] == wanted["rows"][key], key
             for key in ("energy", "gradnorm", "pseudo_label(target=all)"):
                 assert rows[key] == pytest.approx(wanted["rows"][key], rel=1e-4)
+            assert ranks[0][stage]["shown"] == alone[stage]["shown"]
+            assert sum(title.startswith("#") for title in alone[stage]["shown"]) == 12
+            for name, columns in alone[stage]["tables"].items():
+                for key, values in columns.items():
+                    found = ranks[0][stage]["tables"][name][key]
+                    assert found == (values if isinstance(values[0], str | int) else pytest.approx(values, rel=1e-4))
             for rank in ranks:
                 assert rank[stage]["metrics"] == pytest.approx(wanted["metrics"], abs=1e-6)
 

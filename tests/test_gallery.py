@@ -25,7 +25,7 @@ def batch(inputs: torch.Tensor, scores: dict[str, torch.Tensor], evidence: Evide
     """A batch of the data set a, whose samples are all finite."""
     index = torch.arange(len(inputs))
     evidence = evidence or Evidence(torch.zeros(len(inputs), 3))
-    return ScoredBatch("a", index, index, index, index >= 0, inputs, evidence, scores)
+    return ScoredBatch("a", index, index.clone(), index.clone(), index >= 0, inputs, evidence, scores)
 
 
 def scored(folder: Path, scores: list[str], logger: object = False) -> lgm.GradientMetrics:

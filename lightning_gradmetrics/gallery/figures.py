@@ -34,7 +34,7 @@ def profile_figure(quartiles: Mapping[str, Tensor], layers: Sequence[str], label
         >>> [text.get_text() for text in figure.axes[0].get_xticklabels()]
         ['conv', 'fc']
     """
-    figure = Figure(figsize=(min(14, 4.5 + 0.22 * len(layers)), 4.2), layout="constrained")
+    figure = Figure(figsize=(min(14, 6.5 + 0.16 * len(layers)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     places = list(range(len(layers)))
@@ -54,7 +54,7 @@ def profile_figure(quartiles: Mapping[str, Tensor], layers: Sequence[str], label
 
 
 def examples_figure(
-    images: Sequence[Tensor], values: Tensor, index: Tensor, label: Tensor, prediction: Tensor, columns: int = 7
+    images: Sequence[Tensor], values: Tensor, index: Tensor, label: Tensor, prediction: Tensor, columns: int = 5
 ) -> Figure:
     """A grid of images; above each its index and score, below its label and, in red, another prediction.
 
@@ -75,8 +75,8 @@ def examples_figure(
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    height = 1.3 * min(1.6, max(image.shape[1] / image.shape[2] for image in images))
-    figure = Figure(figsize=(1.45 * columns, (height + 0.55) * rows), layout="constrained")
+    height = 1.4 * min(1.6, max(image.shape[1] / image.shape[2] for image in images))
+    figure = Figure(figsize=(1.6 * columns, (height + 0.6) * rows), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(images) :]:
@@ -94,8 +94,8 @@ def examples_figure(
             if true >= 0
             else f"predicted {predicted}"
         )
-        axes.set_title(f"#{int(index[place])}   {float(values[place]):.3g}", fontsize=8, color=_PLAIN, pad=3)
-        axes.set_xlabel(words, fontsize=8, color=_WRONG if wrong else _PLAIN, labelpad=2)
+        axes.set_title(f"#{int(index[place])}   {float(values[place]):.3g}", fontsize=9, color=_PLAIN, pad=3)
+        axes.set_xlabel(words, fontsize=9, color=_WRONG if wrong else _PLAIN, labelpad=2)
     return figure
 
 
