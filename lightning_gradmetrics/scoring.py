@@ -109,20 +109,21 @@ class Scorer:
     def _check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
         """Refuse samples without a label where a score looks at it: it has no value there that could be compared."""
         names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)
+        who = f"the score {names}" if names else "the profile"
         place = f" in the data set {dataset!r}" if dataset else ""
-        remedy = "leave the score out, or score labelled data alone: pass targets=, or give batches (inputs, labels)"
+        remedy = "leave it out, or score labelled data alone: pass targets=, or give batches (inputs, labels)"
         size, count = logits.shape
         if labels is None:
-            raise ValueError(f"the score {names} needs true labels, and there are none{place}: {remedy}")
+            raise ValueError(f"{who} needs true labels, and there are none{place}: {remedy}")
         if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
             raise ValueError(
-                f"the score {names} needs true labels ({size},), whole numbers; these are "
+                f"{who} needs true labels ({size},), whole numbers; these are "
                 f"{tuple(labels.shape)}, {labels.dtype}{place}"
             )
         unknown = int(((labels < 0) | (labels >= count)).sum())
         if unknown:
             raise ValueError(
-                f"the score {names} needs the true label of every sample, and {unknown} of {size} samples of a batch{place} "
+                f"{who} needs the true label of every sample, and {unknown} of {size} samples of a batch{place} "
                 f"have none from 0 to {count - 1}: {remedy}"
             )
 

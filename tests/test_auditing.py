@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -13,6 +15,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.data import digits, training_data
 from lightning_gradmetrics.gallery import ExampleGallery, write_pictures
 from lightning_gradmetrics.gallery.examples import thumbnails
 from lightning_gradmetrics.report import write_report
@@ -20,6 +23,7 @@ from lightning_gradmetrics.results import largest_of_each
 from lightning_gradmetrics.runs import write_run
 from lightning_gradmetrics.tables import largest_table
 from tests.models import MODELS, Module, images
+from tests.test_command import gradmetrics
 from tests.test_gallery import batch
 
 
@@ -151,3 +155,45 @@ def test_right_wrong_and_unknown_labels_are_told_apart() -> None:
     (picture,) = gallery.pictures()
     words = [axes.get_xlabel() for axes in picture.figure.axes]
     assert words == ["label 0", "label 5, predicted 1", "predicted 2"]
+
+
+def test_training_data_with_labels_made_wrong() -> None:
+    """As many as asked for, of other classes, in what is trained on and what is scored; the images are the same."""
+    data = digits(train=50)
+    audited = training_data(data, mislabelled=9, seed=3)
+    assert audited.train is audited.sets["train"] and audited.roles == {"train": "id"}
+    labels = [(int(data.train[i][1]), int(audited.train[i][1])) for i in range(50)]
+    changed = [i for i, (old, new) in enumerate(labels) if old != new]
+    assert len(changed) == 9 and all(0 <= new < 8 for _, new in labels)
+    assert audited.descriptions["train"].endswith(", ".join(map(str, changed)))
+    assert all(torch.equal(data.train[i][0], audited.train[i][0]) for i in range(50))
+    assert training_data(data).train is data.train
+    with pytest.raises(ValueError, match="mislabelled is 51; expected from 0 to 50"):
+        training_data(data, 51)
+    with pytest.raises(ValueError, match="no training data"):
+        training_data(replace(data, train=None))
+
+
+@pytest.mark.slow
+def test_the_audit_finds_labels_that_were_made_wrong(tmp_path: Path) -> None:
+    """Of 12, most are among the 20 largest GraNd and EL2N scores; they are listed, shown and written."""
+    found = gradmetrics(tmp_path, "experiment=audit", "logger=none", "resamples=0")
+    assert found.returncode == 0, found.stderr
+    assert "Samples with the largest scores" in found.stdout
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    wrong = set(training_data(digits(train=400), 12).train.labels)
+    listed = pyarrow.csv.read_csv(run / "largest.csv").to_pylist()
+    for score in ("grand", "el2n"):
+        shown = {row["index"] for row in listed if row["score"] == score}
+        assert len(shown) == 20 and len(shown & wrong) >= 8
+    assert "network.12" in (run / "profile.csv").read_text()
+    page = (run / "report.html").read_text()
+    assert "Examples with the largest scores</h2>" in page and "Gradient norms by layer</h2>" in page
+
+
+def test_a_profile_of_the_labels_needs_labels() -> None:
+    with pytest.raises(ValueError, match="the profile needs the true label of every sample"):
+        x = TensorDataset(images(4), torch.full((4,), -1))
+        callback = lgm.GradientMetrics("energy", profile="label")
+        trainer = Trainer(accelerator="cpu", callbacks=[callback], enable_progress_bar=False, logger=False)
+        trainer.predict(Module(), DataLoader(x, 4))
