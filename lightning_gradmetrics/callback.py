@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +16,14 @@ from lightning_gradmetrics.evaluation import Evaluation, Thresholds, apply_thres
 from lightning_gradmetrics.evaluation.metrics import logged_metrics
 from lightning_gradmetrics.fitting import Fitting
 from lightning_gradmetrics.forward import Inputs, logits_of
-from lightning_gradmetrics.gallery import MapGallery, Picture, PictureSource, log_pictures, picture_sources
+from lightning_gradmetrics.gallery import (
+    MapGallery,
+    Picture,
+    PictureSource,
+    check_examples,
+    log_pictures,
+    picture_sources,
+)
 from lightning_gradmetrics.hooks import StageCallback, processes_of, scored_model
 from lightning_gradmetrics.profile import Profile
 from lightning_gradmetrics.results import empty_results, largest_of_each, merge_results
@@ -97,16 +103,15 @@ class GradientMetrics(StageCallback):
         examples: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        made = resolve(scores)
-        self.examples = dict(examples or {})
-        self._new_sources = partial(picture_sources, made, Profile.of(profile), self.examples)
-        self.scorer = Scorer(made, head, logits, engine, [source.look for source in self._new_sources()])
+        self.scorer = Scorer(resolve(scores), head, logits, engine)
         self.datasets = datasets
         self.model = model
         self.batch = batch
         self.prefix = prefix
         self.resamples = resamples
         self.thresholds = thresholds
+        self.profile = Profile.of(profile)
+        self.examples = check_examples(self.score_names, examples or {})
         self.results: pa.Table = empty_results(self.score_names)
         self.evaluation: Evaluation | None = None
         self.sources: list[PictureSource] = []
@@ -184,7 +189,8 @@ class GradientMetrics(StageCallback):
         if self._fitting is not None:
             return FitStage(self._fitting, rows, self.datasets if isinstance(self.datasets, Mapping) else None)
         check_fitted(self.scorer.scores, model)
-        self.sources = self._new_sources()
+        self.sources = picture_sources(self.scorer.scores, self.profile, self.examples)
+        self.scorer.looks = [source.look for source in self.sources]
         return ScoreStage(self.scorer, rows, self.sources)
 
     def end(self, trainer: Trainer, model: nn.Module, stage: Stage) -> dict[str, float]:

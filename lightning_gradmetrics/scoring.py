@@ -52,15 +52,17 @@ class Scorer:
     engine: str = "auto"
     looks: Sequence[Callable[[Evidence], Any]] = ()
     _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
-    _needs_of: tuple[Score, ...] = field(default=(), repr=False)
+    _needs_of: tuple[Any, Any] = field(default=(None, None), repr=False)
 
     def __post_init__(self) -> None:
         self.head_is_named = self.head is not None
 
     def needs(self, classes: int) -> Needs:
         """What the scores, and whatever else, look at, for that number of classes."""
-        if self._needs_of is not self.scores:  # a fit puts others in their place
-            self._needs, self._needs_of = {}, self.scores
+        if (
+            self._needs_of[0] is not self.scores or self._needs_of[1] is not self.looks
+        ):  # a fit puts others in their place
+            self._needs, self._needs_of = {}, (self.scores, self.looks)
         if classes not in self._needs:
             self._needs[classes] = needs_of([*self.scores, *self.looks], classes)
         return self._needs[classes]

@@ -25,6 +25,7 @@ __all__ = [
     "PictureSource",
     "ProfileGallery",
     "ScoredBatch",
+    "check_examples",
     "log_pictures",
     "picture_sources",
     "write_pictures",
@@ -42,27 +43,32 @@ def picture_sources(
         profile: What the profile is of, or ``None`` for none.
         examples: How many samples to show of each score's largest.
 
-    Raises:
-        ValueError: If there is no score of a name in ``examples``, or a number is not a whole one above 0.
-
     Example:
         >>> from lightning_gradmetrics.scores import resolve
         >>> [type(source).__name__ for source in picture_sources(resolve(["gga", "entropy"]), Profile(), {"entropy": 5})]
         ['ProfileGallery', 'ExampleGallery', 'MapGallery']
     """
-    found: list[PictureSource] = []
-    if profile is not None:
-        found.append(ProfileGallery(profile))
-    if examples:
-        _check_examples([score.name for score in scores], examples)
-        found.append(ExampleGallery(dict(examples)))
-    maps = MapGallery.of(scores)
-    return found if maps is None else [*found, maps]
+    found: list[PictureSource | None] = [
+        ProfileGallery(profile) if profile else None,
+        ExampleGallery(examples) if examples else None,
+        MapGallery.of(scores),
+    ]
+    return [source for source in found if source is not None]
 
 
-def _check_examples(names: Sequence[str], examples: Mapping[str, int]) -> None:
+def check_examples(names: Sequence[str], examples: Mapping[str, int]) -> dict[str, int]:
+    """The examples, if each is a number of samples of a score.
+
+    Args:
+        names: Of the run's scores.
+        examples: How many samples, by score.
+
+    Raises:
+        ValueError: If there is no score of a name, or a number is not a whole one above 0.
+    """
     for name, count in examples.items():
         if name not in names:
             raise ValueError(f"examples= names the score {name!r}, which is not one of the run's: {', '.join(names)}")
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"examples={{{name!r}: {count!r}}}; expected a whole number of samples of at least 1")
+    return dict(examples)
