@@ -88,7 +88,7 @@ class ExampleGallery:
         """The batch's largest; the images of no more are taken."""
         finite = batch.finite.to(values.device).nonzero()[:, 0]
         rows = finite[values[finite].argsort(descending=True, stable=True)[:count]]
-        columns = (values.double(), batch.index, batch.label, batch.prediction)
+        columns = (values, batch.index, batch.label, batch.prediction)
         shown = thumbnails(images[rows.to(images.device)])
         return _Top(list(shown), *(column[rows.to(column.device)].cpu() for column in columns))
 

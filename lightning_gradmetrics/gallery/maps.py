@@ -87,7 +87,7 @@ class MapGallery:
         if not finite.any():
             return
         kept = None if images is None else images[finite.to(images.device)].float().cpu()
-        found = _Seen.of(values.detach()[finite].double().cpu(), maps[finite].float().cpu(), kept)
+        found = _Seen.of(values.detach()[finite].cpu().double(), maps[finite].float().cpu(), kept)
         before = [self.seen[batch.dataset]] if batch.dataset in self.seen else []
         self.seen[batch.dataset] = _joined([*before, found], self.each)
 
