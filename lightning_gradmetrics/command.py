@@ -79,6 +79,7 @@ def evaluate(config: DictConfig) -> None:
     data = instantiate(config.data, _convert_="all")
     model = instantiate(config.model, _partial_=True)(data=data)
     prepared = time.perf_counter()
+    compared, scores = scores, [score for score in scores if not (config.costs and score.needs.labels)]
     scored_as_is = [score for score in scores if not (config.folds and isinstance(score, FittedScore))]
     if not scored_as_is:
         raise ValueError(
@@ -111,7 +112,10 @@ def evaluate(config: DictConfig) -> None:
     )
     tables = callback.tables()
     write_tables(tables, directory)
-    console.print(metrics_table(evaluation, scores))
+    if config.costs:
+        compare_costs(callback, model, data, compared, evaluation, config, console, directory)
+    else:
+        console.print(metrics_table(evaluation, scores))
     if "largest" in tables:
         console.print(largest_table(tables["largest"]))
     if config.trust_table:
@@ -124,6 +128,39 @@ def evaluate(config: DictConfig) -> None:
     console.print(f"Results: {_shown(directory)}", soft_wrap=True)
     if config.report:
         console.print(f"Report:  {_shown(write_report(directory))}", soft_wrap=True)
+
+
+def compare_costs(
+    callback: Any,
+    model: Any,
+    data: Any,
+    scores: Any,
+    evaluation: Any,
+    config: DictConfig,
+    console: Console,
+    directory: Path,
+) -> None:
+    """Measure what every score costs on ``config.costs`` in-distribution samples, and show and write all in one table."""
+    from lightning_gradmetrics.benchmark import benchmark_records, benchmark_table, score_costs, write_benchmark
+    from lightning_gradmetrics.forward import map_tensors
+
+    inside = next(name for name, role in data.roles.items() if role == "id")
+    inputs, labels = callback.batch(next(iter(data.loaders(config.costs, config.num_workers)[inside])))
+    scored = callback.scored_model(model)
+    device = next(scored.parameters()).device
+    inputs, labels = map_tensors(inputs, lambda t: t.to(device)), None if labels is None else labels.to(device)
+    ready = {score.name: score for score in callback.scorer.scores}
+    with console.status("Costs") as status:
+        costs = score_costs(
+            scored,
+            inputs,
+            labels,
+            [ready.get(score.name, score) for score in scores],
+            progress=lambda name: status.update(f"Costs: {name}"),
+        )
+    records = benchmark_records(evaluation, scores, costs)
+    write_benchmark(records, directory)
+    console.print(benchmark_table(records))
 
 
 def cross_validate(
