@@ -32,7 +32,7 @@ from lightning_gradmetrics.meters import AUROC
 
 BATCH = 1_000_000
 WARM = 20
-EXACT_UP_TO = 10**8
+EXACT_UP_TO = 10**7
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 

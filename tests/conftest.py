@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers, and what they start, share the cores: a thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -94,7 +94,7 @@ def test_the_table_and_its_files(records: list[dict], tmp_path: Path) -> None:
     value, low, high = (100 * part for part in records[1]["aurocs"]["far"])
     assert f"{value:.1f} ({low:.0f}–{high:.0f})" in line and line.rstrip().endswith("B")
     benchmark.write_benchmark(records, tmp_path)
-    rows = list(csv.DictReader((tmp_path / "benchmark.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
     assert [row["score"] for row in rows] == ["entropy", "el2n", "gradnorm(target=all)"]
     assert float(rows[0]["far_auroc"]) == records[0]["aurocs"]["far"][0] and rows[1]["far_auroc"] == ""
     markdown = (tmp_path / "benchmark.md").read_text().splitlines()

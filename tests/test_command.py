@@ -47,6 +47,7 @@ def test_every_score_of_the_default_configuration_can_be_made() -> None:
     } <= {s.name for s in scores}
 
 
+@pytest.mark.slow
 def test_every_score_file_makes_registered_scores() -> None:
     """And every registered score has a file of its name, with its default arguments."""
     files = {path.stem for path in (configuration_directory() / "score").glob("*.yaml")}

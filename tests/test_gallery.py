@@ -94,6 +94,7 @@ def test_maps_of_several_processes_are_those_of_one() -> None:
         torch.testing.assert_close(getattr(one, key), getattr(other, key))
 
 
+@pytest.mark.slow
 def test_loggers_get_pictures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -118,6 +119,7 @@ def test_loggers_get_pictures(tmp_path: Path) -> None:
     assert all(shape[2] == 3 for shape in wandb.found.values())
 
 
+@pytest.mark.slow
 def test_the_report_shows_them(tmp_path: Path) -> None:
     callback = scored(tmp_path / "logs", ["entropy", "gga"])
     run = tmp_path / "run"

@@ -94,6 +94,7 @@ def test_mc_dropout_depends_on_the_sample_alone_and_leaves_everything_as_it_was(
     assert (whole > only(model, inputs, "entropy")).float().mean() > 0.5
 
 
+@pytest.mark.slow
 def test_mc_dropout_tends_to_the_mean_of_torchs_own_dropout() -> None:
     model, inputs = Dropping().eval(), images(4)
     found = only(model, inputs, "mc_dropout(passes=3000)")
