@@ -191,12 +191,12 @@ def _questions(records: Sequence[Record]) -> list[str]:
 
 
 def benchmark_table(records: Sequence[Record]) -> Table:
-    """A row a score, baselines first; the largest AUROC of each column is bold. 90 columns do."""
-    caption = "L: looks at the true label of the row. F: is fitted first. B: takes a backward pass. ms: all included."
+    """A row a score, baselines first; the largest AUROC of each column is bold. 80 columns do."""
+    caption = "L: looks at the true label. F: is fitted. B: takes a backward pass."
     table = Table(title="AUROC times 100 with 95 % intervals, costs and needs", title_justify="left", caption=caption)
-    table.box, table.pad_edge, table.caption_justify = box.SIMPLE_HEAD, False, "left"
+    table.box, table.padding, table.caption_justify = box.SIMPLE_HEAD, 0, "left"
     questions = _questions(records)
-    table.add_column("score", overflow="fold")
+    table.add_column("score", overflow="fold", min_width=23)
     for name in (*questions, "ms a\nsample", "extra\nMiB", ""):
         table.add_column(name, justify="right", no_wrap=True)
     best = {q: max(r["aurocs"][q][0] for r in records if q in r["aurocs"]) for q in questions}
@@ -224,9 +224,11 @@ def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def _area(found: Area | None, digits: int = 1) -> str:
     if found is None:
         return "–"
-    value, low, high = found
-    interval = "" if low is None or high is None else f" ({100 * low:.{digits}f}–{100 * high:.{digits}f})"
-    return f"{100 * value:.1f}{interval}"
+    value, low, high = (100 * part if part is not None else None for part in found)
+    shown = f"{value:.{1 if digits or found[0] < 0.9995 else 0}f}"
+    if low is None or high is None:
+        return shown
+    return f"{shown} ({low:.1f}–{high:.1f})" if digits else f"{shown} {low:.0f}–{high:.0f}"
 
 
 def _about(record: Record) -> list[str]:

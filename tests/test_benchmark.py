@@ -87,12 +87,12 @@ def test_needs_of_a_fit() -> None:
 
 
 def test_the_table_and_its_files(records: list[dict], tmp_path: Path) -> None:
-    console = Console(width=100, file=io.StringIO())
+    console = Console(width=80, file=io.StringIO())
     console.print(benchmark.benchmark_table(records))
     lines = console.file.getvalue().splitlines()
     line = next(line for line in lines if line.strip().startswith("gradnorm(target=all)"))
     value, low, high = (100 * part for part in records[1]["aurocs"]["far"])
-    assert f"{value:.1f} ({low:.0f}–{high:.0f})" in line and line.rstrip().endswith("B")
+    assert f"{value:.1f} {low:.0f}–{high:.0f}" in line and line.rstrip().endswith("B")
     benchmark.write_benchmark(records, tmp_path)
     rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
     assert [row["score"] for row in rows] == ["entropy", "el2n", "gradnorm(target=all)"]
