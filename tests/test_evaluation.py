@@ -19,6 +19,7 @@ from lightning_gradmetrics.evaluation import (
     evaluate,
     fit_thresholds,
 )
+from lightning_gradmetrics.evaluation.comparisons import sentences_of
 from lightning_gradmetrics.evaluation.contrasts import contrasts_of, rows_of
 from lightning_gradmetrics.evaluation.metrics import TASKS, metrics_of
 from lightning_gradmetrics.meters import functional as F
@@ -169,6 +170,20 @@ def test_comparison_says_better_worse_and_unclear():
     assert "the data cannot tell: twin" in sentence
     assert sum("Out-of-distribution" in s for s in evaluation.sentences) == 4
     assert any('the mean over the group "far"' in s for s in evaluation.sentences)
+
+
+def test_sentences_name_the_first_of_many_and_count_the_rest():
+    shared = {"task": "ood", "dataset": "svhn", "group": "far", "metric": "auroc", "baseline": "energy"}
+    values = {"baseline_value": 0.9, "verdict": "worse"}
+    members = [
+        {**shared, **values, "score": f"s{i}", "difference": -i / 100, "low": -i / 100 - 0.01, "high": -i / 100 + 0.01}
+        for i in (9, 3, 2, 8, 5, 7, 4, 6)
+    ]
+    (sentence,) = sentences_of(members, 0.95)
+    assert "s2 (-2.0 [-3.0, -1.0]), s3 (" in sentence and "s8" not in sentence
+    assert sentence.endswith("s7 (-7.0 [-8.0, -6.0]), and 2 more, down to s9 (-9.0 [-10.0, -8.0]) (95 % intervals).")
+    (whole,) = sentences_of(members[:7], 0.95)
+    assert all(member["score"] in whole for member in members[:7]) and "more" not in whole
 
 
 def test_differences_are_signed_so_that_more_is_better(evaluation):

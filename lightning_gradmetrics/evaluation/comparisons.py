@@ -89,6 +89,10 @@ OPENINGS = {
 }
 
 
+LISTED = 6
+"""How many scores a sentence names for each verdict."""
+
+
 def sentences_of(comparisons: Sequence[Record], level: float) -> list[str]:
     """A sentence for each task and data set or group: what beats the best baseline, what does not, and what is open.
 
@@ -107,10 +111,19 @@ def _sentence(task: str, dataset: str | None, group: str, members: Sequence[Reco
     baseline, value = members[0]["baseline"], 100 * members[0]["baseline_value"]
     parts = []
     for verdict, words in OPENINGS.items():
-        if named := [_named(member) for member in members if member["verdict"] == verdict]:
-            parts.append(f"{words}: {', '.join(named)}")
+        if found := [member for member in members if member["verdict"] == verdict]:
+            parts.append(f"{words}: {_listed(found)}")
     head = f"{what} on {where}: the best baseline is {baseline}, AUROC {value:.1f}"
     return f"{head}. {_capital('; '.join(parts))} ({100 * level:g} % intervals)."
+
+
+def _listed(members: Sequence[Record]) -> str:
+    """The scores with their differences; of many the first few, how many more, and how far down they go."""
+    ordered = sorted(members, key=lambda member: -member["difference"])
+    if len(ordered) <= LISTED + 1:
+        return ", ".join(map(_named, ordered))
+    first, last = ", ".join(map(_named, ordered[:LISTED])), _named(ordered[-1])
+    return f"{first}, and {len(ordered) - LISTED} more, down to {last}"
 
 
 def _capital(text: str) -> str:
