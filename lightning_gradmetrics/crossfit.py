@@ -170,7 +170,7 @@ def _scores_of(score: Score, parts: Sequence[Part], rows: Tensor) -> Tensor:
     scorer, found = Scorer((score,)), [torch.zeros(0).double()]
     for part, here in _split(parts, rows):
         if score.needs.labels:
-            scorer._check_labels(part.evidence.given_labels, part.evidence.given_logits, None)
+            scorer.check_labels(part.evidence.given_labels, part.evidence.given_logits, None)
         if here.any():
             evidence = part.evidence.rows(here.to(part.evidence.given_logits.device))
             found.append(scorer(evidence)[score.name].cpu().double())

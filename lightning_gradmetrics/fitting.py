@@ -34,7 +34,7 @@ class FittingScorer(Scorer):
             self._needs[classes] = needs_of(looks, classes)  # type: ignore[arg-type]
         return self._needs[classes]
 
-    def _check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
+    def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
         """A score passes over the samples without a label when it is fitted, or refuses them itself."""
 
 

@@ -98,7 +98,7 @@ class Scorer:
         needs = self.needs(logits.shape[1])
         labels = None if labels is None else labels.to(logits.device)
         if needs.labels:
-            self._check_labels(labels, logits, dataset)
+            self.check_labels(labels, logits, dataset)
         gradients, probes = _gradients(self, needs, model, inputs, labels), _probes(self, needs, model, inputs)
         head = None if self.head is None else _weight_and_bias(named_head(model, self.head))
         return Evidence(logits, features, labels, outside, gradients, probes, head)
@@ -108,26 +108,18 @@ class Scorer:
         dtype = result_dtype(evidence.given_logits.dtype)
         return {score.name: score(evidence).to(dtype) for score in self.scores}
 
-    def _check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
-        """Refuse samples without a label where a score looks at it: it has no value there that could be compared."""
-        names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)
-        who = f"the score {names}" if names else "the profile"
-        place = f" in the data set {dataset!r}" if dataset else ""
-        remedy = "leave it out, or score labelled data alone: pass targets=, or give batches (inputs, labels)"
-        size, count = logits.shape
-        if labels is None:
-            raise ValueError(f"{who} needs true labels, and there are none{place}: {remedy}")
-        if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
-            raise ValueError(
-                f"{who} needs true labels ({size},), whole numbers; these are "
-                f"{tuple(labels.shape)}, {labels.dtype}{place}"
-            )
-        unknown = int(((labels < 0) | (labels >= count)).sum())
-        if unknown:
-            raise ValueError(
-                f"{who} needs the true label of every sample, and {unknown} of {size} samples of a batch{place} "
-                f"have none from 0 to {count - 1}: {remedy}"
-            )
+    def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
+        """Refuse samples without a label where a score looks at it: it has no value there that could be compared.
+
+        Raises:
+            ValueError: If a label is missing or is not one of the logits' classes.
+        """
+        problem = _label_problem(
+            labels, len(logits), logits.shape[1], f" in the data set {dataset!r}" if dataset else ""
+        )
+        if problem is not None:
+            names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)
+            raise ValueError(f"{f'the score {names}' if names else 'the profile'} needs {problem}")
 
     def _captured(self, capture: Capture, size: int) -> tuple[Tensor | None, Tensor]:
         """The head's input, where a score needs it, and the logits."""
@@ -138,6 +130,22 @@ class Scorer:
             self.head = capture.head
         _check_logits(found)
         return features, found
+
+
+def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -> str | None:
+    """What is wrong with the labels of a batch, in words, or ``None``."""
+    remedy = "leave it out, or score labelled data alone: pass targets=, or give batches (inputs, labels)"
+    if labels is None:
+        return f"true labels, and there are none{place}: {remedy}"
+    if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
+        return f"true labels ({size},), whole numbers; these are {tuple(labels.shape)}, {labels.dtype}{place}"
+    unknown = int(((labels < 0) | (labels >= classes)).sum())
+    if not unknown:
+        return None
+    return (
+        f"the true label of every sample, and {unknown} of {size} samples of a batch{place} have none "
+        f"from 0 to {classes - 1}: {remedy}"
+    )
 
 
 def _weight_and_bias(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
