@@ -149,10 +149,10 @@ def benchmark_records(evaluation: Evaluation, scores: Sequence[Score], costs: Se
         costs: Of :func:`score_costs`.
 
     Returns:
-        ``score``, ``family``; ``aurocs``, from a question (``"errors"``, or the role of out-of-distribution sets) to
-        ``(value, low, high)``, missing where there is none; the costs; ``labels``, whether it looks at the true label
-        of the row that it scores; ``fit``, what it is fitted on, or ``""``; ``backward``, whether it takes a backward
-        pass.
+        ``score``, ``family``; ``aurocs``, from a question (``"errors"``, or a role of out-of-distribution sets, over
+        which it is the mean) to ``(value, low, high)``, missing where there is none; the costs; ``labels``, whether it
+        looks at the true label of the row that it scores; ``fit``, what it is fitted on, or ``""``; ``backward``,
+        whether it takes a backward pass.
     """
     known = {record["score"]: record for record in costs}
     return [
@@ -170,7 +170,7 @@ def benchmark_records(evaluation: Evaluation, scores: Sequence[Score], costs: Se
 
 
 def _aurocs(evaluation: Evaluation, name: str) -> dict[str, Area]:
-    """By question; a role with several sets is judged on all of them together."""
+    """By question; of a role with several sets it is the mean over them."""
     found: dict[str, Area] = {}
     for record in evaluation.find(score=name, metric="auroc"):
         question = ERRORS if record["task"] == "misprediction" else record["group"]
