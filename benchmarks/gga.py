@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import CASES
-from lightning_gradmetrics import cosine_similarity
-from lightning_gradmetrics.cosine_similarity import cosine_similarity_maps
+from lightning_gradmetrics.gradients import cosine_maps as cosine_similarity
+from lightning_gradmetrics.gradients.cosine_maps import cosine_similarity_maps
 
 __all__ = ["compare", "main", "original"]
 

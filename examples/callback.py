@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.data import digits
-from lightning_gradmetrics.models import digits_cnn
-from lightning_gradmetrics.tables import metrics_table
+from lightning_gradmetrics.cli.data import digits
+from lightning_gradmetrics.cli.models import digits_cnn
+from lightning_gradmetrics.cli.tables import metrics_table
 
 
 def main() -> None:

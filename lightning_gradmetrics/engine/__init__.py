@@ -7,6 +7,6 @@ from lightning_gradmetrics.engine.api import (
     per_sample_gradients,
     select_parameters,
 )
-from lightning_gradmetrics.statistics import GradientStatistics
+from lightning_gradmetrics.gradients.statistics import GradientStatistics
 
 __all__ = ["ENGINES", "eager", "GradientStatistics", "gradient_statistics", "per_sample_gradients", "select_parameters"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.statistics import Moments, gradient_moments
+from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
 
 __all__ = ["agree"]
 

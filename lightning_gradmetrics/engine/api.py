@@ -11,12 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.engine.auto import auto_moments, sample_uses
-from lightning_gradmetrics.engine.functional import functional_moments
-from lightning_gradmetrics.engine.reference import reference_moments
-from lightning_gradmetrics.engine.task import Task
-from lightning_gradmetrics.engine.uses import Use
-from lightning_gradmetrics.forward import (
+from lightning_gradmetrics.classifier.forward import (
     Inputs,
     batch_size,
     check_inputs,
@@ -26,8 +21,19 @@ from lightning_gradmetrics.forward import (
     map_tensors,
     preserved,
 )
-from lightning_gradmetrics.objectives import Loss, Objective
-from lightning_gradmetrics.statistics import STATISTICS, GradientStatistics, Moments, moments_for, result_dtype
+from lightning_gradmetrics.engine.auto import auto_moments, sample_uses
+from lightning_gradmetrics.engine.functional import functional_moments
+from lightning_gradmetrics.engine.reference import reference_moments
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.uses import Use
+from lightning_gradmetrics.gradients.objectives import Loss, Objective
+from lightning_gradmetrics.gradients.statistics import (
+    STATISTICS,
+    GradientStatistics,
+    Moments,
+    moments_for,
+    result_dtype,
+)
 
 __all__ = ["ENGINES", "eager", "gradient_statistics", "per_sample_gradients", "select_parameters"]
 

@@ -21,7 +21,7 @@ from lightning_gradmetrics.engine.reference import loss_gradients, reference_mom
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.tracer import Probe, Tracer
 from lightning_gradmetrics.engine.uses import RowsUse, Use
-from lightning_gradmetrics.statistics import Moments
+from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "sample_uses"]
 

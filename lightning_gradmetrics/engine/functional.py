@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from lightning_gradmetrics.classifier.forward import map_tensors
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
-from lightning_gradmetrics.forward import map_tensors
-from lightning_gradmetrics.statistics import Moments, gradient_moments
+from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
 
 __all__ = ["functional_gradients", "functional_moments"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.forward import gradients_enabled, preserved
 from lightning_gradmetrics.engine.axes import axis_between
 from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Step, make_plan
 from lightning_gradmetrics.engine.record import Recorder
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.uses import Use
-from lightning_gradmetrics.forward import gradients_enabled, preserved
 
 __all__ = ["Listener", "plan_module", "samples_in"]
 

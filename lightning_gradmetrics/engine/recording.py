@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.listener import Listener, plan_module, samples
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.uses import Use, combined
-from lightning_gradmetrics.statistics import gradient_moments
+from lightning_gradmetrics.gradients.statistics import gradient_moments
 
 __all__ = ["Recording"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
-from lightning_gradmetrics.statistics import Moments, gradient_moments
+from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
 
 __all__ = ["loss_gradients", "reference_moments"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.forward import Inputs, call, map_tensors
-from lightning_gradmetrics.objectives import Loss
-from lightning_gradmetrics.statistics import Moment, Moments, accumulator
+from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors
+from lightning_gradmetrics.gradients.objectives import Loss
+from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 __all__ = ["Task", "empty_moments", "joined"]
 

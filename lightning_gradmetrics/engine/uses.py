@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.kernels import (
     linear_moments,
     row_moments,
 )
-from lightning_gradmetrics.statistics import Moment, Moments, factor_moments
+from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
 
 __all__ = ["ConvUse", "DerivedUse", "EmbeddingUse", "LinearUse", "RowsUse", "SumUse", "Use", "combined", "merge_rows"]
 

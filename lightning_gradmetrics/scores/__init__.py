@@ -5,7 +5,6 @@ from lightning_gradmetrics.scores.confounding import confounding, confounding_de
 from lightning_gradmetrics.scores.dropout import mc_dropout
 from lightning_gradmetrics.scores.expected import exgrad, fisher_trace
 from lightning_gradmetrics.scores.fisher import kfac_influence
-from lightning_gradmetrics.scores.fitted import FittedRecipe, FittedScore, register_fitted
 from lightning_gradmetrics.scores.geometry import gga, gga_detector
 from lightning_gradmetrics.scores.gradients import feature_norm, gradnorm, gradnorm_kl, pseudo_label
 from lightning_gradmetrics.scores.gradorth import gradorth
@@ -20,11 +19,12 @@ from lightning_gradmetrics.scores.logits import (
     max_softmax,
 )
 from lightning_gradmetrics.scores.oberdiek import oberdiek, uniform
-from lightning_gradmetrics.scores.ood_adapter import pytorch_ood
 from lightning_gradmetrics.scores.perturbation import odin
-from lightning_gradmetrics.scores.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
+from lightning_gradmetrics.scores.pytorch_ood_adapter.adapter import pytorch_ood
 from lightning_gradmetrics.scores.regrad import regrad
-from lightning_gradmetrics.scores.states import check_fitted, load_fitted, save_fitted
+from lightning_gradmetrics.scoring.fitted import FittedRecipe, FittedScore, register_fitted
+from lightning_gradmetrics.scoring.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
+from lightning_gradmetrics.scoring.states import check_fitted, load_fitted, save_fitted
 
 __all__ = [
     "RECIPES",

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence, Target
-from lightning_gradmetrics.features import feature_columns
+from lightning_gradmetrics.gradients.statistics import accumulator
 from lightning_gradmetrics.scores.classifiers import classified, column_scale, regularised_logistic, standardised
 from lightning_gradmetrics.scores.detectors import (
     local_outlier_factor,
@@ -18,11 +17,12 @@ from lightning_gradmetrics.scores.detectors import (
     mahalanobis_state,
     moment_sums,
 )
-from lightning_gradmetrics.scores.fitted import Tensors, register_fitted
 from lightning_gradmetrics.scores.geometry import LOF_ROWS
 from lightning_gradmetrics.scores.gradients import feature_norm, gradnorm, pseudo_label
 from lightning_gradmetrics.scores.logits import energy, entropy, max_logit, max_softmax
-from lightning_gradmetrics.statistics import accumulator
+from lightning_gradmetrics.scoring.evidence import Evidence, Target
+from lightning_gradmetrics.scoring.features import feature_columns
+from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
 
 __all__ = ["COLUMNS", "NORMS", "OBJECTIVES", "combination"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence, Target
 from lightning_gradmetrics.scores.classifiers import classified, column_scale, standardised
-from lightning_gradmetrics.scores.fitted import Tensors, register_fitted
-from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.scoring.evidence import Evidence, Target
+from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["confounding", "confounding_detector", "purview"]
 
@@ -94,7 +94,7 @@ class confounding_detector:
         total: Tensors, *, hidden: int = 32, epochs: int = 30, folds: int = 0, seed: int = 0, **_: Any
     ) -> Tensors:
         """Train the detector."""
-        from lightning_gradmetrics.models.detector import cross_validated_auroc, train_detector
+        from lightning_gradmetrics.scores.confounding_network import cross_validated_auroc, train_detector
 
         known = total["rows/features"].isfinite().all(1)
         features, outside = total["rows/features"][known], total["rows/outside"][known]

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.csm import at_least_float32
+from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of, preserved
 from lightning_gradmetrics.engine.api import eager
-from lightning_gradmetrics.evidence import Evidence
-from lightning_gradmetrics.forward import batch_size, call, logits_of, preserved
-from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.gradients.cosine_map_summaries import at_least_float32
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["MeanPrediction", "mc_dropout"]
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence, Gradient, Target
-from lightning_gradmetrics.objectives import Objective
-from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.scoring.evidence import Evidence, Gradient, Target
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residual_norms"]
 

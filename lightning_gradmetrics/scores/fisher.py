@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence
-from lightning_gradmetrics.scores.fitted import Tensors, register_fitted
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
 
 __all__ = ["kfac_influence"]
 

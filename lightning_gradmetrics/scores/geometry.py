@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_gradmetrics import csm
-from lightning_gradmetrics.cosine_similarity import cosine_similarity_maps
-from lightning_gradmetrics.evidence import Evidence
+from lightning_gradmetrics.gradients import cosine_map_summaries
+from lightning_gradmetrics.gradients.cosine_maps import cosine_similarity_maps
 from lightning_gradmetrics.scores.detectors import (
     local_outlier_factor,
     lof_state,
@@ -20,8 +19,9 @@ from lightning_gradmetrics.scores.detectors import (
     mahalanobis_state,
     moment_sums,
 )
-from lightning_gradmetrics.scores.fitted import Tensors, register_fitted
-from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["SUMMARIES", "ClassCosines", "gga", "gga_detector"]
 
@@ -60,12 +60,12 @@ def _maps(evidence: Evidence, sign: bool, rescale: bool, classes: int | None) ->
 
 
 SUMMARIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean_cosine": csm.mean_cosine,
-    "std_cosine": csm.std_cosine,
-    "min_cosine": csm.min_cosine,
-    "max_cosine": csm.max_cosine,
-    "least_row_cosine": csm.least_row_cosine,
-    "effective_rank": lambda maps: -csm.effective_rank(maps),
+    "mean_cosine": cosine_map_summaries.mean_cosine,
+    "std_cosine": cosine_map_summaries.std_cosine,
+    "min_cosine": cosine_map_summaries.min_cosine,
+    "max_cosine": cosine_map_summaries.max_cosine,
+    "least_row_cosine": cosine_map_summaries.least_row_cosine,
+    "effective_rank": lambda maps: -cosine_map_summaries.effective_rank(maps),
 }
 
 
@@ -81,8 +81,9 @@ def gga(
     r"""A summary of the cosine similarity map: the mean cosine of two different classes' saliency maps.
 
     ``summary``: ``mean_cosine``, ``std_cosine``, ``min_cosine``, ``max_cosine``, ``least_row_cosine`` or
-    ``effective_rank``, functions of :mod:`lightning_gradmetrics.csm`; of the effective rank, which falls as uncertainty
-    grows, the score is the negative. These directions are what was found, not a law. AUROC x 100 for errors, near and
+    ``effective_rank``, functions of :mod:`lightning_gradmetrics.gradients.cosine_map_summaries`; of the
+    effective rank, which falls as uncertainty grows, the score is the negative. These
+    directions are what was found, not a law. AUROC x 100 for errors, near and
     far data of a CIFAR-10 ResNet-20 (500, 250 and 250 images) was 81, 74 and 50 of ``mean_cosine``, 84, 70 and 68 of
     ``max_cosine``, and 93, 75 and 80 of ``max_softmax``; ``min_cosine`` and ``least_row_cosine`` were near chance. The
     paper fits a detector: ``gga_detector``.
@@ -123,7 +124,7 @@ class gga_detector:
         if method not in ("lof", "mahalanobis"):
             raise ValueError(f"unknown method {method!r} of gga_detector; allowed: lof, mahalanobis")
         maps = _maps(evidence, sign, rescale, classes).to(evidence.logits.dtype)
-        return {"cosines": csm.csm_features(maps)}
+        return {"cosines": cosine_map_summaries.csm_features(maps)}
 
     @staticmethod
     def accumulate(evidence: Evidence, measured: Tensors, *, method: str = "lof", **_: Any) -> Tensors:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence, HeadGradient, Target
-from lightning_gradmetrics.objectives import Objective
-from lightning_gradmetrics.scores.registry import register
-from lightning_gradmetrics.statistics import GradientStatistics
+from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.statistics import GradientStatistics
+from lightning_gradmetrics.scoring.evidence import Evidence, HeadGradient, Target
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["feature_norm", "gradnorm", "gradnorm_kl", "pseudo_label"]
 

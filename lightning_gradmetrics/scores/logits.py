@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence
-from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["energy", "entropy", "gradtrust", "log_likelihood", "margin", "max_logit", "max_softmax"]
 

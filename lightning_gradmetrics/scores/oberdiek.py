@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evidence import Evidence, ParameterGradients, Target
-from lightning_gradmetrics.features import FEATURES, feature_columns, several
 from lightning_gradmetrics.scores.classifiers import classified, column_scale, standardised
-from lightning_gradmetrics.scores.fitted import Tensors, register_fitted
-from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.scoring.evidence import Evidence, ParameterGradients, Target
+from lightning_gradmetrics.scoring.features import FEATURES, feature_columns, several
+from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["oberdiek", "uniform"]
 

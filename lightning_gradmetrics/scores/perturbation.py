@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.cosine_similarity import class_covectors
-from lightning_gradmetrics.evidence import Evidence
-from lightning_gradmetrics.forward import call, logits_of, preserved
-from lightning_gradmetrics.input_gradients import check_floats, differentiable_logits
-from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.classifier.forward import call, logits_of, preserved
+from lightning_gradmetrics.classifier.input_gradients import check_floats, differentiable_logits
+from lightning_gradmetrics.gradients.cosine_maps import class_covectors
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["PerturbedLogits", "odin"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.forward import call, logits_of
+from lightning_gradmetrics.classifier.input_gradients import check_floats
 from lightning_gradmetrics.engine import gradient_statistics, select_parameters
-from lightning_gradmetrics.evidence import Evidence, Target, parameter_filter
-from lightning_gradmetrics.forward import call, logits_of
-from lightning_gradmetrics.input_gradients import check_floats
-from lightning_gradmetrics.objectives import Objective
+from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.scores.expected import class_order
-from lightning_gradmetrics.scores.registry import register
+from lightning_gradmetrics.scoring.evidence import Evidence, Target, parameter_filter
+from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["SmoothedNorms", "regrad"]
 

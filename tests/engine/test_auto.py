@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_gradmetrics.engine import auto, gradient_statistics, per_sample_gradients
-from lightning_gradmetrics.statistics import STATISTICS, gradient_moments
+from lightning_gradmetrics.gradients.statistics import STATISTICS, gradient_moments
 from tests.engine.cases import CASES, Packed, made, worst_difference
 
 ALL = (*STATISTICS, "l1.5", "l3")

@@ -10,7 +10,7 @@ import torch
 
 from lightning_gradmetrics.engine import kernels
 from lightning_gradmetrics.engine.kernels import gram, native
-from lightning_gradmetrics.statistics import gradient_moments
+from lightning_gradmetrics.gradients.statistics import gradient_moments
 
 ALL = frozenset({"sum", "max", "min", 1.0, 2.0})
 needs_compiler = pytest.mark.skipif(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradmetrics.scores.fitted import Tensors
+from lightning_gradmetrics.scoring.fitted import Tensors
 
 Definition = Callable[[nn.Module, Tensor, Tensors], Tensor]
 

@@ -12,6 +12,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import make
 from lightning_gradmetrics.scores.classifiers import STRENGTHS, regularised_logistic
 from lightning_gradmetrics.scores.combination import COLUMNS
+from lightning_gradmetrics.scoring.evidence import Evidence
 from tests.models import cnn, images, vectors
 from tests.scores.fits import fit_batches
 
@@ -72,7 +73,7 @@ def test_features_that_say_nothing_do_no_harm() -> None:
     score = lgm.fit(model, [vectors(30)], "combination")[0]
     assert all(value.isfinite().all() for value in score.state.values())
     assert lgm.score(model, vectors(5), score)[score.name].isfinite().all()
-    evidence = lgm.evidence.Evidence(torch.randn(4, 3), torch.tensor([[1.0, 2.0]] * 3 + [[torch.inf, 0.0]]))
+    evidence = Evidence(torch.randn(4, 3), torch.tensor([[1.0, 2.0]] * 3 + [[torch.inf, 0.0]]))
     part = make("combination(target=head)")
     fitted = part.fitted(part.contribution(evidence, torch.arange(4)), "")
     assert fitted(evidence).isfinite().tolist() == [True, True, True, False]

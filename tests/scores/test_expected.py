@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.evidence import Evidence, needs_of
 from lightning_gradmetrics.scores import make
 from lightning_gradmetrics.scores.expected import residual_norms
+from lightning_gradmetrics.scoring.evidence import Evidence, needs_of
 from tests.models import cnn, images
 
 SCORES = ("exgrad", "exgrad(p=2)", "exgrad(p=inf)", "fisher_trace")

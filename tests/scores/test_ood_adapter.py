@@ -19,12 +19,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.fitting import Fitting
-from lightning_gradmetrics.head import capturing
-from lightning_gradmetrics.scores import FittedScore, fitted, load_fitted, make, save_fitted
-from lightning_gradmetrics.scores.ood_detectors import stages
-from lightning_gradmetrics.scores.ood_plan import REFUSED
-from lightning_gradmetrics.scoring import Scorer
+from lightning_gradmetrics.classifier.head import capturing
+from lightning_gradmetrics.scores import FittedScore, load_fitted, make, save_fitted
+from lightning_gradmetrics.scores.pytorch_ood_adapter.detectors import stages
+from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import REFUSED
+from lightning_gradmetrics.scoring import fitted
+from lightning_gradmetrics.scoring.fitting import Fitting
+from lightning_gradmetrics.scoring.scorer import Scorer
 from tests.models import Module, assert_same_state, cnn, images, state_of
 from tests.scores.fits import fit_batches
 from tests.scores.ood_cases import FITTED_MAKERS, PLAIN, name
@@ -261,7 +262,7 @@ import sys
 import lightning_gradmetrics as lgm
 assert "pytorch_ood" not in sys.modules
 sys.modules["pytorch_ood"] = None
-from lightning_gradmetrics.scores.table import markdown
+from lightning_gradmetrics.cli.score_catalogue import markdown
 from pathlib import Path
 assert markdown() == Path("docs/scores.md").read_text(encoding="utf-8")
 try:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import make
-from lightning_gradmetrics.scores.fitted import row_keys
+from lightning_gradmetrics.scoring.fitted import row_keys
 from tests.models import MODELS, cnn, images, mlp
 from tests.scores.fits import fit_batches
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.evidence import Evidence, needs_of
 from lightning_gradmetrics.scores import make
+from lightning_gradmetrics.scoring.evidence import Evidence, needs_of
 from tests.models import cnn, images
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square, form
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.reduction import chunked_moments
-from lightning_gradmetrics.statistics import Moment, Moments, accumulator
+from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 __all__ = ["conv_gradient", "conv_moments"]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.native import native_squares, supports
-from lightning_gradmetrics.statistics import Moments, accumulator
+from lightning_gradmetrics.gradients.statistics import Moments, accumulator
 
 __all__ = ["conv_gram_pays", "conv_square", "form", "linear_gram_pays", "linear_square"]
 

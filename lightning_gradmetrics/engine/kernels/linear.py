@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.gram import form, linear_gram_pays, linear_square
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.reduction import chunked_moments, row_moments
-from lightning_gradmetrics.statistics import Moment, Moments, accumulator
+from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 __all__ = ["embedding_moments", "linear_gradient", "linear_moments"]
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.statistics import Moment, Moments
+from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = ["native_products", "native_rows", "native_squares", "native_sums", "supports"]
 

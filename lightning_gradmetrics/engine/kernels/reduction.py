@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.native import native_rows, native_sums, supports
-from lightning_gradmetrics.statistics import Moment, Moments, accumulator, gradient_moments
+from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, gradient_moments
 
 __all__ = ["chunked_moments", "position_sums", "row_moments"]
 
@@ -24,7 +24,7 @@ def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
         wanted: The moments to compute.
 
     Returns:
-        Each moment, ``(N,)``, in the precision of :func:`lightning_gradmetrics.statistics.accumulator`.
+        Each moment, ``(N,)``, in the precision of :func:`lightning_gradmetrics.gradients.statistics.accumulator`.
 
     Example:
         >>> import torch

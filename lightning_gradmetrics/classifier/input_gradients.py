@@ -1,0 +1,55 @@
+"""Logits as a differentiable function of the input: what scores that look at input gradients share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import call, logits_of
+
+__all__ = ["check_floats", "differentiable_logits"]
+
+
+def check_floats(inputs: Any, who: str) -> None:
+    """Refuse inputs that are not one tensor of floats.
+
+    Args:
+        inputs: The model's inputs.
+        who: What needs them, for the message.
+
+    Raises:
+        TypeError: If the inputs are no tensor of floats.
+    """
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        return
+    kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+    raise TypeError(
+        f"{who} need one tensor (N, ...) of floats to differentiate by, not {kind}. Convert "
+        "whole numbers first, for images as in x.float() / 255; wrap a model of several inputs, or of tokens, in "
+        "one that takes their embedding"
+    )
+
+
+def differentiable_logits(model: nn.Module, inputs: Tensor, who: str) -> tuple[Tensor, Tensor]:
+    """A leaf of the inputs' values, and the logits as a function of it. The model gets a copy: it may work in place.
+
+    Args:
+        model: A classifier, within :func:`lightning_gradmetrics.classifier.forward.gradients_enabled`.
+        inputs: ``(N, ...)``, floats.
+        who: What needs them, for the message.
+
+    Returns:
+        The leaf ``(N, ...)`` and the logits ``(N, C)``.
+
+    Raises:
+        ValueError: If the logits do not depend on the inputs.
+    """
+    leaf = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
+    logits = logits_of(call(model, leaf.clone()))
+    if not logits.requires_grad:
+        raise ValueError(
+            f"the logits of {type(model).__name__} do not depend on its inputs by autograd; {who} "
+            "need their gradient. Remove detach(), no_grad() or inference_mode() from its forward"
+        )
+    return leaf, logits

@@ -1,0 +1,8 @@
+"""Data for experiments: named sets with roles."""
+
+from lightning_gradmetrics.cli.data.digits import digits
+from lightning_gradmetrics.cli.data.folders import image_folders
+from lightning_gradmetrics.cli.data.sets import EvaluationData
+from lightning_gradmetrics.cli.data.training import training_data
+
+__all__ = ["EvaluationData", "digits", "image_folders", "training_data"]

@@ -1,0 +1,8 @@
+"""Models for experiments."""
+
+from lightning_gradmetrics.cli.models.classifier import Classifier
+from lightning_gradmetrics.cli.models.digits_cnn import digits_cnn
+from lightning_gradmetrics.cli.models.resnet_cifar import ResNetCifar, resnet20_cifar
+from lightning_gradmetrics.cli.models.torchvision_model import torchvision_model
+
+__all__ = ["Classifier", "ResNetCifar", "digits_cnn", "resnet20_cifar", "torchvision_model"]

@@ -1,0 +1,1 @@
+"""The interfaces of other packages on this package's engine."""

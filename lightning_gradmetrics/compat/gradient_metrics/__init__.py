@@ -1,0 +1,6 @@
+"""The interface of the package ``gradient_metrics``: change the import, and the code runs on this package's engine."""
+
+from lightning_gradmetrics.compat.gradient_metrics import metrics
+from lightning_gradmetrics.compat.gradient_metrics.collector import GradientMetricCollector
+
+__all__ = ["GradientMetricCollector", "metrics"]

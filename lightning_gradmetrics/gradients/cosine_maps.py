@@ -1,0 +1,221 @@
+"""Geometric gradient analysis: cosine similarity maps (CSMs) of the input gradients of all class losses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import check_model, gradients_enabled, preserved
+from lightning_gradmetrics.classifier.input_gradients import check_floats, differentiable_logits
+from lightning_gradmetrics.gradients.cosine_map_summaries import at_least_float32, cosine_similarity
+
+__all__ = ["class_covectors", "cosine_similarity_maps"]
+
+_WHO = "cosine similarity maps"
+
+BUDGET = 2**28
+"""Bytes of saliency maps kept at a time; a batch that needs more is cut into chunks of samples, with a forward each."""
+
+ROWS = {"cpu": 4, "cuda": 512}
+"""Samples times classes in one backward. A small batch takes several classes at once: operations have a fixed cost."""
+
+
+def cosine_similarity_maps(
+    model: nn.Module, inputs: Tensor, *, sign: bool = True, rescale: bool = True, classes: int | None = None
+) -> Tensor:
+    r"""Cosine similarity of every two classes' saliency maps, for each sample.
+
+    With logits :math:`z(x)` and :math:`z' = 10 z / \max_j |z_j|` (``rescale``), the saliency map of class :math:`c` is
+
+    .. math:: S_c = \max_\text{channel} \operatorname{sign} \frac{\partial\, \mathrm{CE}(z', c)}{\partial x},
+        \qquad \mathrm{CSM}_{cd} = \frac{\langle S_c, S_d \rangle}{\|S_c\|_2 \|S_d\|_2} .
+
+    One forward, and gradients of the input alone: no parameter gradient is computed. The C gradients span C - 1
+    dimensions (:math:`\sum_c p_c \nabla L_c = 0`), so the likeliest class's comes from the others' without a backward.
+
+    The maximum over channels is over axis 1 of inputs with four or more axes, ``(N, channels, H, W)``; inputs with
+    fewer, as ``(N, D)``, have no channel axis and every entry counts.
+
+    A class whose saliency map is zero everywhere has cosine 0 with every class, itself included;
+    :func:`lightning_gradmetrics.gradients.cosine_map_summaries.zero_saliency` tells which. A sample whose logits or
+    gradients are not finite gets NaN, and no other sample is affected.
+
+    Args:
+        model: A classifier with logits ``(N, C)``, batch norm in eval mode. It comes back as it was.
+        inputs: ``(N, ...)``, floats.
+        sign: Take the sign of the gradient's entries before the maximum over channels.
+        rescale: Scale each sample's logits to a largest absolute value of 10 before the softmax.
+        classes: ``None`` for all C classes in the model's order; ``k`` for each sample's k classes of largest logit,
+            largest first.
+
+    Returns:
+        ``(N, K, K)``, symmetric, entries in [-1, 1]; K is C, or ``classes``. Float32 or better.
+
+    Raises:
+        TypeError: If the inputs are no tensor of floats.
+        ValueError: If ``classes`` is not from 1 to C, a batch norm is in train mode, or the logits do not depend on the
+            inputs.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = torch.nn.init.eye_(model.weight)
+        >>> cosine_similarity_maps(model, torch.tensor([[2.0, 1.0]]))
+        tensor([[[ 1., -1.],
+                 [-1.,  1.]]])
+
+    Reference:
+        L. Schwinn et al., "Identifying Untrustworthy Predictions in Neural Networks by Geometric Gradient Analysis",
+        UAI 2021.
+    """
+    _check(model, inputs)
+    with preserved(model), gradients_enabled():
+        model.requires_grad_(False)
+        return _maps(model, inputs, sign, rescale, classes)
+
+
+def _check(model: nn.Module, inputs: Tensor) -> None:
+    check_model(model)
+    check_floats(inputs, _WHO)
+
+
+def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: int | None) -> Tensor:
+    """The maps of one chunk of samples, or of several if the saliency maps would not fit."""
+    leaf, logits = differentiable_logits(model, inputs, _WHO)
+    order = _ranking(logits.detach(), classes)
+    size, kept, count = *order.shape, logits.shape[1]
+    step = max(1, BUDGET // (kept * max(count, _positions(leaf)) * 4))
+    if step < size:
+        del leaf, logits
+        return torch.cat([_maps(model, chunk, sign, rescale, classes) for chunk in torch.split(inputs, step)])
+    csm = cosine_similarity(_saliency(leaf, logits, order, sign, rescale))
+    return csm if classes is not None else _in_class_order(csm, order)
+
+
+def _ranking(logits: Tensor, classes: int | None) -> Tensor:
+    """The classes whose maps are asked for, ``(N, K)``, largest logit first."""
+    count = logits.shape[1]
+    if classes is not None and not 1 <= classes <= count:
+        raise ValueError(
+            f"classes={classes}; allowed: None for all, or from 1 to {count}, the model's number of classes"
+        )
+    return logits.argsort(dim=1, descending=True, stable=True)[:, :classes]
+
+
+def _in_class_order(csm: Tensor, order: Tensor) -> Tensor:
+    place = order.argsort(1)
+    rows = csm.gather(1, place[:, :, None].expand_as(csm))
+    return rows.gather(2, place[:, None, :].expand_as(csm))
+
+
+def class_covectors(logits: Tensor, classes: Tensor, *, rescale: bool = True) -> Tensor:
+    r"""The gradient of each class's loss with respect to the logits, up to a positive factor.
+
+    For :math:`\mathrm{CE}(z', c)` it is :math:`p - e_c`, divided here by :math:`1 - p_c`: that is :math:`q - e_c` with
+    q the softmax over the other classes, which keeps digits where :math:`p_c` rounds to 1. With ``rescale`` it is taken
+    back through :math:`z' = 10 z / \max_j |z_j|`, without the factor :math:`10 / \max_j |z_j|`.
+
+    Args:
+        logits: ``(N, C)``.
+        classes: ``(N, K)``, whole numbers.
+        rescale: Whether the loss is of the rescaled logits. Logits that are all zero cannot be rescaled: covector zero.
+
+    Returns:
+        ``(N, K, C)``, float32 or better.
+
+    Example:
+        >>> class_covectors(torch.zeros(1, 3), torch.tensor([[0, 2]]), rescale=False)
+        tensor([[[-1.0000,  0.5000,  0.5000],
+                 [ 0.5000,  0.5000, -1.0000]]])
+    """
+    logits = at_least_float32(logits)
+    chosen = F.one_hot(classes, logits.shape[1])
+    if logits.shape[1] == 1:
+        return chosen * (logits * 0)[:, None]
+    scaled = _rescaled(logits) if rescale else logits
+    covectors = scaled[:, None].masked_fill(chosen.bool(), -torch.inf).softmax(-1) - chosen
+    return _through_rescaling(covectors, logits) if rescale else covectors
+
+
+def _rescaled(logits: Tensor) -> Tensor:
+    """Logits with largest absolute value 10; zeros stay zeros."""
+    largest = logits.abs().amax(1, keepdim=True)
+    return 10 * logits / torch.where(largest == 0, 1, largest)
+
+
+def _through_rescaling(covectors: Tensor, logits: Tensor) -> Tensor:
+    """The transposed Jacobian of the rescaling, times ``max|z| / 10``: only the largest logit's component changes."""
+    largest, index = logits.abs().max(1, keepdim=True)
+    unit = logits / torch.where(largest == 0, 1, largest)
+    at_largest = F.one_hot(index, logits.shape[1]).bool()  # (N, 1, C)
+    others = (covectors * unit[:, None]).masked_fill(at_largest, 0).sum(-1, keepdim=True)
+    back = torch.where(at_largest, -logits.gather(1, index).sign()[:, None] * others, covectors)
+    return torch.where((largest == 0)[:, None], 0, back)
+
+
+def _saliency(leaf: Tensor, logits: Tensor, order: Tensor, sign: bool, rescale: bool) -> Tensor:
+    """Saliency maps ``(N, K, positions)`` of the ranked classes."""
+    covectors = class_covectors(logits.detach(), order, rescale=rescale).to(logits.dtype)
+    if len(leaf) == 0:
+        return leaf.new_zeros(0, order.shape[1], _positions(leaf))
+    if order.shape[1] < logits.shape[1]:
+        return torch.cat([_reduce(part, sign) for part in _gradients(leaf, logits, covectors)], 1)
+    weights = _weights_of_others(logits.detach(), order, rescale)
+    first = torch.zeros_like(leaf, dtype=weights.dtype)
+    maps, done = [], 0
+    for part in _gradients(leaf, logits, covectors[:, 1:]):
+        share = weights[:, done : done + part.shape[1]]
+        first -= torch.einsum("nk,nk...->n...", share, part.to(share.dtype))
+        maps.append(_reduce(part, sign))
+        done += part.shape[1]
+    return torch.cat([_reduce(first.to(leaf.dtype)[:, None], sign), *maps], 1)
+
+
+def _weights_of_others(logits: Tensor, order: Tensor, rescale: bool) -> Tensor:
+    """The likeliest class's gradient is minus the average of the others' with these weights, ``(N, C - 1)``.
+
+    From ``sum_c p_c grad_c = 0``, the gradients divided by ``1 - p_c`` as in :func:`class_covectors`.
+    """
+    logits = at_least_float32(logits)
+    log_p = (_rescaled(logits) if rescale else logits).log_softmax(1).gather(1, order)[:, 1:]
+    return (log_p + torch.log1p(-log_p.exp())).softmax(1)
+
+
+def _gradients(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Iterator[Tensor]:
+    """The input gradients ``(N, G, ...)`` of groups of covectors ``(N, K, C)``, as many at a time as pay."""
+    groups = max(1, -(-len(leaf) * covectors.shape[1] // max(ROWS.get(leaf.device.type, 1), len(leaf))))
+    for part in covectors.transpose(0, 1).tensor_split(groups):
+        yield _vector_jacobian(leaf, logits, part).transpose(0, 1)
+
+
+def _vector_jacobian(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Tensor:
+    """Covectors ``(G, N, C)`` of the logits to ``(G, N, ...)`` of the inputs: at once if autograd can, or in a loop."""
+    if len(covectors) > 1:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return torch.autograd.grad(logits, leaf, covectors, retain_graph=True, is_grads_batched=True)[0]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation without a rule for batched gradients
+            pass
+    return torch.stack([torch.autograd.grad(logits, leaf, row, retain_graph=True)[0] for row in covectors])
+
+
+def _reduce(gradients: Tensor, sign: bool) -> Tensor:
+    """``(N, K, channels, ...)`` gradients to saliency maps ``(N, K, positions)``."""
+    signed = gradients.sign() if sign else gradients
+    maps = (signed.amax(2) if signed.ndim >= 5 else signed).flatten(2)
+    if not sign:
+        return maps
+    broken = gradients.flatten(2).sum(2, keepdim=True).isnan()  # torch.sign(nan) is 0
+    return maps.masked_fill(broken, torch.nan)
+
+
+def _positions(inputs: Tensor) -> int:
+    """Entries of one saliency map."""
+    shape = inputs.shape[2:] if inputs.ndim >= 4 else inputs.shape[1:]
+    return shape.numel()

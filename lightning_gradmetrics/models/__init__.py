@@ -1,8 +1,0 @@
-"""Models for experiments."""
-
-from lightning_gradmetrics.models.classifier import Classifier
-from lightning_gradmetrics.models.digits_cnn import digits_cnn
-from lightning_gradmetrics.models.resnet_cifar import ResNetCifar, resnet20_cifar
-from lightning_gradmetrics.models.torchvision_model import torchvision_model
-
-__all__ = ["Classifier", "ResNetCifar", "digits_cnn", "resnet20_cifar", "torchvision_model"]

@@ -1,0 +1,169 @@
+"""Detectors of pytorch-ood: how they are built, fitted and run, by their plan."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import gradients_enabled
+from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import Plan, detector_class
+
+__all__ = ["build", "fit", "predict", "stages"]
+
+BATCH = 128
+"""Samples in a batch when a detector that runs the model is fitted."""
+
+
+def build(
+    plan: Plan,
+    arguments: Mapping[str, Any],
+    head: tuple[Tensor, Tensor] | None = None,
+    model: nn.Module | None = None,
+) -> Any:
+    """The detector, not fitted.
+
+    Args:
+        plan: Its plan.
+        arguments: Its own arguments.
+        head: The head's weight ``(C, D)`` and bias ``(C,)``, where it takes the head's input.
+        model: The model, where it takes that.
+    """
+    kind = detector_class(plan.name)
+    taken = inspect.signature(kind.__init__).parameters
+    device = torch.device("cpu") if head is None else head[0].device
+    given = {key: _tensor(value, taken.get(key)) for key, value in arguments.items() if value is not None}
+    parts: dict[str, Any] = {"model": model, "encoder": None, "backbone": nn.Identity()}
+    if head is not None:
+        with _steady(device):
+            parts |= _head_parts(*head, flat=plan.takes == "maps")
+    if model is not None and "layers" in taken:
+        given["layers"] = _layers(model, given.get("layers"))
+    with _steady(device):
+        return kind(**{**{key: part for key, part in parts.items() if key in taken}, **given})
+
+
+def _head_parts(weight: Tensor, bias: Tensor, flat: bool) -> dict[str, Any]:
+    """The head as detectors take it: a module of their own, or its weight and bias; in float32, as their code has it."""
+    head = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=torch.float32).requires_grad_(False)
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
+    module = nn.Sequential(nn.Flatten(), head) if flat else head
+    return {"head": module, "w": head.weight, "b": head.bias, "d": weight.shape[1] // 2}
+
+
+def _tensor(value: Any, parameter: inspect.Parameter | None) -> Any:
+    """Numbers as a tensor where the detector takes one."""
+    return torch.tensor(value) if parameter is not None and parameter.annotation in (Tensor, "Tensor") else value
+
+
+def _layers(model: nn.Module, names: Any) -> list[nn.Module]:
+    """The named submodules, or the model's stages.
+
+    Raises:
+        ValueError: If there is no submodule of that name.
+    """
+    if names is None:
+        names = stages(model)
+    elif isinstance(names, str):
+        names = names.split("+")
+    known = dict(model.named_modules())
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"the model has no layer {unknown[0]!r}; its layers are: {', '.join(list(known)[1:40])}. Name them as in "
+            "layers='layer3+layer4'"
+        )
+    return [known[name] for name in names]
+
+
+def stages(model: nn.Module) -> list[str]:
+    """Names of the model's stages: its blocks, or where it has none its layers with a weight matrix, without the head.
+
+    Example:
+        >>> stages(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)))
+        ['0']
+    """
+    prefix, children = "", _weighted(model)
+    while len(children) == 1:
+        prefix, model = f"{prefix}{next(iter(children))}.", next(iter(children.values()))
+        children = _weighted(model)
+    found = dict(list(children.items())[:-1])
+    if not found:
+        raise ValueError("the model has no layers before its head that can be told apart: name them in layers=")
+    blocks = [name for name, child in found.items() if _weighted(child)]
+    return [prefix + name for name in blocks or found]
+
+
+def _weighted(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in model.named_children() if any(p.ndim > 1 for p in child.parameters())}
+
+
+# Fitting and running
+
+
+@contextmanager
+def _steady(device: torch.device) -> Iterator[None]:
+    """With gradients, and with random numbers of its own, the same every time."""
+    number = (device.index or 0) if device.type == "cuda" else None
+    with torch.random.fork_rng([] if number is None else [number]), gradients_enabled():
+        torch.default_generator.manual_seed(0)
+        if number is not None:
+            torch.cuda.default_generators[number].manual_seed(0)
+        yield
+
+
+def fit(plan: Plan, detector: Any, rows: Tensor, labels: Tensor) -> Any:
+    """The detector, fitted.
+
+    Args:
+        plan: Its plan.
+        detector: What :func:`build` gave.
+        rows: Logits, features or inputs ``(N, ...)``.
+        labels: True labels ``(N,)``; zeros where the detector needs none.
+
+    Raises:
+        ValueError: If it cannot be fitted on them.
+    """
+    try:
+        with _steady(rows.device):
+            if plan.takes == "model":
+                return detector.fit(list(zip(torch.split(rows, BATCH), torch.split(labels, BATCH), strict=True)))
+            if plan.takes == "maps":
+                return detector.fit_feature_maps(rows[:, :, None, None], labels)
+            return detector.fit_logits(rows, labels) if plan.takes == "logits" else detector.fit_features(rows, labels)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        found = f", classes {sorted(set(labels.tolist()))}" if plan.classes else ""
+        raise ValueError(
+            f"pytorch-ood's {plan.name} could not be fitted on these {len(rows)} samples of shape "
+            f"{tuple(rows.shape[1:])}{found}: {str(error) or 'it takes samples of all classes, from 0 up without a gap'}"
+        ) from error
+
+
+def predict(plan: Plan, detector: Any, rows: Tensor) -> Tensor:
+    """The scores ``(N,)`` of rows ``(N, ...)``, higher = more of an outlier; NaN where a row is not finite."""
+    finite = rows.flatten(1).isfinite().all(1)
+    found = torch.full(
+        (len(rows),),
+        torch.nan,
+        dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32,
+        device=rows.device,
+    )
+    if finite.any():
+        found[finite] = _predict(plan, detector, rows[finite]).detach().to(found)
+    return found
+
+
+def _predict(plan: Plan, detector: Any, rows: Tensor) -> Tensor:
+    with _steady(rows.device):
+        rows = rows.clone() if rows.is_inference() else rows
+        if plan.takes == "model":
+            return detector.predict(rows)  # type: ignore[no-any-return]
+        if plan.takes == "maps":
+            return detector.predict_feature_maps(rows[:, :, None, None])  # type: ignore[no-any-return]
+        call = detector.predict_logits if plan.takes == "logits" else detector.predict_features
+        return call(rows)  # type: ignore[no-any-return]

@@ -1,0 +1,124 @@
+"""Feature vectors of per-sample gradients: statistics over all parameters, per layer, or per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import Inputs
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.gradients.objectives import Loss, Objective
+from lightning_gradmetrics.scoring.evidence import ParameterGradients
+
+__all__ = ["FEATURES", "LEVELS", "feature_columns", "feature_names", "gradient_features", "several"]
+
+FEATURES = ("max", "min", "mean", "std", "l1", "l2")
+"""The statistics of Oberdiek et al."""
+
+LEVELS = ("all", "layer", "parameter")
+"""Over what a statistic is taken: all parameters together, the parameters of a layer together, or each parameter."""
+
+
+def several(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The names in ``"all+layer"``, or in a sequence of names.
+
+    Example:
+        >>> several("all+layer")
+        ('all', 'layer')
+    """
+    return tuple(names.split("+")) if isinstance(names, str) else tuple(names)
+
+
+def _groups(gradient: ParameterGradients, levels: Iterable[str]) -> list[tuple[Any, tuple[str, ...]]]:
+    """For each level, the gradients and the names of what they are taken over."""
+    groups: list[tuple[Any, tuple[str, ...]]] = []
+    for level in levels:
+        if level not in LEVELS:
+            raise ValueError(
+                f"unknown level {level!r}; available: {', '.join(LEVELS)}, and several of them as in 'all+layer'"
+            )
+        if level == "all":
+            groups.append((gradient.merged(), ("all",)))
+        else:
+            taken = gradient.by_layer() if level == "layer" else gradient
+            groups.append((taken, taken.names))
+    return groups
+
+
+def feature_columns(
+    gradient: ParameterGradients, levels: Iterable[str], statistics: Sequence[str] = FEATURES
+) -> Tensor:
+    """Statistics of gradients side by side, ``(N, F)``: level by level, group by group, statistic by statistic."""
+    parts = [torch.stack([taken.statistic(name) for name in statistics], -1) for taken, _ in _groups(gradient, levels)]
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def feature_names(
+    gradient: ParameterGradients, levels: Iterable[str], statistics: Sequence[str] = FEATURES
+) -> tuple[str, ...]:
+    """The names of the columns, ``group/statistic``."""
+    return tuple(
+        f"{group}/{name}" for _, groups in _groups(gradient, levels) for group in groups for name in statistics
+    )
+
+
+def gradient_features(
+    model: nn.Module,
+    inputs: Inputs,
+    objectives: str | Sequence[str | Loss | Objective] = ("pseudo_label",),
+    parameters: Callable[[str], bool] | None = None,
+    *,
+    levels: str | Sequence[str] = "all",
+    statistics: Sequence[str] = FEATURES,
+    **options: Any,
+) -> tuple[Tensor, tuple[str, ...]]:
+    r"""A feature vector of every sample's gradients: what a meta-classifier of errors is trained on.
+
+    All objectives share one forward; each takes one backward.
+
+    Args:
+        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
+        objectives: Objectives, as in :func:`lightning_gradmetrics.gradient_statistics`: ``"pseudo_label"``,
+            ``"pseudo_label+uniform"``, or a sequence of names and callables.
+        parameters: ``None`` for all, or a predicate on the parameter's name.
+        levels: ``"all"`` (all parameters together), ``"layer"`` (the parameters of each layer together),
+            ``"parameter"`` (each by itself), or several, as ``"all+layer"``.
+        statistics: Names of statistics.
+        **options: ``targets``, ``logits``, ``engine`` and ``memory``, as in
+        :func:`lightning_gradmetrics.gradient_statistics`.
+
+    Returns:
+        The features ``(N, F)``, and the names of their columns, ``objective/group/statistic``.
+
+    Raises:
+        ValueError: If a level, a statistic or an objective is unknown.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> x = torch.randn(5, 2, 4)
+        >>> features, names = gradient_features(model, x, levels="all+parameter", statistics=("l1", "max"))
+        >>> features.shape
+        torch.Size([5, 6])
+        >>> names[:3]
+        ('pseudo_label/all/l1', 'pseudo_label/all/max', 'pseudo_label/1.weight/l1')
+
+    Reference:
+        Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient
+        Information, 2018.
+    """
+    named = several(objectives) if isinstance(objectives, str) else objectives
+    made = [Objective.of(objective) for objective in named]
+    found = gradient_statistics(model, inputs, made, parameters, per_parameter=True, statistics=statistics, **options)
+    levels = several(levels)
+    columns = torch.cat([feature_columns(gradient, levels, statistics) for gradient in found], 1)
+    names = [
+        f"{o.name}/{name}"
+        for o, gradient in zip(made, found, strict=True)
+        for name in feature_names(gradient, levels, statistics)
+    ]
+    return columns, tuple(names)

@@ -1,0 +1,169 @@
+"""Fitting scores over a stream of batches, in bounded memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.batches import split_batch
+from lightning_gradmetrics.classifier.forward import Inputs, batch_size, check_model, map_tensors
+from lightning_gradmetrics.results.table import finite_rows
+from lightning_gradmetrics.scoring.evidence import Evidence, Needs, needs_of
+from lightning_gradmetrics.scoring.fitted import FittedScore, RunningTotal, Tensors, add, row_keys
+from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
+from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.states import fingerprint
+from lightning_gradmetrics.scoring.step import Watch
+
+__all__ = ["Fitting", "FittingScorer", "fit", "gathered"]
+
+
+@dataclass
+class FittingScorer(Scorer):
+    """Gathers the evidence that fitting needs, labels included; and what the scores that need no fit look at."""
+
+    def needs(self, classes: int) -> Needs:
+        """What they look at, for that number of classes."""
+        if classes not in self._needs:
+            looks = [score.contribution if isinstance(score, FittedScore) else score for score in self.scores]
+            self._needs[classes] = needs_of(looks, classes)  # type: ignore[arg-type]
+        return self._needs[classes]
+
+    def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
+        """A score passes over the samples without a label when it is fitted, or refuses them itself."""
+
+
+@dataclass
+class Fitting:
+    """Accumulates what scores are fitted on.
+
+    Args:
+        scores: The scores to fit.
+        like: The scorer whose settings (head, logits, engine) hold here too.
+        left_out: Samples with NaN or Inf, which are left out.
+    """
+
+    scores: Sequence[FittedScore]
+    like: Scorer
+    left_out: int = 0
+    _running: dict[str, RunningTotal] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.scorer: Scorer = FittingScorer(tuple(self.scores), self.like.head, self.like.logits, self.like.engine)
+        self._running = {score.name: RunningTotal() for score in self.scores}
+        self._needs = {score.name: score.fit_needs for score in self.scores}
+
+    def add(self, inputs: Inputs, evidence: Evidence, keep: Tensor | None = None) -> None:
+        """Add a batch; rows that are not finite are left out and counted.
+
+        Args:
+            inputs: The model's inputs.
+            evidence: What the scores need of them.
+            keep: Which samples to take ``(N,)``, bool: a distributed sampler repeats some.
+        """
+        finite = finite_rows(inputs, [evidence.given_logits]).to(evidence.given_logits.device)
+        keep = torch.ones_like(finite) if keep is None else keep.to(finite.device)
+        self.left_out += int((keep & ~finite).sum())
+        self.add_rows(evidence, keep & finite, row_keys(inputs))
+
+    def add_rows(self, evidence: Evidence, known: Tensor, keys: Tensor) -> None:
+        """Add the rows of a batch that ``known`` ``(N,)``, bool, marks; ``keys`` ``(N,)`` order the rows."""
+        for score in self.scores:
+            wanted = known
+            if evidence.given_outside is not None and not self._needs[score.name].outside:
+                wanted = known & ~evidence.given_outside.to(known.device)
+            if wanted.any():
+                self._running[score.name].add(score.contribution(evidence.rows(wanted), keys[wanted.cpu()]))
+
+    @property
+    def seen(self) -> tuple[int, dict[str, Tensors]]:
+        """What was accumulated: what processes send each other."""
+        return self.left_out, {name: running.total for name, running in self._running.items()}
+
+    def finish(
+        self, model: nn.Module, seen: Sequence[tuple[int, dict[str, Tensors]]] | None = None
+    ) -> dict[str, FittedScore]:
+        """The fitted scores by name.
+
+        Args:
+            model: The model that they are fitted for.
+            seen: What all processes accumulated; ``None`` for this one's alone.
+
+        Raises:
+            ValueError: If a score saw no sample.
+        """
+        parts = [self.seen] if seen is None else seen
+        left_out = sum(count for count, _ in parts)
+        if left_out:
+            warnings.warn(f"{left_out} samples with NaN or Inf were left out of the fit", stacklevel=2)
+        totals = {score.name: add([part[score.name] for _, part in parts]) for score in self.scores}
+        empty = [name for name, total in totals.items() if not total]
+        if empty:
+            raise ValueError(
+                f"the data hold no finite in-distribution sample to fit {', '.join(empty)} on: give a "
+                "dataloader that does"
+            )
+        heads = {score.name: self.scorer.head if self._needs[score.name].features else None for score in self.scores}
+        return {
+            score.name: score.fitted(totals[score.name], fingerprint(model), heads[score.name]) for score in self.scores
+        }
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    scores: ScoreLike | Iterable[ScoreLike],
+    *,
+    outside: Iterable[Any] = (),
+    **options: Any,
+) -> list[FittedScore]:
+    """Fit scores without a Trainer.
+
+    Args:
+        model: A classifier in eval mode, on the device of the batches.
+        batches: Batches of in-distribution data, as a dataloader gives them: ``(inputs, labels)``, a tensor, or a
+            mapping.
+        scores: The scores to fit.
+        outside: Batches of out-of-distribution data, for detectors that are fitted on both kinds.
+        **options: ``head``, ``logits`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
+
+    Returns:
+        The fitted scores, ready for :func:`lightning_gradmetrics.score`.
+
+    Raises:
+        ValueError: If a score needs no fit, or there are no samples.
+    """
+    wanted = resolve(scores)
+    plain = [score.name for score in wanted if not isinstance(score, FittedScore)]
+    if plain:
+        raise ValueError(f"the scores {', '.join(plain)} need no fit")
+    fitting = Fitting([score for score in wanted if isinstance(score, FittedScore)], Scorer(wanted, **options))
+    check_model(model)
+    for kind, stream in ((False, batches), (True, outside)):
+        for inputs, evidence in gathered(model, stream, fitting.scorer, kind):
+            fitting.add(inputs, evidence)
+    return list(fitting.finish(model).values())
+
+
+def gathered(
+    model: nn.Module, batches: Iterable[Any], scorer: Scorer, outside: bool
+) -> Iterator[tuple[Inputs, Evidence]]:
+    """Inputs and evidence of each batch, by a forward of its own on the model's device.
+
+    Args:
+        model: A classifier in eval mode.
+        batches: As a dataloader gives them.
+        scorer: What the evidence is for.
+        outside: Whether the samples are out-of-distribution.
+    """
+    watch, device = Watch(scorer, model), next(model.parameters()).device
+    for batch in batches:
+        inputs, labels = split_batch(batch)
+        inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
+        labels = None if labels is None else labels.to(device)
+        yield inputs, watch.evidence(inputs, labels, torch.full((batch_size(inputs),), outside, device=device))

@@ -1,0 +1,112 @@
+"""The gradient norm of every layer: where in a network a sample's gradient lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import Inputs
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.gradients.objectives import Loss, Objective
+from lightning_gradmetrics.scoring.evidence import Evidence
+
+__all__ = ["LayerNorms", "Profile", "gradient_profile"]
+
+
+class LayerNorms(NamedTuple):
+    """The gradient norm of every layer.
+
+    Args:
+        names: The layers, in the model's order.
+        norms: ``(N, L)``.
+    """
+
+    names: tuple[str, ...]
+    norms: Tensor
+
+
+def gradient_profile(
+    model: nn.Module,
+    inputs: Inputs,
+    objective: str | Loss | Objective = "pseudo_label",
+    norm: float = 2.0,
+    parameters: Callable[[str], bool] | None = None,
+    **options: Any,
+) -> LayerNorms:
+    r"""The gradient norm of every layer, for each sample: ``|d L_n / d theta_l|_p``.
+
+    A layer is a module with parameters of its own: its weight and its bias are taken together. Layers of more
+    parameters have larger norms at equally large entries.
+
+    Args:
+        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
+        objective: As in :func:`lightning_gradmetrics.gradient_statistics`.
+        norm: The norm's ``p``, in ``(0, inf]``.
+        parameters: ``None`` for all parameters, or a predicate on the parameter's name.
+        **options: ``targets``, ``logits``, ``engine`` and ``memory``, as in
+            :func:`lightning_gradmetrics.gradient_statistics`.
+
+    Returns:
+        The layers' ``names`` in the model's order, and the ``norms``, ``(N, L)``.
+
+    Raises:
+        ValueError: If a name is unknown, or a batch norm is in train mode.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+        >>> names, norms = gradient_profile(model, torch.randn(5, 8))
+        >>> names, norms.shape
+        (('0', '2'), torch.Size([5, 2]))
+    """
+    found = gradient_statistics(
+        model, inputs, Objective.of(objective), parameters, True, statistics=[f"l{norm:g}"], **options
+    ).by_layer()
+    return LayerNorms(found.names, found.norm(norm))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a run's profile is of; a callable from evidence to the norms, as a score is to its values.
+
+    Args:
+        objective: The objective.
+        norm: The norm's ``p``.
+
+    Example:
+        >>> Profile.of(True), Profile.of("uniform").objective, Profile.of(False)
+        (Profile(objective='pseudo_label', norm=2.0), 'uniform', None)
+    """
+
+    objective: str | Loss | Objective = "pseudo_label"
+    norm: float = 2.0
+
+    @classmethod
+    def of(cls, asked: bool | str | Mapping[str, Any] | Profile | None) -> Profile | None:
+        """From what a user gives: true or false, an objective's name, or arguments by name.
+
+        Raises:
+            ValueError: If an objective or an argument is unknown, or the norm is not a positive number.
+        """
+        if asked is None or asked is False:
+            return None
+        if isinstance(asked, Mapping) and (unknown := set(asked) - {"objective", "norm"}):
+            raise ValueError(f"a profile has no argument {min(unknown)!r}; its arguments are: objective, norm")
+        if isinstance(asked, Profile):
+            made = asked
+        else:
+            made = cls() if asked is True else cls(asked) if isinstance(asked, str) else cls(**asked)
+        if not made.norm > 0:
+            raise ValueError(f"norm={made.norm!r}; the p of a p-norm must be above 0, as in profile={{'norm': 1.0}}")
+        Objective.of(made.objective)
+        return made
+
+    def __call__(self, evidence: Evidence) -> LayerNorms:
+        """The norms of a batch; in a dry run, what they need."""
+        layers = evidence.gradient_per_parameter(self.objective, "all").by_layer()
+        return LayerNorms(layers.names, layers.norm(self.norm))

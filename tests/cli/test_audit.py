@@ -1,0 +1,199 @@
+"""The samples with the largest scores: listed, shown, and the same ones in both."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.cli.data import digits, training_data
+from lightning_gradmetrics.cli.run_files import write_run
+from lightning_gradmetrics.cli.tables import largest_table
+from lightning_gradmetrics.pictures import ExampleGallery, write_pictures
+from lightning_gradmetrics.pictures.examples import thumbnails
+from lightning_gradmetrics.report import write_report
+from lightning_gradmetrics.results.table import largest_of_each
+from tests.cli.test_command import gradmetrics
+from tests.models import MODELS, Module, images
+from tests.pictures.test_maps import batch
+
+
+def table(values: list[float], finite: list[bool] | None = None) -> pa.Table:
+    n = len(values)
+    columns = {"dataset": ["a"] * (n - 2) + ["b"] * 2, "index": [*range(n - 2), 0, 1], "prediction": [0] * n}
+    return pa.table({**columns, "label": [1] + [None] * (n - 1), "s": values, "finite": finite or [True] * n})
+
+
+def test_largest_of_a_data_set_and_of_each() -> None:
+    results = table([0.5, 2.0, 3.0, 2.0, 1.0, 9.0])
+    assert lgm.largest(results, "s", 3, "a")["index"].to_pylist() == [2, 1, 3]
+    found = lgm.largest(results, "s", 1)
+    assert found.to_pylist() == [
+        {"dataset": "a", "index": 2, "label": None, "prediction": 0, "s": 3.0},
+        {"dataset": "b", "index": 1, "label": None, "prediction": 0, "s": 9.0},
+    ]
+    assert lgm.largest(results, "s").num_rows == 6
+    assert lgm.largest(results.slice(0, 0), "s").column_names == ["dataset", "index", "label", "prediction", "s"]
+
+
+def test_rows_that_are_not_finite_are_left_out() -> None:
+    results = table([0.5, float("inf"), 3.0, 1.0, float("nan")], [True, False, True, True, False])
+    assert lgm.largest(results, "s")["s"].to_pylist() == [3.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("t",), "no score 't'; theirs are: s"),
+        (("index",), "no score 'index'"),
+        (("s", 0), "n is 0"),
+        (("s", 2, "c"), "no data set 'c'; theirs are: a, b"),
+    ],
+)
+def test_mistakes_are_explained(arguments: tuple, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        lgm.largest(table([0.0, 1.0, 2.0]), *arguments)
+
+
+def test_the_terminal_table() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(largest_table(largest_of_each(table([0.5, 2.0, 3.0, 1.0]), {"s": 1})))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["s", "a", "1", "–", "0", "2"] in lines and ["s", "b", "0", "–", "0", "3"] in lines
+
+
+@pytest.mark.parametrize("examples", [{"energi": 3}, {"energy": 0}, {"energy": 2.5}, {"energy": True}])
+def test_examples_that_make_no_sense(examples: dict) -> None:
+    with pytest.raises(ValueError, match=r"not one of the run's: energy|whole number of samples of at least 1"):
+        lgm.GradientMetrics("energy", examples=examples)
+
+
+SCORES = ["energy", "pseudo_label"]
+
+
+def run(inputs: dict[str, torch.Tensor], network: torch.nn.Module, batch_size: int = 4, **options):
+    torch.manual_seed(2)
+    loaders = {n: DataLoader(TensorDataset(x, torch.randint(0, 5, (len(x),))), batch_size) for n, x in inputs.items()}
+    callback = lgm.GradientMetrics(SCORES, examples={"pseudo_label": 5, "energy": 2}, **options)
+    quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(accelerator="cpu", callbacks=[callback], **quiet)
+    trainer.predict(Module(network), loaders, return_predictions=False)
+    return callback
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_a_run_keeps_the_pictures_of_those_that_it_lists(batch_size: int) -> None:
+    """A bounded number of them, whatever the batches; a sample with NaN, and ties, too."""
+    data = {"inside": images(30), "out side": images(4)}
+    data["inside"][3, 0, 0, 0] = float("nan")
+    data["inside"][20] = data["inside"][10]
+    callback = run(data, MODELS["cnn"][0](), batch_size)
+    (source,) = callback.sources
+    listed = callback.tables()["largest"]
+    assert listed.num_rows == 5 + 4 + 2 + 2
+    for (dataset, score), top in source.seen.items():
+        wanted = lgm.largest(callback.results, score, callback.examples[score], dataset)
+        assert top.index.tolist() == wanted["index"].to_pylist()
+        assert top.value.tolist() == wanted[score].to_pylist()
+        assert top.prediction.tolist() == wanted["prediction"].to_pylist()
+        assert top.label.tolist() == wanted["label"].to_pylist()
+        assert torch.equal(torch.stack(top.images), data[dataset][top.index])
+    assert set(source.seen) == {(d, s) for d in data for s in SCORES}
+
+
+def test_the_report_shows_them(tmp_path: Path) -> None:
+    callback = run({"inside": images(9), "out side": images(4)}, MODELS["cnn"][0]())
+    figures = write_pictures(callback.pictures(), tmp_path)
+    assert [Path(figure["file"]).stem for figure in figures] == [
+        "largest_inside_pseudo_label",
+        "largest_inside_energy",
+        "largest_out_side_pseudo_label",
+        "largest_out_side_energy",
+    ]
+    write_run(tmp_path, callback.results, callback.evaluation, callback.scorer.scores, model={}, figures=figures)
+    page = write_report(tmp_path).read_text()
+    assert "Examples with the largest scores</h2>" in page and page.count("<img") == 4
+
+
+def test_inputs_that_are_no_images_are_listed_and_not_shown() -> None:
+    callback = run({"rows": torch.randn(9, 7)}, MODELS["mlp"][0]())
+    assert callback.pictures() == [] and callback.tables()["largest"].num_rows == 7
+
+
+def test_images_of_several_sizes_and_processes() -> None:
+    """What two processes kept, joined, is what one keeps; a small image stays as it is, a large one is shrunk."""
+    torch.manual_seed(0)
+    whole, parts = ExampleGallery({"s": 4}), [ExampleGallery({"s": 4}) for _ in range(2)]
+    for number, size in enumerate([(8, 8), (120, 60), (9, 7), (8, 8)]):
+        found = batch(torch.rand(3, 1, *size), {"s": torch.rand(3)})
+        found.index.add_(3 * number)
+        whole.add(found)
+        parts[number % 2].add(found)
+    parts[0].join([part.kept() for part in parts])
+    one, other = whole.seen["a", "s"], parts[0].seen["a", "s"]
+    assert one.index.tolist() == other.index.tolist() and len(one.images) == 4
+    assert all(torch.equal(a, b) for a, b in zip(one.images, other.images, strict=True))
+    assert parts[0].pictures()[0].figure.axes[0].get_title().startswith(f"#{one.index[0]} ")
+    mean = torch.rand(2, 3, 192, 96)
+    torch.testing.assert_close(thumbnails(mean), torch.nn.functional.avg_pool2d(mean, 2))
+
+
+def test_right_wrong_and_unknown_labels_are_told_apart() -> None:
+    gallery = ExampleGallery({"s": 3})
+    found = batch(torch.rand(3, 3, 4, 4), {"s": torch.tensor([3.0, 2.0, 1.0])})
+    found.label.copy_(torch.tensor([0, 5, -1]))
+    gallery.add(found)
+    (picture,) = gallery.pictures()
+    words = [axes.get_xlabel() for axes in picture.figure.axes]
+    assert words == ["label 0", "label 5, predicted 1", "predicted 2"]
+
+
+def test_training_data_with_labels_made_wrong() -> None:
+    """As many as asked for, of other classes, in what is trained on and what is scored; the images are the same."""
+    data = digits(train=50)
+    audited = training_data(data, mislabelled=9, seed=3)
+    assert audited.train is audited.sets["train"] and audited.roles == {"train": "id"}
+    labels = [(int(data.train[i][1]), int(audited.train[i][1])) for i in range(50)]
+    changed = [i for i, (old, new) in enumerate(labels) if old != new]
+    assert len(changed) == 9 and all(0 <= new < 8 for _, new in labels)
+    assert audited.descriptions["train"].endswith(", ".join(map(str, changed)))
+    assert all(torch.equal(data.train[i][0], audited.train[i][0]) for i in range(50))
+    assert training_data(data).train is data.train
+    with pytest.raises(ValueError, match="mislabelled is 51; expected from 0 to 50"):
+        training_data(data, 51)
+    with pytest.raises(ValueError, match="no training data"):
+        training_data(replace(data, train=None))
+
+
+@pytest.mark.slow
+def test_the_audit_finds_labels_that_were_made_wrong(tmp_path: Path) -> None:
+    """Of 12, most are among the 20 largest GraNd and EL2N scores; they are listed, shown and written."""
+    found = gradmetrics(tmp_path, "experiment=audit", "logger=none", "resamples=0")
+    assert found.returncode == 0, found.stderr
+    assert "Samples with the largest scores" in found.stdout
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    wrong = set(training_data(digits(train=400), 12).train.labels)
+    listed = pyarrow.csv.read_csv(run / "largest.csv").to_pylist()
+    for score in ("grand", "el2n"):
+        shown = {row["index"] for row in listed if row["score"] == score}
+        assert len(shown) == 20 and len(shown & wrong) >= 8
+    assert "network.12" in (run / "profile.csv").read_text()
+    page = (run / "report.html").read_text()
+    assert "Examples with the largest scores</h2>" in page and "Gradient norms by layer</h2>" in page
+
+
+def test_a_profile_of_the_labels_needs_labels() -> None:
+    with pytest.raises(ValueError, match="the profile needs the true label of every sample"):
+        x = TensorDataset(images(4), torch.full((4,), -1))
+        callback = lgm.GradientMetrics("energy", profile="label")
+        trainer = Trainer(accelerator="cpu", callbacks=[callback], enable_progress_bar=False, logger=False)
+        trainer.predict(Module(), DataLoader(x, 4))

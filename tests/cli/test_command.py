@@ -1,0 +1,196 @@
+"""The command in real subprocesses, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+
+from lightning_gradmetrics.cli.command import configuration_directory
+from lightning_gradmetrics.cli.models import ResNetCifar
+from lightning_gradmetrics.scores import RECIPES, resolve
+
+
+def gradmetrics(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "160", "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", "lightning_gradmetrics.cli.command", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+
+
+def configured(*overrides: str):
+    with initialize_config_dir(str(configuration_directory()), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def test_every_score_of_the_default_configuration_can_be_made() -> None:
+    config = configured()
+    scores = resolve({str(name): instantiate(node) for name, node in config.score.items()})
+    assert {
+        "max_softmax",
+        "entropy",
+        "energy",
+        "gradnorm",
+        "gradnorm_all",
+        "gradtrust",
+        "pseudo_label_std",
+        "exgrad_all",
+    } <= {s.name for s in scores}
+
+
+@pytest.mark.slow
+def test_every_score_file_makes_registered_scores() -> None:
+    """And every registered score has a file of its name, with its default arguments."""
+    files = {path.stem for path in (configuration_directory() / "score").glob("*.yaml")}
+    assert files >= set(RECIPES)
+    for file in sorted(files):
+        nodes = configured(f"score=[{file}]").score
+        made = {name: instantiate(node) for name, node in nodes.items()}
+        assert made, file
+        if file in RECIPES:
+            assert list(made) == [file] and set(nodes[file]) - {"_target_"} == set(RECIPES[file].defaults), file
+
+
+def test_scores_can_be_chosen_and_changed() -> None:
+    config = configured("score=[gradnorm,entropy]", "score.gradnorm.temperature=2")
+    assert list(config.score) == ["gradnorm", "entropy"] and config.score.gradnorm.temperature == 2
+
+
+@pytest.mark.slow
+def test_default_run(tmp_path: Path) -> None:
+    """Table on screen, results, metrics, report, TensorBoard; and the second run uses the kept weights."""
+    first = gradmetrics(tmp_path)
+    assert first.returncode == 0, first.stderr
+    for word in (
+        "max_softmax",
+        "entropy",
+        "energy",
+        "gradnorm_all",
+        "AUROC",
+        "AURC",
+        "FPR95",
+        "digits_8_9",
+        "photos",
+        "Report:",
+    ):
+        assert word in first.stdout, word
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    table = pq.read_table(run / "results.parquet")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert table.column_names == [
+        "dataset",
+        "index",
+        "prediction",
+        "label",
+        *(s["name"] for s in metrics["scores"]),
+        "finite",
+    ]
+    assert [d["rows"] for d in metrics["datasets"]] == [
+        (np.array(table["dataset"].to_pylist()) == d["name"]).sum() for d in metrics["datasets"]
+    ]
+    accuracy = metrics["datasets"][0]["accuracy"]
+    assert 0.8 < accuracy < 0.99, "there must be errors to find"
+    assert (run / "report.html").stat().st_size > 10_000 and list((run / "tensorboard").glob("events*"))
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    second = gradmetrics(tmp_path, "score=[max_softmax,gradnorm]", "logger=none", "report=false")
+    assert second.returncode == 0, second.stderr
+    assert list((tmp_path / "checkpoints").iterdir()) == [kept]
+    again = json.loads(
+        max((tmp_path / "outputs").glob("*/*"), key=lambda p: p.stat().st_mtime).joinpath("metrics.json").read_text()
+    )
+    value = {(m["score"], m["task"], m["dataset"], m["metric"]): m["value"] for m in metrics["metrics"]}
+    assert all(m["value"] == value[m["score"], m["task"], m["dataset"], m["metric"]] for m in again["metrics"])
+
+
+@pytest.mark.slow
+def test_image_folders_with_a_checkpoint(tmp_path: Path) -> None:
+    """The walkthrough's command line, on images made here."""
+    generator = np.random.default_rng(0)
+    for folder, count in [("inside/a", 6), ("inside/b", 6), ("close", 5), ("away", 4)]:
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+                tmp_path / folder / f"{number}.png"
+            )
+    torch.manual_seed(0)
+    torch.save(ResNetCifar(3, 2).state_dict(), tmp_path / "weights.pt")
+    found = gradmetrics(
+        tmp_path,
+        "data=image_folders",
+        "data.size=32",
+        "data.id={pets:inside}",
+        "data.near=close",
+        "data.far={sky:away}",
+        "model=resnet20_cifar",
+        "model.classes=2",
+        "model.checkpoint=weights.pt",
+        "score=[energy,gradnorm,pseudo_label_all]",
+        "logger=none",
+    )
+    assert found.returncode == 0, found.stderr
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    table = pq.read_table(run / "results.parquet").to_pydict()
+    assert table["dataset"] == ["pets"] * 12 + ["close"] * 5 + ["sky"] * 4
+    assert table["label"] == [0] * 6 + [1] * 6 + [None] * 9
+
+
+@pytest.mark.slow
+def test_cross_validated_run(tmp_path: Path) -> None:
+    """The experiment, with fewer scores: held-out columns in the results, the table on screen and in files."""
+    found = gradmetrics(
+        tmp_path,
+        "experiment=combination",
+        "score=[max_softmax,gradnorm,kfac_influence,combination,combination_errors,combination_outside]",
+        "folds=2",
+        "resamples=50",
+        "logger=none",
+    )
+    assert found.returncode == 0, found.stderr
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    table = pq.read_table(run / "results.parquet")
+    names = ["kfac_influence", "combination", "combination_errors", "combination_outside"]
+    left_out = [f"combination_outside without {name}" for name in ("digits_8_9", "photos")]
+    assert table.column_names[4:] == ["max_softmax", "gradnorm", *names, *left_out, "finite"]
+    records = json.loads((run / "combination.json").read_text())
+    assert len(records) == 3 + 4 + 4 and (run / "combination.csv").is_file() and (run / "report.html").is_file()
+    assert "best single" in found.stdout and "errors: digits" in found.stdout
+    refused = gradmetrics(tmp_path, "folds=2", "score=[combination]", "logger=none")
+    assert refused.returncode != 0 and "give one or more scores that need no fit" in refused.stderr
+
+
+@pytest.mark.slow
+def test_mistakes_are_explained(tmp_path: Path) -> None:
+    found = gradmetrics(tmp_path, "data=image_folders", "data.size=32", "data.id=nowhere", "model=resnet20_cifar")
+    assert found.returncode != 0 and "no folder 'nowhere'" in found.stderr
+
+
+@pytest.mark.slow
+def test_list_of_scores(tmp_path: Path) -> None:
+    found = gradmetrics(tmp_path, "scores")
+    assert found.returncode == 0, found.stderr
+    assert all(name in found.stdout for name in RECIPES)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_configuration(tmp_path: Path) -> None:
+    """Installed without -e, away from the source, the command finds conf/."""
+    root = Path(__file__).parents[2]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(root)]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    code = "import lightning_gradmetrics.cli.command as c; print(c.__file__, c.configuration_directory())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert all(path.startswith(str(tmp_path / "site")) for path in shown)
+    packed = {p.relative_to(shown[1]).as_posix() for p in Path(shown[1]).rglob("*.yaml")}
+    assert packed == {p.relative_to(root / "conf").as_posix() for p in (root / "conf").rglob("*.yaml")}

@@ -1,0 +1,116 @@
+"""The table of all scores: figures, costs and needs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from lightning_gradmetrics.cli import costs as benchmark
+from lightning_gradmetrics.cli.command import configuration_directory
+from lightning_gradmetrics.evaluation import evaluate
+from lightning_gradmetrics.scores import make
+from tests.models import assert_same_state, cnn, images, state_of
+
+SCORES = [make("entropy"), make("gradnorm", target="all"), make("el2n")]
+
+
+@pytest.fixture(scope="module")
+def costs() -> list[dict]:
+    model, inputs = cnn(), images(6)
+    before = state_of(model)
+    found = benchmark.score_costs(model, inputs, torch.zeros(6, dtype=torch.long), SCORES, repeats=2)
+    assert_same_state(before, model)
+    return found
+
+
+def results() -> pa.Table:
+    sizes, generator = {"id": 20, "svhn": 10, "lsun": 30}, torch.Generator().manual_seed(0)
+    columns = {
+        "dataset": [name for name, size in sizes.items() for _ in range(size)],
+        "index": [index for size in sizes.values() for index in range(size)],
+        "prediction": [0] * 60,
+        "label": pa.array([0, 1] * 10 + [None] * 40, pa.int64()),
+        "entropy": torch.rand(60, generator=generator).tolist(),
+        "gradnorm(target=all)": torch.rand(60, generator=generator).tolist(),
+        "finite": [True] * 60,
+    }
+    return pa.table(columns)
+
+
+@pytest.fixture(scope="module")
+def records(costs: list[dict]) -> list[dict]:
+    roles = {"id": "id", "svhn": "far", "lsun": "far"}
+    evaluation = evaluate(results(), ["entropy", "gradnorm(target=all)"], roles, ["entropy"], resamples=50)
+    return benchmark.benchmark_records(evaluation, SCORES, costs)
+
+
+def test_costs_are_those_of_the_score(costs: list[dict]) -> None:
+    assert [cost["score"] for cost in costs] == [score.name for score in SCORES]
+    assert all(cost["milliseconds"] > 0 and cost["predictions"] > 0 for cost in costs)
+    entropy, everything, _ = (cost["extra_mib"] for cost in costs)
+    assert 0 <= entropy < everything
+
+
+def test_the_peak_of_memory_is_that_of_what_is_held() -> None:
+    def run() -> None:
+        held = torch.empty(2**20)
+        for _ in range(3):
+            torch.empty(2**19)
+        del held
+        torch.empty(2**20)
+
+    assert benchmark._peak(run, nn.Linear(1, 1)) == 4 * (2**20 + 2**19)
+
+
+def test_records_of_a_role_are_the_mean_over_its_sets(records: list[dict]) -> None:
+    entropy, gradnorm, el2n = records
+    table = results()
+    values = torch.tensor(table["entropy"].to_pylist())
+    wins = (values[20:, None] > values[None, :20]).double().mean(1)
+    mean = (wins[:10].mean() + wins[10:].mean()) / 2
+    assert abs(mean - wins.mean()) > 1e-3  # the sets differ in size: all their samples together would be another number
+    assert entropy["aurocs"].keys() == {"errors", "far"}
+    assert entropy["aurocs"]["far"][0] == pytest.approx(float(mean))
+    assert el2n["aurocs"] == {} and el2n["labels"] and not el2n["backward"]
+    assert gradnorm["backward"] and not gradnorm["labels"] and gradnorm["fit"] == ""
+
+
+def test_needs_of_a_fit() -> None:
+    found = {name: benchmark._fit(make(name)) for name in ("entropy", "gradorth", "oberdiek", "confounding_detector")}
+    wanted = {"entropy": "", "gradorth": "ID", "oberdiek": "ID, labels", "confounding_detector": "ID and OOD"}
+    assert found == wanted
+
+
+def test_the_table_and_its_files(records: list[dict], tmp_path: Path) -> None:
+    console = Console(width=80, file=io.StringIO())
+    console.print(benchmark.benchmark_table(records))
+    lines = console.file.getvalue().splitlines()
+    line = next(line for line in lines if line.strip().startswith("gradnorm(target=all)"))
+    value, low, high = (100 * part for part in records[1]["aurocs"]["far"])
+    assert f"{value:.1f} {low:.0f}–{high:.0f}" in line and line.rstrip().endswith("B")
+    benchmark.write_benchmark(records, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
+    assert [row["score"] for row in rows] == ["entropy", "el2n", "gradnorm(target=all)"]
+    assert float(rows[0]["far_auroc"]) == records[0]["aurocs"]["far"][0] and rows[1]["far_auroc"] == ""
+    markdown = (tmp_path / "benchmark.md").read_text().splitlines()
+    assert len(markdown) == 5 and all(line.count("|") == markdown[0].count("|") for line in markdown)
+
+
+def test_no_samples_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least 1 sample"):
+        benchmark.score_costs(cnn(), images(0), None, SCORES[:1])
+
+
+def test_the_experiment_has_every_score() -> None:
+    conf = configuration_directory()
+    listed = [
+        line[8:] for line in (conf / "experiment" / "benchmark.yaml").read_text().splitlines() if line[:8] == "      - "
+    ]
+    assert sorted([*listed, "pytorch_ood"]) == sorted(path.stem for path in (conf / "score").iterdir())

@@ -1,0 +1,73 @@
+"""The registry, the configuration and the documentation say the same."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from lightning_gradmetrics.cli.score_catalogue import lines, markdown
+from lightning_gradmetrics.cli.tables import scores_table
+from lightning_gradmetrics.scores import RECIPES, Score
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "conf" / "score").glob("*.yaml"))
+
+
+def entries(path: Path) -> dict[str, object]:
+    return OmegaConf.to_container(OmegaConf.merge({"seed": 0}, OmegaConf.load(path)), resolve=True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_makes_scores(path: Path) -> None:
+    """Under names that begin with the file's name, or, in a file of several, with the score's."""
+    for name, node in entries(path).items():
+        if name != "seed":
+            score = instantiate(node)
+            assert isinstance(score, Score) and name.startswith(score.recipe.name)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_score_has_a_file_with_its_defaults(name: str) -> None:
+    node = dict(entries(ROOT / "conf" / "score" / f"{name}.yaml")[name])
+    assert node.pop("_target_") == f"lightning_gradmetrics.scores.{name}"
+    assert node == RECIPES[name].defaults
+
+
+def test_the_documentation_is_up_to_date() -> None:
+    """Otherwise run ``python -m lightning_gradmetrics.cli.score_catalogue > docs/scores.md``."""
+    assert (ROOT / "docs" / "scores.md").read_text(encoding="utf-8") == markdown()
+
+
+@pytest.mark.parametrize("line", lines(), ids=lambda line: line.name)
+def test_every_line_is_filled(line) -> None:
+    assert line.paper and line.needs and line.cost and line.sign in ("score", "-score", "1 - score")
+    assert line.summary.endswith(".") and line.summary[0].isupper()
+    assert ("egative" in line.summary.split()[0]) == (line.sign == "-score")
+
+
+def test_what_the_table_says() -> None:
+    """Needs and costs come from dry runs: some that are known."""
+    by_name = {line.name: line for line in lines()}
+    assert by_name["entropy"].needs == "logits" and by_name["entropy"].cost == "free with the forward"
+    assert by_name["gradnorm"].needs == "head" and by_name["gradnorm"].sign == "-score"
+    assert by_name["exgrad"].cost == "free with the forward; target='all': one forward and C backwards"
+    assert by_name["el2n"].needs == "logits, labels" and by_name["grand"].needs == "labels, backward"
+    assert by_name["gradorth"].needs == "head, fit" and by_name["gradorth"].sign == "-score"
+    assert by_name["regrad"].needs == "backward" and by_name["regrad"].cost == "passes of its own"
+    assert by_name["oberdiek"].needs == "backward, fit (labels)"
+    assert by_name["confounding_detector"].needs == "backward, fit (in- and out-of-distribution data)"
+    assert by_name["confounding_detector"].cost == "fitted once, then one forward and 1 backward"
+
+
+def test_the_command_lists_every_score() -> None:
+    console = Console(width=400, record=True, file=StringIO())
+    console.print(scores_table())
+    shown = console.export_text()
+    for line in lines():
+        assert line.name in shown
+        assert line.cost.split(";")[0] in shown

@@ -1,0 +1,98 @@
+"""Where fitted scores stand: against rivals known beforehand, with the evaluation's own intervals."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from rich.console import Console
+
+from lightning_gradmetrics.cli.standings import standings, standings_table, write_standings
+from lightning_gradmetrics.evaluation import evaluate
+from lightning_gradmetrics.scores import resolve
+
+ROLES = {"mine": "id", "other": "near"}
+SCORES = resolve(
+    [
+        "entropy",
+        "energy",
+        "gradnorm",
+        "combination",
+        "oberdiek",
+        "combination(detector=outside)",
+        "confounding_detector",
+    ]
+)
+NAMES = [score.name for score in SCORES]
+
+
+def test_a_score_that_looks_at_the_label_is_no_rival(results: pa.Table) -> None:
+    """It knows the answer."""
+    names = [*results.column_names[:-1], "el2n"]
+    known = pa.table({**{n: results[n] for n in names[:-1]}, "el2n": (torch.arange(90) % 3 == 0).double().numpy()})
+    known = known.append_column("finite", results["finite"])
+    records = standings(known, [*SCORES, *resolve("el2n")], ROLES, {}, resamples=20)
+    assert {r["single"] for r in records} == {"gradnorm"}
+
+
+@pytest.fixture
+def results() -> pa.Table:
+    """60 samples, a third of them errors, and 30 others; the combination ranks best, the single gradnorm next."""
+    wrong, other = torch.arange(90) % 3 == 0, torch.arange(90) >= 60
+    columns = {"dataset": ["mine"] * 60 + ["other"] * 30, "index": [*range(60), *range(30)], "prediction": [0] * 90}
+    labels = [int(w) if i < 60 else None for i, w in enumerate(wrong)]
+    skill = dict(zip(NAMES, (0.3, 0.5, 1.5, 4.0, 2.0, 0.1, 9.0), strict=True))
+    scores = {name: (torch.randn(90) + skill[name] * (wrong | other)).tolist() for name in NAMES}
+    return pa.table({**columns, "label": labels, **scores, "finite": [True] * 90})
+
+
+def test_rivals_and_intervals(results: pa.Table) -> None:
+    """Scores that learn classes are candidates and no rivals; figures are those of the evaluation."""
+    records = standings(results, SCORES, ROLES, {}, resamples=200)
+    assert len(records) == 2 * 4
+    for task, dataset in (("misprediction", "mine"), ("ood", "other")):
+        here = {r["score"]: r for r in records if (r["task"], r["dataset"]) == (task, dataset)}
+        assert list(here) == NAMES[3:]
+        assert {r["single"] for r in here.values()} == {"gradnorm"}
+        assert {r["baseline"] for r in here.values()} <= {"entropy", "energy"}
+        assert here["combination"]["single_verdict"] == "better"
+        assert here["combination(detector=outside)"]["single_verdict"] == "worse"
+    evaluation = evaluate(results, [*NAMES[3:], "gradnorm"], ROLES, ["gradnorm"], resamples=200)
+    for c in (c for c in evaluation.comparisons if c["metric"] == "auroc"):
+        (record,) = (r for r in records if all(r[key] == c[key] for key in ("task", "dataset", "score")))
+        assert (record["single_low"], record["single_high"]) == (c["low"], c["high"])
+        assert record["single_difference"] == c["difference"] and record["auroc"] == c["value"]
+
+
+def test_a_column_without_a_set_is_judged_on_that_set_alone(results: pa.Table) -> None:
+    records = standings(results, SCORES, ROLES, {"combination(detector=outside)": "other"}, resamples=20)
+    mine = [r for r in records if r["score"] == "combination(detector=outside)"]
+    assert [(r["dataset"], r["fitted_on"]) for r in mine] == [("other", "the other sets")]
+    fitted = {r["score"]: r["fitted_on"] for r in records}
+    assert fitted["combination"] == "in-distribution data" and fitted["oberdiek"] == "labels"
+    assert fitted["confounding_detector"] == "every set, this one too"
+
+
+def test_files_and_table_say_the_same(results: pa.Table, tmp_path: Path) -> None:
+    records = standings(results, SCORES, ROLES, {}, resamples=20)
+    table, text = write_standings(records, tmp_path)
+    assert json.loads(text.read_text()) == records
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["auroc"]) for row in rows] == [record["auroc"] for record in records]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(standings_table(records))
+    shown = console.export_text()
+    assert all(f"{100 * r['auroc']:.1f}" in shown and f"{100 * r['single_difference']:+.1f}" in shown for r in records)
+    assert "errors: mine" in shown and "near: other" in shown
+
+
+def test_no_resamples_no_rivals(results: pa.Table) -> None:
+    records = standings(results, SCORES, ROLES, {}, resamples=0)
+    assert all(r["auroc"] is not None and "single" not in r for r in records)
+    Console(file=io.StringIO()).print(standings_table(records))
