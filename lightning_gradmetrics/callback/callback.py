@@ -21,7 +21,7 @@ from lightning_gradmetrics.pictures import (
     MapGallery,
     Picture,
     PictureSource,
-    check_examples,
+    check_top_k,
     log_pictures,
     picture_sources,
 )
@@ -48,9 +48,9 @@ class GradientMetrics(StageCallback):
             Without it, a mapping of dataloaders gives its keys.
         head: The name of the classification head, a linear layer; found by itself where its output is what the model
             returns.
-        model: The name of the submodule to score, where that is not the ``LightningModule`` itself.
-        batch: From a batch to ``(inputs, labels or None)``.
-        logits: From the model's output to its logits ``(N, C)``.
+        submodule: The name of the submodule to score, where that is not the ``LightningModule`` itself.
+        split_batch: From a batch to ``(inputs, labels or None)``.
+        logits_fn: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
         prefix: What the logged metrics' names begin with.
         resamples: Bootstrap resamples for the intervals in ``evaluation``; 0, the default, for none.
@@ -58,7 +58,7 @@ class GradientMetrics(StageCallback):
             to the results.
         profile: Whether to look at the gradient norm of every layer: true, an objective's name, or the arguments
             ``objective`` and ``norm`` by name. It costs a forward, and a backward unless a score takes the same.
-        examples: How many samples with the largest scores to list of each data set, by score, as
+        top_k: How many samples with the largest scores to list of each data set, by score, as
             ``{"pseudo_label": 20}``; with their pictures where the inputs are images.
 
     Attributes:
@@ -92,26 +92,26 @@ class GradientMetrics(StageCallback):
         *,
         datasets: Sequence[str] | Mapping[str, str] | None = None,
         head: str | None = None,
-        model: str | None = None,
-        batch: Callable[[Any], tuple[Inputs, Tensor | None]] = split_batch,
-        logits: Callable[[Any], Tensor] = logits_of,
+        submodule: str | None = None,
+        split_batch: Callable[[Any], tuple[Inputs, Tensor | None]] = split_batch,
+        logits_fn: Callable[[Any], Tensor] = logits_of,
         engine: str = "auto",
         prefix: str = "gradmetrics",
         resamples: int = 0,
         thresholds: Thresholds | None = None,
         profile: bool | str | Mapping[str, Any] = False,
-        examples: Mapping[str, int] | None = None,
+        top_k: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.scorer = Scorer(resolve(scores), head, logits, engine)
+        self.scorer = Scorer(resolve(scores), head, logits_fn, engine)
         self.datasets = datasets
-        self.model = model
-        self.batch = batch
+        self.submodule = submodule
+        self.split_batch = split_batch
         self.prefix = prefix
         self.resamples = resamples
         self.thresholds = thresholds
         self.profile = Profile.of(profile)
-        self.examples = check_examples(self.score_names, examples or {})
+        self.top_k = check_top_k(self.score_names, top_k or {})
         self.results: pa.Table = empty_results(self.score_names)
         self.evaluation: Evaluation | None = None
         self.sources: list[PictureSource] = []
@@ -134,7 +134,7 @@ class GradientMetrics(StageCallback):
     def tables(self) -> dict[str, pa.Table]:
         """What goes with them: ``profile``, a row a data set and layer, and ``largest``, a row an example."""
         tables = {name: table for source in self.sources for name, table in source.tables().items()}
-        return {**tables, "largest": largest_of_each(self.results, self.examples)} if self.examples else tables
+        return {**tables, "largest": largest_of_each(self.results, self.top_k)} if self.top_k else tables
 
     @property
     def baseline_names(self) -> list[str]:
@@ -142,8 +142,8 @@ class GradientMetrics(StageCallback):
         return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
 
     def scored_model(self, model: LightningModule) -> nn.Module:
-        """The part of a module that is scored: the one named in ``model=``, or what has the forward."""
-        return scored_model(model, self.model)
+        """The part of a module that is scored: the one named in ``submodule=``, or what has the forward."""
+        return scored_model(model, self.submodule)
 
     def fit(
         self, trainer: Trainer, model: LightningModule, dataloaders: Any, datasets: Mapping[str, str] | None = None
@@ -189,7 +189,7 @@ class GradientMetrics(StageCallback):
         if self._fitting is not None:
             return FitStage(self._fitting, rows, self.datasets if isinstance(self.datasets, Mapping) else None)
         check_fitted(self.scorer.scores, model)
-        self.sources = picture_sources(self.scorer.scores, self.profile, self.examples)
+        self.sources = picture_sources(self.scorer.scores, self.profile, self.top_k)
         self.scorer.looks = [source.look for source in self.sources]
         return ScoreStage(self.scorer, rows, self.sources)
 

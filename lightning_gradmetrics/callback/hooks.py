@@ -21,11 +21,11 @@ __all__ = ["StageCallback", "processes_of", "scored_model"]
 class StageCallback(Callback):
     """Watches the steps that a ``Trainer`` runs.
 
-    A subclass says what is done with them: :meth:`begin`, :meth:`end`, and ``batch``, from a batch to its inputs and
+    A subclass says what is done with them: :meth:`begin`, :meth:`end`, and ``split_batch``, from a batch to its inputs and
     labels.
     """
 
-    batch: Callable[[Any], tuple[Inputs, Tensor | None]]
+    split_batch: Callable[[Any], tuple[Inputs, Tensor | None]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class StageCallback(Callback):
     def _take(self, trainer: Trainer, batch: Any, place: int) -> None:
         assert self._watch is not None and self._stage is not None
         self._watch.stop()
-        inputs, labels = self.batch(batch)
+        inputs, labels = self.split_batch(batch)
         if not batch_size(inputs):
             return
         with trainer.precision_plugin.forward_context():
@@ -161,6 +161,6 @@ def scored_model(pl_module: LightningModule, name: str | None = None) -> nn.Modu
     if len(children) != 1:
         raise ValueError(
             f"{type(pl_module).__name__} has no forward, and {len(children)} children with parameters ({', '.join(children)}): "
-            "name the one to score, as in GradientMetrics(model='net')"
+            "name the one to score, as in GradientMetrics(submodule='net')"
         )
     return next(iter(children.values()))

@@ -48,7 +48,7 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
         return batch[0], _labels(batch[1], batch) if len(batch) > 1 else None
     raise TypeError(
         f"cannot find the inputs in a batch of type {type(batch).__name__}; allowed: a tensor, (inputs, labels), or a mapping; for "
-        "anything else pass batch=, a callable from the batch to (inputs, labels)"
+        "anything else pass split_batch=, a callable from the batch to (inputs, labels)"
     )
 
 

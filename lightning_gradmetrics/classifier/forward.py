@@ -50,12 +50,12 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"no logits in the model's output of type {type(output).__name__}; allowed: a tensor, a mapping with 'logits', or an "
-            "object with .logits; for anything else pass logits=, a callable from the output to the logits (N, C)"
+            "object with .logits; for anything else pass logits_fn=, a callable from the output to the logits (N, C)"
         )
     if logits.ndim != 2:
         raise ValueError(
             f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row a sample and one column a class; "
-            "pass logits=, a callable from the model's output to them"
+            "pass logits_fn=, a callable from the model's output to them"
         )
     return logits
 

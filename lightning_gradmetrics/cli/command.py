@@ -145,7 +145,7 @@ def compare_costs(
     from lightning_gradmetrics.cli.costs import benchmark_records, benchmark_table, score_costs, write_benchmark
 
     inside = next(name for name, role in data.roles.items() if role == "id")
-    inputs, labels = callback.batch(next(iter(data.loaders(config.costs, config.num_workers)[inside])))
+    inputs, labels = callback.split_batch(next(iter(data.loaders(config.costs, config.num_workers)[inside])))
     scored = callback.scored_model(model)
     device = next(scored.parameters()).device
     inputs, labels = map_tensors(inputs, lambda t: t.to(device)), None if labels is None else labels.to(device)
@@ -186,7 +186,7 @@ def cross_validate(
     if not fitted:
         return callback.results, list(scores), []
     scorer = callback.scorer
-    options = {"head": config.callback.head, "logits": scorer.logits, "engine": scorer.engine}
+    options = {"head": config.callback.head, "logits_fn": scorer.logits_fn, "engine": scorer.engine}
     network = callback.scored_model(model).to(trainer.strategy.root_device).eval()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Cross-validation", total=1.0)

@@ -25,7 +25,7 @@ __all__ = [
     "PictureSource",
     "ProfileGallery",
     "ScoredBatch",
-    "check_examples",
+    "check_top_k",
     "log_pictures",
     "picture_sources",
     "write_pictures",
@@ -34,14 +34,14 @@ __all__ = [
 
 
 def picture_sources(
-    scores: Sequence[Score], profile: Profile | None = None, examples: Mapping[str, int] | None = None
+    scores: Sequence[Score], profile: Profile | None = None, top_k: Mapping[str, int] | None = None
 ) -> list[PictureSource]:
     """The picture sources of a run: the profile, the examples, and the maps where a score looks at them.
 
     Args:
         scores: The run's scores.
         profile: What the profile is of, or ``None`` for none.
-        examples: How many samples to show of each score's largest.
+        top_k: How many samples to show of each score's largest.
 
     Example:
         >>> from lightning_gradmetrics.scores import resolve
@@ -50,25 +50,25 @@ def picture_sources(
     """
     found: list[PictureSource | None] = [
         ProfileGallery(profile) if profile else None,
-        ExampleGallery(examples) if examples else None,
+        ExampleGallery(top_k) if top_k else None,
         MapGallery.of(scores),
     ]
     return [source for source in found if source is not None]
 
 
-def check_examples(names: Sequence[str], examples: Mapping[str, int]) -> dict[str, int]:
-    """The examples, if each is a number of samples of a score.
+def check_top_k(names: Sequence[str], top_k: Mapping[str, int]) -> dict[str, int]:
+    """The number of samples to keep of each score, checked.
 
     Args:
         names: Of the run's scores.
-        examples: How many samples, by score.
+        top_k: How many samples, by score.
 
     Raises:
         ValueError: If there is no score of a name, or a number is not a whole one above 0.
     """
-    for name, count in examples.items():
+    for name, count in top_k.items():
         if name not in names:
-            raise ValueError(f"examples= names the score {name!r}, which is not one of the run's: {', '.join(names)}")
+            raise ValueError(f"top_k= names the score {name!r}, which is not one of the run's: {', '.join(names)}")
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"examples={{{name!r}: {count!r}}}; expected a whole number of samples of at least 1")
-    return dict(examples)
+            raise ValueError(f"top_k={{{name!r}: {count!r}}}; expected a whole number of samples of at least 1")
+    return dict(top_k)

@@ -205,7 +205,7 @@ def cross_fit(
         folds: The number of folds.
         seed: Of the folds.
         progress: Called with the share of the fits that is done.
-        **options: ``head``, ``logits`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
+        **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Returns:
         A results table: ``dataset``, ``index``, ``prediction``, ``label``, the scores, ``finite``.

@@ -44,7 +44,7 @@ class Fitting:
 
     Args:
         scores: The scores to fit.
-        like: The scorer whose settings (head, logits, engine) hold here too.
+        like: The scorer whose settings (head, logits_fn, engine) hold here too.
         left_out: Samples with NaN or Inf, which are left out.
     """
 
@@ -54,7 +54,7 @@ class Fitting:
     _running: dict[str, RunningTotal] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.scorer: Scorer = FittingScorer(tuple(self.scores), self.like.head, self.like.logits, self.like.engine)
+        self.scorer: Scorer = FittingScorer(tuple(self.scores), self.like.head, self.like.logits_fn, self.like.engine)
         self._running = {score.name: RunningTotal() for score in self.scores}
         self._needs = {score.name: score.fit_needs for score in self.scores}
 
@@ -130,7 +130,7 @@ def fit(
             mapping.
         scores: The scores to fit.
         outside: Batches of out-of-distribution data, for detectors that are fitted on both kinds.
-        **options: ``head``, ``logits`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
+        **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Returns:
         The fitted scores, ready for :func:`lightning_gradmetrics.score`.

@@ -41,14 +41,14 @@ class Scorer:
     Args:
         scores: The scores.
         head: The name of the classification head, or ``None`` to find it.
-        logits: From the model's output to its logits ``(N, C)``.
+        logits_fn: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
         looks: What else looks at the evidence, beside the scores.
     """
 
     scores: tuple[Score, ...]
     head: str | None = None
-    logits: Callable[[Any], Tensor] = logits_of
+    logits_fn: Callable[[Any], Tensor] = logits_of
     engine: str = "auto"
     looks: Sequence[Callable[[Evidence], Any]] = ()
     _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
@@ -69,7 +69,7 @@ class Scorer:
 
     def capture(self, model: nn.Module) -> Capture:
         """A watcher of the model's next forward."""
-        return Capture(model, self.head, self.logits)
+        return Capture(model, self.head, self.logits_fn)
 
     def evidence(
         self,
@@ -162,7 +162,7 @@ def _gradients(
     objectives = list(dict.fromkeys(o for by_objective in needs.gradients.values() for o in by_objective))
     moments = {m for by_objective in needs.gradients.values() for wanted in by_objective.values() for m in wanted}
     # A named head may lie before a softmax or a scaling: the model then has to return what the head does.
-    own = returning_logits(model, scorer.head, scorer.logits) if scorer.head_is_named else nullcontext()
+    own = returning_logits(model, scorer.head, scorer.logits_fn) if scorer.head_is_named else nullcontext()
     with own:
         results = gradient_statistics(
             model,
@@ -172,7 +172,7 @@ def _gradients(
             per_parameter=True,
             statistics=_statistic_names(moments),
             targets=labels,
-            logits=logits_of if scorer.head_is_named else scorer.logits,
+            logits=logits_of if scorer.head_is_named else scorer.logits_fn,
             engine=scorer.engine,
         )
     by_objective = dict(zip(objectives, results, strict=True))
@@ -197,7 +197,7 @@ def _probes(scorer: Scorer, needs: Needs, model: nn.Module, inputs: Inputs) -> d
     """The scores' own computations on the model, which returns its logits to them."""
     if not needs.probes:
         return {}
-    with preserved(model), gradients_enabled(), returning_logits(model, scorer.head, scorer.logits):
+    with preserved(model), gradients_enabled(), returning_logits(model, scorer.head, scorer.logits_fn):
         plain = map_tensors(inputs, lambda t: t.clone() if t.is_inference() else t.detach())
         return {probe: probe(model, plain) for probe in needs.probes}
 
@@ -214,7 +214,7 @@ def _check_logits(logits: Tensor) -> None:
     if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
         raise ValueError(
             "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is taken, "
-            "or pass logits=, a callable from the model's output to its logits"
+            "or pass logits_fn=, a callable from the model's output to its logits"
         )
     if bool((rows.logsumexp(1).abs() < 1e-4).all()):
         warnings.warn(
@@ -231,7 +231,7 @@ def score(
     targets: Tensor | None = None,
     *,
     head: str | None = None,
-    logits: Callable[[Any], Tensor] = logits_of,
+    logits_fn: Callable[[Any], Tensor] = logits_of,
     engine: str = "auto",
 ) -> dict[str, Tensor]:
     """Uncertainty scores of every sample, higher = more uncertain; plain torch, no Trainer.
@@ -244,7 +244,7 @@ def score(
         targets: True labels ``(N,)``, for the scores that need them.
         head: The name of the classification head, a linear layer; found by itself where its output is what the model
             returns.
-        logits: From the model's output to its logits ``(N, C)``.
+        logits_fn: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
 
     Returns:
@@ -262,7 +262,7 @@ def score(
         >>> {name: tuple(values.shape) for name, values in found.items()}
         {'gradnorm': (5,), 'entropy': (5,)}
     """
-    scorer = Scorer(resolve(scores), head, logits, engine)
+    scorer = Scorer(resolve(scores), head, logits_fn, engine)
     check_model(model)
     check_inputs(model, inputs)
     check_fitted(scorer.scores, model)

@@ -206,12 +206,14 @@ def test_callables_for_anything_else() -> None:
     data = Samples(lambda x, y: {"meta": {"pixels": x}, "class_of_it": y})
     model = Answer(lambda b: b["meta"]["pixels"], lambda z: ("extra", z))
     callback = lgm.GradientMetrics(
-        ["energy", "gradnorm"], batch=lambda b: (b["meta"]["pixels"], b["class_of_it"]), logits=lambda output: output[1]
+        ["energy", "gradnorm"],
+        split_batch=lambda b: (b["meta"]["pixels"], b["class_of_it"]),
+        logits_fn=lambda output: output[1],
     )
     run("test", callback, model, DataLoader(data, 4))
     torch.testing.assert_close(scores_of(callback, "energy"), lgm.score(model.network, data.x, "energy")["energy"])
-    with pytest.raises(TypeError, match="pass logits="):
-        run("test", lgm.GradientMetrics("energy", batch=callback.batch), model, DataLoader(data, 4))
+    with pytest.raises(TypeError, match="pass logits_fn="):
+        run("test", lgm.GradientMetrics("energy", split_batch=callback.split_batch), model, DataLoader(data, 4))
 
 
 def test_labels_are_optional_and_a_note_says_so() -> None:
@@ -248,13 +250,13 @@ def test_module_without_a_forward() -> None:
 
 
 def test_module_without_a_forward_and_two_networks() -> None:
-    with pytest.raises(ValueError, match=r"GradientMetrics\(model='net'\)"):
+    with pytest.raises(ValueError, match=r"GradientMetrics\(submodule='net'\)"):
         run("test", lgm.GradientMetrics("energy"), TwoNetworks(), loader(4))
-    callback = lgm.GradientMetrics(["energy", "gradnorm"], model="net")
+    callback = lgm.GradientMetrics(["energy", "gradnorm"], submodule="net")
     run("test", callback, TwoNetworks(), loader(4))
     assert callback.results.num_rows == 4
     with pytest.raises(ValueError, match="no submodule 'nett'"):
-        run("test", lgm.GradientMetrics("energy", model="nett"), TwoNetworks(), loader(4))
+        run("test", lgm.GradientMetrics("energy", submodule="nett"), TwoNetworks(), loader(4))
 
 
 class Convolutional(nn.Module):
@@ -461,7 +463,7 @@ def test_rerun_forgets_the_last_run() -> None:
 
 def test_docstring_lists_every_argument() -> None:
     arguments = re.findall(r"^        (\w+):", lgm.GradientMetrics.__doc__.split("Attributes:")[0], re.M)
-    assert set(arguments) >= {"scores", "datasets", "head", "model", "batch", "logits", "engine", "prefix"}
+    assert set(arguments) >= {"scores", "datasets", "head", "submodule", "split_batch", "logits_fn", "engine", "prefix"}
 
 
 def test_thresholds_fitted_on_one_run_are_applied_in_the_next(tmp_path) -> None:

@@ -24,7 +24,7 @@ devices, out = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 model = Module()
 sets = [DataLoader(TensorDataset(torch.randn(n, 3, 8, 8), torch.randint(0, 5, (n,))), 4) for n in (23, 11)]
-scores, sources = ["energy", "gradnorm", "pseudo_label(target=all)"], {"profile": True, "examples": {"energy": 6}}
+scores, sources = ["energy", "gradnorm", "pseudo_label(target=all)"], {"profile": True, "top_k": {"energy": 6}}
 callback = lgm.GradientMetrics(scores, datasets={"in": "id", "out": "far"}, **sources)
 options = {"accelerator": "cpu", "devices": devices, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
 trainer = Trainer(strategy="ddp" if devices > 1 else "auto", callbacks=[callback], **options)

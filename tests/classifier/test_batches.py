@@ -39,5 +39,5 @@ def test_mapping_of_several_inputs_stays_a_mapping() -> None:
 
 @pytest.mark.parametrize("batch", [None, "text", [], 3, ["a", "b"]])
 def test_anything_else(batch) -> None:
-    with pytest.raises(TypeError, match="pass batch="):
+    with pytest.raises(TypeError, match="pass split_batch="):
         split_batch(batch)

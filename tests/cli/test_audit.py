@@ -71,10 +71,10 @@ def test_the_terminal_table() -> None:
     assert ["s", "a", "1", "–", "0", "2"] in lines and ["s", "b", "0", "–", "0", "3"] in lines
 
 
-@pytest.mark.parametrize("examples", [{"energi": 3}, {"energy": 0}, {"energy": 2.5}, {"energy": True}])
-def test_examples_that_make_no_sense(examples: dict) -> None:
+@pytest.mark.parametrize("top_k", [{"energi": 3}, {"energy": 0}, {"energy": 2.5}, {"energy": True}])
+def test_examples_that_make_no_sense(top_k: dict) -> None:
     with pytest.raises(ValueError, match=r"not one of the run's: energy|whole number of samples of at least 1"):
-        lgm.GradientMetrics("energy", examples=examples)
+        lgm.GradientMetrics("energy", top_k=top_k)
 
 
 SCORES = ["energy", "pseudo_label"]
@@ -83,7 +83,7 @@ SCORES = ["energy", "pseudo_label"]
 def run(inputs: dict[str, torch.Tensor], network: torch.nn.Module, batch_size: int = 4, **options):
     torch.manual_seed(2)
     loaders = {n: DataLoader(TensorDataset(x, torch.randint(0, 5, (len(x),))), batch_size) for n, x in inputs.items()}
-    callback = lgm.GradientMetrics(SCORES, examples={"pseudo_label": 5, "energy": 2}, **options)
+    callback = lgm.GradientMetrics(SCORES, top_k={"pseudo_label": 5, "energy": 2}, **options)
     quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
     trainer = Trainer(accelerator="cpu", callbacks=[callback], **quiet)
     trainer.predict(Module(network), loaders, return_predictions=False)
@@ -101,7 +101,7 @@ def test_a_run_keeps_the_pictures_of_those_that_it_lists(batch_size: int) -> Non
     listed = callback.tables()["largest"]
     assert listed.num_rows == 5 + 4 + 2 + 2
     for (dataset, score), top in source.seen.items():
-        wanted = lgm.largest(callback.results, score, callback.examples[score], dataset)
+        wanted = lgm.largest(callback.results, score, callback.top_k[score], dataset)
         assert top.index.tolist() == wanted["index"].to_pylist()
         assert top.value.tolist() == wanted[score].to_pylist()
         assert top.prediction.tolist() == wanted["prediction"].to_pylist()
