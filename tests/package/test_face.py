@@ -1,0 +1,80 @@
+"""The public names: which there are, how many, and that each one is documented."""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.compat import gradient_metrics
+from tests.package.allowances import UNDOCUMENTED
+
+FACE = {
+    "GradientMetrics",
+    "GradientStatistics",
+    "cosine_similarity_maps",
+    "cross_fit",
+    "evaluation",
+    "fit",
+    "gradient_features",
+    "gradient_profile",
+    "gradient_statistics",
+    "largest",
+    "meters",
+    "read_results",
+    "score",
+    "scores",
+}
+"""The names of ``lightning_gradmetrics``. A change here is a change for every user."""
+
+NOT_YET = {"read_results"}
+
+NAMESPACES: dict[str, ModuleType] = {
+    "lgm": lgm,
+    "lgm.scores": lgm.scores,
+    "lgm.meters": lgm.meters,
+    "lgm.meters.functional": lgm.meters.functional,
+    "lgm.evaluation": lgm.evaluation,
+    "compat.gradient_metrics": gradient_metrics,
+}
+
+MOST_NAMES = 130
+"""Public names of all namespaces together."""
+
+
+def missing_parts(item: Any) -> list[str]:
+    """Return which of Args, Returns and Example the docstring of a public object lacks."""
+    docstring = inspect.getdoc(item) or ""
+    is_class = inspect.isclass(item)
+    if not is_class and docstring == inspect.getdoc(type(item)):
+        return ["a docstring"]
+    takes_arguments = bool(inspect.signature(item).parameters)
+    wanted = {"Args:": takes_arguments, "Returns:": not is_class, "Example:": True}
+    return [part for part, is_wanted in wanted.items() if is_wanted and part not in docstring]
+
+
+def test_the_public_names_are_the_documented_ones() -> None:
+    names = set(lgm.__all__)
+    assert names <= FACE, f"{names - FACE}: not part of the public face"
+    assert FACE - names <= NOT_YET
+    assert all(hasattr(lgm, name) for name in names)
+
+
+def test_the_public_names_fit_on_a_page() -> None:
+    names = {f"{prefix}.{name}" for prefix, module in NAMESPACES.items() for name in module.__all__}
+    assert len(names) <= MOST_NAMES, len(names)
+
+
+@pytest.mark.parametrize("prefix", NAMESPACES)
+def test_every_public_object_is_documented(prefix: str) -> None:
+    incomplete = {}
+    for name in NAMESPACES[prefix].__all__:
+        item = getattr(NAMESPACES[prefix], name)
+        if callable(item):
+            incomplete[name] = missing_parts(item)
+    bad = {name: parts for name, parts in incomplete.items() if parts}
+    new = bad.keys() - UNDOCUMENTED.get(prefix, set())
+    assert not new, "\n".join(f"{prefix}.{name} lacks {', '.join(bad[name])}" for name in sorted(new))
