@@ -216,4 +216,4 @@ class GradientMetrics(StageCallback):
         self.evaluation = evaluate(self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples)
         if self.sources and trainer.loggers:
             log_pictures(trainer.loggers, self.pictures(), self.prefix, trainer.global_step)
-        return logged_metrics(self.evaluation.records, self.prefix)
+        return logged_metrics(self.evaluation.metrics, self.prefix)

@@ -173,7 +173,7 @@ def _aurocs(evaluation: Evaluation, name: str) -> dict[str, Area]:
     """By question; of a role with several sets it is the mean over them."""
     found: dict[str, Area] = {}
     for record in evaluation.find(score=name, metric="auroc"):
-        question = ERRORS if record["task"] == "misprediction" else record["group"]
+        question = ERRORS if record["task"] == "misclassification" else record["group"]
         if record["value"] is not None and (question not in found or record["dataset"] is None):
             found[question] = (record["value"], record["low"], record["high"])
     return found

@@ -58,39 +58,21 @@ def write_run(
     """
     directory.mkdir(parents=True, exist_ok=True)
     pq.write_table(results, directory / RESULTS_FILE)
-    found = evaluation.to_dict()
     content = {
         "version": VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "environment": describe_environment(),
         "model": dict(model),
-        "datasets": [_dataset(d, (descriptions or {}).get(d["dataset"], "")) for d in found.pop("datasets")],
         "scores": [_score(score) for score in scores],
-        "metrics": found.pop("records"),
-        "statements": found.pop("sentences"),
-        "comparisons": [
-            {**c, "verdict": c["verdict"].replace("unclear", "cannot tell")} for c in found.pop("comparisons")
-        ],
         "figures": [dict(figure) for figure in figures],
         "timing": dict(timing or {}),
-        **found,
+        **evaluation.to_dict(),
+        "datasets": [{**d, "description": (descriptions or {}).get(d["name"], "")} for d in evaluation.datasets],
     }
     path = directory / METRICS_FILE
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
-
-
-def _dataset(record: Mapping[str, Any], description: str) -> dict[str, Any]:
-    return {
-        "name": record["dataset"],
-        "role": record["role"],
-        "rows": record["rows"],
-        "not_finite": record["left_out"],
-        "labelled": bool(record["labelled"]),
-        "accuracy": record["accuracy"],
-        "description": description,
-    }
 
 
 def _score(score: Score) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from lightning_gradmetrics.evaluation import evaluate
-from lightning_gradmetrics.evaluation.contrasts import ID
+from lightning_gradmetrics.evaluation.tasks import ID
 from lightning_gradmetrics.scores import FittedScore, Score
 
 __all__ = ["standings", "standings_table", "write_standings"]
@@ -55,7 +55,7 @@ def standings(
         One dict a task, data set and candidate: ``task``, ``dataset``, ``group`` (its role), ``score``, ``fitted_on``,
         ``auroc``, ``low``, ``high``; for ``single`` and ``baseline`` the best one's name, as ``single``, and
         ``single_auroc``, ``single_difference``, ``single_low``, ``single_high`` and ``single_verdict`` (``better``,
-        ``worse`` or ``unclear``), which are missing without resamples.
+        ``worse`` or ``cannot tell``), which are missing without resamples.
     """
     values = evaluate(results, [score.name for score in scores], roles, resamples=0).find(metric="auroc")
     candidates, names = [s for s in scores if isinstance(s, FittedScore) and _is_candidate(s)], _rivals(scores)
@@ -97,7 +97,7 @@ def _fitted_on(score: FittedScore, without: str | None) -> str:
 def _rows(results: pa.Table, roles: Mapping[str, str], task: str, dataset: str) -> pa.Table:
     """The rows that a question is judged on."""
     inside = [name for name, role in roles.items() if role == ID]
-    wanted = [dataset] if task == "misprediction" else [*inside, dataset]
+    wanted = [dataset] if task == "misclassification" else [*inside, dataset]
     return results.filter(pc.is_in(results["dataset"], pa.array(wanted)))
 
 
@@ -142,7 +142,7 @@ def standings_table(records: Sequence[Record]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     places = list(dict.fromkeys((r["task"], r["dataset"], r["group"]) for r in records))
     for task, dataset, group in places:
-        table.add_row(f"[bold]{'errors' if task == 'misprediction' else group}: {dataset}[/bold]")
+        table.add_row(f"[bold]{'errors' if task == 'misclassification' else group}: {dataset}[/bold]")
         members = [r for r in records if (r["task"], r["dataset"]) == (task, dataset)]
         for number, record in enumerate(members, 1):
             own = f"{100 * record['auroc']:.1f}\n{_interval(record['low'], record['high'])}"

@@ -19,13 +19,13 @@ Column = tuple[str, str, str]
 """A task, a data set and a metric."""
 
 LOWER_IS_BETTER = frozenset({"aurc", "fpr95"})
-SHOWN = {"misprediction": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
+SHOWN = {"misclassification": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
 
 
 def metrics_table(evaluation: Evaluation, scores: Sequence[Score]) -> Table:
     """A row a score, baselines first; the best figure of each column is bold. All figures are times 100."""
     columns = _columns(evaluation)
-    values = {(r["score"], r["task"], r["dataset"], r["metric"]): r["value"] for r in evaluation.records}
+    values = {(r["score"], r["task"], r["dataset"], r["metric"]): r["value"] for r in evaluation.metrics}
     best = {column: _best(column, [values.get((s.name, *column)) for s in scores]) for column in columns}
     table = Table(
         title="Figures times 100; bold is the best of a column",
@@ -47,8 +47,8 @@ def metrics_table(evaluation: Evaluation, scores: Sequence[Score]) -> Table:
 
 def _columns(evaluation: Evaluation) -> list[Column]:
     """The columns that have a figure, in the order of the data sets."""
-    defined = {(r["task"], r["dataset"], r["metric"]) for r in evaluation.records if r["value"] is not None}
-    datasets = [d["dataset"] for d in evaluation.datasets]
+    defined = {(r["task"], r["dataset"], r["metric"]) for r in evaluation.metrics if r["value"] is not None}
+    datasets = [d["name"] for d in evaluation.datasets]
     wanted = [(task, dataset, metric) for task, metrics in SHOWN.items() for dataset in datasets for metric in metrics]
     return [column for column in wanted if column in defined]
 
@@ -56,8 +56,8 @@ def _columns(evaluation: Evaluation) -> list[Column]:
 def _heading(evaluation: Evaluation, column: Column) -> str:
     """The data set above its first metric, what is detected above the others."""
     task, dataset, metric = column
-    role = next(d["role"] for d in evaluation.datasets if d["dataset"] == dataset)
-    above = dataset if metric == SHOWN[task][0] else "errors" if task == "misprediction" else role
+    role = next(d["role"] for d in evaluation.datasets if d["name"] == dataset)
+    above = dataset if metric == SHOWN[task][0] else "errors" if task == "misclassification" else role
     return f"{above}\n{metric.upper()} {'↓' if metric in LOWER_IS_BETTER else '↑'}"
 
 
@@ -82,7 +82,7 @@ def _percent(value: float) -> str:
 
 def _caption(evaluation: Evaluation) -> str:
     sets = [
-        f"{d['dataset']}: {d['rows']} samples ({d['role']})"
+        f"{d['name']}: {d['rows']} samples ({d['role']})"
         + (f", accuracy {100 * d['accuracy']:.1f}" if d["accuracy"] is not None else "")
         for d in evaluation.datasets
     ]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evaluation.contrasts import Contrast, Rows
 from lightning_gradmetrics.evaluation.metrics import metrics_of
+from lightning_gradmetrics.evaluation.tasks import DetectionTask, Rows
 from lightning_gradmetrics.meters.functional.counts import Counts
 
 __all__ = ["Key", "Replicates", "interval", "replicate"]
@@ -24,7 +24,7 @@ ELEMENTS = 2**18
 
 def replicate(
     rows: Mapping[str, Rows],
-    contrasts: Sequence[Contrast],
+    tasks: Sequence[DetectionTask],
     scores: Sequence[str],
     rate: float,
     resamples: int,
@@ -33,28 +33,26 @@ def replicate(
 ) -> Replicates:
     """Metrics of ``B`` resamples.
 
-    Each data set is resampled by itself, with replacement and to its own size. All scores and all contrasts see the
+    Each data set is resampled by itself, with replacement and to its own size. All scores and all tasks see the
     same resamples, so that differences between scores, and means over data sets, are paired.
 
     Args:
         rows: The rows of each data set.
-        contrasts: What is judged.
+        tasks: What is judged.
         scores: The scores that are judged.
         rate: The true-positive rate of ``fpr95``.
         resamples: ``B``.
         seed: The seed of the resamples; the global random state is neither used nor changed.
         progress: Called with the share that is done.
     """
-    rankings = [
-        {score: _Ranking(contrast.values(rows, score), contrast.target) for score in scores} for contrast in contrasts
-    ]
+    rankings = [{score: _Ranking(task.values(rows, score), task.target) for score in scores} for task in tasks]
     pieces: dict[Key, list[Tensor]] = {}
     for done, weights in _blocks({name: len(part) for name, part in rows.items()}, resamples, seed):
-        for contrast, ranking in zip(contrasts, rankings, strict=True):
-            drawn = contrast.weights(weights)
+        for task, ranking in zip(tasks, rankings, strict=True):
+            drawn = task.weights(weights)
             for score in scores:
-                for metric, value in metrics_of(contrast.task, ranking[score].counts(drawn), rate).items():
-                    key = (contrast.task, contrast.dataset, contrast.group, score, metric)
+                for metric, value in metrics_of(task.task, ranking[score].counts(drawn), rate).items():
+                    key = (task.task, task.dataset, task.group, score, metric)
                     pieces.setdefault(key, []).append(value.double())
         if progress is not None:
             progress(done / resamples)
@@ -84,7 +82,7 @@ def _weights(size: int, number: int, generator: torch.Generator) -> Tensor:
 
 
 class _Ranking:
-    """One score on one contrast, sorted once for all resamples."""
+    """One score on one task, sorted once for all resamples."""
 
     def __init__(self, values: Tensor, target: Tensor) -> None:
         self.distinct, group = torch.unique(values, return_inverse=True)

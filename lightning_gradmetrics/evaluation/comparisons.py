@@ -10,7 +10,7 @@ import torch
 from lightning_gradmetrics.evaluation.bootstrap import Replicates, interval
 from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER
 
-__all__ = ["compare", "sentences_of"]
+__all__ = ["compare", "statements_of"]
 
 Record = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ def compare(
         One dict a comparison: ``score``, ``baseline`` (the best on the data), ``task``, ``dataset``, ``group``,
         ``metric``, ``value``, ``baseline_value``, ``difference`` (above 0 = the score is better, also where lower is
         better), ``low``, ``high``, and
-        ``verdict``: ``"better"``, ``"worse"`` or ``"unclear"``.
+        ``verdict``: ``"better"``, ``"worse"`` or ``"cannot tell"``.
     """
     return [
         comparison
@@ -78,14 +78,14 @@ def _comparison(
 
 def _verdict(low: float | None, high: float | None) -> str:
     if low is None or high is None or low <= 0 <= high:
-        return "unclear"
+        return "cannot tell"
     return "better" if low > 0 else "worse"
 
 
 OPENINGS = {
     "better": "better than the best baseline",
     "worse": "worse than the best baseline",
-    "unclear": "the data cannot tell",
+    "cannot tell": "cannot tell",
 }
 
 
@@ -93,7 +93,7 @@ LISTED = 6
 """How many scores a sentence names for each verdict."""
 
 
-def sentences_of(comparisons: Sequence[Record], level: float) -> list[str]:
+def statements_of(comparisons: Sequence[Record], level: float) -> list[str]:
     """A sentence for each task and data set or group: what beats the best baseline, what does not, and what is open.
 
     Judged by AUROC, in points of 100.
@@ -107,7 +107,7 @@ def sentences_of(comparisons: Sequence[Record], level: float) -> list[str]:
 
 def _sentence(task: str, dataset: str | None, group: str, members: Sequence[Record], level: float) -> str:
     where = f'"{dataset}"' if dataset is not None else f'the mean over the group "{group}"'
-    what = "Misprediction" if task == "misprediction" else "Out-of-distribution detection"
+    what = "Misclassification" if task == "misclassification" else "Out-of-distribution detection"
     baseline, value = members[0]["baseline"], 100 * members[0]["baseline_value"]
     parts = []
     for verdict, words in OPENINGS.items():

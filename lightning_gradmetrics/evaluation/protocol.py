@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.evaluation.bootstrap import Key, Replicates, interval, replicate
-from lightning_gradmetrics.evaluation.comparisons import compare, sentences_of
-from lightning_gradmetrics.evaluation.contrasts import Contrast, contrasts_of, rows_of
+from lightning_gradmetrics.evaluation.comparisons import compare, statements_of
 from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER, TASKS, metrics_of
+from lightning_gradmetrics.evaluation.tasks import DetectionTask, rows_of, tasks_of
 from lightning_gradmetrics.evaluation.thresholds import Thresholds, apply_thresholds, fit_thresholds
 from lightning_gradmetrics.meters.functional.counts import check_rate, count
 
@@ -38,28 +38,28 @@ class Evaluation:
     """What a results table says about its scores.
 
     Args:
-        records: One dict a number: ``score``, ``task`` (``"misprediction"`` or ``"ood"``), ``dataset`` (``None`` for
+        metrics: One dict per number: ``score``, ``task`` (``"misclassification"`` or ``"ood"``), ``dataset`` (``None`` for
             a whole group), ``group`` (the role), ``metric``, ``value``, ``low`` and ``high`` (the bootstrap interval,
             ``None`` without one), ``count_positive``, ``count_negative``. An undefined value is ``None``.
         comparisons: One dict a score that is no baseline, place and metric: its difference to the best baseline with
             its interval and ``verdict``; see :func:`~lightning_gradmetrics.evaluation.comparisons.compare`.
-        sentences: For each task and data set or group, which scores beat the best baseline, which do not, and where
+        statements: For each task and data set or group, which scores beat the best baseline, which do not, and where
             the data cannot tell.
-        datasets: One dict a data set: ``dataset``, ``role``, ``rows``, ``left_out``, ``labelled``, ``accuracy``.
+        datasets: One dict a data set: ``name``, ``role``, ``rows``, ``not_finite``, ``labelled``, ``accuracy``.
         notes: Sentences on what was left out or is undefined, and why.
         settings: The arguments that the numbers depend on.
     """
 
-    records: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
     comparisons: list[dict[str, Any]]
-    sentences: list[str]
+    statements: list[str]
     datasets: list[dict[str, Any]]
     notes: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def find(self, **where: Any) -> list[dict[str, Any]]:
-        """The records that have all these values, such as ``score="entropy", metric="auroc"``."""
-        return [record for record in self.records if all(record[key] == value for key, value in where.items())]
+        """The metrics that have all these values, such as ``score="entropy", metric="auroc"``."""
+        return [record for record in self.metrics if all(record[key] == value for key, value in where.items())]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers, ready for JSON."""
@@ -89,7 +89,7 @@ def evaluate(
 ) -> Evaluation:
     """Judge scores on a per-sample results table.
 
-    Misprediction is judged on each in-distribution data set, errors being positive. Out-of-distribution detection is
+    Misclassification is judged on each in-distribution data set, errors being positive. Out-of-distribution detection is
     judged on every other data set, its rows being positive and the rows of all in-distribution data sets negative. A
     group with several data sets also gets the mean over them, each set weighing the same. Labels of
     out-of-distribution data are not used.
@@ -114,7 +114,7 @@ def evaluate(
         progress: Called with the share of the resamples that is done.
 
     Returns:
-        Records, comparisons, sentences, data sets and notes.
+        Metrics, comparisons, statements, data sets and notes.
 
     Raises:
         ValueError: If a column, a role or a score is missing, an argument is out of range, or a row appears twice.
@@ -128,14 +128,14 @@ def evaluate(
     """
     _check(scores, baselines, rate, resamples, level)
     rows, notes = rows_of(results, list(scores), roles)
-    contrasts, more = contrasts_of(rows)
+    tasks, more = tasks_of(rows)
     records = [
-        _record(contrast, score, *item)
-        for contrast in contrasts
+        _record(task, score, *item)
+        for task in tasks
         for score in scores
-        for item in metrics_of(contrast.task, count(contrast.values(rows, score), contrast.target), rate).items()
+        for item in metrics_of(task.task, count(task.values(rows, score), task.target), rate).items()
     ]
-    replicates = replicate(rows, contrasts, scores, rate, resamples, seed, progress) if resamples else {}
+    replicates = replicate(rows, tasks, scores, rate, resamples, seed, progress) if resamples else {}
     means, replicates = _with_groups(records, replicates)
     records = [_with_interval(record, replicates, level) for record in (*records, *means)]
     comparisons = compare(records, replicates, baselines, level) if resamples else []
@@ -149,11 +149,11 @@ def evaluate(
         "seed": seed,
     }
     return Evaluation(
-        records=records,
+        metrics=records,
         comparisons=comparisons,
-        sentences=sentences_of(comparisons, level),
+        statements=statements_of(comparisons, level),
         datasets=[part.summary() for part in rows.values()],
-        notes=notes + more + _protocol_notes(contrasts, scores, baselines, resamples),
+        notes=notes + more + _protocol_notes(tasks, scores, baselines, resamples),
         settings=settings,
     )
 
@@ -171,21 +171,19 @@ def _check(scores: Sequence[str], baselines: Sequence[str], rate: float, resampl
 
 
 def _protocol_notes(
-    contrasts: Sequence[Contrast], scores: Sequence[str], baselines: Sequence[str], resamples: int
+    tasks: Sequence[DetectionTask], scores: Sequence[str], baselines: Sequence[str], resamples: int
 ) -> list[str]:
     notes = []
     if not baselines:
         notes.append("no baselines were named: scores are not compared with any")
     elif not resamples and set(scores) - set(baselines):
         notes.append("no resamples were asked for: there are no intervals and no comparisons with the baselines")
-    for contrast in contrasts if resamples else []:
-        positive = int(contrast.target.sum())
-        fewest = min(positive, len(contrast.target) - positive)
+    for task in tasks if resamples else []:
+        positive = int(task.target.sum())
+        fewest = min(positive, len(task.target) - positive)
         if 0 < fewest < FEW:
             side = "positive" if fewest == positive else "negative"
-            notes.append(
-                f'only {fewest} {side} samples for {contrast.task} on "{contrast.dataset}": intervals are rough'
-            )
+            notes.append(f'only {fewest} {side} samples for {task.task} on "{task.dataset}": intervals are rough')
     return notes
 
 
@@ -216,19 +214,19 @@ def _with_interval(record: Mapping[str, Any], replicates: Replicates, level: flo
     return {**record, "low": low, "high": high}
 
 
-def _record(contrast: Contrast, score: str, metric: str, number: Tensor) -> dict[str, Any]:
-    value, positive = float(number), int(contrast.target.sum())
+def _record(task: DetectionTask, score: str, metric: str, number: Tensor) -> dict[str, Any]:
+    value, positive = float(number), int(task.target.sum())
     return {
         "score": score,
-        "task": contrast.task,
-        "dataset": contrast.dataset,
-        "group": contrast.group,
+        "task": task.task,
+        "dataset": task.dataset,
+        "group": task.group,
         "metric": metric,
         "value": None if math.isnan(value) else value,
         "low": None,
         "high": None,
         "count_positive": positive,
-        "count_negative": len(contrast.target) - positive,
+        "count_negative": len(task.target) - positive,
     }
 
 

@@ -33,13 +33,13 @@ class AURC(ScoreMeter):
 
 
 class EAURC(ScoreMeter):
-    """Excess AURC over a perfect score; see :func:`~lightning_gradmetrics.meters.functional.eaurc`."""
+    """Excess AURC over a perfect score; see :func:`~lightning_gradmetrics.meters.functional.e_aurc`."""
 
     higher_is_better = False
 
     def compute(self) -> Tensor:
         """The excess AURC of all samples so far; NaN with a UserWarning if there are none."""
-        return announce_undefined(selective.eaurc_of_counts(self._counts()), "E-AURC", selective.SOME)
+        return announce_undefined(selective.e_aurc_of_counts(self._counts()), "E-AURC", selective.SOME)
 
 
 class AUGRC(ScoreMeter):

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 ROLES = {"id": "in-distribution", "near": "near out-of-distribution", "far": "far out-of-distribution"}
-SHOWN = {"misprediction": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
+SHOWN = {"misclassification": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ METRIC_KINDS = {
     "auroc": MetricKind(
         "AUROC", True, 1, "chance that a random positive scores above a random negative; 50 is guessing"
     ),
-    "average_precision": MetricKind("AP", True, 1, "average precision, the area under the precision-recall curve"),
-    "average_precision_in": MetricKind("AP in", True, 1, "average precision with the negatives taken as positives"),
+    "aupr": MetricKind("AP", True, 1, "average precision, the area under the precision-recall curve"),
+    "aupr_in": MetricKind("AP in", True, 1, "average precision with the negatives taken as positives"),
     "fpr95": MetricKind("FPR95", False, 1, "share of negatives flagged when 95 % of positives are flagged"),
     "aurc": MetricKind(
         "AURC", False, 2, "mean error rate over all shares of rows kept, the least uncertain kept first"
     ),
-    "eaurc": MetricKind("E-AURC", False, 2, "AURC minus that of a perfect ordering"),
+    "e_aurc": MetricKind("E-AURC", False, 2, "AURC minus that of a perfect ordering"),
     "augrc": MetricKind("AUGRC", False, 2, "AURC with errors counted against all rows, not only the rows kept"),
     "auac": MetricKind("AUAC", True, 1, "area under the accuracy curve"),
     "aufc": MetricKind("AUFC", True, 1, "area under the F1 curve"),
@@ -87,7 +87,7 @@ def column_of(run: Run, entry: Metric) -> Column:
 def find_columns(run: Run) -> dict[Column, dict[str, Metric]]:
     """Columns of the main table in reading order, each with its figure by score.
 
-    Misprediction comes first, then each out-of-distribution set, then groups of two sets or more. Shown are AUROC and
+    Misclassification comes first, then each out-of-distribution set, then groups of two sets or more. Shown are AUROC and
     AURC, or AUROC and FPR95; where a place has neither, all that it has.
     """
     found: dict[Column, dict[str, Metric]] = {}

@@ -108,7 +108,7 @@ def risk_figures(drawing: Drawing) -> Markup | None:
         picture = curves_svg(
             curves, [perfect, level], ("rows kept (%)", "error rate among them (%)"), top, label, f"k{number}"
         )
-        panels.append(_with_legend(drawing, place, picture, curves, Column("misprediction", place, "aurc")))
+        panels.append(_with_legend(drawing, place, picture, curves, Column("misclassification", place, "aurc")))
     return tag("div", panels, class_="panels wide") if panels else None
 
 

@@ -43,7 +43,7 @@ class Dataset:
     role: str = ""
     rows: int | None = None
     not_finite: int = 0
-    labelled: bool = False
+    labelled: int = 0
     accuracy: float | None = None
     description: str = ""
 

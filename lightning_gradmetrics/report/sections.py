@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _TASKS = {
-    "misprediction": "Misprediction: do wrong predictions (the positives) score higher than right ones?",
+    "misclassification": "Misclassification: do wrong predictions (the positives) score higher than right ones?",
     "ood": "Out-of-distribution: do samples of the other set (the positives) score higher than in-distribution ones?",
 }
 _BETTER = {True: "higher is better", False: "lower is better", None: "direction not known"}
@@ -100,10 +100,10 @@ def _gaps(run: Run) -> list[str]:
         else "",
         "label": ""
         if any(dataset.role == "id" and dataset.labelled for dataset in run.datasets)
-        else "No in-distribution data set has labels, so misprediction is not judged.",
+        else "No in-distribution data set has labels, so misclassification is not judged.",
         "out-of-distribution": ""
         if any(dataset.role not in ("", "id") for dataset in run.datasets)
-        else "There is no out-of-distribution data set, so only misprediction can be judged.",
+        else "There is no out-of-distribution data set, so only misclassification can be judged.",
         "FPR95": "" if rate == 0.95 else f"FPR95 is taken at a true-positive rate of {100 * rate:g} % in this run.",
     }
     return [text for word, text in told.items() if text and not any(word in note for note in run.notes)]

@@ -118,7 +118,7 @@ def _main_head(columns: dict[Column, dict[str, Metric]], timed: bool) -> Markup:
         places.setdefault((column.task, column.place, column.grouped), []).append(column)
     top = [tag("th", _sort_button("Score", None), rowspan=2, scope="col", class_="corner")]
     for (task, place, grouped), members in places.items():
-        title = {"ood": "Out-of-distribution", "misprediction": "Misprediction"}.get(task, task)
+        title = {"ood": "Out-of-distribution", "misclassification": "Misclassification"}.get(task, task)
         counts = tag("span", _counts(task, columns[members[0]].values()), class_="small")
         where = tag("span", "group " if grouped else None, breakable(place), class_="place")
         top.append(tag("th", title, where, counts, colspan=len(members), scope="colgroup", class_="first"))
@@ -145,7 +145,7 @@ def _counts(task: str, entries: Iterable[Metric]) -> str | None:
     if len(counts) != 1 or None in next(iter(counts)):
         return None
     positive, negative = next(iter(counts))
-    words = ("wrong", "right") if task == "misprediction" else ("out", "in")
+    words = ("wrong", "right") if task == "misclassification" else ("out", "in")
     return f"{_count(positive)} {words[0]}, {_count(negative)} {words[1]}"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import check_model
-from lightning_gradmetrics.evaluation.contrasts import ID
+from lightning_gradmetrics.evaluation.tasks import ID
 from lightning_gradmetrics.results.table import Rows, finite_rows, merge_results, sample_indices, with_scores
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore, row_keys

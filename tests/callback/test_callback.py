@@ -63,7 +63,7 @@ def test_every_stage_gives_the_scores_of_every_sample(stage: str) -> None:
     assert table["index"].to_pylist() == list(range(10)) and table["label"].to_pylist() == y.tolist()
     assert table["prediction"].to_pylist() == model.network(x).argmax(1).tolist()
     assert set(table["dataset"].to_pylist()) == {"dataloader_0"} and all(table["finite"].to_pylist())
-    logged = used.callback_metrics["gradmetrics/dataloader_0/energy/misprediction_auroc"]
+    logged = used.callback_metrics["gradmetrics/dataloader_0/energy/misclassification_auroc"]
     wrong = model.network(x).argmax(1) != y
     assert float(logged) == pytest.approx(float(lgm.meters.functional.auroc(expected["energy"], wrong)), abs=1e-6)
 
@@ -100,7 +100,7 @@ def test_model_untouched_and_metrics_reach_the_loggers(tmp_path) -> None:
         run(stage, lgm.GradientMetrics(["energy", "gradnorm(target=all)"]), model, loader(8, 4), logger=logger)
         logger.save()
         assert (
-            "gradmetrics/dataloader_0/energy/misprediction_auroc"
+            "gradmetrics/dataloader_0/energy/misclassification_auroc"
             in (tmp_path / stage / "version_0" / "metrics.csv").read_text()
         )
     model.eval()
@@ -219,7 +219,7 @@ def test_callables_for_anything_else() -> None:
 def test_labels_are_optional_and_a_note_says_so() -> None:
     callback = lgm.GradientMetrics(["energy"], datasets={"x": "id"})
     run("test", callback, Answer(lambda b: b[0], lambda z: z), loader(6, labels=False))
-    assert not callback.evaluation.records
+    assert not callback.evaluation.metrics
     assert any("label" in note for note in callback.evaluation.notes)
 
 
@@ -354,10 +354,10 @@ def test_rows_that_are_not_finite(bad: float) -> None:
     callback = lgm.GradientMetrics(["energy", "gradnorm(target=all)"], datasets={"x": "id"})
     run("test", callback, model, data)
     assert callback.results["finite"].to_pylist() == [i != 5 for i in range(12)]
-    assert callback.evaluation.datasets[0]["left_out"] == 1 and any(
+    assert callback.evaluation.datasets[0]["not_finite"] == 1 and any(
         "finite" in note for note in callback.evaluation.notes
     )
-    for record, wanted in zip(callback.evaluation.records, clean.evaluation.records, strict=True):
+    for record, wanted in zip(callback.evaluation.metrics, clean.evaluation.metrics, strict=True):
         assert record["value"] == pytest.approx(wanted["value"], abs=1e-5)
 
 
@@ -482,4 +482,4 @@ def test_intervals_on_request() -> None:
     callback = lgm.GradientMetrics(["energy", "gradnorm"], datasets={"a": "id", "b": "far"}, resamples=50)
     run("predict", callback, Answer(lambda b: b[0], lambda z: z), [loader(12), loader(9, labels=False)])
     (record,) = callback.evaluation.find(score="gradnorm", task="ood", dataset="b", metric="auroc")
-    assert record["low"] <= record["value"] <= record["high"] and callback.evaluation.sentences
+    assert record["low"] <= record["value"] <= record["high"] and callback.evaluation.statements

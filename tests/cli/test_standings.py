@@ -55,7 +55,7 @@ def test_rivals_and_intervals(results: pa.Table) -> None:
     """Scores that learn classes are candidates and no rivals; figures are those of the evaluation."""
     records = standings(results, SCORES, ROLES, {}, resamples=200)
     assert len(records) == 2 * 4
-    for task, dataset in (("misprediction", "mine"), ("ood", "other")):
+    for task, dataset in (("misclassification", "mine"), ("ood", "other")):
         here = {r["score"]: r for r in records if (r["task"], r["dataset"]) == (task, dataset)}
         assert list(here) == NAMES[3:]
         assert {r["single"] for r in here.values()} == {"gradnorm"}

@@ -19,9 +19,9 @@ from lightning_gradmetrics.evaluation import (
     evaluate,
     fit_thresholds,
 )
-from lightning_gradmetrics.evaluation.comparisons import sentences_of
-from lightning_gradmetrics.evaluation.contrasts import contrasts_of, rows_of
+from lightning_gradmetrics.evaluation.comparisons import statements_of
 from lightning_gradmetrics.evaluation.metrics import TASKS, metrics_of
+from lightning_gradmetrics.evaluation.tasks import rows_of, tasks_of
 from lightning_gradmetrics.meters import functional as F
 from lightning_gradmetrics.meters.functional.counts import count
 
@@ -66,16 +66,16 @@ def test_values_are_those_of_the_meters(evaluation):
     meters = {
         "auroc": F.auroc,
         "aurc": F.aurc,
-        "eaurc": F.eaurc,
+        "e_aurc": F.e_aurc,
         "augrc": F.augrc,
         "fpr95": F.fpr_at_tpr,
-        "average_precision": F.average_precision,
-        "average_precision_in": lambda s, t: F.average_precision(s, t, positive="in"),
+        "aupr": F.average_precision,
+        "aupr_in": lambda s, t: F.average_precision(s, t, positive="in"),
     }
     inside = torch.tensor(names == "test")
     for score in SCORES:
-        for metric in TASKS["misprediction"]:
-            (record,) = evaluation.find(score=score, task="misprediction", metric=metric)
+        for metric in TASKS["misclassification"]:
+            (record,) = evaluation.find(score=score, task="misclassification", metric=metric)
             assert (record["dataset"], record["group"]) == ("test", "id")
             assert record["value"] == pytest.approx(
                 meters[metric](values[score][inside], wrong[inside]).item(), abs=1e-6
@@ -99,24 +99,24 @@ def test_a_group_is_the_mean_of_its_sets(evaluation):
         assert (group["count_positive"], group["count_negative"]) == (140, 300)
         assert group["low"] < group["value"] < group["high"]
     # The group of one set is that set.
-    assert not [r for r in evaluation.records if r["group"] == "near" and r["dataset"] is None]
+    assert not [r for r in evaluation.metrics if r["group"] == "near" and r["dataset"] is None]
 
 
 def test_replicates_are_metrics_of_resampled_rows():
     rows, _ = rows_of(table(), SCORES, ROLES)
-    contrasts, _ = contrasts_of(rows)
-    drawn = bootstrap.replicate(rows, contrasts, SCORES, 0.95, 3, seed=4)
+    tasks, _ = tasks_of(rows)
+    drawn = bootstrap.replicate(rows, tasks, SCORES, 0.95, 3, seed=4)
     # The same draws, repeated by hand: rows taken as often as their weight says.
     ((_, weights),) = bootstrap._blocks({name: len(part) for name, part in rows.items()}, 3, 4)
-    for contrast in contrasts:
+    for task in tasks:
         for score in SCORES:
             for b in range(3):
-                times = contrast.weights(weights)[b].long()
-                assert times.sum() == len(contrast.target)
-                scores = contrast.values(rows, score).repeat_interleave(times)
-                counts = count(scores, contrast.target.repeat_interleave(times))
-                for metric, value in metrics_of(contrast.task, counts, 0.95).items():
-                    found = drawn[(contrast.task, contrast.dataset, contrast.group, score, metric)][b]
+                times = task.weights(weights)[b].long()
+                assert times.sum() == len(task.target)
+                scores = task.values(rows, score).repeat_interleave(times)
+                counts = count(scores, task.target.repeat_interleave(times))
+                for metric, value in metrics_of(task.task, counts, 0.95).items():
+                    found = drawn[(task.task, task.dataset, task.group, score, metric)][b]
                     torch.testing.assert_close(found, value.double(), atol=1e-5, rtol=1e-5)
 
 
@@ -126,11 +126,11 @@ def test_intervals_do_not_depend_on_blocks_or_global_seed(evaluation, monkeypatc
     monkeypatch.setattr(bootstrap, "ELEMENTS", 2000)
     again = evaluate(table(), SCORES, ROLES, ["fair", "noise"], resamples=300)
     assert torch.equal(torch.get_rng_state(), state)
-    for one, other in zip(again.records, evaluation.records, strict=True):
+    for one, other in zip(again.metrics, evaluation.metrics, strict=True):
         assert one == pytest.approx(other, abs=1e-6) if one["low"] is None else True
         assert (one["low"], one["high"]) == pytest.approx((other["low"], other["high"]), abs=1e-6)
     other_seed = evaluate(table(), SCORES, ROLES, ["fair", "noise"], resamples=300, seed=1)
-    assert other_seed.records[0]["low"] != evaluation.records[0]["low"]
+    assert other_seed.metrics[0]["low"] != evaluation.metrics[0]["low"]
 
 
 @pytest.mark.slow
@@ -155,21 +155,21 @@ def test_intervals_cover():
     assert 80 <= held <= 98
 
 
-def test_comparison_says_better_worse_and_unclear():
+def test_comparison_says_better_worse_or_cannot_tell():
     evaluation = evaluate(table(), SCORES, ROLES, ["fair"], resamples=300)
     verdicts = {(c["score"], c["dataset"]): c["verdict"] for c in evaluation.comparisons if c["metric"] == "auroc"}
     assert verdicts["good", "test"] == "better"
     assert verdicts["noise", "mnist"] == "worse"
     twin = [c for c in evaluation.comparisons if c["score"] == "twin"]
-    assert all(c["verdict"] == "unclear" and c["low"] == c["high"] == c["difference"] == 0 for c in twin)
-    sentence = next(s for s in evaluation.sentences if s.startswith('Misprediction on "test"'))
+    assert all(c["verdict"] == "cannot tell" and c["low"] == c["high"] == c["difference"] == 0 for c in twin)
+    sentence = next(s for s in evaluation.statements if s.startswith('Misclassification on "test"'))
     assert "the best baseline is fair" in sentence
     assert (
         sentence.index("Better than") < sentence.index("good") < sentence.index("worse than") < sentence.index("noise")
     )
-    assert "the data cannot tell: twin" in sentence
-    assert sum("Out-of-distribution" in s for s in evaluation.sentences) == 4
-    assert any('the mean over the group "far"' in s for s in evaluation.sentences)
+    assert "cannot tell: twin" in sentence
+    assert sum("Out-of-distribution" in s for s in evaluation.statements) == 4
+    assert any('the mean over the group "far"' in s for s in evaluation.statements)
 
 
 def test_sentences_name_the_first_of_many_and_count_the_rest():
@@ -179,10 +179,10 @@ def test_sentences_name_the_first_of_many_and_count_the_rest():
         {**shared, **values, "score": f"s{i}", "difference": -i / 100, "low": -i / 100 - 0.01, "high": -i / 100 + 0.01}
         for i in (9, 3, 2, 8, 5, 7, 4, 6)
     ]
-    (sentence,) = sentences_of(members, 0.95)
+    (sentence,) = statements_of(members, 0.95)
     assert "s2 (-2.0 [-3.0, -1.0]), s3 (" in sentence and "s8" not in sentence
     assert sentence.endswith("s7 (-7.0 [-8.0, -6.0]), and 2 more, down to s9 (-9.0 [-10.0, -8.0]) (95 % intervals).")
-    (whole,) = sentences_of(members[:7], 0.95)
+    (whole,) = statements_of(members[:7], 0.95)
     assert all(member["score"] in whole for member in members[:7]) and "more" not in whole
 
 
@@ -214,28 +214,28 @@ def test_notes_name_what_was_left_out():
     found = evaluate(table(good=good, finite=finite), ["good", "fair"], ROLES, ["fair"], resamples=0)
     assert '3 of 300 rows of "test" are not finite and were left out' in found.notes
     assert '1 of 80 rows of "mnist" are not finite and were left out' in found.notes
-    assert found.datasets[0]["left_out"] == 3
+    assert found.datasets[0]["not_finite"] == 3
     keep = np.ones(len(results), dtype=bool)
     keep[[0, 1, 2, 310]] = False
     clean = evaluate(results.filter(pa.array(keep)), ["good", "fair"], ROLES, ["fair"], resamples=0)
-    assert clean.records == found.records
+    assert clean.metrics == found.metrics
     assert any("no resamples" in note for note in found.notes)
 
 
 def test_no_labels_and_one_class():
     nothing = pa.array([None] * len(table()), pa.int64())
     found = evaluate(table().set_column(3, "label", nothing), ["good"], ROLES, resamples=0)
-    assert 'data set "test" has no labels: misprediction is left out' in found.notes
-    assert {record["task"] for record in found.records} == {"ood"}
+    assert 'data set "test" has no labels: misclassification is left out' in found.notes
+    assert {record["task"] for record in found.metrics} == {"ood"}
     assert found.datasets[0]["accuracy"] is None
     right = table().set_column(2, "prediction", pa.array([0] * len(table())))
     found = evaluate(right, ["good"], ROLES, ["good"], resamples=20)
-    assert 'every prediction on "test" is right: misprediction AUROC is undefined' in found.notes
-    assert found.find(task="misprediction", metric="auroc")[0]["value"] is None
-    assert found.find(task="misprediction", metric="aurc")[0]["value"] == 0
+    assert 'every prediction on "test" is correct: misclassification AUROC is undefined' in found.notes
+    assert found.find(task="misclassification", metric="auroc")[0]["value"] is None
+    assert found.find(task="misclassification", metric="aurc")[0]["value"] == 0
     some = pa.array([0] * 200 + [None] * (len(table()) - 200), pa.int64())
     found = evaluate(table().set_column(3, "label", some), ["good"], ROLES, resamples=0)
-    assert '100 of 300 rows of "test" have no label: misprediction leaves them out' in found.notes
+    assert '100 of 300 rows of "test" have no label: misclassification leaves them out' in found.notes
 
 
 def test_few_positives_and_missing_roles_are_noted():
@@ -247,7 +247,7 @@ def test_few_positives_and_missing_roles_are_noted():
     assert any("no out-of-distribution rows" in note for note in only.notes)
     outside = evaluate(small.slice(300), ["good"], {"mnist": "far"}, resamples=0)
     assert any("no in-distribution rows" in note for note in outside.notes)
-    assert outside.records == []
+    assert outside.metrics == []
 
 
 def test_json_round_trip(evaluation):

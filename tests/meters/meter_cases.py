@@ -34,7 +34,7 @@ CASES = {
     "FPRAtTPR": Case(M.FPRAtTPR, F.fpr_at_tpr, higher_is_better=False),
     "FPRAtTPR in": Case(M.FPRAtTPR, F.fpr_at_tpr, {"rate": 0.8, "positive": "in"}, higher_is_better=False),
     "AURC": Case(M.AURC, F.aurc, higher_is_better=False),
-    "EAURC": Case(M.EAURC, F.eaurc, higher_is_better=False),
+    "EAURC": Case(M.EAURC, F.e_aurc, higher_is_better=False),
     "AUGRC": Case(M.AUGRC, F.augrc, higher_is_better=False),
     "AccuracyAtCoverage": Case(M.AccuracyAtCoverage, F.accuracy_at_coverage, {"coverage": 0.6}),
     "CoverageAtRisk": Case(M.CoverageAtRisk, F.coverage_at_risk, {"risk": 0.3}),

@@ -19,7 +19,17 @@ from lightning_gradmetrics.meters.functional import curves as C
 from lightning_gradmetrics.meters.functional import ranking as R
 from lightning_gradmetrics.meters.functional.counts import count, flip
 
-COUNTED = [F.auroc, F.aurc, F.eaurc, F.augrc, F.average_precision, F.fpr_at_tpr, F.accuracy_at_coverage, F.auac, F.aufc]
+COUNTED = [
+    F.auroc,
+    F.aurc,
+    F.e_aurc,
+    F.augrc,
+    F.average_precision,
+    F.fpr_at_tpr,
+    F.accuracy_at_coverage,
+    F.auac,
+    F.aufc,
+]
 SHAPES = {
     "normal": lambda z: z,
     "tiny": lambda z: z * 1e-30,
@@ -122,7 +132,7 @@ def test_ties_are_the_mean_over_all_orders(pairs):
     assert F.aufc(scores, target).item() == pytest.approx(mean_over_orders(scores, target, brute_f1), abs=1e-6)
     assert F.auac(scores, target).item() == pytest.approx(1 - F.aurc(scores, target).item(), abs=1e-6)
     oracle = brute_aurc(sorted(target.tolist()))
-    assert F.eaurc(scores, target).item() == pytest.approx(F.aurc(scores, target).item() - oracle, abs=1e-6)
+    assert F.e_aurc(scores, target).item() == pytest.approx(F.aurc(scores, target).item() - oracle, abs=1e-6)
     for coverage in (0.01, 0.5, 0.8, 1.0):
         k = math.ceil(coverage * len(pairs) - 1e-9)
         right = mean_over_orders(scores, target, lambda order, k=k: 1 - np.mean(order[:k]))
@@ -145,7 +155,7 @@ def test_identities_and_invariances(pairs):
             torch.testing.assert_close(metric(scores[order], target[order]), metric(scores, target))
     else:
         assert generalised == pytest.approx(rate**2 / 2, abs=1e-6)
-    assert 0 <= F.eaurc(scores, target) <= F.aurc(scores, target) + 1e-6
+    assert 0 <= F.e_aurc(scores, target) <= F.aurc(scores, target) + 1e-6
 
 
 @settings(max_examples=60, deadline=None)
@@ -169,7 +179,7 @@ def test_hand_computed():
     assert F.auroc(scores, target) == 0.75
     assert F.average_precision(scores, target).item() == pytest.approx(5 / 6)
     assert F.aurc(scores, target).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
-    assert F.eaurc(scores, target).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4 - (1 / 3 + 1 / 2) / 4)
+    assert F.e_aurc(scores, target).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4 - (1 / 3 + 1 / 2) / 4)
     assert F.augrc(scores, target).item() == pytest.approx(0.25 * 0.25 + 0.125)
     coverage, risk, thresholds = F.risk_coverage_curve(scores, target)
     assert coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
@@ -260,7 +270,7 @@ def test_one_class_only(target):
         warnings.simplefilter("error")
         wrong = bool(target[0])
         assert F.aurc(scores, target) == float(wrong)
-        assert F.eaurc(scores, target) == 0
+        assert F.e_aurc(scores, target) == 0
         assert F.augrc(scores, target) == 0.5 * wrong
         assert F.coverage_at_risk(scores, target) == 1 - wrong
         assert F.average_precision(scores, target, positive="out" if wrong else "in").item() == pytest.approx(1)

@@ -131,7 +131,7 @@ def _dataset(table: pa.Table, name: str, role: str, labelled: bool) -> dict[str,
         "role": role,
         "rows": len(table),
         "not_finite": int((~np.asarray(table["finite"])).sum()),
-        "labelled": labelled,
+        "labelled": len(table) if labelled else 0,
         "accuracy": float(right.mean()) if labelled and role == "id" and len(right) else None,
         "description": f"made-up rows of {name}",
     }
@@ -146,7 +146,7 @@ def _metrics(tables: dict[str, pa.Table], sets: Any, names: list[str], intervals
                 table = tables[name].filter(tables[name]["finite"])
                 wrong = np.asarray(table["prediction"]) != np.asarray(table["label"])
                 entries += _pair(
-                    score, "misprediction", name, ("auroc", "aurc"), np.asarray(table[score]), wrong, intervals
+                    score, "misclassification", name, ("auroc", "aurc"), np.asarray(table[score]), wrong, intervals
                 )
             elif role != "id" and inside:
                 both = pa.concat_tables([*inside, tables[name]])
@@ -174,7 +174,9 @@ def _pair(
             "score": score,
             "task": task,
             "dataset": dataset,
-            "group": "id" if task == "misprediction" else {name: role for name, role, *_ in SETS}.get(dataset, "far"),
+            "group": "id"
+            if task == "misclassification"
+            else {name: role for name, role, *_ in SETS}.get(dataset, "far"),
             "metric": metric,
             "value": value,
             "low": value - 0.021 if intervals else None,
@@ -183,7 +185,9 @@ def _pair(
             "count_negative": int((~positive).sum()),
             "a_key_from_the_future": [1, 2],
         }
-        for metric, value in zip(metrics, (area, (1 - area) * (0.3 if task == "misprediction" else 1.2)), strict=True)
+        for metric, value in zip(
+            metrics, (area, (1 - area) * (0.3 if task == "misclassification" else 1.2)), strict=True
+        )
     ]
 
 

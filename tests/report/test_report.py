@@ -152,7 +152,7 @@ def test_statements_verdicts_and_the_best_of_each_family_are_told(full):
     part = section(tree, "What the figures say")
     assert [item.text for item in part.find("li")] == content["statements"]
     best, compared = part.find("table")
-    assert next(row.cells[0] for row in best.find("tbody")[0].find("tr")) == "misprediction AUROC on digits"
+    assert next(row.cells[0] for row in best.find("tbody")[0].find("tr")) == "misclassification AUROC on digits"
     verdicts = [node.text for node in compared.find("span", class_="verdict")]
     assert sorted(verdicts) == sorted(entry["verdict"] for entry in content["comparisons"])
     entry = content["comparisons"][0]
@@ -282,7 +282,7 @@ def test_a_group_of_one_set_is_not_repeated_and_a_group_of_two_is_shown(tmp_path
 def test_missing_optional_parts_leave_no_gap(tmp_path):
     gone = dict.fromkeys(("created", "command", "environment", "model", "notes", "timing", "statements", "comparisons"))
     scores = [{"name": "entropy", "family": "baseline"}, {"name": "gradnorm", "family": "gradient"}]
-    datasets = [{"name": name, "role": role, "labelled": labelled} for name, role, _, labelled in SETS]
+    datasets = [{"name": name, "role": role, "labelled": int(labelled)} for name, role, _, labelled in SETS]
     changes = {**gone, "scores": scores, "datasets": datasets}
     tree = page(tmp_path, baselines=("entropy",), gradients=("gradnorm",), changes=changes)
     assert section(tree, "Notes") is None
@@ -291,15 +291,15 @@ def test_missing_optional_parts_leave_no_gap(tmp_path):
     assert "None" not in tree.find("body")[0].text and "nan" not in tree.find("main")[0].text
 
 
-def test_without_labels_misprediction_is_left_out_with_a_word(tmp_path):
+def test_without_labels_misclassification_is_left_out_with_a_word(tmp_path):
     tree = page(tmp_path, sets=[(name, role, rows, False) for name, role, rows, _ in SETS], **FEW)
-    assert "Misprediction" not in section(tree, "Scores").find("thead")[0].text
+    assert "Misclassification" not in section(tree, "Scores").find("thead")[0].text
     assert section(tree, "Finding wrong predictions") is None
     assert "No in-distribution data set has labels" in section(tree, "Notes").text
     assert "Medians: digits " in tree.find("svg")[0].attributes["aria-label"]
 
 
-def test_without_other_data_only_misprediction_is_judged(tmp_path):
+def test_without_other_data_only_misclassification_is_judged(tmp_path):
     tree = page(tmp_path, sets=SETS[:1], **FEW)
     assert section(tree, "Finding out-of-distribution samples") is None
     assert section(tree, "Finding wrong predictions") is not None

@@ -13,7 +13,7 @@ from lightning_gradmetrics.meters.functional.selective import (
     augrc,
     aurc,
     coverage_at_risk,
-    eaurc,
+    e_aurc,
     risk_coverage_curve,
 )
 from lightning_gradmetrics.meters.functional.summary import calibration_error, distribution, spearman
@@ -29,7 +29,7 @@ __all__ = [
     "calibration_error",
     "coverage_at_risk",
     "distribution",
-    "eaurc",
+    "e_aurc",
     "fpr_at_tpr",
     "oscr",
     "oscr_samples",

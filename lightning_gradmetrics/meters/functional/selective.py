@@ -21,8 +21,8 @@ __all__ = [
     "aurc_of_counts",
     "coverage_at_risk",
     "coverage_at_risk_of_counts",
-    "eaurc",
-    "eaurc_of_counts",
+    "e_aurc",
+    "e_aurc_of_counts",
     "harmonic_steps",
     "oracle_counts",
     "risk_coverage_curve",
@@ -99,7 +99,7 @@ def oracle_counts(counts: Counts) -> Counts:
     return Counts(order, torch.stack([counts.negatives, none], -1), torch.stack([none, counts.positives], -1))
 
 
-def eaurc(scores: Tensor, target: Tensor) -> Tensor:
+def e_aurc(scores: Tensor, target: Tensor) -> Tensor:
     """Excess AURC: AURC less that of a perfect score with as many errors.
 
     Args:
@@ -113,16 +113,16 @@ def eaurc(scores: Tensor, target: Tensor) -> Tensor:
         ValueError: If a shape or a value is wrong.
 
     Example:
-        >>> eaurc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))
+        >>> e_aurc(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))
         tensor(0.)
 
     Reference:
         Geifman, Uziel, El-Yaniv: Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, ICLR 2019.
     """
-    return announce_undefined(eaurc_of_counts(count(scores, target)), "E-AURC", SOME)
+    return announce_undefined(e_aurc_of_counts(count(scores, target)), "E-AURC", SOME)
 
 
-def eaurc_of_counts(counts: Counts, area: Tensor | None = None) -> Tensor:
+def e_aurc_of_counts(counts: Counts, area: Tensor | None = None) -> Tensor:
     """Excess AURC of counts, ``(...)``, from their AURC where that is known; NaN without samples."""
     area = aurc_of_counts(counts) if area is None else area
     return (area - aurc_of_counts(oracle_counts(counts))).clamp(min=0)

@@ -1,4 +1,4 @@
-"""What is judged against what: contrasts between rows of a results table."""
+"""What is judged against what: tasks between rows of a results table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-__all__ = ["ID", "Contrast", "Rows", "contrasts_of", "finite_rows", "float_column", "rows_of"]
+__all__ = ["ID", "DetectionTask", "Rows", "tasks_of", "finite_rows", "float_column", "rows_of"]
 
 ID = "id"
 """The role of in-distribution data. Any other word names a group of out-of-distribution data."""
@@ -25,15 +25,15 @@ class Rows:
         dataset: Its name.
         role: ``"id"``, or the name of an out-of-distribution group.
         scores: Each score, ``(n,)`` in float64.
-        wrong: ``(n,)`` bool, the prediction is not the label; ``None`` without labels.
+        incorrect: ``(n,)`` bool, the prediction differs from the label; false without a label.
         labelled: ``(n,)`` bool, the row has a label.
-        total: The number of rows in the table, with those that are left out.
+        total: The number of rows in the table, including those that are not finite.
     """
 
     dataset: str
     role: str
     scores: Mapping[str, Tensor]
-    wrong: Tensor
+    incorrect: Tensor
     labelled: Tensor
     total: int
 
@@ -41,25 +41,25 @@ class Rows:
         return len(self.labelled)
 
     def summary(self) -> dict[str, Any]:
-        """Counts that a reader of the metrics needs beside them."""
+        """How many rows there are, how many are judged, and the accuracy."""
         labelled = int(self.labelled.sum())
         known = self.role == ID and labelled
         return {
-            "dataset": self.dataset,
+            "name": self.dataset,
             "role": self.role,
             "rows": self.total,
-            "left_out": self.total - len(self),
+            "not_finite": self.total - len(self),
             "labelled": labelled,
-            "accuracy": 1 - int((self.wrong & self.labelled).sum()) / labelled if known else None,
+            "accuracy": 1 - int((self.incorrect & self.labelled).sum()) / labelled if known else None,
         }
 
 
 @dataclass(frozen=True)
-class Contrast:
+class DetectionTask:
     """One question put to every score: positives against negatives.
 
     Args:
-        task: ``"misprediction"`` or ``"ood"``.
+        task: ``"misclassification"`` or ``"ood"``.
         dataset: The data set that is judged.
         group: Its role.
         parts: The data sets that the rows come from, and which rows of each, ``(n_i,)`` bool.
@@ -73,11 +73,11 @@ class Contrast:
     target: Tensor
 
     def values(self, rows: Mapping[str, Rows], score: str) -> Tensor:
-        """``(n,)``, a score on the rows of this contrast."""
+        """``(n,)``, a score on the rows of this task."""
         return torch.cat([rows[name].scores[score][mask] for name, mask in self.parts])
 
     def weights(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """``(B, n)``, how often each row of this contrast is in each resample."""
+        """``(B, n)``, how often each row of this task is in each resample."""
         return torch.cat([weights[name][:, mask] for name, mask in self.parts], 1)
 
 
@@ -153,7 +153,7 @@ def _rows(results: pa.Table, columns: Mapping[str, Any], dataset: str, role: str
         dataset=dataset,
         role=role,
         scores={name: torch.from_numpy(column[keep]) for name, column in columns.items()},
-        wrong=torch.from_numpy(labelled & (label != prediction)),
+        incorrect=torch.from_numpy(labelled & (label != prediction)),
         labelled=torch.from_numpy(labelled),
         total=int(here.sum()),
     )
@@ -166,22 +166,22 @@ def _row_notes(rows: Rows) -> list[str]:
         return [f"data set {name} has no rows: it is left out"]
     notes = [f"{left_out} of {rows.total} rows of {name} are not finite and were left out"] if left_out else []
     if rows.role == ID and len(rows) and unlabelled == len(rows):
-        notes.append(f"data set {name} has no labels: misprediction is left out")
+        notes.append(f"data set {name} has no labels: misclassification is left out")
     elif rows.role == ID and unlabelled:
-        notes.append(f"{unlabelled} of {len(rows)} rows of {name} have no label: misprediction leaves them out")
+        notes.append(f"{unlabelled} of {len(rows)} rows of {name} have no label: misclassification leaves them out")
     return notes
 
 
-def contrasts_of(rows: Mapping[str, Rows]) -> tuple[list[Contrast], list[str]]:
-    """The contrasts that the data allow, and notes on those that they do not.
+def tasks_of(rows: Mapping[str, Rows]) -> tuple[list[DetectionTask], list[str]]:
+    """The tasks that the data allow, and notes on those that they do not.
 
-    Misprediction: the errors of an in-distribution data set against its right predictions. Out-of-distribution: the
+    Misclassification: the errors of an in-distribution data set against its correct predictions. Out-of-distribution: the
     rows of a data set against those of all in-distribution data sets.
     """
     inside = [part for part in rows.values() if part.role == ID and len(part)]
     outside = [part for part in rows.values() if part.role != ID and len(part)]
-    contrasts = [_misprediction(part) for part in inside if bool(part.labelled.any())]
-    notes = [note for contrast in contrasts for note in _one_class_notes(contrast)]
+    tasks = [_misclassification(part) for part in inside if bool(part.labelled.any())]
+    notes = [note for task in tasks for note in _one_class_notes(task)]
     if outside and not inside:
         notes.append(
             "no in-distribution rows: out-of-distribution detection is left out; give a data set the role 'id'"
@@ -189,24 +189,26 @@ def contrasts_of(rows: Mapping[str, Rows]) -> tuple[list[Contrast], list[str]]:
     elif not outside:
         notes.append("no out-of-distribution rows: out-of-distribution detection is left out")
     if inside:
-        contrasts += [_ood(part, inside) for part in outside]
-    return contrasts, notes
+        tasks += [_ood(part, inside) for part in outside]
+    return tasks, notes
 
 
-def _misprediction(part: Rows) -> Contrast:
-    return Contrast("misprediction", part.dataset, ID, ((part.dataset, part.labelled),), part.wrong[part.labelled])
+def _misclassification(part: Rows) -> DetectionTask:
+    return DetectionTask(
+        "misclassification", part.dataset, ID, ((part.dataset, part.labelled),), part.incorrect[part.labelled]
+    )
 
 
-def _ood(part: Rows, inside: Sequence[Rows]) -> Contrast:
+def _ood(part: Rows, inside: Sequence[Rows]) -> DetectionTask:
     parts = [*inside, part]
     everything = tuple((each.dataset, torch.ones(len(each), dtype=torch.bool)) for each in parts)
     target = torch.cat([torch.full((len(each),), each is part) for each in parts])
-    return Contrast("ood", part.dataset, part.role, everything, target)
+    return DetectionTask("ood", part.dataset, part.role, everything, target)
 
 
-def _one_class_notes(contrast: Contrast) -> list[str]:
-    wrong, total = int(contrast.target.sum()), len(contrast.target)
-    if 0 < wrong < total:
+def _one_class_notes(task: DetectionTask) -> list[str]:
+    incorrect, total = int(task.target.sum()), len(task.target)
+    if 0 < incorrect < total:
         return []
-    what = "right" if not wrong else "wrong"
-    return [f'every prediction on "{contrast.dataset}" is {what}: misprediction AUROC is undefined']
+    what = "incorrect" if incorrect else "correct"
+    return [f'every prediction on "{task.dataset}" is {what}: misclassification AUROC is undefined']
