@@ -129,12 +129,12 @@ def evaluate(
     _check(scores, baselines, rate, resamples, level)
     rows, notes = rows_of(results, list(scores), roles)
     tasks, more = tasks_of(rows)
-    records = [
-        _record(task, score, *item)
-        for task in tasks
-        for score in scores
-        for item in metrics_of(task.task, count(task.values(rows, score), task.target), rate).items()
-    ]
+    records = []
+    for task in tasks:
+        for score in scores:
+            counts = count(task.values(rows, score), task.target)
+            for metric, value in metrics_of(task.task, counts, rate).items():
+                records.append(_record(task, score, metric, value))
     replicates = replicate(rows, tasks, scores, rate, resamples, seed, progress) if resamples else {}
     means, replicates = _with_groups(records, replicates)
     records = [_with_interval(record, replicates, level) for record in (*records, *means)]
