@@ -20,7 +20,8 @@ from lightning_gradmetrics.engine.record import Recorder
 from lightning_gradmetrics.engine.reference import loss_gradients, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.tracer import Probe, Tracer
-from lightning_gradmetrics.engine.uses import RowsUse, Use
+from lightning_gradmetrics.engine.uses import RowsUse, ScaledUse, Use
+from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "sample_uses"]
@@ -105,9 +106,8 @@ def _piece(task: Task, strategy: _Strategy) -> list[Moments]:
 
 def _uses(task: Task, strategy: _Strategy) -> dict[str, Use]:
     uses: dict[str, Use] = {}
-    for _ in _backwards(replace(task, losses=task.losses[:1]), strategy.plan, uses.__setitem__):
-        pass
-    uses = {name: use for name, use in uses.items() if name in strategy.fast}
+    (undo,) = list(_backwards(replace(task, losses=task.losses[:1]), strategy.plan, uses.__setitem__))
+    uses = {name: ScaledUse(use, undo) for name, use in uses.items() if name in strategy.fast}
     if strategy.slow:
         uses |= {name: RowsUse(g) for name, g in _slow_gradients(task.restricted(strategy.slow)).items()}
     return uses
@@ -140,7 +140,10 @@ def _slow_moments(task: Task) -> list[Moments]:
 
 
 def fast_moments(task: Task, plan: Plan, probe: Probe | None = None) -> list[Moments]:
-    """The moments of parameters that the plan covers; ``probe`` is filled in a run that verifies it."""
+    """The moments of parameters that the plan covers; ``probe`` is filled in a run that verifies it.
+
+    With a probe they are those of the scaled gradients that :meth:`Task.unit_losses` gives, else of the gradients.
+    """
     results = empty_moments(task, task.size)
     columns = {name: index for index, name in enumerate(task.parameters)}
     current = 0
@@ -151,13 +154,16 @@ def fast_moments(task: Task, plan: Plan, probe: Probe | None = None) -> list[Mom
         for key, value in use.moments(task.wanted).items():
             results[current][key][:, columns[name]] = value
 
-    for current, _ in enumerate(_backwards(task, plan, sink, probe)):  # noqa: B007 - the sink reads it
-        pass
-    return results
+    undone = []
+    for current, undo in enumerate(_backwards(task, plan, sink, probe)):  # noqa: B007 - the sink reads it
+        undone.append(undo)
+    if probe is not None:
+        return results
+    return [rescaled_moments(result, undo) for result, undo in zip(results, undone, strict=True)]
 
 
 def _backwards(task: Task, plan: Plan, sink: Callable[[str, Use], None], probe: Probe | None = None) -> Any:
-    """Run one forward, then yield before each objective's backward."""
+    """Run one forward, then yield before each objective's backward: the factors that undo the scale of its gradients."""
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
     known = {name: p for name, p in task.model.named_parameters() if frozenset([name]) in plan.roots.values()}
@@ -165,10 +171,10 @@ def _backwards(task: Task, plan: Plan, sink: Callable[[str, Use], None], probe: 
     tracer.probe = probe
     with tracer:
         logits = task.forward()
-    losses = [task.loss(index, logits).sum() for index in range(len(task.losses))]
-    for index, loss in enumerate(losses):
-        yield index
-        tracer.backward(loss, last=index == len(losses) - 1)
+    scaled = [task.unit_losses(index, logits) for index in range(len(task.losses))]
+    for index, (losses, undo) in enumerate(scaled):
+        yield undo
+        tracer.backward(losses.sum(), last=index == len(scaled) - 1)
 
 
 # -- choosing a strategy ----------------------------------------------------------------------------------------------
@@ -250,7 +256,7 @@ def _verified(task: Task) -> _Strategy:
 
 
 def _record(task: Task) -> tuple[Recorder, list[Tensor]]:
-    """A recorded forward with its graph, and the losses of each objective."""
+    """A recorded forward with its graph, and the scaled losses of each objective."""
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
     for parameter in task.parameters.values():
@@ -258,7 +264,7 @@ def _record(task: Task) -> tuple[Recorder, list[Tensor]]:
     recorder = Recorder(task.parameters)
     with recorder:
         logits = task.forward()
-    return recorder, [task.loss(index, logits) for index in range(len(task.losses))]
+    return recorder, [task.unit_losses(index, logits)[0] for index in range(len(task.losses))]
 
 
 def _reference_gradients(task: Task, losses: Sequence[Tensor]) -> list[dict[str, Tensor]]:

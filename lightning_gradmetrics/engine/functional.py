@@ -6,10 +6,12 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, vjp, vmap
 
 from lightning_gradmetrics.classifier.forward import map_tensors
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
+from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
+from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows, unit_scale
 from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
 
 __all__ = ["functional_gradients", "functional_moments"]
@@ -29,27 +31,42 @@ def functional_moments(task: Task) -> list[Moments]:
 def _chunk_moments(task: Task) -> list[Moments]:
     found = []
     for index in range(len(task.losses)):
-        rows = [gradient_moments(gradient, task.wanted) for gradient in functional_gradients(task, index).values()]
-        found.append({key: torch.stack([row[key] for row in rows], 1) for key in task.wanted})
+        gradients, undo = _unit_gradients(task, index)
+        rows = [gradient_moments(gradient, task.wanted) for gradient in gradients.values()]
+        moments = {key: torch.stack([row[key] for row in rows], 1) for key in task.wanted}
+        found.append(rescaled_moments(moments, undo))
     return found
 
 
 def functional_gradients(task: Task, index: int) -> dict[str, Tensor]:
     """Every sample's gradient of one objective, ``{name: (N, ...)}``."""
+    gradients, undo = _unit_gradients(task, index)
+    return {name: rescaled_rows(gradient, undo) for name, gradient in gradients.items()}
+
+
+def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Every sample's gradient, scaled by a power of two, and the factors ``(N,)`` that undo the scale."""
     parameters = {name: p.detach() for name, p in task.parameters.items()}
     state = {name: p.detach() for name, p in task.model.named_parameters() if name not in parameters}
     state |= dict(task.model.named_buffers())
 
-    def loss(chosen: dict[str, Tensor], inputs: object, target: Tensor | None) -> Tensor:
-        batch = map_tensors(inputs, lambda t: t.unsqueeze(0))
-        arguments = (batch,) if isinstance(batch, (Tensor, dict)) else tuple(batch)
-        kwargs = arguments[0] if isinstance(batch, dict) else {}
-        output = functional_call(task.model, {**state, **chosen}, () if kwargs else arguments, kwargs)
-        targets = None if target is None else target[None]
-        return task.losses[index](targets)(task.logits(output)).sum()
+    def gradients(inputs: object, target: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        def forward(chosen: dict[str, Tensor]) -> Tensor:
+            batch = map_tensors(inputs, lambda t: t.unsqueeze(0))
+            arguments = (batch,) if isinstance(batch, (Tensor, dict)) else tuple(batch)
+            kwargs = arguments[0] if isinstance(batch, dict) else {}
+            output = functional_call(task.model, {**state, **chosen}, () if kwargs else arguments, kwargs)
+            return task.logits(output)
 
-    in_dims = (None, 0, None if task.targets is None else 0)
+        logits, pull = vjp(forward, parameters)
+        loss = task.losses[index](None if target is None else target[None])
+        gradient = grad(lambda z: loss(z).sum())(at_least_float32(logits)).to(accumulator(logits))
+        scale = unit_scale(gradient)
+        (found,) = pull((gradient * scale[:, None]).to(logits.dtype))
+        return found, 1 / scale[0]
+
+    in_dims = (0, None if task.targets is None else 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
-        mapped = vmap(grad(loss), in_dims, randomness="same")
-        return mapped(parameters, task.inputs, task.targets)  # type: ignore[no-any-return]
+        mapped = vmap(gradients, in_dims, randomness="same")
+        return mapped(task.inputs, task.targets)  # type: ignore[no-any-return]

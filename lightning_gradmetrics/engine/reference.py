@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
+from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
 
 __all__ = ["loss_gradients", "reference_moments"]
@@ -25,9 +26,11 @@ def _sample_moments(task: Task) -> list[Moments]:
     """The moments ``(1, P)`` of each objective's gradient."""
     logits, found = task.forward(), []
     for index in range(len(task.losses)):
-        gradients = loss_gradients(task.loss(index, logits).sum(), list(task.parameters.values()))
+        losses, undo = task.unit_losses(index, logits)
+        gradients = loss_gradients(losses.sum(), list(task.parameters.values()))
         rows = [gradient_moments(gradient[None], task.wanted) for gradient in gradients]
-        found.append({key: torch.stack([row[key] for row in rows], 1) for key in task.wanted})
+        moments = {key: torch.stack([row[key] for row in rows], 1) for key in task.wanted}
+        found.append(rescaled_moments(moments, undo))
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors
 from lightning_gradmetrics.gradients.objectives import Loss
+from lightning_gradmetrics.gradients.scaling import unit_losses
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 __all__ = ["Task", "empty_moments", "joined"]
@@ -76,6 +77,10 @@ class Task:
     def loss(self, index: int, logits: Tensor) -> Tensor:
         """The losses ``(N,)`` of one objective."""
         return self.losses[index](self.targets)(logits)
+
+    def unit_losses(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses ``(N,)`` whose gradients are scaled by a power of two per sample, and the factors that undo it."""
+        return unit_losses(self.losses[index](self.targets), logits)
 
 
 def empty_moments(task: Task, size: int = 0) -> list[Moments]:

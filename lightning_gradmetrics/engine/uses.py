@@ -18,9 +18,21 @@ from lightning_gradmetrics.engine.kernels import (
     linear_moments,
     row_moments,
 )
+from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
 
-__all__ = ["ConvUse", "DerivedUse", "EmbeddingUse", "LinearUse", "RowsUse", "SumUse", "Use", "combined", "merge_rows"]
+__all__ = [
+    "ConvUse",
+    "DerivedUse",
+    "EmbeddingUse",
+    "LinearUse",
+    "RowsUse",
+    "ScaledUse",
+    "SumUse",
+    "Use",
+    "combined",
+    "merge_rows",
+]
 
 ENTRIES = 1_500_000
 """Gradient entries materialised at a time, so that they stay in cache for the reductions."""
@@ -226,6 +238,35 @@ class DerivedUse:
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         return chunked_moments(self, wanted)
+
+
+@dataclass(frozen=True)
+class ScaledUse:
+    """A use whose gradients are multiplied by one factor per sample.
+
+    Args:
+        use: The use.
+        factors: ``(N,)``.
+    """
+
+    use: Use
+    factors: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return self.use.shape
+
+    def __len__(self) -> int:
+        return len(self.use)
+
+    def rows(self, start: int, stop: int) -> ScaledUse:  # noqa: D102
+        return ScaledUse(self.use.rows(start, stop), self.factors[start:stop])
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        return rescaled_rows(self.use.gradient(), self.factors)
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        return rescaled_moments(self.use.moments(wanted), self.factors)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""Objectives: the per-sample losses whose gradients are measured.
+"""Objectives: the per-sample losses that are differentiated.
 
-An objective maps logits ``(N, C)`` to losses ``(N,)``, one a sample. It never averages over the batch: a mean would put a hidden
-``1/N`` on every gradient.
+An objective maps logits ``(N, C)`` to one loss per sample, ``(N,)``. It never averages over the batch: a mean would put a
+hidden ``1/N`` on every gradient.
+
+No objective computes ``1 - p``. That difference has no digits left where the softmax rounds to 1, which in float32 begins
+at a logit gap of 15. The cross-entropy to a class ``c`` is computed as ``softplus(logsumexp of the other logits - z_c)``.
 """
 
 from __future__ import annotations
@@ -15,14 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
+
 __all__ = [
     "OBJECTIVES",
     "Loss",
     "Objective",
     "class_loss",
+    "class_residual",
     "confounding",
     "confounding_logits",
     "label",
+    "log_probabilities",
     "pseudo_label",
     "ranked_class",
     "uniform",
@@ -30,6 +37,15 @@ __all__ = [
 
 Loss = Callable[[Tensor], Tensor]
 """Logits ``(N, C)`` to losses ``(N,)``."""
+
+IGNORED = -100
+"""The label of samples without a loss, as in :func:`torch.nn.functional.cross_entropy`."""
+
+LINEAR = 40.0
+"""Where ``softplus(x)`` becomes ``x``: ``exp(-40)`` is below the precision of float64, ``exp(40)`` within float32."""
+
+OF_CLASSES = frozenset({"pseudo_label", "uniform", "confounding", "label", "class", "ranked_class"})
+"""Objectives of the softmax, which is constant for a single class."""
 
 
 def pseudo_label(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -39,37 +55,72 @@ def pseudo_label(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
 
 def uniform(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Cross-entropy to the uniform distribution, ``-mean_c log softmax(z / T)_c``; ``(N, C) -> (N,)``."""
-    return -F.log_softmax(logits / temperature, 1).mean(1)
+    return -F.log_softmax(at_least_float32(logits) / temperature, 1).mean(1)
 
 
 def confounding(logits: Tensor) -> Tensor:
-    """Binary cross-entropy of the softmax to a label of ones, ``-sum_c log softmax(z)_c``; ``(N, C) -> (N,)``.
-
-    The logarithm of the softmax is taken in one step, so that nothing underflows at large logit gaps.
-    """
-    return -F.log_softmax(logits, 1).sum(1)
+    """Binary cross-entropy of the softmax to a label of ones, ``-sum_c log softmax(z)_c``; ``(N, C) -> (N,)``."""
+    return -F.log_softmax(at_least_float32(logits), 1).sum(1)
 
 
 def confounding_logits(logits: Tensor) -> Tensor:
     """Binary cross-entropy with logits to a label of ones, ``-sum_c log sigmoid(z_c)``; ``(N, C) -> (N,)``."""
-    return F.softplus(-logits).sum(1)
+    return F.softplus(-at_least_float32(logits), threshold=LINEAR).sum(1)
 
 
 def label(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy to the true labels ``targets`` ``(N,)``; ``(N, C) -> (N,)``."""
-    return F.cross_entropy(logits, targets, reduction="none")
+    """Cross-entropy to the true labels ``targets`` ``(N,)``; ``(N, C) -> (N,)``. The label -100 has loss zero."""
+    known = targets != IGNORED
+    losses = class_loss(logits, targets.where(known, 0))
+    return losses.where(known, 0)
 
 
 def class_loss(logits: Tensor, index: int | Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Cross-entropy to a class: one for all samples, or one a sample ``(N,)``; ``(N, C) -> (N,)``."""
-    classes = torch.as_tensor(index, device=logits.device).expand(len(logits))
-    return -F.log_softmax(logits / temperature, 1).gather(1, classes[:, None])[:, 0]
+    """Cross-entropy to a class ``c``: one class for all samples, or one per sample ``(N,)``; ``(N, C) -> (N,)``.
+
+    Computed as ``softplus(logsumexp_{j != c} z_j / T - z_c / T)``: value and gradient keep their digits at any logit gap.
+    """
+    scaled = at_least_float32(logits) / temperature
+    classes = torch.as_tensor(index, device=logits.device).long().expand(len(logits))[:, None]
+    others = scaled.scatter(1, classes, -torch.inf).logsumexp(1)
+    return F.softplus(others - scaled.gather(1, classes)[:, 0], threshold=LINEAR)
 
 
 def ranked_class(logits: Tensor, rank: int) -> Tensor:
     """Cross-entropy to each sample's class of rank ``rank`` by its logits, 0 the likeliest; ``(N, C) -> (N,)``."""
     order = logits.detach().argsort(dim=1, descending=True, stable=True)
     return class_loss(logits, order[:, rank])
+
+
+def class_residual(logits: Tensor, classes: Tensor) -> Tensor:
+    """The gradient of the cross-entropy to a class per sample, ``softmax(z) - e_c``, without ``1 - p``.
+
+    Args:
+        logits: ``(N, C)``.
+        classes: ``(N,)``, class indices.
+
+    Returns:
+        ``(N, C)``; each row sums to zero.
+
+    Example:
+        >>> class_residual(torch.tensor([[50.0, 0.0, 0.0]]), torch.tensor([0]))
+        tensor([[-3.8575e-22,  1.9287e-22,  1.9287e-22]])
+    """
+    index = classes.long()[:, None]
+    others = torch.softmax(at_least_float32(logits), 1).scatter(1, index, 0.0)
+    return others.scatter(1, index, -others.sum(1, keepdim=True))
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """``log softmax(z)``, ``(N, C)``, with all digits for the likeliest class too, whose logarithm is close to zero.
+
+    Example:
+        >>> log_probabilities(torch.tensor([[50.0, 0.0]]))
+        tensor([[-1.9287e-22, -5.0000e+01]])
+    """
+    likeliest = logits.detach().argmax(1)
+    losses = class_loss(logits, likeliest)
+    return F.log_softmax(at_least_float32(logits), 1).scatter(1, likeliest[:, None], -losses[:, None])
 
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
@@ -139,12 +190,31 @@ class Objective:
             arguments["targets"] = targets
 
         def checked(logits: Tensor) -> Tensor:
-            losses = function(logits, **arguments)
+            self._check_classes(logits)
+            losses = function(logits, **arguments) if self.function is None else _precise(function, logits, arguments)
             if losses.shape != logits.shape[:1]:
                 raise ValueError(
                     f"objective {self.name!r} returned shape {tuple(losses.shape)} for logits of shape {tuple(logits.shape)}; "
-                    f"it must return one loss a sample, ({len(logits)},): use reduction='none'"
+                    f"it must return one loss per sample, ({len(logits)},): use reduction='none'"
                 )
             return losses
 
         return checked
+
+    def _check_classes(self, logits: Tensor) -> None:
+        if logits.shape[1] < 2 and self.function is None and self.name in OF_CLASSES:
+            raise ValueError(
+                f"objective {self.name!r} is constant for logits of shape {tuple(logits.shape)}: the softmax of one class "
+                "is 1. Allowed: two or more classes. For one logit z pass logits=, a callable that returns (0, z)"
+            )
+
+
+def _precise(function: Callable[..., Tensor], logits: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """A user's losses on float64 logits; on the logits' own type if the function holds tensors of that type."""
+    precise = logits.to(accumulator(logits))
+    if precise.dtype == logits.dtype:
+        return function(logits, **arguments)
+    try:
+        return function(precise, **arguments)
+    except RuntimeError:  # a product with float32 weights: if it was another error, it is raised again here
+        return function(logits, **arguments)

@@ -14,13 +14,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["STATISTICS", "GradientStatistics", "Moment", "Moments", "factor_moments", "gradient_moments", "moments_for"]
+from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32, result_dtype
+
+__all__ = [
+    "STATISTICS",
+    "GradientStatistics",
+    "Moment",
+    "Moments",
+    "accumulator",
+    "factor_moments",
+    "gradient_moments",
+    "moments_for",
+    "result_dtype",
+]
 
 Moment = Literal["sum", "max", "min"] | float
 Moments = dict[Moment, Tensor]
 
 STATISTICS = ("max", "min", "mean", "std", "l1", "l2", "linf")
 """The named statistics. ``l<p>`` with any other ``p > 0``, such as ``l3`` or ``l0.5``, is a p-norm too."""
+
+SPREAD = 1e-16
+"""The least standard deviation, relative to the root mean square of the entries."""
 
 
 def moments_for(statistics: Iterable[str]) -> frozenset[Moment]:
@@ -55,11 +70,6 @@ def _norm_moments(name: str) -> set[Moment]:
     return {"max", "min"} if math.isinf(p) else {p}
 
 
-def accumulator(tensor: Tensor) -> torch.dtype:
-    """The type that moments of ``tensor`` are kept in: float64, or float32 where the device has no float64."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def gradient_moments(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
     """Moments of materialised per-sample gradients.
 
@@ -74,9 +84,7 @@ def gradient_moments(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
         >>> gradient_moments(torch.tensor([[1.0, -2.0]]), ["max", 1.0])
         {'max': tensor([1.], dtype=torch.float64), 1.0: tensor([3.], dtype=torch.float64)}
     """
-    flat = gradient.reshape(len(gradient), math.prod(gradient.shape[1:]))
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
+    flat = at_least_float32(gradient.reshape(len(gradient), math.prod(gradient.shape[1:])))
     return {key: _moment(flat, key).to(accumulator(flat)) for key in wanted}
 
 
@@ -205,11 +213,18 @@ class GradientStatistics:
 
     @property
     def std(self) -> Tensor:
-        """Unbiased standard deviation of the entries, at least 1e-16; a single entry gives 1e-16."""
+        """Unbiased standard deviation of the entries.
+
+        It is at least :data:`SPREAD` times the root mean square of the entries, which is below rounding, so that equal
+        entries and a single entry have a positive one. The floor moves with the sample: the gradient of a confident sample
+        is small as a whole, and a constant floor would make all of them equal. For a zero gradient it is ``SPREAD``.
+        """
         total, square = self._moment("sum", "std"), self._moment(2.0, "std")
         count = self.count.to(total.device)
         variance = (square - total * total / count).clamp(min=0) / (count - 1).clamp(min=1)
-        return (variance + 1e-32).sqrt().to(self.dtype)
+        size = (square / count).sqrt()
+        floor = SPREAD * torch.where(size > 0, size, 1)
+        return torch.maximum(variance.sqrt(), floor).to(self.dtype)
 
     def norm(self, p: float = 2.0) -> Tensor:
         """The p-norm of the entries, ``(sum |x|^p)^(1/p)``, for ``p`` in ``(0, inf]``."""
@@ -221,8 +236,3 @@ class GradientStatistics:
         """A statistic by its name in :data:`STATISTICS`."""
         moments_for([name])
         return getattr(self, name) if name in ("max", "min", "mean", "std") else self.norm(float(name[1:]))  # type: ignore[no-any-return]
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of results for gradients of ``dtype``: float64 stays, everything else becomes float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -90,17 +90,20 @@ def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
 
 def residual_norms(probabilities: Tensor, p: float) -> Tensor:
     """``|p - e_c|_p`` of each class ``c`` for probabilities ``(N, C)``, without a ``(N, C, C)`` tensor: ``(N, C)``."""
-    others = _complement(probabilities)
+    others = _sums_of_others(probabilities)  # 1 - p
     if p == float("inf"):
         return torch.maximum(others, _largest_other(probabilities))
-    powers = probabilities.pow(p)
-    return ((powers.sum(1, keepdim=True) - powers).clamp(min=0) + others.pow(p)).pow(1 / p)
+    return (_sums_of_others(probabilities.pow(p)) + others.pow(p)).pow(1 / p)
 
 
-def _complement(probabilities: Tensor) -> Tensor:
-    """``1 - p``; of the likeliest class as the sum of the others, which keeps its digits where p rounds to 1."""
-    top = probabilities.argmax(1, keepdim=True)
-    return (1 - probabilities).scatter(1, top, probabilities.scatter(1, top, 0.0).sum(1, keepdim=True))
+def _sums_of_others(rows: Tensor) -> Tensor:
+    """For each entry of non-negative rows, the sum of the others, ``(N, C)``.
+
+    That of the largest entry is added up, since the difference from the total has no digits where the others are small.
+    """
+    top = rows.argmax(1, keepdim=True)
+    differences = (rows.sum(1, keepdim=True) - rows).clamp(min=0)
+    return differences.scatter(1, top, rows.scatter(1, top, 0.0).sum(1, keepdim=True))
 
 
 def _largest_other(probabilities: Tensor) -> Tensor:

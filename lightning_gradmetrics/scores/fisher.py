@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.objectives import class_residual
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
 
@@ -27,12 +28,10 @@ class kfac_influence:
         """The gradient of the logits, the probabilities, and the head's input with a one."""
         if not damping > 0:
             raise ValueError(f"damping is {damping}; it must be above 0, since G has a zero eigenvalue by construction")
-        probabilities = torch.softmax(evidence.logits, 1)
-        predicted = torch.nn.functional.one_hot(probabilities.argmax(1), probabilities.shape[1])
-        features = evidence.features
+        logits, features = evidence.logits, evidence.features
         return {
-            "output": probabilities - predicted.to(probabilities),
-            "probabilities": probabilities,
+            "output": class_residual(logits, logits.argmax(1)),
+            "probabilities": torch.softmax(logits, 1),
             "features": torch.cat([features, features.new_ones(len(features), 1)], 1),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.objectives import Objective, log_probabilities
 from lightning_gradmetrics.gradients.statistics import GradientStatistics
 from lightning_gradmetrics.scoring.evidence import Evidence, HeadGradient, Target
 from lightning_gradmetrics.scoring.registry import register
@@ -52,7 +52,7 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
     the negative entropy over C, zero for certain and for uniform predictions. The demo prints the score's negative, as
     a confidence.
     """
-    log_p = torch.log_softmax(evidence.logits, 1)
+    log_p = log_probabilities(evidence.logits)
     p = log_p.exp()
     output = p * (log_p - (p * log_p).sum(1, keepdim=True)) / p.shape[1]
     return _norm(evidence.features, 2) * _norm(output, 2)

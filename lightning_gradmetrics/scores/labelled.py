@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.objectives import class_residual
 from lightning_gradmetrics.scoring.evidence import Evidence, Target
 from lightning_gradmetrics.scoring.registry import register
 
@@ -29,7 +30,5 @@ def el2n(evidence: Evidence) -> Tensor:
     It needs the label of every sample. The paper averages over models early in training: this is one model's. It is
     GraNd on the head without the feature norm.
     """
-    probabilities = torch.softmax(evidence.logits, 1)
-    truth = torch.nn.functional.one_hot(evidence.labels.long(), probabilities.shape[1])
-    norm: Tensor = torch.linalg.vector_norm(probabilities - truth.to(probabilities), 2, 1)
+    norm: Tensor = torch.linalg.vector_norm(class_residual(evidence.logits, evidence.labels), 2, 1)
     return norm

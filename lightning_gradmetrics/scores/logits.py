@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.objectives import log_probabilities
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
 
@@ -21,7 +22,7 @@ def max_softmax(evidence: Evidence, *, temperature: float = 1.0) -> Tensor:
 @register("baseline", "Shannon 1948")
 def entropy(evidence: Evidence, *, temperature: float = 1.0) -> Tensor:
     r"""Entropy of the softmax in nats, ``-sum_c p_c log p_c``."""
-    log_p = torch.log_softmax(evidence.logits / temperature, 1)
+    log_p = log_probabilities(evidence.logits / temperature)
     return -(log_p.exp() * log_p).sum(1)
 
 

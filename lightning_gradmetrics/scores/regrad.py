@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import call, logits_of
 from lightning_gradmetrics.classifier.input_gradients import check_floats
 from lightning_gradmetrics.engine import gradient_statistics, select_parameters
-from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.objectives import Objective, log_probabilities
 from lightning_gradmetrics.scores.expected import class_order
 from lightning_gradmetrics.scoring.evidence import Evidence, Target, parameter_filter
 from lightning_gradmetrics.scoring.registry import register
@@ -29,7 +29,7 @@ class _MeanLogLikelihood(nn.Module):
     def forward(self, inputs: Tensor, classes: Tensor) -> Tensor:
         """The average; the gradient of it is the average of the gradients."""
         perturbed = (inputs[:, None] + self.noise).flatten(0, 1)
-        log_p = torch.log_softmax(logits_of(call(self.model, perturbed)), 1)
+        log_p = log_probabilities(logits_of(call(self.model, perturbed)))
         return log_p.view(len(inputs), len(self.noise), -1).mean(1).gather(1, classes)
 
 

@@ -1,0 +1,92 @@
+"""Loss scales: one power of two per sample, so that squares of small gradient entries do not underflow.
+
+The gradient of a confident sample has entries around ``exp(-gap)``; at a logit gap of 60 their squares are zero in float32.
+A power of two changes no digit of a floating-point number, so scaling the loss and the moments back is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.gradients.objectives import Loss
+from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
+from lightning_gradmetrics.gradients.statistics import Moments
+
+__all__ = ["logit_gradient", "rescaled_moments", "rescaled_rows", "unit_losses", "unit_scale"]
+
+
+def logit_gradient(loss: Loss, logits: Tensor) -> Tensor:
+    """The gradient of an objective with respect to the logits, ``(N, C)``; zero where the losses are constant.
+
+    Args:
+        loss: The objective.
+        logits: ``(N, C)``; no gradient flows into their graph.
+    """
+    wide = at_least_float32(logits.detach())
+    try:
+        return _gradient(loss, wide)
+    except RuntimeError:  # a callable that holds half-precision tensors; any other error is raised again
+        if wide.dtype == logits.dtype:
+            raise
+        return _gradient(loss, logits.detach())
+
+
+def _gradient(loss: Loss, values: Tensor) -> Tensor:
+    leaf = values.detach().requires_grad_()
+    losses = loss(leaf)
+    if not losses.requires_grad:
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(losses.sum(), leaf)[0]
+
+
+def unit_scale(gradient: Tensor) -> Tensor:
+    """The power of two ``(N,)`` that brings each row's largest absolute entry into [1/2, 1); 1 for zero and for NaN."""
+    largest = gradient.detach().abs().amax(1)
+    usable = largest.isfinite() & (largest > 0)
+    largest = torch.where(usable, largest, 0.5)
+    return torch.frexp(largest).mantissa / largest
+
+
+def unit_losses(loss: Loss, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses with the objective's gradient, scaled for each sample by a power of two to a largest entry in [1/2, 1).
+
+    Args:
+        loss: The objective.
+        logits: ``(N, C)``, with a graph.
+
+    Returns:
+        Losses ``(N,)``, linear in the logits, whose gradient is the scaled one; and ``(N,)`` the factors that undo the
+        scale: the objective's gradient is the factor times the gradient of these losses.
+
+    Example:
+        >>> logits = torch.tensor([[60.0, 0.0]], requires_grad=True)
+        >>> losses, undo = unit_losses(lambda z: torch.nn.functional.softplus(z[:, 1] - z[:, 0]), logits)
+        >>> torch.autograd.grad(losses.sum(), logits)[0] * undo[:, None]
+        tensor([[-8.7565e-27,  8.7565e-27]], dtype=torch.float64)
+    """
+    gradient = logit_gradient(loss, logits).to(accumulator(logits))
+    scale = unit_scale(gradient)
+    scaled = (gradient * scale[:, None]).to(logits.dtype)
+    return (logits * scaled).sum(1), 1 / scale
+
+
+def rescaled_rows(rows: Tensor, undo: Tensor) -> Tensor:
+    """Rows ``(N, ...)`` times the factors ``(N,)``."""
+    return rows * undo.to(rows.dtype).view(len(undo), *[1] * (rows.ndim - 1))
+
+
+def rescaled_moments(moments: Mapping[str | float, Tensor], undo: Tensor) -> Moments:
+    """The moments of gradients times positive factors.
+
+    Args:
+        moments: Moments of the gradients, ``(N,)`` or ``(N, P)``.
+        undo: The factors, ``(N,)``.
+    """
+    rescaled: Moments = {}
+    for key, value in moments.items():
+        factor = undo if isinstance(key, str) else undo.pow(key)
+        rescaled[key] = rescaled_rows(value, factor)  # type: ignore[index]
+    return rescaled
