@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_gradmetrics.engine.kernels.fused import fused_depthwise, fused_products, fused_rows, fused_supports
 from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square, form
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.reduction import chunked_moments
@@ -133,9 +134,12 @@ def conv_moments(
         >>> conv_moments(torch.ones(1, 1, 4), torch.ones(1, 1, 3), [2], [1], [0], [1], 1, ["sum"])
         {'sum': tensor([6.], dtype=torch.float64)}
     """
+    keys, spec = frozenset(wanted), (kernel_size, stride, padding, dilation)
+    if g.numel() and keys != {"sum"} and fused_supports(g, keys) and x.dtype == g.dtype:
+        return _fused(x, g, *spec, groups, keys)
     if g.dtype in (torch.float16, torch.bfloat16):
         g = g.float()
-    x, keys, spec = x.to(g.dtype), frozenset(wanted), (kernel_size, stride, padding, dilation)
+    x = x.to(g.dtype)
     channels, outputs = x.shape[1] // groups, g.shape[1] // groups
     if keys == {"sum"}:
         return {"sum": _total(x, g, *spec, groups)}
@@ -150,6 +154,23 @@ def conv_moments(
             found["sum"] = _total(x, g, *spec, groups)
         return {key: found[key] for key in keys}
     return _products(x, g, *spec, groups, keys)
+
+
+def _fused(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    keys: frozenset[Moment],
+) -> Moments:
+    """The moments on a CUDA device."""
+    if groups == g.shape[1] == x.shape[1]:
+        gradients = fused_depthwise(x, g, kernel_size, stride, padding, dilation)
+        return fused_rows(gradients.flatten(1), keys)
+    return fused_products(x, g, kernel_size, stride, padding, dilation, groups, keys)
 
 
 def _products(

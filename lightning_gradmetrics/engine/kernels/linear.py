@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.kernels.fused import fused_products, fused_supports
 from lightning_gradmetrics.engine.kernels.gram import form, linear_gram_pays, linear_square
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.reduction import chunked_moments, row_moments
@@ -47,9 +48,11 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
         >>> linear_moments(torch.ones(1, 3, 2), torch.ones(1, 3, 1), ["sum"])
         {'sum': tensor([6.], dtype=torch.float64)}
     """
+    keys = frozenset(wanted)
+    if g.numel() and keys != {"sum"} and fused_supports(g, keys) and a.dtype == g.dtype:
+        return fused_products(a.mT, g.mT, [1], [1], [0], [1], 1, keys, convolution=False)
     if g.dtype in (torch.float16, torch.bfloat16):
         a, g = a.float(), g.float()
-    keys = frozenset(wanted)
     if keys == {"sum"}:
         return {"sum": _total(a, g)}
     a = a.to(g.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.kernels.fused import fused_rows, fused_sums, fused_supports
 from lightning_gradmetrics.engine.kernels.native import native_rows, native_sums, supports
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, gradient_moments
 
@@ -34,6 +35,8 @@ def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
     keys = frozenset(wanted)
     if flat.numel() and supports(flat, keys):
         return native_rows(flat, keys)
+    if flat.numel() and fused_supports(flat, keys):
+        return fused_rows(flat, keys)
     return gradient_moments(flat, keys)
 
 
@@ -71,6 +74,8 @@ def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | 
         >>> position_sums(torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0))
         (tensor([[3., 3.]], dtype=torch.float64), tensor([[6., 6.]], dtype=torch.float64))
     """
+    if g.numel() and fused_supports(g, ()):
+        return fused_sums(g.flatten(2), None if x is None else x.flatten(2))
     dtype = torch.promote_types(g.dtype, g.dtype if x is None else x.dtype)
     dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     g, x = g.to(dtype), None if x is None else x.to(dtype)
