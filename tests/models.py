@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,8 +23,8 @@ def cnn(classes: int = 5) -> nn.Module:
         nn.Linear(6, classes),
     )
     with torch.no_grad():
-        model[1].running_mean.normal_()  # type: ignore[union-attr]
-        model[1].running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+        model[1].running_mean.normal_()  # type: ignore[union-attr,operator]
+        model[1].running_var.uniform_(0.5, 2)  # type: ignore[union-attr,operator]
     return model.eval()
 
 
@@ -58,8 +59,8 @@ class Module(LightningModule):
         self.forwards += 1
         return self.network(x)
 
-    def loss(self, batch: object) -> Tensor:
-        x, y = batch  # type: ignore[misc]
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
         return nn.functional.cross_entropy(self(x), y)
 
     def training_step(self, batch: object, batch_idx: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ Case = Callable[[], tuple[nn.Module, Tensor]]
 class Recurrent(nn.Module):
     """A recurrent layer and a head on everything it returns."""
 
-    def __init__(self, layer: nn.Module, select: Callable = lambda out: out[0], width: int = 40) -> None:
+    def __init__(self, layer: nn.Module, select: Callable[[Any], Tensor] = lambda out: out[0], width: int = 40) -> None:
         super().__init__()
         self.layer, self.select, self.head = layer, select, nn.Linear(width, 3)
 
@@ -101,6 +102,7 @@ class Raw(nn.Module):
         self.frozen = nn.Linear(5, 5).requires_grad_(False)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 4))
         self.register_buffer("index", torch.randint(0, 2, (6,)))
+        self.index: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         n = len(x)

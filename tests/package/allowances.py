@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 HABITS: dict[str, int] = {
-    "CONTRIBUTING.md": 2,
     "README.md": 5,
     "benchmarks": 5,
     "callback": 9,

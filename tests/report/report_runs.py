@@ -84,7 +84,7 @@ def _rows(
     label = np.where(
         wrong, (prediction + random.integers(1, classes, rows)) % classes if classes > 1 else 1, prediction
     )
-    doubt = random.normal(size=rows) + {"id": 2.0 * wrong, "near": 1.5}.get(role, 2.5)
+    doubt = random.normal(size=rows) + np.asarray({"id": 2.0 * wrong, "near": 1.5}.get(role, 2.5))
     finite = np.arange(rows) >= not_finite
     columns = {name: np.where(finite, _values(random, name, doubt, place), np.nan) for place, name in enumerate(names)}
     return pa.table(

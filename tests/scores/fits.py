@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from lightning_gradmetrics.scores import FittedScore, Score, make
 ROWS = 40
 
 
-def fit_batches(model: nn.Module, make_inputs: Callable[[int], Tensor]) -> tuple[list, list]:
+def fit_batches(model: nn.Module, make_inputs: Callable[[int], Tensor]) -> tuple[list[Any], list[Any]]:
     """Labelled samples of which the less certain half is predicted wrong, of every class; and others, three times as large."""
     first = next(model.parameters())
     with torch.random.fork_rng(), torch.no_grad():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def head_gradient(model: nn.Module, x: Tensor, loss) -> Tensor:
+def head_gradient(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
     """The gradient of a loss of the logits with respect to the head's weight, ``(C, D)``."""
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     return torch.autograd.grad(loss(model(x)), head.weight)[0]
