@@ -202,7 +202,7 @@ def test_scores_look_at_the_logits_wherever_they_are(score: str) -> None:
             return (5 * x[:, :3] if self.log else 0) + self.head(self.body(x).tanh())
 
     inputs = torch.randn(5, 4)
-    for log, options in ((False, {"head": "head"}), (True, {"logits": lambda output: output["odds"].log()})):
+    for log, options in ((False, {"head": "head"}), (True, {"logits_fn": lambda output: output["odds"].log()})):
         hidden, plain = Softmax(log).eval(), Plain(log).eval()
         plain.load_state_dict(hidden.state_dict())
         before = state_of(hidden)
