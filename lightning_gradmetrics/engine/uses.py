@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels import (
+    ConvGeometry,
     conv_gradient,
     conv_moments,
     embedding_moments,
@@ -18,6 +19,7 @@ from lightning_gradmetrics.engine.kernels import (
     linear_moments,
     row_moments,
 )
+from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
 
@@ -33,9 +35,6 @@ __all__ = [
     "combined",
     "merge_rows",
 ]
-
-ENTRIES = 1_500_000
-"""Gradient entries materialised at a time, so that they stay in cache for the reductions."""
 
 
 class Use(Protocol):
@@ -65,7 +64,7 @@ def merge_rows(parts: Sequence[Moments]) -> Moments:
 
 def chunked_moments(use: Use, wanted: Iterable[Moment]) -> Moments:
     """The moments of a use through its gradients, a bounded number of entries at a time."""
-    keys, step = frozenset(wanted), max(1, ENTRIES // max(1, math.prod(use.shape)))
+    keys, step = frozenset(wanted), max(1, CHUNK_ENTRIES // max(1, math.prod(use.shape)))
     starts = range(0, len(use), step) if len(use) else range(1)
     return merge_rows([row_moments(_flat(use.rows(i, i + step).gradient()), keys) for i in starts])
 
@@ -144,13 +143,13 @@ class ConvUse:
         x: Its input, ``(N, times, C, *S)``; for a transposed convolution the gradient of its output.
         g: The gradient of its output, ``(N, times, C', *S')``; for a transposed convolution its input.
         shape: The weight's shape.
-        settings: Kernel size, stride, padding, dilation and groups.
+        geometry: Kernel size, stride, padding, dilation and groups.
     """
 
     x: Tensor
     g: Tensor
     shape: tuple[int, ...]
-    settings: tuple[Any, ...]
+    geometry: ConvGeometry
 
     def __len__(self) -> int:
         return len(self.x)
@@ -161,14 +160,13 @@ class ConvUse:
     def gradient(self) -> Tensor:  # noqa: D102
         x, g = _wide(self.x), _wide(self.g)
         if x.shape[1] == 1:
-            return conv_gradient(x[:, 0], g[:, 0], *self.settings).reshape(len(x), *self.shape)
-        flat = conv_gradient(x.flatten(0, 1), g.flatten(0, 1), *self.settings)
+            return conv_gradient(x[:, 0], g[:, 0], self.geometry).reshape(len(x), *self.shape)
+        flat = conv_gradient(x.flatten(0, 1), g.flatten(0, 1), self.geometry)
         return flat.reshape(*x.shape[:2], *self.shape).sum(1)
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         if self.x.shape[1] == 1:
-            kernel, stride, padding, dilation, groups = self.settings
-            return conv_moments(self.x[:, 0], self.g[:, 0], kernel, stride, padding, dilation, groups, wanted)
+            return conv_moments(self.x[:, 0], self.g[:, 0], self.geometry, wanted)
         return chunked_moments(self, wanted)
 
 

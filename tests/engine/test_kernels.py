@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gradmetrics.engine import kernels
-from lightning_gradmetrics.engine.kernels import gram, native
+from lightning_gradmetrics.engine.kernels import ConvGeometry, gram, library
 from lightning_gradmetrics.gradients.statistics import gradient_moments
 
 WANTED = frozenset({"sum", "max", "min", 1.0, 2.0, 3.0})
@@ -21,6 +23,7 @@ SUBSETS = [
     frozenset({2.0}),
     frozenset({"max"}),
 ]
+SAME = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -28,12 +31,8 @@ TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3
 @pytest.fixture(scope="module", params=["compiled", "torch"], autouse=True)
 def form(request):
     """Every test once with the compiled kernels, if there is a compiler, and once with plain torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
-            patch.setenv(native.VARIABLE, "0")
-        native._library.cache_clear()
+    with library.plain_kernels() if request.param == "torch" else nullcontext():
         yield
-    native._library.cache_clear()
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -73,19 +72,21 @@ def convolutions(draw):
     if draw(st.booleans()) and groups > 1:
         per_in = per_out = 1
     top = {1: 9, 2: 7, 3: 4}[dims]
-    spec = {
-        "kernel_size": [draw(st.integers(1, 3)) for _ in range(dims)],
-        "stride": [draw(st.integers(1, 3)) for _ in range(dims)],
-        "padding": [draw(st.integers(0, 2)) for _ in range(dims)],
-        "dilation": [draw(st.integers(1, 2)) for _ in range(dims)],
-    }
-    size = [
-        draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), top + d * (k - 1)))
-        for k, p, d in zip(spec["kernel_size"], spec["padding"], spec["dilation"], strict=True)
-    ]
-    out = [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in zip(size, *spec.values(), strict=True)]
-    n = draw(st.sampled_from([0, 1, 2, 3]))
-    return n, groups, per_in, per_out, size, out, spec
+
+    def integers(low, high):
+        return tuple(draw(st.lists(st.integers(low, high), min_size=dims, max_size=dims)))
+
+    geometry = ConvGeometry(integers(1, 3), integers(1, 3), integers(0, 2), integers(1, 2), groups)
+    size = []
+    for kernel, padding, dilation in zip(geometry.kernel_size, geometry.padding, geometry.dilation, strict=True):
+        reach = dilation * (kernel - 1)
+        size.append(draw(st.integers(max(1, reach + 1 - 2 * padding), top + reach)))
+    return draw(st.sampled_from([0, 1, 2, 3])), per_in, per_out, size, geometry
+
+
+def options(geometry: ConvGeometry) -> dict:
+    """The arguments of torch's convolutions."""
+    return {name: getattr(geometry, name) for name in ("stride", "padding", "dilation", "groups")}
 
 
 @settings(max_examples=80, deadline=None)
@@ -96,15 +97,14 @@ def convolutions(draw):
     wanted=st.sampled_from(SUBSETS),
 )
 def test_convolution(case, seed, dtype, wanted):
-    n, groups, per_in, per_out, size, out, spec = case
+    n, per_in, per_out, size, geometry = case
     torch.manual_seed(seed)
-    x = torch.randn(n, groups * per_in, *size, dtype=dtype)
-    g = torch.randn(n, groups * per_out, *out, dtype=dtype)
-    options = {k: v for k, v in spec.items() if k != "kernel_size"}
-    expected = conv_reference(x, (groups * per_out, per_in, *spec["kernel_size"]), g, groups=groups, **options)
-    gradient = kernels.conv_gradient(x, g, **spec, groups=groups)
+    x = torch.randn(n, geometry.groups * per_in, *size, dtype=dtype)
+    g = torch.randn(n, geometry.groups * per_out, *geometry.output_size(size), dtype=dtype)
+    expected = conv_reference(x, (g.shape[1], per_in, *geometry.kernel_size), g, **options(geometry))
+    gradient = kernels.conv_gradient(x, g, geometry)
     torch.testing.assert_close(gradient.double(), expected, rtol=tolerance(dtype), atol=tolerance(dtype) * 10)
-    close(kernels.conv_moments(x, g, **spec, groups=groups, wanted=wanted), expected, wanted, dtype)
+    close(kernels.conv_moments(x, g, geometry, wanted), expected, wanted, dtype)
 
 
 @settings(max_examples=80, deadline=None)
@@ -117,11 +117,11 @@ def test_convolution(case, seed, dtype, wanted):
 )
 def test_gram_form(case, seed, dtype, layout, extra):
     """Where it pays or not. An input may be larger than what the output gradient covers."""
-    n, groups, per_in, per_out, size, out, spec = case
+    n, per_in, per_out, size, geometry = case
     torch.manual_seed(seed)
-    x = torch.randn(n, groups * per_in, *(s + extra for s in size), dtype=dtype)
-    g = torch.randn(n, groups * per_out, *out, dtype=dtype)
-    gradient = kernels.conv_gradient(x.double(), g.double(), **spec, groups=groups)
+    x = torch.randn(n, geometry.groups * per_in, *(s + extra for s in size), dtype=dtype)
+    g = torch.randn(n, geometry.groups * per_out, *geometry.output_size(size), dtype=dtype)
+    gradient = kernels.conv_gradient(x.double(), g.double(), geometry)
     if layout == "last":
         x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
     if layout == "strided":
@@ -130,21 +130,22 @@ def test_gram_form(case, seed, dtype, layout, extra):
     def direct(rows):
         return gradient[rows].flatten(1).square().sum(1)
 
-    found = gram.conv_square(x, g, *spec.values(), groups, direct)
-    close(found, gradient, frozenset(found), dtype)
+    moments = gram.conv_square(x, g, geometry, direct)
+    close(moments, gradient, frozenset(moments), dtype)
 
 
 @pytest.mark.parametrize("output_padding", [0, 1])
 def test_a_transposed_convolution_is_a_convolution_with_swapped_roles(output_padding):
     torch.manual_seed(0)
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
-    options = {"stride": (2, 3), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+    geometry = ConvGeometry((3, 2), (2, 3), (1, 0), (1, 2), 2)
+    arguments = {"output_padding": output_padding, **options(geometry)}
     shape = (4, 3, 3, 2)
-    output = F.conv_transpose2d(x, torch.zeros(shape, dtype=torch.float64), output_padding=output_padding, **options)
+    output = F.conv_transpose2d(x, torch.zeros(shape, dtype=torch.float64), **arguments)
     g = torch.randn_like(output)
-    expected = conv_reference(x, shape, g, transposed=True, output_padding=output_padding, **options)
-    torch.testing.assert_close(kernels.conv_gradient(g, x, (3, 2), **options), expected)
-    close(kernels.conv_moments(g, x, (3, 2), **options, wanted=WANTED), expected, WANTED, torch.float64)
+    expected = conv_reference(x, shape, g, transposed=True, **arguments)
+    torch.testing.assert_close(kernels.conv_gradient(g, x, geometry), expected)
+    close(kernels.conv_moments(g, x, geometry, WANTED), expected, WANTED, torch.float64)
 
 
 @settings(max_examples=40, deadline=None)
@@ -203,13 +204,12 @@ def test_rows(n, d, dtype, wanted):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_bad_sample_keeps_to_its_row(bad, dtype):
+def test_a_non_finite_sample_leaves_the_others_unchanged(bad, dtype):
     torch.manual_seed(0)
     x, g = torch.randn(4, 3, 6, 6, dtype=dtype), torch.randn(4, 20, 6, 6, dtype=dtype)
     broken = g.clone()
     broken[1, 2, 3, 4] = bad
-    spec = ((3, 3), (1, 1), (1, 1), (1, 1), 1, WANTED)
-    clean, actual = kernels.conv_moments(x, g, *spec), kernels.conv_moments(x, broken, *spec)
+    clean, actual = kernels.conv_moments(x, g, SAME, WANTED), kernels.conv_moments(x, broken, SAME, WANTED)
     for key in WANTED:
         assert not bool(actual[key][1].isfinite()), key
         torch.testing.assert_close(actual[key][[0, 2, 3]], clean[key][[0, 2, 3]], rtol=1e-6, atol=1e-6)
@@ -220,7 +220,7 @@ def test_half_precision_accumulates_in_float32(dtype):
     torch.manual_seed(0)
     x, g = torch.randn(3, 4, 9, 9).to(dtype), torch.randn(3, 5, 9, 9).to(dtype)
     expected = conv_reference(x, (5, 4, 3, 3), g, padding=1)
-    close(kernels.conv_moments(x, g, (3, 3), (1, 1), (1, 1), (1, 1), 1, WANTED), expected, WANTED, torch.float32)
+    close(kernels.conv_moments(x, g, SAME, WANTED), expected, WANTED, torch.float32)
     a, b = x.flatten(2), g.flatten(2)
     close(kernels.linear_moments(a.mT, b.mT, WANTED), b.double() @ a.double().mT, WANTED, torch.float32)
 

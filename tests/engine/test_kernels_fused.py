@@ -12,7 +12,8 @@ import pytest
 
 SCRIPT = """
 import torch
-from lightning_gradmetrics.engine.kernels import fused
+from lightning_gradmetrics.engine.kernels import ConvGeometry, fused
+from lightning_gradmetrics.engine.kernels.geometry import POINTWISE
 from lightning_gradmetrics.gradients.statistics import gradient_moments
 
 KEYS = ["sum", 1.0, 2.0, "max", "min"]
@@ -47,22 +48,23 @@ for inputs, outputs, kernel, stride, padding, dilation, groups, last in CONVOLUT
     g = torch.randn_like(layer(x))
     if last:
         x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
-    spec = [[value, value] for value in (kernel, stride, padding, dilation)]
-    measured = fused.fused_products(x, g.detach(), *spec, groups, KEYS)
+    sides = [(value, value) for value in (kernel, stride, padding, dilation)]
+    measured = fused.fused_products(x, g.detach(), ConvGeometry(*sides, groups), KEYS)
     check(("conv", inputs, outputs), measured, weight_gradients(layer.double(), x.double(), g.double()))
 
 layer = torch.nn.Linear(33, 20, bias=False)
 a, g = torch.randn(3, 7, 33), torch.randn(3, 7, 20)
-measured = fused.fused_products(a.mT, g.mT, [1], [1], [0], [1], 1, KEYS, convolution=False)
+measured = fused.fused_products(a.mT, g.mT, POINTWISE, KEYS, convolution=False)
 check("linear", measured, weight_gradients(layer.double(), a.double(), g.double()))
-check("squares alone", fused.fused_products(a.mT, g.mT, [1], [1], [0], [1], 1, ["sum", 2.0]),
+check("squares alone", fused.fused_products(a.mT, g.mT, POINTWISE, ["sum", 2.0]),
       weight_gradients(layer.double(), a.double(), g.double()), ["sum", 2.0])
 
 layer = torch.nn.Conv2d(10, 10, 3, 2, 1, groups=10, bias=False)
 x = torch.randn(2, 10, 8, 8)
 g = torch.randn_like(layer(x)).detach()
 gradients = weight_gradients(layer.double(), x.double(), g.double()).flatten(2)
-assert torch.allclose(fused.fused_depthwise(x, g, [3, 3], [2, 2], [1, 1], [1, 1]).double(), gradients, atol=1e-5)
+geometry = ConvGeometry((3, 3), (2, 2), (1, 1), (1, 1), 10)
+assert torch.allclose(fused.fused_depthwise(x, g, geometry).double(), gradients, atol=1e-5)
 
 rows = torch.randn(4, 5000)
 check("rows", fused.fused_rows(rows, KEYS), rows.double())

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.compat.gradient_metrics.metrics import GradientMetric, _MomentMetric, merged
+from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.recording import Recording
-from lightning_gradmetrics.engine.uses import ENTRIES, Use
+from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, result_dtype
 
 __all__ = ["GradientMetricCollector"]
@@ -138,7 +139,7 @@ class GradientMetricCollector:
     ) -> dict[int, Tensor]:
         """Metrics ``(N, k)`` that want to see each gradient, a bounded number of samples at a time."""
         parameters = {id(p): p for metric in metrics for p in metric.target_parameters}
-        step = max(1, 16 * ENTRIES // max(1, sum(p.numel() for p in parameters.values())))
+        step = max(1, 16 * CHUNK_ENTRIES // max(1, sum(p.numel() for p in parameters.values())))
         values: dict[int, list[Tensor]] = {id(metric): [] for metric in metrics}
         for start in range(0, size, step):
             count = min(step, size - start)

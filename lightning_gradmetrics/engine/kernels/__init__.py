@@ -1,12 +1,16 @@
 """Pure functions from a layer's input and the gradient of its output to moments of each sample's weight gradient."""
 
 from lightning_gradmetrics.engine.kernels.convolution import conv_gradient, conv_moments
+from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
+from lightning_gradmetrics.engine.kernels.library import describe_kernels
 from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments
 from lightning_gradmetrics.engine.kernels.reduction import position_sums, row_moments
 
 __all__ = [
+    "ConvGeometry",
     "conv_gradient",
     "conv_moments",
+    "describe_kernels",
     "embedding_moments",
     "linear_gradient",
     "linear_moments",

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = ["fused_depthwise", "fused_products", "fused_rows", "fused_sums", "fused_supports"]
@@ -67,10 +66,6 @@ def _tile(size: int, largest: int = LARGEST_TILE) -> int:
     return min(largest, max(SMALLEST_TILE, 1 << max(size - 1, 0).bit_length()))
 
 
-def _tiles(size: int, tile: int) -> int:
-    return (size + tile - 1) // tile
-
-
 def _moments(partial: Tensor, keys: frozenset[Moment]) -> Moments:
     """Moments ``(N,)`` from the statistics of every tile, ``(N, tiles, 5)``, by one more kernel."""
     samples, tiles = partial.shape[:2]
@@ -112,11 +107,7 @@ def _merged_positions(g: Tensor) -> Tensor:
 def fused_products(
     x: Tensor,
     g: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: ConvGeometry,
     wanted: Iterable[Moment],
     convolution: bool = True,
 ) -> Moments:
@@ -127,11 +118,7 @@ def fused_products(
     Args:
         x: The layer's input, ``(N, C_in, *S)``.
         g: The gradient of its output, ``(N, C_out, *S')``, of the same type, with at least one position.
-        kernel_size: One integer per spatial dimension.
-        stride: One integer per spatial dimension.
-        padding: One integer per spatial dimension: zeros on both sides.
-        dilation: One integer per spatial dimension.
-        groups: Number of groups.
+        geometry: Kernel size, stride, padding, dilation and groups.
         wanted: The moments to compute.
         convolution: Whether TF32 follows torch's setting for convolutions, and not the one for matrix products.
 
@@ -140,26 +127,25 @@ def fused_products(
     """
     keys, samples = frozenset(wanted), len(g)
     out_size, flat_g = tuple(g.shape[2:]), _merged_positions(g)
-    x = _padded(x, padding)
+    x, groups, entries = geometry.pad(x), geometry.groups, geometry.entries
     channels, outputs, positions = x.shape[1] // groups, g.shape[1] // groups, flat_g.shape[2]
-    entries = math.prod(kernel_size)
     adjacent = channels >= SMALLEST_TILE or entries == 1
     if adjacent and x.stride(1) != 1 and x.shape[1] > 1:
         x = _channels_last(x)
-    entry_steps = _scaled(x.stride()[2:], dilation)
-    position_offsets = _grid_offsets(out_size, _scaled(x.stride()[2:], stride), x.device)
+    entry_steps = _scaled(x.stride()[2:], geometry.dilation)
+    position_offsets = _grid_offsets(out_size, _scaled(x.stride()[2:], geometry.stride), x.device)
     if adjacent:
-        row_offsets = _grid_offsets(tuple(kernel_size), entry_steps, x.device)
+        row_offsets = _grid_offsets(geometry.kernel_size, entry_steps, x.device)
         rows = _tile(channels)
-        channel_tiles, limit = _tiles(channels, rows), channels
+        channel_tiles, limit = ceil_div(channels, rows), channels
         row_tiles = entries * channel_tiles
     else:
-        row_offsets = _grid_offsets(tuple(kernel_size), entry_steps, x.device, (channels, x.stride(1)))
+        row_offsets = _grid_offsets(geometry.kernel_size, entry_steps, x.device, (channels, x.stride(1)))
         limit = channels * entries
         rows = _tile(limit, 64)
-        channel_tiles, row_tiles = 1, _tiles(limit, rows)
+        channel_tiles, row_tiles = 1, ceil_div(limit, rows)
     columns = _tile(outputs)
-    output_tiles = _tiles(outputs, columns)
+    output_tiles = ceil_div(outputs, columns)
     out = torch.empty(samples * groups, row_tiles * output_tiles, len(STATISTICS), device=g.device)
     depth = _tile(positions, 64 if g.dtype != torch.float32 else 32)
     _kernels().products_kernel[(row_tiles * output_tiles, samples * groups)](
@@ -179,13 +165,6 @@ def fused_products(
     return _moments(out.view(samples, -1, len(STATISTICS)), keys)
 
 
-def _padded(x: Tensor, padding: Sequence[int]) -> Tensor:
-    if not any(padding):
-        return x
-    amounts = [amount for pad in reversed(padding) for amount in (pad, pad)]
-    return F.pad(x, amounts)
-
-
 def _channels_last(x: Tensor) -> Tensor:
     """The same values with the channels as neighbours in memory."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -195,33 +174,22 @@ def _scaled(steps: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
     return tuple(step * factor for step, factor in zip(steps, factors, strict=True))
 
 
-def fused_depthwise(
-    x: Tensor,
-    g: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def fused_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     """Per-sample weight gradients of a depthwise convolution, ``(N, C, entries)``, float32.
 
     Args:
         x: The layer's input, ``(N, C, *S)``.
         g: The gradient of its output, ``(N, C, *S')``, of the same type.
-        kernel_size: One integer per spatial dimension.
-        stride: One integer per spatial dimension.
-        padding: One integer per spatial dimension.
-        dilation: One integer per spatial dimension.
+        geometry: Kernel size, stride, padding, dilation and groups.
     """
     out_size, flat_g = tuple(g.shape[2:]), _merged_positions(g)
-    x, (samples, channels, positions) = _padded(x, padding), flat_g.shape
-    entries = math.prod(kernel_size)
+    x, entries, (samples, channels, positions) = geometry.pad(x), geometry.entries, flat_g.shape
     out = torch.empty(samples, channels, entries, device=g.device)
     block = 32 if x.stride(1) == 1 else 4
-    grid = (entries * _tiles(channels, block), samples)
+    grid = (entries * ceil_div(channels, block), samples)
     _kernels().depthwise_kernel[grid](
-        *(x, flat_g, _grid_offsets(tuple(kernel_size), _scaled(x.stride()[2:], dilation), x.device)),
-        *(_grid_offsets(out_size, _scaled(x.stride()[2:], stride), x.device), out),
+        *(x, flat_g, _grid_offsets(geometry.kernel_size, _scaled(x.stride()[2:], geometry.dilation), x.device)),
+        *(_grid_offsets(out_size, _scaled(x.stride()[2:], geometry.stride), x.device), out),
         *(x.stride(0), x.stride(1), *flat_g.stride(), channels, positions, entries),
         CHANNELS=block,
         POSITIONS=_tile(positions, 64 if block == 32 else 256),
@@ -240,7 +208,7 @@ def fused_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
     total = torch.empty(samples, channels, device=g.device)
     product = None if x is None else torch.empty_like(total)
     block = 4 if g.stride(2) == 1 and positions > 1 else 32
-    _kernels().position_sums_kernel[(_tiles(channels, block), samples)](
+    _kernels().position_sums_kernel[(ceil_div(channels, block), samples)](
         *(g, g if x is None else x, total, total if product is None else product),
         *(*g.stride(), *(g if x is None else x).stride(), channels, positions),
         CHANNELS=block,
@@ -256,7 +224,7 @@ def fused_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     rows, columns = flat.shape
     piece = _tile(columns, ROW_PIECE)
-    out = torch.empty(rows, _tiles(columns, piece), len(STATISTICS), device=flat.device)
+    out = torch.empty(rows, ceil_div(columns, piece), len(STATISTICS), device=flat.device)
     _kernels().row_statistics_kernel[(out.shape[1], rows)](
         *(flat, out, flat.stride(0), columns), COLUMNS=piece, EXTREMES=_needs_extremes(keys)
     )

@@ -5,75 +5,71 @@ For ``G = sum_p g_p a_p^T``: ``|G|_2^2 = sum_{p,q} (g_p . g_q)(a_p . a_q)``.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_gradmetrics.engine.kernels.geometry import POINTWISE, ConvGeometry
 from lightning_gradmetrics.engine.kernels.native import native_squares, supports
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator
 
-__all__ = ["conv_gram_pays", "conv_square", "form", "linear_gram_pays", "linear_square"]
-
-GAIN = 2.8
-"""How many times fewer multiplications make a Gram form worth it: measured, against the fused product."""
+__all__ = ["conv_gram_pays", "conv_square", "linear_gram_pays", "linear_square"]
 
 CANCELLED = 1e-3
 """Below this part of its largest possible value a Gram sum has lost digits to cancellation: it is computed directly."""
 
+GAIN = 2.8
+"""How many times fewer multiplications make the plain Gram form worth it: measured, against the fused product."""
 
-COMPILED_GAIN, TILES, SHIFT = 1.2, 1.3, 12.0
-"""The same for the compiled form; what its tiles multiply in vain; and what a kernel entry of a pair of positions costs,
-in multiplications: measured."""
+COMPILED_GAIN = 1.2
+"""The same for the compiled form, which computes half of each symmetric matrix, and no border."""
 
-LARGEST = {"entries": 64, "padding": 256}
-"""What the compiled form takes."""
+TILE_WASTE = 1.3
+"""What the compiled form's tiles multiply beyond that half: measured."""
+
+PAIR_COST = 12.0
+"""What a kernel entry of a pair of positions costs the compiled form, in multiplications: measured."""
+
+MOST_ENTRIES = 64
+"""Kernel entries that the compiled form supports: ``ENTRIES_MAX`` of ``gram.c``."""
+
+MOST_PADDING = 256
+"""Padding that the compiled form supports: what its guard covers."""
 
 
-def linear_gram_pays(positions: int, inputs: int, outputs: int, compiled: bool = False, idle: float = 1.0) -> bool:
+def linear_gram_pays(a: Tensor, g: Tensor) -> bool:
     """Whether :func:`linear_square` is cheaper than the product, by multiplications."""
-    return conv_gram_pays(inputs, outputs, [positions], [positions], [1], [0], compiled, idle)
+    return conv_gram_pays(a.mT, g.mT, POINTWISE)
 
 
-def conv_gram_pays(
-    channels: int,
-    outputs: int,
-    size: Sequence[int],
-    out_size: Sequence[int],
-    kernel_size: Sequence[int],
-    padding: Sequence[int],
-    compiled: bool = False,
-    idle: float = 1.0,
-) -> bool:
+def conv_gram_pays(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
     """Whether :func:`conv_square` is cheaper than the product, by multiplications within a group.
 
     Args:
-        channels: Input channels of a group.
-        outputs: Output channels of a group.
-        size: Of the input.
-        out_size: Of the output.
-        kernel_size: One integer a spatial dimension.
-        padding: The same.
-        compiled: Whether the compiled form is to be had; it computes half of each symmetric matrix, and no border.
-        idle: Threads for each sample and group: a sample's Gram form is the work of one, so above 1 some do nothing.
+        x: ``(N, C_in, *S)``.
+        g: ``(N, C_out, *S')``.
+        geometry: Kernel size, stride, padding, dilation and groups.
     """
-    positions, entries = math.prod(out_size), math.prod(kernel_size)
-    product = positions * channels * entries * outputs
-    if not compiled:
-        volume = math.prod(s + 2 * p for s, p in zip(size, padding, strict=True))
-        return GAIN * (volume**2 * channels + positions**2 * (outputs + 4 * entries)) < product
-    if entries > LARGEST["entries"] or max(padding) > LARGEST["padding"]:
+    inputs, outputs = x.shape[1] // geometry.groups, g.shape[1] // geometry.groups
+    positions, entries = g.shape[2:].numel(), geometry.entries
+    product = positions * inputs * entries * outputs
+    if not supports(g, {2.0}):
+        volume = math.prod(geometry.padded_size(x.shape[2:]))
+        return GAIN * (volume**2 * inputs + positions**2 * (outputs + 4 * entries)) < product
+    if not _compiled_form_covers(geometry):
         return False
-    matrices = (math.prod(size) ** 2 * channels + positions**2 * outputs) / 2
-    return COMPILED_GAIN * max(1.0, idle) * (TILES * matrices + SHIFT * entries * positions**2) < product
+    # A sample's Gram form is the work of one thread: with fewer samples than threads some have nothing to do.
+    idle = max(1.0, torch.get_num_threads() / (len(g) * geometry.groups))
+    matrices = (x.shape[2:].numel() ** 2 * inputs + positions**2 * outputs) / 2
+    return COMPILED_GAIN * idle * (TILE_WASTE * matrices + PAIR_COST * entries * positions**2) < product
 
 
-def form(g: Tensor, groups: int = 1) -> tuple[bool, float]:
-    """Whether the compiled form is to be had for an output gradient, and the threads for each sample and group of it."""
-    return supports(g, {2.0}), torch.get_num_threads() / (len(g) * groups)
+def _compiled_form_covers(geometry: ConvGeometry) -> bool:
+    return geometry.entries <= MOST_ENTRIES and max(geometry.padding) <= MOST_PADDING
 
 
 def _gram(t: Tensor) -> Tensor:
@@ -86,17 +82,16 @@ def _summed(left: Tensor, right: Tensor, direct: Callable[[Tensor], Tensor]) -> 
     dtype = accumulator(left)
     norms = (left.diagonal(dim1=2, dim2=3) * right.diagonal(dim1=2, dim2=3)).clamp(min=0).sqrt()
     bound = norms.sum(2, dtype=dtype).square()
-    return {2.0: _kept((left * right).sum((2, 3), dtype=dtype), bound, direct)}
+    return {2.0: _reliable((left * right).sum((2, 3), dtype=dtype), bound, direct)}
 
 
-def _compiled(x: Tensor, g: Tensor, *arguments: Any) -> Moments:
-    """The same by the compiled form."""
-    *spec, direct = arguments
-    total, square, bound = native_squares(x, g, *spec)
-    return {"sum": total.sum(1), 2.0: _kept(square, bound, direct)}
+def _compiled(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
+    """The same by the compiled form, with the sums."""
+    total, square, bound = native_squares(x, g, geometry)
+    return {"sum": total.sum(1), 2.0: _reliable(square, bound, direct)}
 
 
-def _kept(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
+def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
     """Sums ``(N, B)`` over groups, direct where they are so far below their bounds that digits were lost."""
     total, most = square.sum(1), bound.sum(1)
     lost = (total < CANCELLED * most) & most.isfinite()
@@ -106,7 +101,7 @@ def _kept(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> 
 
 
 def linear_square(a: Tensor, g: Tensor) -> Moments:
-    """Sums of squares of a linear layer's per-sample weight gradients, and their sums where those come for nothing.
+    """Sums of squares of a linear layer's per-sample weight gradients, and their sums where those cost nothing.
 
     Args:
         a: ``(N, T, I)``.
@@ -120,57 +115,45 @@ def linear_square(a: Tensor, g: Tensor) -> Moments:
         return (g[rows].mT @ a[rows]).double().square().sum((1, 2))
 
     if supports(g, {2.0}):
-        return _compiled(a.mT, g.mT, [1], [1], [0], [1], 1, direct)
+        return _compiled(a.mT, g.mT, POINTWISE, direct)
     return _summed(_gram(a.mT)[:, None], _gram(g.mT)[:, None], direct)
 
 
-def conv_square(
-    x: Tensor,
-    g: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    direct: Callable[[Tensor], Tensor],
-) -> Moments:
-    """Sums of squares of a convolution's per-sample weight gradients, and their sums where those come for nothing.
+def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
+    """Sums of squares of a convolution's per-sample weight gradients, and their sums where those cost nothing.
 
     The Gram matrix of the patches is a sum of the pixels' Gram matrix, shifted by each kernel entry.
 
     Args:
         x: ``(N, C_in, *S)``.
         g: ``(N, C_out, *S')``.
-        kernel_size: One integer a spatial dimension.
-        stride: The same.
-        padding: The same.
-        dilation: The same.
-        groups: Number of groups.
+        geometry: Kernel size, stride, padding, dilation and groups.
         direct: The sums of squares of the samples that a mask ``(N,)`` selects, by products.
 
     Returns:
         ``(N,)`` each.
     """
-    if supports(g, {2.0}) and math.prod(kernel_size) <= LARGEST["entries"] and max(padding) <= LARGEST["padding"]:
-        return _compiled(x, g, kernel_size, stride, padding, dilation, groups, direct)
-    if any(padding):
-        x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
-    n, plane, out = len(g), x.shape[2:], g.shape[2:]
-    volume, positions = math.prod(plane), math.prod(out)
-    pixels = _gram(x.reshape(n * groups, x.shape[1] // groups, volume))
-    pitch = [math.prod(plane[d + 1 :]) for d in range(len(plane))]
-    steps = [p * s for p, s in zip(pitch, stride, strict=True)]
+    if supports(g, {2.0}) and _compiled_form_covers(geometry):
+        return _compiled(x, g, geometry, direct)
+    samples, groups, positions = len(g), geometry.groups, g.shape[2:].numel()
+    gradients = _gram(g.reshape(samples * groups, g.shape[1] // groups, positions))
+    shape = (samples, groups, positions, positions)
+    return _summed(_patch_gram(x, g, geometry).view(shape), gradients.view(shape), direct)
+
+
+def _patch_gram(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
+    """The Gram matrices of the patches, ``(N groups, *S', *S')``."""
+    x, groups, out_size = geometry.pad(x), geometry.groups, g.shape[2:]
+    size = x.shape[2:]
+    volume = math.prod(size)
+    pixels = _gram(x.reshape(len(x) * groups, x.shape[1] // groups, volume))
+    pitch = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
     # Both axes of the pixels' Gram matrix move with the output positions, and along its diagonal with the kernel entry.
-    strides = (volume**2, *(s * volume for s in steps), *steps)
-    patches = torch.zeros(n * groups, *out, *out, dtype=x.dtype, device=x.device)
-    for entry in _entries(kernel_size):
-        shift = sum(e * d * p for e, d, p in zip(entry, dilation, pitch, strict=True)) * (volume + 1)
-        patches += pixels.as_strided((n * groups, *out, *out), strides, shift)
-    gradients = _gram(g.reshape(n * groups, g.shape[1] // groups, positions))
-    shape = (n, groups, positions, positions)
-    return _summed(patches.view(shape), gradients.view(shape), direct)
-
-
-def _entries(kernel_size: Sequence[int]) -> list[tuple[int, ...]]:
-    grids = torch.meshgrid(*(torch.arange(k) for k in kernel_size), indexing="ij")
-    return [tuple(row) for row in torch.stack([grid.flatten() for grid in grids], 1).tolist()]
+    steps = [step * stride for step, stride in zip(pitch, geometry.stride, strict=True)]
+    strides = (volume**2, *(step * volume for step in steps), *steps)
+    patches = torch.zeros(len(pixels), *out_size, *out_size, dtype=x.dtype, device=x.device)
+    moves = [dilation * step for dilation, step in zip(geometry.dilation, pitch, strict=True)]
+    for entry in itertools.product(*map(range, geometry.kernel_size)):
+        shift = sum(map(operator.mul, entry, moves))
+        patches += pixels.as_strided((len(pixels), *out_size, *out_size), strides, shift * (volume + 1))
+    return patches

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.fused import fused_products, fused_supports
-from lightning_gradmetrics.engine.kernels.gram import form, linear_gram_pays, linear_square
+from lightning_gradmetrics.engine.kernels.geometry import POINTWISE
+from lightning_gradmetrics.engine.kernels.gram import linear_gram_pays, linear_square
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.reduction import chunked_moments, row_moments
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
@@ -50,20 +51,20 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
     """
     keys = frozenset(wanted)
     if g.numel() and keys != {"sum"} and fused_supports(g, keys) and a.dtype == g.dtype:
-        return fused_products(a.mT, g.mT, [1], [1], [0], [1], 1, keys, convolution=False)
+        return fused_products(a.mT, g.mT, POINTWISE, keys, convolution=False)
     if g.dtype in (torch.float16, torch.bfloat16):
         a, g = a.float(), g.float()
     if keys == {"sum"}:
         return {"sum": _total(a, g)}
     a = a.to(g.dtype)
     gram = 2.0 in keys and keys <= {"sum", 2.0} and g.numel() > 0
-    if gram and linear_gram_pays(a.shape[1], a.shape[2], g.shape[2], *form(g)):
-        found = linear_square(a, g)
-        if keys > found.keys():
-            found["sum"] = _total(a, g)
-        return {key: found[key] for key in keys}
+    if gram and linear_gram_pays(a, g):
+        moments = linear_square(a, g)
+        if keys > moments.keys():
+            moments["sum"] = _total(a, g)
+        return {key: moments[key] for key in keys}
     if g.numel() and supports(g, keys):
-        return native_products(a.mT, g.mT, [1], [1], [0], [1], 1, keys)
+        return native_products(a.mT, g.mT, POINTWISE, keys)
     return chunked_moments(lambda rows: linear_gradient(a[rows], g[rows]), g, a.shape[2] * g.shape[2], keys)
 
 

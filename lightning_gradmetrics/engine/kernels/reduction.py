@@ -11,10 +11,13 @@ from lightning_gradmetrics.engine.kernels.fused import fused_rows, fused_sums, f
 from lightning_gradmetrics.engine.kernels.native import native_rows, native_sums, supports
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, gradient_moments
 
-__all__ = ["chunked_moments", "position_sums", "row_moments"]
+__all__ = ["CHUNK_ENTRIES", "chunked_moments", "position_sums", "row_moments"]
 
-ENTRIES = {"cpu": 1_500_000}
-"""Gradient entries of a chunk of samples: as many as stay in cache. Other devices want larger pieces of work."""
+CHUNK_ENTRIES = 1_500_000
+"""Gradient entries materialised at a time, so that they stay in cache for the reductions."""
+
+DEVICE_CHUNK_ENTRIES = 2**26
+"""The same on other devices, which need larger pieces of work."""
 
 
 def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
@@ -43,7 +46,7 @@ def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
 def chunked_moments(
     gradients: Callable[[slice], Tensor], samples: Tensor, entries: int, wanted: Iterable[Moment]
 ) -> Moments:
-    """Moments of gradients that are materialised a cache-sized chunk of samples at a time.
+    """Moments of gradients that are materialised for a cache-sized chunk of samples at a time.
 
     Args:
         gradients: The gradients ``(n, ...)`` of a slice of samples.
@@ -54,14 +57,17 @@ def chunked_moments(
     Returns:
         Each moment, ``(N,)``.
     """
-    keys, size = frozenset(wanted), max(1, ENTRIES.get(samples.device.type, 2**26) // max(entries, 1))
-    slices = [slice(start, start + size) for start in range(0, len(samples), size)] or [slice(0, 0)]
-    parts = [row_moments(gradients(rows).flatten(1), keys) for rows in slices]
-    return {key: torch.cat([part[key] for part in parts]) for key in keys}
+    keys = frozenset(wanted)
+    limit = CHUNK_ENTRIES if samples.device.type == "cpu" else DEVICE_CHUNK_ENTRIES
+    size = max(1, limit // max(entries, 1))
+    chunks = []
+    for start in range(0, max(1, len(samples)), size):
+        chunks.append(row_moments(gradients(slice(start, start + size)).flatten(1), keys))
+    return {key: torch.cat([chunk[key] for chunk in chunks]) for key in keys}
 
 
 def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The sums over positions of ``g`` and of ``x g``: a bias' and a norm weight's gradient in one pass.
+    """Sums over positions of ``g`` and of ``x g``: the gradients of a bias and of a norm layer's weight, in one pass.
 
     Args:
         g: ``(N, C, *S)``, of any strides.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_gradmetrics.engine.kernels import ConvGeometry
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
 
@@ -62,8 +63,8 @@ def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         kernel = shape[2:]
         stride, dilation = (_tuple(call.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
         x, padding = _padded(call, call.x, kernel, dilation)
-        settings = (kernel, stride, padding, dilation, call.get("groups", 1))
-        yield "weight", ConvUse(x.to(g.dtype), g, shape, settings)
+        geometry = ConvGeometry(kernel, stride, padding, dilation, call.get("groups", 1))
+        yield "weight", ConvUse(x.to(g.dtype), g, shape, geometry)
 
 
 @rule(
@@ -82,5 +83,6 @@ def transposed_convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         shape = call.shape("weight")
         dims = len(shape) - 2
         stride, dilation = (_tuple(call.get(name, 1), dims) for name in ("stride", "dilation"))
-        settings = (shape[2:], stride, _tuple(call.get("padding", 0), dims), dilation, call.get("groups", 1))
-        yield "weight", ConvUse(g, call.x.to(g.dtype), shape, settings)
+        padding = _tuple(call.get("padding", 0), dims)
+        geometry = ConvGeometry(shape[2:], stride, padding, dilation, call.get("groups", 1))
+        yield "weight", ConvUse(g, call.x.to(g.dtype), shape, geometry)

@@ -1,0 +1,186 @@
+/* Vector types, running statistics and tiles of products: what every kernel shares.
+ *
+ * Compiled at first use with -DREAL=float -DSINGLE or -DREAL=double; plain C with the vector extensions of gcc and
+ * clang.
+ */
+#ifndef LIGHTNING_GRADMETRICS_KERNELS_H
+#define LIGHTNING_GRADMETRICS_KERNELS_H
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef REAL
+#define REAL float
+#define SINGLE
+#endif
+#if defined(__AVX512F__)
+#define BYTES 64
+#define ROWS 12
+#elif defined(__AVX__)
+#define BYTES 32
+#define ROWS 6
+#else
+#define BYTES 16
+#define ROWS 6
+#endif
+#define WIDTH (BYTES / (int)sizeof(REAL))
+#define COLS (2 * WIDTH)
+#define BLOCK 256 /* positions summed per tile before the next tile: g's block stays in the first-level cache */
+#define FLUSH 16  /* tiles between moves of the running sums to double precision */
+#define inline_always static inline __attribute__((always_inline))
+
+typedef REAL vec __attribute__((vector_size(BYTES), aligned(BYTES)));
+typedef REAL loose __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
+
+enum { SUMS = 0, ALL = 1 }; /* modes: sum and sum of squares only, or all five statistics */
+enum { SUM, SQUARE, ABS, MAX, MIN, STATISTICS };
+
+/* GOMP_parallel of the OpenMP runtime that torch uses: both share one pool of threads. */
+typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+static void run_threads(void (*work)(void *), void *job, parallel run, int threads) {
+  if (threads == 1 || !run)
+    work(job);
+  else
+    run(work, job, (unsigned)threads, 0);
+}
+
+typedef struct {
+  vec part[STATISTICS];
+  double total[STATISTICS];
+  int tiles;
+} running;
+
+inline_always vec larger(vec a, vec b) {
+  vec out;
+  for (int j = 0; j < WIDTH; j++) out[j] = a[j] > b[j] ? a[j] : b[j];
+  return out;
+}
+
+inline_always vec smaller(vec a, vec b) {
+  vec out;
+  for (int j = 0; j < WIDTH; j++) out[j] = a[j] < b[j] ? a[j] : b[j];
+  return out;
+}
+
+inline_always vec magnitude(vec a) {
+  vec out;
+  for (int j = 0; j < WIDTH; j++) out[j] = a[j] < 0 ? -a[j] : a[j];
+  return out;
+}
+
+static void start(running *s) {
+  memset(s, 0, sizeof *s);
+  s->part[MAX] -= (REAL)INFINITY;
+  s->part[MIN] += (REAL)INFINITY;
+}
+
+static void flush(running *s) {
+  for (int k = SUM; k <= ABS; k++) {
+    for (int j = 0; j < WIDTH; j++) s->total[k] += s->part[k][j];
+    memset(&s->part[k], 0, sizeof(vec));
+  }
+  s->tiles = 0;
+}
+
+static void finish(running *s, double *out) {
+  flush(s);
+  double high = -INFINITY, low = INFINITY;
+  for (int j = 0; j < WIDTH; j++) {
+    if (s->part[MAX][j] > high) high = s->part[MAX][j];
+    if (s->part[MIN][j] < low) low = s->part[MIN][j];
+  }
+  /* Comparisons drop NaN; the sum of squares is NaN exactly if an entry is. */
+  if (isnan(s->total[SQUARE])) high = low = NAN;
+  s->total[MAX] = high;
+  s->total[MIN] = low;
+  memcpy(out, s->total, sizeof s->total);
+}
+
+/* Adds a tile of G to the running statistics. `valid` counts the tile's columns that exist; the others hold zeros. */
+inline_always void reduce(running *s, vec acc[ROWS][2], int rows, int valid, int mode) {
+  /* Two chains of each statistic hide the latency of its instruction. */
+  vec sum[2] = {{0}}, square[2] = {{0}}, absolute[2] = {{0}}, high[2], low[2];
+  high[0] = high[1] = s->part[MAX], low[0] = low[1] = s->part[MIN];
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < 2; v++) {
+      vec a = acc[r][v];
+      sum[v] += a;
+      square[v] += a * a;
+      if (mode == ALL) {
+        absolute[v] += magnitude(a);
+        if (valid < COLS)
+          for (int j = 0; j < WIDTH; j++) a[j] = v * WIDTH + j < valid ? a[j] : acc[r][0][0];
+        high[v] = larger(a, high[v]);
+        low[v] = smaller(a, low[v]);
+      }
+    }
+  s->part[SUM] += sum[0] + sum[1];
+  s->part[SQUARE] += square[0] + square[1];
+  if (mode == ALL) {
+    s->part[ABS] += absolute[0] + absolute[1];
+    s->part[MAX] = larger(high[0], high[1]);
+    s->part[MIN] = smaller(low[0], low[1]);
+  }
+  if (++s->tiles == FLUSH) flush(s);
+}
+
+/* acc[r][.] += sum_p x[row r + position p] g[p, .] */
+inline_always void product(const REAL *x, const int32_t *rows, const int32_t *positions, const vec *g, int count,
+                           vec acc[ROWS][2]) {
+  const REAL *row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = x + rows[r];
+  for (int p = 0; p < count; p++) {
+    int64_t at = positions[p];
+    vec g0 = g[2 * p], g1 = g[2 * p + 1];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+      REAL value = row[r][at];
+      acc[r][0] += value * g0;
+      acc[r][1] += value * g1;
+    }
+  }
+}
+
+#if defined(__AVX__) && defined(SINGLE)
+/* Eight columns of eight positions each, from rows of positions to rows of columns. */
+inline_always void transpose(const REAL *from, int64_t step, REAL *to) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * step);
+  for (int i = 0; i < 8; i += 2)
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; k++) {
+      a[i + 2 * k] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0x44);
+      a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(to + i * COLS, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * COLS, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+#define TRANSPOSED 8
+#else
+#define TRANSPOSED 1
+inline_always void transpose(const REAL *from, int64_t step, REAL *to) { *to = *from; }
+#endif
+
+/* A line of positions of some columns, neighbours in memory, to rows of COLS. */
+static void pack_line(const REAL *from, int64_t step, int64_t width, int columns, REAL *to) {
+  int c = 0;
+  for (; c + TRANSPOSED <= columns; c += TRANSPOSED) {
+    int64_t i = 0;
+    for (; i + TRANSPOSED <= width; i += TRANSPOSED) transpose(from + c * step + i, step, to + i * COLS + c);
+    for (; i < width; i++)
+      for (int k = c; k < c + TRANSPOSED; k++) to[i * COLS + k] = from[k * step + i];
+  }
+  for (; c < columns; c++)
+    for (int64_t i = 0; i < width; i++) to[i * COLS + c] = from[c * step + i];
+}
+
+#endif

@@ -1,0 +1,148 @@
+/* Products of a layer's input and output gradient, reduced in registers: no per-sample weight gradient is written to
+ * memory.
+ *
+ * For each sample n the weight gradient is G[o, r] = sum_p g[o, p] x[row(r) + position(p)]. A row r is an input channel
+ * at a kernel offset, p an output position. A tile of ROWS x COLS entries of G stays in registers over all positions
+ * and is then added to five running statistics: sum, sum of squares, sum of absolute values, maximum, minimum.
+ */
+#include "kernels.h"
+
+#define BLOCK_TILES 32 /* tiles of rows that share a block of g */
+
+enum { IN_PLACE = 0, PLANES = 1, INTERLEAVED = 2 }; /* layouts of the input */
+
+typedef struct {
+  const REAL *x, *g;
+  double *out;                     /* (samples, groups, pieces, STATISTICS) */
+  char *scratch;                   /* workers x scratch_bytes */
+  const int32_t *rows, *positions; /* rows: padded to a multiple of ROWS with valid offsets */
+  int64_t scratch_bytes, samples, groups, pieces, mode;
+  int64_t row_count, columns; /* input channels of a group times kernel entries; output channels of a group */
+  int64_t channels, layout, in[3], pad[3], out_size[3];
+  int64_t x_sample, x_channel, x_step[3], g_sample, g_channel, g_step[3];
+  atomic_int next, worker;
+} product_job;
+
+/* Copies one group's input with a border of zeros: to channel planes, or, where neighbours in memory are channels, to
+ * planes of ROWS channels each. */
+static void pack_input(const product_job *j, const REAL *x, REAL *to) {
+  const int64_t d = j->in[0], h = j->in[1], w = j->in[2];
+  const int64_t dp = d + 2 * j->pad[0], hp = h + 2 * j->pad[1], wp = w + 2 * j->pad[2];
+  const int64_t lanes = j->layout == INTERLEAVED ? ROWS : 1, planes = (j->channels + lanes - 1) / lanes;
+  if (dp * hp * wp != d * h * w || planes * lanes != j->channels)
+    memset(to, 0, sizeof(REAL) * planes * lanes * dp * hp * wp);
+  for (int64_t c = 0; c < planes; c++)
+    for (int64_t z = 0; z < d; z++)
+      for (int64_t y = 0; y < h; y++) {
+        const REAL *from = x + c * lanes * j->x_channel + z * j->x_step[0] + y * j->x_step[1];
+        REAL *line = to + (((c * dp + z + j->pad[0]) * hp + y + j->pad[1]) * wp + j->pad[2]) * lanes;
+        if (lanes == 1 && j->x_step[2] == 1)
+          memcpy(line, from, sizeof(REAL) * w);
+        else if (lanes == 1)
+          for (int64_t i = 0; i < w; i++) line[i] = from[i * j->x_step[2]];
+        else if ((c + 1) * ROWS <= j->channels)
+          for (int64_t i = 0; i < w; i++) memcpy(line + i * ROWS, from + i * j->x_step[2], sizeof(REAL) * ROWS);
+        else
+          for (int64_t i = 0; i < w; i++)
+            memcpy(line + i * ROWS, from + i * j->x_step[2], sizeof(REAL) * (j->channels % ROWS));
+      }
+}
+
+/* Copies output gradients to panels [column / COLS][position][COLS], zeros past the last column. */
+static void pack_gradient(const product_job *j, const REAL *g, int64_t columns, REAL *to) {
+  int64_t h = j->out_size[1], w = j->out_size[2];
+  const int64_t count = j->out_size[0] * h * w, joined = j->g_step[2] == 1 && j->g_step[1] == w;
+  if (joined) w *= h, h = 1;
+  for (int64_t first = 0; first < columns; first += COLS, to += count * COLS) {
+    int valid = columns - first < COLS ? (int)(columns - first) : COLS;
+    if (valid < COLS) memset(to, 0, sizeof(REAL) * count * COLS);
+    REAL *line = to;
+    for (int64_t z = 0; z < j->out_size[0]; z++)
+      for (int64_t y = 0; y < h; y++, line += w * COLS) {
+        const REAL *from = g + first * j->g_channel + z * j->g_step[0] + y * j->g_step[1];
+        if (j->g_step[2] == 1)
+          pack_line(from, j->g_channel, w, valid, line);
+        else if (j->g_channel == 1 && valid == COLS)
+          for (int64_t i = 0; i < w; i++) memcpy(line + i * COLS, from + i * j->g_step[2], sizeof(REAL) * COLS);
+        else
+          for (int64_t i = 0; i < w; i++)
+            for (int c = 0; c < valid; c++) line[i * COLS + c] = from[c * j->g_channel + i * j->g_step[2]];
+      }
+  }
+}
+
+/* All tiles of one panel of columns and one block of rows. */
+inline_always void panel(const product_job *j, const REAL *x, const vec *g, int64_t begin, int64_t end, int valid,
+                         vec *buffer, running *s, int mode) {
+  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
+  for (int64_t p = 0; p < count; p += BLOCK) {
+    int size = count - p < BLOCK ? (int)(count - p) : BLOCK, last = p + BLOCK >= count;
+    vec(*stored)[ROWS][2] = (vec(*)[ROWS][2])buffer;
+    for (int64_t r = begin; r < end; r += ROWS, stored++) {
+      vec acc[ROWS][2];
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++)
+        for (int v = 0; v < 2; v++) acc[i][v] = p ? (*stored)[i][v] : (vec){0};
+      product(x, j->rows + r, j->positions + p, g + 2 * p, size, acc);
+      if (!last)
+        memcpy(stored, acc, sizeof acc);
+      else if (valid == COLS && end - r >= ROWS)
+        reduce(s, acc, ROWS, COLS, mode);
+      else
+        reduce(s, acc, end - r < ROWS ? (int)(end - r) : ROWS, valid, mode);
+    }
+  }
+}
+
+static void piece(product_job *j, int64_t task, char *scratch) {
+  const int64_t part = task % j->pieces, group = task / j->pieces % j->groups, n = task / j->pieces / j->groups;
+  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
+  const int64_t panels = (j->columns + COLS - 1) / COLS, each = (panels + j->pieces - 1) / j->pieces;
+  const int64_t first = part * each * COLS,
+                last = (part + 1) * each * COLS < j->columns ? (part + 1) * each * COLS : j->columns;
+  running s;
+  start(&s);
+  vec *buffer = (vec *)scratch;
+  REAL *g = (REAL *)(buffer + BLOCK_TILES * ROWS * 2);
+  const REAL *x = j->x + n * j->x_sample + group * j->channels * j->x_channel;
+  if (first < last) {
+    if (j->layout != IN_PLACE) {
+      REAL *packed = g + each * COLS * count;
+      pack_input(j, x, packed);
+      x = packed;
+    }
+    pack_gradient(j, j->g + n * j->g_sample + (group * j->columns + first) * j->g_channel, last - first, g);
+  }
+  for (int64_t r = 0; r < j->row_count; r += BLOCK_TILES * ROWS)
+    for (int64_t c = first; c < last; c += COLS) {
+      int64_t end = r + BLOCK_TILES * ROWS < j->row_count ? r + BLOCK_TILES * ROWS : j->row_count;
+      int valid = last - c < COLS ? (int)(last - c) : COLS;
+      const vec *block = (const vec *)(g + (c - first) * count);
+      if (j->mode == ALL)
+        panel(j, x, block, r, end, valid, buffer, &s, ALL);
+      else
+        panel(j, x, block, r, end, valid, buffer, &s, SUMS);
+    }
+  finish(&s, j->out + task * STATISTICS);
+}
+
+static void work(void *data) {
+  product_job *j = data;
+  char *scratch = j->scratch + atomic_fetch_add(&j->worker, 1) * j->scratch_bytes;
+  const int64_t tasks = j->samples * j->groups * j->pieces;
+  for (int64_t task; (task = atomic_fetch_add(&j->next, 1)) < tasks;) piece(j, task, scratch);
+}
+
+int tile_rows(void) { return ROWS; }
+int tile_columns(void) { return COLS; }
+int64_t product_job_bytes(void) { return sizeof(product_job); }
+int64_t scratch_bytes(int64_t panels, int64_t positions, int64_t input) {
+  int64_t bytes = sizeof(vec) * BLOCK_TILES * ROWS * 2 + sizeof(REAL) * (panels * COLS * positions + input);
+  return (bytes + 4095) / 4096 * 4096;
+}
+
+void products(product_job *j, parallel run, int threads) {
+  atomic_init(&j->next, 0);
+  atomic_init(&j->worker, 0);
+  run_threads(work, j, run, threads);
+}

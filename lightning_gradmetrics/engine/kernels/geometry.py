@@ -1,0 +1,99 @@
+"""How a convolution's weight meets its input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["POINTWISE", "ConvGeometry", "ceil_div", "three"]
+
+Sizes = tuple[int, ...]
+DIMENSIONS = 3
+"""Spatial dimensions of a convolution at most."""
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """``ceil(numerator / denominator)`` of integers."""
+    return -(-numerator // denominator)
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Kernel size, stride, padding, dilation and groups of a convolution.
+
+    Args:
+        kernel_size: One integer per spatial dimension.
+        stride: The same.
+        padding: The same: zeros added on both sides.
+        dilation: The same.
+        groups: Number of groups.
+
+    Raises:
+        ValueError: If the four differ in length, or the length is not 1, 2 or 3.
+
+    Example:
+        >>> ConvGeometry((3, 3), (2, 2), (1, 1), (1, 1)).output_size((8, 8))
+        (4, 4)
+    """
+
+    kernel_size: Sizes
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.kernel_size), len(self.stride), len(self.padding), len(self.dilation)}
+        if len(lengths) != 1 or not lengths <= set(range(1, DIMENSIONS + 1)):
+            raise ValueError(f"a convolution has 1 to {DIMENSIONS} spatial dimensions, the same in each field: {self}")
+
+    @property
+    def entries(self) -> int:
+        """Number of kernel entries of one channel."""
+        return math.prod(self.kernel_size)
+
+    def padded_size(self, size: Iterable[int]) -> Sizes:
+        """The spatial size of an input with its padding."""
+        return tuple(length + 2 * pad for length, pad in zip(size, self.padding, strict=True))
+
+    def output_size(self, size: Iterable[int]) -> Sizes:
+        """The spatial size of the output for an input's."""
+        lengths = []
+        fields = zip(self.padded_size(size), self.kernel_size, self.stride, self.dilation, strict=True)
+        for length, kernel, stride, dilation in fields:
+            lengths.append((length - dilation * (kernel - 1) - 1) // stride + 1)
+        return tuple(lengths)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The input with zeros around it."""
+        if not any(self.padding):
+            return x
+        sides: list[int] = []
+        for amount in reversed(self.padding):  # F.pad starts at the last dimension
+            sides += (amount, amount)
+        return F.pad(x, sides)
+
+    def in_three_dimensions(self) -> ConvGeometry:
+        """The same convolution with leading spatial dimensions of size one."""
+        return ConvGeometry(
+            three(self.kernel_size, 1),
+            three(self.stride, 1),
+            three(self.padding, 0),
+            three(self.dilation, 1),
+            self.groups,
+        )
+
+
+def three(values: Iterable[int], fill: int) -> Sizes:
+    """Values of up to three spatial dimensions, with leading ones filled in."""
+    sizes = tuple(values)
+    return (*repeat(fill, DIMENSIONS - len(sizes)), *sizes)
+
+
+POINTWISE = ConvGeometry((1,), (1,), (0,), (1,))
+"""A linear layer over positions."""

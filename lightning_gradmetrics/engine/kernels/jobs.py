@@ -1,0 +1,88 @@
+"""The arguments of the compiled kernels: C structs of ``csrc``, mirrored field by field.
+
+Their sizes are compared when a library is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+__all__ = ["JOB_SIZES", "GramJob", "ProductJob", "RowJob", "SumJob", "Triple"]
+
+Triple = ctypes.c_int64 * 3
+"""One number per spatial dimension."""
+
+_Fields = list[tuple[str, type]]
+
+
+def _fields(kind: type, names: str) -> _Fields:
+    return [(name, kind) for name in names.split()]
+
+
+def _pointers(names: str) -> _Fields:
+    return _fields(ctypes.c_void_p, names)
+
+
+def _integers(names: str) -> _Fields:
+    return _fields(ctypes.c_int64, names)
+
+
+def _triples(names: str) -> _Fields:
+    return _fields(Triple, names)
+
+
+def _counters(names: str) -> _Fields:
+    return _fields(ctypes.c_int, names)
+
+
+class ProductJob(ctypes.Structure):
+    """``product_job`` of ``products.c``."""
+
+    _fields_ = (
+        _pointers("x g out scratch rows positions")
+        + _integers("scratch_bytes samples groups pieces mode row_count columns channels layout")
+        + _triples("size pad out_size")
+        + _integers("x_sample x_channel")
+        + _triples("x_step")
+        + _integers("g_sample g_channel")
+        + _triples("g_step")
+        + _counters("next worker")
+    )
+
+
+class RowJob(ctypes.Structure):
+    """``row_job`` of ``rows.c``."""
+
+    _fields_ = _pointers("x out") + _integers("samples pieces columns x_sample mode") + _counters("next")
+
+
+class SumJob(ctypes.Structure):
+    """``sum_job`` of ``sums.c``."""
+
+    _fields_ = (
+        _pointers("x g out")
+        + _integers("samples channels positions")
+        + _integers("x_sample x_channel x_position g_sample g_channel g_position")
+        + _counters("next")
+    )
+
+
+class GramJob(ctypes.Structure):
+    """``gram_job`` of ``gram.c``."""
+
+    _fields_ = (
+        _pointers("x g out scratch")
+        + _integers("scratch_bytes samples groups channels columns")
+        + _triples("size out_size kernel stride pad dilation")
+        + _integers("x_sample x_channel x_position g_sample g_channel g_position")
+        + _counters("next worker")
+    )
+
+
+JOB_SIZES: dict[str, type[ctypes.Structure]] = {
+    "product_job_bytes": ProductJob,
+    "row_job_bytes": RowJob,
+    "sum_job_bytes": SumJob,
+    "gram_job_bytes": GramJob,
+}
+"""The C function that returns each struct's size."""

@@ -1,0 +1,231 @@
+"""The library of compiled kernels: built at first use with the system's C compiler, loaded once per process.
+
+Without a compiler, or with ``LIGHTNING_GRADMETRICS_NATIVE=0``, there is none and every caller takes its plain torch form.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_gradmetrics.engine.kernels.cache import (
+    BUILD_PREFIX,
+    cache_folders,
+    discard,
+    intact_libraries,
+    publish,
+    sweep,
+)
+from lightning_gradmetrics.engine.kernels.jobs import JOB_SIZES
+
+__all__ = ["SWITCH", "describe_kernels", "library_for", "parallel_runner", "plain_kernels"]
+
+SWITCH = "LIGHTNING_GRADMETRICS_NATIVE"
+"""The environment variable that switches the compiled kernels off with the value ``0``."""
+
+SOURCES = tuple(sorted(Path(__file__).with_name("csrc").glob("*.[ch]")))
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-w")
+DEFINES = {torch.float32: ("-DREAL=float", "-DSINGLE"), torch.float64: ("-DREAL=double",)}
+COMPILE_SECONDS = 120
+JOBS = ("products", "row_statistics", "position_statistics", "squares")
+"""The functions that take a job, the runner of threads and the number of threads."""
+
+
+class Kernels(NamedTuple):
+    """A loaded library, or why there is none."""
+
+    library: Any
+    state: str
+
+
+class _BuildError(Exception):
+    """No library could be built."""
+
+
+_suspended = False
+
+
+def library_for(dtype: torch.dtype) -> Any:
+    """The loaded library for a floating type, or None."""
+    return None if _suspended else _kernels(dtype).library
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Inside, every kernel takes its plain torch form."""
+    global _suspended
+    before, _suspended = _suspended, True
+    try:
+        yield
+    finally:
+        _suspended = before
+
+
+def describe_kernels(dtype: torch.dtype = torch.float32) -> str:
+    """Says whether the kernels for a floating type are compiled, and if not, why.
+
+    Compiles them if that has not happened yet.
+
+    Args:
+        dtype: ``torch.float32`` or ``torch.float64``; half precision is computed in float32.
+
+    Returns:
+        One line, such as ``"compiled: /home/me/.cache/lightning_gradmetrics/float32-...so"``.
+    """
+    return _kernels(dtype).state
+
+
+@functools.cache
+def _kernels(dtype: torch.dtype) -> Kernels:
+    reason = _why_off(dtype)
+    if reason:
+        return Kernels(None, f"plain torch: {reason}")
+    try:
+        library, path = _first_loadable(_compiler(), dtype)
+    except _BuildError as error:
+        warnings.warn(
+            f"the kernels could not be compiled, so gradient statistics take up to twice as long: {error}. Repair the "
+            f"compiler, or set {SWITCH}=0 to hide this warning",
+            stacklevel=2,
+        )
+        return Kernels(None, f"plain torch: {error}")
+    return Kernels(library, f"compiled: {path}" if path.exists() else "compiled, for this process only")
+
+
+def _why_off(dtype: torch.dtype) -> str:
+    """Why no library can exist, or an empty text."""
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
+    if dtype not in DEFINES:
+        return f"no kernels for {dtype}"
+    if os.name != "posix":
+        return f"no kernels for {platform.system()}"
+    return "" if _compiler() else f"no C compiler found ({', '.join(COMPILERS)}, or $CC)"
+
+
+def _compiler() -> list[str]:
+    """The compiler's command, empty if there is none."""
+    configured = shlex.split(os.environ.get("CC", ""))
+    if configured:
+        return configured
+    for name in COMPILERS:
+        if shutil.which(name):
+            return [name]
+    return []
+
+
+def _first_loadable(compiler: Sequence[str], dtype: torch.dtype) -> tuple[Any, Path]:
+    """The library from the first folder where one can be loaded, or built and loaded."""
+    stem, failure = _stem(compiler, dtype), "no folder that only you can write to allows running code"
+    for folder in cache_folders():
+        for path in intact_libraries(folder, stem):
+            library = _loaded(path)
+            if library is not None:
+                return library, path
+            discard(path)
+        try:
+            path = _built(compiler, dtype, folder, stem)
+        except OSError as error:  # the folder cannot be written to, or the compiler fails
+            failure = str(error)
+            continue
+        library = _loaded(path)
+        if library is not None:
+            return library, path
+        discard(path)
+        failure = f"the library built in {folder} could not be loaded"
+    raise _BuildError(failure)
+
+
+def _stem(compiler: Sequence[str], dtype: torch.dtype) -> str:
+    """A name for everything that the compiled code depends on."""
+    content = [source.read_text() for source in SOURCES]
+    text = "\n".join([*content, *FLAGS, *DEFINES[dtype], *compiler, _processor()])
+    return f"{str(dtype).removeprefix('torch.')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    for line in lines:
+        if line.startswith(("flags", "Features")):
+            return line + platform.machine()
+    return platform.machine()
+
+
+def _built(compiler: Sequence[str], dtype: torch.dtype, folder: Path, stem: str) -> Path:
+    """A new library in the folder."""
+    sweep(folder)
+    with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder) as scratch:
+        built = Path(scratch) / "kernels.so"
+        sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+        command = [*compiler, *FLAGS, *DEFINES[dtype], *sources, "-o", str(built), "-lm"]
+        _run(command, scratch)
+        return publish(built, folder, stem)
+
+
+def _run(command: Sequence[str], scratch: str) -> None:
+    """Run the compiler with its own temporary files in the scratch folder, which is swept if it is killed."""
+    environment = {**os.environ, "TMPDIR": scratch}
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise _BuildError(f"{command[0]} took more than {COMPILE_SECONDS} seconds") from error
+    except subprocess.CalledProcessError as error:  # perhaps only in this folder, whose disk may be full
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {error.returncode}"]
+        raise OSError(f"{command[0]} failed: {lines[-1]}") from error
+
+
+def _loaded(path: Path) -> Any:
+    """The library in a file, or None if it cannot be loaded or was built from other sources."""
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, structure in JOB_SIZES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = ctypes.c_int64, []
+            if function() != ctypes.sizeof(structure):
+                return None
+        _declare(library)
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def _declare(library: Any) -> None:
+    """Tell ctypes the types of the functions."""
+    for name in ("scratch_bytes", "gram_scratch_bytes"):
+        function = getattr(library, name)
+        function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 3
+    for name in JOBS:
+        function = getattr(library, name)
+        function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+
+
+@functools.cache
+def parallel_runner() -> int | None:
+    """The address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded: one pool of threads serves both."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            try:
+                return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+            except (OSError, AttributeError):
+                return None
+    return None
