@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.preservation import preserved
 
 __all__ = [
     "Inputs",
@@ -27,12 +29,16 @@ Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call ``model`` with a tensor, with a mapping as keyword arguments, or with a sequence as positional arguments."""
+    """Call ``model`` with a tensor, with a mapping as keyword arguments, or with a sequence as positional arguments.
+
+    The model gets copies of the tensors: whatever it does to them in place does not reach the caller's.
+    """
+    copies = map_tensors(inputs, Tensor.clone)
     if isinstance(inputs, Tensor):
-        return model(inputs)
+        return model(copies)
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs)
+        return model(**copies)
+    return model(*copies)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -73,14 +79,16 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``inputs`` with ``function`` applied to every tensor in it; the containers become plain dicts, lists and tuples."""
+    """``inputs`` with ``function`` applied to every tensor in it; the containers become plain dicts, lists, tuples and named tuples."""
     if isinstance(inputs, Tensor):
         return function(inputs)
     if isinstance(inputs, Mapping):
         return {key: map_tensors(value, function) for key, value in inputs.items()}
     if isinstance(inputs, (list, tuple)):
         values = [map_tensors(value, function) for value in inputs]
-        return values if isinstance(inputs, list) else tuple(values)
+        if isinstance(inputs, list):
+            return values
+        return type(inputs)(*values) if hasattr(inputs, "_fields") else tuple(values)
     return inputs
 
 
@@ -138,32 +146,3 @@ def gradients_enabled() -> Iterator[None]:
     """Gradients on, also inside ``torch.inference_mode`` and ``torch.no_grad``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Leave the model and the random number generators as they were, also after an exception.
-
-    Kept: every parameter's ``requires_grad`` and ``.grad``, every module's train/eval mode, the values of all buffers,
-        and the
-    state of the CPU generator and of the generators of the model's CUDA devices.
-    """
-    parameters = list(model.parameters())
-    gradients = [(p, p.requires_grad, p.grad) for p in parameters]
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        try:
-            yield
-        finally:
-            for parameter, requires_grad, grad in gradients:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = grad
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for buffer, version, value in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(value)

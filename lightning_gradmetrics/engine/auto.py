@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.preservation import RandomState
 from lightning_gradmetrics.engine.agreement import agree
 from lightning_gradmetrics.engine.calls import tensors_in
 from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
@@ -68,8 +69,10 @@ def _planned(task: Task, work: Callable[[Task, _Strategy], Result]) -> Result:
     """``work`` with the strategy for this kind of task; made anew if the model does something else than planned."""
     known = _STRATEGIES.setdefault(task.model, {})
     key = _signature(task)
+    generators = RandomState(task.model)  # a probe and a second attempt draw the same random numbers as a first one
 
     def run() -> Result:
+        generators.restore()
         return work(task.channels_last() if known[key].channels_last else task, known[key])
 
     if key not in known:
@@ -233,9 +236,9 @@ def _warn(task: Task, slow: Mapping[str, str]) -> None:
 def _verified(task: Task) -> _Strategy:
     samples = _finite_samples(task)
     two, three = task.picked(samples[:2]), task.picked(samples)
-    state = torch.random.get_rng_state()
+    generators = RandomState(task.model)
     small, _ = _record(two)
-    torch.random.set_rng_state(state)
+    generators.restore()
     large, losses = _record(three)
     plan = make_plan(small, large, losses[0][0])
     expected = _reference_gradients(three, losses)
@@ -243,7 +246,7 @@ def _verified(task: Task) -> _Strategy:
     del losses, large
     while True:
         covered = [name for name in task.parameters if name not in plan.uncovered]
-        torch.random.set_rng_state(state)
+        generators.restore()
         try:
             wrong = _disagreements(three.restricted(covered), plan, expected) if covered else {}
         except PlanError as error:

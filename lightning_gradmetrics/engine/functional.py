@@ -52,7 +52,7 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
 
     def gradients(inputs: object, target: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         def forward(chosen: dict[str, Tensor]) -> Tensor:
-            batch = map_tensors(inputs, lambda t: t.unsqueeze(0))
+            batch = map_tensors(inputs, lambda t: t.unsqueeze(0).clone())
             arguments = (batch,) if isinstance(batch, (Tensor, dict)) else tuple(batch)
             kwargs = arguments[0] if isinstance(batch, dict) else {}
             output = functional_call(task.model, {**state, **chosen}, () if kwargs else arguments, kwargs)

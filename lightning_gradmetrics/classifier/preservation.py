@@ -1,0 +1,150 @@
+"""Restoring a model, and torch's random number generators, after they were used."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RandomState", "preserved"]
+
+INTERNAL = frozenset(vars(nn.Module()))
+"""Attributes of every module."""
+
+CONTAINERS = (dict, OrderedDict, list, set)
+
+Undo = Callable[[], None]
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_GUARD = threading.Lock()
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restore the model and the random number generators afterwards, also after an exception.
+
+    Restored are: each parameter's ``requires_grad`` and ``.grad``; each module's train or eval mode; which tensors are its
+    parameters and buffers; the values of buffers, always, since batch norm changes its
+    statistics without a new version of the tensor; attributes set, replaced or deleted by a forward pass, the entries of
+    lists, dictionaries and sets among them, and the values of tensors among them; and the generators, see
+    :class:`RandomState`. The values of parameters are not copied.
+
+    A second thread that enters with the same model waits for the first one.
+    """
+    with _lock_of(model):
+        undo = [*_parameter_state(model), *_module_state(model)]
+        generators = RandomState(model)
+        try:
+            yield
+        finally:
+            for restore in undo:
+                restore()
+            generators.restore()
+
+
+class RandomState:
+    """The state of torch's CPU generator and of the generators of the model's CUDA devices.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+        self._cpu = torch.random.get_rng_state()
+
+    def restore(self) -> None:
+        """Set the generators to this state; the next numbers are those that were drawn after it was taken."""
+        for device, state in self._cuda:
+            torch.cuda.set_rng_state(state, device)
+        torch.random.set_rng_state(self._cpu)
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    with _GUARD:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+def _parameter_state(model: nn.Module) -> Iterator[Undo]:
+    for parameter in model.parameters():
+        yield _parameter_undo(parameter)
+
+
+def _parameter_undo(parameter: nn.Parameter) -> Undo:
+    requires_grad, gradient = parameter.requires_grad, parameter.grad
+
+    def restore() -> None:
+        if parameter.requires_grad != requires_grad:
+            parameter.requires_grad_(requires_grad)
+        parameter.grad = gradient
+
+    return restore
+
+
+def _module_state(model: nn.Module) -> Iterator[Undo]:
+    """For each module: its mode, its tensors and the attributes that it defines itself."""
+    for module in model.modules():
+        attributes = vars(module)
+        names = attributes.keys() - INTERNAL
+        yield _attribute_undo(attributes, names)
+        for value in (module._parameters, module._buffers, *map(attributes.__getitem__, names)):
+            if type(value) in CONTAINERS and value:
+                yield _container_undo(value)
+            elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                yield _tensor_undo(value)
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                yield _tensor_undo(buffer)
+
+
+def _attribute_undo(attributes: dict[str, Any], names: Set[str]) -> Undo:
+    before = {name: attributes[name] for name in names}
+    before["training"] = attributes["training"]
+    size = len(attributes)
+
+    def restore() -> None:
+        attributes.update(before)
+        if len(attributes) != size:
+            for name in attributes.keys() - INTERNAL - names:
+                del attributes[name]
+
+    return restore
+
+
+def _container_undo(container: Any) -> Undo:
+    """Restores the entries of a dictionary, a list or a set in place."""
+    entries = container.copy()
+
+    def restore() -> None:
+        container.clear()
+        if isinstance(container, list):
+            container.extend(entries)
+        else:
+            container.update(entries)
+
+    return restore
+
+
+def _tensor_undo(tensor: Tensor) -> Undo:
+    """Writes the values back without a new version: a graph of the user's that holds the tensor stays valid."""
+    requires_grad, value = tensor.requires_grad, tensor.detach().clone()
+
+    def restore() -> None:
+        if tensor.is_inference():
+            with torch.inference_mode():
+                tensor.copy_(value)
+        elif tensor.shape == value.shape:
+            tensor.data.copy_(value)
+        else:
+            tensor.data = value
+        if tensor.requires_grad != requires_grad and tensor.is_leaf:
+            tensor.requires_grad_(requires_grad)
+
+    return restore
