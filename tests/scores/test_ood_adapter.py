@@ -95,7 +95,7 @@ def test_a_round_trip_with_the_callback(tmp_path: Path, caplog: pytest.LogCaptur
     assert_same_state({**before, "random": torch.get_rng_state()}, model)
     again = lgm.GradientMetrics(load_fitted(callback.scorer.scores, tmp_path, model))
     fresh = images(23)
-    model.forwards = 0
+    model.calls.clear()
     quiet(again).test(model, DataLoader(TensorDataset(fresh, torch.zeros(23).long()), 8), verbose=False)
     assert model.forwards == 3 + 2 + 3  # the steps; of NAC-UE, two to fit and one a batch
     assert not caplog.records
