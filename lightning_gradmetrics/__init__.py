@@ -4,7 +4,7 @@ from lightning_gradmetrics import evaluation, meters, scores
 from lightning_gradmetrics.callback import GradientMetrics
 from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
 from lightning_gradmetrics.gradients import cosine_similarity_maps
-from lightning_gradmetrics.results import largest
+from lightning_gradmetrics.results import largest, read_results
 from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "gradient_statistics",
     "largest",
     "meters",
+    "read_results",
     "score",
     "scores",
 ]
