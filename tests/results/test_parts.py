@@ -61,12 +61,12 @@ def test_gaps_and_repetitions_are_named(tmp_path: Path) -> None:
     with ResultsWriter(tmp_path / "gap", RUN) as writer:
         writer.add(rows([0, 2, 5]))
         writer.finish({"val": 6})
-    with pytest.raises(IncompleteResultsError, match="lacks rows of 'val': indices 1, 3, 4$"):
+    with pytest.raises(IncompleteResultsError, match=r"lacks rows of 'val': indices 1, 3, 4$"):
         read_results(tmp_path / "gap")
     with ResultsWriter(tmp_path / "twice", RUN) as writer:
         writer.add(rows([0, 1, 1]))
         writer.finish({"val": 2})
-    with pytest.raises(IncompleteResultsError, match="more than once: indices 1$"):
+    with pytest.raises(IncompleteResultsError, match=r"more than once: indices 1$"):
         read_results(tmp_path / "twice")
 
 
