@@ -95,7 +95,7 @@ class _Ranking:
         weights = weights[:, self.order]
         positive = weights * self.positive
         negative = weights - positive
-        return Counts(self.distinct, self._grouped(negative), self._grouped(positive))
+        return Counts.of(self.distinct, self._grouped(negative), self._grouped(positive))
 
     def _grouped(self, weights: Tensor) -> Tensor:
         if len(self.ends) == weights.shape[1]:

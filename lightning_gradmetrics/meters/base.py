@@ -1,8 +1,8 @@
-"""The states that every meter of scores and targets shares, and how they are gathered."""
+"""The base of all meters: the samples seen so far, kept exactly or in constant memory, and gathered over processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torchmetrics.utilities.plot import plot_curve
 
 from lightning_gradmetrics.meters.functional.counts import Counts, check_scores, check_target, count
 from lightning_gradmetrics.meters.functional.histogram import (
+    COLUMNS,
     append,
     check_bins,
     counts_of_table,
@@ -24,14 +25,25 @@ from lightning_gradmetrics.meters.functional.histogram import (
 __all__ = ["CurveMeter", "ScoreMeter", "gather_rows"]
 
 
+_BOOKKEEPING = (
+    "_update_count",
+    "_computed",
+    "_is_synced",
+    "_should_unsync",
+    "_to_sync",
+    "_enable_grad",
+    "compute_on_cpu",
+)
+"""What torchmetrics' forward changes for the time of a batch."""
+
+
 class ScoreMeter(Metric):
     """A meter of scores ``(N,)`` against targets ``(N,)``.
 
     Args:
-        bins: ``None`` keeps every score (exact). A number keeps a histogram of a fixed ``256 * bins`` bytes, whatever
-            the scores and however many: exact up to ``4 * bins`` distinct scores, and close after that; see
-            :mod:`lightning_gradmetrics.meters.functional.histogram` for how close. 16384 (4 MiB) suits every stream
-            that was tried.
+        bins: ``None`` keeps every score (exact). A number keeps a histogram of ``256 * bins`` bytes, whatever the range
+            and the number of the scores: exact up to ``4 * bins`` distinct scores, and close above that; see
+            :mod:`lightning_gradmetrics.meters.functional.histogram`. 16384 bins (4 MiB) suit every stream that we tried.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -55,19 +67,53 @@ class ScoreMeter(Metric):
         else:
             self.add_state("table", default=empty_table(self.bins), dist_reduce_fx=merge_tables)
 
-    def update(self, scores: Tensor, target: Tensor) -> None:
-        """Take a batch.
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch.
 
         Args:
-            scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+            preds: The scores ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
             target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
 
         Raises:
-            TypeError: If an argument is no tensor of numbers.
+            TypeError: If an argument is not a tensor of numbers.
             ValueError: If a shape or a value is wrong, or a score is NaN.
         """
-        scores = check_scores(scores)
+        scores = check_scores(preds, "preds")
         self._take(scores, check_target(target, scores))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch and return the metric of this batch; a refused batch leaves the state unchanged."""
+        kept = {}
+        for name in (*self._defaults, *_BOOKKEEPING):
+            value = getattr(self, name)
+            kept[name] = list(value) if isinstance(value, list) else value
+        try:
+            return super().forward(*args, **kwargs)
+        except Exception:
+            for name, value in kept.items():
+                setattr(self, name, value)
+            raise
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        """Move the states to a device; their types stay, because a narrower type would merge distinct scores."""
+
+        def move(state: Tensor) -> Tensor:
+            moved = fn(state)
+            return moved if moved.dtype == state.dtype else state.to(moved.device)
+
+        return super()._apply(move, exclude_state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load copies of the states, so that the meter shares no memory with the one that was saved."""
+        name = f"{prefix}table"
+        if self.bins is not None and name in state_dict and state_dict[name].shape != self.table.shape:
+            bins = state_dict.pop(name).shape[1] // COLUMNS
+            args[-1].append(f"{name} was saved with bins={bins} and cannot be loaded with bins={self.bins}")
+        for key in self._defaults:
+            value = state_dict.get(prefix + key)
+            if value is not None:
+                state_dict[prefix + key] = list(value) if isinstance(value, list) else value.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _take(self, scores: Tensor, target: Tensor) -> None:
         if self.bins is not None:
@@ -77,7 +123,7 @@ class ScoreMeter(Metric):
         self.target.append(target.to(torch.uint8))
 
     def _samples(self) -> tuple[Tensor, Tensor]:
-        """All scores and targets so far, also if there are none."""
+        """All scores and targets so far; empty tensors before the first batch."""
         if not isinstance(self.scores, Tensor) and not self.scores:
             return torch.zeros(0, device=self.device), torch.zeros(0, dtype=torch.bool, device=self.device)
         return dim_zero_cat(self.scores), dim_zero_cat(self.target).bool()
@@ -87,7 +133,7 @@ class ScoreMeter(Metric):
         return count(*self._samples()) if self.bins is None else counts_of_table(self.table)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        """Gather: every rank's samples once, each written to its place in one tensor."""
+        """Gather the samples of all ranks, each written once into one tensor."""
         if self.bins is not None or dist_sync_fn is not gather_all_tensors:
             super()._sync_dist(dist_sync_fn, process_group)
             return
@@ -118,22 +164,33 @@ class CurveMeter(ScoreMeter):
 
         Args:
             curve: A result of ``compute()``; by default computed now.
-            score: A number for the legend, such as the area under the curve.
+            score: A number for the legend; by default what the meter itself adds, such as the area under the curve.
             ax: A matplotlib axis; by default a new figure.
 
         Returns:
             The figure and the axis.
         """
-        curve = curve if curve is not None else self.compute()
-        return plot_curve(self._drawn(curve), score=score, ax=ax, label_names=self.axes, name=type(self).__name__)
+        if curve is None:
+            curve = self.compute()
+            score = self._area() if score is None else score
+        _, ax = plot_curve(self._drawn(curve), score=score, ax=ax, label_names=self.axes, name=type(self).__name__)
+        self._decorate(ax)
+        return ax.get_figure(), ax
+
+    def _area(self) -> Tensor | None:
+        """The number that the legend shows beside the meter's own curve."""
+        return None
+
+    def _decorate(self, ax: Any) -> None:
+        """Draw what belongs to the axis and not to the curve."""
 
     def _drawn(self, curve: Any) -> Any:
-        """X, y and thresholds, from a result of ``compute()``."""
+        """Return x, y and thresholds of a result of ``compute()``."""
         return curve
 
 
 def _gather_state(state: Any, device: torch.device, group: Any) -> Any:
-    """A list of samples, gathered; or a count, summed."""
+    """Gather a list of samples, or sum a count."""
     if isinstance(state, list):
         return [gather_rows(state, device, group)]
     total = state.clone()
@@ -146,13 +203,13 @@ _TYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def gather_rows(pieces: list[Tensor] | Tensor, device: torch.device, group: Any = None) -> Tensor:
-    """The rows of all ranks, in the order of the ranks, without a second copy of any of them.
+    """Gather the rows of all ranks, in the order of the ranks, without a second copy.
 
-    Each rank's rows are broadcast straight into their place; ranks may have different numbers of rows, also none.
+    Each rank's rows are broadcast into their place in the result. Ranks may have different numbers of rows, or none.
 
     Args:
         pieces: This rank's tensors, each ``(n, ...)`` in uint8, float32 or float64.
-        device: Where the result lies.
+        device: The device of the result.
         group: The process group; by default all ranks.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Meters of selective prediction: what is won by rejecting the most uncertain samples."""
+"""Meters of selective prediction: the errors that remain when the most uncertain samples are rejected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,19 @@ __all__ = ["AUAC", "AUFC", "AUGRC", "AURC", "EAURC", "AccuracyAtCoverage", "Cove
 
 
 class AURC(ScoreMeter):
-    """Area under the risk-coverage curve; see :func:`~lightning_gradmetrics.meters.functional.aurc`.
+    """Area under the risk-coverage curve: the mean error rate of the ``k`` most certain samples over all ``k``.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.aurc`.
+
+    Args:
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a scalar in [0, 1], lower is better; NaN with a UserWarning without samples.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a wrong shape, a NaN, or a target that is neither 0 nor 1.
 
     Example:
         >>> import torch
@@ -23,43 +35,110 @@ class AURC(ScoreMeter):
         >>> meter.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
         >>> meter.compute()
         tensor(0.2778)
+
+    Reference:
+        Geifman, Uziel, El-Yaniv: Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, ICLR 2019.
     """
 
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """The AURC of all samples so far; NaN with a UserWarning if there are none."""
+        """Return the AURC of all samples so far; NaN with a UserWarning if there are none."""
         return announce_undefined(selective.aurc_of_counts(self._counts()), "AURC", selective.SOME)
 
 
 class EAURC(ScoreMeter):
-    """Excess AURC over a perfect score; see :func:`~lightning_gradmetrics.meters.functional.e_aurc`."""
+    """Excess AURC: the AURC minus that of a perfect score with the same number of errors.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.e_aurc`.
+
+    Args:
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a scalar in [0, 1], lower is better; NaN with a UserWarning without samples.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a wrong shape, a NaN, or a target that is neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> meter = EAURC()
+        >>> meter.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+        >>> meter.compute()
+        tensor(0.1667)
+
+    Reference:
+        Geifman, Uziel, El-Yaniv: Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers, ICLR 2019.
+    """
 
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """The excess AURC of all samples so far; NaN with a UserWarning if there are none."""
+        """Return the excess AURC of all samples so far; NaN with a UserWarning if there are none."""
         return announce_undefined(selective.e_aurc_of_counts(self._counts()), "E-AURC", selective.SOME)
 
 
 class AUGRC(ScoreMeter):
-    """Area under the generalised risk-coverage curve; see :func:`~lightning_gradmetrics.meters.functional.augrc`."""
+    """Area under the generalised risk-coverage curve: the mean rate of accepted errors over all coverages.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.augrc`.
+
+    Args:
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a scalar in [0, 1/2], lower is better; NaN with a UserWarning without samples.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a wrong shape, a NaN, or a target that is neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> meter = AUGRC()
+        >>> meter.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+        >>> meter.compute()
+        tensor(0.1667)
+
+    Reference:
+        Traub et al.: Overcoming Common Flaws in the Evaluation of Selective Classification Systems, NeurIPS 2024.
+    """
 
     higher_is_better = False
     plot_upper_bound = 0.5
 
     def compute(self) -> Tensor:
-        """The AUGRC of all samples so far; NaN with a UserWarning if there are none."""
+        """Return the AUGRC of all samples so far; NaN with a UserWarning if there are none."""
         return announce_undefined(selective.augrc_of_counts(self._counts()), "AUGRC", selective.SOME)
 
 
 class AccuracyAtCoverage(ScoreMeter):
-    """Accuracy of the most certain samples; see :func:`~lightning_gradmetrics.meters.functional.accuracy_at_coverage`.
+    """Accuracy of the most certain samples.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.accuracy_at_coverage`.
 
     Args:
-        coverage: The share of samples that is accepted, in (0, 1].
-        bins: ``None`` for the exact mode, or a number for constant memory.
+        coverage: The share of samples to accept, in (0, 1].
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a scalar in [0, 1], higher is better; NaN with a UserWarning without samples.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a wrong shape, a NaN, or a target that is neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> meter = AccuracyAtCoverage(coverage=0.6)
+        >>> meter.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+        >>> meter.compute()
+        tensor(0.5000)
+
+    Reference:
+        El-Yaniv, Wiener: On the Foundations of Noise-free Selective Classification, JMLR 2010.
     """
 
     higher_is_better = True
@@ -69,18 +148,36 @@ class AccuracyAtCoverage(ScoreMeter):
         self.coverage = check_rate(coverage, "coverage")
 
     def compute(self) -> Tensor:
-        """The accuracy at the coverage; NaN with a UserWarning if there are no samples."""
+        """Return the accuracy at the coverage; NaN with a UserWarning if there are no samples."""
         value = selective.accuracy_at_coverage_of_counts(self._counts(), self.coverage)
         return announce_undefined(value, "accuracy at coverage", selective.SOME)
 
 
 class CoverageAtRisk(ScoreMeter):
-    """Largest coverage at a bounded error rate; see :func:`~lightning_gradmetrics.meters.functional.coverage_at_risk`.
+    """Largest share of samples that a threshold accepts at a bounded error rate.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.coverage_at_risk`.
 
     Args:
-        risk: The error rate among the accepted that is allowed, in (0, 1].
-        bins: ``None`` for the exact mode, or a number for constant memory.
+        risk: The largest error rate among the accepted samples, in (0, 1].
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a scalar in [0, 1], higher is better; NaN with a UserWarning without samples.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a wrong shape, a NaN, or a target that is neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> meter = CoverageAtRisk(risk=0.4)
+        >>> meter.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+        >>> meter.compute()
+        tensor(1.)
+
+    Reference:
+        El-Yaniv, Wiener: On the Foundations of Noise-free Selective Classification, JMLR 2010.
     """
 
     higher_is_better = True
@@ -90,18 +187,37 @@ class CoverageAtRisk(ScoreMeter):
         self.risk = check_rate(risk, "risk")
 
     def compute(self) -> Tensor:
-        """The coverage at the risk; NaN with a UserWarning if there are no samples."""
+        """Return the coverage at the risk; NaN with a UserWarning if there are no samples."""
         value = selective.coverage_at_risk_of_counts(self._counts(), self.risk)
         return announce_undefined(value, "coverage at risk", selective.SOME)
 
 
-class _Area(ScoreMeter):
-    """An area over coverage or over a threshold.
+class AUAC(ScoreMeter):
+    """Area under the accuracy curve, over coverage or over the threshold.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.auac`.
 
     Args:
-        mode: ``"coverage"`` or ``"threshold"``.
-        bins: ``None`` for the exact mode, or a number for constant memory.
+        mode: The x-axis: ``"coverage"``, or ``"threshold"`` on scores scaled to [0, 1] by minimum and maximum.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a scalar in [0, 1], higher is better; NaN with a UserWarning where it is undefined.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a wrong shape, a NaN, or a target that is neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> meter = AUAC()
+        >>> meter.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+        >>> meter.compute()
+        tensor(0.7222)
+
+    Reference:
+        Prabhushankar, AlRegib: Counterfactual Gradients-based Quantification of Prediction Trust in Neural Networks,
+        2024.
     """
 
     higher_is_better = True
@@ -110,29 +226,83 @@ class _Area(ScoreMeter):
         super().__init__(bins, **kwargs)
         self.mode: Mode = areas.check_mode(mode)
 
-
-class AUAC(_Area):
-    """Area under the accuracy curve; see :func:`~lightning_gradmetrics.meters.functional.auac`."""
-
     def compute(self) -> Tensor:
-        """The AUAC of all samples so far; NaN with a UserWarning where it is undefined."""
+        """Return the AUAC of all samples so far; NaN with a UserWarning where it is undefined."""
         return announce_undefined(areas.auac_of_counts(self._counts(), self.mode), "AUAC", areas.NEEDS[self.mode])
 
 
-class AUFC(_Area):
-    """Area under the F1 curve; see :func:`~lightning_gradmetrics.meters.functional.aufc`."""
+class AUFC(ScoreMeter):
+    """Area under the F1 curve, over coverage or over the threshold.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.aufc`.
+
+    Args:
+        mode: The x-axis: ``"coverage"``, or ``"threshold"`` on scores scaled to [0, 1] by minimum and maximum.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a scalar in [0, 1], higher is better; NaN with a UserWarning where it is undefined.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a wrong shape, a NaN, or a target that is neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> meter = AUFC()
+        >>> meter.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+        >>> meter.compute()
+        tensor(0.6556)
+
+    Reference:
+        Prabhushankar, AlRegib: Counterfactual Gradients-based Quantification of Prediction Trust in Neural Networks,
+        2024.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, mode: Mode = "coverage", bins: int | None = None, **kwargs: Any) -> None:
+        super().__init__(bins, **kwargs)
+        self.mode: Mode = areas.check_mode(mode)
 
     def compute(self) -> Tensor:
-        """The AUFC of all samples so far; NaN with a UserWarning where it is undefined."""
+        """Return the AUFC of all samples so far; NaN with a UserWarning where it is undefined."""
         return announce_undefined(areas.aufc_of_counts(self._counts(), self.mode), "AUFC", areas.NEEDS[self.mode])
 
 
 class RiskCoverageCurve(CurveMeter):
-    """The risk-coverage curve; see :func:`~lightning_gradmetrics.meters.functional.risk_coverage_curve`."""
+    """The risk-coverage curve: one point per distinct score, in the scores' own unit.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.risk_coverage_curve`.
+
+    Args:
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns coverage, risk and thresholds, ``(G,)`` each, in ascending order; empty tensors with a
+        UserWarning without samples.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a wrong shape, a NaN, or a target that is neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> meter = RiskCoverageCurve()
+        >>> meter.update(torch.tensor([-1.0, 5.0, 5.0, 7.0]), torch.tensor([0, 1, 0, 1]))
+        >>> meter.compute()
+        (tensor([0.2500, 0.7500, 1.0000]), tensor([0.0000, 0.3333, 0.5000]), tensor([-1.,  5.,  7.]))
+
+    Reference:
+        El-Yaniv, Wiener: On the Foundations of Noise-free Selective Classification, JMLR 2010.
+    """
 
     higher_is_better = None
     axes = ("coverage", "risk")
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Coverage, risk and thresholds of all samples so far."""
+        """Return coverage, risk and thresholds of all samples so far."""
         return selective.risk_coverage_curve_of_counts(self._counts())
+
+    def _area(self) -> Tensor:
+        return selective.aurc_of_counts(self._counts())

@@ -1,4 +1,4 @@
-"""Meters of what scores are like."""
+"""Meters that describe scores: distribution, calibration and rank correlation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_gradmetrics.meters import functional as F
 from lightning_gradmetrics.meters.base import ScoreMeter
-from lightning_gradmetrics.meters.functional.counts import check_scores, check_target
+from lightning_gradmetrics.meters.functional.counts import check_scores, check_target, check_tensor
 from lightning_gradmetrics.meters.functional.summary import (
     QUANTILES,
     Norm,
@@ -25,13 +25,22 @@ __all__ = ["CalibrationError", "ScoreDistribution", "SpearmanCorrelation"]
 
 
 class ScoreDistribution(ScoreMeter):
-    """Count, mean, spread and quantiles of a score; see :func:`~lightning_gradmetrics.meters.functional.distribution`.
+    """Count, mean, standard deviation and quantiles of a score.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.distribution`.
 
     Args:
-        quantiles: Which quantiles, in [0, 1].
-        bins: ``None`` for the exact mode, or a number for constant memory, where a score counts as the middle of its
-            cell.
+        quantiles: The quantiles to compute, in [0, 1].
+        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory, and each score counts as
+            the middle of its cell.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a dict of scalars: ``count``, ``non_finite``, ``mean``, ``std``, ``min``, ``max`` and
+        ``q<percent>`` for each quantile; NaN with a UserWarning without finite scores.
+
+    Raises:
+        ValueError: If a quantile or ``bins`` is wrong, or a batch has a wrong shape.
 
     Example:
         >>> meter = ScoreDistribution()
@@ -50,30 +59,75 @@ class ScoreDistribution(ScoreMeter):
         self.quantiles = check_quantiles(quantiles)
         self.add_state("non_finite", default=torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, scores: Tensor) -> None:  # type: ignore[override]
-        """Take a batch.
+    def update(self, preds: Tensor) -> None:  # type: ignore[override]
+        """Add a batch.
 
         Args:
-            scores: ``(N,)``; NaN and infinities are counted apart.
+            preds: The scores ``(N,)``; NaN and infinities are counted as ``non_finite`` and enter nothing else.
         """
-        finite = torch.isfinite(scores)
-        kept = check_scores(scores[finite])
+        check_tensor(preds, "preds")
+        finite = torch.isfinite(preds)
+        kept = check_scores(preds[finite] if preds.ndim == 1 else preds, "preds")
         self._take(kept, torch.zeros(len(kept), dtype=torch.bool, device=kept.device))
         self.non_finite = self.non_finite + (~finite).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """The numbers of all scores so far; NaN with a UserWarning where they are undefined."""
+        """Return the numbers of all scores so far; NaN with a UserWarning where they are undefined."""
         counts = self._counts()
         return distribution_of_counts(counts.scores, counts.negative, self.non_finite, self.quantiles)
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot a histogram of the scores so far, or the range and quantiles of a given result.
+
+        Args:
+            val: A result of ``compute()``; by default the scores themselves are drawn.
+            ax: A matplotlib axis; by default a new figure.
+
+        Returns:
+            The figure and the axis.
+        """
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots()[1] if ax is None else ax
+        if val is None:
+            counts = self._counts()
+            ax.hist(counts.scores.cpu(), bins=50, weights=counts.negative.cpu())
+            ax.set_ylabel("samples")
+        else:
+            ax.plot([float(val["min"]), float(val["max"])], [0, 0], color="0.5")
+            for name, value in val.items():
+                if name.startswith("q"):
+                    ax.plot([float(value)], [0], marker="|", markersize=20, linestyle="none", label=name)
+            ax.set_yticks([])
+            ax.legend()
+        ax.set_xlabel("score")
+        return ax.get_figure(), ax
+
 
 class CalibrationError(ScoreMeter):
-    """Calibration error of a probability; see :func:`~lightning_gradmetrics.meters.functional.calibration_error`.
+    """Expected calibration error of a probability, over equal-width bins.
+
+    The functional form is :func:`~lightning_gradmetrics.meters.functional.calibration_error`.
 
     Args:
         n_bins: The number of bins.
-        norm: ``"l1"``, ``"l2"`` or ``"max"``.
+        norm: ``"l1"`` the mean distance, ``"l2"`` the root mean square, ``"max"`` the largest.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns a scalar in [0, 1], lower is better; NaN with a UserWarning without samples.
+
+    Raises:
+        ValueError: If an argument is wrong, or a batch has a probability outside [0, 1].
+
+    Example:
+        >>> meter = CalibrationError()
+        >>> meter.update(torch.tensor([0.1, 0.9, 0.9, 0.1]), torch.tensor([0, 1, 1, 0]))
+        >>> meter.compute()
+        tensor(0.1000)
+
+    Reference:
+        Naeini, Cooper, Hauskrecht: Obtaining Well Calibrated Probabilities Using Bayesian Binning, AAAI 2015.
     """
 
     higher_is_better = False
@@ -82,34 +136,41 @@ class CalibrationError(ScoreMeter):
         super().__init__(None, **kwargs)
         self.n_bins, self.norm = check_n_bins(n_bins), check_norm(norm)
 
-    def update(self, probability: Tensor, target: Tensor) -> None:
-        """Take a batch.
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch.
 
         Args:
-            probability: ``(N,)`` in [0, 1], the chance that the sample is positive.
+            preds: ``(N,)`` in [0, 1], the probability that the sample is positive.
             target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
 
         Raises:
             ValueError: If a probability is outside [0, 1], or a shape or a value is wrong.
         """
-        probability = check_scores(probability, "probability")
+        probability = check_scores(preds, "preds")
         if bool((probability < 0).any() | (probability > 1).any()):
-            raise ValueError("a probability must lie in [0, 1]: a raw score has no calibration")
+            raise ValueError("probabilities must be in [0, 1]: a raw score has no calibration")
         self._take(probability, check_target(target, probability))
 
     def compute(self) -> Tensor:
-        """The calibration error of all samples so far; NaN with a UserWarning if there are none."""
+        """Return the calibration error of all samples so far; NaN with a UserWarning if there are none."""
         return F.calibration_error(*self._samples(), n_bins=self.n_bins, norm=self.norm)
 
 
 class SpearmanCorrelation(ScoreMeter):
-    """Rank correlation between scores; see :func:`~lightning_gradmetrics.meters.functional.spearman`.
+    """Spearman's rank correlation between every two scores.
 
-    It keeps every row: ranks of pairs need the pairs, so there is no constant-memory mode.
+    It keeps every row and has no constant-memory mode, because pairs of scores need their joint ranks. The functional
+    form is :func:`~lightning_gradmetrics.meters.functional.spearman`.
 
     Args:
         names: The scores' names, for the plot; by default their column numbers.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
+
+    Returns:
+        ``compute()`` returns ``(S, S)`` in [-1, 1]; NaN with a UserWarning for a constant score.
+
+    Raises:
+        ValueError: If a batch has a NaN, or another number of columns than the names or an earlier batch.
 
     Example:
         >>> meter = SpearmanCorrelation(["entropy", "gradnorm"])
@@ -124,22 +185,29 @@ class SpearmanCorrelation(ScoreMeter):
         super().__init__(None, **kwargs)
         self.names = None if names is None else [str(name) for name in names]
 
-    def update(self, scores: Tensor) -> None:  # type: ignore[override]
-        """Take a batch.
+    def update(self, preds: Tensor) -> None:  # type: ignore[override]
+        """Add a batch.
 
         Args:
-            scores: ``(N, S)``, a column a score.
+            preds: ``(N, S)``, one column per score.
 
         Raises:
             ValueError: If the shape differs from the names' or an earlier batch's, or a score is NaN.
         """
-        width = len(self.names) if self.names is not None else self.scores[0].shape[1] if self.scores else None
-        if scores.ndim != 2 or (width is not None and scores.shape[1] != width):
-            raise ValueError(f"scores must have the shape (N, {width or 'S'}), got {tuple(scores.shape)}")
-        self.scores.append(check_scores(scores.reshape(-1)).reshape(scores.shape))
+        check_tensor(preds, "preds")
+        width = self._width()
+        if preds.ndim != 2 or (width is not None and preds.shape[1] != width):
+            raise ValueError(f"preds must have the shape (N, {width or 'S'}), got {tuple(preds.shape)}")
+        self.scores.append(check_scores(preds.reshape(-1), "preds").reshape(preds.shape))
+
+    def _width(self) -> int | None:
+        """The number of scores, or None before the first batch of a meter without names."""
+        if self.names is not None:
+            return len(self.names)
+        return self.scores[0].shape[1] if len(self.scores) else None
 
     def compute(self) -> Tensor:
-        """``(S, S)``, the correlations of all rows so far; NaN with a UserWarning where they are undefined."""
+        """Return the correlations ``(S, S)`` of all rows so far; NaN with a UserWarning where they are undefined."""
         width = len(self.names or [])
         return F.spearman(dim_zero_cat(self.scores) if len(self.scores) else torch.zeros(0, width))
 
@@ -156,12 +224,13 @@ class SpearmanCorrelation(ScoreMeter):
         import matplotlib.pyplot as plt
 
         values = (val if val is not None else self.compute()).cpu().numpy()
-        fig, ax = (ax.get_figure(), ax) if ax is not None else plt.subplots()
-        names = self.names or [str(column) for column in range(len(values))]
+        ax = plt.subplots()[1] if ax is None else ax
+        names = self.names or list(map(str, range(len(values))))
         image = ax.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
         ax.set_yticks(range(len(names)), names)
-        for (row, column), value in [((i, j), values[i, j]) for i in range(len(names)) for j in range(len(names))]:
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center")
-        fig.colorbar(image, ax=ax, label="Spearman's correlation")
-        return fig, ax
+        for row in range(len(names)):
+            for column in range(len(names)):
+                ax.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center")
+        ax.get_figure().colorbar(image, ax=ax, label="Spearman's correlation")
+        return ax.get_figure(), ax

@@ -7,6 +7,7 @@ import pickle
 import warnings
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from torchmetrics import MetricCollection
@@ -142,6 +143,110 @@ def test_a_refused_batch_leaves_the_state(name, bins):
         with pytest.raises(ValueError, match="0 or 1"):
             meter.update(rows[0], rows[1] + 5, *rows[2:])
     assert_same(meter.compute(), expected(case, rows))
+
+
+def test_every_public_meter_and_function_has_a_row():
+    metrics = {name for name in M.__all__ if name != "functional"}
+    functions = set(F.__all__) - {"oscr_samples"}
+    assert {case.make.__name__ for case in CASES.values()} == metrics
+    assert {case.twin.__name__ for case in CASES.values()} == functions
+
+
+@both_modes
+def test_forward_on_one_class_loses_nothing(name, bins):
+    case = CASES[name]
+    rows, meter = data(case.inputs), made(case, bins)
+    meter.update(*(row[:60] for row in rows))
+    rest = [row[60:] for row in rows]
+    order = rest[1].argsort() if len(rest) > 1 else torch.arange(len(rest[0]))
+    zeros = int((rest[1] == 0).sum()) if len(rest) > 1 else 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for part in (order[:zeros], order[zeros:]):
+            meter(*(row[part] for row in rest))
+    assert_same(meter.compute(), expected(case, rows))
+
+
+@both_modes
+def test_a_refused_forward_leaves_the_state(name, bins):
+    case = CASES[name]
+    rows, meter = data(case.inputs), made(case, bins)
+    meter.update(*rows)
+    for bad in (torch.zeros(2, 2, 2), [0.5], np.zeros(3)):
+        with pytest.raises((TypeError, ValueError, IndexError)):
+            meter(bad, *rows[1:])
+    assert meter._update_count == 1
+    meter.update(*rows)
+    assert_same(meter.compute(), expected(case, tuple(torch.cat([row, row]) for row in rows)))
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_change_of_type_changes_no_value(name, bins, dtype):
+    case = CASES[name]
+    rows, meter = data(case.inputs), made(case, bins)
+    meter.update(*(row[:40] for row in rows))
+    meter.set_dtype(dtype)
+    torch.nn.Sequential(meter).to(dtype)
+    meter.half().float()
+    meter.update(*(row[40:] for row in rows))
+    assert_same(meter.compute(), expected(case, rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_scores_in_constant_memory(dtype):
+    scores, target = data("scores target")
+    meter = M.AUROC(bins=1024)
+    meter.update(scores.to(dtype), target)
+    assert_same(meter.compute(), F.auroc(scores.to(dtype), target))
+
+
+@both_modes
+def test_a_saved_state_loads_as_a_copy(name, bins):
+    case = CASES[name]
+    rows, saved, loaded = data(case.inputs), made(case, bins), made(case, bins)
+    saved.persistent(True)
+    saved.update(*(row[:60] for row in rows))
+    loaded.load_state_dict(saved.state_dict())
+    loaded.update(*(row[60:] for row in rows))
+    assert_same(loaded.compute(), expected(case, rows))
+    assert_same(saved.compute(), expected(case, tuple(row[:60] for row in rows)))
+
+
+def test_a_state_of_other_bins_is_refused():
+    saved = M.AUROC(bins=2048)
+    saved.persistent(True)
+    with pytest.raises(RuntimeError, match="saved with bins=2048 and cannot be loaded with bins=1024"):
+        M.AUROC(bins=1024).load_state_dict(saved.state_dict())
+
+
+@both_modes
+def test_numpy_is_refused_with_the_remedy(name, bins):
+    case = CASES[name]
+    with pytest.raises(TypeError, match=r"preds must be a torch\.Tensor, got numpy\.ndarray: use torch\.from_numpy"):
+        made(case, bins).update(*(row.numpy() for row in data(case.inputs)))
+
+
+def test_arguments_are_named_as_torchmetrics_names_them():
+    scores, target = data("scores target")
+    collection = MetricCollection([M.AUROC(), M.AURC(bins=1024)])
+    collection.update(preds=scores, target=target)
+    assert_same(collection.compute()["AUROC"], F.auroc(scores, target))
+
+
+def test_plots_show_chance_area_and_histogram():
+    import matplotlib.pyplot as plt
+
+    scores, target = data("scores target")
+    roc, distribution = M.ROC(), M.ScoreDistribution()
+    roc.update(scores, target)
+    distribution.update(scores)
+    _, ax = roc.plot()
+    assert [line.get_linestyle() for line in ax.lines] == ["-", ":"]
+    assert f"{F.auroc(scores, target):.3f}" in ax.get_legend().get_texts()[0].get_text()
+    _, ax = distribution.plot()
+    assert sum(bar.get_height() for bar in ax.patches) == SIZE
+    plt.close("all")
 
 
 def test_wrong_arguments_are_refused():

@@ -1,8 +1,8 @@
 """Metrics as plain functions of scores ``(N,)`` and targets ``(N,)``.
 
 Scores are raw: any scale, any sign, higher = more uncertain; infinities rank, NaN is refused. Target 1 is the
-positive class: an error, or out-of-distribution. A metric that is undefined, for want of a class or of samples, is
-NaN and says so in one ``UserWarning``; a curve that is undefined is a ``ValueError``.
+positive class: an error, or out-of-distribution. A metric that is undefined, because a class or all samples are
+missing, is NaN with one ``UserWarning``.
 """
 
 from lightning_gradmetrics.meters.functional.areas import auac, aufc

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, count
-from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, harmonic_steps
+from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, harmonic
 
 __all__ = ["Mode", "auac", "auac_of_counts", "aufc", "aufc_of_counts", "check_mode"]
 
@@ -34,12 +34,12 @@ def auac(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
 
     Over coverage it is the mean over ``k`` of the accuracy of the ``k`` most certain samples, ``1 - AURC``, and
     depends on the order of the scores only. Over thresholds it rewards the scale too: the scores are scaled to [0, 1]
-    by their minimum and maximum, and a score that keeps its errors far from the rest does better than another of the
-    same order. The published table of the reference does not say which was used.
+    by their minimum and maximum, so a score that keeps its errors far from the rest beats another score of the same
+    order. The published table of the reference does not state its x-axis.
 
     Args:
         scores: ``(N,)``, higher = more uncertain; in threshold mode finite.
-        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
         mode: ``"coverage"`` or ``"threshold"``.
 
     Returns:
@@ -69,18 +69,18 @@ def auac_of_counts(counts: Counts, mode: Mode = "coverage") -> Tensor:
 
 
 def aufc(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
-    r"""Area under the F1 curve, where accepting is the positive decision and a right prediction the positive class.
+    r"""Area under the F1 curve, where accepting is the positive decision and a correct prediction the positive class.
 
-    With ``c`` right predictions among ``k`` accepted, and ``C`` right ones in all, ``F1 = 2 c / (k + C)``. Over
+    With ``c`` correct predictions among ``k`` accepted, and ``C`` correct ones in all, ``F1 = 2 c / (k + C)``. Over
     coverage: the mean over ``k = 1..N``. Over thresholds: as for :func:`auac`.
 
     Args:
         scores: ``(N,)``, higher = more uncertain; in threshold mode finite.
-        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
         mode: ``"coverage"`` or ``"threshold"``.
 
     Returns:
-        A scalar in [0, 1], higher is better. 0 if no prediction is right. NaN with a UserWarning as for :func:`auac`.
+        A scalar in [0, 1], higher is better. 0 if no prediction is correct. NaN with a UserWarning as for :func:`auac`.
 
     Raises:
         ValueError: If a shape or a value is wrong, or a score is infinite in threshold mode.
@@ -99,15 +99,16 @@ def aufc(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
 def aufc_of_counts(counts: Counts, mode: Mode = "coverage") -> Tensor:
     r"""AUFC of counts ``(G,)``, in float64; NaN where it is undefined.
 
-    Within a group of ``m`` ties, a share ``q`` of them right, after ``k`` samples with ``c`` right ones, the group adds
+    Within a group of ``m`` ties, a share ``q`` of them correct, after ``k`` samples with ``c`` correct ones, the group adds
     ``sum_{j<=m} 2 (c + j q) / (k + j + C) = 2 (m q + (c - q (k + C)) (H_{k+C+m} - H_{k+C}))``.
     """
-    right, all_right, ends = counts.negative, counts.negatives, counts.samples_to
+    correct, all_correct, ends = counts.negative, counts.negatives, counts.samples_to
     if check_mode(mode) == "threshold":
-        return _over_threshold(counts, 2 * counts.negatives_to / (ends + all_right))
-    size = right + counts.positive
-    share, start = right / size.clamp(min=1), ends - size + all_right
-    group = right + (counts.negatives_to - right - share * start) * harmonic_steps(ends, all_right)
+        return _over_threshold(counts, 2 * counts.negatives_to / (ends + all_correct))
+    size = correct + counts.positive
+    share, start = correct / size.clamp(min=1), ends - size + all_correct
+    steps = harmonic(ends + all_correct) - harmonic(start)
+    group = correct + (counts.negatives_to - correct - share * start) * steps
     return 2 * group.sum() / size.sum()
 
 
@@ -116,8 +117,8 @@ def _over_threshold(counts: Counts, heights: Tensor) -> Tensor:
     scores = counts.scores.double()
     if bool(torch.isinf(scores).any()):
         raise ValueError(
-            "threshold mode scales scores by their minimum and maximum, and some are infinite: leave them out"
+            "threshold mode scales scores by their minimum and maximum, and some are infinite: drop these samples"
         )
-    # Halves, because the difference of two finite numbers can be infinite.
+    # Halves, because the difference of two finite numbers can overflow to infinity.
     steps = (scores / 2).diff()
     return (heights[:-1] * steps).sum() / (steps.sum() if len(steps) else torch.nan)

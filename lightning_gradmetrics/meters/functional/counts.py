@@ -1,17 +1,17 @@
-"""Counts per distinct score: the one thing that every ranking metric is a function of.
+"""Counts per distinct score, from which every ranking metric is computed.
 
-A metric of a ranking needs the scores only through their order and their ties. So scores are first grouped: the
-distinct scores in ascending order, and how many negatives and positives each has. Metrics of counts take leading
-batch dimensions, which serves the bootstrap (one row a resample), and take a histogram as well as exact groups, which
-serves constant memory.
+A ranking metric needs the order of the scores and their ties, nothing else. So the scores are sorted once and grouped:
+the distinct scores in ascending order, and the number of negatives and positives of each. Metrics of counts accept
+leading batch dimensions, one per bootstrap resample, and accept a histogram as well as exact groups.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
@@ -23,67 +23,154 @@ __all__ = [
     "check_rate",
     "check_scores",
     "check_target",
+    "check_tensor",
     "count",
+    "dot",
     "flip",
     "real",
+    "sort_with_codes",
+    "sums_to",
 ]
 
 Positive = Literal["out", "in"]
-"""Which class is the positive one: ``"out"`` is target 1 (an error, or out-of-distribution), ``"in"`` is target 0."""
+"""The positive class: ``"out"`` is target 1 (an error, or out-of-distribution), ``"in"`` is target 0."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Counts at some of the distinct scores, in float64, and the cumulative counts up to and including each of them.
+
+    Args:
+        negative: ``(..., M)``, samples with target 0 at each score.
+        positive: ``(..., M)``, samples with target 1 at each score.
+        negatives_to: ``(..., M)``, negatives at or below each score.
+        positives_to: ``(..., M)``, positives at or below each score.
+    """
+
+    negative: Tensor
+    positive: Tensor
+    negatives_to: Tensor
+    positives_to: Tensor
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Distinct scores in ascending order, and the samples of each class that have them.
+    """Distinct scores in ascending order, and the samples of each class up to each score.
 
     Args:
         scores: ``(G,)``, ascending and distinct.
-        negative: ``(..., G)``, the number of samples with target 0.
-        positive: ``(..., G)``, the number of samples with target 1.
+        negatives_to: ``(..., G)``, samples with target 0 at or below each score; a weight where samples have weights.
+        positives_to: ``(..., G)``, samples with target 1 at or below each score.
     """
 
     scores: Tensor
-    negative: Tensor
-    positive: Tensor
+    negatives_to: Tensor
+    positives_to: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor, negative: Tensor, positive: Tensor) -> Counts:
+        """Make counts from the numbers of negatives and positives at each score, ``(..., G)`` each."""
+        return cls(scores, negative.cumsum(-1), positive.cumsum(-1))
 
     @cached_property
-    def negatives_to(self) -> Tensor:
-        """``(..., G)``, the negatives at or below each score."""
-        return real(self.negative).cumsum(-1)
+    def negative(self) -> Tensor:
+        """``(..., G)``, the negatives at each score."""
+        return _steps(self.negatives_to)
 
     @cached_property
-    def positives_to(self) -> Tensor:
-        """``(..., G)``, the positives at or below each score."""
-        return real(self.positive).cumsum(-1)
+    def positive(self) -> Tensor:
+        """``(..., G)``, the positives at each score."""
+        return _steps(self.positives_to)
 
     @cached_property
     def samples_to(self) -> Tensor:
-        """``(..., G)``, the samples of either class at or below each score."""
-        return self.negatives_to + self.positives_to
+        """``(..., G)``, the samples of either class at or below each score, in float64."""
+        return real(self.negatives_to) + self.positives_to
 
     @cached_property
     def negatives_from(self) -> Tensor:
-        """``(..., G)``, the negatives at or above each score."""
-        return self.negatives_to[..., -1:] - self.negatives_to + self.negative
+        """``(..., G)``, the negatives at or above each score, in float64."""
+        return self.negatives[..., None] - self.negatives_to + self.negative
 
     @cached_property
     def positives_from(self) -> Tensor:
-        """``(..., G)``, the positives at or above each score."""
-        return self.positives_to[..., -1:] - self.positives_to + self.positive
+        """``(..., G)``, the positives at or above each score, in float64."""
+        return self.positives[..., None] - self.positives_to + self.positive
 
     @cached_property
     def negatives(self) -> Tensor:
-        """``(...)``, the number of negatives."""
-        return real(self.negative).sum(-1)
+        """``(...)``, the number of negatives, in float64."""
+        return _last(self.negatives_to)
 
     @cached_property
     def positives(self) -> Tensor:
-        """``(...)``, the number of positives."""
-        return real(self.positive).sum(-1)
+        """``(...)``, the number of positives, in float64."""
+        return _last(self.positives_to)
+
+    @cached_property
+    def at_positives(self) -> Sums:
+        """The sums at the scores that positives have; at all scores where there are batch dimensions."""
+        return self._sums_at(self.positives_to)
+
+    @cached_property
+    def at_negatives(self) -> Sums:
+        """The sums at the scores that negatives have; at all scores where there are batch dimensions."""
+        return self._sums_at(self.negatives_to)
+
+    def _sums_at(self, cumulative: Tensor) -> Sums:
+        if cumulative.ndim > 1:
+            every = (self.negative, self.positive, self.negatives_to, self.positives_to)
+            return Sums(*map(real, every))
+        changes = torch.ones(len(cumulative), dtype=torch.bool, device=cumulative.device)
+        torch.ne(cumulative[1:], cumulative[:-1], out=changes[1:])
+        changes[:1] = cumulative[:1] != 0
+        chosen = _positions(changes)
+        negatives_to, negative = _steps_at(self.negatives_to, chosen)
+        positives_to, positive = _steps_at(self.positives_to, chosen)
+        return Sums(negative, positive, negatives_to, positives_to)
+
+
+def _steps_at(sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Of cumulative sums ``(G,)`` those at the chosen positions ``(M,)``, and by how much each exceeds the one before."""
+    here = real(sums.index_select(0, chosen))
+    before = real(sums.index_select(0, (chosen - 1).clamp(min=0)))
+    before[:1] *= chosen[:1] != 0
+    return here, here - before
+
+
+def _steps(sums: Tensor) -> Tensor:
+    """The differences of cumulative sums ``(..., G)``, the first from 0."""
+    steps = sums.clone()
+    steps[..., 1:] -= sums[..., :-1]
+    return steps
+
+
+def _last(sums: Tensor) -> Tensor:
+    return real(sums[..., -1] if sums.shape[-1] else sums.sum(-1))
+
+
+def _positions(flags: Tensor) -> Tensor:
+    """The positions ``(M,)`` of true flags ``(N,)``; NumPy finds them several times faster than torch."""
+    if flags.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(flags.numpy()))
+    return flags.nonzero().squeeze(1)
+
+
+def check_tensor(values: Any, name: str) -> None:
+    """Check that an argument is a tensor.
+
+    Raises:
+        TypeError: If it is something else; the message says how to convert it.
+    """
+    if isinstance(values, Tensor):
+        return
+    kind = type(values)
+    remedy = f"torch.from_numpy({name})" if isinstance(values, np.ndarray) else f"torch.as_tensor({name})"
+    raise TypeError(f"{name} must be a torch.Tensor, got {kind.__module__}.{kind.__name__}: use {remedy}")
 
 
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
-    """Scores as a floating ``(N,)`` tensor that can be ranked.
+    """Return scores as a floating ``(N,)`` tensor that can be ranked.
 
     Plus and minus infinity rank above and below everything else; NaN has no rank and is refused.
 
@@ -98,25 +185,26 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
         TypeError: If it is no tensor of real numbers.
         ValueError: If it is not one-dimensional, or has a NaN.
     """
-    if not isinstance(scores, Tensor) or scores.is_complex() or scores.dtype == torch.bool:
-        raise TypeError(
-            f"{name} must be a tensor of real numbers, got {getattr(scores, 'dtype', type(scores).__name__)}"
-        )
+    check_tensor(scores, name)
+    if scores.is_complex() or scores.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of real numbers, got {scores.dtype}")
     if scores.ndim != 1:
-        raise ValueError(f"{name} must have the shape (N,), one score a sample, got {tuple(scores.shape)}")
+        raise ValueError(f"{name} must have the shape (N,), one score per sample, got {tuple(scores.shape)}")
     scores = scores.detach()
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.to(torch.float32 if scores.is_floating_point() else torch.float64)
-    if bool(torch.isnan(scores).any()):
-        found = int(torch.isnan(scores).sum())
+    # The maximum is NaN if any value is, and takes a fifth of the time of isnan().
+    if len(scores) and bool(torch.isnan(scores.max())):
+        number = int(torch.isnan(scores).sum())
         raise ValueError(
-            f"{name} has {found} NaN of {len(scores)}: a NaN has no rank; leave these samples out and count them"
+            f"{name} has {number} NaN among {len(scores)} values, and a NaN has no rank: drop these samples and report "
+            "their number"
         )
     return scores
 
 
 def check_target(target: Tensor, scores: Tensor) -> Tensor:
-    """Targets as a bool ``(N,)`` tensor beside their scores.
+    """Return targets as a bool ``(N,)`` tensor.
 
     Args:
         target: ``(N,)`` of 0 and 1, of any type.
@@ -126,20 +214,26 @@ def check_target(target: Tensor, scores: Tensor) -> Tensor:
         TypeError: If it is no tensor.
         ValueError: If the shape or device differs from the scores', or a value is neither 0 nor 1.
     """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor of 0 and 1, got {type(target).__name__}")
+    check_tensor(target, "target")
     if target.shape != scores.shape:
         raise ValueError(f"target must have the shape of scores, {tuple(scores.shape)}, got {tuple(target.shape)}")
     if target.device != scores.device:
         raise ValueError(f"target is on {target.device} and scores on {scores.device}: move one of them")
     if target.dtype == torch.bool:
         return target.detach()
-    positive = target == 1
-    if not bool((positive | (target == 0)).all()):
+    if not _is_binary(target):
         raise ValueError(
             "target must be 0 or 1 everywhere: 1 is an error or an out-of-distribution sample, 0 is any other sample"
         )
-    return positive.detach()
+    return target.detach().bool()
+
+
+def _is_binary(target: Tensor) -> bool:
+    if not len(target):
+        return True
+    if not target.is_floating_point() and not target.is_complex():
+        return bool(target.min() >= 0) and bool(target.max() <= 1)
+    return bool(((target == 0) | (target == 1)).all())
 
 
 def check_rate(value: float, name: str) -> float:
@@ -160,6 +254,13 @@ def count(scores: Tensor, target: Tensor) -> Counts:
         scores: ``(N,)``, raw, any scale and sign.
         target: ``(N,)`` of 0 and 1.
 
+    Returns:
+        The counts of each distinct score.
+
+    Raises:
+        TypeError: If an argument is not a tensor of numbers.
+        ValueError: If a shape or a value is wrong, or a score is NaN.
+
     Example:
         >>> counts = count(torch.tensor([2.0, -1.0, 2.0]), torch.tensor([1, 0, 0]))
         >>> counts.scores.tolist(), counts.negative.tolist(), counts.positive.tolist()
@@ -167,28 +268,92 @@ def count(scores: Tensor, target: Tensor) -> Counts:
     """
     scores = check_scores(scores)
     target = check_target(target, scores)
-    distinct, group = torch.unique(scores, return_inverse=True)
-    table = torch.bincount(group + len(distinct) * target, minlength=2 * len(distinct)).view(2, -1)
-    return Counts(distinct, table[0], table[1])
+    distinct, codes, ends = sort_with_codes(scores, target.to(torch.uint8))
+    positives_to = sums_to(codes, ends)
+    negatives_to = ends.to(positives_to.dtype).add_(1).sub_(positives_to)
+    return Counts(distinct, negatives_to, positives_to)
+
+
+def sort_with_codes(scores: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort samples by score.
+
+    Args:
+        scores: ``(N,)`` in float32 or float64, without NaN.
+        codes: ``(N,)`` in uint8, a number that each sample carries along.
+
+    Returns:
+        The distinct scores ``(G,)`` in ascending order, the codes ``(N,)`` in the order of the scores, and the
+        position ``(G,)`` of each distinct score's last sample.
+    """
+    if scores.device.type != "cpu":
+        ordered, order = torch.sort(scores)
+        ends = _run_ends(ordered)
+        return ordered[ends], codes.index_select(0, order), ends
+    if scores.dtype == torch.float64:
+        narrow = scores.float()
+        if not torch.equal(narrow.double(), scores):
+            # NumPy sorts with vector instructions, several times faster than torch.sort.
+            order = torch.from_numpy(np.argsort(scores.numpy()))
+            ordered = scores.index_select(0, order)
+            ends = _run_ends(ordered)
+            return ordered[ends], codes.index_select(0, order), ends
+        distinct, codes, ends = _sort_float32(narrow, codes)
+        return distinct.double(), codes, ends
+    return _sort_float32(scores, codes)
+
+
+def _sort_float32(scores: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort integers of the score's bits and the code: sorting values is faster than sorting positions."""
+    bits = (scores + 0.0).numpy().view(np.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    keys <<= 8
+    keys |= codes.numpy()
+    keys.sort()
+    sorted_codes = torch.from_numpy(keys.astype(np.uint8))
+    keys >>= 8
+    ordered = keys.astype(np.int32)
+    ends = _run_ends(torch.from_numpy(ordered))
+    bits = ordered[ends.numpy()]
+    distinct: Any = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
+    return torch.from_numpy(distinct), sorted_codes, ends
+
+
+def _run_ends(ordered: Tensor) -> Tensor:
+    """The position of the last sample of each run of equal scores."""
+    changes = torch.ones(len(ordered), dtype=torch.bool, device=ordered.device)
+    torch.ne(ordered[1:], ordered[:-1], out=changes[:-1])
+    return _positions(changes)
+
+
+def sums_to(flags: Tensor, ends: Tensor) -> Tensor:
+    """The cumulative sums ``(G,)`` of flags ``(N,)`` in uint8, at the given positions."""
+    # An int32 sum takes a tenth of the time of an int64 sum.
+    dtype = torch.int32 if len(flags) < 2**31 else torch.int64
+    return flags.cumsum(0, dtype=dtype).index_select(0, ends)
 
 
 def real(number: Tensor) -> Tensor:
-    """Counts as floating numbers: whole numbers in float64, and the weights of resamples as they are."""
-    return number if number.is_floating_point() else number.double()
+    """Counts in float64."""
+    return number.double()
+
+
+def dot(one: Tensor, other: Tensor) -> Tensor:
+    """The sum ``(...)`` over the last dimension of the product of two tensors ``(..., G)``."""
+    return torch.linalg.vecdot(one, other)
 
 
 def flip(counts: Counts) -> Counts:
-    """The counts of negated scores with the classes exchanged: what makes target 0 the positive class."""
-    return Counts(-counts.scores.flip(-1), counts.positive.flip(-1), counts.negative.flip(-1))
+    """The counts of negated scores with the classes exchanged, so that target 0 becomes the positive class."""
+    return Counts.of(-counts.scores.flip(-1), counts.positive.flip(-1), counts.negative.flip(-1))
 
 
 def announce_undefined(value: Tensor, metric: str, needs: str) -> Tensor:
-    """Pass a metric's value on in float32, with one UserWarning if it is NaN.
+    """Return a metric's value in float32, and warn once if it is NaN.
 
     Args:
         value: A scalar.
         metric: The metric's name, for the message.
-        needs: What the metric needs that was not there.
+        needs: The samples that the metric needs, for the message.
     """
     if bool(torch.isnan(value).any()):
         rank_zero_warn(f"{metric} is undefined and returned as NaN: it needs {needs}", UserWarning, stacklevel=4)

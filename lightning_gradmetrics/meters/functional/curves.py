@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 
-from lightning_gradmetrics.meters.functional.counts import Counts, Positive
-from lightning_gradmetrics.meters.functional.ranking import BOTH, one_class, ranked
+from lightning_gradmetrics.meters.functional.counts import Counts, Positive, announce_undefined, count, flip
+from lightning_gradmetrics.meters.functional.ranking import BOTH, check_positive
 
 __all__ = ["precision_recall_curve", "precision_recall_curve_of_counts", "roc", "roc_of_counts"]
 
@@ -21,33 +20,32 @@ def roc(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         False-positive rates, true-positive rates and thresholds, ``(G + 1,)`` each, from nothing flagged (threshold
-        ``inf``) to all.
+        ``inf``) to all. The rates of a missing class are NaN, with a UserWarning.
 
     Raises:
-        ValueError: If a class is missing, or a shape or a value is wrong.
+        ValueError: If a shape or a value is wrong.
 
     Example:
         >>> roc(torch.tensor([20.0, 60.0, -3.0]), torch.tensor([0, 1, 0]))
         (tensor([0.0000, 0.0000, 0.5000, 1.0000]), tensor([0., 1., 1., 1.]), tensor([inf, 60., 20., -3.]))
     """
-    ranks, target, distinct = ranked(scores, target)
-    if one_class(target):
-        raise ValueError(f"the ROC curve needs {BOTH}")
-    fpr, tpr, _ = binary_roc(ranks, target, validate_args=False)
-    return fpr, tpr, _above_all(distinct)
-
-
-def _above_all(distinct: Tensor) -> Tensor:
-    return torch.cat([distinct.new_full((1,), torch.inf), distinct.flip(0)])
+    return roc_of_counts(count(scores, target))
 
 
 def roc_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
     """The ROC curve of counts, in float32; the same points as :func:`roc`."""
     if not bool((counts.negatives > 0) & (counts.positives > 0)):
-        raise ValueError(f"the ROC curve needs {BOTH}")
-    sides = ((counts.negatives_from, counts.negatives), (counts.positives_from, counts.positives))
-    fpr, tpr = (torch.nn.functional.pad((hits / total).flip(0), (1, 0)).float() for hits, total in sides)
-    return fpr, tpr, _above_all(counts.scores)
+        announce_undefined(torch.tensor(torch.nan), "the ROC curve", BOTH)
+    fpr = _descending(counts.negatives_from / counts.negatives)
+    tpr = _descending(counts.positives_from / counts.positives)
+    infinite = counts.scores.new_full((1,), torch.inf)
+    return fpr, tpr, torch.cat([infinite, counts.scores.flip(0)])
+
+
+def _descending(rates: Tensor) -> Tensor:
+    """Rates from the highest threshold down, with a 0 for the threshold that flags nothing."""
+    start = rates[:1] * 0 if len(rates) else rates.new_full((1,), torch.nan)
+    return torch.cat([start, rates.flip(0)]).float()
 
 
 def precision_recall_curve(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
@@ -61,26 +59,27 @@ def precision_recall_curve(scores: Tensor, target: Tensor, positive: Positive = 
 
     Returns:
         Precision and recall, ``(G + 1,)`` each, and thresholds in the scores' own unit, ``(G,)``, from all flagged to
-        few.
+        few. Without a positive the recall is NaN, with a UserWarning.
 
     Raises:
-        ValueError: If there is no positive, or a shape or a value is wrong.
+        ValueError: If a shape or a value is wrong.
 
     Example:
         >>> precision_recall_curve(torch.tensor([20.0, 60.0, -3.0]), torch.tensor([0, 1, 0]))
         (tensor([0.3333, 0.5000, 1.0000, 1.0000]), tensor([1., 1., 1., 0.]), tensor([-3., 20., 60.]))
     """
-    ranks, target, distinct = ranked(scores, target, positive)
-    if not bool(target.any()):
-        raise ValueError(f"the precision-recall curve needs at least one positive sample (positive={positive!r})")
-    precision, recall, _ = binary_precision_recall_curve(ranks, target, validate_args=False)
-    return precision, recall, -distinct if positive == "in" else distinct
+    return precision_recall_curve_of_counts(count(scores, target), check_positive(positive))
 
 
-def precision_recall_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
-    """The precision-recall curve of counts with target 1 as positive, in float32."""
+def precision_recall_curve_of_counts(counts: Counts, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
+    """The precision-recall curve of counts, in float32; the same points as :func:`precision_recall_curve`."""
+    if positive == "in":
+        precision, recall, thresholds = precision_recall_curve_of_counts(flip(counts))
+        return precision, recall, -thresholds
     if not bool(counts.positives > 0):
-        raise ValueError("the precision-recall curve needs at least one positive sample")
+        announce_undefined(torch.tensor(torch.nan), "the precision-recall curve", "at least one positive sample")
     hits = counts.positives_from
     precision = torch.nn.functional.pad(hits / (hits + counts.negatives_from), (0, 1), value=1.0).float()
-    return precision, torch.nn.functional.pad(hits / hits[0], (0, 1)).float(), counts.scores
+    recall = hits / counts.positives
+    end = recall[:1] * 0 if len(recall) else recall.new_full((1,), torch.nan)
+    return precision, torch.cat([recall, end]).float(), counts.scores

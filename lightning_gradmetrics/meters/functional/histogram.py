@@ -1,31 +1,31 @@
-"""A histogram of fixed size over scores of any scale: constant memory for streams without end.
+"""A histogram of fixed size over scores of any scale: constant memory for streams of any length.
 
-A score's float64 bit pattern, with the lower bits of negative numbers inverted, is an integer in the same order as
-the score. The histogram is a table of cells. A cell stands for all scores whose integer starts with the same bits,
-``4 * level`` low bits being free, and holds the number of negatives and of positives. Level 0 is one score: its
-samples are true ties.
+The bit pattern of a float64 score, with the lower bits of negative numbers inverted, is an integer in the same order as
+the score. The histogram is a table of cells. A cell covers all scores whose integers start with the same bits, its
+``4 * level`` low bits being free, and stores the number of negatives and positives. A level-0 cell covers one score, so
+its samples are true ties.
 
-New samples are appended as level-0 cells. When the table is full, the counts of equal cells are added; and only if
-more than half of the table is still in use, the lightest families of neighbours are folded, each into the shortest
-prefix that its cells share, until ``bins`` cells are left. So:
+New samples are appended as level-0 cells. When the table is full, the counts of equal cells are added. If more than
+half of the table is then still in use, the lightest families of neighbouring cells are folded, each into the shortest
+prefix that its cells share, until ``bins`` cells are left. This has three consequences:
 
-- no range need be known, and cells are fine where the scores are, whether in [9, 10], within 1e-9 of 1, or over 600
-decades; - **with no more than** ``4 * bins`` **distinct scores, nothing is ever folded: every metric is exact**, and
-merging is plain addition; - after that, counts are still only added, never sampled or dropped. What is lost is the
-order of a positive and a negative whose
-  cells are equal or nested. If no folded cell holds more than a share ``f`` of either class, a chain of nested folded
-  cells having at most 15 links, **the AUROC is off by at most** ``29 f``; ``f`` is a few times ``1 / bins``, and
-  :func:`folded_share` gives it. :func:`auroc_bounds` gives the lowest and the highest AUROC that the cells allow,
-  which is closer by far.
+- No range is needed beforehand. Cells are fine where the scores are, whether in [9, 10], within 1e-9 of 1, or spread
+  over 600 decades.
+- With at most ``4 * bins`` distinct scores nothing is ever folded: every metric is exact, and merging is addition.
+- Above that, counts are still only added, never sampled or dropped. Only the order of a positive and a negative in
+  equal or nested cells is lost. If no folded cell holds more than a share ``f`` of either class, the AUROC is off by at
+  most ``29 f``, because a chain of nested folded cells has at most 15 links. ``f`` is a few times ``1 / bins``;
+  :func:`folded_share` returns it. :func:`auroc_bounds` returns the lowest and the highest AUROC that the cells allow,
+  which is a much tighter bound.
 
-On a million scores of thirteen kinds (the tests: normal, energies in [9, 10], confidences within 1e-4 of 1, 1e8 and a
-little, hundreds of decades, mixtures, sorted, drifting) 16384 bins gave the AUROC within 0.001 points, and bounds
-less than 0.1 points apart.
+On a million scores of thirteen kinds (in the tests: normal, energies in [9, 10], confidences within 1e-4 of 1, values
+slightly above 1e8, hundreds of decades, mixtures, sorted, drifting), 16384 bins return the AUROC within 0.001 points,
+with bounds less than 0.1 points apart.
 
-Why the folding is not the same for every order of batches: a summary that is always exactly additive has to choose
-its cells before it sees the data (a fixed range or a fixed number of leading bits), and then a stream that lies in
-one cell defeats it; softmax confidences near 1 do. Here the cells follow the data, and two orders can differ by less
-than the bounds.
+The folding depends on the order of the batches. A summary that is always exactly additive has to choose its cells
+before it sees the data, as a fixed range or a fixed number of leading bits, and a stream that falls into one cell then
+loses everything; softmax confidences near 1 do. Here the cells follow the data, and two orders differ by less than the
+bounds.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check_bins(bins: int | None) -> int | None:
 
 
 def sorted_key(scores: Tensor) -> Tensor:
-    """An int64 for each score, in the same order and with the same ties (``-0.0`` equals ``0.0``).
+    """Return an int64 for each score, in the same order and with the same ties (``-0.0`` equals ``0.0``).
 
     Example:
         >>> key = sorted_key(torch.tensor([-1e30, -1e-30, 0.0, 1e-30, torch.inf]))
@@ -89,7 +89,7 @@ def score_of_key(key: Tensor) -> Tensor:
 
 
 def empty_table(bins: int) -> Tensor:
-    """A table ``(4, 8 * bins)`` without samples; a column is a cell: key, level, negatives, positives."""
+    """Return a table ``(4, 8 * bins)`` without samples; each column is a cell: key, level, negatives, positives."""
     return torch.zeros(4, COLUMNS * bins, dtype=torch.int64)
 
 
@@ -141,7 +141,7 @@ def merge_tables(tables: Tensor) -> Tensor:
 
 
 def _fitted(cells: Tensor, size: int) -> tuple[Tensor, int]:
-    """Cells of any order in a table of ``size`` columns, at most half of it used; on the CPU, in NumPy."""
+    """Put cells of any order into a table of ``size`` columns, at most half of it used; computed on the CPU in NumPy."""
     fitted = _added(cells.cpu().numpy())
     if fitted.shape[1] > size // 2:
         fitted = _folded(fitted, size // COLUMNS)
@@ -163,7 +163,7 @@ def _added(cells: Array) -> Array:
 
 
 def _singles(keys: Array, side: int) -> Array:
-    """Cells of single scores of one class, sorted and added: sorting keys alone is far faster than sorting cells."""
+    """Make cells of single scores of one class, sorted and added; sorting keys is much faster than sorting cells."""
     keys = np.sort(keys)
     first = np.flatnonzero(_changes(keys))
     cells = np.zeros((4, len(first)), dtype=np.int64)
@@ -184,7 +184,7 @@ def _merged(cells: Array, first: Array) -> Array:
 
 
 def _folded(cells: Array, room: int) -> Array:
-    """Cells with the lightest families folded, as many as it takes to fit the room."""
+    """Fold the lightest families of cells until the cells fit the room."""
     excess = cells.shape[1] - room
     join = _join_levels(cells)
     share = _family_shares(cells, join)
@@ -227,7 +227,7 @@ def _sorted_cells(table: Tensor) -> Tensor:
 
 
 def _span(cells: Tensor) -> Tensor:
-    """One less than the number of keys that each cell stands for."""
+    """The number of keys that each cell covers, minus one."""
     return (torch.ones_like(cells[LEVEL]) << (STEP * cells[LEVEL])) - 1
 
 
@@ -248,11 +248,11 @@ def counts_of_table(table: Tensor) -> Counts:
     middle = cells[KEY] + _span(cells) // 2
     keys, cell = torch.unique(middle, return_inverse=True)
     sums = cells.new_zeros(2, len(keys)).index_add_(1, cell, cells[NEGATIVE:])
-    return Counts(score_of_key(keys), sums[0], sums[1])
+    return Counts.of(score_of_key(keys), sums[0], sums[1])
 
 
 def auroc_bounds(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest AUROC that the samples in a table can have had, in float64.
+    """Return the lowest and the highest AUROC that the samples in a table can have, in float64.
 
     All positives at the low end of their cells and all negatives at the high end give the lowest; the opposite the
     highest.
@@ -268,4 +268,4 @@ def _auroc_at(positive_at: Tensor, negative_at: Tensor, cells: Tensor) -> Tensor
     negative = torch.cat([cells[NEGATIVE], nothing])
     positive = torch.cat([nothing, cells[POSITIVE]])
     sums = cells.new_zeros(2, len(keys)).index_add_(1, place, torch.stack([negative, positive]))
-    return auroc_of_counts(Counts(score_of_key(keys), sums[0], sums[1]))
+    return auroc_of_counts(Counts.of(score_of_key(keys), sums[0], sums[1]))

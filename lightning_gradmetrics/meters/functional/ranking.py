@@ -1,9 +1,4 @@
-"""How well scores rank positives above negatives.
-
-torchmetrics computes these right for scores in [0, 1], and applies a sigmoid to a whole batch as soon as one score
-lies outside, which merges well separated scores. So it is only ever given ranks, mapped to [0, 1]: the order and the
-ties are all these metrics use.
-"""
+"""Metrics of how well scores rank positives above negatives."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from lightning_gradmetrics.meters.functional.counts import (
     Counts,
@@ -21,6 +15,8 @@ from lightning_gradmetrics.meters.functional.counts import (
     check_scores,
     check_target,
     count,
+    dot,
+    flip,
 )
 
 __all__ = [
@@ -34,12 +30,11 @@ __all__ = [
     "fpr_at_tpr_of_counts",
     "oscr",
     "oscr_of_counts",
-    "one_class",
     "oscr_samples",
-    "ranked",
 ]
 
 BOTH = "at least one sample of each class"
+TINY = torch.finfo(torch.float64).tiny
 
 
 def check_positive(positive: Positive) -> Positive:
@@ -53,25 +48,6 @@ def check_positive(positive: Positive) -> Positive:
             f"positive must be 'out' (target 1: error, out-of-distribution) or 'in' (target 0), got {positive!r}"
         )
     return positive
-
-
-def ranked(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
-    """Ranks in [0, 1] with ties, the target as 0 and 1 with 1 = positive, and the distinct scores."""
-    scores = check_scores(scores)
-    target = check_target(target, scores)
-    if check_positive(positive) == "in":
-        scores, target = -scores, ~target
-    distinct, ranks = torch.unique(scores, return_inverse=True)
-    return ranks.double() / max(len(distinct) - 1, 1), target.long(), distinct
-
-
-def one_class(target: Tensor) -> bool:
-    """Whether all targets are the same, or there are none."""
-    return bool((target == target[:1]).all())
-
-
-def _nan(like: Tensor) -> Tensor:
-    return torch.full((), torch.nan, device=like.device)
 
 
 def auroc(scores: Tensor, target: Tensor) -> Tensor:
@@ -91,15 +67,14 @@ def auroc(scores: Tensor, target: Tensor) -> Tensor:
         >>> auroc(torch.tensor([20.0, 60.0, -3.0, 20.0]), torch.tensor([0, 1, 0, 1]))
         tensor(0.8750)
     """
-    ranks, target, _ = ranked(scores, target)
-    value = _nan(ranks) if one_class(target) else binary_auroc(ranks, target, validate_args=False)
-    return announce_undefined(value, "AUROC", BOTH)
+    return announce_undefined(auroc_of_counts(count(scores, target)), "AUROC", BOTH)
 
 
 def auroc_of_counts(counts: Counts) -> Tensor:
     """AUROC of counts, ``(...)``; NaN where a class is missing."""
-    below = counts.negatives_to - counts.negative / 2
-    return (counts.positive * below).sum(-1) / (counts.positives * counts.negatives)
+    sums = counts.at_positives
+    below = sums.negatives_to - sums.negative / 2
+    return dot(sums.positive, below) / (counts.positives * counts.negatives)
 
 
 def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out") -> Tensor:
@@ -122,18 +97,21 @@ def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out"
         >>> average_precision(scores, target), average_precision(scores, target, positive="in")
         (tensor(0.5000), tensor(0.8333))
     """
-    ranks, target, _ = ranked(scores, target, positive)
-    value = binary_average_precision(ranks, target, validate_args=False) if bool(target.any()) else _nan(ranks)
+    value = average_precision_of_counts(count(scores, target), check_positive(positive))
     return announce_undefined(value, "average precision", f"at least one positive sample (positive={positive!r})")
 
 
 def average_precision_of_counts(counts: Counts, positive: Positive = "out") -> Tensor:
     """Average precision of counts, ``(...)``; NaN without a positive."""
     if positive == "in":
-        precision = counts.negatives_to / counts.samples_to.clamp(min=1)
-        return (counts.negative * precision).sum(-1) / counts.negatives
-    precision = counts.positives_from / (counts.positives_from + counts.negatives_from).clamp(min=1)
-    return (counts.positive * precision).sum(-1) / counts.positives
+        sums = counts.at_negatives
+        precision = sums.negatives_to / (sums.negatives_to + sums.positives_to).clamp(min=TINY)
+        return dot(sums.negative, precision) / counts.negatives
+    sums = counts.at_positives
+    hits = counts.positives[..., None] - sums.positives_to + sums.positive
+    false = counts.negatives[..., None] - sums.negatives_to + sums.negative
+    precision = hits / (hits + false).clamp(min=TINY)
+    return dot(sums.positive, precision) / counts.positives
 
 
 def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Positive = "out") -> Tensor:
@@ -171,34 +149,35 @@ def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive 
     if not len(counts.scores):
         return counts.negatives * torch.nan
     if positive == "in":
-        enough = _enough(counts.negatives_to, counts.negatives, rate)
-        place, false, total = (~enough).sum(-1, keepdim=True), counts.positives_to, counts.positives
-    else:
-        enough = _enough(counts.positives_from, counts.positives, rate)
-        place, false, total = enough.sum(-1, keepdim=True) - 1, counts.negatives_from, counts.negatives
-    value = false.gather(-1, place).squeeze(-1) / total
+        counts = flip(counts)
+    # The highest threshold with enough positives at or above it: no more than the spare positives are below it.
+    spare = counts.positives * (1 - rate * (1 - _rounding(counts.positives)))
+    index = torch.searchsorted(counts.positives_to, spare[..., None], right=True).clamp(max=len(counts.scores) - 1)
+    negative = counts.negative.gather(-1, index)
+    false = counts.negatives[..., None] - counts.negatives_to.gather(-1, index) + negative
+    value = false.squeeze(-1) / counts.negatives
     return torch.where((counts.positives > 0) & (counts.negatives > 0), value, torch.nan)
 
 
-def _enough(hits: Tensor, total: Tensor, rate: float) -> Tensor:
-    """Whether hits make up the rate; a rounding error below it does not count."""
-    return hits >= rate * (1 - 8 * torch.finfo(hits.dtype).eps) * total.unsqueeze(-1)
+def _rounding(numbers: Tensor) -> float:
+    """A relative error of the wanted rate that is no more than rounding."""
+    return 8 * torch.finfo(numbers.dtype).eps
 
 
 def oscr(scores: Tensor, target: Tensor, correct: Tensor) -> Tensor:
     r"""Open-set classification rate: area under the correct-classification rate over the false-positive rate.
 
-    At a threshold, the correct-classification rate is the share of in-distribution samples that are accepted *and*
-    classified rightly, the false-positive rate the share of out-of-distribution samples that are accepted. The area
-    is the accuracy times the AUROC of out-of-distribution samples against rightly classified ones.
+    At a threshold, the correct-classification rate is the share of in-distribution samples that are accepted and
+    correct, the false-positive rate the share of out-of-distribution samples that are accepted. The area is the
+    accuracy times the AUROC of out-of-distribution samples against correct in-distribution samples.
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
         target: ``(N,)``, 1 = out-of-distribution, 0 = in-distribution.
-        correct: ``(N,)``, 1 = the prediction is right; it is not used where the target is 1.
+        correct: ``(N,)``, 1 = the prediction is correct; ignored where the target is 1.
 
     Returns:
-        A scalar in [0, 1], higher is better, at most the accuracy. 0 if no prediction is right; NaN with a
+        A scalar in [0, 1], higher is better, at most the accuracy. 0 if no prediction is correct; NaN with a
         UserWarning if a class is missing.
 
     Raises:
@@ -211,21 +190,34 @@ def oscr(scores: Tensor, target: Tensor, correct: Tensor) -> Tensor:
     Reference:
         Dhamija, Guenther, Boult: Reducing Network Agnostophobia, NeurIPS 2018.
     """
-    kept, outside, wrong = oscr_samples(scores, target, correct)
-    return announce_undefined(oscr_of_counts(count(kept, outside), wrong), "OSCR", BOTH)
+    kept, is_ood, incorrect = oscr_samples(scores, target, correct)
+    return announce_undefined(oscr_of_counts(count(kept, is_ood), incorrect), "OSCR", BOTH)
 
 
 def oscr_samples(scores: Tensor, target: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores and targets without wrongly classified in-distribution samples, and the number of those."""
+    """Drop the incorrect in-distribution samples and count them.
+
+    Args:
+        scores: ``(N,)``, raw scores.
+        target: ``(N,)``, 1 = out-of-distribution, 0 = in-distribution.
+        correct: ``(N,)``, 1 = the prediction is correct; ignored where the target is 1.
+
+    Returns:
+        The scores ``(M,)`` and targets ``(M,)`` of the other samples, and the number of dropped samples.
+
+    Example:
+        >>> oscr_samples(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]), torch.tensor([1, 0, 0]))
+        (tensor([1., 3.]), tensor([False,  True]), tensor(1))
+    """
     scores = check_scores(scores)
-    outside, right = check_target(target, scores), check_target(correct, scores)
-    keep = outside | right
-    return scores[keep], outside[keep], (~keep).sum()
+    is_ood, is_correct = check_target(target, scores), check_target(correct, scores)
+    keep = is_ood | is_correct
+    return scores[keep], is_ood[keep], (~keep).sum()
 
 
-def oscr_of_counts(counts: Counts, wrong: Tensor) -> Tensor:
-    """OSCR from counts of rightly classified (negative) and out-of-distribution (positive) samples, and the rest."""
-    right = counts.negatives
-    area = auroc_of_counts(counts) * right / (right + wrong)
-    nothing = (right == 0) & (wrong > 0) & (counts.positives > 0)
-    return torch.where(nothing, torch.zeros_like(area), area)
+def oscr_of_counts(counts: Counts, incorrect: Tensor) -> Tensor:
+    """OSCR from counts of correct (negative) and out-of-distribution (positive) samples and the number of the rest."""
+    correct = counts.negatives
+    area = auroc_of_counts(counts) * correct / (correct + incorrect)
+    none_correct = (correct == 0) & (incorrect > 0) & (counts.positives > 0)
+    return torch.where(none_correct, torch.zeros_like(area), area)

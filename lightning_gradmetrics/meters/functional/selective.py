@@ -1,16 +1,17 @@
-"""Selective prediction: what the error rate is when the most uncertain samples are rejected.
+"""Metrics of selective prediction: the errors that remain when the most uncertain samples are rejected.
 
-Samples are accepted in ascending order of their score; target 1 is an error. Tied samples have no order among
-themselves, so within a tie group every metric takes the mean over all orders: the result does not depend on how the
-samples were stored.
+Samples are accepted in ascending order of their score; target 1 is an error. Every metric takes the mean over all
+orders of tied samples, so that the result does not depend on the order in which the samples are stored.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, check_rate, count, real
+from lightning_gradmetrics.meters.functional.counts import Counts, announce_undefined, check_rate, count, dot, real
 
 __all__ = [
     "accuracy_at_coverage",
@@ -23,32 +24,40 @@ __all__ = [
     "coverage_at_risk_of_counts",
     "e_aurc",
     "e_aurc_of_counts",
-    "harmonic_steps",
+    "harmonic",
     "oracle_counts",
     "risk_coverage_curve",
     "risk_coverage_curve_of_counts",
 ]
 
 SOME = "at least one sample"
-TABLE_LIMIT = 2**22
+TABLE_LIMIT = 2**24
+TINY = torch.finfo(torch.float64).tiny
+EULER = 0.5772156649015329
 
 
-def harmonic_steps(ends: Tensor, offset: Tensor | int = 0) -> Tensor:
-    """Steps of the harmonic numbers ``H_n = sum_{k<=n} 1/k``: from 0 to the first end, and on from end to end.
+def harmonic(number: Tensor) -> Tensor:
+    """Harmonic numbers ``H_n = sum_{k<=n} 1/k`` in float64, interpolated linearly between whole numbers.
 
     Args:
-        ends: ``(..., G)``, ascending whole numbers.
-        offset: A whole number that is added to all of them, and to the 0.
+        number: ``(...)``, at least 0.
     """
-    bounds = (torch.nn.functional.pad(ends, (1, 0)) + offset).long()
-    largest = int(bounds[..., -1].max()) if bounds.numel() else 0
-    if largest <= TABLE_LIMIT:
-        table = torch.arange(largest + 1, device=ends.device, dtype=torch.float64)
-        table[1:] = table[1:].reciprocal()
-        return table.cumsum(0)[bounds].diff(dim=-1)
-    # A step of one sample is 1/b exactly, where the difference of two logarithms would lose digits.
-    steps = torch.digamma(bounds.double() + 1).diff(dim=-1)
-    return torch.where(bounds.diff(dim=-1) == 1, 1 / bounds[..., 1:].double(), steps)
+    largest = int(number.max()) + 1 if number.numel() else 0
+    whole = number.long()
+    if largest > TABLE_LIMIT:
+        values = torch.digamma(whole.double() + 1) + EULER
+    else:
+        values = _harmonic_table(largest + 1, number.device)[whole]
+    if not number.is_floating_point():
+        return values
+    return values + (number - whole) / (whole + 1)
+
+
+@lru_cache(maxsize=2)
+def _harmonic_table(size: int, device: torch.device) -> Tensor:
+    table = torch.arange(size, device=device, dtype=torch.float64)
+    table[1:] = table[1:].reciprocal()
+    return table.cumsum(0)
 
 
 def aurc(scores: Tensor, target: Tensor) -> Tensor:
@@ -59,7 +68,7 @@ def aurc(scores: Tensor, target: Tensor) -> Tensor:
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
-        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
 
     Returns:
         A scalar in [0, 1], lower is better. 0 without errors; NaN with a UserWarning if there is no sample.
@@ -80,31 +89,32 @@ def aurc(scores: Tensor, target: Tensor) -> Tensor:
 def aurc_of_counts(counts: Counts) -> Tensor:
     r"""AURC of counts, ``(...)`` in float64; NaN without samples.
 
-    Within a group of ``m`` ties, ``d`` of them errors, after ``c`` samples with ``e`` errors, the expected number of
-    errors grows by ``d/m`` a sample, so the group adds ``sum_{j<=m} (e + j d/m) / (c + j) = d + (e - c d/m) (H_{c+m}
-    - H_c)``.
+    An error that is the ``k``-th accepted sample counts in the risk at ``k`` and at every larger coverage, so it adds
+    ``H_N - H_{k-1}`` to the sum. In a group of ``m`` ties that ends at the ``b``-th sample, the mean of ``H_{k-1}`` over
+    the group is ``H_{b-m} + b (H_b - H_{b-m}) / m - 1``.
     """
-    errors, before = counts.positive, torch.nn.functional.pad(counts.samples_to, (1, 0))[..., :-1]
-    slope = errors / (errors + counts.negative).clamp(min=1)
-    steps = harmonic_steps(counts.samples_to)
-    return (errors + (counts.positives_to - errors - before * slope) * steps).sum(-1) / (
-        counts.positives + counts.negatives
-    )
+    sums = counts.at_positives
+    samples = counts.positives + counts.negatives
+    ends = sums.positives_to + sums.negatives_to
+    size = sums.positive + sums.negative
+    start = harmonic(ends - size)
+    mean = start + ends * (harmonic(ends) - start) / size.clamp(min=TINY) - 1
+    return dot(sums.positive, harmonic(samples)[..., None] - mean) / samples
 
 
 def oracle_counts(counts: Counts) -> Counts:
-    """The counts of a perfect score: all right predictions below all errors."""
+    """The counts of a perfect score: all correct predictions below all errors."""
     none = torch.zeros_like(counts.negatives)
     order = torch.arange(2, dtype=counts.scores.dtype, device=counts.scores.device)
-    return Counts(order, torch.stack([counts.negatives, none], -1), torch.stack([none, counts.positives], -1))
+    return Counts.of(order, torch.stack([counts.negatives, none], -1), torch.stack([none, counts.positives], -1))
 
 
 def e_aurc(scores: Tensor, target: Tensor) -> Tensor:
-    """Excess AURC: AURC less that of a perfect score with as many errors.
+    """Excess AURC: the AURC minus that of a perfect score with the same number of errors.
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
-        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
 
     Returns:
         A scalar in [0, 1], lower is better, 0 for a perfect ranking. NaN with a UserWarning if there is no sample.
@@ -131,12 +141,12 @@ def e_aurc_of_counts(counts: Counts, area: Tensor | None = None) -> Tensor:
 def augrc(scores: Tensor, target: Tensor) -> Tensor:
     r"""Area under the generalised risk-coverage curve: the mean rate of undetected errors over all coverages.
 
-    The generalised risk at a coverage is the share of *all* samples that are accepted and wrong. With error rate ``r``,
+    The generalised risk at a coverage is the share of *all* samples that are accepted and incorrect. With error rate ``r``,
     ``AUGRC = r (1 - r) (1 - AUROC) + r^2 / 2``.
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
-        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
 
     Returns:
         A scalar in [0, 1/2], lower is better. NaN with a UserWarning if there is no sample.
@@ -155,9 +165,14 @@ def augrc(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def augrc_of_counts(counts: Counts) -> Tensor:
-    """AUGRC of counts by the trapezoidal rule, ``(...)`` in float64; NaN without samples."""
-    size = counts.positive + counts.negative
-    return (size * (counts.positives_to - counts.positive / 2)).sum(-1) / (counts.positives + counts.negatives).square()
+    """AUGRC of counts, ``(...)`` in float64; NaN without samples.
+
+    Each error adds the share of samples accepted after it, its ties by half.
+    """
+    sums = counts.at_positives
+    samples = counts.positives + counts.negatives
+    after = samples[..., None] - sums.positives_to - sums.negatives_to + (sums.positive + sums.negative) / 2
+    return dot(sums.positive, after) / samples.square()
 
 
 def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,14 +182,14 @@ def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor,
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
-        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
 
     Returns:
         Coverage (the share accepted), risk (the error rate among the accepted) and thresholds, ``(G,)`` each, in
-        ascending order.
+        ascending order; empty with a UserWarning without samples.
 
     Raises:
-        ValueError: If there is no sample, or a shape or a value is wrong.
+        ValueError: If a shape or a value is wrong.
 
     Example:
         >>> risk_coverage_curve(torch.tensor([-1.0, 5.0, 5.0, 7.0]), torch.tensor([0, 1, 0, 1]))
@@ -186,8 +201,8 @@ def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor,
 def risk_coverage_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
     """The risk-coverage curve of counts, in float32."""
     if not len(counts.scores):
-        raise ValueError(f"the risk-coverage curve needs {SOME}")
-    coverage = counts.samples_to / counts.samples_to[-1]
+        announce_undefined(torch.tensor(torch.nan), "the risk-coverage curve", SOME)
+    coverage = counts.samples_to / counts.samples_to[-1:]
     return coverage.float(), (counts.positives_to / counts.samples_to).float(), counts.scores
 
 
@@ -196,7 +211,7 @@ def accuracy_at_coverage(scores: Tensor, target: Tensor, coverage: float = 0.9) 
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
-        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
         coverage: The share of samples that is accepted, in (0, 1].
 
     Returns:
@@ -229,7 +244,7 @@ def coverage_at_risk(scores: Tensor, target: Tensor, risk: float = 0.05) -> Tens
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
-        target: ``(N,)``, 1 = the prediction is wrong, 0 = it is right.
+        target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
         risk: The error rate among the accepted that is allowed, in (0, 1].
 
     Returns:

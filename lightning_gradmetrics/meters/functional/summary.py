@@ -1,4 +1,4 @@
-"""What scores are like: their distribution, how they go together, and whether a probability is calibrated."""
+"""Descriptions of scores: distribution, rank correlation and calibration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
-from lightning_gradmetrics.meters.functional.counts import announce_undefined, check_scores, check_target
+from lightning_gradmetrics.meters.functional.counts import announce_undefined, check_scores, check_target, check_tensor
 
 __all__ = [
     "QUANTILES",
@@ -33,7 +33,7 @@ def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
         ValueError: If one is outside [0, 1].
     """
     if any(isinstance(q, bool) or not 0 <= q <= 1 for q in quantiles):
-        raise ValueError(f"quantiles must lie in [0, 1], got {tuple(quantiles)}")
+        raise ValueError(f"quantiles must be in [0, 1], got {tuple(quantiles)}")
     return tuple(float(q) for q in quantiles)
 
 
@@ -42,7 +42,7 @@ def distribution(scores: Tensor, quantiles: Sequence[float] = QUANTILES) -> dict
 
     Args:
         scores: ``(N,)``; NaN and infinities are counted as ``non_finite`` and enter nothing else.
-        quantiles: Which quantiles, in [0, 1]; between two scores they are interpolated.
+        quantiles: The quantiles to compute, in [0, 1], interpolated between two scores.
 
     Returns:
         ``count`` (of the finite), ``non_finite``, ``mean``, ``std`` (unbiased), ``min``, ``max``, and ``q<percent>``
@@ -57,8 +57,9 @@ def distribution(scores: Tensor, quantiles: Sequence[float] = QUANTILES) -> dict
         >>> distribution(torch.tensor([1.0, 3.0, torch.inf]), quantiles=[0.5])["q50"]
         tensor(2.)
     """
-    finite = torch.isfinite(scores) if isinstance(scores, Tensor) and scores.ndim == 1 else ...
-    kept = check_scores(scores[finite] if isinstance(scores, Tensor) else scores)
+    check_tensor(scores, "scores")
+    finite = torch.isfinite(scores)
+    kept = check_scores(scores if scores.ndim != 1 else scores[finite])
     distinct, number = torch.unique(kept, return_counts=True)
     return distribution_of_counts(distinct, number, torch.tensor(len(scores) - len(kept)), quantiles)
 
@@ -66,7 +67,7 @@ def distribution(scores: Tensor, quantiles: Sequence[float] = QUANTILES) -> dict
 def distribution_of_counts(
     distinct: Tensor, number: Tensor, non_finite: Tensor, quantiles: Sequence[float] = QUANTILES
 ) -> dict[str, Tensor]:
-    """The same from distinct finite scores in ascending order, and how many samples have each."""
+    """Describe distinct finite scores in ascending order, given the number of samples that have each."""
     values, total = distinct.double(), number.sum()
     largest = values.abs().amax() if len(values) else values.new_zeros(())
     exponent = 2.0 ** torch.frexp(largest).exponent.clamp(-1000, 1000).double()
@@ -95,10 +96,10 @@ def _quantile(values: Tensor, number: Tensor, quantile: float) -> Tensor:
 
 
 def spearman(scores: Tensor) -> Tensor:
-    """Spearman's rank correlation between every two scores: Pearson's of the ranks, ties having their mean rank.
+    """Spearman's rank correlation between every two scores: Pearson's of the ranks, tied scores sharing their mean rank.
 
     Args:
-        scores: ``(N, S)``, a column a score, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N, S)``, one column per score, any scale and sign; infinities rank, NaN is refused.
 
     Returns:
         ``(S, S)`` in [-1, 1]. NaN with a UserWarning for a score that is constant, or if there are fewer than two
@@ -113,13 +114,12 @@ def spearman(scores: Tensor) -> Tensor:
         tensor([[ 1., -1.],
                 [-1.,  1.]])
     """
-    if not isinstance(scores, Tensor) or scores.ndim != 2:
-        raise ValueError(f"scores must have the shape (N, S), got {tuple(getattr(scores, 'shape', ()))}")
-    ranks = (
-        torch.stack([_mean_ranks(check_scores(column)) for column in scores.unbind(1)], 1)
-        if scores.shape[1]
-        else scores
-    )
+    check_tensor(scores, "scores")
+    if scores.ndim != 2:
+        raise ValueError(f"scores must have the shape (N, S), got {tuple(scores.shape)}")
+    ranks = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+    for column in range(scores.shape[1]):
+        ranks[:, column] = _mean_ranks(check_scores(scores[:, column]))
     centred = ranks - ranks.mean(0)
     covariance = centred.T @ centred
     scale = covariance.diagonal().sqrt()
@@ -159,8 +159,8 @@ def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, nor
     """Expected calibration error: how far a probability is from the rate of positives, over equal-width bins.
 
     Args:
-        probability: ``(N,)`` in [0, 1], the chance that the sample is positive. Other scores are no probabilities and
-            are refused.
+        probability: ``(N,)`` in [0, 1], the probability that the sample is positive. Scores outside [0, 1] are
+            refused.
         target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
         n_bins: The number of bins.
         norm: ``"l1"`` the mean distance, ``"l2"`` the root mean square, ``"max"`` the largest.
@@ -185,8 +185,6 @@ def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, nor
     if not len(probability):
         return announce_undefined(probability.new_tensor(torch.nan), "calibration error", "at least one sample")
     if bool((probability < 0).any() | (probability > 1).any()):
-        raise ValueError(
-            "a probability must lie in [0, 1]: fit a detector that gives one, a raw score has no calibration"
-        )
+        raise ValueError("probabilities must be in [0, 1]: a raw score has no calibration, a fitted detector has")
     value: Tensor = binary_calibration_error(probability, target.long(), n_bins=n_bins, norm=norm, validate_args=False)
     return value
