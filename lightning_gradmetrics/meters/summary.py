@@ -183,7 +183,7 @@ class SpearmanCorrelation(ScoreMeter):
 
     def __init__(self, names: Sequence[str] | None = None, **kwargs: Any) -> None:
         super().__init__(None, **kwargs)
-        self.names = None if names is None else [str(name) for name in names]
+        self.names = None if names is None else list(map(str, names))
 
     def update(self, preds: Tensor) -> None:  # type: ignore[override]
         """Add a batch.
