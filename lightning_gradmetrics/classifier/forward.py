@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradmetrics.classifier.preservation import preserved
 
@@ -108,11 +109,14 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def check_inputs(model: nn.Module, inputs: Inputs) -> None:
-    """Refuse inputs of whole numbers, unless the model has an embedding to look them up in.
+    """Refuse inputs that have no sample axis, and whole numbers for a model without an embedding to look them up in.
 
     Raises:
-        TypeError: If no input is floating point and the model has no embedding.
+        TypeError: If an input is packed, nested or sparse, or holds bags in one row with offsets; or if no input is
+            floating point and the model has no embedding.
     """
+    _check_layouts(inputs)
+    _check_bags(model, inputs)
     tensors = list(tensors_in(inputs))
     if any(tensor.is_floating_point() for tensor in tensors):
         return
@@ -123,6 +127,42 @@ def check_inputs(model: nn.Module, inputs: Inputs) -> None:
         f"the inputs are no floats ({kinds}); the model {type(model).__name__} has no embedding for whole numbers. "
         "Convert them first, for images as in x.float() / 255"
     )
+
+
+def _check_layouts(inputs: Any) -> None:
+    """Refuse inputs whose samples are not along the first axis of a dense tensor."""
+    if isinstance(inputs, PackedSequence):
+        raise TypeError(
+            "a PackedSequence has no sample axis; pass the padded tensor (N, T, ...) and the lengths (N,), and call "
+            "pack_padded_sequence(..., enforce_sorted=False) in the model's forward"
+        )
+    if isinstance(inputs, Tensor):
+        if inputs.is_nested or inputs.layout != torch.strided:
+            kind = "nested" if inputs.is_nested else str(inputs.layout)
+            raise TypeError(
+                f"an input is a {kind} tensor; allowed: dense tensors with the samples along the first axis. "
+                "Convert it first, as in x.to_dense() or torch.nested.to_padded_tensor(x, 0.0)"
+            )
+    elif isinstance(inputs, Mapping):
+        for value in inputs.values():
+            _check_layouts(value)
+    elif isinstance(inputs, (list, tuple)):
+        for value in inputs:
+            _check_layouts(value)
+
+
+def _check_bags(model: nn.Module, inputs: Any) -> None:
+    """Refuse bags of several samples in one row of indices, with offsets."""
+    numbers = [tensor for tensor in tensors_in(inputs) if not tensor.is_floating_point()]
+    if len(numbers) < 2 or any(tensor.ndim != 1 for tensor in numbers):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.EmbeddingBag):
+            raise TypeError(
+                f"the inputs {[tuple(tensor.shape) for tensor in numbers]} of the EmbeddingBag {name!r} are indices in one row "
+                "with offsets, which have no sample axis; pass bags padded to one length, (N, T), and give the EmbeddingBag "
+                "the padding_idx"
+            )
 
 
 def check_model(model: nn.Module) -> None:

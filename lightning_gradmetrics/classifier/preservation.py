@@ -29,11 +29,15 @@ _GUARD = threading.Lock()
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore the model and the random number generators afterwards, also after an exception.
 
-    Restored are: each parameter's ``requires_grad`` and ``.grad``; each module's train or eval mode; which tensors are its
-    parameters and buffers; the values of buffers, always, since batch norm changes its
-    statistics without a new version of the tensor; attributes set, replaced or deleted by a forward pass, the entries of
-    lists, dictionaries and sets among them, and the values of tensors among them; and the generators, see
-    :class:`RandomState`. The values of parameters are not copied.
+    Restored are:
+
+    - each parameter's ``requires_grad`` and ``.grad``, and each module's train or eval mode;
+    - which tensors are parameters and buffers, and the values of buffers: always, since batch norm changes its statistics
+      without a new version of the tensor;
+    - attributes that a forward pass sets, replaces or deletes, the entries of lists, dictionaries and sets among them, and
+      the values of tensors among them;
+    - the weights of embeddings with ``max_norm``, which a forward pass rescales; other parameters are not copied;
+    - the random number generators, see :class:`RandomState`.
 
     A second thread that enters with the same model waits for the first one.
     """
@@ -102,6 +106,8 @@ def _module_state(model: nn.Module) -> Iterator[Undo]:
         for buffer in module._buffers.values():
             if buffer is not None:
                 yield _tensor_undo(buffer)
+        if attributes.get("max_norm") is not None:  # an embedding that rescales its weight in place
+            yield _tensor_undo(module.weight)
 
 
 def _attribute_undo(attributes: dict[str, Any], names: Set[str]) -> Undo:

@@ -21,6 +21,7 @@ from lightning_gradmetrics.classifier.forward import (
     map_tensors,
     preserved,
 )
+from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.engine.auto import auto_moments, sample_uses
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
@@ -55,7 +56,7 @@ def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.
         parameters: ``None`` for all, or a predicate on the parameter's name.
 
     Raises:
-        ValueError: If none is chosen.
+        ValueError: If none is chosen, or one is not floating point.
     """
     named = dict(model.named_parameters())
     chosen = {name: p for name, p in named.items() if p.numel() and (parameters is None or parameters(name))}
@@ -64,6 +65,7 @@ def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.
             f"no parameter of {type(model).__name__} was chosen; its parameters are: "
             f"{', '.join(list(named)[:12]) or 'none'}" + (", ..." if len(named) > 12 else "")
         )
+    check_types(chosen)
     return chosen
 
 
@@ -179,6 +181,7 @@ def _task(
     check_inputs(model, inputs)
     chosen = select_parameters(model, parameters)
     with preserved(model), gradients_enabled(), eager():
+        check_differentiable(model, inputs, chosen.values())
         yield Task(
             model=model,
             inputs=map_tensors(inputs, lambda t: t.detach().clone() if t.is_inference() else t.detach()),

@@ -35,7 +35,7 @@ def _sample_moments(task: Task) -> list[Moments]:
 
 
 def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of a scalar for each parameter, zero where it does not reach; its graph is kept.
+    """The gradient of a scalar for each parameter, dense, zero where it does not reach; its graph is kept.
 
     Reentrant activation checkpoints allow ``backward`` only, so there the parameters' ``.grad`` is used and left
     ``None``.
@@ -48,7 +48,7 @@ def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         if "checkpoint" not in str(error).lower():
             raise
         found = _backward_gradients(loss, parameters)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
 
 
 def _backward_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:

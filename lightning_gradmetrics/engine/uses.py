@@ -207,6 +207,8 @@ class EmbeddingUse:
 class DerivedUse:
     """A use of a tensor that was computed from the parameter alone, pulled back through that computation.
 
+    If the computation only changes the order of the parameter's entries, the moments are those of the use.
+
     Args:
         use: The use of the derived tensor.
         derived: The derived tensor, with its graph.
@@ -235,7 +237,35 @@ class DerivedUse:
         return self.parameter.new_zeros(len(self), *self.shape) if pulled is None else pulled
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        if _rearranges(self.derived, self.parameter):
+            return self.use.moments(wanted)
         return chunked_moments(self, wanted)
+
+
+_ORDERS = frozenset(
+    name + "Backward0"
+    for name in (
+        "Alias",
+        "Clone",
+        "Permute",
+        "ReshapeAlias",
+        "Squeeze",
+        "T",
+        "Transpose",
+        "Unsqueeze",
+        "UnsafeView",
+        "View",
+    )
+)
+"""Nodes of autograd graphs that keep every entry, in another shape or order."""
+
+
+def _rearranges(derived: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor holds each entry of a parameter once."""
+    node = derived.grad_fn
+    while node is not None and node.name() in _ORDERS and len(node.next_functions) == 1:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None) is parameter and derived.numel() == parameter.numel()
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.uses import DerivedUse
 from tests.engine.cases import worst_difference
 
 SIZES = st.integers(1, 4)
@@ -100,6 +102,130 @@ def test_norm(kind, n, groups, positions):
 @given(SIZES, st.integers(1, 6), st.sampled_from([None, 0, 1]), SIZES)
 def test_embedding(rows, length, padding, n):
     _check(nn.Embedding(rows + 1, 3, padding), torch.randint(0, rows + 1, (n, length)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["sum", "mean", "max"]),
+    st.integers(2, 6),
+    st.integers(1, 6),
+    st.sampled_from([None, 0, -1]),
+    SIZES,
+    st.booleans(),
+    st.booleans(),
+)
+def test_embedding_bag(mode, rows, length, padding, n, sparse, weighted):
+    sparse, weighted = sparse and mode != "max", weighted and mode == "sum"
+    bag = nn.EmbeddingBag(rows, 3, mode=mode, padding_idx=padding, sparse=sparse)
+    indices = torch.randint(0, rows, (n, length))
+    if weighted:
+        _check(Weighted(bag), indices, _normal(n, length))
+    else:
+        _check(bag, indices)
+
+
+class Weighted(nn.Module):
+    """A bag whose entries have weights that depend on a parameter."""
+
+    def __init__(self, bag: nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.bag, self.scale = bag, nn.Parameter(torch.rand(()))
+
+    def forward(self, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.bag(indices, per_sample_weights=weights * self.scale)
+
+
+def test_embedding_bag_with_a_bound_on_the_norm():
+    """The rows are rescaled for the pass, and the user's weights are not."""
+    bag = nn.EmbeddingBag(5, 3, max_norm=0.5)
+    before = bag.weight.detach().clone().double()
+    _check(bag, torch.randint(0, 5, (4, 3)))
+    assert torch.equal(bag.weight, before)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SIZES, st.lists(SIZES, max_size=2), SIZES, SIZES, SIZES, st.booleans())
+def test_bilinear(n, shape, left, right, outputs, bias):
+    _check(nn.Bilinear(left, right, outputs, bias), _normal(n, *shape, left), _normal(n, *shape, right))
+
+
+EQUATIONS = {
+    "ntd,de->nte": (2, 3),
+    "ed, ntd -> nte": (3, 2),
+    "ntd,hde->nhte": (2, 2, 3),
+    "ntd,htd->nh": (3, 4, 2),
+    "ntd,ts->nsd": (4, 5),
+    "ntd,dt->n": (2, 4),
+    "ntd,tde->nte": (4, 2, 3),
+    "...d,de->...e": (2, 3),
+    "ntd,dz": (2, 3),
+    "ntd,sd->nt": (3, 2),
+}
+"""Sums of products of samples ``(N, 4, 2)`` with a parameter of a shape."""
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("listed", [False, True])
+def test_einsum(equation, listed):
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(_normal(*EQUATIONS[equation]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            factors = (x, self.weight) if "ed, n" not in equation else (self.weight, x)
+            product = torch.einsum(equation, list(factors)) if listed else torch.einsum(equation, *factors)
+            return product.reshape(len(x), -1)
+
+    _check(Product(), _normal(3, 4, 2))
+
+
+def test_einsum_of_two_tensors_of_samples():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("ntd,nte->nde", x, self.layer(x))
+
+    _check(Product(), _normal(3, 4, 2))
+
+
+def test_reordered_parameters_are_not_pulled_back(monkeypatch):
+    """The entries of a transposed or reshaped parameter have the parameter's statistics."""
+
+    class Reordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.kernel = nn.Parameter(_normal(6, 4)), nn.Parameter(_normal(4, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x @ self.weight.view(2, 3, 4).permute(2, 1, 0).reshape(4, 6)
+            return torch.nn.functional.conv1d(y.mT, self.kernel.t().unsqueeze(2).contiguous().view(4, 6, 1))
+
+    layer = Reordered()
+    _check(layer, _normal(3, 5, 4))
+    monkeypatch.delattr(DerivedUse, "gradient")
+    gradient_statistics(Summed(layer), (_normal(3, 5, 4),), "pseudo_label")
+
+
+@settings(max_examples=10, deadline=None)
+@given(SIZES, SIZES, st.sampled_from([None, 0.3]), st.booleans())
+def test_attention_with_a_learned_bias(n, steps, scale, grouped):
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.bias = nn.Linear(4, 8), nn.Parameter(_normal(4, steps, steps))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            heads = self.query(x).view(-1, steps, 4, 2).transpose(1, 2)
+            others = heads[:, ::2] if grouped else heads
+            return torch.nn.functional.scaled_dot_product_attention(
+                heads, others, others, self.bias, scale=scale, enable_gqa=grouped
+            )
+
+    _check(Biased(), _normal(n, steps, 4))
 
 
 @settings(max_examples=10, deadline=None)

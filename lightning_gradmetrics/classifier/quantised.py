@@ -1,0 +1,64 @@
+"""Refusing parameters without a gradient: complex ones, whole numbers, and those before a quantised layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from lightning_gradmetrics.classifier.forward import Inputs, call, tensors_in
+
+__all__ = ["check_differentiable", "check_types"]
+
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+"""Where torch's quantised layers are defined: their outputs have no gradient."""
+
+
+def check_types(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters whose gradient entries have no order or do not exist.
+
+    Raises:
+        ValueError: If a parameter is complex or holds whole numbers.
+    """
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            why = "has no largest entry and no sign" if parameter.is_complex() else "does not exist"
+            raise ValueError(
+                f"the parameter {name!r} is {parameter.dtype}, and its gradient {why}; choose floating-point parameters "
+                f"only, as in parameters=lambda name: name != {name!r}"
+            )
+
+
+def check_differentiable(model: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse parameters whose gradient would have to pass a quantised layer. Only models with such layers are run.
+
+    Args:
+        model: The model, within :func:`lightning_gradmetrics.classifier.forward.preserved`.
+        inputs: Its inputs.
+        parameters: The chosen parameters.
+
+    Raises:
+        ValueError: If a quantised layer's input depends on a chosen parameter.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if type(m).__module__.startswith(QUANTISED)]
+    if not layers:
+        return
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    with ExitStack() as stack:
+        for name, layer in layers:
+            hook = layer.register_forward_pre_hook(partial(_refuse, name), with_kwargs=True)
+            stack.callback(hook.remove)
+        call(model, inputs)
+
+
+def _refuse(name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+        raise ValueError(
+            f"the quantised layer {name!r} ({type(layer).__name__}) has no gradient, and chosen parameters come before it: "
+            "choose parameters after it only, or score the model before it is quantised"
+        )
