@@ -176,7 +176,7 @@ def cross_validate(
     from lightning_gradmetrics.cli.standings import standings
     from lightning_gradmetrics.results.table import join_scores
     from lightning_gradmetrics.scores import FittedScore
-    from lightning_gradmetrics.scoring.cross_fitting import cross_fit, plans_of
+    from lightning_gradmetrics.scoring.cross_fitting import cross_fit, held_out_columns
 
     if trainer.world_size > 1:
         raise ValueError(
@@ -193,7 +193,7 @@ def cross_validate(
         options |= {"progress": lambda share: progress.update(task, completed=share)}
         loaders = data.loaders(config.batch_size, config.num_workers)
         held_out = cross_fit(network, loaders, fitted, data.roles, folds=config.folds, seed=config.seed, **options)
-    plans = plans_of(fitted, data.roles)
+    plans = held_out_columns(fitted, data.roles)
     everything = [*(s for s in scores if not isinstance(s, FittedScore)), *(plan.named for plan in plans)]
     results, without = join_scores(callback.results, held_out), {plan.named.name: plan.without for plan in plans}
     options = {"resamples": config.resamples, "seed": config.seed}

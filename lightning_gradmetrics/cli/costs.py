@@ -183,7 +183,7 @@ def _fit(score: Score) -> str:
     if not isinstance(score, FittedScore):
         return ""
     needs = score.fit_needs
-    return FIT[needs.outside, needs.labels]
+    return FIT[needs.ood, needs.labels]
 
 
 def _questions(records: Sequence[Record]) -> list[str]:

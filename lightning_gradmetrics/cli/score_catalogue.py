@@ -1,27 +1,28 @@
-"""What every registered score is, needs and costs: for ``gradmetrics scores``, and for the table in the documentation.
+"""What every registered score is, needs and costs: for ``gradmetrics scores``, and for the page in the documentation.
 
-``python -m lightning_gradmetrics.cli.score_catalogue`` prints ``docs/scores.md``.
+``python -m lightning_gradmetrics.cli.score_catalogue`` writes ``docs/scores.md`` and the stub ``scores/__init__.pyi``.
 """
 
 from __future__ import annotations
 
+import re
+import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
+from lightning_gradmetrics import scores as package
 from lightning_gradmetrics.scores import RECIPES, FittedScore, Recipe, Score
-from lightning_gradmetrics.scoring.evidence import Needs, needs_of
+from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 
-__all__ = ["Line", "lines", "markdown"]
-
+__all__ = ["Line", "lines", "markdown", "stub"]
 
 INTRODUCTION = (
-    "This page is made by `python -m lightning_gradmetrics.cli.score_catalogue > docs/scores.md`; `gradmetrics scores` shows "
-    "the table.",
-    "Every score is an uncertainty: higher = more uncertain. Where the paper's quantity is a confidence, the last "
-    "column says how to get it back. *Free with the forward* means that the forward which runs anyway gives all it "
-    "needs. All scores that need more share one forward of their own, and those of one objective share its backward. C "
-    "is the number of classes.",
-    "A score that needs a fit is fitted once, on data that are neither trained on nor scored, and its state is kept as "
-    "tensors (safetensors). A state is refused by any other model, head or setting.",
+    "This page is generated: `python -m lightning_gradmetrics.cli.score_catalogue`. `gradmetrics scores` prints the table.",
+    "Every score is an uncertainty: higher = more uncertain. Where the paper's quantity is a confidence, the last column "
+    "says how to convert. *Free* means that the score needs nothing beyond the forward pass that runs anyway. All other "
+    "scores share one extra forward pass, and those of one objective share its backward pass. C is the number of classes.",
+    "Fitted scores need a fit before they can score, on data used for neither training nor evaluation. The state is stored "
+    "as tensors (safetensors) and can only be loaded for the same model, head and arguments.",
     """```python
 callback = lgm.GradientMetrics(["max_softmax", "oberdiek", "confounding_detector"])
 trainer = Trainer(callbacks=[callback])
@@ -30,9 +31,16 @@ trainer.test(model, loaders)
 lgm.scores.save_fitted(callback.scorer.scores, "fitted")                 # and load_fitted(scores, "fitted", model)
 scores = lgm.fit(model, batches, ["oberdiek"])                           # without a Trainer
 ```""",
-    "The command does it by itself, on `data.fit`, `data.fit_outside` or else `data.train`; `fitted=FOLDER` takes states that "
-    "an earlier run kept. Fitting a detector of errors on the very samples a model was trained on finds few errors.",
+    "The command fits them automatically, on `data.fit` and `data.fit_outside`, or on `data.train` if those are not set; "
+    "`fitted=FOLDER` loads the states of an earlier run. A detector of errors that is fitted on the samples that the model "
+    "was trained on sees few errors.",
+    "A score is given by its name, as `gradnorm`; with arguments, as `gradnorm(temperature=2, target=all)` or "
+    "`{gradnorm: {temperature: 2}}`; as an object, as `lgm.scores.gradnorm(temperature=2)`; or as a function of the evidence.",
 )
+
+SECTIONS = ("Args", "Returns", "Attributes", "Raises", "Example", "Reference")
+SECTION = re.compile(rf"^({'|'.join(SECTIONS)}):$", re.MULTILINE)
+ARGUMENT = re.compile(r"^(\**\w+): ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -40,65 +48,78 @@ class Line:
     """A score's line in the tables, in words.
 
     Args:
-        name: Its name.
-        arguments: Its arguments with their defaults.
-        summary: What it is.
-        text: The rest of its documentation.
-        paper: Where it comes from.
-        needs: What it looks at.
-        cost: What it costs beside the forward that runs anyway.
+        name: The name.
+        arguments: The arguments with their defaults.
+        summary: The first line of the documentation.
+        paper: The source.
+        needs: The evidence that it asks for.
+        cost: The cost in addition to the forward that runs anyway.
         sign: How the paper's quantity follows from the score.
+        aliases: Other names for it.
     """
 
     name: str
     arguments: str
     summary: str
-    text: str
     paper: str
     needs: str
     cost: str
     sign: str
+    aliases: str
 
 
 def lines() -> list[Line]:
-    """All registered scores, the baselines first."""
-    return [_line(recipe) for recipe in sorted(RECIPES.values(), key=lambda r: (r.family, r.name))]
+    """Return all registered scores except aliases, the baselines first."""
+    return [_line(recipe) for recipe in _sorted() if recipe.alias_of is None]
+
+
+def _sorted() -> list[Recipe]:
+    return sorted(RECIPES.values(), key=lambda recipe: (recipe.family, recipe.name))
 
 
 def _line(recipe: Recipe) -> Line:
-    summary, _, text = recipe.documentation.partition("\n")
     return Line(
         name=recipe.name,
-        arguments=", ".join(f"{key}={value!r}" for key, value in recipe.defaults.items()),
-        summary=summary,
-        text=text.strip(),
+        arguments=_arguments(recipe),
+        summary=recipe.summary,
         paper=recipe.paper,
         needs=", ".join(_needs(recipe.described())),
         cost=_cost(recipe),
-        sign=_sign(summary),
+        sign=_sign(recipe.summary),
+        aliases=", ".join(other.name for other in _sorted() if other.alias_of == recipe.name),
     )
+
+
+def _arguments(recipe: Recipe) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in recipe.defaults.items())
 
 
 def _needs(score: Score) -> list[str]:
     """In words, for the default arguments."""
     needs = score.needs
-    forward = bool(needs.probes) and not needs.backward
-    found = {"head": needs.features, "labels": needs.labels, "forward": forward, "backward": needs.backward}
-    words = [word for word, needed in found.items() if needed]
-    return [*(words if set(words) - {"labels"} else ["logits", *words]), *_fit(score)]
+    asked = {
+        "head": needs.features,
+        "labels": needs.labels,
+        "forward": bool(needs.probes) and not needs.backward,
+        "backward": needs.backward,
+    }
+    words = [word for word, is_asked in asked.items() if is_asked]
+    if not set(words) - {"labels"}:
+        words = ["logits", *words]
+    return [*words, *_fit(score)]
 
 
 def _fit(score: Score) -> list[str]:
     if not isinstance(score, FittedScore):
         return []
     needs = score.fit_needs
-    if needs.outside:
+    if needs.ood:
         return ["fit (in- and out-of-distribution data)"]
     return ["fit (labels)" if needs.labels else "fit"]
 
 
 def _cost(recipe: Recipe) -> str:
-    """What one batch costs, with the default arguments and, where that differs, over all parameters."""
+    """What one batch costs, with the default arguments and, if that differs, over all parameters."""
     score = recipe.described()
     cost = _passes(score)
     if recipe.defaults.get("target") == "head":
@@ -107,62 +128,97 @@ def _cost(recipe: Recipe) -> str:
 
 
 def _passes(score: Score) -> str:
-    few, many = (_objectives(_dry_run(score, classes)) for classes in (3, 4))
+    with_three, with_four = _objectives(needs_of([score], 3)), _objectives(needs_of([score], 4))
     parts = []
-    if few:
-        count = "C backwards" if many > few else f"{few} backward{'s' * (few > 1)}"
+    if with_three:
+        count = "C backwards" if with_four > with_three else f"{with_three} backward{'s' * (with_three > 1)}"
         parts.append(f"one forward and {count}")
-    if _dry_run(score, 3).probes:
-        parts.append("passes of its own")
-    return " and ".join(parts) or "free with the forward"
-
-
-def _dry_run(score: Score, classes: int) -> Needs:
-    return needs_of([score], classes)
+    if needs_of([score]).probes:
+        parts.append("separate passes")
+    return " and ".join(parts) or "free"
 
 
 def _objectives(needs: Needs) -> int:
-    return len({objective for objectives in needs.gradients.values() for objective in objectives})
+    objectives = set()
+    for requests in needs.gradients.values():
+        objectives |= set(requests)
+    return len(objectives)
 
 
 def _sign(summary: str) -> str:
-    """The paper's quantity: a summary begins with "Negative" or "One minus" where that is a confidence."""
+    """The paper's quantity: a summary begins with "Negative" or "One minus" if that is a confidence."""
     if summary.startswith("Negative"):
         return "-score"
     return "1 - score" if summary.startswith("One minus") else "score"
 
 
+# The page
+
+
 def markdown() -> str:
-    """The documentation's page of scores."""
-    rows = [
-        [f"[`{x.name}`](#{x.name})", _plain(x.summary).replace("|", "\\|"), x.paper, x.needs, x.cost, x.sign]
-        for x in lines()
-    ]
+    """Return the documentation's page of scores."""
     head = ["score", "what it is", "paper", "needs", "cost", "paper's quantity"]
-    table = [head, ["---"] * len(head), *rows]
-    parts = [
-        "# Scores",
-        *INTRODUCTION,
-        "\n".join(f"| {' | '.join(row)} |" for row in table),
-        *(_section(line) for line in lines()),
-    ]
-    return "\n\n".join(parts) + "\n"
+    table = [head, ["---"] * len(head)]
+    for line in lines():
+        name = f"[`{line.name}`](#{line.name})" + (f", also `{line.aliases}`" if line.aliases else "")
+        summary = _plain(line.summary).replace("|", "\\|")
+        table.append([name, summary, line.paper, line.needs, line.cost, line.sign])
+    rows = [f"| {' | '.join(row)} |" for row in table]
+    sections = [_section(recipe) for recipe in _sorted()]
+    return "\n\n".join(["# Scores", *INTRODUCTION, "\n".join(rows), *sections]) + "\n"
 
 
-def _section(line: Line) -> str:
-    arguments = f"Arguments: `{line.arguments}`." if line.arguments else ""
-    source = f"{line.paper}. Set it in `conf/score/{line.name}.yaml`."
-    parts = [f"## {line.name}", _plain(line.summary), _plain(line.text), arguments, source]
-    return "\n\n".join(part for part in parts if part)
+def _section(recipe: Recipe) -> str:
+    text, *rest = SECTION.split(recipe.documentation)
+    content = {title: textwrap.dedent(body.strip("\n")) for title, body in zip(rest[::2], rest[1::2], strict=True)}
+    parts = [f"## {recipe.name}", _plain(text.strip())]
+    if recipe.alias_of:
+        parts.append(f"With its defaults this is [`{recipe.alias_of}`](#{recipe.alias_of}).")
+    if "Args" in content:
+        parts.append(f"Arguments: `{_arguments(recipe)}`.\n\n{_items(content['Args'])}")
+    if "Returns" in content:
+        parts.append(_plain(content["Returns"].strip()))
+    if "Example" in content:
+        parts.append(f"```python\n{content['Example'].strip()}\n```")
+    parts.append(
+        f"{_plain(content.get('Reference', recipe.paper).strip())}. Set it in `conf/score/{recipe.name}.yaml`."
+    )
+    return "\n\n".join(parts)
+
+
+def _items(arguments: str) -> str:
+    """The section of arguments as a list."""
+    return _plain(ARGUMENT.sub(r"- `\1`: ", arguments)).strip().replace("\n    ", "\n  ")
 
 
 def _plain(text: str) -> str:
     return text.replace("``", "`")
 
 
+# The stub
+
+
+def stub() -> str:
+    """Return the stub of the package of scores: the names that its discovery finds, for type checkers and editors."""
+    imports = []
+    for name in package.__all__:
+        home = RECIPES[name].method.__module__ if name in package.NAMES else _home(name)
+        imports.append(f"from {home} import {name} as {name}")
+    header = ["# Generated by python -m lightning_gradmetrics.cli.score_catalogue", "# ruff: noqa"]
+    return "\n".join([*header, *sorted(imports), "", "NAMES: tuple[str, ...]"]) + "\n"
+
+
+def _home(name: str) -> str:
+    """The module that defines a public name of the package."""
+    home = getattr(getattr(package, name), "__module__", "")
+    return home if home.startswith("lightning_gradmetrics") else "lightning_gradmetrics.scoring.registry"
+
+
 def main() -> None:
-    """Print the page."""
-    print(markdown(), end="")
+    """Write the page and the stub into the checkout."""
+    root = Path(__file__).parents[2]
+    (root / "docs" / "scores.md").write_text(markdown(), encoding="utf-8")
+    (Path(package.__file__).parent / "__init__.pyi").write_text(stub(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def standings(
 
 def _is_candidate(score: FittedScore) -> bool:
     needs = score.fit_needs
-    return score.recipe.name == "combination" or needs.labels or needs.outside
+    return score.recipe.name == "combination" or needs.labels or needs.ood
 
 
 def _rivals(scores: Sequence[Score]) -> dict[str, list[str]]:
@@ -89,7 +89,7 @@ def _rivals(scores: Sequence[Score]) -> dict[str, list[str]]:
 def _fitted_on(score: FittedScore, without: str | None) -> str:
     """What entered its fits, in words."""
     needs = score.fit_needs
-    if needs.outside:
+    if needs.ood:
         return "every set, this one too" if without is None else "the other sets"
     return "labels" if needs.labels else "in-distribution data"
 

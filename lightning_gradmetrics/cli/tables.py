@@ -120,6 +120,8 @@ def scores_table() -> Table:
         about = [f"{line.paper}; its quantity is {line.sign}", f"needs {line.needs}; {line.cost}"]
         if line.arguments:
             about.append(f"({line.arguments})")
+        if line.aliases:
+            about.append(f"also: {line.aliases}")
         summary, details = line.summary.replace("``", ""), "\n".join(about)
         table.add_row(escape(line.name), f"{escape(summary)}\n[dim]{escape(details)}[/dim]")
     return table

@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.pictures.base import Picture, ScoredBatch
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.fitted import row_keys
 from lightning_gradmetrics.scoring.layer_profile import LayerNorms, Profile
+from lightning_gradmetrics.scoring.totals import row_keys
 
 __all__ = ["ProfileGallery"]
 

@@ -1,72 +1,51 @@
-"""Scores: named recipes from evidence to an uncertainty, higher = more uncertain."""
+"""Scores: named methods from evidence to an uncertainty, higher = more uncertain.
 
-from lightning_gradmetrics.scores.combination import combination
-from lightning_gradmetrics.scores.confounding import confounding, confounding_detector, purview
-from lightning_gradmetrics.scores.dropout import mc_dropout
-from lightning_gradmetrics.scores.expected import exgrad, fisher_trace
-from lightning_gradmetrics.scores.fisher import kfac_influence
-from lightning_gradmetrics.scores.geometry import gga, gga_detector
-from lightning_gradmetrics.scores.gradients import feature_norm, gradnorm, gradnorm_kl, pseudo_label
-from lightning_gradmetrics.scores.gradorth import gradorth
-from lightning_gradmetrics.scores.labelled import el2n, grand
-from lightning_gradmetrics.scores.logits import (
-    energy,
-    entropy,
-    gradtrust,
-    log_likelihood,
-    margin,
-    max_logit,
-    max_softmax,
+Every module of this package is imported, and every score that it registers becomes a name of this package. The stub
+``__init__.pyi`` lists the same names for type checkers; ``python -m lightning_gradmetrics.cli.score_catalogue`` writes it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.registry import (
+    RECIPES,
+    Recipe,
+    Score,
+    ScoreLike,
+    make,
+    register,
+    register_fitted,
+    resolve,
 )
-from lightning_gradmetrics.scores.oberdiek import oberdiek, uniform
-from lightning_gradmetrics.scores.perturbation import odin
-from lightning_gradmetrics.scores.pytorch_ood_adapter.adapter import pytorch_ood
-from lightning_gradmetrics.scores.regrad import regrad
-from lightning_gradmetrics.scoring.fitted import FittedRecipe, FittedScore, register_fitted
-from lightning_gradmetrics.scoring.registry import RECIPES, Recipe, Score, ScoreLike, make, register, resolve
 from lightning_gradmetrics.scoring.states import check_fitted, load_fitted, save_fitted
+
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+NAMES = tuple(sorted(name for name, recipe in RECIPES.items() if recipe.method.__module__.startswith(__name__)))
+"""The names of the scores of this package."""
+
+for _name in NAMES:
+    globals()[_name] = getattr(sys.modules[RECIPES[_name].method.__module__], _name)
 
 __all__ = [
     "RECIPES",
-    "FittedRecipe",
+    "Evidence",
     "FittedScore",
     "Recipe",
     "Score",
     "ScoreLike",
     "check_fitted",
-    "combination",
-    "confounding",
-    "confounding_detector",
-    "el2n",
-    "energy",
-    "entropy",
-    "exgrad",
-    "feature_norm",
-    "fisher_trace",
-    "gga",
-    "gga_detector",
-    "gradnorm",
-    "gradnorm_kl",
-    "gradorth",
-    "gradtrust",
-    "grand",
-    "kfac_influence",
     "load_fitted",
-    "log_likelihood",
     "make",
-    "margin",
-    "max_logit",
-    "max_softmax",
-    "mc_dropout",
-    "oberdiek",
-    "odin",
-    "pseudo_label",
-    "purview",
-    "pytorch_ood",
     "register",
     "register_fitted",
-    "regrad",
     "resolve",
     "save_fitted",
-    "uniform",
+    *NAMES,
 ]

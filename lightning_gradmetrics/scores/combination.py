@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,17 +20,20 @@ from lightning_gradmetrics.scores.detectors import (
 from lightning_gradmetrics.scores.geometry import LOF_ROWS
 from lightning_gradmetrics.scores.gradients import feature_norm, gradnorm, pseudo_label
 from lightning_gradmetrics.scores.logits import energy, entropy, max_logit, max_softmax
+from lightning_gradmetrics.scoring.arguments import CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence, Target
 from lightning_gradmetrics.scoring.features import feature_columns
-from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
+from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.registry import Score, register_fitted
+from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["COLUMNS", "NORMS", "OBJECTIVES", "combination"]
 
 FLOOR = 1e-20
-"""Added before a logarithm: below it a norm or a probability says nothing."""
+"""Added before a logarithm: norms and probabilities below it carry no information."""
 
 CONSTANT = 1e-4
-"""A feature whose standard deviation is not above it is a constant with rounding."""
+"""A feature whose standard deviation is at most this is constant up to rounding."""
 
 NEIGHBOURS = 20
 
@@ -44,16 +47,21 @@ def _logit_margin(evidence: Evidence) -> Tensor:
     return second - first
 
 
+def _log_of(score: Score, sign: float = 1.0) -> Callable[[Evidence], Tensor]:
+    """The logarithm of a score, or of its negative."""
+    return lambda evidence: _log(sign * score(evidence))
+
+
 COLUMNS: dict[str, Callable[[Evidence], Tensor]] = {
-    "log max_softmax": lambda e: _log(max_softmax.function(e)),
-    "log entropy": lambda e: _log(entropy.function(e)),
+    "log max_softmax": _log_of(max_softmax()),
+    "log entropy": _log_of(entropy()),
     "logit margin": _logit_margin,
-    "energy": energy.function,
-    "max_logit": max_logit.function,
-    "log |h|_1": lambda e: _log(-feature_norm.function(e, p=1)),
-    "log |h|_2": lambda e: _log(-feature_norm.function(e, p=2)),
-    "log |p - e_y|_2": lambda e: _log(pseudo_label.function(e, statistic="l2", factor="output")),
-    "log |p - 1/C|_2": lambda e: _log(-gradnorm.function(e, p=2, factor="output")),
+    "energy": energy(),
+    "max_logit": max_logit(),
+    "log |h|_1": _log_of(feature_norm(p=1.0), -1.0),
+    "log |h|_2": _log_of(feature_norm(p=2.0), -1.0),
+    "log |p - e_y|_2": _log_of(pseudo_label(statistic="l2", factor="output")),
+    "log |p - 1/C|_2": _log_of(gradnorm(p=2.0, factor="output"), -1.0),
 }
 """The features that need no backward pass: the scores of the logits, and the two factors of the head's gradients."""
 
@@ -71,96 +79,106 @@ def _features(evidence: Evidence, target: Target) -> Tensor:
     return torch.cat([columns, *layers], 1)
 
 
-DETECTORS = ("mahalanobis", "lof", "errors", "outside")
 CLASSIFIERS = {
-    "errors": ("errors", "right predictions", "labelled data that the model was not trained on, or more of it"),
-    "outside": (
+    "errors": ("errors", "correct predictions", "labelled data that the model was not trained on, or more of it"),
+    "ood": (
         "out-of-distribution samples",
         "in-distribution samples",
-        "both kinds of data, with roles, as in datasets={'mine': 'id', 'other': 'far'}, or outside= without a Trainer",
+        "both kinds of data, with roles, as in datasets={'mine': 'id', 'other': 'far'}, or ood= without a Trainer",
     ),
 }
-"""The detectors that learn two classes: what their classes are called, and what to give where one is missing."""
+"""The detectors that learn two classes: the names of the classes, and what to give if one is missing."""
 
 
 @register_fitted("gradient", "this package; after Oberdiek et al. 2018, arXiv:1805.08440")
-class combination:
+class combination(FittedScore):
     r"""A detector or a classifier of many scores and gradient norms together, standardised.
-
-    ``detector`` says what it is fitted on and what it gives. On in-distribution samples alone, without labels:
-    ``"mahalanobis"``, the Mahalanobis distance to their mean under a Ledoit-Wolf covariance; ``"lof"``, the local
-    outlier factor with 20 neighbours. On in-distribution samples with labels that the model was not trained on:
-    ``"errors"``, the probability of an error. On in- and out-of-distribution samples: ``"outside"``, the probability of
-    being out-of-distribution. The classifiers are logistic regressions; an inner cross-validation chooses the penalty.
 
     The features, with ``z`` the logits, ``p`` their softmax, ``h`` the head's input and ``y`` the prediction:
     ``log(1 - p_y)``, ``log H(p)``, ``z_(2) - z_(1)``, ``-log sum_c exp(z_c)``, ``-max_c z_c``; the factors of the
     head's gradients ``log |h|_1``, ``log |h|_2``, ``log |p - e_y|_2``, ``log |p - 1/C|_2``; and for each layer of
-    ``target`` the logarithms of the L1, L2 and largest absolute entry of its gradient, of the cross-entropy to the
-    predicted class and to the uniform distribution. ``target="head"`` leaves the layers out and takes no backward pass.
-    1e-20 is added before a logarithm. ``seed``: of the inner cross-validation.
+    ``target`` the logarithms of the L1 norm, the L2 norm and the largest absolute entry of its gradient, for the
+    cross-entropy to the predicted class and to the uniform distribution. 1e-20 is added before a logarithm.
 
-    Whether it beats a single score is a question to the data: ``docs/combination.md``.
+    Whether it beats a single score depends on the data: see ``docs/combination.md``.
+
+    Args:
+        detector: ``"mahalanobis"`` and ``"lof"`` are fitted on in-distribution samples without labels: the Mahalanobis
+            distance to their mean under a Ledoit-Wolf covariance, and the local outlier factor with 20 neighbours.
+            ``"errors"`` is fitted on in-distribution samples with labels that the model was not trained on: the
+            probability of an error. ``"ood"`` is fitted on in- and out-of-distribution samples: the probability of
+            being out-of-distribution. These two are logistic regressions; an inner cross-validation chooses the penalty.
+        target: The parameters: ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name. ``"head"``
+            leaves the layers out and takes no backward pass.
+        seed: The seed of the inner cross-validation.
+
+    Example:
+        >>> import lightning_gradmetrics as lgm
+        >>> _ = torch.manual_seed(0)
+        >>> model, images = torch.nn.Linear(4, 3), torch.randn(40, 4)
+        >>> (fitted,) = lgm.fit(model, [images], combination(detector="lof", target="head"))
+        >>> lgm.score(model, images, fitted)["combination(detector=lof,target=head)"].shape
+        torch.Size([40])
+
+    Reference:
+        P. Oberdiek, M. Rottmann and H. Gottschalk, "Classification Uncertainty of Deep Neural Networks Based on
+        Gradient Information", ANNPR 2018, https://arxiv.org/abs/1805.08440
     """
 
-    @staticmethod
-    def measure(evidence: Evidence, *, detector: str = "mahalanobis", target: Target = "all", seed: int = 0) -> Tensors:
-        """The features."""
-        if detector not in DETECTORS:
-            raise ValueError(f"unknown detector {detector!r} of combination; available: {', '.join(DETECTORS)}")
-        return {"features": _features(evidence, target)}
+    detector: Literal["mahalanobis", "lof", "errors", "ood"] = "mahalanobis"
+    target: Target = "all"
+    seed: CountOrZero = 0
 
-    @staticmethod
-    def accumulate(evidence: Evidence, measured: Tensors, *, detector: str = "mahalanobis", **_: Any) -> Tensors:
-        """The features, and what a classifier learns; -1 where the label is not known."""
+    def measure(self, evidence: Evidence) -> Tensors:
+        return {"features": _features(evidence, self.target)}
+
+    def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:
         rows = {"rows/features": measured["features"]}
-        if detector == "errors":
-            rows["rows/positive"] = evidence.wrong.long().masked_fill(evidence.labels < 0, -1)
-        if detector == "outside":
-            rows["rows/positive"] = evidence.outside.long()
+        if self.detector == "errors":
+            rows["rows/positive"] = evidence.incorrect.long().masked_fill(evidence.labels < 0, -1)
+        if self.detector == "ood":
+            rows["rows/positive"] = evidence.ood.long()
         return rows
 
-    @staticmethod
-    def finish(total: Tensors, *, detector: str = "mahalanobis", seed: int = 0, **_: Any) -> Tensors:
-        """Standardise, and fit the detector."""
+    def finish(self, total: Tensors) -> Tensors:
         known = total["rows/features"].isfinite().all(1)
-        if detector in CLASSIFIERS:
+        if self.detector in CLASSIFIERS:
             known &= total["rows/positive"] >= 0
         features = total["rows/features"][known].double()
-        if detector in CLASSIFIERS:
-            _check_classes(detector, total["rows/positive"][known])
+        if self.detector in CLASSIFIERS:
+            _check_classes(self.detector, total["rows/positive"][known])
         elif len(features) < 2:
-            raise ValueError(f"combination(detector={detector}) needs 2 or more samples, and there are {len(features)}")
+            raise ValueError(
+                f"combination(detector={self.detector}) needs 2 or more samples, and there are {len(features)}"
+            )
         scale = column_scale(features, CONSTANT)
         features = standardised(features, scale)
-        if detector == "mahalanobis":
-            found = mahalanobis_state(moment_sums(features))
-            return {**scale, "centre": found["mean"], "precision": found["precision"]}
-        if detector == "lof":
+        if self.detector == "mahalanobis":
+            normal = mahalanobis_state(moment_sums(features))
+            return {**scale, "centre": normal["mean"], "precision": normal["precision"]}
+        if self.detector == "lof":
             return {**scale, **lof_state(features[:LOF_ROWS], NEIGHBOURS)}
-        return {**scale, **regularised_logistic(features, total["rows/positive"][known], seed)}
+        return {**scale, **regularised_logistic(features, total["rows/positive"][known], self.seed)}
 
-    @staticmethod
-    def score(measured: Tensors, state: Tensors, *, detector: str = "mahalanobis", **_: Any) -> Tensor:
-        """The distance, the outlier factor or the probability; NaN where a feature is not finite."""
+    def score(self, measured: Tensors, state: Tensors) -> Tensor:
         features = measured["features"].to(state["mean"].dtype)
         broken = features.isfinite().all(1).logical_not()
-        if detector in CLASSIFIERS:
-            found = classified(features, state)
-        elif detector == "lof":
-            found = local_outlier_factor(standardised(features, state), state, NEIGHBOURS)
+        if self.detector in CLASSIFIERS:
+            values = classified(features, state)
+        elif self.detector == "lof":
+            values = local_outlier_factor(standardised(features, state), state, NEIGHBOURS)
         else:
             centred = {"mean": state["centre"], "precision": state["precision"]}
-            found = mahalanobis(standardised(features, state), centred).clamp(min=0).sqrt()
-        return found.masked_fill(broken, torch.nan)
+            values = mahalanobis(standardised(features, state), centred).clamp(min=0).sqrt()
+        return values.masked_fill(broken, torch.nan)
 
 
 def _check_classes(detector: str, positive: Tensor) -> None:
-    """Refuse data that hold fewer than two samples of a class."""
+    """Refuse data with fewer than two samples of a class."""
     first, second, advice = CLASSIFIERS[detector]
-    found = int(positive.sum()), int((1 - positive).sum())
-    if min(found) < 2:
+    counts = int(positive.sum()), int((1 - positive).sum())
+    if min(counts) < 2:
         raise ValueError(
-            f"combination(detector={detector}) is fitted on 2 or more {first} and 2 or more {second}, and the data hold "
-            f"{found[0]} and {found[1]}: give {advice}"
+            f"combination(detector={detector}) is fitted on 2 or more {first} and 2 or more {second}, and the data have "
+            f"{counts[0]} and {counts[1]}: give {advice}"
         )

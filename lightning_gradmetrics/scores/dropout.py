@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of, preserved
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.cosine_map_summaries import at_least_float32
+from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
 
@@ -96,14 +97,30 @@ def _drop(module: nn.modules.dropout._DropoutNd, x: Tensor, size: int, generator
 
 
 @register("baseline", "Gal & Ghahramani 2016, arXiv:1506.02142")
-def mc_dropout(evidence: Evidence, *, passes: int = 10, seed: int = 0) -> Tensor:
+def mc_dropout(evidence: Evidence, *, passes: Count = 10, seed: CountOrZero = 0) -> Tensor:
     r"""Entropy of the mean softmax over passes with dropout, in nats.
 
-    Only dropout modules drop, all else stays as it is: dropout that a layer does within itself, as attention and
-    recurrent layers do, stays off. Each pass has one set of masks, the same for every sample. Of a model without
-    dropout it is the entropy, and a warning says so. GradTrust's demo means this quantity, and its code keeps only the
-    last of the passes.
+    Only ``nn.Dropout`` modules are enabled; dropout built into attention and recurrent layers stays off. Each pass has
+    one set of masks, the same for every sample. For a model without dropout the score is the entropy, with a warning.
+    GradTrust's demo means this quantity, but its code keeps only the last of the passes.
+
+    Args:
+        passes: The number of forward passes.
+        seed: The seed of the masks.
+
+    Returns:
+        A score with values ``(N,)`` in ``[0, log C]``.
+
+    Example:
+        >>> import lightning_gradmetrics as lgm
+        >>> model = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2)).eval()
+        >>> lgm.score(model, torch.ones(3, 2), mc_dropout(passes=4))["mc_dropout(passes=4)"].shape
+        torch.Size([3])
+
+    Reference:
+        Y. Gal and Z. Ghahramani, "Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep
+        Learning", ICML 2016, https://arxiv.org/abs/1506.02142
     """
     p = evidence.probe(MeanPrediction(passes, seed), (evidence.logits.shape[1],))
-    found: Tensor = torch.special.entr(p.to(evidence.logits.dtype)).sum(1)
-    return found
+    entropy: Tensor = torch.special.entr(p.to(evidence.logits.dtype)).sum(1)
+    return entropy

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.scoring.arguments import Count, Norm
 from lightning_gradmetrics.scoring.evidence import Evidence, Gradient, Target
 from lightning_gradmetrics.scoring.registry import register
 
@@ -15,17 +16,31 @@ __all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residua
 
 
 @register("gradient", "Igoe et al. 2022, arXiv:2205.10439")
-def exgrad(evidence: Evidence, *, p: float = 1.0, target: Target = "head", classes: int | None = None) -> Tensor:
+def exgrad(evidence: Evidence, *, p: Norm = 1.0, target: Target = "head", classes: Count | None = None) -> Tensor:
     r"""Expected norm of the gradient under the predicted distribution, ``sum_c p_c |grad -log p_c|``.
 
-    On the head ``|h|_p sum_c p_c |p - e_c|_p``, which for ``p = 1`` is ``2 |h|_1 (1 - sum_c p_c^2)``. Over other
-    targets it takes one backward pass a class.
+    On the head's weight it is ``|h|_p sum_c p_c |softmax(z) - e_c|_p``, which for ``p = 1`` is
+    ``2 |h|_1 (1 - sum_c p_c^2)``. Other targets take one backward pass per class.
 
-    ``classes=k`` averages over each sample's k likeliest classes alone, in k backward passes: ``sum_{c in top k} p_c
-    |grad -log p_c| / sum_{c in top k} p_c``, the expectation given that the class is one of them. Without the division
-    the value could not exceed what share of the probability the k classes hold, and would rank the samples whose
-    prediction is spread widest as the most certain. ``k = 1`` is ``pseudo_label``; all classes, or more than there
-    are, give the whole; on the head it grows with k.
+    Args:
+        p: The p of the norm.
+        target: The parameters: ``"head"``, ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name.
+        classes: Only each sample's k likeliest classes, in k backward passes: the expectation given that the class is
+            one of them, ``sum_{c in top k} p_c |grad -log p_c| / sum_{c in top k} p_c``. Without the division the
+            top-k probability would cap the score, and the most spread-out predictions would look the most certain.
+            ``classes=1`` is ``pseudo_label``; ``None`` takes all classes.
+
+    Returns:
+        A score with values ``(N,)``, at least 0.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), given_features=torch.ones(2, 3))
+        >>> exgrad()(evidence)
+        tensor([1.2599, 3.0000], dtype=torch.float64)
+
+    Reference:
+        C. Igoe, Y. Chung, I. Char and J. Schneider, "How Useful are Gradients for OOD Detection Really?", 2022,
+        https://arxiv.org/abs/2205.10439
     """
     if target == "head":
         probabilities = torch.softmax(evidence.logits, 1)
@@ -35,13 +50,27 @@ def exgrad(evidence: Evidence, *, p: float = 1.0, target: Target = "head", class
 
 
 @register("gradient", "cf. Igoe et al. 2022, arXiv:2205.10439")
-def fisher_trace(evidence: Evidence, *, target: Target = "head", classes: int | None = None) -> Tensor:
+def fisher_trace(evidence: Evidence, *, target: Target = "head", classes: Count | None = None) -> Tensor:
     r"""Trace of the Fisher information, ``sum_c p_c |grad -log p_c|_2^2``.
 
-    On the head ``|h|_2^2 (1 - sum_c p_c^2)``. Over other targets it takes one backward pass a class.
+    On the head's weight it is ``|h|_2^2 (1 - sum_c p_c^2)``. Other targets take one backward pass per class.
 
-    ``classes=k`` averages over each sample's k likeliest classes alone, in k backward passes, as in ``exgrad``:
-    ``sum_{c in top k} p_c |grad -log p_c|_2^2 / sum_{c in top k} p_c``.
+    Args:
+        target: The parameters: ``"head"``, ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name.
+        classes: Only each sample's k likeliest classes, in k backward passes, as in ``exgrad``:
+            ``sum_{c in top k} p_c |grad -log p_c|_2^2 / sum_{c in top k} p_c``.
+
+    Returns:
+        A score with values ``(N,)``, at least 0.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), given_features=torch.ones(2, 3))
+        >>> fisher_trace()(evidence)
+        tensor([0.6300, 1.5000], dtype=torch.float64)
+
+    Reference:
+        Compare C. Igoe, Y. Chung, I. Char and J. Schneider, "How Useful are Gradients for OOD Detection Really?", 2022,
+        https://arxiv.org/abs/2205.10439
     """
     if target == "head":
         squares = residual_norms(torch.softmax(evidence.logits, 1), 2).square()
@@ -50,25 +79,19 @@ def fisher_trace(evidence: Evidence, *, target: Target = "head", classes: int | 
 
 
 def class_order(logits: Tensor, classes: int | None) -> Tensor:
-    """Each sample's likeliest classes, ``(N, K)``, likeliest first; K is at most ``classes``.
-
-    Raises:
-        ValueError: If ``classes`` is below 1.
-    """
-    if classes is not None and classes < 1:
-        raise ValueError(f"classes={classes}; allowed: None for all classes, or how many of the likeliest, from 1")
+    """Return each sample's likeliest classes, ``(N, K)``, likeliest first; K is at most ``classes``."""
     return logits.argsort(dim=1, descending=True, stable=True)[:, :classes]
 
 
 def class_objectives(count: int, classes: int | None) -> list[Objective]:
-    """The objectives of all ``count`` classes in the model's order, or of each sample's ``classes`` likeliest by rank."""
+    """Return the objectives of all ``count`` classes in the model's order, or of the ``classes`` likeliest by rank."""
     if classes is None or classes >= count:
         return [Objective.of("class", index=c) for c in range(count)]
     return [Objective.of("ranked_class", rank=r) for r in range(classes)]
 
 
 def _expected(evidence: Evidence, target: Target, classes: int | None, value: Callable[[Gradient], Tensor]) -> Tensor:
-    """The mean over classes of a function of their gradients, a backward pass each."""
+    """The mean over classes of a function of their gradients, one backward pass per class."""
     probabilities = torch.softmax(evidence.logits, 1)
     order = class_order(evidence.logits, classes)
     if order.shape[1] < probabilities.shape[1]:

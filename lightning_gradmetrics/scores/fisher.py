@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import class_residual
+from lightning_gradmetrics.scoring.arguments import Positive
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
+from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["kfac_influence"]
 
 
 @register_fitted("gradient", "Grosse et al. 2023, arXiv:2308.03296; Martens & Grosse 2015, arXiv:1503.05671")
-class kfac_influence:
+class kfac_influence(FittedScore):
     r"""Influence of a sample on itself through the head, ``(g^T G^-1 g) (h^T A^-1 h)``, with K-FAC's factors.
 
-    ``g`` is the gradient of the cross-entropy to the predicted class at the logits, ``h`` the head's input with a one
-    for the bias; ``G`` is the mean of ``diag(p) - p p^T`` and ``A`` the mean of ``h h^T`` over in-distribution data. To
-    each factor ``damping`` times its mean eigenvalue is added.
+    ``g`` is the gradient of the cross-entropy to the predicted class with respect to the logits, ``h`` the head's input
+    with a one for the bias. ``G`` is the mean of ``diag(p) - p p^T`` and ``A`` the mean of ``h h^T`` over in-distribution
+    data. The fit needs no labels, and memory for the two matrices.
+
+    Args:
+        damping: This times its mean eigenvalue is added to each factor. ``G`` has an eigenvalue 0 by construction.
+
+    Example:
+        >>> import lightning_gradmetrics as lgm
+        >>> model, images = torch.nn.Linear(4, 3), torch.randn(20, 4)
+        >>> fitted = lgm.fit(model, [images], kfac_influence())
+        >>> bool((lgm.score(model, images, fitted)["kfac_influence"] >= 0).all())
+        True
+
+    Reference:
+        R. Grosse et al., "Studying Large Language Model Generalization with Influence Functions", 2023,
+        https://arxiv.org/abs/2308.03296; J. Martens and R. Grosse, "Optimizing Neural Networks with Kronecker-factored
+        Approximate Curvature", ICML 2015, https://arxiv.org/abs/1503.05671
     """
 
-    @staticmethod
-    def measure(evidence: Evidence, *, damping: float = 1e-3) -> Tensors:
-        """The gradient of the logits, the probabilities, and the head's input with a one."""
-        if not damping > 0:
-            raise ValueError(f"damping is {damping}; it must be above 0, since G has a zero eigenvalue by construction")
+    damping: Positive = 1e-3
+
+    def measure(self, evidence: Evidence) -> Tensors:
         logits, features = evidence.logits, evidence.features
         return {
             "output": class_residual(logits, logits.argmax(1)),
@@ -35,20 +49,15 @@ class kfac_influence:
             "features": torch.cat([features, features.new_ones(len(features), 1)], 1),
         }
 
-    @staticmethod
-    def accumulate(evidence: Evidence, measured: Tensors, **_: Any) -> Tensors:
-        """The sums of the factors."""
+    def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:
         p, h = measured["probabilities"], measured["features"]
         return {"output": torch.diag(p.sum(0)) - p.T @ p, "features": h.T @ h, "count": torch.tensor(float(len(p)))}
 
-    @staticmethod
-    def finish(total: Tensors, *, damping: float = 1e-3) -> Tensors:
-        """The inverses of the damped means."""
-        return {key: _damped_inverse(total[key] / total["count"], damping) for key in ("output", "features")}
+    def finish(self, total: Tensors) -> Tensors:
+        count = total.pop("count")
+        return {key: _damped_inverse(factor / count, self.damping) for key, factor in total.items()}
 
-    @staticmethod
-    def score(measured: Tensors, state: Tensors, **_: Any) -> Tensor:
-        """The product of the two quadratic forms."""
+    def score(self, measured: Tensors, state: Tensors) -> Tensor:
         return _quadratic(measured["output"], state["output"]) * _quadratic(measured["features"], state["features"])
 
 

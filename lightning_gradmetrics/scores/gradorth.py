@@ -2,59 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.scoring.arguments import Share
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.fitted import Tensors, register_fitted
+from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.totals import Tensors
 
-__all__ = ["gradorth"]
+__all__ = ["gradorth", "leading_directions"]
 
 
 @register_fitted("gradient", "Behpour et al. 2023, arXiv:2308.00310")
-class gradorth:
+class gradorth(FittedScore):
     r"""Negative norm of the head's gradient projected onto the subspace of in-distribution features.
 
     ``-|G M|_2`` with ``G = g h^T`` the gradient of the head's weight and ``M`` the leading right singular vectors of
-    the matrix of in-distribution features ``h`` (not centred): the fewest that hold the share ``energy`` of the sum of
-    its squared singular values. In closed form it is ``-|g|_2 |M^T h|_2``. The fit keeps the second moment ``sum h
-    h^T``, so it streams in memory of D x D.
+    the matrix of in-distribution features ``h`` (not centred). In closed form it is ``-|g|_2 |M^T h|_2``. The loss is the
+    cross-entropy to the uniform distribution, ``g = p - 1/C``, as in ``gradnorm``. The fit needs no labels; it streams
+    the second moment ``sum h h^T`` in memory of D x D.
 
-    The loss is the cross-entropy to the uniform distribution, ``g = p - 1/C``, as in ``gradnorm``; ``energy=1`` is
-    ``gradnorm(p=2)`` on data within the span of the features. The paper's abstract gives the projection and its sign;
-    the loss and the share 0.97 follow another implementation, and were not checked in the paper itself.
+    The paper's abstract states the projection and its sign. The loss and the default of ``energy`` follow another
+    implementation and were not checked in the paper itself.
+
+    Args:
+        energy: M has the fewest vectors whose squared singular values reach this share of their sum. ``energy=1`` is
+            ``gradnorm(p=2)`` on data within the span of the features.
+
+    Example:
+        >>> import lightning_gradmetrics as lgm
+        >>> model, images = torch.nn.Linear(4, 3), torch.randn(20, 4)
+        >>> fitted = lgm.fit(model, [images], gradorth(energy=0.9))
+        >>> bool((lgm.score(model, images, fitted)["gradorth(energy=0.9)"] <= 0).all())
+        True
+
+    Reference:
+        S. Behpour et al., "GradOrth: A Simple yet Efficient Out-of-Distribution Detection with Orthogonal Projection of
+        Gradients", NeurIPS 2023, https://arxiv.org/abs/2308.00310
     """
 
-    @staticmethod
-    def measure(evidence: Evidence, *, energy: float = 0.97) -> Tensors:
-        """The norm of the logits' gradient, and the head's input."""
-        if not 0 < energy <= 1:
-            raise ValueError(f"energy is {energy}; it is a share of the features' squared norm, above 0 and at most 1")
+    energy: Share = 0.97
+
+    def measure(self, evidence: Evidence) -> Tensors:
         probabilities = torch.softmax(evidence.logits, 1)
         output = torch.linalg.vector_norm(probabilities - 1 / probabilities.shape[1], 2, 1)
         return {"output": output, "features": evidence.features}
 
-    @staticmethod
-    def accumulate(evidence: Evidence, measured: Tensors, **_: Any) -> Tensors:
-        """The second moment of the features."""
+    def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:
         return {"features": measured["features"].T @ measured["features"]}
 
-    @staticmethod
-    def finish(total: Tensors, *, energy: float = 0.97) -> Tensors:
-        """The leading directions, ``(D, R)``."""
-        return {"directions": leading_directions(total["features"], energy)}
+    def finish(self, total: Tensors) -> Tensors:
+        return {"directions": leading_directions(total["features"], self.energy)}
 
-    @staticmethod
-    def score(measured: Tensors, state: Tensors, **_: Any) -> Tensor:
-        """The product of the two norms."""
+    def score(self, measured: Tensors, state: Tensors) -> Tensor:
         inside: Tensor = torch.linalg.vector_norm(measured["features"] @ state["directions"], 2, 1)
         return -measured["output"] * inside
 
 
 def leading_directions(moment: Tensor, energy: float) -> Tensor:
-    """The fewest eigenvectors of a second moment ``(D, D)`` whose eigenvalues sum to that share of all: ``(D, R)``.
+    """Return the fewest eigenvectors whose eigenvalues reach a share of their sum: ``(D, R)``.
+
+    Args:
+        moment: A second moment ``(D, D)``.
+        energy: The share.
 
     Raises:
         ValueError: If the moment is zero.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import class_residual
+from lightning_gradmetrics.scoring.arguments import Norm
 from lightning_gradmetrics.scoring.evidence import Evidence, Target
 from lightning_gradmetrics.scoring.registry import register
 
@@ -13,12 +14,30 @@ __all__ = ["el2n", "grand"]
 
 
 @register("gradient", "Paul et al. 2021, arXiv:2107.07075")
-def grand(evidence: Evidence, *, p: float = 2.0, target: Target = "all") -> Tensor:
+def grand(evidence: Evidence, *, p: Norm = 2.0, target: Target = "all") -> Tensor:
     r"""GraNd: norm of the gradient of the cross-entropy to the true label, ``|grad -log p_y|``.
 
-    It needs the label of every sample, and finds hard and mislabelled ones. The paper takes the L2 norm over all
-    parameters and averages over models early in training: this is one model's, so average the columns of several. On the
-    head (``target="head"``) it is ``|h|_p |p - e_y|_p``.
+    It needs the label of every sample, and finds hard and mislabelled ones. The paper averages over models early in
+    training; this is the value of one model, so average the columns of several. On the head's weight
+    (``target="head"``) it is ``|h|_p |softmax(z) - e_y|_p``.
+
+    Args:
+        p: The p of the norm; the paper takes 2.
+        target: The parameters: ``"all"``, as in the paper, ``"head"``, a pattern such as ``"layer4.*"``, or a predicate
+            on the name.
+
+    Returns:
+        A score with values ``(N,)``, at least 0.
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
+        >>> evidence = Evidence(logits, given_features=torch.ones(2, 3), given_labels=labels)
+        >>> grand(target="head")(evidence)
+        tensor([0.2920, 2.1575], dtype=torch.float64)
+
+    Reference:
+        M. Paul, S. Ganguli and G. Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in
+        Training", NeurIPS 2021, https://arxiv.org/abs/2107.07075
     """
     return evidence.gradient("label", target).norm(p)
 
@@ -27,8 +46,20 @@ def grand(evidence: Evidence, *, p: float = 2.0, target: Target = "all") -> Tens
 def el2n(evidence: Evidence) -> Tensor:
     r"""EL2N: norm of the error of the prediction, ``|p - e_y|_2`` with the true label ``y``.
 
-    It needs the label of every sample. The paper averages over models early in training: this is one model's. It is
-    GraNd on the head without the feature norm.
+    It needs the label of every sample. The paper averages over models early in training; this is the value of one
+    model. It equals GraNd on the head without the feature norm.
+
+    Returns:
+        A score with values ``(N,)`` in ``[0, sqrt(2)]``.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), given_labels=torch.tensor([0, 1]))
+        >>> el2n()(evidence)
+        tensor([0.1686, 1.2456], dtype=torch.float64)
+
+    Reference:
+        M. Paul, S. Ganguli and G. Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in
+        Training", NeurIPS 2021, https://arxiv.org/abs/2107.07075
     """
     norm: Tensor = torch.linalg.vector_norm(class_residual(evidence.logits, evidence.labels), 2, 1)
     return norm

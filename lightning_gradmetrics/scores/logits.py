@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import log_probabilities
+from lightning_gradmetrics.scoring.arguments import Allowed, Positive
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
 
@@ -13,58 +16,162 @@ __all__ = ["energy", "entropy", "gradtrust", "log_likelihood", "margin", "max_lo
 
 
 @register("baseline", "Hendrycks & Gimpel 2017, arXiv:1610.02136")
-def max_softmax(evidence: Evidence, *, temperature: float = 1.0) -> Tensor:
-    r"""One minus the largest softmax probability, ``1 - max_c p_c``, as the sum of all other probabilities."""
+def max_softmax(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
+    r"""One minus the largest softmax probability, ``1 - max_c p_c``.
+
+    It is computed as the sum of all other probabilities, which keeps its digits for confident samples.
+
+    Args:
+        temperature: Divides the logits.
+
+    Returns:
+        A score with values ``(N,)`` in ``[0, 1 - 1/C]``.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.1, 0.0]]))
+        >>> max_softmax()(evidence)
+        tensor([0.1192, 0.4750], dtype=torch.float64)
+
+    Reference:
+        D. Hendrycks and K. Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
+        Networks", ICLR 2017, https://arxiv.org/abs/1610.02136
+    """
     p = torch.softmax(evidence.logits / temperature, 1)
     return p.scatter(1, p.argmax(1, keepdim=True), 0.0).sum(1)
 
 
 @register("baseline", "Shannon 1948")
-def entropy(evidence: Evidence, *, temperature: float = 1.0) -> Tensor:
-    r"""Entropy of the softmax in nats, ``-sum_c p_c log p_c``."""
+def entropy(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
+    r"""Entropy of the softmax in nats, ``-sum_c p_c log p_c``.
+
+    Args:
+        temperature: Divides the logits.
+
+    Returns:
+        A score with values ``(N,)`` in ``[0, log C]``.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+        >>> entropy()(evidence)
+        tensor([0.3653, 0.6931], dtype=torch.float64)
+
+    Reference:
+        C. Shannon, "A Mathematical Theory of Communication", Bell System Technical Journal 27, 1948,
+        https://doi.org/10.1002/j.1538-7305.1948.tb01338.x
+    """
     log_p = log_probabilities(evidence.logits / temperature)
     return -(log_p.exp() * log_p).sum(1)
 
 
 @register("baseline", "Scheffer et al. 2001")
-def margin(evidence: Evidence, *, temperature: float = 1.0) -> Tensor:
-    r"""Negative margin of the two largest softmax probabilities, ``p_(2) - p_(1)``; the margin is its negative."""
+def margin(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
+    r"""Negative margin between the two largest softmax probabilities, ``p_(2) - p_(1)``.
+
+    Args:
+        temperature: Divides the logits.
+
+    Returns:
+        A score with values ``(N,)`` in ``[-1, 0]``.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+        >>> margin()(evidence)
+        tensor([-0.7616,  0.0000], dtype=torch.float64)
+
+    Reference:
+        T. Scheffer, C. Decomain and S. Wrobel, "Active Hidden Markov Models for Information Extraction", IDA 2001,
+        https://doi.org/10.1007/3-540-44816-0_31
+    """
     first, second = torch.softmax(evidence.logits / temperature, 1).topk(2, 1).values.unbind(1)
     return second - first
 
 
 @register("baseline", "Liu et al. 2020, arXiv:2010.03759")
-def energy(evidence: Evidence, *, temperature: float = 1.0) -> Tensor:
-    r"""Free energy of the logits, ``-T log sum_c exp(z_c / T)``."""
+def energy(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
+    r"""Free energy of the logits, ``-T log sum_c exp(z_c / T)``.
+
+    Args:
+        temperature: The temperature ``T``.
+
+    Returns:
+        A score with values ``(N,)``, unbounded.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+        >>> energy()(evidence)
+        tensor([-2.1269, -0.6931], dtype=torch.float64)
+
+    Reference:
+        W. Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020, https://arxiv.org/abs/2010.03759
+    """
     return -temperature * torch.logsumexp(evidence.logits / temperature, 1)
 
 
 @register("baseline", "Hendrycks et al. 2022, arXiv:1911.11132")
 def max_logit(evidence: Evidence) -> Tensor:
-    r"""Negative largest logit, ``-max_c z_c``; the largest logit itself is its negative."""
+    r"""Negative largest logit, ``-max_c z_c``.
+
+    Returns:
+        A score with values ``(N,)``, unbounded.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, -1.0]]))
+        >>> max_logit()(evidence)
+        tensor([-2., -0.], dtype=torch.float64)
+
+    Reference:
+        D. Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022,
+        https://arxiv.org/abs/1911.11132
+    """
     return -evidence.logits.amax(1)
 
 
-@register("baseline", "Prabhushankar & AlRegib 2024, arXiv:2405.13758")
+@register("baseline", "Prabhushankar & AlRegib 2024, arXiv:2405.13758", alias_of="max_logit")
 def log_likelihood(evidence: Evidence) -> Tensor:
-    r"""Negative largest raw logit, which GradTrust's demo calls the log-likelihood: ``max_logit`` under that name."""
+    r"""Negative largest logit: ``max_logit`` under the name that GradTrust's demo gives it.
+
+    Returns:
+        A score with values ``(N,)``, unbounded.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, -1.0]]))
+        >>> log_likelihood()(evidence)
+        tensor([-2., -0.], dtype=torch.float64)
+
+    Reference:
+        M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
+        Networks", 2024, https://arxiv.org/abs/2405.13758
+    """
     return -evidence.logits.amax(1)
+
+
+AtLeastTwo = Annotated[int, Allowed("a whole number from 2", lambda value: value >= 2)]
 
 
 @register("gradient", "Prabhushankar & AlRegib 2024, arXiv:2405.13758")
-def gradtrust(evidence: Evidence, *, k: int | None = None) -> Tensor:
+def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
     r"""Negative GradTrust: the largest over the mean variance of the squared head gradient's rows.
 
     The gradient of the squared error between the logits and ``1/C`` with respect to the head's weight is ``2/C a h^T``
-    with ``a = z - 1/C``: the features cancel in the ratio, and ``trust = C (|a|_inf / |a|_4)^4``, in ``[1, C]``. The
-    paper's trust is the score's negative. It is not invariant to a shift of the logits. No gradient is computed, and no
-    power overflows.
+    with ``a = z - 1/C``. The features ``h`` cancel in the ratio: ``trust = C (|a|_inf / |a|_4)^4``. No gradient is
+    computed, and no power overflows. The trust changes if a constant is added to the logits.
 
-    ``k`` counts only the rows of the k classes with the largest logits as counterfactual classes: the trust is then in
-    ``[1, k]``. ``None``, or all C of them, is what the paper's demo computes.
+    Args:
+        k: Only the k classes with the largest logits count as counterfactual classes; the trust is then in ``[1, k]``.
+            ``None`` takes all C classes, as the paper's demo does.
+
+    Returns:
+        A score with values ``(N,)`` in ``[-C, -1]``.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.5, 0.5], [0.0, 1.0]]))
+        >>> gradtrust()(evidence)
+        tensor([-2., -1.], dtype=torch.float64)
+
+    Reference:
+        M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
+        Networks", 2024, https://arxiv.org/abs/2405.13758
     """
-    if k is not None and k < 2:
-        raise ValueError(f"k={k}: a ratio of classes needs 2 or more of them, or None for all")
     a = evidence.logits - 1 / evidence.logits.shape[1]
     if k is not None and k < a.shape[1]:
         a = a.topk(k, 1).values

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import call, logits_of, preserved
 from lightning_gradmetrics.classifier.input_gradients import check_floats, differentiable_logits
 from lightning_gradmetrics.gradients.cosine_maps import class_covectors
+from lightning_gradmetrics.scoring.arguments import NonNegative, Positive
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
 
@@ -44,14 +45,30 @@ class PerturbedLogits:
 
 
 @register("gradient", "Liang et al. 2018, arXiv:1706.02690")
-def odin(evidence: Evidence, *, temperature: float = 100.0, epsilon: float = 0.0014) -> Tensor:
+def odin(evidence: Evidence, *, temperature: Positive = 100.0, epsilon: NonNegative = 0.0014) -> Tensor:
     r"""One minus ODIN, the largest softmax probability of the perturbed input at a temperature.
 
-    ``x' = x - epsilon sign(grad_x -log softmax(z(x) / T)_y)`` with ``y`` the predicted class; the score is ``1 - max_c
-    softmax(z(x') / T)_c`` as the sum of all other probabilities, and ODIN is one minus it. Two forwards and a backward.
-    The defaults are those of GradTrust's demo; the paper tunes both on data. ``epsilon`` is in the units of the model's
-    input, after any normalisation: in half precision it must stay above the input's rounding. An entry whose gradient
-    is exactly 0 is not moved (the official code moves it).
+    ``1 - max_c softmax(z(x') / T)_c`` with ``x' = x - epsilon sign(grad_x -log softmax(z(x) / T)_y)`` and ``y`` the
+    predicted class, computed as the sum of all other probabilities. It takes two forwards and a backward. An entry
+    whose gradient is exactly 0 is not moved (the official code moves it).
+
+    Args:
+        temperature: The temperature ``T``. The default is that of GradTrust's demo; the paper tunes it on data.
+        epsilon: The step, in the units of the model's input, after any normalisation. The default is that of
+            GradTrust's demo; the paper tunes it on data. In half precision it must exceed the input's rounding.
+
+    Returns:
+        A score with values ``(N,)`` in ``[0, 1 - 1/C]``.
+
+    Example:
+        >>> import lightning_gradmetrics as lgm
+        >>> model, images = nn.Linear(2, 2), torch.zeros(3, 2)
+        >>> lgm.score(model, images, odin(temperature=10.0))["odin(temperature=10.0)"].shape
+        torch.Size([3])
+
+    Reference:
+        S. Liang, Y. Li and R. Srikant, "Enhancing The Reliability of Out-of-distribution Image Detection in Neural
+        Networks", ICLR 2018, https://arxiv.org/abs/1706.02690
     """
     logits = evidence.probe(PerturbedLogits(temperature, epsilon), (evidence.logits.shape[1],))
     p = torch.softmax(logits.to(evidence.logits.dtype) / temperature, 1)

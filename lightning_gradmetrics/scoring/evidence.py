@@ -1,12 +1,11 @@
-"""Evidence: what a score may look at, and the dry run that finds out what it does look at."""
+"""Evidence: everything that a score may read about one batch."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -26,55 +25,83 @@ __all__ = [
     "Evidence",
     "Gradient",
     "HeadGradient",
-    "Needs",
+    "MissingEvidenceError",
     "ParameterGradients",
     "Probe",
     "Target",
-    "needs_of",
     "parameter_filter",
 ]
 
 Target = str | Callable[[str], bool]
-"""What a gradient is taken of: ``"head"`` (the head's weight), ``"all"`` (all parameters), a pattern such as
+"""The parameters of a gradient: ``"head"`` (the head's weight), ``"all"`` (all parameters), a pattern such as
 ``"layer4.*"``, or a predicate on the parameter's name."""
 
 Probe = Callable[[Any, Any], Tensor]
-"""``(model, inputs) -> (N, ...)``: a computation of a score's own on the model, run with gradients enabled."""
+"""``(model, inputs) -> (N, ...)``: a score's own computation on the model, run with gradients enabled."""
 
 
 def parameter_filter(target: Target) -> Callable[[str], bool] | None:
-    """The predicate on parameter names that a target other than ``"head"`` stands for."""
+    """Return the predicate on parameter names for a target other than ``"head"``; ``None`` accepts all."""
     if callable(target):
         return target
     return None if target == "all" else lambda name: fnmatchcase(name, target)
 
 
+class MissingEvidenceError(ValueError):
+    """A score asked for evidence that was not gathered for this batch."""
+
+
 class Gradient(Protocol):
-    """Statistics of a gradient, each ``(N,)``."""
+    """Statistics of a gradient's entries: ``(N,)``, or ``(N, P)`` for each of P parameters."""
+
+    def statistic(self, name: str) -> Tensor:
+        """Return a statistic by name: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``."""
+        ...
+
+    def norm(self, p: float = 2.0) -> Tensor:
+        """Return the p-norm."""
+        return self.statistic(f"l{p:g}")
 
     @property
-    def max(self) -> Tensor: ...  # noqa: D102
+    def max(self) -> Tensor:
+        """The largest entry."""
+        return self.statistic("max")
+
     @property
-    def min(self) -> Tensor: ...  # noqa: D102
+    def min(self) -> Tensor:
+        """The smallest entry."""
+        return self.statistic("min")
+
     @property
-    def mean(self) -> Tensor: ...  # noqa: D102
+    def mean(self) -> Tensor:
+        """The mean entry."""
+        return self.statistic("mean")
+
     @property
-    def std(self) -> Tensor: ...  # noqa: D102
-    def norm(self, p: float = 2.0) -> Tensor: ...  # noqa: D102
-    def statistic(self, name: str) -> Tensor: ...  # noqa: D102
+    def std(self) -> Tensor:
+        """The unbiased standard deviation of the entries."""
+        return self.statistic("std")
 
 
 class ParameterGradients(Gradient, Protocol):
-    """Statistics of the gradients of several parameters, each ``(N, P)``."""
+    """Statistics of the gradients of P parameters, ``(N, P)`` each."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...  # noqa: D102
-    def by_layer(self) -> ParameterGradients: ...  # noqa: D102
-    def merged(self) -> Gradient: ...  # noqa: D102
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names."""
+        ...
+
+    def by_layer(self) -> ParameterGradients:
+        """Merge the parameters of each layer."""
+        ...
+
+    def merged(self) -> Gradient:
+        """Merge all parameters."""
+        ...
 
 
 @dataclass(frozen=True)
-class HeadGradient:
+class HeadGradient(Gradient):
     """The gradient of the head's weight, ``g h^T``, by its factors: no backward pass and no gradient tensor.
 
     Args:
@@ -86,82 +113,75 @@ class HeadGradient:
     features: Tensor
 
     def moments(self, wanted: Iterable[Moment]) -> GradientStatistics:
-        """The statistics that the wanted moments give."""
+        """Return the statistics that can be computed from the wanted moments."""
         count = torch.tensor(self.output.shape[1] * self.features.shape[1])
-        return GradientStatistics(
-            ("head",), count, factor_moments(self.output, self.features, wanted), result_dtype(self.output.dtype)
-        )
+        moments = factor_moments(self.output, self.features, wanted)
+        return GradientStatistics(("head",), count, moments, result_dtype(self.output.dtype))
 
     def statistic(self, name: str) -> Tensor:
-        """A statistic by name, as in :meth:`GradientStatistics.statistic`."""
+        """Return a statistic by name, ``(N,)``."""
         return self.moments(moments_for([name])).statistic(name)
-
-    def norm(self, p: float = 2.0) -> Tensor:
-        """The p-norm, the product of the factors' p-norms."""
-        return self.statistic(f"l{p:g}")
-
-    max = property(lambda self: self.statistic("max"))
-    min = property(lambda self: self.statistic("min"))
-    mean = property(lambda self: self.statistic("mean"))
-    std = property(lambda self: self.statistic("std"))
 
 
 @dataclass(frozen=True)
-class HeadColumn:
-    """The gradient of the head's weight as that of a target with one parameter: statistics ``(N, 1)``.
+class HeadColumn(ParameterGradients):
+    """The gradient of the head's weight as a target with one parameter: statistics ``(N, 1)``.
 
     Args:
         head: The gradient.
     """
 
     head: HeadGradient
-    names: tuple[str, ...] = ("head",)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of the only parameter."""
+        return ("head",)
 
     def statistic(self, name: str) -> Tensor:
-        """A statistic by name."""
+        """Return a statistic by name, ``(N, 1)``."""
         return self.head.statistic(name)[:, None]
 
-    def norm(self, p: float = 2.0) -> Tensor:
-        """The p-norm."""
-        return self.statistic(f"l{p:g}")
-
     def by_layer(self) -> HeadColumn:
-        """It is one layer."""
+        """Return itself: one parameter is one layer."""
         return self
 
     def merged(self) -> HeadGradient:
-        """The head's gradient."""
+        """Return the head's gradient."""
         return self.head
-
-    max = property(lambda self: self.statistic("max"))
-    min = property(lambda self: self.statistic("min"))
-    mean = property(lambda self: self.statistic("mean"))
-    std = property(lambda self: self.statistic("std"))
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the accumulators: ``1 - p`` of a confident sample keeps its digits."""
+    """Convert to the accumulators' precision, so that ``1 - p`` of a confident sample keeps its digits."""
     return tensor.detach().to(accumulator(tensor))
 
 
 @dataclass
 class Evidence:
-    """What one batch offers to the scores. Asking for what is not there is an error that names it.
+    """What one batch offers to the scores.
 
     Args:
         given_logits: ``(N, C)``.
         given_features: The head's input ``(N, D)``.
         given_labels: True labels ``(N,)``.
-        given_outside: Which samples are out-of-distribution ``(N,)``, bool; known when a detector is fitted.
+        given_ood: Which samples are out-of-distribution ``(N,)``, bool; known when a detector is fitted.
         gradients: Statistics of gradients by target and objective, per parameter.
         probes: Results of the scores' own computations.
         given_head: The head's weight ``(C, D)``, and its bias ``(C,)`` if it has one.
+
+    Raises:
+        MissingEvidenceError: From every property and method, if the batch lacks what is asked for.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.ones(2, 3))
+        >>> evidence.gradient("uniform").norm(1)
+        tensor([2.2848, 0.0000], dtype=torch.float64)
     """
 
     given_logits: Tensor
     given_features: Tensor | None = None
     given_labels: Tensor | None = None
-    given_outside: Tensor | None = None
+    given_ood: Tensor | None = None
     gradients: dict[tuple[Target, Objective], GradientStatistics] = field(default_factory=dict)
     probes: dict[Probe, Tensor] = field(default_factory=dict)
     given_head: tuple[Tensor, Tensor | None] | None = None
@@ -175,14 +195,14 @@ class Evidence:
     def features(self) -> Tensor:
         """The head's input ``(N, D)``, in float64 where the device has it."""
         if self.given_features is None:
-            raise ValueError("a score needs the head's input, which was not recorded")
+            _missing("the head's input")
         return _exact(self.given_features)
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
         """The head's weight ``(C, D)`` and bias ``(C,)``, zero where it has none."""
         if self.given_head is None:
-            raise ValueError("a score needs the head, which was not recorded")
+            _missing("the head's weight")
         weight, bias = self.given_head
         return weight.detach(), weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
@@ -190,41 +210,59 @@ class Evidence:
     def labels(self) -> Tensor:
         """True labels ``(N,)``."""
         if self.given_labels is None:
-            raise ValueError("a score needs true labels: pass targets=, or give batches (inputs, labels)")
+            raise MissingEvidenceError("needs true labels: pass targets=, or give batches (inputs, labels)")
         return self.given_labels
 
     @property
-    def wrong(self) -> Tensor:
-        """Which predictions are wrong ``(N,)``, bool."""
+    def incorrect(self) -> Tensor:
+        """Which predictions are incorrect ``(N,)``, bool."""
         return self.logits.argmax(1) != self.labels
 
     @property
-    def outside(self) -> Tensor:
+    def ood(self) -> Tensor:
         """Which samples are out-of-distribution ``(N,)``, bool; known only when a score is fitted."""
-        if self.given_outside is None:
-            raise ValueError(
-                "a score is fitted on in- and out-of-distribution samples: give both kinds of data, with roles"
+        if self.given_ood is None:
+            raise MissingEvidenceError(
+                "is fitted on in- and out-of-distribution samples: give both kinds of data, with roles"
             )
-        return self.given_outside
+        return self.given_ood
 
     def gradient(self, objective: str | Loss | Objective, target: Target = "head", **arguments: Any) -> Gradient:
-        """The gradient of an objective with respect to a target: statistics ``(N,)``."""
+        """Return the gradient of an objective with respect to a target: statistics ``(N,)``.
+
+        Args:
+            objective: A name, as ``"pseudo_label"``, or a loss from logits ``(N, C)`` to ``(N,)``.
+            target: The parameters.
+            **arguments: Of the objective, as ``temperature``.
+        """
         objective = Objective.of(objective, **arguments)
         if target == "head":
             return self._head_gradient(objective)
-        return self.gradients[target, objective].merged()
+        return self._recorded(target, objective).merged()
 
     def gradient_per_parameter(
         self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any
     ) -> ParameterGradients:
-        """The gradient of an objective with respect to each parameter of a target: statistics ``(N, P)``."""
+        """Return the gradient of an objective with respect to each parameter of a target: statistics ``(N, P)``.
+
+        Args:
+            objective: A name, as ``"pseudo_label"``, or a loss from logits ``(N, C)`` to ``(N,)``.
+            target: The parameters.
+            **arguments: Of the objective, as ``temperature``.
+        """
         objective = Objective.of(objective, **arguments)
         if target == "head":
             return HeadColumn(self._head_gradient(objective))
-        return self.gradients[target, objective]
+        return self._recorded(target, objective)
+
+    def probe(self, function: Probe, shape: tuple[int, ...] = ()) -> Tensor:
+        """Return the result ``(N, *shape)`` of a score's own computation on the model, ``function(model, inputs)``."""
+        if function not in self.probes:
+            _missing(f"the computation {function!r} on the model")
+        return self.probes[function]
 
     def rows(self, keep: Tensor) -> Evidence:
-        """The evidence of the samples that ``keep`` ``(N,)``, bool, marks."""
+        """Return the evidence of the samples that ``keep`` ``(N,)``, bool, marks."""
 
         def take(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[keep]
@@ -233,11 +271,16 @@ class Evidence:
             self.given_logits[keep],
             take(self.given_features),
             take(self.given_labels),
-            take(self.given_outside),
+            take(self.given_ood),
             {key: value.rows(keep) for key, value in self.gradients.items()},
             {key: value[keep] for key, value in self.probes.items()},
             self.given_head,
         )
+
+    def _recorded(self, target: Target, objective: Objective) -> GradientStatistics:
+        if (target, objective) not in self.gradients:
+            _missing(f"the gradient of the objective {objective.name!r} with respect to {target!r}")
+        return self.gradients[target, objective]
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         with gradients_enabled():
@@ -246,130 +289,9 @@ class Evidence:
             (output,) = torch.autograd.grad(losses.sum(), logits)
         return HeadGradient(output, self.features)
 
-    def probe(self, function: Probe, shape: tuple[int, ...] = ()) -> Tensor:
-        """The result ``(N, *shape)`` of a computation of the score's own on the model, ``function(model, inputs)``."""
-        return self.probes[function]
 
-
-@dataclass
-class Needs:
-    """What scores look at.
-
-    Args:
-        features: Whether the head's input.
-        labels: Whether true labels.
-        outside: Whether which samples are out-of-distribution.
-        gradients: For each target, the objectives and the moments of their gradients.
-        probes: Computations of the scores' own.
-    """
-
-    features: bool = False
-    labels: bool = False
-    outside: bool = False
-    gradients: dict[Target, dict[Objective, set[Moment]]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(set))
+def _missing(what: str) -> NoReturn:
+    raise MissingEvidenceError(
+        f"asked for {what}, which it did not ask for in its dry run on made-up samples: a score must ask for the same "
+        "evidence whatever the data are. Compute all cases and choose between them with torch.where"
     )
-    probes: list[Probe] = field(default_factory=list)
-
-    @property
-    def backward(self) -> bool:
-        """Whether a backward pass through the network: a probe takes one, unless its ``backward`` is false."""
-        return bool(self.gradients) or any(getattr(probe, "backward", True) for probe in self.probes)
-
-
-class _RecordedGradient:
-    """Stands in for a gradient in the dry run and notes the moments asked of it."""
-
-    def __init__(self, moments: set[Moment], shape: tuple[int, ...]) -> None:
-        self.moments, self.shape = moments, shape
-
-    def statistic(self, name: str) -> Tensor:
-        self.moments |= moments_for([name])
-        return torch.ones(self.shape)
-
-    def norm(self, p: float = 2.0) -> Tensor:
-        return self.statistic(f"l{p:g}")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(f"layer.{i}" for i in range(self.shape[1]))
-
-    def by_layer(self) -> _RecordedGradient:
-        return self
-
-    def merged(self) -> _RecordedGradient:
-        return _RecordedGradient(self.moments, self.shape[:1])
-
-    max = property(lambda self: self.statistic("max"))
-    min = property(lambda self: self.statistic("min"))
-    mean = property(lambda self: self.statistic("mean"))
-    std = property(lambda self: self.statistic("std"))
-
-
-class _Recorder(Evidence):
-    """Evidence of two made-up samples that notes what is looked at."""
-
-    def __init__(self, needs: Needs, classes: int) -> None:
-        logits, labels = torch.linspace(-1, 1, 2 * classes).view(2, classes), torch.zeros(2, dtype=torch.long)
-        super().__init__(logits, torch.ones(2, 3), labels, torch.tensor([False, True]))
-        self.needs = needs
-
-    @property
-    def features(self) -> Tensor:
-        self.needs.features = True
-        return super().features
-
-    @property
-    def head(self) -> tuple[Tensor, Tensor]:
-        classes = self.given_logits.shape[1]
-        return torch.ones(classes, self.features.shape[1]), torch.zeros(classes)
-
-    @property
-    def labels(self) -> Tensor:
-        self.needs.labels = True
-        return super().labels
-
-    @property
-    def outside(self) -> Tensor:
-        self.needs.outside = True
-        return super().outside
-
-    def gradient(self, objective: str | Loss | Objective, target: Target = "head", **arguments: Any) -> Gradient:
-        objective = Objective.of(objective, **arguments)
-        if target == "head":
-            return super().gradient(objective, target)
-        return self._recorded(objective, target, (2,))
-
-    def gradient_per_parameter(
-        self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any
-    ) -> ParameterGradients:
-        objective = Objective.of(objective, **arguments)
-        if target == "head":
-            return super().gradient_per_parameter(objective, target)
-        return self._recorded(objective, target, (2, 4))
-
-    def _recorded(self, objective: Objective, target: Target, shape: tuple[int, ...]) -> _RecordedGradient:
-        self.needs.labels |= objective.needs_targets
-        return _RecordedGradient(self.needs.gradients[target][objective], shape)
-
-    def probe(self, function: Probe, shape: tuple[int, ...] = ()) -> Tensor:
-        if function not in self.needs.probes:
-            self.needs.probes.append(function)
-        return torch.ones(2, *shape)
-
-
-def needs_of(scores: Iterable[Callable[[Evidence], Tensor]], classes: int = 3) -> Needs:
-    """What the scores look at, found by a dry run of each on two made-up samples with ``classes`` classes.
-
-    A score declares nothing: what it asks of the evidence is what it needs. A fitted score's dry run is its ``look``,
-    which needs no state.
-
-    Example:
-        >>> from lightning_gradmetrics.scores import make
-        >>> needs_of([make("gradnorm"), make("entropy")]).features
-        True
-    """
-    needs = Needs()
-    for score in scores:
-        getattr(score, "look", score)(_Recorder(needs, classes))
-    return needs

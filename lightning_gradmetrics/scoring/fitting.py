@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.batches import split_batch
 from lightning_gradmetrics.classifier.forward import Inputs, batch_size, check_model, map_tensors
 from lightning_gradmetrics.results.table import finite_rows
-from lightning_gradmetrics.scoring.evidence import Evidence, Needs, needs_of
-from lightning_gradmetrics.scoring.fitted import FittedScore, RunningTotal, Tensors, add, row_keys
+from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import fingerprint
 from lightning_gradmetrics.scoring.step import Watch
+from lightning_gradmetrics.scoring.totals import RunningTotal, Tensors, add, row_keys
 
 __all__ = ["Fitting", "FittingScorer", "fit", "gathered"]
 
@@ -31,7 +33,7 @@ class FittingScorer(Scorer):
         """What they look at, for that number of classes."""
         if classes not in self._needs:
             looks = [score.contribution if isinstance(score, FittedScore) else score for score in self.scores]
-            self._needs[classes] = needs_of(looks, classes)  # type: ignore[arg-type]
+            self._needs[classes] = needs_of(looks, classes)
         return self._needs[classes]
 
     def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
@@ -49,12 +51,14 @@ class Fitting:
     """
 
     scores: Sequence[FittedScore]
-    like: Scorer
+    template: Scorer
     left_out: int = 0
     _running: dict[str, RunningTotal] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.scorer: Scorer = FittingScorer(tuple(self.scores), self.like.head, self.like.logits_fn, self.like.engine)
+        self.scorer: Scorer = FittingScorer(
+            tuple(self.scores), self.template.head, self.template.logits_fn, self.template.engine
+        )
         self._running = {score.name: RunningTotal() for score in self.scores}
         self._needs = {score.name: score.fit_needs for score in self.scores}
 
@@ -75,8 +79,8 @@ class Fitting:
         """Add the rows of a batch that ``known`` ``(N,)``, bool, marks; ``keys`` ``(N,)`` order the rows."""
         for score in self.scores:
             wanted = known
-            if evidence.given_outside is not None and not self._needs[score.name].outside:
-                wanted = known & ~evidence.given_outside.to(known.device)
+            if evidence.given_ood is not None and not self._needs[score.name].ood:
+                wanted = known & ~evidence.given_ood.to(known.device)
             if wanted.any():
                 self._running[score.name].add(score.contribution(evidence.rows(wanted), keys[wanted.cpu()]))
 
@@ -119,7 +123,7 @@ def fit(
     batches: Iterable[Any],
     scores: ScoreLike | Iterable[ScoreLike],
     *,
-    outside: Iterable[Any] = (),
+    ood: Iterable[Any] = (),
     **options: Any,
 ) -> list[FittedScore]:
     """Fit scores without a Trainer.
@@ -129,7 +133,7 @@ def fit(
         batches: Batches of in-distribution data, as a dataloader gives them: ``(inputs, labels)``, a tensor, or a
             mapping.
         scores: The scores to fit.
-        outside: Batches of out-of-distribution data, for detectors that are fitted on both kinds.
+        ood: Batches of out-of-distribution data, for detectors that are fitted on both kinds.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Returns:
@@ -137,6 +141,13 @@ def fit(
 
     Raises:
         ValueError: If a score needs no fit, or there are no samples.
+
+    Example:
+        >>> import lightning_gradmetrics as lgm
+        >>> model, batches = nn.Linear(4, 3), [torch.randn(16, 4), torch.randn(16, 4)]
+        >>> fitted = lgm.fit(model, batches, ["gradorth", "kfac_influence"])
+        >>> list(lgm.score(model, torch.randn(2, 4), fitted))
+        ['gradorth', 'kfac_influence']
     """
     wanted = resolve(scores)
     plain = [score.name for score in wanted if not isinstance(score, FittedScore)]
@@ -144,26 +155,24 @@ def fit(
         raise ValueError(f"the scores {', '.join(plain)} need no fit")
     fitting = Fitting([score for score in wanted if isinstance(score, FittedScore)], Scorer(wanted, **options))
     check_model(model)
-    for kind, stream in ((False, batches), (True, outside)):
+    for kind, stream in ((False, batches), (True, ood)):
         for inputs, evidence in gathered(model, stream, fitting.scorer, kind):
             fitting.add(inputs, evidence)
     return list(fitting.finish(model).values())
 
 
-def gathered(
-    model: nn.Module, batches: Iterable[Any], scorer: Scorer, outside: bool
-) -> Iterator[tuple[Inputs, Evidence]]:
+def gathered(model: nn.Module, batches: Iterable[Any], scorer: Scorer, ood: bool) -> Iterator[tuple[Inputs, Evidence]]:
     """Inputs and evidence of each batch, by a forward of its own on the model's device.
 
     Args:
         model: A classifier in eval mode.
         batches: As a dataloader gives them.
         scorer: What the evidence is for.
-        outside: Whether the samples are out-of-distribution.
+        ood: Whether the samples are out-of-distribution.
     """
     watch, device = Watch(scorer, model), next(model.parameters()).device
     for batch in batches:
         inputs, labels = split_batch(batch)
         inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
         labels = None if labels is None else labels.to(device)
-        yield inputs, watch.evidence(inputs, labels, torch.full((batch_size(inputs),), outside, device=device))
+        yield inputs, watch.evidence(inputs, labels, torch.full((batch_size(inputs),), ood, device=device))

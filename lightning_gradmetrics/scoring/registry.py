@@ -1,155 +1,274 @@
-"""The registry of scores: named recipes from evidence to an uncertainty ``(N,)``, higher = more uncertain."""
+"""The registry of scores: registration, and scores from names, functions, mappings and configurations."""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 from torch import Tensor
 
-from lightning_gradmetrics.scoring.evidence import Evidence, Needs, needs_of
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.fitted import METHODS, FittedScore
+from lightning_gradmetrics.scoring.score import RECIPES, Family, Recipe, Score
 
-__all__ = ["RECIPES", "Family", "Recipe", "Score", "ScoreLike", "make", "register", "resolve"]
+__all__ = [
+    "RECIPES",
+    "Family",
+    "Recipe",
+    "Score",
+    "ScoreLike",
+    "add_recipe",
+    "make",
+    "register",
+    "register_fitted",
+    "resolve",
+]
 
-Family = Literal["baseline", "gradient"]
+P = ParamSpec("P")
+F = TypeVar("F", bound=type[FittedScore])
 
-
-@dataclass(frozen=True)
-class Score:
-    """A recipe with its arguments: a callable from evidence to uncertainties ``(N,)``.
-
-    Args:
-        name: The column in the results and the row in the tables.
-        recipe: What it was made of.
-        arguments: Its keyword arguments.
-    """
-
-    name: str
-    recipe: Recipe
-    arguments: Mapping[str, Any]
-
-    def __call__(self, evidence: Evidence) -> Tensor:
-        """Uncertainty of every sample, ``(N,)``."""
-        return self.recipe.function(evidence, **self.arguments)
-
-    @property
-    def needs(self) -> Needs:
-        """What it looks at."""
-        return needs_of([self])
-
-    def named(self, name: str) -> Score:
-        """The same score under another name."""
-        return replace(self, name=name)
+ScoreLike = str | Score | Recipe | Mapping[str, Any] | Callable[..., Any]
+"""A score: a name, as ``"gradnorm"`` or ``"gradnorm(temperature=2)"``; a :class:`Score`; a function of the evidence; or a
+mapping, as ``{"gradnorm": {"temperature": 2}}`` or with ``class_path`` and ``init_args``."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A registered score function. Calling it with arguments makes a :class:`Score`.
+def register(
+    family: Family, paper: str, *, alias_of: str | None = None
+) -> Callable[[Callable[Concatenate[Evidence, P], Tensor]], Callable[P, Score]]:
+    """Register a function of the evidence as the score of its name.
+
+    The decorated name then makes the score: ``my_score(temperature=2)`` returns a :class:`Score`. The function's
+    arguments are keyword-only and have defaults; their annotations are checked
+    (:mod:`lightning_gradmetrics.scoring.arguments`). The first line of the docstring begins with "Negative" or
+    "One minus" if the paper's quantity is a confidence.
 
     Args:
-        name: Its name.
-        function: From evidence, and keyword arguments, to uncertainties ``(N,)``.
-        family: ``"baseline"`` looks at logits only and takes no gradient; ``"gradient"`` is a gradient score.
-        paper: Where it comes from.
+        family: ``"baseline"`` for scores of the logits and the features, ``"gradient"`` for scores of gradients.
+        paper: The source.
+        alias_of: The name of another score that equals this one at its default arguments; tables then show only that one.
+
+    Returns:
+        A decorator; the decorated name becomes a function that makes the score.
+
+    Raises:
+        ValueError: If the family is unknown, or the name belongs to another score.
+        TypeError: If an argument of the function is positional or has no default.
+
+    Example:
+        >>> @register("baseline", "this example")
+        ... def logit_range(evidence: Evidence) -> Tensor:
+        ...     "Negative range of the logits, ``min_c z_c - max_c z_c``."
+        ...     return evidence.logits.amin(1) - evidence.logits.amax(1)
+        >>> make("logit_range"), RECIPES.pop("logit_range").family
+        (logit_range, 'baseline')
     """
+    _check_family(family)
 
-    name: str
-    function: Callable[..., Tensor]
-    family: Family
-    paper: str
-
-    @property
-    def documentation(self) -> str:
-        """Its docstring; its first line begins with "Negative" where the paper's quantity is a confidence."""
-        return inspect.getdoc(self.function) or ""
-
-    @property
-    def summary(self) -> str:
-        """The first line of its docstring."""
-        return self.documentation.partition("\n")[0]
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Its arguments with their default values."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-    def described(self) -> Score:
-        """The score with its default arguments, for the tables: to be looked at, not run."""
-        return self()
-
-    def __call__(self, *, name: str | None = None, **arguments: Any) -> Score:
-        """The score with these arguments.
-
-        Raises:
-            TypeError: If an argument is unknown.
-        """
-        unknown = [key for key in arguments if key not in self.defaults]
-        if unknown:
-            allowed = ", ".join(f"{k}={v!r}" for k, v in self.defaults.items()) or "none"
-            raise TypeError(f"score {self.name!r} has no argument {unknown[0]!r}; its arguments are: {allowed}")
-        changed = {key: value for key, value in arguments.items() if value != self.defaults[key]}
-        shown = ",".join(f"{key}={_shown(value)}" for key, value in changed.items())
-        return Score(name or (f"{self.name}({shown})" if shown else self.name), self, arguments)
-
-
-def _shown(value: Any) -> str:
-    """An argument in a score's name, so that :func:`make` reads it back: words stand bare, other text in quotes."""
-    if isinstance(value, str):
-        return value if value.isidentifier() else repr(value)
-    return str(getattr(value, "__name__", value))
-
-
-RECIPES: dict[str, Recipe] = {}
-"""All registered scores by name."""
-
-ScoreLike = str | Score | Recipe
-
-
-def register(family: Family, paper: str) -> Callable[[Callable[..., Tensor]], Recipe]:
-    """Register a function as the score of its name.
-
-    Args:
-        family: ``"baseline"`` or ``"gradient"``.
-        paper: Where the score comes from.
-    """
-
-    def decorate(function: Callable[..., Tensor]) -> Recipe:
-        recipe = Recipe(function.__name__, function, family, paper)
-        RECIPES[recipe.name] = recipe
-        return recipe
+    def decorate(function: Callable[Concatenate[Evidence, P], Tensor]) -> Callable[P, Score]:
+        recipe = Recipe(function.__name__, function, family, paper, alias_of)
+        _check_signature(recipe.name, function)
+        add_recipe(recipe)
+        return factory(recipe)
 
     return decorate
 
 
-def make(score: ScoreLike, **arguments: Any) -> Score:
-    """A score of its name, of ``"name(argument=value)"``, or of one already made.
+def _check_signature(name: str, function: Callable[..., Any]) -> None:
+    """Refuse arguments after the evidence that are not keyword-only or have no default."""
+    _, *others = inspect.signature(function).parameters.values()
+    for parameter in others:
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
+            raise TypeError(
+                f"the argument {parameter.name!r} of the score {name!r} must be keyword-only and have a default, as in "
+                f"def {name}(evidence, *, {parameter.name}=1.0)"
+            )
+
+
+def factory(recipe: Recipe) -> Callable[..., Score]:
+    """Return the function that makes the scores of a recipe, with the recipe's docstring and signature."""
+
+    @functools.wraps(recipe.method)
+    def make_score(*, name: str | None = None, **arguments: Any) -> Score:
+        return recipe(name=name, **arguments)
+
+    make_score.__signature__ = recipe.signature  # type: ignore[attr-defined]
+    make_score.__annotations__ = {key: p.annotation for key, p in recipe.signature.parameters.items()} | {
+        "return": Score
+    }
+    make_score.recipe = recipe  # type: ignore[attr-defined]
+    return make_score
+
+
+def register_fitted(family: Family, paper: str) -> Callable[[F], F]:
+    """Register a subclass of :class:`FittedScore` as the score of its name.
+
+    Args:
+        family: ``"baseline"`` or ``"gradient"``, as in :func:`register`.
+        paper: The source.
+
+    Returns:
+        A decorator that returns the class unchanged.
 
     Raises:
-        ValueError: If the name is unknown; the nearest names are in the message.
+        ValueError: If the family is unknown, or the name belongs to another score.
+        TypeError: If the class is not a subclass of :class:`FittedScore`, or lacks one of its four methods.
 
     Example:
-        >>> make("gradnorm(temperature=2.0, target='all')").name
-        'gradnorm(temperature=2.0,target=all)'
+        >>> @register_fitted("baseline", "this example")
+        ... class energy_above_mean(FittedScore):
+        ...     "Energy minus its mean over in-distribution data."
+        ...     def measure(self, evidence):
+        ...         return {"energy": -evidence.logits.logsumexp(1)}
+        ...     def accumulate(self, evidence, measured):
+        ...         return {"sum": measured["energy"].sum(), "count": measured["energy"].new_tensor(len(measured["energy"]))}
+        ...     def finish(self, total):
+        ...         return {"mean": total["sum"] / total["count"]}
+        ...     def score(self, measured, state):
+        ...         return measured["energy"] - state["mean"]
+        >>> make("energy_above_mean"), RECIPES.pop("energy_above_mean").family
+        (energy_above_mean, 'baseline')
     """
+    _check_family(family)
+
+    def decorate(cls: F) -> F:
+        if not (isinstance(cls, type) and issubclass(cls, FittedScore)):
+            raise TypeError(f"{getattr(cls, '__name__', cls)!r} must be a subclass of FittedScore to be a fitted score")
+        lacking = [method for method in METHODS if getattr(cls, method) is getattr(FittedScore, method)]
+        if lacking:
+            raise TypeError(
+                f"the fitted score {cls.__name__!r} lacks {', '.join(lacking)}; it needs {', '.join(METHODS)}"
+            )
+        cls.recipe = Recipe(cls.__name__, cls, family, paper)
+        add_recipe(cls.recipe)
+        return cls
+
+    return decorate
+
+
+def _check_family(family: str) -> None:
+    if family not in get_args(Family):
+        near = difflib.get_close_matches(str(family), get_args(Family), 1)
+        hint = f" did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown family {family!r} of a score;{hint} available: {', '.join(get_args(Family))}")
+
+
+def add_recipe(recipe: Recipe) -> None:
+    """Add a recipe; a module that is reloaded, or a notebook cell that runs again, replaces its own."""
+    other = RECIPES.get(recipe.name)
+    if other is not None and other.method.__module__ != recipe.method.__module__:
+        raise ValueError(
+            f"the score name {recipe.name!r} is taken by {other.method.__module__}: give the score in "
+            f"{recipe.method.__module__} another name"
+        )
+    RECIPES[recipe.name] = recipe
+
+
+# From what a user writes to scores
+
+
+def make(score: ScoreLike, *, name: str | None = None, **arguments: Any) -> Score:
+    """Return a score from its name, from ``"name(argument=value)"``, or from any other :data:`ScoreLike`.
+
+    Args:
+        score: The score. A name with dots, as ``"my_package.my_score"``, is imported.
+        name: Another name for it.
+        **arguments: Its arguments, if they are not in ``score``.
+
+    Returns:
+        The score.
+
+    Raises:
+        ValueError: If the name is unknown; the nearest names are in the message. If an argument is not allowed.
+        TypeError: If ``score`` is none of the above, or an argument is unknown.
+
+    Example:
+        >>> make("gradnorm(temperature=2.0, target='all')"), make({"energy": {"temperature": 2}}), make("energy", name="mine")
+        (gradnorm(temperature=2.0,target=all), energy(temperature=2), mine: energy)
+    """
+    made = _made(score, arguments)
+    return made if name is None else made.named(name)
+
+
+def _made(score: Any, arguments: Mapping[str, Any]) -> Score:
     if isinstance(score, Score):
+        if arguments:
+            raise TypeError(f"the score {score.name!r} is made already; it takes no more arguments")
         return score
+    if isinstance(score, str):
+        name, given = _parse(score)
+        return _known(name)(**given, **arguments)
+    if isinstance(score, Mapping):
+        return _from_mapping(score, arguments)
     if isinstance(score, Recipe):
         return score(**arguments)
-    if not isinstance(score, str):
-        raise TypeError(
-            f"a score is a name, as 'gradnorm' or 'gradnorm(temperature=2)', or a Score; got {type(score).__name__}"
+    if callable(score):
+        return _recipe_of(score)(**arguments)
+    raise TypeError(
+        "a score is a name, as 'gradnorm' or 'gradnorm(temperature=2)', a Score, a function of the evidence, or a mapping "
+        f"{{'gradnorm': {{'temperature': 2}}}}; got {type(score).__name__}"
+    )
+
+
+def _recipe_of(function: Callable[..., Any], name: str | None = None) -> Recipe:
+    """The recipe of a registered function, of the class of a fitted score, or of a plain function."""
+    own = getattr(function, "recipe", None)
+    if isinstance(own, Recipe):
+        return own
+    return Recipe.of(function, name)
+
+
+def _known(name: str) -> Recipe:
+    """The recipe of a name, imported if it has dots."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if "." in name:
+        return _recipe_of(_imported(name))
+    near = difflib.get_close_matches(name, RECIPES, 3, 0.5)
+    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"unknown score {name!r};{hint} available: {', '.join(sorted(RECIPES))}")
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"cannot import the score {path!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__} and not a score")
+    return found  # type: ignore[no-any-return]
+
+
+def _from_mapping(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Score:
+    """A score from ``{name: arguments}``, or from a node of LightningCLI or Hydra that was not instantiated yet."""
+    if "class_path" in node:
+        given = node.get("init_args") or node.get("dict_kwargs") or {}
+        return _known(str(node["class_path"]))(**given, **arguments)
+    if "_target_" in node:
+        given = {key: value for key, value in node.items() if not (key.startswith("_") and key.endswith("_"))}
+        return _known(str(node["_target_"]))(**given, **arguments)
+    if len(node) != 1:
+        raise ValueError(
+            f"a score given as a mapping has one key, its name, as in {{'gradnorm': {{'temperature': 2}}}}; got "
+            f"{', '.join(map(repr, node)) or 'none'}"
         )
-    name, given = _parse(score)
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 3, 0.5)
-        hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"unknown score {name!r};{hint} available: {', '.join(sorted(RECIPES))}")
-    return RECIPES[name](**given, **arguments)
+    ((name, given),) = node.items()
+    return _known(name)(**(given or {}), **arguments)
+
+
+def _named(name: str, value: Any) -> Score:
+    """The score of an entry of a mapping: ``name: score``, or ``name: arguments`` for a score of that name."""
+    is_node = isinstance(value, Mapping) and not {"class_path", "_target_"}.isdisjoint(value)
+    is_other = isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in RECIPES
+    if value is None or (isinstance(value, Mapping) and not is_node and not is_other):
+        return _known(name)(name=name, **(value or {}))
+    if callable(value) and not isinstance(value, Score):
+        return _recipe_of(value, name)(name=name)
+    return make(value, name=name)
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -171,23 +290,41 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         return float("inf") if node.id == "inf" else node.id
+    if isinstance(node, ast.Call):
+        return ast.unparse(node)  # another score, as in views(score=gradnorm(p=2))
     return ast.literal_eval(node)
 
 
 def resolve(scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike]) -> tuple[Score, ...]:
-    """The scores of one or more names, or of a mapping that gives each its own name.
+    """Return the scores of one or more names, or of a mapping that gives each its own name.
+
+    Args:
+        scores: One :data:`ScoreLike`, several, or a mapping from names to them.
+
+    Returns:
+        The scores, in the same order.
 
     Raises:
-        ValueError: If there is none, or a name stands twice.
+        ValueError: If there is none, or two scores have the same name.
+
+    Example:
+        >>> resolve(["energy", "gradnorm"]), resolve({"mine": "energy", "gradnorm": {"temperature": 2}})
+        ((energy, gradnorm), (mine: energy, gradnorm: gradnorm(temperature=2)))
     """
-    if isinstance(scores, (str, Score, Recipe)):
-        scores = [scores]
-    made = [make(s).named(n) for n, s in scores.items()] if isinstance(scores, Mapping) else [make(s) for s in scores]
+    if isinstance(scores, Mapping) and {"class_path", "_target_"}.isdisjoint(scores):
+        made = [_named(name, score) for name, score in scores.items()]
+    elif isinstance(scores, (str, Score, Recipe, Mapping)) or callable(scores):
+        made = [make(scores)]
+    elif isinstance(scores, Iterable):
+        made = [make(score) for score in scores]
+    else:
+        made = [make(scores)]  # raises
     names = [score.name for score in made]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise ValueError(
-            f"the score name {double[0]!r} stands twice; give one another name, as in make('gradnorm', name='mine')"
+            f"two scores are called {repeated[0]!r}: rename one, as in {{'mine': {repeated[0]!r}}} or "
+            f"make({repeated[0]!r}, name='mine')"
         )
     if not made:
         raise ValueError(f"no score was given; available: {', '.join(sorted(RECIPES))}")

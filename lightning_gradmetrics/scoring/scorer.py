@@ -27,7 +27,8 @@ from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, Moment, result_dtype
-from lightning_gradmetrics.scoring.evidence import Evidence, Needs, Target, needs_of, parameter_filter
+from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
+from lightning_gradmetrics.scoring.evidence import Evidence, Target, parameter_filter
 from lightning_gradmetrics.scoring.registry import Score, ScoreLike, resolve
 from lightning_gradmetrics.scoring.states import check_fitted, check_head
 

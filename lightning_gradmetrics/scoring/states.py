@@ -1,4 +1,4 @@
-"""The states of fitted scores: which model they belong to, and their files."""
+"""The states of fitted scores: the model that they belong to, and their files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.scoring.fitted import FittedScore, _not_fitted
-from lightning_gradmetrics.scoring.registry import Score
+from lightning_gradmetrics.scoring.fitted import FittedScore, not_fitted
+from lightning_gradmetrics.scoring.score import Score
 
 __all__ = ["check_fitted", "check_head", "fingerprint", "load_fitted", "save_fitted"]
 
@@ -21,7 +20,7 @@ CHUNK = 2**22
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the model that a state is fitted for: the shapes and values of its parameters and buffers.
+    """Return a hash of a model: of the shapes and values of its parameters and buffers.
 
     It is the same on every device, for a network and for a module that wraps it, and after a change of precision: values
     count to the precision of bfloat16.
@@ -33,7 +32,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _hash(tensor: Tensor) -> int:
-    """Of the values, in whole numbers: exact on any device, in any order of summation."""
+    """A hash of the values in whole numbers: exact on any device, in any order of summation."""
     bits = tensor.reshape(-1).to(torch.bfloat16).view(torch.int16)
     total = 0
     for start in range(0, len(bits), CHUNK):
@@ -44,16 +43,30 @@ def _hash(tensor: Tensor) -> int:
 
 
 def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
-    """Refuse fitted scores without a state, or with one made for another model.
+    """Check that all fitted scores have a state that was fitted for a model.
+
+    Args:
+        scores: Scores; those that need no fit are skipped.
+        model: The model that they will score.
+
+    Returns:
+        None.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If a fitted score has no state, or one that was fitted for another model.
+
+    Example:
+        >>> from lightning_gradmetrics.scores import resolve
+        >>> check_fitted(resolve(["energy", "gradorth"]), nn.Linear(4, 3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: the score 'gradorth' is not fitted: ...
     """
     fitted = [score for score in scores if isinstance(score, FittedScore)]
     found = fingerprint(model) if fitted else ""
     for score in fitted:
         if score.state is None:
-            raise ValueError(_not_fitted(score.name))
+            raise ValueError(not_fitted(score.name))
         if score.model != found:
             raise ValueError(
                 f"the score {score.name!r} was fitted for another model ({score.model}, and this "
@@ -62,10 +75,14 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
 
 
 def check_head(scores: Iterable[Score], head: str | None) -> None:
-    """Refuse fitted scores whose state was made for another head.
+    """Check that the states of all fitted scores were fitted for a head.
+
+    Args:
+        scores: Scores; those that need no fit are skipped.
+        head: The name of the head; ``None`` checks nothing.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If a state was fitted for another head.
     """
     for score in scores:
         if isinstance(score, FittedScore) and score.head and head and not _same_module(score.head, head):
@@ -76,24 +93,33 @@ def check_head(scores: Iterable[Score], head: str | None) -> None:
 
 
 def _same_module(first: str, second: str) -> bool:
-    """Whether two names mean the same module, one of them perhaps inside a wrapper."""
+    """Whether two names mean the same module; one of them may include a wrapper's prefix."""
     return first == second or first.endswith(f".{second}") or second.endswith(f".{first}")
 
 
 def save_fitted(scores: Iterable[Score], directory: str | Path) -> list[Path]:
     """Write the state of each fitted score to ``directory/<name>.safetensors``.
 
-    A file holds tensors and text, nothing that could run.
+    A file contains tensors and text, and nothing that could be executed.
 
     Args:
-        scores: Scores; those that need no fit are passed over.
-        directory: The folder; made if it is not there.
+        scores: Scores; those that need no fit are skipped.
+        directory: The folder; it is created if it does not exist.
 
     Returns:
         The files written.
 
     Raises:
         ValueError: If a fitted score has no state.
+
+    Example:
+        >>> import tempfile, lightning_gradmetrics as lgm
+        >>> model, images = nn.Linear(4, 3), torch.randn(20, 4)
+        >>> fitted = lgm.fit(model, [images], "gradorth")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     names = [path.name for path in save_fitted(fitted, folder)]
+        >>> names
+        ['gradorth.safetensors']
     """
     from safetensors.torch import save_file
 
@@ -111,7 +137,7 @@ def save_fitted(scores: Iterable[Score], directory: str | Path) -> list[Path]:
 
 
 def _file_name(score: FittedScore) -> str:
-    """The score's name, with a low line for what file systems refuse."""
+    """The score's name, with underscores for characters that file systems refuse."""
     return re.sub(r"[^\w.=,()+-]", "_", score.name) + ".safetensors"
 
 
@@ -123,24 +149,36 @@ def _about(score: FittedScore) -> dict[str, str]:
 
 
 def _described(value: object) -> str:
-    """An argument that JSON has no form for, by its name: an address would be another in every process."""
+    """The name of an argument that JSON cannot represent: an address would differ between processes."""
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def load_fitted(
     scores: Iterable[Score], directory: str | Path, model: nn.Module, head: str | None = None
 ) -> tuple[Score, ...]:
-    """The scores with the states that :func:`save_fitted` wrote.
+    """Return the scores with the states that :func:`save_fitted` wrote.
 
     Args:
-        scores: Scores; those that need no fit come back as they are.
+        scores: Scores; those that need no fit are returned unchanged.
         directory: The folder of the states.
         model: The model that they will score.
-        head: The name of its head, where it is known; otherwise it is checked when the head is found.
+        head: The name of its head, if it is known; otherwise it is checked when the head is found.
+
+    Returns:
+        The scores, in the same order.
 
     Raises:
         FileNotFoundError: If there is no state for a fitted score.
         ValueError: If a state was made for another model, another head, another score or other arguments.
+
+    Example:
+        >>> import tempfile, lightning_gradmetrics as lgm
+        >>> model, images = nn.Linear(4, 3), torch.randn(20, 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_fitted(lgm.fit(model, [images], "gradorth"), folder)
+        ...     loaded = load_fitted(lgm.scores.resolve(["energy", "gradorth"]), folder, model)
+        >>> list(lgm.score(model, images, loaded))
+        ['energy', 'gradorth']
     """
     loaded = tuple(_load(score, Path(directory)) if isinstance(score, FittedScore) else score for score in scores)
     check_fitted(loaded, model)
@@ -165,4 +203,4 @@ def _load(score: FittedScore, folder: Path) -> FittedScore:
                 f"the state in {str(path)!r} was made for another {key} ({about.get(key)}, and this is {value}): "
                 "fit the score again for this one"
             )
-    return replace(score, state=state, model=about.get("model"), head=about.get("head") or None)
+    return score.with_state(state, about.get("model"), about.get("head") or None)

@@ -149,7 +149,7 @@ def test_cross_validated_run(tmp_path: Path) -> None:
     found = gradmetrics(
         tmp_path,
         "experiment=combination",
-        "score=[max_softmax,gradnorm,kfac_influence,combination,combination_errors,combination_outside]",
+        "score=[max_softmax,gradnorm,kfac_influence,combination,combination_errors,combination_ood]",
         "folds=2",
         "resamples=50",
         "logger=none",
@@ -157,8 +157,8 @@ def test_cross_validated_run(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     (run,) = (tmp_path / "outputs").glob("*/*")
     table = pq.read_table(run / "results.parquet")
-    names = ["kfac_influence", "combination", "combination_errors", "combination_outside"]
-    left_out = [f"combination_outside without {name}" for name in ("digits_8_9", "photos")]
+    names = ["kfac_influence", "combination", "combination_errors", "combination_ood"]
+    left_out = [f"combination_ood without {name}" for name in ("digits_8_9", "photos")]
     assert table.column_names[4:] == ["max_softmax", "gradnorm", *names, *left_out, "finite"]
     records = json.loads((run / "combination.json").read_text())
     assert len(records) == 3 + 4 + 4 and (run / "combination.csv").is_file() and (run / "report.html").is_file()

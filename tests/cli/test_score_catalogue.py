@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lightning_gradmetrics.cli.score_catalogue import lines, markdown
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.cli.score_catalogue import lines, markdown, stub
 from lightning_gradmetrics.cli.tables import scores_table
 from lightning_gradmetrics.scores import RECIPES, Score
 
@@ -38,9 +41,32 @@ def test_every_score_has_a_file_with_its_defaults(name: str) -> None:
     assert node == RECIPES[name].defaults
 
 
-def test_the_documentation_is_up_to_date() -> None:
-    """Otherwise run ``python -m lightning_gradmetrics.cli.score_catalogue > docs/scores.md``."""
+def test_the_page_and_the_stub_are_up_to_date() -> None:
+    """Otherwise run ``python -m lightning_gradmetrics.cli.score_catalogue``."""
     assert (ROOT / "docs" / "scores.md").read_text(encoding="utf-8") == markdown()
+    assert (ROOT / "lightning_gradmetrics/scores/__init__.pyi").read_text(encoding="utf-8") == stub()
+
+
+@pytest.mark.parametrize("name", lgm.scores.NAMES)
+def test_every_argument_is_documented_and_the_paper_linked(name: str) -> None:
+    text, recipe = RECIPES[name].documentation, RECIPES[name]
+    arguments, reference = text.partition("Args:")[2], text.partition("Reference:")[2]
+    for argument in recipe.defaults:
+        assert f"\n    {argument}: " in arguments, argument
+    assert "https://" in reference
+    for paper in re.findall(r"arXiv:([\d.]+)", recipe.paper):
+        assert f"https://arxiv.org/abs/{paper}" in reference
+
+
+@pytest.mark.parametrize("name", lgm.scores.NAMES)
+def test_help_and_signature_show_the_score(name: str) -> None:
+    """What ``help``, an editor and Sphinx read: the function or class of that name, its docstring and its arguments."""
+    score = getattr(lgm.scores, name)
+    assert inspect.isroutine(score) or inspect.isclass(score)
+    assert score.__name__ == name and inspect.getdoc(score) == RECIPES[name].documentation
+    shown = [p for p in inspect.signature(score).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert {p.name: p.default for p in shown} == RECIPES[name].defaults
+    assert name == "pytorch_ood" or not any(isinstance(p.annotation, str) for p in shown)
 
 
 @pytest.mark.parametrize("line", lines(), ids=lambda line: line.name)
@@ -53,12 +79,12 @@ def test_every_line_is_filled(line) -> None:
 def test_what_the_table_says() -> None:
     """Needs and costs come from dry runs: some that are known."""
     by_name = {line.name: line for line in lines()}
-    assert by_name["entropy"].needs == "logits" and by_name["entropy"].cost == "free with the forward"
+    assert by_name["entropy"].needs == "logits" and by_name["entropy"].cost == "free"
     assert by_name["gradnorm"].needs == "head" and by_name["gradnorm"].sign == "-score"
-    assert by_name["exgrad"].cost == "free with the forward; target='all': one forward and C backwards"
+    assert by_name["exgrad"].cost == "free; target='all': one forward and C backwards"
     assert by_name["el2n"].needs == "logits, labels" and by_name["grand"].needs == "labels, backward"
     assert by_name["gradorth"].needs == "head, fit" and by_name["gradorth"].sign == "-score"
-    assert by_name["regrad"].needs == "backward" and by_name["regrad"].cost == "passes of its own"
+    assert by_name["regrad"].needs == "backward" and by_name["regrad"].cost == "separate passes"
     assert by_name["oberdiek"].needs == "backward, fit (labels)"
     assert by_name["confounding_detector"].needs == "backward, fit (in- and out-of-distribution data)"
     assert by_name["confounding_detector"].cost == "fitted once, then one forward and 1 backward"
@@ -71,3 +97,4 @@ def test_the_command_lists_every_score() -> None:
     for line in lines():
         assert line.name in shown
         assert line.cost.split(";")[0] in shown
+    assert all(name in shown for name in RECIPES)

@@ -24,7 +24,7 @@ SCORES = resolve(
         "gradnorm",
         "combination",
         "oberdiek",
-        "combination(detector=outside)",
+        "combination(detector=ood)",
         "confounding_detector",
     ]
 )
@@ -61,7 +61,7 @@ def test_rivals_and_intervals(results: pa.Table) -> None:
         assert {r["single"] for r in here.values()} == {"gradnorm"}
         assert {r["baseline"] for r in here.values()} <= {"entropy", "energy"}
         assert here["combination"]["single_verdict"] == "better"
-        assert here["combination(detector=outside)"]["single_verdict"] == "worse"
+        assert here["combination(detector=ood)"]["single_verdict"] == "worse"
     evaluation = evaluate(results, [*NAMES[3:], "gradnorm"], ROLES, ["gradnorm"], resamples=200)
     for c in (c for c in evaluation.comparisons if c["metric"] == "auroc"):
         (record,) = (r for r in records if all(r[key] == c[key] for key in ("task", "dataset", "score")))
@@ -70,8 +70,8 @@ def test_rivals_and_intervals(results: pa.Table) -> None:
 
 
 def test_a_column_without_a_set_is_judged_on_that_set_alone(results: pa.Table) -> None:
-    records = standings(results, SCORES, ROLES, {"combination(detector=outside)": "other"}, resamples=20)
-    mine = [r for r in records if r["score"] == "combination(detector=outside)"]
+    records = standings(results, SCORES, ROLES, {"combination(detector=ood)": "other"}, resamples=20)
+    mine = [r for r in records if r["score"] == "combination(detector=ood)"]
     assert [(r["dataset"], r["fitted_on"]) for r in mine] == [("other", "the other sets")]
     fitted = {r["score"]: r["fitted_on"] for r in records}
     assert fitted["combination"] == "in-distribution data" and fitted["oberdiek"] == "labels"

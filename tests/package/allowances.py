@@ -15,8 +15,8 @@ HABITS: dict[str, int] = {
     "gradients": 1,
     "pictures": 4,
     "report": 15,
-    "scores": 12,
-    "scoring": 16,
+    "scores": 4,
+    "scoring": 9,
 }
 """Habits of translated English left in a room."""
 
@@ -30,8 +30,8 @@ NESTED_STATEMENTS: dict[str, int] = {
     "pictures": 6,
     "report": 32,
     "results": 2,
-    "scores": 4,
-    "scoring": 20,
+    "scores": 2,
+    "scoring": 13,
 }
 """Statements with nested comprehensions, lambdas or ternaries left in a room."""
 
@@ -46,55 +46,12 @@ COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
     "pictures": 51.0,
     "report": 65.2,
     "results": 64.9,
-    "scores": 19.2,
-    "scoring": 40.9,
+    "scores": 15.2,
+    "scoring": 30.8,
 }
 """Of rooms above the limit."""
 
 UNDOCUMENTED: dict[str, set[str]] = {
-    "lgm": {"fit"},
-    "lgm.scores": {
-        "FittedRecipe",
-        "FittedScore",
-        "Recipe",
-        "Score",
-        "check_fitted",
-        "combination",
-        "confounding",
-        "confounding_detector",
-        "el2n",
-        "energy",
-        "entropy",
-        "exgrad",
-        "feature_norm",
-        "fisher_trace",
-        "gga",
-        "gga_detector",
-        "gradnorm",
-        "gradnorm_kl",
-        "gradorth",
-        "gradtrust",
-        "grand",
-        "kfac_influence",
-        "load_fitted",
-        "log_likelihood",
-        "make",
-        "margin",
-        "max_logit",
-        "max_softmax",
-        "mc_dropout",
-        "oberdiek",
-        "odin",
-        "pseudo_label",
-        "purview",
-        "pytorch_ood",
-        "register",
-        "register_fitted",
-        "regrad",
-        "resolve",
-        "save_fitted",
-        "uniform",
-    },
     "lgm.evaluation": {"Evaluation", "Thresholds", "apply_thresholds", "fit_thresholds"},
 }
 """Public names whose docstring is not complete yet, by namespace."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradmetrics.scoring.fitted import Tensors
+from lightning_gradmetrics.scoring.totals import Tensors
 
 Definition = Callable[[nn.Module, Tensor, Tensors], Tensor]
 
@@ -68,5 +68,5 @@ FITTED: dict[str, Definition] = {
     "combination(target=head)": combined(False, distance),
     "combination(detector=lof)": combined(True, outlier_factor),
     "combination(detector=errors)": combined(True, probability),
-    "combination(detector=outside,target=head)": combined(False, probability),
+    "combination(detector=ood,target=head)": combined(False, probability),
 }

@@ -39,4 +39,4 @@ def ready(case: str, model: nn.Module, make_inputs: Callable[[int], Tensor]) -> 
     if not isinstance(score, FittedScore):
         return score
     inside, outside = fit_batches(model, make_inputs)
-    return lgm.fit(model, inside, score, outside=outside)[0]
+    return lgm.fit(model, inside, score, ood=outside)[0]

@@ -10,7 +10,7 @@ import torch
 from pytorch_ood import detector as library
 from torch import Tensor, nn
 
-from lightning_gradmetrics.scoring.fitted import Tensors
+from lightning_gradmetrics.scoring.totals import Tensors
 from tests.models import images, vectors
 from tests.scores.fits import fit_batches
 

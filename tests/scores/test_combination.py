@@ -19,11 +19,11 @@ from tests.scores.fits import fit_batches
 
 @pytest.mark.parametrize(
     ("detector", "labels", "outside"),
-    [("mahalanobis", False, False), ("lof", False, False), ("errors", True, False), ("outside", False, True)],
+    [("mahalanobis", False, False), ("lof", False, False), ("errors", True, False), ("ood", False, True)],
 )
 def test_its_fit_looks_at_what_its_detector_says(detector: str, labels: bool, outside: bool) -> None:
     needs = make(f"combination(detector={detector})").fit_needs
-    assert (needs.labels, needs.outside) == (labels, outside)
+    assert (needs.labels, needs.ood) == (labels, outside)
 
 
 def test_the_head_alone_takes_no_backward() -> None:
@@ -36,8 +36,8 @@ def test_samples_unlike_those_it_was_fitted_on_score_higher() -> None:
     """Every detector but that of errors, on samples three times as large."""
     model = cnn()
     inside, outside = fit_batches(model, images)
-    for detector in ("mahalanobis", "lof", "outside"):
-        score = lgm.fit(model, inside, f"combination(detector={detector})", outside=outside)
+    for detector in ("mahalanobis", "lof", "ood"):
+        score = lgm.fit(model, inside, f"combination(detector={detector})", ood=outside)
         low, high = (next(iter(lgm.score(model, x, score).values())) for x in (images(30), 3 * images(30)))
         assert (low[:, None] < high).float().mean() > 0.9, detector
 
@@ -85,16 +85,16 @@ def test_too_few_of_a_class_is_explained() -> None:
     labels = right.clone()
     labels[0] = (labels[0] + 1) % 5
     with pytest.raises(
-        ValueError, match=r"2 or more errors and 2 or more right predictions.*hold 1 and 19: give label"
+        ValueError, match=r"2 or more errors and 2 or more correct predictions.*have 1 and 19: give label"
     ):
         lgm.fit(model, [(x, labels)], "combination(detector=errors)")
-    with pytest.raises(ValueError, match="hold 0 and 0"):
+    with pytest.raises(ValueError, match="have 0 and 0"):
         lgm.fit(model, [(x, torch.full((20,), -1))], "combination(detector=errors)")
-    with pytest.raises(ValueError, match=r"out-of-distribution samples.*hold 0 and 20: give both kinds"):
-        lgm.fit(model, [(x, labels)], "combination(detector=outside)")
+    with pytest.raises(ValueError, match=r"out-of-distribution samples.*have 0 and 20: give both kinds"):
+        lgm.fit(model, [(x, labels)], "combination(detector=ood)")
     with pytest.raises(ValueError, match="needs 2 or more samples, and there are 1"):
         lgm.fit(model, [x[:1]], "combination")
-    with pytest.raises(ValueError, match="unknown detector 'svm' of combination; available: mahalanobis, lof, errors"):
+    with pytest.raises(ValueError, match=r"detector=.svm.; allowed: .mahalanobis., .lof., .errors., .ood."):
         lgm.fit(model, [x], "combination(detector=svm)")
 
 

@@ -11,7 +11,8 @@ from torch import nn
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import make
 from lightning_gradmetrics.scores.expected import residual_norms
-from lightning_gradmetrics.scoring.evidence import Evidence, needs_of
+from lightning_gradmetrics.scoring.dry_run import needs_of
+from lightning_gradmetrics.scoring.evidence import Evidence
 from tests.models import cnn, images
 
 SCORES = ("exgrad", "exgrad(p=2)", "exgrad(p=inf)", "fisher_trace")

@@ -23,7 +23,7 @@ from lightning_gradmetrics.classifier.head import capturing
 from lightning_gradmetrics.scores import FittedScore, load_fitted, make, save_fitted
 from lightning_gradmetrics.scores.pytorch_ood_adapter.detectors import stages
 from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import REFUSED
-from lightning_gradmetrics.scoring import fitted
+from lightning_gradmetrics.scoring import totals
 from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.scorer import Scorer
 from tests.models import Module, assert_same_state, cnn, images, state_of
@@ -150,7 +150,7 @@ def test_processes_join_and_a_fitted_score_is_copied() -> None:
 
 
 def test_the_sample_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitted, "MAX_ROWS", 12)
+    monkeypatch.setattr(totals, "MAX_ROWS", 12)
     model, x, y = ready_to_fit()
     for detector in ("KNN,k=3", "NACUE"):
         score = lgm.fit(model, list(zip(x.split(9), y.split(9), strict=True)), name(detector))[0]
@@ -173,7 +173,7 @@ def test_labels_are_asked_for_where_classes_count() -> None:
             "Mahalanobis",
             r"Mahalanobis could not be .* classes \[1, 2, 3, 4, 5\]: it takes samples of all classes, from 0 up",
         ),
-        ("ViM,d=6", "ViM gives no finite score to samples that it was fitted on, of 6 numbers each"),
+        ("ViM,d=6", "ViM with d=6 returns no finite score for samples that it was fitted on, of 6 numbers each"),
     ],
 )
 def test_a_fit_that_cannot_be_says_why(detector: str, message: str) -> None:
@@ -196,7 +196,7 @@ def test_a_fit_that_cannot_be_says_why(detector: str, message: str) -> None:
         (
             "pytorch_ood(detector=GEN,gama=1)",
             TypeError,
-            r"no argument 'gama'; its arguments are: detector=\(to be given\), gamma=0.1",
+            r"no argument 'gama'; its arguments are: detector=\(required\), gamma=0.1",
         ),
         ("pytorch_ood(detector=KNN,encoder=1)", TypeError, "no argument 'encoder'"),
         ("pytorch_ood(detector=DICE)", TypeError, r"DICE needs p=, as in pytorch_ood\(detector=DICE, p=...\)"),

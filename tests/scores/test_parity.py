@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import make
-from lightning_gradmetrics.scoring.fitted import row_keys
+from lightning_gradmetrics.scoring.totals import row_keys
 from tests.models import MODELS, cnn, images, mlp
 from tests.scores.fits import fit_batches
 
@@ -143,7 +143,7 @@ def test_purview_as_in_the_demo(part: str, name: str) -> None:
         last = len(squares) - 1
         expected.append(-np.mean(squares[: last // 2] if part == "initial" else squares[-(-last // 2) :]))
     torch.testing.assert_close(-values(model, x, make("purview", part=part)), torch.tensor(expected))
-    with pytest.raises(ValueError, match="unknown part 'middle'; available: initial, final"):
+    with pytest.raises(ValueError, match="part='middle'; allowed: 'initial', 'final'"):
         values(model, x, "purview(part=middle)")
 
 

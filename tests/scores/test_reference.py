@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scoring.fitted import FittedScore, Tensors
+from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.totals import Tensors
 from tests.models import MODELS
 from tests.scores import combination_cases, ood_cases, trust_cases
 from tests.scores.fits import labels_of, ready

@@ -8,7 +8,8 @@ from torch import nn
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import make
-from lightning_gradmetrics.scoring.evidence import Evidence, needs_of
+from lightning_gradmetrics.scoring.dry_run import needs_of
+from lightning_gradmetrics.scoring.evidence import Evidence
 from tests.models import cnn, images
 
 
@@ -71,8 +72,8 @@ def test_fewer_samples_than_perturbations() -> None:
     ("case", "message"),
     [
         ("regrad(target=head)", "perturbations=0"),
-        ("regrad(perturbations=-1)", "0 or more"),
-        ("regrad(sigma=-1.0)", "0 or more"),
+        ("regrad(perturbations=-1)", "a whole number from 0"),
+        ("regrad(sigma=-1.0)", "number from 0"),
         ("regrad(target='nothing.*')", "no parameter of Sequential was chosen"),
         ("regrad(target='nothing.*',perturbations=0)", "no parameter of Sequential was chosen"),
     ],

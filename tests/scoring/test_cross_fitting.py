@@ -13,15 +13,15 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.meters.functional import auroc
 from lightning_gradmetrics.scores import resolve
-from lightning_gradmetrics.scoring.cross_fitting import Part, cross_fit, deal, held_out_scores, plans_of
+from lightning_gradmetrics.scoring.cross_fitting import Part, assign_folds, cross_fit, held_out_columns, held_out_scores
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.fitted import row_keys
 from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.totals import row_keys
 from tests.models import cnn, images
 from tests.scores.fits import fit_batches
 
 ERRORS = "combination(detector=errors,target=head)"
-OUTSIDE = "combination(detector=outside,target=head)"
+OUTSIDE = "combination(detector=ood,target=head)"
 INSIDE = "combination(target=head)"
 ROLES = {"mine": "id", "near": "near", "far": "far"}
 
@@ -37,7 +37,7 @@ def made_up(count: int, shift: float = 0.0, outside: bool = False) -> Part:
 
 
 def scored(kept: dict[str, Part], dealt: dict[str, Tensor], *scores: str) -> dict[str, dict[str, Tensor]]:
-    plans = plans_of(resolve(scores), {name: ROLES[name] for name in kept})
+    plans = held_out_columns(resolve(scores), {name: ROLES[name] for name in kept})
     return held_out_scores(cnn(), {name: [part] for name, part in kept.items()}, dealt, plans, Scorer(resolve(scores)))
 
 
@@ -47,7 +47,7 @@ def area(values: Tensor, positive: Tensor) -> float:
 
 def test_folds_are_even_in_each_stratum() -> None:
     keys, strata = torch.randint(-(2**62), 2**62, (203,)), torch.arange(203) % 20 == 0
-    dealt = deal(keys, strata, 5)
+    dealt = assign_folds(keys, strata, 5)
     for stratum in (False, True):
         counts = dealt[strata == stratum].bincount(minlength=5)
         assert counts.max() - counts.min() <= 1 and counts.min() >= 2
@@ -56,11 +56,11 @@ def test_folds_are_even_in_each_stratum() -> None:
 def test_folds_follow_from_key_and_seed() -> None:
     """Not from the position; the seed changes them; copies share a fold."""
     keys, strata = torch.randint(-(2**62), 2**62, (200,)), torch.zeros(200)
-    dealt, order = deal(keys, strata, 4), torch.randperm(200)
-    assert torch.equal(deal(keys[order], strata, 4), dealt[order])
-    assert torch.equal(deal(keys, strata, 4), dealt)
-    assert 0.4 < (deal(keys, strata, 4, seed=1) != dealt).float().mean() < 0.95
-    twice = deal(keys.repeat(2), torch.zeros(400), 4)
+    dealt, order = assign_folds(keys, strata, 4), torch.randperm(200)
+    assert torch.equal(assign_folds(keys[order], strata, 4), dealt[order])
+    assert torch.equal(assign_folds(keys, strata, 4), dealt)
+    assert 0.4 < (assign_folds(keys, strata, 4, seed=1) != dealt).float().mean() < 0.95
+    twice = assign_folds(keys.repeat(2), torch.zeros(400), 4)
     assert torch.equal(twice[:200], twice[200:])
 
 
@@ -90,7 +90,7 @@ def test_held_out_scores_are_those_of_a_fit_without_the_fold(score: str) -> None
     name = table.column_names[4]
     found = torch.from_numpy(table[name].to_numpy().copy())
     wrong = (model(x).argmax(1) != y).long()
-    dealt = deal(row_keys(x), wrong, 4)
+    dealt = assign_folds(row_keys(x), wrong, 4)
     for fold in range(4):
         own = dealt == fold
         fitted = lgm.fit(model, [(x[~own], y[~own])], score)
@@ -118,8 +118,8 @@ def test_labels_without_meaning_give_no_skill() -> None:
     part = made_up(400)
     evidence, dealt = part.evidence, {"mine": torch.arange(400) % 5}
     real = scored({"mine": part}, dealt, ERRORS)["mine"][ERRORS]
-    assert area(real, evidence.wrong) > 0.75
-    flags = evidence.wrong[torch.randperm(400)]
+    assert area(real, evidence.incorrect) > 0.75
+    flags = evidence.incorrect[torch.randperm(400)]
     labels = (evidence.logits.argmax(1) + flags) % 5
     permuted = replace(part, evidence=replace(evidence, given_labels=labels))
     chance = area(scored({"mine": permuted}, dealt, ERRORS)["mine"][ERRORS], flags)
@@ -173,16 +173,16 @@ def test_what_cannot_be_cross_validated_is_explained() -> None:
     model = cnn()
     (x, y), *_ = fit_batches(model, images)[0]
     right = model(x).argmax(1)
-    with pytest.raises(ValueError, match="folds is 1; it must lie between 2 and 40"):
+    with pytest.raises(ValueError, match="folds is 1; it must be between 2 and 40"):
         cross_fit(model, {"mine": [(x, y)]}, INSIDE, {"mine": "id"}, folds=1)
     few = torch.where(torch.arange(40) < 3, (right + 1) % 5, right)
-    with pytest.raises(ValueError, match=r"3 errors and 37 right predictions in 'mine'.*needs 5 or more of each"):
+    with pytest.raises(ValueError, match=r"3 errors and 37 correct predictions in 'mine'.*needs 5 or more of each"):
         cross_fit(model, {"mine": [(x, few)]}, ERRORS, {"mine": "id"})
-    with pytest.raises(ValueError, match=r"of 'combination.*': combination.detector=outside. is fitted on 2 or more"):
+    with pytest.raises(ValueError, match=r"of 'combination.*': combination.detector=ood. is fitted on 2 or more"):
         cross_fit(model, {"mine": [(x, y)]}, OUTSIDE, {"mine": "id"})
     with pytest.raises(ValueError, match="no role for the data set 'mine'"):
         cross_fit(model, {"mine": [(x, y)]}, INSIDE, {"other": "id"})
-    with pytest.raises(ValueError, match="'mine' gave no samples"):
+    with pytest.raises(ValueError, match="'mine' has no samples"):
         cross_fit(model, {"mine": []}, INSIDE, {"mine": "id"})
     with pytest.raises(ValueError, match="'el2n' needs the true label of every sample, and 40 of 40"):
         cross_fit(model, {"mine": [(x, torch.full((40,), -1))]}, ["el2n", INSIDE], {"mine": "id"})

@@ -19,7 +19,7 @@ from lightning_gradmetrics.cli.command import fit_scores
 from lightning_gradmetrics.cli.data import digits
 from lightning_gradmetrics.cli.models import digits_cnn
 from lightning_gradmetrics.scores import FittedScore, load_fitted, save_fitted
-from lightning_gradmetrics.scoring import fitted
+from lightning_gradmetrics.scoring import totals
 from lightning_gradmetrics.scoring.states import fingerprint
 from tests.models import Module, assert_same_state, cnn, images, state_of
 from tests.scores.fits import fit_batches
@@ -70,7 +70,7 @@ def test_a_fit_under_a_trainer_equals_one_without() -> None:
     callback.fit(used, model, loaders, ROLES)
     assert_same_state({**before, "random": torch.get_rng_state()}, model)
     inside, outside = (loader.dataset.tensors for loader in loaders.values())
-    plain = lgm.fit(model.network, [tuple(t.flip(0) for t in inside)], BOTH[:2], outside=[outside])
+    plain = lgm.fit(model.network, [tuple(t.flip(0) for t in inside)], BOTH[:2], ood=[outside])
     for one, other in zip(fitted_of(callback), plain, strict=True):
         assert_same_fit(one, other, 1e-4)
     used.test(model, loaders["mine"], verbose=False)
@@ -84,7 +84,7 @@ def test_scores_of_errors_never_see_out_of_distribution_samples() -> None:
     model = cnn()
     inside, outside = fit_batches(model, images)
     alone = lgm.fit(model, inside, META)[0]
-    assert_same_fit(alone, lgm.fit(model, inside, META, outside=outside)[0])
+    assert_same_fit(alone, lgm.fit(model, inside, META, ood=outside)[0])
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
@@ -108,7 +108,7 @@ def test_fit_says_what_it_needs() -> None:
     detector = lgm.GradientMetrics("confounding_detector")
     with pytest.raises(ValueError, match="in- and out-of-distribution samples: give both kinds of data, with roles"):
         detector.fit(trainer(detector), model, loaders["mine"])
-    with pytest.raises(ValueError, match="hold no out-of-distribution sample"):
+    with pytest.raises(ValueError, match="include no out-of-distribution sample"):
         detector.fit(trainer(detector), model, {"mine": loaders["mine"]}, {"mine": "id"})
     with pytest.raises(ValueError, match="need no fit"):
         lgm.fit(model.network, [], "energy")
@@ -141,21 +141,22 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
 
 def test_rows_are_capped_and_the_sample_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cap of 12 rows: memory stays bounded, and neither batches nor order change what is kept."""
-    monkeypatch.setattr(fitted, "MAX_ROWS", 12)
-    most, kept = [], fitted.RunningTotal.add
+    monkeypatch.setattr(totals, "MAX_ROWS", 12)
+    most, kept = [], totals.RunningTotal.add
 
-    def watched(self: fitted.RunningTotal, contribution) -> None:
+    def watched(self: totals.RunningTotal, contribution) -> None:
         kept(self, contribution)
-        most.append(sum(len(rows[fitted.KEY]) for rows in self.rows))
+        most.append(sum(len(rows[totals.KEY]) for rows in self.rows))
 
-    monkeypatch.setattr(fitted.RunningTotal, "add", watched)
+    monkeypatch.setattr(totals.RunningTotal, "add", watched)
     seen: list[int] = []
-    finish = lgm.scores.oberdiek.functions.finish
-    monkeypatch.setattr(
-        lgm.scores.oberdiek.functions,
-        "finish",
-        staticmethod(lambda total, **k: (seen.append(len(total["rows/wrong"])), finish(total, **k))[1]),
-    )
+    finish = lgm.scores.oberdiek.finish
+
+    def counted(self: lgm.scores.oberdiek, total):
+        seen.append(len(total["rows/incorrect"]))
+        return finish(self, total)
+
+    monkeypatch.setattr(lgm.scores.oberdiek, "finish", counted)
     model = cnn().double()
     (x, y), *_ = fit_batches(model, images)[0]
     order = torch.randperm(len(x))
@@ -166,18 +167,18 @@ def test_rows_are_capped_and_the_sample_depends_on_nothing_else(monkeypatch: pyt
 
 
 def test_wide_rows_are_capped_by_their_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitted, "MAX_ENTRIES", 1000)
-    running = fitted.RunningTotal()
+    monkeypatch.setattr(totals, "MAX_ENTRIES", 1000)
+    running = totals.RunningTotal()
     for _ in range(9):
         x = torch.randn(20, 49)
-        running.add({"rows/x": x, fitted.KEY: fitted.row_keys(x), "count": torch.tensor(20)})
+        running.add({"rows/x": x, totals.KEY: totals.row_keys(x), "count": torch.tensor(20)})
     assert running.total["rows/x"].shape == (1000 // 50, 49) and running.total["count"] == 180
 
 
 def test_the_kept_rows_are_spread_evenly() -> None:
     """A sample by keys has no favourites: of 4000 rows the 1000 kept are a quarter of every quarter."""
     inputs = torch.cat([torch.rand(2000, 5), 100 + torch.rand(2000, 5)])
-    keys = fitted.row_keys(inputs)
+    keys = totals.row_keys(inputs)
     kept = keys.argsort()[:1000]
     assert len(keys.unique()) == 4000
     for part in range(4):
@@ -320,7 +321,7 @@ def test_two_processes_fit_the_same_state(tmp_path: Path) -> None:
     loaders = data(model)
     inside, outside = (loader.dataset.tensors for loader in loaders.values())
     scores = [META, "confounding_detector(epochs=3)"]
-    alone = lgm.fit(model, [tuple(t[:33] for t in inside)], scores, outside=[outside])
+    alone = lgm.fit(model, [tuple(t[:33] for t in inside)], scores, ood=[outside])
     for rank in (0, 1):
         for one, other in zip(load_fitted(lgm.scores.resolve(scores), tmp_path / str(rank), model), alone, strict=True):
             assert_same_fit(one, other, 1e-4)
@@ -331,15 +332,15 @@ def test_cross_validation_of_the_detector(caplog: pytest.LogCaptureFixture) -> N
     model = cnn()
     inside, outside = fit_batches(model, images)
     with caplog.at_level("INFO"):
-        found = lgm.fit(model, inside, "confounding_detector(folds=4,epochs=5)", outside=outside)[0]
+        found = lgm.fit(model, inside, "confounding_detector(folds=4,epochs=5)", ood=outside)[0]
     auroc = found.state["cross_validated_auroc"]
     assert auroc.shape == (4,) and auroc.min() > 0.9 and "the mean of 4 folds" in caplog.text
-    same = lgm.fit(model, inside, "confounding_detector(folds=4,epochs=5)", outside=[(images(40), None)])[0]
+    same = lgm.fit(model, inside, "confounding_detector(folds=4,epochs=5)", ood=[(images(40), None)])[0]
     assert 0.2 < same.state["cross_validated_auroc"].mean() < 0.8
-    alone = lgm.fit(model, inside, "confounding_detector(epochs=5)", outside=outside)[0]
+    alone = lgm.fit(model, inside, "confounding_detector(epochs=5)", ood=outside)[0]
     assert "cross_validated_auroc" not in alone.state
     with pytest.raises(ValueError, match="folds is 41; it must lie between 2 and 40"):
-        lgm.fit(model, inside, "confounding_detector(folds=41,epochs=1)", outside=outside)
+        lgm.fit(model, inside, "confounding_detector(folds=41,epochs=1)", ood=outside)
 
 
 def test_the_detector_learns_the_direction() -> None:
@@ -348,7 +349,7 @@ def test_the_detector_learns_the_direction() -> None:
     inside, outside = fit_batches(model, images)
     small, large = images(30), 3 * images(30)
     for one, other, sign in ((inside, outside, 1), (outside, inside, -1)):
-        score = lgm.fit(model, one, "confounding_detector(epochs=10)", outside=other)
+        score = lgm.fit(model, one, "confounding_detector(epochs=10)", ood=other)
         low, high = (next(iter(lgm.score(model, x, score).values())).mean() for x in (small, large))
         assert sign * (high - low) > 0.5
 

@@ -1,4 +1,4 @@
-"""Detectors of pytorch-ood: how they are built, fitted and run, by their plan."""
+"""Detectors of pytorch-ood: how they are built, fitted and run, by their spec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import gradients_enabled
-from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import Plan, detector_class
+from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import Spec, detector_class
 
 __all__ = ["build", "fit", "predict", "stages"]
 
@@ -20,7 +20,7 @@ BATCH = 128
 
 
 def build(
-    plan: Plan,
+    spec: Spec,
     arguments: Mapping[str, Any],
     head: tuple[Tensor, Tensor] | None = None,
     model: nn.Module | None = None,
@@ -28,19 +28,19 @@ def build(
     """The detector, not fitted.
 
     Args:
-        plan: Its plan.
+        spec: Its specification.
         arguments: Its own arguments.
         head: The head's weight ``(C, D)`` and bias ``(C,)``, where it takes the head's input.
         model: The model, where it takes that.
     """
-    kind = detector_class(plan.name)
+    kind = detector_class(spec.name)
     taken = inspect.signature(kind.__init__).parameters
     device = torch.device("cpu") if head is None else head[0].device
     given = {key: _tensor(value, taken.get(key)) for key, value in arguments.items() if value is not None}
     parts: dict[str, Any] = {"model": model, "encoder": None, "backbone": nn.Identity()}
     if head is not None:
         with _steady(device):
-            parts |= _head_parts(*head, flat=plan.takes == "maps")
+            parts |= _head_parts(*head, flat=spec.takes == "maps")
     if model is not None and "layers" in taken:
         given["layers"] = _layers(model, given.get("layers"))
     with _steady(device):
@@ -117,11 +117,11 @@ def _steady(device: torch.device) -> Iterator[None]:
         yield
 
 
-def fit(plan: Plan, detector: Any, rows: Tensor, labels: Tensor) -> Any:
+def fit(spec: Spec, detector: Any, rows: Tensor, labels: Tensor) -> Any:
     """The detector, fitted.
 
     Args:
-        plan: Its plan.
+        spec: Its specification.
         detector: What :func:`build` gave.
         rows: Logits, features or inputs ``(N, ...)``.
         labels: True labels ``(N,)``; zeros where the detector needs none.
@@ -131,20 +131,20 @@ def fit(plan: Plan, detector: Any, rows: Tensor, labels: Tensor) -> Any:
     """
     try:
         with _steady(rows.device):
-            if plan.takes == "model":
+            if spec.takes == "model":
                 return detector.fit(list(zip(torch.split(rows, BATCH), torch.split(labels, BATCH), strict=True)))
-            if plan.takes == "maps":
+            if spec.takes == "maps":
                 return detector.fit_feature_maps(rows[:, :, None, None], labels)
-            return detector.fit_logits(rows, labels) if plan.takes == "logits" else detector.fit_features(rows, labels)
+            return detector.fit_logits(rows, labels) if spec.takes == "logits" else detector.fit_features(rows, labels)
     except (AssertionError, ValueError, RuntimeError) as error:
-        found = f", classes {sorted(set(labels.tolist()))}" if plan.classes else ""
+        found = f", classes {sorted(set(labels.tolist()))}" if spec.classes else ""
         raise ValueError(
-            f"pytorch-ood's {plan.name} could not be fitted on these {len(rows)} samples of shape "
+            f"pytorch-ood's {spec.name} could not be fitted on these {len(rows)} samples of shape "
             f"{tuple(rows.shape[1:])}{found}: {str(error) or 'it takes samples of all classes, from 0 up without a gap'}"
         ) from error
 
 
-def predict(plan: Plan, detector: Any, rows: Tensor) -> Tensor:
+def predict(spec: Spec, detector: Any, rows: Tensor) -> Tensor:
     """The scores ``(N,)`` of rows ``(N, ...)``, higher = more of an outlier; NaN where a row is not finite."""
     finite = rows.flatten(1).isfinite().all(1)
     found = torch.full(
@@ -154,16 +154,16 @@ def predict(plan: Plan, detector: Any, rows: Tensor) -> Tensor:
         device=rows.device,
     )
     if finite.any():
-        found[finite] = _predict(plan, detector, rows[finite]).detach().to(found)
+        found[finite] = _predict(spec, detector, rows[finite]).detach().to(found)
     return found
 
 
-def _predict(plan: Plan, detector: Any, rows: Tensor) -> Tensor:
+def _predict(spec: Spec, detector: Any, rows: Tensor) -> Tensor:
     with _steady(rows.device):
         rows = rows.clone() if rows.is_inference() else rows
-        if plan.takes == "model":
+        if spec.takes == "model":
             return detector.predict(rows)  # type: ignore[no-any-return]
-        if plan.takes == "maps":
+        if spec.takes == "maps":
             return detector.predict_feature_maps(rows[:, :, None, None])  # type: ignore[no-any-return]
-        call = detector.predict_logits if plan.takes == "logits" else detector.predict_features
+        call = detector.predict_logits if spec.takes == "logits" else detector.predict_features
         return call(rows)  # type: ignore[no-any-return]

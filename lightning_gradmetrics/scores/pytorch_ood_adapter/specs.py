@@ -1,49 +1,53 @@
-"""What tells one detector of pytorch-ood from another: what it is given and what it is fitted on."""
+"""The specifications of pytorch-ood's detectors: what each takes and what it is fitted on."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal
 
 from lightning_gradmetrics.scoring.registry import Family
 
-__all__ = ["KNN", "PARTS", "REQUIRED", "Plan", "detector_class", "plan_of"]
+__all__ = ["KNN", "PARTS", "REQUIRED", "Spec", "detector_class", "spec_of"]
 
 Takes = Literal["logits", "features", "maps", "model"]
 
 
-class _Required:
+class Required(Enum):
+    """The default of an argument that has none; pickling keeps its identity."""
+
+    REQUIRED = "required"
+
     def __repr__(self) -> str:
-        return "(to be given)"
+        return "(required)"
 
 
-REQUIRED = _Required()
-"""Stands for the default of an argument that has none."""
+REQUIRED = Required.REQUIRED
 
 PARTS = ("self", "model", "encoder", "backbone", "head", "w", "b", "device", "detector")
-"""Parameters of detectors that are no arguments of the score: they are filled in here, or keep their default."""
+"""Parameters of detectors that are not arguments of the score: they are filled in here, or keep their default."""
 
 FILLED = ("layers", "d")
-"""Parameters that are filled in where they are not given."""
+"""Parameters that are filled in if they are not given."""
 
 NO_CLASSES = ("KNN", "ViM", "NNGuide", "ReAct", "VRA", "DICE", "fDBD", "NCI", "PNML", "KLMatching", "NACUE")
 """Detectors that use labels only to leave out-of-distribution samples aside: they are fitted without labels."""
 
-APART = "it takes the network apart into pieces that follow each other, which no model gives by itself"
+APART = "it needs the network as a list of consecutive pieces, which a model does not provide"
 REFUSED = {
     "Gram": APART,
     "MultiMahalanobis": APART,
-    "RankFeat": "it takes feature maps with a width and a height, and the head's input has neither",
-    "MahalanobisODIN": "it differentiates through an encoder, and the head's input comes without one",
+    "RankFeat": "it needs feature maps with a width and a height, and the head's input has neither",
+    "MahalanobisODIN": "it differentiates through an encoder, and a score has only the head's input",
 }
 """Detectors that cannot be run, and why."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Spec:
     """What a detector takes.
 
     Args:
@@ -67,12 +71,12 @@ class Plan:
     paper: str = ""
 
 
-KNN = Plan("KNN", "features", fitted=True)
-"""The default detector's plan, for tables made where pytorch-ood is not installed."""
+KNN = Spec("KNN", "features", fitted=True)
+"""The default detector's specification, for tables made without pytorch-ood."""
 
 
 def _detectors() -> dict[str, Any]:
-    """All detectors by name.
+    """Return all detectors by name.
 
     Raises:
         ImportError: If pytorch-ood is not installed.
@@ -90,7 +94,7 @@ def _detectors() -> dict[str, Any]:
 
 
 def detector_class(name: str) -> Any:
-    """The detector's class.
+    """Return the detector's class.
 
     Raises:
         ValueError: If there is no detector of that name, or it cannot be run.
@@ -109,8 +113,8 @@ def detector_class(name: str) -> Any:
     raise ValueError(f"pytorch-ood has no detector {name!r};{hint} available: {', '.join(allowed)}")
 
 
-def plan_of(name: str, arguments: Mapping[str, Any]) -> Plan:
-    """The plan of a detector with its arguments.
+def spec_of(name: str, arguments: Mapping[str, Any]) -> Spec:
+    """Return the specification of a detector with its arguments.
 
     Raises:
         ImportError: If pytorch-ood is not installed.
@@ -119,25 +123,35 @@ def plan_of(name: str, arguments: Mapping[str, Any]) -> Plan:
     kind = detector_class(name)
     from pytorch_ood import api
 
-    kinds: dict[Takes, Any] = {
+    bases: dict[Takes, Any] = {
         "logits": api.LogitsDetector,
         "features": api.FeaturesDetector,
         "maps": api.FeatureMapsDetector,
     }
+    takes: Takes = "model"
+    for what, base in reversed(bases.items()):
+        if issubclass(kind, base):
+            takes = what
     parameters = inspect.signature(kind.__init__).parameters.values()
     paper = kind.info.paper if kind.info else None
-    return Plan(
+    return Spec(
         name,
-        takes=next((what for what, base in kinds.items() if issubclass(kind, base)), "model"),
-        # A detector that is given what a fit would find (ReAct's threshold) is not fitted.
+        takes,
+        # A detector whose fitted value is given as an argument (ReAct's threshold) is not fitted.
         fitted=kind.requires_fit and arguments.get("threshold") is None,
         classes=kind.requires_fit and name not in NO_CLASSES,
         family="gradient" if issubclass(kind, api.GradientDetector) else "baseline",
-        defaults={
-            p.name: (None if p.name in FILLED else REQUIRED) if p.default is p.empty else p.default
-            for p in parameters
-            if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in PARTS
-        },
+        defaults=_defaults(parameters),
         more=any(p.kind is p.VAR_KEYWORD for p in parameters),
         paper=f"{paper.title}, {paper.venue} {paper.year}, in pytorch-ood" if paper else "in pytorch-ood",
     )
+
+
+def _defaults(parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
+    """The detector's own arguments with their default values."""
+    defaults: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in PARTS:
+            without = None if parameter.name in FILLED else REQUIRED
+            defaults[parameter.name] = without if parameter.default is parameter.empty else parameter.default
+    return defaults

@@ -1,0 +1,241 @@
+"""Scores and their recipes: from evidence to an uncertainty ``(N,)``, higher = more uncertain."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from lightning_gradmetrics.scoring.arguments import annotations_of, check
+from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
+from lightning_gradmetrics.scoring.evidence import Evidence, MissingEvidenceError
+
+__all__ = ["RECIPES", "Family", "Recipe", "Score"]
+
+Family = Literal["baseline", "gradient"]
+
+S = TypeVar("S", bound="Score")
+
+
+class Score:
+    """A named method with its arguments: a callable from evidence to uncertainties ``(N,)``, higher = more uncertain.
+
+    Scores are made by the functions and classes in :mod:`lightning_gradmetrics.scores`, as ``gradnorm(temperature=2)``.
+
+    Args:
+        name: The column in the results and the row in the tables.
+        recipe: The registered method.
+        arguments: Its keyword arguments.
+
+    Raises:
+        ValueError: If an argument has a value that is not allowed, or the method fails in its dry run.
+
+    Example:
+        >>> from lightning_gradmetrics.scores import energy
+        >>> energy(temperature=2.0), energy().named("free energy")
+        (energy(temperature=2.0), free energy: energy)
+    """
+
+    def __init__(self, name: str, recipe: Recipe, arguments: Mapping[str, Any]) -> None:
+        self.name = name
+        self.recipe = recipe
+        self.arguments = dict(arguments)
+        check(name, self.arguments, recipe.annotations)
+        self._dry_run()
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Return the uncertainty of every sample, ``(N,)``.
+
+        Raises:
+            ValueError: If the evidence lacks what the score asks for, or the result does not have shape ``(N,)``.
+        """
+        try:
+            values = self._values(evidence)
+        except MissingEvidenceError as error:
+            raise ValueError(f"the score {self.name!r} {error}") from error
+        _check_values(self.name, values, len(evidence.given_logits))
+        return values
+
+    def _values(self, evidence: Evidence) -> Tensor:
+        values: Tensor = self.recipe.method(evidence, **self.arguments)
+        return values
+
+    def _dry_run(self) -> None:
+        _dry_run(self.name, self)
+
+    @property
+    def needs(self) -> Needs:
+        """The evidence that it asks for when it scores."""
+        return needs_of([self])
+
+    def named(self: S, name: str) -> S:
+        """Return the same score under another name."""
+        other = copy.copy(self)
+        other.name = name
+        return other
+
+    def __repr__(self) -> str:
+        spelled = self.recipe.name_of(self.arguments)
+        return spelled if spelled == self.name else f"{self.name}: {spelled}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A score's method with its name and its source. Calling it with arguments makes a :class:`Score`.
+
+    Args:
+        name: The score's name.
+        method: The function from evidence and keyword arguments to ``(N,)``, or the class of a fitted score.
+        family: ``"baseline"`` or ``"gradient"``.
+        paper: The score's source.
+        alias_of: The name of another score that equals this one at its default arguments.
+
+    Example:
+        >>> from lightning_gradmetrics.scores import RECIPES
+        >>> RECIPES["energy"].defaults, RECIPES["energy"].paper, RECIPES["energy"](temperature=2.0)
+        ({'temperature': 1.0}, 'Liu et al. 2020, arXiv:2010.03759', energy(temperature=2.0))
+    """
+
+    name: str
+    method: Callable[..., Any]
+    family: Family
+    paper: str
+    alias_of: str | None = None
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], name: str | None = None) -> Recipe:
+        """Return the recipe of a function that is not registered; its family follows from its dry run.
+
+        Raises:
+            ValueError: If the function has no name of its own, or fails in its dry run.
+        """
+        inner = getattr(function, "func", function)  # of a functools.partial
+        name = name or getattr(inner, "__name__", type(inner).__name__)
+        if name == "<lambda>":
+            raise ValueError("a lambda given as a score has no name: give it one, as in scores={'mine': lambda ...}")
+        needs = _dry_run(name, function)
+        return cls(name, function, "gradient" if needs.backward or needs.head_gradient else "baseline", "")
+
+    @property
+    def documentation(self) -> str:
+        """The method's docstring; its first line begins with "Negative" where the paper's quantity is a confidence."""
+        return inspect.getdoc(self.method) or ""
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return self.documentation.partition("\n")[0]
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The arguments of the score: keyword-only, with annotations and defaults."""
+        types = annotations_of(self.method, plain=True)
+        keywords = []
+        for key, parameter in inspect.signature(self.method).parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                keywords.append(parameter.replace(annotation=types.get(key, parameter.annotation)))
+        return inspect.Signature(keywords, return_annotation=Score)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The arguments with their default values."""
+        parameters = inspect.signature(self.method).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def annotations(self) -> dict[str, Any]:
+        """The arguments' resolved annotations."""
+        return annotations_of(self.method)
+
+    def described(self) -> Score:
+        """Return the score with its default arguments, for the tables: it may lack what it takes to run it."""
+        return self()
+
+    def name_of(self, arguments: Mapping[str, Any]) -> str:
+        """Return the score's name with those arguments that differ from the defaults."""
+        defaults = self.defaults
+        changed = [f"{key}={_shown(value)}" for key, value in arguments.items() if value != defaults.get(key)]
+        return f"{self.name}({','.join(changed)})" if changed else self.name
+
+    def check_names(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse arguments that the score does not have.
+
+        Raises:
+            TypeError: If an argument is unknown.
+        """
+        unknown = [key for key in arguments if key not in self.defaults]
+        if unknown:
+            allowed = ", ".join(f"{key}={value!r}" for key, value in self.defaults.items()) or "none"
+            raise TypeError(f"score {self.name!r} has no argument {unknown[0]!r}; its arguments are: {allowed}")
+
+    def __call__(self, *, name: str | None = None, **arguments: Any) -> Score:
+        """Return the score with these arguments.
+
+        Raises:
+            TypeError: If an argument is unknown.
+            ValueError: If an argument has a value that is not allowed.
+        """
+        if isinstance(self.method, type):
+            made: Score = self.method(name=name, **arguments)
+            return made
+        self.check_names(arguments)
+        return Score(name or self.name_of(arguments), self, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by name, so that a score reaches spawned processes."""
+        if RECIPES.get(self.name) is self:
+            return _registered, (self.method.__module__, self.name)
+        return _unregistered, (self.method, self.name)
+
+
+RECIPES: dict[str, Recipe] = {}
+"""All registered scores by name."""
+
+
+def _registered(module: str, name: str) -> Recipe:
+    """The recipe of that name, which its module registers when it is imported."""
+    importlib.import_module(module)
+    return RECIPES[name]
+
+
+def _unregistered(method: Callable[..., Any], name: str) -> Recipe:
+    own = getattr(method, "recipe", None)
+    return own if isinstance(own, Recipe) else Recipe.of(method, name)
+
+
+def _shown(value: Any) -> str:
+    """An argument in a score's name that ``make`` can read back: identifiers bare, other text in quotes."""
+    if isinstance(value, str):
+        return value if value.isidentifier() else repr(value)
+    return str(getattr(value, "__name__", value))
+
+
+def _check_values(name: str, values: Any, size: int) -> None:
+    """Refuse results that are not one number per sample."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"the score {name!r} returned {type(values).__name__}; it must return a tensor of shape (N,)")
+    if values.shape != (size,):
+        raise ValueError(
+            f"the score {name!r} returned shape {tuple(values.shape)} for {size} samples; it must return one number per "
+            f"sample, shape ({size},)"
+        )
+
+
+def _dry_run(name: str, function: Callable[[Evidence], Any]) -> Needs:
+    """Run a score on made-up samples: mistakes are found when it is made, not in the middle of a run."""
+    try:
+        return needs_of([function])
+    except MissingEvidenceError as error:
+        raise ValueError(f"the score {name!r} {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the score {name!r} fails in its dry run on two made-up samples with 3 classes "
+            f"({type(error).__name__}: {error}); a score is a function of one Evidence, for any number of classes"
+        ) from error

@@ -1,0 +1,127 @@
+"""Totals of the contributions to a fit: sums, and uniform samples of rows that depend on no order of the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
+
+__all__ = ["KEY", "MAX_ENTRIES", "MAX_ROWS", "RunningTotal", "Tensors", "add", "is_rows", "row_keys", "sampled"]
+
+Tensors = dict[str, Tensor]
+
+MAX_ROWS = 50_000
+"""The number of samples in ``rows/...``: a uniform sample of all samples."""
+
+MAX_ENTRIES = 2**25
+"""The number of entries in ``rows/...``: wide rows are kept of fewer samples."""
+
+KEY = "rows/key"
+"""The row that orders and samples the others: a number computed from each sample's input."""
+
+
+def is_rows(key: str) -> bool:
+    """Return whether a contribution holds one row per sample."""
+    return key.startswith("rows/")
+
+
+def _is_models(key: str) -> bool:
+    return key.startswith("model/")
+
+
+def row_keys(inputs: Inputs) -> Tensor:
+    """Return a whole number for each sample, spread evenly and computed from its input's bits: ``(N,)``, int64, CPU.
+
+    It depends neither on the batch nor on the device; so the choice of rows, and their order, do not either.
+
+    Args:
+        inputs: The model's inputs ``(N, ...)``.
+
+    Example:
+        >>> images = torch.arange(12.0).view(3, 4)
+        >>> bool((row_keys(images)[1:] == row_keys(images[1:])).all())
+        True
+    """
+    keys = torch.zeros((), dtype=torch.int64)
+    for number, tensor in enumerate(tensors_in(inputs)):
+        if tensor.ndim:
+            keys = keys * 31 + _hashed(tensor.detach(), number)
+    keys = (keys ^ (keys >> 29)) * 0x1B873593CC9E2D51
+    return keys ^ (keys >> 32)
+
+
+def _hashed(tensor: Tensor, seed: int) -> Tensor:
+    """Sums of each row's bits with random odd weights; a long row contributes 4096 of its entries."""
+    flat = tensor.reshape(len(tensor), -1)
+    if flat.shape[1] > 4096:
+        flat = flat[:, torch.linspace(0, flat.shape[1] - 1, 4096, device=flat.device).long()]
+    flat = flat.contiguous().cpu()
+    if flat.is_floating_point():
+        flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randint(-(2**62), 2**62, flat.shape[1:], generator=generator) * 2 + 1
+    return (flat.long() * weights).sum(1)
+
+
+def add(totals: Sequence[Tensors]) -> Tensors:
+    """Return the total of contributions: sums, and a uniform sample of rows, for any order and grouping."""
+    present = [total for total in totals if total]
+    if not present:
+        return {}
+    return sampled({key: _joined(key, [total[key] for total in present]) for key in present[0]})
+
+
+def _joined(key: str, values: Sequence[Tensor]) -> Tensor:
+    if _is_models(key):
+        return values[0].cpu()
+    return torch.cat(list(values)) if is_rows(key) else _sum(values)
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value.cpu() for value in values]).sum(0)
+
+
+def _cap(rows: Tensors) -> int:
+    width = sum(value[:1].numel() for key, value in rows.items() if is_rows(key))
+    return max(1, min(MAX_ROWS, MAX_ENTRIES // max(1, width)))
+
+
+def sampled(total: Tensors) -> Tensors:
+    """Return the total with at most :data:`MAX_ROWS` rows, in the order of their keys."""
+    if KEY not in total:
+        return total
+    keep = total[KEY].argsort(stable=True)[: _cap(total)]
+    return {key: value[keep] if is_rows(key) else value for key, value in total.items()}
+
+
+@dataclass
+class RunningTotal:
+    """A total that takes one contribution after the other; it stores at most twice the rows of its result."""
+
+    sums: Tensors = field(default_factory=dict)
+    rows: list[Tensors] = field(default_factory=list)
+    waiting: int = 0
+
+    def add(self, contribution: Tensors) -> None:
+        """Add a batch's contribution."""
+        for key, value in contribution.items():
+            if _is_models(key):
+                self.sums.setdefault(key, value)
+            elif not is_rows(key):
+                self.sums[key] = self.sums[key] + value if key in self.sums else value
+        rows = {key: value for key, value in contribution.items() if is_rows(key)}
+        if rows:
+            self.rows.append(rows)
+            self.waiting += len(rows[KEY])
+            if self.waiting > 2 * _cap(rows):
+                self.rows = [add(self.rows)]
+                self.waiting = len(self.rows[0][KEY])
+
+    @property
+    def total(self) -> Tensors:
+        """The total so far, on the CPU."""
+        return {**{key: value.cpu() for key, value in self.sums.items()}, **add(self.rows)}
