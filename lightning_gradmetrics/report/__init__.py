@@ -1,7 +1,7 @@
-"""The HTML report of a run: one self-contained file made from the files of a run directory.
+"""The HTML report of a run: one self-contained file, made from the files of a run directory.
 
-It reads ``metrics.json`` and ``results.parquet`` and imports nothing else of the package, so a report can be made again
-later, or elsewhere: ``python -m lightning_gradmetrics.report RUN_DIRECTORY``.
+It reads ``metrics.json`` and ``results.parquet``, so a report can be made again later or on another machine:
+``python -m lightning_gradmetrics.report RUN_DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def write_report(run_directory: Path | str, output: Path | str | None = None) ->
     """Write the report of a run as one HTML file that needs no network.
 
     Args:
-        run_directory: Holds ``metrics.json`` and ``results.parquet``.
-        output: The file to write; ``report.html`` in the run directory by default.
+        run_directory: Contains ``metrics.json`` and ``results.parquet``.
+        output: The file to write; by default ``report.html`` in the run directory.
 
     Returns:
         The path of the written file.
 
     Raises:
-        ReportError: If a file is missing, cannot be read, has another version, or the two files do not fit together.
+        ReportError: If a file is missing, cannot be read, has another version, or the two files do not match.
     """
     run = read_run(Path(run_directory))
     path = run.directory / "report.html" if output is None else Path(output)

@@ -1,4 +1,4 @@
-"""``python -m lightning_gradmetrics.report RUN_DIRECTORY [-o FILE]``: make the report of a finished run again."""
+"""``python -m lightning_gradmetrics.report RUN_DIRECTORY [-o FILE]``: write the report of a finished run again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report, print its path, and return the exit status: 0, or 2 if the run cannot be read."""
     description = "Write the report of a run as one HTML file that needs no network."
     parser = argparse.ArgumentParser(prog="python -m lightning_gradmetrics.report", description=description)
-    parser.add_argument("run_directory", type=Path, help="holds metrics.json and results.parquet")
+    parser.add_argument("run_directory", type=Path, help="contains metrics.json and results.parquet")
     parser.add_argument(
         "-o", "--output", type=Path, help="the file to write (default: report.html in the run directory)"
     )

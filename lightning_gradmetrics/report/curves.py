@@ -1,87 +1,91 @@
-"""Points of the curves that are drawn, with numpy; the figures in the tables come from the run's own metrics.
-
-Ties are handled by groups: rows of equal score are met together, so no curve depends on the order of rows.
-"""
+"""Points of the curves that are drawn, from ``meters.functional``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from scipy.cluster.hierarchy import leaves_list, linkage
 
-__all__ = ["Floats", "risk_coverage_curve", "roc_curve", "spearman", "thin"]
+from lightning_gradmetrics.meters import functional
+from lightning_gradmetrics.report.run import Floats, Rows
 
-Floats = NDArray[np.float64]
+__all__ = ["Points", "clustered", "mean_roc", "risk_coverage", "roc_of_errors", "roc_of_sets", "spearman"]
 
-
-def roc_curve(negative: Floats, positive: Floats) -> tuple[Floats, Floats]:
-    """False and true positive rates as the threshold falls, from (0, 0) to (1, 1).
-
-    Args:
-        negative: Scores ``(N,)`` of the rows that should be low.
-        positive: Scores ``(M,)`` of the rows that should be high.
-
-    Example:
-        >>> fpr, tpr = roc_curve(np.array([0.0, 1.0]), np.array([1.0, 2.0]))
-        >>> fpr.tolist(), tpr.tolist()
-        ([0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0])
-    """
-    scores = np.concatenate([negative, positive])
-    hits = np.concatenate([np.zeros(len(negative)), np.ones(len(positive))])
-    order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    true = np.cumsum(hits[order])[ends]
-    return np.append(0.0, (ends + 1 - true) / len(negative)), np.append(0.0, true / len(positive))
+GRID = np.linspace(0.0, 1.0, 401)
+Points = tuple[Floats, Floats]
 
 
-def risk_coverage_curve(scores: Floats, wrong: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Coverage and the error rate among the rows kept, the least uncertain first.
-
-    Args:
-        scores: Uncertainties ``(N,)``, higher = more uncertain.
-        wrong: ``(N,)``, True where the prediction is wrong.
-
-    Example:
-        >>> coverage, risk = risk_coverage_curve(np.array([3.0, 1.0, 1.0]), np.array([True, False, True]))
-        >>> coverage.round(2).tolist(), risk.round(2).tolist()
-        ([0.33, 0.67, 1.0], [0.5, 0.5, 0.67])
-    """
-    order = np.argsort(scores, kind="stable")
-    starts = np.append(0, np.flatnonzero(np.diff(scores[order])) + 1)
-    sizes = np.diff(np.append(starts, len(scores)))
-    expected = np.repeat(np.add.reduceat(wrong[order].astype(np.float64), starts) / sizes, sizes)
-    count = np.arange(1, len(scores) + 1)
-    return count / len(scores), np.cumsum(expected) / count
+def _roc(negative: Floats, positive: Floats) -> Points | None:
+    """Return false and true positive rates; None without finite negatives and positives."""
+    negative, positive = negative[np.isfinite(negative)], positive[np.isfinite(positive)]
+    if not len(negative) or not len(positive):
+        return None
+    scores = torch.from_numpy(np.concatenate([negative, positive]))
+    target = torch.cat([torch.zeros(len(negative)), torch.ones(len(positive))]).int()
+    fpr, tpr, _ = functional.roc(scores, target)
+    return fpr.double().numpy(), tpr.double().numpy()
 
 
-def spearman(columns: Floats) -> Floats:
-    """Rank correlations ``(S, S)`` of the columns of ``(N, S)``; NaN where a column is constant.
+def roc_of_errors(rows: Rows, score: str) -> Points | None:
+    """Return the ROC curve of incorrect against correct predictions."""
+    values = rows.scores[score]
+    return _roc(values[rows.labelled & ~rows.incorrect], values[rows.incorrect])
 
-    Example:
-        >>> spearman(np.array([[1.0, 3.0], [2.0, 2.0], [9.0, 1.0]])).round(6).tolist()
-        [[1.0, -1.0], [-1.0, 1.0]]
-    """
-    ranks = np.stack([_average_ranks(column) for column in columns.T], axis=1)
-    centred = ranks - ranks.mean(axis=0)
-    spread = np.sqrt((centred**2).sum(axis=0))
-    spread[spread == 0] = np.nan
-    correlations: Floats = np.clip((centred.T @ centred) / np.outer(spread, spread), -1.0, 1.0)
+
+def roc_of_sets(inside: Sequence[Rows], outside: Rows, score: str) -> Points | None:
+    """Return the ROC curve of a dataset against all in-distribution datasets."""
+    if not inside:
+        return None
+    negative = np.concatenate([rows.scores[score] for rows in inside])
+    return _roc(negative, outside.scores[score])
+
+
+def mean_roc(curves: Sequence[Points]) -> Points:
+    """Return the mean true-positive rate of several curves at each false-positive rate; one curve is unchanged."""
+    if len(curves) == 1:
+        return curves[0]
+    rates = [np.interp(GRID, fpr, tpr) for fpr, tpr in curves]
+    return np.append(0.0, GRID), np.append(0.0, np.mean(rates, axis=0))
+
+
+def risk_coverage(rows: Rows, score: str) -> Points | None:
+    """Return coverage and error rate of labelled rows, the least uncertain retained first; None without finite rows."""
+    known = rows.labelled & np.isfinite(rows.scores[score])
+    if not known.any():
+        return None
+    scores = torch.from_numpy(rows.scores[score][known])
+    coverage, risk, _ = functional.risk_coverage_curve(scores, torch.from_numpy(rows.incorrect[known]).int())
+    return coverage.double().numpy(), risk.double().numpy()
+
+
+def spearman(rows: Sequence[Rows], names: Sequence[str]) -> Mapping[tuple[str, str], float]:
+    """Return the rank correlation of each pair of scores over rows on which all scores are finite."""
+    columns = []
+    for name in names:
+        columns.append(np.concatenate([part.scores[name] for part in rows]))
+    table = np.stack(columns, axis=1)
+    table = table[np.isfinite(table).all(axis=1)]
+    varied = [place for place in range(len(names)) if len(table) and np.ptp(table[:, place]) > 0]
+    if len(varied) < 2:
+        return {}
+    matrix = functional.spearman(torch.from_numpy(table[:, varied].copy()))
+    correlations = {}
+    for row, first in enumerate(varied):
+        for column, second in enumerate(varied):
+            correlations[names[first], names[second]] = float(matrix[row, column])
     return correlations
 
 
-def _average_ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: Floats = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
-
-
-def thin(x: Floats, y: Floats, steps: int) -> tuple[Floats, Floats]:
-    """Drop points that a drawing of ``steps`` x ``steps`` dots over the unit square cannot show.
-
-    Example:
-        >>> [len(axis) for axis in thin(np.linspace(0, 1, 5001), np.linspace(0, 1, 5001), steps=100)]
-        [102, 102]
-    """
-    cells = np.round(np.stack([x, y]) * steps)
-    keep = np.append(True, np.any(np.diff(cells, axis=1) != 0, axis=0))
-    keep[-1] = True
-    return x[keep], y[keep]
+def clustered(names: Sequence[str], correlations: Mapping[tuple[str, str], float]) -> list[str]:
+    """Return the names with similar scores next to each other."""
+    known = [name for name in names if (name, name) in correlations]
+    if len(known) < 3:
+        return known
+    distances = []
+    for place, first in enumerate(known):
+        for second in known[place + 1 :]:
+            distances.append(1.0 - correlations[first, second])
+    order = leaves_list(linkage(np.clip(distances, 0.0, None), "average", optimal_ordering=True))
+    return [known[place] for place in order]

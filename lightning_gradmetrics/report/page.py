@@ -1,89 +1,117 @@
-"""The page: sections in the order in which a reader wants them; a section with nothing to say is left out."""
+"""The page: what the template shows, in the order in which a reader needs it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from pathlib import PurePath
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning_gradmetrics.report.details import details
-from lightning_gradmetrics.report.drawing import start_drawing
-from lightning_gradmetrics.report.markup import Markup, join, tag
-from lightning_gradmetrics.report.run import Run
-from lightning_gradmetrics.report.sections import (
-    agreement,
-    distributions,
-    findings,
-    most_uncertain,
-    notes,
-    out_of_distribution,
-    pictures,
-    scores,
-    wrong_predictions,
-)
-from lightning_gradmetrics.report.style import CSS, SCRIPT
-from lightning_gradmetrics.report.tables import counted, data_table
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from lightning_gradmetrics.report.answers import answers
+from lightning_gradmetrics.report.curves import clustered, spearman
+from lightning_gradmetrics.report.main_table import all_metrics, main_table, marks, paired_table
+from lightning_gradmetrics.report.notes import configuration, details, notes, picture_source, shortened
+from lightning_gradmetrics.report.panels import distribution_panels, drawn_rows, risk_panels, roc_panel, roc_panels
+from lightning_gradmetrics.report.questions import REFERENCE, Question, find_questions, is_detector
+from lightning_gradmetrics.report.run import Picture, Run
+from lightning_gradmetrics.report.samples import KEPT, accuracies, sample_tables, thresholds
+from lightning_gradmetrics.report.wording import counted, interval, paper_link, percent, role_title, signed, whole
 
 __all__ = ["render"]
 
 
+def anchor(title: str) -> str:
+    """Return the id of a section."""
+    return title.lower().replace(" ", "-")
+
+
+def breakable(name: str) -> Markup:
+    """Return a name that a browser may break after an underscore or a slash."""
+    return Markup(re.sub(r"([_/(])", r"\1<wbr>", str(escape(name))))
+
+
+PAGE = Environment(
+    loader=PackageLoader("lightning_gradmetrics.report"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+PAGE.filters.update(percent=percent, signed=signed, whole=whole, role=role_title, anchor=anchor, breakable=breakable)
+PAGE.globals.update(counted=counted, interval=interval, paper_link=paper_link, marks=marks, shortened=shortened)
+
+
 def render(run: Run) -> str:
-    """The whole report as one HTML document."""
-    drawing = start_drawing(run)
-    sections = {
-        "Scores": scores(run),
-        "What the figures say": findings(run),
-        "Notes": notes(run, drawing),
-        "Distributions": distributions(drawing),
-        "Finding out-of-distribution samples": out_of_distribution(drawing),
-        "Finding wrong predictions": wrong_predictions(drawing),
-        "Which scores agree": agreement(drawing),
-        "Most uncertain samples": most_uncertain(run, drawing),
+    """Return the report as one HTML document."""
+    questions = find_questions(run)
+    found = answers(run, questions)
+    names = [score.name for score in run.scores if is_detector(run, score.name)]
+    leaders = _leaders(questions, names)
+    content: dict[str, Any] = {
+        "answers": found,
+        "panels": [roc_panel(run, answer.question, f"answer{place}") for place, answer in enumerate(found)],
+        "table": main_table(run),
+        "first": distribution_panels(run, leaders),
+        "rest": distribution_panels(run, [name for name in names if name not in leaders]),
+        "rocs": roc_panels(run, questions),
+        "risks": risk_panels(run),
+        "operating": _operating(run, leaders),
+        "paired": paired_table(run),
+        "agreement": _agreement(run, names),
+        "pictures": _pictures(run),
+        "samples": {name: sample_tables(run, name) for name in _audited(run, leaders)},
+        "notes": notes(run),
+        "metrics": all_metrics(run),
+        "details": details(run),
+        "configuration": configuration(run),
     }
-    for section, content in pictures(run).items():
-        sections[section] = join(sections.get(section), content)
-    sections["Run details"] = details(run)
-    title = f"Gradient uncertainty report: {run.model.get('name') or 'unnamed model'}"
-    body = join(
-        tag("header", tag("h1", title), _introduction(run)),
-        _sections({name: content for name, content in sections.items() if content}),
-        tag("script", Markup(SCRIPT)),
-    )
-    return f"<!DOCTYPE html>\n{tag('html', _head(title), tag('body', body), lang='en')}\n"
+    files = {name: Markup(_source(f"report.{name}")) for name in ("css", "js")}
+    return PAGE.get_template("report.html.j2").render(run=run, files=files, kept=KEPT, **content)
 
 
-def _head(title: str) -> Markup:
-    meta = Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">')
-    return tag("head", meta, tag("title", title), tag("style", Markup(CSS)))
+def _source(name: str) -> str:
+    assert PAGE.loader is not None
+    return PAGE.loader.get_source(PAGE, name)[0]
 
 
-def _sections(contents: dict[str, Markup]) -> Markup:
-    anchors = {title: title.lower().replace(" ", "-") for title in contents}
-    links = [tag("a", title, href=f"#{anchor}") for title, anchor in anchors.items()]
-    parts = [tag("section", tag("h2", title), contents[title], id=anchor) for title, anchor in anchors.items()]
-    return join(tag("nav", links, aria_label="Sections"), tag("main", parts))
+def _leaders(questions: Sequence[Question], names: Sequence[str], most: int = 7) -> list[str]:
+    """Return max softmax, then the best scores of the questions in turn."""
+    chosen = [REFERENCE] if REFERENCE in names else []
+    for place in range(3):
+        for question in questions:
+            chosen += question.leaders()[1:][place : place + 1]
+    return list(dict.fromkeys([*chosen, *names]))[:most]
 
 
-def _introduction(run: Run) -> Markup:
-    checkpoint = PurePath(str(run.model.get("checkpoint") or ""))
-    facts = [
-        counted(run.model.get("parameters"), "parameter"),
-        counted(run.model.get("classes"), "class"),
-        f"checkpoint {checkpoint.name}" if checkpoint.suffix else None,
-    ]
-    known = ", ".join(fact for fact in facts if fact)
-    rows = sum(len(rows) for rows in run.rows.values())
-    sentence = tag(
-        "p",
-        tag("b", str(run.model.get("name") or "The model")),
-        f" ({known})" if known else "",
-        f" was run on {counted(rows, 'sample')} from {counted(len(run.rows), 'data set')}, and each sample was given ",
-        f"{_families(run)}. A score is an uncertainty: higher means less certain.",
-        [" Made ", tag("time", run.created.replace("T", " ").replace("+00:00", " UTC")), "."] if run.created else None,
-    )
-    return join(sentence, data_table(run) if run.datasets else None)
+def _audited(run: Run, leaders: Sequence[str]) -> list[str]:
+    """Return the scores whose extreme samples are listed: the leaders, and those that read the true label."""
+    readers = [score.name for score in run.scores if not is_detector(run, score.name)]
+    return [*readers, *leaders] if run.finite_rows() else []
 
 
-def _families(run: Run) -> str:
-    count = Counter("baseline" if score.family == "baseline" else "gradient" for score in run.scores)
-    words = [("gradient", "gradient score"), ("baseline", "baseline score")]
-    return " and ".join(counted(count[family], noun) or "" for family, noun in words if count[family]) or "no score"
+def _operating(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    """Return the accuracies of each labelled in-distribution dataset, and what a threshold rejects."""
+    kept = {}
+    for name, rows in run.finite_rows().items():
+        if run.role_of(name) == "id" and rows.incorrect.any():
+            kept[name] = accuracies(rows, names)
+    headings, rejected = thresholds(run, names)
+    return {"accuracies": kept, "headings": headings, "thresholds": rejected if headings[1:] else {}}
+
+
+def _agreement(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    """Return the rank correlations over the in-distribution rows, similar scores side by side."""
+    rows = drawn_rows(run)
+    inside = [rows[name] for name in rows if run.role_of(name) == "id"] or list(rows.values())
+    correlations: Mapping[tuple[str, str], float] = spearman(inside, names) if inside and len(names) > 1 else {}
+    return {"names": clustered(names, correlations), "values": correlations}
+
+
+def _pictures(run: Run) -> dict[str, list[tuple[Picture, Markup]]]:
+    """Return the pictures of the run by section."""
+    sections: dict[str, list[tuple[Picture, Markup]]] = {}
+    for picture in run.pictures:
+        sections.setdefault(picture.section, []).append((picture, picture_source(run, picture)))
+    return sections

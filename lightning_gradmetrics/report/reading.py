@@ -1,4 +1,4 @@
-"""Reading a run directory: ``metrics.json`` and ``results.parquet``, checked; keys that are not known are ignored."""
+"""Reads and checks a run directory: ``metrics.json`` and ``results.parquet``. Unknown keys are ignored."""
 
 from __future__ import annotations
 
@@ -31,32 +31,37 @@ from lightning_gradmetrics.report.run import (
 __all__ = ["read_run"]
 
 Record = TypeVar("Record")
+TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
 
 
 def read_run(directory: Path) -> Run:
     """Read and check the files of a run directory.
 
     Args:
-        directory: Holds ``metrics.json`` and ``results.parquet``.
+        directory: Contains ``metrics.json`` and ``results.parquet``.
+
+    Returns:
+        The run.
 
     Raises:
-        ReportError: If a file is missing, cannot be read, has another version, or the two files do not fit together.
+        ReportError: If a file is missing, cannot be read, has another version, or the two files do not match.
     """
     if not directory.is_dir():
         raise ReportError(
-            f"{directory} is not a directory; name the run directory that holds {METRICS_FILE} and {RESULTS_FILE}"
+            f"{directory} is not a directory; name a run directory that contains {METRICS_FILE} and {RESULTS_FILE}"
         )
     content = _read_json(directory / METRICS_FILE)
     scores = _records(Score, content, "scores")
+    results = _read_results(directory / RESULTS_FILE, [score.name for score in scores])
     return Run(
         directory=directory,
         datasets=_records(Dataset, content, "datasets"),
         scores=scores,
         metrics=_records(Metric, content, "metrics"),
-        rows=_read_rows(directory / RESULTS_FILE, [score.name for score in scores]),
+        results=results,
+        rows=_rows_by_dataset(results, [score.name for score in scores]),
         comparisons=_records(Comparison, content, "comparisons"),
         pictures=_pictures(directory, content),
-        statements=_sentences(content, "statements"),
         notes=_sentences(content, "notes"),
         model=_mapping(content, "model"),
         environment=_mapping(content, "environment"),
@@ -68,17 +73,15 @@ def read_run(directory: Path) -> Run:
 
 
 def _pictures(directory: Path, content: Mapping[str, Any]) -> tuple[Picture, ...]:
-    """The pictures, each a file inside the run directory."""
+    """Return the pictures, each a file inside the run directory."""
     pictures = _records(Picture, content, "figures")
     for picture in pictures:
         path = directory / picture.file
         if path.suffix not in IMAGE_TYPES or not path.resolve().is_relative_to(directory.resolve()):
             kinds = ", ".join(IMAGE_TYPES)
-            raise ReportError(f"{METRICS_FILE}: {picture.file!r} is no picture ({kinds}) inside the run directory")
+            raise ReportError(f"{METRICS_FILE}: {picture.file!r} is not a picture ({kinds}) inside the run directory")
         if not path.is_file():
-            raise ReportError(
-                f"{path} does not exist, and {METRICS_FILE} lists it: run it again, or take it off the list"
-            )
+            raise ReportError(f"{path} does not exist, but {METRICS_FILE} lists it: run it again, or remove the entry")
     return pictures
 
 
@@ -86,11 +89,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ReportError(f"{path} does not exist; the run did not get as far as its metrics, run it again") from None
+        raise ReportError(
+            f"{path} does not exist: the run stopped before its metrics were written; run it again"
+        ) from None
     except (OSError, ValueError) as error:
         raise ReportError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ReportError(f"{path} holds a {type(content).__name__}; expected an object with 'version': {VERSION}")
+        raise ReportError(f"{path} contains a {type(content).__name__}; expected an object with 'version': {VERSION}")
     if content.get("version") != VERSION:
         raise ReportError(
             f"{path} has version {content.get('version')!r}; this report reads version {VERSION}: "
@@ -100,7 +105,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _records(kind: type[Record], content: Mapping[str, Any], key: str) -> tuple[Record, ...]:
-    return tuple(_record(kind, entry, f"{key}[{i}]") for i, entry in enumerate(_sequence(content, key)))
+    records = []
+    for number, entry in enumerate(_sequence(content, key)):
+        records.append(_record(kind, entry, f"{key}[{number}]"))
+    return tuple(records)
 
 
 def _sequence(content: Mapping[str, Any], key: str) -> list[Any]:
@@ -122,7 +130,7 @@ def _sentences(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _record(kind: type[Record], entry: object, where: str) -> Record:
-    """Make a record of the keys that it knows; other keys are ignored, and None stands for a missing optional one."""
+    """Return a record made from its known keys; a missing optional key gets its default."""
     if not isinstance(entry, dict):
         raise ReportError(f"{METRICS_FILE}: {where} must be an object, not {type(entry).__name__}")
     values: dict[str, Any] = {}
@@ -138,35 +146,39 @@ def _record(kind: type[Record], entry: object, where: str) -> Record:
 
 
 def _typed(value: Any, kind: str, where: str) -> Any:
-    """Check a JSON value against the field's type, which dataclasses keep as text."""
-    allowed: tuple[type, ...] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}[
-        kind.split(" ")[0]
-    ]
+    """Return a JSON value after checking it against the type of its field, such as ``float | None``."""
+    allowed = TYPES[kind.partition(" ")[0]]
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise ReportError(f"{METRICS_FILE}: {where} is {value!r}; expected {kind}")
     return value
 
 
-def _read_rows(path: Path, scores: list[str]) -> dict[str, Rows]:
-    """The columns of ``results.parquet``, one entry a data set, in order of appearance."""
+def _read_results(path: Path, scores: list[str]) -> pa.Table:
+    """Return the columns of ``results.parquet`` that a report needs."""
     wanted = ["dataset", "index", "prediction", "label", "finite", *scores]
     try:
-        missing = [name for name in wanted if name not in pq.read_schema(path).names]
+        names = pq.read_schema(path).names
+        missing = [repr(name) for name in wanted if name not in names]
         if missing:
-            raise ReportError(
-                f"{path} has no column {', '.join(map(repr, missing))}: it is not from the run of {METRICS_FILE}"
-            )
-        table = pq.read_table(path, columns=wanted)
+            raise ReportError(f"{path} has no column {', '.join(missing)}: it is not from the run of {METRICS_FILE}")
+        return pq.read_table(path, columns=wanted)
     except FileNotFoundError:
-        raise ReportError(f"{path} does not exist; the run did not get as far as its results, run it again") from None
+        raise ReportError(
+            f"{path} does not exist: the run stopped before its results were written; run it again"
+        ) from None
     except (OSError, pa.ArrowException) as error:
         raise ReportError(f"{path} cannot be read as Parquet: {error}") from error
-    names = table["dataset"].combine_chunks().dictionary_encode()
+
+
+def _rows_by_dataset(results: pa.Table, scores: list[str]) -> dict[str, Rows]:
+    """Return the rows of each dataset, in order of appearance."""
+    names = results["dataset"].combine_chunks().dictionary_encode()
     codes = names.indices.to_numpy(zero_copy_only=False)
-    rows = _rows(table, scores)
-    return {
-        str(name): rows.take(np.flatnonzero(codes == code)) for code, name in enumerate(names.dictionary.to_pylist())
-    }
+    rows = _rows(results, scores)
+    by_dataset = {}
+    for code, name in enumerate(names.dictionary.to_pylist()):
+        by_dataset[str(name)] = rows.take(np.flatnonzero(codes == code))
+    return by_dataset
 
 
 def _rows(table: pa.Table, scores: list[str]) -> Rows:
@@ -182,7 +194,7 @@ def _rows(table: pa.Table, scores: list[str]) -> Rows:
 
 
 def _integers(column: pa.Array) -> NDArray[np.int64]:
-    """A nullable column as integers, -1 where it is null."""
+    """Return a nullable column as integers, -1 for null."""
     values: NDArray[np.int64] = column.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
     return values
 

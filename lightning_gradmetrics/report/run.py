@@ -1,4 +1,4 @@
-"""What a run is to the report: frozen records, and the rows of each data set as numpy columns."""
+"""The content of a run directory as frozen records, and the rows of each dataset as numpy columns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "VERSION",
     "Comparison",
     "Dataset",
+    "Floats",
     "Metric",
     "Picture",
     "ReportError",
@@ -30,14 +32,16 @@ RESULTS_FILE = "results.parquet"
 VERSION = 1
 IMAGE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
+Floats = NDArray[np.float64]
+
 
 class ReportError(ValueError):
-    """A run directory that no report can be made from; the message says which file, why, and what to do."""
+    """A run directory cannot be reported; the message names the file, the reason, and what to do."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set that was scored; ``role`` ``id`` is in-distribution, every other role names a group."""
+    """A scored dataset; the role ``id`` is in-distribution, every other role names a group."""
 
     name: str
     role: str = ""
@@ -50,19 +54,19 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Score:
-    """A score; ``family`` is ``gradient`` or ``baseline``."""
+    """A score: its family (``gradient`` or ``baseline``) and whether it was fitted, or reads labels (``fit``)."""
 
     name: str
     family: str = ""
+    fit: str = ""
     target: str | None = None
     summary: str = ""
     paper: str | None = None
-    seconds_per_sample: float | None = None
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of one score on one data set or group, in natural units (0 to 1)."""
+    """One number of one score on one dataset or group, in natural units (0 to 1)."""
 
     score: str
     task: str
@@ -78,7 +82,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired difference of a score to a baseline, and what it allows to say."""
+    """A paired difference between a score and a baseline, and its verdict."""
 
     score: str
     baseline: str
@@ -90,11 +94,13 @@ class Comparison:
     group: str | None = None
     low: float | None = None
     high: float | None = None
+    value: float | None = None
+    baseline_value: float | None = None
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in the run directory, with its words, and the title of the section that it stands in."""
+    """A picture in the run directory, its caption, and the title of its section."""
 
     file: str
     title: str = ""
@@ -104,20 +110,20 @@ class Picture:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one data set, as columns; -1 where a prediction or a label is not known (see ``labelled``)."""
+    """The rows of one dataset as columns ``(N,)``; unknown predictions and labels are -1 (see ``labelled``)."""
 
     index: NDArray[np.int64]
     prediction: NDArray[np.int64]
     label: NDArray[np.int64]
     labelled: NDArray[np.bool_]
     finite: NDArray[np.bool_]
-    scores: Mapping[str, NDArray[np.float64]]
+    scores: Mapping[str, Floats]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def take(self, which: NDArray[Any]) -> Rows:
-        """The rows that ``which`` selects (indices or a mask)."""
+        """Return the rows that ``which`` (indices or a mask) selects."""
         scores = {name: column[which] for name, column in self.scores.items()}
         return Rows(
             self.index[which],
@@ -129,24 +135,24 @@ class Rows:
         )
 
     @property
-    def wrong(self) -> NDArray[np.bool_]:
-        """True where a label is known and the prediction differs from it."""
-        wrong: NDArray[np.bool_] = self.labelled & (self.prediction != self.label)
-        return wrong
+    def incorrect(self) -> NDArray[np.bool_]:
+        """True if a label is known and differs from the prediction."""
+        incorrect: NDArray[np.bool_] = self.labelled & (self.prediction != self.label)
+        return incorrect
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a report is made from."""
+    """Everything that a report shows."""
 
     directory: Path
     datasets: tuple[Dataset, ...]
     scores: tuple[Score, ...]
     metrics: tuple[Metric, ...]
+    results: pa.Table
     rows: Mapping[str, Rows]
     comparisons: tuple[Comparison, ...] = ()
     pictures: tuple[Picture, ...] = ()
-    statements: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -154,3 +160,20 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     command: str = ""
+
+    def score(self, name: str) -> Score:
+        """Return the score of a name."""
+        return next(score for score in self.scores if score.name == name)
+
+    def role_of(self, dataset: str) -> str:
+        """Return the role of a dataset."""
+        return next((each.role for each in self.datasets if each.name == dataset), "")
+
+    def finite_rows(self) -> dict[str, Rows]:
+        """Return the finite rows of each described dataset that has any."""
+        kept = {}
+        for dataset in self.datasets:
+            rows = self.rows.get(dataset.name)
+            if rows is not None and rows.finite.any():
+                kept[dataset.name] = rows.take(rows.finite)
+        return kept

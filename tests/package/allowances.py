@@ -6,15 +6,14 @@ HABITS: dict[str, int] = {
     "README.md": 5,
     "benchmarks": 5,
     "callback": 9,
-    "cli": 17,
+    "cli": 9,
     "compat": 2,
     "conf": 1,
-    "docs": 26,
-    "engine": 5,
-    "evaluation": 15,
+    "docs": 12,
+    "engine": 3,
+    "evaluation": 2,
     "gradients": 1,
     "pictures": 4,
-    "report": 15,
     "scores": 4,
     "scoring": 9,
 }
@@ -22,13 +21,13 @@ HABITS: dict[str, int] = {
 
 NESTED_STATEMENTS: dict[str, int] = {
     "classifier": 1,
-    "cli": 19,
+    "cli": 18,
     "compat": 4,
-    "engine": 21,
+    "engine": 18,
     "evaluation": 6,
     "gradients": 3,
     "pictures": 6,
-    "report": 32,
+    "report": 2,
     "results": 2,
     "scores": 2,
     "scoring": 13,
@@ -37,21 +36,26 @@ NESTED_STATEMENTS: dict[str, int] = {
 
 COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
     "callback": 30.0,
-    "classifier": 50.3,
-    "cli": 58.1,
-    "compat": 52.2,
-    "engine": 51.6,
-    "evaluation": 46.2,
-    "gradients": 26.1,
+    "classifier": 38.8,
+    "cli": 55.5,
+    "compat": 52.1,
+    "engine": 33.8,
+    "evaluation": 45.2,
+    "gradients": 20.7,
     "pictures": 51.0,
-    "report": 65.2,
-    "results": 64.9,
-    "scores": 15.2,
+    "report": 44.4,
+    "results": 31.7,
+    "scores": 15.1,
     "scoring": 30.8,
 }
 """Of rooms above the limit."""
 
 UNDOCUMENTED: dict[str, set[str]] = {
-    "lgm.evaluation": {"Evaluation", "Thresholds", "apply_thresholds", "fit_thresholds"},
+    "lgm.evaluation": {
+        "Evaluation",
+        "Thresholds",
+        "apply_thresholds",
+        "fit_thresholds",
+    },
 }
 """Public names whose docstring is not complete yet, by namespace."""

@@ -22,7 +22,7 @@ ROOMS = {
     "scores": {"classifier", "gradients", "engine", "scoring"},
     "compat": {"gradients", "engine"},
     "pictures": {"classifier", "gradients", "scoring", "scores"},
-    "report": set(),
+    "report": {"meters", "evaluation"},
     "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures"},
     "cli": {"classifier", "meters", "results", "evaluation", "scoring", "scores", "pictures", "report"},
 }

@@ -135,7 +135,7 @@ def test_the_report_shows_them(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     for file, words in (
         ("../x.svg", "inside the run directory"),
-        ("metrics.json", "no picture"),
+        ("metrics.json", "not a picture"),
         ("a.svg", "not exist"),
     ):
         path.write_text(json.dumps({**content, "figures": [{"file": file}]}))

@@ -1,4 +1,4 @@
-"""A report as a tree, so that tests ask for what a reader sees and not for strings of HTML."""
+"""Parses a report into a tree, so that tests look for what a reader sees instead of strings of HTML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Node:
                 yield from child.walk()
 
     def find(self, name: str, **attributes: str) -> list[Node]:
-        """Elements of a name, with attributes that hold these words (a trailing underscore is dropped)."""
+        """Return the elements of a name whose attributes contain these words (a trailing underscore is dropped)."""
         wanted = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()}
         return [
             node
@@ -69,7 +69,7 @@ class _Builder(HTMLParser):
 
 
 def parse(path: Path) -> Node:
-    """The tree of a report; fails where an element is not closed in order."""
+    """Return the tree of a report; fails if an element is not closed in order."""
     builder = _Builder()
     builder.feed(path.read_text(encoding="utf-8"))
     builder.close()
@@ -78,7 +78,7 @@ def parse(path: Path) -> Node:
 
 
 def section(page: Node, title: str) -> Node | None:
-    """The section under a heading, or None."""
-    found = [part for part in page.find("section") if part.find("h2")[0].text == title]
+    """Return the section with a heading, or None."""
+    found = [part for part in page.find("section") if part.find("h2") and part.find("h2")[0].text == title]
     assert len(found) < 2
     return found[0] if found else None

@@ -1,0 +1,192 @@
+"""The main table and the table of paired differences: columns by task and dataset, one row per score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lightning_gradmetrics.report.answers import Difference, difference_of
+from lightning_gradmetrics.report.questions import Place, is_detector, place_of
+from lightning_gradmetrics.report.run import Metric, Run, Score
+from lightning_gradmetrics.report.wording import (
+    SHOWN,
+    MetricWords,
+    interval,
+    metric_words,
+    number,
+    percent,
+    role_title,
+    signed,
+)
+
+__all__ = ["Cell", "Column", "Table", "all_metrics", "main_table", "marks", "paired_table"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of one task on one dataset or group."""
+
+    place: Place
+    metric: str
+
+    @property
+    def words(self) -> MetricWords:
+        """How the metric is written."""
+        return metric_words(self.metric)
+
+    @property
+    def heading(self) -> str:
+        """The heading over the metrics of a place, as in 'near OOD: digits_8_9'."""
+        task, dataset, group = self.place
+        what = "errors" if task == "misclassification" else role_title(group) if task == "ood" else task
+        return f"{what}: {dataset or f'mean over {group}'}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as text, its interval or verdict, its value for sorting, and whether it is the best of its column."""
+
+    text: str
+    detail: str = ""
+    sort: float | None = None
+    best: bool = False
+    verdict: str = ""
+
+
+@dataclass
+class Table:
+    """Columns, grouped under headings, the cells of each score, and the baseline of each column if there is one."""
+
+    headings: list[tuple[str, int]] = field(default_factory=list)
+    columns: list[Column] = field(default_factory=list)
+    rows: dict[str, list[Cell]] = field(default_factory=dict)
+    baselines: list[str] = field(default_factory=list)
+
+
+def marks(score: Score) -> list[str]:
+    """Return what a reader must know about a score: its family, and what it was fitted on."""
+    return [mark for mark in (score.family, score.fit) if mark and mark != "none"]
+
+
+def main_table(run: Run) -> Table:
+    """Return the metrics of every score, the best score of the first column first."""
+    by_column: dict[Column, dict[str, Metric]] = {}
+    for metric in run.metrics:
+        if is_detector(run, metric.score):
+            by_column.setdefault(Column(place_of(run, metric), metric.metric), {})[metric.score] = metric
+    columns = _ordered(run, list(by_column))
+    best = {column: _best(column, by_column[column]) for column in columns}
+    table = Table(_headings(columns), columns)
+    for score in run.scores:
+        if is_detector(run, score.name):
+            row = []
+            for column in columns:
+                row.append(_cell(column, by_column[column].get(score.name), score.name in best[column]))
+            table.rows[score.name] = row
+    if columns:
+        table.rows = dict(sorted(table.rows.items(), key=lambda item: _rank(columns[0], item[1][0])))
+    return table
+
+
+def paired_table(run: Run) -> Table:
+    """Return the difference of every score to the best baseline, with its verdict."""
+    by_column: dict[Column, dict[str, list[Difference]]] = {}
+    for entry in run.comparisons:
+        place = place_of(run, Metric(entry.score, entry.task, entry.metric, None, entry.dataset, entry.group))
+        by_score = by_column.setdefault(Column(place, entry.metric), {})
+        by_score.setdefault(entry.score, []).append(difference_of(entry))
+    columns = _ordered(run, list(by_column))
+    table = Table(_headings(columns), columns)
+    table.baselines = [_sole_baseline(by_column[column]) for column in columns]
+    for score in run.scores:
+        row = []
+        for column, baseline in zip(columns, table.baselines, strict=True):
+            row.append(_paired_cell(column, by_column[column].get(score.name, []), baseline))
+        if any(cell.detail for cell in row):
+            table.rows[score.name] = row
+    return table
+
+
+def _sole_baseline(by_score: Mapping[str, list[Difference]]) -> str:
+    """Return the baseline that all scores are compared with; empty if they differ."""
+    names = set()
+    for differences in by_score.values():
+        names.update(difference.baseline for difference in differences)
+    return names.pop() if len(names) == 1 else ""
+
+
+def all_metrics(run: Run) -> list[tuple[str, str, str, str]]:
+    """Return every number of the run as score, what it is, value and interval."""
+    rows = []
+    for metric in run.metrics:
+        column = Column(place_of(run, metric), metric.metric)
+        words = column.words
+        name = f"{words.title}, {column.heading}"
+        rows.append((metric.score, name, percent(metric.value, 2), interval(metric.low, metric.high, 2)))
+    return rows
+
+
+def _ordered(run: Run, columns: Sequence[Column]) -> list[Column]:
+    """Return the columns that are shown: errors, each dataset, then groups with several datasets."""
+    shown = [column for column in columns if _is_shown(run, column, columns)]
+    return sorted(shown, key=lambda column: _position(run, column))
+
+
+def _is_shown(run: Run, column: Column, columns: Sequence[Column]) -> bool:
+    task, dataset, group = column.place
+    members = [each for each in run.datasets if each.role == group]
+    if dataset is None and len(members) == 1:
+        return False
+    main = SHOWN.get(task, ())
+    has_main = any(other.place == column.place and other.metric in main for other in columns)
+    return column.metric in main or not has_main
+
+
+def _position(run: Run, column: Column) -> tuple[int, bool, int, int]:
+    task, dataset, _ = column.place
+    names, main = [each.name for each in run.datasets], SHOWN.get(task, ())
+    order = list(SHOWN).index(task) if task in SHOWN else len(SHOWN)
+    place = names.index(dataset) if dataset in names else len(names)
+    return order, dataset is None, place, main.index(column.metric) if column.metric in main else len(main)
+
+
+def _headings(columns: Sequence[Column]) -> list[tuple[str, int]]:
+    headings: dict[str, int] = {}
+    for column in columns:
+        headings[column.heading] = headings.get(column.heading, 0) + 1
+    return list(headings.items())
+
+
+def _best(column: Column, metrics: Mapping[str, Metric]) -> set[str]:
+    """Return the scores that are best as far as the shown decimals tell; none for one score or an unknown direction."""
+    digits, higher = column.words.digits, column.words.higher
+    rounded = {}
+    for name, metric in metrics.items():
+        if number(metric.value):
+            rounded[name] = round(100 * (metric.value or 0.0), digits)
+    if higher is None or len(rounded) < 2:
+        return set()
+    best = max(rounded.values()) if higher else min(rounded.values())
+    return {name for name, value in rounded.items() if value == best}
+
+
+def _cell(column: Column, metric: Metric | None, best: bool) -> Cell:
+    if metric is None or not number(metric.value):
+        return Cell("–")
+    digits = column.words.digits
+    return Cell(percent(metric.value, digits), interval(metric.low, metric.high, digits), metric.value, best)
+
+
+def _paired_cell(column: Column, differences: Sequence[Difference], baseline: str) -> Cell:
+    """Return the difference to the best baseline, and which one that is unless the heading names it."""
+    if not differences:
+        return Cell("–")
+    first, digits = differences[0], column.words.digits
+    between = interval(first.low, first.high, digits) or "no interval"
+    detail = between if baseline else f"{between}, against {first.baseline}"
+    return Cell(signed(first.value, digits), detail, first.value, verdict=first.verdict)
+
+
+def _rank(column: Column, cell: Cell) -> tuple[bool, float]:
+    sign = -1 if column.words.higher else 1
+    return cell.sort is None, sign * (cell.sort or 0.0)

@@ -1,0 +1,199 @@
+"""The panels of curves and distributions: a picture, a caption and a legend for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from lightning_gradmetrics.report.curves import Points, mean_roc, risk_coverage, roc_of_errors, roc_of_sets
+from lightning_gradmetrics.report.plots import Line, curves_svg, histogram_svg, line_styles
+from lightning_gradmetrics.report.questions import REFERENCE, Question, is_detector
+from lightning_gradmetrics.report.run import Floats, Metric, Rows, Run
+from lightning_gradmetrics.report.wording import percent, whole
+
+__all__ = ["Panel", "distribution_panels", "risk_panels", "roc_panel", "roc_panels"]
+
+CHANCE = Line("chance", np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+MAX_ROWS = 50_000
+"""Plots show at most about this many rows, shared evenly among the datasets."""
+
+
+@dataclass(frozen=True)
+class LegendLine:
+    """A line of a legend: the curve's name, its number, its CSS colour and its dashes."""
+
+    name: str
+    value: str
+    colour: str
+    dashes: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture with its title and its legend; ``others`` counts the grey curves."""
+
+    title: str
+    picture: Markup
+    legend: tuple[LegendLine, ...]
+    others: int = 0
+    score: str = ""
+
+
+def drawn_rows(run: Run) -> dict[str, Rows]:
+    """Return the finite rows that are drawn: a fixed random part of a large dataset."""
+    finite = run.finite_rows()
+    share = max(200, MAX_ROWS // max(1, len(finite)))
+    random = np.random.default_rng(0)
+    drawn = {}
+    for name, rows in finite.items():
+        if len(rows) > share:
+            rows = rows.take(np.sort(random.choice(len(rows), share, replace=False)))
+        drawn[name] = rows
+    return drawn
+
+
+def _lines(points: dict[str, Points], leaders: Sequence[str]) -> list[Line]:
+    """Return the curves; the leaders are highlighted, max softmax always in the first style."""
+    order = leaders if REFERENCE in leaders else ["", *leaders]
+    lines = []
+    for name, (x, y) in points.items():
+        lines.append(Line(name, x, y, list(order).index(name) if name in order else None))
+    return lines
+
+
+def _panel(title: str, picture: Markup, metrics: dict[str, Metric], leaders: Sequence[str], count: int) -> Panel:
+    order = leaders if REFERENCE in leaders else ["", *leaders]
+    styles = line_styles(order)
+    digits = 2 if next(iter(metrics.values())).metric == "aurc" else 1
+    legend = []
+    for name in leaders:
+        legend.append(LegendLine(name, percent(metrics[name].value, digits), *styles[name]))
+    return Panel(title, picture, tuple(legend), count - len(leaders))
+
+
+def _roc_points(
+    question: Question, rows: dict[str, Rows], inside: Sequence[Rows], names: Sequence[str]
+) -> dict[str, Points]:
+    points = {}
+    for name in names:
+        curves = []
+        for dataset in question.datasets:
+            if dataset in rows:
+                errors = question.task == "misclassification"
+                curve = roc_of_errors(rows[dataset], name) if errors else roc_of_sets(inside, rows[dataset], name)
+                curves += [curve] if curve else []
+        if curves:
+            points[name] = mean_roc(curves)
+    return points
+
+
+def roc_panel(run: Run, question: Question, key: str) -> Panel | None:
+    """Return the ROC curves of a question; None if nothing can be drawn."""
+    rows = drawn_rows(run)
+    inside = [rows[name] for name in rows if run.role_of(name) == "id"]
+    points = _roc_points(question, rows, inside, list(question.metrics))
+    leaders = [name for name in question.leaders() if name in points]
+    if not leaders or question.task not in ("misclassification", "ood"):
+        return None
+    what = "incorrect" if question.task == "misclassification" else question.group
+    negatives = "correct" if question.task == "misclassification" else "in-distribution"
+    picture = curves_svg(
+        _lines(points, leaders),
+        labels=(f"{negatives} flagged (%)", f"{what} flagged (%)"),
+        top=1.01,
+        dotted=[CHANCE],
+        title=f"ROC curves of {len(points)} scores on {', '.join(question.datasets)}. The legend lists the areas.",
+        key=key,
+    )
+    title = f"ROC, {', '.join(question.datasets)}"
+    return _panel(title, picture, dict(question.metrics), leaders, len(points))
+
+
+def roc_panels(run: Run, questions: Sequence[Question]) -> list[Panel]:
+    """Return the ROC curves of each dataset of the questions that average over several."""
+    panels = []
+    for question in questions:
+        if question.dataset is None and len(question.datasets) > 1:
+            for dataset in question.datasets:
+                metrics = _metrics_of(run, question.task, dataset, "auroc")
+                if metrics:
+                    single = Question(question.task, question.group, dataset, (dataset,), metrics, question.baselines)
+                    panels.append(roc_panel(run, single, f"roc{len(panels)}"))
+    return [panel for panel in panels if panel is not None]
+
+
+def _metrics_of(run: Run, task: str, dataset: str, metric: str) -> dict[str, Metric]:
+    """Return a metric of each detector on a dataset, best first."""
+    found = []
+    for entry in run.metrics:
+        if (entry.task, entry.dataset, entry.metric) == (task, dataset, metric) and entry.value is not None:
+            found.append(entry)
+    sign = -1 if metric == "auroc" else 1
+    found = [entry for entry in found if is_detector(run, entry.score)]
+    return {entry.score: entry for entry in sorted(found, key=lambda entry: sign * (entry.value or 0.0))}
+
+
+def risk_panels(run: Run) -> list[Panel]:
+    """Return the risk-coverage curves of each in-distribution dataset with correct and incorrect predictions."""
+    panels = []
+    for name, rows in drawn_rows(run).items():
+        metrics = _metrics_of(run, "misclassification", name, "aurc")
+        if run.role_of(name) == "id" and metrics and 0 < rows.incorrect.sum() < rows.labelled.sum():
+            panels.append(_risk_panel(name, rows, metrics, f"risk{len(panels)}"))
+    return panels
+
+
+def _risk_panel(dataset: str, rows: Rows, metrics: dict[str, Metric], key: str) -> Panel:
+    points = {}
+    for name in metrics:
+        curve = risk_coverage(rows, name)
+        if curve:
+            points[name] = curve
+    best = [name for name in points if name != REFERENCE][:3]
+    leaders = [REFERENCE, *best] if REFERENCE in points else best
+    rate = float(rows.incorrect[rows.labelled].mean())
+    level = Line("all samples", np.array([0.0, 1.0]), np.array([rate, rate]))
+    picture = curves_svg(
+        _lines(points, leaders),
+        labels=("samples retained (%)", "errors among them (%)"),
+        top=1.3 * rate,
+        dotted=[level],
+        title=f"Error rate over coverage on {dataset}, {len(points)} scores; all samples: {percent(rate)} %.",
+        key=key,
+    )
+    return _panel(f"{dataset}: {percent(rate)} % errors without rejection", picture, metrics, leaders, len(points))
+
+
+def groups_of(run: Run, rows: dict[str, Rows], score: str) -> dict[str, Floats]:
+    """Return the finite values of a score: correct and incorrect predictions, then each other dataset."""
+    groups = {}
+    labelled = [name for name in rows if run.role_of(name) == "id" and rows[name].labelled.any()]
+    for name, part in rows.items():
+        values = part.scores[score]
+        if name in labelled:
+            prefix = f"{name} " if len(labelled) > 1 else ""
+            groups[f"{prefix}correct"] = values[part.labelled & ~part.incorrect]
+            groups[f"{prefix}incorrect"] = values[part.incorrect]
+        else:
+            groups[name] = values
+    finite = {name: values[np.isfinite(values)] for name, values in groups.items()}
+    return {name: values for name, values in finite.items() if len(values)}
+
+
+def distribution_panels(run: Run, names: Sequence[str]) -> list[Panel]:
+    """Return the distribution of each score over the kinds of samples."""
+    rows, panels = drawn_rows(run), []
+    for number, name in enumerate(names):
+        groups = groups_of(run, rows, name)
+        if groups:
+            medians = [f"{group} {np.median(values):.3g}" for group, values in groups.items()]
+            title = f"Distribution of {name}. Medians: {', '.join(medians)}."
+            picture = histogram_svg(groups, title=title, key=f"hist{number}")
+            legend = []
+            for place, (group, values) in enumerate(groups.items(), 1):
+                legend.append(LegendLine(group, whole(len(values)), f"var(--s{(place - 1) % 6 + 1})"))
+            panels.append(Panel(name, picture, tuple(legend), score=name))
+    return panels

@@ -1,0 +1,123 @@
+"""The questions of a run: errors, near OOD, far OOD, with the AUROC of every score on each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_gradmetrics.report.run import Metric, Run
+from lightning_gradmetrics.report.wording import SHOWN, number, question_title, whole
+
+__all__ = ["REFERENCE", "Place", "Question", "find_questions", "group_of", "is_detector", "place_of"]
+
+REFERENCE = "max_softmax"
+"""The baseline that every paper compares with."""
+
+Place = tuple[str, str | None, str]
+"""A task, a dataset (None for the mean over a group), and a group."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task on one group of datasets, and the AUROC of each score, best first."""
+
+    task: str
+    group: str
+    dataset: str | None
+    datasets: tuple[str, ...]
+    metrics: Mapping[str, Metric]
+    baselines: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """The title, as in 'Far OOD'."""
+        return question_title(self.task, self.group)
+
+    @property
+    def place(self) -> Place:
+        """The task, the dataset and the group that its metrics have."""
+        return self.task, self.dataset, self.group
+
+    @property
+    def description(self) -> str:
+        """What is detected, with the number of samples."""
+        first = next(iter(self.metrics.values()))
+        positive, negative = whole(first.count_positive), whole(first.count_negative)
+        names = ", ".join(self.datasets)
+        if self.task == "misclassification":
+            return f"{positive} incorrect against {negative} correct predictions on {names}"
+        if self.task == "ood":
+            mean = ", mean over datasets" if len(self.datasets) > 1 else ""
+            return f"{positive} samples of {names} against {negative} in-distribution samples{mean}"
+        return f"{positive} positives against {negative} negatives on {names}"
+
+    @property
+    def best(self) -> str:
+        """The score with the highest AUROC."""
+        return next(iter(self.metrics))
+
+    @property
+    def best_baseline(self) -> str | None:
+        """The baseline with the highest AUROC."""
+        return next((name for name in self.metrics if name in self.baselines), None)
+
+    def leaders(self, count: int = 3) -> list[str]:
+        """Return max softmax and the best scores: what curves highlight."""
+        first = [REFERENCE] if REFERENCE in self.metrics else []
+        best = [name for name in self.metrics if name != REFERENCE]
+        return [*first, *best[:count]]
+
+
+def is_detector(run: Run, score: str) -> bool:
+    """Return whether a score can be used on unlabelled samples; one that reads the true label cannot."""
+    return run.score(score).fit != "reads labels"
+
+
+def group_of(run: Run, metric: Metric) -> str:
+    """Return the group of a metric: as stored, or the role of its dataset."""
+    return metric.group or run.role_of(metric.dataset or "")
+
+
+def place_of(run: Run, metric: Metric) -> Place:
+    """Return the task, dataset and group of a metric; a dataset that is not described counts as a group."""
+    known = {dataset.name for dataset in run.datasets}
+    dataset = metric.dataset if metric.dataset in known else None
+    return metric.task, dataset, group_of(run, metric)
+
+
+def find_questions(run: Run) -> list[Question]:
+    """Return the questions that have a defined AUROC: errors first, then the groups in the order of the datasets.
+
+    A group with several datasets is judged by the mean over them.
+    """
+    by_place: dict[Place, list[Metric]] = {}
+    for metric in run.metrics:
+        if metric.metric == "auroc" and number(metric.value) and is_detector(run, metric.score):
+            by_place.setdefault(place_of(run, metric), []).append(metric)
+    members: dict[tuple[str, str], list[Place]] = {}
+    for place in by_place:
+        members.setdefault((place[0], place[2]), []).append(place)
+    questions = []
+    for places in members.values():
+        names = [place[1] for place in places if place[1] is not None]
+        has_mean = len(names) > 1 and any(place[1] is None for place in places)
+        for place in places:
+            if (place[1] is None) == has_mean:
+                datasets = tuple(names) if has_mean else (place[1] or place[2],)
+                questions.append(_question(run, place, datasets, by_place[place]))
+    return sorted(questions, key=lambda question: _position(run, question))
+
+
+def _question(run: Run, place: Place, datasets: tuple[str, ...], metrics: list[Metric]) -> Question:
+    ranked = sorted(metrics, key=lambda metric: -(metric.value or 0.0))
+    families = {score.name: score.family for score in run.scores}
+    baselines = tuple(name for name, family in families.items() if family == "baseline")
+    by_score = {metric.score: metric for metric in ranked}
+    return Question(place[0], place[2], place[1], datasets, by_score, baselines)
+
+
+def _position(run: Run, question: Question) -> tuple[int, int]:
+    tasks = list(SHOWN)
+    task = tasks.index(question.task) if question.task in tasks else len(tasks)
+    roles = [dataset.role for dataset in run.datasets]
+    return task, roles.index(question.group) if question.group in roles else len(roles)

@@ -1,0 +1,140 @@
+"""How the report writes numbers and names tasks, metrics and roles."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER
+
+__all__ = [
+    "METRICS",
+    "SHOWN",
+    "MetricWords",
+    "counted",
+    "interval",
+    "metric_words",
+    "number",
+    "paper_link",
+    "percent",
+    "question_title",
+    "role_title",
+    "signed",
+    "whole",
+]
+
+SHOWN = {"misclassification": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
+"""The metrics of each task that the main table shows."""
+
+ROLES = {"id": "in-distribution", "near": "near OOD", "far": "far OOD"}
+QUESTIONS = {("misclassification", "id"): "Errors", ("ood", "near"): "Near OOD", ("ood", "far"): "Far OOD"}
+ARXIV = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class MetricWords:
+    """A metric's title, its decimals when multiplied by 100, its direction (None: unknown) and its meaning."""
+
+    title: str
+    digits: int = 1
+    meaning: str = ""
+    higher: bool | None = None
+
+    @property
+    def arrow(self) -> str:
+        """An arrow in the better direction, or nothing if it is unknown."""
+        return {True: "↑", False: "↓", None: ""}[self.higher]
+
+
+METRICS = {
+    "auroc": ("AUROC", 1, "probability that a random positive scores above a random negative; 50 is guessing"),
+    "aupr": ("AUPR", 1, "area under the precision-recall curve"),
+    "aupr_in": ("AUPR in", 1, "area under the precision-recall curve with in-distribution samples as positives"),
+    "fpr95": ("FPR95", 1, "share of negatives flagged at a threshold that flags 95 % of the positives"),
+    "aurc": ("AURC", 2, "error rate among the retained samples, averaged over all coverages"),
+    "e_aurc": ("E-AURC", 2, "AURC minus the AURC of a perfect ranking"),
+    "augrc": ("AUGRC", 2, "share of undetected errors among all samples, averaged over all coverages"),
+}
+
+
+def metric_words(metric: str) -> MetricWords:
+    """Return how a metric is written; an unknown metric keeps its name."""
+    title, digits, meaning = METRICS.get(metric, (metric, 1, ""))
+    return MetricWords(title, digits, meaning, HIGHER_IS_BETTER.get(metric))
+
+
+def role_title(role: str) -> str:
+    """Return a role in words."""
+    return ROLES.get(role, role or "–")
+
+
+def question_title(task: str, group: str) -> str:
+    """Return the title of a question, as in 'Far OOD'."""
+    return QUESTIONS.get((task, group), group if task == "ood" else task)
+
+
+def number(value: float | None) -> bool:
+    """Return whether a value is a finite number."""
+    return value is not None and math.isfinite(value)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a number times 100 with a true minus sign; a dash if there is none.
+
+    Example:
+        >>> percent(0.91234), percent(None), percent(-0.005, 2), percent(-0.0001)
+        ('91.2', '–', '−0.50', '0.0')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    rounded = round(100 * value, digits) or 0.0
+    return f"{rounded:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """Return a difference times 100 with its sign.
+
+    Example:
+        >>> signed(0.012), signed(-0.012), signed(0.0)
+        ('+1.2', '−1.2', '0.0')
+    """
+    text = percent(value, digits)
+    positive = value is not None and round(100 * value, digits) > 0
+    return f"+{text}" if positive else text
+
+
+def interval(low: float | None, high: float | None, digits: int = 1) -> str:
+    """Return both ends times 100, as in '88.1 to 92.3'; empty if an end is missing."""
+    if not (number(low) and number(high)):
+        return ""
+    return f"{percent(low, digits)} to {percent(high, digits)}"
+
+
+def whole(value: int | None) -> str:
+    """Return a count with a separator of thousands; a dash if there is none."""
+    return "–" if value is None else f"{value:,}"
+
+
+def counted(value: object, noun: str) -> str:
+    """Return a count with its noun; empty if the value is not a whole number.
+
+    Example:
+        >>> counted(1, "class"), counted(2000, "class"), counted(None, "class")
+        ('1 class', '2,000 classes', '')
+    """
+    if not isinstance(value, int):
+        return ""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{whole(value)} {noun if value == 1 else plural}"
+
+
+def paper_link(paper: str | None) -> str:
+    """Return the address of a paper whose text contains an arXiv number; else an empty string.
+
+    Example:
+        >>> paper_link("Huang et al. 2021, arXiv:2110.00218")
+        'https://arxiv.org/abs/2110.00218'
+    """
+    found = ARXIV.search(paper or "")
+    return f"https://arxiv.org/abs/{found[1]}" if found else ""
