@@ -109,7 +109,7 @@ def paired_table(run: Run) -> Table:
 
 def _sole_baseline(by_score: Mapping[str, list[Difference]]) -> str:
     """Return the baseline that all scores are compared with; empty if they differ."""
-    names = set()
+    names: set[str] = set()
     for differences in by_score.values():
         names.update(difference.baseline for difference in differences)
     return names.pop() if len(names) == 1 else ""

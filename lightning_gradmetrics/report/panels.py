@@ -114,15 +114,16 @@ def roc_panel(run: Run, question: Question, key: str) -> Panel | None:
 
 def roc_panels(run: Run, questions: Sequence[Question]) -> list[Panel]:
     """Return the ROC curves of each dataset of the questions that average over several."""
-    panels = []
+    panels: list[Panel] = []
     for question in questions:
         if question.dataset is None and len(question.datasets) > 1:
             for dataset in question.datasets:
                 metrics = _metrics_of(run, question.task, dataset, "auroc")
                 if metrics:
                     single = Question(question.task, question.group, dataset, (dataset,), metrics, question.baselines)
-                    panels.append(roc_panel(run, single, f"roc{len(panels)}"))
-    return [panel for panel in panels if panel is not None]
+                    panel = roc_panel(run, single, f"roc{len(panels)}")
+                    panels += [panel] if panel else []
+    return panels
 
 
 def _metrics_of(run: Run, task: str, dataset: str, metric: str) -> dict[str, Metric]:
@@ -138,7 +139,7 @@ def _metrics_of(run: Run, task: str, dataset: str, metric: str) -> dict[str, Met
 
 def risk_panels(run: Run) -> list[Panel]:
     """Return the risk-coverage curves of each in-distribution dataset with correct and incorrect predictions."""
-    panels = []
+    panels: list[Panel] = []
     for name, rows in drawn_rows(run).items():
         metrics = _metrics_of(run, "misclassification", name, "aurc")
         if run.role_of(name) == "id" and metrics and 0 < rows.incorrect.sum() < rows.labelled.sum():
@@ -185,7 +186,8 @@ def groups_of(run: Run, rows: dict[str, Rows], score: str) -> dict[str, Floats]:
 
 def distribution_panels(run: Run, names: Sequence[str]) -> list[Panel]:
     """Return the distribution of each score over the kinds of samples."""
-    rows, panels = drawn_rows(run), []
+    rows = drawn_rows(run)
+    panels: list[Panel] = []
     for number, name in enumerate(names):
         groups = groups_of(run, rows, name)
         if groups:

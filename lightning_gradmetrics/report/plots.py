@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,7 +26,7 @@ INK, MUTED, GRID, FAINT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 SERIES = ("#0a0c01", "#0a0c02", "#0a0c03", "#0a0c04", "#0a0c05", "#0a0c06")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", FAINT: "--faint"}
 DASHES = ("", "6 2", "2 1.5", "7 2 2 2", "9 2 2 2 2 2")
-SETTINGS = {
+SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.edgecolor": GRID,
