@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
+from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gradient_moments
 
 __all__ = ["agree"]
 
@@ -20,9 +20,9 @@ def agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
     """
     exact = not torch.is_autocast_enabled(gradient.device.type)
     tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(gradient.dtype, 0.1) if exact else 0.1
-    flat = gradient.reshape(len(gradient), gradient[:1].numel()).double()
+    flat = gradient.reshape(len(gradient), gradient[:1].numel())
     expected = gradient_moments(flat, moments)
-    level = flat.norm(dim=1) + scale
+    level = flat.norm(dim=1).to(accumulator(flat)) + scale
     entries = max(flat.shape[1], 1)
     for key, value in moments.items():
         # The moment of a gradient whose norm is ``level``: an error in it is at most about ``tolerance`` times this.

@@ -25,6 +25,7 @@ from lightning_gradmetrics.classifier.quantised import check_differentiable, che
 from lightning_gradmetrics.engine.auto import auto_moments, sample_uses
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
+from lightning_gradmetrics.engine.samples import with_sample_axes
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
@@ -182,16 +183,17 @@ def _task(
     chosen = select_parameters(model, parameters)
     with preserved(model), gradients_enabled(), eager():
         check_differentiable(model, inputs, chosen.values())
-        yield Task(
+        task = Task(
             model=model,
             inputs=map_tensors(inputs, lambda t: t.detach().clone() if t.is_inference() else t.detach()),
             size=batch_size(inputs),
-            losses=tuple(o.loss for o in objectives),
+            objectives=tuple(objectives),
             targets=targets.clone() if targets is not None and targets.is_inference() else targets,
             parameters=chosen,
             wanted=moments_for(STATISTICS),
             logits=logits,
         )
+        yield with_sample_axes(task)
 
 
 def per_sample_gradients(

@@ -50,9 +50,12 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
     state = {name: p.detach() for name, p in task.model.named_parameters() if name not in parameters}
     state |= dict(task.model.named_buffers())
 
+    flags = task.per_sample
+
     def gradients(inputs: object, target: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         def forward(chosen: dict[str, Tensor]) -> Tensor:
-            batch = map_tensors(inputs, lambda t: t.unsqueeze(0).clone())
+            each = iter(flags)
+            batch = map_tensors(inputs, lambda t: (t.unsqueeze(0) if next(each) else t).clone())
             arguments = (batch,) if isinstance(batch, (Tensor, dict)) else tuple(batch)
             kwargs = arguments[0] if isinstance(batch, dict) else {}
             output = functional_call(task.model, {**state, **chosen}, () if kwargs else arguments, kwargs)
@@ -65,7 +68,9 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
         (found,) = pull((gradient * scale[:, None]).to(logits.dtype))
         return found, 1 / scale[0]
 
-    in_dims = (0, None if task.targets is None else 0)
+    each = iter(flags)
+    mapped_axes = map_tensors(task.inputs, lambda t: 0 if next(each) else None)
+    in_dims = (mapped_axes, None if task.targets is None else 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         mapped = vmap(gradients, in_dims, randomness="same")

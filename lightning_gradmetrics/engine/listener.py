@@ -12,7 +12,7 @@ from lightning_gradmetrics.classifier.forward import gradients_enabled, preserve
 from lightning_gradmetrics.engine.axes import axis_between
 from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Step, make_plan
-from lightning_gradmetrics.engine.record import Recorder
+from lightning_gradmetrics.engine.trace import CallTrace
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.uses import Use
 
@@ -137,7 +137,7 @@ def _recorded(
         picked = tensor[rows] if tensor.ndim and len(tensor) == size else tensor
         return picked.detach().clone()
 
-    recorder, state = Recorder(parameters), torch.random.get_rng_state()
+    recorder, state = CallTrace(parameters), torch.random.get_rng_state()
     with recorder:
         output = module.forward(*map_arguments(take, args), **map_arguments(take, kwargs))
     torch.random.set_rng_state(state)

@@ -11,13 +11,17 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis, axis_between
 from lightning_gradmetrics.engine.calls import tensors_in
-from lightning_gradmetrics.engine.record import Record, Recorder
 from lightning_gradmetrics.engine.rules import RULES, Call, bind
+from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 
-__all__ = ["Plan", "PlanError", "Source", "Step", "make_plan"]
+__all__ = ["BROADCAST", "Changes", "Plan", "PlanError", "Source", "Step", "layout", "make_plan"]
 
 Source = str | tuple[int, int]
 """A parameter by name, or an output of an earlier step that depends on parameters and not on the samples."""
+
+
+Changes = Sequence[Sequence[Tensor | None]]
+"""For each call and each of its tensors, which positions on the sample axis change with each sample."""
 
 
 class PlanError(Exception):
@@ -26,11 +30,12 @@ class PlanError(Exception):
     Args:
         message: What went wrong.
         step: The number of the step that failed, if it is one.
+        names: The parameters that the failed step concerns, where it has no number.
     """
 
-    def __init__(self, message: str, step: int | None = None) -> None:
+    def __init__(self, message: str, step: int | None = None, names: frozenset[str] = frozenset()) -> None:
         super().__init__(message)
-        self.step = step
+        self.step, self.names = step, names
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,9 @@ class Step:
         function: The function called.
         sources: The parameters and derived tensors among its arguments, in order.
         kind: ``"derive"``: no argument depends on the samples, run it with a graph; ``"rule"``: a rule covers it;
-            ``"broadcast"``:
-            give each sample its own copy, aligned to the output; ``"vmap"``: give each sample its own copy and map
-            over the
-            samples; ``"plain"``: run it, nothing differentiable is returned; ``"uncovered"``: run it, these
-            parameters need
-            another engine.
+            ``"broadcast"``: give each sample its own copy, aligned to the output; ``"vmap"``: give each sample its own
+            copy and map over the samples; ``"plain"``: run it, nothing differentiable is returned; ``"uncovered"``: run
+            it, these parameters need another engine.
         inputs: The sample axis of each tensor argument.
         output: The sample axis of the output.
         derived: Which outputs are derived tensors.
@@ -70,11 +72,15 @@ class Plan:
         steps: The steps.
         uncovered: Parameters that no step can handle, and why.
         roots: The parameters behind each source.
+        reads: The values that Python reads from tensors, in order; ``None`` if they are not compared.
+        undecided: Whether the layout of an axis with several positions per sample could not be read off.
     """
 
     steps: tuple[Step, ...]
     uncovered: Mapping[str, str] = field(default_factory=dict)
     roots: Mapping[Source, frozenset[str]] = field(default_factory=dict)
+    undecided: bool = False
+    reads: tuple[Any, ...] | None = None
 
     def without(self, number: int, reason: str) -> Plan:
         """The plan with one step given up, its parameters left to other engines."""
@@ -107,24 +113,26 @@ BROADCAST = frozenset(
 """Functions that broadcast their tensor arguments, and nothing else."""
 
 
-def make_plan(two: Recorder, three: Recorder, loss: Tensor | None) -> Plan:
+def make_plan(two: CallTrace, three: CallTrace, loss: Tensor | None, changes: Changes = ()) -> Plan:
     """The plan for a model, from its calls with two and with three samples.
 
     Args:
-        two: The recording with two samples.
-        three: The recording with three samples, with its graph.
-        loss: The loss of the first of the three samples, to tell the layout of axes that hold several positions a
-            sample.
+        two: The trace with two samples.
+        three: The trace with three samples, with its graph.
+        loss: The loss of the first of the three samples, for layouts that no change of a sample shows.
+        changes: For each call with three samples, and each of its tensor arguments and results: which positions on the
+            sample axis change with each sample, ``(3, L)``; ``None`` where it is not known.
 
     Raises:
         PlanError: If the two runs made different calls.
     """
-    if [r.function for r in two.records] != [r.function for r in three.records]:
+    if [call.function for call in two.calls] != [call.function for call in three.calls]:
         raise PlanError("the model makes other calls for three samples than for two")
     builder = _Builder(three.names)
-    for small, large in zip(two.records, three.records, strict=True):
-        builder.add(small, large)
-    return Plan(tuple(_with_layouts(builder.steps, builder.results, loss)), builder.uncovered, builder.roots)
+    for number, (small, large) in enumerate(zip(two.calls, three.calls, strict=True)):
+        builder.add(small, large, changes[number] if changes else None)
+    steps, undecided = _with_layouts(builder, loss)
+    return Plan(tuple(steps), builder.uncovered, builder.roots, undecided)
 
 
 class _Builder:
@@ -135,9 +143,10 @@ class _Builder:
         self.roots: dict[Source, frozenset[str]] = {name: frozenset([name]) for name in names.values()}
         self.steps: list[Step] = []
         self.results: list[Any] = []
+        self.changes: list[Sequence[Tensor | None] | None] = []
         self.uncovered: dict[str, str] = {}
 
-    def add(self, small: Record, large: Record) -> None:
+    def add(self, small: TracedCall, large: TracedCall, changes: Sequence[Tensor | None] | None) -> None:
         """Add the step for one call, if it involves parameters."""
         sources = tuple(self.sources[seen.serial] for seen in large.inputs if seen.serial in self.sources)
         if not sources:
@@ -149,13 +158,14 @@ class _Builder:
             self._give_up(sources, f"{_name(large.function)}: {error}")
         self.steps.append(step)
         self.results.append(large.result)
+        self.changes.append(changes)
 
     def _give_up(self, sources: Sequence[Source], reason: str) -> None:
         for source in sources:
             for name in self.roots[source]:
                 self.uncovered.setdefault(name, reason)
 
-    def _step(self, small: Record, large: Record, sources: tuple[Source, ...]) -> Step:
+    def _step(self, small: TracedCall, large: TracedCall, sources: tuple[Source, ...]) -> Step:
         if len(small.inputs) != len(large.inputs) or len(small.outputs) != len(large.outputs):
             raise ValueError("other tensors for three samples than for two")
         inputs = tuple(axis_between(a.shape, b.shape) for a, b in zip(small.inputs, large.inputs, strict=True))
@@ -172,7 +182,7 @@ class _Builder:
             return step
         return replace(step, kind="broadcast" if _name(large.function) in BROADCAST else "vmap")
 
-    def _derive(self, large: Record, sources: tuple[Source, ...]) -> Step:
+    def _derive(self, large: TracedCall, sources: tuple[Source, ...]) -> Step:
         new = []
         for index, seen in enumerate(large.outputs):
             if seen.requires_grad and seen.serial not in self.sources:
@@ -187,7 +197,7 @@ def _name(function: Any) -> str:
     return getattr(function, "__name__", str(function))
 
 
-def _rule_covers(record: Record, step: Step, tracked: set[int]) -> bool:
+def _rule_covers(record: TracedCall, step: Step, tracked: set[int]) -> bool:
     """Whether a rule handles the call: every tracked argument is one of the rule's weights, and the axes suit it."""
     found = RULES.get(record.function)
     values = bind(found, record.args, record.kwargs) if found else None
@@ -204,24 +214,92 @@ def _rule_covers(record: Record, step: Step, tracked: set[int]) -> bool:
     return found.accepts(Call(values, axis, step.output, slots))
 
 
-def _with_layouts(steps: Sequence[Step], results: Sequence[Any], loss: Tensor | None) -> list[Step]:
-    """The steps with ``minor`` set on axes where one sample's gradient is spread out."""
-    open_steps = [
-        i for i, s in enumerate(steps) if s.output is not None and s.output.times > 1 and results[i].requires_grad
-    ]
-    out = list(steps)
-    if not open_steps or loss is None or not loss.requires_grad:
-        return out
-    gradients = torch.autograd.grad(loss, [results[i] for i in open_steps], retain_graph=True, allow_unused=True)
-    for i, gradient in zip(open_steps, gradients, strict=True):
-        axis = steps[i].output
-        if gradient is not None and axis is not None and _is_minor(gradient, axis):
-            inputs = tuple(a and (replace(a, minor=True) if a.times == axis.times else a) for a in steps[i].inputs)
-            out[i] = replace(steps[i], output=replace(axis, minor=True), inputs=inputs)
-    return out
+def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], bool]:
+    """The steps with ``minor`` set where the sample is the fast index, and whether a layout could not be decided."""
+    steps, open_steps, undecided = list(builder.steps), [], False
+    for number, step in enumerate(steps):
+        changes = builder.changes[number]
+        if step.output is None:
+            continue
+        minors = []
+        axes = (*step.inputs, step.output)
+        for axis, changed in zip(axes, changes or (None,) * len(axes), strict=True):
+            minors.append(None if axis is None or axis.times == 1 or changed is None else layout(changed, axis.times))
+        known = [minor for minor in minors if minor is not None]
+        if not known and any(axis is not None and axis.times > 1 for axis in axes):
+            open_steps.append(number)
+        elif known:
+            steps[number] = _laid_out(step, minors, known[-1])
+    results = [builder.results[number] for number in open_steps]
+    for number, minor in zip(open_steps, _minors_by_gradient(steps, open_steps, results, loss), strict=True):
+        undecided = undecided or minor is None
+        if minor:
+            steps[number] = _laid_out(steps[number], (None,) * (len(steps[number].inputs) + 1), True)
+    return steps, undecided
 
 
-def _is_minor(gradient: Tensor, axis: Axis) -> bool:
+def _laid_out(step: Step, minors: Sequence[bool | None], default: bool) -> Step:
+    """The step with the layout of each axis; those that are not known have the default one."""
+    axes = []
+    for axis, minor in zip((*step.inputs, step.output), minors, strict=True):
+        if axis is None or axis.times == 1:
+            axes.append(axis)
+        else:
+            axes.append(replace(axis, minor=default if minor is None else minor))
+    return replace(step, inputs=tuple(axes[:-1]), output=axes[-1])
+
+
+def layout(changed: Tensor, times: int) -> bool | None:
+    """Whether the sample is the fast index of an axis, from the positions that change with each sample.
+
+    Args:
+        changed: ``(3, 3 * times)``.
+        times: Positions of each sample.
+
+    Returns:
+        ``True`` for position ``t N + n``, ``False`` for ``n times + t``, ``None`` if both fit.
+
+    Raises:
+        ValueError: If neither fits.
+
+    Example:
+        >>> layout(torch.eye(3, dtype=torch.bool).repeat(1, 2), 2)
+        True
+    """
+    positions = torch.arange(changed.shape[1], device=changed.device)
+    samples = torch.arange(3, device=changed.device)[:, None]
+    major = not bool((changed & (positions // times != samples)).any())
+    minor = not bool((changed & (positions % 3 != samples)).any())
+    if not major and not minor:
+        raise ValueError("the rows of the samples are in no fixed order")
+    return None if major and minor else minor
+
+
+def _minors_by_gradient(
+    steps: Sequence[Step], numbers: Sequence[int], results: Sequence[Any], loss: Tensor | None
+) -> list[bool | None]:
+    """The layout of each step's output, read off one sample's gradient; ``None`` where that is zero."""
+    minors: list[bool | None] = [None] * len(numbers)
+    live = []
+    for place, number in enumerate(numbers):
+        output = steps[number].output
+        if output is not None and output.times > 1 and results[place].requires_grad:
+            live.append(place)
+    if not live or loss is None or not loss.requires_grad:
+        return minors
+    outputs = [results[place] for place in live]
+    gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+    for place, gradient in zip(live, gradients, strict=True):
+        axis = steps[numbers[place]].output
+        if gradient is not None and axis is not None:
+            minors[place] = _minor_by_gradient(gradient, axis)
+    return minors
+
+
+def _minor_by_gradient(gradient: Tensor, axis: Axis) -> bool | None:
     """Whether the gradient of the first sample's loss vanishes for the others only in the layout ``t N + n``."""
-    major, minor = (bool((replace(axis, minor=m).split(gradient)[1:] != 0).any()) for m in (False, True))
-    return major and not minor
+    foreign = {}
+    for minor in (False, True):
+        rows = replace(axis, minor=minor).split(gradient)
+        foreign[minor] = bool((rows[1:] != 0).any())
+    return None if foreign[False] == foreign[True] else foreign[False]

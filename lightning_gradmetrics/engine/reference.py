@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
@@ -14,17 +15,29 @@ from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
 __all__ = ["loss_gradients", "reference_moments"]
 
 
-def reference_moments(task: Task) -> list[Moments]:
-    """The moments ``(N, P)`` of each objective's gradient, one sample and one objective at a time."""
+def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = None) -> list[Moments]:
+    """The moments ``(N, P)`` of each objective's gradient, one sample and one objective at a time.
+
+    Args:
+        task: The batch.
+        check: Called with the number of each sample and its logits ``(1, C)``.
+    """
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)
-    parts = [empty_moments(task)] + [_sample_moments(task.rows(n, n + 1)) for n in range(task.size)]
+    parts, state = [empty_moments(task)], ForwardState(task.model)
+    for number in range(task.size):
+        one = task.rows(number, number + 1)
+        logits = one.forward()
+        state.restore_attributes()
+        if check is not None:
+            check(number, logits)
+        parts.append(_sample_moments(one, logits))
     return joined(parts)
 
 
-def _sample_moments(task: Task) -> list[Moments]:
+def _sample_moments(task: Task, logits: Tensor) -> list[Moments]:
     """The moments ``(1, P)`` of each objective's gradient."""
-    logits, found = task.forward(), []
+    found = []
     for index in range(len(task.losses)):
         losses, undo = task.unit_losses(index, logits)
         gradients = loss_gradients(losses.sum(), list(task.parameters.values()))

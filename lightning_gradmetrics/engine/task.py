@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors
-from lightning_gradmetrics.gradients.objectives import Loss
+from lightning_gradmetrics.engine.refusals import rows_not_samples
+from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.scaling import unit_losses
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
@@ -25,23 +26,30 @@ class Task:
         model: The model.
         inputs: Its inputs, ``size`` samples along the first axis of each tensor.
         size: Number of samples ``N``.
-        losses: For each objective, from the true labels (or ``None``) to the loss on logits.
+        objectives: The objectives.
         targets: True labels ``(N,)``, if there are any.
         parameters: The chosen parameters by name, in the order of the result's columns.
         wanted: The moments to compute.
         logits: From the model's output to its logits ``(N, C)``.
         memory: Bytes that may be used beyond the model and the inputs; ``None`` sets no bound.
+        per_sample: For each tensor of the inputs, whether its first axis holds the samples; the others are shared.
     """
 
     model: nn.Module
     inputs: Inputs
     size: int
-    losses: tuple[Callable[[Tensor | None], Loss], ...]
+    objectives: tuple[Objective, ...]
     targets: Tensor | None
     parameters: Mapping[str, nn.Parameter]
     wanted: frozenset[Moment]
     logits: Callable[[Any], Tensor]
     memory: int | None = None
+    per_sample: tuple[bool, ...] = ()
+
+    @property
+    def losses(self) -> tuple[Callable[[Tensor | None], Loss], ...]:
+        """For each objective, from the true labels (or ``None``) to the loss on logits."""
+        return tuple(objective.loss for objective in self.objectives)
 
     def rows(self, start: int, stop: int) -> Task:
         """The same task for the samples ``start`` to ``stop``."""
@@ -52,8 +60,10 @@ class Task:
         return self._take(list(samples), len(samples))
 
     def _take(self, index: slice | list[int], size: int) -> Task:
+        flags = iter(self.per_sample)
+
         def take(tensor: Tensor) -> Tensor:
-            return tensor[index] if tensor.ndim and len(tensor) == self.size else tensor
+            return tensor[index] if next(flags) else tensor
 
         targets = None if self.targets is None else self.targets[index]
         return replace(self, inputs=map_tensors(self.inputs, take), size=size, targets=targets)
@@ -71,8 +81,15 @@ class Task:
         return replace(self, inputs=map_tensors(self.inputs, laid_out))
 
     def forward(self) -> Tensor:
-        """The model's logits ``(N, C)``."""
-        return self.logits(call(self.model, self.inputs))
+        """The model's logits ``(N, C)``.
+
+        Raises:
+            SampleAxisError: If there is not one row per sample.
+        """
+        logits = self.logits(call(self.model, self.inputs))
+        if logits.ndim != 2 or len(logits) != self.size:
+            raise rows_not_samples(tuple(logits.shape), self.size)
+        return logits
 
     def loss(self, index: int, logits: Tensor) -> Tensor:
         """The losses ``(N,)`` of one objective."""

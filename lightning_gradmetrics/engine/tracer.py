@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +17,7 @@ from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.calls import OpeningMode, map_arguments, opened, tensors_in
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
+from lightning_gradmetrics.engine.trace import HOST_READS, host_value
 from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
 
 __all__ = ["Probe", "Tracer"]
@@ -74,12 +75,18 @@ class Tracer(OpeningMode):
         plan: What to do at each call.
         parameters: The chosen parameters by name.
         size: The number of samples.
-        sink: Called once a parameter and backward pass, as soon as its last use's gradient is there.
+        sink: Called once per parameter and backward pass, as soon as its last use's gradient is there.
+        free: Whether an axis with several positions per sample may have another number of them than planned, as for
+            sequences of another length.
     """
 
-    def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int, sink: Sink) -> None:
+    def __init__(
+        self, plan: Plan, parameters: Mapping[str, Tensor], size: int, sink: Sink, free: bool = False
+    ) -> None:
         super().__init__()
-        self.plan, self.size, self.sink = plan, size, sink
+        self.plan, self.size, self.sink, self.free = plan, size, sink, free
+        self.times: list[int] = []
+        self._reads = 0
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
         self.parameters = parameters
@@ -102,7 +109,10 @@ class Tracer(OpeningMode):
         kwargs = kwargs or {}
         sources = () if self._busy else self._sources(args, kwargs)
         if not sources:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if self.plan.reads is not None and getattr(func, "__name__", "") in HOST_READS and not self._backward:
+                self._check_read(args, kwargs, result)
+            return result
         if self._opens(func):
             return self._inside(func, args, kwargs)
         step = self._next_step(func, sources)
@@ -117,6 +127,15 @@ class Tracer(OpeningMode):
             if step.kind in ("broadcast", "vmap"):
                 raise PlanError(f"{getattr(func, '__name__', func)}: {error}", self._position - 1) from error
             raise
+
+    def _check_read(self, args: Any, kwargs: Any, result: Any) -> None:
+        """Compare a value that Python reads with the planned one: the model may branch on it."""
+        planned = self.plan.reads or ()
+        if not any(True for _ in tensors_in((args, kwargs))):
+            return
+        if self._reads >= len(planned) or planned[self._reads] != host_value(result):
+            raise PlanError("Python reads another value from a tensor than planned")
+        self._reads += 1
 
     def _next_step(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
         """The step for a call: the next one, or in the backward pass the one that a checkpoint runs again."""
@@ -136,8 +155,7 @@ class Tracer(OpeningMode):
         """The step of a call in the backward pass.
 
         A reentrant checkpoint ran its calls without gradients in the forward pass, and their uses are collected now.
-        Other
-        checkpoints only compute again what they did not store.
+        Other checkpoints only compute again what they did not store.
         """
         fits = [step for step in self._delayed if step.function == function and step.sources == sources]
         self._collecting = bool(fits)
@@ -201,13 +219,12 @@ class Tracer(OpeningMode):
             args, kwargs = map_arguments(lambda t: t.contiguous() if t is values["input"] else t, (args, kwargs))
         run = None if found.run is None or not self._constant(values) else found.run
         result = self._rooted(step, run(values) if run else step.function(*args, **kwargs))
-        self._check(axis, values["input"])
-        self._check(step.output, result)
+        axis, out = self._fitted(axis, values["input"].shape), self._fitted(step.output, result.shape)
         if not self._collecting:
             return result
         for source in slots.values():
             self._expect(source)
-        call = Call(values, axis, step.output, frozenset(slots))
+        call = Call(values, axis, out, frozenset(slots))
         hook = partial(self._rule_gradient, found, call, slots, values["input"]._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
@@ -221,9 +238,19 @@ class Tracer(OpeningMode):
             return result
         return _Root.apply(result.data, self.anchor)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _check(self, axis: Axis, tensor: Tensor) -> None:
-        if axis.size(tensor) != self.size:
-            raise PlanError(f"a tensor of shape {tuple(tensor.shape)} where one with {self.size} samples was expected")
+    def _fitted(self, axis: Axis, shape: Sequence[int]) -> Axis:
+        """The axis with the number of positions per sample that a tensor has on it.
+
+        Raises:
+            PlanError: If that is not the planned one, and may not differ.
+        """
+        length = shape[axis.dim] if len(shape) > axis.dim else -1
+        if self.free and axis.times > 1 and length > 0 and length % self.size == 0:
+            axis = replace(axis, times=length // self.size)
+        if length != axis.times * self.size:
+            raise PlanError(f"a tensor of shape {tuple(shape)} where one with {self.size} samples was expected")
+        self.times.append(axis.times)
+        return axis
 
     def _expect(self, source: Source) -> None:
         if self._collecting:
@@ -249,9 +276,12 @@ class Tracer(OpeningMode):
             if name in ("repeat", "tile"):
                 sizes[axis.dim - ndim] = 1
                 args, kwargs = (args[0], tuple(sizes)), {}
+        if self.free and axis.times > 1:
+            lengths = [t.shape[axis.dim - ndim] for t in tensors_in((args, kwargs)) if t.ndim >= ndim - axis.dim]
+            axis = replace(axis, times=max(1, max(lengths) // self.size))
         args, kwargs = map_arguments(lambda t: self._aligned(t, axis, ndim), (args, kwargs))
         result = function(*args, **kwargs)
-        self._check(axis, result)
+        self._fitted(axis, result.shape)
         return result
 
     def _aligned(self, tensor: Tensor, axis: Axis, ndim: int) -> Tensor:
@@ -277,8 +307,7 @@ class Tracer(OpeningMode):
             if id(tensor) in self._tracked:
                 entry, dim = self._copies(tensor), 0
             elif axis is not None:
-                self._check(axis, tensor)
-                entry, dim = axis.unflatten(tensor)
+                entry, dim = self._fitted(axis, tensor.shape).unflatten(tensor)
             else:
                 continue
             places[id(tensor)] = len(tensors)
@@ -298,6 +327,10 @@ class Tracer(OpeningMode):
         return mapped.flatten(axis.dim, axis.dim + 1)
 
     # -- backward -----------------------------------------------------------------------------------------------------
+
+    def collect(self, losses: Tensor, last: bool) -> None:
+        """Collect the gradients of all losses ``(N,)``; the graph is freed after the last objective's."""
+        self.backward(losses.sum(), last)
 
     def backward(self, total: Tensor, last: bool = True) -> None:
         """Send the gradient of a scalar back through the graph; every reached parameter goes to the sink once."""

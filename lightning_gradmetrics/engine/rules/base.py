@@ -13,7 +13,7 @@ from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.kernels import position_sums
 from lightning_gradmetrics.engine.uses import Use
 
-__all__ = ["RULES", "Call", "Rule", "bind", "first_axis", "rule", "summed", "wide"]
+__all__ = ["RULES", "Call", "Rule", "all_but_last", "bind", "first_axis", "one_axis", "rule", "summed", "wide"]
 
 
 @dataclass
@@ -50,6 +50,16 @@ class Call:
 Function = Callable[[Call, Tensor], Iterator[tuple[str, Use]]]
 
 
+def one_axis(values: dict[str, Any]) -> int:
+    """One: only positions on the first axis are independent."""
+    return 1
+
+
+def all_but_last(values: dict[str, Any]) -> int:
+    """The number of axes of the input without the last."""
+    return int(values["input"].ndim) - 1
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule for one torch function.
@@ -64,6 +74,7 @@ class Rule:
             slice.
         run: From the call's arguments by name to its result, where constant parameters make the backward cheaper than
             the function's own.
+        row_axes: From the arguments to the number of leading axes of input and output whose positions are independent.
     """
 
     uses: Function
@@ -72,6 +83,7 @@ class Rule:
     accepts: Callable[[Call], bool]
     dense: bool = False
     run: Callable[[dict[str, Any]], Tensor] | None = None
+    row_axes: Callable[[dict[str, Any]], int] = one_axis
 
 
 RULES: dict[Any, Rule] = {}
@@ -100,12 +112,15 @@ def rule(
     accepts: Callable[[Call], bool] = first_axis,
     dense: bool = False,
     run: Callable[[dict[str, Any]], Tensor] | None = None,
+    row_axes: Callable[[dict[str, Any]], int] = one_axis,
 ) -> Callable[[Function], Function]:
     """Register a rule for torch functions; ``arguments`` and ``weights`` are names with spaces between."""
 
     def register(uses: Function) -> Function:
         for function in functions:
-            RULES[function] = Rule(uses, tuple(arguments.split()), frozenset(weights.split()), accepts, dense, run)
+            RULES[function] = Rule(
+                uses, tuple(arguments.split()), frozenset(weights.split()), accepts, dense, run, row_axes
+            )
         return uses
 
     return register

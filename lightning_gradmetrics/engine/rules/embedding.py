@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,16 @@ def _plain(call: Call) -> bool:
     return call.axis == call.out and not call.get("scale_grad_by_freq", False)
 
 
+def _every_axis(values: dict[str, Any]) -> int:
+    return int(values["input"].ndim)
+
+
 @rule(
     torch.embedding,
     arguments="weight input padding_idx scale_grad_by_freq sparse",
     weights="weight",
     accepts=_plain,
+    row_axes=_every_axis,
 )
 def embedding(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y_t = W[i_t]``: each row's gradient is the sum of ``g_t`` where it was looked up."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.rules.base import Call, rule, summed
+from lightning_gradmetrics.engine.rules.base import Call, all_but_last, rule, summed
 from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
 
 __all__ = ["linear", "product"]
@@ -25,7 +25,7 @@ def _inner_axis(call: Call) -> bool:
     return call.axis == call.out and call.axis.dim < ndim - 1
 
 
-@rule(F.linear, arguments="input weight bias", weights="weight bias", accepts=_inner_axis, dense=True)
+@rule(F.linear, arguments="input weight bias", weights="weight bias", accepts=_inner_axis, dense=True, row_axes=all_but_last)
 def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W^T + b``: the weight's gradient is ``sum_t g_t a_t^T``, the bias' ``sum_t g_t``."""
     g = _sequence(g)
@@ -50,6 +50,7 @@ def _matrix(call: Call) -> bool:
     weights="weight",
     accepts=_matrix,
     dense=True,
+    row_axes=all_but_last,
 )
 def product(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W``: the gradient is ``sum_t a_t g_t^T``."""
@@ -61,7 +62,7 @@ def _affine(call: Call) -> bool:
     return _matrix(call) and call.values["bias"].ndim == 1
 
 
-@rule(torch.addmm, arguments="bias input weight beta alpha", weights="weight bias", accepts=_affine)
+@rule(torch.addmm, arguments="bias input weight beta alpha", weights="weight bias", accepts=_affine, row_axes=all_but_last)
 def affine(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = b + a W``."""
     g = _sequence(g)

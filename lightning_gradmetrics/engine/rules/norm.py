@@ -98,6 +98,10 @@ def instance_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     yield from _channels(call, call.axis.split(normalised), g)
 
 
+def _before_shape(values: dict[str, Any]) -> int:
+    return int(values["input"].ndim) - len(values["normalized_shape"])
+
+
 def _outside(call: Call) -> bool:
     """Whether the samples are not on a normalised axis."""
     ndim = call.values["input"].ndim - len(call.values["normalized_shape"])
@@ -124,6 +128,7 @@ def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, 
     arguments="input normalized_shape weight bias eps cudnn_enable",
     weights="weight bias",
     accepts=_outside,
+    row_axes=_before_shape,
 )
 def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Normalised over the last axes."""
@@ -132,7 +137,7 @@ def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     yield from _trailing(call, normalised, g)
 
 
-@rule(torch.rms_norm, arguments="input normalized_shape weight eps", weights="weight", accepts=_outside)
+@rule(torch.rms_norm, arguments="input normalized_shape weight eps", weights="weight", accepts=_outside, row_axes=_before_shape)
 def rms_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Divided by the root mean square over the last axes."""
     shape = list(call.values["normalized_shape"])

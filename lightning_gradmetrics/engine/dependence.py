@@ -1,0 +1,235 @@
+"""Whether data decides what a forward pass computes: a trace of the basic operations and of what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_gradmetrics.engine.calls import tensors_in
+
+__all__ = ["DependenceTrace", "Operation", "choice_by_data", "reads_activations"]
+
+SAMPLES, WEIGHTS = 1, 2
+"""What a tensor may depend on, as bits: the samples or random numbers, and the parameters."""
+
+_INDEXING = frozenset(["index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put", "_index_put_impl_"])
+_ORDERING = ("sort", "argsort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode", "cummax", "cummin")
+_ALONG_INDEX = ("index_", "gather", "scatter", "take", "put")
+_BOUNDARIES = frozenset(["offs", "offsets", "lengths", "batch_sizes", "per_sample_weights"])
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One basic operation.
+
+    Args:
+        name: Its name.
+        depends: The bits of all its arguments.
+        inputs: The shapes of its tensor arguments.
+        outputs: The shapes of its results.
+        arguments: Its other arguments by name.
+        chosen: Axes along which a tensor chooses, with that tensor's shape.
+        by_data: Why data decides its shape or layout, if it does.
+        read: Whether Python reads a value from it: ``""``, ``"float"`` or ``"other"``.
+    """
+
+    name: str
+    depends: int
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+    arguments: Mapping[str, Any]
+    chosen: tuple[tuple[tuple[int, ...], int], ...] = ()
+    by_data: str = ""
+    read: str = ""
+
+
+class DependenceTrace(TorchDispatchMode):
+    """Notes each basic operation while it is active.
+
+    Args:
+        samples: The tensors that hold the samples.
+        weights: The parameters.
+    """
+
+    def __init__(self, samples: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.random = False
+        self._bits: dict[int, int] = {}
+        self._alive: list[Any] = []
+        for bit, tensors in ((SAMPLES, samples), (WEIGHTS, weights)):
+            for tensor in tensors:
+                self._add(tensor, bit)
+
+    def _key(self, tensor: Tensor) -> int:
+        """The identity of the memory behind a tensor: views share it."""
+        try:
+            storage: Any = tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):
+            storage = tensor
+        self._alive.append(storage)
+        return storage._cdata if isinstance(storage, torch.UntypedStorage) else id(storage)
+
+    def _add(self, tensor: Tensor, bits: int) -> None:
+        key = self._key(tensor)
+        self._bits[key] = self._bits.get(key, 0) | bits
+
+    def depends(self, value: Any) -> int:
+        """The bits of all tensors in a nest."""
+        bits = 0
+        for tensor in tensors_in(value):
+            bits |= self._bits.get(self._key(tensor), 0)
+        return bits
+
+    def note_read(self, tensor: Tensor) -> None:
+        """Note that Python reads the values of a tensor without an operation."""
+        bits = self.depends(tensor)
+        if bits:
+            kind = "float" if tensor.is_floating_point() else "other"
+            self.operations.append(Operation("read", bits, (tuple(tensor.shape),), (), {}, read=kind))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and note it."""
+        kwargs = kwargs or {}
+        bits = self.depends((args, kwargs))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            bits |= SAMPLES
+            self.random = True
+        arguments = _by_name(func, args, kwargs)
+        operation = self._noted(func, bits, arguments)
+        result = func(*args, **kwargs)
+        outputs = list(tensors_in(result))
+        if bits:
+            for tensor in (*outputs, *_written(func, arguments)):
+                self._add(tensor, bits)
+        shapes = tuple(tuple(tensor.shape) for tensor in outputs)
+        self.operations.append(_with_outputs(operation, shapes))
+        return result
+
+    def _noted(self, func: Any, bits: int, arguments: Mapping[str, Any]) -> Operation:
+        name = func._overloadpacket.__name__
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(tuple(arguments.values())))
+        plain = {key: value for key, value in arguments.items() if not any(True for _ in tensors_in(value))}
+        chosen: tuple[tuple[tuple[int, ...], int], ...] = ()
+        by_data, read = "", ""
+        if torch.Tag.data_dependent_output in func.tags and bits:
+            tensor = next(tensors_in(tuple(arguments.values())))
+            read = "float" if tensor.is_floating_point() and name != "equal" else "other"
+        elif name in _INDEXING:
+            chosen, by_data = self._indexed(name, arguments)
+        elif bits & SAMPLES:
+            chosen, by_data = self._selected(func, name, arguments)
+        return Operation(name, bits, shapes, (), plain, chosen, by_data, read)
+
+    def _indexed(
+        self, name: str, arguments: Mapping[str, Any]
+    ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
+        """The axes that an operation like ``x[i, :, j]`` chooses along, other than by ``0, 1, 2, ...``."""
+        shape = tuple(arguments["self"].shape)
+        chosen, dim = [], 0
+        for index in arguments["indices"]:
+            if index is None:
+                dim += 1
+                continue
+            if index.dtype in (torch.bool, torch.uint8):
+                if self.depends(index) & SAMPLES:
+                    return (), f"{name} by a mask"
+                chosen += [(shape, dim + extra) for extra in range(index.ndim)]
+                dim += index.ndim
+                continue
+            if self.depends(index) & SAMPLES or not _counts_up(index, shape[dim]):
+                chosen.append((shape, dim))
+            dim += 1
+        return tuple(chosen), ""
+
+    def _selected(
+        self, func: Any, name: str, arguments: Mapping[str, Any]
+    ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
+        if torch.Tag.dynamic_output_shape in func.tags:
+            return (), name
+        for key in _BOUNDARIES & arguments.keys():
+            if self.depends(arguments[key]) & SAMPLES:
+                return (), name
+        first = arguments.get("self")
+        if not isinstance(first, Tensor):
+            return (), ""
+        if name.startswith(("masked_scatter", "take", "put")):
+            return (), name
+        dim = arguments.get("dim", 0)
+        ordered = name.startswith(_ORDERING) and isinstance(dim, int)
+        index = arguments.get("index")
+        picked = name.startswith(_ALONG_INDEX) and isinstance(index, Tensor) and isinstance(dim, int)
+        if not first.ndim or not (ordered or picked):
+            return (), ""
+        dim %= first.ndim
+        if picked and not self.depends(index) & SAMPLES and _counts_up(index, first.shape[dim]):
+            return (), ""
+        return ((tuple(first.shape), dim),), ""
+
+
+def _by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """An operation's arguments by the names of its schema, defaults included."""
+    bound = {}
+    for number, argument in enumerate(func._schema.arguments):
+        if number < len(args):
+            bound[argument.name] = args[number]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def _written(func: Any, arguments: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation changes in place."""
+    for argument in func._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from tensors_in(arguments.get(argument.name))
+
+
+def _with_outputs(operation: Operation, shapes: tuple[tuple[int, ...], ...]) -> Operation:
+    values = {**vars(operation), "outputs": shapes}
+    return Operation(**values)
+
+
+def _counts_up(index: Tensor, length: int) -> bool:
+    """Whether an index is ``0, 1, ..., length - 1``, so that each position is chosen where it is."""
+    flat = index.reshape(-1)
+    return len(flat) == length and bool((flat == torch.arange(length, device=flat.device)).all())
+
+
+def choice_by_data(two: Sequence[Operation], three: Sequence[Operation]) -> str:
+    """Why the rows of a batch may be laid out differently from batch to batch; ``""`` if they cannot be.
+
+    Args:
+        two: The operations with two samples.
+        three: The operations with three samples.
+    """
+    if [operation.name for operation in two] != [operation.name for operation in three]:
+        return "it runs other operations for three samples than for two"
+    for small, large in zip(two, three, strict=True):
+        if small.by_data or large.by_data:
+            return f"{small.by_data or large.by_data} chooses by data"
+        for (before, dim), (after, _) in zip(small.chosen, large.chosen, strict=False):
+            if before != after and before[dim] != after[dim]:
+                return f"{small.name} chooses along the sample axis"
+        if len(small.chosen) != len(large.chosen):
+            return f"{small.name} chooses by data"
+        if large.read and large.depends & WEIGHTS and large.depends & SAMPLES:
+            return "Python reads an activation"
+        if large.read == "float" and large.depends & SAMPLES:
+            return "Python reads a floating-point number that depends on the samples"
+    return ""
+
+
+def reads_activations(operations: Sequence[Operation]) -> bool:
+    """Whether Python reads a value that depends on the samples and on the parameters."""
+    for operation in operations:
+        if operation.read and operation.depends & SAMPLES and operation.depends & WEIGHTS:
+            return True
+    return False

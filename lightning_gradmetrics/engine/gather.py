@@ -1,0 +1,156 @@
+"""What one call of the engine gathers: a table of moments, or the gradients themselves in unevaluated form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
+from lightning_gradmetrics.engine.reference import loss_gradients, reference_moments
+from lightning_gradmetrics.engine.task import Task, empty_moments, joined
+from lightning_gradmetrics.engine.uses import RowsUse, ScaledUse, Use
+from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
+from lightning_gradmetrics.gradients.statistics import Moments
+
+__all__ = ["MomentTable", "UseTable"]
+
+Check = Callable[[int, Tensor], None] | None
+
+
+class MomentTable:
+    """The moments ``(N, P)`` of each objective's gradient, filled one parameter after the other.
+
+    Args:
+        task: The batch.
+        scaled: Whether to leave the scale of the losses in the moments.
+    """
+
+    def __init__(self, task: Task, scaled: bool = False) -> None:
+        self.task, self._scaled = task, scaled
+        self.moments = empty_moments(task, task.size)
+        self._columns = {name: index for index, name in enumerate(task.parameters)}
+        self._objective = 0
+        self._undo: list[Tensor] = []
+
+    def begin(self, objective: int, undo: Tensor) -> None:
+        """Begin with an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
+        self._objective = objective
+        self._undo.append(undo)
+
+    def add(self, name: str, use: Use) -> None:
+        """Add a parameter's gradients of the current objective."""
+        if name in self._columns:
+            for key, value in use.moments(self.task.wanted).items():
+                self.moments[self._objective][key][:, self._columns[name]] = value
+
+    def finish(self) -> None:
+        """Undo the scales."""
+        if not self._scaled and self._undo:
+            pairs = zip(self.moments, self._undo, strict=True)
+            self.moments = [rescaled_moments(moments, undo) for moments, undo in pairs]
+
+    def clear(self) -> None:
+        """Forget all values."""
+        self.moments, self._undo = empty_moments(self.task, self.task.size), []
+
+    def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
+        """Add parameters without a fast rule, after :meth:`finish`: mapped over the samples, or one at a time."""
+        task = self.task.restricted(names)
+        moments = _mapped_moments(task) if mapped else None
+        if moments is None:
+            moments = reference_moments(task, check)
+        columns = [self._columns[name] for name in task.parameters]
+        for own, part in zip(self.moments, moments, strict=True):
+            for key, value in part.items():
+                own[key][:, columns] = value
+
+    def of_sample(self, number: int, name: str, objective: int) -> Moments:
+        """The moments ``(1,)`` of one sample's gradient for one parameter."""
+        column = self._columns[name]
+        row = {}
+        for key, value in self.moments[objective].items():
+            row[key] = value[number : number + 1, column]
+        return row
+
+    @staticmethod
+    def join(parts: list[MomentTable]) -> list[Moments]:
+        """The moments of all samples, from consecutive groups of them."""
+        return joined([part.moments for part in parts])
+
+
+def _mapped_moments(task: Task) -> list[Moments] | None:
+    try:
+        return functional_moments(task)
+    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's own
+        return None
+
+
+class UseTable:
+    """The gradients of the first objective, in unevaluated form.
+
+    Args:
+        task: The batch.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = replace(task, objectives=task.objectives[:1])
+        self.uses: dict[str, Use] = {}
+        self._undo: Tensor | None = None
+
+    def begin(self, objective: int, undo: Tensor) -> None:
+        """Begin with an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
+        self._undo = undo
+
+    def add(self, name: str, use: Use) -> None:
+        """Add a parameter's gradients."""
+        if name in self.task.parameters and self._undo is not None:
+            self.uses[name] = ScaledUse(use, self._undo)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def clear(self) -> None:
+        """Forget all values."""
+        self.uses = {}
+
+    def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
+        """Add parameters without a fast rule: mapped over the samples, or one at a time."""
+        task = self.task.restricted(names)
+        gradients = _mapped_gradients(task) if mapped else None
+        if gradients is None:
+            gradients = _gradients_by_loop(task, check)
+        for name, gradient in gradients.items():
+            self.uses[name] = RowsUse(gradient)
+
+    def of_sample(self, number: int, name: str, objective: int) -> Moments:
+        """The moments ``(1,)`` of one sample's gradient for one parameter."""
+        if name in self.uses:
+            return self.uses[name].rows(number, number + 1).moments(self.task.wanted)
+        return {key: value[0] for key, value in empty_moments(self.task.restricted([name]), 1)[0].items()}
+
+
+def _mapped_gradients(task: Task) -> dict[str, Tensor] | None:
+    try:
+        return functional_gradients(task, 0)
+    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's own
+        return None
+
+
+def _gradients_by_loop(task: Task, check: Check) -> dict[str, Tensor]:
+    parameters = list(task.parameters.values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    rows: dict[str, list[Tensor]] = {name: [] for name in task.parameters}
+    for number in range(task.size):
+        one = task.rows(number, number + 1)
+        logits = one.forward()
+        if check is not None:
+            check(number, logits)
+        losses, undo = one.unit_losses(0, logits)
+        gradients = loss_gradients(losses.sum(), parameters)
+        for name, gradient in zip(task.parameters, gradients, strict=True):
+            rows[name].append(rescaled_rows(gradient[None], undo)[0])
+    return {name: torch.stack(gradients) for name, gradients in rows.items()}

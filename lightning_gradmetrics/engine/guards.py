@@ -1,0 +1,108 @@
+"""Cheap checks of each batch: do samples depend on each other, in the model or in an objective?"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.refusals import coupled_model, coupled_objective
+from lightning_gradmetrics.engine.samples import close_rows
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.precision import at_least_float32
+
+__all__ = ["check_alone", "check_objectives", "compare_alone"]
+
+_CHOICE = random.Random(0)
+"""Chooses the samples to check; the user's generators are left alone."""
+
+
+def check_alone(task: Task, logits: Tensor, count: int) -> None:
+    """Compare the logits of some samples, each alone in a batch, with their logits in this batch.
+
+    Args:
+        task: The batch.
+        logits: Its logits ``(N, C)``.
+        count: The number of samples to run alone.
+
+    Raises:
+        CoupledSamplesError: If they differ.
+    """
+    if task.size < 2:
+        return
+    for number in _CHOICE.sample(range(task.size), min(count, task.size)):
+        compare_alone(task, logits, number, _logits(task, [number]))
+
+
+def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor) -> None:
+    """Compare the logits ``(1, C)`` of one sample alone with its row of the batch's logits ``(N, C)``.
+
+    Raises:
+        CoupledSamplesError: If they differ.
+    """
+    expected = logits[number : number + 1].detach()
+    if close_rows(alone.detach(), expected):
+        return
+    # Rounding may differ with the size of the batch: compare in a batch of the same size.
+    repeated = _logits(task, [number] * task.size)[:1]
+    step = 64 * torch.finfo(logits.dtype).eps
+    if not torch.allclose(repeated, expected, step, step * float(expected.abs().amax()), equal_nan=True):
+        raise coupled_model(f"a part of {type(task.model).__name__} for which data decides what it computes")
+
+
+def _logits(task: Task, samples: list[int]) -> Tensor:
+    state = ForwardState(task.model)
+    with torch.no_grad():
+        try:
+            return task.picked(samples).forward()
+        finally:
+            state.restore()
+
+
+def check_objectives(task: Task, logits: Tensor) -> None:
+    """Compare each of the user's objectives on two random halves of a batch with that on the batch, gradients included.
+
+    The objectives of this package treat each sample separately and are not checked.
+
+    Raises:
+        CoupledSamplesError: If they differ.
+        ValueError: If an objective cannot be computed on a part of the batch.
+    """
+    for objective in task.objectives:
+        if objective.function is not None and task.size > 1:
+            _check_objective(task, objective, logits.detach())
+
+
+def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
+    everything = _values_and_gradients(objective, logits, task.targets)
+    order = list(range(task.size))
+    _CHOICE.shuffle(order)
+    for half in (order[: task.size // 2], order[task.size // 2 :]):
+        targets = None if task.targets is None else task.targets[half]
+        try:
+            part = _values_and_gradients(objective, logits[half], targets)
+        except Exception as error:
+            raise ValueError(
+                f"the objective {objective.name!r} cannot be computed on {len(half)} of {task.size} samples "
+                f"({type(error).__name__}: {error}). It must accept any number of rows; pass true labels as targets="
+            ) from error
+        expected = everything[half]
+        finite = expected.isfinite().all(1)
+        error = (part - expected).abs().amax(1)
+        level = 1e-5 * expected.abs().amax(1) + 1e-10 * everything[everything.isfinite().all(1)].abs().sum() / task.size
+        if bool((error > level)[finite].any()):
+            raise coupled_objective(objective.name)
+
+
+def _values_and_gradients(objective: Objective, logits: Tensor, targets: Tensor | None) -> Tensor:
+    """The losses and their gradients with respect to the logits, ``(N, 1 + C)``."""
+    leaf = at_least_float32(logits).detach().requires_grad_()
+    with torch.enable_grad():
+        losses = objective.loss(targets)(leaf)
+        gradient = torch.zeros_like(leaf)
+        if losses.requires_grad:
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return torch.cat([losses.detach()[:, None].to(gradient.dtype), gradient], 1)

@@ -1,0 +1,110 @@
+"""What a forward pass depends on besides its inputs: random number generators and attributes of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from enum import Enum
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.preservation import RandomState
+
+__all__ = ["ForwardState", "attribute_key", "note_volatile"]
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, Enum)
+
+_VOLATILE: WeakKeyDictionary[nn.Module, set[tuple[int, str]]] = WeakKeyDictionary()
+"""Attributes that a forward pass changes, such as counters, by the number of the module and the name."""
+
+
+class ForwardState:
+    """The generators, attributes and buffers of a model before a forward pass.
+
+    Restoring it lets several forward passes of one call draw the same numbers, and start without a cache that an earlier
+    one of them has filled.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._buffers: list[tuple[Tensor, int, Tensor]] = []
+        for module in model.modules():
+            attributes = vars(module)
+            before = {}
+            for name in attributes.keys() - _INTERNAL:
+                before[name] = value = attributes[name]
+                if type(value) in (dict, list, set):
+                    self._containers.append((value, value.copy()))
+            self._attributes.append((attributes, before))
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    version = -1 if buffer.is_inference() else buffer._version
+                    self._buffers.append((buffer, version, buffer.detach().clone()))
+        self._generators = RandomState(model)
+
+    def restore(self) -> None:
+        """Set generators, attributes and buffers to this state."""
+        self.restore_attributes()
+        self._generators.restore()
+
+    def restore_attributes(self) -> None:
+        """Set attributes and buffers to this state; random numbers go on."""
+        for attributes, before in self._attributes:
+            for name in attributes.keys() - _INTERNAL - before.keys():
+                del attributes[name]
+            attributes.update(before)
+        for container, entries in self._containers:
+            if len(container) != len(entries):
+                container.clear()
+                container.extend(entries) if isinstance(container, list) else container.update(entries)
+        for buffer, version, value in self._buffers:
+            if version >= 0 and buffer._version != version:
+                buffer.data.copy_(value)  # without a new version: a graph may hold the buffer
+
+
+def attribute_key(model: nn.Module) -> Hashable:
+    """The plain attributes of all modules, and of their configurations: flags that a forward pass may branch on."""
+    volatile = _VOLATILE.get(model, set())
+    key = []
+    for number, name, value in _attributes(model):
+        if (number, name) not in volatile:
+            key.append((number, name, value))
+    return tuple(key)
+
+
+def note_volatile(model: nn.Module, before: Hashable, after: Hashable) -> None:
+    """Leave attributes that differ between two keys out of all later keys: a forward pass changes them."""
+    changed = set(before) ^ set(after)  # type: ignore[call-overload]
+    volatile = _VOLATILE.setdefault(model, set())
+    for number, name, _ in changed:
+        volatile.add((number, name))
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[int, str, Hashable]]:
+    """The number of the module, the attribute's name and its value, for every plain attribute."""
+    configurations: set[int] = set()
+    for number, module in enumerate(model.modules()):
+        for name, value in vars(module).items():
+            if name in _INTERNAL:
+                continue
+            if isinstance(value, _PLAIN):
+                yield number, name, value
+            elif type(value) in (tuple, list) and len(value) <= 16 and all(isinstance(v, _PLAIN) for v in value):
+                yield number, name, tuple(value)
+            elif _is_configuration(value) and id(value) not in configurations:
+                configurations.add(id(value))
+                for inner, setting in vars(value).items():
+                    if isinstance(setting, _PLAIN):
+                        yield number, f"{name}.{inner}", setting
+
+
+def _is_configuration(value: Any) -> bool:
+    """Whether an attribute is an object that holds settings."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type))

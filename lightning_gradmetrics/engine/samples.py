@@ -1,0 +1,137 @@
+"""Which tensors of the inputs hold one row per sample, and which are shared by all samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import tensors_in
+from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.refusals import SampleAxisError
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.gradients.precision import accumulator
+
+__all__ = ["close_rows", "input_structure", "with_sample_axes"]
+
+_DECIDED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, bool]]] = WeakKeyDictionary()
+"""For each model and structure of its inputs: which tensors hold samples, by number."""
+
+MOST_OPEN = 4
+"""Ambiguous tensors for which all combinations are tried."""
+
+
+def input_structure(inputs: Any) -> Hashable:
+    """The nesting of the inputs, with the number of axes, type and device of each tensor, without sizes."""
+    if isinstance(inputs, Tensor):
+        return (inputs.ndim, inputs.dtype, inputs.device)
+    if isinstance(inputs, Mapping):
+        return tuple((key, input_structure(value)) for key, value in inputs.items())
+    if isinstance(inputs, (list, tuple)):
+        return (type(inputs).__name__, *(input_structure(value) for value in inputs))
+    return inputs if isinstance(inputs, (bool, int, float, str, type(None))) else type(inputs).__name__
+
+
+def with_sample_axes(task: Task) -> Task:
+    """The task with ``per_sample`` filled in.
+
+    A tensor as long as the batch may be shared all the same: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
+    ``N = T``. A run of the model on parts of the batch decides, once for each structure of the inputs.
+
+    Raises:
+        SampleAxisError: If the model runs on no reading of the inputs.
+    """
+    tensors = list(tensors_in(task.inputs))
+    flags = [tensor.ndim > 0 and len(tensor) == task.size for tensor in tensors]
+    first = flags.index(True)
+    decided = _DECIDED.setdefault(task.model, {}).setdefault(input_structure(task.inputs), {})
+    for number, tensor in enumerate(tensors):
+        shared = not flags[number] and tensor.ndim > 0 and len(tensor) != 1
+        if shared and decided.get(number, False):
+            del decided[number]  # shared here and not there: decided by a run wherever it is ambiguous
+        elif shared:
+            decided[number] = False
+    ambiguous = []
+    for number, flag in enumerate(flags):
+        if flag and number != first and number not in decided:
+            ambiguous.append(number)
+        elif flag and number != first:
+            flags[number] = decided[number]
+    if ambiguous and task.size:
+        flags = _by_runs(task, flags, ambiguous)
+        for number in ambiguous:
+            decided[number] = flags[number]
+    return replace(task, per_sample=tuple(flags))
+
+
+def _by_runs(task: Task, flags: Sequence[bool], ambiguous: Sequence[int]) -> list[bool]:
+    """The reading with which parts of the batch have the same logits as in the whole; else the only one that runs."""
+    everything = _logits(replace(task, per_sample=tuple(flags)))
+    runnable = []
+    for choice in _choices(len(ambiguous)):
+        reading = list(flags)
+        for number, holds_samples in zip(ambiguous, choice, strict=True):
+            reading[number] = holds_samples
+        runs, agrees = _tried(replace(task, per_sample=tuple(reading)), everything)
+        if agrees:
+            return reading
+        if runs:
+            runnable.append(reading)
+    if not runnable:
+        raise SampleAxisError(
+            f"{type(task.model).__name__} runs on the whole batch and not on 2 or 3 of its {task.size} samples, whichever of the "
+            "inputs are cut. The first axis of the first input must be the sample axis; inputs that all samples share must "
+            "not depend on the size of the batch"
+        )
+    return runnable[0]
+
+
+def _choices(count: int) -> Sequence[tuple[bool, ...]]:
+    if count > MOST_OPEN:
+        return [(True,) * count, (False,) * count]
+    return list(itertools.product((True, False), repeat=count))
+
+
+def _tried(task: Task, everything: Tensor) -> tuple[bool, bool]:
+    """Whether two and three samples run through the model, and whether their logits are those in the whole batch."""
+    runs, agrees = True, True
+    for count in (2, 3):
+        samples = [number % task.size for number in range(count)]
+        try:
+            logits = _logits(task.picked(samples))
+        except Exception:  # any error of the model means that the inputs were cut in the wrong way
+            return False, False
+        runs = runs and logits.ndim > 0 and len(logits) == count
+        agrees = agrees and runs and logits.shape[1:] == everything.shape[1:] and len(everything) == task.size
+        agrees = agrees and close_rows(logits, everything[samples])
+    return runs, agrees
+
+
+def _logits(task: Task) -> Tensor:
+    state = ForwardState(task.model)
+    with torch.no_grad():
+        try:
+            return task.forward()
+        finally:
+            state.restore()
+
+
+def close_rows(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(expected.dtype, 0.1)
+    if torch.is_autocast_enabled(expected.device.type):
+        tolerance = 0.1
+    wide = accumulator(expected)
+    found, expected = found.to(wide).flatten(1), expected.to(wide).flatten(1)
+    finite = expected.isfinite()
+    if not bool((found.isfinite() == finite).all()):
+        return False
+    zero = torch.zeros((), dtype=wide, device=expected.device)
+    level = torch.where(finite, expected, zero).abs().amax(1, keepdim=True)
+    error = torch.where(finite, found - expected, zero).abs()
+    return bool((error <= tolerance * level + 1e-30).all())

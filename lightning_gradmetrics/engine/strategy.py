@@ -1,0 +1,265 @@
+"""How a model is handled: planned on a probe, verified against autograd, and what is left to slower ways."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.engine.agreement import agree
+from lightning_gradmetrics.engine.functional import functional_moments
+from lightning_gradmetrics.engine.gather import MomentTable, UseTable
+from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.owners import OwnershipPass
+from lightning_gradmetrics.engine.plan import Plan, PlanError
+from lightning_gradmetrics.engine.probe import Probe, probe_model
+from lightning_gradmetrics.engine.reference import loss_gradients
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracer import Probe as Notes
+from lightning_gradmetrics.engine.tracer import Tracer
+from lightning_gradmetrics.gradients.scaling import rescaled_rows
+
+__all__ = ["Strategy", "collect_fast", "make_strategy", "warn_slow"]
+
+ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
+"""How many samples of each batch are also run alone, to find samples that depend on each other."""
+
+Checks = Callable[[Tensor], None]
+
+
+@dataclass
+class Strategy:
+    """How a model is handled.
+
+    Args:
+        plan: What to do at each call; ``None`` recovers the owners of rows in every batch.
+        fast: The parameters handled so, verified on the probe.
+        slow: The others, and why.
+        mapped: Whether the others can be mapped over the samples, verified on the probe; else one sample at a time.
+        alone: How many samples of each batch are also run alone.
+        bytes: About the memory that a sample's activations take, to split batches by.
+        shapes: The shapes of the inputs that it was planned for.
+        times: For the shapes that it has run on, the positions of a sample on each axis.
+        provisional: Whether it was planned on fewer than three different samples.
+        channels_last: Whether images are laid out so.
+    """
+
+    plan: Plan | None
+    fast: tuple[str, ...] = ()
+    slow: Mapping[str, str] = field(default_factory=dict)
+    mapped: bool = False
+    alone: int = ALONE_IF_UNPLANNED
+    bytes: int = 1
+    shapes: Any = None
+    times: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    provisional: bool = False
+    channels_last: bool = False
+
+
+def make_strategy(task: Task) -> Strategy:
+    """The strategy for a model, from a probe on some samples of a batch.
+
+    Raises:
+        CoupledSamplesError: If the samples depend on each other.
+        SampleAxisError: If the logits have other rows than samples.
+    """
+    state = ForwardState(task.model)
+    if _channels_last_pays(task):
+        with contextlib.suppress(Exception):  # a model may insist on another layout, with views of its tensors
+            strategy = replace(_verified(task.channels_last()), channels_last=True)
+            if not strategy.slow:
+                return strategy
+        state.restore()
+    try:
+        strategy = _verified(task)
+    except (CoupledSamplesError, SampleAxisError):
+        raise
+    except Exception as error:  # a probe may fail in any way; one sample at a time raises the model's own error
+        reason = f"{type(error).__name__}: {error}"
+        strategy = Strategy(None, slow=dict.fromkeys(task.parameters, reason))
+    warn_slow(task, strategy)
+    return strategy
+
+
+def _channels_last_pays(task: Task) -> bool:
+    """On a CPU dense convolutions of images are faster so: about 10 % of a ResNet's training step, measured."""
+    if next(iter(task.parameters.values())).device.type != "cpu":
+        return False
+    for module in task.model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.weight.dtype == torch.float32:
+            return True
+    return False
+
+
+_WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def warn_slow(task: Task, strategy: Strategy) -> None:
+    """Name the parameters without a fast rule, once per model."""
+    warned = _WARNED.setdefault(task.model, set())
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in strategy.slow.items():
+        if name not in warned:
+            by_reason.setdefault(reason, []).append(name)
+    warned.update(strategy.slow)
+    if by_reason:
+        rows = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+        way = "by torch.func.vmap, checked against autograd on a probe" if strategy.mapped else "one sample at a time"
+        warnings.warn(
+            f"no fast rule for these parameters of {type(task.model).__name__}, whose gradients are computed {way}, which is "
+            f"slower: {'; '.join(rows)}",
+            stacklevel=2,
+        )
+
+
+# -- running the fast ways --------------------------------------------------------------------------------------------
+
+
+def collect_fast(
+    table: MomentTable | UseTable,
+    task: Task,
+    plan: Plan | None,
+    checks: Checks,
+    notes: Notes | None = None,
+    free: bool = False,
+) -> tuple[int, ...]:
+    """Fill a table by one forward pass and one backward pass per objective (two without a plan).
+
+    Args:
+        table: The table to fill.
+        task: The batch, restricted to the parameters to collect for.
+        plan: What to do at each call; ``None`` recovers the owners of rows.
+        checks: Gets the logits before any gradient is computed.
+        notes: Filled in a run that verifies a plan.
+        free: Whether axes may have another number of positions per sample than planned.
+
+    Returns:
+        The positions of a sample on each axis.
+
+    Raises:
+        PlanError: If the model does something else than planned, or rows have no single owner.
+    """
+    for parameter in task.model.parameters():
+        parameter.requires_grad_(False)
+    tracer: Tracer
+    if plan is None:
+        tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
+    else:
+        roots = plan.roots.values()
+        known = {name: p for name, p in task.model.named_parameters() if frozenset([name]) in roots}
+        tracer = Tracer(plan, known, task.size, table.add, free)
+    tracer.probe = notes
+    with tracer:
+        logits = task.forward()
+    checks(logits)
+    scaled = [task.unit_losses(index, logits) for index in range(len(table.task.objectives))]
+    for index, (losses, undo) in enumerate(scaled):
+        table.begin(index, undo)
+        tracer.collect(losses, last=index == len(scaled) - 1)
+    table.finish()
+    return tuple(tracer.times)
+
+
+# -- verification -----------------------------------------------------------------------------------------------------
+
+
+def _verified(task: Task) -> Strategy:
+    """Plan on a probe, and compare every parameter's moments on it with those of autograd."""
+    state, probe = ForwardState(task.model), probe_model(task)
+    plan, names, slow = probe.plan, list(task.parameters), {}
+    if plan is not None:
+        slow.update(plan.uncovered)
+    while True:
+        state.restore()
+        names = [name for name in names if name not in slow]
+        table, notes = MomentTable(probe.task.restricted(names), scaled=True) if names else None, Notes()
+        if table is None:
+            break
+        try:
+            collect_fast(table, table.task, plan, _unchecked, notes)
+            break
+        except PlanError as error:
+            plan = _without_failed_step(plan, slow, error, names)
+    state.restore()
+    if table is not None:
+        wrong = {name: reason for name, reason in notes.failures.items() if name in names}
+        wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
+        slow.update(wrong)
+    fast = tuple(name for name in task.parameters if name not in slow)
+    mapped = bool(slow) and _can_be_mapped(probe, slow)
+    state.restore()
+    return Strategy(plan, fast, slow, mapped, _alone(probe, task), probe.bytes, None, {}, task.size < 3)
+
+
+def _unchecked(logits: Tensor) -> None:
+    """The probe has been checked."""
+
+
+def _alone(probe: Probe, task: Task) -> int:
+    if probe.random:  # a sample alone draws other numbers
+        return 0
+    if probe.reads_activations:
+        return 10**9
+    return ALONE_IF_UNPLANNED if probe.plan is None else ALONE_IF_PLANNED
+
+
+def _without_failed_step(plan: Plan | None, slow: dict[str, str], error: PlanError, names: Sequence[str]) -> Plan | None:
+    """Leave the parameters of a failed step to slower ways."""
+    if plan is not None and error.step is not None:
+        plan = plan.without(error.step, str(error))
+        slow.update(plan.uncovered)
+        return plan
+    lost = error.names & set(names) or set(names)
+    slow.update(dict.fromkeys(sorted(lost), str(error)))
+    return plan
+
+
+def _gradients(probe: Probe, names: Collection[str]) -> Iterator[tuple[int, int, Tensor, dict[str, Tensor]]]:
+    """Objective, sample, undoing factor and gradients by autograd; those of one sample at a time are in memory."""
+    parameters = {name: p for name, p in probe.task.parameters.items() if name in names}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for objective, (losses, undo) in enumerate(probe.losses):
+        for number in range(len(losses)):
+            gradients = loss_gradients(losses[number], list(parameters.values()))
+            yield objective, number, undo[number], dict(zip(parameters, gradients, strict=True))
+
+
+def _disagreements(
+    probe: Probe, table: MomentTable, scales: Mapping[str, float], names: Collection[str]
+) -> dict[str, str]:
+    """The parameters whose moments are not those of autograd's gradients."""
+    wrong: dict[str, str] = {}
+    for objective, number, _, gradients in _gradients(probe, names):
+        while gradients:
+            name, gradient = gradients.popitem()
+            moments = table.of_sample(number, name, objective)
+            if name not in wrong and not agree(moments, gradient[None], scales[name]):
+                wrong[name] = "its fast rule disagrees with autograd on a probe"
+    return wrong
+
+
+def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:
+    """Whether ``torch.func`` finds the gradients that autograd finds."""
+    task = probe.task.restricted(slow)
+    try:
+        mapped = functional_moments(task)
+    except Exception:  # torch.func raises many kinds of errors
+        return False
+    columns = {name: column for column, name in enumerate(task.parameters)}
+    for objective, number, undo, gradients in _gradients(probe, slow):
+        scale = 1e-2 * max(float(gradient.norm()) * float(undo) for gradient in gradients.values())
+        for name, gradient in gradients.items():
+            moments = {}
+            for key, value in mapped[objective].items():
+                moments[key] = value[number : number + 1, columns[name]]
+            if not agree(moments, rescaled_rows(gradient[None], undo[None]), scale):
+                return False
+    return True

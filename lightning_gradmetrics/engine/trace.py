@@ -1,0 +1,182 @@
+"""Tracing every torch call of a forward pass, to learn how the model uses its parameters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lightning_gradmetrics.engine.axes import axis_between
+from lightning_gradmetrics.engine.calls import OpeningMode, tensors_in
+
+__all__ = ["HOST_READS", "CallTrace", "HostRead", "TensorState", "TracedCall", "host_value"]
+
+HOST_READS = frozenset(
+    ["item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "__array__", "is_nonzero"]
+    + ["equal", "allclose", "__contains__", "__complex__"]
+)
+"""Names of functions that hand values of a tensor to Python, where the model may branch on them."""
+
+
+@dataclass(frozen=True)
+class TensorState:
+    """A tensor at the time of a call: its serial number, its shape then, and whether a gradient flows into it."""
+
+    serial: int
+    shape: tuple[int, ...]
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class HostRead:
+    """A value that Python read from a tensor, and the number of traced calls before it."""
+
+    value: Any
+    calls: int
+
+
+@dataclass(frozen=True)
+class TracedCall:
+    """One call that returned tensors.
+
+    Args:
+        function: The function.
+        inputs: Its tensor arguments.
+        outputs: The tensors that it returned.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        result: What it returned.
+        differentiable: Whether a gradient flows through it.
+        marks: For each tensor argument and then each output, one number for each position on its sample axis that changes
+            with the values there; ``None`` without a sample axis, or where no guide was given.
+    """
+
+    function: Callable[..., Any]
+    inputs: tuple[TensorState, ...]
+    outputs: tuple[TensorState, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    differentiable: bool
+    marks: tuple[Tensor | None, ...] = ()
+
+
+class CallTrace(OpeningMode):
+    """Traces the calls made while it is active, of composite functions the calls inside.
+
+    Args:
+        parameters: The parameters to know by name.
+        guide: A trace with another number of samples, which tells the sample axes; calls are marked if it is given.
+        keep: Whether to keep arguments and results.
+        on_read: Gets each tensor whose values Python reads.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        guide: Sequence[TracedCall] | None = None,
+        keep: bool = True,
+        on_read: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._on_read = on_read
+        self.watched, self.where = -1, ""
+        self.calls: list[TracedCall] = []
+        self.reads: list[HostRead] = []
+        self._guide, self._keep = guide, keep
+        self._serials: dict[int, int] = {}
+        self._tensors: list[Tensor] = []
+        self.names = {self._state(parameter).serial: name for name, parameter in parameters.items()}
+
+    def _state(self, tensor: Tensor) -> TensorState:
+        if id(tensor) not in self._serials:
+            self._serials[id(tensor)] = len(self._tensors)
+            self._tensors.append(tensor)
+        return TensorState(self._serials[id(tensor)], tuple(tensor.shape), tensor.requires_grad)
+
+    def bytes(self) -> int:
+        """The size of everything that was computed: at least what the forward pass keeps."""
+        sizes: dict[int, int] = {}
+        for call in self.calls:
+            for tensor in tensors_in(call.result):
+                if tensor.layout == torch.strided:
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(sizes.values())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call and note what went in and what came out."""
+        kwargs = kwargs or {}
+        if self._opens(func):
+            return self._inside(func, args, kwargs)
+        if len(self.calls) == self.watched:
+            self.where = _surrounding_module() or self.where
+        tensors = list(tensors_in((args, kwargs)))
+        inputs = tuple(self._state(tensor) for tensor in tensors)
+        before = self._marks(tensors, inputs, 0)
+        result = func(*args, **kwargs)
+        if tensors and getattr(func, "__name__", "") in HOST_READS:
+            self.reads.append(HostRead(host_value(result), len(self.calls)))
+            if self._on_read is not None:
+                self._on_read(tensors[0])
+        results = list(tensors_in(result))
+        outputs = tuple(self._state(tensor) for tensor in results)
+        if outputs:
+            # Reentrant checkpoints run without gradients here and once more in the backward pass.
+            differentiable = not torch.is_grad_enabled() or any(state.requires_grad for state in outputs)
+            marks = (*before, *self._marks(results, outputs, len(inputs)))
+            kept = (args, kwargs, result) if self._keep else ((), {}, None)
+            self.calls.append(TracedCall(func, inputs, outputs, *kept, differentiable, marks))
+        return result
+
+    def _marks(self, tensors: Sequence[Tensor], states: Sequence[TensorState], first: int) -> tuple[Tensor | None, ...]:
+        """The marks of a call's tensors, the guide's states of which begin at ``first``."""
+        if self._guide is None or len(self.calls) >= len(self._guide):
+            return (None,) * len(tensors)
+        guide = self._guide[len(self.calls)]
+        shapes = [state.shape for state in (*guide.inputs, *guide.outputs)]
+        marks = []
+        with torch._C.DisableTorchFunction(), torch.no_grad(), _disable_current_modes():
+            for number, (tensor, state) in enumerate(zip(tensors, states, strict=True), first):
+                shape = shapes[number] if number < len(shapes) else state.shape
+                marks.append(_marked(tensor, state.shape, shape))
+        return tuple(marks)
+
+
+def _surrounding_module() -> str:
+    """The innermost module whose forward pass is running."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            return type(module).__name__
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def host_value(result: Any) -> Any:
+    """A value read by Python, in a form that can be compared."""
+    if isinstance(result, (list, tuple)):
+        return repr(result)
+    tobytes = getattr(result, "tobytes", None)
+    return tobytes() if tobytes is not None else result
+
+
+def _marked(tensor: Tensor, shape: tuple[int, ...], other: tuple[int, ...]) -> Tensor | None:
+    """One number for each position on the sample axis, a weighted sum of the entries there."""
+    try:
+        axis = axis_between(other, shape)
+    except ValueError:
+        return None
+    if axis is None or tensor.layout != torch.strided or tensor.is_quantized or not tensor.numel():
+        return None
+    rows = tensor.detach().movedim(axis.dim, 0).reshape(shape[axis.dim], -1)
+    if not rows.is_floating_point() or rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.abs() if rows.is_complex() else rows.float()
+    weights = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).sin_().add_(2)
+    return rows.nan_to_num(1e3, 2e3, -2e3) @ weights
