@@ -13,7 +13,7 @@ from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.agreement import agree
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
 from lightning_gradmetrics.engine.guards import check_alone, check_objectives, compare_alone
-from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
+from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, quiet_no_grad
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.samples import input_structure
@@ -33,7 +33,7 @@ _UNPLANNABLE: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 """Kinds and sizes of batches that no plan made for them fits."""
 
 Result = TypeVar("Result")
-Work = Callable[[Task, Strategy], Result]
+Work = Callable[[Task, Strategy, ForwardState], Result]
 
 
 def auto_moments(task: Task) -> list[Moments]:
@@ -62,7 +62,7 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
         if task.memory is not None and shapes != strategy.shapes:
             continue  # what a sample takes is known for the planned shapes only
         try:
-            return work(task, strategy)
+            return work(task, strategy, state)
         except PlanError:
             state.restore()
     here = (key, shapes, task.size)
@@ -71,7 +71,7 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
         strategy.shapes = shapes
         state.restore()
         try:
-            result = work(task, strategy)
+            result = work(task, strategy, state)
         except PlanError:
             unplannable.add(here)
             state.restore()
@@ -79,7 +79,8 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
             known.setdefault(_kind(task), []).append(strategy)
             return result
     alone = max((strategy.alone for strategy in strategies), default=3)
-    return work(task, Strategy(None, fast=tuple(task.parameters), alone=alone))
+    quiet = any(strategy.quiet for strategy in strategies)
+    return work(task, Strategy(None, fast=tuple(task.parameters), alone=alone, quiet=quiet), state)
 
 
 def _kind(task: Task) -> Hashable:
@@ -101,24 +102,24 @@ def _shapes(task: Task) -> Hashable:
 # -- one batch --------------------------------------------------------------------------------------------------------
 
 
-def _moments(task: Task, strategy: Strategy) -> list[Moments]:
+def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moments]:
     """The moments, in pieces of the batch if the memory is bounded."""
     step = task.size if task.memory is None else max(1, task.memory // strategy.bytes)
     parts = []
     for start in range(0, task.size, step):
         table = MomentTable(task.rows(start, start + step))
-        _fill(table, strategy)
+        _fill(table, strategy, state)
         parts.append(table)
     return MomentTable.join(parts)
 
 
-def _uses(task: Task, strategy: Strategy) -> dict[str, Use]:
+def _uses(task: Task, strategy: Strategy, state: ForwardState) -> dict[str, Use]:
     table = UseTable(task)
-    _fill(table, strategy)
+    _fill(table, strategy, state)
     return table.uses
 
 
-def _fill(table: MomentTable | UseTable, strategy: Strategy) -> None:
+def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState) -> None:
     """Fill a table: the fast parameters, then the others.
 
     Raises:
@@ -130,7 +131,7 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy) -> None:
     def checks(logits: Tensor) -> None:
         seen.append(logits.detach())
         check_objectives(task, logits)
-        check_alone(task, logits, strategy.alone)
+        check_alone(task, logits, strategy.alone, state, strategy.quiet)
 
     slow = dict(strategy.slow)
     if strategy.plan is not None and strategy.fast:
@@ -140,17 +141,17 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy) -> None:
     if not slow:
         return
     if not seen:
-        with torch.no_grad():
+        with quiet_no_grad(strategy.quiet):
             checks(task.forward())
     check = None
     if strategy.alone:
 
         def check(number: int, logits: Tensor) -> None:
-            compare_alone(task, seen[-1], number, logits)
+            compare_alone(task, seen[-1], number, logits, state)
 
-    warn_slow(task, Strategy(None, slow=slow, mapped=strategy.mapped))
     mapped = strategy.mapped and slow.keys() == strategy.slow.keys()
     table.add_slowly(slow, mapped, check)
+    warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
 
 
 def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Callable[[Tensor], None]) -> None:

@@ -126,9 +126,7 @@ class DependenceTrace(TorchDispatchMode):
             chosen, by_data = self._selected(func, name, arguments)
         return Operation(name, bits, shapes, (), plain, chosen, by_data, read)
 
-    def _indexed(
-        self, name: str, arguments: Mapping[str, Any]
-    ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
+    def _indexed(self, name: str, arguments: Mapping[str, Any]) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
         """The axes that an operation like ``x[i, :, j]`` chooses along, other than by ``0, 1, 2, ...``."""
         shape = tuple(arguments["self"].shape)
         chosen, dim = [], 0
@@ -229,7 +227,5 @@ def choice_by_data(two: Sequence[Operation], three: Sequence[Operation]) -> str:
 
 def reads_activations(operations: Sequence[Operation]) -> bool:
     """Whether Python reads a value that depends on the samples and on the parameters."""
-    for operation in operations:
-        if operation.read and operation.depends & SAMPLES and operation.depends & WEIGHTS:
-            return True
-    return False
+    both = SAMPLES | WEIGHTS
+    return any(operation.read and operation.depends & both == both for operation in operations)

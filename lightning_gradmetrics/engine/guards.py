@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
 from lightning_gradmetrics.engine.refusals import coupled_model, coupled_objective
 from lightning_gradmetrics.engine.samples import close_rows
 from lightning_gradmetrics.engine.task import Task
@@ -20,13 +20,15 @@ _CHOICE = random.Random(0)
 """Chooses the samples to check; the user's generators are left alone."""
 
 
-def check_alone(task: Task, logits: Tensor, count: int) -> None:
+def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, quiet: bool) -> None:
     """Compare the logits of some samples, each alone in a batch, with their logits in this batch.
 
     Args:
         task: The batch.
         logits: Its logits ``(N, C)``.
         count: The number of samples to run alone.
+        state: The state of the model before the batch.
+        quiet: Whether reentrant checkpoints may warn that they run without gradients.
 
     Raises:
         CoupledSamplesError: If they differ.
@@ -34,10 +36,10 @@ def check_alone(task: Task, logits: Tensor, count: int) -> None:
     if task.size < 2:
         return
     for number in _CHOICE.sample(range(task.size), min(count, task.size)):
-        compare_alone(task, logits, number, _logits(task, [number]))
+        compare_alone(task, logits, number, _logits(task, [number], state, quiet), state)
 
 
-def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor) -> None:
+def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> None:
     """Compare the logits ``(1, C)`` of one sample alone with its row of the batch's logits ``(N, C)``.
 
     Raises:
@@ -47,19 +49,20 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor) -> Non
     if close_rows(alone.detach(), expected):
         return
     # Rounding may differ with the size of the batch: compare in a batch of the same size.
-    repeated = _logits(task, [number] * task.size)[:1]
+    repeated = _logits(task, [number] * task.size, state, True)[:1]
     step = 64 * torch.finfo(logits.dtype).eps
     if not torch.allclose(repeated, expected, step, step * float(expected.abs().amax()), equal_nan=True):
         raise coupled_model(f"a part of {type(task.model).__name__} for which data decides what it computes")
 
 
-def _logits(task: Task, samples: list[int]) -> Tensor:
-    state = ForwardState(task.model)
-    with torch.no_grad():
+def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool) -> Tensor:
+    now = ForwardState(task.model)
+    state.restore()
+    with quiet_no_grad(quiet):
         try:
             return task.picked(samples).forward()
         finally:
-            state.restore()
+            now.restore()
 
 
 def check_objectives(task: Task, logits: Tensor) -> None:

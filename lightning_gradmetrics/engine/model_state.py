@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.preservation import RandomState
 
-__all__ = ["ForwardState", "attribute_key", "note_volatile"]
+__all__ = ["ForwardState", "attribute_key", "note_volatile", "quiet_no_grad"]
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, Enum)
@@ -51,6 +53,7 @@ class ForwardState:
 
     def restore(self) -> None:
         """Set generators, attributes and buffers to this state."""
+        torch.clear_autocast_cache()  # weights that an earlier pass has cast are cast again
         self.restore_attributes()
         self._generators.restore()
 
@@ -67,6 +70,18 @@ class ForwardState:
         for buffer, version, value in self._buffers:
             if version >= 0 and buffer._version != version:
                 buffer.data.copy_(value)  # without a new version: a graph may hold the buffer
+
+
+@contextmanager
+def quiet_no_grad(quiet: bool) -> Iterator[None]:
+    """No gradients, and if ``quiet`` no warning of reentrant activation checkpoints that there are none."""
+    with torch.no_grad():
+        if not quiet:
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+            yield
 
 
 def attribute_key(model: nn.Module) -> Hashable:

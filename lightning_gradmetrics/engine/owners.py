@@ -7,7 +7,7 @@ has put its rows in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
 from lightning_gradmetrics.engine.plan import BROADCAST, Plan, PlanError, Source
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.tracer import Sink, Tracer, _Copies
-from lightning_gradmetrics.engine.uses import RowsUse, Use
+from lightning_gradmetrics.engine.uses import RowsUse
 
 __all__ = ["OwnershipPass", "grouped_rows", "owners_of_rows"]
 
@@ -28,9 +28,38 @@ PROJECTIONS = 4
 """Numbers that a row's gradient is reduced to for the comparison."""
 
 _FLAT = frozenset(
-    ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_empty"]
-    + ["new_full", "new_tensor", "gt", "lt", "ge", "le", "eq", "ne", "argmax", "argmin", "isnan", "isfinite", "isinf"]
-    + ["__gt__", "__lt__", "__ge__", "__le__", "__eq__", "__ne__", "sign", "detach"]
+    [
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_tensor",
+        "gt",
+        "lt",
+        "ge",
+        "le",
+        "eq",
+        "ne",
+        "argmax",
+        "argmin",
+        "isnan",
+        "isfinite",
+        "isinf",
+        "__gt__",
+        "__lt__",
+        "__ge__",
+        "__le__",
+        "__eq__",
+        "__ne__",
+        "sign",
+        "detach",
+    ]
 )
 """Functions through which no gradient flows."""
 
@@ -139,7 +168,7 @@ class OwnershipPass(Tracer):
         for name, value in values.items():
             if isinstance(value, Tensor) and name != "input":
                 tracked = id(value) in self._tracked
-                if tracked and name not in found.weights or not tracked and id(value) not in self._constants:
+                if (tracked and name not in found.weights) or (not tracked and id(value) not in self._constants):
                     return False
         return True
 
@@ -211,14 +240,20 @@ class OwnershipPass(Tracer):
         self.backward(losses.sum(), last)
 
     def _rows_arrive(
-        self, number: int, found: Rule, call: Call, slots: Mapping[str, Source], before: tuple[int, Tensor, int], g: Tensor
+        self,
+        number: int,
+        found: Rule,
+        call: Call,
+        slots: Mapping[str, Source],
+        before: tuple[int, Tensor, int],
+        g: Tensor,
     ) -> None:
         count, x, version = before
         if x._version != version:
             raise self._refused(slots.values(), "a layer's input was changed in place after the layer had used it")
         with self._quiet(), self._guarded(slots.values()):
             rows = len(call.values["input"])
-            flat = g.reshape(rows, -1)
+            flat = g.reshape(rows, g.shape[count:].numel())
             if self._weighted:
                 self._weighted_rows[number] = self._projected(flat)
                 return
@@ -230,7 +265,7 @@ class OwnershipPass(Tracer):
 
     def _copies_arrive(self, number: int, source: Source, g: Tensor) -> None:
         with self._quiet(), self._guarded([source]):
-            flat = g.reshape(len(g), -1)
+            flat = g.reshape(len(g), g.shape[1:].numel())
             if self._weighted:
                 self._weighted_rows[number] = self._projected(flat)
                 return

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import map_tensors, tensors_in
 from lightning_gradmetrics.engine.dependence import DependenceTrace, choice_by_data, reads_activations
-from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile
+from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model
 from lightning_gradmetrics.engine.samples import close_rows
@@ -32,6 +32,7 @@ class Probe:
         reason: Why there is no plan.
         reads_activations: Whether Python reads values that depend on samples and parameters.
         random: Whether it draws random numbers.
+        pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
         bytes: About the memory that one sample's activations take.
     """
 
@@ -41,6 +42,7 @@ class Probe:
     reason: str
     reads_activations: bool
     random: bool
+    pauses_gradients: bool
     bytes: int
 
 
@@ -76,7 +78,7 @@ def probe_model(task: Task) -> Probe:
     activations = reads_activations(many.operations)
     if plan is not None:
         plan = replace(plan, reads=reads)
-    return Probe(three, losses, plan, reason, activations, many.random, large.bytes() // 3 + 1)
+    return Probe(three, losses, plan, reason, activations, many.random, large.pauses_gradients, large.bytes() // 3 + 1)
 
 
 def _traced(
@@ -173,7 +175,7 @@ def _replaced(
     state.restore()
     trace = CallTrace(task.parameters, small.calls, keep=False)
     try:
-        with torch.no_grad(), trace:
+        with quiet_no_grad(True), trace:
             logits = task.forward()
     except Exception:  # a made-up sample may be one that the model refuses
         return None, None
@@ -193,7 +195,11 @@ def _same_rows(found: Tensor, expected: Tensor, tight: bool) -> bool:
         return close_rows(found, expected)
     step = 16 * torch.finfo(expected.dtype).eps
     level = expected.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
-    return bool(torch.isclose(found, expected, 0.0, 0.0, equal_nan=True).logical_or((found - expected).abs() <= step * level).all())
+    return bool(
+        torch.isclose(found, expected, 0.0, 0.0, equal_nan=True)
+        .logical_or((found - expected).abs() <= step * level)
+        .all()
+    )
 
 
 def _changed(base: CallTrace, traces: Sequence[CallTrace]) -> Changes:
@@ -262,7 +268,7 @@ def _first_coupling(
                 state.restore()
                 watching = CallTrace(task.parameters, keep=False)
                 watching.watched = number
-                with torch.no_grad(), watching:
+                with quiet_no_grad(True), watching:
                     task.forward()
                 state.restore()
                 name = getattr(call.function, "__name__", "a function")

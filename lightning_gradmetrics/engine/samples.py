@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import tensors_in
-from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
 from lightning_gradmetrics.engine.refusals import SampleAxisError
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import accumulator
@@ -114,7 +114,7 @@ def _tried(task: Task, everything: Tensor) -> tuple[bool, bool]:
 
 def _logits(task: Task) -> Tensor:
     state = ForwardState(task.model)
-    with torch.no_grad():
+    with quiet_no_grad(True):
         try:
             return task.forward()
         finally:

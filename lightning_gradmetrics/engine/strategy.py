@@ -47,6 +47,7 @@ class Strategy:
         bytes: About the memory that a sample's activations take, to split batches by.
         shapes: The shapes of the inputs that it was planned for.
         times: For the shapes that it has run on, the positions of a sample on each axis.
+        quiet: Whether runs without gradients make torch's checkpoints warn of it.
         provisional: Whether it was planned on fewer than three different samples.
         channels_last: Whether images are laid out so.
     """
@@ -59,6 +60,7 @@ class Strategy:
     bytes: int = 1
     shapes: Any = None
     times: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    quiet: bool = False
     provisional: bool = False
     channels_last: bool = False
 
@@ -84,7 +86,6 @@ def make_strategy(task: Task) -> Strategy:
     except Exception as error:  # a probe may fail in any way; one sample at a time raises the model's own error
         reason = f"{type(error).__name__}: {error}"
         strategy = Strategy(None, slow=dict.fromkeys(task.parameters, reason))
-    warn_slow(task, strategy)
     return strategy
 
 
@@ -195,14 +196,23 @@ def _verified(task: Task) -> Strategy:
     fast = tuple(name for name in task.parameters if name not in slow)
     mapped = bool(slow) and _can_be_mapped(probe, slow)
     state.restore()
-    return Strategy(plan, fast, slow, mapped, _alone(probe, task), probe.bytes, None, {}, task.size < 3)
+    return Strategy(
+        plan,
+        fast,
+        slow,
+        mapped,
+        alone=_alone(probe),
+        bytes=probe.bytes,
+        quiet=probe.pauses_gradients,
+        provisional=task.size < 3,
+    )
 
 
 def _unchecked(logits: Tensor) -> None:
     """The probe has been checked."""
 
 
-def _alone(probe: Probe, task: Task) -> int:
+def _alone(probe: Probe) -> int:
     if probe.random:  # a sample alone draws other numbers
         return 0
     if probe.reads_activations:
@@ -210,7 +220,9 @@ def _alone(probe: Probe, task: Task) -> int:
     return ALONE_IF_UNPLANNED if probe.plan is None else ALONE_IF_PLANNED
 
 
-def _without_failed_step(plan: Plan | None, slow: dict[str, str], error: PlanError, names: Sequence[str]) -> Plan | None:
+def _without_failed_step(
+    plan: Plan | None, slow: dict[str, str], error: PlanError, names: Sequence[str]
+) -> Plan | None:
     """Leave the parameters of a failed step to slower ways."""
     if plan is not None and error.step is not None:
         plan = plan.without(error.step, str(error))
@@ -224,6 +236,8 @@ def _without_failed_step(plan: Plan | None, slow: dict[str, str], error: PlanErr
 def _gradients(probe: Probe, names: Collection[str]) -> Iterator[tuple[int, int, Tensor, dict[str, Tensor]]]:
     """Objective, sample, undoing factor and gradients by autograd; those of one sample at a time are in memory."""
     parameters = {name: p for name, p in probe.task.parameters.items() if name in names}
+    if not parameters:
+        return
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for objective, (losses, undo) in enumerate(probe.losses):

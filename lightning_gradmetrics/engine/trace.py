@@ -17,8 +17,21 @@ from lightning_gradmetrics.engine.calls import OpeningMode, tensors_in
 __all__ = ["HOST_READS", "CallTrace", "HostRead", "TensorState", "TracedCall", "host_value"]
 
 HOST_READS = frozenset(
-    ["item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "__array__", "is_nonzero"]
-    + ["equal", "allclose", "__contains__", "__complex__"]
+    [
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "__contains__",
+        "numpy",
+        "__array__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+    ]
 )
 """Names of functions that hand values of a tensor to Python, where the model may branch on them."""
 
@@ -86,6 +99,7 @@ class CallTrace(OpeningMode):
         super().__init__()
         self._on_read = on_read
         self.watched, self.where = -1, ""
+        self.pauses_gradients = False
         self.calls: list[TracedCall] = []
         self.reads: list[HostRead] = []
         self._guide, self._keep = guide, keep
@@ -128,6 +142,7 @@ class CallTrace(OpeningMode):
         outputs = tuple(self._state(tensor) for tensor in results)
         if outputs:
             # Reentrant checkpoints run without gradients here and once more in the backward pass.
+            self.pauses_gradients = self.pauses_gradients or not torch.is_grad_enabled()
             differentiable = not torch.is_grad_enabled() or any(state.requires_grad for state in outputs)
             marks = (*before, *self._marks(results, outputs, len(inputs)))
             kept = (args, kwargs, result) if self._keep else ((), {}, None)

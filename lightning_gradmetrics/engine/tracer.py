@@ -80,9 +80,7 @@ class Tracer(OpeningMode):
             sequences of another length.
     """
 
-    def __init__(
-        self, plan: Plan, parameters: Mapping[str, Tensor], size: int, sink: Sink, free: bool = False
-    ) -> None:
+    def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int, sink: Sink, free: bool = False) -> None:
         super().__init__()
         self.plan, self.size, self.sink, self.free = plan, size, sink, free
         self.times: list[int] = []

@@ -41,7 +41,7 @@ def test_untouched(engine, where):
     model(x).sum().backward()
     model[-1].train()
     if engine == "auto":
-        gradient_statistics(model, x[:2], "uniform")
+        gradient_statistics(model, x, "uniform")
     calls = 0
 
     def explode(*_):
@@ -73,5 +73,5 @@ def test_a_user_error_in_a_first_call_is_the_users_error():
     def wrong(logits):
         raise KeyError("mine")
 
-    with pytest.warns(UserWarning, match="KeyError"), pytest.raises(KeyError, match="mine"):
+    with pytest.raises(KeyError, match="mine"):
         gradient_statistics(model, x, wrong)

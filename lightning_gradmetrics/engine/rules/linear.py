@@ -25,7 +25,14 @@ def _inner_axis(call: Call) -> bool:
     return call.axis == call.out and call.axis.dim < ndim - 1
 
 
-@rule(F.linear, arguments="input weight bias", weights="weight bias", accepts=_inner_axis, dense=True, row_axes=all_but_last)
+@rule(
+    F.linear,
+    arguments="input weight bias",
+    weights="weight bias",
+    accepts=_inner_axis,
+    dense=True,
+    row_axes=all_but_last,
+)
 def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W^T + b``: the weight's gradient is ``sum_t g_t a_t^T``, the bias' ``sum_t g_t``."""
     g = _sequence(g)
@@ -62,7 +69,9 @@ def _affine(call: Call) -> bool:
     return _matrix(call) and call.values["bias"].ndim == 1
 
 
-@rule(torch.addmm, arguments="bias input weight beta alpha", weights="weight bias", accepts=_affine, row_axes=all_but_last)
+@rule(
+    torch.addmm, arguments="bias input weight beta alpha", weights="weight bias", accepts=_affine, row_axes=all_but_last
+)
 def affine(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = b + a W``."""
     g = _sequence(g)

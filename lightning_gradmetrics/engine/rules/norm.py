@@ -137,7 +137,13 @@ def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     yield from _trailing(call, normalised, g)
 
 
-@rule(torch.rms_norm, arguments="input normalized_shape weight eps", weights="weight", accepts=_outside, row_axes=_before_shape)
+@rule(
+    torch.rms_norm,
+    arguments="input normalized_shape weight eps",
+    weights="weight",
+    accepts=_outside,
+    row_axes=_before_shape,
+)
 def rms_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Divided by the root mean square over the last axes."""
     shape = list(call.values["normalized_shape"])
