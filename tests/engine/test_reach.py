@@ -179,8 +179,7 @@ def test_quantised_layers_after_chosen_parameters_are_refused():
         gradient_statistics(mixed, x, "pseudo_label")
     with pytest.raises(ValueError, match=r"quantised layer '2\.0'"):
         lgm.score(mixed, x, "gradnorm(target=all)")
-    found = gradient_statistics(mixed, x, "pseudo_label", lambda name: name.startswith("4."))
-    logits = mixed(x)
-    residual = (logits.softmax(1) - F.one_hot(logits.argmax(1), 3)).abs().sum(1)
-    torch.testing.assert_close(found.norm(1), residual * (mixed[:4](x).abs().sum(1) + 1), rtol=1e-4, atol=0)
+    # A dynamically quantised layer takes its scale from the whole batch.
+    with pytest.raises(ValueError, match=r"depend on each other: 'linear_dynamic' in Linear couples them"):
+        gradient_statistics(mixed, x, "pseudo_label", lambda name: name.startswith("4."))
     assert all(p.requires_grad for p in mixed.parameters())
