@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.table import Table
 from benchmarks import peers
 from benchmarks.measure import environment, interleaved, peak_memory, summary
 from benchmarks.models import CASES
+from lightning_gradmetrics.engine.kernels.library import plain_kernels
 
 __all__ = ["main"]
 
@@ -37,6 +38,7 @@ LABELS = {
     "pytorch-ood": "pytorch-ood GradUncertainty",
     "gradient_metrics": "gradient_metrics",
 }
+PARTS = ("time", "kernels", "peers", "memory")
 PEERS = {"vmap": 1.8, "pytorch-ood": 1.8, "gradient_metrics": 150.0}
 MEMORY_BAR = 0.15
 
@@ -68,7 +70,7 @@ class Row:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks engine", description=__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="models to measure")
-    parser.add_argument("--part", nargs="+", choices=["time", "peers", "memory"], default=["time", "peers", "memory"])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=["time", "peers", "memory"])
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; medians and quartiles are over them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -91,10 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     console = Console(width=None if sys.stdout.isatty() else 160)
     facts = environment(options.device) | {"precision": options.precision}
+    measured = {"time": _time, "kernels": _kernels, "peers": _peers, "memory": _memory}
     for case in options.case:
         for part in options.part:
             with console.status(f"{case}: {part}"):
-                rows += list({"time": _time, "peers": _peers, "memory": _memory}[part](case, options))
+                rows += list(measured[part](case, options))
     console.print(_table(rows, facts))
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"engine-{options.device}-{options.precision}.json"
@@ -119,6 +122,32 @@ def _time(case: str, options: argparse.Namespace) -> Iterator[Row]:
     for name, values in found.items():
         bar = BARS.get((case, name))
         yield Row(case, len(x), LABELS[name], *values["ratio"], bar, False, "time / step", values["ms"][0])
+
+
+def _kernels(case: str, options: argparse.Namespace) -> Iterator[Row]:
+    """The engine with its compiled kernels and with their plain torch forms, beside a training step."""
+    model, x = CASES[case].build(options.device)
+    engines = {name: peers.lgm_engine(model, x, getattr(peers, name.upper())) for name in ("full", "squares")}
+    functions = {"step": peers.training_step(model, x)}
+    for name, run in engines.items():
+        functions[f"{name}, compiled"], functions[f"{name}, plain torch"] = run, _plain(run)
+    with _precision(options):
+        found = summary(interleaved(functions, options.rounds, options.device), "step")
+    for name in engines:
+        for form in ("compiled", "plain torch"):
+            values = found[f"{name}, {form}"]
+            label = f"{LABELS[name]}, {form}"
+            yield Row(case, len(x), label, *values["ratio"], None, False, "time / step", values["ms"][0])
+
+
+def _plain(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same without the compiled kernels."""
+
+    def plain() -> Any:
+        with plain_kernels():
+            return run()
+
+    return plain
 
 
 def _peers(case: str, options: argparse.Namespace) -> Iterator[Row]:
