@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.samples import close_rows
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 
-__all__ = ["Probe", "probe_model"]
+__all__ = ["Probe", "call_outline", "changed_positions", "probe_model"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def probe_model(task: Task) -> Probe:
     reason = choice_by_data(few.operations, many.operations)
     traces = _replaced_traces(three, small, large, logits, state, bool(reason))
     same = [trace for trace in traces if trace is not None]
-    changes: Changes = _changed(large, same) if len(same) == 3 else ()
+    changes: Changes = changed_positions(large, same) if len(same) == 3 else ()
     reason = reason or ("" if changes else "it makes other calls for other samples")
     if not reason:
         _check_coupling(three, small, large, changes, state)
@@ -181,11 +181,12 @@ def _replaced(
         return None, None
     finally:
         state.restore()
-    same = [_outline(call) for call in trace.calls] == [_outline(call) for call in base.calls]
+    same = [call_outline(call) for call in trace.calls] == [call_outline(call) for call in base.calls]
     return trace if same else None, logits
 
 
-def _outline(call: TracedCall) -> tuple[Any, ...]:
+def call_outline(call: TracedCall) -> tuple[Any, ...]:
+    """A call's function and the shapes of its tensors."""
     return call.function, *(state.shape for state in (*call.inputs, *call.outputs))
 
 
@@ -202,7 +203,7 @@ def _same_rows(found: Tensor, expected: Tensor, tight: bool) -> bool:
     )
 
 
-def _changed(base: CallTrace, traces: Sequence[CallTrace]) -> Changes:
+def changed_positions(base: CallTrace, traces: Sequence[CallTrace]) -> Changes:
     """For each call and each of its tensors, the positions that change with each sample, ``(3, L)``."""
     changes = []
     for number, call in enumerate(base.calls):
@@ -255,7 +256,7 @@ def _culprit(
 ) -> str:
     if trace is None:
         return f"a decision of {type(task.model).__name__} for the whole batch"
-    return _first_coupling(task, small, base, _changed(base, [trace]), state, number)
+    return _first_coupling(task, small, base, changed_positions(base, [trace]), state, number)
 
 
 def _first_coupling(

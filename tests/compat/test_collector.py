@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_gradmetrics.compat.gradient_metrics import metrics as ours
+from lightning_gradmetrics.compat.gradient_metrics import watching
 from lightning_gradmetrics.compat.gradient_metrics.collector import GradientMetricCollector
 from tests.engine.cases import made
 
@@ -73,6 +75,7 @@ def _strict():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*padding='same' with even kernel.*")
+        warnings.filterwarnings("ignore", ".*torch.jit.script.*")  # torch.func.jvp, the first time
         yield
 
 
@@ -150,13 +153,18 @@ def test_inference_mode_says_what_to_do():
 
 
 def test_one_backward_for_the_whole_batch():
+    """Two more reach the logits only: they show which sample each loss belongs to."""
     model, x = made("convolutional")
-    collector, passes = GradientMetricCollector([ours.Max(model), ours.PNorm(model, lambda g: g)]), []
-    collector(_loss(model, x))
-    logits = model(x)
-    logits.register_hook(lambda g: passes.append(g))
-    collector(F.cross_entropy(logits, logits.argmax(1), reduction="none"))
-    assert len(passes) == 1
+    collector = GradientMetricCollector([ours.Max(model), ours.PNorm(model, lambda g: g)])
+    at_logits, inside = [], []
+    model[9].register_forward_hook(lambda *call: call[2].register_hook(inside.append) and None)
+    for _ in range(4):
+        at_logits.clear()
+        inside.clear()
+        logits = model(x)
+        logits.register_hook(at_logits.append)
+        collector(F.cross_entropy(logits, logits.argmax(1), reduction="none"))
+    assert (len(at_logits), len(inside)) == (3, 1)
 
 
 def test_channels_last():
@@ -212,13 +220,16 @@ def test_retain_graph_and_the_users_own_backward():
     _loss(model, x).mean().backward()
     for one, p in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(one, p.grad)
-    again = _loss(model, x)
-    spent = GradientMetricCollector(ours.PNorm(model))
-    spent(_loss(model, x))
-    again = _loss(model, x)
-    spent(again)
+
+
+def test_without_retain_graph_the_graph_is_freed():
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4)
+    collector = GradientMetricCollector(ours.PNorm(model))
+    collector(_loss(model, x))
+    loss = _loss(model, x)
+    collector(loss)
     with pytest.raises(RuntimeError, match="second time"):
-        spent(again)
+        loss.sum().backward()
 
 
 def test_several_forward_passes():
@@ -252,7 +263,7 @@ def test_what_is_not_seen_takes_the_loop(target):
     else:
         loss = _loss(model, x) if early is None else early
     expected = reference(loss, retain_graph=True)
-    with pytest.warns(UserWarning, match="one backward pass a sample"):
+    with pytest.warns(UserWarning, match="one backward pass per loss"):
         found = collector(loss)
     torch.testing.assert_close(found, expected, check_dtype=False)
 
@@ -291,13 +302,297 @@ def test_activations_are_not_kept():
     model = nn.Sequential(nn.Linear(4, 3))
     collector = GradientMetricCollector(ours.Max(model))
     loss = _loss(model, torch.randn(5, 4))
-    assert len(collector._recording._listeners) == 1
+    gc.collect()
+    assert len(watching._listeners) == 1
+    collector(loss, retain_graph=True)
     del loss
     gc.collect()
-    assert len(collector._recording._listeners) == 0
+    assert len(watching._listeners) == 0
 
 
 def test_an_empty_batch():
     model = nn.Linear(4, 3)
     collector = GradientMetricCollector([ours.Max(model), ours.MeanStd(model)])
     assert collector(_loss(model, torch.randn(0, 4))).shape == (0, 3)
+
+
+# -- losses and samples -------------------------------------------------------------------------------------------------
+
+
+def _small():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    return model, lambda rows=slice(None): F.cross_entropy(model(x[rows]), y[rows], reduction="none")
+
+
+def _norms(collector_class, kind, model):
+    return collector_class([kind.Max(model), kind.MeanStd(model), kind.PNorm(model, p=2), kind.PNorm(model, abs, 1)])
+
+
+FAST = {
+    "a part": lambda losses: losses()[2:5],
+    "every other one": lambda losses: losses()[::2],
+    "a mask": lambda losses: losses()[torch.arange(8) % 3 == 1],
+    "reversed": lambda losses: losses().flip(0),
+    "sorted": lambda losses: losses().sort().values,
+    "shuffled and scaled": lambda losses: losses()[torch.tensor([3, 1, 0, 7, 2])] * torch.tensor([1, -2, 3, 1, 1e-9]),
+    "one of two equal samples": lambda losses: losses(slice(0, 1)),
+    "unequal forward passes": lambda losses: torch.cat([losses(slice(0, 2)), losses(slice(2, 8))]),
+    "interleaved forward passes": lambda losses: torch.stack([losses(slice(0, 4)), losses(slice(4, 8))], 1).flatten(),
+    "two views": lambda losses: losses() + losses() ** 2,
+    "a constant": lambda losses: torch.cat([losses(), torch.zeros(2, dtype=torch.float64)]),
+    "without gradients": lambda losses: losses() * torch.tensor([1, 0, 1, 1, 0, 1, 1, 1]),
+}
+SLOW = {
+    "some twice": lambda losses: losses()[[0, 0, 1, 1, 2, 2, 3, 3]],
+    "one twice, none of the others": lambda losses: losses()[[0, 0]],
+    "centred": lambda losses: (lambda values: values - values.mean())(losses()),
+    "cumulated": lambda losses: losses().cumsum(0),
+    "pairs": lambda losses: losses().view(4, 2).sum(1),
+    "differences": lambda losses: losses()[1:] - losses()[:-1],
+    "one for the whole batch": lambda losses: losses().sum()[None],
+    "views of other samples": lambda losses: losses() + losses().flip(0),
+}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_losses_in_another_number_or_order_than_the_samples(name, before):
+    model, losses = _small()
+    collector, reference = _norms(GradientMetricCollector, ours, model), _norms(Theirs, theirs, model)
+    if before:
+        collector(losses())
+    expected = reference((FAST | SLOW)[name](losses))
+    expectation = pytest.warns(UserWarning, match="one backward pass per loss") if name in SLOW else nullcontext()
+    with expectation:
+        found = collector((FAST | SLOW)[name](losses))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+def test_many_losses_are_told_apart():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, order = torch.randn(1000, 4), torch.randperm(1000)
+    collector = GradientMetricCollector(ours.PNorm(model, p=2))
+    first = collector(_loss(model, x))
+    torch.testing.assert_close(collector(_loss(model, x)[order]), first[order])
+
+
+def test_confident_samples_stay_fast():
+    """The gradients of their losses are small differences of numbers near one."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    collector = GradientMetricCollector(ours.PNorm(model, p=1))
+    with torch.no_grad():
+        model[2].weight *= 100
+    x = torch.randn(64, 4)
+    expected = Theirs(theirs.PNorm(model, p=1))(_loss(model, x))
+    torch.testing.assert_close(collector(_loss(model, x)), expected, rtol=1e-4, atol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_keeps_to_its_row():
+    model, losses = _small()
+    collector = GradientMetricCollector(ours.PNorm(model, p=2))
+    clean = collector(losses())
+    weights = torch.ones(8, dtype=torch.float64)
+    weights[3] = torch.nan
+    found = collector(losses() * weights)
+    assert bool(found[3].isnan())
+    torch.testing.assert_close(found[weights == 1], clean[weights == 1])
+
+
+class Leaking(nn.Module):
+    """Its losses may use an activation that it does not return."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        self.activation = self.first(x).tanh()
+        return self.second(self.activation)
+
+
+def test_losses_that_use_more_than_the_output_take_the_loop():
+    model, x = Leaking().double(), torch.randn(6, 4, dtype=torch.float64)
+    collector, reference = _norms(GradientMetricCollector, ours, model), _norms(Theirs, theirs, model)
+
+    def losses():
+        return _loss(model, x) + model.activation.square().sum(1).flip(0)
+
+    expected = reference(losses())
+    with pytest.warns(UserWarning, match="more of the watched module than its outputs"):
+        found = collector(losses())
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+class Coupled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y - y.mean(0)
+
+
+def test_samples_that_depend_on_each_other_take_the_loop():
+    model, x = Coupled().double(), torch.randn(6, 4, dtype=torch.float64)
+    collector, reference = _norms(GradientMetricCollector, ours, model), _norms(Theirs, theirs, model)
+    expected = reference(_loss(model, x))
+    with pytest.warns(UserWarning, match="the samples of a batch depend on each other"):
+        found = collector(_loss(model, x))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+# -- results, buffers, transforms ---------------------------------------------------------------------------------------
+
+
+def test_results_carry_no_graph():
+    model, losses = _small()
+    collector = _norms(GradientMetricCollector, ours, model)
+    results = [collector(losses()), collector(losses())]
+    del collector
+    with pytest.warns(UserWarning, match="not watched"):
+        results.append(GradientMetricCollector(ours.Max(model[0].weight))(losses()))
+    for result in results:
+        assert not result.requires_grad
+        result.numpy()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_statistics_of_batch_norm_are_those_of_the_users_passes(training):
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).train(training)
+    alone, x = copy.deepcopy(model), torch.randn(8, 4)
+    collector = GradientMetricCollector(ours.Max(model))
+    with pytest.warns(UserWarning, match="depend on each other") if training else nullcontext():
+        for _ in range(3):
+            collector(_loss(model, x))
+            _loss(alone, x)
+    for one, other in zip(model.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_building_a_plan_leaves_a_pending_graph_valid():
+    """Batch norm's backward pass needs the buffers of its own forward pass."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).eval()
+    pending = model(torch.randn(8, 4)).sum()
+    collector = GradientMetricCollector(ours.Max(model))
+    collector(_loss(model, torch.randn(8, 4)))
+    pending.backward()
+
+
+@pytest.mark.parametrize("transform", [lambda g: (g > 0).long(), lambda g: g > 0, lambda g: (g > 0).to(torch.uint8)])
+def test_transforms_to_whole_numbers(transform):
+    model, losses = _small()
+
+    def metrics(kind, change):
+        return [
+            kind.PNorm(model, change, 2),
+            kind.MeanStd(model, change),
+            kind.Max(model, change),
+            kind.Min(model, change),
+        ]
+
+    expected = Theirs(metrics(theirs, lambda g: transform(g).float()))(losses())
+    found = GradientMetricCollector(metrics(ours, transform))(losses())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+def test_complex_gradients_are_refused_in_one_sentence():
+    weight = torch.randn(3, dtype=torch.complex128, requires_grad=True)
+    loss = (weight * torch.ones(2, 3)).sum(1).abs()
+    with (
+        pytest.warns(UserWarning, match="not a parameter|not watched"),
+        pytest.raises(ValueError, match="Max is not defined for complex gradients"),
+    ):
+        GradientMetricCollector(ours.Max(weight))(loss)
+
+
+# -- fast again ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["same", "nested", "disjoint", "nested the other way"])
+def test_two_collectors_on_one_model(targets):
+    model, losses = _small()
+    first, second = {
+        "same": (model, model),
+        "nested": (model, model[0]),
+        "disjoint": (model[0], model[2]),
+        "nested the other way": (model[2], model),
+    }[targets]
+    one, other = _norms(GradientMetricCollector, ours, first), _norms(GradientMetricCollector, ours, second)
+    expected = _norms(Theirs, theirs, first)(losses()), _norms(Theirs, theirs, second)(losses())
+    for _ in range(2):
+        loss = losses()
+        torch.testing.assert_close(one(loss, retain_graph=True), expected[0], rtol=1e-6, atol=1e-9, check_dtype=False)
+        torch.testing.assert_close(other(loss), expected[1], rtol=1e-6, atol=1e-9, check_dtype=False)
+    del one
+    gc.collect()
+    torch.testing.assert_close(other(losses()), expected[1], rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+INTERRUPTIONS = {
+    "a transform": lambda model, x: torch.func.jvp(model, (x,), (x,)),
+    "vmap": lambda model, x: torch.func.vmap(model)(x[:, None]),
+    "flops": lambda model, x: _counted_flops(model, x),
+    "an error": lambda model, x: _raised(model, x[:, :2]),
+    "train mode": lambda model, x: (model.train()(x), model.eval()),
+    "no gradients": lambda model, x: _without_gradients(model, x),
+    "an empty batch": lambda model, x: model(x[:0]),
+    "one sample": lambda model, x: model(x[:1]),
+}
+
+
+def _counted_flops(model, x):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        model(x)
+
+
+def _raised(model, x):
+    with pytest.raises(RuntimeError):
+        model(x)
+
+
+def _without_gradients(model, x):
+    with torch.inference_mode():
+        model(x)
+
+
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_an_unusual_call_does_not_slow_the_next_ones(name):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double().eval()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    collector = _norms(GradientMetricCollector, ours, model)
+    INTERRUPTIONS[name](model, x)
+    expected = _norms(Theirs, theirs, model)(_loss(model, x))
+    for _ in range(2):  # a warning would be an error
+        torch.testing.assert_close(collector(_loss(model, x)), expected, rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+def test_losses_of_an_unwatched_pass_do_not_slow_the_next_ones():
+    model, losses = _small()
+    early = losses()
+    collector = _norms(GradientMetricCollector, ours, model)
+    with pytest.warns(UserWarning, match="was not watched"):
+        expected = collector(early)
+    for _ in range(2):
+        torch.testing.assert_close(collector(losses()), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_autocast_around_the_forward_pass_only():
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 3)), torch.randn(8, 3, 8, 8)
+    collector = GradientMetricCollector([ours.PNorm(model, p=1), ours.PNorm(model, p=2)])
+    reference = Theirs([theirs.PNorm(model, p=1), theirs.PNorm(model, p=2)])
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, other = _loss(model, x), _loss(model, x)
+        torch.testing.assert_close(collector(loss), reference(other), rtol=5e-2, atol=0)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.compat.gradient_metrics.metrics import GradientMetric, _MomentMetric, merged
+from lightning_gradmetrics.compat.gradient_metrics.watching import Watch
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.plan import PlanError
-from lightning_gradmetrics.engine.recording import Recording
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, result_dtype
 
@@ -22,17 +22,19 @@ __all__ = ["GradientMetricCollector"]
 class GradientMetricCollector:
     """Computes gradient metrics of every sample in a batch.
 
-    Build it before the forward pass: it watches the target layers' forward passes (by forward hooks, which go when
-    the collector
-    goes), so that one backward pass serves all samples. Losses whose forward pass it has not seen, and targets that
-    are single
-    tensors, take one backward pass a sample, as do layers that no rule covers; a warning says so.
+    Build it before the forward pass. It watches the forward passes of the target layers through hooks, which are removed
+    when the collector is deleted, so that one backward pass serves all samples.
+
+    Some losses take one backward pass each, with the same values and a warning that names the reason: losses whose
+    forward pass was not watched, losses that share samples or depend on several of them, targets that are single tensors,
+    modules whose samples depend on each other (batch norm in train mode), and layers that no rule covers.
 
     Args:
         metrics: A gradient metric, or a sequence of them.
 
     Raises:
-        ValueError: If there is no metric, or one is no :class:`~lightning_gradmetrics.compat.gradient_metrics.metrics.GradientMetric`.
+        ValueError: If there is no metric, or one is no
+            :class:`~lightning_gradmetrics.compat.gradient_metrics.metrics.GradientMetric`.
 
     Example:
         >>> from lightning_gradmetrics.compat.gradient_metrics.metrics import Max, MeanStd
@@ -53,32 +55,29 @@ class GradientMetricCollector:
         self._metrics = [metrics] if isinstance(metrics, GradientMetric) else _checked(metrics)
         targets = [target for metric in self._metrics for target in metric.target_layers]
         self._parameters = {id(p): p for metric in self._metrics for p in metric.target_parameters}
-        self._recording = Recording([t for t in targets if isinstance(t, nn.Module)], self._parameters)
-        weakref.finalize(self, self._recording.remove)
+        self._watch = Watch([t for t in targets if isinstance(t, nn.Module)], self._parameters)
+        weakref.finalize(self, self._watch.remove)
 
     def __call__(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
-        """The metrics of every sample.
+        """Computes the metrics of every loss.
 
         Args:
-            loss: Losses ``(N,)``, one a sample, with their graph.
+            loss: Losses ``(N,)`` with their graph, usually one per sample.
             retain_graph: Whether to keep the graph for further backward passes.
 
         Returns:
-            ``(N, dim)``.
+            ``(N, dim)``, without a graph.
 
         Raises:
             ValueError: If the loss requires no gradient, or is not ``(N,)``.
         """
         _check_loss(loss)
         self.reset()
-        try:
-            uses = self._fast_uses(loss, retain_graph)
-        except PlanError as error:
-            self._recording.give_up(str(error))
-            uses = None
-        result = self._by_loop(loss, retain_graph) if uses is None else self._from_uses(uses, len(loss))
+        collected = self._collected(loss, retain_graph) if len(loss) else None
+        with torch.no_grad():
+            result = self._by_loop(loss, retain_graph) if collected is None else self._from_collected(collected)
         self.reset()
-        return result
+        return result.detach()
 
     def reset(self) -> None:
         """Reset all metrics to their default values."""
@@ -92,67 +91,46 @@ class GradientMetricCollector:
 
     @property
     def dim(self) -> int:
-        """The number of values a sample."""
+        """The number of values per sample."""
         return len(self.data)
 
-    def _fast_uses(self, loss: Tensor, retain_graph: bool) -> dict[int, _Evidence] | None:
-        """Each reached parameter's evidence from one backward pass, or ``None`` if no forward pass was seen."""
-        wanted = {key: self._wanted(key) for key in self._parameters}
-        kept = {id(p) for metric in self._metrics if not _by_moments(metric) for p in metric.target_parameters}
-        found: dict[int, _Evidence] = {}
-
-        def sink(key: int, use: Use) -> None:
-            moments = use.moments(wanted[key]) if wanted[key] else {}
-            found[key] = _Evidence(moments, use if key in kept else None)
-
-        if not self._recording.collect(loss, sink, retain_graph):
+    def _collected(self, loss: Tensor, retain_graph: bool) -> _Collected | None:
+        """What one backward pass shows of every loss, or ``None`` if each loss has to take its own."""
+        collected = _Collected(len(loss), self._metrics)
+        try:
+            reason = self._watch.collect(loss, collected.add, retain_graph)
+        except PlanError as error:
+            reason = str(error)
+        if reason:
+            self._watch.tell(reason)
             return None
-        return found
+        return collected
 
-    def _wanted(self, key: int) -> frozenset[Moment]:
-        metrics = [m for m in self._metrics if _by_moments(m) and any(id(p) == key for p in m.target_parameters)]
-        return frozenset().union(*(m.moments for m in metrics))  # type: ignore[attr-defined]
-
-    def _from_uses(self, found: Mapping[int, _Evidence], size: int) -> Tensor:
-        """All metrics ``(N, dim)`` from the parameters' evidence."""
-        columns = []
+    def _from_collected(self, collected: _Collected) -> Tensor:
+        """All metrics ``(N, dim)`` from the parameters' moments and gradients."""
         opaque = [metric for metric in self._metrics if not _by_moments(metric)]
-        rows = self._by_rows(opaque, found, size) if opaque else {}
+        rows = self._by_rows(opaque, collected) if opaque else {}
+        columns = []
         for metric in self._metrics:
-            columns.append(rows[id(metric)] if id(metric) in rows else self._by_moments(metric, found, size))
+            columns.append(rows[id(metric)] if id(metric) in rows else _metric_by_moments(metric, collected))
         return torch.cat(columns, 1)
 
-    def _by_moments(self, metric: GradientMetric, found: Mapping[int, _Evidence], size: int) -> Tensor:
-        assert isinstance(metric, _MomentMetric)
-        parts = []
-        for parameter in metric.target_parameters:
-            zero = torch.zeros(size, dtype=accumulator(parameter), device=parameter.device)
-            evidence = found.get(id(parameter))
-            parts.append(dict.fromkeys(metric.moments, zero) if evidence is None else evidence.moments)
-        count = sum(p.numel() for p in metric.target_parameters)
-        return metric.values(merged([{k: part[k] for k in metric.moments} for part in parts]), count).to(
-            result_dtype(metric.target_parameters[0].dtype)
-        )
-
-    def _by_rows(
-        self, metrics: Sequence[GradientMetric], found: Mapping[int, _Evidence], size: int
-    ) -> dict[int, Tensor]:
-        """Metrics ``(N, k)`` that want to see each gradient, a bounded number of samples at a time."""
+    def _by_rows(self, metrics: Sequence[GradientMetric], collected: _Collected) -> dict[int, Tensor]:
+        """Metrics ``(N, k)`` that need each gradient, a bounded number of samples at a time."""
         parameters = {id(p): p for metric in metrics for p in metric.target_parameters}
         step = max(1, 16 * CHUNK_ENTRIES // max(1, sum(p.numel() for p in parameters.values())))
         values: dict[int, list[Tensor]] = {id(metric): [] for metric in metrics}
-        for start in range(0, size, step):
-            count = min(step, size - start)
-            gradients = {key: _gradients(found.get(key), p, start, count) for key, p in parameters.items()}
-            for n in range(count):
+        for start in range(0, collected.size, step):
+            count = min(step, collected.size - start)
+            gradients = {key: collected.gradients(key, p, start, count) for key, p in parameters.items()}
+            for number in range(count):
                 for metric in metrics:
-                    values[id(metric)].append(
-                        _collected(metric, [gradients[id(p)][n] for p in metric.target_parameters])
-                    )
+                    own = [gradients[id(p)][number] for p in metric.target_parameters]
+                    values[id(metric)].append(_metric_of(metric, own))
         return {key: torch.stack(rows) for key, rows in values.items()}
 
     def _by_loop(self, loss: Tensor, retain_graph: bool) -> Tensor:
-        """All metrics by one backward pass a sample."""
+        """All metrics by one backward pass per loss."""
         parameters = list(self._parameters.values())
         if any(not p.requires_grad for p in parameters):
             raise ValueError(
@@ -161,20 +139,86 @@ class GradientMetricCollector:
                 "tensor first"
             )
         rows = []
-        for n, one in enumerate(loss):
-            keep = retain_graph or n < len(loss) - 1
+        for number in range(len(loss)):
+            with torch.enable_grad():
+                one = loss[number]
+            keep = retain_graph or number < len(loss) - 1
             found = torch.autograd.grad(one, parameters, retain_graph=keep, allow_unused=True)
-            gradients = {id(p): torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)}
-            values = [_collected(m, [gradients[id(p)] for p in m.target_parameters]) for m in self._metrics]
+            gradients = {id(p): _dense(g, p) for p, g in zip(parameters, found, strict=True)}
+            values = [_metric_of(m, [gradients[id(p)] for p in m.target_parameters]) for m in self._metrics]
             rows.append(torch.cat(values))
         return torch.stack(rows) if rows else torch.zeros(0, self.dim, device=loss.device)
 
 
-class _Evidence:
-    """What is known of every sample's gradient of one parameter: its moments, and if needed the gradient's use."""
+class _Collected:
+    """Every loss's gradients of each parameter: their moments, and for other metrics what they follow from.
 
-    def __init__(self, moments: Moments, use: Use | None) -> None:
-        self.moments, self.use = moments, use
+    Args:
+        size: The number of losses.
+        metrics: The metrics to compute.
+    """
+
+    def __init__(self, size: int, metrics: Sequence[GradientMetric]) -> None:
+        self.size = size
+        self._wanted: dict[int, frozenset[Moment]] = {}
+        self._kept: set[int] = set()
+        for metric in metrics:
+            for parameter in metric.target_parameters:
+                if _by_moments(metric):
+                    assert isinstance(metric, _MomentMetric)
+                    before = self._wanted.get(id(parameter), frozenset())
+                    self._wanted[id(parameter)] = before | metric.moments
+                else:
+                    self._kept.add(id(parameter))
+        self._moments: dict[int, Moments] = {}
+        self._uses: dict[int, list[tuple[Use, Tensor]]] = {}
+
+    def add(self, key: int, use: Use, numbers: Tensor) -> None:
+        """Take one use of a parameter; sample ``n`` of it belongs to the loss ``numbers[n]``, or to none (-1)."""
+        if key in self._kept:
+            self._uses.setdefault(key, []).append((use, numbers))
+        wanted = self._wanted.get(key)
+        if not wanted:
+            return
+        moments, owned = use.moments(wanted), numbers >= 0
+        own = self._moments.setdefault(key, {})
+        for name, values in moments.items():
+            if name not in own:
+                own[name] = values.new_zeros(self.size)
+            place = numbers[owned].to(values.device)
+            own[name][place] = values[owned.to(values.device)]
+
+    def moments(self, parameter: Tensor, wanted: frozenset[Moment]) -> Moments:
+        """The moments ``(M,)`` of a parameter's gradients."""
+        zero = torch.zeros(self.size, dtype=accumulator(parameter), device=parameter.device)
+        own = self._moments.get(id(parameter), {})
+        return {name: own.get(name, zero) for name in wanted}
+
+    def gradients(self, key: int, parameter: Tensor, start: int, count: int) -> Tensor:
+        """The gradients ``(count, *shape)`` of consecutive losses."""
+        gradients = parameter.detach().new_zeros(count, *parameter.shape)
+        for use, numbers in self._uses.get(key, ()):
+            inside = ((numbers >= start) & (numbers < start + count)).nonzero().flatten()
+            if not len(inside):
+                continue
+            first, last = int(inside[0]), int(inside[-1]) + 1
+            rows = use.rows(first, last).gradient().reshape(last - first, *parameter.shape)
+            gradients[numbers[inside] - start] = rows[inside - first].to(gradients.dtype)
+        return gradients
+
+
+def _metric_by_moments(metric: GradientMetric, collected: _Collected) -> Tensor:
+    """One of this package's metrics, ``(M, k)``."""
+    assert isinstance(metric, _MomentMetric)
+    parts = [collected.moments(parameter, metric.moments) for parameter in metric.target_parameters]
+    count = sum(parameter.numel() for parameter in metric.target_parameters)
+    return metric.values(merged(parts), count).to(result_dtype(metric.target_parameters[0].dtype))
+
+
+def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _by_moments(metric: GradientMetric) -> bool:
@@ -190,7 +234,7 @@ def _original(metric: GradientMetric, name: str) -> Any:
     return getattr(ours, name)
 
 
-def _collected(metric: GradientMetric, gradients: Sequence[Tensor]) -> Tensor:
+def _metric_of(metric: GradientMetric, gradients: Sequence[Tensor]) -> Tensor:
     """The metric of one sample."""
     metric.reset()
     for gradient in gradients:
@@ -198,13 +242,6 @@ def _collected(metric: GradientMetric, gradients: Sequence[Tensor]) -> Tensor:
     value = metric.data
     metric.reset()
     return value
-
-
-def _gradients(evidence: _Evidence | None, parameter: Tensor, start: int, count: int) -> Tensor:
-    if evidence is None or evidence.use is None:
-        return parameter.detach().new_zeros(1, *parameter.shape).expand(count, *parameter.shape)
-    with torch.no_grad():
-        return evidence.use.rows(start, start + count).gradient().reshape(count, *parameter.shape)
 
 
 def _checked(metrics: Any) -> list[GradientMetric]:

@@ -1,9 +1,7 @@
 """Metrics of gradient entries: the largest, the smallest, the mean, the standard deviation, a norm.
 
-A metric collects one gradient after the other, and holds their joint value. The metrics here also compute their
-values for a
-whole batch of samples from the moments of the gradients, which :class:`lightning_gradmetrics.GradientMetricCollector`
-uses.
+A metric collects gradients one after the other and stores their joint value. The metrics here also compute their values
+for a whole batch of samples from the moments of the gradients, which :class:`GradientMetricCollector` uses.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ class GradientMetric:
         self._register_parameters()
 
     def __call__(self, grad: Tensor | Sequence[Tensor]) -> None:
-        """Collect a gradient, or several.
+        """Collects a gradient, or several.
 
         Args:
             grad: The gradient of a parameter, or a sequence of them.
@@ -65,20 +63,20 @@ class GradientMetric:
             self._collect(gradient if self.grad_transform is None else self.grad_transform(gradient))
 
     def _collect(self, grad: Tensor) -> None:
-        """Take one (transformed) gradient into account."""
+        """Updates the value with one (transformed) gradient."""
         raise NotImplementedError(f"{type(self).__name__} has to define _collect")
 
     def _get_metric(self) -> Tensor:
-        """The value so far."""
+        """Returns the value of the gradients collected so far."""
         raise NotImplementedError(f"{type(self).__name__} has to define _get_metric")
 
     def reset(self) -> None:
-        """Forget what was collected."""
+        """Resets the value."""
         raise NotImplementedError(f"{type(self).__name__} has to define reset")
 
     @property
     def data(self) -> Tensor:
-        """The value so far, as a vector."""
+        """The value of the gradients collected so far, ``(k,)``."""
         return self._get_metric().view(-1)
 
     def _register_parameters(self) -> None:
@@ -87,10 +85,10 @@ class GradientMetric:
 
 
 class _MomentMetric(GradientMetric):
-    """A metric that follows from moments, which merge across gradients."""
+    """A metric that is a function of moments, which merge across gradients."""
 
     moments: frozenset[Moment] = frozenset()
-    """The moments it needs."""
+    """The moments that it is a function of."""
     empty: ClassVar[float] = 0.0
     _moments: Moments
     _count: int
@@ -101,7 +99,7 @@ class _MomentMetric(GradientMetric):
         self.reset()
 
     def values(self, moments: Mapping[Moment, Tensor], count: int) -> Tensor:
-        """The metric of ``N`` samples.
+        """Computes the metric of ``N`` samples from moments.
 
         Args:
             moments: Moments ``(N,)`` of all gradient entries.
@@ -113,6 +111,12 @@ class _MomentMetric(GradientMetric):
         raise NotImplementedError
 
     def _collect(self, grad: Tensor) -> None:
+        if grad.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} is not defined for complex gradients; use grad_transform=torch.view_as_real"
+            )
+        if not grad.is_floating_point():
+            grad = grad.to(torch.get_default_dtype())
         new = gradient_moments(grad.reshape(1, -1), self.moments)
         self._moments = merged([self._moments, new]) if self._moments else new
         self._count += grad.numel()
@@ -127,14 +131,14 @@ class _MomentMetric(GradientMetric):
         return torch.tensor(self.empty)
 
     def reset(self) -> None:
-        """Forget what was collected."""
+        """Resets the value."""
         self._moments = {}
         self._count = 0
         self._dtype = torch.float32
 
 
 def merged(parts: Sequence[Mapping[Moment, Tensor]]) -> Moments:
-    """The moments of several gradients together."""
+    """Merges the moments of several gradients."""
     joint = {"max": torch.maximum, "min": torch.minimum}
     out = dict(parts[0])
     for part in parts[1:]:

@@ -1,0 +1,167 @@
+"""Collecting per-sample gradients from a forward pass that the user runs, with the user's graph left whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.calls import opened
+from lightning_gradmetrics.engine.plan import Plan, PlanError, Step
+from lightning_gradmetrics.engine.tracer import Tracer
+from lightning_gradmetrics.engine.uses import Use
+
+__all__ = ["Listener", "listen"]
+
+
+class _Through(torch.autograd.Function):
+    """The tensor itself, as a part of the anchor's graph too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+class Listener(Tracer):
+    """A tracer in the user's own forward pass: parameters keep their gradients, and collecting starts on request.
+
+    The graph that it listens to keeps it alive.
+
+    Args:
+        plan: What to do at each call.
+        parameters: The chosen parameters by name.
+        size: The number of samples.
+    """
+
+    def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int) -> None:
+        super().__init__(plan, parameters, size, self._drop)
+        self._listening = False
+        self.heard = False
+        self.broken = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call; a call that was not planned ends the listening and never disturbs the user's forward pass."""
+        if self.broken:
+            return func(*args, **(kwargs or {}))
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except PlanError as error:
+            self.broken = str(error)
+            return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _drop(name: str, use: Use) -> None:
+        pass
+
+    def _cut(self, arguments: Any) -> Any:
+        return arguments
+
+    def _new_leaf(self, parameter: Tensor) -> Tensor:
+        return parameter if parameter.requires_grad else super()._new_leaf(parameter)
+
+    def _rooted(self, step: Step, result: Tensor) -> Tensor:
+        if not step.root and result.requires_grad:
+            return result
+        return _Through.apply(result, self.anchor)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _arrive(self, source: Any, use: Use) -> None:
+        if self._listening:
+            self.heard = True
+            super()._arrive(source, use)
+
+    def _rule_gradient(self, *args: Any) -> None:
+        if self._listening:
+            super()._rule_gradient(*args)
+
+    def start(self, sink: Callable[[str, Use], None], retain_graph: bool) -> None:
+        """Collect in the next backward pass; ``sink`` gets each reached parameter's use."""
+        self._listening, self.heard, self.sink, self._last = True, False, sink, not retain_graph
+        self._pending.clear()
+
+    def stop(self) -> None:
+        """Collect no longer."""
+        self._listening, self.sink = False, self._drop
+
+    def begin_backward(self) -> None:
+        """Treat the calls that follow as those of activation checkpoints in a backward pass."""
+        self._backward = True
+
+    def end_backward(self) -> None:
+        """End a backward pass, and hand over what is left."""
+        self._backward, self._collecting = False, True
+        if self._listening:
+            for name in list(self._pending):
+                self._finish(name)
+
+    @property
+    def reenters(self) -> bool:
+        """Whether reentrant activation checkpoints start backward passes of their own."""
+        return bool(self._delayed)
+
+
+def listen(
+    losses: Tensor, listeners: Sequence[Listener], sinks: Sequence[Callable[[str, Use], None]], retain_graph: bool
+) -> None:
+    """Send the gradients of all losses ``(M,)`` back at once; each sink gets its listener's uses.
+
+    Raises:
+        PlanError: If the losses do not come from the forward passes listened to.
+    """
+    for listener in listeners:
+        if listener.broken:
+            raise PlanError(listener.broken)
+    if len(listeners) == 1 or any(listener.reenters for listener in listeners) or _share_parameters(listeners):
+        for number, (listener, sink) in enumerate(zip(listeners, sinks, strict=True)):
+            _listen_alone(losses, listener, sink, retain_graph or number < len(listeners) - 1)
+    else:
+        _listen_together(losses, listeners, sinks, retain_graph)
+    for listener in listeners:
+        if not listener.heard:
+            raise PlanError("the losses do not come from the last forward pass")
+
+
+def _share_parameters(listeners: Sequence[Listener]) -> bool:
+    seen: set[int] = set()
+    for listener in listeners:
+        own = {id(parameter) for parameter in listener.parameters.values()}
+        if own & seen:
+            return True
+        seen |= own
+    return False
+
+
+def _listen_alone(losses: Tensor, listener: Listener, sink: Callable[[str, Use], None], retain_graph: bool) -> None:
+    listener.start(sink, retain_graph)
+    try:
+        listener.backward(losses.sum(), last=not retain_graph)
+    finally:
+        listener.stop()
+
+
+def _listen_together(
+    losses: Tensor, listeners: Sequence[Listener], sinks: Sequence[Callable[[str, Use], None]], retain_graph: bool
+) -> None:
+    """One backward pass for several listeners."""
+    total, anchors = losses.sum(), [listener.anchor for listener in listeners]
+    try:
+        for listener, sink in zip(listeners, sinks, strict=True):
+            listener.start(sink, retain_graph)
+            listener.begin_backward()
+        with ExitStack() as stack:
+            for listener in listeners:
+                stack.enter_context(listener)
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            opened(torch.autograd.grad)(total, anchors, retain_graph=retain_graph, allow_unused=True)
+        for listener in listeners:
+            listener.end_backward()
+    finally:
+        for listener in listeners:
+            listener.stop()
+            listener.end_backward()

@@ -1,0 +1,227 @@
+"""Plans for the calls of a watched module, from runs on a few of its samples that leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import gradients_enabled
+from lightning_gradmetrics.classifier.preservation import preserved
+from lightning_gradmetrics.compat.gradient_metrics.verification import Record
+from lightning_gradmetrics.engine.axes import Axis, axis_between
+from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
+from lightning_gradmetrics.engine.dependence import DependenceTrace, choice_by_data
+from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile
+from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
+from lightning_gradmetrics.engine.probe import call_outline, changed_positions
+from lightning_gradmetrics.engine.trace import CallTrace
+
+__all__ = ["ModulePlan", "plan_module", "samples_in"]
+
+COUPLED = "the samples of a batch depend on each other in the watched module"
+ROUNDING = 64
+"""Differences up to this multiple of the machine precision count as rounding."""
+
+
+@dataclass
+class ModulePlan:
+    """What is known of a module's calls with arguments of a certain form.
+
+    Args:
+        plan: What to do at each call of a torch function; ``None`` if there is no fast way.
+        outputs: The sample axis of each tensor in the module's output.
+        reason: Why there is no fast way.
+        records: For each set of forward passes seen together, which gradients have agreed with autograd's.
+        autocast: Whether the calls run under autocast.
+    """
+
+    plan: Plan | None
+    outputs: tuple[Axis | None, ...] = ()
+    reason: str = ""
+    records: dict[Any, Record] = field(default_factory=dict)
+    autocast: bool = False
+
+
+def samples_in(arguments: Any) -> int | None:
+    """The length of the first axis of the first tensor in a module's arguments, if there is one."""
+    first = next(tensors_in(arguments), None)
+    return None if first is None or first.ndim == 0 else len(first)
+
+
+def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, Tensor]) -> ModulePlan:
+    """A plan for calls of a module with such arguments.
+
+    Two runs, on two and on three samples, show where the samples are; three more, with one sample replaced in each,
+    show which positions of the output belong to it, and whether the samples depend on each other.
+
+    Args:
+        module: The module.
+        args: Its positional arguments, the samples along the first axis of each tensor.
+        kwargs: Its keyword arguments.
+        parameters: The chosen parameters of the module, by name.
+    """
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        return ModulePlan(None, reason="the calls inside a scripted module are hidden")
+    if any(type(part).__name__ == "OptimizedModule" for part in module.modules()):
+        return ModulePlan(None, reason="the calls inside a compiled module are hidden")
+    before = attribute_key(module)
+    with preserved(module), gradients_enabled():
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        for chosen in parameters.values():
+            chosen.requires_grad_(True)
+        try:
+            return _planned(_Runs(module, args, kwargs, parameters))
+        except (PlanError, ValueError) as error:
+            return ModulePlan(None, reason=str(error))
+        finally:
+            note_volatile(module, before, attribute_key(module))
+
+
+class _Runs:
+    """Runs of a module on made-up batches, each from the same state of the module and of the random generators."""
+
+    def __init__(self, module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, Tensor]) -> None:
+        self._module, self._arguments, self._parameters = module, (args, kwargs), parameters
+        self._size = samples_in(self._arguments) or 0
+        self._state = ForwardState(module)
+
+    def traced(self, count: int, guide: CallTrace | None = None) -> _Run:
+        """A run on the first samples, repeated if there are too few."""
+        arguments, samples = self._batch(count)
+        trace = CallTrace(self._parameters, guide.calls if guide else None)
+        dependence = DependenceTrace(samples, self._module.parameters())
+        with dependence, trace:
+            output = self._run(arguments)
+        return _Run(trace, list(tensors_in(output)), dependence)
+
+    def replaced(self, number: int, guide: CallTrace) -> _Run:
+        """A run on three samples, one of which is another one."""
+        arguments, _ = self._batch(3, number)
+        trace = CallTrace(self._parameters, guide.calls, keep=False)
+        with trace:
+            output = self._run(arguments)
+        return _Run(trace, [tensor.detach() for tensor in tensors_in(output)])
+
+    def _run(self, arguments: Any) -> Any:
+        self._state.restore()
+        return self._module.forward(*arguments[0], **arguments[1])
+
+    def _batch(self, count: int, other: int | None = None) -> tuple[Any, list[Tensor]]:
+        """Arguments with that many samples, one of them another one if ``other`` is its number; and the samples."""
+        rows = (list(range(self._size)) * count)[:count]
+        samples = []
+
+        def take(tensor: Tensor) -> Tensor:
+            if not tensor.ndim or len(tensor) != self._size:
+                return tensor.detach().clone()
+            picked = tensor.detach()[rows].clone()
+            if other is not None:
+                picked[other] = _another(picked[other])
+            samples.append(picked)
+            return picked
+
+        return map_arguments(take, self._arguments), samples
+
+
+@dataclass
+class _Run:
+    """The calls of a run, the tensors in its output, and the operations."""
+
+    trace: CallTrace
+    outputs: list[Tensor]
+    dependence: DependenceTrace | None = None
+
+
+def _another(sample: Tensor) -> Tensor:
+    """A sample with other numbers: its own, rescaled by up to a tenth or, if they are whole, in reverse order."""
+    if sample.is_floating_point() or sample.is_complex():
+        factors = torch.linspace(0.9, 1.1, max(1, sample.numel()), device=sample.device)
+        return sample * factors.reshape(sample.shape).to(sample.dtype)
+    return sample.flip(-1) if sample.ndim else sample
+
+
+def _planned(runs: _Runs) -> ModulePlan:
+    """The plan.
+
+    Raises:
+        PlanError: If there is none.
+    """
+    small = runs.traced(2)
+    large = runs.traced(3, small.trace)
+    assert small.dependence is not None and large.dependence is not None
+    reason = choice_by_data(small.dependence.operations, large.dependence.operations)
+    if reason:
+        raise PlanError(reason)
+    if len(small.outputs) != len(large.outputs):
+        raise PlanError("the output contains other tensors for three samples than for two")
+    changed = [runs.replaced(number, small.trace) for number in range(3)]
+    axes, outputs = [], []
+    for index, (before, after) in enumerate(zip(small.outputs, large.outputs, strict=True)):
+        axes.append(axis_between(before.shape, after.shape))
+        others = [run.outputs[index] for run in changed]
+        outputs.append(None if axes[-1] is None else _layout(after.detach(), others, axes[-1]))
+    plan = make_plan(small.trace, large.trace, _first_sample(large.outputs, axes), _changes(large, changed))
+    if plan.uncovered:
+        raise PlanError(f"no fast rule for {', '.join(plan.uncovered)}")
+    if plan.undecided:
+        raise PlanError("no trial run shows the order of the samples inside the watched module")
+    return ModulePlan(replace(plan, reads=tuple(read.value for read in large.trace.reads)), tuple(outputs))
+
+
+def _changes(base: _Run, others: Sequence[_Run]) -> Changes:
+    """For each call the positions that change with each sample.
+
+    Raises:
+        PlanError: If another sample leads to other calls.
+    """
+    outline = [call_outline(call) for call in base.trace.calls]
+    for other in others:
+        if [call_outline(call) for call in other.trace.calls] != outline:
+            raise PlanError("the watched module makes other calls for other samples")
+    return changed_positions(base.trace, [other.trace for other in others])
+
+
+def _first_sample(outputs: Sequence[Tensor], axes: Sequence[Axis | None]) -> Tensor | None:
+    """A number that depends on the first sample only."""
+    for tensor, axis in zip(outputs, axes, strict=True):
+        if axis is not None and tensor.requires_grad:
+            return axis.split(tensor * torch.rand_like(tensor))[0].sum()
+    return None
+
+
+def _layout(output: Tensor, changed: Sequence[Tensor], axis: Axis) -> Axis:
+    """The axis with the order of its positions, read off which positions change with each sample.
+
+    Raises:
+        PlanError: If a sample changes the positions of another one, or the order cannot be read off.
+    """
+    fitting = [choice for choice in _choices(axis) if _separates(output, changed, choice)]
+    if not fitting:
+        raise PlanError(COUPLED)
+    if len(fitting) > 1:
+        raise PlanError("no sample changes the output of the watched module")
+    return fitting[0]
+
+
+def _choices(axis: Axis) -> Iterator[Axis]:
+    yield replace(axis, minor=False)
+    if axis.times > 1:
+        yield replace(axis, minor=True)
+
+
+def _separates(output: Tensor, changed: Sequence[Tensor], axis: Axis) -> bool:
+    """Whether each sample changes only the positions that the axis assigns to it."""
+    level = output.nan_to_num(0, 0, 0).abs().amax() if output.numel() else 0
+    precision = torch.finfo(output.dtype).eps if output.is_floating_point() else 0
+    for number, other in enumerate(changed):
+        difference = (other - output).abs() > ROUNDING * precision * level
+        moved = axis.split(difference | (other.isnan() != output.isnan())).flatten(1).any(1)
+        moved[number] = False
+        if bool(moved.any()):
+            return False
+    return True

@@ -1,0 +1,103 @@
+"""Comparing what was collected with autograd, the first time that a parameter is met."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
+from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.uses import Use
+from lightning_gradmetrics.gradients.statistics import accumulator
+
+__all__ = ["DisagreementError", "Record", "Verification"]
+
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
+HALF_TOLERANCE = 5e-2
+FLOOR = 1e-3
+"""Of the largest gradient: errors below this part of it, times the tolerance, may be rounding."""
+
+TRIALS = 3
+"""Comparisons after which a gradient that is only rounding errors counts as compared."""
+
+
+class DisagreementError(PlanError):
+    """Collected gradients are not autograd's."""
+
+
+class Record:
+    """The parameters whose gradients have agreed with autograd's, and how large these were."""
+
+    def __init__(self) -> None:
+        self._norms: dict[int, float] = {}
+        self._trials: Counter[int] = Counter()
+
+    def open(self, keys: Iterable[int]) -> set[int]:
+        """The parameters to compare, with the one of the largest gradient as a scale; empty if all have agreed."""
+        missing = {key for key in keys if key not in self._norms}
+        if missing and self._norms:
+            missing.add(max(self._norms, key=self._norms.__getitem__))
+        return missing
+
+    def note(self, key: int, norm: float, exact: bool) -> None:
+        """Note a comparison; ``exact`` if it was more than one of rounding errors."""
+        if not norm:
+            return
+        self._trials[key] += 1
+        if exact or self._trials[key] >= TRIALS:
+            self._norms[key] = max(norm, self._norms.get(key, 0.0))
+
+
+class Verification:
+    """Compares the weighted sum of all samples' gradients with autograd's gradient of the weighted losses.
+
+    Args:
+        references: Autograd's gradients, by the parameter's identity.
+        weights: The weights of the losses, ``(M,)``.
+        half: Whether the forward pass ran in half precision.
+        record: Where comparisons are noted.
+    """
+
+    def __init__(self, references: Mapping[int, Tensor], weights: Tensor, half: bool, record: Record) -> None:
+        self._references = {key: g.to_dense() if g.is_sparse else g for key, g in references.items()}
+        self._weights, self._half, self._record = weights.double(), half, record
+        self._sums: dict[int, Tensor] = {}
+        self._sizes: defaultdict[int, float] = defaultdict(float)
+
+    def __call__(self, key: int, use: Use, numbers: Tensor) -> None:
+        """Add one use of a parameter, the loss of each of its samples being ``numbers``."""
+        reference = self._references.get(key)
+        if reference is None:
+            return
+        device = self._weights.device
+        weights = self._weights[numbers.to(device)].masked_fill((numbers < 0).to(device), 0)
+        total = self._sums.setdefault(key, torch.zeros_like(reference, dtype=accumulator(reference)))
+        step = max(1, CHUNK_ENTRIES // max(1, math.prod(use.shape)))
+        for start in range(0, len(use), step):
+            gradients = use.rows(start, start + step).gradient().detach().reshape(-1, reference.numel())
+            own = weights[start : start + step].to(gradients.dtype)
+            total += (own @ gradients).reshape(total.shape)
+            self._sizes[key] += float((own * gradients.norm(dim=1)).sum())
+
+    def finish(self) -> None:
+        """Compare.
+
+        Raises:
+            DisagreementError: If a parameter's gradients disagree with autograd's.
+        """
+        norms = {key: float(reference.double().norm()) for key, reference in self._references.items()}
+        largest = max(norms.values(), default=0.0)
+        if not math.isfinite(largest):
+            return
+        for key, reference in self._references.items():
+            total = self._sums.get(key, torch.zeros_like(reference))
+            level = max(norms[key], self._sizes[key])
+            tolerance = HALF_TOLERANCE if self._half else TOLERANCES.get(reference.dtype, HALF_TOLERANCE)
+            error = float((total.double() - reference.double()).norm())
+            if not error <= tolerance * max(level, FLOOR * largest):
+                raise DisagreementError("the fast way disagrees with autograd")
+            self._record.note(key, norms[key], error <= tolerance * level)
