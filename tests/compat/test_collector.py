@@ -443,6 +443,85 @@ def test_samples_that_depend_on_each_other_take_the_loop():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
 
 
+class Experts(nn.Module):
+    """Each sample goes to one of two experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
+    def forward(self, x):
+        out, chosen = x.new_zeros(len(x), 3), (x[:, 0] > 0).long()
+        for number, expert in enumerate(self.experts):
+            out[chosen == number] = expert(x[chosen == number])
+        return out
+
+
+class Sorted(nn.Module):
+    """The samples are sorted inside, and brought back to their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.layer(x[order])[order.argsort()]
+
+
+class Switched(nn.Module):
+    """A flag decides which axis of two equal ones is the sample's."""
+
+    def __init__(self):
+        super().__init__()
+        self.swapped, self.layer = False, nn.Linear(2, 3)
+
+    def forward(self, x):
+        x = x.view(len(x), 2, 2)
+        return (
+            self.layer(x.transpose(0, 1).flatten(0, 1) if self.swapped else x.flatten(0, 1))
+            .view(*((2, -1) if self.swapped else (-1, 2)), 3)
+            .sum(0 if self.swapped else 1)
+        )
+
+
+@pytest.mark.parametrize("kind", [Experts, Sorted, Switched])
+def test_layouts_that_change_between_batches(kind):
+    model = kind().double()
+    collector, reference = _norms(GradientMetricCollector, ours, model), _norms(Theirs, theirs, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "gradient metrics take one backward pass per loss")
+        for number in range(6):
+            x = torch.randn(4, 4, dtype=torch.float64).abs() * (torch.arange(4)[:, None] >= number - 1).double().mul(
+                2
+            ).sub(1)
+            model.swapped = number > 2
+            expected = reference(_loss(model, x))
+            torch.testing.assert_close(collector(_loss(model, x)), expected, rtol=1e-6, atol=1e-9, check_dtype=False)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls, self.seen, self.layer = 0, [], nn.Linear(4, 3)
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(len(x))
+        return self.layer(x)
+
+
+def test_trial_runs_leave_counters_and_lists_as_they_were():
+    model, x = Counting(), torch.randn(6, 4)
+    collector = GradientMetricCollector(ours.Max(model))
+    plans = []
+    for number in range(1, 4):
+        collector(_loss(model, x))
+        assert (model.calls, model.seen) == (number, [6] * number)
+        plans.append(len(watching._plans[model]))
+    assert plans == [1, 1, 1]
+
+
 # -- results, buffers, transforms ---------------------------------------------------------------------------------------
 
 

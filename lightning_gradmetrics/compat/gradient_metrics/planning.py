@@ -74,12 +74,14 @@ def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[s
             parameter.requires_grad_(False)
         for chosen in parameters.values():
             chosen.requires_grad_(True)
+        runs = _Runs(module, args, kwargs, parameters)
         try:
-            return _planned(_Runs(module, args, kwargs, parameters))
+            return _planned(runs)
         except (PlanError, ValueError) as error:
             return ModulePlan(None, reason=str(error))
         finally:
             note_volatile(module, before, attribute_key(module))
+            runs.restore()
 
 
 class _Runs:
@@ -107,8 +109,12 @@ class _Runs:
             output = self._run(arguments)
         return _Run(trace, [tensor.detach() for tensor in tensors_in(output)])
 
-    def _run(self, arguments: Any) -> Any:
+    def restore(self) -> None:
+        """Restore the module."""
         self._state.restore()
+
+    def _run(self, arguments: Any) -> Any:
+        self.restore()
         return self._module.forward(*arguments[0], **arguments[1])
 
     def _batch(self, count: int, other: int | None = None) -> tuple[Any, list[Tensor]]:
@@ -154,9 +160,6 @@ def _planned(runs: _Runs) -> ModulePlan:
     small = runs.traced(2)
     large = runs.traced(3, small.trace)
     assert small.dependence is not None and large.dependence is not None
-    reason = choice_by_data(small.dependence.operations, large.dependence.operations)
-    if reason:
-        raise PlanError(reason)
     if len(small.outputs) != len(large.outputs):
         raise PlanError("the output contains other tensors for three samples than for two")
     changed = [runs.replaced(number, small.trace) for number in range(3)]
@@ -165,6 +168,9 @@ def _planned(runs: _Runs) -> ModulePlan:
         axes.append(axis_between(before.shape, after.shape))
         others = [run.outputs[index] for run in changed]
         outputs.append(None if axes[-1] is None else _layout(after.detach(), others, axes[-1]))
+    reason = choice_by_data(small.dependence.operations, large.dependence.operations)
+    if reason:
+        raise PlanError(reason)
     plan = make_plan(small.trace, large.trace, _first_sample(large.outputs, axes), _changes(large, changed))
     if plan.uncovered:
         raise PlanError(f"no fast rule for {', '.join(plan.uncovered)}")

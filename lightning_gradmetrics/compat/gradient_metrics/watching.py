@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -110,9 +110,9 @@ class Watch:
         if not size or not _can_listen():
             return
         parameters = _wanted_parameters(module)
-        plan = _plan(module, args, kwargs, parameters) if parameters else None
-        if plan is None:
+        if not parameters:
             return
+        plan = _plan(module, args, kwargs, parameters)
         if plan.plan is None:
             self._why_unseen = plan.reason
             return
@@ -361,27 +361,36 @@ def _wanted_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if id(p) in wanted}
 
 
-def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter]) -> ModulePlan | None:
-    """The plan for a call; ``None`` if a trial run failed, as the call itself may."""
+def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter]) -> ModulePlan:
+    """The plan for a call."""
+    known = _plans.setdefault(module, {})
+    key = _key(module, args, kwargs, parameters)
+    if key in known:
+        return known[key]
+    _current.planning = True
+    try:
+        plan = plan_module(module, args, kwargs, parameters)
+    except Exception as error:  # whatever a trial run meets must not disturb the user's forward pass
+        return ModulePlan(None, reason=f"{type(error).__name__}: {error}")
+    finally:
+        _current.planning = False
+    tensors = tensors_in((args, kwargs))
+    plan.autocast = any(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors)
+    # The trial runs may have shown that an attribute changes in every forward pass: it is no part of the key any more.
+    known[_key(module, args, kwargs, parameters)] = plan
+    return plan
+
+
+def _key(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter]) -> Hashable:
+    """What a plan depends on."""
     tensors = list(tensors_in((args, kwargs)))
-    key = (
+    return (
         tuple((tensor.shape[1:], tensor.dtype, tensor.device) for tensor in tensors),
         tuple(parameters),
         tuple((id(part), part.training) for part in module.modules()),
         attribute_key(module),
         tuple(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors),
     )
-    known = _plans.setdefault(module, {})
-    if key not in known:
-        _current.planning = True
-        try:
-            known[key] = plan_module(module, args, kwargs, parameters)
-            known[key].autocast = any(key[-1])
-        except Exception as error:  # whatever a trial run meets must not disturb the user's forward pass
-            return ModulePlan(None, reason=f"{type(error).__name__}: {error}")
-        finally:
-            _current.planning = False
-    return known[key]
 
 
 def _forget(module: nn.Module, plan: ModulePlan) -> None:
