@@ -7,7 +7,6 @@ HABITS: dict[str, int] = {
     "benchmarks": 5,
     "callback": 9,
     "cli": 9,
-    "compat": 2,
     "conf": 1,
     "docs": 12,
     "engine": 3,

@@ -20,7 +20,7 @@ ROOMS = {
     "engine": {"classifier", "gradients"},
     "scoring": {"classifier", "gradients", "results", "evaluation", "engine"},
     "scores": {"classifier", "gradients", "engine", "scoring"},
-    "compat": {"gradients", "engine"},
+    "compat": {"classifier", "gradients", "engine"},
     "pictures": {"classifier", "gradients", "scoring", "scores"},
     "report": {"meters", "evaluation"},
     "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures"},

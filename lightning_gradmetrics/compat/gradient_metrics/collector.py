@@ -222,14 +222,14 @@ def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def _by_moments(metric: GradientMetric) -> bool:
-    """Whether a metric follows from moments: one of this package's, as it is, with no transform."""
+    """Whether a metric is a function of moments: one of this package's, unmodified and without a transform."""
     plain = metric.grad_transform is None and isinstance(metric, _MomentMetric) and metric.target_parameters
     names = ("__call__", "_collect", "_get_metric", "data", "reset")
     return bool(plain) and all(getattr(type(metric), n) is _original(metric, n) for n in names)
 
 
 def _original(metric: GradientMetric, name: str) -> Any:
-    """What this package defines for ``name``."""
+    """Returns this package's definition of ``name``."""
     ours = next(c for c in type(metric).__mro__ if c.__module__ == _MomentMetric.__module__)
     return getattr(ours, name)
 

@@ -102,7 +102,7 @@ class Listener(Tracer):
 
     @property
     def reenters(self) -> bool:
-        """Whether reentrant activation checkpoints start backward passes of their own."""
+        """Whether reentrant activation checkpoints start nested backward passes."""
         return bool(self._delayed)
 
 

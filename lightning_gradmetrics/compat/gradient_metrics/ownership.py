@@ -63,7 +63,7 @@ class Graph:
     Args:
         loss: The losses, ``(M,)``.
         leaves: For each leaf tensor, by identity, in how many places it enters the graph.
-        passed: For each leaf, the listeners whose outputs lie on every path to it.
+        passed: For each leaf, the listeners whose outputs every path to it passes.
         edges: For each listener, where the outputs of its module enter the graph, with what is known of them.
     """
 
