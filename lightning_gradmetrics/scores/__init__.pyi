@@ -43,4 +43,5 @@ from lightning_gradmetrics.scoring.states import check_fitted as check_fitted
 from lightning_gradmetrics.scoring.states import load_fitted as load_fitted
 from lightning_gradmetrics.scoring.states import save_fitted as save_fitted
 
+__all__: list[str]
 NAMES: tuple[str, ...]

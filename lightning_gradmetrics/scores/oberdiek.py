@@ -80,10 +80,12 @@ class oberdiek(FittedScore):
 
 def _features(gradient: ParameterGradients, levels: tuple[str, ...]) -> Tensor:
     """The features; a mean within rounding is zero, as of a softmax layer's gradient, whose entries sum to zero."""
-    columns = feature_columns(gradient, levels).unflatten(1, (-1, len(FEATURES))).clone()
+    columns = feature_columns(gradient, levels)
+    columns = columns.reshape(len(columns), columns.shape[1] // len(FEATURES), len(FEATURES)).clone()
     mean, std = columns[..., FEATURES.index("mean")], columns[..., FEATURES.index("std")]
     columns[..., FEATURES.index("mean")] = mean.masked_fill(mean.abs() <= 1e-6 * std, 0)
-    return columns.flatten(1)
+    flat: Tensor = columns.flatten(1)
+    return flat
 
 
 def _check_errors(errors: int, count: int) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, get_args
 
 from torch import Tensor
 
@@ -32,7 +32,16 @@ __all__ = [
 P = ParamSpec("P")
 F = TypeVar("F", bound=type[FittedScore])
 
-ScoreLike = str | Score | Recipe | Mapping[str, Any] | Callable[..., Any]
+
+class ScoreFunction(Protocol):
+    """A function of the evidence, or a function or class that makes a score."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the uncertainties, or the score."""
+        ...
+
+
+ScoreLike = str | Score | Mapping[str, Any] | ScoreFunction
 """A score: a name, as ``"gradnorm"`` or ``"gradnorm(temperature=2)"``; a :class:`Score`; a function of the evidence; or a
 mapping, as ``{"gradnorm": {"temperature": 2}}`` or with ``class_path`` and ``init_args``."""
 
@@ -234,13 +243,14 @@ def _known(name: str) -> Recipe:
 
 
 def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
     try:
-        found = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
+        item = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import the score {path!r}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{path!r} is a {type(found).__name__} and not a score")
-    return found  # type: ignore[no-any-return]
+    if not callable(item):
+        raise ValueError(f"{path!r} is a {type(item).__name__} and not a score")
+    return item  # type: ignore[no-any-return]
 
 
 def _from_mapping(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Score:

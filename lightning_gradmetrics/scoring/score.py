@@ -112,10 +112,10 @@ class Recipe:
         """Return the recipe of a function that is not registered; its family follows from its dry run.
 
         Raises:
-            ValueError: If the function has no name of its own, or fails in its dry run.
+            ValueError: If the function has no name, or fails in its dry run.
         """
         inner = getattr(function, "func", function)  # of a functools.partial
-        name = name or getattr(inner, "__name__", type(inner).__name__)
+        name = name or str(getattr(inner, "__name__", type(inner).__name__))
         if name == "<lambda>":
             raise ValueError("a lambda given as a score has no name: give it one, as in scores={'mine': lambda ...}")
         needs = _dry_run(name, function)
