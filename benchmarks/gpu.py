@@ -201,8 +201,14 @@ def _case(name: str, precision: str, options: argparse.Namespace, console: Conso
         results = _measured(functions, options.rounds, options.device, console)
         if not options.no_peers and time.monotonic() < end:
             for peer, build in PEERS.items():
-                pair = {"training step": functions["training step"], peer: build(model, batch)}
-                results |= {k: v for k, v in _measured(pair, 3, options.device, console).items() if k == peer}
+                try:
+                    function = build(model, batch)
+                except ImportError as error:
+                    console.print(f"{peer}: not run: {error}")
+                    continue
+                pair = {"training step": functions["training step"], peer: function}
+                measured = _measured(pair, 3, options.device, console)
+                results |= {name: values for name, values in measured.items() if name == peer}
     model.zero_grad(set_to_none=True)
     rows = []
     for what, values in results.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gradient_moments
 
 __all__ = ["agree"]
@@ -18,8 +18,7 @@ def agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
         gradient: ``(N, ...)``.
         scale: How large the terms are whose sum the gradient is: rounding errors are relative to them.
     """
-    exact = not torch.is_autocast_enabled(gradient.device.type)
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(gradient.dtype, 0.1) if exact else 0.1
+    tolerance = rounding(gradient)
     flat = gradient.reshape(len(gradient), gradient[:1].numel())
     expected = gradient_moments(flat, moments)
     level = flat.norm(dim=1).to(accumulator(flat)) + scale

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
+from lightning_gradmetrics.engine.kernels.fused import fused_segments, fused_supports
 from lightning_gradmetrics.engine.reference import loss_gradients, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.uses import RowsUse, ScaledUse, Use
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
-from lightning_gradmetrics.gradients.statistics import Moments
+from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = ["MomentTable", "UseTable"]
 
@@ -30,31 +31,40 @@ class MomentTable:
 
     def __init__(self, task: Task, scaled: bool = False) -> None:
         self.task, self._scaled = task, scaled
-        self.moments = empty_moments(task, task.size)
         self._columns = {name: index for index, name in enumerate(task.parameters)}
-        self._objective = 0
-        self._undo: list[Tensor] = []
+        self.clear()
 
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin with an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
-        self._objective = objective
         self._undo.append(undo)
+        self._waiting.append({})
+        self._small.append({})
 
     def add(self, name: str, use: Use) -> None:
         """Add a parameter's gradients of the current objective."""
-        if name in self._columns:
-            for key, value in use.moments(self.task.wanted).items():
-                self.moments[self._objective][key][:, self._columns[name]] = value
+        if name not in self._columns:
+            return
+        if isinstance(use, RowsUse) and fused_supports(use.value, self.task.wanted):
+            self._small[-1][name] = use.value.flatten(1)
+        else:
+            self._waiting[-1][name] = use.moments(self.task.wanted)
 
     def finish(self) -> None:
-        """Undo the scales."""
+        """Put the parameters' moments side by side, all at once, and undo the scales."""
+        for moments, waiting, small in zip(self.moments, self._waiting, self._small, strict=False):
+            waiting.update(_segment_moments(small, self.task.wanted))
+            _fill_columns(moments, waiting, self._columns)
+        self._waiting, self._small = [], []
         if not self._scaled and self._undo:
             pairs = zip(self.moments, self._undo, strict=True)
             self.moments = [rescaled_moments(moments, undo) for moments, undo in pairs]
 
     def clear(self) -> None:
         """Forget all values."""
-        self.moments, self._undo = empty_moments(self.task, self.task.size), []
+        self.moments = empty_moments(self.task, self.task.size)
+        self._undo: list[Tensor] = []
+        self._waiting: list[dict[str, Moments]] = []
+        self._small: list[dict[str, Tensor]] = []
 
     def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
         """Add parameters without a fast rule, after :meth:`finish`: mapped over the samples, or one at a time."""
@@ -79,6 +89,31 @@ class MomentTable:
     def join(parts: list[MomentTable]) -> list[Moments]:
         """The moments of all samples, from consecutive groups of them."""
         return joined([part.moments for part in parts])
+
+
+def _segment_moments(rows: Mapping[str, Tensor], wanted: Collection[Moment]) -> dict[str, Moments]:
+    """The moments of gradients that are there already, on a CUDA device: one kernel for all of one type."""
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, value in rows.items():
+        by_dtype.setdefault(value.dtype, []).append(name)
+    moments: dict[str, Moments] = {}
+    for names in by_dtype.values():
+        moments.update(zip(names, fused_segments([rows[name] for name in names], wanted), strict=True))
+    return moments
+
+
+def _fill_columns(moments: Moments, parts: Mapping[str, Moments], columns: Mapping[str, int]) -> None:
+    """Write moments ``(N,)`` of parameters into their columns of ``(N, P)``: one copy per moment, not per parameter."""
+    if not parts:
+        return
+    names = sorted(parts, key=columns.__getitem__)
+    where = [columns[name] for name in names]
+    for key, table in moments.items():
+        values = torch.stack([parts[name][key].to(table.dtype) for name in names], 1)
+        if len(names) == table.shape[1]:
+            moments[key] = values
+        else:
+            table[:, where] = values
 
 
 def _mapped_moments(task: Task) -> list[Moments] | None:

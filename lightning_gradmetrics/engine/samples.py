@@ -15,7 +15,7 @@ from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
 from lightning_gradmetrics.engine.refusals import SampleAxisError
 from lightning_gradmetrics.engine.task import Task
-from lightning_gradmetrics.gradients.precision import accumulator
+from lightning_gradmetrics.gradients.precision import accumulator, rounding
 
 __all__ = ["close_rows", "input_structure", "with_sample_axes"]
 
@@ -123,9 +123,7 @@ def _logits(task: Task) -> Tensor:
 
 def close_rows(found: Tensor, expected: Tensor) -> bool:
     """Whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(expected.dtype, 0.1)
-    if torch.is_autocast_enabled(expected.device.type):
-        tolerance = 0.1
+    tolerance = rounding(expected)
     wide = accumulator(expected)
     found, expected = found.to(wide).flatten(1), expected.to(wide).flatten(1)
     finite = expected.isfinite()

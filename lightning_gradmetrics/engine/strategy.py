@@ -24,6 +24,7 @@ from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxi
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Probe as Notes
 from lightning_gradmetrics.engine.tracer import Tracer
+from lightning_gradmetrics.gradients.precision import full_float32
 from lightning_gradmetrics.gradients.scaling import rescaled_rows
 
 __all__ = ["Strategy", "collect_fast", "make_strategy", "warn_slow"]
@@ -72,6 +73,11 @@ def make_strategy(task: Task) -> Strategy:
         CoupledSamplesError: If the samples depend on each other.
         SampleAxisError: If the logits have other rows than samples.
     """
+    with full_float32():
+        return _make_strategy(task)
+
+
+def _make_strategy(task: Task) -> Strategy:
     state = ForwardState(task.model)
     if _channels_last_pays(task):
         with contextlib.suppress(Exception):  # a model may insist on another layout, with views of its tensors

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-__all__ = ["accumulator", "at_least_float32", "result_dtype", "wide_dtype"]
+__all__ = ["accumulator", "at_least_float32", "full_float32", "result_dtype", "rounding", "wide_dtype"]
+
+ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
+HALF, TF32 = 0.1, 0.05
+"""Rounding of half precision, and of float32 whose products are computed as TF32 (10 bits of mantissa)."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,3 +33,36 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of results for gradients of ``dtype``: float64 stays, every other type becomes float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounding(tensor: Tensor) -> float:
+    """How far two ways of computing such a tensor may differ by rounding, relative to its largest entries.
+
+    Args:
+        tensor: A result of a model's forward or backward pass.
+    """
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return HALF
+    if tensor.dtype == torch.float32 and device == "cuda" and _tf32():
+        return TF32
+    return ROUNDING.get(tensor.dtype, HALF)
+
+
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside the block, CUDA devices compute float32 products with all digits, whatever torch is set to do.
+
+    torch computes float32 convolutions as TF32 by default. Two right ways to one gradient then differ in the third digit,
+    and a comparison of them would prove little.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn

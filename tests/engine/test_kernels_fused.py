@@ -69,6 +69,9 @@ assert torch.allclose(fused.fused_depthwise(x, g, geometry).double(), gradients,
 rows = torch.randn(4, 5000)
 check("rows", fused.fused_rows(rows, KEYS), rows.double())
 check("rows of a transposed matrix", fused.fused_rows(torch.randn(40, 3).mT, KEYS[:1]), torch.zeros(3, 40), [])
+parts = [torch.randn(3, size) for size in (1, 700, 10)]
+for part, measured in zip(parts, fused.fused_segments(parts, KEYS)):
+    check("segments", measured, part.double())
 
 g, x = torch.randn(2, 5, 9), torch.randn(2, 5, 9)
 total, product = fused.fused_sums(g, x)

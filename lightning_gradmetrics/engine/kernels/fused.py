@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["fused_depthwise", "fused_products", "fused_rows", "fused_sums", "fused_supports"]
+__all__ = ["fused_depthwise", "fused_products", "fused_rows", "fused_segments", "fused_sums", "fused_supports"]
 
 STATISTICS: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
 """The moments in the order in which the kernels write them."""
@@ -229,3 +229,32 @@ def fused_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
         *(flat, out, flat.stride(0), columns), COLUMNS=piece, EXTREMES=_needs_extremes(keys)
     )
     return _moments(out, keys)
+
+
+@functools.lru_cache(maxsize=256)
+def _segment_starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    return starts.to(device=device, dtype=torch.int32)
+
+
+def fused_segments(rows: Sequence[Tensor], wanted: Iterable[Moment]) -> list[Moments]:
+    """Moments of the rows of several matrices ``(N, D_i)`` of one type, in one pass over all of them.
+
+    Args:
+        rows: The matrices.
+        wanted: The moments to compute.
+
+    Returns:
+        For each matrix its moments, ``(N,)`` each, float64.
+    """
+    keys, flat = frozenset(wanted), torch.cat(list(rows), 1)
+    starts = _segment_starts(tuple(part.shape[1] for part in rows), flat.device)
+    out = torch.empty(len(flat), len(rows), len(STATISTICS), dtype=torch.float64, device=flat.device)
+    _kernels().segment_statistics_kernel[(len(rows), len(flat))](
+        *(flat, starts, out, flat.stride(0)), COLUMNS=256, EXTREMES=_needs_extremes(keys)
+    )
+    results = []
+    for columns in out.unbind(1):
+        statistics = columns.unbind(1)
+        results.append({key: statistics[STATISTICS.index(key)] for key in keys})
+    return results

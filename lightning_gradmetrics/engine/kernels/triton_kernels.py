@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["depthwise_kernel", "merge_tiles_kernel", "position_sums_kernel", "products_kernel", "row_statistics_kernel"]
+__all__ = [
+    "depthwise_kernel",
+    "merge_tiles_kernel",
+    "position_sums_kernel",
+    "products_kernel",
+    "row_statistics_kernel",
+    "segment_statistics_kernel",
+]
 
 # Annotations are left out: Triton evaluates them when it compiles a kernel.
 
@@ -206,3 +213,36 @@ def merge_tiles_kernel(partial, merged, tiles, TILES: tl.constexpr, EXTREMES: tl
         tl.store(merged + 2, tl.sum(magnitude))
         tl.store(merged + 3, tl.max(high).to(tl.float64))
         tl.store(merged + 4, tl.min(low).to(tl.float64))
+
+
+@triton.jit
+def segment_statistics_kernel(flat, starts, out, row_stride, COLUMNS: tl.constexpr, EXTREMES: tl.constexpr):
+    """Statistics of one segment of one row. The grid is (segments, rows); ``out`` is ``(N, segments, 5)`` float64."""
+    segment = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    begin = tl.load(starts + segment)
+    end = tl.load(starts + segment + 1)
+    flat += row * row_stride
+    total = tl.zeros((COLUMNS,), dtype=tl.float64)
+    square = tl.zeros((COLUMNS,), dtype=tl.float64)
+    magnitude = tl.zeros((COLUMNS,), dtype=tl.float64)
+    high = tl.full((COLUMNS,), float("-inf"), dtype=tl.float32)
+    low = tl.full((COLUMNS,), float("inf"), dtype=tl.float32)
+    for start in range(begin, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        valid = column < end
+        values = tl.load(flat + column, mask=valid, other=0.0).to(tl.float32)
+        wide = values.to(tl.float64)
+        total += wide
+        square += wide * wide
+        if EXTREMES:
+            magnitude += tl.abs(wide)
+            high = tl.maximum(high, tl.where(valid, values, float("-inf")))
+            low = tl.minimum(low, tl.where(valid, values, float("inf")))
+    out += (row * tl.num_programs(0) + segment) * 5
+    tl.store(out, tl.sum(total))
+    tl.store(out + 1, tl.sum(square))
+    if EXTREMES:
+        tl.store(out + 2, tl.sum(magnitude))
+        tl.store(out + 3, tl.max(high).to(tl.float64))
+        tl.store(out + 4, tl.min(low).to(tl.float64))
