@@ -112,7 +112,8 @@ def _module_state(model: nn.Module) -> Iterator[Undo]:
 
 def _attribute_undo(attributes: dict[str, Any], names: Set[str]) -> Undo:
     before = {name: attributes[name] for name in names}
-    before["training"] = attributes["training"]
+    if "training" in attributes:  # a compiled module leaves it to the module that it wraps
+        before["training"] = attributes["training"]
     size = len(attributes)
 
     def restore() -> None:
