@@ -1,4 +1,4 @@
-"""The engine's figures: time and memory beside a training step and beside other software."""
+"""Time and memory of the engine, compared with a training step and with other software."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _seed(case: str, model: torch.nn.Module, x: torch.Tensor, full: float, sampl
 
 
 def _memory(case: str, options: argparse.Namespace) -> Iterator[Row]:
-    """Peak memory beyond the model and the batch, each in a process of its own, against that of a training step."""
+    """Yield the peak memory beyond the model and the batch, over a training step's; one process per measurement."""
     for batch in options.memory_batches:
         step = _peak_of(case, batch, "step", options)
         for what in ("full", "squares"):

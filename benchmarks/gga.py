@@ -1,8 +1,8 @@
 """Cosine similarity maps against the gga-csm package: ``python -m benchmarks.gga``.
 
-Each figure is a ratio of times taken in turn in one process: ``cosine_similarity_maps`` to the package's function
-(patched, as it makes its labels on CUDA on any device), on the same model and batch. ``every_class`` shows how much
-comes from computing no parameter gradients alone, with C backward passes; the rest comes from doing C - 1.
+Each number is a ratio of times, measured in turn in one process: ``cosine_similarity_maps`` over the package's function
+(patched, because it creates its labels on CUDA) on the same model and batch. ``every_class`` uses C backward passes, so
+it shows the gain from computing no parameter gradients; the rest comes from C - 1 backward passes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def compare(case: str, batch: int, repeats: int, device: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Run the comparison, print a row a batch size, and write JSON if asked."""
+    """Run the comparison, print one row per batch size, and write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gga", description=__doc__)
     parser.add_argument("--case", choices=sorted(CASES), default="resnet20")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16, 32, 64])

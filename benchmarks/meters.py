@@ -1,10 +1,9 @@
 """``python -m benchmarks meters``: the two modes of the AUROC meter beside torchmetrics and scikit-learn.
 
-Times of one size come from one process, the methods taking turns; the median is shown. Scores lie in [0, 1], so that
-torchmetrics' own meters are right on them too. Memory is by how much the peak of a fresh process grew over a stream,
-after a stream of WARM batches; a row "no meter" says what the batches themselves cost. It is measured twice: as it is,
-and, "live", with a C library that hands every freed block back at once (glibc's MALLOC_MMAP_THRESHOLD_), so that holes
-in the heap do not count.
+Times of one size come from one process in which the methods take turns; medians are shown. Scores are in [0, 1], so
+that torchmetrics' own meters are correct too. Memory is the growth of the peak of a fresh process over a stream, after
+WARM batches; the row "no meter" is the cost of the batches alone. It is measured twice: unmodified, and "live", with a C
+library that returns every freed block at once (glibc's MALLOC_MMAP_THRESHOLD_), so that holes in the heap do not count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the engine is measured against: a training step, and other ways to the same statistics."""
+"""What the engine is compared with: a training step, and other software that computes the same statistics."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def pytorch_ood(model: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def gradient_metrics_seconds(model: nn.Module, x: Tensor, samples: int) -> float:
-    """Seconds that gradient_metrics takes for the batch.
+    """Return the seconds that gradient_metrics takes for a batch.
 
-    It runs one forward, and for each sample a backward of the whole batch's graph and the metrics. With fewer samples,
-    the backward part is measured on so many, on the whole graph, and scaled.
+    It runs one forward pass, and for each sample a backward pass through the whole batch's graph. The backward part is
+    measured on ``samples`` samples and scaled to the batch.
     """
     from gradient_metrics import GradientMetricCollector
     from gradient_metrics.metrics import Max, MeanStd, Min, PNorm

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 HABITS: dict[str, int] = {
-    "README.md": 5,
-    "benchmarks": 5,
     "callback": 9,
     "cli": 9,
     "conf": 1,
-    "docs": 12,
+    "docs": 2,
     "engine": 3,
     "evaluation": 2,
     "gradients": 1,
