@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightning_gradmetrics.compat.gradient_metrics import metrics as ours
 from lightning_gradmetrics.compat.gradient_metrics import watching
 from lightning_gradmetrics.compat.gradient_metrics.collector import GradientMetricCollector
+from lightning_gradmetrics.compat.gradient_metrics.listener import HEARD
 from tests.engine.cases import made
 
 theirs = pytest.importorskip("gradient_metrics.metrics")
@@ -303,11 +304,11 @@ def test_activations_are_not_kept():
     collector = GradientMetricCollector(ours.Max(model))
     loss = _loss(model, torch.randn(5, 4))
     gc.collect()
-    assert len(watching._listeners) == 1
+    assert len(HEARD) == 1
     collector(loss, retain_graph=True)
     del loss
     gc.collect()
-    assert len(watching._listeners) == 0
+    assert len(HEARD) == 0
 
 
 def test_an_empty_batch():

@@ -19,7 +19,6 @@ HABITS: dict[str, int] = {
 NESTED_STATEMENTS: dict[str, int] = {
     "classifier": 1,
     "cli": 18,
-    "compat": 4,
     "engine": 18,
     "evaluation": 6,
     "gradients": 3,
@@ -35,7 +34,7 @@ COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
     "callback": 30.0,
     "classifier": 38.8,
     "cli": 55.5,
-    "compat": 52.1,
+    "compat": 28.6,
     "engine": 33.8,
     "evaluation": 45.2,
     "gradients": 20.7,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.compat.gradient_metrics.collecting import collect
 from lightning_gradmetrics.compat.gradient_metrics.metrics import GradientMetric, _MomentMetric, merged
 from lightning_gradmetrics.compat.gradient_metrics.watching import Watch
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
@@ -53,9 +54,11 @@ class GradientMetricCollector:
 
     def __init__(self, metrics: Sequence[GradientMetric] | GradientMetric) -> None:
         self._metrics = [metrics] if isinstance(metrics, GradientMetric) else _checked(metrics)
-        targets = [target for metric in self._metrics for target in metric.target_layers]
-        self._parameters = {id(p): p for metric in self._metrics for p in metric.target_parameters}
-        self._watch = Watch([t for t in targets if isinstance(t, nn.Module)], self._parameters)
+        self._parameters = _parameters_of(self._metrics)
+        modules: list[nn.Module] = []
+        for metric in self._metrics:
+            modules += [target for target in metric.target_layers if isinstance(target, nn.Module)]
+        self._watch = Watch(modules, self._parameters)
         weakref.finalize(self, self._watch.remove)
 
     def __call__(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
@@ -98,7 +101,7 @@ class GradientMetricCollector:
         """What one backward pass shows of every loss, or ``None`` if each loss has to take its own."""
         collected = _Collected(len(loss), self._metrics)
         try:
-            reason = self._watch.collect(loss, collected.add, retain_graph)
+            reason = collect(loss, self._parameters, collected.add, retain_graph, self._watch.why_unseen)
         except PlanError as error:
             reason = str(error)
         if reason:
@@ -117,7 +120,7 @@ class GradientMetricCollector:
 
     def _by_rows(self, metrics: Sequence[GradientMetric], collected: _Collected) -> dict[int, Tensor]:
         """Metrics ``(N, k)`` that need each gradient, a bounded number of samples at a time."""
-        parameters = {id(p): p for metric in metrics for p in metric.target_parameters}
+        parameters = _parameters_of(metrics)
         step = max(1, 16 * CHUNK_ENTRIES // max(1, sum(p.numel() for p in parameters.values())))
         values: dict[int, list[Tensor]] = {id(metric): [] for metric in metrics}
         for start in range(0, collected.size, step):
@@ -145,9 +148,19 @@ class GradientMetricCollector:
             keep = retain_graph or number < len(loss) - 1
             found = torch.autograd.grad(one, parameters, retain_graph=keep, allow_unused=True)
             gradients = {id(p): _dense(g, p) for p, g in zip(parameters, found, strict=True)}
-            values = [_metric_of(m, [gradients[id(p)] for p in m.target_parameters]) for m in self._metrics]
+            values = []
+            for metric in self._metrics:
+                values.append(_metric_of(metric, [gradients[id(p)] for p in metric.target_parameters]))
             rows.append(torch.cat(values))
         return torch.stack(rows) if rows else torch.zeros(0, self.dim, device=loss.device)
+
+
+def _parameters_of(metrics: Sequence[GradientMetric]) -> dict[int, Tensor]:
+    """The target parameters of all metrics, by identity."""
+    parameters: dict[int, Tensor] = {}
+    for metric in metrics:
+        parameters |= {id(parameter): parameter for parameter in metric.target_parameters}
+    return parameters
 
 
 class _Collected:

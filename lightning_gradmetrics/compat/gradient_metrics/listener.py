@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.compat.gradient_metrics.planning import ModulePlan
 from lightning_gradmetrics.engine.calls import opened
-from lightning_gradmetrics.engine.plan import Plan, PlanError, Step
+from lightning_gradmetrics.engine.plan import PlanError, Step
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.uses import Use
 
-__all__ = ["Listener", "listen"]
+__all__ = ["HEARD", "Listener", "listen"]
+
+
+_COUNT = itertools.count()
 
 
 class _Through(torch.autograd.Function):
@@ -35,13 +41,15 @@ class Listener(Tracer):
     The graph that it listens to keeps it alive.
 
     Args:
-        plan: What to do at each call.
+        module_plan: The plan of the module's calls, which has one.
         parameters: The chosen parameters by name.
         size: The number of samples.
     """
 
-    def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int) -> None:
-        super().__init__(plan, parameters, size, self._drop)
+    def __init__(self, module_plan: ModulePlan, parameters: Mapping[str, Tensor], size: int) -> None:
+        assert module_plan.plan is not None
+        super().__init__(module_plan.plan, parameters, size, self._drop)
+        self.module_plan, self.number = module_plan, next(_COUNT)
         self._listening = False
         self.heard = False
         self.broken = ""
@@ -104,6 +112,10 @@ class Listener(Tracer):
     def reenters(self) -> bool:
         """Whether reentrant activation checkpoints start nested backward passes."""
         return bool(self._delayed)
+
+
+HEARD: WeakSet[Listener] = WeakSet()
+"""The listeners of forward passes whose graphs are alive."""
 
 
 def listen(

@@ -63,7 +63,9 @@ class Verification:
     """
 
     def __init__(self, references: Mapping[int, Tensor], weights: Tensor, half: bool, record: Record) -> None:
-        self._references = {key: g.to_dense() if g.is_sparse else g for key, g in references.items()}
+        self._references: dict[int, Tensor] = {}
+        for key, gradient in references.items():
+            self._references[key] = gradient.to_dense() if gradient.is_sparse else gradient
         self._weights, self._half, self._record = weights.double(), half, record
         self._sums: dict[int, Tensor] = {}
         self._sizes: defaultdict[int, float] = defaultdict(float)

@@ -63,7 +63,10 @@ def chunked_moments(
     chunks = []
     for start in range(0, max(1, len(samples)), size):
         chunks.append(row_moments(gradients(slice(start, start + size)).flatten(1), keys))
-    return {key: torch.cat([chunk[key] for chunk in chunks]) for key in keys}
+    moments: Moments = {}
+    for key in keys:
+        moments[key] = torch.cat([chunk[key] for chunk in chunks])
+    return moments
 
 
 def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
