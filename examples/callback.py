@@ -11,7 +11,7 @@ from rich.console import Console
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.cli.data import digits
 from lightning_gradmetrics.cli.models import digits_cnn
-from lightning_gradmetrics.cli.tables import metrics_table
+from lightning_gradmetrics.cli.tables import metrics_grids, print_grid
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     trainer.test(model, data.loaders(batch_size=128), verbose=False)
 
     console = Console()
-    console.print(metrics_table(callback.evaluation, callback.scorer.scores))
+    for grid in metrics_grids(callback.evaluation, callback.scorer.scores, console.width):
+        print_grid(console, grid)
     least_sure = callback.results.sort_by([("max_softmax", "descending")]).slice(0, 5)
     console.print("The five least certain samples:", least_sure.to_pylist())
 

@@ -1,11 +1,15 @@
 """Per-sample gradient uncertainty scores for PyTorch Lightning."""
 
-from lightning_gradmetrics import evaluation, meters, scores
-from lightning_gradmetrics.callback import GradientMetrics
-from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
-from lightning_gradmetrics.gradients import cosine_similarity_maps
-from lightning_gradmetrics.results import largest, read_results
-from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_gradmetrics import evaluation, meters, scores
+    from lightning_gradmetrics.callback import GradientMetrics
+    from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
+    from lightning_gradmetrics.gradients import cosine_similarity_maps
+    from lightning_gradmetrics.results import largest, read_results
+    from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
 
 __version__ = "0.1.0"
 
@@ -25,3 +29,34 @@ __all__ = [
     "score",
     "scores",
 ]
+
+_ROOMS = {
+    "GradientMetrics": "callback",
+    "GradientStatistics": "engine",
+    "cosine_similarity_maps": "gradients",
+    "cross_fit": "scoring",
+    "fit": "scoring",
+    "gradient_features": "scoring",
+    "gradient_profile": "scoring",
+    "gradient_statistics": "engine",
+    "largest": "results",
+    "read_results": "results",
+    "score": "scoring",
+}
+"""The room of every public object; a name that is missing here is a room itself."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use, so that ``import lightning_gradmetrics`` is fast."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _ROOMS:
+        value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    else:
+        value = import_module(f"{__name__}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,276 +1,140 @@
-"""The ``gradmetrics`` command: one Hydra run from data and model to table, files and report."""
+"""The entry point of ``gradmetrics``: reads the arguments first, and imports torch only when there is something to run."""
 
 from __future__ import annotations
 
-import logging
 import os
-import shlex
 import sys
-import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from omegaconf import DictConfig
-from rich.console import Console
+from lightning_gradmetrics.cli.arguments import check_arguments, own_factories
+from lightning_gradmetrics.cli.configuration import configuration_directory
+from lightning_gradmetrics.cli.errors import UsageError, one_line
+from lightning_gradmetrics.cli.help import help_text, version_text
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = ["configuration_directory", "main"]
 
-
-def configuration_directory() -> Path:
-    """``conf/``: inside the installed package, or beside it in a source checkout."""
-    here = Path(__file__).resolve().parents[1]
-    for folder in (here / "conf", here.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"the configuration folder conf/ lies neither in {here} nor beside it: install the package again"
-    )
-
-
-TASKS = ("evaluate", "demo")
-
-
-def run(config: DictConfig) -> None:
-    """Evaluate a model's scores, or show GradTrust's demo.
-
-    Raises:
-        ValueError: If the task is unknown.
-    """
-    if config.task not in TASKS:
-        raise ValueError(f"unknown task {config.task!r}; allowed: {', '.join(TASKS)}")
-    evaluate(config) if config.task == "evaluate" else demo(config)
-
-
-def demo(config: DictConfig) -> None:
-    """GradTrust's demo for one image."""
-    from lightning.pytorch import seed_everything
-
-    from lightning_gradmetrics.cli.gradtrust_demo import demo_block, read_image
-
-    image = read_image(config.image, config.size)
-    seed_everything(config.seed, verbose=False)
-    random = config.model.get("weights") is None and config.model.get("checkpoint") is None
-    note = "The weights are random: model.weights=DEFAULT downloads the published ones."
-    print(demo_block(instantiate(config.model), image, [note] if random else []))
-
-
-def evaluate(config: DictConfig) -> None:
-    """Train or load the model, score the data, write the files, show the table."""
-    from lightning.pytorch import seed_everything
-
-    from lightning_gradmetrics.cli.gradtrust_demo import trust_areas, trust_table, write_trust_table
-    from lightning_gradmetrics.cli.run_files import write_run
-    from lightning_gradmetrics.cli.standings import standings_table, write_standings
-    from lightning_gradmetrics.cli.tables import largest_table, metrics_table
-    from lightning_gradmetrics.pictures import write_pictures, write_tables
-    from lightning_gradmetrics.report import write_report
-    from lightning_gradmetrics.scores import FittedScore, resolve
-
-    console = Console()
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    seed_everything(config.seed, verbose=False)
-    scores: Sequence[Any] = resolve({str(name): instantiate(node) for name, node in config.score.items()})
-    clock = time.perf_counter()
-    data = instantiate(config.data, _convert_="all")
-    model = instantiate(config.model, _partial_=True)(data=data)
-    prepared = time.perf_counter()
-    compared, scores = scores, [score for score in scores if not (config.costs and score.needs.labels)]
-    scored_as_is = [score for score in scores if not (config.folds and isinstance(score, FittedScore))]
-    if not scored_as_is:
-        raise ValueError(
-            "folds cross-validates the fitted scores: give one or more scores that need no fit beside them"
-        )
-    callback = instantiate(config.callback, _partial_=True)(scores=scored_as_is, datasets=dict(data.roles))
-    logger = instantiate(config.logger) or False
-    trainer = instantiate(config.trainer, _partial_=True)(callbacks=[callback], logger=logger)
-    fit_scores(callback, trainer, model, data, config, directory / "fitted")
-    trainer.test(model, data.loaders(config.batch_size, config.num_workers), verbose=False)
-    results, standing = callback.results, list[Any]()
-    if config.folds:
-        results, scores, standing = cross_validate(callback, trainer, model, data, scores, config, console)
-    scored = time.perf_counter()
-    evaluation = judge(results, scores, data, config, console)
-    write_run(
-        directory,
-        results,
-        evaluation,
-        scores,
-        model=_describe(config, model, data),
-        descriptions=data.descriptions,
-        figures=write_pictures(callback.pictures(), directory),
-        command=shlex.join(["gradmetrics", *sys.argv[1:]]),
-        timing={
-            "prepare_seconds": prepared - clock,
-            "score_seconds": scored - prepared,
-            "judge_seconds": time.perf_counter() - scored,
-        },
-    )
-    tables = callback.tables()
-    write_tables(tables, directory)
-    if config.costs:
-        compare_costs(callback, model, data, compared, evaluation, config, console, directory)
-    else:
-        console.print(metrics_table(evaluation, scores))
-    if "largest" in tables:
-        console.print(largest_table(tables["largest"]))
-    if config.trust_table:
-        areas = trust_areas(results, [score.name for score in scores])
-        write_trust_table(areas, directory / "trust_table.csv")
-        console.print(trust_table(areas))
-    if standing:
-        write_standings(standing, directory)
-        console.print(standings_table(standing))
-    console.print(f"Results: {_shown(directory)}", soft_wrap=True)
-    if config.report:
-        console.print(f"Report:  {_shown(write_report(directory))}", soft_wrap=True)
-
-
-def compare_costs(
-    callback: Any,
-    model: Any,
-    data: Any,
-    scores: Any,
-    evaluation: Any,
-    config: DictConfig,
-    console: Console,
-    directory: Path,
-) -> None:
-    """Measure what every score costs on ``config.costs`` in-distribution samples, and show and write all in one table."""
-    from lightning_gradmetrics.classifier.forward import map_tensors
-    from lightning_gradmetrics.cli.costs import benchmark_records, benchmark_table, score_costs, write_benchmark
-
-    inside = next(name for name, role in data.roles.items() if role == "id")
-    inputs, labels = callback.split_batch(next(iter(data.loaders(config.costs, config.num_workers)[inside])))
-    scored = callback.scored_model(model)
-    device = next(scored.parameters()).device
-    inputs, labels = map_tensors(inputs, lambda t: t.to(device)), None if labels is None else labels.to(device)
-    ready = {score.name: score for score in callback.scorer.scores}
-    with console.status("Costs") as status:
-        costs = score_costs(
-            scored,
-            inputs,
-            labels,
-            [ready.get(score.name, score) for score in scores],
-            progress=lambda name: status.update(f"Costs: {name}"),
-        )
-    records = benchmark_records(evaluation, scores, costs)
-    write_benchmark(records, directory)
-    console.print(benchmark_table(records))
-
-
-def cross_validate(
-    callback: Any, trainer: Any, model: Any, data: Any, scores: Any, config: DictConfig, console: Console
-) -> tuple[Any, list[Any], list[Any]]:
-    """The run's results with the held-out scores of ``config.folds`` folds, its scores, and where the fitted ones stand.
-
-    Raises:
-        ValueError: If there are several processes, or no score but fitted ones.
-    """
-    from rich.progress import Progress
-
-    from lightning_gradmetrics.cli.standings import standings
-    from lightning_gradmetrics.results.table import join_scores
-    from lightning_gradmetrics.scores import FittedScore
-    from lightning_gradmetrics.scoring.cross_fitting import cross_fit, held_out_columns
-
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"folds is {config.folds}: cross-validation runs in one process; set trainer.devices=1, or folds=0"
-        )
-    fitted = [score for score in scores if isinstance(score, FittedScore)]
-    if not fitted:
-        return callback.results, list(scores), []
-    scorer = callback.scorer
-    options = {"head": config.callback.head, "logits_fn": scorer.logits_fn, "engine": scorer.engine}
-    network = callback.scored_model(model).to(trainer.strategy.root_device).eval()
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("Cross-validation", total=1.0)
-        options |= {"progress": lambda share: progress.update(task, completed=share)}
-        loaders = data.loaders(config.batch_size, config.num_workers)
-        held_out = cross_fit(network, loaders, fitted, data.roles, folds=config.folds, seed=config.seed, **options)
-    plans = held_out_columns(fitted, data.roles)
-    everything = [*(s for s in scores if not isinstance(s, FittedScore)), *(plan.named for plan in plans)]
-    results, without = join_scores(callback.results, held_out), {plan.named.name: plan.without for plan in plans}
-    options = {"resamples": config.resamples, "seed": config.seed}
-    return results, everything, standings(results, everything, data.roles, without, **options)
-
-
-def judge(results: Any, scores: Any, data: Any, config: DictConfig, console: Console) -> Any:
-    """The evaluation of the run's results, with intervals and a progress bar."""
-    from rich.progress import Progress
-
-    from lightning_gradmetrics.evaluation import evaluate as evaluate_results
-
-    present = set(results["dataset"].to_pylist())
-    roles = {name: role for name, role in data.roles.items() if name in present}
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("Intervals", total=1.0, visible=config.resamples > 0)
-        return evaluate_results(
-            results,
-            [score.name for score in scores],
-            roles,
-            [score.name for score in scores if score.recipe.family == "baseline"],
-            resamples=config.resamples,
-            seed=config.seed,
-            progress=lambda share: progress.update(task, completed=share),
-        )
-
-
-def fit_scores(callback: Any, trainer: Any, model: Any, data: Any, config: DictConfig, directory: Path) -> None:
-    """Fit the scores that need it, or take the states that an earlier run kept in ``config.fitted``; keep the states."""
-    from lightning_gradmetrics.scores import FittedScore, load_fitted, save_fitted
-
-    scores = callback.scorer.scores
-    if not any(isinstance(score, FittedScore) for score in scores):
-        return
-    if config.fitted is not None:
-        callback.scorer.scores = load_fitted(scores, Path(config.fitted).expanduser(), callback.scored_model(model))
-    else:
-        loaders, roles = data.fit_loaders(config.batch_size, config.num_workers)
-        callback.fit(trainer, model, loaders, roles)
-    if trainer.is_global_zero:
-        save_fitted(callback.scorer.scores, directory)
-
-
-def _describe(config: DictConfig, model: Any, data: Any) -> dict[str, Any]:
-    return {
-        "name": str(config.model._target_).rpartition(".")[2]
-        + (f" {config.model.name}" if "name" in config.model else ""),
-        "checkpoint": None if config.model.get("checkpoint") is None else _shown(Path(config.model.checkpoint)),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "classes": len(data.classes),
-    }
-
-
-def _shown(path: Path) -> str:
-    """The path from here where it lies below, else in full."""
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _quiet() -> None:
-    """Leave out what Lightning says to every newcomer; warnings about the user's own data stay."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    warnings.filterwarnings("ignore", message=r".*GPU available but not used.*")
+FULL_ERROR = "HYDRA_FULL_ERROR"
+ONE_LINE = "GRADMETRICS_ONE_LINE_ERRORS"
+"""Set for child processes, whose environment has :data:`FULL_ERROR` although the user did not set it."""
 
 
 def main() -> None:
-    """``gradmetrics scores`` lists the scores; anything else is a Hydra command line."""
-    _quiet()
-    if sys.argv[1:] == ["scores"]:
-        from lightning_gradmetrics.cli.tables import scores_table
+    """Run a subcommand, or else the Hydra command line; an error is one line, and the exit status is 1."""
+    arguments = sys.argv[1:]
+    wants_traceback = os.environ.get(FULL_ERROR) == "1" and ONE_LINE not in os.environ
+    try:
+        _dispatch(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if wants_traceback:
+            raise
+        _exit_with(error)
 
-        Console().print(scores_table())
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    name = arguments[0] if arguments else ""
+    if name in COMMANDS:
+        COMMANDS[name](arguments[1:])
+    elif "--help" in arguments or "-h" in arguments:
+        print(help_text())
+    elif "--version" in arguments:
+        print(version_text())
+    else:
+        check_arguments(arguments, COMMANDS)
+        _run_hydra(arguments)
+
+
+def _run_hydra(arguments: Sequence[str]) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's profiler warns about memory of earlier calls
+    if os.environ.get(FULL_ERROR) != "1":
+        os.environ[ONE_LINE] = os.environ[FULL_ERROR] = "1"  # Hydra raises, and main prints one line
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # for model._target_=mine.net
+    sys.argv[1:] = own_factories(arguments)
+    import hydra
+
+    hydra.main(version_base="1.3", config_path=str(configuration_directory()), config_name="config")(_job)()
+
+
+def _job(config: DictConfig) -> None:
+    """Run one job of Hydra. In this process, an error ends it at once: Hydra would print a second line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from lightning_gradmetrics.cli.run import run
+
+    launcher = HydraConfig.get().launcher._target_
+    if ONE_LINE not in os.environ or not launcher.startswith("hydra._internal"):
+        run(config)
         return
-    hydra.main(version_base="1.3", config_path=str(configuration_directory()), config_name="config")(run)()
+    try:
+        run(config)
+    except Exception as error:
+        _exit_with(error)
 
+
+def _exit_with(error: Exception) -> NoReturn:
+    print(f"gradmetrics: {one_line(error)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _scores(arguments: Sequence[str]) -> None:
+    """List the scores."""
+    _no_arguments("scores", arguments)
+    from rich.console import Console
+
+    from lightning_gradmetrics.cli.tables.score_list import scores_table
+
+    Console().print(scores_table())
+
+
+def _report(arguments: Sequence[str]) -> None:
+    """Write the report of a run again."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError("usage: gradmetrics report DIR, where DIR has metrics.json and results.parquet")
+    from lightning_gradmetrics.report import write_report
+
+    for directory in arguments:
+        print(write_report(Path(directory)))
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    """Compare runs."""
+    from lightning_gradmetrics.cli.compare import main as compare
+
+    compare(arguments)
+
+
+def _help(arguments: Sequence[str]) -> None:
+    print(help_text())
+
+
+def _version(arguments: Sequence[str]) -> None:
+    print(version_text())
+
+
+def _no_arguments(name: str, arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            print(help_text())
+            sys.exit(0)
+        raise UsageError(f"gradmetrics {name} takes no arguments, got {argument!r}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "scores": _scores,
+    "compare": _compare,
+    "report": _report,
+    "help": _help,
+    "version": _version,
+}
+"""The subcommands; every other command line is Hydra's."""
 
 if __name__ == "__main__":
     main()

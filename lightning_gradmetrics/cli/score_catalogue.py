@@ -31,8 +31,8 @@ trainer.test(model, loaders)
 lgm.scores.save_fitted(callback.scorer.scores, "fitted")                 # and load_fitted(scores, "fitted", model)
 scores = lgm.fit(model, batches, ["oberdiek"])                           # without a Trainer
 ```""",
-    "The command fits them automatically, on `data.fit` and `data.fit_outside`, or on `data.train` if those are not set; "
-    "`fitted=FOLDER` loads the states of an earlier run. A detector of errors that is fitted on the samples that the model "
+    "The command fits them automatically, on `data.fit` and `data.fit_ood`, or on `data.train` if those are not set; "
+    "`fitted_folder=FOLDER` loads the states of an earlier run. A detector of errors that is fitted on the samples that the model "
     "was trained on sees few errors.",
     "A score is given by its name, as `gradnorm`; with arguments, as `gradnorm(temperature=2, target=all)` or "
     "`{gradnorm: {temperature: 2}}`; as an object, as `lgm.scores.gradnorm(temperature=2)`; or as a function of the evidence.",

@@ -15,14 +15,15 @@ from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.cli.audit import planted_statements, top_samples_grid, with_planted
 from lightning_gradmetrics.cli.data import digits, training_data
-from lightning_gradmetrics.cli.run_files import write_run
-from lightning_gradmetrics.cli.tables import largest_table
+from lightning_gradmetrics.cli.steps.write import write_run
+from lightning_gradmetrics.cli.tables import print_grid
 from lightning_gradmetrics.pictures import ExampleGallery, write_pictures
 from lightning_gradmetrics.pictures.examples import thumbnails
 from lightning_gradmetrics.report import write_report
 from lightning_gradmetrics.results.table import largest_of_each
-from tests.cli.test_command import gradmetrics
+from tests.cli.conftest import Command
 from tests.models import MODELS, Module, images
 from tests.pictures.test_maps import batch
 
@@ -66,7 +67,7 @@ def test_mistakes_are_explained(arguments: tuple, words: str) -> None:
 
 def test_the_terminal_table() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(largest_table(largest_of_each(table([0.5, 2.0, 3.0, 1.0]), {"s": 1})))
+    print_grid(console, top_samples_grid(largest_of_each(table([0.5, 2.0, 3.0, 1.0]), {"s": 1})))
     lines = [line.split() for line in console.export_text().splitlines()]
     assert ["s", "a", "1", "–", "0", "2"] in lines and ["s", "b", "0", "–", "0", "3"] in lines
 
@@ -157,8 +158,18 @@ def test_right_wrong_and_unknown_labels_are_told_apart() -> None:
     assert words == ["label 0", "label 5, predicted 1", "predicted 2"]
 
 
-def test_training_data_with_labels_made_wrong() -> None:
-    """As many as asked for, of other classes, in what is trained on and what is scored; the images are the same."""
+def test_planted_labels_are_counted_and_marked() -> None:
+    results = table([0.5, 2.0, 3.0, 1.0])
+    planted = {"a": frozenset({0, 1})}
+    (statement,) = planted_statements(results, ["s"], planted)
+    assert statement.startswith("2 of the 2 planted labels in a are among the 2 largest s (2.0 expected")
+    marked = with_planted(largest_of_each(results, {"s": 2}), {"a": frozenset({1})})
+    flags = {(row["dataset"], row["index"]): row["planted"] for row in marked.to_pylist()}
+    assert flags == {("a", 1): True, ("a", 0): False, ("b", 0): False, ("b", 1): False}
+
+
+def test_training_data_with_planted_labels() -> None:
+    """The planted labels are of other classes, in the training data and in the scored data; the images are the same."""
     data = digits(train=50)
     audited = training_data(data, mislabelled=9, seed=3)
     assert audited.train is audited.sets["train"] and audited.roles == {"train": "id"}
@@ -166,26 +177,34 @@ def test_training_data_with_labels_made_wrong() -> None:
     changed = [i for i, (old, new) in enumerate(labels) if old != new]
     assert len(changed) == 9 and all(0 <= new < 8 for _, new in labels)
     assert audited.descriptions["train"].endswith(", ".join(map(str, changed)))
+    assert audited.planted == {"train": frozenset(changed)}
     assert all(torch.equal(data.train[i][0], audited.train[i][0]) for i in range(50))
     assert training_data(data).train is data.train
-    with pytest.raises(ValueError, match="mislabelled is 51; expected from 0 to 50"):
+    with pytest.raises(ValueError, match="mislabelled is 51; expected 0 to 50"):
         training_data(data, 51)
-    with pytest.raises(ValueError, match="no training data"):
+    with pytest.raises(ValueError, match="no training set to audit"):
         training_data(replace(data, train=None))
 
 
 @pytest.mark.slow
-def test_the_audit_finds_labels_that_were_made_wrong(tmp_path: Path) -> None:
-    """Of 12, most are among the 20 largest GraNd and EL2N scores; they are listed, shown and written."""
-    found = gradmetrics(tmp_path, "experiment=audit", "logger=none", "resamples=0")
+def test_the_audit_finds_planted_labels(tmp_path: Path, command: Command) -> None:
+    """Most of the 12 are among the 20 largest GraNd and EL2N scores; they are counted, listed, shown and written."""
+    found = command("experiment=audit", "logger=none", "resamples=0")
     assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[0].endswith(
+        "of the 12 planted labels in train are among the 12 largest el2n (0.4 expected by chance)."
+    )
     assert "Samples with the largest scores" in found.stdout
+    judged = [line.split()[0] for line in found.stdout.partition("errors: train")[2].splitlines() if line.strip()]
+    assert "max_softmax" in judged and not {"grand", "el2n"} & set(judged)
     (run,) = (tmp_path / "outputs").glob("*/*")
     wrong = set(training_data(digits(train=400), 12).train.labels)
     listed = pyarrow.csv.read_csv(run / "largest.csv").to_pylist()
     for score in ("grand", "el2n"):
         shown = {row["index"] for row in listed if row["score"] == score}
         assert len(shown) == 20 and len(shown & wrong) >= 8
+        marked = {row["index"] for row in listed if row["score"] == score and row["planted"]}
+        assert marked == shown & wrong
     assert "network.12" in (run / "profile.csv").read_text()
     page = (run / "report.html").read_text()
     assert "Examples with the largest scores</h2>" in page and "Gradient norms by layer</h2>" in page

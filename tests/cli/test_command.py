@@ -16,14 +16,15 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from lightning_gradmetrics.cli.command import configuration_directory
+from lightning_gradmetrics.cli.configuration import configuration_directory
 from lightning_gradmetrics.cli.models import ResNetCifar
 from lightning_gradmetrics.scores import RECIPES, resolve
+from tests.cli.conftest import Command
 
 
 def gradmetrics(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "160", "PYTHONWARNINGS": "default"}
-    command = [sys.executable, "-m", "lightning_gradmetrics.cli.command", *arguments]
+    command = [sys.executable, "-m", "lightning_gradmetrics.cli", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
 
 
@@ -66,8 +67,8 @@ def test_scores_can_be_chosen_and_changed() -> None:
 
 
 @pytest.mark.slow
-def test_default_run(tmp_path: Path) -> None:
-    """Table on screen, results, metrics, report, TensorBoard; and the second run uses the kept weights."""
+def test_default_run(tmp_path: Path, command: Command) -> None:
+    """Table on the screen, results, metrics, report, TensorBoard; both runs use the weights of the package."""
     first = gradmetrics(tmp_path)
     assert first.returncode == 0, first.stderr
     for word in (
@@ -80,9 +81,18 @@ def test_default_run(tmp_path: Path) -> None:
         "FPR95",
         "digits_8_9",
         "photos",
-        "Report:",
     ):
         assert word in first.stdout, word
+    assert first.stdout.strip().splitlines()[0].split() == [
+        "errors:",
+        "digits",
+        "near:",
+        "digits_8_9",
+        "far:",
+        "photos",
+    ]
+    stderr = [line for line in first.stderr.splitlines() if "Warning" not in line]
+    assert [line.partition(":")[0] for line in stderr] == ["digits_cnn", "Results", "Report"], first.stderr
     (run,) = (tmp_path / "outputs").glob("*/*")
     table = pq.read_table(run / "results.parquet")
     metrics = json.loads((run / "metrics.json").read_text())
@@ -100,10 +110,10 @@ def test_default_run(tmp_path: Path) -> None:
     accuracy = metrics["datasets"][0]["accuracy"]
     assert 0.8 < accuracy < 0.99, "there must be errors to find"
     assert (run / "report.html").stat().st_size > 10_000 and list((run / "tensorboard").glob("events*"))
-    (kept,) = (tmp_path / "checkpoints").iterdir()
-    second = gradmetrics(tmp_path, "score=[max_softmax,gradnorm]", "logger=none", "report=false")
+    assert not (tmp_path / "checkpoints").exists()
+    assert {"metrics.csv", "table.md", "table.tex"} <= {path.name for path in run.iterdir()}
+    second = command("score=[max_softmax,gradnorm]", "logger=none", "report=false")
     assert second.returncode == 0, second.stderr
-    assert list((tmp_path / "checkpoints").iterdir()) == [kept]
     again = json.loads(
         max((tmp_path / "outputs").glob("*/*"), key=lambda p: p.stat().st_mtime).joinpath("metrics.json").read_text()
     )
@@ -111,8 +121,7 @@ def test_default_run(tmp_path: Path) -> None:
     assert all(m["value"] == value[m["score"], m["task"], m["dataset"], m["metric"]] for m in again["metrics"])
 
 
-@pytest.mark.slow
-def test_image_folders_with_a_checkpoint(tmp_path: Path) -> None:
+def test_image_folders_with_a_checkpoint(tmp_path: Path, command: Command) -> None:
     """The walkthrough's command line, on images made here."""
     generator = np.random.default_rng(0)
     for folder, count in [("inside/a", 6), ("inside/b", 6), ("close", 5), ("away", 4)]:
@@ -123,8 +132,7 @@ def test_image_folders_with_a_checkpoint(tmp_path: Path) -> None:
             )
     torch.manual_seed(0)
     torch.save(ResNetCifar(3, 2).state_dict(), tmp_path / "weights.pt")
-    found = gradmetrics(
-        tmp_path,
+    found = command(
         "data=image_folders",
         "data.size=32",
         "data.id={pets:inside}",
@@ -144,13 +152,12 @@ def test_image_folders_with_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_cross_validated_run(tmp_path: Path) -> None:
+def test_cross_validated_run(tmp_path: Path, command: Command) -> None:
     """The experiment, with fewer scores: held-out columns in the results, the table on screen and in files."""
-    found = gradmetrics(
-        tmp_path,
+    found = command(
         "experiment=combination",
         "score=[max_softmax,gradnorm,kfac_influence,combination,combination_errors,combination_ood]",
-        "folds=2",
+        "cross_validation_folds=2",
         "resamples=50",
         "logger=none",
     )
@@ -160,22 +167,15 @@ def test_cross_validated_run(tmp_path: Path) -> None:
     names = ["kfac_influence", "combination", "combination_errors", "combination_ood"]
     left_out = [f"combination_ood without {name}" for name in ("digits_8_9", "photos")]
     assert table.column_names[4:] == ["max_softmax", "gradnorm", *names, *left_out, "finite"]
-    records = json.loads((run / "combination.json").read_text())
-    assert len(records) == 3 + 4 + 4 and (run / "combination.csv").is_file() and (run / "report.html").is_file()
+    records = json.loads((run / "fitted_comparison.json").read_text())
+    assert len(records) == 3 + 4 + 4 and (run / "fitted_comparison.csv").is_file() and (run / "report.html").is_file()
     assert "best single" in found.stdout and "errors: digits" in found.stdout
-    refused = gradmetrics(tmp_path, "folds=2", "score=[combination]", "logger=none")
-    assert refused.returncode != 0 and "give one or more scores that need no fit" in refused.stderr
+    refused = command("cross_validation_folds=2", "score=[combination]", "logger=none")
+    assert refused.returncode != 0 and "add one or more scores that need no fit" in refused.stderr
 
 
-@pytest.mark.slow
-def test_mistakes_are_explained(tmp_path: Path) -> None:
-    found = gradmetrics(tmp_path, "data=image_folders", "data.size=32", "data.id=nowhere", "model=resnet20_cifar")
-    assert found.returncode != 0 and "no folder 'nowhere'" in found.stderr
-
-
-@pytest.mark.slow
-def test_list_of_scores(tmp_path: Path) -> None:
-    found = gradmetrics(tmp_path, "scores")
+def test_list_of_scores(command: Command) -> None:
+    found = command("scores")
     assert found.returncode == 0, found.stderr
     assert all(name in found.stdout for name in RECIPES)
 

@@ -1,4 +1,4 @@
-"""The table of all scores: figures, costs and needs."""
+"""The table of all scores: AUROCs, costs and needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_gradmetrics.cli import costs as benchmark
-from lightning_gradmetrics.cli.command import configuration_directory
+from lightning_gradmetrics.cli import cost_measurement
+from lightning_gradmetrics.cli.configuration import configuration_directory
+from lightning_gradmetrics.cli.cost_table import cost_grid_of_width, cost_records, write_costs
+from lightning_gradmetrics.cli.tables import print_grid
+from lightning_gradmetrics.cli.tables.marks import kind_of
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.scores import make
 from tests.models import assert_same_state, cnn, images, state_of
@@ -25,7 +28,7 @@ SCORES = [make("entropy"), make("gradnorm", target="all"), make("el2n")]
 def costs() -> list[dict]:
     model, inputs = cnn(), images(6)
     before = state_of(model)
-    found = benchmark.score_costs(model, inputs, torch.zeros(6, dtype=torch.long), SCORES, repeats=2)
+    found = cost_measurement.score_costs(model, inputs, torch.zeros(6, dtype=torch.long), SCORES, repeats=2)
     assert_same_state(before, model)
     return found
 
@@ -48,7 +51,7 @@ def results() -> pa.Table:
 def records(costs: list[dict]) -> list[dict]:
     roles = {"id": "id", "svhn": "far", "lsun": "far"}
     evaluation = evaluate(results(), ["entropy", "gradnorm(target=all)"], roles, ["entropy"], resamples=50)
-    return benchmark.benchmark_records(evaluation, SCORES, costs)
+    return cost_records(evaluation, SCORES, costs)
 
 
 def test_costs_are_those_of_the_score(costs: list[dict]) -> None:
@@ -66,11 +69,11 @@ def test_the_peak_of_memory_is_that_of_what_is_held() -> None:
         del held
         torch.empty(2**20)
 
-    assert benchmark._peak(run, nn.Linear(1, 1)) == 4 * (2**20 + 2**19)
+    assert cost_measurement._peak(run, nn.Linear(1, 1)) == 4 * (2**20 + 2**19)
 
 
 def test_records_of_a_role_are_the_mean_over_its_sets(records: list[dict]) -> None:
-    entropy, gradnorm, el2n = records
+    entropy, el2n, gradnorm = records
     table = results()
     values = torch.tensor(table["entropy"].to_pylist())
     wins = (values[20:, None] > values[None, :20]).double().mean(1)
@@ -78,34 +81,41 @@ def test_records_of_a_role_are_the_mean_over_its_sets(records: list[dict]) -> No
     assert abs(mean - wins.mean()) > 1e-3  # the sets differ in size: all their samples together would be another number
     assert entropy["aurocs"].keys() == {"errors", "far"}
     assert entropy["aurocs"]["far"][0] == pytest.approx(float(mean))
-    assert el2n["aurocs"] == {} and el2n["labels"] and not el2n["backward"]
-    assert gradnorm["backward"] and not gradnorm["labels"] and gradnorm["fit"] == ""
+    assert el2n["aurocs"] == {} and el2n["kind"] == "reads labels" and not el2n["backward"]
+    assert gradnorm["backward"] and gradnorm["kind"] == ""
 
 
 def test_needs_of_a_fit() -> None:
-    found = {name: benchmark._fit(make(name)) for name in ("entropy", "gradorth", "oberdiek", "confounding_detector")}
-    wanted = {"entropy": "", "gradorth": "ID", "oberdiek": "ID, labels", "confounding_detector": "ID and OOD"}
-    assert found == wanted
+    kinds = {name: kind_of(make(name)) for name in ("entropy", "gradorth", "oberdiek", "confounding_detector", "el2n")}
+    assert kinds == {
+        "entropy": "",
+        "gradorth": "fitted",
+        "oberdiek": "fitted on labels",
+        "confounding_detector": "fitted on OOD samples",
+        "el2n": "reads labels",
+    }
 
 
-def test_the_table_and_its_files(records: list[dict], tmp_path: Path) -> None:
-    console = Console(width=80, file=io.StringIO())
-    console.print(benchmark.benchmark_table(records))
-    lines = console.file.getvalue().splitlines()
-    line = next(line for line in lines if line.strip().startswith("gradnorm(target=all)"))
-    value, low, high = (100 * part for part in records[1]["aurocs"]["far"])
-    assert f"{value:.1f} {low:.0f}–{high:.0f}" in line and line.rstrip().endswith("B")
-    benchmark.write_benchmark(records, tmp_path)
-    rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_the_table_and_its_files(records: list[dict], tmp_path: Path, width: int) -> None:
+    console = Console(width=width, file=io.StringIO())
+    print_grid(console, cost_grid_of_width(records, SCORES, width))
+    shown = console.file.getvalue()
+    line = next(line for line in shown.splitlines() if line.startswith("gradnorm(target=all)"))
+    value, low, high = (100 * part for part in records[2]["aurocs"]["far"])
+    assert f"{value:.1f}" in line and line.split()[1] == "B" and "…" not in shown
+    assert (f"{value:.1f} ({low:.1f} to {high:.1f})" in line) == (width > 80)
+    write_costs(records, SCORES, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "costs.csv").read_text().splitlines()))
     assert [row["score"] for row in rows] == ["entropy", "el2n", "gradnorm(target=all)"]
     assert float(rows[0]["far_auroc"]) == records[0]["aurocs"]["far"][0] and rows[1]["far_auroc"] == ""
-    markdown = (tmp_path / "benchmark.md").read_text().splitlines()
-    assert len(markdown) == 5 and all(line.count("|") == markdown[0].count("|") for line in markdown)
+    markdown = (tmp_path / "costs.md").read_text().splitlines()
+    assert len({line.count("|") for line in markdown[:5]}) == 1
 
 
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least 1 sample"):
-        benchmark.score_costs(cnn(), images(0), None, SCORES[:1])
+        cost_measurement.score_costs(cnn(), images(0), None, SCORES[:1])
 
 
 def test_the_experiment_has_every_score() -> None:

@@ -90,9 +90,9 @@ def test_classes_in_the_models_order(folders: Path) -> None:
         ({"id": "missing"}, "no folder"),
         ({"id": "outside"}, "no class folders"),
         ({"id": "inside", "far": "empty"}, "no image below"),
-        ({"id": "inside", "classes": ["cat"]}, "lies in no class folder; the classes are: cat"),
+        ({"id": "inside", "classes": ["cat"]}, "is in no class folder; the classes are: cat"),
         ({"id": "inside", "far": "inside"}, "two folders are called 'inside'"),
-        ({"id": "inside", "interpolation": "cubist"}, "unknown interpolation 'cubist'; allowed: nearest"),
+        ({"id": "inside", "interpolation": "cubist"}, "unknown interpolation 'cubist'; did you mean 'bicubic'"),
     ],
 )
 def test_bad_folders(folders: Path, options: dict, message: str) -> None:
@@ -103,14 +103,14 @@ def test_bad_folders(folders: Path, options: dict, message: str) -> None:
 
 
 def test_data_to_fit_scores_on(folders: Path) -> None:
-    """Folders of their own, or the training data, or an error that says what to give."""
+    """Separate folders, or the training data, or an error that names both."""
     options = {"id": {"pets": str(folders / "inside")}, "size": 8}
     with pytest.raises(ValueError, match=r"no data to fit them on.*data.fit=PATH"):
         image_folders(**options).fit_loaders(4)
     loaders, roles = image_folders(**options, train=str(folders / "inside")).fit_loaders(4)
     assert list(loaders) == ["train"] and roles == {"train": "id"}
     outside = {"others": str(folders / "outside")}
-    loaders, roles = image_folders(**options, fit={"more": str(folders / "inside")}, fit_outside=outside).fit_loaders(4)
-    assert roles == {"more": "id", "others": "outside"}
+    loaders, roles = image_folders(**options, fit={"more": str(folders / "inside")}, fit_ood=outside).fit_loaders(4)
+    assert roles == {"more": "id", "others": "ood"}
     assert [label for _, labels in loaders["more"] for label in labels] == [0, 0, 1]
     assert [int(label) for _, labels in loaders["others"] for label in labels] == [-1]

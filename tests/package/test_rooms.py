@@ -24,7 +24,7 @@ ROOMS = {
     "pictures": {"classifier", "gradients", "scoring", "scores"},
     "report": {"meters", "evaluation"},
     "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures"},
-    "cli": {"classifier", "meters", "results", "evaluation", "scoring", "scores", "pictures", "report"},
+    "cli": {"classifier", "meters", "results", "evaluation", "scoring", "scores", "pictures", "report", "callback"},
 }
 """From the ground up. A new folder needs a row here."""
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.cli.run_files import write_run
+from lightning_gradmetrics.cli.steps.write import write_run
 from lightning_gradmetrics.gradients import cosine_map_summaries
 from lightning_gradmetrics.pictures import MapGallery, ScoredBatch, log_pictures, write_pictures
 from lightning_gradmetrics.report import ReportError, write_report

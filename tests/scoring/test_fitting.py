@@ -6,18 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.cli.command import fit_scores
 from lightning_gradmetrics.cli.data import digits
 from lightning_gradmetrics.cli.models import digits_cnn
+from lightning_gradmetrics.cli.steps.fit import fit
 from lightning_gradmetrics.scores import FittedScore, load_fitted, save_fitted
 from lightning_gradmetrics.scoring import totals
 from lightning_gradmetrics.scoring.states import fingerprint
@@ -360,20 +360,21 @@ def test_the_command_fits_and_keeps_the_states(tmp_path: Path) -> None:
     model = digits_cnn(sets, epochs=2, width=4)
 
     def run(folder: Path, network: Module | None = None, **settings) -> lgm.GradientMetrics:
-        config = OmegaConf.create({"fitted": None, "batch_size": 100, "num_workers": 0, **settings})
+        options = SimpleNamespace(**{"fitted_folder": None, "batch_size": 100, "num_workers": 0, **settings})
         callback = lgm.GradientMetrics(["oberdiek", "confounding_detector(epochs=5)", "energy"])
         used = trainer(callback)
-        fit_scores(callback, used, network or model, sets, config, folder)
+        experiment = {"data": sets, "model": network or model, "callback": callback, "trainer": used}
+        fit(SimpleNamespace(**experiment, settings=options, directory=folder))
         used.test(network or model, sets.loaders(200)["photos"], verbose=False)
         return callback
 
     first = run(tmp_path / "first")
-    second = run(tmp_path / "second", fitted=str(tmp_path / "first"))
-    assert len(list((tmp_path / "first").iterdir())) == len(list((tmp_path / "second").iterdir())) == 2
+    second = run(tmp_path / "second", fitted_folder=tmp_path / "first" / "fitted")
+    assert len(list((tmp_path / "first/fitted").iterdir())) == len(list((tmp_path / "second/fitted").iterdir())) == 2
     assert first.results.equals(second.results)
     assert scores_of(first, "confounding_detector(epochs=5)").mean() > 0.7
     with pytest.raises(ValueError, match="fitted for another model"):
-        run(tmp_path / "third", digits_cnn(sets, epochs=1, width=4), fitted=str(tmp_path / "first"))
+        run(tmp_path / "third", digits_cnn(sets, epochs=1, width=4), fitted_folder=tmp_path / "first" / "fitted")
 
 
 def scores_of(callback: lgm.GradientMetrics, name: str) -> torch.Tensor:

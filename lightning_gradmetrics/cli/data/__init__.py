@@ -1,8 +1,9 @@
-"""Data for experiments: named sets with roles."""
+"""Data of the command: named data sets with roles."""
 
+from lightning_gradmetrics.cli.data.datamodule import datamodule
 from lightning_gradmetrics.cli.data.digits import digits
 from lightning_gradmetrics.cli.data.folders import image_folders
 from lightning_gradmetrics.cli.data.sets import EvaluationData
 from lightning_gradmetrics.cli.data.training import training_data
 
-__all__ = ["EvaluationData", "digits", "image_folders", "training_data"]
+__all__ = ["EvaluationData", "datamodule", "digits", "image_folders", "training_data"]

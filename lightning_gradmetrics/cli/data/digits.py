@@ -17,15 +17,15 @@ SIZE = 8
 
 
 def digits(train: int = 120, fit: int = 250, patches: int = 400, seed: int = 0) -> EvaluationData:
-    """Digits 0 to 7 to classify, digits 8 and 9 as near and patches of photographs as far out-of-distribution data.
+    """Return digits 0 to 7 to classify, digits 8 and 9 as near OOD data and patches of photographs as far OOD data.
 
-    For fitted scores there are further digits, and as many patches again as a fifth of those that are scored.
+    Fitted scores get further digits, and a fifth of the number of scored patches.
 
     Args:
-        train: Images of digits 0 to 7 to train on: few, so that there are errors to find. The rest of them is scored.
+        train: Images of digits 0 to 7 to train on: few, so that the model makes errors. The rest is scored.
         fit: Images of digits 0 to 7 to fit scores on: neither trained on nor scored.
         patches: Number of patches of scikit-learn's two photographs.
-        seed: Of the split and of the patches.
+        seed: The seed of the split and of the patches.
 
     Returns:
         Data sets ``digits`` (``id``), ``digits_8_9`` (``near``) and ``photos`` (``far``): grey images ``(1, 8, 8)`` in
@@ -72,13 +72,16 @@ def digits(train: int = 120, fit: int = 250, patches: int = 400, seed: int = 0) 
 
 
 def _patches(count: int, generator: np.random.Generator) -> Tensor:
-    """Square patches of the photographs at random places and sizes, in grey, shrunk to ``(count, 1, 8, 8)``."""
-    photographs = [torch.tensor(image, dtype=torch.float32).mean(2) / 255 for image in load_sample_images().images]
+    """Grey square patches of the photographs, at random positions and sizes, shrunk to ``(count, 1, 8, 8)``."""
+    photographs = []
+    for photograph in load_sample_images().images:
+        photographs.append(torch.tensor(photograph, dtype=torch.float32).mean(2) / 255)
     patches = []
     for number in range(count):
         image = photographs[number % len(photographs)]
         side = int(generator.integers(2, 13)) * SIZE
-        top, left = (int(generator.integers(0, length - side)) for length in image.shape)
+        height, width = image.shape
+        top, left = int(generator.integers(0, height - side)), int(generator.integers(0, width - side))
         patch = image[None, top : top + side, left : left + side]
         patches.append(torch.nn.functional.adaptive_avg_pool2d(patch, SIZE))
     return torch.stack(patches)

@@ -1,4 +1,4 @@
-"""What an experiment is run on: named data sets with roles."""
+"""The data of a run: named data sets with roles."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ __all__ = ["EvaluationData"]
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Named data sets with roles, and what the model was trained on where that is at hand.
+    """Named data sets with roles, and the training data if it is available.
 
     Args:
-        sets: The data sets to score, by name.
+        sets: The data sets to score, by name. A dataloader is used unmodified.
         roles: The role of each: ``"id"``, or a group of out-of-distribution sets such as ``"near"``.
-        classes: The names of the classes, in the order of the labels.
-        train: Training data, for a model that is trained on the spot; fitted scores fall back on it.
+        classes: The names of the classes, in the order of the labels; empty if they are unknown.
+        train: Training data, for models that the command trains. Fitted scores use it if there is no ``fit``.
         descriptions: A few words on each data set.
-        fit: What fitted scores are fitted on, by name: data that are neither trained on nor scored.
-        fit_roles: The role of each of them, as in ``roles``; all are in-distribution without it.
+        fit: The data sets that scores are fitted on, by name: neither trained on nor scored.
+        fit_roles: The role of each of them, as in ``roles``; by default all are in-distribution.
+        planted: The indices of samples whose label was made wrong on purpose, by data set.
     """
 
-    sets: Mapping[str, Dataset[Any]]
+    sets: Mapping[str, Dataset[Any] | DataLoader[Any]]
     roles: Mapping[str, str]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
     train: Dataset[Any] | None = None
     descriptions: Mapping[str, str] = field(default_factory=dict)
-    fit: Mapping[str, Dataset[Any]] = field(default_factory=dict)
+    fit: Mapping[str, Dataset[Any] | DataLoader[Any]] = field(default_factory=dict)
     fit_roles: Mapping[str, str] = field(default_factory=dict)
+    planted: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def loaders(self, batch_size: int, num_workers: int = 0) -> dict[str, DataLoader[Any]]:
-        """A dataloader for each data set, in order and without shuffling."""
+        """Return a dataloader for each data set, in order and without shuffling."""
         return _loaders(self.sets, batch_size, num_workers)
 
     def fit_loaders(self, batch_size: int, num_workers: int = 0) -> tuple[dict[str, DataLoader[Any]], dict[str, str]]:
-        """Dataloaders of what fitted scores are fitted on, and their roles; else of the training data.
+        """Return dataloaders of the data that scores are fitted on, or else of the training data, and their roles.
 
         Raises:
             ValueError: If there is neither.
@@ -46,16 +48,19 @@ class EvaluationData:
         sets = dict(self.fit) or ({} if self.train is None else {"train": self.train})
         if not sets:
             raise ValueError(
-                "some of the scores are fitted before they are used, and there are no data to fit them on: give a "
-                "folder of labelled images that are not scored, as in data.fit=PATH (or data.train=PATH), or leave them out"
+                "some of the scores need a fit, and there is no data to fit them on: give labelled samples that are not "
+                "scored, as in data.fit=PATH (or data.train=PATH), or remove these scores"
             )
-        return _loaders(sets, batch_size, num_workers), {name: self.fit_roles.get(name, "id") for name in sets}
+        roles = {name: self.fit_roles.get(name, "id") for name in sets}
+        return _loaders(sets, batch_size, num_workers), roles
 
 
-def _loaders(sets: Mapping[str, Dataset[Any]], batch_size: int, num_workers: int) -> dict[str, DataLoader[Any]]:
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-    }
-    return {name: DataLoader(dataset, **options) for name, dataset in sets.items()}
+def _loaders(sets: Mapping[str, Any], batch_size: int, num_workers: int) -> dict[str, DataLoader[Any]]:
+    loaders = {}
+    for name, dataset in sets.items():
+        if not isinstance(dataset, DataLoader):
+            dataset = DataLoader(
+                dataset, batch_size=batch_size, num_workers=num_workers, persistent_workers=num_workers > 0
+            )
+        loaders[name] = dataset
+    return loaders

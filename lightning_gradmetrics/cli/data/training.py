@@ -1,4 +1,4 @@
-"""The training data as what is scored: an audit of them."""
+"""The training data as the data to score, for an audit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Relabelled", "training_data"]
 
 
 class Relabelled(Dataset[tuple[Any, int]]):
-    """A data set of inputs and labels, some of whose labels are others.
+    """A data set of inputs and labels, with some labels replaced.
 
     Args:
-        dataset: Gives ``(input, label)``.
-        labels: The other labels, by the sample's index.
+        dataset: Returns ``(input, label)``.
+        labels: The new labels, by the index of the sample.
     """
 
     def __init__(self, dataset: Dataset[Any], labels: Mapping[int, int]) -> None:
@@ -33,36 +33,51 @@ class Relabelled(Dataset[tuple[Any, int]]):
         return inputs, self.labels.get(index, int(label))
 
 
-def training_data(data: EvaluationData, mislabelled: int = 0, seed: int = 0) -> EvaluationData:
-    """The training data of a data set as the one data set that is scored, to look for odd and mislabelled samples.
+def training_data(source: EvaluationData, mislabelled: int = 0, seed: int = 0) -> EvaluationData:
+    """Return the training data as the only data set to score, to find odd and mislabelled samples.
 
     Args:
-        data: Data with training samples.
-        mislabelled: How many samples, chosen at random, get another class for their label, before a model is trained
-            on them: an audit should find them. Their indices are in the description.
-        seed: Of that choice.
+        source: Data with training samples.
+        mislabelled: The number of samples, chosen at random, that get a wrong label before a model is trained on them:
+            an audit should find them.
+        seed: The seed of that choice.
 
     Raises:
-        ValueError: If there are no training data, or fewer than ``mislabelled``.
+        ValueError: If there is no training data, or it has fewer than ``mislabelled`` samples.
 
     Example:
         >>> from lightning_gradmetrics.cli.data import digits
         >>> data = training_data(digits(), mislabelled=2)
-        >>> len(data.sets["train"]), data.descriptions["train"]
-        (120, 'the training data; 2 labels were made wrong, of the samples 76, 101')
+        >>> len(data.sets["train"]), sorted(data.planted["train"])
+        (120, [76, 101])
     """
-    if data.train is None:
-        raise ValueError("the data hold no training data to look at: give some, as in data.data.train=PATH")
-    size, words = len(data.train), "the training data"  # type: ignore[arg-type]
+    if source.train is None:
+        raise ValueError("the data has no training set to audit: give one, as in data.source.train=PATH")
+    size = len(source.train)  # type: ignore[arg-type]
     if not 0 <= mislabelled <= size:
-        raise ValueError(f"mislabelled is {mislabelled}; expected from 0 to {size}, the number of training samples")
-    train: Dataset[Any] = data.train
+        raise ValueError(f"mislabelled is {mislabelled}; expected 0 to {size}, the number of training samples")
+    train, words, planted = source.train, "the training data", {}
     if mislabelled:
-        generator, classes = np.random.default_rng(seed), len(data.classes)
-        chosen = sorted(generator.choice(size, mislabelled, replace=False).tolist())
-        steps = generator.integers(1, classes, mislabelled).tolist()
-        train = Relabelled(train, {i: (int(train[i][1]) + s) % classes for i, s in zip(chosen, steps, strict=True)})
-        words += f"; {mislabelled} labels were made wrong, of the samples {', '.join(map(str, chosen))}"
+        train = _with_wrong_labels(source.train, mislabelled, len(source.classes), seed)
+        planted["train"] = frozenset(train.labels)
+        words += f"; {mislabelled} wrong labels were planted, at {', '.join(map(str, sorted(train.labels)))}"
     return EvaluationData(
-        {"train": train}, {"train": "id"}, data.classes, train, {"train": words}, data.fit, data.fit_roles
+        {"train": train},
+        {"train": "id"},
+        source.classes,
+        train,
+        {"train": words},
+        source.fit,
+        source.fit_roles,
+        planted,
     )
+
+
+def _with_wrong_labels(dataset: Dataset[Any], count: int, classes: int, seed: int) -> Relabelled:
+    generator = np.random.default_rng(seed)
+    chosen = sorted(generator.choice(len(dataset), count, replace=False).tolist())  # type: ignore[arg-type]
+    steps = generator.integers(1, classes, count).tolist()
+    labels = {}
+    for index, step in zip(chosen, steps, strict=True):
+        labels[index] = (int(dataset[index][1]) + step) % classes
+    return Relabelled(dataset, labels)

@@ -1,4 +1,4 @@
-"""Models for experiments."""
+"""Models of the command."""
 
 from lightning_gradmetrics.cli.models.classifier import Classifier
 from lightning_gradmetrics.cli.models.digits_cnn import digits_cnn

@@ -1,4 +1,4 @@
-"""A plain LightningModule around a classification network."""
+"""A LightningModule around a classification network, and loading of weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Classifier(LightningModule):
     """A classifier: cross-entropy in training, logits in prediction.
 
     Args:
-        network: From inputs ``(N, ...)`` to logits ``(N, C)``.
-        learning_rate: Of Adam.
+        network: Returns logits ``(N, C)`` for inputs ``(N, ...)``.
+        learning_rate: The learning rate of Adam.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float = 1e-2) -> None:
@@ -35,7 +35,7 @@ class Classifier(LightningModule):
         return nn.functional.cross_entropy(self(inputs), labels)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The prediction alone: what is made of it is the callbacks' business."""
+        """Compute the logits only: callbacks score them."""
         self(batch[0])
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -48,11 +48,11 @@ class Classifier(LightningModule):
 
 
 def load_weights(network: nn.Module, checkpoint: str | Path) -> None:
-    """Load a state dict, also one inside ``{"state_dict": ...}``; prefixes such as ``module.`` or ``model.`` are taken off.
+    """Load a state dict, also from ``{"state_dict": ...}``; prefixes such as ``module.`` or ``model.`` are removed.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If its keys do not fit the network.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is no state dict, or its keys do not fit the network.
     """
     path = Path(checkpoint).expanduser()
     if not path.is_file():
@@ -69,6 +69,6 @@ def load_weights(network: nn.Module, checkpoint: str | Path) -> None:
             return
     missing, extra = sorted(wanted - set(state)), sorted(set(state) - wanted)
     raise ValueError(
-        f"the checkpoint {str(checkpoint)!r} does not fit {type(network).__name__}: it lacks {missing[:3]} ({len(missing)} keys) and holds "
-        f"{extra[:3]} ({len(extra)} keys) too many; choose the model that it was made from"
+        f"the checkpoint {str(checkpoint)!r} does not fit {type(network).__name__}: it lacks {len(missing)} "
+        f"keys such as {missing[:3]} and has {len(extra)} unknown ones such as {extra[:3]}; choose the model it was saved from"
     )

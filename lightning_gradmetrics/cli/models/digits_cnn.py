@@ -1,23 +1,37 @@
-"""The small convolutional network of the default experiment: trained in seconds, kept, and used again."""
+"""The small convolutional network of the default run: its weights come with the package, other settings are trained."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer, seed_everything
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_gradmetrics.cli.data.sets import EvaluationData
-from lightning_gradmetrics.cli.models.classifier import Classifier, load_weights
+from lightning_gradmetrics.cli.files import replaced
+from lightning_gradmetrics.cli.models.classifier import Classifier
+from lightning_gradmetrics.cli.progress import notice, trainer_progress
 
 __all__ = ["digits_cnn", "network"]
 
+SHIPPED_WEIGHTS = Path(__file__).with_name("digits_cnn.safetensors")
+"""The weights of the default settings, made by :func:`train_shipped_weights`."""
+
+FINGERPRINT = "fingerprint"
+
 
 def network(classes: int, width: int = 16) -> nn.Sequential:
-    """Two convolutions with batch norm, global average pooling and a linear head, for grey images."""
+    """Return three convolutions with batch norm, global average pooling and a linear head, for grey images.
+
+    Args:
+        classes: The number of classes.
+        width: The number of channels of the first convolution.
+    """
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -37,40 +51,71 @@ def network(classes: int, width: int = 16) -> nn.Sequential:
 
 def digits_cnn(
     data: EvaluationData,
-    checkpoint: str | None = None,
+    checkpoint_folder: str | None = None,
+    retrain: bool = False,
     width: int = 16,
     epochs: int = 12,
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> Classifier:
-    """The network trained on ``data.train``, or loaded where the same one was trained before.
+    """Return the network with weights for ``data.train``: those of the package, of an earlier run, or newly trained.
+
+    Weights belong to one fingerprint of the settings and the training data. With the default settings they come with
+    the package, so that the results do not depend on the CPU that trains.
 
     Args:
         data: Data with training images.
-        checkpoint: The folder that trained weights are kept in, one file for each setting; ``None`` keeps none.
-        width: Channels of the first convolution.
-        epochs: Passes over the training data.
-        learning_rate: Of Adam.
-        seed: Of the weights and of the order of the samples.
+        checkpoint_folder: The folder where trained weights are kept, one file per fingerprint; ``None`` keeps none.
+        retrain: Train even if weights are available.
+        width: The number of channels of the first convolution.
+        epochs: The number of passes over the training data, at least 1.
+        learning_rate: The learning rate of Adam.
+        seed: The seed of the weights and of the order of the samples.
 
     Raises:
-        ValueError: If the data hold no training images.
+        ValueError: If the data has no training images, or ``epochs`` is below 1.
     """
     if data.train is None:
         raise ValueError(
-            "this model is trained on the spot, and the data hold no training set: choose data=digits, or another model"
+            "model=digits_cnn is trained in the run, and the data has no training set: choose another model"
         )
+    if epochs < 1:
+        raise ValueError(f"model.epochs must be at least 1, got {epochs}")
+    fingerprint = _fingerprint(data, width, epochs, learning_rate, seed)
+    kept = None if checkpoint_folder is None else Path(checkpoint_folder) / f"digits_cnn-{fingerprint}.safetensors"
     seed_everything(seed, verbose=False)
     model = Classifier(network(len(data.classes), width), learning_rate)
-    kept = (
-        None
-        if checkpoint is None
-        else Path(checkpoint) / f"digits_cnn-{_fingerprint(data, width, epochs, learning_rate, seed)}.pt"
-    )
-    if kept is not None and kept.is_file():
-        load_weights(model.network, kept)
-        return model.eval()
-    loader = DataLoader(data.train, batch_size=32, shuffle=True)
+    if not retrain:
+        for path in (SHIPPED_WEIGHTS, *([] if kept is None else [kept])):
+            if _load(model.network, path, fingerprint):
+                return model.eval()
+    _train(model, data, epochs)
+    if kept is not None:
+        _save(model.network, kept, fingerprint)
+    return model.eval()
+
+
+def _load(module: nn.Module, path: Path, fingerprint: str) -> bool:
+    """Load the weights of a file if it has those of the fingerprint; a damaged file is reported and not used."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            if (file.metadata() or {}).get(FINGERPRINT) != fingerprint:
+                return False
+        weights = load_file(path)
+    except SafetensorError as error:
+        notice(f"digits_cnn: {path.name} is damaged ({error}); training again")
+        return False
+    module.load_state_dict(weights)
+    where = "the package" if path == SHIPPED_WEIGHTS else os.path.relpath(path)
+    notice(f"digits_cnn: weights loaded from {where}")
+    return True
+
+
+def _train(model: Classifier, data: EvaluationData, epochs: int) -> None:
+    assert data.train is not None
+    notice(f"digits_cnn: training for {epochs} epochs")
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -78,18 +123,30 @@ def digits_cnn(
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=1,
+        **trainer_progress(),
     )
-    trainer.fit(model, loader)
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.network.state_dict(), kept)
-    return model.eval()
+    trainer.fit(model, DataLoader(data.train, batch_size=32, shuffle=True))
+
+
+def _save(module: nn.Module, path: Path, fingerprint: str) -> None:
+    with replaced(path) as temporary:
+        save_file(module.state_dict(), temporary, {FINGERPRINT: fingerprint})
 
 
 def _fingerprint(data: EvaluationData, *settings: object) -> str:
-    """Of the settings and the training data: another one means another file."""
+    """A hash of the settings and the training data."""
     assert data.train is not None
     digest = hashlib.sha256(repr(settings).encode())
-    for inputs, label in (data.train[i] for i in range(len(data.train))):  # type: ignore[arg-type]
+    for index in range(len(data.train)):  # type: ignore[arg-type]
+        inputs, label = data.train[index]
         digest.update(inputs.numpy().tobytes() + bytes([int(label)]))
     return digest.hexdigest()[:12]
+
+
+def train_shipped_weights() -> None:
+    """Train the default network and write the weights that come with the package."""
+    from lightning_gradmetrics.cli.data.digits import digits
+
+    data = digits()
+    model = digits_cnn(data, retrain=True)
+    _save(model.network, SHIPPED_WEIGHTS, _fingerprint(data, 16, 12, 3e-3, 0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,9 +33,9 @@ class ResNetCifar(nn.Module):
     """A residual network of depth ``6 n + 2`` for images ``(N, 3, 32, 32)``.
 
     Args:
-        blocks: ``n``, the blocks of each of the three stages; 3 makes ResNet-20.
+        blocks: ``n``, the number of blocks in each of the three stages; 3 for ResNet-20.
         classes: Number of classes.
-        width: Channels of the first stage.
+        width: The number of channels of the first stage.
 
     Reference:
         He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2016, section 4.2.
@@ -54,9 +52,10 @@ class ResNetCifar(nn.Module):
 
     @staticmethod
     def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            *(Block(channels_in if i == 0 else channels, channels, stride if i == 0 else 1) for i in range(blocks))
-        )
+        stage = nn.Sequential(Block(channels_in, channels, stride))
+        for _ in range(blocks - 1):
+            stage.append(Block(channels, channels, 1))
+        return stage
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, classes)``."""
@@ -65,11 +64,15 @@ class ResNetCifar(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # type: ignore[no-any-return]
 
 
-def resnet20_cifar(checkpoint: str | None = None, classes: int = 10, data: Any = None) -> Classifier:
-    """The CIFAR ResNet-20 as a classifier, with the weights of a checkpoint or random ones.
+def resnet20_cifar(checkpoint: str | None = None, classes: int = 10) -> Classifier:
+    """Return the CIFAR ResNet-20 as a classifier, with the weights of a checkpoint or random ones.
+
+    Args:
+        checkpoint: A state dict on disk; ``None`` leaves the weights random.
+        classes: The number of classes.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        FileNotFoundError: If the checkpoint does not exist.
         ValueError: If its keys do not fit.
     """
     network = ResNetCifar(3, classes)

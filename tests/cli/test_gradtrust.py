@@ -1,4 +1,4 @@
-"""GradTrust's demo and table: against the demo's description in plain autograd, and as a user runs them."""
+"""GradTrust's demo and table, compared with the description of the demo in plain autograd, and as commands."""
 
 from __future__ import annotations
 
@@ -17,16 +17,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradmetrics.cli.gradtrust_demo import (
-    LINES,
-    demo_block,
-    demo_values,
-    read_image,
-    trust_areas,
-    trust_table,
-)
+from lightning_gradmetrics.cli.gradtrust_demo import LINES, demo_block, demo_values, read_image
+from lightning_gradmetrics.cli.selective_areas import areas_grid, selective_areas
+from lightning_gradmetrics.cli.tables import print_grid
 from lightning_gradmetrics.meters import AUAC, AUFC
-from tests.cli.test_command import gradmetrics
+from tests.cli.conftest import Command
 from tests.models import cnn, images
 from tests.scores import trust_cases
 
@@ -85,7 +80,7 @@ def test_an_image_is_stretched_and_normalised(tmp_path: Path) -> None:
         read_image(tmp_path / "blue.png")
 
 
-def test_areas_are_those_of_the_meters_and_leave_out_what_has_no_label() -> None:
+def test_areas_equal_those_of_the_meters_on_labelled_rows() -> None:
     generator = np.random.default_rng(0)
     score, label = generator.normal(size=40), generator.integers(0, 2, 40)
     results = pa.table(
@@ -98,7 +93,7 @@ def test_areas_are_those_of_the_meters_and_leave_out_what_has_no_label() -> None
             "flat": [1.0] * 41,
         }
     )
-    first, flat = trust_areas(results, ["s", "flat"])
+    first, flat = selective_areas(results, ["s", "flat"])
     wrong = torch.from_numpy((label != 1).astype(int))[:39]
     for name, meter in (("auac", AUAC), ("aufc", AUFC)):
         for mode in ("coverage", "threshold"):
@@ -108,17 +103,16 @@ def test_areas_are_those_of_the_meters_and_leave_out_what_has_no_label() -> None
     assert flat["auac_coverage"] == pytest.approx(1 - wrong.double().mean().item())
     assert math.isnan(flat["auac_threshold"])
     console = Console(width=100, file=io.StringIO())
-    console.print(trust_table([first, flat]))
+    print_grid(console, areas_grid([first, flat]))
     shown = " ".join(console.file.getvalue().split())
     assert "scale is rewarded" in shown and "–" in shown and shown.index("coverage") < shown.index("threshold")
 
 
-@pytest.mark.slow
-def test_demo_command(tmp_path: Path) -> None:
+def test_demo_command(tmp_path: Path, command: Command) -> None:
     """One image, a random network, offline; nothing is written."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "bird.png")
     options = ["experiment=gradtrust_demo", "model.name=resnet18", "model.classes=7"]
-    found = gradmetrics(tmp_path, *options, "image=bird.png", "size=64")
+    found = command(*options, "image=bird.png", "size=64")
     assert found.returncode == 0, found.stderr
     lines = dict(line.split(": ", 1) for line in found.stdout.splitlines()[2:11])
     assert list(lines) == list(LINES)[1:]
@@ -128,19 +122,17 @@ def test_demo_command(tmp_path: Path) -> None:
     )
     assert "weights are random" in found.stdout and "no dropout module" in found.stdout and not found.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["bird.png"]
-    missing = gradmetrics(tmp_path, *options, "image=nowhere.png")
+    missing = command(*options, "image=nowhere.png")
     assert missing.returncode != 0 and "no image 'nowhere.png'" in missing.stderr
 
 
-@pytest.mark.slow
-def test_table_command(tmp_path: Path) -> None:
+def test_table_command(tmp_path: Path, command: Command) -> None:
     generator = np.random.default_rng(0)
     for number in range(12):
         folder = tmp_path / "pictures" / ("ab"[number % 2])
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    found = gradmetrics(
-        tmp_path,
+    found = command(
         "experiment=gradtrust_table",
         "data.id=pictures",
         "data.size=32",
@@ -152,6 +144,6 @@ def test_table_command(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     assert "AUAC" in found.stdout and "AUFC" in found.stdout and "scale is" in found.stdout
     (run,) = (tmp_path / "outputs").glob("*/*")
-    rows = list(csv.DictReader((run / "trust_table.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((run / "auac_aufc.csv").read_text().splitlines()))
     assert len(rows) == 10 and {row["score"] for row in rows} >= {"gradtrust", "odin", "purview_final", "gradnorm_kl"}
     assert all(0 <= float(row["auac_coverage"]) <= 1 for row in rows)

@@ -1,4 +1,4 @@
-"""Where fitted scores stand: against rivals known beforehand, with the evaluation's own intervals."""
+"""Fitted scores against the best single scores, with the intervals of the evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_gradmetrics.cli.standings import standings, standings_table, write_standings
+from lightning_gradmetrics.cli.fitted_comparison import (
+    compare_fitted,
+    fitted_comparison_grids,
+    write_fitted_comparison,
+)
+from lightning_gradmetrics.cli.tables import print_grid
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.scores import resolve
 
@@ -31,12 +36,12 @@ SCORES = resolve(
 NAMES = [score.name for score in SCORES]
 
 
-def test_a_score_that_looks_at_the_label_is_no_rival(results: pa.Table) -> None:
+def test_a_score_that_reads_the_label_is_no_reference(results: pa.Table) -> None:
     """It knows the answer."""
     names = [*results.column_names[:-1], "el2n"]
     known = pa.table({**{n: results[n] for n in names[:-1]}, "el2n": (torch.arange(90) % 3 == 0).double().numpy()})
     known = known.append_column("finite", results["finite"])
-    records = standings(known, [*SCORES, *resolve("el2n")], ROLES, {}, resamples=20)
+    records = compare_fitted(known, [*SCORES, *resolve("el2n")], ROLES, {}, resamples=20)
     assert {r["single"] for r in records} == {"gradnorm"}
 
 
@@ -51,9 +56,9 @@ def results() -> pa.Table:
     return pa.table({**columns, "label": labels, **scores, "finite": [True] * 90})
 
 
-def test_rivals_and_intervals(results: pa.Table) -> None:
-    """Scores that learn classes are candidates and no rivals; figures are those of the evaluation."""
-    records = standings(results, SCORES, ROLES, {}, resamples=200)
+def test_references_and_intervals(results: pa.Table) -> None:
+    """Scores fitted on labels are candidates and no references; numbers equal those of the evaluation."""
+    records = compare_fitted(results, SCORES, ROLES, {}, resamples=200)
     assert len(records) == 2 * 4
     for task, dataset in (("misclassification", "mine"), ("ood", "other")):
         here = {r["score"]: r for r in records if (r["task"], r["dataset"]) == (task, dataset)}
@@ -69,30 +74,32 @@ def test_rivals_and_intervals(results: pa.Table) -> None:
         assert record["single_difference"] == c["difference"] and record["auroc"] == c["value"]
 
 
-def test_a_column_without_a_set_is_judged_on_that_set_alone(results: pa.Table) -> None:
-    records = standings(results, SCORES, ROLES, {"combination(detector=ood)": "other"}, resamples=20)
+def test_a_column_fitted_without_a_set_is_evaluated_on_that_set_only(results: pa.Table) -> None:
+    records = compare_fitted(results, SCORES, ROLES, {"combination(detector=ood)": "other"}, resamples=20)
     mine = [r for r in records if r["score"] == "combination(detector=ood)"]
     assert [(r["dataset"], r["fitted_on"]) for r in mine] == [("other", "the other sets")]
     fitted = {r["score"]: r["fitted_on"] for r in records}
-    assert fitted["combination"] == "in-distribution data" and fitted["oberdiek"] == "labels"
-    assert fitted["confounding_detector"] == "every set, this one too"
+    assert fitted["combination"] == "ID samples" and fitted["oberdiek"] == "labels"
+    assert fitted["confounding_detector"] == "all sets"
 
 
 def test_files_and_table_say_the_same(results: pa.Table, tmp_path: Path) -> None:
-    records = standings(results, SCORES, ROLES, {}, resamples=20)
-    table, text = write_standings(records, tmp_path)
+    records = compare_fitted(results, SCORES, ROLES, {}, resamples=20)
+    table, text = write_fitted_comparison(records, tmp_path)
     assert json.loads(text.read_text()) == records
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["auroc"]) for row in rows] == [record["auroc"] for record in records]
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(standings_table(records))
+    for grid in fitted_comparison_grids(records):
+        print_grid(console, grid)
     shown = console.export_text()
     assert all(f"{100 * r['auroc']:.1f}" in shown and f"{100 * r['single_difference']:+.1f}" in shown for r in records)
     assert "errors: mine" in shown and "near: other" in shown
 
 
-def test_no_resamples_no_rivals(results: pa.Table) -> None:
-    records = standings(results, SCORES, ROLES, {}, resamples=0)
+def test_without_resamples_there_are_no_references(results: pa.Table) -> None:
+    records = compare_fitted(results, SCORES, ROLES, {}, resamples=0)
     assert all(r["auroc"] is not None and "single" not in r for r in records)
-    Console(file=io.StringIO()).print(standings_table(records))
+    for grid in fitted_comparison_grids(records):
+        print_grid(Console(file=io.StringIO()), grid)

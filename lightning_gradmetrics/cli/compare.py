@@ -1,0 +1,171 @@
+"""Several runs in one table: every metric, and its mean and spread over seeds."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from lightning_gradmetrics.cli.errors import UsageError
+from lightning_gradmetrics.cli.files import shown_path, write_csv, write_text
+from lightning_gradmetrics.cli.progress import notice
+from lightning_gradmetrics.cli.tables.documents import latex, markdown
+from lightning_gradmetrics.cli.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.cli.tables.terminal import print_grid
+
+__all__ = ["comparison_grid", "main", "read_runs", "summary_rows"]
+
+USAGE = "usage: gradmetrics compare DIR DIR [DIR ...] [--output DIR], where each DIR is a run or contains runs"
+KEYS = ("score", "task", "group", "dataset", "metric")
+"""What identifies a number in ``metrics.csv``."""
+
+Key = tuple[str, ...]
+Row = Mapping[str, str]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compare runs: print one table and write ``comparison.csv``, ``comparison.md`` and ``comparison.tex``.
+
+    Args:
+        arguments: Run directories, or directories that contain them, and ``--output DIR``.
+
+    Raises:
+        UsageError: If there are fewer than two runs, or a directory has none.
+    """
+    folders, output = _parsed(arguments)
+    runs = read_runs(folders)
+    rows = summary_rows(list(runs.values()))
+    grid = comparison_grid(rows, len(runs))
+    console = Console()
+    print_grid(console, _fitting(grid, console.width))
+    write_csv(output / "comparison.csv", rows)
+    write_text(output / "comparison.md", markdown(grid))
+    write_text(output / "comparison.tex", latex(grid))
+    notice(f"Comparison of {len(runs)} runs: {shown_path(output.resolve())}/comparison.csv, .md, .tex")
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[list[Path], Path]:
+    folders, output, rest = [], Path(), list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--output" and rest:
+            output = Path(rest.pop(0))
+        elif argument.startswith("-"):
+            raise UsageError(USAGE)
+        else:
+            folders.append(Path(argument))
+    if not folders:
+        raise UsageError(USAGE)
+    return folders, output
+
+
+def read_runs(folders: Sequence[Path]) -> dict[Path, list[Row]]:
+    """Return the rows of ``metrics.csv`` of every run, by its directory.
+
+    Args:
+        folders: Run directories, or directories that contain run directories, such as those of a sweep.
+
+    Raises:
+        UsageError: If a directory has no run, or there are fewer than two runs.
+    """
+    runs: dict[Path, list[Row]] = {}
+    for folder in folders:
+        files = sorted(folder.rglob("metrics.csv"))
+        if not files:
+            raise UsageError(f"no run in {str(folder)!r}: a run directory has a file metrics.csv")
+        for file in files:
+            with file.open(newline="", encoding="utf-8") as lines:
+                runs[file.parent] = list(csv.DictReader(lines))
+    if len(runs) < 2:
+        raise UsageError(f"found {len(runs)} run, and a comparison needs at least 2; {USAGE}")
+    return runs
+
+
+def summary_rows(runs: Sequence[Sequence[Row]]) -> list[dict[str, object]]:
+    """Return one row per number: its mean, standard deviation, minimum and maximum over the runs that have it.
+
+    Args:
+        runs: The rows of each run's ``metrics.csv``.
+
+    Returns:
+        ``score``, ``fit``, ``task``, ``group``, ``dataset``, ``metric``, ``runs`` (how many have it), ``mean``, ``std``
+        (of the sample; empty for one run), ``least`` and ``most``.
+    """
+    values: dict[Key, list[float]] = {}
+    fits: dict[Key, str] = {}
+    for run in runs:
+        for row in run:
+            key = tuple(row[name] for name in KEYS)
+            fits[key] = row["fit"]
+            values.setdefault(key, []).extend([float(row["value"])] if row["value"] else [])
+    rows = []
+    for key, numbers in values.items():
+        row: dict[str, object] = {**dict(zip(KEYS, key, strict=True)), "fit": fits[key], "runs": len(numbers)}
+        if numbers:
+            row |= {"mean": statistics.fmean(numbers), "least": min(numbers), "most": max(numbers)}
+        if len(numbers) > 1:
+            row["std"] = statistics.stdev(numbers)
+        rows.append(row)
+    return rows
+
+
+def comparison_grid(rows: Sequence[Mapping[str, object]], runs: int) -> Grid:
+    """Return the table of AUROCs: mean ± standard deviation over the runs, one column per data set and group mean.
+
+    Args:
+        rows: Made by :func:`summary_rows`.
+        runs: The number of runs.
+    """
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    best: dict[tuple[str, str], float] = {}
+    names: dict[str, None] = {}
+    for row in rows:
+        names[str(row["score"])] = None
+        if row["metric"] != "auroc" or "mean" not in row:
+            continue
+        question = "errors" if row["task"] == "misclassification" else str(row["group"])
+        place = (question, str(row["dataset"]) or "mean")
+        cells.setdefault(place, {})[str(row["score"])] = _text(row, runs)
+        best[place] = max(best.get(place, 0.0), float(str(row["mean"])))
+    groups: dict[str, list[Column]] = {}
+    for (question, dataset), texts in sorted(cells.items(), key=lambda item: _order(item[0])):
+        column_cells = tuple(texts.get(name, "–") for name in names)
+        start = f"{100 * best[question, dataset]:.1f}"
+        rows_in_bold = frozenset(number for number, cell in enumerate(column_cells) if cell.split(" ")[0] == start)
+        groups.setdefault(question, []).append(Column(dataset, column_cells, rows_in_bold))
+    return Grid(
+        title=f"AUROC times 100: mean ± standard deviation over {runs} runs",
+        names=Column("score", tuple(names), left=True),
+        groups=tuple(Group(question, tuple(columns)) for question, columns in groups.items()),
+        notes=("A number in brackets counts the runs that have the score, if not all do. Bold: the largest mean.",),
+    )
+
+
+def _order(place: tuple[str, str]) -> tuple[bool, bool]:
+    """Errors first, and means after the data sets of their group; else the order of the rows."""
+    question, dataset = place
+    return question != "errors", dataset == "mean"
+
+
+def _text(row: Mapping[str, object], runs: int) -> str:
+    text = f"{100 * float(str(row['mean'])):.1f}"
+    if "std" in row:
+        text += f" ± {100 * float(str(row['std'])):.1f}"
+    return text if row["runs"] == runs else f"{text} ({row['runs']})"
+
+
+def _fitting(grid: Grid, width: int) -> Grid:
+    """The grid without its last columns, if it is too wide; a note names the file that has them."""
+    left_out = 0
+    while grid.width > width and len(grid.columns) > 1:
+        left_out += 1
+        *groups, last = grid.groups
+        kept = [replace(last, columns=last.columns[:-1])] if len(last.columns) > 1 else []
+        grid = replace(grid, groups=(*groups, *kept))
+    if not left_out:
+        return grid
+    return replace(grid, notes=(*grid.notes, f"{left_out} more columns in comparison.md and comparison.csv."))

@@ -1,0 +1,100 @@
+"""The configuration: where it is, and the settings of a run as checked values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+__all__ = ["Settings", "configuration_directory", "option_names"]
+
+
+def configuration_directory() -> Path:
+    """Return ``conf/``: inside the installed package, or next to it in a source checkout.
+
+    Raises:
+        FileNotFoundError: If it is in neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"conf/ is missing from {package} and from its parent folder: install the package again")
+
+
+def option_names(group: str) -> list[str]:
+    """Return the names of the options of a configuration group, such as ``model``."""
+    return sorted(path.stem for path in (configuration_directory() / group).glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run that are plain values.
+
+    Args:
+        batch_size: Samples per batch.
+        num_workers: Worker processes of each dataloader.
+        seed: The seed of every random choice.
+        resamples: Bootstrap resamples for the intervals; 0 for none.
+        cross_validation_folds: Folds that fitted scores are cross-validated with; ``None`` fits them once.
+        cost_batch_size: Samples that every score's time and memory are measured on; ``None`` measures nothing.
+        fitted_folder: A folder of fitted states that an earlier run wrote; ``None`` fits.
+        report: Whether to write the report.
+        auac_aufc: Whether to show and write the areas under the accuracy and F1 curves.
+    """
+
+    batch_size: int
+    num_workers: int
+    seed: int
+    resamples: int
+    cross_validation_folds: int | None
+    cost_batch_size: int | None
+    fitted_folder: Path | None
+    report: bool
+    auac_aufc: bool
+
+    @classmethod
+    def of(cls, config: DictConfig) -> Settings:
+        """Read and check the settings of a configuration.
+
+        Raises:
+            ValueError: If a value has the wrong type or is out of range.
+        """
+        folder = config.fitted_folder
+        return cls(
+            batch_size=_whole(config, "batch_size", 1),
+            num_workers=_whole(config, "num_workers", 0),
+            seed=_whole(config, "seed", 0),
+            resamples=_whole(config, "resamples", 0),
+            cross_validation_folds=_whole_or_none(config, "cross_validation_folds", 2),
+            cost_batch_size=_whole_or_none(config, "cost_batch_size", 1),
+            fitted_folder=None if folder is None else Path(str(folder)).expanduser(),
+            report=_switch(config, "report"),
+            auac_aufc=_switch(config, "auac_aufc"),
+        )
+
+
+def _whole(config: DictConfig, key: str, least: int) -> int:
+    value: Any = config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def _whole_or_none(config: DictConfig, key: str, least: int) -> int | None:
+    if config[key] is None:
+        return None
+    try:
+        return _whole(config, key, least)
+    except ValueError as error:
+        raise ValueError(f"{error}; {key}=null switches it off") from None
+
+
+def _switch(config: DictConfig, key: str) -> bool:
+    value: Any = config[key]
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return value

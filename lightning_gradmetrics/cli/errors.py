@@ -1,0 +1,94 @@
+"""Errors as one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+__all__ = ["UsageError", "one_line", "unknown_name"]
+
+TRACEBACK = "HYDRA_FULL_ERROR=1 shows the traceback"
+EXPLAINED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
+"""Errors whose message is enough; other types are named, with a hint to the traceback."""
+
+
+class UsageError(ValueError):
+    """A command line that cannot be run; the message says what to write instead."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return a sentence on an unknown name, with the nearest known ones or else all.
+
+    Example:
+        >>> unknown_name("score", "gradnrom", ["gradnorm", "energy"])
+        "unknown score 'gradnrom'; did you mean 'gradnorm'? available: energy, gradnorm"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, 3, 0.6)
+    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"unknown {kind} {name!r};{hint} available: {', '.join(names)}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says in one line, without the words that Hydra adds."""
+    error = _cause(error)
+    name = type(error).__name__
+    if name == "MissingConfigException":
+        return _missing_option(error)
+    if name in ("ConfigCompositionException", "ConfigAttributeError", "ConfigKeyError"):
+        return _wrong_key(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, EXPLAINED) or type(error).__module__.startswith(("hydra", "omegaconf", "lightning")):
+        return text or name
+    return f"{name}: {text} ({TRACEBACK})"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error below Hydra's wrapper around a factory that failed."""
+    while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _missing_option(error: BaseException) -> str:
+    group, _, name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")
+    options = getattr(error, "options", None) or []
+    if not group or not options:
+        return " ".join(str(error).split())
+    return unknown_name(group, name, options)
+
+
+def _wrong_key(error: BaseException) -> str:
+    """A sentence on a key that does not exist, with the nearest ones that do."""
+    text = " ".join(str(error).split())
+    match = re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' is not in struct", text)
+    if match is None:
+        return text
+    key = match.group(1).removesuffix(".")
+    near = difflib.get_close_matches(key, _known_keys(), 3, 0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"unknown key {key!r}; {hint}gradmetrics --help lists the keys; +{key}=VALUE adds a new one"
+
+
+def _known_keys() -> list[str]:
+    """The keys of the default configuration, with dots."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lightning_gradmetrics.cli.configuration import configuration_directory
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configuration_directory()), version_base="1.3"):
+        return list(_keys_below("", compose("config")))
+
+
+def _keys_below(prefix: str, node: object) -> Iterable[str]:
+    from omegaconf import DictConfig
+
+    if not isinstance(node, DictConfig):
+        return
+    for key in node:
+        yield f"{prefix}{key}"
+        if not node._is_missing() and node._get_node(key) is not None:
+            yield from _keys_below(f"{prefix}{key}.", node._get_node(key))

@@ -1,0 +1,129 @@
+"""Builds data, model and scores from the configuration; the user's are plain functions or classes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from lightning_gradmetrics.cli.data.conversion import evaluation_data
+from lightning_gradmetrics.cli.data.sets import EvaluationData
+from lightning_gradmetrics.cli.models.classifier import Classifier
+from lightning_gradmetrics.scores import Score, resolve
+
+__all__ = ["build_data", "build_model", "build_scores"]
+
+
+def build_scores(nodes: DictConfig | None) -> tuple[Score, ...]:
+    """Return the scores of a configuration, named by their keys.
+
+    Raises:
+        ValueError: If there is none, or one of them cannot be built from its arguments.
+    """
+    made: dict[str, Any] = {}
+    for name, node in (nodes or {}).items():
+        try:
+            made[str(name)] = instantiate(node)
+        except Exception as error:
+            reason = error.__cause__ or error
+            arguments = _arguments_text(node)
+            raise ValueError(f"the score {name} cannot be built from {arguments}: {reason}") from error
+    return resolve(made)
+
+
+def _arguments_text(node: Any) -> str:
+    if not isinstance(node, DictConfig):
+        return repr(node)
+    arguments = []
+    for key, value in node.items():
+        if key != "_target_":
+            arguments.append(f"{key}={value!r}")
+    return ", ".join(arguments) or "its default arguments"
+
+
+def build_data(node: DictConfig) -> EvaluationData:
+    """Return what ``data._target_`` makes.
+
+    Args:
+        node: ``_target_``, a function or class, and its arguments. It returns an
+            :class:`~lightning_gradmetrics.cli.data.EvaluationData`, a ``LightningDataModule``, or a mapping from role to
+            data set, such as ``{"id": test_set, "far": {"svhn": svhn}}``.
+
+    Raises:
+        ValueError: If the target is missing or cannot be imported.
+        TypeError: If it returns something else.
+    """
+    _target_of(node, "data")
+    made = instantiate(node, _convert_="all")
+    return evaluation_data(made, str(node._target_))
+
+
+def build_model(node: DictConfig, data: EvaluationData) -> LightningModule:
+    """Return what ``model._target_`` makes, as a module that a ``Trainer`` can test.
+
+    Args:
+        node: ``_target_``, a function or class, and its arguments. It returns an ``nn.Module`` from inputs to logits
+            ``(N, C)``. If it has an argument named ``data``, it gets the run's data.
+        data: The run's data.
+
+    Returns:
+        A ``LightningModule`` in eval mode. A ``LightningModule`` without a ``forward`` method is used unmodified, with
+        its own ``test_step``; every other module is called with the inputs of each batch.
+
+    Raises:
+        ValueError: If the target is missing or cannot be imported.
+        TypeError: If it returns something that is not an ``nn.Module``.
+    """
+    target = _target_of(node, "model")
+    extra = {"data": data} if "data" in _parameters(target) else {}
+    made = instantiate(node, _partial_=True)(**extra)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"model._target_={node._target_} must return an nn.Module, got {type(made).__name__}")
+    return _as_lightning_module(made).eval()
+
+
+def _as_lightning_module(made: nn.Module) -> LightningModule:
+    has_forward = type(made).forward is not LightningModule.forward
+    if isinstance(made, Classifier) or (isinstance(made, LightningModule) and not has_forward):
+        return made
+    return Classifier(made)
+
+
+def _target_of(node: DictConfig, key: str) -> Any:
+    """The function or class of a node.
+
+    Raises:
+        ValueError: If the target is missing, or cannot be imported.
+    """
+    if not isinstance(node, DictConfig) or OmegaConf.is_missing(node, "_target_") or not node.get("_target_"):
+        raise ValueError(
+            f"{key}._target_ is missing: give the path of a function or class, as in {key}._target_=mine.make"
+        )
+    try:
+        return _located(str(node._target_))
+    except Exception as error:
+        raise ValueError(f"{key}._target_={node._target_} cannot be imported: {error}") from error
+
+
+def _located(path: str) -> Any:
+    """The object at a dotted path: attributes first, as Hydra does, then submodules."""
+    names = path.split(".")
+    found = importlib.import_module(names[0])
+    for end, name in enumerate(names[1:], 2):
+        if not hasattr(found, name):
+            importlib.import_module(".".join(names[:end]))
+        found = getattr(found, name)
+    return found
+
+
+def _parameters(target: Any) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):  # some C functions have no signature
+        return {}

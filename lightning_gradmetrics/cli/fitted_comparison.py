@@ -1,0 +1,213 @@
+"""Scores fitted on many features, labels or out-of-distribution samples, against the best score that is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lightning_gradmetrics.cli.files import write_csv, write_text
+from lightning_gradmetrics.cli.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.evaluation import evaluate
+from lightning_gradmetrics.evaluation.tasks import ID
+from lightning_gradmetrics.scores import FittedScore, Score
+
+__all__ = ["compare_fitted", "fitted_comparison_grids", "write_fitted_comparison"]
+
+REFERENCES = ("single", "baseline")
+"""What candidates are compared with: the best score that is no candidate, and the best of those without a gradient."""
+
+Record = dict[str, Any]
+
+
+def compare_fitted(
+    results: pa.Table,
+    scores: Sequence[Score],
+    roles: Mapping[str, str],
+    without: Mapping[str, str | None],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Record]:
+    """Return the AUROC of every candidate, and its differences to the best single score and to the best baseline.
+
+    Candidates are the scores made of ``combination``, and all that are fitted on labels or on out-of-distribution
+    samples. All other scores that do not read the label of the row they score are single scores. The best single score
+    is the one with the largest AUROC on the evaluated rows, which favours it: a candidate that is better than that one
+    is better than any single score chosen beforehand. Intervals are those of
+    :func:`lightning_gradmetrics.evaluation.evaluate`: they include the variation of the rows, not that of the fits, and
+    are not corrected for the number of candidates.
+
+    Args:
+        results: Per-sample results, of scores whose fits did not include the row.
+        scores: The scores of its columns.
+        roles: The role of each data set.
+        without: For a column, the data set that all of its fits left out: it is evaluated on that set alone.
+        resamples: Bootstrap resamples.
+        seed: The seed of the resamples.
+
+    Returns:
+        One dict per task, data set and candidate: ``task``, ``dataset``, ``group`` (its role), ``score``,
+        ``fitted_on``, ``auroc``, ``low``, ``high``; for ``single`` and ``baseline`` the best one's name, as ``single``,
+        and ``single_auroc``, ``single_difference``, ``single_low``, ``single_high`` and ``single_verdict`` (``better``,
+        ``worse`` or ``cannot tell``), which are missing without resamples.
+    """
+    names = [score.name for score in scores]
+    aurocs = evaluate(results, names, roles, resamples=0).find(metric="auroc")
+    records = []
+    for place in aurocs:
+        if place["score"] != names[0] or place["dataset"] is None or place["value"] is None:
+            continue
+        where = {key: place[key] for key in ("task", "dataset", "group")}
+        best = _best_references(scores, _values_at(aurocs, where))
+        candidates = _candidates(scores, without, place["dataset"])
+        rows = _rows_of(results, roles, place["task"], place["dataset"])
+        compared = _compared(rows, [c.name for c in candidates], best, roles, place["task"], resamples, seed)
+        for candidate in candidates:
+            fitted_on = _fitted_on(candidate, without.get(candidate.name))
+            records.append({**where, "score": candidate.name, "fitted_on": fitted_on, **compared[candidate.name]})
+    return records
+
+
+def _values_at(aurocs: Sequence[Record], where: Record) -> dict[str, float]:
+    values = {}
+    for record in aurocs:
+        if where.items() <= record.items():
+            values[record["score"]] = record["value"]
+    return values
+
+
+def _is_candidate(score: Score) -> bool:
+    if not isinstance(score, FittedScore):
+        return False
+    needs = score.fit_needs
+    return score.recipe.name == "combination" or needs.labels or needs.ood
+
+
+def _candidates(scores: Sequence[Score], without: Mapping[str, str | None], dataset: str) -> list[FittedScore]:
+    """The candidates whose fits may be evaluated on a data set."""
+    candidates = []
+    for score in scores:
+        if isinstance(score, FittedScore) and _is_candidate(score) and without.get(score.name) in (None, dataset):
+            candidates.append(score)
+    return candidates
+
+
+def _best_references(scores: Sequence[Score], values: Mapping[str, float]) -> dict[str, str]:
+    """The names of the best single score and of the best baseline, as far as there are any."""
+    best: dict[str, str] = {}
+    for score in scores:
+        if score.needs.labels or _is_candidate(score):
+            continue
+        kinds = REFERENCES if score.recipe.family == "baseline" else REFERENCES[:1]
+        for kind in kinds:
+            if kind not in best or values[score.name] > values[best[kind]]:
+                best[kind] = score.name
+    return best
+
+
+def _fitted_on(score: FittedScore, without: str | None) -> str:
+    """The data of its fits, in words."""
+    needs = score.fit_needs
+    if needs.ood:
+        return "all sets" if without is None else "the other sets"
+    return "labels" if needs.labels else "ID samples"
+
+
+def _rows_of(results: pa.Table, roles: Mapping[str, str], task: str, dataset: str) -> pa.Table:
+    """The rows that a question is about."""
+    wanted = [dataset]
+    if task != "misclassification":
+        wanted += [name for name, role in roles.items() if role == ID]
+    return results.filter(pc.is_in(results["dataset"], pa.array(wanted)))
+
+
+def _compared(
+    results: pa.Table,
+    candidates: list[str],
+    best: Mapping[str, str],
+    roles: Mapping[str, str],
+    task: str,
+    resamples: int,
+    seed: int,
+) -> dict[str, Record]:
+    """Each candidate's AUROC in a task, and its difference to each of the best references."""
+    present = set(pc.unique(results["dataset"]).to_pylist())
+    roles = {name: role for name, role in roles.items() if name in present}
+    compared: dict[str, Record] = {name: {} for name in candidates}
+    for kind, reference in best.items():
+        evaluation = evaluate(results, [*candidates, reference], roles, [reference], resamples=resamples, seed=seed)
+        for name in candidates:
+            (metric,) = evaluation.find(score=name, task=task, metric="auroc")
+            compared[name] |= {"auroc": metric["value"], "low": metric["low"], "high": metric["high"]}
+        for comparison in evaluation.comparisons:
+            if (comparison["metric"], comparison["task"]) == ("auroc", task):
+                compared[comparison["score"]] |= _difference(kind, reference, comparison)
+    return compared
+
+
+def _difference(kind: str, reference: str, comparison: Record) -> Record:
+    record = {kind: reference, f"{kind}_auroc": comparison["baseline_value"]}
+    for key in ("difference", "low", "high", "verdict"):
+        record[f"{kind}_{key}"] = comparison[key]
+    return record
+
+
+NOTES = (
+    "AUROC times 100 with its 95 % interval, and the difference to a reference with the paired interval.",
+    "The reference is the best on the evaluated rows, which favours the reference. No fit included a row it scores.",
+)
+
+
+def fitted_comparison_grids(records: Sequence[Record]) -> list[Grid]:
+    """One grid per task and data set.
+
+    Args:
+        records: Made by :func:`compare_fitted`.
+    """
+    places: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        places.setdefault((record["task"], record["dataset"], record["group"]), []).append(record)
+    grids = []
+    for number, ((task, dataset, group), members) in enumerate(places.items(), 1):
+        question = "errors" if task == "misclassification" else group
+        grids.append(_grid(f"{question}: {dataset}", members, NOTES if number == len(places) else ()))
+    return grids
+
+
+def _grid(title: str, records: Sequence[Record], notes: tuple[str, ...]) -> Grid:
+    names = Column("score, fitted on", tuple(f"{r['score']}\n  {r['fitted_on']}" for r in records), left=True)
+    own = []
+    for record in records:
+        own.append(f"{100 * record['auroc']:.1f}\n{_interval(record['low'], record['high'])}")
+    groups = [Group("", (Column("AUROC", tuple(own)),))]
+    for kind in REFERENCES:
+        if kind in records[0]:
+            heading = f"best {kind}\n{records[0][kind]} {100 * records[0][f'{kind}_auroc']:.1f}"
+            groups.append(Group("", (Column(heading, tuple(_difference_text(record, kind) for record in records)),)))
+    return Grid(title, names, tuple(groups), notes=notes)
+
+
+def _difference_text(record: Record, kind: str) -> str:
+    difference = f"{100 * record[f'{kind}_difference']:+.1f} {record[f'{kind}_verdict']}"
+    return f"{difference}\n{_interval(record[f'{kind}_low'], record[f'{kind}_high'], '+')}"
+
+
+def _interval(low: float | None, high: float | None, sign: str = "") -> str:
+    return "" if low is None or high is None else f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
+
+
+def write_fitted_comparison(records: Sequence[Record], directory: Path) -> list[Path]:
+    """Write the records as ``fitted_comparison.csv`` and ``fitted_comparison.json``.
+
+    Args:
+        records: Made by :func:`compare_fitted`.
+        directory: The run directory.
+    """
+    text = json.dumps(list(records), indent=1, allow_nan=False) + "\n"
+    table = write_csv(directory / "fitted_comparison.csv", records)
+    return [table, write_text(directory / "fitted_comparison.json", text)]

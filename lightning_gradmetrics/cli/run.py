@@ -1,0 +1,133 @@
+"""One run: prepare, fit, score, evaluate, write, show."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from lightning_gradmetrics.cli.steps.prepare import Experiment
+
+__all__ = ["run"]
+
+TASKS = ("evaluate", "gradtrust_demo")
+HINTS = (
+    r".*does not have many workers.*",
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*GPU available but not used.*",
+)
+"""Warnings that the command does not show."""
+
+
+def run(config: DictConfig) -> None:
+    """Run what the configuration says: evaluate scores, or GradTrust's demo for one image.
+
+    Args:
+        config: The composed configuration.
+
+    Raises:
+        ValueError: If the task is unknown.
+    """
+    _quiet_lightning()
+    _check_nothing_is_missing(config)
+    if config.task not in TASKS:
+        raise ValueError(f"unknown task {config.task!r}; allowed: {', '.join(TASKS)}")
+    if config.task == "evaluate":
+        _evaluate_scores(config)
+    else:
+        _gradtrust_demo(config)
+
+
+def _check_nothing_is_missing(config: DictConfig) -> None:
+    """Check that every mandatory key has a value.
+
+    Raises:
+        ValueError: If some have none.
+    """
+    missing = list(_missing_keys("", OmegaConf.to_container(config, resolve=False)))
+    if missing:
+        raise ValueError(f"{', '.join(missing)} is missing: give it a value, as in {missing[0]}=VALUE")
+
+
+def _missing_keys(prefix: str, node: Any) -> Iterator[str]:
+    """The keys below a node whose value is ``???``."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if value == "???":
+                yield f"{prefix}{key}"
+            yield from _missing_keys(f"{prefix}{key}.", value)
+
+
+def _evaluate_scores(config: DictConfig) -> None:
+    from lightning_gradmetrics.cli.files import reserved
+    from lightning_gradmetrics.cli.steps.prepare import prepare
+
+    with reserved(Path(HydraConfig.get().runtime.output_dir)):
+        clock = _Clock()
+        experiment = prepare(config)
+        clock.note("prepare_seconds")
+        _run_steps(experiment, clock)
+
+
+def _run_steps(experiment: Experiment, clock: _Clock) -> None:
+    from lightning_gradmetrics.cli.steps.evaluate import evaluate
+    from lightning_gradmetrics.cli.steps.fit import fit
+    from lightning_gradmetrics.cli.steps.score import score
+    from lightning_gradmetrics.cli.steps.show import show
+    from lightning_gradmetrics.cli.steps.write import write
+
+    fit(experiment)
+    clock.note("fit_seconds")
+    scored = score(experiment)
+    clock.note("score_seconds")
+    if not experiment.trainer.is_global_zero:  # rank 0 has the rows of all processes
+        return
+    evaluated = evaluate(experiment, scored)
+    clock.note("evaluate_seconds")
+    tables = write(experiment, scored, evaluated, clock.seconds)
+    show(experiment, evaluated, tables)
+
+
+class _Clock:
+    """Measures how long each step takes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def note(self, name: str) -> None:
+        """Store the seconds since the last call."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+def _gradtrust_demo(config: DictConfig) -> None:
+    from lightning.pytorch import seed_everything
+
+    from lightning_gradmetrics.cli.gradtrust_demo import demo_block, read_image
+
+    image = read_image(config.image, config.size)
+    seed_everything(config.seed, verbose=False)
+    notes = []
+    if config.model.get("weights") is None and config.model.get("checkpoint") is None:
+        notes.append("The weights are random: model.weights=DEFAULT downloads the published ones.")
+    print(demo_block(instantiate(config.model), image, notes))
+
+
+def _quiet_lightning() -> None:
+    """Silence Lightning's start-up messages and hints; warnings about the user's data stay."""
+    import lightning.pytorch  # noqa: F401  # its import sets the levels of its loggers
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in HINTS:
+        warnings.filterwarnings("ignore", message=message)

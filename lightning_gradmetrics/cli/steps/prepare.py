@@ -1,0 +1,143 @@
+"""Step 1: build scores, data, model, callback and trainer from the configuration, and check that they fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig
+
+from lightning_gradmetrics.callback import GradientMetrics
+from lightning_gradmetrics.classifier.forward import Inputs, batch_size, call, preserved, tensors_in
+from lightning_gradmetrics.cli.configuration import Settings
+from lightning_gradmetrics.cli.data.sets import EvaluationData
+from lightning_gradmetrics.cli.factories import build_data, build_model, build_scores
+from lightning_gradmetrics.cli.progress import notice, trainer_progress
+from lightning_gradmetrics.scores import FittedScore, Score
+
+__all__ = ["Experiment", "prepare"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run needs, built and checked.
+
+    Args:
+        settings: The plain settings.
+        scores: All scores of the configuration.
+        data: The data.
+        model: The model.
+        callback: Scores the samples; with cross-validation it has no fitted scores.
+        trainer: Runs the model.
+        directory: The run directory.
+        description: The model in words and numbers, for the report.
+    """
+
+    settings: Settings
+    scores: tuple[Score, ...]
+    data: EvaluationData
+    model: LightningModule
+    callback: GradientMetrics
+    trainer: Trainer
+    directory: Path
+    description: dict[str, Any]
+
+    @property
+    def fitted_scores(self) -> list[FittedScore]:
+        """The scores that need a fit."""
+        return [score for score in self.scores if isinstance(score, FittedScore)]
+
+
+def prepare(config: DictConfig) -> Experiment:
+    """Build everything that a run needs.
+
+    Args:
+        config: The composed configuration.
+
+    Raises:
+        ValueError: If a value is wrong, or the model cannot process the data.
+    """
+    settings = Settings.of(config)
+    seed_everything(settings.seed, verbose=False)
+    scores = build_scores(config.get("score"))
+    data = build_data(config.data)
+    model = build_model(config.model, data)
+    callback = instantiate(config.callback, _partial_=True)(
+        scores=_scored_by_callback(scores, settings), datasets=dict(data.roles)
+    )
+    _check_model(callback, model, data, str(config.model._target_))
+    progress = trainer_progress()
+    callbacks = [callback, *progress.pop("callbacks")]
+    trainer = instantiate(config.trainer, _partial_=True)(
+        callbacks=callbacks, logger=instantiate(config.logger) or False, **progress
+    )
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    description = _description(config.model, model, data)
+    return Experiment(settings, scores, data, model, callback, trainer, directory, description)
+
+
+def _scored_by_callback(scores: tuple[Score, ...], settings: Settings) -> list[Score]:
+    """The scores that the callback computes.
+
+    Cross-validated scores are computed after the run. If costs are measured, scores that read labels are only timed:
+    out-of-distribution data has no labels.
+    """
+    has_fitted = any(isinstance(score, FittedScore) for score in scores)
+    if settings.cost_batch_size is not None:
+        scores = tuple(score for score in scores if not score.needs.labels)
+    if settings.fitted_folder is not None and not has_fitted:
+        notice("fitted_folder has no effect: none of the scores is fitted")
+    if settings.cross_validation_folds is None:
+        return list(scores)
+    if not has_fitted:
+        notice("cross_validation_folds has no effect: none of the scores is fitted")
+    if settings.fitted_folder is not None:
+        raise ValueError("cross_validation_folds and fitted_folder exclude each other: set one of them to null")
+    others = [score for score in scores if not isinstance(score, FittedScore)]
+    if not others:
+        raise ValueError(
+            "cross-validated scores are compared with others: add one or more scores that need no fit, such as max_softmax"
+        )
+    return others
+
+
+def _check_model(callback: GradientMetrics, model: LightningModule, data: EvaluationData, target: str) -> None:
+    """Run the model on the first sample of every data set.
+
+    Raises:
+        ValueError: If the model fails on it, or returns no logits ``(1, C)``.
+    """
+    scored = callback.scored_model(model)
+    for dataset, loader in data.loaders(1).items():
+        for batch in loader:
+            inputs, _ = callback.split_batch(batch)
+            _check_forward(callback, scored, inputs, f"model._target_={target}", dataset)
+            break
+
+
+def _check_forward(callback: GradientMetrics, model: torch.nn.Module, inputs: Inputs, name: str, dataset: str) -> None:
+    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))
+    case = f"{name} on the first batch of {dataset!r} (inputs {shapes})"
+    try:
+        with preserved(model), torch.no_grad():
+            logits = callback.scorer.logits_fn(call(model, inputs))
+    except Exception as error:
+        raise ValueError(f"{case} fails: {str(error).splitlines()[0]}") from error
+    if logits.ndim != 2 or len(logits) != batch_size(inputs):
+        raise ValueError(f"{case} must return logits (N, C), got {tuple(logits.shape)}")
+
+
+def _description(node: DictConfig, model: LightningModule, data: EvaluationData) -> dict[str, Any]:
+    name = str(node._target_).rpartition(".")[2]
+    checkpoint = node.get("checkpoint")
+    return {
+        "name": f"{name} {node.name}" if node.get("name") else name,
+        "checkpoint": None if checkpoint is None else "/".join(Path(checkpoint).parts[-2:]),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "classes": len(data.classes) or None,
+    }

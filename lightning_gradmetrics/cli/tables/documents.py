@@ -1,0 +1,95 @@
+"""Grids as Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from lightning_gradmetrics.cli.tables.grid import Column, Grid
+
+__all__ = ["latex", "markdown"]
+
+LATEX_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "–": "--",
+    "±": r"$\pm$",
+}
+
+
+def markdown(grid: Grid) -> str:
+    """The grid as a Markdown table with its notes below; a column's heading includes that of its group."""
+    headings = [_markdown_text(grid.names.heading)]
+    for group, column in grid.columns:
+        headings.append(_markdown_text(f"{group} {column.heading}".strip()))
+    columns = grid.all_columns
+    alignment = [("---:", "---")[column.left] for column in columns]
+    lines = [headings, alignment, *_rows(columns, _markdown_cell)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([text, *grid.notes]) + "\n"
+
+
+def _rows(columns: Sequence[Column], text_of: Callable[[Column, int], str]) -> Iterator[list[str]]:
+    """The texts of every row."""
+    for row in range(len(columns[0].cells)):
+        yield [text_of(column, row) for column in columns]
+
+
+def _markdown_text(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "\\|")
+
+
+def _markdown_cell(column: Column, row: int) -> str:
+    text = _markdown_text(column.cells[row])
+    return f"**{text}**" if row in column.best else text
+
+
+def latex(grid: Grid) -> str:
+    """The grid as a LaTeX ``tabular`` for the package booktabs, with its notes as comments.
+
+    Reference:
+        S. Fear, "Publication quality tables in LaTeX", the manual of booktabs.
+    """
+    columns = grid.all_columns
+    alignment = "".join(["rl"[column.left] for column in columns])
+    headings = " & ".join(_latex_text(column.heading) for column in columns)
+    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", *_latex_group_headings(grid), rf"{headings} \\"]
+    lines.append(r"\midrule")
+    for number, row in enumerate(_rows(columns, _latex_cell)):
+        lines.append(rf"{' & '.join(row)} \\")
+        if number in grid.section_ends:
+            lines.append(r"\midrule")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    comments = [f"% {note}" for note in ("needs \\usepackage{booktabs}", *grid.notes)]
+    return "\n".join([*comments, *lines]) + "\n"
+
+
+def _latex_group_headings(grid: Grid) -> list[str]:
+    if not any(group.heading for group in grid.groups):
+        return []
+    cells, rules, position = [""], [], 2
+    for group in grid.groups:
+        last = position + len(group.columns) - 1
+        cells.append(rf"\multicolumn{{{len(group.columns)}}}{{c}}{{{_latex_text(group.heading)}}}")
+        if group.heading:
+            rules.append(rf"\cmidrule(lr){{{position}-{last}}}")
+        position = last + 1
+    return [rf"{' & '.join(cells)} \\", " ".join(rules)]
+
+
+def _latex_text(text: str) -> str:
+    return "".join(LATEX_SPECIAL.get(letter, letter) for letter in text.replace("\n", " "))
+
+
+def _latex_cell(column: Column, row: int) -> str:
+    text = _latex_text(column.cells[row])
+    return rf"\textbf{{{text}}}" if row in column.best else text

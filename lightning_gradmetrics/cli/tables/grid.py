@@ -1,0 +1,126 @@
+"""A table as plain data: rows, and groups of columns under two-level headings. It never shortens a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+
+__all__ = ["Column", "Grid", "Group"]
+
+COLUMN_GAP = 2
+GROUP_GAP = 3
+LONGEST_GROUP_LINE = 18
+"""Group headings longer than this, and wider than their columns, are folded."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a grid.
+
+    Args:
+        heading: The heading; several lines are separated by newlines.
+        cells: One text per row; several lines are separated by newlines.
+        best: The rows in bold.
+        left: Whether the texts are aligned to the left.
+    """
+
+    heading: str
+    cells: tuple[str, ...]
+    best: frozenset[int] = frozenset()
+    left: bool = False
+
+    @property
+    def width(self) -> int:
+        """The widest line, in characters."""
+        return max(cell_len(line) for text in (self.heading, *self.cells) for line in text.split("\n"))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring columns under one heading; an empty heading shows none."""
+
+    heading: str
+    columns: tuple[Column, ...]
+
+    @property
+    def columns_width(self) -> int:
+        """The width of the columns with the gaps between them."""
+        gaps = COLUMN_GAP * (len(self.columns) - 1)
+        return sum(column.width for column in self.columns) + gaps
+
+    @property
+    def heading_lines(self) -> list[str]:
+        """The heading, folded if it is longer than the columns are wide; no letter is lost."""
+        return fold(self.heading, max(self.columns_width, LONGEST_GROUP_LINE))
+
+    @property
+    def width(self) -> int:
+        """The width of the columns or of the heading, whichever is larger."""
+        return max([self.columns_width, *(cell_len(line) for line in self.heading_lines)])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table with a column of row names and groups of further columns.
+
+    Args:
+        title: A line above the table.
+        names: The names of the rows.
+        groups: The other columns.
+        section_ends: The rows that are followed by an empty line.
+        notes: Sentences below the table.
+    """
+
+    title: str
+    names: Column
+    groups: tuple[Group, ...]
+    section_ends: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """The number of characters that a line of the table takes."""
+        return self.names.width + sum(GROUP_GAP + group.width for group in self.groups)
+
+    @property
+    def all_columns(self) -> list[Column]:
+        """The row names and every other column."""
+        columns = [self.names]
+        for group in self.groups:
+            columns += group.columns
+        return columns
+
+    @property
+    def columns(self) -> list[tuple[str, Column]]:
+        """Every column but the row names, with its group's heading."""
+        return [(group.heading, column) for group in self.groups for column in group.columns]
+
+
+def fold(text: str, width: int) -> list[str]:
+    """The text in lines of at most ``width`` characters, broken after spaces, ``_``, ``-``, ``.`` or ``/`` if possible.
+
+    Example:
+        >>> fold("near: imagenet_resized_to_32", 16)
+        ['near: imagenet_', 'resized_to_32']
+    """
+    lines = [""]
+    for piece in _pieces(text):
+        while len(piece.rstrip()) > width:
+            lines.append(piece[:width])
+            piece = piece[width:]
+        if len((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text cut after every place where a line may break."""
+    start = 0
+    for position, letter in enumerate(text):
+        if letter in " _-./":
+            yield text[start : position + 1]
+            start = position + 1
+    yield text[start:]

@@ -1,0 +1,53 @@
+"""Marks of scores that had more than the model: a fit, labels, or out-of-distribution samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lightning_gradmetrics.scores import FittedScore, Score
+
+__all__ = ["MARKS", "detects", "kind_of", "mark_notes", "mark_of"]
+
+MARKS = {
+    "fitted": "f",
+    "fitted on labels": "fl",
+    "fitted on OOD samples": "fo",
+    "reads labels": "L",
+}
+"""The mark of each kind of score; all other scores have none."""
+
+MEANINGS = {
+    "f": "fitted on held-out samples",
+    "fl": "fitted on held-out samples and their labels",
+    "fo": "fitted on held-out and out-of-distribution samples",
+    "L": "reads the true label of the sample it scores, so it has no detection metrics",
+}
+
+
+def kind_of(score: Score) -> str:
+    """What a score had besides the model: a key of :data:`MARKS`, or ``""``."""
+    if score.needs.labels:
+        return "reads labels"
+    if not isinstance(score, FittedScore):
+        return ""
+    needs = score.fit_needs
+    if needs.ood:
+        return "fitted on OOD samples"
+    return "fitted on labels" if needs.labels else "fitted"
+
+
+def detects(score: Score) -> bool:
+    """Whether a score can be judged as a detector: it must not read the label of the sample it scores."""
+    return not score.needs.labels
+
+
+def mark_of(score: Score) -> str:
+    """The mark of a score in the tables, or ``""``."""
+    return MARKS.get(kind_of(score), "")
+
+
+def mark_notes(scores: Iterable[Score]) -> list[str]:
+    """One sentence that explains the marks in use; no sentence if there are none."""
+    used = {mark_of(score) for score in scores}
+    meanings: Sequence[str] = [f"{mark}: {meaning}" for mark, meaning in MEANINGS.items() if mark in used]
+    return ["; ".join(meanings) + "."] if meanings else []

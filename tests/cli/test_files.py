@@ -1,0 +1,67 @@
+"""Files of a run: whole or absent, in a directory that belongs to one run."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_gradmetrics.cli.files import RunDirectoryInUse, replaced, reserved, write_csv, write_text
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    with replaced(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_after_an_error_the_old_file_is_still_there(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "file.txt", "old")
+    with pytest.raises(RuntimeError), replaced(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_replaces_a_directory(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        with replaced(tmp_path / "states") as folder:
+            folder.mkdir()
+            (folder / name).touch()
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["states"]
+
+
+def test_csv_of_rows_with_different_keys(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "rows.csv", [{"a": 1}, {"b": None, "a": "x,y"}])
+    assert list(csv.DictReader(path.read_text().splitlines())) == [{"a": "1", "b": ""}, {"a": "x,y", "b": ""}]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lightning_gradmetrics.cli.files import reserved
+
+with reserved(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    """Until the first one ends, even if it is killed."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(RunDirectoryInUse, match="another run is writing"), reserved(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+        time.sleep(0.1)
+        with reserved(tmp_path):
+            assert list(tmp_path.iterdir()) == []
