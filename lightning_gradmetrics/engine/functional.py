@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
 
@@ -12,7 +11,7 @@ from lightning_gradmetrics.classifier.forward import map_tensors
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows, unit_scale
-from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
+from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments, stacked_moments
 
 __all__ = ["functional_gradients", "functional_moments"]
 
@@ -33,8 +32,7 @@ def _chunk_moments(task: Task) -> list[Moments]:
     for index in range(len(task.losses)):
         gradients, undo = _unit_gradients(task, index)
         rows = [gradient_moments(gradient, task.wanted) for gradient in gradients.values()]
-        moments = {key: torch.stack([row[key] for row in rows], 1) for key in task.wanted}
-        found.append(rescaled_moments(moments, undo))
+        found.append(rescaled_moments(stacked_moments(rows), undo))
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
-from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
+from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments, stacked_moments
 
 __all__ = ["loss_gradients", "reference_moments"]
 
@@ -42,8 +42,7 @@ def _sample_moments(task: Task, logits: Tensor) -> list[Moments]:
         losses, undo = task.unit_losses(index, logits)
         gradients = loss_gradients(losses.sum(), list(task.parameters.values()))
         rows = [gradient_moments(gradient[None], task.wanted) for gradient in gradients]
-        moments = {key: torch.stack([row[key] for row in rows], 1) for key in task.wanted}
-        found.append(rescaled_moments(moments, undo))
+        found.append(rescaled_moments(stacked_moments(rows), undo))
     return found
 
 

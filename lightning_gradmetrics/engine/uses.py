@@ -20,6 +20,7 @@ from lightning_gradmetrics.engine.kernels import (
     row_moments,
 )
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
+from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
 
@@ -73,10 +74,6 @@ def _flat(rows: Tensor) -> Tensor:
     return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 @dataclass(frozen=True)
 class RowsUse:
     """Gradients that are there already, ``(N, *shape)``."""
@@ -94,7 +91,7 @@ class RowsUse:
         return RowsUse(self.value[start:stop])
 
     def gradient(self) -> Tensor:  # noqa: D102
-        return _wide(self.value)
+        return at_least_float32(self.value)
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         return row_moments(_flat(self.value), wanted)
@@ -126,7 +123,7 @@ class LinearUse:
         return replace(self, a=self.a[start:stop], g=self.g[start:stop])
 
     def gradient(self) -> Tensor:  # noqa: D102
-        gradient = linear_gradient(_wide(self.a), _wide(self.g))
+        gradient = linear_gradient(at_least_float32(self.a), at_least_float32(self.g))
         return gradient.mT if self.transposed else gradient
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
@@ -158,7 +155,7 @@ class ConvUse:
         return replace(self, x=self.x[start:stop], g=self.g[start:stop])
 
     def gradient(self) -> Tensor:  # noqa: D102
-        x, g = _wide(self.x), _wide(self.g)
+        x, g = at_least_float32(self.x), at_least_float32(self.g)
         if x.shape[1] == 1:
             return conv_gradient(x[:, 0], g[:, 0], self.geometry).reshape(len(x), *self.shape)
         flat = conv_gradient(x.flatten(0, 1), g.flatten(0, 1), self.geometry)
@@ -193,7 +190,7 @@ class EmbeddingUse:
         return replace(self, indices=self.indices[start:stop], g=self.g[start:stop])
 
     def gradient(self) -> Tensor:  # noqa: D102
-        g = _wide(self.g)
+        g = at_least_float32(self.g)
         if self.padding is not None:
             g = g.masked_fill((self.indices == self.padding).unsqueeze(-1), 0)
         table = g.new_zeros(len(g), *self.shape)

@@ -1,12 +1,13 @@
-"""Cosine similarity maps (CSMs) as numbers: the cosines of vectors, features and summaries of the maps."""
+"""Cosines of vectors, and features and summaries of cosine similarity maps (CSMs)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.precision import at_least_float32
+
 __all__ = [
-    "at_least_float32",
     "cosine_similarity",
     "csm_features",
     "effective_rank",
@@ -20,19 +21,16 @@ __all__ = [
 ]
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision to float32, anything else as it is."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 def cosine_similarity(maps: Tensor) -> Tensor:
-    """Cosine similarity of every two of a sample's vectors; a zero vector has cosine 0 with all, itself included.
+    """Compute the cosine similarity of every two vectors of a sample.
+
+    A zero vector has cosine 0 with every vector, including itself.
 
     Args:
-        maps: ``(N, K, D)``.
+        maps: ``(N, K, D)``, K vectors per sample.
 
     Returns:
-        ``(N, K, K)``, in [-1, 1], float32 or better.
+        ``(N, K, K)``, in [-1, 1], in float32 or float64.
 
     Example:
         >>> cosine_similarity(torch.tensor([[[1.0, 1.0], [0.0, 2.0], [0.0, 0.0]]]))
@@ -42,7 +40,7 @@ def cosine_similarity(maps: Tensor) -> Tensor:
     """
     maps = at_least_float32(maps)
     largest = maps.abs().amax(-1, keepdim=True)
-    maps = maps / torch.where(largest == 0, 1, largest)  # squares neither overflow nor vanish
+    maps = maps / torch.where(largest == 0, 1, largest)  # squares neither overflow nor underflow
     gram = maps @ maps.mT
     norm = gram.diagonal(dim1=1, dim2=2).sqrt()
     norm = torch.where(norm == 0, 1, norm)
@@ -51,10 +49,13 @@ def cosine_similarity(maps: Tensor) -> Tensor:
 
 
 def zero_saliency(csm: Tensor) -> Tensor:
-    """Which classes' saliency maps are zero everywhere, ``(N, K)``: those whose cosine with themselves is 0.
+    """Find the classes whose saliency map is zero everywhere: their cosine with themselves is 0.
 
     Args:
         csm: ``(N, K, K)``.
+
+    Returns:
+        ``(N, K)``, bool.
 
     Example:
         >>> zero_saliency(cosine_similarity(torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])))
@@ -64,7 +65,7 @@ def zero_saliency(csm: Tensor) -> Tensor:
 
 
 def csm_features(csm: Tensor) -> Tensor:
-    """The cosines above the diagonal, row by row: a feature vector for an anomaly detector.
+    """Return the cosines above the diagonal, row by row: the feature vector of an anomaly detector.
 
     Args:
         csm: ``(N, K, K)``.
@@ -73,7 +74,7 @@ def csm_features(csm: Tensor) -> Tensor:
         ``(N, K (K - 1) / 2)``.
 
     Raises:
-        ValueError: If the maps are of fewer than two classes.
+        ValueError: If the maps have fewer than two classes.
 
     Example:
         >>> csm_features(torch.arange(9.0).view(1, 3, 3))
@@ -87,14 +88,14 @@ def csm_features(csm: Tensor) -> Tensor:
 
 def _check_maps(csm: Tensor) -> None:
     if csm.ndim != 3 or csm.shape[1] != csm.shape[2] or csm.shape[1] < 2:
-        raise ValueError(f"expected cosine similarity maps (N, K, K) of K >= 2 classes, not shape {tuple(csm.shape)}")
+        raise ValueError(f"expected cosine similarity maps (N, K, K) with K >= 2 classes, got shape {tuple(csm.shape)}")
 
 
 def mean_cosine(csm: Tensor) -> Tensor:
-    """The mean cosine of two different classes, ``(N,)``: higher = more uncertain.
+    """Return the mean cosine of two different classes, ``(N,)``: higher = more uncertain.
 
-    The direction is an observation, not a law: it held for errors and near out-of-distribution data, and on far data
-    (digits shown to a classifier of photographs) the mean told nothing.
+    The direction is empirical. It held for misclassifications and near out-of-distribution data. On far data (digits
+    shown to a classifier of photographs) the mean did not separate.
 
     Example:
         >>> mean_cosine(torch.tensor([[[1.0, -0.5], [-0.5, 1.0]]]))
@@ -104,22 +105,22 @@ def mean_cosine(csm: Tensor) -> Tensor:
 
 
 def std_cosine(csm: Tensor) -> Tensor:
-    """The standard deviation (divisor: the number of pairs) of the cosines of different classes, ``(N,)``."""
+    """Return the standard deviation (divisor: the number of pairs) of the cosines of different classes, ``(N,)``."""
     return csm_features(csm).std(1, correction=0)
 
 
 def min_cosine(csm: Tensor) -> Tensor:
-    """The smallest cosine of two different classes, ``(N,)``."""
+    """Return the smallest cosine of two different classes, ``(N,)``."""
     return csm_features(csm).amin(1)
 
 
 def max_cosine(csm: Tensor) -> Tensor:
-    """The largest cosine of two different classes, ``(N,)``."""
+    """Return the largest cosine of two different classes, ``(N,)``."""
     return csm_features(csm).amax(1)
 
 
 def least_row_cosine(csm: Tensor) -> Tensor:
-    """The smallest mean cosine of one class with all others, ``(N,)``: low where one class stands against the rest.
+    """Return the smallest mean cosine of one class with all others, ``(N,)``: low if one class opposes the rest.
 
     Example:
         >>> least_row_cosine(torch.tensor([[[1.0, 0.6, -0.4], [0.6, 1.0, -0.2], [-0.4, -0.2, 1.0]]]))
@@ -130,7 +131,7 @@ def least_row_cosine(csm: Tensor) -> Tensor:
 
 
 def spectrum(csm: Tensor) -> Tensor:
-    """The eigenvalues of each map, ``(N, K)``, largest first; NaN for a sample whose map holds NaN.
+    """Return the eigenvalues of each map, ``(N, K)``, largest first; NaN for a sample with NaN in its map.
 
     Example:
         >>> spectrum(torch.ones(1, 2, 2))
@@ -142,13 +143,13 @@ def spectrum(csm: Tensor) -> Tensor:
 
 
 def effective_rank(csm: Tensor) -> Tensor:
-    """In how many directions the saliency maps point, ``(N,)``, from 1 to K: the exponential of the spectrum's entropy.
+    """Return the effective number of directions of the saliency maps, the exponential of the spectrum's entropy.
 
     Args:
         csm: ``(N, K, K)``.
 
     Returns:
-        ``(N,)``; 0 if every saliency map is zero.
+        ``(N,)``, from 1 to K; 0 if every saliency map is zero.
 
     Example:
         >>> effective_rank(torch.stack([torch.eye(3), torch.ones(3, 3)])).round(decimals=3)

@@ -1,7 +1,8 @@
-"""Geometric gradient analysis: cosine similarity maps (CSMs) of the input gradients of all class losses."""
+"""Geometric gradient analysis: cosine similarity maps (CSMs) of the input gradients of the class losses."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -11,53 +12,54 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import check_model, gradients_enabled, preserved
 from lightning_gradmetrics.classifier.input_gradients import check_floats, differentiable_logits
-from lightning_gradmetrics.gradients.cosine_map_summaries import at_least_float32, cosine_similarity
+from lightning_gradmetrics.gradients.cosine_map_summaries import cosine_similarity
+from lightning_gradmetrics.gradients.precision import at_least_float32
 
 __all__ = ["class_covectors", "cosine_similarity_maps"]
 
 _WHO = "cosine similarity maps"
 
 BUDGET = 2**28
-"""Bytes of saliency maps kept at a time; a batch that needs more is cut into chunks of samples, with a forward each."""
+"""Bytes of saliency maps kept at a time. A batch that needs more is split into chunks of samples, one forward each."""
 
 ROWS = {"cpu": 4, "cuda": 512}
-"""Samples times classes in one backward. A small batch takes several classes at once: operations have a fixed cost."""
+"""Samples times classes in one backward pass. A small batch takes several classes at once, since every operation has a fixed cost."""
 
 
 def cosine_similarity_maps(
     model: nn.Module, inputs: Tensor, *, sign: bool = True, rescale: bool = True, classes: int | None = None
 ) -> Tensor:
-    r"""Cosine similarity of every two classes' saliency maps, for each sample.
+    r"""Compute the cosine similarity of every two classes' saliency maps, for each sample.
 
     With logits :math:`z(x)` and :math:`z' = 10 z / \max_j |z_j|` (``rescale``), the saliency map of class :math:`c` is
 
     .. math:: S_c = \max_\text{channel} \operatorname{sign} \frac{\partial\, \mathrm{CE}(z', c)}{\partial x},
         \qquad \mathrm{CSM}_{cd} = \frac{\langle S_c, S_d \rangle}{\|S_c\|_2 \|S_d\|_2} .
 
-    One forward, and gradients of the input alone: no parameter gradient is computed. The C gradients span C - 1
-    dimensions (:math:`\sum_c p_c \nabla L_c = 0`), so the likeliest class's comes from the others' without a backward.
+    This takes one forward pass and computes input gradients only. Since :math:`\sum_c p_c \nabla L_c = 0`, the gradient
+    of the likeliest class follows from the others without a backward pass.
 
-    The maximum over channels is over axis 1 of inputs with four or more axes, ``(N, channels, H, W)``; inputs with
-    fewer, as ``(N, D)``, have no channel axis and every entry counts.
+    The maximum over channels is taken over axis 1 of inputs with four or more axes, ``(N, channels, H, W)``. Inputs with
+    fewer axes, such as ``(N, D)``, have no channel axis: all their entries are used.
 
-    A class whose saliency map is zero everywhere has cosine 0 with every class, itself included;
-    :func:`lightning_gradmetrics.gradients.cosine_map_summaries.zero_saliency` tells which. A sample whose logits or
-    gradients are not finite gets NaN, and no other sample is affected.
+    A class whose saliency map is zero everywhere has cosine 0 with every class, including itself; see
+    :func:`lightning_gradmetrics.gradients.cosine_map_summaries.zero_saliency`. If a sample's logits or gradients are not
+    finite, its map is NaN. Other samples are not affected.
 
     Args:
-        model: A classifier with logits ``(N, C)``, batch norm in eval mode. It comes back as it was.
+        model: A classifier with logits ``(N, C)``, batch norm in eval mode. It is left unchanged.
         inputs: ``(N, ...)``, floats.
-        sign: Take the sign of the gradient's entries before the maximum over channels.
-        rescale: Scale each sample's logits to a largest absolute value of 10 before the softmax.
-        classes: ``None`` for all C classes in the model's order; ``k`` for each sample's k classes of largest logit,
-            largest first.
+        sign: Whether to take the sign of the gradient's entries before the maximum over channels.
+        rescale: Whether to scale each sample's logits to a largest absolute value of 10 before the softmax.
+        classes: ``None`` for all C classes in the model's order; ``k`` for the k classes with each sample's largest
+            logits, largest first.
 
     Returns:
-        ``(N, K, K)``, symmetric, entries in [-1, 1]; K is C, or ``classes``. Float32 or better.
+        ``(N, K, K)``, symmetric, entries in [-1, 1], in float32 or float64; K is C, or ``classes``.
 
     Raises:
-        TypeError: If the inputs are no tensor of floats.
-        ValueError: If ``classes`` is not from 1 to C, a batch norm is in train mode, or the logits do not depend on the
+        TypeError: If the inputs are not a tensor of floats.
+        ValueError: If ``classes`` is not in 1 ... C, a batch norm is in train mode, or the logits do not depend on the
             inputs.
 
     Example:
@@ -83,7 +85,7 @@ def _check(model: nn.Module, inputs: Tensor) -> None:
 
 
 def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: int | None) -> Tensor:
-    """The maps of one chunk of samples, or of several if the saliency maps would not fit."""
+    """The maps, computed in chunks of samples if the saliency maps exceed the budget."""
     leaf, logits = differentiable_logits(model, inputs, _WHO)
     order = _ranking(logits.detach(), classes)
     size, kept, count = *order.shape, logits.shape[1]
@@ -96,35 +98,38 @@ def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: 
 
 
 def _ranking(logits: Tensor, classes: int | None) -> Tensor:
-    """The classes whose maps are asked for, ``(N, K)``, largest logit first."""
+    """Each sample's classes by logit, ``(N, K)``, largest first."""
     count = logits.shape[1]
     if classes is not None and not 1 <= classes <= count:
         raise ValueError(
-            f"classes={classes}; allowed: None for all, or from 1 to {count}, the model's number of classes"
+            f"classes={classes}; allowed: None for all classes, or from 1 to {count}, the model's number of classes"
         )
     return logits.argsort(dim=1, descending=True, stable=True)[:, :classes]
 
 
 def _in_class_order(csm: Tensor, order: Tensor) -> Tensor:
-    place = order.argsort(1)
-    rows = csm.gather(1, place[:, :, None].expand_as(csm))
-    return rows.gather(2, place[:, None, :].expand_as(csm))
+    """Reorder rows and columns from the ranking to the model's order of classes."""
+    position = order.argsort(1)
+    rows = csm.gather(1, position[:, :, None].expand_as(csm))
+    return rows.gather(2, position[:, None, :].expand_as(csm))
 
 
 def class_covectors(logits: Tensor, classes: Tensor, *, rescale: bool = True) -> Tensor:
-    r"""The gradient of each class's loss with respect to the logits, up to a positive factor.
+    r"""Compute the gradient of each class's loss with respect to the logits, up to a positive factor.
 
-    For :math:`\mathrm{CE}(z', c)` it is :math:`p - e_c`, divided here by :math:`1 - p_c`: that is :math:`q - e_c` with
-    q the softmax over the other classes, which keeps digits where :math:`p_c` rounds to 1. With ``rescale`` it is taken
-    back through :math:`z' = 10 z / \max_j |z_j|`, without the factor :math:`10 / \max_j |z_j|`.
+    The gradient of :math:`\mathrm{CE}(z', c)` is :math:`p - e_c`. This function returns it divided by :math:`1 - p_c`,
+    which is :math:`q - e_c` with q the softmax over the other classes: it keeps its digits where :math:`p_c` rounds to 1.
+    With ``rescale`` the gradient is propagated through :math:`z' = 10 z / \max_j |z_j|`, without the factor
+    :math:`10 / \max_j |z_j|`.
 
     Args:
         logits: ``(N, C)``.
-        classes: ``(N, K)``, whole numbers.
-        rescale: Whether the loss is of the rescaled logits. Logits that are all zero cannot be rescaled: covector zero.
+        classes: ``(N, K)``, class indices.
+        rescale: Whether the loss takes the rescaled logits. Logits that are all zero cannot be rescaled: their gradient
+            is zero.
 
     Returns:
-        ``(N, K, C)``, float32 or better.
+        ``(N, K, C)``, in float32 or float64.
 
     Example:
         >>> class_covectors(torch.zeros(1, 3), torch.tensor([[0, 2]]), rescale=False)
@@ -141,13 +146,13 @@ def class_covectors(logits: Tensor, classes: Tensor, *, rescale: bool = True) ->
 
 
 def _rescaled(logits: Tensor) -> Tensor:
-    """Logits with largest absolute value 10; zeros stay zeros."""
+    """Logits with the largest absolute value 10; all-zero logits stay zero."""
     largest = logits.abs().amax(1, keepdim=True)
     return 10 * logits / torch.where(largest == 0, 1, largest)
 
 
 def _through_rescaling(covectors: Tensor, logits: Tensor) -> Tensor:
-    """The transposed Jacobian of the rescaling, times ``max|z| / 10``: only the largest logit's component changes."""
+    """Multiply by the transposed Jacobian of the rescaling, times ``max|z| / 10``: only the largest logit's component changes."""
     largest, index = logits.abs().max(1, keepdim=True)
     unit = logits / torch.where(largest == 0, 1, largest)
     at_largest = F.one_hot(index, logits.shape[1]).bool()  # (N, 1, C)
@@ -157,27 +162,27 @@ def _through_rescaling(covectors: Tensor, logits: Tensor) -> Tensor:
 
 
 def _saliency(leaf: Tensor, logits: Tensor, order: Tensor, sign: bool, rescale: bool) -> Tensor:
-    """Saliency maps ``(N, K, positions)`` of the ranked classes."""
+    """The saliency maps ``(N, K, positions)`` of the ranked classes."""
     covectors = class_covectors(logits.detach(), order, rescale=rescale).to(logits.dtype)
     if len(leaf) == 0:
         return leaf.new_zeros(0, order.shape[1], _positions(leaf))
     if order.shape[1] < logits.shape[1]:
-        return torch.cat([_reduce(part, sign) for part in _gradients(leaf, logits, covectors)], 1)
+        return torch.cat([_reduce(gradients, sign) for gradients in _gradients(leaf, logits, covectors)], 1)
     weights = _weights_of_others(logits.detach(), order, rescale)
     first = torch.zeros_like(leaf, dtype=weights.dtype)
     maps, done = [], 0
-    for part in _gradients(leaf, logits, covectors[:, 1:]):
-        share = weights[:, done : done + part.shape[1]]
-        first -= torch.einsum("nk,nk...->n...", share, part.to(share.dtype))
-        maps.append(_reduce(part, sign))
-        done += part.shape[1]
+    for gradients in _gradients(leaf, logits, covectors[:, 1:]):
+        share = weights[:, done : done + gradients.shape[1]]
+        first -= torch.einsum("nk,nk...->n...", share, gradients.to(share.dtype))
+        maps.append(_reduce(gradients, sign))
+        done += gradients.shape[1]
     return torch.cat([_reduce(first.to(leaf.dtype)[:, None], sign), *maps], 1)
 
 
 def _weights_of_others(logits: Tensor, order: Tensor, rescale: bool) -> Tensor:
-    """The likeliest class's gradient is minus the average of the others' with these weights, ``(N, C - 1)``.
+    """The weights ``(N, C - 1)`` with which minus the average of the other gradients is the likeliest class's gradient.
 
-    From ``sum_c p_c grad_c = 0``, the gradients divided by ``1 - p_c`` as in :func:`class_covectors`.
+    They follow from ``sum_c p_c grad_c = 0``, with gradients divided by ``1 - p_c`` as in :func:`class_covectors`.
     """
     logits = at_least_float32(logits)
     log_p = (_rescaled(logits) if rescale else logits).log_softmax(1).gather(1, order)[:, 1:]
@@ -185,14 +190,15 @@ def _weights_of_others(logits: Tensor, order: Tensor, rescale: bool) -> Tensor:
 
 
 def _gradients(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Iterator[Tensor]:
-    """The input gradients ``(N, G, ...)`` of groups of covectors ``(N, K, C)``, as many at a time as pay."""
-    groups = max(1, -(-len(leaf) * covectors.shape[1] // max(ROWS.get(leaf.device.type, 1), len(leaf))))
-    for part in covectors.transpose(0, 1).tensor_split(groups):
-        yield _vector_jacobian(leaf, logits, part).transpose(0, 1)
+    """The input gradients ``(N, G, ...)`` of groups of covectors ``(N, K, C)``; :data:`ROWS` bounds a group."""
+    rows = len(leaf) * covectors.shape[1]
+    groups = max(1, math.ceil(rows / max(ROWS.get(leaf.device.type, 1), len(leaf))))
+    for group in covectors.transpose(0, 1).tensor_split(groups):
+        yield _vector_jacobian(leaf, logits, group).transpose(0, 1)
 
 
 def _vector_jacobian(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Tensor:
-    """Covectors ``(G, N, C)`` of the logits to ``(G, N, ...)`` of the inputs: at once if autograd can, or in a loop."""
+    """Backpropagate covectors ``(G, N, C)`` of the logits to the inputs, ``(G, N, ...)``: together, or else in a loop."""
     if len(covectors) > 1:
         try:
             with warnings.catch_warnings():
@@ -206,7 +212,7 @@ def _vector_jacobian(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Tensor:
 
 
 def _reduce(gradients: Tensor, sign: bool) -> Tensor:
-    """``(N, K, channels, ...)`` gradients to saliency maps ``(N, K, positions)``."""
+    """Reduce gradients ``(N, K, channels, ...)`` to saliency maps ``(N, K, positions)``."""
     signed = gradients.sign() if sign else gradients
     maps = (signed.amax(2) if signed.ndim >= 5 else signed).flatten(2)
     if not sign:
@@ -216,6 +222,6 @@ def _reduce(gradients: Tensor, sign: bool) -> Tensor:
 
 
 def _positions(inputs: Tensor) -> int:
-    """Entries of one saliency map."""
+    """The number of entries of one saliency map."""
     shape = inputs.shape[2:] if inputs.ndim >= 4 else inputs.shape[1:]
     return shape.numel()

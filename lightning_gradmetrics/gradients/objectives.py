@@ -136,12 +136,12 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """A named objective with its arguments, hashable, so that two scores that ask for the same one share its backward pass.
+    """A named objective with its arguments. It is hashable: scores with the same objective share its backward pass.
 
     Args:
-        name: A key of :data:`OBJECTIVES`, or any name for ``function``.
+        name: A key of :data:`OBJECTIVES`, or any name if ``function`` is given.
         arguments: Keyword arguments, as a sorted tuple of pairs.
-        function: The callable ``(N, C) -> (N,)``; ``None`` takes the registered one.
+        function: A callable ``(N, C) -> (N,)``; ``None`` uses the registered one.
 
     Raises:
         ValueError: If the name is unknown.
@@ -166,7 +166,7 @@ class Objective:
 
     @classmethod
     def of(cls, objective: str | Loss | Objective, **arguments: Any) -> Objective:
-        """Make an objective of a name, of a callable, or of one already made."""
+        """Make an objective from a name or a callable; an objective is returned unchanged."""
         if isinstance(objective, Objective):
             return objective
         pairs = tuple(sorted(arguments.items()))
@@ -176,11 +176,11 @@ class Objective:
 
     @property
     def needs_targets(self) -> bool:
-        """Whether true labels are needed."""
+        """Whether the objective needs true labels."""
         return self.function is None and self.name == "label"
 
     def loss(self, targets: Tensor | None = None) -> Loss:
-        """Bind the arguments (and the true labels): a callable from logits ``(N, C)`` to checked losses ``(N,)``."""
+        """Bind the arguments and the true labels: returns a callable from logits ``(N, C)`` to checked losses ``(N,)``."""
         function, arguments = self.function or OBJECTIVES[self.name], dict(self.arguments)
         if self.needs_targets:
             if targets is None:

@@ -1,13 +1,13 @@
-"""Sufficient statistics of a sample's gradient entries, and what follows from them.
+"""Statistics of a sample's gradient entries, computed from sufficient statistics.
 
 A *moment* is one sufficient statistic. Its key is ``"sum"``, ``"max"``, ``"min"``, or a number ``p > 0`` for ``sum |x|^p``.
-Moments merge across parameters, chunks and micro-batches by add, max and min, so no reduction needs the whole gradient.
+Moments of parameters, chunks and micro-batches are merged by sum, max and min, so the whole gradient is never needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +26,7 @@ __all__ = [
     "gradient_moments",
     "moments_for",
     "result_dtype",
+    "stacked_moments",
 ]
 
 Moment = Literal["sum", "max", "min"] | float
@@ -39,7 +40,7 @@ SPREAD = 1e-16
 
 
 def moments_for(statistics: Iterable[str]) -> frozenset[Moment]:
-    """The moments that the named statistics need.
+    """Return the moments that the named statistics need.
 
     Args:
         statistics: Names from :data:`STATISTICS`, or ``l<p>``.
@@ -51,14 +52,17 @@ def moments_for(statistics: Iterable[str]) -> frozenset[Moment]:
         >>> sorted(moments_for(["std", "linf"]), key=str)
         [2.0, 'max', 'min', 'sum']
     """
-    known: dict[str, set[Moment]] = {"max": {"max"}, "min": {"min"}, "mean": {"sum"}, "std": {"sum", 2.0}}
     wanted: set[Moment] = set()
     for name in (statistics,) if isinstance(statistics, str) else statistics:
-        wanted |= known[name] if name in known else _norm_moments(name)
+        wanted |= _NEEDED[name] if name in _NEEDED else _norm_moments(name)
     return frozenset(wanted)
 
 
+_NEEDED: dict[str, set[Moment]] = {"max": {"max"}, "min": {"min"}, "mean": {"sum"}, "std": {"sum", 2.0}}
+
+
 def _norm_moments(name: str) -> set[Moment]:
+    """The moments of ``l<p>``."""
     try:
         p = float(name.removeprefix("l")) if name.startswith("l") else -1.0
     except ValueError:
@@ -71,14 +75,14 @@ def _norm_moments(name: str) -> set[Moment]:
 
 
 def gradient_moments(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Moments of materialised per-sample gradients.
+    """Compute moments of materialised per-sample gradients.
 
     Args:
-        gradient: ``(N, ...)``, one gradient a sample.
+        gradient: ``(N, ...)``, one gradient per sample.
         wanted: The moments to compute.
 
     Returns:
-        Each moment, ``(N,)``, in :func:`accumulator` precision.
+        Each moment, ``(N,)``, in the type :func:`~lightning_gradmetrics.gradients.precision.accumulator`.
 
     Example:
         >>> gradient_moments(torch.tensor([[1.0, -2.0]]), ["max", 1.0])
@@ -104,9 +108,9 @@ def _moment(flat: Tensor, key: Moment) -> Tensor:
 
 
 def factor_moments(left: Tensor, right: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Moments of the outer products ``left_n right_n^T``, without forming them.
+    """Compute moments of the outer products ``left_n right_n^T`` without forming them.
 
-    Every moment of an outer product factorises: sums of powers and the sum multiply, and the extremes are among the
+    Every moment factorises: the sum and the sums of powers are products of the factors' moments, and the extremes are
     products of the factors' extremes.
 
     Args:
@@ -123,22 +127,37 @@ def factor_moments(left: Tensor, right: Tensor, wanted: Iterable[Moment]) -> Mom
     a, b = gradient_moments(left, needed), gradient_moments(right, needed)
     out: Moments = {key: a[key] * b[key] for key in keys - extremes}
     if keys & extremes:
-        corners = torch.stack([a[i] * b[j] for i in ("max", "min") for j in ("max", "min")])
-        out |= {key: value for key, value in (("max", corners.amax(0)), ("min", corners.amin(0))) if key in keys}
+        ends = torch.stack([a["max"], a["min"]])
+        corners = (ends[:, None] * torch.stack([b["max"], b["min"]])).flatten(0, 1)
+        both: Moments = {"max": corners.amax(0), "min": corners.amin(0)}
+        for key in keys & extremes:
+            out[key] = both[key]
     return out
+
+
+def stacked_moments(columns: Sequence[Mapping[Moment, Tensor]]) -> Moments:
+    """Stack the moments ``(N,)`` of several parameters to ``(N, P)``."""
+    stacked: Moments = {}
+    for key in columns[0]:
+        stacked[key] = torch.stack([column[key] for column in columns], 1)
+    return stacked
 
 
 @dataclass(frozen=True)
 class GradientStatistics:
-    r"""Statistics of each sample's gradient, over all chosen parameters together or per parameter.
+    r"""Statistics of each sample's gradient entries: over all chosen parameters together, or for each parameter.
 
-    Everything is ``(N,)``, or ``(N, P)`` where it was asked per parameter.
+    ``max``, ``min``, ``mean`` and ``std`` are attributes, ``norm(p)`` the p-norms. Each has shape ``(N,)``, or ``(N, P)``
+    for each parameter (``per_parameter=True``).
 
     Args:
-        names: The parameters covered, in the order of the columns.
-        count: Number of gradient entries: ``()``, or ``(P,)`` per parameter.
-        moments: The sufficient statistics, in float64.
-        dtype: The type of what the properties return.
+        names: The parameters, in the order of the columns.
+        count: The number of gradient entries: ``()``, or ``(P,)`` for each parameter.
+        moments: The sufficient statistics, in float64 where the device has it.
+        dtype: The type of the statistics.
+
+    Raises:
+        ValueError: By an attribute or ``norm``, if the statistic was not among those asked for.
 
     Example:
         >>> stats = GradientStatistics.of({"w": torch.tensor([[1.0, -3.0]])})
@@ -155,69 +174,93 @@ class GradientStatistics:
     def of(
         cls, gradients: Mapping[str, Tensor], statistics: Iterable[str] = STATISTICS, per_parameter: bool = False
     ) -> GradientStatistics:
-        """Statistics of materialised per-sample gradients ``{name: (N, ...)}``: the plain definition, for small things."""
-        wanted = moments_for(statistics)
-        rows = [gradient_moments(gradient, wanted) for gradient in gradients.values()]
-        first = next(iter(gradients.values()))
-        counts = torch.tensor([gradient[:1].numel() for gradient in gradients.values()])
-        stacked = {key: torch.stack([row[key] for row in rows], 1) for key in wanted}
-        result = cls(tuple(gradients), counts, stacked, result_dtype(first.dtype))
+        """Compute the statistics of materialised per-sample gradients ``{name: (N, ...)}``.
+
+        Args:
+            gradients: The gradients by parameter name.
+            statistics: Names of the statistics.
+            per_parameter: Whether to keep the parameters apart.
+        """
+        wanted, columns, counts = moments_for(statistics), [], []
+        for gradient in gradients.values():
+            columns.append(gradient_moments(gradient, wanted))
+            counts.append(gradient[:1].numel())
+        dtype = result_dtype(next(iter(gradients.values())).dtype)
+        result = cls(tuple(gradients), torch.tensor(counts), stacked_moments(columns), dtype)
         return result if per_parameter else result.merged()
 
     def merged(self) -> GradientStatistics:
-        """The statistics over all parameters together, from those per parameter."""
-        reduce = {"max": lambda x: x.amax(1), "min": lambda x: x.amin(1)}
-        moments = {key: reduce.get(key, lambda x: x.sum(1))(value) for key, value in self.moments.items()}  # type: ignore[arg-type]
+        """Merge statistics for each parameter to those over all of them together."""
+        moments: Moments = {}
+        for key, value in self.moments.items():
+            if key == "max":
+                moments[key] = value.amax(1)
+            else:
+                moments[key] = value.amin(1) if key == "min" else value.sum(1)
         return GradientStatistics(self.names, self.count.sum(), moments, self.dtype)
 
     def select(self, parameters: Callable[[str], bool] | None) -> GradientStatistics:
-        """Of statistics per parameter, those of the parameters whose name the predicate accepts; ``None`` accepts all."""
+        """Select columns of statistics for each parameter.
+
+        Args:
+            parameters: A predicate on the parameter's name; ``None`` selects all.
+        """
         columns = [i for i, name in enumerate(self.names) if parameters is None or parameters(name)]
-        moments = {key: value[:, columns] for key, value in self.moments.items()}
-        return GradientStatistics(tuple(self.names[i] for i in columns), self.count[columns], moments, self.dtype)
+        names = tuple(self.names[i] for i in columns)
+        moments: Moments = {}
+        for key, value in self.moments.items():
+            moments[key] = value[:, columns]
+        return GradientStatistics(names, self.count[columns], moments, self.dtype)
 
     def by_layer(self) -> GradientStatistics:
-        """Of statistics per parameter, those per layer: the parameters of a module (its weight and its bias) taken together."""
-        layers: dict[str, list[str]] = {}
+        """Merge statistics for each parameter to those for each layer: a module's weight and bias together."""
+        layers: dict[str, set[str]] = {}
         for name in self.names:
-            layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
-        parts = [self.select(set(members).__contains__).merged() for members in layers.values()]
-        moments = {key: torch.stack([part.moments[key] for part in parts], 1) for key in self.moments}
-        return GradientStatistics(tuple(layers), torch.stack([part.count for part in parts]), moments, self.dtype)
+            layers.setdefault(name.rpartition(".")[0] or name, set()).add(name)
+        counts, columns = [], []
+        for members in layers.values():
+            layer = self.select(members.__contains__).merged()
+            counts.append(layer.count)
+            columns.append(layer.moments)
+        return GradientStatistics(tuple(layers), torch.stack(counts), stacked_moments(columns), self.dtype)
 
     def rows(self, keep: Tensor) -> GradientStatistics:
-        """The statistics of the samples that ``keep`` ``(N,)``, bool, marks."""
-        return replace(self, moments={key: value[keep] for key, value in self.moments.items()})
+        """Select samples by a mask ``(N,)``, bool."""
+        moments: Moments = {}
+        for key, value in self.moments.items():
+            moments[key] = value[keep]
+        return replace(self, moments=moments)
 
     def _moment(self, key: Moment, statistic: str) -> Tensor:
         if key not in self.moments:
             raise ValueError(
-                f"the statistic {statistic!r} was not asked for: add it to statistics=, as in statistics=('{statistic}',)"
+                f"the statistic {statistic!r} was not computed; pass statistics=('{statistic}', ...) to compute it"
             )
         return self.moments[key]
 
     @property
     def max(self) -> Tensor:
-        """Largest entry."""
+        """The largest entry."""
         return self._moment("max", "max").to(self.dtype)
 
     @property
     def min(self) -> Tensor:
-        """Smallest entry."""
+        """The smallest entry."""
         return self._moment("min", "min").to(self.dtype)
 
     @property
     def mean(self) -> Tensor:
-        """Mean of the entries."""
+        """The mean of the entries."""
         return (self._moment("sum", "mean") / self.count.to(self.moments["sum"].device)).to(self.dtype)
 
     @property
     def std(self) -> Tensor:
-        """Unbiased standard deviation of the entries.
+        """The unbiased standard deviation of the entries.
 
-        It is at least :data:`SPREAD` times the root mean square of the entries, which is below rounding, so that equal
-        entries and a single entry have a positive one. The floor moves with the sample: the gradient of a confident sample
-        is small as a whole, and a constant floor would make all of them equal. For a zero gradient it is ``SPREAD``.
+        The result is at least :data:`SPREAD` times the root mean square of the entries. This floor is below rounding and
+        keeps the standard deviation of equal entries, and of a single entry, above zero. It is relative because confident
+        samples have small gradients: below a constant floor all of them would have the same standard deviation. A zero
+        gradient has the standard deviation ``SPREAD``.
         """
         total, square = self._moment("sum", "std"), self._moment(2.0, "std")
         count = self.count.to(total.device)
@@ -227,12 +270,26 @@ class GradientStatistics:
         return torch.maximum(variance.sqrt(), floor).to(self.dtype)
 
     def norm(self, p: float = 2.0) -> Tensor:
-        """The p-norm of the entries, ``(sum |x|^p)^(1/p)``, for ``p`` in ``(0, inf]``."""
+        """Return the p-norm of the entries, ``(sum |x|^p)^(1/p)``.
+
+        Args:
+            p: In ``(0, inf]``.
+        """
         if math.isinf(p):
             return torch.maximum(self._moment("max", "linf"), -self._moment("min", "linf")).to(self.dtype)
         return self._moment(float(p), f"l{p:g}").pow(1 / p).to(self.dtype)
 
     def statistic(self, name: str) -> Tensor:
-        """A statistic by its name in :data:`STATISTICS`."""
+        """Return a statistic by its name.
+
+        Args:
+            name: From :data:`STATISTICS`, or ``l<p>``.
+
+        Raises:
+            ValueError: If the name is unknown, or the statistic was not computed.
+        """
         moments_for([name])
-        return getattr(self, name) if name in ("max", "min", "mean", "std") else self.norm(float(name[1:]))  # type: ignore[no-any-return]
+        if name in _NEEDED:
+            value: Tensor = getattr(self, name)
+            return value
+        return self.norm(float(name[1:]))

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.kernels import position_sums
 from lightning_gradmetrics.engine.uses import Use
+from lightning_gradmetrics.gradients.precision import wide_dtype as wide
 
 __all__ = ["RULES", "Call", "Rule", "all_but_last", "bind", "first_axis", "one_axis", "rule", "summed", "wide"]
 
@@ -98,11 +98,6 @@ def first_axis(call: Call) -> bool:
 def summed(tensor: Tensor) -> Tensor:
     """``(N, C, *S)`` summed over the positions ``S``, in float32 for half precision."""
     return position_sums(tensor)[0].to(wide(tensor.dtype))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """``dtype``, or float32 for half precision."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def rule(

@@ -1,0 +1,213 @@
+"""The engine against one-sample autograd on whole libraries of classifiers: ``python -m benchmarks zoo --family timm``.
+
+Each model has random weights, float64, and a batch of four samples. Compared are the statistics of each sample's gradient
+for some of its parameters, the first and the last among them. Results are appended to a file, and models that are in it are
+not run again, so a run can be stopped and resumed; ``--table`` writes the page from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_gradmetrics as lgm
+from benchmarks.zoo_models import FAMILIES, UnsuitableError, logits_of
+
+STATISTICS = ("max", "min", "std", "l1", "l2")
+BOUND = 1e-9
+PARAMETERS = 12
+ENTRIES = 20_000_000
+"""Of the largest parameter that is compared."""
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise a TimeoutError after some seconds."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def chosen_parameters(model: nn.Module) -> list[str]:
+    """The names of up to :data:`PARAMETERS` parameters, evenly spread over the model."""
+    names = [name for name, p in model.named_parameters() if 0 < p.numel() <= ENTRIES and p.is_floating_point()]
+    count = min(PARAMETERS, len(names))
+    places = torch.linspace(0, len(names) - 1, count).round().long().tolist()
+    return [names[place] for place in dict.fromkeys(places)]
+
+
+def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    """Each statistic ``(N, P)`` of each sample's gradient, from a batch of that sample alone."""
+    parameters = [model.get_parameter(name).requires_grad_() for name in names]
+    size = len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
+    rows: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
+    for n in range(size):
+        if isinstance(inputs, Mapping):
+            output = model(**{key: value[n : n + 1] for key, value in inputs.items()})
+        else:
+            output = model(inputs[n : n + 1])
+        logits = logits_of(output)
+        found = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        for name in STATISTICS:
+            rows[name].append(torch.stack([statistic(gradient, name) for gradient in gradients]))
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def statistic(gradient: Tensor, name: str) -> Tensor:
+    """One statistic of a gradient's entries."""
+    if name == "std":
+        return gradient.std() if gradient.numel() > 1 else gradient.new_zeros(())
+    if name in ("max", "min"):
+        return getattr(gradient, name)()
+    return gradient.abs().sum() if name == "l1" else gradient.norm()
+
+
+def worst_error(found: lgm.GradientStatistics, right: Mapping[str, Tensor]) -> float:
+    """The largest error of a statistic, relative to the gradient's norm or to 1e-6 of the sample's largest norm."""
+    norms = {"l1": right["l1"]}
+    worst = 0.0
+    for name in STATISTICS:
+        scale = norms.get(name, right["l2"])
+        scale = scale + 1e-6 * scale.amax(1, keepdim=True) + 1e-300
+        worst = max(worst, float(((found.statistic(name) - right[name]).abs() / scale).max()))
+    return worst
+
+
+def examined(make: Any, seconds: int) -> dict[str, Any]:
+    """What happened with one model: an error, and the way it took; a refusal; or why it was not run."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    try:
+        with limited(seconds), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model, inputs = make()
+            names = chosen_parameters(model)
+            right = autograd_statistics(model, inputs, names)
+            result = compared(model, inputs, names, right)
+    except UnsuitableError as error:
+        return {"verdict": "not run", "reason": _line(error)}
+    except TimeoutError as error:
+        return {"verdict": "not run", "reason": _line(error)}
+    slow = [str(warning.message) for warning in told if "no fast rule" in str(warning.message)]
+    if slow and result["verdict"] == "exact":
+        result |= {"verdict": "exact, slow way", "reason": _line(slow[0])}
+    entries = sum(p.numel() for p in model.parameters())
+    return result | {"parameters": entries, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def compared(model: nn.Module, inputs: Any, names: Sequence[str], right: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Run the engine on a model, in a first and in a second call."""
+    errors = []
+    try:
+        for _ in range(2):
+            found = lgm.gradient_statistics(model, inputs, "pseudo_label", set(names).__contains__, True)
+            errors.append(worst_error(found, right))
+    except (ValueError, TypeError) as error:
+        return {"verdict": "refused", "reason": _line(error)}
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return {"verdict": "crash", "reason": _line(error)}
+    return {"verdict": "exact" if max(errors) < BOUND else "WRONG", "error": max(errors)}
+
+
+def _line(error: object) -> str:
+    kind = f"{type(error).__name__}: " if isinstance(error, Exception) else ""
+    return (kind + " ".join(str(error).split()))[:300]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The results so far."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(families: Sequence[str], path: Path, seconds: int, only: str | None) -> None:
+    """Run the models of families that are not in the file yet, and append each result."""
+    done = {(row["family"], row["name"]) for row in read(path)}
+    for family in families:
+        for name, make in FAMILIES[family]():
+            if (family, name) in done or (only and only not in name):
+                continue
+            row = {"family": family, "name": name, **examined(make, seconds)}
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(family, name, row["verdict"], row.get("error", ""), row.get("reason", "")[:100], flush=True)
+
+
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The documentation page."""
+    lines = ["# Zoo", ""]
+    lines.append(
+        "How exact the engine is on published architectures: random weights, float64, four samples, the statistics of the "
+        "gradients of up to 12 parameters per model, in a first and in a second call, against autograd on one sample at a "
+        f"time (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). Exact means a largest relative "
+        f"error below {BOUND:g}."
+    )
+    lines += ["", "| library | models | exact | exact, slow way | refused | wrong | crash | worst error | not run |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for family in FAMILIES:
+        chosen = [row for row in rows if row["family"] == family]
+        counts = Counter(row["verdict"] for row in chosen)
+        worst = max((row["error"] for row in chosen if "error" in row), default=0.0)
+        cells = [counts[verdict] for verdict in ("exact", "exact, slow way", "refused", "WRONG", "crash")]
+        ran = len(chosen) - counts["not run"]
+        lines.append(f"| {family} | {ran} | {' | '.join(map(str, cells))} | {worst:.0e} | {counts['not run']} |")
+    lines += [
+        "",
+        "Not run: no configuration of a few million parameters was found, or the model's own forward pass fails.",
+        "",
+    ]
+    for row in rows:
+        if row["verdict"] not in ("exact", "not run"):
+            lines.append(f"- {row['family']} `{row['name']}`: {row['verdict']}. {_short(row.get('reason', ''))}")
+    lines += ["", "## Exact", ""]
+    for family in FAMILIES:
+        names = [f"`{row['name']}`" for row in rows if row["family"] == family and row["verdict"] == "exact"]
+        lines += [f"{family}: {', '.join(names)}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _short(reason: str) -> str:
+    """The cause in a warning without the names of parameters, or the whole reason."""
+    if "(" in reason and "no fast rule" in reason:
+        return reason.partition("(")[2].partition(")")[0][:120]
+    return reason[:160]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run models, or write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks zoo", description=__doc__)
+    parser.add_argument("--family", choices=[*FAMILIES, "all"], default="all")
+    parser.add_argument("--only", help="a part of the model's name")
+    parser.add_argument("--out", type=Path, default=Path("zoo.jsonl"))
+    parser.add_argument("--seconds", type=int, default=300, help="for each model at most")
+    parser.add_argument("--table", type=Path, help="write the page to this file, and run nothing")
+    options = parser.parse_args(arguments)
+    if options.table:
+        options.table.write_text(page(read(options.out)))
+    else:
+        families = list(FAMILIES) if options.family == "all" else [options.family]
+        run(families, options.out, options.seconds, options.only)
