@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,11 +211,11 @@ class Objective:
 
 
 def _precise(function: Callable[..., Tensor], logits: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """A user's losses on float64 logits; on the logits' own type if the function holds tensors of that type."""
-    precise = logits.to(accumulator(logits))
-    if precise.dtype == logits.dtype:
-        return function(logits, **arguments)
+    """A user's losses on float64 logits; if the function holds tensors of a narrower type, on logits of that type."""
     try:
-        return function(precise, **arguments)
-    except RuntimeError:  # a product with float32 weights: if it was another error, it is raised again here
-        return function(logits, **arguments)
+        return function(logits.to(accumulator(logits)), **arguments)
+    except RuntimeError:
+        for dtype in (logits.dtype, torch.float32, torch.bfloat16, torch.float16):
+            with suppress(RuntimeError):
+                return function(logits.to(dtype), **arguments)
+        raise

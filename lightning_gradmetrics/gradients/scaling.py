@@ -25,17 +25,7 @@ def logit_gradient(loss: Loss, logits: Tensor) -> Tensor:
         loss: The objective.
         logits: ``(N, C)``; no gradient flows into their graph.
     """
-    wide = at_least_float32(logits.detach())
-    try:
-        return _gradient(loss, wide)
-    except RuntimeError:  # a callable that holds half-precision tensors; any other error is raised again
-        if wide.dtype == logits.dtype:
-            raise
-        return _gradient(loss, logits.detach())
-
-
-def _gradient(loss: Loss, values: Tensor) -> Tensor:
-    leaf = values.detach().requires_grad_()
+    leaf = at_least_float32(logits.detach()).detach().requires_grad_()
     losses = loss(leaf)
     if not losses.requires_grad:
         return torch.zeros_like(leaf)

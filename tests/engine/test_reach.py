@@ -183,3 +183,18 @@ def test_quantised_layers_after_chosen_parameters_are_refused():
     with pytest.raises(ValueError, match=r"depend on each other: 'linear_dynamic' in Linear couples them"):
         gradient_statistics(mixed, x, "pseudo_label", lambda name: name.startswith("4."))
     assert all(p.requires_grad for p in mixed.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
+def test_grouped_products_of_experts(family):
+    """Mixtures of experts whose tokens are sorted by expert, in float32: grouped products take no float64 on CPUs."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 40, "pad_token_id": 0, "num_labels": 3, "head_dim": 8}
+    experts = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 8}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes, **experts)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
+    assert error(model, {"input_ids": torch.randint(1, 40, (4, 6))}) < 1e-4
