@@ -31,7 +31,7 @@ SOURCES = library.SOURCES
 def stub() -> str:
     """The kernels' functions without their content, which compile at once."""
     sizes = [f"long long {name}(void) {{ return {ctypes.sizeof(job)}; }}" for name, job in jobs.JOB_SIZES.items()]
-    scratch = [f"long long {name}(void) {{ return 0; }}" for name in ("scratch_bytes", "gram_scratch_bytes")]
+    scratch = [f"long long {name}(void) {{ return 0; }}" for name in library.SCRATCH_SIZES]
     return "\n".join([*sizes, *scratch, *(f"void {name}(void) {{}}" for name in library.JOBS)])
 
 

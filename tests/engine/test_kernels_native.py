@@ -138,3 +138,43 @@ def test_a_non_finite_sample_leaves_the_gram_sums_of_others_unchanged():
         for before, after in zip(clean, native.native_squares(x, g, SAME), strict=True):
             assert not bool(after[1].isfinite().any())
             assert torch.equal(after[[0, 2]], before[[0, 2]])
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", ["first", "last", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "padding", "dilation"),
+    [(1, 3, 1, 1, 1), (32, 5, 2, 2, 1), (70, 7, 1, 3, 1), (33, 4, 1, 0, 2), (16, 1, 2, 0, 1)],
+)
+def test_depthwise_lanes(layout, dtype, channels, kernel, stride, padding, dilation):
+    """Channels that fill blocks and that do not, kernels of one tile and of several."""
+    torch.manual_seed(0)
+    geometry = ConvGeometry((kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2, channels)
+    x = torch.randn(3, channels, 11, 9, dtype=dtype)
+    g = torch.randn(3, channels, *geometry.output_size(x.shape[2:]), dtype=dtype)
+    expected = gradient_moments(kernels.conv_gradient(x.double(), g.double(), geometry), ALL)
+    if layout == "last":
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    if layout == "strided":
+        x, g = (torch.stack([t, t], -1)[..., 0] for t in (x, g))
+    for wanted in (ALL, frozenset({"sum", 2.0})):
+        actual = native.native_depthwise(x, g, geometry, wanted)
+        for key in wanted:
+            scale = expected[1.0] if key == "sum" else expected[key].abs()
+            bound = (1e-9 if dtype == torch.float64 else 1e-4) * scale
+            assert bool(((actual[key] - expected[key]).abs() <= bound).all()), key
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_sample_leaves_the_depthwise_moments_of_others_unchanged(bad):
+    torch.manual_seed(0)
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 40)
+    x, g = torch.randn(3, 40, 5, 5), torch.randn(3, 40, 5, 5)
+    clean = native.native_depthwise(x, g, geometry, ALL)
+    x[1, 4, 2, 3] = bad
+    found = native.native_depthwise(x, g, geometry, ALL)
+    for key in ALL:
+        assert not bool(found[key][1].isfinite())
+        assert torch.equal(found[key][[0, 2]], clean[key][[0, 2]])

@@ -10,14 +10,11 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.fused import fused_depthwise, fused_products, fused_rows, fused_supports
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
 from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square
-from lightning_gradmetrics.engine.kernels.native import native_products, supports
+from lightning_gradmetrics.engine.kernels.native import native_depthwise, native_products, supports
 from lightning_gradmetrics.engine.kernels.reduction import chunked_moments
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 __all__ = ["conv_gradient", "conv_moments"]
-
-DEPTHWISE_ENTRIES = 16
-"""Kernel entries below which torch's depthwise gradients, reduced afterwards, beat the fused product: measured."""
 
 
 def conv_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -129,9 +126,9 @@ def _by_gram(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Momen
 
 def _by_products(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:
     """Moments from the weight gradients' entries, which the compiled form never writes to memory."""
-    small = _is_depthwise(x, g, geometry) and geometry.entries < DEPTHWISE_ENTRIES
-    if g.numel() and supports(g, keys) and not small:
-        return native_products(x, g, geometry, keys)
+    if g.numel() and supports(g, keys):
+        native = native_depthwise if _is_depthwise(x, g, geometry) else native_products
+        return native(x, g, geometry, keys)
     entries = g.shape[1] * x.shape[1] // geometry.groups * geometry.entries
     return chunked_moments(lambda rows: conv_gradient(x[rows], g[rows], geometry), g, entries, keys)
 

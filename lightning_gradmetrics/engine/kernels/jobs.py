@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["JOB_SIZES", "GramJob", "ProductJob", "RowJob", "SumJob", "Triple"]
+__all__ = ["JOB_SIZES", "DepthwiseJob", "GramJob", "ProductJob", "RowJob", "SumJob", "Triple"]
 
 Triple = ctypes.c_int64 * 3
 """One number per spatial dimension."""
@@ -67,6 +67,21 @@ class SumJob(ctypes.Structure):
     )
 
 
+class DepthwiseJob(ctypes.Structure):
+    """``depthwise_job`` of ``depthwise.c``."""
+
+    _fields_ = (
+        _pointers("x g out scratch entries positions")
+        + _integers("scratch_bytes samples channels blocks mode entry_count")
+        + _triples("size pad out_size")
+        + _integers("x_sample x_channel")
+        + _triples("x_step")
+        + _integers("g_sample g_channel")
+        + _triples("g_step")
+        + _counters("next worker")
+    )
+
+
 class GramJob(ctypes.Structure):
     """``gram_job`` of ``gram.c``."""
 
@@ -84,5 +99,6 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "row_job_bytes": RowJob,
     "sum_job_bytes": SumJob,
     "gram_job_bytes": GramJob,
+    "depthwise_job_bytes": DepthwiseJob,
 }
 """The C function that returns each struct's size."""

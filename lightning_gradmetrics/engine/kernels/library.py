@@ -42,8 +42,11 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-w")
 DEFINES = {torch.float32: ("-DREAL=float", "-DSINGLE"), torch.float64: ("-DREAL=double",)}
 COMPILE_SECONDS = 120
-JOBS = ("products", "row_statistics", "position_statistics", "squares")
+JOBS = ("products", "row_statistics", "position_statistics", "squares", "depthwise")
 """The functions that take a job, the runner of threads and the number of threads."""
+
+SCRATCH_SIZES = ("scratch_bytes", "gram_scratch_bytes", "depthwise_scratch_bytes")
+"""The functions that return how much memory a thread needs for packed operands."""
 
 
 class Kernels(NamedTuple):
@@ -210,7 +213,7 @@ def _loaded(path: Path) -> Any:
 
 def _declare(library: Any) -> None:
     """Tell ctypes the types of the functions."""
-    for name in ("scratch_bytes", "gram_scratch_bytes"):
+    for name in SCRATCH_SIZES:
         function = getattr(library, name)
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 3
     for name in JOBS:

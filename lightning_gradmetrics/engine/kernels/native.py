@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div, three
-from lightning_gradmetrics.engine.kernels.jobs import GramJob, ProductJob, RowJob, SumJob, Triple
+from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, GramJob, ProductJob, RowJob, SumJob, Triple
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["native_products", "native_rows", "native_squares", "native_sums", "supports"]
+__all__ = ["native_depthwise", "native_products", "native_rows", "native_squares", "native_sums", "supports"]
 
 ORDER: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
 """The moments in the order in which the kernels return them."""
@@ -225,6 +225,39 @@ def native_products(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterab
     job.x_sample, job.x_channel, job.x_step = x.stride(0), x.stride(1), Triple(*three(x.stride()[2:], 0))
     job.g_sample, job.g_channel, job.g_step = g.stride(0), g.stride(1), Triple(*three(g.stride()[2:], 0))
     _run(job, library.products, threads)
+    return _moments(out, keys)
+
+
+def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
+    """The same for a depthwise convolution, ``C_in = C_out = groups``: channels are computed side by side."""
+    keys, solid, library, threads = frozenset(wanted), geometry.in_three_dimensions(), library_for(g.dtype), _threads()
+    samples, channels = g.shape[:2]
+    size, out_size, lanes = three(x.shape[2:], 1), three(g.shape[2:], 1), library.tile_columns()
+    entries, positions = _offsets(1, lanes, size, out_size, solid)
+    blocks = ceil_div(channels, lanes)
+    plane = math.prod(solid.padded_size(size))
+    scratch_bytes = library.depthwise_scratch_bytes(plane, len(positions), 0)
+    out = torch.empty(samples, blocks, len(ORDER), dtype=torch.float64)
+    job = DepthwiseJob(
+        x=x.data_ptr(),
+        g=g.data_ptr(),
+        out=out.data_ptr(),
+        scratch=_scratch(scratch_bytes * threads),
+        entries=entries.data_ptr(),
+        positions=positions.data_ptr(),
+        scratch_bytes=scratch_bytes,
+        samples=samples,
+        channels=channels,
+        blocks=blocks,
+        mode=_mode(keys),
+        entry_count=geometry.entries,
+        size=Triple(*size),
+        pad=Triple(*solid.padding),
+        out_size=Triple(*out_size),
+    )
+    job.x_sample, job.x_channel, job.x_step = x.stride(0), x.stride(1), Triple(*three(x.stride()[2:], 0))
+    job.g_sample, job.g_channel, job.g_step = g.stride(0), g.stride(1), Triple(*three(g.stride()[2:], 0))
+    _run(job, library.depthwise, threads)
     return _moments(out, keys)
 
 

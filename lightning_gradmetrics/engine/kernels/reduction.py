@@ -90,6 +90,9 @@ def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | 
     g, x = g.to(dtype), None if x is None else x.to(dtype)
     shape = (*g.shape[:2], g.shape[2:].numel())
     flat_g, flat_x = g.reshape(shape), None if x is None else x.reshape(shape)
+    if shape[2] == 1:  # nothing to sum
+        flat_g, flat_x = flat_g.squeeze(2), None if flat_x is None else flat_x.squeeze(2)
+        return flat_g.to(accumulator(g)), None if flat_x is None else (flat_x * flat_g).to(accumulator(g))
     if g.numel() and supports(g, ()):
         total, product = native_sums(flat_g, flat_x)
         return total, None if x is None else product
