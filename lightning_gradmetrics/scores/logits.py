@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from lightning_gradmetrics.scoring.arguments import Allowed, Positive
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
 
-__all__ = ["energy", "entropy", "gradtrust", "log_likelihood", "margin", "max_logit", "max_softmax"]
+__all__ = ["doctor", "energy", "entropy", "gradtrust", "log_likelihood", "margin", "max_logit", "max_softmax"]
 
 
 @register("baseline", "Hendrycks & Gimpel 2017, arXiv:1610.02136")
@@ -179,3 +179,37 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
     largest = a.abs().amax(1, keepdim=True)
     scaled = torch.where(largest == 0, torch.ones_like(a), a / largest)
     return -1 / scaled.pow(4).mean(1)
+
+
+@register("baseline", "Granese et al. 2021, arXiv:2106.02395")
+def doctor(evidence: Evidence, *, form: Literal["alpha", "beta"] = "alpha") -> Tensor:
+    r"""DOCTOR: the odds of an incorrect prediction, by the softmax of the logits.
+
+    With ``g = sum_c p_c^2``, ``alpha`` is ``(1 - g) / g``: the odds that a label drawn from the softmax differs from
+    another draw. ``beta`` is ``p_err / (1 - p_err)`` with ``p_err = 1 - max_c p_c``. ``1 - g`` and ``p_err`` are
+    computed from the sum of the other probabilities, which keeps its digits for confident samples. The paper's variants
+    with a temperature and a perturbed input are not included.
+
+    Args:
+        form: ``"alpha"`` uses the whole softmax, ``"beta"`` the largest probability.
+
+    Returns:
+        A score with values ``(N,)`` in ``[0, C - 1]``.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+        >>> doctor()(evidence), doctor(form="beta")(evidence)
+        (tensor([0.2658, 1.0000], dtype=torch.float64), tensor([0.1353, 1.0000], dtype=torch.float64))
+
+    Reference:
+        F. Granese et al., "DOCTOR: A Simple Method for Detecting Misclassification Errors", NeurIPS 2021,
+        https://arxiv.org/abs/2106.02395
+    """
+    p = torch.softmax(evidence.logits, 1)
+    top, others = p.amax(1), p.scatter(1, p.argmax(1, keepdim=True), 0.0)
+    error = others.sum(1)
+    if form == "beta":
+        return error / top
+    # 1 - sum p^2 = p_err (1 + p_max) - sum of the squares of the others: no difference of numbers near 1.
+    impurity = error * (1 + top) - others.square().sum(1)
+    return impurity / p.square().sum(1)

@@ -211,6 +211,8 @@ CASES: dict[str, Definition | FromState | OfLabel] = {
     "energy": lambda m, x: -m(x).exp().sum().log(),
     "energy(temperature=2.0)": lambda m, x: -2 * (m(x) / 2).exp().sum().log(),
     "max_logit": lambda m, x: -m(x).max(),
+    "doctor": lambda m, x: (1 - softmax(m, x).square().sum()) / softmax(m, x).square().sum(),
+    "doctor(form=beta)": lambda m, x: (1 - softmax(m, x).max()) / softmax(m, x).max(),
     "gradnorm": uniform("head"),
     "gradnorm(temperature=2.0)": uniform("head", 2.0),
     "gradnorm(p=2)": uniform("head", p=2),
