@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Literal
 
 from torch import Tensor
 
-from lightning_gradmetrics.scores.classifiers import classified, column_scale, standardised
+from lightning_gradmetrics.scores.classifiers import (
+    classified,
+    column_scale,
+    cross_validated_auroc,
+    standardised,
+    two_layers,
+)
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence, Target
 from lightning_gradmetrics.scoring.fitted import FittedScore
@@ -131,23 +138,33 @@ class confounding_detector(FittedScore):
         return {"rows/features": measured["features"], "rows/ood": evidence.ood}
 
     def finish(self, total: Tensors) -> Tensors:
-        from lightning_gradmetrics.scores.confounding_network import cross_validated_auroc, train_detector
-
         known = total["rows/features"].isfinite().all(1)
-        features, ood = total["rows/features"][known], total["rows/ood"][known]
+        features, ood = total["rows/features"][known], total["rows/ood"][known].long()
         _check_both(int(ood.sum()), len(ood))
         scale = column_scale(features)
         features = standardised(features, scale)
-        trained = train_detector(features, ood, self.hidden, self.epochs, self.seed).network.state_dict()
-        state = {"weight1": trained["0.weight"].T, "bias1": trained["0.bias"]}
-        state |= {"weight": trained["2.weight"][0], "bias": trained["2.bias"][0]}
+        state = {**scale, **self._trained(features, ood)}
         if self.folds:
-            areas = cross_validated_auroc(features, ood, self.folds, self.hidden, self.epochs, self.seed)
+            areas = cross_validated_auroc(features, ood, self.folds, self._trained, self.seed)
             state["cross_validated_auroc"] = areas
             logging.getLogger(__name__).info(
                 "confounding_detector: AUROC %.4f, the mean of %d folds", areas.mean(), self.folds
             )
-        return {**scale, **state}
+        return state
+
+    def _trained(self, features: Tensor, ood: Tensor) -> Tensors:
+        """The detector's two layers; the batch grows with the data, to at most 20 steps per epoch."""
+        batch_size = max(32, math.ceil(len(features) / 20))
+        return two_layers(
+            features,
+            ood,
+            hidden=self.hidden,
+            epochs=self.epochs,
+            penalty=1e-4,
+            learning_rate=1e-2,
+            batch_size=batch_size,
+            seed=self.seed,
+        )
 
     def score(self, measured: Tensors, state: Tensors) -> Tensor:
         return classified(measured["features"], state)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.notices import warn_once
 from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["MeanPrediction", "mc_dropout"]
@@ -24,21 +23,19 @@ __all__ = ["MeanPrediction", "mc_dropout"]
 _WHOLE_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 _ALPHA = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPPED = -1.7580993408473766
-"""What alpha dropout puts in a dropped unit's place: SELU's limit for large negative inputs."""
-
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The value of a unit that alpha dropout drops: SELU's limit for large negative inputs."""
 
 
 @dataclass(frozen=True)
 class MeanPrediction:
     """A probe: the mean softmax ``(N, C)`` over passes with dropout.
 
-    A pass draws one set of masks from a generator of its own and gives it to every sample, so that a sample's figure
+    Each pass draws one set of masks from a separate generator and applies it to every sample, so that a sample's value
     does not depend on its batch, on the device, or on the caller's random numbers.
 
     Args:
-        passes: Number of passes.
-        seed: Of the masks.
+        passes: The number of passes.
+        seed: The seed of the masks.
     """
 
     backward: ClassVar[bool] = False
@@ -46,26 +43,20 @@ class MeanPrediction:
     seed: int
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        """The mean softmax; that of one pass where the model has no dropout."""
+        """Return the mean softmax; the softmax of one pass if the model has no dropout."""
         dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
         if not dropouts:
-            _tell(model)
+            warn_once(
+                model,
+                f"{type(model).__name__} has no dropout module with p > 0: mc_dropout equals the entropy of its prediction",
+            )
         generator = torch.Generator().manual_seed(self.seed)
         with preserved(model), torch.no_grad(), eager(), _dropping(dropouts, batch_size(inputs), generator):
             passes = self.passes if dropouts else 1
-            predictions = (at_least_float32(logits_of(call(model, inputs))).softmax(1) for _ in range(passes))
-            mean: Tensor = sum(predictions, torch.zeros(())) / passes
-            return mean
-
-
-def _tell(model: nn.Module) -> None:
-    """Say once a model that there is nothing to drop."""
-    if model not in _told:
-        _told.add(model)
-        warnings.warn(
-            f"{type(model).__name__} has no dropout module with p > 0: mc_dropout equals the entropy of its prediction",
-            stacklevel=2,
-        )
+            total = torch.zeros(())
+            for _ in range(passes):
+                total = total + at_least_float32(logits_of(call(model, inputs))).softmax(1)
+            return total / passes
 
 
 @contextmanager

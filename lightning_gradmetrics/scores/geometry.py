@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +20,7 @@ from lightning_gradmetrics.scores.detectors import (
 from lightning_gradmetrics.scoring.arguments import Count
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.notices import warn_once
 from lightning_gradmetrics.scoring.registry import register, register_fitted
 from lightning_gradmetrics.scoring.totals import Tensors
 
@@ -30,9 +29,7 @@ __all__ = ["SUMMARIES", "ClassCosines", "gga", "gga_detector"]
 PAPER = "Schwinn et al. 2021, arXiv:2102.12196"
 
 MANY = 100
-"""Classes from which the user is told what all of them cost."""
-
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The number of classes from which the user is warned of their cost."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,11 @@ class ClassCosines:
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """The maps."""
         maps = cosine_similarity_maps(model, inputs, sign=self.sign, rescale=self.rescale, classes=self.classes)
-        if self.classes is None and maps.shape[1] >= MANY and model not in _told:
-            _told.add(model)
-            warnings.warn(
-                f"the cosine similarity maps of all {maps.shape[1]} classes take {maps.shape[1] - 1} backward passes a "
-                "batch; classes=10 looks at each sample's 10 classes of largest logit",
-                stacklevel=2,
+        if self.classes is None and maps.shape[1] >= MANY:
+            warn_once(
+                model,
+                f"the cosine similarity maps of all {maps.shape[1]} classes take {maps.shape[1] - 1} backward passes per "
+                "batch; classes=10 takes the 10 classes of each sample's largest logits",
             )
         return maps
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.scores.classifiers import classified, column_scale, standardised
+from lightning_gradmetrics.scores.classifiers import classified, column_scale, logistic, standardised, two_layers
 from lightning_gradmetrics.scoring.arguments import CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence, ParameterGradients, Target
 from lightning_gradmetrics.scoring.features import FEATURES, feature_columns, several
@@ -72,7 +71,10 @@ class oberdiek(FittedScore):
         features, incorrect = total["rows/features"][known], total["rows/incorrect"][known]
         _check_errors(int(incorrect.sum()), len(incorrect))
         scale = column_scale(features)
-        return {**scale, **_layers(standardised(features, scale), incorrect, self.classifier, self.seed)}
+        features = standardised(features, scale)
+        if self.classifier == "network":
+            return {**scale, **two_layers(features, incorrect, seed=self.seed)}
+        return {**scale, **logistic(features, incorrect)}
 
     def score(self, measured: Tensors, state: Tensors) -> Tensor:
         return classified(measured["features"], state)
@@ -99,22 +101,3 @@ def _check_errors(errors: int, count: int) -> None:
             f"the model makes {kind} on the {count} samples to fit 'oberdiek' on, and it learns to tell errors from "
             "the rest: give labelled data that the model was not trained on, or more of it"
         )
-
-
-def _layers(features: Tensor, incorrect: Tensor, classifier: str, seed: int) -> Tensors:
-    """The classifier: ``weight`` ``(F,)`` and ``bias``, behind ``weight1`` ``(F, H)`` and ``bias1`` if it has them."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neural_network import MLPClassifier
-
-    x, y = features.numpy(), incorrect.numpy()
-    if classifier == "logistic":
-        fitted = LogisticRegression(max_iter=2000, tol=1e-8).fit(x, y)
-        arrays = {"weight": fitted.coef_[0], "bias": fitted.intercept_[0]}
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the number of epochs is a setting here
-            fitted = MLPClassifier((32,), alpha=1e-2, max_iter=300, random_state=seed).fit(x, y)
-        (weight1, weight), (bias1, bias) = fitted.coefs_, fitted.intercepts_
-        arrays = {"weight1": weight1, "bias1": bias1, "weight": weight[:, 0], "bias": bias[0]}
-    return {key: torch.tensor(value, dtype=torch.float64) for key, value in arrays.items()}

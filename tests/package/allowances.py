@@ -9,7 +9,7 @@ HABITS: dict[str, int] = {
     "evaluation": 2,
     "gradients": 1,
     "pictures": 4,
-    "scores": 4,
+    "scores": 2,
     "scoring": 9,
 }
 """Habits of translated English left in a room."""

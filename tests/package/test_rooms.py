@@ -29,7 +29,7 @@ ROOMS = {
 """From the ground up. A new folder needs a row here."""
 
 MAY_IMPORT = {
-    "lightning": {"callback", "cli", "scores"},
+    "lightning": {"callback", "cli"},
     "hydra": {"cli"},
     "omegaconf": {"cli"},
 }

@@ -339,7 +339,7 @@ def test_cross_validation_of_the_detector(caplog: pytest.LogCaptureFixture) -> N
     assert 0.2 < same.state["cross_validated_auroc"].mean() < 0.8
     alone = lgm.fit(model, inside, "confounding_detector(epochs=5)", ood=outside)[0]
     assert "cross_validated_auroc" not in alone.state
-    with pytest.raises(ValueError, match="folds is 41; it must lie between 2 and 40"):
+    with pytest.raises(ValueError, match="folds is 41; it must be between 2 and 40"):
         lgm.fit(model, inside, "confounding_detector(folds=41,epochs=1)", ood=outside)
 
 
