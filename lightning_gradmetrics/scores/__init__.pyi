@@ -7,6 +7,11 @@ from lightning_gradmetrics.scores.confounding import purview as purview
 from lightning_gradmetrics.scores.dropout import mc_dropout as mc_dropout
 from lightning_gradmetrics.scores.expected import exgrad as exgrad
 from lightning_gradmetrics.scores.expected import fisher_trace as fisher_trace
+from lightning_gradmetrics.scores.feature_space import knn as knn
+from lightning_gradmetrics.scores.feature_space import mahalanobis as mahalanobis
+from lightning_gradmetrics.scores.feature_space import rmds as rmds
+from lightning_gradmetrics.scores.feature_space import sirc as sirc
+from lightning_gradmetrics.scores.feature_space import vim as vim
 from lightning_gradmetrics.scores.fisher import kfac_influence as kfac_influence
 from lightning_gradmetrics.scores.geometry import gga as gga
 from lightning_gradmetrics.scores.geometry import gga_detector as gga_detector
@@ -28,6 +33,8 @@ from lightning_gradmetrics.scores.logits import max_logit as max_logit
 from lightning_gradmetrics.scores.logits import max_softmax as max_softmax
 from lightning_gradmetrics.scores.oberdiek import oberdiek as oberdiek
 from lightning_gradmetrics.scores.perturbation import odin as odin
+from lightning_gradmetrics.scores.post_hoc import gen as gen
+from lightning_gradmetrics.scores.post_hoc import max_logit_pnorm as max_logit_pnorm
 from lightning_gradmetrics.scores.pytorch_ood_adapter.adapter import pytorch_ood as pytorch_ood
 from lightning_gradmetrics.scores.regrad import regrad as regrad
 from lightning_gradmetrics.scoring.evidence import Evidence as Evidence

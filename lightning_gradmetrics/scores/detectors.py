@@ -11,6 +11,7 @@ __all__ = [
     "mahalanobis",
     "mahalanobis_state",
     "moment_sums",
+    "nearest_rows",
 ]
 
 CHUNK = 2**22
@@ -101,7 +102,7 @@ def lof_state(rows: Tensor, neighbours: int) -> dict[str, Tensor]:
     if len(rows) < 2:
         raise ValueError(f"the local outlier factor needs 2 or more samples to be fitted on, and there are {len(rows)}")
     count = min(neighbours, len(rows) - 1)
-    distances, nearest = _neighbours(rows, rows, count + 1)
+    distances, nearest = nearest_rows(rows, rows, count + 1)
     own = nearest == torch.arange(len(rows), device=rows.device)[:, None]
     own |= (~own.any(1))[:, None] & (torch.arange(count + 1, device=rows.device) == count)  # among many twins
     distances, nearest = distances[~own].view(-1, count), nearest[~own].view(-1, count)
@@ -109,12 +110,21 @@ def lof_state(rows: Tensor, neighbours: int) -> dict[str, Tensor]:
     return {"rows": rows, "reach": reach, "density": _density(distances, nearest, reach)}
 
 
-def _neighbours(x: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Distances to, and places of, the nearest rows, ``(N, count)`` each, nearest first."""
-    parts = torch.split(x, max(1, CHUNK // len(rows)))
+def nearest_rows(x: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return distances to, and positions of, the nearest rows, ``(N, count)`` each, nearest first.
+
+    Args:
+        x: ``(N, D)``.
+        rows: ``(M, D)``.
+        count: The number of neighbours.
+    """
     mode = "donot_use_mm_for_euclid_dist"  # exact, and the same in any batch
-    found = [torch.cdist(part, rows, compute_mode=mode).topk(count, largest=False) for part in parts]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    distances, positions = [], []
+    for part in torch.split(x, max(1, CHUNK // len(rows))):
+        closest = torch.cdist(part, rows, compute_mode=mode).topk(count, largest=False)
+        distances.append(closest.values)
+        positions.append(closest.indices)
+    return torch.cat(distances), torch.cat(positions)
 
 
 def _density(distances: Tensor, nearest: Tensor, reach: Tensor) -> Tensor:
@@ -130,6 +140,6 @@ def local_outlier_factor(x: Tensor, state: dict[str, Tensor], neighbours: int) -
     """
     broken = x.isfinite().all(1).logical_not()
     known = x.masked_fill(broken[:, None], 0)
-    distances, nearest = _neighbours(known, state["rows"], min(neighbours, len(state["rows"]) - 1))
+    distances, nearest = nearest_rows(known, state["rows"], min(neighbours, len(state["rows"]) - 1))
     factor = state["density"][nearest].mean(1) / _density(distances, nearest, state["reach"])
     return factor.masked_fill(broken, torch.nan)

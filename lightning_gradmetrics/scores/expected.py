@@ -12,7 +12,7 @@ from lightning_gradmetrics.scoring.arguments import Count, Norm
 from lightning_gradmetrics.scoring.evidence import Evidence, Gradient, Target
 from lightning_gradmetrics.scoring.registry import register
 
-__all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residual_norms"]
+__all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residual_norms", "sums_of_others"]
 
 
 @register("gradient", "Igoe et al. 2022, arXiv:2205.10439")
@@ -113,14 +113,14 @@ def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
 
 def residual_norms(probabilities: Tensor, p: float) -> Tensor:
     """``|p - e_c|_p`` of each class ``c`` for probabilities ``(N, C)``, without a ``(N, C, C)`` tensor: ``(N, C)``."""
-    others = _sums_of_others(probabilities)  # 1 - p
+    others = sums_of_others(probabilities)  # 1 - p
     if p == float("inf"):
         return torch.maximum(others, _largest_other(probabilities))
-    return (_sums_of_others(probabilities.pow(p)) + others.pow(p)).pow(1 / p)
+    return (sums_of_others(probabilities.pow(p)) + others.pow(p)).pow(1 / p)
 
 
-def _sums_of_others(rows: Tensor) -> Tensor:
-    """For each entry of non-negative rows, the sum of the others, ``(N, C)``.
+def sums_of_others(rows: Tensor) -> Tensor:
+    """Return, for each entry of non-negative rows ``(N, C)``, the sum of the others, ``(N, C)``.
 
     That of the largest entry is added up, since the difference from the total has no digits where the others are small.
     """

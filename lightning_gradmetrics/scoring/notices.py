@@ -22,6 +22,7 @@ def warn_once(model: nn.Module, text: str) -> None:
     Example:
         >>> model = nn.Linear(2, 2)
         >>> with warnings.catch_warnings(record=True) as given:
+        ...     warnings.simplefilter("always")
         ...     warn_once(model, "no dropout"), warn_once(model, "no dropout")
         (None, None)
         >>> len(given)

@@ -15,7 +15,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.totals import Tensors
 from tests.models import MODELS
-from tests.scores import combination_cases, ood_cases, trust_cases
+from tests.scores import combination_cases, feature_cases, ood_cases, trust_cases
 from tests.scores.fits import labels_of, ready
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no dropout module")  # mc_dropout on models without dropout
@@ -279,6 +279,8 @@ CASES: dict[str, Definition | FromState | OfLabel] = {
     "feature_norm(p=2)": lambda m, x: -features(m, x).norm(2),
     **trust_cases.CASES,
     **{case: FromState(definition) for case, definition in trust_cases.FITTED.items()},
+    **feature_cases.CASES,
+    **{case: FromState(definition) for case, definition in feature_cases.FITTED.items()},
     **ood_cases.CASES,
     **{case: FromState(definition) for case, definition in ood_cases.FITTED.items()},
     **{case: FromState(definition) for case, definition in combination_cases.FITTED.items()},

@@ -1,0 +1,69 @@
+"""Post-hoc scores of the logits with a parameter: generalised entropy, and the largest logit of normalised logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.scores.expected import sums_of_others
+from lightning_gradmetrics.scoring.arguments import Count, Norm, Share
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import register
+
+__all__ = ["gen", "max_logit_pnorm"]
+
+
+@register("baseline", "Liu et al. 2023, CVPR")
+def gen(evidence: Evidence, *, gamma: Share = 0.1, top: Count | None = None) -> Tensor:
+    r"""GEN: generalised entropy of the softmax, ``sum_c p_c^gamma (1 - p_c)^gamma``.
+
+    ``1 - p`` of the likeliest class is the sum of the others, which keeps its digits for confident samples. pytorch-ood
+    returns the mean over the classes, which ranks the same.
+
+    Args:
+        gamma: The exponent.
+        top: Only the largest probabilities, this many; the paper takes 100 for ImageNet. ``None`` takes all.
+
+    Returns:
+        A score with values ``(N,)``, at least 0.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+        >>> gen()(evidence)
+        tensor([1.5964, 1.7411], dtype=torch.float64)
+
+    Reference:
+        X. Liu, Y. Lochman and C. Zach, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection", CVPR
+        2023, https://github.com/XixiLiu95/GEN
+    """
+    p = torch.softmax(evidence.logits, 1)
+    terms = p.pow(gamma) * sums_of_others(p).pow(gamma)
+    if top is not None and top < p.shape[1]:
+        terms = terms.gather(1, p.topk(top, 1).indices)
+    return terms.sum(1)
+
+
+@register("baseline", "Cattelan & Silva 2024, arXiv:2305.15508")
+def max_logit_pnorm(evidence: Evidence, *, p: Norm = 5.0) -> Tensor:
+    r"""Negative largest logit of the logits divided by their p-norm, ``-max_c z_c / |z|_p``.
+
+    It ranks errors of classifiers whose softmax ranks them badly. The paper chooses p on held-out data, and falls back
+    to the softmax where that is better.
+
+    Args:
+        p: The p of the norm.
+
+    Returns:
+        A score with values ``(N,)`` in ``[-1, 1]``; 0 if all logits are 0.
+
+    Example:
+        >>> evidence = Evidence(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        >>> max_logit_pnorm(p=2)(evidence)
+        tensor([-0.8000, -0.0000], dtype=torch.float64)
+
+    Reference:
+        L. Cattelan and D. Silva, "How to Fix a Broken Confidence Estimator: Evaluating Post-hoc Methods for Selective
+        Classification with Deep Neural Networks", UAI 2024, https://arxiv.org/abs/2305.15508
+    """
+    norm = torch.linalg.vector_norm(evidence.logits, p, 1)
+    return -evidence.logits.amax(1) / norm.clamp(min=torch.finfo(norm.dtype).tiny)

@@ -1,0 +1,95 @@
+"""Distances in feature space against pytorch-ood and scikit-learn, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytorch_ood import detector as library
+from torch import Tensor, nn
+
+import lightning_gradmetrics as lgm
+
+ROWS, CLASSES = 60, 4
+
+
+@pytest.fixture
+def data() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """A linear classifier, samples to fit on with labels of every class, and others."""
+    torch.manual_seed(3)
+    model = nn.Linear(8, CLASSES).double()
+    inputs, labels = torch.randn(ROWS, 8).double(), torch.arange(ROWS) % CLASSES
+    return model, inputs + labels[:, None], labels, 2 * torch.randn(20, 8).double()
+
+
+def fitted_on(data: tuple, score: str) -> Tensor:
+    model, inputs, labels, new = data
+    half = ROWS // 3
+    batches = [(inputs[:half], labels[:half]), (inputs[half:], labels[half:])]
+    (values,) = lgm.score(model, new, lgm.fit(model, batches, score)).values()
+    return values
+
+
+def test_mahalanobis_equals_pytorch_ood(data: tuple) -> None:
+    """Up to the factor 2N: its covariance is not divided by N, and its score is half of the distance."""
+    _, inputs, labels, new = data
+    theirs = library.Mahalanobis(None).fit_features(inputs.float(), labels).predict_features(new.float())
+    torch.testing.assert_close(
+        fitted_on(data, "mahalanobis(normalise=False)") / (2 * ROWS), theirs.double(), rtol=1e-3, atol=0
+    )
+    unit, new_unit = inputs / inputs.norm(dim=1, keepdim=True), new / new.norm(dim=1, keepdim=True)
+    theirs = library.Mahalanobis(None).fit_features(unit.float(), labels).predict_features(new_unit.float())
+    torch.testing.assert_close(fitted_on(data, "mahalanobis") / (2 * ROWS), theirs.double(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 7])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_knn_equals_pytorch_ood(data: tuple, k: int, normalise: bool) -> None:
+    _, inputs, labels, new = data
+    theirs = library.KNN(None, k=k, normalize=normalise).fit_features(inputs, labels).predict_features(new)
+    torch.testing.assert_close(fitted_on(data, f"knn(k={k},normalise={normalise})"), theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dimensions", [3, 6])
+def test_vim_equals_pytorch_ood(data: tuple, dimensions: int) -> None:
+    model, inputs, labels, new = data
+    theirs = library.ViM(None, dimensions, model.weight, model.bias).fit_features(inputs, labels).predict_features(new)
+    torch.testing.assert_close(fitted_on(data, f"vim(dimensions={dimensions})"), theirs.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_gen_equals_pytorch_ood(data: tuple) -> None:
+    """Up to the number of classes: it takes the mean."""
+    model, _, _, new = data
+    ours = lgm.score(model, new, ["gen", "gen(gamma=0.5,top=2)"])
+    theirs = library.GEN.score(model(new), 0.1) * CLASSES
+    torch.testing.assert_close(ours["gen"], theirs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        ours["gen(gamma=0.5,top=2)"], library.GEN.score(model(new), 0.5, 2) * 2, rtol=1e-5, atol=0
+    )
+
+
+def test_sirc_keeps_the_ranking_of_ordinary_samples(data: tuple) -> None:
+    """And raises samples whose features are far smaller than those of the fit."""
+    model, inputs, labels, _ = data
+    (fitted,) = lgm.fit(model, [(inputs, labels)], "sirc")
+    values = lgm.score(model, inputs, [fitted, "max_softmax"])
+    order = values["sirc"].argsort()
+    agree = torch.corrcoef(torch.stack([order.argsort(), values["max_softmax"].argsort().argsort()]).double())[0, 1]
+    assert agree > 0.9
+    small = lgm.score(model, 1e-3 * inputs, [fitted, "max_softmax"])
+    raised = small["sirc"] - small["max_softmax"].log()
+    assert raised.min() > 3 * (values["sirc"] - values["max_softmax"].log()).median()
+
+
+@pytest.mark.parametrize(
+    ("score", "labelled", "message"),
+    [
+        ("mahalanobis", False, "has no labelled sample: give batches"),
+        ("rmds", False, "has no labelled sample: give batches"),
+        ("knn(k=100)", True, r"knn.k=100. is fitted on 100 or more samples, and there are 60: lower k"),
+        ("vim(dimensions=8)", True, "dimensions=8; the head's input has 8 numbers: allowed are 1 to 7"),
+    ],
+)
+def test_what_they_cannot_be_fitted_on(data: tuple, score: str, labelled: bool, message: str) -> None:
+    model, inputs, labels, _ = data
+    with pytest.raises(ValueError, match=message):
+        lgm.fit(model, [(inputs, labels if labelled else labels - 100)], score)
