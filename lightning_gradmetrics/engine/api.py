@@ -25,7 +25,7 @@ from lightning_gradmetrics.classifier.quantised import check_differentiable, che
 from lightning_gradmetrics.engine.auto import auto_moments, sample_uses
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
-from lightning_gradmetrics.engine.samples import with_sample_axes
+from lightning_gradmetrics.engine.samples import check_rows, with_sample_axes
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
@@ -156,6 +156,8 @@ def gradient_statistics(  # type: ignore[misc]
     several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
     objectives = [Objective.of(o) for o in several]
     with _task(model, inputs, objectives, parameters, targets, logits) as task:
+        if engine != "auto":
+            check_rows(task)
         moments = ENGINES[engine](replace(task, wanted=moments_for(statistics), memory=memory))
     results = [_result(task.parameters, m, per_parameter) for m in moments]
     return results[0] if single else results

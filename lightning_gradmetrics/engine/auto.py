@@ -25,6 +25,9 @@ from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "sample_uses"]
 
+ALONE_IF_NEW = 2
+"""How many samples are run alone in the first batch of each size: the model may branch on it."""
+
 MOST_STRATEGIES = 4
 """Strategies kept for one kind of task; further paths through a model are handled without a plan."""
 
@@ -58,7 +61,7 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
     strategies = known.setdefault(key, [])
     if task.size > 2:
         strategies[:] = [strategy for strategy in strategies if not strategy.provisional]
-    for strategy in sorted(strategies, key=lambda strategy: shapes not in (strategy.shapes, *strategy.times)):
+    for strategy in sorted(strategies, key=lambda strategy: (shapes, task.size) not in strategy.times):
         if task.memory is not None and shapes != strategy.shapes:
             continue  # what a sample takes is known for the planned shapes only
         try:
@@ -80,7 +83,9 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
             return result
     alone = max((strategy.alone for strategy in strategies), default=3)
     quiet = any(strategy.quiet for strategy in strategies)
-    return work(task, Strategy(None, fast=tuple(task.parameters), alone=alone, quiet=quiet), state)
+    random = any(strategy.random for strategy in strategies)
+    unplanned = Strategy(None, tuple(task.parameters), alone=alone, quiet=quiet, random=random)
+    return work(task, unplanned, state)
 
 
 def _kind(task: Task) -> Hashable:
@@ -127,11 +132,13 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     """
     task = table.task
     seen: list[Tensor] = []
+    new = (_shapes(task), task.size) not in strategy.times
+    alone = max(strategy.alone, ALONE_IF_NEW if new else 0) * (not strategy.random)
 
     def checks(logits: Tensor) -> None:
         seen.append(logits.detach())
         check_objectives(task, logits)
-        check_alone(task, logits, strategy.alone, state, strategy.quiet)
+        check_alone(task, logits, alone, state, strategy.quiet)
 
     slow = dict(strategy.slow)
     if strategy.plan is not None and strategy.fast:
@@ -140,11 +147,13 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
         slow.update(_fill_by_owners(table, strategy, checks))
     if not slow:
         return
+    state.restore()
     if not seen:
         with quiet_no_grad(strategy.quiet):
             checks(task.forward())
+        state.restore()
     check = None
-    if strategy.alone:
+    if not strategy.random:
 
         def check(number: int, logits: Tensor) -> None:
             compare_alone(task, seen[-1], number, logits, state)
@@ -155,17 +164,18 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
 
 
 def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Callable[[Tensor], None]) -> None:
+    """Fill a table by the plan; the first batch of each size is compared with autograd on one sample."""
     task, shapes = table.task, _shapes(table.task)
     laid_out = task.channels_last() if strategy.channels_last else task
-    new = shapes != strategy.shapes
-    times = collect_fast(table, laid_out.restricted(strategy.fast), strategy.plan, checks, free=new)
-    if not new:
-        return
-    if shapes not in strategy.times:
-        _check_one_sample(table, strategy.fast)
-        strategy.times[shapes] = times
-    elif strategy.times[shapes] != times:
-        raise PlanError("a sample has another number of positions than in earlier batches of these shapes")
+    free = shapes != strategy.shapes
+    times = collect_fast(table, laid_out.restricted(strategy.fast), strategy.plan, checks, free=free)
+    here = (shapes, task.size)
+    if here not in strategy.times:
+        if not strategy.random:
+            _check_one_sample(table, strategy.fast)
+        strategy.times[here] = times
+    elif strategy.times[here] != times:
+        raise PlanError("a sample has another number of positions than in earlier batches of this size")
 
 
 def _fill_by_owners(
@@ -177,7 +187,8 @@ def _fill_by_owners(
     while names:
         try:
             collect_fast(table, task.restricted(names), None, checks)
-            _check_one_sample(table, names)
+            if not strategy.random:
+                _check_one_sample(table, names)
             break
         except PlanError as error:
             given_up = error.names & set(names) or set(names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class Operation:
         chosen: Axes along which a tensor chooses, with that tensor's shape.
         by_data: Why data decides its shape or layout, if it does.
         read: Whether Python reads a value from it: ``""``, ``"float"`` or ``"other"``.
+        input_serials: The serial numbers of its tensor arguments.
+        output_serials: The serial numbers of its results.
+        pointwise: Whether it works element by element.
     """
 
     name: str
@@ -46,6 +49,9 @@ class Operation:
     chosen: tuple[tuple[tuple[int, ...], int], ...] = ()
     by_data: str = ""
     read: str = ""
+    input_serials: tuple[int, ...] = ()
+    output_serials: tuple[int, ...] = ()
+    pointwise: bool = False
 
 
 class DependenceTrace(TorchDispatchMode):
@@ -62,6 +68,9 @@ class DependenceTrace(TorchDispatchMode):
         self.random = False
         self._bits: dict[int, int] = {}
         self._alive: list[Any] = []
+        self._serials: dict[int, int] = {}
+        samples = list(samples)
+        self.samples = [self.serial(tensor) for tensor in samples]
         for bit, tensors in ((SAMPLES, samples), (WEIGHTS, weights)):
             for tensor in tensors:
                 self._add(tensor, bit)
@@ -108,23 +117,33 @@ class DependenceTrace(TorchDispatchMode):
             for tensor in (*outputs, *_written(func, arguments)):
                 self._add(tensor, bits)
         shapes = tuple(tuple(tensor.shape) for tensor in outputs)
-        self.operations.append(_with_outputs(operation, shapes))
+        serials = tuple(self.serial(tensor) for tensor in outputs)
+        self.operations.append(replace(operation, outputs=shapes, output_serials=serials))
         return result
+
+    def serial(self, tensor: Tensor) -> int:
+        """The number of a tensor."""
+        if id(tensor) not in self._serials:
+            self._serials[id(tensor)] = len(self._serials)
+            self._alive.append(tensor)
+        return self._serials[id(tensor)]
 
     def _noted(self, func: Any, bits: int, arguments: Mapping[str, Any]) -> Operation:
         name = func._overloadpacket.__name__
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(tuple(arguments.values())))
+        tensors = list(tensors_in(tuple(arguments.values())))
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        serials = tuple(self.serial(tensor) for tensor in tensors)
         plain = {key: value for key, value in arguments.items() if not any(True for _ in tensors_in(value))}
         chosen: tuple[tuple[tuple[int, ...], int], ...] = ()
         by_data, read = "", ""
         if torch.Tag.data_dependent_output in func.tags and bits:
-            tensor = next(tensors_in(tuple(arguments.values())))
-            read = "float" if tensor.is_floating_point() and name != "equal" else "other"
+            read = "float" if tensors[0].is_floating_point() and name != "equal" else "other"
         elif name in _INDEXING:
             chosen, by_data = self._indexed(name, arguments)
         elif bits & SAMPLES:
             chosen, by_data = self._selected(func, name, arguments)
-        return Operation(name, bits, shapes, (), plain, chosen, by_data, read)
+        pointwise = torch.Tag.pointwise in func.tags
+        return Operation(name, bits, shapes, (), plain, chosen, by_data, read, serials, (), pointwise)
 
     def _indexed(self, name: str, arguments: Mapping[str, Any]) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
         """The axes that an operation like ``x[i, :, j]`` chooses along, other than by ``0, 1, 2, ...``."""
@@ -188,11 +207,6 @@ def _written(func: Any, arguments: Mapping[str, Any]) -> Iterator[Tensor]:
     for argument in func._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from tensors_in(arguments.get(argument.name))
-
-
-def _with_outputs(operation: Operation, shapes: tuple[tuple[int, ...], ...]) -> Operation:
-    values = {**vars(operation), "outputs": shapes}
-    return Operation(**values)
 
 
 def _counts_up(index: Tensor, length: int) -> bool:

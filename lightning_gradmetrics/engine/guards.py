@@ -81,6 +81,9 @@ def check_objectives(task: Task, logits: Tensor) -> None:
 
 def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
     everything = _values_and_gradients(objective, logits, task.targets)
+    weights = 1 + torch.arange(task.size, device=logits.device) / task.size
+    weighted = _values_and_gradients(objective, logits, task.targets, weights)
+    _require_equal(objective, weighted[:, 1:], everything[:, 1:] * weights.to(everything.dtype)[:, None], everything)
     order = list(range(task.size))
     _CHOICE.shuffle(order)
     for half in (order[: task.size // 2], order[task.size // 2 :]):
@@ -92,20 +95,26 @@ def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
                 f"the objective {objective.name!r} cannot be computed on {len(half)} of {task.size} samples "
                 f"({type(error).__name__}: {error}). It must accept any number of rows; pass true labels as targets="
             ) from error
-        expected = everything[half]
-        finite = expected.isfinite().all(1)
-        error = (part - expected).abs().amax(1)
-        level = 1e-5 * expected.abs().amax(1) + 1e-10 * everything[everything.isfinite().all(1)].abs().sum() / task.size
-        if bool((error > level)[finite].any()):
-            raise coupled_objective(objective.name)
+        _require_equal(objective, part, everything[half], everything)
 
 
-def _values_and_gradients(objective: Objective, logits: Tensor, targets: Tensor | None) -> Tensor:
-    """The losses and their gradients with respect to the logits, ``(N, 1 + C)``."""
+def _require_equal(objective: Objective, found: Tensor, expected: Tensor, everything: Tensor) -> None:
+    finite = expected.isfinite().all(1)
+    error = (found - expected).abs().amax(1)
+    usual = everything[everything.isfinite().all(1)].abs().sum() / len(everything)
+    if bool((error > 1e-5 * expected.abs().amax(1) + 1e-10 * usual)[finite].any()):
+        raise coupled_objective(objective.name)
+
+
+def _values_and_gradients(
+    objective: Objective, logits: Tensor, targets: Tensor | None, weights: Tensor | None = None
+) -> Tensor:
+    """The losses, and the gradients of their (weighted) sum with respect to the logits, ``(N, 1 + C)``."""
     leaf = at_least_float32(logits).detach().requires_grad_()
     with torch.enable_grad():
         losses = objective.loss(targets)(leaf)
         gradient = torch.zeros_like(leaf)
         if losses.requires_grad:
-            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+            total = losses.sum() if weights is None else (losses * weights.to(losses.dtype)).sum()
+            (gradient,) = torch.autograd.grad(total, leaf)
     return torch.cat([losses.detach()[:, None].to(gradient.dtype), gradient], 1)

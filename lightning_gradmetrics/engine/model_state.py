@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -64,7 +64,7 @@ class ForwardState:
                 del attributes[name]
             attributes.update(before)
         for container, entries in self._containers:
-            if len(container) != len(entries):
+            if container or entries:
                 container.clear()
                 container.extend(entries) if isinstance(container, list) else container.update(entries)
         for buffer, version, value in self._buffers:
@@ -105,7 +105,9 @@ def note_volatile(model: nn.Module, before: Hashable, after: Hashable) -> None:
 def _attributes(model: nn.Module) -> Iterator[tuple[int, str, Hashable]]:
     """The number of the module, the attribute's name and its value, for every plain attribute."""
     configurations: set[int] = set()
+    classes: dict[type, None] = {}
     for number, module in enumerate(model.modules()):
+        classes.update(dict.fromkeys(type(module).__mro__))
         for name, value in vars(module).items():
             if name in _INTERNAL:
                 continue
@@ -113,11 +115,20 @@ def _attributes(model: nn.Module) -> Iterator[tuple[int, str, Hashable]]:
                 yield number, name, value
             elif type(value) in (tuple, list) and len(value) <= 16 and all(isinstance(v, _PLAIN) for v in value):
                 yield number, name, tuple(value)
+            elif type(value) is dict:
+                yield from _plain_entries(number, name, value)
             elif _is_configuration(value) and id(value) not in configurations:
                 configurations.add(id(value))
-                for inner, setting in vars(value).items():
-                    if isinstance(setting, _PLAIN):
-                        yield number, f"{name}.{inner}", setting
+                yield from _plain_entries(number, name, vars(value))
+    for number, kind in enumerate(classes):
+        if kind is not object and not kind.__module__.startswith("torch."):
+            yield from _plain_entries(-1 - number, kind.__name__, vars(kind))
+
+
+def _plain_entries(number: int, name: str, entries: Mapping[Any, Any]) -> Iterator[tuple[int, str, Hashable]]:
+    for key, value in entries.items():
+        if isinstance(value, _PLAIN) and not str(key).startswith("__"):
+            yield number, f"{name}.{key}", value
 
 
 def _is_configuration(value: Any) -> bool:

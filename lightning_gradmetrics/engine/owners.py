@@ -122,12 +122,15 @@ class OwnershipPass(Tracer):
         name = getattr(func, "__name__", "")
         if not torch.is_grad_enabled() or name in _FLAT:
             return func(*self._cut(args), **self._cut(kwargs))
-        others = [t for t in tensors_in((args, kwargs)) if id(t) not in self._tracked]
-        if all(id(tensor) in self._constants for tensor in others):
-            return self._derived_result(func, sources, args, kwargs)
         found = RULES.get(func)
         values = bind(found, args, kwargs) if found else None
-        if found is not None and values is not None and self._suits(found, values):
+        suits = found is not None and values is not None and self._suits(found, values)
+        others = [t for t in tensors_in((args, kwargs)) if id(t) not in self._tracked]
+        # A constant as long as the batch, such as a first hidden state of zeros, has one row per sample all the same.
+        shared = not suits or self.size not in values["input"].shape
+        if shared and all(id(tensor) in self._constants for tensor in others):
+            return self._derived_result(func, sources, args, kwargs)
+        if suits:
             return self._row_rule(found, func, sources, args, kwargs)
         if name in BROADCAST and not name.startswith(("expand", "broadcast", "repeat", "tile")):
             return self._row_broadcast(func, sources, args, kwargs)

@@ -15,6 +15,7 @@ from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model
 from lightning_gradmetrics.engine.samples import close_rows
+from lightning_gradmetrics.engine.separability import keeps_samples_apart
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 
@@ -31,6 +32,7 @@ class Probe:
         plan: What to do at each call; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
         reads_activations: Whether Python reads values that depend on samples and parameters.
+        separable: Whether every operation is known to keep the samples apart.
         random: Whether it draws random numbers.
         pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
         bytes: About the memory that one sample's activations take.
@@ -41,6 +43,7 @@ class Probe:
     plan: Plan | None
     reason: str
     reads_activations: bool
+    separable: bool
     random: bool
     pauses_gradients: bool
     bytes: int
@@ -65,6 +68,7 @@ def probe_model(task: Task) -> Probe:
     reason = reason or ("" if changes else "it makes other calls for other samples")
     if not reason:
         _check_coupling(three, small, large, changes, state)
+    apart = not reason and keeps_samples_apart(few.operations, many.operations, many.samples, many.serial(logits))
     plan = None
     losses = [three.unit_losses(index, logits) for index in range(len(three.losses))]
     if not reason:
@@ -78,7 +82,9 @@ def probe_model(task: Task) -> Probe:
     activations = reads_activations(many.operations)
     if plan is not None:
         plan = replace(plan, reads=reads)
-    return Probe(three, losses, plan, reason, activations, many.random, large.pauses_gradients, large.bytes() // 3 + 1)
+    return Probe(
+        three, losses, plan, reason, activations, apart, many.random, large.pauses_gradients, large.bytes() // 3 + 1
+    )
 
 
 def _traced(

@@ -17,7 +17,7 @@ from lightning_gradmetrics.engine.refusals import SampleAxisError
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import accumulator, rounding
 
-__all__ = ["close_rows", "input_structure", "with_sample_axes"]
+__all__ = ["check_rows", "close_rows", "input_structure", "with_sample_axes"]
 
 _DECIDED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, bool]]] = WeakKeyDictionary()
 """For each model and structure of its inputs: which tensors hold samples, by number."""
@@ -67,6 +67,16 @@ def with_sample_axes(task: Task) -> Task:
         for number in ambiguous:
             decided[number] = flags[number]
     return replace(task, per_sample=tuple(flags))
+
+
+def check_rows(task: Task) -> None:
+    """Refuse a model whose logits for the batch have other rows than its samples.
+
+    Raises:
+        SampleAxisError: If it is one.
+    """
+    if task.size:
+        _logits(task)
 
 
 def _by_runs(task: Task, flags: Sequence[bool], ambiguous: Sequence[int]) -> list[bool]:

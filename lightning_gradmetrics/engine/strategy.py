@@ -47,8 +47,9 @@ class Strategy:
         alone: How many samples of each batch are also run alone.
         bytes: About the memory that a sample's activations take, to split batches by.
         shapes: The shapes of the inputs that it was planned for.
-        times: For the shapes that it has run on, the positions of a sample on each axis.
-        quiet: Whether runs without gradients make torch's checkpoints warn of it.
+        times: For the shapes and batch sizes that it has run on, the positions of a sample on each axis.
+        quiet: Whether runs without gradients make torch's checkpoints warn.
+        random: Whether the model draws random numbers, so that a sample alone draws other ones.
         provisional: Whether it was planned on fewer than three different samples.
         channels_last: Whether images are laid out so.
     """
@@ -62,6 +63,7 @@ class Strategy:
     shapes: Any = None
     times: dict[Any, tuple[int, ...]] = field(default_factory=dict)
     quiet: bool = False
+    random: bool = False
     provisional: bool = False
     channels_last: bool = False
 
@@ -178,27 +180,17 @@ def collect_fast(
 
 
 def _verified(task: Task) -> Strategy:
-    """Plan on a probe, and compare every parameter's moments on it with those of autograd."""
+    """Plan on a probe, and compare every parameter's moments on it with those of autograd.
+
+    If the plan leaves parameters to slower ways, recovered owners are tried too.
+    """
     state, probe = ForwardState(task.model), probe_model(task)
-    plan, names, slow = probe.plan, list(task.parameters), {}
-    if plan is not None:
-        slow.update(plan.uncovered)
-    while True:
-        state.restore()
-        names = [name for name in names if name not in slow]
-        table, notes = MomentTable(probe.task.restricted(names), scaled=True) if names else None, Notes()
-        if table is None:
-            break
-        try:
-            collect_fast(table, table.task, plan, _unchecked, notes)
-            break
-        except PlanError as error:
-            plan = _without_failed_step(plan, slow, error, names)
+    plan, slow = _covered(probe, probe.plan, state)
+    if plan is not None and slow:
+        _, others = _covered(probe, None, state)
+        if len(others) < len(slow):
+            plan, slow = None, others
     state.restore()
-    if table is not None:
-        wrong = {name: reason for name, reason in notes.failures.items() if name in names}
-        wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
-        slow.update(wrong)
     fast = tuple(name for name in task.parameters if name not in slow)
     mapped = bool(slow) and _can_be_mapped(probe, slow)
     state.restore()
@@ -207,23 +199,44 @@ def _verified(task: Task) -> Strategy:
         fast,
         slow,
         mapped,
-        alone=_alone(probe),
+        alone=_alone(probe, plan),
         bytes=probe.bytes,
         quiet=probe.pauses_gradients,
+        random=probe.random,
         provisional=task.size < 3,
     )
+
+
+def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str]]:
+    """The plan without steps that fail, and the parameters that it does not get right, with reasons."""
+    slow: dict[str, str] = {} if plan is None else dict(plan.uncovered)
+    while True:
+        names = [name for name in probe.task.parameters if name not in slow]
+        if not names:
+            return plan, slow
+        state.restore()
+        table, notes = MomentTable(probe.task.restricted(names), scaled=True), Notes()
+        try:
+            collect_fast(table, table.task, plan, _unchecked, notes)
+            break
+        except PlanError as error:
+            plan = _without_failed_step(plan, slow, error, names)
+    state.restore()
+    wrong = {name: reason for name, reason in notes.failures.items() if name in names}
+    wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
+    return plan, {**slow, **wrong}
 
 
 def _unchecked(logits: Tensor) -> None:
     """The probe has been checked."""
 
 
-def _alone(probe: Probe) -> int:
-    if probe.random:  # a sample alone draws other numbers
+def _alone(probe: Probe, plan: Plan | None) -> int:
+    if probe.separable:
         return 0
     if probe.reads_activations:
         return 10**9
-    return ALONE_IF_UNPLANNED if probe.plan is None else ALONE_IF_PLANNED
+    return ALONE_IF_UNPLANNED if plan is None else ALONE_IF_PLANNED
 
 
 def _without_failed_step(

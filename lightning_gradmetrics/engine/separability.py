@@ -1,0 +1,348 @@
+"""A proof that a forward pass treats each sample separately, from the basic operations of two traces.
+
+Each operation on this page keeps the samples apart as long as it does not mix positions of the sample axis. Where all of a
+model's operations are such ones, no batch can couple its samples, and no check of a batch is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_gradmetrics.engine.dependence import SAMPLES, Operation
+
+__all__ = ["Layout", "keeps_samples_apart"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples are in a tensor: index ``(o N + n) inner + i`` on an axis.
+
+    Args:
+        dim: The axis.
+        outer: Positions before the sample's index.
+        inner: Positions after it.
+    """
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+    def moved(self, dim: int) -> Layout:
+        """The same on another axis."""
+        return Layout(dim, self.outer, self.inner)
+
+
+class _UnprovenError(Exception):
+    """An operation may mix samples."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An operation with the layouts of its tensor arguments; ``None`` for those that do not depend on the samples."""
+
+    operation: Operation
+    layouts: Sequence[Layout | None]
+
+    @property
+    def first(self) -> Layout:
+        layout = self.layouts[0]
+        if layout is None or any(other is not None for other in self.layouts[1:]):
+            raise _UnprovenError
+        return layout
+
+    @property
+    def shape(self) -> Shape:
+        return self.operation.inputs[0]
+
+    def dims(self, name: str = "dim") -> set[int]:
+        """The axes that an argument names."""
+        value = self.operation.arguments.get(name)
+        if value is None or value == []:
+            raise _UnprovenError
+        axes = [value] if isinstance(value, int) else value
+        return {axis % len(self.shape) for axis in axes}
+
+
+def keeps_samples_apart(
+    two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int], logits: int
+) -> bool:
+    """Whether every operation keeps the samples apart, and the logits are ``(N, C)``.
+
+    Args:
+        two: The operations with two samples.
+        three: The operations with three samples.
+        inputs: The serial numbers of the tensors that hold the samples, in ``three``.
+        logits: The serial number of the logits, in ``three``.
+    """
+    layouts: dict[int, Layout] = dict.fromkeys(inputs, Layout(0))
+    uniform: set[int] = set()
+    for small, large in zip(two, three, strict=True):
+        if large.name in _CONSTANT:
+            uniform.update(large.output_serials)
+        elif large.depends & SAMPLES and not uniform.issuperset(large.input_serials):
+            try:
+                found = _layouts_of(small, large, layouts, uniform)
+            except (_UnprovenError, IndexError, TypeError):
+                return False
+            layouts.update(zip(large.output_serials, found, strict=True))
+        elif _stays_uniform(small, large, uniform):
+            uniform.update(large.output_serials)
+    return layouts.get(logits) == Layout(0)
+
+
+_CONSTANT = frozenset(
+    ["zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"]
+)
+"""Operations whose results are the same at all positions."""
+
+_SAME = "expand view _unsafe_view unsqueeze squeeze transpose t permute select slice clone detach alias _to_copy"
+_UNIFORM = frozenset([*_SAME.split(), "embedding", "mm", "addmm", "linear", "lift_fresh"])
+"""Operations whose results are the same for all samples if their arguments are."""
+
+
+def _stays_uniform(small: Operation, large: Operation, uniform: set[int]) -> bool:
+    """Whether results that do not depend on the samples are the same for all of them."""
+    if small.outputs == large.outputs:
+        return True
+    if (large.name not in _UNIFORM and not large.pointwise) or not large.input_serials:
+        return False
+    for number, serial in enumerate(large.input_serials):
+        if serial not in uniform and small.inputs[number] != large.inputs[number]:
+            return False
+    return True
+
+
+def _layouts_of(small: Operation, large: Operation, layouts: Mapping[int, Layout], uniform: set[int]) -> list[Layout]:
+    known = []
+    for number, serial in enumerate(large.input_serials):
+        layout = layouts.get(serial)
+        grown = small.inputs[number] != large.inputs[number]
+        if layout is None and grown and serial not in uniform:
+            raise _UnprovenError
+        known.append(layout)
+    step = _Step(large, known)
+    name = large.name.rstrip("_") if large.name not in _RULES else large.name
+    if name in _RULES:
+        found = _RULES[name](step)
+    elif large.pointwise:
+        found = _aligned(step)
+    else:
+        raise _UnprovenError
+    return [found] * len(large.outputs) if isinstance(found, Layout) else found
+
+
+# -- operations by family ---------------------------------------------------------------------------------------------
+
+
+def _aligned(step: _Step) -> Layout:
+    """Element by element: the axes of all arguments are aligned at the end."""
+    ndim, places = len(step.operation.outputs[0]), set()
+    for layout, shape in zip(step.layouts, step.operation.inputs, strict=True):
+        if layout is not None:
+            places.add(layout.moved(layout.dim + ndim - len(shape)))
+    if len(places) != 1:
+        raise _UnprovenError
+    return places.pop()
+
+
+def _reshaped(step: _Step) -> Layout:
+    """The order of all entries stays; the axes are cut in another way."""
+    layout, old, new = step.first, step.shape, step.operation.outputs[0]
+    before = math.prod(old[: layout.dim]) * layout.outer
+    after = math.prod(old[layout.dim + 1 :]) * layout.inner
+    for dim, size in enumerate(new):
+        outer, left = divmod(before, math.prod(new[:dim]) or 1)
+        inner, right = divmod(after, math.prod(new[dim + 1 :]) or 1)
+        if not left and not right and size == 3 * outer * inner and size:
+            return Layout(dim, outer, inner)
+    raise _UnprovenError
+
+
+def _permuted(step: _Step) -> Layout:
+    ndim = len(step.shape)
+    order = [dim % ndim for dim in step.operation.arguments["dims"]]
+    return step.first.moved(order.index(step.first.dim))
+
+
+def _transposed(step: _Step) -> Layout:
+    ndim, arguments = len(step.shape), step.operation.arguments
+    pair = [arguments.get("dim0", 0) % ndim, arguments.get("dim1", 1) % ndim]
+    if step.first.dim in pair and ndim > 1:
+        return step.first.moved(pair[1 - pair.index(step.first.dim)])
+    return step.first
+
+
+def _expanded(step: _Step) -> Layout:
+    return step.first.moved(step.first.dim + len(step.operation.outputs[0]) - len(step.shape))
+
+
+def _along(step: _Step) -> Layout:
+    """Works along other axes, and keeps them."""
+    if step.first.dim in step.dims():
+        raise _UnprovenError
+    return step.first
+
+
+def _along_dims(step: _Step) -> Layout:
+    if step.first.dim in step.dims("dims"):
+        raise _UnprovenError
+    return step.first
+
+
+def _removed(step: _Step) -> Layout:
+    """Removes other axes."""
+    dims = step.dims()
+    if step.first.dim in dims:
+        raise _UnprovenError
+    return step.first.moved(step.first.dim - sum(dim < step.first.dim for dim in dims))
+
+
+def _reduced(step: _Step) -> Layout:
+    removed = _removed(step)
+    return step.first if step.operation.arguments.get("keepdim") else removed
+
+
+def _sliced(step: _Step) -> Layout:
+    dim = step.operation.arguments.get("dim", 0) % len(step.shape)
+    if dim == step.first.dim and step.operation.outputs[0] != step.shape:
+        raise _UnprovenError
+    return step.first
+
+
+def _unfolded(step: _Step) -> Layout:
+    if step.first.dim == step.operation.arguments["dimension"] % len(step.shape):
+        raise _UnprovenError
+    return step.first
+
+
+def _rows(step: _Step) -> Layout:
+    """Works on each position of the first axis separately."""
+    if step.first.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
+        raise _UnprovenError
+    return step.first
+
+
+def _batch_norm(step: _Step) -> Layout:
+    if step.operation.arguments.get("training", False) or step.operation.arguments.get("train", False):
+        raise _UnprovenError
+    return _rows(step)
+
+
+def _before_shape(step: _Step) -> Layout:
+    if step.first.dim >= len(step.shape) - len(step.operation.arguments["normalized_shape"]):
+        raise _UnprovenError
+    return step.first
+
+
+def _joined(step: _Step) -> Layout:
+    """Concatenated along another axis."""
+    dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
+    places = {layout for layout in step.layouts if layout is not None}
+    if len(places) != 1 or next(iter(places)).dim == dim:
+        raise _UnprovenError
+    for shape in step.operation.inputs:
+        if len(shape) != len(step.operation.outputs[0]):
+            raise _UnprovenError
+    return places.pop()
+
+
+def _stacked(step: _Step) -> Layout:
+    """Stacked along a new axis."""
+    dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
+    places = set(step.layouts)
+    layout = places.pop()
+    if places or layout is None:
+        raise _UnprovenError
+    return layout.moved(layout.dim + (dim <= layout.dim))
+
+
+def _strided_rows(step: _Step) -> Layout:
+    """The same shape with strides that keep each sample in one piece."""
+    arguments, shape = step.operation.arguments, step.shape
+    in_one_piece = arguments["stride"][0] == math.prod(shape[1:]) and not arguments.get("storage_offset")
+    if step.first != Layout(0) or list(arguments["size"]) != list(shape) or not in_one_piece:
+        raise _UnprovenError
+    return step.first
+
+
+def _product(step: _Step, skip: int = 0) -> Layout:
+    """A matrix product, after ``skip`` summands: the axis that is summed over does not hold the samples."""
+    left, right = step.layouts[skip], step.layouts[skip + 1]
+    ndim = len(step.operation.inputs[skip])
+    if any(layout is not None for layout in step.layouts[:skip]):
+        raise _UnprovenError
+    if left is not None and right is not None:
+        if left == right and left.dim == 0 and ndim == 3:
+            return left
+        raise _UnprovenError
+    layout, summed = (left, ndim - 1) if left is not None else (right, ndim - 2)
+    if layout is None or layout.dim == summed:
+        raise _UnprovenError
+    return layout
+
+
+def _shifted_product(step: _Step) -> Layout:
+    return _product(step, 1)
+
+
+def _looked_up(step: _Step) -> Layout:
+    """An embedding: a table and indices."""
+    table, indices = step.layouts
+    if table is not None or indices is None:
+        raise _UnprovenError
+    return indices
+
+
+def _attention(step: _Step) -> list[Layout]:
+    """Queries, keys and values of the same sample, and perhaps a mask."""
+    for layout in step.layouts[:3]:
+        if layout is None or layout.dim != 0 or layout != step.layouts[0]:
+            raise _UnprovenError
+    for layout, shape in zip(step.layouts[3:], step.operation.inputs[3:], strict=True):
+        if layout is not None and layout.moved(layout.dim + len(step.shape) - len(shape)) != step.layouts[0]:
+            raise _UnprovenError
+    first = step.layouts[0]
+    assert first is not None
+    return [first] * len(step.operation.outputs)
+
+
+_FAMILIES: dict[Callable[[_Step], Any], str] = {
+    _reshaped: "view _unsafe_view reshape _reshape_alias unsqueeze squeeze alias clone detach _to_copy lift_fresh "
+    "contiguous flatten",
+    _permuted: "permute",
+    _transposed: "transpose t",
+    _expanded: "expand",
+    _along: "_softmax _log_softmax softmax log_softmax cumsum cumprod split split_with_sizes unsafe_split unsafe_chunk "
+    "chunk narrow glu sort topk",
+    _along_dims: "roll flip",
+    _removed: "select unbind",
+    _reduced: "sum mean amax amin var std var_mean std_mean logsumexp prod any all max min argmax argmin "
+    "linalg_vector_norm norm",
+    _sliced: "slice",
+    _unfolded: "unfold",
+    _rows: "convolution _convolution mkldnn_convolution cudnn_convolution native_group_norm max_pool1d max_pool2d max_pool3d "
+    "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d constant_pad_nd "
+    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d "
+    "upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d pixel_shuffle pixel_unshuffle im2col mkldnn_max_pool2d",
+    _batch_norm: "native_batch_norm batch_norm cudnn_batch_norm _native_batch_norm_legit_no_training",
+    _before_shape: "native_layer_norm _fused_rms_norm rms_norm",
+    _joined: "cat",
+    _stacked: "stack",
+    _strided_rows: "as_strided as_strided_",
+    _aligned: "hardswish hardsigmoid hardtanh relu6 _prelu_kernel copy masked_fill",
+    _product: "mm bmm matmul mv linear",
+    _shifted_product: "addmm baddbmm",
+    _looked_up: "embedding",
+    _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
+    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "scaled_dot_product_attention _scaled_dot_product_fused_attention_overrideable",
+}
+_RULES: dict[str, Callable[[_Step], Any]] = {}
+for _family, _names in _FAMILIES.items():
+    _RULES.update(dict.fromkeys(_names.split(), _family))

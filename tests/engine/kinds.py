@@ -1,0 +1,341 @@
+"""Small models, one for each kind of thing that makes per-sample gradients go wrong, and the truth for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine import gradient_statistics
+
+WIDTH, CLASSES = 6, 3
+STATISTICS = ("max", "min", "mean", "l1", "l2")
+
+
+def numbers(*shape: int) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def pseudo_label(logits: Tensor) -> Tensor:
+    """Cross-entropy to the predicted class."""
+    return F.cross_entropy(logits, logits.detach().argmax(1), reduction="none")
+
+
+def first_rows(inputs: Any, number: int) -> Any:
+    """One sample, where every tensor holds the samples on its first axis."""
+    if isinstance(inputs, Tensor):
+        return inputs[number : number + 1]
+    return tuple(first_rows(value, number) for value in inputs)
+
+
+def only_first(inputs: Any, number: int) -> Any:
+    """One sample, where only the first tensor holds the samples."""
+    return (inputs[0][number : number + 1], *inputs[1:])
+
+
+def error_of(
+    model: nn.Module,
+    inputs: Any,
+    objective: Callable[[Tensor], Tensor] = pseudo_label,
+    sample: Callable[[Any, int], Any] = first_rows,
+) -> float:
+    """The largest error of the engine, relative to the largest value of each sample."""
+    found = gradient_statistics(model, inputs, objective, per_parameter=True, statistics=STATISTICS)
+    expected = []
+    for number in range(len(found.max)):
+        expected.append(_alone(copy.deepcopy(model), sample(inputs, number), objective))
+    values = torch.stack([found.statistic(name) for name in STATISTICS], -1)
+    truth = torch.stack(expected)
+    return float(((values - truth).abs() / truth.abs().amax((1, 2), keepdim=True).clamp_min(1e-12)).max())
+
+
+def _alone(model: nn.Module, inputs: Any, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    parameters = list(model.parameters())
+    copies = [tensor.clone() for tensor in ((inputs,) if isinstance(inputs, Tensor) else inputs)]
+    logits = model(*copies)
+    gradients = torch.autograd.grad(objective(logits).sum(), parameters, allow_unused=True)
+    rows = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        g = torch.zeros_like(parameter) if gradient is None else gradient
+        rows.append(torch.stack([g.max(), g.min(), g.mean(), g.abs().sum(), g.norm()]))
+    return torch.stack(rows)
+
+
+def _nothing(model: nn.Module) -> None:
+    """Changes nothing before a batch."""
+
+
+Batches = Callable[[], list[tuple[Callable[[nn.Module], Any], Any]]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model, the batches that it sees in order, and what is changed in the model before each."""
+
+    model: Callable[[], nn.Module]
+    batches: Batches
+    objective: Callable[[Tensor], Tensor] = pseudo_label
+    sample: Callable[[Any, int], Any] = first_rows
+
+
+class Net(nn.Module):
+    """Three layers and a vector, used by a function."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.scale, self.function = nn.Parameter(torch.rand(WIDTH) + 0.5), function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(self, *inputs)
+
+
+class Mixture(nn.Module):
+    """Tokens go to the expert with the largest gate."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(WIDTH, count), nn.Linear(WIDTH, CLASSES)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        gates = self.gate(tokens).softmax(1)
+        largest, chosen = gates.max(1)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            out = out.index_add(0, rows, largest[rows, None] * expert(tokens[rows]))
+        return self.head(torch.tanh(out).reshape_as(x).mean(1))
+
+
+def _of(function: Callable[..., Tensor]) -> Callable[[], nn.Module]:
+    return lambda: Net(function).double().eval()
+
+
+def _plain(*batches: Any) -> Batches:
+    return lambda: [(_nothing, batch() if callable(batch) else batch) for batch in batches]
+
+
+def _rows(*counts: int) -> Batches:
+    return _plain(*(numbers(count, WIDTH) for count in counts))
+
+
+# -- exact ------------------------------------------------------------------------------------------------------------
+
+
+def _ranked(net: Net, x: Tensor) -> Tensor:
+    order = x.sum(1).argsort()
+    return net.head(torch.tanh(net.a(x[order]))[order.argsort()])
+
+
+def _real_tokens(net: Net, x: Tensor, lengths: Tensor) -> Tensor:
+    real = torch.arange(x.shape[1]) < lengths[:, None]
+    tokens = torch.zeros_like(x)
+    tokens[real] = torch.tanh(net.a(x[real]) * net.scale)
+    return net.head(tokens.sum(1))
+
+
+def _by_list(net: Net, x: Tensor, lengths: Tensor) -> Tensor:
+    counts = lengths.tolist()
+    tokens = torch.cat([row[:count] for row, count in zip(x, counts, strict=True)])
+    return net.head(torch.stack([part.mean(0) for part in torch.tanh(net.a(tokens)).split(counts)]))
+
+
+def _gated_frames(net: Net, x: Tensor) -> Tensor:
+    frames = x.transpose(0, 1)
+    hidden = torch.tanh(net.a(frames.flatten(0, 1))).reshape(frames.shape).mean(0)
+    return net.head(F.relu(hidden - net.threshold) + x.mean(1))
+
+
+def _frames() -> nn.Module:
+    model = Net(_gated_frames).double()
+    model.threshold = 0.0
+    return model
+
+
+def _threshold(value: float) -> Callable[[nn.Module], None]:
+    return lambda model: setattr(model, "threshold", value)
+
+
+def _flagged(net: Net, x: Tensor) -> Tensor:
+    steps = x.transpose(0, 1) if net.settings["time_first"] else x
+    hidden = torch.tanh(net.a(steps.flatten(0, 1))).reshape(steps.shape)
+    return net.head(hidden.mean(0 if net.settings["time_first"] else 1))
+
+
+def _with_settings() -> nn.Module:
+    model = Net(_flagged).double()
+    model.settings = {"time_first": False}
+    return model
+
+
+def _time_first(flag: bool) -> Callable[[nn.Module], None]:
+    return lambda model: model.settings.update(time_first=flag)
+
+
+def _pieces(net: Net, x: Tensor) -> Tensor:
+    return net.head(torch.cat([torch.tanh(net.a(part)) for part in x.split(4)]))
+
+
+def _in_place(net: Net, x: Tensor) -> Tensor:
+    x.mul_(2).add_(1)
+    return net.head(torch.tanh(net.a(x)))
+
+
+def _cached(net: Net, x: Tensor) -> Tensor:
+    cache = net.__dict__.setdefault("cache", {})
+    if "scale" not in cache:
+        cache["scale"] = net.scale.exp()
+    return net.head(torch.tanh(net.a(x)) * cache["scale"])
+
+
+def _scripted(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(x @ weight.t())
+
+
+def _through_script(net: Net, x: Tensor) -> Tensor:
+    return net.head(torch.jit.script(_scripted)(x, [net.a.weight][0]))
+
+
+def _with_prior(net: Net, x: Tensor, prior: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x))) + prior
+
+
+def _to_prototypes(net: Net, x: Tensor, prototypes: Tensor) -> Tensor:
+    return -torch.cdist(torch.tanh(net.a(x)), prototypes)
+
+
+def _some_rows(net: Net, x: Tensor) -> Tensor:
+    hidden = torch.tanh(net.a(x))
+    chosen = x[:, 0] > 0
+    return net.head(hidden.index_put((chosen.nonzero()[:, 0],), net.b(hidden[chosen])))
+
+
+def _unequal_lengths(lengths: list[int]) -> Any:
+    return lambda: (numbers(len(lengths), 5, WIDTH), torch.tensor(lengths))
+
+
+EXACT: dict[str, Kind] = {
+    "experts": Kind(lambda: Mixture().double(), lambda: [(_nothing, numbers(5, 4, WIDTH)) for _ in range(3)]),
+    "samples sorted by value": Kind(_of(_ranked), _rows(1, 5, 6)),
+    "real tokens only": Kind(_of(_real_tokens), _plain(_unequal_lengths([3] * 4), _unequal_lengths([2, 4, 1, 5]))),
+    "tokens cut by a list": Kind(_of(_by_list), _plain(_unequal_lengths([2, 2, 2, 5]), _unequal_lengths([1, 4, 2, 3]))),
+    "time first behind a gate": Kind(
+        _frames,
+        lambda: [(_threshold(9.0), numbers(4, 5, WIDTH)), (_threshold(-9.0), numbers(4, 5, WIDTH))],
+    ),
+    "a flag in a dictionary": Kind(
+        _with_settings,
+        lambda: [(_time_first(flag), numbers(5, 5, WIDTH)) for flag in (True, False, True)],
+    ),
+    "pieces of large batches": Kind(_of(_pieces), _rows(3, 9, 3, 4)),
+    "input changed in place": Kind(_of(_in_place), _rows(4, 4)),
+    "a cache made from a parameter": Kind(_of(_cached), _rows(4, 4, 5)),
+    "a scripted function": Kind(_of(_through_script), _rows(4, 5)),
+    "a prior as long as the batch": Kind(
+        _of(_with_prior),
+        _plain((numbers(3, WIDTH), torch.zeros(3).double()), (numbers(3, WIDTH), numbers(3))),
+        sample=only_first,
+    ),
+    "prototypes as many as samples": Kind(
+        _of(_to_prototypes),
+        _plain((numbers(4, WIDTH), numbers(4, WIDTH)), (numbers(5, WIDTH), numbers(4, WIDTH))),
+        sample=only_first,
+    ),
+    "a branch for some samples": Kind(_of(_some_rows), _rows(5, 5, 1, 5)),
+}
+"""Kinds whose per-sample gradients are well defined."""
+
+
+# -- coupled ----------------------------------------------------------------------------------------------------------
+
+
+def _between(function: Callable[[Tensor], Tensor]) -> Kind:
+    return Kind(_of(lambda net, x: net.head(function(torch.tanh(net.a(x))))), _rows(1, 5))
+
+
+def _until_sure(net: Net, x: Tensor) -> Tensor:
+    hidden = x
+    for _ in range(4):
+        hidden = hidden + torch.tanh(net.b(hidden))
+        if bool((net.head(hidden).softmax(1).amax(1) > 0.7).all()):
+            break
+    return net.head(hidden)
+
+
+def _closed_at_first(net: Net, x: Tensor) -> Tensor:
+    extra = F.relu(net.b(x) - 5)
+    return net.head(net.a(x) + extra - extra.mean(0))
+
+
+COUPLED: dict[str, Kind] = {
+    "flipped": _between(lambda h: h + h.flip(0)),
+    "centred": _between(lambda h: h - h.mean(0)),
+    "softmax over the batch": _between(lambda h: h * h.softmax(0)),
+    "divided by a constant of the batch": _between(lambda h: h / h.detach().abs().amax()),
+    "summed up": _between(lambda h: h.cumsum(0)),
+    "ranks": _between(lambda h: h + h[:, :1].argsort(0).argsort(0)),
+    "nearest neighbour": _between(lambda h: h + h[torch.cdist(h, h).fill_diagonal_(9.0).argmin(1)]),
+    "statistics of the batch": Kind(
+        _of(lambda net, x: net.head(F.batch_norm(net.a(x), None, None, training=True))), _rows(5, 5)
+    ),
+    "centred in large batches": Kind(
+        _of(lambda net, x: net.head(net.a(x) - (net.a(x).mean(0) if len(x) > 4 else 0))), _rows(3, 4, 6)
+    ),
+    "until all are sure": Kind(_of(_until_sure), lambda: [(_nothing, 3 * numbers(8, WIDTH)) for _ in range(4)]),
+    "centred behind a closed gate": Kind(
+        _of(_closed_at_first), _plain(0.01 * numbers(5, WIDTH), 20 * numbers(5, WIDTH))
+    ),
+}
+"""Kinds whose samples depend on each other."""
+
+
+def _pairs(logits: Tensor) -> Tensor:
+    losses = pseudo_label(logits)
+    return losses + losses.roll(1).detach()
+
+
+COUPLING_OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred": lambda z: pseudo_label(z) - pseudo_label(z).mean(),
+    "weighted by rank": lambda z: pseudo_label(z) * (1 + pseudo_label(z).detach().argsort().argsort()),
+    "a neighbour as a constant": _pairs,
+    "equal in value": lambda z: pseudo_label(z) + pseudo_label(z).mean() - pseudo_label(z).mean().detach(),
+    "contrastive": lambda z: F.cross_entropy(z @ z.roll(1, 1).T, torch.arange(len(z)), reduction="none"),
+}
+
+
+# -- axes -------------------------------------------------------------------------------------------------------------
+
+
+class _TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(WIDTH, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][-1])
+
+
+class _Flat(nn.Module):
+    def __init__(self, join: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head, self.join = nn.Linear(WIDTH, CLASSES), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.head(x))
+
+
+AXES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "time first": lambda: (_TimeFirst(), torch.randn(5, 3, WIDTH)),
+    "time first, square": lambda: (_TimeFirst(), torch.randn(4, 4, WIDTH)),
+    "a row per token": lambda: (_Flat(lambda z: z.flatten(0, 1)), torch.randn(4, 5, WIDTH)),
+    "a row per bag": lambda: (_Flat(lambda z: z.mean(0, keepdim=True)), torch.randn(6, WIDTH)),
+}
+"""Models whose logits have other rows than the first axis of the inputs."""

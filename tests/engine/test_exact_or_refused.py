@@ -1,0 +1,136 @@
+"""Kinds of models and batches on which per-sample gradients are easy to get wrong: exact, or refused in clear words.
+
+The truth is each sample alone in a fresh copy of the model, by ``torch.autograd.grad``; see :mod:`tests.engine.kinds`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_gradmetrics.engine import auto, gradient_statistics, strategy
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
+from tests.engine.kinds import AXES, COUPLED, COUPLING_OBJECTIVES, EXACT, Kind, Mixture, error_of, numbers
+
+
+def outcomes(kind: Kind) -> list[float | type[Exception]]:
+    """The error on each batch, or the type of the refusal; one model sees all batches."""
+    model, found = kind.model(), []
+    for change, batch in kind.batches():
+        change(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "no fast rule")
+            try:
+                found.append(error_of(model, batch, kind.objective, kind.sample))
+            except (CoupledSamplesError, SampleAxisError) as error:
+                found.append(type(error))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
+@pytest.mark.parametrize("name", EXACT)
+def test_values_are_exact_in_every_batch(name):
+    for error in outcomes(EXACT[name]):
+        assert not isinstance(error, type) and error < 1e-8
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_models_that_couple_samples_are_refused(name):
+    """Batches in which every sample has the gradients that it has alone may be answered."""
+    found = outcomes(COUPLED[name])
+    assert CoupledSamplesError in found
+    assert all(error is CoupledSamplesError or error < 1e-8 for error in found)
+
+
+@pytest.mark.parametrize("name", COUPLING_OBJECTIVES)
+def test_objectives_that_couple_samples_are_refused(name):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    batch = numbers(6, 4)
+    with pytest.raises(CoupledSamplesError, match=r"the objective '.*' depend on each other"):
+        gradient_statistics(model, batch, COUPLING_OBJECTIVES[name])
+    gradient_statistics(model, batch[:1], "pseudo_label")
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, batch, COUPLING_OBJECTIVES[name])
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize("name", AXES)
+def test_other_sample_axes_are_refused(name, engine):
+    model, batch = AXES[name]()
+    with pytest.raises(SampleAxisError, match=r"one row per sample|first axis"):
+        gradient_statistics(model, batch, "pseudo_label", engine=engine)
+
+
+def test_an_objective_with_labels_of_the_whole_batch_is_refused_with_advice():
+    model, batch, labels = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(ValueError, match="target"):
+        gradient_statistics(model, batch, lambda z: nn.functional.cross_entropy(z, labels, reduction="none"))
+
+
+class _Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_odd_batch_and_a_dispatch_mode_leave_the_plan_of_later_ones():
+    model = EXACT["pieces of large batches"].model()
+    usual, odd = numbers(4, 6), numbers(9, 6)
+    gradient_statistics(model, usual, "pseudo_label")
+    kept = [list(known) for known in auto._STRATEGIES[model].values()]
+    gradient_statistics(model, odd, "pseudo_label")
+    with _Counting():
+        gradient_statistics(model, usual, "pseudo_label")
+    gradient_statistics(model, usual, "pseudo_label")
+    after = [list(known) for known in auto._STRATEGIES[model].values()]
+    assert kept == after and kept[0][0].plan is not None
+
+
+class _Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def test_a_new_sequence_length_is_not_planned_again(monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model = nn.Sequential(nn.Embedding(9, 8), layer, _Mean(), nn.Linear(8, 3)).double().eval()
+    planned = []
+    monkeypatch.setattr(auto, "make_strategy", lambda task: planned.append(1) or strategy.make_strategy(task))
+    for length in (5, 7, 6, 7):
+        assert error_of(model, torch.randint(9, (4, length))) < 1e-8
+    assert len(planned) == 1
+
+
+def test_experts_are_handled_without_a_slow_way():
+    """Rows of each expert belong to samples that only the data tells."""
+    torch.manual_seed(1)
+    model = Mixture().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            assert error_of(model, numbers(6, 5, 6)) < 1e-8
+
+
+@pytest.mark.slow
+def test_the_first_call_holds_few_copies_of_the_parameters():
+    """In a process of its own, the peak of memory during the first call is below three times the parameters."""
+    script = """
+import resource, torch
+from torch import nn
+from lightning_gradmetrics.engine import gradient_statistics
+small = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+gradient_statistics(small, torch.randn(4, 8), "pseudo_label")
+model, x = nn.Sequential(nn.Linear(64, 3000), *[nn.Linear(3000, 3000) for _ in range(3)], nn.Linear(3000, 3)), torch.randn(8, 64)
+size = sum(p.numel() for p in model.parameters()) * 4
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+gradient_statistics(model, x, "pseudo_label")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / size)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < 3
