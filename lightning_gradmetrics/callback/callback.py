@@ -1,22 +1,38 @@
-"""The Lightning callback: it scores every sample that a ``Trainer`` validates, tests or predicts, and judges the scores."""
+"""The Lightning callback: scores every sample that a ``Trainer`` validates, tests or predicts, and evaluates the scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-from lightning.pytorch import LightningModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_gradmetrics.callback.dataloaders import dataset_roles, rows_of_loaders
-from lightning_gradmetrics.callback.hooks import StageCallback, processes_of, scored_model
+from lightning_gradmetrics.callback import arguments as checks
+from lightning_gradmetrics.callback.dataloaders import (
+    Datasets,
+    Names,
+    check_datasets,
+    check_stages,
+    dataset_names,
+    dataset_roles,
+    loader_list,
+    names_of_stage,
+    rows_of_loaders,
+)
+from lightning_gradmetrics.callback.fitting import fitting_step
+from lightning_gradmetrics.callback.labels import BatchReader
+from lightning_gradmetrics.callback.logged import logged_metrics
+from lightning_gradmetrics.callback.module import is_side_by_side, processes_of, scored_model
+from lightning_gradmetrics.callback.run import Run
 from lightning_gradmetrics.callback.stages import FitStage, ScoreStage, Stage
 from lightning_gradmetrics.classifier.batches import split_batch
 from lightning_gradmetrics.classifier.forward import Inputs, logits_of
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds, apply_thresholds, evaluate
-from lightning_gradmetrics.evaluation.metrics import logged_metrics
 from lightning_gradmetrics.pictures import (
     MapGallery,
     Picture,
@@ -34,50 +50,61 @@ from lightning_gradmetrics.scoring.scorer import Scorer
 __all__ = ["GradientMetrics"]
 
 
-class GradientMetrics(StageCallback):
-    """Scores every sample at validate, test and predict time, and judges the scores.
+class GradientMetrics(Callback):
+    """Scores every sample at validate, test and predict time, and evaluates the scores.
 
-    Scores of the logits and of the head use the forward that Lightning runs anyway; the others share one forward of
-    their own. The model is left exactly as it was.
+    Logit and head scores reuse the forward pass that Lightning runs; all other scores share one further forward pass.
+    What is scored is the call of the model that the step made: its arguments and its logits. The model is left
+    unchanged.
 
     Args:
         scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or ``Score`` objects, or a mapping that
             names them.
         datasets: Names of the dataloaders, in their order; or a mapping from name to role: ``"id"`` is
-            in-distribution, any other word names a group of out-of-distribution sets, as ``"near"`` or ``"far"``.
-            Without it, a mapping of dataloaders gives its keys.
-        head: The name of the classification head, a linear layer; found by itself where its output is what the model
+            in-distribution, any other word names a group of out-of-distribution sets, as ``"near"`` or ``"far"``; or
+            either of them by stage, as ``{"test": {"mine": "id", "other": "far"}}``. A mapping of dataloaders brings
+            its own names.
+        head: The name of the classification head, a linear layer; found automatically if its output is what the model
             returns.
-        submodule: The name of the submodule to score, where that is not the ``LightningModule`` itself.
+        submodule: The name of the submodule to score, if that is not the ``LightningModule`` itself.
         split_batch: From a batch to ``(inputs, labels or None)``.
         logits_fn: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
-        prefix: What the logged metrics' names begin with.
+        prefix: The start of the names of the logged metrics.
+        metrics: The metrics that are logged: of ``"auroc"``, ``"fpr95"``, ``"aurc"``, ``"e_aurc"``, ``"augrc"``,
+            ``"aupr"`` and ``"aupr_in"``. A metric is logged in every epoch, as NaN where it is undefined.
+        stages: What to score: of ``"fit"`` (the validation inside a fit), ``"validate"`` (that, and
+            ``trainer.validate``), ``"test"`` and ``"predict"``. By default all; the validation inside a fit only if
+            ``datasets`` fits its dataloaders.
         resamples: Bootstrap resamples for the intervals in ``evaluation``; 0, the default, for none.
         thresholds: From :func:`lightning_gradmetrics.evaluation.fit_thresholds`: each adds a column ``<score>_accept``
             to the results.
-        profile: Whether to look at the gradient norm of every layer: true, an objective's name, or the arguments
-            ``objective`` and ``norm`` by name. It costs a forward, and a backward unless a score takes the same.
+        profile: Whether to compute the gradient norm of every layer: true, an objective's name, or the arguments
+            ``objective`` and ``norm`` by name. It costs a forward pass, and a backward pass unless a score takes the
+            same.
         top_k: How many samples with the largest scores to list of each data set, by score, as
-            ``{"pseudo_label": 20}``; with their pictures where the inputs are images.
+            ``{"pseudo_label": 20}``; with their pictures if the inputs are images.
 
     Attributes:
-        results: After a run, a ``pyarrow.Table``: dataset, index, prediction, label, one column a score, and
-            ``finite``, which is false where the input, the logits or a score hold NaN or Inf: such a row is kept and
-            never enters a metric. Under several processes rank 0 has all rows, each once, and the other ranks have
-            their own.
-        sources: What made pictures in the run; the loggers get them, and :meth:`pictures` gives them. Under several
-            processes rank 0 has those of all samples.
-        evaluation: The metrics, as :func:`lightning_gradmetrics.evaluation.evaluate` gives them.
+        results: After a run, a ``pyarrow.Table`` with one row per sample: dataset, index, prediction, label, one column
+            per score, and ``finite``, which is false where the input, the logits or a score hold NaN or Inf: such a row
+            is kept and never enters a metric. ``index`` is the index in the data set that the dataloader was given (of
+            a ``Subset``, the position in the subset), or null if the order of the dataloader is not known. A run that
+            is interrupted keeps the rows scored so far. Under several processes rank 0 has all rows, each once, and
+            the other ranks have their own.
+        sources: What made pictures in the run; the loggers receive them, and :meth:`pictures` returns them. Under
+            several processes rank 0 has those of all samples.
+        evaluation: The metrics, as :func:`lightning_gradmetrics.evaluation.evaluate` returns them.
 
     Raises:
-        ValueError: If a score or an objective is unknown, or the names do not fit the dataloaders.
+        ValueError: If a score or an objective is unknown, or an argument is not usable.
+        TypeError: If an argument has another type.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> callback = GradientMetrics(["gradnorm", "max_softmax"], datasets={"cifar10": "id", "svhn": "far"})
-        >>> callback.scorer.scores[0].name
-        'gradnorm'
+        >>> callback.score_names
+        ['gradnorm', 'max_softmax']
     """
 
     def __init__(
@@ -90,32 +117,40 @@ class GradientMetrics(StageCallback):
             "gradtrust",
         ),
         *,
-        datasets: Sequence[str] | Mapping[str, str] | None = None,
+        datasets: Datasets = None,
         head: str | None = None,
         submodule: str | None = None,
         split_batch: Callable[[Any], tuple[Inputs, Tensor | None]] = split_batch,
         logits_fn: Callable[[Any], Tensor] = logits_of,
         engine: str = "auto",
         prefix: str = "gradmetrics",
+        metrics: Sequence[str] = checks.DEFAULT_METRICS,
+        stages: str | Sequence[str] | None = None,
         resamples: int = 0,
         thresholds: Thresholds | None = None,
         profile: bool | str | Mapping[str, Any] = False,
         top_k: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.scorer = Scorer(resolve(scores), head, logits_fn, engine)
-        self.datasets = datasets
-        self.submodule = submodule
-        self.split_batch = split_batch
-        self.prefix = prefix
-        self.resamples = resamples
-        self.thresholds = thresholds
+        logits_fn = checks.check_callable("logits_fn", logits_fn, "from the model's output to its logits (N, C)")
+        self.split_batch = checks.check_callable("split_batch", split_batch, "from a batch to (inputs, labels or None)")
+        self.scorer = Scorer(resolve(scores), checks.check_name("head", head, "fc"), logits_fn, engine)
+        self.datasets = check_datasets(datasets)
+        self.submodule = checks.check_name("submodule", submodule, "net")
+        self.prefix = checks.check_prefix(prefix)
+        self.metrics = checks.check_metrics(metrics)
+        self.stages = check_stages(stages)
+        self.resamples = checks.check_resamples(resamples)
+        self.thresholds = checks.check_thresholds(thresholds)
         self.profile = Profile.of(profile)
-        self.top_k = check_top_k(self.score_names, top_k or {})
+        self.top_k = check_top_k(self.score_names, {} if top_k is None else top_k)
         self.results: pa.Table = empty_results(self.score_names)
         self.evaluation: Evaluation | None = None
         self.sources: list[PictureSource] = []
-        self._fitting: Fitting | None = None
+        self._fitting: tuple[Fitting, Names] | None = None
+        self._run: Run | None = None
+        self._finished = False
+        self._logged: set[str] = set()
 
     @property
     def score_names(self) -> list[str]:
@@ -123,35 +158,43 @@ class GradientMetrics(StageCallback):
         return [score.name for score in self.scorer.scores]
 
     @property
+    def baseline_names(self) -> list[str]:
+        """The names of the scores that take no gradient."""
+        return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
+
+    @property
     def gallery(self) -> MapGallery | None:
-        """Cosine similarity maps of a few samples, where a score looks at them."""
+        """Cosine similarity maps of a few samples, if a score computes them."""
         return next((source for source in self.sources if isinstance(source, MapGallery)), None)
 
     def pictures(self) -> list[Picture]:
-        """The last run's pictures, drawn anew."""
-        return [picture for source in self.sources for picture in source.pictures()]
+        """The pictures of the last run, drawn anew."""
+        pictures = []
+        for source in self.sources:
+            pictures += source.pictures()
+        return pictures
 
     def tables(self) -> dict[str, pa.Table]:
-        """What goes with them: ``profile``, a row a data set and layer, and ``largest``, a row an example."""
-        tables = {name: table for source in self.sources for name, table in source.tables().items()}
-        return {**tables, "largest": largest_of_each(self.results, self.top_k)} if self.top_k else tables
-
-    @property
-    def baseline_names(self) -> list[str]:
-        """The names of those scores that take no gradient."""
-        return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
+        """The tables behind the pictures: ``profile``, one row per data set and layer; ``largest``, one row per sample."""
+        tables = {}
+        for source in self.sources:
+            tables.update(source.tables())
+        if self.top_k:
+            tables["largest"] = largest_of_each(self.results, self.top_k)
+        return tables
 
     def scored_model(self, model: LightningModule) -> nn.Module:
-        """The part of a module that is scored: the one named in ``submodule=``, or what has the forward."""
-        return scored_model(model, self.submodule)
+        """The part of a module that is scored: the one named in ``submodule=``, or the one that has the forward."""
+        return scored_model(model, self.submodule, self.scorer.head)
 
     def fit(
         self, trainer: Trainer, model: LightningModule, dataloaders: Any, datasets: Mapping[str, str] | None = None
     ) -> None:
         """Fit the scores that need it, on in-distribution data, before they score.
 
-        It is a ``trainer.predict`` over the data, with all that a ``Trainer`` brings: device, precision, processes,
-        progress bar. Scores that need no fit are left alone; without any, it does nothing but say so.
+        It runs ``trainer.predict`` over the data, with all that a ``Trainer`` brings: device, precision, processes,
+        progress bar. A module without a ``predict_step`` runs its ``test_step`` or ``validation_step``, without
+        logging. Scores that need no fit are left unchanged; without any other, a warning is all that happens.
 
         Args:
             trainer: A trainer that this callback belongs to.
@@ -169,51 +212,181 @@ class GradientMetrics(StageCallback):
         if not wanted:
             rank_zero_warn("none of the scores needs a fit: nothing was done")
             return
-        kept, self.datasets = self.datasets, datasets
-        self._fitting = Fitting(wanted, self.scorer)
+        self._fitting = (Fitting(wanted, replace(self.scorer)), check_datasets(datasets))  # type: ignore[assignment]
         try:
-            trainer.predict(model, dataloaders, return_predictions=False)
+            with fitting_step(model, self.split_batch):
+                trainer.predict(model, dataloaders, return_predictions=False)
         finally:
-            self._fitting, self.datasets = None, kept
+            self._fitting = None
 
-    # The stages of a run
+    # A run: its start, its batches, its end
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last run."""
-        super().setup(trainer, pl_module, stage)
-        self.results, self.evaluation = empty_results(self.score_names), None
-
-    def begin(self, trainer: Trainer, model: nn.Module, dataloaders: Any) -> Stage:
-        """Score the samples, or fit on them."""
-        rows = rows_of_loaders(self.datasets, dataloaders, self.score_names, processes_of(trainer))
+    def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:
+        self._run = None
+        stage = str(trainer.state.fn.value)  # type: ignore[union-attr]
+        is_sequential = not is_side_by_side(trainer)
+        names = names_of_stage(self.datasets, stage) if self._fitting is None else self._fitting[1]
+        if not self._is_scored(stage, names, dataloaders, is_sequential):
+            self._finished = True
+            return
+        processes, model = processes_of(trainer), self.scored_model(module)
+        datasets = dataset_names(names, dataloaders, is_sequential, stage)
+        loaders = loader_list(dataloaders, is_sequential)
+        rows = rows_of_loaders(datasets, loaders, self.score_names, processes)
+        roles = dataset_roles(names, datasets)
+        made: Stage
         if self._fitting is not None:
-            return FitStage(self._fitting, rows, self.datasets if isinstance(self.datasets, Mapping) else None)
-        check_fitted(self.scorer.scores, model)
-        self.sources = picture_sources(self.scorer.scores, self.profile, self.top_k)
-        self.scorer.looks = [source.look for source in self.sources]
-        return ScoreStage(self.scorer, rows, self.sources)
+            made = FitStage(self._fitting[0], rows, roles if isinstance(names, Mapping) else None)
+        else:
+            if len(datasets) > 1 and names is None:
+                self._warn_of_roles(datasets, processes.warn)
+            check_fitted(self.scorer.scores, model)
+            self.sources = picture_sources(self.scorer.scores, self.profile, self.top_k)
+            scorer = replace(self.scorer, looks=[source.look for source in self.sources])
+            made = ScoreStage(scorer, rows, self.sources)
+        reader = BatchReader(self.split_batch, processes.warn)
+        self._run = Run(made, model, loaders, roles, reader, trainer.precision_plugin.forward_context)
 
-    def end(self, trainer: Trainer, model: nn.Module, stage: Stage) -> dict[str, float]:
-        """Take the fitted scores, or gather the rows and judge them."""
-        processes = processes_of(trainer)
-        if isinstance(stage, FitStage):
-            stage.finish(self.scorer, model, processes)
+    def _is_scored(self, stage: str, names: Names, dataloaders: Any, is_sequential: bool) -> bool:
+        """Whether to score a stage."""
+        if self._fitting is not None:
+            return True
+        if self.stages is not None:
+            return stage in self.stages or (stage == "fit" and "validate" in self.stages)
+        if stage != "fit" or names is None:
+            return True
+        try:
+            dataset_names(names, dataloaders, is_sequential, stage)
+        except ValueError as problem:
+            if "fit" not in self._notices:
+                rank_zero_warn(f"the validation inside fit is not scored: {problem}")
+            self._notices.add("fit")
+            return False
+        return True
+
+    def _warn_of_roles(self, datasets: Sequence[str], warn: Callable[[str], None]) -> None:
+        if "roles" not in self._notices:
+            warn(
+                f"{len(datasets)} dataloaders and no roles: all are treated as in-distribution. Pass datasets= with a role for "
+                f"each, as in {{{datasets[0]!r}: 'id', {datasets[1]!r}: 'far'}}"
+            )
+        self._notices.add("roles")
+
+    def _finish(self, trainer: Trainer) -> dict[str, float]:
+        """Keep the fitted scores, or gather the rows and evaluate them. The logged metrics are the same on every rank."""
+        run, self._run, self._finished = self._run, None, True
+        if run is None:
             return {}
-        self.results = stage.results(processes)
+        run.stop()
+        processes = processes_of(trainer)
+        if isinstance(run.stage, FitStage):
+            fitted = run.stage.fitted(run.model, processes)
+            self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
+            return {}
+        stage = run.stage
+        self.results = stage.results()
+        stage.warn_of_empty(self.results, processes)
         parts = processes.gather((self.results, stage.kept()))
-        metrics = processes.from_first(lambda: self._judge(trainer, stage, parts))
+        metrics = processes.from_first(lambda: self._evaluated(trainer, stage, run.roles, parts))
         if self.thresholds is not None:
             self.results = apply_thresholds(self.results, self.thresholds)
         return metrics
 
-    def _judge(
-        self, trainer: Trainer, stage: ScoreStage, parts: Sequence[tuple[pa.Table, list[Any]]]
+    def _evaluated(
+        self,
+        trainer: Trainer,
+        stage: ScoreStage,
+        roles: Mapping[str, str],
+        parts: Sequence[tuple[pa.Table, list[Any]]],
     ) -> dict[str, float]:
-        """On rank 0: judge the rows of all processes, and give the loggers their pictures."""
+        """On rank 0: evaluate the rows of all processes, and pass the pictures to the loggers."""
         self.results = merge_results([table for table, _ in parts], stage.names)
         stage.join([kept for _, kept in parts])
-        roles = dataset_roles(self.datasets, stage.names)
         self.evaluation = evaluate(self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples)
         if self.sources and trainer.loggers:
             log_pictures(trainer.loggers, self.pictures(), self.prefix, trainer.global_step)
-        return logged_metrics(self.evaluation.metrics, self.prefix)
+        logged = logged_metrics(self.evaluation.metrics, self.prefix, self.metrics, self._logged)
+        self._logged.update(logged)
+        return logged
+
+    # What Lightning calls
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the last run."""
+        self.results, self.evaluation, self._finished = empty_results(self.score_names), None, False
+        self._logged, self._notices = set(), set()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._start(trainer, pl_module, trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._start(trainer, pl_module, trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._start(trainer, pl_module, trainer.predict_dataloaders)
+
+    def on_validation_batch_start(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._run is not None:
+            self._run.start_batch(pl_module, "validation_step", batch)
+
+    def on_test_batch_start(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._run is not None:
+            self._run.start_batch(pl_module, "test_step", batch)
+
+    def on_predict_batch_start(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._run is not None:
+            self._run.start_batch(pl_module, "predict_step", batch)
+
+    def on_validation_batch_end(  # noqa: D102
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._run is not None:
+            self._run.end_batch(batch_idx, dataloader_idx)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if not trainer.sanity_checking:
+            self.on_test_epoch_end(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        pl_module.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        metrics = self._finish(trainer)
+        if not metrics:
+            return
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop observing, and keep what was scored."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        run.stop()
+        if isinstance(run.stage, ScoreStage):
+            self.results = run.stage.results()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop observing; warn of a run without samples."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.stop()
+        if stage != "fit" and not self._finished:
+            rank_zero_warn(
+                f"the {stage} run returned no samples (are its dataloaders empty?): the results have no rows"
+            )

@@ -1,4 +1,4 @@
-"""The dataloaders of a run: the names and the roles of their data sets, and the rows that each will give."""
+"""The dataloaders of a run: the names and roles of their data sets, and the rows of each."""
 
 from __future__ import annotations
 
@@ -6,28 +6,152 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_gradmetrics.callback.processes import Processes
-from lightning_gradmetrics.results.table import Rows, sample_indices
+from lightning_gradmetrics.results.sample_index import SampleIndex
+from lightning_gradmetrics.results.table import Rows
 
-__all__ = ["dataset_names", "dataset_roles", "loader_list", "rows_of_loaders"]
+__all__ = [
+    "STAGES",
+    "Datasets",
+    "Names",
+    "check_datasets",
+    "check_stages",
+    "dataset_names",
+    "dataset_roles",
+    "loader_list",
+    "names_of_stage",
+    "rows_of_loaders",
+    "seen_indices",
+]
+
+STAGES = ("fit", "validate", "test", "predict")
+"""Runs that may be scored: the validation inside a fit, and the three others."""
+
+ID = "id"
+"""The role of in-distribution data."""
+
+MISSPELT_ID = ("ID", "Id", "iD", "in", "ind", "idd", "iid", "i.d.", "in-distribution", "in_distribution")
+"""Words that stand for no group of out-of-distribution sets."""
 
 Names = Sequence[str] | Mapping[str, str] | None
-"""The data sets' names, or their roles by name, or nothing: what a user gives as ``datasets``."""
+"""The names of data sets, or their roles by name, or nothing."""
+
+Datasets = Names | Mapping[str, Sequence[str] | Mapping[str, str]]
+"""What a user passes as ``datasets``: names for every stage, or names by stage."""
 
 
-def loader_list(dataloaders: Any) -> list[Any]:
-    """One dataloader or several, a list or a mapping, as a list.
+def check_stages(stages: Any) -> tuple[str, ...] | None:
+    """The stages to score, checked; ``None`` for all.
+
+    Raises:
+        ValueError: If there is none, or one is unknown.
+    """
+    if stages is None:
+        return None
+    named = (stages,) if isinstance(stages, str) else tuple(stages)
+    unknown = [stage for stage in named if stage not in STAGES]
+    if unknown or not named:
+        raise ValueError(
+            f"stages={stages!r}; expected one or more of {', '.join(map(repr, STAGES))}, as in stages=('test', 'predict')"
+        )
+    return named
+
+
+def check_datasets(datasets: Any) -> Datasets:
+    """The names and roles of data sets, checked.
+
+    Raises:
+        TypeError: If they are neither a sequence nor a mapping of words.
+        ValueError: If a name or a role is not usable.
+    """
+    if datasets is None:
+        return None
+    if not _is_by_stage(datasets):
+        return _checked_names(datasets, "datasets")
+    by_stage = {}
+    for stage, names in datasets.items():
+        if stage not in STAGES:
+            raise ValueError(
+                f"datasets= has names for the stage {stage!r}; the stages are {', '.join(STAGES)}. For names of all stages pass "
+                "a mapping from each name to its role, as in {'mine': 'id', 'other': 'far'}"
+            )
+        by_stage[stage] = _checked_names(names, f"datasets[{stage!r}]")
+    return by_stage
+
+
+def _is_by_stage(datasets: Any) -> bool:
+    if not isinstance(datasets, Mapping) or not datasets:
+        return False
+    return all(isinstance(names, (Mapping, list, tuple)) for names in datasets.values())
+
+
+def _checked_names(names: Any, argument: str) -> Any:
+    if isinstance(names, str) or not isinstance(names, (Sequence, Mapping)):
+        raise TypeError(
+            f"{argument}={names!r}; expected a list of names, one per dataloader, or a mapping from each name to its role, as in "
+            "{'mine': 'id', 'other': 'far'}"
+        )
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{argument}= has the name {name!r}; expected a word for each data set")
+    if len(set(names)) != len(names):
+        raise ValueError(
+            f"{argument}= has the same name twice ({', '.join(names)}); give each data set a different name"
+        )
+    if not names:
+        raise ValueError(f"{argument}= is empty; expected one name per dataloader, or None")
+    if isinstance(names, Mapping):
+        _check_roles(names, argument)
+        return dict(names)
+    return list(names)
+
+
+def _check_roles(roles: Mapping[str, Any], argument: str) -> None:
+    for name, role in roles.items():
+        if not isinstance(role, str) or not role.strip():
+            raise ValueError(
+                f"{argument}[{name!r}]={role!r}; a role is a word: 'id' for in-distribution data, or a group of "
+                "out-of-distribution sets, such as 'near' or 'far'"
+            )
+        if role != ID and role in MISSPELT_ID:
+            raise ValueError(f"{argument}[{name!r}]={role!r}; in-distribution data has the role 'id'")
+        if role != ID and role in roles and roles[role] != role:
+            raise ValueError(
+                f"{argument}= has a data set {role!r} and a group of that name, whose metrics would have one name: rename one"
+            )
+
+
+def names_of_stage(datasets: Datasets, stage: str) -> Names:
+    """The names for one stage. The validation inside a fit has those of ``validate`` if it has none.
 
     Example:
-        >>> loader_list({"a": [1], "b": [2]})
-        [[1], [2]]
+        >>> names_of_stage({"test": ["a", "b"]}, "test"), names_of_stage({"test": ["a", "b"]}, "fit")
+        (['a', 'b'], None)
     """
+    if not _is_by_stage(datasets):
+        return datasets  # type: ignore[return-value]
+    assert isinstance(datasets, Mapping)
+    names = datasets.get(stage)
+    if names is None and stage == "fit":
+        names = datasets.get("validate")
+    return names
+
+
+def loader_list(dataloaders: Any, is_sequential: bool = True) -> list[Any]:
+    """One dataloader or several, a list or a mapping, as a list; loaders that run side by side are one.
+
+    Example:
+        >>> loader_list({"a": [1], "b": [2]}), loader_list({"a": [1], "b": [2]}, is_sequential=False)
+        ([[1], [2]], [{'a': [1], 'b': [2]}])
+    """
+    if not is_sequential:
+        return [dataloaders]
     if isinstance(dataloaders, Mapping):
         return list(dataloaders.values())
     return list(dataloaders) if isinstance(dataloaders, (list, tuple)) else [dataloaders]
 
 
-def dataset_names(datasets: Names, dataloaders: Any) -> list[str]:
-    """The data sets' names, in the order of the dataloaders.
+def dataset_names(names: Names, dataloaders: Any, is_sequential: bool = True, stage: str = "the run") -> list[str]:
+    """The names of the data sets, in the order of the dataloaders.
 
     Raises:
         ValueError: If their number is not that of the dataloaders.
@@ -36,43 +160,56 @@ def dataset_names(datasets: Names, dataloaders: Any) -> list[str]:
         >>> dataset_names({"mine": "id", "other": "far"}, ["first loader", "second loader"])
         ['mine', 'other']
     """
-    keys = list(dataloaders) if isinstance(dataloaders, Mapping) else None
-    count = len(loader_list(dataloaders))
-    if datasets is None:
-        return keys or [f"dataloader_{i}" for i in range(count)]
-    names = list(datasets)
-    if keys is not None and isinstance(datasets, Mapping) and set(keys) == set(names):
+    keys = list(map(str, dataloaders)) if isinstance(dataloaders, Mapping) and is_sequential else None
+    count = len(loader_list(dataloaders, is_sequential))
+    if names is None:
+        return keys or [f"dataloader_{number}" for number in range(count)]
+    given = list(names)
+    if keys is not None and set(keys) == set(given):
         return keys
-    if len(names) != count or len(set(names)) != count:
+    if len(given) != count:
+        have = "1 dataloader" if count == 1 else f"{count} dataloaders"
         raise ValueError(
-            f"datasets= names {len(names)} data sets ({', '.join(names)}), and there are {count} dataloaders"
-            + (f" ({', '.join(map(str, keys))})" if keys else "")
-            + "; give each dataloader one name of its own, in their order"
+            f"datasets= names {len(given)} data sets ({', '.join(given)}), and {stage} has {have}"
+            + (f" ({', '.join(keys)})" if keys else "")
+            + ". Pass one name per dataloader, in order; names by stage, as in datasets={'test': {...}}; or stages=, the "
+            "stages to score"
         )
-    return names
+    return given
 
 
-def dataset_roles(datasets: Names, names: Sequence[str]) -> dict[str, str]:
-    """Each data set's role; without roles all are in-distribution.
+def dataset_roles(names: Names, dataset_list: Sequence[str]) -> dict[str, str]:
+    """The role of each data set; without roles all are in-distribution.
 
     Example:
         >>> dataset_roles(["a", "b"], ["a", "b"])
         {'a': 'id', 'b': 'id'}
     """
-    return dict(datasets) if isinstance(datasets, Mapping) else dict.fromkeys(names, "id")
+    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(dataset_list, ID)
 
 
-def rows_of_loaders(datasets: Names, dataloaders: Any, scores: Sequence[str], processes: Processes) -> list[Rows]:
-    """Room for each dataloader's rows; where rows that a sampler repeats cannot be told, a warning says so."""
-    world, rank = processes.count, processes.rank
-    rows = [
-        Rows(name, scores, sample_indices(loader, rank, world), world, rank)
-        for name, loader in zip(dataset_names(datasets, dataloaders), loader_list(dataloaders), strict=True)
-    ]
-    unknown = [part.dataset for part in rows if part.indices is None]
-    if world > 1 and unknown:
-        processes.warn(
-            f"the order of {', '.join(unknown)} is not known beforehand (its sampler is neither sequential nor distributed): "
-            "index is the position in the run, and rows that a sampler repeated to fill up cannot be told"
-        )
+def rows_of_loaders(
+    datasets: Sequence[str], loaders: Sequence[Any], scores: Sequence[str], processes: Processes
+) -> list[Rows]:
+    """An empty table for the rows of each dataloader.
+
+    Args:
+        datasets: The names of the data sets.
+        loaders: Their dataloaders.
+        scores: The names of the score columns.
+        processes: The processes of the run.
+    """
+    rows = []
+    for name, loader in zip(datasets, loaders, strict=True):
+        rows.append(Rows(name, scores, SampleIndex.of(loader, processes.rank, processes.count)))
     return rows
+
+
+def seen_indices(loader: Any, batch_number: int) -> list[int] | None:
+    """The indices that the loader drew for a batch, where Lightning notes them: in ``predict``."""
+    noted = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
+    if not isinstance(noted, list) or batch_number >= len(noted):
+        return None
+    indices = noted[batch_number]
+    is_plain = isinstance(indices, (list, tuple)) and all(isinstance(index, int) for index in indices)
+    return list(indices) if is_plain else None

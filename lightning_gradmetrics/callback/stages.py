@@ -1,8 +1,4 @@
-"""What a run does with each batch, and at its end: score the samples, or fit scores on them.
-
-Both stages have a ``scorer``, which says what is needed of a batch; ``outside`` and ``add``, which take a batch of the
-dataloader number ``place``; and an end of their own.
-"""
+"""What a run does with each batch, and at its end: score the samples, or fit scores on them."""
 
 from __future__ import annotations
 
@@ -15,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.callback.processes import Processes
-from lightning_gradmetrics.classifier.forward import Inputs, batch_size
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
+from lightning_gradmetrics.results.sample_index import REPEATED
 from lightning_gradmetrics.results.table import Rows, empty_results, merge_results
+from lightning_gradmetrics.scores import FittedScore
+from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -32,29 +30,29 @@ class ScoreStage:
     Args:
         scorer: Computes the scores.
         rows: The results of each dataloader.
-        sources: Look at the batches too, and make pictures.
+        sources: Read the batches too, and make pictures.
     """
 
     scorer: Scorer
     rows: Sequence[Rows]
     sources: Sequence[PictureSource] = ()
 
-    def outside(self, place: int, size: int) -> Tensor | None:
-        """Scoring does not know."""
+    def ood(self, place: int, size: int) -> Tensor | None:
+        """Returns None: while scoring, roles are not used."""
         return None
 
-    def add(self, place: int, inputs: Inputs, labels: Tensor | None, evidence: Evidence) -> None:
-        """Score a batch."""
+    def add(self, place: int, batch: ObservedBatch, evidence: Evidence, seen: Sequence[int] | None) -> None:
+        """Score a batch of the dataloader number ``place``."""
         scores, rows = self.scorer(evidence), self.rows[place]
-        columns = rows.add(inputs, evidence.given_logits, labels, scores)
+        columns = rows.add(batch.inputs, batch.logits, batch.labels, scores, seen)
         if self.sources:
-            batch = ScoredBatch(rows.dataset, **columns, inputs=inputs, evidence=evidence, scores=scores).once()
+            scored = ScoredBatch(rows.dataset, **columns, inputs=batch.inputs, evidence=evidence, scores=scores).once()
             for source in self.sources:
-                source.add(batch)
+                source.add(scored)
 
     @property
     def names(self) -> list[str]:
-        """The data sets' names, in the order of the dataloaders."""
+        """The names of the data sets, in the order of the dataloaders."""
         return [rows.dataset for rows in self.rows]
 
     def kept(self) -> list[Any]:
@@ -62,17 +60,23 @@ class ScoreStage:
         return [source.kept() for source in self.sources]
 
     def join(self, parts: Sequence[list[Any]]) -> None:
-        """Give each picture source what all processes kept."""
+        """Pass to each picture source what all processes kept."""
         for number, source in enumerate(self.sources):
             source.join([part[number] for part in parts])
 
-    def results(self, processes: Processes) -> pa.Table:
-        """This process's results; a data set without a sample is warned of."""
-        tables = [rows.table() for rows in self.rows]
-        for name, table in zip(self.names, tables, strict=True):
-            if not table.num_rows:
-                processes.warn(f"the dataloader {name!r} gave no samples: it is not in the results")
-        return merge_results(tables or [empty_results([s.name for s in self.scorer.scores])], self.names)
+    def results(self) -> pa.Table:
+        """The rows that this process has scored so far."""
+        tables = [empty_results([score.name for score in self.scorer.scores])]
+        for rows in self.rows:
+            tables.append(rows.table())
+        return merge_results(tables, self.names)
+
+    def warn_of_empty(self, results: pa.Table, processes: Processes) -> None:
+        """Warn of each data set without a sample."""
+        present = set(results["dataset"].to_pylist())
+        for name in self.names:
+            if name not in present:
+                processes.warn(f"the dataloader {name!r} returned no samples: it is not in the results")
 
 
 @dataclass
@@ -81,7 +85,7 @@ class FitStage:
 
     Args:
         fitting: Accumulates what they are fitted on.
-        rows: Of each dataloader: they tell which samples a distributed sampler repeats.
+        rows: Those of each dataloader, of which only the index is used.
         roles: The role of each data set by name, where scores are fitted on in- and out-of-distribution samples.
     """
 
@@ -94,21 +98,20 @@ class FitStage:
         """Gathers what fitting needs."""
         return self.fitting.scorer
 
-    def outside(self, place: int, size: int) -> Tensor | None:
-        """By the dataloader's role."""
+    def ood(self, place: int, size: int) -> Tensor | None:
+        """Which samples are out-of-distribution ``(N,)``, by the role of the dataloader."""
         if self.roles is None:
             return None
         return torch.full((size,), self.roles[self.rows[place].dataset] != "id")
 
-    def add(self, place: int, inputs: Inputs, labels: Tensor | None, evidence: Evidence) -> None:
-        """Accumulate a batch."""
-        self.fitting.add(inputs, evidence, self.rows[place].advance(batch_size(inputs)) >= 0)
+    def add(self, place: int, batch: ObservedBatch, evidence: Evidence, seen: Sequence[int] | None) -> None:
+        """Accumulate a batch of the dataloader number ``place``."""
+        index = self.rows[place].index.take(batch.size, seen)
+        self.fitting.add(batch, evidence, index != REPEATED)
 
-    def finish(self, scorer: Scorer, model: nn.Module, processes: Processes) -> None:
-        """Join what all processes accumulated, and put the fitted scores in the place of those that were not."""
-        fitted = self.fitting.finish(model, processes.all_gather(self.fitting.seen))
-        scorer.scores = tuple(fitted.get(score.name, score) for score in scorer.scores)
-        scorer.head = scorer.head or self.scorer.head
+    def fitted(self, model: nn.Module, processes: Processes) -> dict[str, FittedScore]:
+        """The fitted scores by name, from what all processes accumulated."""
+        return self.fitting.finish(model, processes.all_gather(self.fitting.seen))
 
 
 Stage = ScoreStage | FitStage

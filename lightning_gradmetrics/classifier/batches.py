@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
+from lightning_gradmetrics.classifier.labels import class_numbers, described, is_like_labels
 
-__all__ = ["LABEL_KEYS", "split_batch"]
+__all__ = [
+    "LABEL_KEYS",
+    "REMEDY",
+    "BatchCopy",
+    "LabelsNotUnderstoodError",
+    "batch_inputs",
+    "shallow_copy",
+    "split_batch",
+]
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
-"""The entries of a mapping that are taken for labels."""
+"""The entries of a mapping, or attributes of an object, that hold labels."""
+
+REMEDY = "pass split_batch=, a callable from the batch to (inputs, labels or None)"
+
+
+class LabelsNotUnderstoodError(ValueError):
+    """A batch may hold labels, but it is not certain which entry holds them, or what they mean."""
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
     """Inputs and true labels of a batch.
 
-    A tensor is the inputs; of a sequence the first entry is the inputs and the second the labels, if it holds one
-    whole number a sample; of a mapping the labels are the entry called ``label``, ``labels``, ``target``, ``targets``
-    or ``y``, and what is left is the inputs: keyword arguments, or a tensor where only one is left.
+    A tensor is the inputs. In a sequence the first entry is the inputs and the second the labels; in ``(index, inputs,
+    labels)`` the second and the third. In a mapping the labels are the entry ``label``, ``labels``, ``target``,
+    ``targets`` or ``y``, and the remaining entries are the inputs: keyword arguments, or a tensor if one remains.
 
     Args:
-        batch: What the dataloader gave.
+        batch: What the dataloader returned.
 
     Returns:
-        The inputs, and the labels ``(N,)`` or ``None``.
+        The inputs, and the labels ``(N,)``, or ``None`` where the batch has none that are certain.
 
     Raises:
-        TypeError: If it is none of these.
+        TypeError: If the inputs cannot be found.
 
     Example:
         >>> import torch
@@ -37,23 +54,213 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
         (tensor([[0., 0., 0.],
                 [0., 0., 0.]]), tensor([0, 1]))
     """
+    inputs = batch_inputs(batch)
+    sizes = [len(tensor) for tensor in tensors_in(inputs) if tensor.ndim]
+    try:
+        labels = BatchCopy(batch).labels(sizes[0] if sizes else 0, None, ())
+    except LabelsNotUnderstoodError:
+        labels = None
+    return inputs, labels
+
+
+def batch_inputs(batch: Any) -> Inputs:
+    """The inputs of a batch, as :func:`split_batch` returns them."""
     if isinstance(batch, Tensor):
-        return batch, None
+        return batch
     if isinstance(batch, Mapping):
-        key = next((key for key in LABEL_KEYS if key in batch), None)
-        inputs = {k: v for k, v in batch.items() if k != key}
-        tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
-        return (tensors[0] if len(inputs) == len(tensors) == 1 else inputs), _labels(batch[key], batch) if key else None
-    if isinstance(batch, (list, tuple)) and batch and any(True for _ in tensors_in(batch[0])):
-        return batch[0], _labels(batch[1], batch) if len(batch) > 1 else None
+        key = _label_key(batch)
+        others = {name: value for name, value in batch.items() if name != key}
+        values = list(others.values())
+        return values[0] if len(values) == 1 and isinstance(values[0], Tensor) else others
+    if isinstance(batch, (list, tuple)) and batch:
+        first = batch[1] if _begins_with_index(batch) else batch[0]
+        if any(True for _ in tensors_in(first)):
+            return first  # type: ignore[no-any-return]
     raise TypeError(
-        f"cannot find the inputs in a batch of type {type(batch).__name__}; allowed: a tensor, (inputs, labels), or a mapping; for "
-        "anything else pass split_batch=, a callable from the batch to (inputs, labels)"
+        f"cannot find the inputs in a batch of type {type(batch).__name__}; allowed: a tensor, (inputs, labels), "
+        f"(index, inputs, labels), or a mapping. For anything else {REMEDY}"
     )
 
 
-def _labels(value: Any, batch: Any) -> Tensor | None:
-    """The labels, if they are one class index a sample."""
-    if isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point() and not value.is_complex():
-        return value
+def _label_key(batch: Mapping[str, Any]) -> str | None:
+    return next((key for key in LABEL_KEYS if key in batch), None)
+
+
+def _begins_with_index(batch: Sequence[Any]) -> bool:
+    """Whether a batch looks like ``(index, inputs, labels)``."""
+    if len(batch) < 3 or not is_like_labels(batch[0]) or is_like_labels(batch[1]):
+        return False
+    return isinstance(batch[1], Tensor) and is_like_labels(batch[2])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the batch, and a copy of it where it may hold labels."""
+
+    given: Tensor
+    kept: Tensor
+
+
+def _copied(value: Any, depth: int = 0) -> Any:
+    """The batch with its containers copied, and each tensor as an :class:`_Entry`."""
+    if isinstance(value, Tensor):
+        return _Entry(value, value.detach().clone() if value.ndim <= 2 else value)
+    if isinstance(value, Mapping):
+        return {key: _copied(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {key: _copied(getattr(value, key), depth + 1) for key in value._fields}
+    if isinstance(value, (list, tuple)):
+        return [_copied(item, depth + 1) for item in value]
+    if depth == 0 and any(isinstance(getattr(value, key, None), Tensor) for key in LABEL_KEYS):
+        return {key: _copied(getattr(value, key), 1) for key in LABEL_KEYS if getattr(value, key, None) is not None}
+    return value
+
+
+def _value(entry: Any) -> Any:
+    return entry.kept if isinstance(entry, _Entry) else entry
+
+
+class BatchCopy:
+    """A batch as it was before the step: containers are copied, and so are the tensors that may hold labels.
+
+    Args:
+        batch: What the dataloader returned.
+
+    Example:
+        >>> import torch
+        >>> batch = {"features": torch.zeros(2, 3), "labels": torch.tensor([0, 1])}
+        >>> kept = BatchCopy(batch)
+        >>> _ = batch.pop("labels")
+        >>> kept.labels(2, 3, [batch["features"]])
+        tensor([0, 1])
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self._entries = _copied(batch)
+        self.size = _size(self._entries)
+        """The length of the batch's first tensor, or ``None``."""
+
+    def labels(self, size: int, classes: int | None, received: Sequence[Tensor]) -> Tensor | None:
+        """The labels ``(N,)``, or ``None`` if the batch holds nothing that could be labels.
+
+        Args:
+            size: The number of samples ``N``.
+            classes: The number of classes, or ``None`` if it is unknown.
+            received: The tensors that the model received: they tell which entries are inputs.
+
+        Raises:
+            LabelsNotUnderstoodError: If an entry may hold labels, but that is not certain.
+        """
+        return _labels(self._entries, _Search(size, classes, received), "the batches")
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What is known of the samples whose labels are looked for."""
+
+    size: int
+    classes: int | None
+    received: Sequence[Tensor]
+
+    def convert(self, entry: Any, where: str) -> Tensor:
+        labels = class_numbers(_value(entry), self.size, self.classes)
+        if labels is None:
+            raise LabelsNotUnderstoodError(
+                f"{where} holds {described(_value(entry))}, which is not one class per sample"
+            )
+        return labels
+
+    def is_input(self, entry: Any) -> bool:
+        """Whether the model received a tensor of this entry."""
+        if isinstance(entry, _Entry):
+            return any(_is_view(tensor, entry.given) for tensor in self.received)
+        if isinstance(entry, dict):
+            return any(self.is_input(item) for item in entry.values())
+        return isinstance(entry, list) and any(self.is_input(item) for item in entry)
+
+
+def _is_view(received: Tensor, given: Tensor) -> bool:
+    """Whether a tensor that the model received shares its memory with one of the batch, from the same start on."""
+    if received is given:
+        return True
+    same_place = received.device == given.device and received.numel() == given.numel() > 0
+    return same_place and received.data_ptr() == given.data_ptr()
+
+
+def _size(entries: Any) -> int | None:
+    if isinstance(entries, _Entry):
+        return len(entries.given) if entries.given.ndim else None
+    if isinstance(entries, dict):
+        entries = list(entries.values())
+    for value in entries if isinstance(entries, list) else ():
+        size = _size(value)
+        if size is not None:
+            return size
     return None
+
+
+def _labels(entries: Any, search: _Search, where: str) -> Tensor | None:
+    if isinstance(entries, dict):
+        return _labels_in_mapping(entries, search, where)
+    if isinstance(entries, list):
+        return _labels_in_sequence(entries, search, where)
+    return None
+
+
+def _labels_in_mapping(entries: dict[str, Any], search: _Search, where: str) -> Tensor | None:
+    key = _label_key(entries)
+    if key is not None:
+        if isinstance(entries[key], dict):
+            return _labels(entries[key], search, f"the entry {key!r} of {where}")
+        return search.convert(entries[key], f"the entry {key!r} of {where}")
+    inner = [name for name, value in entries.items() if isinstance(value, (dict, list)) and search.is_input(value)]
+    if len(inner) == 1:  # batches of several loaders side by side
+        return _labels(entries[inner[0]], search, f"the entry {inner[0]!r} of {where}")
+    for name, value in entries.items():
+        holds_several = isinstance(value, (dict, list)) and len(value) > 1
+        may_be_labels = is_like_labels(_value(value)) and not search.is_input(value)
+        if holds_several or (may_be_labels and search.received):
+            raise LabelsNotUnderstoodError(f"{where} have no entry {' or '.join(LABEL_KEYS)}, but an entry {name!r}")
+    return None
+
+
+def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tensor | None:
+    inputs = [place for place, entry in enumerate(entries) if search.is_input(entry)]
+    start = _place_after_inputs(entries, inputs)
+    if start >= len(entries):
+        return _labels_before(entries, inputs, search, where)
+    number = ("first", "second", "third", "fourth")[start] if start < 4 else f"{start + 1}th"
+    if isinstance(entries[start], dict) and _label_key(entries[start]) is not None:
+        return _labels(entries[start], search, f"the {number} entry of {where}")
+    try:
+        return search.convert(entries[start], f"the {number} entry of {where}")
+    except LabelsNotUnderstoodError:
+        inner = [place for place in inputs if isinstance(entries[place], (dict, list))]
+        found = _labels(entries[inner[0]], search, where) if len(inner) == 1 else None
+        if found is None:
+            raise
+        return found
+
+
+def _place_after_inputs(entries: list[Any], inputs: list[int]) -> int:
+    """The place of the labels: behind the entries that the model received, or by the kinds of the entries."""
+    if inputs:
+        return max(inputs) + 1
+    values = [_value(entry) for entry in entries]
+    return 2 if _begins_with_index(values) else 1
+
+
+def _labels_before(entries: list[Any], inputs: list[int], search: _Search, where: str) -> Tensor | None:
+    """The labels if nothing follows the inputs: those inside the entry that contains the inputs, if any."""
+    for place, entry in enumerate(entries):
+        if place not in inputs and is_like_labels(_value(entry)):
+            raise LabelsNotUnderstoodError(f"in {where} whole numbers come before the inputs, and nothing follows them")
+    if len(entries) > 1 and class_numbers(_value(entries[-1]), search.size, search.classes) is not None:
+        raise LabelsNotUnderstoodError(f"the model received the last entry of {where}, so it may not hold the labels")
+    inner = [place for place in inputs if isinstance(entries[place], (dict, list))]
+    return _labels(entries[inner[0]], search, where) if len(inner) == 1 else None
+
+
+def shallow_copy(batch: Any) -> Any:
+    """The batch in a new container, so that a callable may pop entries."""
+    return copy.copy(batch) if isinstance(batch, (list, Mapping)) else batch

@@ -26,7 +26,8 @@ __all__ = [
 ]
 
 Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
-"""A model's inputs: a tensor ``(N, ...)``, keyword arguments, or positional arguments; every tensor's first axis is the sample."""
+"""A model's inputs: a tensor ``(N, ...)``, keyword arguments, or positional arguments; the first axis of every tensor is the
+sample. A mapping with whole numbers among its keys holds both: arguments by position and by name."""
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -38,7 +39,9 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Tensor):
         return model(copies)
     if isinstance(inputs, Mapping):
-        return model(**copies)
+        positional = [value for key, value in copies.items() if isinstance(key, int)]
+        named = {key: value for key, value in copies.items() if not isinstance(key, int)}
+        return model(*positional, **named)
     return model(*copies)
 
 
@@ -109,24 +112,13 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def check_inputs(model: nn.Module, inputs: Inputs) -> None:
-    """Refuse inputs that have no sample axis, and whole numbers for a model without an embedding to look them up in.
+    """Refuse inputs that have no sample axis.
 
     Raises:
-        TypeError: If an input is packed, nested or sparse, or holds bags in one row with offsets; or if no input is
-            floating point and the model has no embedding.
+        TypeError: If an input is packed, nested or sparse, or holds bags in one row with offsets.
     """
     _check_layouts(inputs)
     _check_bags(model, inputs)
-    tensors = list(tensors_in(inputs))
-    if any(tensor.is_floating_point() for tensor in tensors):
-        return
-    if any("embedding" in type(module).__name__.lower() for module in model.modules()):
-        return
-    kinds = ", ".join(sorted({str(tensor.dtype) for tensor in tensors})) or "no tensor"
-    raise TypeError(
-        f"the inputs are no floats ({kinds}); the model {type(model).__name__} has no embedding for whole numbers. "
-        "Convert them first, for images as in x.float() / 255"
-    )
 
 
 def _check_layouts(inputs: Any) -> None:

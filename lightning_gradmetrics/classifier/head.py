@@ -1,21 +1,69 @@
-"""The classification head: finding it, and seeing what passes through it in a forward that runs anyway."""
+"""The classification head: the layer that maps features ``(N, D)`` to the logits ``(N, C)``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Capture", "HeadNotFoundError", "capturing", "linear_layers", "named_head", "returning_logits"]
+__all__ = [
+    "Head",
+    "HeadNotFoundError",
+    "LayerCall",
+    "find_head",
+    "head_of",
+    "linear_layers",
+    "named_layer",
+    "returning_logits",
+]
+
+CHECKED_ROWS = 16
+"""Rows on which a layer is compared with its weight."""
+
+ROUNDING = 32
+"""Rounding errors that a layer's output may differ by from the product with its weight."""
 
 
 class HeadNotFoundError(ValueError):
     """The model's classification head could not be found."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classification head: ``logits = features @ weight.T + bias``.
+
+    Args:
+        name: Its name in the model.
+        weight: ``(C, D)``.
+        bias: ``(C,)``, or ``None``.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, as a hook saw it.
+
+    Args:
+        name: The layer's name in the model.
+        features: A copy of its input if that is ``(N, D)``, otherwise ``None``.
+        output: A copy of its output if that is ``(N, C)``, otherwise ``None``.
+        input_shape: The shape of its input, or ``None`` if that is no tensor.
+        output_shape: The shape of its output, or ``None`` if that is no tensor.
+    """
+
+    name: str
+    features: Tensor | None
+    output: Tensor | None
+    input_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...] | None
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -23,128 +71,241 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def named_head(model: nn.Module, name: str) -> nn.Linear:
-    """The head of that name.
+def named_layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name.
 
     Raises:
-        HeadNotFoundError: If there is no such linear layer.
+        HeadNotFoundError: If the model has no such layer.
     """
-    layers = linear_layers(model)
+    layers = dict(model.named_modules())
     if name not in layers:
-        raise HeadNotFoundError(f"the model has no linear layer {name!r} to be its head; {_choices(layers)}")
+        raise HeadNotFoundError(f"head={name!r}: {type(model).__name__} has no linear layer {name!r}; {_layers(model)}")
     return layers[name]
 
 
-def _choices(layers: dict[str, nn.Linear]) -> str:
+def _layers(model: nn.Module) -> str:
+    layers = list(linear_layers(model))
     if not layers:
-        return "it has no linear layer at all: choose scores that need no head, or a target other than 'head'"
-    return f"its linear layers are: {', '.join(list(layers)[-12:])}. Name one, as in head='{list(layers)[-1]}'"
+        return "it has no linear layer at all: choose scores that need no head, or another target, such as 'all'"
+    return f"its linear layers are: {', '.join(layers[-12:])}"
 
 
-@dataclass
-class Capture:
-    """What hooks saw in one step: the calls of linear layers, and the outputs of the whole model.
+# From the calls of one step to the head
 
-    The tensors seen are the model's own; they are detached when they are read.
+
+def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> str:
+    """The name of the layer whose output is the model's logits.
+
+    A layer that wraps a linear layer and adds to its output (LoRA) is found instead of the layer inside it.
 
     Args:
-        model: The model whose head is looked for.
-        head: Its name, or ``None`` to find it: the linear layer whose output is what the model returns.
-        logits: From the model's output to its logits.
+        model: The model.
+        calls: The calls of its layers in one forward pass.
+        logits: What the forward pass returned ``(N, C)``.
+
+    Raises:
+        HeadNotFoundError: If there is no such layer, or more than one.
     """
-
-    model: nn.Module
-    head: str | None
-    logits: Callable[[Any], Tensor]
-    calls: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-
-    def clear(self) -> None:
-        """Forget what was seen."""
-        self.calls.clear()
-        self.outputs.clear()
-
-    def layers(self) -> dict[str, nn.Linear]:
-        """The layers to watch: the named head, or every linear layer until the head is known."""
-        return linear_layers(self.model) if self.head is None else {self.head: named_head(self.model, self.head)}
-
-    def model_logits(self, size: int) -> Tensor | None:
-        """What the model returned for ``size`` samples, ``(N, C)``; ``None`` if it was not called as a whole."""
-        if not self.outputs:
-            return None
-        return _rows([self.logits(output).detach() for output in self.outputs], size, "the model")
-
-    def features_and_logits(self, size: int) -> tuple[Tensor, Tensor]:
-        """The head's input ``(N, D)`` and output ``(N, C)`` for ``size`` samples.
-
-        Raises:
-            HeadNotFoundError: If no linear layer's output is what the model returned.
-        """
-        if self.head is None:
-            self.head = self._find()
-        seen = [(a, z) for name, a, z in self.calls if name == self.head]
-        if not seen:
-            raise HeadNotFoundError(
-                f"the head {self.head!r} was not called in this step; {_choices(linear_layers(self.model))}"
-            )
-        if any(a.ndim != 2 for a, _ in seen):
-            raise HeadNotFoundError(
-                f"the head {self.head!r} has an input of shape {tuple(seen[0][0].shape)}; the closed forms need pooled features (N, D)"
-            )
-        a, z = zip(*seen, strict=True)
-        return _rows([t.detach() for t in a], size, f"the head {self.head!r}"), _rows(
-            [t.detach() for t in z], size, f"the head {self.head!r}"
+    equal = [call for call in calls if _returns(call, logits)]
+    names = _linear_names(model, equal) or _wrapper_names(model, equal, calls) or _custom_names(model, equal, logits)
+    if len(names) > 1:
+        raise HeadNotFoundError(
+            f"several layers of {type(model).__name__} return its logits: {', '.join(names)}. Say which is its head: "
+            f"head={names[0]!r}, for example"
         )
-
-    def _find(self) -> str:
-        """The linear layer whose output the model returned; where the model was not called as a whole, the last one called."""
-        called = [(name, z) for name, _, z in self.calls if z.ndim == 2]
-        if self.outputs:
-            result = self.logits(self.outputs[-1])
-            called = [
-                (name, z) for name, z in called if z is result or (z.shape == result.shape and torch.equal(z, result))
-            ]
-        if not called:
-            raise HeadNotFoundError(
-                f"the head of {type(self.model).__name__} could not be found: no linear layer's output is what the model returns "
-                f"(a softmax or a scaling behind the head hides it); {_choices(linear_layers(self.model))}"
-            )
-        return called[-1][0]
+    if not names:
+        raise HeadNotFoundError(_not_found(model, calls, logits))
+    return names[0]
 
 
-def _rows(parts: list[Tensor], size: int, who: str) -> Tensor:
-    """The parts of a batch, in the order of their calls."""
-    rows = sum(len(part) for part in parts)
-    if rows != size:
-        raise ValueError(
-            f"{who} saw {rows} rows in {len(parts)} calls during a step of {size} samples, so it is not known which are the samples'. "
-            "Call the model once on the batch, or in consecutive parts of it"
-        )
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _returns(call: LayerCall, logits: Tensor) -> bool:
+    """Whether the call returned the logits."""
+    output = call.output
+    if output is None or call.features is None or output.shape != logits.shape:
+        return False
+    return _same(output.to(logits.dtype), logits)
 
 
-@contextmanager
-def capturing(capture: Capture) -> Iterator[Capture]:
-    """Watch the model inside the block; the hooks are gone after it, whatever happens."""
-    handles = install(capture)
+def _linear_names(model: nn.Module, equal: Sequence[LayerCall]) -> list[str]:
+    """Linear layers that return the logits, each replaced by the wrapper that adds parameters to it."""
+    linear = linear_layers(model)
+    names: dict[str, None] = {}
+    for call in equal:
+        if call.name in linear:
+            names[_outermost(model, call, equal)] = None
+    return list(names)
+
+
+def _outermost(model: nn.Module, call: LayerCall, equal: Sequence[LayerCall]) -> str:
+    """The outermost layer around a call that has the same input and output and further parameters."""
+    found, around = call.name, call.name
+    while "." in around:
+        around = around.rpartition(".")[0]
+        outer = _call_of(around, equal)
+        if outer is None or not _same(outer.features, call.features):
+            break
+        if _parameters(model, around) > _parameters(model, found) and _is_affine(model, outer):
+            found = around
+    return found
+
+
+def _wrapper_names(model: nn.Module, equal: Sequence[LayerCall], calls: Sequence[LayerCall]) -> list[str]:
+    """Layers that return the logits and pass their own input to a linear layer inside: the innermost such wrapper."""
+    linear = linear_layers(model)
+    smallest: list[LayerCall] = []
+    for outer in equal:
+        for inner in calls:
+            is_inside = inner.name in linear and inner.name.startswith(f"{outer.name}.")
+            if is_inside and _same(inner.features, outer.features) and _is_affine(model, outer):
+                smallest.append(outer)
+                break
+    if not smallest:
+        return []
+    return [min(smallest, key=lambda call: _parameters(model, call.name)).name]
+
+
+def _custom_names(model: nn.Module, equal: Sequence[LayerCall], logits: Tensor) -> list[str]:
+    """Layers that are linear without being an ``nn.Linear``: quantised and hand-written ones."""
+    names: dict[str, None] = {}
+    for call in equal:
+        is_leaf = next(model.get_submodule(call.name).children(), None) is None
+        if is_leaf and call.name and _parameters(model, call.name) and _is_affine(model, call):
+            names[call.name] = None
+    return list(names)
+
+
+def _call_of(name: str, calls: Sequence[LayerCall]) -> LayerCall | None:
+    return next((call for call in calls if call.name == name), None)
+
+
+def _parameters(model: nn.Module, name: str) -> int:
+    return sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None or first.shape != second.shape:
+        return False
+    return torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def _is_affine(model: nn.Module, call: LayerCall) -> bool:
     try:
-        yield capture
-    finally:
-        for handle in handles:
-            handle.remove()
+        head_of(model, call)
+    except HeadNotFoundError:
+        return False
+    return True
 
 
-def install(capture: Capture) -> list[RemovableHandle]:
-    """Put the hooks on; the caller removes them."""
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda module, arguments, output: capture.calls.append((name, arguments[0], output))
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in capture.layers().items()]
-    handles.append(
-        capture.model.register_forward_hook(lambda module, arguments, output: capture.outputs.append(output))
+def _not_found(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> str:
+    """Why no layer was found, and what to do: a layer is proposed only if its output becomes the logits."""
+    start = f"the head of {type(model).__name__} could not be found: "
+    hidden, columns, everywhere = None, None, None
+    classes, linear = logits.shape[1], linear_layers(model)
+    for call in calls:
+        if call.name not in linear:
+            continue
+        if call.output is not None and call.output.shape == logits.shape and _becomes(call.output, logits):
+            hidden = call.name
+        if call.output is not None and call.output.shape[1] == 1:
+            columns = call.name
+        shape = call.output_shape
+        if shape is not None and len(shape) > 2 and shape[-1] == classes:
+            everywhere = call
+    if hidden is not None:
+        return f"{start}a softmax or a scaling follows the layer {hidden!r}; pass head={hidden!r} to score its output"
+    if everywhere is not None:
+        return (
+            f"{start}the layer {everywhere.name!r} is applied to every token or position: its input has the shape "
+            f"{everywhere.input_shape}, and the closed forms need features (N, D). Take its gradient by a backward pass, as "
+            f"in gradnorm(target='{everywhere.name}.weight')"
+        )
+    if columns is not None and classes == 2:
+        return (
+            f"{start}the layer {columns!r} has one output, and head scores need two columns: give the model a head of two "
+            f"columns, zeros and z, or take target='{columns}.weight'"
+        )
+    if not linear_layers(model):
+        return f"{start}{_layers(model)}"
+    return (
+        f"{start}no linear layer's output is what the model returns; {_layers(model)}. If the output of one of them is "
+        "the logits, name it with head=; otherwise take target='all' or a pattern of parameter names instead of the head"
     )
-    return handles
+
+
+def _becomes(output: Tensor, logits: Tensor) -> bool:
+    """Whether the logits are a softmax, a log-softmax or a positive multiple of the output."""
+    z, found = output.double(), logits.double()
+    for made in (z.softmax(1), z.log_softmax(1)):
+        if torch.allclose(made, found, rtol=1e-4, atol=1e-6):
+            return True
+    scale = float((z * found).sum() / (z * z).sum().clamp_min(1e-30))
+    return scale > 0 and torch.allclose(scale * z, found, rtol=1e-4, atol=1e-6)
+
+
+# The head's weight and bias
+
+
+def head_of(model: nn.Module, call: LayerCall) -> Head:
+    """The head that a call went through, with the weight and bias that reproduce the call.
+
+    The weight is the layer's own, or that of the affine map which the layer computes (LoRA, a merged layer).
+
+    Raises:
+        HeadNotFoundError: If the call is not an affine map of features ``(N, D)``.
+    """
+    if call.features is None or call.output is None:
+        raise HeadNotFoundError(
+            f"the head {call.name!r} has an input of shape {call.input_shape}; the closed forms need pooled features "
+            f"(N, D). Take its gradient by a backward pass, as in gradnorm(target='{call.name}.weight')"
+        )
+    layer = named_layer(model, call.name)
+    if isinstance(layer, nn.Linear) and _reproduces(layer.weight, layer.bias, call):
+        return Head(call.name, layer.weight, layer.bias)
+    made = _affine_map(layer, call.features)
+    if made is None or not _reproduces(*made, call):
+        raise HeadNotFoundError(
+            f"the layer {call.name!r} is not a linear function of its input, so it cannot be the head of the closed "
+            "forms. Take its gradient by a backward pass, as in target='all'"
+        )
+    return Head(call.name, *made)
+
+
+@torch.no_grad()
+def _affine_map(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The weight ``(C, D)`` and bias ``(C,)`` of a layer, from its outputs for zero and for the unit vectors."""
+    width = features.shape[1]
+    unit = torch.eye(width, dtype=features.dtype, device=features.device)
+    try:
+        bias = layer(torch.zeros_like(unit[:1]))
+        outputs = layer(unit)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        return None
+    return (outputs - bias).T.contiguous(), bias[0]
+
+
+@torch.no_grad()
+def _reproduces(weight: Tensor, bias: Tensor | None, call: LayerCall) -> bool:
+    """Whether a weight and a bias give the call's output, up to rounding."""
+    assert call.features is not None and call.output is not None
+    features, output = call.features[:CHECKED_ROWS], call.output[:CHECKED_ROWS]
+    if weight.shape != (output.shape[1], features.shape[1]):
+        return False
+    made = _product(features, weight, bias)
+    size = _product(features.abs(), weight.abs(), None if bias is None else bias.abs())
+    known = made.isfinite() & output.isfinite()
+    rounding = torch.finfo(output.dtype).eps if output.dtype.is_floating_point else 1.0
+    if output.is_cuda and output.dtype == torch.float32:
+        rounding = 1e-3  # TF32
+    error = (made - output.to(made.dtype)).abs()
+    return bool((error <= ROUNDING * rounding * size + 1e-30)[known].all())
+
+
+def _product(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.float32 if features.device.type == "mps" else torch.float64
+    shift = None if bias is None else bias.to(wide)
+    return nn.functional.linear(features.to(wide), weight.to(wide), shift)
 
 
 @contextmanager
@@ -158,16 +319,16 @@ def returning_logits(model: nn.Module, head: str | None, logits: Callable[[Any],
     """
     seen: list[Tensor] = []
 
+    def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        seen.append(output.clone())
+
     def replace(module: nn.Module, arguments: Any, output: Any) -> Tensor:
-        found = torch.cat(seen) if len(seen) > 1 else seen[0] if seen else logits(output)
+        made = torch.cat(seen) if seen else logits(output)
         seen.clear()
-        return found
+        return made
 
     with ExitStack() as stack:
         if head is not None:
-            handle = named_head(model, head).register_forward_hook(
-                lambda module, arguments, output: seen.append(output)
-            )
-            stack.callback(handle.remove)
+            stack.callback(named_layer(model, head).register_forward_hook(keep).remove)
         stack.callback(model.register_forward_hook(replace).remove)
         yield

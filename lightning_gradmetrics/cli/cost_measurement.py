@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import Inputs, batch_size, call, preserved
 from lightning_gradmetrics.scores import Score
 from lightning_gradmetrics.scoring.scorer import Scorer
-from lightning_gradmetrics.scoring.step import Watch
+from lightning_gradmetrics.scoring.step import observed
 
 __all__ = ["score_costs"]
 
@@ -86,10 +86,9 @@ def score_costs(
 
 def _run_of(model: nn.Module, inputs: Inputs, labels: Tensor | None, score: Score) -> Callable[[], None]:
     scorer = Scorer((score,))
-    watch = Watch(scorer, model)
 
     def run() -> None:
-        scorer(watch.evidence(inputs, labels))
+        scorer(scorer.evidence(model, observed(scorer, model, inputs, labels)))
 
     return run
 

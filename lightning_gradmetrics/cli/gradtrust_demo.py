@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradmetrics.classifier.forward import call, check_model, preserved
-from lightning_gradmetrics.classifier.head import capturing
+from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.cli.data.images import IMAGENET_MEAN, IMAGENET_STD
 from lightning_gradmetrics.scores import resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.step import observed
 
 __all__ = ["demo_block", "demo_values", "read_image"]
 
@@ -81,11 +81,9 @@ def demo_values(model: nn.Module, image: Tensor) -> tuple[int, dict[str, float]]
     """
     scorer = Scorer(resolve({line: score for line, (score, _) in LINES.items()}))
     check_model(model)
-    with preserved(model), capturing(scorer.capture(model)) as capture, torch.no_grad():
-        call(model, image)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has no dropout module")  # a note below the block
-        evidence = scorer.evidence(capture, model, image, None)
+        evidence = scorer.evidence(model, observed(scorer, model, image))
     values = {}
     for score in scorer.scores:
         _, turn = LINES[score.name]

@@ -137,7 +137,7 @@ def gradient_statistics(  # type: ignore[misc]
 
     Raises:
         ValueError: If batch norm is in train mode, or a name is unknown.
-        TypeError: If the inputs are no floats and the model has no embedding.
+        TypeError: If the inputs have no sample axis.
 
     Example:
         >>> _ = torch.manual_seed(0)

@@ -115,9 +115,10 @@ def rows_of(results: pa.Table, scores: Sequence[str], roles: Mapping[str, str]) 
 def _check_columns(results: pa.Table) -> None:
     for name in ("dataset", "index", "prediction", "label"):
         _column(results, name)
-    pairs = results.select(["dataset", "index"]).group_by(["dataset", "index"]).aggregate([])
-    if len(pairs) != len(results):
-        twice = len(results) - len(pairs)
+    known = results.filter(results["index"].is_valid()).select(["dataset", "index"])  # an unknown index is null
+    pairs = known.group_by(["dataset", "index"]).aggregate([])
+    if len(pairs) != len(known):
+        twice = len(known) - len(pairs)
         raise ValueError(f"{twice} rows repeat a (dataset, index): keep one row a sample, or it counts twice")
 
 

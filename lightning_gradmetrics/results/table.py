@@ -1,4 +1,4 @@
-"""The per-sample results: one row a sample, in a pyarrow table."""
+"""The per-sample results: one row per sample, in a pyarrow table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_gradmetrics.classifier.forward import Inputs, batch_size, tensors_in
+from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
+from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, SampleIndex
 
 __all__ = [
     "Rows",
@@ -22,98 +22,91 @@ __all__ = [
     "largest",
     "largest_of_each",
     "merge_results",
-    "sample_indices",
     "with_scores",
 ]
 
 
-def finite_rows(inputs: Inputs, others: Iterable[Tensor]) -> Tensor:
-    """Which samples are free of NaN and Inf, in their inputs and in ``others``: ``(N,)``, bool."""
-    size = batch_size(inputs)
-    checked = [t for t in (*tensors_in(inputs), *others) if t.is_floating_point() and t.ndim and len(t) == size]
-    flags = [t.detach().isfinite().reshape(size, -1).all(1) for t in checked]
-    return torch.stack(flags).all(0) if flags else torch.ones(size, dtype=torch.bool)
+def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> Tensor:
+    """Which samples are free of NaN and Inf, in their inputs and in ``others``: ``(N,)``, bool.
 
-
-def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> list[int] | None:
-    """The data set's index of each row that this process will see, in order; ``None`` where it cannot be known beforehand.
-
-    A distributed sampler repeats rows so that all processes see equally many: a repeated row has the index ``-1``.
+    Args:
+        inputs: The model's inputs; tensors without one row per sample are passed over.
+        others: Further tensors ``(N, ...)``.
+        size: The number of samples ``N``.
     """
-    if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
-        return None
-    sampler = _sampler(loader)
-    if isinstance(sampler, SequentialSampler):
-        return list(range(len(sampler)))
-    # Lightning wraps the user's own sampler; only a sequential one gives the same order when it is asked twice.
-    wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
-    if isinstance(sampler, DistributedSampler) and (wrapped is None or isinstance(wrapped, SequentialSampler)):
-        size = len(sampler.dataset)  # type: ignore[arg-type]
-        return [index if rank + row * world_size < size else -1 for row, index in enumerate(sampler)]
-    return None
-
-
-def _sampler(loader: DataLoader[Any]) -> Any:
-    """The sampler whose order the loader follows; ``None`` behind a batch sampler of the user's own, which may follow another."""
-    batches = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
-    if batches is None:
-        return loader.sampler
-    return batches.sampler if type(batches) is BatchSampler else None
+    flags = []
+    for tensor in (*tensors_in(inputs), *others):
+        if tensor.is_floating_point() and tensor.ndim and len(tensor) == size:
+            flags.append(tensor.detach().isfinite().reshape(size, -1).all(1))
+    return torch.stack(flags).all(0) if flags else torch.ones(size, dtype=torch.bool)
 
 
 @dataclass
 class Rows:
-    """The rows of one data set as they come in, kept on the device until they are asked for.
+    """The rows of one data set as they come in, kept on the device until they are read.
 
     Args:
         dataset: The data set's name.
         scores: The names of the score columns.
-        indices: The data set's index of each row, or ``None``.
-        stride: Distance between the positions of two rows of this process, where ``indices`` is ``None``.
-        offset: Position of this process's first row, likewise.
+        index: The data set's index of the rows.
+        forget_labels: Whether labels are left out of the table.
     """
 
     dataset: str
     scores: Sequence[str]
-    indices: list[int] | None = None
-    stride: int = 1
-    offset: int = 0
+    index: SampleIndex = field(default_factory=SampleIndex)
+    forget_labels: bool = False
     batches: list[dict[str, Tensor]] = field(default_factory=list)
-    position: int = 0
-
-    def advance(self, count: int) -> Tensor:
-        """The indices of the next ``count`` rows ``(count,)``, -1 where a distributed sampler repeats one; moves on by as many."""
-        start, self.position = self.position, self.position + count
-        if self.indices is None:
-            return self.offset + self.stride * torch.arange(start, self.position)
-        return torch.tensor(self.indices[start : self.position])
 
     def add(
-        self, inputs: Inputs, logits: Tensor, labels: Tensor | None, scores: dict[str, Tensor]
+        self,
+        inputs: Inputs | None,
+        logits: Tensor,
+        labels: Tensor | None,
+        scores: Mapping[str, Tensor],
+        seen: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """Add a batch, and give its columns: ``index``, ``prediction``, ``label`` and ``finite``, ``(N,)`` each."""
-        prediction, index = logits.argmax(1), self.advance(len(logits))
+        """Add a batch, and return its columns: ``index``, ``prediction``, ``label`` and ``finite``, ``(N,)`` each.
+
+        Args:
+            inputs: The model's inputs.
+            logits: ``(N, C)``.
+            labels: True labels ``(N,)``, or ``None``.
+            scores: The scores by name, ``(N,)`` each.
+            seen: The indices that the loader drew for this batch, if it noted them.
+        """
+        prediction, index = logits.argmax(1), self.index.take(len(logits), seen)
         known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
-        finite = finite_rows(inputs, (logits, *scores.values())).to(prediction.device)
+        finite = finite_rows(inputs, (logits, *scores.values()), len(logits)).to(prediction.device)
         columns = {"index": index, "prediction": prediction, "label": known, "finite": finite}
-        self.batches.append({**columns, **{f"score/{name}": values.detach() for name, values in scores.items()}})
+        batch = dict(columns)
+        for name, values in scores.items():
+            batch[f"score/{name}"] = values.detach()
+        self.batches.append(batch)
         return columns
 
     def table(self) -> pa.Table:
-        """The rows so far. Rows that a distributed sampler repeated are left out."""
+        """The rows so far, without those that a distributed sampler repeated; an unknown index is null."""
         if not self.batches:
             return empty_results(self.scores)
-        columns = {key: torch.cat([batch[key] for batch in self.batches]).cpu() for key in self.batches[0]}
-        index, label = columns["index"].numpy(), columns["label"].numpy()
+        columns = {key: _joined(self.batches, key) for key in self.batches[0]}
+        index, label = columns["index"], columns["label"]
         arrays = [
             pa.array([self.dataset] * len(index), pa.string()),
-            pa.array(index, pa.int64()),
-            pa.array(columns["prediction"].numpy(), pa.int64()),
-            pa.array(label, pa.int64(), mask=label < 0),
-            *(pa.array(columns[f"score/{name}"].double().numpy(), pa.float64()) for name in self.scores),
-            pa.array(columns["finite"].numpy(), pa.bool_()),
+            pa.array(index, pa.int64(), mask=index == UNKNOWN),
+            pa.array(columns["prediction"], pa.int64()),
+            pa.array(label, pa.int64(), mask=(label < 0) | self.forget_labels),
         ]
-        return pa.table(arrays, schema=_schema(self.scores)).filter(pa.array(index >= 0))
+        for name in self.scores:
+            arrays.append(pa.array(columns[f"score/{name}"].astype("float64"), pa.float64()))
+        arrays.append(pa.array(columns["finite"], pa.bool_()))
+        return pa.table(arrays, schema=_schema(self.scores)).filter(pa.array(index != REPEATED))
+
+
+def _joined(batches: Sequence[Mapping[str, Tensor]], key: str) -> Any:
+    """One column of all batches, as an array."""
+    joined = torch.cat([batch[key] for batch in batches]).cpu()
+    return (joined.double() if joined.is_floating_point() else joined).numpy()
 
 
 def _schema(scores: Sequence[str]) -> pa.Schema:

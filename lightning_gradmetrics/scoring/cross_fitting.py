@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.evaluation.tasks import ID
-from lightning_gradmetrics.results.table import Rows, finite_rows, merge_results, sample_indices, with_scores
+from lightning_gradmetrics.results.sample_index import SampleIndex
+from lightning_gradmetrics.results.table import Rows, finite_rows, merge_results, with_scores
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.fitting import Fitting, FittingScorer, gathered
+from lightning_gradmetrics.scoring.fitting import Fitting, FittingScorer, gathered, keys_of
 from lightning_gradmetrics.scoring.registry import Score, ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
-from lightning_gradmetrics.scoring.totals import row_keys
 
 __all__ = ["HeldOutColumn", "Part", "assign_folds", "cross_fit", "held_out_columns", "held_out_scores"]
 
@@ -263,10 +263,11 @@ def _gather(
     model: nn.Module, name: str, batches: Iterable[Any], scorer: Scorer, ood: bool
 ) -> tuple[list[Part], pa.Table]:
     """The evidence of a data set, and its rows without scores."""
-    rows, parts = Rows(name, (), sample_indices(batches)), []
-    for inputs, evidence in gathered(model, batches, scorer, ood):
-        rows.add(inputs, evidence.given_logits, evidence.given_labels, {})
-        parts.append(Part(evidence, row_keys(inputs), finite_rows(inputs, [evidence.given_logits]).cpu()))
+    rows, parts = Rows(name, (), SampleIndex.of(batches)), []
+    for batch, evidence in gathered(model, batches, scorer, ood):
+        rows.add(batch.inputs, batch.logits, batch.labels, {})
+        finite = finite_rows(batch.inputs, [batch.logits], batch.size).cpu()
+        parts.append(Part(evidence, keys_of(batch), finite))
     return parts, rows.table()
 
 

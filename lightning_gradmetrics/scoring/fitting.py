@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.batches import split_batch
-from lightning_gradmetrics.classifier.forward import Inputs, batch_size, check_model, map_tensors
+from lightning_gradmetrics.classifier.forward import check_model, map_tensors, tensors_in
 from lightning_gradmetrics.results.table import finite_rows
+from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import fingerprint
-from lightning_gradmetrics.scoring.step import Watch
+from lightning_gradmetrics.scoring.step import StepObserver
 from lightning_gradmetrics.scoring.totals import RunningTotal, Tensors, add, row_keys
 
 __all__ = ["Fitting", "FittingScorer", "fit", "gathered"]
@@ -46,7 +47,7 @@ class Fitting:
 
     Args:
         scores: The scores to fit.
-        like: The scorer whose settings (head, logits_fn, engine) hold here too.
+        template: The scorer whose settings (head, logits_fn, engine) hold here too.
         left_out: Samples with NaN or Inf, which are left out.
     """
 
@@ -62,18 +63,18 @@ class Fitting:
         self._running = {score.name: RunningTotal() for score in self.scores}
         self._needs = {score.name: score.fit_needs for score in self.scores}
 
-    def add(self, inputs: Inputs, evidence: Evidence, keep: Tensor | None = None) -> None:
+    def add(self, batch: ObservedBatch, evidence: Evidence, keep: Tensor | None = None) -> None:
         """Add a batch; rows that are not finite are left out and counted.
 
         Args:
-            inputs: The model's inputs.
-            evidence: What the scores need of them.
+            batch: The batch.
+            evidence: What the scores need of it.
             keep: Which samples to take ``(N,)``, bool: a distributed sampler repeats some.
         """
-        finite = finite_rows(inputs, [evidence.given_logits]).to(evidence.given_logits.device)
+        finite = finite_rows(batch.inputs, [batch.logits], batch.size).to(batch.logits.device)
         keep = torch.ones_like(finite) if keep is None else keep.to(finite.device)
         self.left_out += int((keep & ~finite).sum())
-        self.add_rows(evidence, keep & finite, row_keys(inputs))
+        self.add_rows(evidence, keep & finite, keys_of(batch))
 
     def add_rows(self, evidence: Evidence, known: Tensor, keys: Tensor) -> None:
         """Add the rows of a batch that ``known`` ``(N,)``, bool, marks; ``keys`` ``(N,)`` order the rows."""
@@ -112,7 +113,8 @@ class Fitting:
                 f"the data hold no finite in-distribution sample to fit {', '.join(empty)} on: give a "
                 "dataloader that does"
             )
-        heads = {score.name: self.scorer.head if self._needs[score.name].features else None for score in self.scores}
+        head = self.scorer.found_head or self.template.found_head or self.scorer.head
+        heads = {score.name: head if self._needs[score.name].features else None for score in self.scores}
         return {
             score.name: score.fitted(totals[score.name], fingerprint(model), heads[score.name]) for score in self.scores
         }
@@ -156,23 +158,35 @@ def fit(
     fitting = Fitting([score for score in wanted if isinstance(score, FittedScore)], Scorer(wanted, **options))
     check_model(model)
     for kind, stream in ((False, batches), (True, ood)):
-        for inputs, evidence in gathered(model, stream, fitting.scorer, kind):
-            fitting.add(inputs, evidence)
+        for batch, evidence in gathered(model, stream, fitting.scorer, kind):
+            fitting.add(batch, evidence)
     return list(fitting.finish(model).values())
 
 
-def gathered(model: nn.Module, batches: Iterable[Any], scorer: Scorer, ood: bool) -> Iterator[tuple[Inputs, Evidence]]:
-    """Inputs and evidence of each batch, by a forward of its own on the model's device.
+def gathered(
+    model: nn.Module, batches: Iterable[Any], scorer: Scorer, ood: bool
+) -> Iterator[tuple[ObservedBatch, Evidence]]:
+    """Each batch as the model saw it, and its evidence, by a separate forward pass on the model's device.
 
     Args:
         model: A classifier in eval mode.
-        batches: As a dataloader gives them.
+        batches: Batches as a dataloader returns them.
         scorer: What the evidence is for.
         ood: Whether the samples are out-of-distribution.
     """
-    watch, device = Watch(scorer, model), next(model.parameters()).device
+    observer, device = StepObserver(scorer, model), next(model.parameters()).device
     for batch in batches:
         inputs, labels = split_batch(batch)
-        inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
-        labels = None if labels is None else labels.to(device)
-        yield inputs, watch.evidence(inputs, labels, torch.full((batch_size(inputs),), ood, device=device))
+        seen = observer.own(map_tensors(inputs, lambda tensor: tensor.to(device)))
+        flags = torch.full((seen.size,), ood, device=device)
+        kept = replace(seen, labels=None if labels is None else labels.to(device), ood=flags)
+        yield kept, scorer.evidence(model, kept)
+
+
+def keys_of(batch: ObservedBatch) -> Tensor:
+    """A whole number for each sample ``(N,)``, made of its inputs; of its logits where no input has a sample axis."""
+    rows = []
+    for tensor in tensors_in(batch.inputs):
+        if tensor.ndim and len(tensor) == batch.size:
+            rows.append(tensor)
+    return row_keys(rows or [batch.logits])

@@ -1,10 +1,10 @@
-"""From a batch to its scores: gather the evidence that the chosen scores need, once, and hand it to them."""
+"""From an observed batch to its scores: gather the evidence that the chosen scores need, once, and share it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,27 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import (
-    Inputs,
-    batch_size,
     call,
-    check_inputs,
-    check_model,
     gradients_enabled,
     logits_of,
     map_tensors,
     preserved,
+    tensors_in,
 )
-from lightning_gradmetrics.classifier.head import Capture, capturing, linear_layers, named_head, returning_logits
+from lightning_gradmetrics.classifier.head import returning_logits
+from lightning_gradmetrics.classifier.observation import redirected
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, Moment, result_dtype
+from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, are_close, check_same_logits
+from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence, Target, parameter_filter
-from lightning_gradmetrics.scoring.registry import Score, ScoreLike, resolve
-from lightning_gradmetrics.scoring.states import check_fitted, check_head
+from lightning_gradmetrics.scoring.registry import Score
+from lightning_gradmetrics.scoring.states import check_head
 
-__all__ = ["Scorer", "score"]
+__all__ = ["Scorer"]
+
+NO_SAMPLE_AXIS = (
+    "have no sample axis: scores over more than the head need inputs with one row per sample on the first axis. Logit and "
+    "head scores work with any inputs"
+)
 
 
 @dataclass
@@ -44,7 +49,8 @@ class Scorer:
         head: The name of the classification head, or ``None`` to find it.
         logits_fn: From the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass.
-        looks: What else looks at the evidence, beside the scores.
+        looks: What else reads the evidence, beside the scores.
+        found_head: The name of the head that the last evidence came from, or ``None``.
     """
 
     scores: tuple[Score, ...]
@@ -52,57 +58,43 @@ class Scorer:
     logits_fn: Callable[[Any], Tensor] = logits_of
     engine: str = "auto"
     looks: Sequence[Callable[[Evidence], Any]] = ()
+    found_head: str | None = None
     _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
     _needs_of: tuple[Any, Any] = field(default=(None, None), repr=False)
-
-    def __post_init__(self) -> None:
-        self.head_is_named = self.head is not None
+    _is_checked: bool = field(default=False, repr=False)
 
     def needs(self, classes: int) -> Needs:
-        """What the scores, and whatever else, look at, for that number of classes."""
-        if (
-            self._needs_of[0] is not self.scores or self._needs_of[1] is not self.looks
-        ):  # a fit puts others in their place
+        """What the scores, and whatever else, read, for that number of classes."""
+        if self._needs_of[0] is not self.scores or self._needs_of[1] is not self.looks:  # a fit replaces scores
             self._needs, self._needs_of = {}, (self.scores, self.looks)
         if classes not in self._needs:
             self._needs[classes] = needs_of([*self.scores, *self.looks], classes)
         return self._needs[classes]
 
-    def capture(self, model: nn.Module) -> Capture:
-        """A watcher of the model's next forward."""
-        return Capture(model, self.head, self.logits_fn)
-
-    def evidence(
-        self,
-        capture: Capture,
-        model: nn.Module,
-        inputs: Inputs,
-        labels: Tensor | None,
-        outside: Tensor | None = None,
-        dataset: str | None = None,
-    ) -> Evidence:
-        """What the scores need of a batch whose forward was captured.
+    def evidence(self, model: nn.Module, batch: ObservedBatch) -> Evidence:
+        """What the scores need of an observed batch.
 
         Args:
-            capture: What was seen of the forward.
-            model: The model, for what needs a forward of its own.
-            inputs: Its inputs.
-            labels: True labels ``(N,)``, or ``None``.
-            outside: Which samples are out-of-distribution ``(N,)``, where that is known.
-            dataset: The name of the data set, for messages.
+            model: The model, for what needs a forward pass beside the observed one.
+            batch: The batch.
 
         Raises:
-            ValueError: If a score needs a label that is not there.
+            ValueError: If a score needs a label or an input that is not there, or the model's forward pass cannot be
+                repeated.
         """
-        features, logits = self._captured(capture, batch_size(inputs))
-        check_head(self.scores, self.head)
-        needs = self.needs(logits.shape[1])
-        labels = None if labels is None else labels.to(logits.device)
+        check_logits(batch.logits)
+        if batch.head is not None:
+            self.found_head = batch.head.name
+            check_head(self.scores, batch.head.name)
+        needs = self.needs(batch.logits.shape[1])
+        labels = None if batch.labels is None else batch.labels.to(batch.logits.device)
         if needs.labels:
-            self.check_labels(labels, logits, dataset)
-        gradients, probes = _gradients(self, needs, model, inputs, labels), _probes(self, needs, model, inputs)
-        head = None if self.head is None else _weight_and_bias(named_head(model, self.head))
-        return Evidence(logits, features, labels, outside, gradients, probes, head)
+            self.check_labels(labels, batch.logits, batch.dataset)
+        if needs.gradients or needs.probes:
+            self._check_repeatable(model, batch)
+        gradients, probes = _gradients(self, needs, model, batch, labels), _probes(self, needs, model, batch)
+        head = None if batch.head is None else (batch.head.weight, batch.head.bias)
+        return Evidence(batch.logits, batch.features, labels, batch.ood, gradients, probes, head)
 
     def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
         """The scores by name, ``(N,)`` each."""
@@ -110,32 +102,97 @@ class Scorer:
         return {score.name: score(evidence).to(dtype) for score in self.scores}
 
     def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
-        """Refuse samples without a label where a score looks at it: it has no value there that could be compared.
+        """Refuse samples without a label where a score reads it: it has no value there that could be compared.
 
         Raises:
             ValueError: If a label is missing or is not one of the logits' classes.
         """
-        problem = _label_problem(
-            labels, len(logits), logits.shape[1], f" in the data set {dataset!r}" if dataset else ""
-        )
+        place = f" in the data set {dataset!r}" if dataset else ""
+        problem = _label_problem(labels, len(logits), logits.shape[1], place)
         if problem is not None:
             names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)
             raise ValueError(f"{f'the score {names}' if names else 'the profile'} needs {problem}")
 
-    def _captured(self, capture: Capture, size: int) -> tuple[Tensor | None, Tensor]:
-        """The head's input, where a score needs it, and the logits."""
-        found = None if self.needs(3).features or self.head else capture.model_logits(size)
-        features = None
-        if found is None:
-            features, found = capture.features_and_logits(size)
-            self.head = capture.head
-        _check_logits(found)
-        return features, found
+    def _check_repeatable(self, model: nn.Module, batch: ObservedBatch) -> None:
+        """Check once, before the first gradient, that the forward pass can be repeated, and sample by sample.
+
+        Raises:
+            ValueError: If the inputs are not known or have no sample axis, or a second forward pass differs.
+        """
+        kind = type(model).__name__
+        if batch.inputs is None:
+            raise ValueError(
+                f"the step does not call {kind} with inputs that are known, and scores over more than the head need them. "
+                "Pass submodule=, the part of the model that the step calls"
+            )
+        first = next(tensors_in(batch.inputs), None)
+        if first is None or not _is_row_wise(first, batch.size):
+            raise ValueError(f"the inputs of {kind} {NO_SAMPLE_AXIS}")
+        if self._is_checked:
+            return
+        self._is_checked = True
+        needs = self.needs(batch.logits.shape[1])
+        if needs.probes and not needs.gradients:  # the engine's forward pass is compared in every batch
+            self._check_forward(model, batch)
+        few = min(2, batch.size - 1)
+        if few:
+            try:
+                _check_sample_axis(lambda: self._forward(model, batch, few), batch.logits[:few], kind)
+            except ValueError:
+                self._check_forward(model, batch)
+                if not self._is_random(model, batch):
+                    raise
+
+    def _check_forward(self, model: nn.Module, batch: ObservedBatch) -> None:
+        """Refuse a model whose second forward pass for the batch gives other logits."""
+        logits = self._forward(model, batch, batch.size)
+        check_same_logits(logits, batch.logits, f"{type(model).__name__} {OTHER_LOGITS}")
+
+    def _is_random(self, model: nn.Module, batch: ObservedBatch) -> bool:
+        """Whether the model draws random numbers: its logits for a batch and for a part of it then differ."""
+        with preserved(model):
+            torch.rand((), device=batch.logits.device)
+            logits = self._forward(model, batch, batch.size)
+        return not are_close(logits, batch.logits)
+
+    def _forward(self, model: nn.Module, batch: ObservedBatch, rows: int) -> Tensor:
+        """The logits of the first rows of the batch, by a forward pass on them alone."""
+
+        def first_rows(tensor: Tensor) -> Tensor:
+            return tensor[:rows].clone() if _is_row_wise(tensor, batch.size) else tensor.clone()
+
+        with preserved(model), torch.no_grad(), eager(), self._made_to_return_logits(model, batch):
+            return call(model, map_tensors(batch.inputs, first_rows))  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _made_to_return_logits(self, model: nn.Module, batch: ObservedBatch) -> Iterator[None]:
+        """Inside the block a call of the model repeats the observed call and returns its logits."""
+        with redirected(model, batch.called or model), returning_logits(model, self.head, self.logits_fn):
+            yield
+
+
+def _is_row_wise(tensor: Tensor, size: int) -> bool:
+    return bool(tensor.ndim) and len(tensor) == size
+
+
+def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: str) -> None:
+    """Refuse inputs whose first rows alone give other logits than in their batch."""
+    message = f"the first {len(expected)} rows of the inputs of {kind}, passed alone, "
+    remedy = (
+        "so the rows of the first axis are not the samples, or samples depend on each other. Scores over more than the head "
+        "need inputs with one row per sample on the first axis; logit and head scores work with any inputs"
+    )
+    try:
+        logits = forward()
+    except Exception as error:
+        raise ValueError(f"{message}fail with {type(error).__name__}: {error}; {remedy}") from error
+    if not are_close(logits, expected):
+        raise ValueError(f"{message}give other logits than in their batch, {remedy}")
 
 
 def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -> str | None:
     """What is wrong with the labels of a batch, in words, or ``None``."""
-    remedy = "leave it out, or score labelled data alone: pass targets=, or give batches (inputs, labels)"
+    remedy = "remove the score, or score labelled data only: pass targets=, or return batches (inputs, labels)"
     if labels is None:
         return f"true labels, and there are none{place}: {remedy}"
     if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
@@ -149,73 +206,114 @@ def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -
     )
 
 
-def _weight_and_bias(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return head.weight, head.bias
-
-
 def _gradients(
-    scorer: Scorer, needs: Needs, model: nn.Module, inputs: Inputs, labels: Tensor | None
+    scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch, labels: Tensor | None
 ) -> dict[tuple[Target, Objective], GradientStatistics]:
-    """Statistics for every target and objective: one forward, and one backward an objective."""
+    """Statistics for every target and objective: one forward pass, and one backward pass per objective."""
     if not needs.gradients:
         return {}
     filters = {target: parameter_filter(target) for target in needs.gradients}
-    objectives = list(dict.fromkeys(o for by_objective in needs.gradients.values() for o in by_objective))
-    moments = {m for by_objective in needs.gradients.values() for wanted in by_objective.values() for m in wanted}
-    # A named head may lie before a softmax or a scaling: the model then has to return what the head does.
-    own = returning_logits(model, scorer.head, scorer.logits_fn) if scorer.head_is_named else nullcontext()
-    with own:
+    objectives, moments = _wanted(needs)
+    witness = _Witness(batch.logits, scorer.logits_fn if scorer.head is None else logits_of)
+
+    def chosen(name: str) -> bool:
+        return any(accepts is None or accepts(name) for accepts in filters.values())
+
+    # A named head may be followed by a softmax or a scaling: the model then has to return what the head does.
+    named = returning_logits(model, scorer.head, logits_of) if scorer.head is not None else nullcontext()
+    with redirected(model, batch.called or model), named:
         results = gradient_statistics(
             model,
-            inputs,
+            batch.inputs,  # type: ignore[arg-type]
             objectives,
-            lambda name: any(accepts is None or accepts(name) for accepts in filters.values()),
+            chosen,
             per_parameter=True,
             statistics=_statistic_names(moments),
             targets=labels,
-            logits=logits_of if scorer.head_is_named else scorer.logits_fn,
+            logits=witness,
             engine=scorer.engine,
         )
+    if witness.seen is None or not are_close(witness.seen.detach(), batch.logits):  # perhaps those of another pass
+        scorer._check_forward(model, batch)
     by_objective = dict(zip(objectives, results, strict=True))
+    gradients = {}
     for target, accepts in filters.items():
         if not any(accepts is None or accepts(name) for name in results[0].names):
             named = [name for name, _ in model.named_parameters()]
             raise ValueError(
                 f"the target {target!r} of a score chooses no parameter; the parameters are: {', '.join(named[:12])}"
             )
-    return {
-        (target, o): by_objective[o].select(filters[target])
-        for target in needs.gradients
-        for o in needs.gradients[target]
-    }
+        for objective in needs.gradients[target]:
+            gradients[target, objective] = by_objective[objective].select(accepts)
+    return gradients
+
+
+@dataclass
+class _Witness:
+    """Returns the logits in the model's output, and keeps those of the whole batch for comparison."""
+
+    expected: Tensor
+    logits_fn: Callable[[Any], Tensor]
+    seen: Tensor | None = None
+
+    def __call__(self, output: Any) -> Tensor:
+        logits = self.logits_fn(output)
+        is_plain = not torch._C._functorch.is_functorch_wrapped_tensor(logits)
+        if is_plain and logits.shape == self.expected.shape:
+            self.seen = logits  # not copied: the engine counts the calls of the model's forward pass
+        return logits
+
+
+def _wanted(needs: Needs) -> tuple[list[Objective], set[Moment]]:
+    """The objectives and moments of all targets."""
+    objectives: dict[Objective, None] = {}
+    moments: set[Moment] = set()
+    for by_objective in needs.gradients.values():
+        for objective, wanted in by_objective.items():
+            objectives[objective] = None
+            moments |= wanted
+    return list(objectives), moments
 
 
 def _statistic_names(moments: Iterable[Moment]) -> list[str]:
-    return [{"sum": "mean"}.get(m, m) if isinstance(m, str) else f"l{m:g}" for m in moments]
+    names = []
+    for moment in moments:
+        names.append(("mean" if moment == "sum" else moment) if isinstance(moment, str) else f"l{moment:g}")
+    return names
 
 
-def _probes(scorer: Scorer, needs: Needs, model: nn.Module, inputs: Inputs) -> dict[Any, Tensor]:
+def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch) -> dict[Any, Tensor]:
     """The scores' own computations on the model, which returns its logits to them."""
     if not needs.probes:
         return {}
-    with preserved(model), gradients_enabled(), returning_logits(model, scorer.head, scorer.logits_fn):
-        plain = map_tensors(inputs, lambda t: t.clone() if t.is_inference() else t.detach())
-        return {probe: probe(model, plain) for probe in needs.probes}
+    with preserved(model), gradients_enabled(), scorer._made_to_return_logits(model, batch):
+        inputs = map_tensors(batch.inputs, lambda tensor: tensor.detach().clone())
+        return {probe: probe(model, inputs) for probe in needs.probes}
 
 
-def _check_logits(logits: Tensor) -> None:
-    """Refuse probabilities, warn of log-probabilities: both change the scores that look at the size of the logits."""
-    if not logits.numel() or not logits.isfinite().all():
-        return
+def check_logits(logits: Tensor) -> None:
+    """Refuse what cannot be logits, and probabilities; warn of log-probabilities.
+
+    Raises:
+        ValueError: If the logits are not ``(N, C)`` with C at least 2, or are probabilities.
+    """
+    if logits.ndim != 2:
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class; "
+            "pass logits_fn=, a callable from the model's output to them"
+        )
     if logits.shape[1] < 2:
         raise ValueError(
-            f"the logits have shape {tuple(logits.shape)}; a classifier has at least two classes: expected (N, C) with C >= 2"
+            f"the logits have shape {tuple(logits.shape)}, and a classifier has at least two columns. For a model with one "
+            "output z per sample score the columns (0, z): logits_fn=lambda z: torch.cat([torch.zeros_like(z), z], 1)"
         )
+    if not logits.numel() or not logits.isfinite().all():
+        return
     rows = logits.detach().float()
     if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
         raise ValueError(
-            "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is taken, "
-            "or pass logits_fn=, a callable from the model's output to its logits"
+            "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is "
+            "taken, or pass logits_fn=, a callable from the model's output to its logits"
         )
     if bool((rows.logsumexp(1).abs() < 1e-4).all()):
         warnings.warn(
@@ -223,54 +321,3 @@ def _check_logits(logits: Tensor) -> None:
             "as in head='fc'",
             stacklevel=3,
         )
-
-
-def score(
-    model: nn.Module,
-    inputs: Inputs,
-    scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike],
-    targets: Tensor | None = None,
-    *,
-    head: str | None = None,
-    logits_fn: Callable[[Any], Tensor] = logits_of,
-    engine: str = "auto",
-) -> dict[str, Tensor]:
-    """Uncertainty scores of every sample, higher = more uncertain; plain torch, no Trainer.
-
-    Args:
-        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
-        inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
-        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or :class:`Score` objects, or a mapping
-            that names them.
-        targets: True labels ``(N,)``, for the scores that need them.
-        head: The name of the classification head, a linear layer; found by itself where its output is what the model
-            returns.
-        logits_fn: From the model's output to its logits ``(N, C)``.
-        engine: The engine of the scores that need a backward pass.
-
-    Returns:
-        Each score ``(N,)`` by name, on the model's device.
-
-    Raises:
-        ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, or the head
-            cannot be found.
-        TypeError: If the inputs are no floats and the model has no embedding.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).eval()
-        >>> found = score(model, torch.randn(5, 2, 4), ["gradnorm", "entropy"])
-        >>> {name: tuple(values.shape) for name, values in found.items()}
-        {'gradnorm': (5,), 'entropy': (5,)}
-    """
-    scorer = Scorer(resolve(scores), head, logits_fn, engine)
-    check_model(model)
-    check_inputs(model, inputs)
-    check_fitted(scorer.scores, model)
-    if not batch_size(inputs):
-        return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
-    if scorer.needs(3).features and not linear_layers(model):
-        scorer.capture(model).features_and_logits(batch_size(inputs))
-    with preserved(model), capturing(scorer.capture(model)) as capture, torch.no_grad(), eager():
-        call(model, inputs)
-    return scorer(scorer.evidence(capture, model, inputs, targets))

@@ -1,70 +1,283 @@
-"""Watching the steps that somebody else runs, and gathering what the scores need of each."""
+"""From a step that somebody else runs to one batch: what the model received, what it returned, and its head."""
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lightning_gradmetrics.classifier.forward import Inputs, call, check_inputs, check_model, preserved
-from lightning_gradmetrics.classifier.head import capturing, install
+from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors, preserved
+from lightning_gradmetrics.classifier.head import (
+    Head,
+    HeadNotFoundError,
+    LayerCall,
+    find_head,
+    head_of,
+    linear_layers,
+    named_layer,
+)
+from lightning_gradmetrics.classifier.observation import ModelCall, Observation, joined_inputs, observing
 from lightning_gradmetrics.engine.api import eager
-from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
+from lightning_gradmetrics.scoring.scorer import ObservedBatch, Scorer
 
-__all__ = ["Watch"]
+__all__ = ["StepObserver", "observed"]
 
 
-class Watch:
-    """A model that is watched from the start of a step to its end.
+def observed(scorer: Scorer, model: nn.Module, inputs: Inputs, labels: Tensor | None = None) -> ObservedBatch:
+    """One batch, observed in a forward pass that is run for it.
 
     Args:
-        scorer: Says what is needed of a step.
-        model: The model.
+        scorer: What the batch is observed for.
+        model: A classifier.
+        inputs: Its inputs.
+        labels: True labels ``(N,)``, or ``None``.
 
     Example:
         >>> from lightning_gradmetrics.scores import resolve
-        >>> model = nn.Sequential(nn.Linear(4, 3)).eval()
-        >>> watch, batch = Watch(Scorer(resolve("gradnorm")), model), torch.randn(5, 4)
-        >>> watch.start()
-        >>> _ = model(batch)  # the step
-        >>> watch.stop()
-        >>> watch.scorer(watch.evidence(batch, None))["gradnorm"].shape
+        >>> model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(5, 4)
+        >>> scorer = Scorer(resolve("gradnorm"))
+        >>> scorer(scorer.evidence(model, observed(scorer, model, x)))["gradnorm"].shape
         torch.Size([5])
+    """
+    return replace(StepObserver(scorer, model).own(inputs), labels=labels)
+
+
+class StepObserver:
+    """Observes the steps of one run of one model, and finds the model's head in the first.
+
+    Args:
+        scorer: What the steps are observed for.
+        model: The model that is scored.
     """
 
     def __init__(self, scorer: Scorer, model: nn.Module) -> None:
         self.scorer = scorer
         self.model = model
-        self._capture = scorer.capture(model)
-        self._handles: list[RemovableHandle] = []
+        self._needs_head = scorer.needs(3).features or scorer.head is not None
+        self._name = scorer.head
+        self._head: Head | None = None
+        self._layers = dict(model.named_modules()) if scorer.head is None else {}
+        if scorer.head is not None:
+            self._layers[scorer.head] = named_layer(model, scorer.head)
 
-    def start(self) -> None:
-        """Forget the last step and put the hooks on."""
-        self._capture.clear()
-        self._handles = install(self._capture)
+    @contextmanager
+    def observing(self) -> Iterator[Observation]:
+        """Observe the model's calls inside the block."""
+        with observing(self.model, self._layers, self.scorer.logits_fn) as seen:
+            yield seen
 
-    def stop(self) -> None:
-        """Take the hooks off; no harm where there are none."""
-        while self._handles:
-            self._handles.pop().remove()
+    def own(self, inputs: Inputs) -> ObservedBatch:
+        """One batch, observed in a forward pass that is run for it."""
+        return self.batch(self._run(inputs), inputs)
 
-    def evidence(
-        self, inputs: Inputs, labels: Tensor | None, outside: Tensor | None = None, dataset: str | None = None
-    ) -> Evidence:
-        """What the scores need of the step's batch; with a forward of its own where the step's could not be watched.
+    def batch(self, seen: Observation, given: Inputs | None, size: int | None = None) -> ObservedBatch:
+        """The batch of an observed step.
 
         Args:
-            inputs: The model's inputs in the step.
-            labels: True labels ``(N,)``, or ``None``.
-            outside: Which samples are out-of-distribution ``(N,)``, where that is known.
-            dataset: The name of the data set, for messages.
+            seen: What was observed.
+            given: The inputs in the batch, for a step that does not call the model as a whole.
+            size: The number of samples in the batch, for a step that calls the model several times.
+
+        Raises:
+            HeadNotFoundError: If the head is needed and it is not certain which layer it is.
+            ValueError: If it is not certain which calls of the step are those of the samples.
         """
-        check_model(self.model)
-        check_inputs(self.model, inputs)
-        if not self._capture.calls and not self._capture.outputs:  # no step, or one of a compiled or a cached model
-            with preserved(self.model), capturing(self._capture), torch.no_grad(), eager():
-                call(self.model, inputs)
-        evidence = self.scorer.evidence(self._capture, self.model, inputs, labels, outside, dataset)
-        self._capture.clear()
-        return evidence
+        if not seen.layers and seen.called is None:
+            seen = self._unseen(given)
+        if seen.called is None:
+            batch = self._from_parts(seen, given, size)
+        else:
+            batch = self._from_calls(seen, size)
+        if not self._needs_head and batch.features is None:
+            self._layers = {}
+        elif self._name is not None:
+            self._layers = {self._name: named_layer(self.model, self._name)}
+        return batch
+
+    # A step that calls the model as a whole
+
+    def _from_calls(self, seen: Observation, size: int | None, may_run: bool = True) -> ObservedBatch:
+        assert seen.called is not None
+        module, calls = seen.called
+        inputs, logits = self._joined(calls, size)
+        if not self._needs_head:
+            return ObservedBatch(inputs, _existing(logits, calls), called=module)
+        if may_run and self._is_unobserved(seen):
+            return self._from_own_forward(inputs, logits)
+        if self.scorer.head is None:
+            logits = _existing(logits, calls)
+            self._name = self._name or find_head(self.model, seen.layers, _existing(calls[0].logits, calls))
+        features, output = self._through_head(seen, size)
+        if self.scorer.head is None:
+            self._check_head(output, logits)
+        return ObservedBatch(inputs, output, features, self._head, called=module)
+
+    def _from_own_forward(self, inputs: Inputs | None, logits: Tensor | None) -> ObservedBatch:
+        """The batch of a step that ran a compiled model, whose layers run no hooks."""
+        batch = self._from_calls(self._run(inputs), None, may_run=False)
+        if logits is not None and self.scorer.head is None:
+            check_same_logits(batch.logits, logits, f"{type(self.model).__name__} {OTHER_LOGITS}")
+        return batch
+
+    def _is_unobserved(self, seen: Observation) -> bool:
+        """Whether the hooks of the layers did not run."""
+        calls = seen.layers if self._name is None else seen.of_layer(self._name)
+        return not any(call.name in linear_layers(self.model) or call.name == self._name for call in calls)
+
+    def _joined(self, calls: Sequence[ModelCall], size: int | None) -> tuple[Inputs | None, Tensor | None]:
+        """Inputs and logits of the samples; of consecutive parts of the batch, or of repeated equal calls."""
+        if len(calls) == 1:
+            return calls[0].inputs, calls[0].logits
+        logits = [_existing(call.logits, [call]) for call in calls]
+        if _are_equal(logits):
+            return calls[0].inputs, logits[0]
+        rows = [len(part) for part in logits]
+        joined = _rows_of_all(logits, size, type(self.model).__name__)
+        return joined_inputs([call.inputs for call in calls], rows), joined
+
+    def _check_head(self, output: Tensor, logits: Tensor | None) -> None:
+        assert logits is not None
+        if output.shape == logits.shape and torch.equal(output.to(logits.dtype).nan_to_num(), logits.nan_to_num()):
+            return
+        raise HeadNotFoundError(
+            f"the layer {self._name!r} returned the model's logits in an earlier batch, and in this batch it does not. Pass "
+            "head=, the layer whose output is the logits, or submodule=, the part of the model to score"
+        )
+
+    # A step that calls parts of the model
+
+    def _from_parts(self, seen: Observation, given: Inputs | None, size: int | None) -> ObservedBatch:
+        if self._name is None:
+            self._name = self._name_of_parts(seen, given)
+        self._needs_head = True
+        features, output = self._through_head(seen, size)
+        return ObservedBatch(given, output, features, self._head)
+
+    def _name_of_parts(self, seen: Observation, given: Inputs | None) -> str:
+        """The head of a model whose parts were called: the layer whose output ``forward`` returns, or the only one."""
+        name = None if given is None else self._name_by_forward(given)
+        if name is not None and seen.of_layer(name):
+            return name
+        called: dict[str, None] = {}
+        for layer_call in seen.layers:
+            if layer_call.output is not None and layer_call.name in linear_layers(self.model):
+                called[layer_call.name] = None
+        if name is None and len(called) == 1:
+            return next(iter(called))
+        kind = type(self.model).__name__
+        why = (
+            f"its forward ends in {name!r}, which the step does not call" if name else "several layers may be its head"
+        )
+        if not called:
+            why = "no linear layer was called"
+        raise HeadNotFoundError(
+            f"the step does not call {kind} as a whole, and {why} (called: {', '.join(called) or 'none'}). Pass head=, the "
+            "layer whose output is the logits, or submodule=, the part of the model that the step calls"
+        )
+
+    def _name_by_forward(self, given: Inputs) -> str | None:
+        """The layer whose output ``forward`` returns for the batch, or ``None`` if that does not tell."""
+        try:
+            seen = self._run(given)
+            assert seen.called is not None
+            (only,) = seen.called[1]
+            return find_head(self.model, seen.layers, _existing(only.logits, [only]))
+        except Exception:  # the user's forward may not be made for the batch
+            return None
+
+    def _unseen(self, given: Inputs | None) -> Observation:
+        """A forward pass for a step in which no call was observed: one of a compiled model."""
+        kind = type(self.model).__name__
+        if given is None or not _has_compiled():
+            raise ValueError(
+                f"the step does not call {kind}, nor any layer of it, so its scores are not known. Pass submodule=, the "
+                "part of the model that the step calls"
+            )
+        warnings.warn(
+            f"no call of {kind} was observed in the step, perhaps because it is compiled: the scores are those of its "
+            "forward for the inputs in the batch",
+            stacklevel=2,
+        )
+        return self._run(given)
+
+    # Parts of both
+
+    def _run(self, inputs: Inputs | None) -> Observation:
+        """Observe a forward pass that is run for these inputs."""
+        assert inputs is not None
+        layers = self._layers or dict(self.model.named_modules())
+        with preserved(self.model), torch.no_grad(), eager():
+            copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
+            with observing(self.model, layers, self.scorer.logits_fn) as seen:
+                call(self.model, copies)
+        return seen
+
+    def _through_head(self, seen: Observation, size: int | None) -> tuple[Tensor, Tensor]:
+        """The head's input ``(N, D)`` and output ``(N, C)``."""
+        assert self._name is not None
+        calls = seen.of_layer(self._name)
+        if not calls:
+            raise HeadNotFoundError(
+                f"the head {self._name!r} was not called in this step; pass head=, the layer whose output is the logits, or "
+                "submodule=, the part of the model that the step calls"
+            )
+        if self._head is None:
+            self._head = head_of(self.model, calls[-1])
+        return _joined_layer(calls, size)
+
+
+def _has_compiled() -> bool:
+    """Whether torch has compiled anything in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and dynamo.counters["frames"]["total"] > 0
+
+
+def _joined_layer(calls: Sequence[LayerCall], size: int | None) -> tuple[Tensor, Tensor]:
+    """Features and outputs of the calls of one layer."""
+    features, outputs = [], []
+    for layer_call in calls:
+        if layer_call.features is None or layer_call.output is None:
+            raise HeadNotFoundError(f"the head {layer_call.name!r} has an input of shape {layer_call.input_shape}")
+        features.append(layer_call.features)
+        outputs.append(layer_call.output)
+    if _are_equal(outputs):
+        return features[0], outputs[0]
+    return torch.cat(features), _rows_of_all(outputs, size, f"the head {calls[0].name!r}")
+
+
+def _are_equal(parts: Sequence[Tensor]) -> bool:
+    """Whether all calls returned the same."""
+    first = parts[0]
+    return all(part.shape == first.shape and torch.equal(part, first) for part in parts[1:])
+
+
+def _rows_of_all(parts: Sequence[Tensor], size: int | None, who: str) -> Tensor:
+    """The rows of consecutive parts of the batch."""
+    rows = sum(len(part) for part in parts)
+    if rows != size:
+        samples = "an unknown number of samples" if size is None else f"{size} samples"
+        raise ValueError(
+            f"{who} returned {rows} rows in {len(parts)} calls during a step of {samples}, so it is not known which rows are "
+            "the samples'. Call the model once for the batch, or for consecutive parts of it"
+        )
+    return torch.cat(list(parts))
+
+
+def _existing(logits: Tensor | None, calls: Sequence[ModelCall]) -> Tensor:
+    """The logits, or the error that says why there are none."""
+    if logits is not None:
+        return logits
+    problem = calls[0].problem
+    assert problem is not None
+    if isinstance(problem, (TypeError, ValueError)):
+        raise problem
+    raise ValueError(
+        f"logits_fn failed for the output of the model with {type(problem).__name__}: {problem}. It takes the model's output "
+        "and returns the logits (N, C)"
+    ) from problem

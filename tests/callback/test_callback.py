@@ -89,7 +89,7 @@ def test_full_network_scores_share_one_forward() -> None:
         before = model.forwards
         run("test", lgm.GradientMetrics(wanted), model, data)
         counts.append(model.forwards - before)
-    assert counts[0] == counts[1] == 4
+    assert counts[0] == counts[1] == 2 + 2 * 2 + 1  # the steps'; the scores', with a sample alone; one check per run
 
 
 def test_model_untouched_and_metrics_reach_the_loggers(tmp_path) -> None:
@@ -134,12 +134,13 @@ def test_named_dataloaders_with_roles() -> None:
 
 def test_names_from_a_mapping_of_dataloaders() -> None:
     callback = lgm.GradientMetrics("energy")
-    run("predict", callback, Module(), {"a": loader(3), "b": loader(2)})
+    with pytest.warns(UserWarning, match="2 dataloaders and no roles.*{'a': 'id', 'b': 'far'}"):
+        run("predict", callback, Module(), {"a": loader(3), "b": loader(2)})
     assert callback.results["dataset"].to_pylist() == ["a"] * 3 + ["b"] * 2
 
 
 def test_wrong_number_of_names() -> None:
-    with pytest.raises(ValueError, match=r"names 1 data sets \(one\), and there are 2 dataloaders"):
+    with pytest.raises(ValueError, match=r"names 1 data sets \(one\), and test has 2 dataloaders"):
         run("test", lgm.GradientMetrics("energy", datasets=["one"]), Module(), [loader(3), loader(2)])
 
 
@@ -316,16 +317,22 @@ class FromBytes(Module):
         return super().forward(x.float() / 255)
 
 
-def test_inputs_that_are_no_floats() -> None:
-    data = loader(inputs=torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8))
-    with pytest.raises(TypeError, match=r"no floats \(torch.uint8\).*x.float\(\) / 255"):
-        run("test", lgm.GradientMetrics("gradnorm"), FromBytes(), data)
+def test_a_model_of_bytes_is_scored_and_input_gradients_are_refused() -> None:
+    x = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8)
+    data, model = loader(inputs=x), FromBytes()
+    wanted = ["gradnorm", "pseudo_label(target=all)"]
+    callback = lgm.GradientMetrics(wanted)
+    run("test", callback, model, data)
+    for name, values in lgm.score(model.network, x.float() / 255, wanted).items():
+        torch.testing.assert_close(scores_of(callback, name), values, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match=r"floats to differentiate by, not torch.uint8"):
+        run("test", lgm.GradientMetrics("odin"), model, data)
 
 
 def test_an_empty_dataloader() -> None:
     empty = DataLoader(TensorDataset(images(0), torch.zeros(0, dtype=torch.long)), 4)
     callback = lgm.GradientMetrics("energy", datasets=["some", "none"])
-    with pytest.warns(UserWarning, match="'none' gave no samples"), warnings.catch_warnings():
+    with pytest.warns(UserWarning, match="'none' returned no samples"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ength.*zero.*|.*returned 0.*")
         run("test", callback, Module(), [loader(4), empty])
     assert callback.results["dataset"].to_pylist() == ["some"] * 4
@@ -420,10 +427,12 @@ class Stream(IterableDataset):
         return iter([(images(1)[0], 0) for _ in range(7)])
 
 
-def test_an_iterable_dataset_counts_its_rows() -> None:
+def test_an_iterable_dataset_has_no_index() -> None:
     callback = lgm.GradientMetrics("energy")
-    run("predict", callback, Module(), DataLoader(Stream(), 3))
-    assert callback.results["index"].to_pylist() == list(range(7))
+    with pytest.warns(UserWarning, match="index of the rows of 'dataloader_0' is not known"):
+        run("predict", callback, Module(), DataLoader(Stream(), 3))
+    assert callback.results["index"].to_pylist() == [None] * 7
+    assert callback.evaluation is not None
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])

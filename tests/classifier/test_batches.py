@@ -24,17 +24,17 @@ X, Y = torch.randn(3, 4), torch.tensor([0, 1, 2])
 )
 def test_known_kinds(batch, labelled: bool) -> None:
     inputs, labels = split_batch(batch)
-    assert inputs is X and (labels is Y) == labelled and (labels is None) != labelled
+    assert inputs is X and (labels.tolist() == Y.tolist() if labelled else labels is None)
 
 
-@pytest.mark.parametrize("second", [torch.rand(3), torch.randint(0, 2, (3, 5)), "path", None])
+@pytest.mark.parametrize("second", [torch.rand(3), torch.ones(3, 5), "path", None])
 def test_what_is_no_class_index_is_no_label(second) -> None:
     assert split_batch((X, second))[1] is None
 
 
 def test_mapping_of_several_inputs_stays_a_mapping() -> None:
     inputs, labels = split_batch({"input_ids": Y, "attention_mask": Y, "labels": Y})
-    assert set(inputs) == {"input_ids", "attention_mask"} and labels is Y
+    assert set(inputs) == {"input_ids", "attention_mask"} and torch.equal(labels, Y)
 
 
 @pytest.mark.parametrize("batch", [None, "text", [], 3, ["a", "b"]])

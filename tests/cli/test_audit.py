@@ -84,7 +84,7 @@ SCORES = ["energy", "pseudo_label"]
 def run(inputs: dict[str, torch.Tensor], network: torch.nn.Module, batch_size: int = 4, **options):
     torch.manual_seed(2)
     loaders = {n: DataLoader(TensorDataset(x, torch.randint(0, 5, (len(x),))), batch_size) for n, x in inputs.items()}
-    callback = lgm.GradientMetrics(SCORES, top_k={"pseudo_label": 5, "energy": 2}, **options)
+    callback = lgm.GradientMetrics(SCORES, datasets=list(inputs), top_k={"pseudo_label": 5, "energy": 2}, **options)
     quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False}
     trainer = Trainer(accelerator="cpu", callbacks=[callback], **quiet)
     trainer.predict(Module(network), loaders, return_predictions=False)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_gradmetrics.results.table import Rows, empty_results, finite_rows, merge_results, sample_indices
+from lightning_gradmetrics.results.sample_index import SampleIndex, sample_indices
+from lightning_gradmetrics.results.table import Rows, empty_results, finite_rows, merge_results
 
 
 def add(rows: Rows, n: int, labels: torch.Tensor | None = None) -> None:
@@ -19,7 +20,7 @@ def test_rows_of_all_processes_are_each_sample_once(size: int, world: int) -> No
     dataset, tables = TensorDataset(torch.arange(size)), []
     for rank in range(world):
         loader = DataLoader(dataset, 2, sampler=DistributedSampler(dataset, world, rank, shuffle=False))
-        rows = Rows("d", ["s"], sample_indices(loader, rank, world), world, rank)
+        rows = Rows("d", ["s"], SampleIndex.of(loader, rank, world))
         for (batch,) in loader:
             rows.add(batch.float()[:, None], torch.zeros(len(batch), 3), batch, {"s": batch.float()})
         tables.append(rows.table())
@@ -58,5 +59,5 @@ def test_finite_rows() -> None:
     inputs = {"x": torch.ones(4, 2, 2), "ids": torch.ones(4, dtype=torch.long), "scale": torch.tensor(float("nan"))}
     inputs["x"][1, 0, 1] = float("nan")
     score = torch.tensor([0.0, 0.0, float("inf"), 0.0])
-    assert finite_rows(inputs, [score]).tolist() == [True, False, False, True]
-    assert finite_rows({"ids": torch.ones(2, dtype=torch.long)}, []).tolist() == [True, True]
+    assert finite_rows(inputs, [score], 4).tolist() == [True, False, False, True]
+    assert finite_rows({"ids": torch.ones(2, dtype=torch.long)}, [], 2).tolist() == [True, True]

@@ -19,13 +19,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.classifier.head import capturing
 from lightning_gradmetrics.scores import FittedScore, load_fitted, make, save_fitted
 from lightning_gradmetrics.scores.pytorch_ood_adapter.detectors import stages
 from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import REFUSED
 from lightning_gradmetrics.scoring import totals
 from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.step import observed
 from tests.models import Module, assert_same_state, cnn, images, state_of
 from tests.scores.fits import fit_batches
 from tests.scores.ood_cases import FITTED_MAKERS, PLAIN, name
@@ -97,7 +97,9 @@ def test_a_round_trip_with_the_callback(tmp_path: Path, caplog: pytest.LogCaptur
     fresh = images(23)
     model.calls.clear()
     quiet(again).test(model, DataLoader(TensorDataset(fresh, torch.zeros(23).long()), 8), verbose=False)
-    assert model.forwards == 3 + 2 + 3  # the steps; of NAC-UE, two to fit and one a batch
+    assert (
+        model.forwards == 3 + 2 + 3 + 2
+    )  # the steps; of NAC-UE, two to fit and one per batch; two to check the inputs
     assert not caplog.records
     assert again.baseline_names == ["max_softmax", *names[:-1]]
     for detector, column in zip(EIGHT, names, strict=True):
@@ -128,10 +130,8 @@ def test_processes_join_and_a_fitted_score_is_copied() -> None:
 
     def seen(rows: slice) -> tuple:
         part = Fitting(scores, Scorer(tuple(scores)))
-        capture = part.scorer.capture(model)
-        with capturing(capture):
-            model(x[rows])
-        part.add(x[rows], part.scorer.evidence(capture, model, x[rows], y[rows]))
+        batch = observed(part.scorer, model, x[rows], y[rows])
+        part.add(batch, part.scorer.evidence(model, batch))
         parts.append(part)
         return part.seen
 

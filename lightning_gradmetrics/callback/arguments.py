@@ -1,0 +1,87 @@
+"""Checks of the callback's arguments, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, Thresholds
+
+__all__ = ["DEFAULT_METRICS", "check_callable", "check_metrics", "check_name", "check_resamples", "check_thresholds"]
+
+DEFAULT_METRICS = ("auroc", "fpr95", "aurc")
+"""The metrics that are logged."""
+
+
+def check_name(argument: str, value: Any, example: str) -> str | None:
+    """The name of a module, or ``None``.
+
+    Raises:
+        TypeError: If it is no text.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError(
+        f"{argument}= is a {type(value).__name__}; expected the name of a module in the model, as in {argument}={example!r}"
+    )
+
+
+def check_callable(argument: str, value: Any, signature: str) -> Callable[..., Any]:
+    """The callable.
+
+    Raises:
+        TypeError: If it is no callable.
+    """
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    raise TypeError(f"{argument}= is a {type(value).__name__}; expected a callable {signature}")
+
+
+def check_prefix(value: Any) -> str:
+    """The prefix of the logged names.
+
+    Raises:
+        ValueError: If it is no word.
+    """
+    if isinstance(value, str) and value.strip("/ "):
+        return value
+    raise ValueError(
+        f"prefix={value!r}; expected a word that the names of the logged metrics begin with, as 'gradmetrics'"
+    )
+
+
+def check_resamples(value: Any) -> int:
+    """The number of bootstrap resamples.
+
+    Raises:
+        ValueError: If it is not a whole number of at least 0.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"resamples={value!r}; expected a whole number of at least 0, such as 1000, or 0 for no intervals")
+
+
+def check_thresholds(value: Any) -> Thresholds | None:
+    """The thresholds, or ``None``.
+
+    Raises:
+        TypeError: If they are not thresholds.
+    """
+    if value is None or isinstance(value, Thresholds):
+        return value
+    raise TypeError(
+        f"thresholds= is a {type(value).__name__}; expected the result of lightning_gradmetrics.evaluation.fit_thresholds"
+    )
+
+
+def check_metrics(value: str | Iterable[str]) -> tuple[str, ...]:
+    """The names of the metrics to log.
+
+    Raises:
+        ValueError: If one is unknown.
+    """
+    names = (value,) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if name not in HIGHER_IS_BETTER:
+            raise ValueError(f"metrics= names {name!r}; available: {', '.join(HIGHER_IS_BETTER)}")
+    return names

@@ -1,0 +1,125 @@
+"""Inputs and labels of the batches of a run, read before each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_gradmetrics.classifier.batches import (
+    REMEDY,
+    BatchCopy,
+    LabelsNotUnderstoodError,
+    batch_inputs,
+    shallow_copy,
+    split_batch,
+)
+from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
+from lightning_gradmetrics.classifier.labels import class_numbers, described
+
+__all__ = ["BatchReader", "ReadBatch", "SplitBatch"]
+
+SplitBatch = Callable[[Any], tuple[Inputs, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """What a batch held before the step.
+
+    Args:
+        inputs: The inputs in it, or ``None`` if they are not known.
+        copied: The batch, copied; ``None`` if the user's ``split_batch`` returned the labels.
+        labels: The labels that the user's ``split_batch`` returned.
+        size: The length of its first tensor, or ``None``.
+    """
+
+    inputs: Inputs | None
+    copied: BatchCopy | None
+    labels: Any
+    size: int | None
+
+
+class BatchReader:
+    """Reads each batch before the step, and its labels after the step.
+
+    Args:
+        split: The user's ``split_batch``, or the package's.
+        warn: Warns once for all processes.
+    """
+
+    def __init__(self, split: SplitBatch, warn: Callable[[str], None]) -> None:
+        self.split = split
+        self.warn = warn
+        self._warned: set[str] = set()
+
+    def read(self, batch: Any) -> ReadBatch:
+        """The batch before the step.
+
+        Raises:
+            ValueError: If the user's ``split_batch`` does not return inputs and labels.
+        """
+        if self.split is split_batch:
+            copied = BatchCopy(batch)
+            return ReadBatch(_known_inputs(batch), copied, None, copied.size)
+        parts = self.split(shallow_copy(batch))
+        if not isinstance(parts, tuple) or len(parts) != 2:
+            raise ValueError(
+                f"split_batch returned {described(parts)}; expected a pair (inputs, labels or None), as in "
+                "split_batch=lambda batch: (batch['image'], batch['class'])"
+            )
+        inputs, labels = parts
+        first = next(tensors_in(inputs), None)
+        copied_labels = labels.detach().clone() if isinstance(labels, Tensor) else labels
+        return ReadBatch(inputs, None, copied_labels, len(first) if first is not None and first.ndim else None)
+
+    def labels(
+        self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str
+    ) -> Tensor | None:
+        """The labels of a batch ``(N,)``; ``None`` if it has none, or none that are certain, which is warned of once.
+
+        Args:
+            batch: What the batch held before the step.
+            size: The number of samples ``N``.
+            classes: The number of classes.
+            received: The tensors that the model received.
+            dataset: The name of the data set.
+
+        Raises:
+            ValueError: If the user's ``split_batch`` returned labels that are not one class per sample.
+        """
+        if batch.copied is None:
+            return _given_labels(batch.labels, size, classes)
+        try:
+            return batch.copied.labels(size, classes, received)
+        except LabelsNotUnderstoodError as problem:
+            self.warn_once(
+                dataset, f"no labels are used for the data set {dataset!r}: {problem}. To use labels {REMEDY}"
+            )
+            return None
+
+    def warn_once(self, key: str, text: str) -> None:
+        """Warn of a data set, but not a second time."""
+        if key not in self._warned:
+            self._warned.add(key)
+            self.warn(text)
+
+
+def _given_labels(labels: Any, size: int, classes: int) -> Tensor | None:
+    if labels is None:
+        return None
+    converted = class_numbers(labels, size, classes)
+    if converted is None:
+        raise ValueError(
+            f"split_batch returned labels that are {described(labels)}; expected one class number per sample, shape ({size},), "
+            "or None"
+        )
+    return converted
+
+
+def _known_inputs(batch: Any) -> Inputs | None:
+    try:
+        return batch_inputs(batch)
+    except TypeError:
+        return None

@@ -1,0 +1,60 @@
+"""The metrics that a run logs: few, with names that every logger accepts, and the same names in every epoch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["logged_metrics", "plain_name"]
+
+
+def plain_name(name: str) -> str:
+    """A name without brackets, quotes and equals signs, which not every logger accepts.
+
+    Example:
+        >>> plain_name("pseudo_label(target=all,statistic='l2')"), plain_name("energy")
+        ('pseudo_label.target_all.statistic_l2', 'energy')
+    """
+    opened = re.sub(r"\s*[(,]\s*", ".", name)
+    return re.sub(r"[^\w./-]+", "_", re.sub(r"['\")\]]", "", opened)).strip("._")
+
+
+def _plain_names(names: Iterable[str]) -> dict[str, str]:
+    """The plain form of each name; where two have the same, a number follows."""
+    plain: dict[str, str] = {}
+    for name in names:
+        made, number = plain_name(name), 2
+        while made in plain.values():
+            made, number = f"{plain_name(name)}_{number}", number + 1
+        plain[name] = made
+    return plain
+
+
+def logged_metrics(
+    records: Iterable[Mapping[str, Any]], prefix: str, metrics: Sequence[str], before: Iterable[str] = ()
+) -> dict[str, float]:
+    """The metrics by their logged names, ``prefix/dataset/score/task_metric``, NaN where a metric is undefined.
+
+    The mean over a group of data sets has the group's name in place of a data set's.
+
+    Args:
+        records: The metrics of an :class:`~lightning_gradmetrics.evaluation.Evaluation`.
+        prefix: The start of the names.
+        metrics: The metrics to log.
+        before: Names that were logged before, and are logged again.
+
+    Example:
+        >>> record = {"dataset": "test", "group": "id", "score": "energy", "task": "ood", "metric": "auroc", "value": None}
+        >>> logged_metrics([record], "mine", ["auroc"])
+        {'mine/test/energy/ood_auroc': nan}
+    """
+    chosen = [record for record in records if record["metric"] in metrics]
+    scores = _plain_names(dict.fromkeys(record["score"] for record in chosen))
+    values = dict.fromkeys(before, math.nan)
+    for record in chosen:
+        place = plain_name(record["dataset"] or record["group"])
+        key = f"{prefix}/{place}/{scores[record['score']]}/{record['task']}_{record['metric']}"
+        values[key] = math.nan if record["value"] is None else record["value"]
+    return values

@@ -1,0 +1,131 @@
+"""One pass over the dataloaders of a stage: each step is observed, and its samples are handed to the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_gradmetrics.callback.dataloaders import seen_indices
+from lightning_gradmetrics.callback.labels import BatchReader, ReadBatch
+from lightning_gradmetrics.callback.stages import Stage
+from lightning_gradmetrics.callback.step_wrapper import around_next_call
+from lightning_gradmetrics.classifier.forward import check_model
+from lightning_gradmetrics.classifier.observation import Observation
+from lightning_gradmetrics.results.sample_index import UNKNOWN
+from lightning_gradmetrics.scoring.batch import ObservedBatch
+from lightning_gradmetrics.scoring.step import StepObserver
+
+__all__ = ["Run"]
+
+ID = "id"
+
+
+@dataclass
+class Run:
+    """One pass over the dataloaders of a stage.
+
+    Args:
+        stage: Takes each batch.
+        model: The model that is scored.
+        loaders: The dataloaders.
+        roles: The role of each data set.
+        reader: Reads inputs and labels.
+        surroundings: The context of the model's forward passes.
+    """
+
+    stage: Stage
+    model: nn.Module
+    loaders: Sequence[Any]
+    roles: Mapping[str, str]
+    reader: BatchReader
+    surroundings: Callable[[], AbstractContextManager[Any]]
+    _observer: StepObserver = field(init=False)
+    _read: ReadBatch | None = None
+    _seen: Observation | None = None
+    _remove: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._observer = StepObserver(self.stage.scorer, self.model)
+
+    def start_batch(self, module: nn.Module, step: str, batch: Any) -> None:
+        """Read the batch, and observe the step that follows."""
+        self.stop()
+        self._read = self.reader.read(batch)
+        self._seen = Observation()
+        self._remove = around_next_call(module, step, self._observed)
+
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        with self._observer.observing() as seen:
+            self._seen = seen
+            yield
+
+    def end_batch(self, number: int, place: int) -> None:
+        """Hand the samples of the observed step to the stage.
+
+        Args:
+            number: The batch's number in its dataloader.
+            place: The dataloader's number.
+        """
+        self.stop()
+        assert self._read is not None and self._seen is not None
+        read, seen, self._read, self._seen = self._read, self._seen, None, None
+        if read.size == 0:
+            return
+        check_model(self.model)
+        indices = seen_indices(self.loaders[place], number)
+        with self.surroundings():
+            batch = self._observer.batch(seen, read.inputs, read.size if indices is None else len(indices))
+            batch = self._completed(batch, read, seen, place)
+            evidence = self.stage.scorer.evidence(self.model, batch)
+        self.stage.add(place, batch, evidence, indices)
+        self._warn_of_unknown_index(place)
+
+    def _completed(self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int) -> ObservedBatch:
+        """The batch with its labels and its data set."""
+        dataset = self.stage.rows[place].dataset
+        received: list[Tensor] = []
+        if seen.called is not None:
+            for call in seen.called[1]:
+                received += call.received
+        labels = None
+        if batch.logits.ndim == 2:
+            labels = self.reader.labels(read, batch.size, batch.logits.shape[1], received, dataset)
+            labels = self._checked(labels, batch.logits.shape[1], place)
+        ood = self.stage.ood(place, batch.size)
+        return replace(batch, labels=labels, ood=ood, dataset=dataset)
+
+    def _checked(self, labels: Tensor | None, classes: int, place: int) -> Tensor | None:
+        """The labels; of in-distribution data, none at all if one is beyond the classes."""
+        rows = self.stage.rows[place]
+        if labels is None or self.roles.get(rows.dataset, ID) != ID or not bool((labels >= classes).any()):
+            return labels
+        rows.forget_labels = True
+        self.reader.warn_once(
+            rows.dataset,
+            f"no labels are used for the data set {rows.dataset!r}: they go up to {int(labels.max())}, and the model has "
+            f"{classes} classes, 0 to {classes - 1}. Pass split_batch=, a callable from the batch to (inputs, labels), with -1 "
+            "for an unknown label; or datasets= with a role other than 'id'",
+        )
+        return labels
+
+    def _warn_of_unknown_index(self, place: int) -> None:
+        rows = self.stage.rows[place]
+        if rows.index.last is None or not bool((rows.index.last == UNKNOWN).any()):
+            return
+        self.reader.warn_once(
+            f"index of {rows.dataset}",
+            f"the index of the rows of {rows.dataset!r} is not known and stays null: the order of its dataloader is not known "
+            "beforehand (shuffle=True, a custom sampler, an iterable data set, or a model that returns more rows than the "
+            "batch has). Use shuffle=False, or trainer.predict, which notes the index",
+        )
+
+    def stop(self) -> None:
+        """Stop observing. Does nothing if no step is observed."""
+        if self._remove is not None:
+            self._remove()
+            self._remove = None

@@ -1,0 +1,95 @@
+"""True labels: converting what a data set stores to one class number per sample, where that is certain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["class_numbers", "described", "is_like_labels"]
+
+
+def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
+    """The class number of every sample, ``(N,)``, int64; ``None`` if the value is not certain to hold class numbers.
+
+    Converted are whole numbers of any type ``(N,)`` or ``(N, 1)``, booleans, one-hot rows ``(N, C)``, lists of whole
+    numbers, and a single number for one sample.
+
+    Args:
+        value: What the batch holds.
+        size: The number of samples ``N``.
+        classes: The number of classes ``C``; ``None`` if it is unknown.
+
+    Example:
+        >>> class_numbers(torch.tensor([[1.0], [0.0]]), 2), class_numbers(torch.tensor([[0, 1], [1, 0]]), 2, 2)
+        (tensor([1, 0]), tensor([1, 0]))
+        >>> class_numbers(torch.tensor([0.5, 1.0]), 2) is None
+        True
+    """
+    labels = _tensor(value)
+    if labels is None or labels.is_complex():
+        return None
+    if labels.ndim == 0 and size == 1:
+        labels = labels[None]
+    if labels.shape == (size, 1):
+        labels = labels[:, 0]
+    if labels.ndim == 2 and len(labels) == size and _is_one_hot(labels, classes):
+        return labels.long().argmax(1)
+    if labels.shape != (size,) or not _is_whole(labels):
+        return None
+    return labels.long()
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """The value as a tensor if it holds numbers."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (str, bytes, Mapping)) or value is None:
+        return None
+    if isinstance(value, (list, tuple)) and not all(isinstance(item, (bool, int)) for item in value):
+        return None
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _is_one_hot(labels: Tensor, classes: int | None) -> bool:
+    if labels.shape[1] < 2 or (classes is not None and labels.shape[1] != classes):
+        return False
+    is_binary = bool(((labels == 0) | (labels == 1)).all())
+    return is_binary and bool((labels.sum(1) == 1).all())
+
+
+def _is_whole(labels: Tensor) -> bool:
+    if not labels.is_floating_point():
+        return True
+    return bool(labels.isfinite().all()) and bool((labels == labels.round()).all())
+
+
+def is_like_labels(value: Any) -> bool:
+    """Whether the value is a tensor of one whole number per sample.
+
+    Example:
+        >>> is_like_labels(torch.tensor([3, 1])), is_like_labels(torch.zeros(2)), is_like_labels(torch.zeros(2, 4))
+        (True, False, False)
+    """
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+        return False
+    return value.ndim == 1 or (value.ndim == 2 and value.shape[1] == 1)
+
+
+def described(value: Any) -> str:
+    """The kind of a value in a few words, for messages.
+
+    Example:
+        >>> described(torch.zeros(2, 3)), described("a")
+        ('a tensor (2, 3) of float32', 'a str')
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)} entries"
+    return f"a {type(value).__name__}"

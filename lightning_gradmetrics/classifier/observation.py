@@ -1,0 +1,248 @@
+"""What a model did in one step: the calls of the model and of its layers, copied while they happen."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import Inputs, map_tensors
+from lightning_gradmetrics.classifier.head import LayerCall
+
+__all__ = [
+    "ModelCall",
+    "Observation",
+    "arguments_of",
+    "joined_inputs",
+    "observing",
+    "redirected",
+    "whole_modules",
+]
+
+
+@dataclass
+class ModelCall:
+    """One call of the model.
+
+    Args:
+        inputs: Its arguments, tensors copied before the model could change them.
+        received: The tensors among its arguments, not copied.
+        logits: A copy of its logits ``(N, C)``, or ``None`` if its output has none.
+        problem: Why there are none.
+    """
+
+    inputs: Inputs
+    received: Sequence[Tensor]
+    logits: Tensor | None = None
+    problem: Exception | None = None
+
+
+@dataclass
+class Observation:
+    """The calls of one step.
+
+    Args:
+        models: The calls of each module that holds all of the model's parameters, outermost first.
+        layers: The calls of the observed layers, in order.
+    """
+
+    models: dict[nn.Module, list[ModelCall]] = field(default_factory=dict)
+    layers: list[LayerCall] = field(default_factory=list)
+
+    @property
+    def called(self) -> tuple[nn.Module, list[ModelCall]] | None:
+        """The outermost module that was called as a whole, with its calls; ``None`` if none was."""
+        for module, calls in self.models.items():
+            if calls:
+                return module, calls
+        return None
+
+    def of_layer(self, name: str) -> list[LayerCall]:
+        """The calls of one layer."""
+        return [call for call in self.layers if call.name == name]
+
+
+def whole_modules(model: nn.Module) -> list[nn.Module]:
+    """The model, and inside it the modules that hold all of its parameters, outermost first.
+
+    Example:
+        >>> inner = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        >>> [type(module).__name__ for module in whole_modules(nn.Sequential(inner, nn.Softmax(1)))]
+        ['Sequential', 'Sequential']
+    """
+    modules, total = [model], len(list(model.parameters()))
+    while total:
+        for child in modules[-1].children():
+            if len(list(child.parameters())) == total:
+                modules.append(child)
+                break
+        else:
+            return modules
+    return modules
+
+
+def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+    """The arguments of a call as inputs: a tensor, positional arguments, keyword arguments, or both in one mapping.
+
+    Args:
+        args: By position.
+        kwargs: By name.
+
+    Example:
+        >>> arguments_of((1, 2), {}), arguments_of((), {"a": 1}), arguments_of((1,), {"a": 2})
+        ((1, 2), {'a': 1}, {0: 1, 'a': 2})
+    """
+    if not kwargs:
+        return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else tuple(args)
+    return {**dict(enumerate(args)), **kwargs}
+
+
+def _as_tensor(module: nn.Module, inputs: Inputs) -> Inputs:
+    """One tensor, if that is the only argument and the first that the module has."""
+    if not isinstance(inputs, Mapping) or len(inputs) != 1:
+        return inputs
+    ((name, value),) = inputs.items()
+    try:
+        bound = inspect.signature(module.forward).bind(**inputs)
+    except (TypeError, ValueError):
+        return inputs
+    return value if isinstance(value, Tensor) and name in bound.arguments and bound.args else inputs
+
+
+@contextmanager
+def observing(
+    model: nn.Module, layers: Mapping[str, nn.Module], logits_fn: Callable[[Any], Tensor]
+) -> Iterator[Observation]:
+    """Observe the model inside the block; every hook is removed after it.
+
+    Args:
+        model: The model.
+        layers: The layers to observe, by name.
+        logits_fn: From the model's output to its logits ``(N, C)``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2))
+        >>> with observing(model, {"0": model[0]}, lambda output: output) as seen:
+        ...     _ = model(torch.zeros(4, 3))
+        >>> len(seen.layers), seen.called[1][0].logits.shape
+        (1, torch.Size([4, 2]))
+    """
+    seen = Observation()
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(_observe_layer(seen, name, layer))
+        for module in whole_modules(model):
+            seen.models[module] = []
+            for remove in _observe_model(seen.models[module], module, logits_fn):
+                stack.callback(remove)
+        yield seen
+
+
+def _observe_layer(seen: Observation, name: str, layer: nn.Module) -> Callable[[], None]:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        seen.layers.append(_layer_call(name, given, output))
+
+    return layer.register_forward_hook(after, with_kwargs=True).remove
+
+
+def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
+    shapes: list[tuple[int, ...] | None] = []
+    copies: list[Tensor | None] = []
+    for value in (given, output):
+        shapes.append(tuple(value.shape) if isinstance(value, Tensor) else None)
+        is_matrix = isinstance(value, Tensor) and value.ndim == 2
+        copies.append(value.detach().clone() if is_matrix else None)
+    if None in copies:
+        copies = [None, None]
+    return LayerCall(name, *copies, *shapes)  # type: ignore[arg-type]
+
+
+def _observe_model(
+    calls: list[ModelCall], module: nn.Module, logits_fn: Callable[[Any], Tensor]
+) -> list[Callable[[], None]]:
+    """Hooks that note each call of a module that is not inside another call of it."""
+    running: list[ModelCall] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = _as_tensor(module, arguments_of(args, kwargs))
+        received: list[Tensor] = []
+
+        def copied(tensor: Tensor) -> Tensor:
+            received.append(tensor)
+            return tensor.detach().clone()
+
+        running.append(ModelCall(map_tensors(inputs, copied), received))
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = running.pop()
+        try:
+            call.logits = logits_fn(output).detach().clone()
+        except Exception as problem:  # raised later, if these logits are needed
+            call.problem = problem
+        if not running:
+            calls.append(call)
+
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True).remove,
+        module.register_forward_hook(after, with_kwargs=True).remove,
+    ]
+
+
+@contextmanager
+def redirected(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Inside the block a call of the model is a call of one module in it.
+
+    Args:
+        model: The model.
+        module: The model itself, or a module inside it.
+    """
+    if module is model:
+        yield
+        return
+    own = model.__dict__.get("forward")
+    model.forward = module.__call__
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def joined_inputs(parts: Sequence[Inputs], rows: Sequence[int]) -> Inputs | None:
+    """The inputs of several calls as those of one; ``None`` if they cannot be joined along the first axis.
+
+    Args:
+        parts: The inputs of each call.
+        rows: The number of samples of each call.
+
+    Example:
+        >>> joined_inputs([torch.zeros(2, 3), torch.ones(1, 3)], [2, 1]).shape
+        torch.Size([3, 3])
+    """
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return _joined_tensors(parts, rows)
+    joined = {}
+    for key in first if isinstance(first, Mapping) else range(len(first)):
+        values = [part[key] for part in parts]  # type: ignore[index]
+        joined[key] = _joined_tensors(values, rows) if isinstance(values[0], Tensor) else values[0]
+        is_one = joined[key] is not None or values[0] is None
+        if not is_one or (not isinstance(values[0], Tensor) and values.count(values[0]) < len(values)):
+            return None
+    return joined if isinstance(first, Mapping) else tuple(joined.values())
+
+
+def _joined_tensors(parts: Sequence[Any], rows: Sequence[int]) -> Tensor | None:
+    """The tensors one after the other if each has as many rows as its call has samples."""
+    for part, size in zip(parts, rows, strict=True):
+        is_fitting = isinstance(part, Tensor) and part.ndim and len(part) == size
+        if not is_fitting or part.shape[1:] != parts[0].shape[1:]:
+            return None
+    return torch.cat(list(parts))

@@ -1,0 +1,86 @@
+"""Scores of one batch without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_of, tensors_in
+from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
+from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.states import check_fitted
+from lightning_gradmetrics.scoring.step import observed
+
+__all__ = ["score"]
+
+
+def score(
+    model: nn.Module,
+    inputs: Inputs,
+    scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike],
+    targets: Tensor | None = None,
+    *,
+    head: str | None = None,
+    logits_fn: Callable[[Any], Tensor] = logits_of,
+    engine: str = "auto",
+) -> dict[str, Tensor]:
+    """Uncertainty scores of every sample, higher = more uncertain; plain torch, no Trainer.
+
+    Args:
+        model: A classifier; batch norms must be in eval mode. It is left unchanged.
+        inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
+        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or :class:`Score` objects, or a mapping
+            that names them.
+        targets: True labels ``(N,)``, for the scores that need them.
+        head: The name of the classification head, a linear layer; found automatically if its output is what the model
+            returns.
+        logits_fn: From the model's output to its logits ``(N, C)``.
+        engine: The engine of the scores that need a backward pass.
+
+    Returns:
+        Each score ``(N,)`` by name, on the model's device.
+
+    Raises:
+        ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, or the head
+            cannot be found.
+        TypeError: If the inputs hold no tensor.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> found = score(model, torch.randn(5, 2, 4), ["gradnorm", "entropy"])
+        >>> {name: tuple(values.shape) for name, values in found.items()}
+        {'gradnorm': (5,), 'entropy': (5,)}
+    """
+    scorer = Scorer(resolve(scores), head, logits_fn, engine)
+    check_model(model)
+    _check_inputs(inputs)
+    check_fitted(scorer.scores, model)
+    if _is_empty(inputs):
+        return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
+    batch = observed(scorer, model, inputs, targets)
+    return scorer(scorer.evidence(model, batch))
+
+
+def _check_inputs(inputs: Any) -> None:
+    """Refuse inputs that are not tensors but are often passed in their place."""
+    if isinstance(inputs, (Tensor, Mapping)):
+        return
+    if hasattr(inputs, "__array__"):
+        raise TypeError(
+            f"the inputs are a {type(inputs).__name__}; expected a tensor: pass torch.as_tensor(inputs), in the type that the "
+            "model takes"
+        )
+    if not isinstance(inputs, (list, tuple)):
+        raise TypeError(
+            f"the inputs are a {type(inputs).__name__}; expected a tensor (N, ...), a mapping or a sequence of tensors. For a "
+            "dataloader call score for each batch, or use lightning_gradmetrics.GradientMetrics with a Trainer"
+        )
+
+
+def _is_empty(inputs: Inputs) -> bool:
+    first = next(tensors_in(inputs), None)
+    return first is not None and first.ndim > 0 and len(first) == 0
