@@ -1,35 +1,33 @@
-"""The callback in your own code: an unchanged LightningModule, named dataloaders, scores beside baselines.
-
-Run it from anywhere: ``python examples/callback.py``. It trains a small network on handwritten digits 0 to 7 first.
-"""
+"""The callback in a Trainer: an unchanged LightningModule, named dataloaders, scores beside baselines."""
 
 from __future__ import annotations
 
+from _digits import QUIET, digit_loaders, trained_classifier
 from lightning.pytorch import Trainer
-from rich.console import Console
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.cli.data import digits
-from lightning_gradmetrics.cli.models import digits_cnn
-from lightning_gradmetrics.cli.tables import metrics_grids, print_grid
 
 
 def main() -> None:
-    """Train, score, and show what was found."""
-    data = digits()
-    model = digits_cnn(data)
+    """Score known and unknown digits, and print how well each score finds errors and unknown digits."""
+    loaders = digit_loaders()
+    model = trained_classifier(loaders)
     callback = lgm.GradientMetrics(
         ["max_softmax", "energy", "gradnorm", "pseudo_label(target='all')"],
-        datasets=data.roles,  # {"digits": "id", "digits_8_9": "near", "photos": "far"}
+        datasets={"digits": "id", "unknown": "near"},
+        resamples=200,
     )
-    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[callback])
-    trainer.test(model, data.loaders(batch_size=128), verbose=False)
+    trainer = Trainer(callbacks=[callback], **QUIET)
+    trainer.test(model, [loaders["test"], loaders["unknown"]], verbose=False)
 
-    console = Console()
-    for grid in metrics_grids(callback.evaluation, callback.scorer.scores, console.width):
-        print_grid(console, grid)
-    least_sure = callback.results.sort_by([("max_softmax", "descending")]).slice(0, 5)
-    console.print("The five least certain samples:", least_sure.to_pylist())
+    print(f"{'score':30} {'task':18} AUROC x 100")
+    for metric in callback.evaluation.find(metric="auroc"):
+        print(
+            f"{metric['score']:30} {metric['task']:18} {100 * metric['value']:.1f} "
+            f"({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
+        )
+    least_certain = callback.results.sort_by([("max_softmax", "descending")]).slice(0, 5)
+    print("The five least certain samples:", least_certain.select(["dataset", "index", "prediction"]).to_pylist())
 
 
 if __name__ == "__main__":

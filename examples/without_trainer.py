@@ -1,7 +1,4 @@
-"""Scores and gradient statistics in plain torch, for any classifier.
-
-Run it from anywhere: ``python examples/without_trainer.py``.
-"""
+"""Scores and gradient statistics in plain torch, for any classifier."""
 
 from __future__ import annotations
 

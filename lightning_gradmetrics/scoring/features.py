@@ -89,7 +89,7 @@ def gradient_features(
             ``"parameter"`` (each by itself), or several, as ``"all+layer"``.
         statistics: Names of statistics.
         **options: ``targets``, ``logits``, ``engine`` and ``memory``, as in
-        :func:`lightning_gradmetrics.gradient_statistics`.
+            :func:`lightning_gradmetrics.gradient_statistics`.
 
     Returns:
         The features ``(N, F)``, and the names of their columns, ``objective/group/statistic``.

@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 HABITS: dict[str, int] = {
-    "callback": 9,
-    "docs": 2,
-    "engine": 3,
+    "callback": 2,
+    "docs": 1,
+    "engine": 2,
     "evaluation": 2,
-    "gradients": 1,
     "pictures": 4,
     "scores": 2,
-    "scoring": 9,
+    "scoring": 2,
 }
 """Habits of translated English left in a room."""
 
 NESTED_STATEMENTS: dict[str, int] = {
-    "classifier": 1,
-    "engine": 18,
+    "engine": 13,
     "evaluation": 6,
-    "gradients": 3,
     "pictures": 6,
     "report": 2,
-    "results": 2,
+    "results": 1,
     "scores": 2,
-    "scoring": 13,
+    "scoring": 11,
 }
 """Statements with nested comprehensions, lambdas or ternaries left in a room."""
 
 COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
-    "callback": 30.0,
-    "classifier": 38.8,
-    "cli": 25.6,
-    "compat": 28.6,
-    "engine": 33.8,
-    "evaluation": 45.2,
-    "gradients": 20.7,
+    "callback": 16.0,
+    "classifier": 25.7,
+    "cli": 24.9,
+    "compat": 27.9,
+    "engine": 25.6,
+    "evaluation": 45.1,
     "pictures": 51.0,
     "report": 43.8,
-    "results": 31.7,
-    "scores": 15.1,
-    "scoring": 30.8,
+    "results": 21.5,
+    "scoring": 26.9,
 }
 """Of rooms above the limit."""
 

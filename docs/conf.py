@@ -1,0 +1,36 @@
+"""Sphinx: MyST pages, and an API reference generated from the docstrings. ``sphinx-build -W docs OUT`` builds it."""
+
+from __future__ import annotations
+
+import lightning_gradmetrics
+
+project = "lightning_gradmetrics"
+author = "the lightning_gradmetrics developers"
+version = release = lightning_gradmetrics.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = "gradmetrics"
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_rtype = False
+napoleon_use_ivar = True  # a dataclass's field is documented once, as an argument
+napoleon_custom_sections = ["Reference"]
+
+
+def skip_undocumented_fields(app: object, what: str, name: str, item: object, skip: bool, options: object) -> bool:
+    """Leave out the fields of dataclasses: the class's docstring has them as arguments."""
+    is_field = type(item).__name__ == "member_descriptor" or isinstance(
+        item, (int, float, str, bool, type(None), tuple)
+    )
+    return skip or (what == "class" and is_field)
+
+
+def setup(app: object) -> None:
+    """Connect the function above."""
+    app.connect("autodoc-skip-member", skip_undocumented_fields)  # type: ignore[attr-defined]

@@ -1,0 +1,77 @@
+"""What the examples share: handwritten digits, and a small classifier of digits 0 to 7 in Lightning."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+warnings.filterwarnings("ignore", ".*does not have many workers.*")
+
+
+def digit_loaders() -> dict[str, DataLoader[tuple[Tensor, ...]]]:
+    """Return loaders of training digits, held-out digits, test digits (all 0 to 7), and digits 8 and 9."""
+    images, labels = load_digits(return_X_y=True)
+    everything = TensorDataset(torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels))
+    known = [place for place, label in enumerate(labels) if label < 8]
+    unknown = [place for place, label in enumerate(labels) if label >= 8]
+    parts = {"train": known[:150], "held_out": known[150:500], "test": known[500:], "unknown": unknown}
+    return {name: DataLoader(Subset(everything, part), batch_size=64) for name, part in parts.items()}
+
+
+class DigitClassifier(LightningModule):
+    """A small convolutional network with the usual steps; it knows nothing of this package."""
+
+    def __init__(self, learning_rate: float = 0.01) -> None:
+        super().__init__()
+        self.learning_rate = learning_rate
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 32),
+            nn.ReLU(),
+            nn.Linear(32, 8),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits ``(N, 8)``."""
+        return self.network(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss."""
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Call the model, as any step does."""
+        self(batch[0])
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Call the model, as any step does."""
+        self(batch[0])
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the predicted classes."""
+        return self(batch[0]).argmax(1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimiser."""
+        return torch.optim.Adam(self.parameters(), self.learning_rate)
+
+
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+"""Arguments of the examples' trainers."""
+
+
+def trained_classifier(loaders: dict[str, DataLoader[tuple[Tensor, ...]]]) -> DigitClassifier:
+    """Return a classifier after 15 epochs."""
+    seed_everything(0, verbose=False)
+    model = DigitClassifier()
+    Trainer(max_epochs=15, enable_checkpointing=False, **QUIET).fit(model, loaders["train"])
+    return model

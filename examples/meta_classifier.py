@@ -1,0 +1,24 @@
+"""A meta-classifier of errors (Oberdiek et al. 2018): fitted on gradients of held-out labelled samples."""
+
+from __future__ import annotations
+
+from _digits import QUIET, digit_loaders, trained_classifier
+from lightning.pytorch import Trainer
+
+import lightning_gradmetrics as lgm
+
+
+def main() -> None:
+    """Fit ``oberdiek`` on held-out digits, and compare it with max softmax on test digits."""
+    loaders = digit_loaders()
+    model = trained_classifier(loaders)
+    callback = lgm.GradientMetrics(["max_softmax", "gradnorm", "oberdiek"])
+    trainer = Trainer(callbacks=[callback], **QUIET)
+    callback.fit(trainer, model, loaders["held_out"])
+    trainer.test(model, loaders["test"], verbose=False)
+    for metric in callback.evaluation.find(metric="auroc", task="misclassification"):
+        print(f"{metric['score']:12} finds {metric['count_positive']} errors with AUROC {100 * metric['value']:.1f}")
+
+
+if __name__ == "__main__":
+    main()

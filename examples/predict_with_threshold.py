@@ -1,0 +1,29 @@
+"""Reject uncertain predictions: fit a threshold on held-out digits, then predict with it."""
+
+from __future__ import annotations
+
+from _digits import QUIET, digit_loaders, trained_classifier
+from lightning.pytorch import Trainer
+
+import lightning_gradmetrics as lgm
+
+
+def main() -> None:
+    """Accept 95 % of known digits, and print how many unknown digits are rejected."""
+    loaders = digit_loaders()
+    model = trained_classifier(loaders)
+    validation = lgm.GradientMetrics(["gradnorm", "energy"])
+    Trainer(callbacks=[validation], **QUIET).predict(model, loaders["held_out"])
+    thresholds = lgm.evaluation.fit_thresholds(validation.results, ["gradnorm", "energy"], tpr=0.95)
+
+    callback = lgm.GradientMetrics(
+        ["gradnorm", "energy"], datasets={"digits": "id", "unknown": "near"}, thresholds=thresholds
+    )
+    Trainer(callbacks=[callback], **QUIET).predict(model, [loaders["test"], loaders["unknown"]])
+    for dataset, rows in callback.results.to_pandas().groupby("dataset"):
+        for score in ("gradnorm", "energy"):
+            print(f"{dataset:10} {score:10} accepted {100 * rows[f'{score}_accept'].mean():.1f} %")
+
+
+if __name__ == "__main__":
+    main()
