@@ -1,14 +1,19 @@
-"""Judge a table of per-sample scores: metrics, bootstrap intervals, comparisons, and thresholds."""
+"""Judge a table of per-sample scores: metrics, intervals, comparisons, and thresholds."""
 
-from lightning_gradmetrics.evaluation.protocol import HIGHER_IS_BETTER, TASKS, Evaluation, evaluate
+from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER, METRICS, TASKS, Metric, register_metric
+from lightning_gradmetrics.evaluation.protocol import evaluate
+from lightning_gradmetrics.evaluation.record import Evaluation
 from lightning_gradmetrics.evaluation.thresholds import Thresholds, apply_thresholds, fit_thresholds
 
 __all__ = [
     "HIGHER_IS_BETTER",
+    "METRICS",
     "TASKS",
     "Evaluation",
+    "Metric",
     "Thresholds",
     "apply_thresholds",
     "evaluate",
     "fit_thresholds",
+    "register_metric",
 ]

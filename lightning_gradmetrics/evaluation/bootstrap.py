@@ -3,117 +3,157 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.evaluation.cells import Cells, counts_of_task, make_cells
 from lightning_gradmetrics.evaluation.metrics import metrics_of
-from lightning_gradmetrics.evaluation.tasks import DetectionTask, Rows
-from lightning_gradmetrics.meters.functional.counts import Counts
+from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows
 
-__all__ = ["Key", "Replicates", "interval", "replicate"]
+__all__ = ["EXACT_ROWS", "Key", "Replicates", "method_of", "replicate"]
 
 Key = tuple[str, str | None, str, str, str]
 """Task, data set (``None`` for the mean over a group), group, score, metric."""
 
 Replicates = dict[Key, Tensor]
-"""A metric's value in each resample, ``(B,)``."""
+"""A metric's value in each resample, ``(B,)`` in float64."""
 
-ELEMENTS = 2**18
+EXACT_ROWS = 5_000
+"""Up to this number of rows, each data set is resampled with replacement; above it, rows get Poisson weights."""
+
+CELLS = 2048
+"""The number of cells of equal size of a score above ``EXACT_ROWS`` rows; each task adds finer cells near its threshold."""
+
+ELEMENTS = 2**24
+"""The largest number of weights that are in memory together."""
+
+
+def _poisson_table() -> Any:
+    """The Poisson(1) weight of each 16-bit random number; mean 1 exactly, variance 1 within 1e-3."""
+    probability = [np.exp(-1.0)]
+    for number in range(1, 9):
+        probability.append(probability[-1] / number)
+    ends = np.round(np.cumsum(probability) * 2**16).astype(int)
+    table = np.searchsorted(ends, np.arange(2**16), side="right").astype(np.float32)
+    excess = int(table.sum()) - 2**16
+    # Rounding leaves the mean off by a few in 65,536: exchange some ones for zeros, or zeros for ones.
+    ones = np.flatnonzero(table == (1.0 if excess > 0 else 0.0))
+    table[ones[: abs(excess)]] = 0.0 if excess > 0 else 1.0
+    return table
+
+
+POISSON = _poisson_table()
+
+
+def method_of(rows: int) -> str:
+    """Return how this number of rows is resampled: ``"exact"`` or ``"poisson"``."""
+    return "exact" if rows <= EXACT_ROWS else "poisson"
 
 
 def replicate(
-    rows: Mapping[str, Rows],
+    rows: Rows,
     tasks: Sequence[DetectionTask],
-    scores: Sequence[str],
     rate: float,
     resamples: int,
     seed: int,
+    exact: Mapping[Key, float],
     progress: Callable[[float], None] | None = None,
 ) -> Replicates:
-    """Metrics of ``B`` resamples.
+    """Compute every metric in ``B`` resamples.
 
-    Each data set is resampled by itself, with replacement and to its own size. All scores and all tasks see the
-    same resamples, so that differences between scores, and means over data sets, are paired.
+    All scores and all tasks share the same resamples, so differences between scores and means over data sets are
+    paired. Up to ``EXACT_ROWS`` rows each data set is resampled with replacement, to its own size, and every distinct
+    score is a cell. Above that each row gets a Poisson weight of mean 1, and a score is cut into ``CELLS`` cells of
+    equal size; the replicates are shifted by the difference between the exact value and that of the cells. Apart from
+    the replicates, memory does not grow with ``B``.
 
     Args:
-        rows: The rows of each data set.
-        tasks: What is judged.
-        scores: The scores that are judged.
+        rows: The rows.
+        tasks: The tasks.
         rate: The true-positive rate of ``fpr95``.
         resamples: ``B``.
         seed: The seed of the resamples; the global random state is neither used nor changed.
+        exact: The exact value of every metric that is defined.
         progress: Called with the share that is done.
+
+    Returns:
+        The value of every metric in each resample.
     """
-    rankings = [{score: _Ranking(task.values(rows, score), task.target) for score in scores} for task in tasks]
-    pieces: dict[Key, list[Tensor]] = {}
-    for done, weights in _blocks({name: len(part) for name, part in rows.items()}, resamples, seed):
-        for task, ranking in zip(tasks, rankings, strict=True):
-            drawn = task.weights(weights)
-            for score in scores:
-                for metric, value in metrics_of(task.task, ranking[score].counts(drawn), rate).items():
-                    key = (task.task, task.dataset, task.group, score, metric)
-                    pieces.setdefault(key, []).append(value.double())
+    number = len(rows.codes)
+    most = number if method_of(number) == "exact" else CELLS
+    cells = {}
+    for score, values in rows.scores.items():
+        cells[score] = make_cells(values, rows.codes, len(rows.classes), max(most, 1), tasks, rate)
+    replicates: Replicates = {}
+    for start, weights in weight_blocks(rows, resamples, seed):
+        stop = start + weights.shape[1]
+        for key, values in _values(cells, tasks, rate, weights):
+            if key not in replicates:
+                replicates[key] = torch.empty(resamples, dtype=torch.float64)
+            replicates[key][start:stop] = values
         if progress is not None:
-            progress(done / resamples)
-    return {key: torch.cat(values) for key, values in pieces.items()}
+            progress(stop / resamples)
+    if method_of(number) == "poisson":
+        for key, values in _values(cells, tasks, rate, torch.ones(number, 1)):
+            if key in exact:
+                replicates[key] += exact[key] - values
+    return replicates
 
 
-def _blocks(sizes: Mapping[str, int], resamples: int, seed: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Blocks of resamples that fit the cache: how many are done, and the weights ``(b, n)`` of each data set."""
-    generators = {name: torch.Generator().manual_seed(_mixed(seed, place)) for place, name in enumerate(sizes)}
-    block = max(1, min(resamples, ELEMENTS // max(1, sum(sizes.values()))))
-    for start in range(0, resamples, block):
-        number = min(block, resamples - start)
-        yield start + number, {name: _weights(size, number, generators[name]) for name, size in sizes.items()}
+def _values(
+    cells: Mapping[str, Cells], tasks: Sequence[DetectionTask], rate: float, weights: Tensor
+) -> Iterator[tuple[Key, Tensor]]:
+    """Yield the value ``(b,)`` of every metric with the rows weighted by ``(N, b)``."""
+    for score, grouped in cells.items():
+        counts = grouped.counts(weights)
+        for task in tasks:
+            task_counts = counts_of_task(task, grouped.scores, counts)
+            for metric, values in metrics_of(task.task, task_counts, rate).items():
+                yield _key(task, score, metric), values
 
 
-def _mixed(seed: int, place: int) -> int:
-    return (seed * 1_000_003 + place * 7_919 + 12_345) % 2**63
+def _key(task: DetectionTask, score: str, metric: str) -> Key:
+    return task.task, task.dataset, task.group, score, metric
 
 
-def _weights(size: int, number: int, generator: torch.Generator) -> Tensor:
-    """How often each of ``size`` rows is drawn, ``(number, size)`` in float32; whole numbers, exact up to 2^24 rows."""
+def weight_blocks(rows: Rows, resamples: int, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield blocks of resamples: the number of the first one, and the weights ``(N, b)`` of the rows in float32."""
+    number = len(rows.codes)
+    width = max(1, min(64, ELEMENTS // max(1, number)))
+    sources = _sources(rows, seed)
+    draw = _drawn if method_of(number) == "exact" else _poisson
+    for start in range(0, resamples, width):
+        weights = torch.empty(number, width)
+        for members, size, generator in sources:
+            weights[members] = draw(size, width, generator)
+        yield start, weights[:, : resamples - start]
+
+
+def _sources(rows: Rows, seed: int) -> list[tuple[slice | Tensor, int, np.random.Generator]]:
+    """For each data set the positions of its rows, their number, and the source of its random numbers."""
+    sources: list[tuple[slice | Tensor, int, np.random.Generator]] = []
+    for place, summary in enumerate(rows.datasets):
+        chosen = torch.zeros(256, dtype=torch.bool)
+        chosen[list(rows.codes_of(*KINDS, dataset=summary["name"]))] = True
+        members: slice | Tensor = chosen[rows.codes.long()].nonzero().squeeze(1)
+        size = len(members)
+        if size and int(members[-1]) - int(members[0]) == size - 1:
+            members = slice(int(members[0]), int(members[-1]) + 1)
+        sources.append((members, size, np.random.default_rng([seed, place])))
+    return sources
+
+
+def _poisson(size: int, width: int, generator: np.random.Generator) -> Tensor:
+    """Poisson weights of mean 1, ``(size, width)``."""
+    return torch.from_numpy(POISSON[generator.integers(2**16, size=(size, width), dtype=np.uint16)])
+
+
+def _drawn(size: int, width: int, generator: np.random.Generator) -> Tensor:
+    """How often each of ``size`` rows is drawn in each resample, ``(size, width)``."""
     if not size:
-        return torch.zeros(number, 0)
-    drawn = torch.randint(size, (number, size), generator=generator)
-    drawn += torch.arange(number)[:, None] * size
-    return torch.bincount(drawn.view(-1), minlength=number * size).view(number, size).float()
-
-
-class _Ranking:
-    """One score on one task, sorted once for all resamples."""
-
-    def __init__(self, values: Tensor, target: Tensor) -> None:
-        self.distinct, group = torch.unique(values, return_inverse=True)
-        self.order = torch.argsort(group, stable=True)
-        self.ends = torch.bincount(group, minlength=len(self.distinct)).cumsum(0) - 1
-        self.positive = target[self.order].float()
-
-    def counts(self, weights: Tensor) -> Counts:
-        """Counts of weighted rows ``(b, n)``: ``(b, G)``."""
-        weights = weights[:, self.order]
-        positive = weights * self.positive
-        negative = weights - positive
-        return Counts.of(self.distinct, self._grouped(negative), self._grouped(positive))
-
-    def _grouped(self, weights: Tensor) -> Tensor:
-        if len(self.ends) == weights.shape[1]:
-            return weights
-        # Sums in float64: differences of float32 sums would not be whole numbers for long rows.
-        sums = weights.double().cumsum(1)[:, self.ends]
-        return torch.diff(sums, dim=1, prepend=sums.new_zeros(len(sums), 1)).float()
-
-
-def interval(values: Tensor, level: float) -> tuple[float | None, float | None]:
-    """The percentile interval of replicates ``(B,)``; ``None`` where fewer than half of them are defined.
-
-    Example:
-        >>> interval(torch.arange(101.0), 0.5)
-        (25.0, 75.0)
-    """
-    defined = values[~torch.isnan(values)]
-    if 2 * len(defined) < len(values) or not len(defined):
-        return None, None
-    low, high = torch.quantile(defined.double(), torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
-    return float(low), float(high)
+        return torch.zeros(0, width)
+    drawn = generator.integers(size, size=(size, width), dtype=np.int64) * width + np.arange(width)
+    return torch.from_numpy(np.bincount(drawn.ravel(), minlength=size * width).reshape(size, width)).float()

@@ -1,4 +1,4 @@
-"""Scores against the best baseline, and what the data say about it in words."""
+"""Compare every score with one baseline that is named beforehand, by paired intervals."""
 
 from __future__ import annotations
 
@@ -7,131 +7,126 @@ from typing import Any
 
 import torch
 
-from lightning_gradmetrics.evaluation.bootstrap import Replicates, interval
+from lightning_gradmetrics.evaluation.bootstrap import Key, Replicates
+from lightning_gradmetrics.evaluation.intervals import enough_rows, percentile_interval
 from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER
 
-__all__ = ["compare", "statements_of"]
+__all__ = ["BETTER", "CANNOT_TELL", "WORSE", "compare", "key_of", "verdict_of"]
 
-Record = Mapping[str, Any]
+Entry = Mapping[str, Any]
+BETTER, WORSE, CANNOT_TELL = "better", "worse", "cannot tell"
+PLACE = ("task", "dataset", "group", "metric")
 
 
 def compare(
-    records: Sequence[Record], replicates: Replicates, baselines: Sequence[str], level: float
+    metrics: Sequence[Entry],
+    replicates: Replicates,
+    baseline: str,
+    baselines: Sequence[str],
+    level: float,
+    rate: float,
 ) -> list[dict[str, Any]]:
-    """Each score that is no baseline against the best baseline, for every task, data set or group, and metric.
+    """Compare every other score with the baseline, for every task, data set or group, and metric.
 
-    The best baseline is chosen again inside each resample, so the interval holds the uncertainty of the choice. The
-    best of several noisy baselines is on average better on its own resample than any one of them is in truth, and the
-    more so the more baselines there are: the interval leans against the score, never in its favour. Intervals are not
-    corrected for the number of scores.
+    The interval is that of the paired difference over the resamples. Intervals are not corrected for the number of
+    scores. A second, *max-adjusted* verdict compares each score that is not a baseline with the best of all baselines,
+    chosen anew in each resample. It leans against the score, and the more so the more baselines there are: with 12
+    equally good baselines it calls an equally good score worse in half of all runs.
 
     Args:
-        records: Records of all scores.
+        metrics: The metrics of all scores.
         replicates: Their values in each resample.
-        baselines: The scores to compare with.
-        level: The level of the interval.
+        baseline: The score to compare with.
+        baselines: All baselines, for the max-adjusted verdict.
+        level: The level of the intervals.
+        rate: The true-positive rate of ``fpr95``.
 
     Returns:
-        One dict a comparison: ``score``, ``baseline`` (the best on the data), ``task``, ``dataset``, ``group``,
-        ``metric``, ``value``, ``baseline_value``, ``difference`` (above 0 = the score is better, also where lower is
-        better), ``low``, ``high``, and
-        ``verdict``: ``"better"``, ``"worse"`` or ``"cannot tell"``.
+        One dict per comparison: ``score``, ``baseline``, ``task``, ``dataset``, ``group``, ``metric``, ``value``,
+        ``baseline_value``, ``difference`` (``value - baseline_value``, whichever way is better), ``low`` and ``high``
+        (the interval of the difference), ``verdict`` (``"better"``, ``"worse"`` or ``"cannot tell"``, from the interval
+        and the metric's direction), ``best_baseline`` (the best on the data), ``max_adjusted_low``,
+        ``max_adjusted_high`` and ``max_adjusted_verdict`` (``None`` for a baseline).
     """
-    return [
-        comparison
-        for record in records
-        if record["score"] not in baselines and record["value"] is not None
-        for comparison in _comparison(record, records, replicates, baselines, level)
-    ]
-
-
-def _comparison(
-    record: Record, records: Sequence[Record], replicates: Replicates, baselines: Sequence[str], level: float
-) -> list[dict[str, Any]]:
-    same = ("task", "dataset", "group", "metric")
-    rivals = [
-        rival
-        for rival in records
-        if rival["score"] in baselines and rival["value"] is not None and all(rival[key] == record[key] for key in same)
-    ]
-    if not rivals:
-        return []
-    sign = 1 if HIGHER_IS_BETTER[record["metric"]] else -1
-    best = max(rivals, key=lambda rival: sign * rival["value"])
-    place = (record["task"], record["dataset"], record["group"])
-    own, *others = (sign * replicates[(*place, each["score"], each["metric"])] for each in (record, *rivals))
-    low, high = interval(own - torch.stack(others).amax(0), level)
-    return [
-        {
-            "score": record["score"],
-            "baseline": best["score"],
-            **{key: record[key] for key in same},
-            "value": record["value"],
-            "baseline_value": best["value"],
-            "difference": sign * (record["value"] - best["value"]),
+    values: dict[Key, float] = {}
+    for entry in metrics:
+        if entry["value"] is not None:
+            values[key_of(entry)] = entry["value"]
+    comparisons = []
+    for entry in metrics:
+        key = key_of(entry)
+        other = key_of({**entry, "score": baseline})
+        if entry["score"] == baseline or key not in values or other not in values:
+            continue
+        low, high = _difference(entry, replicates, key, [other], level, rate)
+        comparison = {
+            "score": entry["score"],
+            "baseline": baseline,
+            **{name: entry[name] for name in PLACE},
+            "value": values[key],
+            "baseline_value": values[other],
+            "difference": values[key] - values[other],
             "low": low,
             "high": high,
-            "verdict": _verdict(low, high),
+            "verdict": verdict_of(entry["metric"], low, high),
         }
-    ]
+        comparisons.append({**comparison, **_max_adjusted(entry, values, replicates, baselines, level, rate)})
+    return comparisons
 
 
-def _verdict(low: float | None, high: float | None) -> str:
-    if low is None or high is None or low <= 0 <= high:
-        return "cannot tell"
-    return "better" if low > 0 else "worse"
+def _max_adjusted(
+    entry: Entry,
+    values: Mapping[Key, float],
+    replicates: Replicates,
+    baselines: Sequence[str],
+    level: float,
+    rate: float,
+) -> dict[str, Any]:
+    """Compare with the best of the baselines, chosen anew in each resample."""
+    sign = 1 if HIGHER_IS_BETTER[entry["metric"]] else -1
+    rivals = {}
+    for name in baselines:
+        key = key_of({**entry, "score": name})
+        if key in values:
+            rivals[name] = key
+    if not rivals or entry["score"] in baselines:
+        names = ("best_baseline", "max_adjusted_low", "max_adjusted_high", "max_adjusted_verdict")
+        return dict.fromkeys(names)
+    best = max(rivals, key=lambda name: sign * values[rivals[name]])
+    low, high = _difference(entry, replicates, key_of(entry), list(rivals.values()), level, rate)
+    return {
+        "best_baseline": best,
+        "max_adjusted_low": low,
+        "max_adjusted_high": high,
+        "max_adjusted_verdict": verdict_of(entry["metric"], low, high),
+    }
 
 
-OPENINGS = {
-    "better": "better than the best baseline",
-    "worse": "worse than the best baseline",
-    "cannot tell": "cannot tell",
-}
+def _difference(
+    entry: Entry, replicates: Replicates, key: Key, others: Sequence[Key], level: float, rate: float
+) -> tuple[float | None, float | None]:
+    """The interval of the difference to the best of the others; ``None`` with too few rows."""
+    if key not in replicates or not enough_rows(entry, rate):
+        return None, None
+    sign = 1 if HIGHER_IS_BETTER[entry["metric"]] else -1
+    best = sign * replicates[others[0]]
+    for other in others[1:]:
+        best = torch.maximum(best, sign * replicates[other])
+    return percentile_interval(replicates[key] - sign * best, level)
 
 
-LISTED = 6
-"""How many scores a sentence names for each verdict."""
+def key_of(entry: Entry) -> Key:
+    """Return what a metric's replicates are stored under."""
+    return entry["task"], entry["dataset"], entry["group"], entry["score"], entry["metric"]
 
 
-def statements_of(comparisons: Sequence[Record], level: float) -> list[str]:
-    """A sentence for each task and data set or group: what beats the best baseline, what does not, and what is open.
+def verdict_of(metric: str, low: float | None, high: float | None) -> str:
+    """Return ``"better"``, ``"worse"`` or ``"cannot tell"`` from the interval of a difference of a metric.
 
-    Judged by AUROC, in points of 100.
+    Example:
+        >>> verdict_of("auroc", 0.01, 0.02), verdict_of("fpr95", 0.01, 0.02), verdict_of("fpr95", -0.01, 0.02)
+        ('better', 'worse', 'cannot tell')
     """
-    places: dict[tuple[str, str | None, str], list[Record]] = {}
-    for comparison in comparisons:
-        if comparison["metric"] == "auroc":
-            places.setdefault((comparison["task"], comparison["dataset"], comparison["group"]), []).append(comparison)
-    return [_sentence(*place, members, level) for place, members in places.items()]
-
-
-def _sentence(task: str, dataset: str | None, group: str, members: Sequence[Record], level: float) -> str:
-    where = f'"{dataset}"' if dataset is not None else f'the mean over the group "{group}"'
-    what = "Misclassification" if task == "misclassification" else "Out-of-distribution detection"
-    baseline, value = members[0]["baseline"], 100 * members[0]["baseline_value"]
-    parts = []
-    for verdict, words in OPENINGS.items():
-        if found := [member for member in members if member["verdict"] == verdict]:
-            parts.append(f"{words}: {_listed(found)}")
-    head = f"{what} on {where}: the best baseline is {baseline}, AUROC {value:.1f}"
-    return f"{head}. {_capital('; '.join(parts))} ({100 * level:g} % intervals)."
-
-
-def _listed(members: Sequence[Record]) -> str:
-    """The scores with their differences; of many the first few, how many more, and how far down they go."""
-    ordered = sorted(members, key=lambda member: -member["difference"])
-    if len(ordered) <= LISTED + 1:
-        return ", ".join(map(_named, ordered))
-    first, last = ", ".join(map(_named, ordered[:LISTED])), _named(ordered[-1])
-    return f"{first}, and {len(ordered) - LISTED} more, down to {last}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _named(member: Record) -> str:
-    name, difference = member["score"], 100 * member["difference"]
-    if member["low"] is None:
-        return f"{name} ({difference:+.1f}, no interval)"
-    return f"{name} ({difference:+.1f} [{100 * member['low']:+.1f}, {100 * member['high']:+.1f}])"
+    if low is None or high is None or low <= 0 <= high:
+        return CANNOT_TELL
+    return BETTER if (low > 0) == HIGHER_IS_BETTER[metric] else WORSE

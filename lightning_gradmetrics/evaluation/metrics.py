@@ -1,12 +1,15 @@
-"""The metrics of each task, as functions of counts: one value, or one a resample."""
+"""The metrics of each task: the one place for their names, directions and functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from lightning_gradmetrics import meters
+from lightning_gradmetrics.meters.base import ScoreMeter
 from lightning_gradmetrics.meters.functional.counts import Counts
 from lightning_gradmetrics.meters.functional.ranking import (
     auroc_of_counts,
@@ -15,59 +18,219 @@ from lightning_gradmetrics.meters.functional.ranking import (
 )
 from lightning_gradmetrics.meters.functional.selective import augrc_of_counts, aurc_of_counts, e_aurc_of_counts
 
-__all__ = ["HIGHER_IS_BETTER", "TASKS", "logged_metrics", "metrics_of"]
+__all__ = ["HIGHER_IS_BETTER", "METRICS", "SHOWN", "TASKS", "Metric", "logged_metrics", "metrics_of", "register_metric"]
 
-HIGHER_IS_BETTER = {
-    "auroc": True,
-    "aupr": True,
-    "aupr_in": True,
-    "fpr95": False,
-    "aurc": False,
-    "e_aurc": False,
-    "augrc": False,
-}
-"""Every metric, and whether more of it is better. ``fpr95`` is the false-positive rate at ``rate``, by default 0.95."""
+MISCLASSIFICATION, OOD, JOINT = "misclassification", "ood", "joint"
+TASK_NAMES = (JOINT, MISCLASSIFICATION, OOD)
 
-TASKS = {
-    "misclassification": ("auroc", "aurc", "e_aurc", "augrc", "fpr95", "aupr"),
-    "ood": ("auroc", "fpr95", "aupr", "aupr_in"),
-}
-"""The metrics of each task."""
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of the protocol.
+
+    Args:
+        name: Its name in tables and files, such as ``"auroc"``.
+        title: Its name for readers, such as ``"AUROC"``.
+        meaning: One line that explains it.
+        meter: The meter of the same metric; its ``higher_is_better`` is the metric's direction.
+        of_counts: The metric of :class:`~lightning_gradmetrics.meters.functional.counts.Counts` with leading dimensions
+            ``(...)``, given the true-positive rate of ``fpr95``; it returns ``(...)``, NaN where it is undefined.
+        tasks: The tasks that it judges: ``"joint"``, ``"misclassification"``, ``"ood"``.
+        shown: The tasks whose main table shows it.
+        digits: The decimals of a figure that is multiplied by 100.
+
+    Example:
+        >>> METRICS["fpr95"].higher_is_better, METRICS["fpr95"].title
+        (False, 'FPR95')
+    """
+
+    name: str
+    title: str
+    meaning: str
+    meter: type[ScoreMeter]
+    of_counts: Callable[[Counts, float], Tensor]
+    tasks: tuple[str, ...]
+    shown: tuple[str, ...] = ()
+    digits: int = 1
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger value is better."""
+        return bool(self.meter.higher_is_better)
+
+
+METRICS: dict[str, Metric] = {}
+"""Every metric by its name."""
+
+TASKS: dict[str, tuple[str, ...]] = dict.fromkeys(TASK_NAMES, ())
+"""The names of each task's metrics."""
+
+SHOWN: dict[str, tuple[str, ...]] = dict.fromkeys(TASK_NAMES, ())
+"""The names of the metrics that the main table shows for each task."""
+
+HIGHER_IS_BETTER: dict[str, bool] = {}
+"""Whether a larger value of each metric is better. ``fpr95`` is the false-positive rate at ``rate``, by default 0.95."""
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Add a metric to the protocol.
+
+    Args:
+        metric: The metric.
+
+    Returns:
+        The metric.
+
+    Raises:
+        ValueError: If the name is taken, a task is unknown, or the meter has no direction.
+
+    Example:
+        >>> register_metric(METRICS["auroc"])
+        Traceback (most recent call last):
+        ValueError: the metric name 'auroc' is taken: choose another name
+    """
+    if metric.name in METRICS:
+        raise ValueError(f"the metric name {metric.name!r} is taken: choose another name")
+    if not metric.tasks or set(metric.tasks) - set(TASKS):
+        raise ValueError(f"the tasks of {metric.name!r} must be among {', '.join(TASKS)}, got {metric.tasks}")
+    if metric.meter.higher_is_better is None:
+        raise ValueError(f"{metric.meter.__name__}.higher_is_better is None: a metric of the protocol has a direction")
+    METRICS[metric.name] = metric
+    HIGHER_IS_BETTER[metric.name] = metric.higher_is_better
+    for task in metric.tasks:
+        TASKS[task] += (metric.name,)
+    for task in metric.shown:
+        SHOWN[task] += (metric.name,)
+    return metric
 
 
 def metrics_of(task: str, counts: Counts, rate: float) -> dict[str, Tensor]:
-    """Every metric of a task.
+    """Compute every metric of a task.
 
     Args:
-        task: ``"misclassification"`` or ``"ood"``.
+        task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
         counts: Counts with any leading dimensions ``(...)``.
         rate: The true-positive rate of ``fpr95``; the positives are the errors or the out-of-distribution samples.
 
     Returns:
         Each metric, ``(...)``; NaN where it is undefined.
     """
-    area = aurc_of_counts(counts) if task == "misclassification" else None
-    functions: dict[str, Callable[[Counts], Tensor]] = {
-        "auroc": auroc_of_counts,
-        "aupr": average_precision_of_counts,
-        "aupr_in": lambda counts: average_precision_of_counts(counts, "in"),
-        "fpr95": lambda counts: fpr_at_tpr_of_counts(counts, rate),
-        "aurc": lambda counts: aurc_of_counts(counts) if area is None else area,
-        "e_aurc": lambda counts: e_aurc_of_counts(counts, area),
-        "augrc": augrc_of_counts,
-    }
-    return {name: functions[name](counts) for name in TASKS[task]}
+    values = {}
+    for name in TASKS[task]:
+        values[name] = METRICS[name].of_counts(counts, rate)
+    return values
 
 
 def logged_metrics(metrics: Iterable[Mapping[str, Any]], prefix: str) -> dict[str, float]:
-    """The defined metrics by their logged names, ``prefix/dataset/score/task_metric``; a group has its role for a data set.
+    """Return the defined metrics by their logged names, ``prefix/dataset/score/task_metric``.
+
+    The mean over a group is logged under the group's role.
 
     Args:
         metrics: Those of :class:`~lightning_gradmetrics.evaluation.Evaluation`.
-        prefix: What the names begin with.
+        prefix: The first part of the names.
     """
-    return {
-        f"{prefix}/{r['dataset'] or r['group']}/{r['score']}/{r['task']}_{r['metric']}": r["value"]
-        for r in metrics
-        if r["value"] is not None
-    }
+    logged = {}
+    for metric in metrics:
+        if metric["value"] is not None:
+            place = metric["dataset"] or metric["group"]
+            logged[f"{prefix}/{place}/{metric['score']}/{metric['task']}_{metric['metric']}"] = metric["value"]
+    return logged
+
+
+def _auroc(counts: Counts, rate: float) -> Tensor:
+    return auroc_of_counts(counts)
+
+
+def _fpr(counts: Counts, rate: float) -> Tensor:
+    return fpr_at_tpr_of_counts(counts, rate)
+
+
+def _aurc(counts: Counts, rate: float) -> Tensor:
+    return aurc_of_counts(counts)
+
+
+def _e_aurc(counts: Counts, rate: float) -> Tensor:
+    return e_aurc_of_counts(counts)
+
+
+def _augrc(counts: Counts, rate: float) -> Tensor:
+    return augrc_of_counts(counts)
+
+
+def _aupr(counts: Counts, rate: float) -> Tensor:
+    return average_precision_of_counts(counts)
+
+
+def _aupr_in(counts: Counts, rate: float) -> Tensor:
+    return average_precision_of_counts(counts, "in")
+
+
+ALL = (MISCLASSIFICATION, OOD, JOINT)
+SELECTIVE = (MISCLASSIFICATION, JOINT)
+
+for _metric in (
+    Metric(
+        "auroc",
+        "AUROC",
+        "chance that a random positive scores above a random negative; 50 is guessing",
+        meters.AUROC,
+        _auroc,
+        ALL,
+        ALL,
+    ),
+    Metric(
+        "aurc",
+        "AURC",
+        "mean error rate over all shares of rows kept, the least uncertain kept first",
+        meters.AURC,
+        _aurc,
+        SELECTIVE,
+        SELECTIVE,
+        digits=2,
+    ),
+    Metric(
+        "e_aurc",
+        "E-AURC",
+        "AURC minus that of a perfect ordering",
+        meters.EAURC,
+        _e_aurc,
+        (MISCLASSIFICATION,),
+        digits=2,
+    ),
+    Metric(
+        "augrc",
+        "AUGRC",
+        "AURC with errors counted against all rows, not only the rows kept",
+        meters.AUGRC,
+        _augrc,
+        SELECTIVE,
+        digits=2,
+    ),
+    Metric(
+        "fpr95",
+        "FPR95",
+        "share of negatives flagged when 95 % of positives are flagged",
+        meters.FPRAtTPR,
+        _fpr,
+        ALL,
+        (OOD,),
+    ),
+    Metric(
+        "aupr",
+        "AUPR",
+        "average precision, the area under the precision-recall curve",
+        meters.AveragePrecision,
+        _aupr,
+        (MISCLASSIFICATION, OOD),
+    ),
+    Metric(
+        "aupr_in",
+        "AUPR in",
+        "average precision with the negatives taken as positives",
+        meters.AveragePrecision,
+        _aupr_in,
+        (OOD,),
+    ),
+):
+    register_metric(_metric)

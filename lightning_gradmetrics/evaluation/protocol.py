@@ -1,87 +1,47 @@
-"""The protocol: what a table of per-sample scores says, with intervals, comparisons and words."""
+"""Evaluate a table of per-sample scores: metrics, intervals, comparisons and statements."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import torch
-from torch import Tensor
 
-from lightning_gradmetrics.evaluation.bootstrap import Key, Replicates, interval, replicate
-from lightning_gradmetrics.evaluation.comparisons import compare, statements_of
-from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER, TASKS, metrics_of
-from lightning_gradmetrics.evaluation.tasks import DetectionTask, rows_of, tasks_of
-from lightning_gradmetrics.evaluation.thresholds import Thresholds, apply_thresholds, fit_thresholds
-from lightning_gradmetrics.meters.functional.counts import check_rate, count
+from lightning_gradmetrics.evaluation.bootstrap import CELLS, Replicates, method_of, replicate
+from lightning_gradmetrics.evaluation.cells import exact_counts
+from lightning_gradmetrics.evaluation.comparisons import compare, key_of
+from lightning_gradmetrics.evaluation.intervals import (
+    FEWEST,
+    FEWEST_SPARE,
+    auroc_interval,
+    enough_rows,
+    fpr_interval,
+    percentile_interval,
+)
+from lightning_gradmetrics.evaluation.metrics import MISCLASSIFICATION, metrics_of
+from lightning_gradmetrics.evaluation.record import Evaluation
+from lightning_gradmetrics.evaluation.statements import statements_of
+from lightning_gradmetrics.evaluation.tasks import DetectionTask, Rows, rows_of, tasks_of
+from lightning_gradmetrics.meters.functional.counts import Counts, check_rate, sort_with_codes
 
-__all__ = [
-    "HIGHER_IS_BETTER",
-    "TASKS",
-    "Evaluation",
-    "Thresholds",
-    "apply_thresholds",
-    "evaluate",
-    "fit_thresholds",
-]
+__all__ = ["evaluate"]
 
-FEW = 10
-"""Below so many samples of a class, a note says that intervals are rough."""
+BASELINE = "max_softmax"
+"""The baseline that scores are compared with where none is named."""
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a results table says about its scores.
-
-    Args:
-        metrics: One dict per number: ``score``, ``task`` (``"misclassification"`` or ``"ood"``), ``dataset`` (``None`` for
-            a whole group), ``group`` (the role), ``metric``, ``value``, ``low`` and ``high`` (the bootstrap interval,
-            ``None`` without one), ``count_positive``, ``count_negative``. An undefined value is ``None``.
-        comparisons: One dict a score that is no baseline, place and metric: its difference to the best baseline with
-            its interval and ``verdict``; see :func:`~lightning_gradmetrics.evaluation.comparisons.compare`.
-        statements: For each task and data set or group, which scores beat the best baseline, which do not, and where
-            the data cannot tell.
-        datasets: One dict a data set: ``name``, ``role``, ``rows``, ``not_finite``, ``labelled``, ``accuracy``.
-        notes: Sentences on what was left out or is undefined, and why.
-        settings: The arguments that the numbers depend on.
-    """
-
-    metrics: list[dict[str, Any]]
-    comparisons: list[dict[str, Any]]
-    statements: list[str]
-    datasets: list[dict[str, Any]]
-    notes: list[str]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def find(self, **where: Any) -> list[dict[str, Any]]:
-        """The metrics that have all these values, such as ``score="entropy", metric="auroc"``."""
-        return [record for record in self.metrics if all(record[key] == value for key, value in where.items())]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, strings and numbers, ready for JSON."""
-        return asdict(self)
-
-    def to_json(self) -> str:
-        """The evaluation as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
-        """The evaluation that :meth:`to_dict` came from."""
-        return cls(**values)
+Entry = dict[str, Any]
 
 
 def evaluate(
-    results: pa.Table,
+    results: Any,
     scores: Sequence[str],
     roles: Mapping[str, str],
     baselines: Sequence[str] = (),
     *,
+    baseline: str | None = None,
     rate: float = 0.95,
+    ood_share: float = 0.5,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -89,25 +49,30 @@ def evaluate(
 ) -> Evaluation:
     """Judge scores on a per-sample results table.
 
-    Misclassification is judged on each in-distribution data set, errors being positive. Out-of-distribution detection is
-    judged on every other data set, its rows being positive and the rows of all in-distribution data sets negative. A
-    group with several data sets also gets the mean over them, each set weighing the same. Labels of
-    out-of-distribution data are not used.
+    Three tasks are judged. *Misclassification*, on each in-distribution data set: incorrect rows (positive) against
+    correct ones. *OOD*, on every other data set: its rows (positive) against all in-distribution rows. *Joint*, on every
+    other data set: incorrect in-distribution rows and its rows (positive) against correct in-distribution rows, in a
+    mixture with the share ``ood_share`` of out-of-distribution rows. A group of several data sets also gets the mean
+    over them, each set weighted equally. Labels of out-of-distribution data are ignored.
 
-    Intervals are percentile bootstrap intervals: each data set is resampled with replacement, and all scores are
-    judged on the same resamples. They say how much the numbers would vary with other test samples; not with another
-    training run. The comparison with the best baseline chooses that baseline anew in each resample, which leans
-    against the compared score (:func:`~lightning_gradmetrics.evaluation.comparisons.compare`). Nothing is corrected
-    for the number of comparisons.
+    Intervals show how much the numbers would vary with other test samples, not with another training run. AUROC has
+    DeLong's interval on the logit scale, ``fpr95`` one from order statistics, everything else percentiles of bootstrap
+    resamples; all scores share the resamples. With too few rows no interval is computed. Up to 5,000 rows the bootstrap
+    is exact; above, rows get Poisson weights and scores are cut into cells, as ``settings["bootstrap"]`` states. Nothing
+    is corrected for the number of comparisons.
 
     Args:
-        results: Columns ``dataset``, ``index``, ``prediction``, ``label`` (null where unknown), one a score, and
-            ``finite`` (rows where it is false enter no metric).
+        results: Columns ``dataset``, ``index``, ``prediction``, ``label`` (null where unknown), one per score, and
+            ``finite`` (rows where it is false enter no metric), as an Arrow table, record batches or data set, or a
+            pandas or Polars data frame.
         scores: The columns to judge, higher = more uncertain.
         roles: Each data set's role: ``"id"`` for in-distribution data, any other word for a group of
             out-of-distribution data.
         baselines: Those of ``scores`` that use no gradient.
+        baseline: The score that all others are compared with; by default ``max_softmax`` where it is among the scores,
+            else the first of ``baselines``.
         rate: The true-positive rate of ``fpr95``.
+        ood_share: The share of out-of-distribution rows in the mixture of the joint task, in (0, 1).
         resamples: The number of bootstrap resamples; 0 for no intervals and no comparisons.
         level: The level of the intervals.
         seed: The seed of the resamples.
@@ -117,105 +82,118 @@ def evaluate(
         Metrics, comparisons, statements, data sets and notes.
 
     Raises:
+        TypeError: If the results are of an unknown kind.
         ValueError: If a column, a role or a score is missing, an argument is out of range, or a row appears twice.
 
     Example:
+        >>> import pyarrow as pa
         >>> columns = {"dataset": ["test"] * 3, "index": [0, 1, 2], "prediction": [0, 1, 1], "label": [0, 1, 0]}
         >>> table = pa.table({**columns, "entropy": [0.1, 0.3, 0.9], "finite": [True] * 3})
         >>> evaluation = evaluate(table, ["entropy"], {"test": "id"}, baselines=["entropy"])
         >>> evaluation.find(metric="auroc")[0]["value"]
         1.0
+
+    Reference:
+        Jaeger et al.: A Call to Reflect on Evaluation Practices for Failure Detection in Image Classification,
+        ICLR 2023.
     """
-    _check(scores, baselines, rate, resamples, level)
+    _check(scores, baselines, baseline, rate, ood_share, resamples, level)
     rows, notes = rows_of(results, list(scores), roles)
-    tasks, more = tasks_of(rows)
-    records = []
-    for task in tasks:
-        for score in scores:
-            counts = count(task.values(rows, score), task.target)
-            for metric, value in metrics_of(task.task, counts, rate).items():
-                records.append(_record(task, score, metric, value))
-    replicates = replicate(rows, tasks, scores, rate, resamples, seed, progress) if resamples else {}
-    means, replicates = _with_groups(records, replicates)
-    records = [_with_interval(record, replicates, level) for record in (*records, *means)]
-    comparisons = compare(records, replicates, baselines, level) if resamples else []
+    tasks, more_notes = tasks_of(rows, ood_share)
+    metrics = _metrics(rows, tasks, rate, level if resamples else None, seed)
+    replicates: Replicates = {}
+    if resamples:
+        exact = _defined(metrics)
+        replicates = replicate(rows, tasks, rate, resamples, seed, exact, progress)
+    means, replicates = _with_groups(metrics, replicates, rate)
+    metrics += means
+    for entry in metrics:
+        _fill_interval(entry, replicates, level, rate)
+    named = _baseline(scores, baselines, baseline)
+    comparisons = []
+    if resamples and named is not None:
+        comparisons = compare(metrics, replicates, named, baselines, level, rate)
     settings = {
         "scores": list(scores),
         "baselines": list(baselines),
+        "baseline": named,
         "roles": dict(roles),
         "rate": rate,
+        "ood_share": ood_share,
         "resamples": resamples,
         "level": level,
         "seed": seed,
+        "bootstrap": _bootstrap(len(rows.codes)) if resamples else None,
     }
     return Evaluation(
-        metrics=records,
+        metrics=metrics,
         comparisons=comparisons,
         statements=statements_of(comparisons, level),
-        datasets=[part.summary() for part in rows.values()],
-        notes=notes + more + _protocol_notes(tasks, scores, baselines, resamples),
+        datasets=rows.datasets,
+        notes=notes + more_notes + _protocol_notes(tasks, scores, named, resamples, rate),
         settings=settings,
     )
 
 
-def _check(scores: Sequence[str], baselines: Sequence[str], rate: float, resamples: int, level: float) -> None:
+def _check(
+    scores: Sequence[str],
+    baselines: Sequence[str],
+    baseline: str | None,
+    rate: float,
+    ood_share: float,
+    resamples: int,
+    level: float,
+) -> None:
     if isinstance(scores, str) or not scores:
         raise ValueError(f"scores must be a list of at least one column name, got {scores!r}")
-    if unknown := [name for name in baselines if name not in scores]:
+    named = [*baselines, *([] if baseline is None else [baseline])]
+    if unknown := [name for name in named if name not in scores]:
         raise ValueError(f"the baselines {unknown} are not among the scores: {', '.join(scores)}")
     if not isinstance(resamples, int) or isinstance(resamples, bool) or resamples < 0:
         raise ValueError(f"resamples must be a whole number of at least 0, got {resamples!r}")
     check_rate(rate, "rate")
     if check_rate(level, "level") == 1:
-        raise ValueError("level must be below 1: an interval that always holds says nothing; try 0.95")
+        raise ValueError("level must be between 0 and 1, e.g. 0.95")
+    if check_rate(ood_share, "ood_share") == 1:
+        raise ValueError("ood_share must be between 0 and 1, e.g. 0.5")
 
 
-def _protocol_notes(
-    tasks: Sequence[DetectionTask], scores: Sequence[str], baselines: Sequence[str], resamples: int
-) -> list[str]:
-    notes = []
-    if not baselines:
-        notes.append("no baselines were named: scores are not compared with any")
-    elif not resamples and set(scores) - set(baselines):
-        notes.append("no resamples were asked for: there are no intervals and no comparisons with the baselines")
-    for task in tasks if resamples else []:
-        positive = int(task.target.sum())
-        fewest = min(positive, len(task.target) - positive)
-        if 0 < fewest < FEW:
-            side = "positive" if fewest == positive else "negative"
-            notes.append(f'only {fewest} {side} samples for {task.task} on "{task.dataset}": intervals are rough')
-    return notes
+def _baseline(scores: Sequence[str], baselines: Sequence[str], baseline: str | None) -> str | None:
+    """The score that all others are compared with."""
+    if baseline is not None:
+        return baseline
+    if BASELINE in scores:
+        return BASELINE
+    return baselines[0] if baselines else None
 
 
-def _with_groups(
-    records: Sequence[Mapping[str, Any]], replicates: Replicates
-) -> tuple[list[dict[str, Any]], Replicates]:
-    """The mean over the data sets of each group that has several: its records, and all replicates with its own."""
-    gathered: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
-    for record in records:
-        gathered.setdefault((record["task"], record["group"], record["score"], record["metric"]), []).append(record)
-    gathered = {place: members for place, members in gathered.items() if len(members) > 1}
-    means: Replicates = {
-        (task, None, group, score, metric): torch.stack([replicates[_key(member)] for member in members]).mean(0)
-        for (task, group, score, metric), members in gathered.items()
-        if replicates
-    }
-    return [_mean_record(members) for members in gathered.values()], {**replicates, **means}
+def _bootstrap(rows: int) -> str:
+    if method_of(rows) == "exact":
+        return "exact: each data set resampled with replacement"
+    return f"poisson: Poisson weights of the rows, scores cut into {CELLS} cells"
 
 
-def _key(record: Mapping[str, Any]) -> Key:
-    return record["task"], record["dataset"], record["group"], record["score"], record["metric"]
+def _metrics(rows: Rows, tasks: Sequence[DetectionTask], rate: float, level: float | None, seed: int) -> list[Entry]:
+    """Every metric's exact value, and the intervals that need no resamples."""
+    entries: dict[tuple[int, str], list[Entry]] = {}
+    for score, values in rows.scores.items():
+        ordered = sort_with_codes(values, rows.codes)
+        for number, task in enumerate(tasks):
+            counts = exact_counts(ordered, task)
+            entries[number, score] = members = []
+            for metric, value in metrics_of(task.task, counts, rate).items():
+                entry = _entry(task, score, metric, float(value))
+                if level is not None and not task.weights and _has_interval(entry, rate):
+                    entry["low"], entry["high"] = _exact_interval(metric, counts, rate, level, seed)
+                members.append(entry)
+    ordered_entries = []
+    for number in range(len(tasks)):
+        for score in rows.scores:
+            ordered_entries += entries[number, score]
+    return ordered_entries
 
 
-def _with_interval(record: Mapping[str, Any], replicates: Replicates, level: float) -> dict[str, Any]:
-    if record["value"] is None or _key(record) not in replicates:
-        return dict(record)
-    low, high = interval(replicates[_key(record)], level)
-    return {**record, "low": low, "high": high}
-
-
-def _record(task: DetectionTask, score: str, metric: str, number: Tensor) -> dict[str, Any]:
-    value, positive = float(number), int(task.target.sum())
+def _entry(task: DetectionTask, score: str, metric: str, value: float) -> Entry:
     return {
         "score": score,
         "task": task.task,
@@ -225,20 +203,98 @@ def _record(task: DetectionTask, score: str, metric: str, number: Tensor) -> dic
         "value": None if math.isnan(value) else value,
         "low": None,
         "high": None,
-        "count_positive": positive,
-        "count_negative": len(task.target) - positive,
+        "count_positive": task.count_positive,
+        "count_negative": task.count_negative,
+        "count_ood": task.count_ood,
     }
 
 
-def _mean_record(members: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _has_interval(entry: Entry, rate: float) -> bool:
+    return entry["value"] is not None and enough_rows(entry, rate)
+
+
+def _exact_interval(
+    metric: str, counts: Counts, rate: float, level: float, seed: int
+) -> tuple[float | None, float | None]:
+    if metric == "auroc":
+        return auroc_interval(counts, level)
+    if metric == "fpr95":
+        return fpr_interval(counts, rate, level, seed)
+    return None, None
+
+
+def _fill_interval(entry: Entry, replicates: Replicates, level: float, rate: float) -> None:
+    """Fill an interval from the resamples, unless there is one already."""
+    if entry["low"] is None and key_of(entry) in replicates and _has_interval(entry, rate):
+        entry["low"], entry["high"] = percentile_interval(replicates[key_of(entry)], level)
+
+
+def _defined(metrics: Sequence[Entry]) -> dict[Any, float]:
+    values = {}
+    for entry in metrics:
+        if entry["value"] is not None:
+            values[key_of(entry)] = entry["value"]
+    return values
+
+
+def _protocol_notes(
+    tasks: Sequence[DetectionTask], scores: Sequence[str], baseline: str | None, resamples: int, rate: float
+) -> list[str]:
+    notes = []
+    if baseline is None:
+        notes.append("no baseline: scores are not compared; pass baseline=, or score max_softmax too")
+    elif not resamples and len(scores) > 1:
+        notes.append(f"resamples is 0: there are no intervals and no comparisons with {baseline}")
+    for task in tasks if resamples else []:
+        notes += _few_rows_notes(task, rate)
+    return notes
+
+
+def _few_rows_notes(task: DetectionTask, rate: float) -> list[str]:
+    """Notes on the intervals that a task has too few rows for."""
+    positives, negatives = task.count_positive, task.count_negative
+    side = "positive"
+    if task.count_ood is not None and task.count_ood < positives:
+        positives, side = task.count_ood, "out-of-distribution"
+    if not min(positives, negatives):
+        return []
+    where = f'{task.task} on "{task.dataset}"'
+    if negatives < min(positives, FEWEST):
+        return [f"{where} has {negatives} negative samples: no intervals below {FEWEST}"]
+    if positives < FEWEST:
+        return [f"{where} has {positives} {side} samples: no intervals below {FEWEST}"]
+    needed = math.ceil(FEWEST_SPARE / (1 - rate) - 1e-9) if rate < 1 else 0
+    if positives < needed:
+        return [f"{where} has {positives} {side} samples: no interval of fpr95 below {needed}"]
+    return []
+
+
+def _with_groups(metrics: Sequence[Entry], replicates: Replicates, rate: float) -> tuple[list[Entry], Replicates]:
+    """The mean over the data sets of each group that has several: its metrics, and all replicates with its own."""
+    groups: dict[tuple[str, str, str, str], list[Entry]] = {}
+    for entry in metrics:
+        groups.setdefault((entry["task"], entry["group"], entry["score"], entry["metric"]), []).append(entry)
+    means, all_replicates = [], dict(replicates)
+    for members in groups.values():
+        if len(members) > 1:
+            mean = _mean_entry(members)
+            means.append(mean)
+            if replicates and all(enough_rows(member, rate) for member in members):
+                total = torch.stack([replicates[key_of(member)] for member in members])
+                all_replicates[key_of(mean)] = total.mean(0)
+    return means, all_replicates
+
+
+def _mean_entry(members: Sequence[Entry]) -> Entry:
     first, values = members[0], [member["value"] for member in members]
-    defined = None not in values
+    negatives = [member["count_negative"] for member in members]
     return {
         **first,
         "dataset": None,
-        "value": sum(values) / len(values) if defined else None,
+        "value": None if None in values else sum(values) / len(values),
+        "low": None,
+        "high": None,
         "count_positive": sum(member["count_positive"] for member in members),
-        "count_negative": members[0]["count_negative"]
-        if members[0]["task"] == "ood"
-        else sum(m["count_negative"] for m in members),
+        "count_negative": sum(negatives) if first["task"] == MISCLASSIFICATION else negatives[0],
+        "count_ood": None if first["count_ood"] is None else sum(member["count_ood"] for member in members),
     }

@@ -1,4 +1,4 @@
-"""What is judged against what: tasks between rows of a results table."""
+"""The detection tasks that a results table allows, as sets of row classes."""
 
 from __future__ import annotations
 
@@ -8,208 +8,269 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-__all__ = ["ID", "DetectionTask", "Rows", "tasks_of", "finite_rows", "float_column", "rows_of"]
+from lightning_gradmetrics.evaluation.metrics import JOINT, MISCLASSIFICATION, OOD
+from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column, score_column
+
+__all__ = ["ID", "KINDS", "DetectionTask", "Rows", "rows_of", "tasks_of"]
 
 ID = "id"
 """The role of in-distribution data. Any other word names a group of out-of-distribution data."""
 
+CORRECT, INCORRECT, UNLABELLED, OUT = KINDS = ("correct", "incorrect", "unlabelled", "out")
+MOST_CLASSES = 255
+"""The class of a row is stored in one byte."""
+
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of one data set that enter metrics.
+class RowClass:
+    """Rows of one data set that all tasks treat alike.
 
     Args:
-        dataset: Its name.
+        dataset: The data set.
         role: ``"id"``, or the name of an out-of-distribution group.
-        scores: Each score, ``(n,)`` in float64.
-        incorrect: ``(n,)`` bool, the prediction differs from the label; false without a label.
-        labelled: ``(n,)`` bool, the row has a label.
-        total: The number of rows in the table, including those that are not finite.
+        kind: ``"correct"``, ``"incorrect"`` or ``"unlabelled"`` in-distribution rows, or ``"out"``.
+        rows: The number of rows.
     """
 
     dataset: str
     role: str
+    kind: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that enter metrics.
+
+    Args:
+        scores: Each score, ``(N,)`` in float32 or float64.
+        codes: ``(N,)`` in uint8, the class of each row, an index into ``classes``.
+        classes: The classes of rows.
+        datasets: For each data set its ``name``, ``role``, ``rows``, ``not_finite``, ``labelled`` and ``accuracy``.
+    """
+
     scores: Mapping[str, Tensor]
-    incorrect: Tensor
-    labelled: Tensor
-    total: int
+    codes: Tensor
+    classes: tuple[RowClass, ...]
+    datasets: list[dict[str, Any]]
 
-    def __len__(self) -> int:
-        return len(self.labelled)
+    def codes_of(self, *kinds: str, dataset: str | None = None) -> tuple[int, ...]:
+        """Return the codes of the classes of these kinds, of one data set or of all."""
+        codes = []
+        for code, row_class in enumerate(self.classes):
+            if row_class.kind in kinds and dataset in (None, row_class.dataset):
+                codes.append(code)
+        return tuple(codes)
 
-    def summary(self) -> dict[str, Any]:
-        """How many rows there are, how many are judged, and the accuracy."""
-        labelled = int(self.labelled.sum())
-        known = self.role == ID and labelled
-        return {
-            "name": self.dataset,
-            "role": self.role,
-            "rows": self.total,
-            "not_finite": self.total - len(self),
-            "labelled": labelled,
-            "accuracy": 1 - int((self.incorrect & self.labelled).sum()) / labelled if known else None,
-        }
+    def number(self, codes: Sequence[int]) -> int:
+        """Return the number of rows of these classes."""
+        return sum(self.classes[code].rows for code in codes)
 
 
 @dataclass(frozen=True)
 class DetectionTask:
-    """One question put to every score: positives against negatives.
+    """One question that every score is judged on: does it rank the positives above the negatives?
 
     Args:
-        task: ``"misclassification"`` or ``"ood"``.
+        task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
         dataset: The data set that is judged.
         group: Its role.
-        parts: The data sets that the rows come from, and which rows of each, ``(n_i,)`` bool.
-        target: ``(n,)`` bool over the rows of all parts in turn, 1 = positive.
+        negative: The codes of the negative row classes.
+        positive: The codes of the positive row classes.
+        weights: The weight of each row of a class, by code; 1 where it is not given.
+        count_negative: The number of negative rows.
+        count_positive: The number of positive rows.
+        count_ood: The number of out-of-distribution rows; ``None`` for misclassification.
     """
 
     task: str
     dataset: str
     group: str
-    parts: tuple[tuple[str, Tensor], ...]
-    target: Tensor
-
-    def values(self, rows: Mapping[str, Rows], score: str) -> Tensor:
-        """``(n,)``, a score on the rows of this task."""
-        return torch.cat([rows[name].scores[score][mask] for name, mask in self.parts])
-
-    def weights(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """``(B, n)``, how often each row of this task is in each resample."""
-        return torch.cat([weights[name][:, mask] for name, mask in self.parts], 1)
+    negative: tuple[int, ...]
+    positive: tuple[int, ...]
+    count_negative: int
+    count_positive: int
+    count_ood: int | None
+    weights: Mapping[int, float]
 
 
-def rows_of(results: pa.Table, scores: Sequence[str], roles: Mapping[str, str]) -> tuple[dict[str, Rows], list[str]]:
-    """Split a results table by data set, and leave out what cannot be ranked.
+def rows_of(results: Any, scores: Sequence[str], roles: Mapping[str, str]) -> tuple[Rows, list[str]]:
+    """Sort the rows of a results table into classes, and drop rows that cannot be ranked.
 
-    A row is left out for every score if it is flagged, or if any of the chosen scores is missing, NaN or infinite, so
-    that all scores are judged on the same rows.
+    A row is dropped for every score if it is flagged as not finite, or if any of the chosen scores is missing, NaN or
+    infinite, so that all scores are judged on the same rows.
 
     Args:
-        results: The per-sample table.
-        scores: The columns that are judged.
+        results: The per-sample table, of any kind that :func:`~lightning_gradmetrics.evaluation.evaluate` accepts.
+        scores: The columns to judge.
         roles: The role of each data set.
 
     Returns:
-        The rows of each data set in the order of ``roles``, and notes on what was left out.
+        The rows, and notes on what was dropped.
 
     Raises:
+        TypeError: If the results are of an unknown kind.
         ValueError: If a column is missing, a data set has no role, or a row appears twice.
     """
-    _check_columns(results)
-    names = np.asarray(results["dataset"].to_pylist(), dtype=object)
-    if unknown := sorted(set(names.tolist()) - set(roles)):
+    table = as_table(results, ["dataset", "index", "prediction", "label", *scores], optional=["finite"])
+    names, places = _datasets(table)
+    if unknown := sorted(set(names) - set(roles)):
         raise ValueError(f"no role for the data sets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
-    columns = {score: float_column(results, score) for score in scores}
-    keep = finite_rows(results, scores)
-    rows, notes = {}, []
+    _check_repeats(table, places)
+    keep = finite_rows(table, scores)
+    label, prediction = float_column(table, "label"), float_column(table, "prediction")
+    labelled, incorrect = ~np.isnan(label) & ~np.isnan(prediction), label != prediction
+    codes = np.zeros(len(table), dtype=np.uint8)
+    classes: list[RowClass] = []
+    datasets, notes = [], []
     for dataset, role in roles.items():
-        here = names == dataset
-        rows[dataset] = _rows(results, columns, dataset, role, here, here & keep)
-        notes += _row_notes(rows[dataset])
-    return rows, notes
-
-
-def _check_columns(results: pa.Table) -> None:
-    for name in ("dataset", "index", "prediction", "label"):
-        _column(results, name)
-    known = results.filter(results["index"].is_valid()).select(["dataset", "index"])  # an unknown index is null
-    pairs = known.group_by(["dataset", "index"]).aggregate([])
-    if len(pairs) != len(known):
-        twice = len(known) - len(pairs)
-        raise ValueError(f"{twice} rows repeat a (dataset, index): keep one row a sample, or it counts twice")
-
-
-def _column(results: pa.Table, name: str) -> pa.ChunkedArray:
-    if name not in results.column_names:
-        raise ValueError(f"the results have no column {name!r}; columns: {', '.join(results.column_names)}")
-    return results[name]
-
-
-def float_column(results: pa.Table, name: str) -> Any:
-    """A column as a float64 array, with NaN for null.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
-    return _column(results, name).cast(pa.float64()).to_numpy()
-
-
-def finite_rows(results: pa.Table, scores: Sequence[str]) -> Any:
-    """``(N,)`` bool: the row is not flagged as not finite, and all these scores are finite."""
-    keep = np.ones(len(results), dtype=bool)
-    if "finite" in results.column_names:
-        keep &= results["finite"].fill_null(False).to_numpy().astype(bool)
+        here = places == (names.index(dataset) if dataset in names else -1)
+        kinds = {OUT: here & keep}
+        if role == ID:
+            kinds = {CORRECT: labelled & ~incorrect, INCORRECT: labelled & incorrect, UNLABELLED: ~labelled}
+        sizes = {}
+        for kind, members in kinds.items():
+            chosen = members & here & keep
+            sizes[kind] = int(chosen.sum())
+            if len(classes) == MOST_CLASSES:
+                raise ValueError(f"at most {MOST_CLASSES // 3} data sets can be judged together: judge some of them")
+            codes[chosen] = len(classes)
+            classes.append(RowClass(dataset, role, kind, sizes[kind]))
+        labels = sizes.get(CORRECT, 0) + sizes.get(INCORRECT, 0) if role == ID else int((here & keep & labelled).sum())
+        summary = _summary(dataset, role, int(here.sum()), sizes, labels)
+        datasets.append(summary)
+        notes += _row_notes(summary)
+    columns = {}
     for score in scores:
-        keep &= np.isfinite(float_column(results, score))
-    return keep
+        columns[score] = torch.from_numpy(np.ascontiguousarray(score_column(table, score)[keep]))
+    return Rows(columns, torch.from_numpy(codes[keep]), tuple(classes), datasets), notes
 
 
-def _rows(results: pa.Table, columns: Mapping[str, Any], dataset: str, role: str, here: Any, keep: Any) -> Rows:
-    label, prediction = (float_column(results, name)[keep] for name in ("label", "prediction"))
-    labelled = ~np.isnan(label) & ~np.isnan(prediction)
-    return Rows(
-        dataset=dataset,
-        role=role,
-        scores={name: torch.from_numpy(column[keep]) for name, column in columns.items()},
-        incorrect=torch.from_numpy(labelled & (label != prediction)),
-        labelled=torch.from_numpy(labelled),
-        total=int(here.sum()),
-    )
+def _datasets(table: pa.Table) -> tuple[list[str], Any]:
+    """The names of the data sets, and the position ``(N,)`` of each row's data set among them."""
+    column = table["dataset"].combine_chunks()
+    if not pa.types.is_dictionary(column.type):
+        column = pc.dictionary_encode(column)
+    if column.null_count:
+        raise ValueError(f"{column.null_count} rows have no data set: fill the column 'dataset'")
+    return column.dictionary.to_pylist(), column.indices.to_numpy(zero_copy_only=False)
 
 
-def _row_notes(rows: Rows) -> list[str]:
-    left_out, unlabelled = rows.total - len(rows), len(rows) - int(rows.labelled.sum())
-    name = f'"{rows.dataset}"'
-    if not rows.total:
-        return [f"data set {name} has no rows: it is left out"]
-    notes = [f"{left_out} of {rows.total} rows of {name} are not finite and were left out"] if left_out else []
-    if rows.role == ID and len(rows) and unlabelled == len(rows):
-        notes.append(f"data set {name} has no labels: misclassification is left out")
-    elif rows.role == ID and unlabelled:
-        notes.append(f"{unlabelled} of {len(rows)} rows of {name} have no label: misclassification leaves them out")
+def _check_repeats(table: pa.Table, places: Any) -> None:
+    """Check that no (dataset, index) appears twice; rows without an index are not compared."""
+    column = table["index"]
+    known = column.is_valid().to_numpy()
+    index = column.fill_null(0).cast(pa.int64()).to_numpy()
+    if not known.all():
+        index, places = index[known], places[known]
+    ascending = np.diff(index) > 0
+    moves_on = np.diff(places.astype(np.int64)) > 0
+    if bool(np.all(ascending & (np.diff(places) == 0) | moves_on)):
+        return
+    order = np.lexsort((index, places))
+    index, places = index[order], places[order]
+    repeats = int(((np.diff(index) == 0) & (np.diff(places) == 0)).sum())
+    if repeats:
+        raise ValueError(f"{repeats} rows repeat a (dataset, index): keep one row per sample, or it counts twice")
+
+
+def _summary(dataset: str, role: str, total: int, sizes: Mapping[str, int], labelled: int) -> dict[str, Any]:
+    known = role == ID and labelled
+    return {
+        "name": dataset,
+        "role": role,
+        "rows": total,
+        "not_finite": total - sum(sizes.values()),
+        "labelled": labelled,
+        "accuracy": sizes[CORRECT] / labelled if known else None,
+    }
+
+
+def _row_notes(summary: Mapping[str, Any]) -> list[str]:
+    name, total, dropped = f'"{summary["name"]}"', summary["rows"], summary["not_finite"]
+    kept = total - dropped
+    unlabelled = kept - summary["labelled"]
+    if not total:
+        return [f"data set {name} has no rows and is not judged"]
+    notes = [f"{dropped} of {total} rows of {name} are not finite and were dropped"] if dropped else []
+    if summary["role"] == ID and kept and unlabelled == kept:
+        notes.append(f"data set {name} has no labels: misclassification is not judged")
+    elif summary["role"] == ID and unlabelled:
+        notes.append(f"{unlabelled} of {kept} rows of {name} have no label: misclassification ignores them")
     return notes
 
 
-def tasks_of(rows: Mapping[str, Rows]) -> tuple[list[DetectionTask], list[str]]:
-    """The tasks that the data allow, and notes on those that they do not.
+def tasks_of(rows: Rows, ood_share: float = 0.5) -> tuple[list[DetectionTask], list[str]]:
+    """List the tasks that the rows allow, and notes on those that they do not.
 
-    Misclassification: the errors of an in-distribution data set against its correct predictions. Out-of-distribution: the
-    rows of a data set against those of all in-distribution data sets.
+    Joint: correct in-distribution rows against incorrect ones and the rows of an out-of-distribution data set, weighted
+    so that they make up ``ood_share`` of the mixture. Misclassification: the incorrect rows of an in-distribution data
+    set against the correct ones. Out-of-distribution: the rows of a data set against all in-distribution rows.
+
+    Args:
+        rows: From :func:`rows_of`.
+        ood_share: The share of out-of-distribution rows in the mixture of the joint task, in (0, 1).
     """
-    inside = [part for part in rows.values() if part.role == ID and len(part)]
-    outside = [part for part in rows.values() if part.role != ID and len(part)]
-    tasks = [_misclassification(part) for part in inside if bool(part.labelled.any())]
-    notes = [note for task in tasks for note in _one_class_notes(task)]
-    if outside and not inside:
-        notes.append(
-            "no in-distribution rows: out-of-distribution detection is left out; give a data set the role 'id'"
-        )
-    elif not outside:
-        notes.append("no out-of-distribution rows: out-of-distribution detection is left out")
-    if inside:
-        tasks += [_ood(part, inside) for part in outside]
-    return tasks, notes
+    inside, notes = rows.codes_of(CORRECT, INCORRECT, UNLABELLED), []
+    has_inside = rows.number(inside) > 0
+    others = [row_class for row_class in rows.classes if row_class.kind == OUT and row_class.rows]
+    misclassification = []
+    for summary in rows.datasets:
+        if summary["role"] == ID and summary["labelled"]:
+            task = _misclassification(rows, summary["name"])
+            misclassification.append(task)
+            notes += _one_class_notes(task)
+    if others and not has_inside:
+        notes.append("no in-distribution rows: OOD detection is not judged; give a data set the role 'id'")
+    elif not others:
+        notes.append("no out-of-distribution rows: OOD detection is not judged")
+    joint, ood = [], []
+    for row_class in others if has_inside else []:
+        ood.append(_ood(rows, row_class, inside))
+        if misclassification:
+            joint.append(_joint(rows, row_class, ood_share))
+    return [*joint, *misclassification, *ood], notes
 
 
-def _misclassification(part: Rows) -> DetectionTask:
+def _misclassification(rows: Rows, dataset: str) -> DetectionTask:
+    negative, positive = rows.codes_of(CORRECT, dataset=dataset), rows.codes_of(INCORRECT, dataset=dataset)
+    sizes = rows.number(negative), rows.number(positive)
+    return DetectionTask(MISCLASSIFICATION, dataset, ID, negative, positive, *sizes, None, {})
+
+
+def _ood(rows: Rows, row_class: RowClass, inside: tuple[int, ...]) -> DetectionTask:
+    positive = rows.codes_of(OUT, dataset=row_class.dataset)
     return DetectionTask(
-        "misclassification", part.dataset, ID, ((part.dataset, part.labelled),), part.incorrect[part.labelled]
+        OOD,
+        row_class.dataset,
+        row_class.role,
+        inside,
+        positive,
+        rows.number(inside),
+        row_class.rows,
+        row_class.rows,
+        {},
     )
 
 
-def _ood(part: Rows, inside: Sequence[Rows]) -> DetectionTask:
-    parts = [*inside, part]
-    everything = tuple((each.dataset, torch.ones(len(each), dtype=torch.bool)) for each in parts)
-    target = torch.cat([torch.full((len(each),), each is part) for each in parts])
-    return DetectionTask("ood", part.dataset, part.role, everything, target)
+def _joint(rows: Rows, row_class: RowClass, ood_share: float) -> DetectionTask:
+    correct, incorrect = rows.codes_of(CORRECT), rows.codes_of(INCORRECT)
+    out = rows.codes_of(OUT, dataset=row_class.dataset)
+    labelled = rows.number(correct) + rows.number(incorrect)
+    weight = ood_share / (1 - ood_share) * labelled / row_class.rows
+    positive = (*incorrect, *out)
+    sizes = rows.number(correct), rows.number(positive)
+    return DetectionTask(
+        JOINT, row_class.dataset, row_class.role, correct, positive, *sizes, row_class.rows, {out[0]: weight}
+    )
 
 
 def _one_class_notes(task: DetectionTask) -> list[str]:
-    incorrect, total = int(task.target.sum()), len(task.target)
-    if 0 < incorrect < total:
+    if task.count_negative and task.count_positive:
         return []
-    what = "incorrect" if incorrect else "correct"
-    return [f'every prediction on "{task.dataset}" is {what}: misclassification AUROC is undefined']
+    kind = INCORRECT if task.count_positive else CORRECT
+    return [f'every prediction on "{task.dataset}" is {kind}: misclassification AUROC is undefined']

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lightning_gradmetrics.evaluation.tasks import finite_rows, float_column
+from lightning_gradmetrics.evaluation.reading import finite_rows, float_column
 from lightning_gradmetrics.meters.functional.counts import check_rate
 
 __all__ = ["Thresholds", "apply_thresholds", "fit_thresholds"]

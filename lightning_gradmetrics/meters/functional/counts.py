@@ -7,7 +7,7 @@ leading batch dimensions, one per bootstrap resample, and accept a histogram as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -66,21 +66,24 @@ class Counts:
     scores: Tensor
     negatives_to: Tensor
     positives_to: Tensor
+    known: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What has been computed already: the numbers at each score, and metrics that other metrics need."""
 
     @classmethod
     def of(cls, scores: Tensor, negative: Tensor, positive: Tensor) -> Counts:
         """Make counts from the numbers of negatives and positives at each score, ``(..., G)`` each."""
-        return cls(scores, negative.cumsum(-1), positive.cumsum(-1))
+        known = {"negative": negative, "positive": positive}
+        return cls(scores, negative.cumsum(-1), positive.cumsum(-1), known)
 
     @cached_property
     def negative(self) -> Tensor:
         """``(..., G)``, the negatives at each score."""
-        return _steps(self.negatives_to)
+        return self.known["negative"] if "negative" in self.known else _steps(self.negatives_to)
 
     @cached_property
     def positive(self) -> Tensor:
         """``(..., G)``, the positives at each score."""
-        return _steps(self.positives_to)
+        return self.known["positive"] if "positive" in self.known else _steps(self.positives_to)
 
     @cached_property
     def samples_to(self) -> Tensor:

@@ -93,12 +93,20 @@ def aurc_of_counts(counts: Counts) -> Tensor:
     ``H_N - H_{k-1}`` to the sum. In a group of ``m`` ties that ends at the ``b``-th sample, the mean of ``H_{k-1}`` over
     the group is ``H_{b-m} + b (H_b - H_{b-m}) / m - 1``.
     """
+    if "aurc" not in counts.known:
+        counts.known["aurc"] = _aurc(counts)
+    return counts.known["aurc"]
+
+
+def _aurc(counts: Counts) -> Tensor:
     sums = counts.at_positives
     samples = counts.positives + counts.negatives
     ends = sums.positives_to + sums.negatives_to
     size = sums.positive + sums.negative
-    start = harmonic(ends - size)
-    mean = start + ends * (harmonic(ends) - start) / size.clamp(min=TINY) - 1
+    end = harmonic(ends)
+    # With batch dimensions every group is present, and a group starts where the one before it ends.
+    start = torch.nn.functional.pad(end, (1, 0))[..., :-1] if end.ndim > 1 else harmonic(ends - size)
+    mean = start + ends * (end - start) / size.clamp(min=TINY) - 1
     return dot(sums.positive, harmonic(samples)[..., None] - mean) / samples
 
 

@@ -1,0 +1,94 @@
+"""Read a results table of any common kind into columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+__all__ = ["as_table", "finite_rows", "float_column"]
+
+
+def as_table(results: Any, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
+    """Return results as an Arrow table.
+
+    Args:
+        results: An Arrow table, record batch, iterable of record batches, record batch reader or data set, a pandas or
+            Polars data frame, or any other object with the Arrow C stream interface.
+        columns: The columns that are needed; by default all.
+        optional: Columns that are read where they exist.
+
+    Returns:
+        The table, with the needed columns alone.
+
+    Raises:
+        TypeError: If the results are of another kind.
+        ValueError: If a column is missing.
+    """
+    if isinstance(results, ds.Dataset):
+        names = _chosen(results.schema.names, columns, optional)
+        return results.to_table(columns=names)
+    table = _whole_table(results)
+    return table.select(_chosen(table.column_names, columns, optional))
+
+
+def _whole_table(results: Any) -> pa.Table:
+    if isinstance(results, pa.Table):
+        return results
+    if isinstance(results, pa.RecordBatch):
+        return pa.Table.from_batches([results])
+    if isinstance(results, pa.RecordBatchReader):
+        return results.read_all()
+    if type(results).__module__.partition(".")[0] == "pandas":
+        return pa.Table.from_pandas(results, preserve_index=False)
+    if hasattr(results, "__arrow_c_stream__"):
+        return pa.table(results)
+    if not isinstance(results, (str, bytes, dict)) and hasattr(results, "__iter__"):
+        batches = list(results)
+        if batches and all(isinstance(batch, pa.RecordBatch) for batch in batches):
+            return pa.Table.from_batches(batches)
+    raise TypeError(
+        "results must be an Arrow table, record batches or data set, or a pandas or Polars data frame, got "
+        f"{type(results).__name__}; lgm.read_results reads the folder of a run"
+    )
+
+
+def _chosen(names: Sequence[str], columns: Sequence[str] | None, optional: Sequence[str]) -> list[str]:
+    if columns is None:
+        return list(names)
+    for name in columns:
+        if name not in names:
+            raise ValueError(f"the results have no column {name!r}; columns: {', '.join(names)}")
+    present = [name for name in optional if name in names]
+    return list(dict.fromkeys([*columns, *present]))
+
+
+def float_column(results: pa.Table, name: str) -> Any:
+    """Return a column as a float64 array, with NaN for null.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if name not in results.column_names:
+        raise ValueError(f"the results have no column {name!r}; columns: {', '.join(results.column_names)}")
+    return results[name].cast(pa.float64()).to_numpy()
+
+
+def score_column(results: pa.Table, name: str) -> Any:
+    """Return a score as a float32 or float64 array, with NaN for null."""
+    if results[name].type == pa.float32():
+        return results[name].to_numpy()
+    return float_column(results, name)
+
+
+def finite_rows(results: pa.Table, scores: Sequence[str]) -> Any:
+    """Return which rows ``(N,)`` are not flagged as not finite and have finite values of all these scores."""
+    keep = np.ones(len(results), dtype=bool)
+    if "finite" in results.column_names:
+        keep &= results["finite"].fill_null(False).to_numpy().astype(bool)
+    for score in scores:
+        keep &= np.isfinite(float_column(results, score))
+    return keep
