@@ -125,7 +125,7 @@ def comparison_grid(rows: Sequence[Mapping[str, object]], runs: int) -> Grid:
     names: dict[str, None] = {}
     for row in rows:
         names[str(row["score"])] = None
-        if row["metric"] != "auroc" or "mean" not in row:
+        if row["metric"] != "auroc" or row["task"] == "joint" or "mean" not in row:
             continue
         question = "errors" if row["task"] == "misclassification" else str(row["group"])
         place = (question, str(row["dataset"]) or "mean")

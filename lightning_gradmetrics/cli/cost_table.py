@@ -60,6 +60,8 @@ def _aurocs(evaluation: Evaluation, score: Score) -> dict[str, Area]:
     if not detects(score):
         return aurocs
     for metric in evaluation.find(score=score.name, metric="auroc"):
+        if metric["task"] == "joint":
+            continue
         question = ERRORS if metric["task"] == "misclassification" else metric["group"]
         if metric["value"] is not None and (question not in aurocs or metric["dataset"] is None):
             aurocs[question] = (metric["value"], metric["low"], metric["high"])

@@ -60,7 +60,7 @@ def compare_fitted(
     aurocs = evaluate(results, names, roles, resamples=0).find(metric="auroc")
     records = []
     for place in aurocs:
-        if place["score"] != names[0] or place["dataset"] is None or place["value"] is None:
+        if place["score"] != names[0] or place["dataset"] is None or place["value"] is None or place["task"] == "joint":
             continue
         where = {key: place[key] for key in ("task", "dataset", "group")}
         best = _best_references(scores, _values_at(aurocs, where))
@@ -140,7 +140,9 @@ def _compared(
     roles = {name: role for name, role in roles.items() if name in present}
     compared: dict[str, Record] = {name: {} for name in candidates}
     for kind, reference in best.items():
-        evaluation = evaluate(results, [*candidates, reference], roles, [reference], resamples=resamples, seed=seed)
+        evaluation = evaluate(
+            results, [*candidates, reference], roles, baseline=reference, resamples=resamples, seed=seed
+        )
         for name in candidates:
             (metric,) = evaluation.find(score=name, task=task, metric="auroc")
             compared[name] |= {"auroc": metric["value"], "low": metric["low"], "high": metric["high"]}

@@ -173,7 +173,7 @@ for _metric in (
     Metric(
         "auroc",
         "AUROC",
-        "chance that a random positive scores above a random negative; 50 is guessing",
+        "probability that a random positive scores above a random negative; 50 is guessing",
         meters.AUROC,
         _auroc,
         ALL,
@@ -182,7 +182,7 @@ for _metric in (
     Metric(
         "aurc",
         "AURC",
-        "mean error rate over all shares of rows kept, the least uncertain kept first",
+        "error rate among the retained samples, averaged over all coverages",
         meters.AURC,
         _aurc,
         SELECTIVE,
@@ -192,7 +192,7 @@ for _metric in (
     Metric(
         "e_aurc",
         "E-AURC",
-        "AURC minus that of a perfect ordering",
+        "AURC minus the AURC of a perfect ranking",
         meters.EAURC,
         _e_aurc,
         (MISCLASSIFICATION,),
@@ -201,7 +201,7 @@ for _metric in (
     Metric(
         "augrc",
         "AUGRC",
-        "AURC with errors counted against all rows, not only the rows kept",
+        "share of undetected errors among all samples, averaged over all coverages",
         meters.AUGRC,
         _augrc,
         SELECTIVE,
@@ -210,7 +210,7 @@ for _metric in (
     Metric(
         "fpr95",
         "FPR95",
-        "share of negatives flagged when 95 % of positives are flagged",
+        "share of negatives flagged at a threshold that flags 95 % of the positives",
         meters.FPRAtTPR,
         _fpr,
         ALL,
@@ -219,7 +219,7 @@ for _metric in (
     Metric(
         "aupr",
         "AUPR",
-        "average precision, the area under the precision-recall curve",
+        "area under the precision-recall curve",
         meters.AveragePrecision,
         _aupr,
         (MISCLASSIFICATION, OOD),
@@ -227,7 +227,7 @@ for _metric in (
     Metric(
         "aupr_in",
         "AUPR in",
-        "average precision with the negatives taken as positives",
+        "area under the precision-recall curve with in-distribution samples as positives",
         meters.AveragePrecision,
         _aupr_in,
         (OOD,),

@@ -288,6 +288,7 @@ def _with_groups(metrics: Sequence[Entry], replicates: Replicates, rate: float) 
 def _mean_entry(members: Sequence[Entry]) -> Entry:
     first, values = members[0], [member["value"] for member in members]
     negatives = [member["count_negative"] for member in members]
+    ood = sum(member["count_ood"] or 0 for member in members) or None
     return {
         **first,
         "dataset": None,
@@ -296,5 +297,5 @@ def _mean_entry(members: Sequence[Entry]) -> Entry:
         "high": None,
         "count_positive": sum(member["count_positive"] for member in members),
         "count_negative": sum(negatives) if first["task"] == MISCLASSIFICATION else negatives[0],
-        "count_ood": None if first["count_ood"] is None else sum(member["count_ood"] for member in members),
+        "count_ood": ood,
     }

@@ -83,7 +83,7 @@ class Evaluation:
         if key not in keys:
             raise KeyError(f"unknown key {key!r}{_hint(key, keys)}; the keys of a metric are {', '.join(keys)}")
         values = list(dict.fromkeys(entry[key] for entry in self.metrics))
-        known = {*values, *(METRICS if key == "metric" else SHOWN if key == "task" else ())}
+        known = {*values, *{"metric": METRICS, "task": SHOWN}.get(key, ())}
         if key == "dataset":
             known |= {None, *(summary["name"] for summary in self.datasets)}
         if key in ("score", "task", "dataset", "group", "metric") and value not in known:

@@ -38,7 +38,8 @@ class Column:
     def heading(self) -> str:
         """The heading over the metrics of a place, as in 'near OOD: digits_8_9'."""
         task, dataset, group = self.place
-        what = "errors" if task == "misclassification" else role_title(group) if task == "ood" else task
+        what = "errors" if task == "misclassification" else role_title(group)
+        what = f"errors and {what}" if task == "joint" else what
         return f"{what}: {dataset or f'mean over {group}'}"
 
 
@@ -89,7 +90,7 @@ def main_table(run: Run) -> Table:
 
 
 def paired_table(run: Run) -> Table:
-    """Return the difference of every score to the best baseline, with its verdict."""
+    """Return the difference of every score to the baseline, with its verdict."""
     by_column: dict[Column, dict[str, list[Difference]]] = {}
     for entry in run.comparisons:
         place = place_of(run, Metric(entry.score, entry.task, entry.metric, None, entry.dataset, entry.group))

@@ -46,6 +46,8 @@ class Question:
         names = ", ".join(self.datasets)
         if self.task == "misclassification":
             return f"{positive} incorrect against {negative} correct predictions on {names}"
+        if self.task == "joint":
+            return f"incorrect predictions and {names} against {negative} correct predictions"
         if self.task == "ood":
             mean = ", mean over datasets" if len(self.datasets) > 1 else ""
             return f"{positive} samples of {names} against {negative} in-distribution samples{mean}"
@@ -112,7 +114,9 @@ def _question(run: Run, place: Place, datasets: tuple[str, ...], metrics: list[M
     ranked = sorted(metrics, key=lambda metric: -(metric.value or 0.0))
     families = {score.name: score.family for score in run.scores}
     baselines = tuple(name for name, family in families.items() if family == "baseline")
-    by_score = {metric.score: metric for metric in ranked}
+    by_score = {}
+    for metric in ranked:
+        by_score[metric.score] = metric
     return Question(place[0], place[2], place[1], datasets, by_score, baselines)
 
 

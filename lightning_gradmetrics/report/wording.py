@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER
+from lightning_gradmetrics.evaluation.metrics import METRICS, SHOWN
 
 __all__ = [
     "METRICS",
@@ -23,9 +23,6 @@ __all__ = [
     "signed",
     "whole",
 ]
-
-SHOWN = {"misclassification": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
-"""The metrics of each task that the main table shows."""
 
 ROLES = {"id": "in-distribution", "near": "near OOD", "far": "far OOD"}
 QUESTIONS = {("misclassification", "id"): "Errors", ("ood", "near"): "Near OOD", ("ood", "far"): "Far OOD"}
@@ -47,21 +44,12 @@ class MetricWords:
         return {True: "↑", False: "↓", None: ""}[self.higher]
 
 
-METRICS = {
-    "auroc": ("AUROC", 1, "probability that a random positive scores above a random negative; 50 is guessing"),
-    "aupr": ("AUPR", 1, "area under the precision-recall curve"),
-    "aupr_in": ("AUPR in", 1, "area under the precision-recall curve with in-distribution samples as positives"),
-    "fpr95": ("FPR95", 1, "share of negatives flagged at a threshold that flags 95 % of the positives"),
-    "aurc": ("AURC", 2, "error rate among the retained samples, averaged over all coverages"),
-    "e_aurc": ("E-AURC", 2, "AURC minus the AURC of a perfect ranking"),
-    "augrc": ("AUGRC", 2, "share of undetected errors among all samples, averaged over all coverages"),
-}
-
-
 def metric_words(metric: str) -> MetricWords:
     """Return how a metric is written; an unknown metric keeps its name."""
-    title, digits, meaning = METRICS.get(metric, (metric, 1, ""))
-    return MetricWords(title, digits, meaning, HIGHER_IS_BETTER.get(metric))
+    if metric not in METRICS:
+        return MetricWords(metric)
+    known = METRICS[metric]
+    return MetricWords(known.title, known.digits, known.meaning, known.higher_is_better)
 
 
 def role_title(role: str) -> str:
@@ -71,6 +59,8 @@ def role_title(role: str) -> str:
 
 def question_title(task: str, group: str) -> str:
     """Return the title of a question, as in 'Far OOD'."""
+    if task == "joint":
+        return f"Errors and {role_title(group)}"
     return QUESTIONS.get((task, group), group if task == "ood" else task)
 
 

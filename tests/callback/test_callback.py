@@ -489,6 +489,6 @@ def test_thresholds_fitted_on_one_run_are_applied_in_the_next(tmp_path) -> None:
 
 def test_intervals_on_request() -> None:
     callback = lgm.GradientMetrics(["energy", "gradnorm"], datasets={"a": "id", "b": "far"}, resamples=50)
-    run("predict", callback, Answer(lambda b: b[0], lambda z: z), [loader(12), loader(9, labels=False)])
+    run("predict", callback, Answer(lambda b: b[0], lambda z: z), [loader(40), loader(30, labels=False)])
     (record,) = callback.evaluation.find(score="gradnorm", task="ood", dataset="b", metric="auroc")
     assert record["low"] <= record["value"] <= record["high"] and callback.evaluation.statements

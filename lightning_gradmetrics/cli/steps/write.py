@@ -99,8 +99,9 @@ def write_metrics_tables(evaluation: Evaluation, scores: Sequence[Score], direct
     """
     rows = []
     for score in scores:
-        for metric in evaluation.find(score=score.name):
-            rows.append({"score": score.name, "family": score.recipe.family, "fit": kind_of(score), **metric})
+        for metric in evaluation.metrics:
+            if metric["score"] == score.name:
+                rows.append({"score": score.name, "family": score.recipe.family, "fit": kind_of(score), **metric})
     columns = ("score", "family", "fit", "task", "dataset", "group", "metric", "value", "low", "high")
     paths = [write_csv(directory / "metrics.csv", rows, (*columns, "count_positive", "count_negative"))]
     if scores:
