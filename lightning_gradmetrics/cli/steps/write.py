@@ -103,7 +103,7 @@ def write_metrics_tables(evaluation: Evaluation, scores: Sequence[Score], direct
             if metric["score"] == score.name:
                 rows.append({"score": score.name, "family": score.recipe.family, "fit": kind_of(score), **metric})
     columns = ("score", "family", "fit", "task", "dataset", "group", "metric", "value", "low", "high")
-    paths = [write_csv(directory / "metrics.csv", rows, (*columns, "count_positive", "count_negative"))]
+    paths = [write_csv(directory / "metrics.csv", rows, (*columns, "count_positive", "count_negative", "count_ood"))]
     if scores:
         grid = replace(metrics_grid(evaluation, scores), notes=tuple(notes_of(evaluation, scores)))
         paths.append(write_text(directory / "table.md", markdown(grid)))
