@@ -6,7 +6,6 @@ HABITS: dict[str, int] = {
     "callback": 2,
     "docs": 1,
     "engine": 2,
-    "evaluation": 2,
     "pictures": 4,
     "scores": 2,
     "scoring": 2,
@@ -14,14 +13,7 @@ HABITS: dict[str, int] = {
 """Habits of translated English left in a room."""
 
 NESTED_STATEMENTS: dict[str, int] = {
-<<<<<<< HEAD
     "engine": 13,
-    "evaluation": 6,
-=======
-    "classifier": 1,
-    "engine": 18,
-    "gradients": 3,
->>>>>>> 463b2b4 (Judging at size: one sort per score, binned Poisson bootstrap, DeLong and order-statistic intervals; one named baseline, the joint task, any kind of table)
     "pictures": 6,
     "report": 2,
     "results": 1,
@@ -36,7 +28,6 @@ COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
     "cli": 24.9,
     "compat": 27.9,
     "engine": 25.6,
-    "evaluation": 45.1,
     "pictures": 51.0,
     "report": 43.8,
     "results": 21.5,
