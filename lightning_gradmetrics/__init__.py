@@ -45,12 +45,17 @@ _ROOMS = {
 }
 """The room of every public object; a name that is missing here is a room itself."""
 
+_ROOMS_WITH_SCORES = ("scoring", "callback")
+"""Rooms whose functions look scores up by name: the score files are imported with them, which registers the names."""
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name on its first use, so that ``import lightning_gradmetrics`` is fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _ROOMS:
+        if _ROOMS[name] in _ROOMS_WITH_SCORES:
+            import_module(f"{__name__}.scores")
         value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
     else:
         value = import_module(f"{__name__}.{name}")
