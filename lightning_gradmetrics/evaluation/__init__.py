@@ -3,16 +3,36 @@
 from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER, METRICS, TASKS, Metric, register_metric
 from lightning_gradmetrics.evaluation.protocol import evaluate
 from lightning_gradmetrics.evaluation.record import Evaluation
-from lightning_gradmetrics.evaluation.thresholds import Thresholds, apply_thresholds, fit_thresholds
+from lightning_gradmetrics.evaluation.rules import (
+    Conformal,
+    Coverage,
+    JointRisk,
+    LearnThenTest,
+    SelectiveRisk,
+    TruePositiveRate,
+)
+from lightning_gradmetrics.evaluation.thresholds import (
+    Thresholds,
+    apply_thresholds,
+    conformal_p_values,
+    fit_thresholds,
+)
 
 __all__ = [
     "HIGHER_IS_BETTER",
     "METRICS",
     "TASKS",
+    "Conformal",
+    "Coverage",
     "Evaluation",
+    "JointRisk",
+    "LearnThenTest",
     "Metric",
+    "SelectiveRisk",
     "Thresholds",
+    "TruePositiveRate",
     "apply_thresholds",
+    "conformal_p_values",
     "evaluate",
     "fit_thresholds",
     "register_metric",

@@ -1,9 +1,8 @@
-"""Thresholds fitted on in-distribution validation data, and the accept or reject that they say."""
+"""Thresholds fitted on held-out rows, and the decisions to accept or reject that they make."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,97 +10,188 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lightning_gradmetrics.evaluation.reading import finite_rows, float_column
-from lightning_gradmetrics.meters.functional.counts import check_rate
+from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column
+from lightning_gradmetrics.evaluation.rules import JointRisk, Rule, TruePositiveRate
 
-__all__ = ["Thresholds", "apply_thresholds", "fit_thresholds"]
+__all__ = ["Thresholds", "apply_thresholds", "conformal_p_values", "fit_thresholds"]
+
+KEYS = ("values", "rows", "rule", "guarantee", "coverage", "together")
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """A threshold a score: a sample is accepted where its score is at most the threshold.
+    """One threshold per score; a sample is accepted if its score does not exceed it.
 
     Args:
         values: The threshold of each score.
-        tpr: The share of in-distribution validation samples that each accepts, at least.
-        rows: The number of validation samples.
+        rows: The number of rows that it was fitted on.
+        rule: The rule's name and arguments.
+        guarantee: The guarantee in one sentence; it holds for each score separately, unless ``together``.
+        coverage: The share of the fitted in-distribution rows that each threshold accepts.
+        together: Whether the guarantee holds for samples that all thresholds accept.
+
+    Example:
+        >>> fitted = fit_thresholds(pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]}), ["entropy"], tpr=0.75)
+        >>> Thresholds.from_json(fitted.to_json()) == fitted
+        True
     """
 
     values: Mapping[str, float]
-    tpr: float
     rows: int
+    rule: Mapping[str, Any]
+    guarantee: str
+    coverage: Mapping[str, float]
+    together: bool = False
 
     def to_json(self) -> str:
-        """The thresholds as JSON text; numbers come back exactly."""
+        """Return the thresholds as JSON text; numbers are read back exactly."""
         return json.dumps(asdict(self), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Thresholds:
-        """The thresholds that :meth:`to_json` wrote.
+        """Return the thresholds that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: If the text holds something else.
+            ValueError: If the text is something else.
         """
-        found: Any = json.loads(text)
-        if not isinstance(found, dict) or set(found) != {"values", "tpr", "rows"}:
-            raise ValueError("this JSON holds no thresholds: it needs the keys values, tpr and rows; fit them again")
-        return cls(
-            {name: float(value) for name, value in found["values"].items()}, float(found["tpr"]), int(found["rows"])
-        )
+        content: Any = json.loads(text)
+        if not isinstance(content, dict) or set(content) != set(KEYS):
+            raise ValueError(f"this JSON has no thresholds: it needs the keys {', '.join(KEYS)}; fit them again")
+        return cls(**content)
 
 
-def fit_thresholds(results: pa.Table, scores: Sequence[str], tpr: float = 0.95) -> Thresholds:
-    """Thresholds at a true-positive rate, an in-distribution sample that is accepted being a true positive.
+def fit_thresholds(
+    results: Any,
+    scores: Sequence[str],
+    tpr: float = 0.95,
+    *,
+    rule: Rule | None = None,
+    roles: Mapping[str, str] | None = None,
+) -> Thresholds:
+    """Fit thresholds on held-out rows.
 
-    The threshold of a score is the lowest of its values that accepts at least ``tpr`` of the samples. Rows that are
-    not finite are left out.
+    Rows that are not finite are dropped. Every rule but ``JointRisk`` uses in-distribution rows only.
 
     Args:
-        results: The results table of in-distribution validation data, and of nothing else.
-        scores: The columns to fit.
-        tpr: The share to accept, in (0, 1].
+        results: The results table of held-out data, of any kind that
+            :func:`~lightning_gradmetrics.evaluation.evaluate` accepts.
+        scores: The columns to fit; for :class:`~lightning_gradmetrics.evaluation.JointRisk` the error score and the
+            OOD score.
+        tpr: The share of in-distribution rows to accept, in (0, 1], where no rule is given.
+        rule: ``TruePositiveRate``, ``Coverage``, ``Conformal``, ``SelectiveRisk``, ``LearnThenTest`` or ``JointRisk``.
+        roles: The role of each data set; without roles all rows are in-distribution.
+
+    Returns:
+        The thresholds with their guarantee and coverage.
 
     Raises:
-        ValueError: If a column is missing, the rate is wrong, or no row is finite.
+        ValueError: If a column or label is missing, no row is finite, or the data cannot support the rule; the message
+            then states how many rows would.
 
     Example:
         >>> table = pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]})
         >>> fit_thresholds(table, ["entropy"], tpr=0.75).values
         {'entropy': 0.3}
     """
-    check_rate(tpr, "tpr")
-    keep = finite_rows(results, scores)
+    rule = TruePositiveRate(tpr) if rule is None else rule
+    table = as_table(results)
+    keep = finite_rows(table, scores)
+    is_ood = _is_ood(table, roles)
+    incorrect = np.zeros(len(table), dtype=bool)
+    if rule.needs_labels:
+        label, prediction = float_column(table, "label"), float_column(table, "prediction")
+        keep &= is_ood | (~np.isnan(label) & ~np.isnan(prediction))
+        incorrect = label != prediction
+    if not isinstance(rule, JointRisk):
+        keep &= ~is_ood
     rows = int(keep.sum())
     if not rows:
-        raise ValueError("no row of the results is finite: there is nothing to fit thresholds on")
-    place = math.ceil(tpr * rows * (1 - 1e-12)) - 1
-    values = {score: float(np.partition(float_column(results, score)[keep], place)[place]) for score in scores}
-    return Thresholds(values, float(tpr), rows)
+        raise ValueError("no row of the results is finite, in-distribution and, where the rule needs it, labelled")
+    columns = {score: float_column(table, score)[keep] for score in scores}
+    if isinstance(rule, JointRisk):
+        if len(scores) != 2:
+            raise ValueError(f"JointRisk needs two scores, the error score and the OOD score, got {list(scores)}")
+        fits = rule.fit_pair(list(columns.values()), incorrect[keep], is_ood[keep])
+    else:
+        fits = [rule.fit(column, incorrect[keep]) for column in columns.values()]
+    values, coverage = {}, {}
+    for score, fit in zip(scores, fits, strict=True):
+        values[score], coverage[score] = fit.threshold, fit.coverage
+    return Thresholds(values, rows, rule.to_dict(), rule.guarantee(), coverage, isinstance(rule, JointRisk))
 
 
-def apply_thresholds(results: pa.Table, thresholds: Thresholds) -> pa.Table:
-    """The results with a column ``<score>_accept`` for each threshold: true where the score is at most the threshold.
+def _is_ood(table: pa.Table, roles: Mapping[str, str] | None) -> Any:
+    """Which rows ``(N,)`` are out-of-distribution."""
+    if roles is None:
+        return np.zeros(len(table), dtype=bool)
+    names = as_table(table, ["dataset"])["dataset"].to_pylist()
+    if unknown := sorted(set(names) - set(roles)):
+        raise ValueError(f"no role for the data sets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
+    outside = [name for name, role in roles.items() if role != "id"]
+    return np.isin(np.asarray(names), outside)
 
-    A row whose score is missing or NaN, or that is flagged as not finite, is rejected.
+
+def apply_thresholds(results: Any, thresholds: Thresholds) -> pa.Table:
+    """Add a column ``<score>_accept`` for each threshold: true where the score does not exceed the threshold.
+
+    Thresholds whose guarantee holds for them together also add ``accept``: true where all of them accept. A row whose
+    score is missing or NaN, or that is flagged as not finite, is rejected.
 
     Args:
         results: A results table.
         thresholds: From :func:`fit_thresholds`.
 
+    Returns:
+        The table with the added columns.
+
     Raises:
         ValueError: If the results lack a score that has a threshold.
 
     Example:
-        >>> table = pa.table({"entropy": [0.1, 0.4]})
-        >>> apply_thresholds(table, Thresholds({"entropy": 0.3}, 0.95, 100))["entropy_accept"].to_pylist()
-        [True, False]
+        >>> table = pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]})
+        >>> apply_thresholds(table, fit_thresholds(table, ["entropy"], 0.75))["entropy_accept"].to_pylist()
+        [True, True, True, False]
     """
-    flagged = finite_rows(results, [])
+    table = as_table(results)
+    usable = finite_rows(table, [])
+    accept = usable.copy()
     for score, threshold in thresholds.values.items():
-        column = float_column(results, score)
-        accept = pa.array(flagged & (column <= threshold))
-        name = f"{score}_accept"
-        if name in results.column_names:
-            results = results.drop_columns([name])
-        results = results.append_column(name, accept)
-    return results
+        passes = usable & (float_column(table, score) <= threshold)
+        accept &= passes
+        table = _with_column(table, f"{score}_accept", passes)
+    return _with_column(table, "accept", accept) if thresholds.together else table
+
+
+def _with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
+    if name in table.column_names:
+        table = table.drop_columns([name])
+    return table.append_column(name, pa.array(values))
+
+
+def conformal_p_values(calibration: Any, scores: Any) -> Any:
+    """Return conformal p-values of scores: the share of calibration scores that are at least as large.
+
+    ``p = (1 + #{calibration >= score}) / (n + 1)``. For a new in-distribution sample ``P(p <= alpha) <= alpha``.
+
+    Args:
+        calibration: Finite scores ``(n,)`` of held-out in-distribution samples.
+        scores: Scores ``(N,)`` to test.
+
+    Returns:
+        The p-values ``(N,)``.
+
+    Raises:
+        ValueError: If a calibration score is not finite, or there is none.
+
+    Example:
+        >>> conformal_p_values([1.0, 2.0, 3.0], [0.0, 2.5, 9.0]).tolist()
+        [1.0, 0.5, 0.25]
+
+    Reference:
+        Bates et al.: Testing for Outliers with Conformal p-values, Annals of Statistics 2023.
+    """
+    calibration = np.sort(np.asarray(calibration, dtype=np.float64))
+    if not len(calibration) or not np.isfinite(calibration).all():
+        raise ValueError("calibration must be at least one finite score")
+    at_least = len(calibration) - np.searchsorted(calibration, np.asarray(scores, dtype=np.float64), side="left")
+    return (1 + at_least) / (len(calibration) + 1)

@@ -17,11 +17,8 @@ from lightning_gradmetrics import meters
 from lightning_gradmetrics.evaluation import (
     Evaluation,
     Metric,
-    Thresholds,
-    apply_thresholds,
     bootstrap,
     evaluate,
-    fit_thresholds,
     metrics,
     protocol,
 )
@@ -475,40 +472,6 @@ def test_progress_reaches_the_end():
     assert seen == sorted(seen)
     assert seen[-1] == 1
     assert len(seen) > 1
-
-
-def test_thresholds_accept_the_share_they_were_fitted_for():
-    results = table()
-    inside = results.slice(0, 300)
-    for tpr in (0.5, 0.95, 1.0):
-        thresholds = fit_thresholds(inside, SCORES, tpr)
-        assert thresholds.rows == 300
-        accepted = apply_thresholds(inside, thresholds)
-        for score in SCORES:
-            values, accept = inside[score].to_numpy(), accepted[f"{score}_accept"].to_numpy()
-            assert accept.mean() >= tpr
-            # A lower threshold would accept too few.
-            assert (values < thresholds.values[score]).mean() < tpr
-
-
-def test_thresholds_survive_json_exactly_and_reject_what_is_not_finite():
-    thresholds = fit_thresholds(table().slice(0, 300), ["good", "twin"])
-    again = Thresholds.from_json(thresholds.to_json())
-    assert again == thresholds
-    good = table()["good"].to_numpy().copy()
-    good[:2] = -1e9, np.nan
-    finite = np.arange(len(good)) != 2
-    accepted = apply_thresholds(table(good=good, finite=finite), again)
-    assert accepted["good_accept"].to_pylist()[:3] == [True, False, False]
-    assert apply_thresholds(accepted, again).column_names == accepted.column_names
-    with pytest.raises(ValueError, match="no thresholds"):
-        Thresholds.from_json("{}")
-    with pytest.raises(ValueError, match="no column 'good'"):
-        apply_thresholds(table().drop_columns(["good"]), again)
-    with pytest.raises(ValueError, match="no row of the results is finite"):
-        fit_thresholds(table(finite=np.zeros(len(good), dtype=bool)), ["good"])
-    with pytest.raises(ValueError, match="tpr must be"):
-        fit_thresholds(table(), ["good"], tpr=0)
 
 
 @pytest.mark.parametrize("package", ["evaluation", "meters"])

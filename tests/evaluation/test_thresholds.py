@@ -1,0 +1,206 @@
+"""Thresholds: the rules, their guarantees by simulation, what they refuse, and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.stats import norm
+
+from lightning_gradmetrics.evaluation import (
+    Conformal,
+    Coverage,
+    JointRisk,
+    LearnThenTest,
+    SelectiveRisk,
+    Thresholds,
+    TruePositiveRate,
+    apply_thresholds,
+    conformal_p_values,
+    fit_thresholds,
+)
+from lightning_gradmetrics.evaluation.rules import Rule, error_bounds
+
+ROLES = {"test": "id", "far": "far"}
+
+
+def draw(rng: np.random.Generator, size: int) -> tuple[Any, Any]:
+    """Standard normal scores, and errors that get likelier with the score."""
+    scores = rng.normal(size=size)
+    return scores, rng.random(size) < norm.cdf(scores - 2)
+
+
+def true_risk(threshold: float) -> float:
+    """The error rate of the samples that a threshold accepts."""
+    grid = np.linspace(-8, min(threshold, 8), 4001)
+    density = norm.pdf(grid)
+    return float((density * norm.cdf(grid - 2)).sum() / density.sum())
+
+
+def results(seed: int = 0, inside: int = 3000, outside: int = 1500) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    scores, incorrect = draw(rng, inside)
+    size = inside + outside
+    return pa.table(
+        {
+            "dataset": ["test"] * inside + ["far"] * outside,
+            "index": [*range(inside), *range(outside)],
+            "prediction": [*incorrect.astype(int), *([0] * outside)],
+            "label": pa.array([0] * inside + [None] * outside, pa.int64()),
+            "error": np.concatenate([scores, rng.normal(size=outside)]),
+            "ood": np.concatenate([rng.normal(size=inside), rng.normal(size=outside) + 4]),
+            "finite": np.ones(size, dtype=bool),
+        }
+    )
+
+
+def failures(rule: Rule, fails: Callable[[float, np.random.Generator], float], size: int, runs: int) -> float:
+    """The mean of what goes wrong with a rule that is fitted anew in each run."""
+    total = 0.0
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        scores, incorrect = draw(rng, size)
+        total += fails(rule.fit(scores, incorrect).threshold, rng)
+    return total / runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [SelectiveRisk(0.04, 0.2), LearnThenTest(0.04, 0.2)])
+def test_selective_risk_is_exceeded_no_more_often_than_delta(rule):
+    exceeded = failures(rule, lambda threshold, rng: true_risk(threshold) > rule.risk, 1500, 300)
+    assert exceeded <= 0.2 + 3 * np.sqrt(0.2 * 0.8 / 300)
+    assert failures(rule, lambda threshold, rng: norm.cdf(threshold), 1500, 20) > 0.4
+
+
+def test_coverage_is_missed_no_more_often_than_delta():
+    missed = failures(Coverage(0.9, 0.2), lambda threshold, rng: norm.cdf(threshold) < 0.9, 200, 500)
+    assert 0.1 < missed <= 0.2 + 3 * np.sqrt(0.2 * 0.8 / 500)
+
+
+def test_conformal_rejects_in_distribution_samples_at_its_rate():
+    rejected = failures(Conformal(0.1), lambda threshold, rng: norm.sf(threshold), 59, 500)
+    assert rejected == pytest.approx(0.1, abs=0.006)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        calibration, scores = rng.normal(size=99), rng.normal(size=500)
+        p_values = conformal_p_values(calibration, scores)
+        np.testing.assert_array_equal(p_values > 0.1, scores <= Conformal(0.1).fit(calibration).threshold)
+
+
+@pytest.mark.slow
+def test_joint_risk_is_exceeded_no_more_often_than_delta():
+    rule, population = JointRisk(0.15, 0.2), results(999, 60_000, 60_000)
+    error, ood = population["error"].to_numpy(), population["ood"].to_numpy()
+    is_ood = np.arange(120_000) >= 60_000
+    bad = is_ood | (population["prediction"].to_numpy() == 1)
+    exceeded = accepted_correct = 0.0
+    for seed in range(60):
+        fitted = fit_thresholds(results(seed), ["error", "ood"], rule=rule, roles=ROLES)
+        accepted = (error <= fitted.values["error"]) & (ood <= fitted.values["ood"])
+        exceeded += bad[accepted].mean() > rule.risk
+        accepted_correct += accepted[~bad].mean()
+    assert exceeded / 60 <= 0.2 and accepted_correct / 60 > 0.3
+
+
+def test_the_joint_rule_adds_one_decision():
+    fitted = fit_thresholds(results(), ["error", "ood"], rule=JointRisk(0.2), roles=ROLES)
+    accepted = apply_thresholds(results(), Thresholds.from_json(fitted.to_json()))
+    both = np.asarray(accepted["error_accept"]) & np.asarray(accepted["ood_accept"])
+    np.testing.assert_array_equal(np.asarray(accepted["accept"]), both)
+    assert fitted.together and "50 % of all samples are OOD" in fitted.guarantee
+    with pytest.raises(ValueError, match="two scores"):
+        fit_thresholds(results(), ["error"], rule=JointRisk(0.2), roles=ROLES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "message"),
+    [
+        (Coverage(0.95), 58, "needs at least 59 rows, got 58"),
+        (Conformal(0.05), 18, "needs at least 19 rows, got 18"),
+        (SelectiveRisk(0.001), 200, "rows like these would be enough|no number of rows"),
+        (LearnThenTest(0.001), 200, "rows like these would be enough|no number of rows"),
+    ],
+)
+def test_data_that_cannot_support_a_rule_are_refused(rule, size, message):
+    scores, incorrect = draw(np.random.default_rng(0), size)
+    with pytest.raises(ValueError, match=message):
+        rule.fit(scores, incorrect)
+
+
+def test_the_number_of_rows_that_would_be_enough_is_enough():
+    rule, ordered = SelectiveRisk(0.05), np.arange(40.0)
+    with pytest.raises(ValueError, match=r"40 rows cannot support .*: about (160|320) rows"):
+        rule.fit(ordered, ordered > 30)
+    assert rule.fit(np.arange(320.0), np.arange(320) > 248).coverage > 0.5
+    with pytest.raises(ValueError, match="no number of rows would be enough"):
+        rule.fit(ordered, np.ones(40, dtype=bool))
+
+
+def test_ties_are_accepted_together():
+    scores = np.repeat([0.0, 1.0], 200)
+    fitted = SelectiveRisk(0.05).fit(scores, scores == 1)
+    assert fitted.coverage == 0.5 and 0 < fitted.threshold < 1
+
+
+def test_thresholds_accept_the_share_they_were_fitted_for():
+    inside = results().slice(0, 3000)
+    for tpr in (0.5, 0.95, 1.0):
+        thresholds = fit_thresholds(inside, ["error", "ood"], tpr)
+        assert thresholds.rows == 3000
+        accepted = apply_thresholds(inside, thresholds)
+        for score in ("error", "ood"):
+            accept = accepted[f"{score}_accept"].to_numpy()
+            assert accept.mean() == thresholds.coverage[score] >= tpr
+            # A lower threshold would accept too few.
+            assert (inside[score].to_numpy() < thresholds.values[score]).mean() < tpr
+
+
+def test_roles_leave_out_of_distribution_rows_out():
+    alone = fit_thresholds(results().slice(0, 3000), ["ood"])
+    assert fit_thresholds(results(), ["ood"], roles=ROLES) == alone
+    assert fit_thresholds(results().to_pandas(), ["ood"], roles=ROLES) == alone
+    with pytest.raises(ValueError, match="no role"):
+        fit_thresholds(results(), ["ood"], roles={"test": "id"})
+
+
+@pytest.mark.parametrize("rule", [TruePositiveRate(), Coverage(), Conformal(), SelectiveRisk(0.1), LearnThenTest(0.1)])
+def test_thresholds_survive_json_exactly(rule):
+    fitted = fit_thresholds(results(), ["error"], rule=rule, roles=ROLES)
+    assert Thresholds.from_json(fitted.to_json()) == fitted
+    assert fitted.rule["name"] == type(rule).__name__ and fitted.guarantee
+    with pytest.raises(ValueError, match="no thresholds"):
+        Thresholds.from_json("{}")
+
+
+def test_rows_that_are_not_finite_are_rejected():
+    table = results()
+    error = table["error"].to_numpy().copy()
+    error[:2] = -1e9, np.nan
+    table = table.set_column(table.column_names.index("error"), "error", pa.array(error))
+    flags = np.arange(len(table)) != 2
+    table = table.set_column(table.column_names.index("finite"), "finite", pa.array(flags))
+    thresholds = fit_thresholds(results(), ["error"], roles=ROLES)
+    accepted = apply_thresholds(table, thresholds)
+    assert accepted["error_accept"].to_pylist()[:3] == [True, False, False]
+    assert apply_thresholds(accepted, thresholds).column_names == accepted.column_names
+    with pytest.raises(ValueError, match="no column 'error'"):
+        apply_thresholds(table.drop_columns(["error"]), thresholds)
+    with pytest.raises(ValueError, match="no row of the results"):
+        fit_thresholds(table.set_column(6, "finite", pa.array(np.zeros(len(table), dtype=bool))), ["error"])
+
+
+@pytest.mark.parametrize("make", [lambda: TruePositiveRate(0), lambda: Coverage(1.0), lambda: SelectiveRisk(0.1, 0)])
+def test_wrong_arguments_are_refused(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_error_bounds_agree_with_the_binomial_tail():
+    from scipy.stats import binom
+
+    low, high = error_bounds(3, 50, 0.05)
+    assert binom.cdf(3, 50, high) == pytest.approx(0.05) and binom.sf(2, 50, low) == pytest.approx(0.05)
+    assert error_bounds(0, 10, 0.05)[0] == 0 and error_bounds(10, 10, 0.05)[1] == 1
