@@ -17,19 +17,26 @@ QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.
 """Where torch's quantised layers are defined: their outputs have no gradient."""
 
 
-def check_types(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse parameters whose gradient entries have no order or do not exist.
+def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False) -> None:
+    """Refuse parameters whose gradient does not exist or has no such statistics.
+
+    Args:
+        parameters: The chosen parameters by name.
+        norms_only: Whether only norms are computed, which complex gradients have too.
 
     Raises:
-        ValueError: If a parameter is complex or holds whole numbers.
+        ValueError: If a parameter holds whole numbers, or is complex and more than norms are computed.
     """
     for name, parameter in parameters.items():
-        if not parameter.is_floating_point():
-            why = "has no largest entry and no sign" if parameter.is_complex() else "does not exist"
-            raise ValueError(
-                f"the parameter {name!r} is {parameter.dtype}, and its gradient {why}; choose floating-point parameters "
-                f"only, as in parameters=lambda name: name != {name!r}"
-            )
+        if parameter.is_floating_point() or (parameter.is_complex() and norms_only):
+            continue
+        why = "does not exist"
+        if parameter.is_complex():
+            why = "has no largest entry and no sign: only norms such as l1 and l2 are defined"
+        raise ValueError(
+            f"the parameter {name!r} is {parameter.dtype}, and its gradient {why}; choose floating-point parameters "
+            f"only, as in parameters=lambda name: name != {name!r} or by the target of a score"
+        )
 
 
 def check_differentiable(model: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter]) -> None:

@@ -49,15 +49,16 @@ ENGINES: dict[str, Callable[[Task], list[Moments]]] = {
 Parameters = Callable[[str], bool] | None
 
 
-def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
+def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool = False) -> dict[str, nn.Parameter]:
     """The chosen parameters by name, frozen ones included; those without entries have no gradient and are left out.
 
     Args:
         model: The model.
         parameters: ``None`` for all, or a predicate on the parameter's name.
+        norms_only: Whether only norms are computed, which complex parameters allow.
 
     Raises:
-        ValueError: If none is chosen, or one is not floating point.
+        ValueError: If none is chosen, or one has no such statistics.
     """
     named = dict(model.named_parameters())
     chosen = {name: p for name, p in named.items() if p.numel() and (parameters is None or parameters(name))}
@@ -66,7 +67,7 @@ def select_parameters(model: nn.Module, parameters: Parameters) -> dict[str, nn.
             f"no parameter of {type(model).__name__} was chosen; its parameters are: "
             f"{', '.join(list(named)[:12]) or 'none'}" + (", ..." if len(named) > 12 else "")
         )
-    check_types(chosen)
+    check_types(chosen, norms_only)
     return chosen
 
 
@@ -155,10 +156,12 @@ def gradient_statistics(  # type: ignore[misc]
     single = isinstance(objective, (str, Objective)) or callable(objective)
     several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
     objectives = [Objective.of(o) for o in several]
-    with _task(model, inputs, objectives, parameters, targets, logits) as task:
+    wanted = moments_for(statistics)
+    norms_only = wanted.isdisjoint({"sum", "max", "min"})
+    with _task(model, inputs, objectives, parameters, targets, logits, norms_only) as task:
         if engine != "auto":
             check_rows(task)
-        moments = ENGINES[engine](replace(task, wanted=moments_for(statistics), memory=memory))
+        moments = ENGINES[engine](replace(task, wanted=wanted, memory=memory))
     results = [_result(task.parameters, m, per_parameter) for m in moments]
     return results[0] if single else results
 
@@ -178,11 +181,12 @@ def _task(
     parameters: Parameters,
     targets: Tensor | None,
     logits: Callable[[Any], Tensor],
+    norms_only: bool = False,
 ) -> Iterator[Task]:
     """The task, in the surroundings it needs; the model is as before afterwards."""
     check_model(model)
     check_inputs(model, inputs)
-    chosen = select_parameters(model, parameters)
+    chosen = select_parameters(model, parameters, norms_only)
     with preserved(model), gradients_enabled(), eager():
         check_differentiable(model, inputs, chosen.values())
         task = Task(

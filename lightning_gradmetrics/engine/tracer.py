@@ -389,7 +389,7 @@ class Tracer(OpeningMode):
         if self.probe is not None:
             factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
             for name in {name for source in sources for name in self._roots[source]}:
-                self.probe.scales[name] += factor * g.double().norm().item()
+                self.probe.scales[name] += factor * (g.abs() if g.is_complex() else g).double().norm().item()
 
     def _arrive(self, source: Source, use: Use) -> None:
         for name in self._roots[source]:

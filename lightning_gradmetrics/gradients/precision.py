@@ -32,7 +32,7 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of results for gradients of ``dtype``: float64 stays, every other type becomes float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def rounding(tensor: Tensor) -> float:

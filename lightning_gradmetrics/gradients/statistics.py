@@ -102,8 +102,8 @@ def _moment(flat: Tensor, key: Moment) -> Tensor:
     if key == 1.0:
         return flat.abs().sum(1)
     if key == 2.0:
-        squares: Tensor = torch.linalg.vecdot(flat, flat)
-        return squares
+        squares: Tensor = torch.linalg.vecdot(flat, flat)  # the first factor is conjugated
+        return squares.real if squares.is_complex() else squares
     return flat.abs().pow(float(key)).sum(1)
 
 

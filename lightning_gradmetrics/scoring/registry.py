@@ -168,6 +168,7 @@ def _check_family(family: str) -> None:
 
 def add_recipe(recipe: Recipe) -> None:
     """Add a recipe; a module that is reloaded, or a notebook cell that runs again, replaces its own."""
+    importlib.import_module(BUILT_IN)
     other = RECIPES.get(recipe.name)
     if other is not None and other.method.__module__ != recipe.method.__module__:
         raise ValueError(
@@ -231,8 +232,13 @@ def _recipe_of(function: Callable[..., Any], name: str | None = None) -> Recipe:
     return Recipe.of(function, name)
 
 
+BUILT_IN = "lightning_gradmetrics.scores"
+"""The package whose modules register this package's scores; loaded when a name is first looked up or registered."""
+
+
 def _known(name: str) -> Recipe:
     """The recipe of a name, imported if it has dots."""
+    importlib.import_module(BUILT_IN)
     if name in RECIPES:
         return RECIPES[name]
     if "." in name:
@@ -337,5 +343,6 @@ def resolve(scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike]) -
             f"make({repeated[0]!r}, name='mine')"
         )
     if not made:
+        importlib.import_module(BUILT_IN)
         raise ValueError(f"no score was given; available: {', '.join(sorted(RECIPES))}")
     return tuple(made)

@@ -163,6 +163,25 @@ def test_complex_parameters_are_refused_and_may_be_left_out():
     assert bool((lgm.score(model, x, "gradnorm")["gradnorm"] < 0).all())
 
 
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_complex_parameters_have_norms(engine: str, recwarn: pytest.WarningsRecorder):
+    model, x = Rotated().to(torch.complex128), torch.randn(5, 4, dtype=torch.float64)
+    model.head.double()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no fast rule")
+        found = gradient_statistics(
+            model, x, "pseudo_label", statistics=("l1", "l2"), per_parameter=True, engine=engine
+        )
+    for number in range(5):
+        logits = model(x[number : number + 1])
+        loss = F.cross_entropy(logits, logits.argmax(1))
+        (gradient,) = torch.autograd.grad(loss, [model.phase])
+        assert torch.isclose(found.norm(1)[number, 0], gradient.abs().sum(), rtol=1e-12)
+        assert torch.isclose(found.norm(2)[number, 0], gradient.norm().abs(), rtol=1e-12)
+    assert found.norm(1).dtype == torch.float64
+    assert not [warning for warning in recwarn if "discards" in str(warning.message)]
+
+
 def test_whole_numbers_as_parameters_are_refused():
     model = nn.Sequential(nn.Linear(4, 3))
     model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
