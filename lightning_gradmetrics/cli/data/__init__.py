@@ -1,9 +1,19 @@
 """Data of the command: named data sets with roles."""
 
+from lightning_gradmetrics.cli.data.arrays import npz_data
 from lightning_gradmetrics.cli.data.datamodule import datamodule
 from lightning_gradmetrics.cli.data.digits import digits
 from lightning_gradmetrics.cli.data.folders import image_folders
 from lightning_gradmetrics.cli.data.sets import EvaluationData
+from lightning_gradmetrics.cli.data.torchvision_sets import torchvision_data
 from lightning_gradmetrics.cli.data.training import training_data
 
-__all__ = ["EvaluationData", "datamodule", "digits", "image_folders", "training_data"]
+__all__ = [
+    "EvaluationData",
+    "datamodule",
+    "digits",
+    "image_folders",
+    "npz_data",
+    "torchvision_data",
+    "training_data",
+]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_gradmetrics.cli.data.groups import check_names, named, open_groups, role_groups
 from lightning_gradmetrics.cli.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from lightning_gradmetrics.cli.data.sets import EvaluationData
 
@@ -102,52 +102,20 @@ def image_folders(
         FileNotFoundError: If a folder does not exist or contains no image.
         ValueError: If two folders have the same name.
     """
-    groups = {"id": _named(id), "near": _named(near), "far": _named(far)}
-    for group, folders in (other or {}).items():
-        groups[group] = _named(folders)
-    fit_groups = {"id": _named(fit), "ood": _named(fit_ood)}
-    _check_names([*groups.values(), *fit_groups.values()])
+    groups = role_groups(id, near, far, other)
+    fit_groups = {"id": named(fit), "ood": named(fit_ood)}
+    check_names([*groups.values(), *fit_groups.values()])
     known = tuple(classes or _class_names(next(iter(groups["id"].values()))))
-    open_folder = partial(ImageFolder, transform=ImageTransform(size, resize, interpolation, mean, std))
-    sets, roles, descriptions = _open_groups(groups, known, open_folder)
-    fit_sets, fit_roles, _ = _open_groups(fit_groups, known, open_folder)
-    return EvaluationData(
-        sets=sets,
-        roles=roles,
-        classes=known,
-        train=open_folder(train, known) if train else None,
-        descriptions=descriptions,
-        fit=fit_sets,
-        fit_roles=fit_roles,
-    )
+    transform = ImageTransform(size, resize, interpolation, mean, std)
 
+    def open_folder(path: str, in_distribution: bool) -> ImageFolder:
+        return ImageFolder(path, known if in_distribution else None, transform)
 
-def _open_groups(
-    groups: Mapping[str, Mapping[str, str]], classes: tuple[str, ...], open_folder: Callable[..., ImageFolder]
-) -> tuple[dict[str, ImageFolder], dict[str, str], dict[str, str]]:
-    """The data sets, their roles and their descriptions, by name."""
-    sets, roles, descriptions = {}, {}, {}
-    for role, folders in groups.items():
-        for name, path in folders.items():
-            sets[name] = open_folder(path, classes if role == "id" else None)
-            roles[name] = role
-            descriptions[name] = "/".join(Path(path).parts[-2:])
-    return sets, roles, descriptions
-
-
-def _check_names(groups: Sequence[Mapping[str, str]]) -> None:
-    known: set[str] = set()
-    for group in groups:
-        if double := sorted(known & group.keys()):
-            raise ValueError(f"two folders are called {double[0]!r}: name them yourself, as in near={{name: path}}")
-        known |= group.keys()
-
-
-def _named(folders: str | Mapping[str, str] | None) -> dict[str, str]:
-    """``{name: path}``; a single path is named by its last part."""
-    if folders is None:
-        return {}
-    return dict(folders) if isinstance(folders, Mapping) else {Path(folders).name: str(folders)}
+    sets, roles = open_groups(groups, open_folder)
+    fit_sets, fit_roles = open_groups(fit_groups, open_folder)
+    descriptions = {name: "/".join(folder.folder.parts[-2:]) for name, folder in sets.items()}
+    training = open_folder(train, True) if train else None
+    return EvaluationData(sets, roles, known, training, descriptions, fit_sets, fit_roles)
 
 
 def _class_names(folder: str) -> list[str]:
