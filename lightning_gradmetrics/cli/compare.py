@@ -104,12 +104,12 @@ def summary_rows(runs: Sequence[Sequence[Row]]) -> list[dict[str, object]]:
             values.setdefault(key, []).extend([float(row["value"])] if row["value"] else [])
     rows = []
     for key, numbers in values.items():
-        row: dict[str, object] = {**dict(zip(KEYS, key, strict=True)), "fit": fits[key], "runs": len(numbers)}
+        summary: dict[str, object] = {**dict(zip(KEYS, key, strict=True)), "fit": fits[key], "runs": len(numbers)}
         if numbers:
-            row |= {"mean": statistics.fmean(numbers), "least": min(numbers), "most": max(numbers)}
+            summary |= {"mean": statistics.fmean(numbers), "least": min(numbers), "most": max(numbers)}
         if len(numbers) > 1:
-            row["std"] = statistics.stdev(numbers)
-        rows.append(row)
+            summary["std"] = statistics.stdev(numbers)
+        rows.append(summary)
     return rows
 
 

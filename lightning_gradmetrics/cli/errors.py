@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = ["UsageError", "one_line", "unknown_name"]
 
@@ -83,12 +84,13 @@ def _known_keys() -> list[str]:
         return list(_keys_below("", compose("config")))
 
 
-def _keys_below(prefix: str, node: object) -> Iterable[str]:
+def _keys_below(prefix: str, node: Any) -> Iterable[str]:
     from omegaconf import DictConfig
 
     if not isinstance(node, DictConfig):
         return
-    for key in node:
-        yield f"{prefix}{key}"
+    for name in node:
+        key = str(name)
+        yield prefix + key
         if not node._is_missing() and node._get_node(key) is not None:
             yield from _keys_below(f"{prefix}{key}.", node._get_node(key))

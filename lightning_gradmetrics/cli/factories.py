@@ -33,7 +33,7 @@ def build_scores(nodes: DictConfig | None) -> tuple[Score, ...]:
         except Exception as error:
             reason = error.__cause__ or error
             arguments = _arguments_text(node)
-            raise ValueError(f"the score {name} cannot be built from {arguments}: {reason}") from error
+            raise ValueError(f"the score {name!s} cannot be built from {arguments}: {reason}") from error
     return resolve(made)
 
 
@@ -43,7 +43,7 @@ def _arguments_text(node: Any) -> str:
     arguments = []
     for key, value in node.items():
         if key != "_target_":
-            arguments.append(f"{key}={value!r}")
+            arguments.append(f"{key!s}={value!r}")
     return ", ".join(arguments) or "its default arguments"
 
 

@@ -216,3 +216,13 @@ def test_a_profile_of_the_labels_needs_labels() -> None:
         callback = lgm.GradientMetrics("energy", profile="label")
         trainer = Trainer(accelerator="cpu", callbacks=[callback], enable_progress_bar=False, logger=False)
         trainer.predict(Module(), DataLoader(x, 4))
+
+
+def test_scores_that_read_labels_have_no_detection_metrics(tmp_path: Path, command: Command) -> None:
+    """With no other score there is no metric at all, and the planted labels are still counted."""
+    settings = ("model.epochs=1", "model.width=2", "logger=none", "report=false")
+    found = command("experiment=audit", "score=[el2n]", "callback.profile=false", "callback.top_k=null", *settings)
+    assert found.returncode == 0, found.stderr
+    assert "of the 12 planted labels" in found.stdout and "AUROC" not in found.stdout
+    (run,) = (tmp_path / "outputs").glob("*/*")
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 and not (run / "table.md").exists()

@@ -96,8 +96,7 @@ def _evaluation(experiment: Experiment, scored: Scored, detectors: Sequence[Scor
 def _evaluation_without_scores(scored: Scored, roles: Mapping[str, str]) -> Evaluation:
     """An evaluation with the data sets only."""
     rows, notes = rows_of(scored.results, [], roles)
-    summaries = [part.summary() for part in rows.values()]
-    return Evaluation([], [], [], summaries, [*notes, "all scores read labels: there are no detection metrics"])
+    return Evaluation([], [], [], rows.datasets, [*notes, "all scores read labels: there are no detection metrics"])
 
 
 def _costs(experiment: Experiment, evaluation: Evaluation, size: int) -> list[Record]:

@@ -64,7 +64,7 @@ def _with_held_out_scores(experiment: Experiment, folds: int) -> Scored:
             roles,
             folds=folds,
             seed=settings.seed,
-            head=scorer.head if scorer.head_is_named else None,
+            head=scorer.head,
             logits_fn=scorer.logits_fn,
             engine=scorer.engine,
             progress=progress,

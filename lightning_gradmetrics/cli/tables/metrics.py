@@ -9,15 +9,13 @@ from typing import Any
 from lightning_gradmetrics.cli.tables.grid import Column, Grid, Group
 from lightning_gradmetrics.cli.tables.marks import mark_notes, mark_of
 from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, Evaluation
+from lightning_gradmetrics.evaluation.metrics import METRICS, SHOWN
 from lightning_gradmetrics.scores import Score
 
 __all__ = ["Question", "metric_text", "metrics_grid", "metrics_grids", "notes_of", "questions_of"]
 
-METRICS = {"misclassification": ("auroc", "aurc"), "ood": ("auroc", "fpr95")}
-"""The metrics of each task, the most important one first."""
-
-DECIMALS = {"aurc": 2}
-"""Decimals of a metric times 100; one for all others."""
+TASKS = ("misclassification", "ood")
+"""The tasks of the main table; others are in metrics.csv."""
 
 UNDEFINED = "–"
 
@@ -60,7 +58,7 @@ def questions_of(evaluation: Evaluation) -> list[Question]:
     """The questions with at least one defined metric, errors first, then the groups in the order of the data sets."""
     defined = {(m["task"], m["dataset"]) for m in evaluation.metrics if m["value"] is not None}
     members: dict[tuple[str, str], list[str]] = {}
-    for task in METRICS:
+    for task in TASKS:
         for dataset in evaluation.datasets:
             if (task, dataset["name"]) in defined:
                 members.setdefault((task, dataset["role"]), []).append(dataset["name"])
@@ -77,7 +75,7 @@ class Selection:
 
 
 def metrics_grid(evaluation: Evaluation, scores: Sequence[Score]) -> Grid:
-    """The whole table: all data sets, all means, all metrics of :data:`METRICS`."""
+    """The whole table: all data sets, all means, all metrics that the protocol shows."""
     return _grid(_everything(questions_of(evaluation), all_metrics=True), evaluation, scores)
 
 
@@ -176,7 +174,7 @@ class _Values:
             question = next(q for q in self.questions if (q.task, q.group) == (task, group))
             where = dataset if dataset is not None else f"mean of {len(question.datasets)}"
             heading = where if selection.title else f"{question.name}: {where}"
-            metrics = METRICS[task] if selection.all_metrics else METRICS[task][:1]
+            metrics = SHOWN[task] if selection.all_metrics else SHOWN[task][:1]
             groups.append(Group(heading, tuple(self.column(place, metric) for metric in metrics)))
         return groups
 
@@ -185,7 +183,7 @@ class _Values:
         values = [self.values.get((place, score.name, metric)) for score in self.rows]
         cells = tuple(metric_text(metric, value) for value in values)
         arrow = "↑" if HIGHER_IS_BETTER[metric] else "↓"
-        return Column(f"{metric.upper()} {arrow}", cells, _best_rows(metric, values, cells))
+        return Column(f"{METRICS[metric].title} {arrow}", cells, _best_rows(metric, values, cells))
 
 
 def notes_of(evaluation: Evaluation, scores: Sequence[Score]) -> list[str]:
@@ -208,7 +206,7 @@ def metric_text(metric: str, value: float | None) -> str:
         >>> metric_text("auroc", 1.0), metric_text("aurc", 0.0097), metric_text("auroc", None)
         ('100.0', '0.97', '–')
     """
-    return UNDEFINED if value is None else f"{100 * value:.{DECIMALS.get(metric, 1)}f}"
+    return UNDEFINED if value is None else f"{100 * value:.{METRICS[metric].digits}f}"
 
 
 def _best_rows(metric: str, values: Sequence[float | None], cells: Sequence[str]) -> frozenset[int]:
