@@ -151,6 +151,7 @@ class GradientMetrics(Callback):
         self._run: Run | None = None
         self._finished = False
         self._logged: set[str] = set()
+        self._notices: set[str] = set()
 
     @property
     def score_names(self) -> list[str]:
@@ -314,7 +315,8 @@ class GradientMetrics(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last run."""
         self.results, self.evaluation, self._finished = empty_results(self.score_names), None, False
-        self._logged, self._notices = set(), set()
+        self._logged = set()
+        self._notices = set()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._start(trainer, pl_module, trainer.val_dataloaders)

@@ -66,7 +66,8 @@ def check_datasets(datasets: Any) -> Datasets:
     if datasets is None:
         return None
     if not _is_by_stage(datasets):
-        return _checked_names(datasets, "datasets")
+        checked: Names = _checked_names(datasets, "datasets")
+        return checked
     by_stage = {}
     for stage, names in datasets.items():
         if stage not in STAGES:

@@ -102,7 +102,7 @@ def summary_rows(runs: Sequence[Sequence[Row]]) -> list[dict[str, object]]:
             key = tuple(row[name] for name in KEYS)
             fits[key] = row["fit"]
             values.setdefault(key, []).extend([float(row["value"])] if row["value"] else [])
-    rows = []
+    rows: list[dict[str, object]] = []
     for key, numbers in values.items():
         summary: dict[str, object] = {**dict(zip(KEYS, key, strict=True)), "fit": fits[key], "runs": len(numbers)}
         if numbers:

@@ -138,10 +138,11 @@ def _sources(rows: Rows, seed: int) -> list[tuple[slice | Tensor, int, np.random
     for place, summary in enumerate(rows.datasets):
         chosen = torch.zeros(256, dtype=torch.bool)
         chosen[list(rows.codes_of(*KINDS, dataset=summary["name"]))] = True
-        members: slice | Tensor = chosen[rows.codes.long()].nonzero().squeeze(1)
-        size = len(members)
-        if size and int(members[-1]) - int(members[0]) == size - 1:
-            members = slice(int(members[0]), int(members[-1]) + 1)
+        members: slice | Tensor
+        positions = chosen[rows.codes.long()].nonzero().squeeze(1)
+        size, members = len(positions), positions
+        if size and int(positions[-1]) - int(positions[0]) == size - 1:
+            members = slice(int(positions[0]), int(positions[-1]) + 1)
         sources.append((members, size, np.random.default_rng([seed, place])))
     return sources
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from html import escape
@@ -83,7 +83,8 @@ class Evaluation:
         if key not in keys:
             raise KeyError(f"unknown key {key!r}{_hint(key, keys)}; the keys of a metric are {', '.join(keys)}")
         values = list(dict.fromkeys(entry[key] for entry in self.metrics))
-        known = {*values, *{"metric": METRICS, "task": SHOWN}.get(key, ())}
+        allowed: dict[str, Iterable[str]] = {"metric": METRICS, "task": SHOWN}
+        known = {*values, *allowed.get(key, ())}
         if key == "dataset":
             known |= {None, *(summary["name"] for summary in self.datasets)}
         if key in ("score", "task", "dataset", "group", "metric") and value not in known:

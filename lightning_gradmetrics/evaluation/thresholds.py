@@ -111,7 +111,7 @@ def fit_thresholds(
     if isinstance(rule, JointRisk):
         if len(scores) != 2:
             raise ValueError(f"JointRisk needs two scores, the error score and the OOD score, got {list(scores)}")
-        fits = rule.fit_pair(list(columns.values()), incorrect[keep], is_ood[keep])
+        fits = list(rule.fit_pair(list(columns.values()), incorrect[keep], is_ood[keep]))
     else:
         fits = [rule.fit(column, incorrect[keep]) for column in columns.values()]
     values, coverage = {}, {}

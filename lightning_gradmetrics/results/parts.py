@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +330,7 @@ def _check_indices(directory: Path, dataset: str, indices: pa.ChunkedArray, size
         raise IncompleteResultsError(f"{directory} lacks rows of {dataset!r}: {_named(missing)}")
 
 
-def _named(indices: Sequence[int]) -> str:
+def _named(indices: np.ndarray[Any, Any]) -> str:
     shown = ", ".join(map(str, indices[:SHOWN]))
     more = len(indices) - SHOWN
     return f"indices {shown}" + (f" and {more} more" if more > 0 else "")

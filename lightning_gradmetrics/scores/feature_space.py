@@ -23,7 +23,8 @@ RIDGE = 1e-6
 
 def _unit(features: Tensor) -> Tensor:
     """Each row divided by its L2 norm."""
-    return features / torch.linalg.vector_norm(features, 2, 1, keepdim=True).clamp(min=1e-12)
+    norms: Tensor = torch.linalg.vector_norm(features, 2, 1, keepdim=True)
+    return features / norms.clamp(min=1e-12)
 
 
 def _class_sums(features: Tensor, labels: Tensor, classes: int) -> Tensors:

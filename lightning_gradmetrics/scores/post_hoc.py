@@ -65,5 +65,5 @@ def max_logit_pnorm(evidence: Evidence, *, p: Norm = 5.0) -> Tensor:
         L. Cattelan and D. Silva, "How to Fix a Broken Confidence Estimator: Evaluating Post-hoc Methods for Selective
         Classification with Deep Neural Networks", UAI 2024, https://arxiv.org/abs/2305.15508
     """
-    norm = torch.linalg.vector_norm(evidence.logits, p, 1)
+    norm: Tensor = torch.linalg.vector_norm(evidence.logits, p, 1)
     return -evidence.logits.amax(1) / norm.clamp(min=torch.finfo(norm.dtype).tiny)

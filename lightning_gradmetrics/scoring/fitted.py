@@ -14,7 +14,7 @@ from lightning_gradmetrics.classifier.forward import gradients_enabled
 from lightning_gradmetrics.gradients.statistics import accumulator
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.score import Recipe, Score, _dry_run
+from lightning_gradmetrics.scoring.recipes import Recipe, Score, _dry_run
 from lightning_gradmetrics.scoring.totals import KEY, Tensors, is_rows, sampled
 
 __all__ = ["FittedScore", "not_fitted"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import METHODS, FittedScore
-from lightning_gradmetrics.scoring.score import RECIPES, Family, Recipe, Score
+from lightning_gradmetrics.scoring.recipes import RECIPES, Family, Recipe, Score
 
 __all__ = [
     "RECIPES",

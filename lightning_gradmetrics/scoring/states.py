@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.scoring.fitted import FittedScore, not_fitted
-from lightning_gradmetrics.scoring.score import Score
+from lightning_gradmetrics.scoring.recipes import Score
 
 __all__ = ["check_fitted", "check_head", "fingerprint", "load_fitted", "save_fitted"]
 

@@ -342,7 +342,8 @@ def real(number: Tensor) -> Tensor:
 
 def dot(one: Tensor, other: Tensor) -> Tensor:
     """The sum ``(...)`` over the last dimension of the product of two tensors ``(..., G)``."""
-    return torch.linalg.vecdot(one, other)
+    product: Tensor = torch.linalg.vecdot(one, other)
+    return product
 
 
 def flip(counts: Counts) -> Counts:
