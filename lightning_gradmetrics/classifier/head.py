@@ -80,7 +80,8 @@ def named_layer(model: nn.Module, name: str) -> nn.Module:
     layers = dict(model.named_modules())
     if name not in layers:
         raise HeadNotFoundError(f"head={name!r}: {type(model).__name__} has no linear layer {name!r}; {_layers(model)}")
-    return layers[name]
+    layer: nn.Module = layers[name]
+    return layer
 
 
 def _layers(model: nn.Module) -> str:

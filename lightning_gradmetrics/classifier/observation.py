@@ -99,7 +99,9 @@ def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
     """
     if not kwargs:
         return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else tuple(args)
-    return {**dict(enumerate(args)), **kwargs}
+    merged: dict[Any, Any] = dict(enumerate(args))
+    merged.update(kwargs)
+    return merged
 
 
 def _as_tensor(module: nn.Module, inputs: Inputs) -> Inputs:
@@ -229,7 +231,7 @@ def joined_inputs(parts: Sequence[Inputs], rows: Sequence[int]) -> Inputs | None
     first = parts[0]
     if isinstance(first, Tensor):
         return _joined_tensors(parts, rows)
-    joined = {}
+    joined: dict[Any, Any] = {}
     for key in first if isinstance(first, Mapping) else range(len(first)):
         values = [part[key] for part in parts]  # type: ignore[index]
         joined[key] = _joined_tensors(values, rows) if isinstance(values[0], Tensor) else values[0]

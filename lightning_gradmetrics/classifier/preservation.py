@@ -106,8 +106,9 @@ def _module_state(model: nn.Module) -> Iterator[Undo]:
         for buffer in module._buffers.values():
             if buffer is not None:
                 yield _tensor_undo(buffer)
-        if attributes.get("max_norm") is not None:  # an embedding that rescales its weight in place
-            yield _tensor_undo(module.weight)
+        weight = module._parameters.get("weight")
+        if weight is not None and attributes.get("max_norm") is not None:  # an embedding that rescales it in place
+            yield _tensor_undo(weight)
 
 
 def _attribute_undo(attributes: dict[str, Any], names: Set[str]) -> Undo:

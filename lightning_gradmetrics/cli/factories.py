@@ -27,13 +27,14 @@ def build_scores(nodes: DictConfig | None) -> tuple[Score, ...]:
         ValueError: If there is none, or one of them cannot be built from its arguments.
     """
     made: dict[str, Any] = {}
-    for name, node in (nodes or {}).items():
+    for key, node in (nodes or {}).items():
+        name = str(key)
         try:
-            made[str(name)] = instantiate(node)
+            made[name] = instantiate(node)
         except Exception as error:
             reason = error.__cause__ or error
             arguments = _arguments_text(node)
-            raise ValueError(f"the score {name!s} cannot be built from {arguments}: {reason}") from error
+            raise ValueError(f"the score {name} cannot be built from {arguments}: {reason}") from error
     return resolve(made)
 
 
@@ -41,9 +42,10 @@ def _arguments_text(node: Any) -> str:
     if not isinstance(node, DictConfig):
         return repr(node)
     arguments = []
-    for key, value in node.items():
+    for name, value in node.items():
+        key = str(name)
         if key != "_target_":
-            arguments.append(f"{key!s}={value!r}")
+            arguments.append(f"{key}={value!r}")
     return ", ".join(arguments) or "its default arguments"
 
 

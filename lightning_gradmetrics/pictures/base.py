@@ -61,7 +61,7 @@ class ScoredBatch:
     prediction: Tensor
     label: Tensor
     finite: Tensor
-    inputs: Inputs
+    inputs: Inputs | None
     evidence: Evidence
     scores: Mapping[str, Tensor]
 
@@ -109,7 +109,7 @@ class PictureSource(Protocol):
         """The numbers in them, by the name of their file."""
 
 
-def images_of(inputs: Inputs) -> Tensor | None:
+def images_of(inputs: Inputs | None) -> Tensor | None:
     """The inputs where they are images, ``(N, 1 or 3, H, W)``; else ``None``.
 
     Example:

@@ -239,9 +239,9 @@ def _gradients(
     gradients = {}
     for target, accepts in filters.items():
         if not any(accepts is None or accepts(name) for name in results[0].names):
-            named = [name for name, _ in model.named_parameters()]
+            names = [name for name, _ in model.named_parameters()]
             raise ValueError(
-                f"the target {target!r} of a score chooses no parameter; the parameters are: {', '.join(named[:12])}"
+                f"the target {target!r} of a score chooses no parameter; the parameters are: {', '.join(names[:12])}"
             )
         for objective in needs.gradients[target]:
             gradients[target, objective] = by_objective[objective].select(accepts)

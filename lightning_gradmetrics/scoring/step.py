@@ -24,7 +24,8 @@ from lightning_gradmetrics.classifier.head import (
 from lightning_gradmetrics.classifier.observation import ModelCall, Observation, joined_inputs, observing
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
-from lightning_gradmetrics.scoring.scorer import ObservedBatch, Scorer
+from lightning_gradmetrics.scoring.batch import ObservedBatch
+from lightning_gradmetrics.scoring.scorer import Scorer
 
 __all__ = ["StepObserver", "observed"]
 

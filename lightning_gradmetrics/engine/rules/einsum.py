@@ -70,7 +70,7 @@ def _parsed(equation: str, order: int) -> _Labels | None:
     labels = factors.split(",")[::order]
     if not arrow or len(labels) != 2 or "." in equation:
         return None
-    return _Labels(*labels, output)
+    return _Labels(labels[0], labels[1], output)
 
 
 def _linear(x: Tensor, weight: Tensor, labels: _Labels) -> Tensor:
