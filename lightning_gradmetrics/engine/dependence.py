@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Operation:
     pointwise: bool = False
 
 
-class DependenceTrace(TorchDispatchMode):
+class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes each basic operation while it is active.
 
     Args:
@@ -63,7 +63,7 @@ class DependenceTrace(TorchDispatchMode):
     """
 
     def __init__(self, samples: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.random = False
         self._bits: dict[int, int] = {}
@@ -105,20 +105,33 @@ class DependenceTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and note it."""
         kwargs = kwargs or {}
-        bits = self.depends((args, kwargs))
+        arguments = _by_name(func, args, kwargs)
+        tensors = list(tensors_in(tuple(arguments.values())))
+        bits = self.depends(tensors)
         if torch.Tag.nondeterministic_seeded in func.tags:
             bits |= SAMPLES
             self.random = True
-        arguments = _by_name(func, args, kwargs)
-        operation = self._noted(func, bits, arguments)
+        shapes = tuple([tuple(tensor.shape) for tensor in tensors])
+        chosen, by_data, read = self._choices(func, bits, arguments, tensors)
         result = func(*args, **kwargs)
         outputs = list(tensors_in(result))
         if bits:
             for tensor in (*outputs, *_written(func, arguments)):
                 self._add(tensor, bits)
-        shapes = tuple(tuple(tensor.shape) for tensor in outputs)
-        serials = tuple(self.serial(tensor) for tensor in outputs)
-        self.operations.append(replace(operation, outputs=shapes, output_serials=serials))
+        operation = Operation(
+            func._overloadpacket.__name__,
+            bits,
+            shapes,
+            tuple([tuple(tensor.shape) for tensor in outputs]),
+            _plain(arguments),
+            chosen,
+            by_data,
+            read,
+            tuple([self.serial(tensor) for tensor in tensors]),
+            tuple([self.serial(tensor) for tensor in outputs]),
+            torch.Tag.pointwise in func.tags,
+        )
+        self.operations.append(operation)
         return result
 
     def serial(self, tensor: Tensor) -> int:
@@ -128,22 +141,18 @@ class DependenceTrace(TorchDispatchMode):
             self._alive.append(tensor)
         return self._serials[id(tensor)]
 
-    def _noted(self, func: Any, bits: int, arguments: Mapping[str, Any]) -> Operation:
+    def _choices(
+        self, func: Any, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
+    ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str, str]:
+        """The axes that an operation chooses along, why data decides its shape, and the kind of value read from it."""
         name = func._overloadpacket.__name__
-        tensors = list(tensors_in(tuple(arguments.values())))
-        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        serials = tuple(self.serial(tensor) for tensor in tensors)
-        plain = {key: value for key, value in arguments.items() if not any(True for _ in tensors_in(value))}
-        chosen: tuple[tuple[tuple[int, ...], int], ...] = ()
-        by_data, read = "", ""
         if torch.Tag.data_dependent_output in func.tags and bits:
-            read = "float" if tensors[0].is_floating_point() and name != "equal" else "other"
-        elif name in _INDEXING:
-            chosen, by_data = self._indexed(name, arguments)
-        elif bits & SAMPLES:
-            chosen, by_data = self._selected(func, name, arguments)
-        pointwise = torch.Tag.pointwise in func.tags
-        return Operation(name, bits, shapes, (), plain, chosen, by_data, read, serials, (), pointwise)
+            return (), "", "float" if tensors[0].is_floating_point() and name != "equal" else "other"
+        if name in _INDEXING:
+            return (*self._indexed(name, arguments), "")
+        if bits & SAMPLES and torch.Tag.pointwise not in func.tags:
+            return (*self._selected(func, name, arguments), "")
+        return (), "", ""
 
     def _indexed(self, name: str, arguments: Mapping[str, Any]) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
         """The axes that an operation like ``x[i, :, j]`` chooses along, other than by ``0, 1, 2, ...``."""
@@ -184,9 +193,19 @@ class DependenceTrace(TorchDispatchMode):
         if not first.ndim or not (ordered or picked):
             return (), ""
         dim %= first.ndim
-        if picked and not self.depends(index) & SAMPLES and _counts_up(index, first.shape[dim]):
+        by_samples = self.depends(index) & SAMPLES
+        if picked and not by_samples and isinstance(index, Tensor) and _counts_up(index, first.shape[dim]):
             return (), ""
         return ((tuple(first.shape), dim),), ""
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without tensors."""
+    plain = {}
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and not any(True for _ in tensors_in(value)):
+            plain[name] = value
+    return plain
 
 
 def _by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,15 +59,15 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
             output = functional_call(task.model, {**state, **chosen}, () if kwargs else arguments, kwargs)
             return task.logits(output)
 
-        logits, pull = vjp(forward, parameters)
+        logits, pull = vjp(forward, parameters)  # type: ignore[misc]
         loss = task.losses[index](None if target is None else target[None])
         gradient = grad(lambda z: loss(z).sum())(at_least_float32(logits)).to(accumulator(logits))
         scale = unit_scale(gradient)
         (found,) = pull((gradient * scale[:, None]).to(logits.dtype))
         return found, 1 / scale[0]
 
-    each = iter(flags)
-    mapped_axes = map_tensors(task.inputs, lambda t: 0 if next(each) else None)
+    axes = iter([0 if flag else None for flag in flags])
+    mapped_axes = map_tensors(task.inputs, lambda t: next(axes))  # type: ignore[arg-type, return-value]
     in_dims = (mapped_axes, None if task.targets is None else 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")

@@ -32,7 +32,10 @@ class MomentTable:
     def __init__(self, task: Task, scaled: bool = False) -> None:
         self.task, self._scaled = task, scaled
         self._columns = {name: index for index, name in enumerate(task.parameters)}
-        self.clear()
+        self.moments = empty_moments(task, task.size)
+        self._undo: list[Tensor] = []
+        self._waiting: list[dict[str, Moments]] = []
+        self._small: list[dict[str, Tensor]] = []
 
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin with an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
@@ -62,9 +65,7 @@ class MomentTable:
     def clear(self) -> None:
         """Forget all values."""
         self.moments = empty_moments(self.task, self.task.size)
-        self._undo: list[Tensor] = []
-        self._waiting: list[dict[str, Moments]] = []
-        self._small: list[dict[str, Tensor]] = []
+        self._undo, self._waiting, self._small = [], [], []
 
     def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
         """Add parameters without a fast rule, after :meth:`finish`: mapped over the samples, or one at a time."""

@@ -124,13 +124,13 @@ class OwnershipPass(Tracer):
             return func(*self._cut(args), **self._cut(kwargs))
         found = RULES.get(func)
         values = bind(found, args, kwargs) if found else None
-        suits = found is not None and values is not None and self._suits(found, values)
+        fits = found is not None and values is not None and self._suits(found, values)
         others = [t for t in tensors_in((args, kwargs)) if id(t) not in self._tracked]
         # A constant as long as the batch, such as a first hidden state of zeros, has one row per sample all the same.
-        shared = not suits or self.size not in values["input"].shape
+        shared = not fits or self.size not in (values or {})["input"].shape
         if shared and all(id(tensor) in self._constants for tensor in others):
             return self._derived_result(func, sources, args, kwargs)
-        if suits:
+        if fits and found is not None:
             return self._row_rule(found, func, sources, args, kwargs)
         if name in BROADCAST and not name.startswith(("expand", "broadcast", "repeat", "tile")):
             return self._row_broadcast(func, sources, args, kwargs)
@@ -207,7 +207,7 @@ class OwnershipPass(Tracer):
 
     def _row_broadcast(self, func: Any, sources: tuple[Source, ...], args: Any, kwargs: Any) -> Any:
         """Run with a copy of the parameter for each position of the axes that it is broadcast along."""
-        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors_in((args, kwargs))))
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors_in((args, kwargs))))  # type: ignore[no-untyped-call]
         count = len(shape)
         for tensor in tensors_in((args, kwargs)):
             if id(tensor) in self._tracked:
@@ -224,9 +224,10 @@ class OwnershipPass(Tracer):
             number, self._hooks = self._hooks, self._hooks + 1
             receive = partial(self._copies_arrive, number, source)
             rows = shape[:count].numel()
-            copies = _Copies.apply(self._cut(tensor), self.anchor, rows, receive)
+            copies = _Copies.apply(self._cut(tensor), self.anchor, rows, receive)  # type: ignore[no-untyped-call]
             inner = _stripped(tensor.shape)
-            return copies.reshape(*shape[:count], *(1,) * (len(shape) - count - len(inner)), *inner)
+            spread_out: Tensor = copies.reshape(*shape[:count], *(1,) * (len(shape) - count - len(inner)), *inner)
+            return spread_out
 
         return func(*map_arguments(spread, args), **map_arguments(spread, kwargs))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,20 +57,18 @@ def probe_model(task: Task) -> Probe:
     """
     state, before = ForwardState(task.model), attribute_key(task.model)
     three = _three_samples(task)
-    small, _, few = _traced(three.picked([0, 1]), state, None)
-    large, logits, many = _traced(three, state, small.calls)
+    small, _, few = _traced(three.picked([0, 1]), state)
+    large, logits, many = _traced(three, state)
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
     reason = choice_by_data(few.operations, many.operations)
-    traces = _replaced_traces(three, small, large, logits, state, bool(reason))
-    same = [trace for trace in traces if trace is not None]
-    changes: Changes = changed_positions(large, same) if len(same) == 3 else ()
-    reason = reason or ("" if changes else "it makes other calls for other samples")
-    if not reason:
-        _check_coupling(three, small, large, changes, state)
     apart = not reason and keeps_samples_apart(few.operations, many.operations, many.samples, many.serial(logits))
-    plan = None
     losses = [three.unit_losses(index, logits) for index in range(len(three.losses))]
+    plan: Plan | None = None
+    changes: Changes = ()
+    if not (apart and _one_position_each(small, large)):
+        changes, moved = _changes_by_sample(_Runs(three, small, large, state), logits, reason)
+        reason = reason or moved
     if not reason:
         try:
             plan = make_plan(small, large, losses[0][0][0], changes)
@@ -78,24 +76,42 @@ def probe_model(task: Task) -> Probe:
             reason = str(error)
     if plan is not None and plan.undecided:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
-    reads = tuple(read.value for read in large.reads)
-    activations = reads_activations(many.operations)
     if plan is not None:
-        plan = replace(plan, reads=reads)
-    return Probe(
-        three, losses, plan, reason, activations, apart, many.random, large.pauses_gradients, large.bytes() // 3 + 1
-    )
+        plan = replace(plan, reads=tuple(read.value for read in large.reads))
+    activations, size = reads_activations(many.operations), large.bytes() // 3 + 1
+    return Probe(three, losses, plan, reason, activations, apart, many.random, large.pauses_gradients, size)
 
 
-def _traced(
-    task: Task, state: ForwardState, guide: Sequence[TracedCall] | None
-) -> tuple[CallTrace, Tensor, DependenceTrace]:
+def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
+    """Whether every tensor at a call with parameters has one position per sample, so that their order is clear."""
+    if len(small.calls) != len(large.calls):
+        return False
+    for number in _meeting_parameters(small, large):
+        before, after = small.calls[number], large.calls[number]
+        for two, three in zip((*before.inputs, *before.outputs), (*after.inputs, *after.outputs), strict=False):
+            grown = [size for size, other in zip(three.shape, two.shape, strict=False) if size != other]
+            if grown not in ([], [3]):
+                return False
+    return True
+
+
+def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
+    """The numbers of the calls with a parameter, or a tensor made from parameters alone, among their arguments."""
+    numbers = set()
+    for number, (before, after) in enumerate(zip(small.calls, large.calls, strict=False)):
+        for two, three in zip(before.inputs, after.inputs, strict=False):
+            if three.serial in large.names or (three.requires_grad and two.shape == three.shape):
+                numbers.add(number)
+    return numbers
+
+
+def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace]:
     """A traced forward pass with its graph, its logits, and the operations in it."""
     _require_gradients(task)
     state.restore()
     samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
     dependence = DependenceTrace(samples, task.model.parameters())
-    trace = CallTrace(task.parameters, guide, on_read=dependence.note_read)
+    trace = CallTrace(task.parameters, on_read=dependence.note_read)
     with dependence, trace:
         logits = task.forward()
     return trace, logits, dependence
@@ -151,44 +167,99 @@ def _with_row(task: Task, number: int, source: int, noise: float) -> Task:
 # -- replacing each sample --------------------------------------------------------------------------------------------
 
 
-def _replaced_traces(
-    task: Task, small: CallTrace, base: CallTrace, logits: Tensor, state: ForwardState, irregular: bool
-) -> list[CallTrace | None]:
-    """For each sample the trace of a run with that sample replaced; ``None`` if no such run makes the same calls.
+@dataclass(frozen=True)
+class _Runs:
+    """Runs with a sample replaced, and the traces to compare them with.
+
+    Args:
+        task: Three samples.
+        small: The trace of two of them.
+        large: The trace of all three.
+        state: The state of the model before a run.
+    """
+
+    task: Task
+    small: CallTrace
+    large: CallTrace
+    state: ForwardState
+
+    def run(self, task: Task, only: Collection[int] | None) -> tuple[CallTrace | None, Tensor | None]:
+        """The trace of a run, ``None`` if its calls are not those of the large trace; and its logits."""
+        self.state.restore()
+        trace = CallTrace(task.parameters, self.small.calls, only, keep=False)
+        try:
+            with quiet_no_grad(True), trace:
+                logits = task.forward()
+        except Exception:  # a made-up sample may be one that the model refuses
+            return None, None
+        finally:
+            self.state.restore()
+        same = [call_outline(call) for call in trace.calls] == [call_outline(call) for call in self.large.calls]
+        return trace if same else None, logits
+
+    def coupling(self, other: Task, number: int) -> str:
+        """The first call whose result has rows of other samples that change with one sample, and its module."""
+        base, _ = self.run(self.task, None)
+        trace, _ = self.run(other, None)
+        if base is None or trace is None:
+            return f"a decision of {type(self.task.model).__name__} for the whole batch"
+        for place, (call, rows) in enumerate(zip(base.calls, changed_positions(base, [trace]), strict=True)):
+            for changed in rows[len(call.inputs) :]:
+                if changed is not None and _foreign(changed, number):
+                    return f"{getattr(call.function, '__name__', 'a function')!r} in {self._module(place)}"
+        return type(self.task.model).__name__
+
+    def _module(self, call: int) -> str:
+        """The type of the module that makes a call."""
+        watching = CallTrace(self.task.parameters, keep=False)
+        watching.watched = call
+        with quiet_no_grad(True), watching:
+            self.task.forward()
+        self.state.restore()
+        return watching.where or type(self.task.model).__name__
+
+
+def _changes_by_sample(runs: _Runs, logits: Tensor, irregular: str) -> tuple[Changes, str]:
+    """For the calls with parameters, the positions that change with each sample; or why that is not known.
 
     Raises:
-        CoupledSamplesError: If the logits of a sample change with another sample.
+        CoupledSamplesError: If the logits of a sample, or a row that meets a parameter, change with another sample.
     """
-    traces = []
+    only = set() if irregular else _meeting_parameters(runs.small, runs.large)
+    base, _ = runs.run(runs.task, only)
+    traces, others = [], []
     for number in range(3):
-        others = [other for other in range(3) if other != number]
-        trace = None
-        for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
-            trace, changed = _replaced(_with_row(task, number, source, noise), small, base, state)
-            tight = trace is not None and not irregular
-            if changed is not None and not _same_rows(changed[others], logits.detach()[others], tight):
-                raise coupled_model(_culprit(task, small, base, trace, number, state))
-            if trace is not None:
-                break
+        trace, other = _replaced(runs, number, logits.detach(), only, bool(irregular) or base is None)
         traces.append(trace)
-    return traces
+        others.append(other)
+    same = [trace for trace in traces if trace is not None]
+    if base is None or len(same) < 3:
+        return (), "it makes other calls for other samples"
+    changes = changed_positions(base, same)
+    for rows in changes:
+        for changed in rows:
+            if changed is not None and int(changed.sum(0).max()) > 1:
+                foreign = [number for number in range(3) if _foreign(changed[number : number + 1], number)]
+                number = foreign[0] if foreign else 0
+                raise coupled_model(runs.coupling(others[number], number))
+    return changes, ""
 
 
 def _replaced(
-    task: Task, small: CallTrace, base: CallTrace, state: ForwardState
-) -> tuple[CallTrace | None, Tensor | None]:
-    """The trace of a run with a sample replaced, ``None`` if its calls are not those of the base; and its logits."""
-    state.restore()
-    trace = CallTrace(task.parameters, small.calls, keep=False)
-    try:
-        with quiet_no_grad(True), trace:
-            logits = task.forward()
-    except Exception:  # a made-up sample may be one that the model refuses
-        return None, None
-    finally:
-        state.restore()
-    same = [call_outline(call) for call in trace.calls] == [call_outline(call) for call in base.calls]
-    return trace if same else None, logits
+    runs: _Runs, number: int, logits: Tensor, only: Collection[int], irregular: bool
+) -> tuple[CallTrace | None, Task]:
+    """The trace of a run with one sample replaced, by another one or by a similar one that leads to the same calls."""
+    rest = [other for other in range(3) if other != number]
+    trace, task = None, runs.task
+    for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
+        task = _with_row(runs.task, number, source, noise)
+        trace, found = runs.run(task, only)
+        tight = trace is not None and not irregular
+        if found is not None and not _same_rows(found[rest], logits[rest], tight):
+            raise coupled_model(runs.coupling(task, number))
+        if trace is not None:
+            break
+    return trace, task
 
 
 def call_outline(call: TracedCall) -> tuple[Any, ...]:
@@ -229,58 +300,6 @@ def _differences(marks: Tensor, others: Sequence[Tensor | None]) -> Tensor | Non
             return None
         rows.append((other - marks).abs() > step * marks.abs())
     return torch.stack(rows)
-
-
-def _check_coupling(task: Task, small: CallTrace, base: CallTrace, changes: Changes, state: ForwardState) -> None:
-    """Refuse a model in which a row that meets a parameter changes with two samples.
-
-    Raises:
-        CoupledSamplesError: If there is one.
-    """
-    for call, rows in zip(base.calls, changes, strict=True):
-        if not _meets_parameter(call, base):
-            continue
-        for changed in rows:
-            if changed is not None and int(changed.sum(0).max()) > 1:
-                raise coupled_model(_first_coupling(task, small, base, changes, state))
-
-
-def _meets_parameter(call: TracedCall, trace: CallTrace) -> bool:
-    """Whether a parameter, or a tensor made from parameters alone, is among the arguments of a call."""
-    for number, state in enumerate(call.inputs):
-        alone = state.requires_grad and call.marks[number] is None
-        if alone or state.serial in trace.names:
-            return True
-    return False
-
-
-# -- naming what couples the samples ----------------------------------------------------------------------------------
-
-
-def _culprit(
-    task: Task, small: CallTrace, base: CallTrace, trace: CallTrace | None, number: int, state: ForwardState
-) -> str:
-    if trace is None:
-        return f"a decision of {type(task.model).__name__} for the whole batch"
-    return _first_coupling(task, small, base, changed_positions(base, [trace]), state, number)
-
-
-def _first_coupling(
-    task: Task, small: CallTrace, base: CallTrace, changes: Changes, state: ForwardState, first: int = 0
-) -> str:
-    """The first call of a forward pass whose result has rows that change with a foreign sample, and its module."""
-    for number, (call, rows) in enumerate(zip(base.calls, changes, strict=True)):
-        for changed in rows[len(call.inputs) :]:
-            if changed is not None and _foreign(changed, first):
-                state.restore()
-                watching = CallTrace(task.parameters, keep=False)
-                watching.watched = number
-                with quiet_no_grad(True), watching:
-                    task.forward()
-                state.restore()
-                name = getattr(call.function, "__name__", "a function")
-                return f"{name!r} in {watching.where or type(task.model).__name__}"
-    return type(task.model).__name__
 
 
 def _foreign(changed: Tensor, first: int) -> bool:

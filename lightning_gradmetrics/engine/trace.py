@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ class CallTrace(OpeningMode):
     Args:
         parameters: The parameters to know by name.
         guide: A trace with another number of samples, which tells the sample axes; calls are marked if it is given.
+        only: The numbers of the calls to mark; ``None`` marks all.
         keep: Whether to keep arguments and results.
         on_read: Gets each tensor whose values Python reads.
     """
@@ -93,6 +94,7 @@ class CallTrace(OpeningMode):
         self,
         parameters: Mapping[str, Tensor],
         guide: Sequence[TracedCall] | None = None,
+        only: Collection[int] | None = None,
         keep: bool = True,
         on_read: Callable[[Tensor], None] | None = None,
     ) -> None:
@@ -102,7 +104,7 @@ class CallTrace(OpeningMode):
         self.pauses_gradients = False
         self.calls: list[TracedCall] = []
         self.reads: list[HostRead] = []
-        self._guide, self._keep = guide, keep
+        self._guide, self._only, self._keep = guide, only, keep
         self._serials: dict[int, int] = {}
         self._tensors: list[Tensor] = []
         self.names = {self._state(parameter).serial: name for name, parameter in parameters.items()}
@@ -145,15 +147,17 @@ class CallTrace(OpeningMode):
             self.pauses_gradients = self.pauses_gradients or not torch.is_grad_enabled()
             differentiable = not torch.is_grad_enabled() or any(state.requires_grad for state in outputs)
             marks = (*before, *self._marks(results, outputs, len(inputs)))
-            kept = (args, kwargs, result) if self._keep else ((), {}, None)
-            self.calls.append(TracedCall(func, inputs, outputs, *kept, differentiable, marks))
+            call = TracedCall(func, inputs, outputs, args, kwargs, result, differentiable, marks)
+            self.calls.append(call if self._keep else replace(call, args=(), kwargs={}, result=None))
         return result
 
     def _marks(self, tensors: Sequence[Tensor], states: Sequence[TensorState], first: int) -> tuple[Tensor | None, ...]:
         """The marks of a call's tensors, the guide's states of which begin at ``first``."""
-        if self._guide is None or len(self.calls) >= len(self._guide):
+        number = len(self.calls)
+        unmarked = self._only is not None and number not in self._only
+        if self._guide is None or unmarked or number >= len(self._guide):
             return (None,) * len(tensors)
-        guide = self._guide[len(self.calls)]
+        guide = self._guide[number]
         shapes = [state.shape for state in (*guide.inputs, *guide.outputs)]
         marks = []
         with torch._C.DisableTorchFunction(), torch.no_grad(), _disable_current_modes():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import Loss
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
-from lightning_gradmetrics.gradients.statistics import Moments
+from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = ["logit_gradient", "rescaled_moments", "rescaled_rows", "unit_losses", "unit_scale"]
 
@@ -68,7 +68,7 @@ def rescaled_rows(rows: Tensor, undo: Tensor) -> Tensor:
     return rows * undo.to(rows.dtype).view(len(undo), *[1] * (rows.ndim - 1))
 
 
-def rescaled_moments(moments: Mapping[str | float, Tensor], undo: Tensor) -> Moments:
+def rescaled_moments(moments: Mapping[Moment, Tensor], undo: Tensor) -> Moments:
     """The moments of gradients times positive factors.
 
     Args:

@@ -87,6 +87,9 @@ class Kind:
 class Net(nn.Module):
     """Three layers and a vector, used by a function."""
 
+    threshold: float
+    settings: dict[str, bool]
+
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.a, self.b, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
@@ -177,7 +180,7 @@ def _with_settings() -> nn.Module:
 
 
 def _time_first(flag: bool) -> Callable[[nn.Module], None]:
-    return lambda model: model.settings.update(time_first=flag)
+    return lambda model: setattr(model, "settings", {"time_first": flag})
 
 
 def _pieces(net: Net, x: Tensor) -> Tensor:
