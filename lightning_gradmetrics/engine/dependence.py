@@ -111,7 +111,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded in func.tags:
             bits |= SAMPLES
             self.random = True
-        shapes = tuple([tuple(tensor.shape) for tensor in tensors])
+        shapes = _shapes(tensors)
         chosen, by_data, read = self._choices(func, bits, arguments, tensors)
         result = func(*args, **kwargs)
         outputs = list(tensors_in(result))
@@ -122,13 +122,13 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             func._overloadpacket.__name__,
             bits,
             shapes,
-            tuple([tuple(tensor.shape) for tensor in outputs]),
+            _shapes(outputs),
             _plain(arguments),
             chosen,
             by_data,
             read,
-            tuple([self.serial(tensor) for tensor in tensors]),
-            tuple([self.serial(tensor) for tensor in outputs]),
+            tuple(map(self.serial, tensors)),
+            tuple(map(self.serial, outputs)),
             torch.Tag.pointwise in func.tags,
         )
         self.operations.append(operation)
@@ -197,6 +197,10 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if picked and not by_samples and isinstance(index, Tensor) and _counts_up(index, first.shape[dim]):
             return (), ""
         return ((tuple(first.shape), dim),), ""
+
+
+def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors)
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
