@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_of, tensors_in
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
@@ -67,6 +68,10 @@ def score(
 
 def _check_inputs(inputs: Any) -> None:
     """Refuse inputs that are not tensors but are often passed in their place."""
+    if isinstance(inputs, PackedSequence):  # a tuple, which would be taken apart
+        raise TypeError(
+            "the inputs are a PackedSequence; pass it as the only positional argument, (inputs,), or padded"
+        )
     if isinstance(inputs, (Tensor, Mapping)):
         return
     if hasattr(inputs, "__array__"):

