@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_gradmetrics.evaluation import evaluate
-from lightning_gradmetrics.report.questions import REFERENCE, Question, is_detector, place_of
+from lightning_gradmetrics.report.questions import REFERENCE, Question, place_of
+from lightning_gradmetrics.report.reading import record_of
 from lightning_gradmetrics.report.run import Comparison, Metric, Run
 from lightning_gradmetrics.report.wording import signed
 
@@ -67,15 +68,15 @@ RESAMPLES = 500
 def against_reference(run: Run, names: Sequence[str]) -> Differences:
     """Return the paired differences between scores and max softmax, with the run's settings."""
     resamples = run.settings.get("resamples", 0)
-    known = [score.name for score in run.scores if is_detector(run, score.name)]
-    compared = [name for name in dict.fromkeys(names) if name != REFERENCE]
-    roles = {dataset.name: dataset.role for dataset in run.datasets if dataset.name in run.rows}
-    if not resamples or REFERENCE not in known or not compared or not all(roles.values()):
+    compared = dict.fromkeys(names)
+    compared.pop(REFERENCE, None)
+    is_described = set(run.rows) == set(run.roles) and all(run.roles.values())
+    if not resamples or REFERENCE not in run.detectors or not compared or not is_described:
         return {}
     evaluation = evaluate(
         run.results,
         [*compared, REFERENCE],
-        roles,
+        run.roles,
         [REFERENCE],
         rate=run.settings.get("rate", 0.95),
         resamples=min(resamples, RESAMPLES),
@@ -84,8 +85,7 @@ def against_reference(run: Run, names: Sequence[str]) -> Differences:
     )
     comparisons = []
     for entry in evaluation.comparisons:
-        known_keys = {key: value for key, value in entry.items() if key in Comparison.__dataclass_fields__}
-        comparisons.append(Comparison(**known_keys))
+        comparisons.append(record_of(Comparison, entry, "comparisons"))
     return differences_of(run, comparisons)
 
 
@@ -104,13 +104,18 @@ def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
     for question in questions:
         names += [question.best, question.best_baseline or question.best]
     found = found | against_reference(run, names)
-    return [_answer(question, found) for question in questions]
+    given = []
+    for question in questions:
+        given.append(_answer(question, found))
+    return given
 
 
 def _answer(question: Question, found: Differences) -> Answer:
     best, baseline = question.best, question.best_baseline
-    rivals = [name for name in (REFERENCE, baseline) if name is not None and name in question.metrics and name != best]
-    differences = [_difference(question, best, rival, found) for rival in dict.fromkeys(rivals)]
+    differences = []
+    for rival in dict.fromkeys((REFERENCE, baseline)):
+        if rival is not None and rival in question.metrics and rival != best:
+            differences.append(_difference(question, best, rival, found))
     return Answer(question, tuple(differences), _advice(question, found))
 
 

@@ -46,8 +46,10 @@ def mean_roc(curves: Sequence[Points]) -> Points:
     """Return the mean true-positive rate of several curves at each false-positive rate; one curve is unchanged."""
     if len(curves) == 1:
         return curves[0]
-    rates = [np.interp(GRID, fpr, tpr) for fpr, tpr in curves]
-    return np.append(0.0, GRID), np.append(0.0, np.mean(rates, axis=0))
+    rates = np.zeros_like(GRID)
+    for fpr, tpr in curves:
+        rates += np.interp(GRID, fpr, tpr) / len(curves)
+    return np.append(0.0, GRID), np.append(0.0, rates)
 
 
 def risk_coverage(rows: Rows, score: str) -> Points | None:
@@ -67,7 +69,7 @@ def spearman(rows: Sequence[Rows], names: Sequence[str]) -> Mapping[tuple[str, s
         columns.append(np.concatenate([part.scores[name] for part in rows]))
     table = np.stack(columns, axis=1)
     table = table[np.isfinite(table).all(axis=1)]
-    varied = [place for place in range(len(names)) if len(table) and np.ptp(table[:, place]) > 0]
+    varied = np.flatnonzero(np.ptp(table, axis=0) > 0).tolist() if len(table) else []
     if len(varied) < 2:
         return {}
     matrix = functional.spearman(torch.from_numpy(table[:, varied].copy()))
@@ -88,4 +90,4 @@ def clustered(names: Sequence[str], correlations: Mapping[tuple[str, str], float
         for second in known[place + 1 :]:
             distances.append(1.0 - correlations[first, second])
     order = leaves_list(linkage(np.clip(distances, 0.0, None), "average", optimal_ordering=True))
-    return [known[place] for place in order]
+    return list(np.array(known, dtype=object)[order])

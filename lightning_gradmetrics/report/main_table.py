@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_gradmetrics.report.answers import Difference, difference_of
-from lightning_gradmetrics.report.questions import Place, is_detector, place_of
+from lightning_gradmetrics.report.questions import Place, place_of
 from lightning_gradmetrics.report.run import Metric, Run, Score
 from lightning_gradmetrics.report.wording import (
     SHOWN,
@@ -66,24 +66,24 @@ class Table:
 
 def marks(score: Score) -> list[str]:
     """Return what a reader must know about a score: its family, and what it was fitted on."""
-    return [mark for mark in (score.family, score.fit) if mark and mark != "none"]
+    fit = "" if score.fit == "none" else score.fit
+    return list(filter(None, (score.family, fit)))
 
 
 def main_table(run: Run) -> Table:
     """Return the metrics of every score, the best score of the first column first."""
     by_column: dict[Column, dict[str, Metric]] = {}
     for metric in run.metrics:
-        if is_detector(run, metric.score):
+        if metric.score in run.detectors:
             by_column.setdefault(Column(place_of(run, metric), metric.metric), {})[metric.score] = metric
     columns = _ordered(run, list(by_column))
     best = {column: _best(column, by_column[column]) for column in columns}
     table = Table(_headings(columns), columns)
-    for score in run.scores:
-        if is_detector(run, score.name):
-            row = []
-            for column in columns:
-                row.append(_cell(column, by_column[column].get(score.name), score.name in best[column]))
-            table.rows[score.name] = row
+    for score in run.detectors:
+        row = []
+        for column in columns:
+            row.append(_cell(column, by_column[column].get(score), score in best[column]))
+        table.rows[score] = row
     if columns:
         table.rows = dict(sorted(table.rows.items(), key=lambda item: _rank(columns[0], item[1][0])))
     return table
@@ -97,13 +97,14 @@ def paired_table(run: Run) -> Table:
         by_score = by_column.setdefault(Column(place, entry.metric), {})
         by_score.setdefault(entry.score, []).append(difference_of(entry))
     columns = _ordered(run, list(by_column))
+    compared = set().union(*(by_column[column] for column in columns))
     table = Table(_headings(columns), columns)
     table.baselines = [_sole_baseline(by_column[column]) for column in columns]
     for score in run.scores:
         row = []
         for column, baseline in zip(columns, table.baselines, strict=True):
             row.append(_paired_cell(column, by_column[column].get(score.name, []), baseline))
-        if any(cell.detail for cell in row):
+        if score.name in compared:
             table.rows[score.name] = row
     return table
 
@@ -112,7 +113,8 @@ def _sole_baseline(by_score: Mapping[str, list[Difference]]) -> str:
     """Return the baseline that all scores are compared with; empty if they differ."""
     names: set[str] = set()
     for differences in by_score.values():
-        names.update(difference.baseline for difference in differences)
+        for difference in differences:
+            names.add(difference.baseline)
     return names.pop() if len(names) == 1 else ""
 
 
@@ -135,8 +137,7 @@ def _ordered(run: Run, columns: Sequence[Column]) -> list[Column]:
 
 def _is_shown(run: Run, column: Column, columns: Sequence[Column]) -> bool:
     task, dataset, group = column.place
-    members = [each for each in run.datasets if each.role == group]
-    if dataset is None and len(members) == 1:
+    if dataset is None and list(run.roles.values()).count(group) == 1:
         return False
     main = SHOWN.get(task, ())
     has_main = any(other.place == column.place and other.metric in main for other in columns)
@@ -145,7 +146,7 @@ def _is_shown(run: Run, column: Column, columns: Sequence[Column]) -> bool:
 
 def _position(run: Run, column: Column) -> tuple[int, bool, int, int]:
     task, dataset, _ = column.place
-    names, main = [each.name for each in run.datasets], SHOWN.get(task, ())
+    names, main = list(run.roles), SHOWN.get(task, ())
     order = list(SHOWN).index(task) if task in SHOWN else len(SHOWN)
     place = names.index(dataset) if dataset in names else len(names)
     return order, dataset is None, place, main.index(column.metric) if column.metric in main else len(main)
@@ -168,7 +169,7 @@ def _best(column: Column, metrics: Mapping[str, Metric]) -> set[str]:
     if higher is None or len(rounded) < 2:
         return set()
     best = max(rounded.values()) if higher else min(rounded.values())
-    return {name for name, value in rounded.items() if value == best}
+    return set(filter(lambda name: rounded[name] == best, rounded))
 
 
 def _cell(column: Column, metric: Metric | None, best: bool) -> Cell:

@@ -10,7 +10,6 @@ from typing import Any
 from markupsafe import Markup
 
 from lightning_gradmetrics.report.panels import MAX_ROWS, drawn_rows
-from lightning_gradmetrics.report.questions import is_detector
 from lightning_gradmetrics.report.run import IMAGE_TYPES, METRICS_FILE, RESULTS_FILE, Picture, Run
 from lightning_gradmetrics.report.wording import counted
 
@@ -36,19 +35,29 @@ def _last_two_parts(path: re.Match[str]) -> str:
 def notes(run: Run) -> list[str]:
     """Return the notes of the run, and a note for each part that is missing or reduced."""
     told = " ".join(run.notes)
-    added = [text for word, text in _gaps(run) if word not in told]
-    return list(dict.fromkeys([*run.notes, *added]))
+    lines = list(run.notes)
+    for word, text in _gaps(run):
+        if word not in told:
+            lines.append(text)
+    return list(dict.fromkeys(lines))
 
 
 def _gaps(run: Run) -> list[tuple[str, str]]:
     """Return what the tables lack, each with a word that a note of the run on the same subject contains."""
     found = []
-    not_finite = [f"{each.name}: {each.not_finite} of {each.rows}" for each in run.datasets if each.not_finite]
+    not_finite = []
+    labelled, groups = set(), set()
+    for dataset in run.datasets:
+        groups.add(dataset.role)
+        if dataset.labelled:
+            labelled.add(dataset.role)
+        if dataset.not_finite:
+            not_finite.append(f"{dataset.name}: {dataset.not_finite} of {dataset.rows}")
     if not_finite:
         found.append(("finite", f"Rows with NaN or Inf are excluded from metrics and plots ({'; '.join(not_finite)})."))
-    if not any(each.role == "id" and each.labelled for each in run.datasets):
+    if "id" not in labelled:
         found.append(("label", "No in-distribution dataset has labels, so misclassification cannot be evaluated."))
-    if not any(each.role not in ("", "id") for each in run.datasets):
+    if not groups - {"", "id"}:
         found.append(("out-of-distribution", "The run has no out-of-distribution dataset."))
     rate = run.settings.get("rate", 0.95)
     if rate != 0.95:
@@ -56,22 +65,20 @@ def _gaps(run: Run) -> list[tuple[str, str]]:
     finite = run.finite_rows()
     if not finite:
         found.append(("No row is finite", "No row is finite, so there are no plots."))
-    rows = sum(len(part) for part in finite.values())
-    if rows > sum(len(part) for part in drawn_rows(run).values()):
+    if sum(map(len, finite.values())) > sum(map(len, drawn_rows(run).values())):
         found.append(
             (
                 "Plots show",
                 f"Plots show at most {counted(MAX_ROWS, 'row')}, drawn with a fixed seed; tables use all rows.",
             )
         )
-    others = sorted(set(run.rows) - {each.name for each in run.datasets})
+    others = sorted(set(run.rows) - set(run.roles))
     if others:
         found.append(
             (others[0], f"{RESULTS_FILE} has rows of {', '.join(others)}, which {METRICS_FILE} does not list.")
         )
-    readers = [score.name for score in run.scores if not is_detector(run, score.name)]
-    if readers:
-        found.append(("true label", f"{', '.join(readers)} read the true label: not evaluated as detectors."))
+    if run.label_readers:
+        found.append(("true label", f"{', '.join(run.label_readers)} read the true label: not evaluated as detectors."))
     if any("labels" in score.fit or "OOD" in score.fit for score in run.scores):
         found.append(
             ("fitted on", "Scores marked 'fitted on ...' saw held-out labels or OOD samples; other scores did not.")
@@ -83,19 +90,21 @@ def _gaps(run: Run) -> list[tuple[str, str]]:
 
 def details(run: Run) -> dict[str, dict[str, str]]:
     """Return the facts of a run by subject, without absolute paths."""
-    wanted = ("seed", "level", "resamples", "rate")
+    evaluation = {}
+    for key in ("seed", "level", "resamples", "rate"):
+        evaluation[key] = run.settings.get(key)
     subjects = {
         "Model": run.model,
-        "Evaluation": {key: run.settings[key] for key in wanted if key in run.settings},
+        "Evaluation": evaluation,
         "Environment": run.environment,
         "Time": run.timing,
         "Files": {"per-sample results": RESULTS_FILE, "metrics": METRICS_FILE, "run": run.directory.resolve().name},
     }
-    shown = {}
+    shown: dict[str, dict[str, str]] = {}
     for subject, facts in subjects.items():
-        known = {key.replace("_", " "): shortened(_plain(value)) for key, value in facts.items() if value is not None}
-        if known:
-            shown[subject] = known
+        for key, value in facts.items():
+            if value is not None:
+                shown.setdefault(subject, {})[key.replace("_", " ")] = shortened(_plain(value))
     return shown
 
 
@@ -111,7 +120,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_plain(item) for item in value)
+        return ", ".join(map(_plain, value))
     return str(value)
 
 

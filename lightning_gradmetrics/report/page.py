@@ -14,7 +14,7 @@ from lightning_gradmetrics.report.curves import clustered, spearman
 from lightning_gradmetrics.report.main_table import all_metrics, main_table, marks, paired_table
 from lightning_gradmetrics.report.notes import configuration, details, notes, picture_source, shortened
 from lightning_gradmetrics.report.panels import distribution_panels, drawn_rows, risk_panels, roc_panel, roc_panels
-from lightning_gradmetrics.report.questions import REFERENCE, Question, find_questions, is_detector
+from lightning_gradmetrics.report.questions import REFERENCE, Question, find_questions
 from lightning_gradmetrics.report.run import Picture, Run
 from lightning_gradmetrics.report.samples import KEPT, accuracies, sample_tables, thresholds
 from lightning_gradmetrics.report.wording import counted, interval, paper_link, percent, role_title, signed, whole
@@ -47,7 +47,7 @@ def render(run: Run) -> str:
     """Return the report as one HTML document."""
     questions = find_questions(run)
     found = answers(run, questions)
-    names = [score.name for score in run.scores if is_detector(run, score.name)]
+    names = run.detectors
     leaders = _leaders(questions, names)
     content: dict[str, Any] = {
         "answers": found,
@@ -67,7 +67,7 @@ def render(run: Run) -> str:
         "details": details(run),
         "configuration": configuration(run),
     }
-    files = {name: Markup(_source(f"report.{name}")) for name in ("css", "js")}
+    files = {"css": Markup(_source("report.css")), "js": Markup(_source("report.js"))}
     return PAGE.get_template("report.html.j2").render(run=run, files=files, kept=KEPT, **content)
 
 
@@ -87,8 +87,7 @@ def _leaders(questions: Sequence[Question], names: Sequence[str], most: int = 7)
 
 def _audited(run: Run, leaders: Sequence[str]) -> list[str]:
     """Return the scores whose extreme samples are listed: the leaders, and those that read the true label."""
-    readers = [score.name for score in run.scores if not is_detector(run, score.name)]
-    return [*readers, *leaders] if run.finite_rows() else []
+    return [*run.label_readers, *leaders] if run.finite_rows() else []
 
 
 def _operating(run: Run, names: Sequence[str]) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def _operating(run: Run, names: Sequence[str]) -> dict[str, Any]:
 def _agreement(run: Run, names: Sequence[str]) -> dict[str, Any]:
     """Return the rank correlations over the in-distribution rows, similar scores side by side."""
     rows = drawn_rows(run)
-    inside = [rows[name] for name in rows if run.role_of(name) == "id"] or list(rows.values())
+    inside = list(run.split_by_role(rows)[0].values()) or list(rows.values())
     correlations: Mapping[tuple[str, str], float] = spearman(inside, names) if inside and len(names) > 1 else {}
     return {"names": clustered(names, correlations), "values": correlations}
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from lightning_gradmetrics.report.curves import Points, mean_roc, risk_coverage, roc_of_errors, roc_of_sets
 from lightning_gradmetrics.report.plots import Line, curves_svg, histogram_svg, line_styles
-from lightning_gradmetrics.report.questions import REFERENCE, Question, is_detector
+from lightning_gradmetrics.report.questions import REFERENCE, Question
 from lightning_gradmetrics.report.run import Floats, Metric, Rows, Run
 from lightning_gradmetrics.report.wording import percent, whole
 
@@ -93,7 +93,7 @@ def _roc_points(
 def roc_panel(run: Run, question: Question, key: str) -> Panel | None:
     """Return the ROC curves of a question; None if nothing can be drawn."""
     rows = drawn_rows(run)
-    inside = [rows[name] for name in rows if run.role_of(name) == "id"]
+    inside = list(run.split_by_role(rows)[0].values())
     points = _roc_points(question, rows, inside, list(question.metrics))
     leaders = [name for name in question.leaders() if name in points]
     if not leaders or question.task not in ("misclassification", "ood"):
@@ -130,10 +130,10 @@ def _metrics_of(run: Run, task: str, dataset: str, metric: str) -> dict[str, Met
     """Return a metric of each detector on a dataset, best first."""
     found = []
     for entry in run.metrics:
-        if (entry.task, entry.dataset, entry.metric) == (task, dataset, metric) and entry.value is not None:
+        wanted = (entry.task, entry.dataset, entry.metric) == (task, dataset, metric) and entry.value is not None
+        if wanted and entry.score in run.detectors:
             found.append(entry)
     sign = -1 if metric == "auroc" else 1
-    found = [entry for entry in found if is_detector(run, entry.score)]
     return {entry.score: entry for entry in sorted(found, key=lambda entry: sign * (entry.value or 0.0))}
 
 
@@ -153,8 +153,11 @@ def _risk_panel(dataset: str, rows: Rows, metrics: dict[str, Metric], key: str) 
         curve = risk_coverage(rows, name)
         if curve:
             points[name] = curve
-    best = [name for name in points if name != REFERENCE][:3]
-    leaders = [REFERENCE, *best] if REFERENCE in points else best
+    leaders = list(points)[:4]
+    if REFERENCE in points:
+        leaders = list(dict.fromkeys([REFERENCE, *points]))[:4]
+    elif len(leaders) > 3:
+        leaders.pop()
     rate = float(rows.incorrect[rows.labelled].mean())
     level = Line("all samples", np.array([0.0, 1.0]), np.array([rate, rate]))
     picture = curves_svg(
@@ -171,7 +174,7 @@ def _risk_panel(dataset: str, rows: Rows, metrics: dict[str, Metric], key: str) 
 def groups_of(run: Run, rows: dict[str, Rows], score: str) -> dict[str, Floats]:
     """Return the finite values of a score: correct and incorrect predictions, then each other dataset."""
     groups = {}
-    labelled = [name for name in rows if run.role_of(name) == "id" and rows[name].labelled.any()]
+    labelled = [name for name, part in run.split_by_role(rows)[0].items() if part.labelled.any()]
     for name, part in rows.items():
         values = part.scores[score]
         if name in labelled:
@@ -180,8 +183,11 @@ def groups_of(run: Run, rows: dict[str, Rows], score: str) -> dict[str, Floats]:
             groups[f"{prefix}incorrect"] = values[part.incorrect]
         else:
             groups[name] = values
-    finite = {name: values[np.isfinite(values)] for name, values in groups.items()}
-    return {name: values for name, values in finite.items() if len(values)}
+    finite = {}
+    for name, values in groups.items():
+        if np.isfinite(values).any():
+            finite[name] = values[np.isfinite(values)]
+    return finite
 
 
 def distribution_panels(run: Run, names: Sequence[str]) -> list[Panel]:

@@ -92,11 +92,11 @@ def _draw(axes: Axes, line: Line) -> None:
     if line.style is None:
         axes.plot(100 * x, 100 * y, color=FAINT, linewidth=0.6)
         return
-    dashes = [float(part) for part in DASHES[line.style % len(DASHES)].split()]
+    dashes = np.fromstring(DASHES[line.style % len(DASHES)], sep=" ") / 1.6
     colour = INK if line.style == 0 else SERIES[line.style - 1]
     (drawn,) = axes.plot(100 * x, 100 * y, color=colour, linewidth=1.6, zorder=5 - line.style / 10)
-    if dashes:
-        drawn.set_dashes([length / 1.6 for length in dashes])
+    if len(dashes):
+        drawn.set_dashes(dashes.tolist())
 
 
 def _thinned(x: Floats, y: Floats, steps: int) -> tuple[Floats, Floats]:
@@ -158,8 +158,10 @@ def _svg(figure: Figure, title: str, key: str) -> Markup:
         figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace("xlink:href", "href")
-    for colour, variable in {**VARIABLES, **{colour: f"--s{n}" for n, colour in enumerate(SERIES, 1)}}.items():
+    for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
+    for number, colour in enumerate(SERIES, 1):
+        text = text.replace(colour, f"var(--s{number})")
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{key}-", text)
     text = re.sub(r"(\d\.\d)\d+", r"\1", text)
     text = re.sub(r" font-family: [^;\"]*;", "", text)  # that of the page

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning_gradmetrics.report.run import Metric, Run
 from lightning_gradmetrics.report.wording import SHOWN, number, question_title, whole
 
-__all__ = ["REFERENCE", "Place", "Question", "find_questions", "group_of", "is_detector", "place_of"]
+__all__ = ["REFERENCE", "Place", "Question", "find_questions", "group_of", "place_of"]
 
 REFERENCE = "max_softmax"
 """The baseline that every paper compares with."""
@@ -65,14 +65,11 @@ class Question:
 
     def leaders(self, count: int = 3) -> list[str]:
         """Return max softmax and the best scores: what curves highlight."""
-        first = [REFERENCE] if REFERENCE in self.metrics else []
-        best = [name for name in self.metrics if name != REFERENCE]
-        return [*first, *best[:count]]
-
-
-def is_detector(run: Run, score: str) -> bool:
-    """Return whether a score can be used on unlabelled samples; one that reads the true label cannot."""
-    return run.score(score).fit != "reads labels"
+        names = list(self.metrics)
+        if REFERENCE not in names:
+            return names[:count]
+        names.remove(REFERENCE)
+        return [REFERENCE, *names[:count]]
 
 
 def group_of(run: Run, metric: Metric) -> str:
@@ -82,8 +79,7 @@ def group_of(run: Run, metric: Metric) -> str:
 
 def place_of(run: Run, metric: Metric) -> Place:
     """Return the task, dataset and group of a metric; a dataset that is not described counts as a group."""
-    known = {dataset.name for dataset in run.datasets}
-    dataset = metric.dataset if metric.dataset in known else None
+    dataset = metric.dataset if metric.dataset in run.roles else None
     return metric.task, dataset, group_of(run, metric)
 
 
@@ -94,26 +90,26 @@ def find_questions(run: Run) -> list[Question]:
     """
     by_place: dict[Place, list[Metric]] = {}
     for metric in run.metrics:
-        if metric.metric == "auroc" and number(metric.value) and is_detector(run, metric.score):
+        if metric.metric == "auroc" and number(metric.value) and metric.score in run.detectors:
             by_place.setdefault(place_of(run, metric), []).append(metric)
     members: dict[tuple[str, str], list[Place]] = {}
     for place in by_place:
         members.setdefault((place[0], place[2]), []).append(place)
     questions = []
     for places in members.values():
-        names = [place[1] for place in places if place[1] is not None]
-        has_mean = len(names) > 1 and any(place[1] is None for place in places)
+        datasets_of = dict.fromkeys(place[1] for place in places)
+        has_mean = len(datasets_of) > 2 and None in datasets_of
+        datasets_of.pop(None, None)
         for place in places:
             if (place[1] is None) == has_mean:
-                datasets = tuple(names) if has_mean else (place[1] or place[2],)
+                datasets = tuple(map(str, datasets_of)) if has_mean else (place[1] or place[2],)
                 questions.append(_question(run, place, datasets, by_place[place]))
     return sorted(questions, key=lambda question: _position(run, question))
 
 
 def _question(run: Run, place: Place, datasets: tuple[str, ...], metrics: list[Metric]) -> Question:
     ranked = sorted(metrics, key=lambda metric: -(metric.value or 0.0))
-    families = {score.name: score.family for score in run.scores}
-    baselines = tuple(name for name, family in families.items() if family == "baseline")
+    baselines = tuple(score.name for score in run.scores if score.family == "baseline")
     by_score = {}
     for metric in ranked:
         by_score[metric.score] = metric
@@ -123,5 +119,5 @@ def _question(run: Run, place: Place, datasets: tuple[str, ...], metrics: list[M
 def _position(run: Run, question: Question) -> tuple[int, int]:
     tasks = list(SHOWN)
     task = tasks.index(question.task) if question.task in tasks else len(tasks)
-    roles = [dataset.role for dataset in run.datasets]
+    roles = list(run.roles.values())
     return task, roles.index(question.group) if question.group in roles else len(roles)

@@ -28,7 +28,7 @@ from lightning_gradmetrics.report.run import (
     Score,
 )
 
-__all__ = ["read_run"]
+__all__ = ["read_run", "record_of"]
 
 Record = TypeVar("Record")
 TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
@@ -52,14 +52,15 @@ def read_run(directory: Path) -> Run:
         )
     content = _read_json(directory / METRICS_FILE)
     scores = _records(Score, content, "scores")
-    results = _read_results(directory / RESULTS_FILE, [score.name for score in scores])
+    names = [score.name for score in scores]
+    results = _read_results(directory / RESULTS_FILE, names)
     return Run(
         directory=directory,
         datasets=_records(Dataset, content, "datasets"),
         scores=scores,
         metrics=_records(Metric, content, "metrics"),
         results=results,
-        rows=_rows_by_dataset(results, [score.name for score in scores]),
+        rows=_rows_by_dataset(results, names),
         comparisons=_records(Comparison, content, "comparisons"),
         pictures=_pictures(directory, content),
         notes=_sentences(content, "notes"),
@@ -107,7 +108,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _records(kind: type[Record], content: Mapping[str, Any], key: str) -> tuple[Record, ...]:
     records = []
     for number, entry in enumerate(_sequence(content, key)):
-        records.append(_record(kind, entry, f"{key}[{number}]"))
+        records.append(record_of(kind, entry, f"{key}[{number}]"))
     return tuple(records)
 
 
@@ -126,10 +127,10 @@ def _mapping(content: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _sentences(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    return tuple(str(entry) for entry in _sequence(content, key))
+    return tuple(map(str, _sequence(content, key)))
 
 
-def _record(kind: type[Record], entry: object, where: str) -> Record:
+def record_of(kind: type[Record], entry: object, where: str) -> Record:
     """Return a record made from its known keys; a missing optional key gets its default."""
     if not isinstance(entry, dict):
         raise ReportError(f"{METRICS_FILE}: {where} must be an object, not {type(entry).__name__}")
@@ -157,8 +158,9 @@ def _read_results(path: Path, scores: list[str]) -> pa.Table:
     """Return the columns of ``results.parquet`` that a report needs."""
     wanted = ["dataset", "index", "prediction", "label", "finite", *scores]
     try:
-        names = pq.read_schema(path).names
-        missing = [repr(name) for name in wanted if name not in names]
+        missing = dict.fromkeys(map(repr, wanted))
+        for name in pq.read_schema(path).names:
+            missing.pop(repr(name), None)
         if missing:
             raise ReportError(f"{path} has no column {', '.join(missing)}: it is not from the run of {METRICS_FILE}")
         return pq.read_table(path, columns=wanted)
@@ -182,7 +184,7 @@ def _rows_by_dataset(results: pa.Table, scores: list[str]) -> dict[str, Rows]:
 
 
 def _rows(table: pa.Table, scores: list[str]) -> Rows:
-    prediction, label = (table[name].combine_chunks() for name in ("prediction", "label"))
+    prediction, label = table["prediction"].combine_chunks(), table["label"].combine_chunks()
     return Rows(
         index=table["index"].to_numpy().astype(np.int64),
         prediction=_integers(prediction),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ METRICS_FILE = "metrics.json"
 RESULTS_FILE = "results.parquet"
 VERSION = 1
 IMAGE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+
+READS_LABELS = "reads labels"
+"""The fit of a score that reads the true label."""
 
 Floats = NDArray[np.float64]
 
@@ -161,13 +165,45 @@ class Run:
     created: str = ""
     command: str = ""
 
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """The role of each described dataset, in their order."""
+        return {dataset.name: dataset.role for dataset in self.datasets}
+
+    @cached_property
+    def names(self) -> tuple[list[str], list[str]]:
+        """The scores that can be used on unlabelled samples, and those that read the true label."""
+        detectors: list[str] = []
+        label_readers: list[str] = []
+        for score in self.scores:
+            (label_readers if score.fit == READS_LABELS else detectors).append(score.name)
+        return detectors, label_readers
+
+    @property
+    def detectors(self) -> list[str]:
+        """The scores that can be used on unlabelled samples."""
+        return self.names[0]
+
+    @property
+    def label_readers(self) -> list[str]:
+        """The scores that read the true label."""
+        return self.names[1]
+
     def score(self, name: str) -> Score:
         """Return the score of a name."""
-        return next(score for score in self.scores if score.name == name)
+        return {score.name: score for score in self.scores}[name]
 
     def role_of(self, dataset: str) -> str:
-        """Return the role of a dataset."""
-        return next((each.role for each in self.datasets if each.name == dataset), "")
+        """Return the role of a dataset; empty if it is not described."""
+        return self.roles.get(dataset, "")
+
+    def split_by_role(self, rows: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Rows]]:
+        """Return the rows of the in-distribution datasets, and those of the others."""
+        inside: dict[str, Rows] = {}
+        outside: dict[str, Rows] = {}
+        for name, part in rows.items():
+            (inside if self.role_of(name) == "id" else outside)[name] = part
+        return inside, outside
 
     def finite_rows(self) -> dict[str, Rows]:
         """Return the finite rows of each described dataset that has any."""

@@ -35,14 +35,15 @@ class SampleTable:
 
 def accuracies(rows: Rows, names: Sequence[str]) -> dict[str, list[str]]:
     """Return the accuracy of each score among the retained samples, for each coverage of ``KEPT``."""
-    table = {}
+    table: dict[str, list[str]] = {}
     for name in names:
         known = rows.labelled & np.isfinite(rows.scores[name])
         if known.any():
             values = torch.from_numpy(rows.scores[name][known])
             errors = torch.from_numpy(rows.incorrect[known]).int()
-            kept = [float(functional.accuracy_at_coverage(values, errors, coverage)) for coverage in KEPT]
-            table[name] = [percent(value) for value in kept]
+            table[name] = []
+            for coverage in KEPT:
+                table[name].append(percent(float(functional.accuracy_at_coverage(values, errors, coverage))))
     return table
 
 
@@ -57,24 +58,25 @@ def thresholds(run: Run, names: Sequence[str]) -> tuple[list[str], dict[str, lis
         The headings of the columns, and for each score its threshold and the share of rejected samples in each.
     """
     finite = run.finite_rows()
-    inside = [dataset.name for dataset in run.datasets if dataset.role == "id" and dataset.name in finite]
-    outside = [dataset.name for dataset in run.datasets if dataset.role != "id" and dataset.name in finite]
+    inside, outside = run.split_by_role(finite)
     if not inside:
         return [], {}
-    is_inside = pc.is_in(run.results["dataset"], pa.array(inside, pa.string()))
+    is_inside = pc.is_in(run.results["dataset"], pa.array(list(inside), pa.string()))
     fit_on = run.results.filter(is_inside)
-    wrong = np.concatenate([finite[name].incorrect for name in inside])
+    wrong = np.concatenate([rows.incorrect for rows in inside.values()])
     headings = ["threshold", *(["incorrect"] if wrong.any() else []), *outside]
-    table = {}
+    table: dict[str, list[str]] = {}
     for name in names:
-        values = np.concatenate([finite[dataset].scores[name] for dataset in inside])
+        values = np.concatenate([rows.scores[name] for rows in inside.values()])
         if not np.isfinite(values).any():
             continue
         limit = fit_thresholds(fit_on, [name], ACCEPTED).values[name]
         groups = [values[wrong]] if wrong.any() else []
-        groups += [finite[dataset].scores[name] for dataset in outside]
-        shares = [percent(float((group > limit).mean())) for group in groups]
-        table[name] = [f"{limit:.4g}".replace("-", "\N{MINUS SIGN}"), *shares]
+        for rows in outside.values():
+            groups.append(rows.scores[name])
+        table[name] = [f"{limit:.4g}".replace("-", "\N{MINUS SIGN}")]
+        for group in groups:
+            table[name].append(percent(float((group > limit).mean())))
     return headings, table
 
 
