@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.report.questions import REFERENCE, Question, place_of
-from lightning_gradmetrics.report.reading import record_of
-from lightning_gradmetrics.report.run import Comparison, Metric, Run
+from lightning_gradmetrics.report.run import Metric, Run
 from lightning_gradmetrics.report.wording import signed
 
 __all__ = ["Answer", "Difference", "answers", "differences_of"]
@@ -38,55 +36,21 @@ Differences = dict[tuple[str, str, str, str | None, str], Difference]
 """By score, baseline, task, dataset and group."""
 
 
-def difference_of(entry: Comparison) -> Difference:
-    """Return the true difference of a comparison: the score's value minus the baseline's, whatever is better.
-
-    A file may store the improvement, which has the other sign for metrics of which less is better.
-    """
-    if entry.value is None or entry.baseline_value is None or entry.difference is None:
-        return Difference(entry.baseline, entry.difference, entry.low, entry.high, entry.verdict)
-    true = entry.value - entry.baseline_value
-    if true * entry.difference >= 0 or entry.low is None or entry.high is None:
-        return Difference(entry.baseline, true, entry.low, entry.high, entry.verdict)
-    return Difference(entry.baseline, true, -entry.high, -entry.low, entry.verdict)
-
-
-def differences_of(run: Run, comparisons: Sequence[Comparison], metric: str = "auroc") -> Differences:
-    """Return the differences in one metric."""
-    found = {}
-    for entry in comparisons:
-        if entry.metric == metric:
-            place = place_of(run, Metric(entry.score, entry.task, metric, None, entry.dataset, entry.group))
-            found[(entry.score, entry.baseline, *place)] = difference_of(entry)
+def differences_of(run: Run) -> Differences:
+    """Return the differences in AUROC: to the named baseline, and to the best baseline on the data."""
+    found: Differences = {}
+    for entry in run.comparisons:
+        if entry.metric == "auroc":
+            place = place_of(run, Metric(entry.score, entry.task, "auroc", None, entry.dataset, entry.group))
+            if entry.best_baseline is not None:
+                ends = (entry.max_adjusted_low, entry.max_adjusted_high, entry.max_adjusted_verdict or "")
+                found.setdefault(
+                    (entry.score, entry.best_baseline, *place), Difference(entry.best_baseline, None, *ends)
+                )
+            found[(entry.score, entry.baseline, *place)] = Difference(
+                entry.baseline, entry.difference, entry.low, entry.high, entry.verdict
+            )
     return found
-
-
-RESAMPLES = 500
-"""At most this many resamples for the differences to max softmax."""
-
-
-def against_reference(run: Run, names: Sequence[str]) -> Differences:
-    """Return the paired differences between scores and max softmax, with the run's settings."""
-    resamples = run.settings.get("resamples", 0)
-    compared = dict.fromkeys(names)
-    compared.pop(REFERENCE, None)
-    is_described = set(run.rows) == set(run.roles) and all(run.roles.values())
-    if not resamples or REFERENCE not in run.detectors or not compared or not is_described:
-        return {}
-    evaluation = evaluate(
-        run.results,
-        [*compared, REFERENCE],
-        run.roles,
-        [REFERENCE],
-        rate=run.settings.get("rate", 0.95),
-        resamples=min(resamples, RESAMPLES),
-        level=run.settings.get("level", 0.95),
-        seed=run.settings.get("seed", 0),
-    )
-    comparisons = []
-    for entry in evaluation.comparisons:
-        comparisons.append(record_of(Comparison, entry, "comparisons"))
-    return differences_of(run, comparisons)
 
 
 def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
@@ -99,11 +63,7 @@ def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
     Returns:
         One answer per question, in their order.
     """
-    found = differences_of(run, run.comparisons)
-    names = []
-    for question in questions:
-        names += [question.best, question.best_baseline or question.best]
-    found = found | against_reference(run, names)
+    found = differences_of(run)
     given = []
     for question in questions:
         given.append(_answer(question, found))
@@ -120,10 +80,9 @@ def _answer(question: Question, found: Differences) -> Answer:
 
 
 def _difference(question: Question, score: str, baseline: str, found: Differences) -> Difference:
-    key = (score, baseline, *question.place)
-    if key in found:
-        return found[key]
-    return Difference(baseline, _value(question, score) - _value(question, baseline))
+    value = _value(question, score) - _value(question, baseline)
+    known = found.get((score, baseline, *question.place))
+    return replace(known, value=value) if known else Difference(baseline, value)
 
 
 def _value(question: Question, score: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lightning_gradmetrics.report.answers import Difference, difference_of
+from lightning_gradmetrics.report.answers import Difference
 from lightning_gradmetrics.report.questions import Place, place_of
 from lightning_gradmetrics.report.run import Metric, Run, Score
 from lightning_gradmetrics.report.wording import (
@@ -95,7 +95,9 @@ def paired_table(run: Run) -> Table:
     for entry in run.comparisons:
         place = place_of(run, Metric(entry.score, entry.task, entry.metric, None, entry.dataset, entry.group))
         by_score = by_column.setdefault(Column(place, entry.metric), {})
-        by_score.setdefault(entry.score, []).append(difference_of(entry))
+        by_score.setdefault(entry.score, []).append(
+            Difference(entry.baseline, entry.difference, entry.low, entry.high, entry.verdict)
+        )
     columns = _ordered(run, list(by_column))
     compared = set().union(*(by_column[column] for column in columns))
     table = Table(_headings(columns), columns)

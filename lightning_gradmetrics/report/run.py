@@ -86,7 +86,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired difference between a score and a baseline, and its verdict."""
+    """A paired difference to the named baseline with its verdict, and the interval of that to the best baseline."""
 
     score: str
     baseline: str
@@ -100,6 +100,10 @@ class Comparison:
     high: float | None = None
     value: float | None = None
     baseline_value: float | None = None
+    best_baseline: str | None = None
+    max_adjusted_low: float | None = None
+    max_adjusted_high: float | None = None
+    max_adjusted_verdict: str | None = None
 
 
 @dataclass(frozen=True)
