@@ -29,6 +29,9 @@ __all__ = [
     "resolve",
 ]
 
+BUILT_IN = "lightning_gradmetrics.scores"
+"""The package whose import registers the scores of this library; it imports this module, so it is imported by name."""
+
 P = ParamSpec("P")
 F = TypeVar("F", bound=type[FittedScore])
 
@@ -232,10 +235,6 @@ def _recipe_of(function: Callable[..., Any], name: str | None = None) -> Recipe:
     return Recipe.of(function, name)
 
 
-BUILT_IN = "lightning_gradmetrics.scores"
-"""The package whose modules register this package's scores; loaded when a name is first looked up or registered."""
-
-
 def _known(name: str) -> Recipe:
     """The recipe of a name, imported if it has dots."""
     importlib.import_module(BUILT_IN)
@@ -327,6 +326,7 @@ def resolve(scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike]) -
         >>> resolve(["energy", "gradnorm"]), resolve({"mine": "energy", "gradnorm": {"temperature": 2}})
         ((energy, gradnorm), (mine: energy, gradnorm: gradnorm(temperature=2)))
     """
+    importlib.import_module(BUILT_IN)
     if isinstance(scores, Mapping) and {"class_path", "_target_"}.isdisjoint(scores):
         made = [_named(name, score) for name, score in scores.items()]
     elif isinstance(scores, (str, Score, Recipe, Mapping)) or callable(scores):
@@ -343,6 +343,5 @@ def resolve(scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike]) -
             f"make({repeated[0]!r}, name='mine')"
         )
     if not made:
-        importlib.import_module(BUILT_IN)
         raise ValueError(f"no score was given; available: {', '.join(sorted(RECIPES))}")
     return tuple(made)

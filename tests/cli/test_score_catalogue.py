@@ -64,9 +64,11 @@ def test_help_and_signature_show_the_score(name: str) -> None:
     score = getattr(lgm.scores, name)
     assert inspect.isroutine(score) or inspect.isclass(score)
     assert score.__name__ == name and inspect.getdoc(score) == RECIPES[name].documentation
+    if name in ("pytorch_ood", "views"):
+        return  # their arguments are those of a detector, or another score
     shown = [p for p in inspect.signature(score).parameters.values() if p.kind is p.KEYWORD_ONLY]
     assert {p.name: p.default for p in shown} == RECIPES[name].defaults
-    assert name == "pytorch_ood" or not any(isinstance(p.annotation, str) for p in shown)
+    assert not any(isinstance(p.annotation, str) for p in shown)
 
 
 @pytest.mark.parametrize("line", lines(), ids=lambda line: line.name)

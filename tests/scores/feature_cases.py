@@ -64,6 +64,8 @@ def sirc(error: Callable[[Tensor], Tensor], confidence: Callable[[Tensor, Tensor
 
 
 CASES = {
+    "views(n=1)": lambda m, x: 1 - softmax(m, x).max(),
+    "views(n=1,score=energy)": lambda m, x: -m(x).exp().sum().log(),
     "gen": gen(0.1, 99),
     "gen(gamma=0.5,top=2)": gen(0.5, 2),
     "max_logit_pnorm": lambda m, x: -m(x).max() / m(x).norm(5),
