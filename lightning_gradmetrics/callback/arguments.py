@@ -80,6 +80,8 @@ def check_metrics(value: str | Iterable[str]) -> tuple[str, ...]:
     Raises:
         ValueError: If one is unknown.
     """
+    if not isinstance(value, Iterable):
+        raise ValueError(f"metrics={value!r}; expected names of metrics, as in metrics=('auroc', 'aurc')")
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         if name not in HIGHER_IS_BETTER:

@@ -18,9 +18,7 @@ from lightning_gradmetrics.callback.dataloaders import (
     Names,
     check_datasets,
     check_stages,
-    dataset_names,
     dataset_roles,
-    loader_list,
     names_of_stage,
     rows_of_loaders,
 )
@@ -28,13 +26,14 @@ from lightning_gradmetrics.callback.fitting import fitting_step
 from lightning_gradmetrics.callback.labels import BatchReader
 from lightning_gradmetrics.callback.logged import logged_metrics
 from lightning_gradmetrics.callback.module import is_side_by_side, processes_of, scored_model
+from lightning_gradmetrics.callback.pytorch_lightning import also_callback_of_pytorch_lightning
 from lightning_gradmetrics.callback.run import Run
+from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices, check_fitted_in_fit
 from lightning_gradmetrics.callback.stages import FitStage, ScoreStage, Stage
 from lightning_gradmetrics.classifier.batches import split_batch
 from lightning_gradmetrics.classifier.forward import Inputs, logits_of
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds, apply_thresholds, evaluate
 from lightning_gradmetrics.pictures import (
-    MapGallery,
     Picture,
     PictureSource,
     check_top_k,
@@ -46,8 +45,26 @@ from lightning_gradmetrics.scores import FittedScore, ScoreLike, check_fitted, r
 from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.layer_profile import Profile
 from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.states import fitted_states, with_fitted_states
 
 __all__ = ["GradientMetrics"]
+
+
+def _before(step: str) -> Callable[..., None]:
+    """The hook before a batch of a step."""
+
+    def hook(
+        self: GradientMetrics,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._run is not None:
+            self._run.start_batch(pl_module, step, batch)
+
+    return hook
 
 
 class GradientMetrics(Callback):
@@ -151,7 +168,8 @@ class GradientMetrics(Callback):
         self._run: Run | None = None
         self._finished = False
         self._logged: set[str] = set()
-        self._notices: set[str] = set()
+        self._notices = StageNotices()
+        also_callback_of_pytorch_lightning(GradientMetrics)
 
     @property
     def score_names(self) -> list[str]:
@@ -162,11 +180,6 @@ class GradientMetrics(Callback):
     def baseline_names(self) -> list[str]:
         """The names of the scores that take no gradient."""
         return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
-
-    @property
-    def gallery(self) -> MapGallery | None:
-        """Cosine similarity maps of a few samples, if a score computes them."""
-        return next((source for source in self.sources if isinstance(source, MapGallery)), None)
 
     def pictures(self) -> list[Picture]:
         """The pictures of the last run, drawn anew."""
@@ -193,9 +206,8 @@ class GradientMetrics(Callback):
     ) -> None:
         """Fit the scores that need it, on in-distribution data, before they score.
 
-        It runs ``trainer.predict`` over the data, with all that a ``Trainer`` brings: device, precision, processes,
-        progress bar. A module without a ``predict_step`` runs its ``test_step`` or ``validation_step``, without
-        logging. Scores that need no fit are left unchanged; without any other, a warning is all that happens.
+        It runs ``trainer.predict`` over the data. A module without a ``predict_step`` runs its ``test_step`` or
+        ``validation_step``, without logging. Scores that need no fit are left unchanged.
 
         Args:
             trainer: A trainer that this callback belongs to.
@@ -225,53 +237,28 @@ class GradientMetrics(Callback):
     def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:
         self._run = None
         stage = str(trainer.state.fn.value)  # type: ignore[union-attr]
-        is_sequential = not is_side_by_side(trainer)
+        counted = Loaders(dataloaders, not is_side_by_side(trainer))
         names = names_of_stage(self.datasets, stage) if self._fitting is None else self._fitting[1]
-        if not self._is_scored(stage, names, dataloaders, is_sequential):
+        is_fitted = any(isinstance(score, FittedScore) for score in self.scorer.scores)
+        if self._fitting is None and not self._notices.is_scored(stage, self.stages, is_fitted, names, counted):
             self._finished = True
             return
         processes, model = processes_of(trainer), self.scored_model(module)
-        datasets = dataset_names(names, dataloaders, is_sequential, stage)
-        loaders = loader_list(dataloaders, is_sequential)
-        rows = rows_of_loaders(datasets, loaders, self.score_names, processes)
+        datasets = counted.names(names, stage)
+        rows = rows_of_loaders(datasets, counted.all, self.score_names, processes)
         roles = dataset_roles(names, datasets)
         made: Stage
         if self._fitting is not None:
             made = FitStage(self._fitting[0], rows, roles if isinstance(names, Mapping) else None)
         else:
-            if len(datasets) > 1 and names is None:
-                self._warn_of_roles(datasets, processes.warn)
+            if names is None:
+                self._notices.of_roles(datasets)
             check_fitted(self.scorer.scores, model)
             self.sources = picture_sources(self.scorer.scores, self.profile, self.top_k)
             scorer = replace(self.scorer, looks=[source.look for source in self.sources])
             made = ScoreStage(scorer, rows, self.sources)
         reader = BatchReader(self.split_batch, processes.warn)
-        self._run = Run(made, model, loaders, roles, reader, trainer.precision_plugin.forward_context)
-
-    def _is_scored(self, stage: str, names: Names, dataloaders: Any, is_sequential: bool) -> bool:
-        """Whether to score a stage."""
-        if self._fitting is not None:
-            return True
-        if self.stages is not None:
-            return stage in self.stages or (stage == "fit" and "validate" in self.stages)
-        if stage != "fit" or names is None:
-            return True
-        try:
-            dataset_names(names, dataloaders, is_sequential, stage)
-        except ValueError as problem:
-            if "fit" not in self._notices:
-                rank_zero_warn(f"the validation inside fit is not scored: {problem}")
-            self._notices.add("fit")
-            return False
-        return True
-
-    def _warn_of_roles(self, datasets: Sequence[str], warn: Callable[[str], None]) -> None:
-        if "roles" not in self._notices:
-            warn(
-                f"{len(datasets)} dataloaders and no roles: all are treated as in-distribution. Pass datasets= with a role for "
-                f"each, as in {{{datasets[0]!r}: 'id', {datasets[1]!r}: 'far'}}"
-            )
-        self._notices.add("roles")
+        self._run = Run(made, model, counted.all, roles, reader, trainer.precision_plugin.forward_context)
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
         """Keep the fitted scores, or gather the rows and evaluate them. The logged metrics are the same on every rank."""
@@ -312,11 +299,40 @@ class GradientMetrics(Callback):
 
     # What Lightning calls
 
+    @property
+    def state_key(self) -> str:
+        """The key of the fitted states in a checkpoint."""
+        return self._generate_state_key(prefix=self.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the fitted scores, as tensors and text."""
+        return {"fitted": fitted_states(self.scorer.scores)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the states of the fitted scores from a checkpoint.
+
+        Raises:
+            ValueError: If a state was made for another score or other arguments.
+        """
+        self.scorer.scores = with_fitted_states(self.scorer.scores, state_dict.get("fitted", {}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: everything but the run that is going on."""
+        return {**vars(self), "_run": None, "_fitting": None}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse fitted scores that would be scored while the weights change.
+
+        Raises:
+            ValueError: If ``stages`` asks for it.
+        """
+        if trainer.enable_validation:
+            check_fitted_in_fit(self.scorer.scores, self.stages)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last run."""
         self.results, self.evaluation, self._finished = empty_results(self.score_names), None, False
-        self._logged = set()
-        self._notices = set()
+        self._logged, self._notices = set(), StageNotices()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._start(trainer, pl_module, trainer.val_dataloaders)
@@ -327,23 +343,9 @@ class GradientMetrics(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._start(trainer, pl_module, trainer.predict_dataloaders)
 
-    def on_validation_batch_start(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._run is not None:
-            self._run.start_batch(pl_module, "validation_step", batch)
-
-    def on_test_batch_start(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._run is not None:
-            self._run.start_batch(pl_module, "test_step", batch)
-
-    def on_predict_batch_start(  # noqa: D102
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._run is not None:
-            self._run.start_batch(pl_module, "predict_step", batch)
+    on_validation_batch_start = _before("validation_step")
+    on_test_batch_start = _before("test_step")
+    on_predict_batch_start = _before("predict_step")
 
     def on_validation_batch_end(  # noqa: D102
         self,
@@ -392,3 +394,6 @@ class GradientMetrics(Callback):
             rank_zero_warn(
                 f"the {stage} run returned no samples (are its dataloaders empty?): the results have no rows"
             )
+
+
+also_callback_of_pytorch_lightning(GradientMetrics)

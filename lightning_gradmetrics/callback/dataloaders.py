@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_gradmetrics.callback.processes import Processes
@@ -47,7 +47,10 @@ def check_stages(stages: Any) -> tuple[str, ...] | None:
     """
     if stages is None:
         return None
-    named = (stages,) if isinstance(stages, str) else tuple(stages)
+    if isinstance(stages, Iterable):
+        named = (stages,) if isinstance(stages, str) else tuple(stages)
+    else:
+        named = ()
     unknown = [stage for stage in named if stage not in STAGES]
     if unknown or not named:
         raise ValueError(

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
 from lightning_gradmetrics.callback.labels import SplitBatch
+from lightning_gradmetrics.callback.pytorch_lightning import is_of_lightning
 from lightning_gradmetrics.classifier.forward import call
 
 __all__ = ["fitting_step"]
@@ -29,7 +30,7 @@ def fitting_step(module: LightningModule, split: SplitBatch) -> Iterator[None]:
         module: The user's module.
         split: From a batch to its inputs and labels.
     """
-    if _is_defined(module, "predict_step"):
+    if not is_of_lightning(module, "predict_step"):
         yield
         return
     replaced = {"predict_step": _step_of(module, split), "log": _nothing, "log_dict": _nothing}
@@ -53,14 +54,9 @@ def _state(metric: Metric) -> dict[str, Any]:
     return {name: copy.deepcopy(vars(metric)[name]) for name in names if name in vars(metric)}
 
 
-def _is_defined(module: LightningModule, name: str) -> bool:
-    own = getattr(type(module), name, None)
-    return name in vars(module) or own is not getattr(LightningModule, name)
-
-
 def _step_of(module: LightningModule, split: SplitBatch) -> Callable[..., Any]:
     for name in ("test_step", "validation_step"):
-        if _is_defined(module, name):
+        if not is_of_lightning(module, name):
             return _accepting(getattr(module, name))
 
     def predict_step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:

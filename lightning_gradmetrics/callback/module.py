@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_gradmetrics.callback.processes import Processes
+from lightning_gradmetrics.callback.pytorch_lightning import is_of_lightning
 
 __all__ = ["is_side_by_side", "processes_of", "scored_model"]
 
@@ -46,8 +47,7 @@ def scored_model(module: LightningModule, name: str | None = None, head: str | N
         if name not in dict(module.named_modules()):
             raise ValueError(f"{kind} has no submodule {name!r}; its children are: {', '.join(children) or 'none'}")
         return module.get_submodule(name)
-    has_forward = type(module).forward is not LightningModule.forward
-    if has_forward or (head is not None and head in dict(module.named_modules())):
+    if not is_of_lightning(module, "forward") or (head is not None and head in dict(module.named_modules())):
         return module
     if len(children) != 1:
         raise ValueError(

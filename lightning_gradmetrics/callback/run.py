@@ -93,7 +93,7 @@ class Run:
             for call in seen.called[1]:
                 received += call.received
         labels = None
-        if batch.logits.ndim == 2:
+        if batch.logits.ndim == 2 and batch.logits.shape[1] > 1:
             labels = self.reader.labels(read, batch.size, batch.logits.shape[1], received, dataset)
             labels = self._checked(labels, batch.logits.shape[1], place)
         ood = self.stage.ood(place, batch.size)

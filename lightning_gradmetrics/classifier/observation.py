@@ -184,7 +184,7 @@ def _observe_model(
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = running.pop()
         try:
-            call.logits = logits_fn(output).detach().clone()
+            call.logits = _copied_logits(logits_fn(output))
         except Exception as problem:  # raised later, if these logits are needed
             call.problem = problem
         if not running:
@@ -194,6 +194,12 @@ def _observe_model(
         module.register_forward_pre_hook(before, with_kwargs=True).remove,
         module.register_forward_hook(after, with_kwargs=True).remove,
     ]
+
+
+def _copied_logits(logits: Any) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits_fn returned a {type(logits).__name__}; expected a tensor (N, C), one row per sample")
+    return logits.detach().clone()
 
 
 @contextmanager

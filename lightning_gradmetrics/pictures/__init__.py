@@ -66,6 +66,10 @@ def check_top_k(names: Sequence[str], top_k: Mapping[str, int]) -> dict[str, int
     Raises:
         ValueError: If there is no score of a name, or a number is not a whole one above 0.
     """
+    if not isinstance(top_k, Mapping):
+        raise TypeError(
+            f"top_k={top_k!r}; expected a mapping from a score's name to a number of samples, as in top_k={{{names[0]!r}: 20}}"
+        )
     for name, count in top_k.items():
         if name not in names:
             raise ValueError(f"top_k= names the score {name!r}, which is not one of the run's: {', '.join(names)}")

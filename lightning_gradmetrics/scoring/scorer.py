@@ -22,7 +22,7 @@ from lightning_gradmetrics.classifier.forward import (
 from lightning_gradmetrics.classifier.head import returning_logits
 from lightning_gradmetrics.classifier.observation import redirected
 from lightning_gradmetrics.engine import gradient_statistics
-from lightning_gradmetrics.engine.api import eager
+from lightning_gradmetrics.engine.api import ENGINES, eager
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, Moment, result_dtype
 from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, are_close, check_same_logits
@@ -62,6 +62,10 @@ class Scorer:
     _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
     _needs_of: tuple[Any, Any] = field(default=(None, None), repr=False)
     _is_checked: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"unknown engine {self.engine!r}; available: {', '.join(ENGINES)}")
 
     def needs(self, classes: int) -> Needs:
         """What the scores, and whatever else, read, for that number of classes."""
@@ -301,6 +305,11 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(
             f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class; "
             "pass logits_fn=, a callable from the model's output to them"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(
+            f"the logits are whole numbers or complex ({logits.dtype}); expected floating-point logits (N, C): pass logits_fn=, a "
+            "callable from the model's output to them"
         )
     if logits.shape[1] < 2:
         raise ValueError(

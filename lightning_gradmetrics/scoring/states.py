@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from lightning_gradmetrics.scoring.fitted import FittedScore, not_fitted
 from lightning_gradmetrics.scoring.recipes import Score
 
-__all__ = ["check_fitted", "check_head", "fingerprint", "load_fitted", "save_fitted"]
+__all__ = [
+    "check_fitted",
+    "check_head",
+    "fingerprint",
+    "fitted_states",
+    "load_fitted",
+    "save_fitted",
+    "with_fitted_states",
+]
 
 CHUNK = 2**22
 
@@ -197,10 +206,51 @@ def _load(score: FittedScore, folder: Path) -> FittedScore:
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
         about: dict[str, str] = file.metadata() or {}
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    _check_about(score, about, repr(str(path)))
+    return score.with_state(state, about.get("model"), about.get("head") or None)
+
+
+def _check_about(score: FittedScore, about: Mapping[str, str], place: str) -> None:
+    """Refuse a state that was made for another score or other arguments."""
     for key, value in _about(score).items():
         if about.get(key) != value:
             raise ValueError(
-                f"the state in {str(path)!r} was made for another {key} ({about.get(key)}, and this is {value}): "
+                f"the state in {place} was made for another {key} ({about.get(key)}, and this is {value}): "
                 "fit the score again for this one"
             )
-    return score.with_state(state, about.get("model"), about.get("head") or None)
+
+
+def fitted_states(scores: Iterable[Score]) -> dict[str, dict[str, Any]]:
+    """The states of the fitted scores by name, as tensors and text: what a checkpoint can hold without pickled code.
+
+    Args:
+        scores: Scores; those that need no fit, or are not fitted, are skipped.
+    """
+    states = {}
+    for score in scores:
+        if isinstance(score, FittedScore) and score.state is not None:
+            about = {**_about(score), "model": score.model or "", "head": score.head or ""}
+            states[score.name] = {"tensors": dict(score.state), "about": about}
+    return states
+
+
+def with_fitted_states(scores: Iterable[Score], states: Mapping[str, Mapping[str, Any]]) -> tuple[Score, ...]:
+    """The scores with the states that :func:`fitted_states` returned; a score without one is returned unchanged.
+
+    Args:
+        scores: The scores.
+        states: The states by the names of the scores.
+
+    Raises:
+        ValueError: If a state was made for another score or other arguments.
+    """
+    restored: list[Score] = []
+    for score in scores:
+        saved = states.get(score.name)
+        if saved is None or not isinstance(score, FittedScore):
+            restored.append(score)
+            continue
+        about = saved["about"]
+        _check_about(score, about, "the checkpoint")
+        restored.append(score.with_state(dict(saved["tensors"]), about["model"], about["head"] or None))
+    return tuple(restored)

@@ -1,0 +1,108 @@
+"""Which stages are scored, and what is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_gradmetrics.callback.dataloaders import Names, dataset_names, loader_list
+from lightning_gradmetrics.scores import FittedScore, Score
+
+__all__ = ["Loaders", "StageNotices", "check_fitted_in_fit"]
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The dataloaders of a stage.
+
+    Args:
+        given: One dataloader or several, as Lightning holds them.
+        is_sequential: Whether they run one after the other; otherwise they run side by side, and are one data set.
+
+    Example:
+        >>> Loaders({"a": [1], "b": [2]}).names(None, "test"), Loaders({"a": [1], "b": [2]}, False).names(None, "test")
+        (['a', 'b'], ['dataloader_0'])
+    """
+
+    given: Any
+    is_sequential: bool = True
+
+    @property
+    def all(self) -> list[Any]:
+        """The dataloaders as a list."""
+        return loader_list(self.given, self.is_sequential)
+
+    def names(self, names: Names, stage: str) -> Sequence[str]:
+        """The names of the data sets.
+
+        Raises:
+            ValueError: If their number is not that of the dataloaders.
+        """
+        return dataset_names(names, self.given, self.is_sequential, stage)
+
+
+@dataclass
+class StageNotices:
+    """Decides what is scored, and says once what is left out or assumed."""
+
+    _said: set[str] = field(default_factory=set)
+
+    def is_scored(
+        self, stage: str, stages: Sequence[str] | None, is_fitted: bool, names: Names, loaders: Loaders
+    ) -> bool:
+        """Whether to score a stage.
+
+        By default every stage is scored, but the validation inside a fit only if the names of the data sets are for its
+        dataloaders and no score is fitted: a fitted score holds for fixed weights.
+
+        Args:
+            stage: The stage.
+            stages: The stages to score, or ``None`` for the default.
+            is_fitted: Whether a score is fitted.
+            names: The names of the data sets.
+            loaders: The dataloaders.
+        """
+        if stages is not None:
+            return stage in stages or (stage == "fit" and "validate" in stages)
+        if stage != "fit":
+            return True
+        if is_fitted:
+            self._say("fitted scores hold for fixed weights, so the validation inside fit is not scored")
+            return False
+        try:
+            loaders.names(names, stage)
+        except ValueError as problem:
+            self._say(f"the validation inside fit is not scored: {problem}")
+            return False
+        return True
+
+    def of_roles(self, datasets: Sequence[str]) -> None:
+        """Warn of several data sets without roles."""
+        if len(datasets) > 1:
+            self._say(
+                f"{len(datasets)} dataloaders and no roles: all are treated as in-distribution. Pass datasets= with a role for "
+                f"each, as in {{{datasets[0]!r}: 'id', {datasets[1]!r}: 'far'}}"
+            )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            rank_zero_warn(text)
+
+
+def check_fitted_in_fit(scores: Sequence[Score], stages: Sequence[str] | None) -> None:
+    """Refuse fitted scores in the validation of a fit, if the user asks for them there.
+
+    Raises:
+        ValueError: If ``stages`` names that validation and a score is fitted.
+    """
+    fitted = [score.name for score in scores if isinstance(score, FittedScore)]
+    if fitted and stages is not None and ("fit" in stages or "validate" in stages):
+        raise ValueError(
+            f"the fitted scores {', '.join(fitted)} cannot be scored in the validation of a fit: its weights change, and a "
+            "fitted score holds for fixed weights. Pass stages=('test', 'predict'), or use a second callback for the scores "
+            "that need no fit"
+        )

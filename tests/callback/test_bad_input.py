@@ -1,0 +1,223 @@
+"""Wrong arguments, data and outputs: each is one sentence that says what was wrong, what is allowed, and what to do."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_gradmetrics as lgm
+from tests.callback.runs import Stepped, batches, mlp, numbers, test_run
+
+ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"scores": "gradnrom"}, r"unknown score 'gradnrom'; did you mean 'gradnorm'"),
+    ({"scores": []}, r"no score was given"),
+    ({"scores": ["energy", "energy"]}, r"energy.*(twice|duplicate|rename)"),
+    ({"scores": 3}, r"score"),
+    ({"scores": ["gradnorm(temprature=2)"]}, r"gradnorm.*temprature.*temperature"),
+    ({"scores": ["gradnorm(temperature=0)"]}, r"temperature"),
+    ({"scores": ["energy(temperature=-1)"]}, r"temperature"),
+    ({"scores": ["energy(temperature=warm)"]}, r"temperature"),
+    ({"scores": ["gradnorm(p=0)"]}, r"\bp\b"),
+    ({"datasets": "test"}, r"datasets='test'; expected a list of names"),
+    ({"datasets": 3}, r"datasets=3; expected a list of names"),
+    ({"datasets": []}, r"datasets= is empty; expected one name per dataloader"),
+    ({"datasets": ["a", "a"]}, r"the same name twice \(a, a\)"),
+    ({"datasets": ["a", ""]}, r"has the name ''; expected a word"),
+    ({"datasets": ["a", 3]}, r"has the name 3; expected a word"),
+    ({"datasets": {"a": "id", "b": 1}}, r"datasets\['b'\]=1; a role is a word: 'id'"),
+    ({"datasets": {"a": "ID", "b": "far"}}, r"datasets\['a'\]='ID'; in-distribution data has the role 'id'"),
+    ({"datasets": {"a": "in-distribution"}}, r"in-distribution data has the role 'id'"),
+    ({"datasets": {"a": "id", "far": "near", "b": "far"}}, r"a data set 'far' and a group of that name.*rename one"),
+    ({"datasets": {"testing": {"a": "id"}}}, r"the stage 'testing'; the stages are fit, validate, test, predict"),
+    ({"datasets": {"test": {"a": "id"}, "predict": ["b", "b"]}}, r"datasets\['predict'\]= has the same name twice"),
+    ({"head": 3}, r"head= is a int; expected the name of a module.*head='fc'"),
+    ({"submodule": nn.Linear(2, 2)}, r"submodule= is a Linear; expected the name of a module.*submodule='net'"),
+    ({"split_batch": "x"}, r"split_batch= is a str; expected a callable from a batch"),
+    ({"logits_fn": 1}, r"logits_fn= is a int; expected a callable from the model's output"),
+    ({"engine": "autoo"}, r"unknown engine 'autoo'; available: auto"),
+    ({"engine": None}, r"unknown engine None; available: auto"),
+    ({"prefix": ""}, r"prefix=''; expected a word"),
+    ({"prefix": 3}, r"prefix=3; expected a word"),
+    ({"metrics": ["auroc", "acc"]}, r"metrics= names 'acc'; available: auroc"),
+    ({"metrics": "AUROC"}, r"metrics= names 'AUROC'; available: auroc"),
+    ({"metrics": 3}, r"metrics=3; expected names of metrics"),
+    ({"stages": ()}, r"stages=\(\); expected one or more of 'fit', 'validate', 'test', 'predict'"),
+    ({"stages": "testing"}, r"stages='testing'; expected one or more"),
+    ({"stages": 3}, r"stages=3; expected one or more"),
+    ({"resamples": -1}, r"resamples=-1; expected a whole number of at least 0"),
+    ({"resamples": 2.5}, r"resamples=2.5; expected a whole number"),
+    ({"resamples": True}, r"resamples=True; expected a whole number"),
+    ({"thresholds": {"energy": 1.0}}, r"thresholds= is a dict; expected the result of .*fit_thresholds"),
+    ({"profile": "unifrom"}, r"unifrom.*uniform"),
+    ({"profile": {"p": 2}}, r"no argument 'p'; .*objective, norm"),
+    ({"profile": {"norm": 0}}, r"norm=0.*above 0"),
+    ({"profile": 3}, r"profile"),
+    ({"top_k": ["energy"]}, r"top_k=\['energy'\]; expected a mapping from a score's name to a number"),
+    ({"top_k": 5}, r"top_k=5; expected a mapping"),
+    ({"top_k": {"energi": 2}}, r"top_k= names the score 'energi'"),
+    ({"top_k": {"energy": 0}}, r"'energy': 0.*at least 1"),
+    ({"top_k": {"energy": 2.5}}, r"'energy': 2.5.*whole number"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), ARGUMENTS, ids=[str(options)[:60] for options, _ in ARGUMENTS])
+def test_arguments_are_checked_before_a_run(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        lgm.GradientMetrics(**{"scores": "energy", **options})
+
+
+class Outputs(nn.Module):
+    """A network whose output has another form."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.change = mlp(5, 8, 3), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.net(x))
+
+
+OUTPUTS: list[tuple[Callable[[Tensor], Any], dict[str, Any], str]] = [
+    (lambda z: (z, z), {}, r"no logits in the model's output of type tuple.*pass logits_fn="),
+    (lambda z: {"scores": z}, {}, r"no logits in the model's output of type dict.*pass logits_fn="),
+    (lambda z: z[:, None], {}, r"shape \(4, 1, 3\); expected \(N, C\)"),
+    (lambda z: z[:, 0], {}, r"shape \(4,\); expected \(N, C\)"),
+    (lambda z: z[:, :1], {}, r"two columns.*\(0, z\)"),
+    (lambda z: z.softmax(1), {}, r"probabilities, and scores need logits.*head="),
+    (lambda z: z, {"logits_fn": lambda z: z.tolist()}, r"logits_fn returned a list.*expected a tensor \(N, C\)"),
+    (lambda z: z, {"logits_fn": lambda z: z["logits"]}, r"logits_fn failed.*It takes the model's output"),
+    (lambda z: z, {"logits_fn": lambda z: z.argmax(1)}, r"shape \(4,\).*expected \(N, C\)"),
+    (lambda z: z, {"logits_fn": lambda z: z.long()}, r"logits.*int64.*floating"),
+    (lambda z: z, {"split_batch": lambda b: b[0]}, r"split_batch returned a tensor.*expected a pair"),
+    (lambda z: z, {"split_batch": lambda b: (b[0], b[1], 1)}, r"split_batch returned a tuple of 3 entries.*pair"),
+    (lambda z: z, {"split_batch": lambda b: (b[0], b[1][:2])}, r"split_batch returned labels.*shape \(4,\), or None"),
+    (lambda z: z, {"split_batch": lambda b: (b[0], b[0])}, r"split_batch returned labels.*one class number per sample"),
+    (lambda z: z, {"head": "fc"}, r"no linear layer 'fc'"),
+    (lambda z: z, {"submodule": "network"}, r"no submodule 'network'; its children are: net"),
+    (lambda z: z, {"datasets": ["a", "b"]}, r"names 2 data sets \(a, b\), and test has 1 dataloader"),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "words"), OUTPUTS, ids=[words[:40] for _, _, words in OUTPUTS])
+def test_outputs_of_other_forms(change: Callable[[Tensor], Any], options: dict[str, Any], words: str) -> None:
+    callback = lgm.GradientMetrics("energy", **options)
+    with pytest.raises((ValueError, TypeError), match=words):
+        test_run(callback, Stepped(Outputs(change)), batches(numbers(8, 5), torch.arange(8) % 3))
+
+
+LABELS: list[tuple[str, Tensor, str | None]] = [
+    ("a column", torch.arange(8)[:, None] % 3, None),
+    ("int32", (torch.arange(8) % 3).int(), None),
+    ("uint8", (torch.arange(8) % 3).byte(), None),
+    ("floats", (torch.arange(8) % 3).double(), None),
+    ("a column of floats", (torch.arange(8) % 3).float()[:, None], None),
+    ("one-hot", nn.functional.one_hot(torch.arange(8) % 3), None),
+    ("one-hot floats", nn.functional.one_hot(torch.arange(8) % 3).double(), None),
+    ("soft", torch.full((8, 3), 1 / 3), r"a tensor \(4, 3\) of float32"),
+    ("several classes", torch.ones(8, 3).long(), r"a tensor \(4, 3\) of int64"),
+    ("numbers", torch.linspace(0, 1, 8), r"a tensor \(4,\) of float32"),
+    ("not finite", torch.full((8,), float("nan")), r"a tensor \(4,\) of float32"),
+    ("positions", torch.arange(8), r"go up to [37], and the model has 3 classes"),
+    ("from one", torch.arange(8) % 3 + 1, r"go up to 3, and the model has 3 classes, 0 to 2"),
+    ("maps", torch.zeros(8, 2, 2).long(), r"a tensor \(4, 2, 2\) of int64"),
+]
+
+
+@pytest.mark.parametrize(("kind", "labels", "words"), LABELS, ids=[kind for kind, _, _ in LABELS])
+def test_labels_are_converted_or_one_warning_says_what_was_found(kind: str, labels: Tensor, words: str | None) -> None:
+    callback = lgm.GradientMetrics("energy", datasets=["mine"])
+    data = batches(numbers(8, 5), labels)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        test_run(callback, Stepped(mlp(5, 8, 3)), data)
+    about = [str(one.message) for one in heard if "labels" in str(one.message)]
+    if words is None:
+        assert callback.results["label"].to_pylist() == [n % 3 for n in range(8)] and not about
+    else:
+        assert set(callback.results["label"].to_pylist()) == {None} and len(about) == 1
+        assert re.search(words, about[0]) and "split_batch=" in about[0] and "'mine'" in about[0]
+
+
+def test_a_binary_classifier_with_boolean_labels() -> None:
+    callback = lgm.GradientMetrics("energy")
+    test_run(callback, Stepped(mlp(5, 8, 2)), batches(numbers(8, 5), torch.arange(8) % 2 == 1))
+    assert callback.results["label"].to_pylist() == [n % 2 for n in range(8)]
+
+
+class TakesFirst(Stepped):
+    def step(self, batch: Any) -> Any:
+        first = batch["a"] if isinstance(batch, dict) else batch[0]
+        return self(first if isinstance(first, Tensor) else first[0])
+
+
+class TakesSecond(Stepped):
+    def step(self, batch: Any) -> Any:
+        return self(batch[1])
+
+
+X, Y = numbers(8, 5), torch.arange(8) % 3
+PLACES: list[tuple[str, type[Stepped], tuple[Any, ...], bool]] = [
+    ("index, x, y", TakesSecond, (torch.arange(8), X, Y), True),
+    ("y, x", TakesSecond, (Y, X), False),
+    ("x, y, weight", TakesFirst, (X, Y, torch.rand(8)), True),
+    ("x, weight, y", TakesFirst, (X, torch.rand(8), Y), False),
+    ("x", TakesFirst, (X,), True),
+]
+
+
+@pytest.mark.parametrize(("kind", "step", "tensors", "clear"), PLACES, ids=[place[0] for place in PLACES])
+def test_places_of_labels(kind: str, step: type[Stepped], tensors: tuple[Any, ...], clear: bool) -> None:
+    callback = lgm.GradientMetrics("energy")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        test_run(callback, step(mlp(5, 8, 3)), batches(*tensors))
+    warned = any("no labels are used for the data set 'dataloader_0'" in str(one.message) for one in heard)
+    assert warned == (not clear)
+    expected = Y.tolist() if clear and len(tensors) > 1 else [None] * 8
+    assert callback.results["label"].to_pylist() == expected
+
+
+@pytest.mark.parametrize("key", ["label", "labels", "target", "targets", "y"])
+def test_labels_of_mappings_that_the_step_empties(key: str) -> None:
+    class Pops(Stepped):
+        def step(self, batch: Any) -> Any:
+            batch.pop(key)
+            return self(**batch)
+
+    rows = [{"input": x, key: int(y)} for x, y in zip(X, Y, strict=True)]
+    callback = lgm.GradientMetrics(["energy", "grand"])
+    test_run(callback, Pops(mlp(5, 8, 3)), DataLoader(rows, 4))
+    assert callback.results["label"].to_pylist() == Y.tolist()
+
+
+def test_an_entry_that_may_be_labels_is_named() -> None:
+    rows = [{"a": x, "category": int(y)} for x, y in zip(X, Y, strict=True)]
+    callback = lgm.GradientMetrics("energy")
+    with pytest.warns(UserWarning, match="'category'.*split_batch="):
+        test_run(callback, TakesFirst(mlp(5, 8, 3)), DataLoader(rows, 4))
+
+
+def test_rows_that_are_all_not_finite() -> None:
+    callback = lgm.GradientMetrics("energy")
+    test_run(callback, Stepped(mlp(5, 8, 3)), batches(X * float("nan"), Y))
+    assert set(callback.results["finite"].to_pylist()) == {False} and callback.evaluation is not None
+
+
+def test_what_was_scored_is_kept_when_a_batch_is_refused() -> None:
+    class Fails(Stepped):
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            self(batch[0])
+            if batch_idx == 1:
+                self(2 * batch[0])
+
+    callback = lgm.GradientMetrics("energy")
+    with pytest.raises(ValueError, match="8 rows in 2 calls"):
+        test_run(callback, Fails(mlp(5, 8, 3)), batches(X, Y))
+    assert callback.results["index"].to_pylist() == [0, 1, 2, 3]
