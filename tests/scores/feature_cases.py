@@ -55,7 +55,9 @@ def virtual_logit(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
     return state["alpha"] * residual(features(model, x), state) - model(x)[0].exp().sum().log()
 
 
-def sirc(error: Callable[[Tensor], Tensor], confidence: Callable[[Tensor, Tensors], Tensor]):
+def sirc(
+    error: Callable[[Tensor], Tensor], confidence: Callable[[Tensor, Tensors], Tensor]
+) -> Callable[[nn.Module, Tensor, Tensors], Tensor]:
     def definition(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
         second = confidence(features(model, x), state)
         return (error(softmax(model, x)) * (1 + torch.exp(-state["b"] * (second - state["a"])))).log()
