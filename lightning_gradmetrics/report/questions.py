@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_gradmetrics.report.run import Metric, Run
-from lightning_gradmetrics.report.wording import SHOWN, number, question_title, whole
+from lightning_gradmetrics.report.wording import number, question_title, whole
 
 __all__ = ["REFERENCE", "Place", "Question", "find_questions", "group_of", "place_of"]
 
 REFERENCE = "max_softmax"
 """The baseline that every paper compares with."""
+
+TASK_ORDER = ("misclassification", "ood", "joint")
+"""The order of the cards: joint questions follow their parts."""
 
 Place = tuple[str, str | None, str]
 """A task, a dataset (None for the mean over a group), and a group."""
@@ -117,7 +120,6 @@ def _question(run: Run, place: Place, datasets: tuple[str, ...], metrics: list[M
 
 
 def _position(run: Run, question: Question) -> tuple[int, int]:
-    tasks = list(SHOWN)
-    task = tasks.index(question.task) if question.task in tasks else len(tasks)
+    task = TASK_ORDER.index(question.task) if question.task in TASK_ORDER else len(TASK_ORDER)
     roles = list(run.roles.values())
     return task, roles.index(question.group) if question.group in roles else len(roles)
