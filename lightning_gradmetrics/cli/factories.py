@@ -32,21 +32,8 @@ def build_scores(nodes: DictConfig | None) -> tuple[Score, ...]:
         try:
             made[name] = instantiate(node)
         except Exception as error:
-            reason = error.__cause__ or error
-            arguments = _arguments_text(node)
-            raise ValueError(f"the score {name} cannot be built from {arguments}: {reason}") from error
+            raise ValueError(f"score.{name}: {error.__cause__ or error}") from error
     return resolve(made)
-
-
-def _arguments_text(node: Any) -> str:
-    if not isinstance(node, DictConfig):
-        return repr(node)
-    arguments = []
-    for name, value in node.items():
-        key = str(name)
-        if key != "_target_":
-            arguments.append(f"{key}={value!r}")
-    return ", ".join(arguments) or "its default arguments"
 
 
 def build_data(node: DictConfig) -> EvaluationData:

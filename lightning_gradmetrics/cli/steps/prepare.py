@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def prepare(config: DictConfig) -> Experiment:
     scores = build_scores(config.get("score"))
     data = build_data(config.data)
     model = build_model(config.model, data)
+    _check_top_k(config.callback.get("top_k"))
     callback = instantiate(config.callback, _partial_=True)(
         scores=_scored_by_callback(scores, settings), datasets=dict(data.roles)
     )
@@ -81,12 +83,19 @@ def prepare(config: DictConfig) -> Experiment:
     return Experiment(settings, scores, data, model, callback, trainer, directory, description)
 
 
+def _check_top_k(top_k: Any) -> None:
+    if top_k is not None and not isinstance(top_k, Mapping):
+        raise ValueError(f"callback.top_k must map scores to numbers, as in {{grand: 20}}, got {top_k!r}")
+
+
 def _scored_by_callback(scores: tuple[Score, ...], settings: Settings) -> list[Score]:
     """The scores that the callback computes.
 
     Cross-validated scores are computed after the run. If costs are measured, scores that read labels are only timed:
     out-of-distribution data has no labels.
     """
+    if settings.fitted_folder is not None and settings.cross_validation_folds is not None:
+        raise ValueError("cross_validation_folds and fitted_folder exclude each other: set one of them to null")
     has_fitted = any(isinstance(score, FittedScore) for score in scores)
     if settings.cost_batch_size is not None:
         scores = tuple(score for score in scores if not score.needs.labels)
@@ -96,8 +105,6 @@ def _scored_by_callback(scores: tuple[Score, ...], settings: Settings) -> list[S
         return list(scores)
     if not has_fitted:
         notice("cross_validation_folds has no effect: none of the scores is fitted")
-    if settings.fitted_folder is not None:
-        raise ValueError("cross_validation_folds and fitted_folder exclude each other: set one of them to null")
     others = [score for score in scores if not isinstance(score, FittedScore)]
     if not others:
         raise ValueError(
