@@ -79,8 +79,9 @@ class Stepped(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # type: ignore[override]
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> int:  # type: ignore[override]
         self.step(batch)
+        return 0
 
     test_step = predict_step = validation_step  # type: ignore[assignment]
 
