@@ -100,7 +100,6 @@ TIMM = [
     "cait_xxs24_224",
     "coat_lite_tiny",
     "coatnet_nano_rw_224",
-    "convmixer_768_32",
     "convnext_atto",
     "convnextv2_atto",
     "crossvit_tiny_240",
