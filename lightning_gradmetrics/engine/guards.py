@@ -81,7 +81,7 @@ def check_objectives(task: Task, logits: Tensor) -> None:
 
 def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
     everything = _values_and_gradients(objective, logits, task.targets)
-    weights = 1 + torch.arange(task.size, device=logits.device) / task.size
+    weights = 1 + torch.arange(task.size, device=logits.device) % 3 % 2  # powers of two are exact in half precision too
     weighted = _values_and_gradients(objective, logits, task.targets, weights)
     _require_equal(objective, weighted[:, 1:], everything[:, 1:] * weights.to(everything.dtype)[:, None], everything)
     order = list(range(task.size))
