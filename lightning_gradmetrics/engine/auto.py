@@ -20,7 +20,7 @@ from lightning_gradmetrics.engine.samples import input_structure
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast, make_strategy, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.uses import Use
-from lightning_gradmetrics.gradients.scaling import rescaled_rows
+from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "sample_uses"]
@@ -216,11 +216,12 @@ def _check_one_sample(table: MomentTable | UseTable, names: Any) -> None:
     for objective in range(len(task.objectives)):
         losses, undo = task.unit_losses(objective, logits)
         gradients = dict(zip(task.parameters, loss_gradients(losses.sum(), parameters), strict=True))
-        scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values()) * float(undo)
+        scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
         while gradients:
             name, gradient = gradients.popitem()
-            moments = table.of_sample(number, name, objective)
-            if not agree(moments, rescaled_rows(gradient[None], undo), scale):
+            # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
+            moments = rescaled_moments(table.of_sample(number, name, objective), 1 / undo)
+            if not agree(moments, gradient[None], scale):
                 raise PlanError("the gradients of a sample disagree with autograd")
 
 
