@@ -1,0 +1,116 @@
+"""``python -m benchmarks intervals``: how often nominal 95 % intervals contain the true value.
+
+Scores of negatives are standard normal, those of positives normal around a shift, so that AUROC and FPR95 are known
+exactly; AUPR is computed from a large sample. Each interval is that of ``evaluate``. With ``--size`` it times
+``evaluate`` instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import norm
+
+from lightning_gradmetrics.evaluation import evaluate
+
+SHIFTS = (1.0, 2.0, 4.37)
+SIZES = ((90, 10), (100, 60), (200, 200), (1000, 100), (1000, 1000))
+METRICS = ("auroc", "fpr95", "aupr")
+LARGE = 400_000
+
+
+def results(rng: np.random.Generator, negatives: int, positives: int, shift: float, scores: int = 1) -> pa.Table:
+    """Return a results table with these numbers of correct and incorrect predictions."""
+    incorrect = np.arange(negatives + positives) >= negatives
+    size = len(incorrect)
+    columns: dict[str, Any] = {
+        "dataset": pa.DictionaryArray.from_arrays(pa.array(np.zeros(size, dtype=np.int32)), ["test"]),
+        "index": np.arange(size),
+        "prediction": incorrect.astype(np.int64),
+        "label": np.zeros(size, dtype=np.int64),
+    }
+    for number in range(scores):
+        columns[f"s{number}"] = shift * incorrect + rng.normal(size=size)
+    return pa.table(columns)
+
+
+def values(table: pa.Table, **options: Any) -> dict[str, dict[str, Any]]:
+    """Return the entries of one score, by metric."""
+    evaluation = evaluate(table, ["s0"], {"test": "id"}, **options)
+    entries = {}
+    for entry in evaluation.find(task="misclassification"):
+        entries[entry["metric"]] = entry
+    return entries
+
+
+def true_values(shift: float, negatives: int, positives: int) -> dict[str, float]:
+    """Return the true value of each metric."""
+    share = positives / (negatives + positives)
+    large = results(np.random.default_rng(1), round(LARGE * (1 - share)), round(LARGE * share), shift)
+    truth = {metric: entry["value"] for metric, entry in values(large, resamples=0).items()}
+    truth["auroc"] = float(norm.cdf(shift / np.sqrt(2)))
+    truth["fpr95"] = float(norm.sf(norm.ppf(0.05) + shift))
+    return truth
+
+
+def coverage(shift: float, negatives: int, positives: int, runs: int, resamples: int) -> dict[str, float | None]:
+    """Return the share of intervals that contain the true value; None where no interval is computed."""
+    truth = true_values(shift, negatives, positives)
+    held: dict[str, list[bool]] = {metric: [] for metric in METRICS}
+    for seed in range(runs):
+        table = results(np.random.default_rng(seed), negatives, positives, shift)
+        for metric, entry in values(table, resamples=resamples, seed=seed).items():
+            if metric in held and entry["low"] is not None:
+                held[metric].append(entry["low"] <= truth[metric] <= entry["high"])
+    return {metric: float(np.mean(inside)) if inside else None for metric, inside in held.items()}
+
+
+def show_coverage(console: Console, runs: int, resamples: int) -> None:
+    """Print the coverage table."""
+    table = Table(title=f"Coverage of 95 % intervals in %, {runs} runs, {resamples} resamples")
+    for heading in ("negatives", "positives", "true AUROC", *METRICS):
+        table.add_column(heading, justify="right")
+    for shift in SHIFTS:
+        for negatives, positives in SIZES:
+            shares = coverage(shift, negatives, positives, runs, resamples)
+            cells = ["–" if share is None else f"{100 * share:.0f}" for share in shares.values()]
+            table.add_row(str(negatives), str(positives), f"{norm.cdf(shift / np.sqrt(2)):.3f}", *cells)
+    console.print(table)
+
+
+def measure(rows: int, scores: int, resamples: int) -> dict[str, Any]:
+    """Return the CPU seconds of one evaluation, and by how much the peak memory grew."""
+    table = results(np.random.default_rng(0), rows // 2, rows // 2, 1.5, scores)
+    datasets = pa.DictionaryArray.from_arrays(
+        pa.array((np.arange(rows) >= 0.6 * rows).astype(np.int32)), ["test", "far"]
+    )
+    table = table.set_column(0, "dataset", datasets)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    names = [f"s{number}" for number in range(scores)]
+    evaluate(table, names, {"test": "id", "far": "far"}, ["s0"], resamples=resamples)
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"rows": rows, "scores": scores, "resamples": resamples, "seconds": seconds, "mib": (peak - before) / 1024}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the simulation, or one measurement of time and memory."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks intervals", description=__doc__)
+    parser.add_argument("--runs", type=int, default=200, help="simulated data sets per row")
+    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--size", type=int, help="time evaluate with this number of rows, two data sets")
+    parser.add_argument("--scores", type=int, default=10)
+    options = parser.parse_args(arguments)
+    if options.size:
+        print(json.dumps(measure(options.size, options.scores, options.resamples)))
+        return
+    show_coverage(Console(width=100), options.runs, options.resamples)
