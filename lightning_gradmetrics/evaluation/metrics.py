@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from lightning_gradmetrics.meters.functional.ranking import (
 )
 from lightning_gradmetrics.meters.functional.selective import augrc_of_counts, aurc_of_counts, e_aurc_of_counts
 
-__all__ = ["HIGHER_IS_BETTER", "METRICS", "SHOWN", "TASKS", "Metric", "logged_metrics", "metrics_of", "register_metric"]
+__all__ = ["HIGHER_IS_BETTER", "METRICS", "SHOWN", "TASKS", "Metric", "metrics_of", "register_metric"]
 
 MISCLASSIFICATION, OOD, JOINT = "misclassification", "ood", "joint"
 TASK_NAMES = (JOINT, MISCLASSIFICATION, OOD)
@@ -119,23 +118,6 @@ def metrics_of(task: str, counts: Counts, rate: float) -> dict[str, Tensor]:
     for name in TASKS[task]:
         values[name] = METRICS[name].of_counts(counts, rate)
     return values
-
-
-def logged_metrics(metrics: Iterable[Mapping[str, Any]], prefix: str) -> dict[str, float]:
-    """Return the defined metrics by their logged names, ``prefix/dataset/score/task_metric``.
-
-    The mean over a group is logged under the group's role.
-
-    Args:
-        metrics: Those of :class:`~lightning_gradmetrics.evaluation.Evaluation`.
-        prefix: The first part of the names.
-    """
-    logged = {}
-    for metric in metrics:
-        if metric["value"] is not None:
-            place = metric["dataset"] or metric["group"]
-            logged[f"{prefix}/{place}/{metric['score']}/{metric['task']}_{metric['metric']}"] = metric["value"]
-    return logged
 
 
 def _auroc(counts: Counts, rate: float) -> Tensor:

@@ -552,7 +552,7 @@ def test_statistics_of_batch_norm_are_those_of_the_users_passes(training):
 
 
 def test_building_a_plan_leaves_a_pending_graph_valid():
-    """Batch norm's backward pass needs the buffers of its own forward pass."""
+    """Batch norm's backward pass needs the buffers of the same forward pass."""
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).eval()
     pending = model(torch.randn(8, 4)).sum()
     collector = GradientMetricCollector(ours.Max(model))

@@ -119,7 +119,7 @@ def test_experts_are_handled_without_a_slow_way():
 
 @pytest.mark.slow
 def test_the_first_call_holds_few_copies_of_the_parameters():
-    """In a process of its own, the peak of memory during the first call is below three times the parameters."""
+    """In a separate process, the peak of memory during the first call is below three times the parameters."""
     script = """
 import resource, torch
 from torch import nn
