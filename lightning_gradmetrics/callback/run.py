@@ -46,6 +46,7 @@ class Run:
     _observer: StepObserver = field(init=False)
     _read: ReadBatch | None = None
     _seen: Observation | None = None
+    _stepped: nn.Module | None = None
     _remove: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +57,7 @@ class Run:
         self.stop()
         self._read = self.reader.read(batch)
         self._seen = Observation()
+        self._stepped = module
         self._remove = around_next_call(module, step, self._observed)
 
     @contextmanager
@@ -79,7 +81,8 @@ class Run:
         check_model(self.model)
         indices = seen_indices(self.loaders[place], number)
         with self.surroundings():
-            batch = self._observer.batch(seen, read.inputs, read.size if indices is None else len(indices))
+            size = read.size if indices is None else len(indices)
+            batch = self._observer.batch(seen, read.inputs, size, self._stepped)
             batch = self._completed(batch, read, seen, place)
             evidence = self.stage.scorer.evidence(self.model, batch)
         self.stage.add(place, batch, evidence, indices)

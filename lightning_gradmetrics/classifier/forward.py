@@ -19,6 +19,7 @@ __all__ = [
     "check_inputs",
     "check_model",
     "gradients_enabled",
+    "has_compiled_parts",
     "logits_of",
     "map_tensors",
     "preserved",
@@ -171,6 +172,17 @@ def check_model(model: nn.Module) -> None:
                 "per-sample gradients mean nothing. Call model.eval() first"
                 + ("" if module.training else ", and give it track_running_stats=True")
             )
+
+
+def has_compiled_parts(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` was applied to the module, to a module in it, or to a function that one of them keeps."""
+    for part in module.modules():
+        if part._compiled_call_impl is not None:
+            return True
+        for value in vars(part).values():
+            if hasattr(value, "_torchdynamo_orig_callable"):
+                return True
+    return False
 
 
 @contextmanager

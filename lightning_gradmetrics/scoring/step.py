@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors, preserved
+from lightning_gradmetrics.classifier.forward import Inputs, call, has_compiled_parts, map_tensors, preserved
 from lightning_gradmetrics.classifier.head import (
     Head,
     HeadNotFoundError,
@@ -77,20 +76,23 @@ class StepObserver:
         """One batch, observed in a forward pass that is run for it."""
         return self.batch(self._run(inputs), inputs)
 
-    def batch(self, seen: Observation, given: Inputs | None, size: int | None = None) -> ObservedBatch:
+    def batch(
+        self, seen: Observation, given: Inputs | None, size: int | None = None, stepped: nn.Module | None = None
+    ) -> ObservedBatch:
         """The batch of an observed step.
 
         Args:
             seen: What was observed.
             given: The inputs in the batch, for a step that does not call the model as a whole.
             size: The number of samples in the batch, for a step that calls the model several times.
+            stepped: The module whose step was observed; ``None`` for the model.
 
         Raises:
             HeadNotFoundError: If the head is needed and it is not certain which layer it is.
             ValueError: If it is not certain which calls of the step are those of the samples.
         """
         if not seen.layers and seen.called is None:
-            seen = self._unseen(given)
+            seen = self._unseen(given, stepped or self.model)
         if seen.called is None:
             batch = self._from_parts(seen, given, size)
         else:
@@ -192,10 +194,10 @@ class StepObserver:
         except Exception:  # the user's forward may not be made for the batch
             return None
 
-    def _unseen(self, given: Inputs | None) -> Observation:
+    def _unseen(self, given: Inputs | None, stepped: nn.Module) -> Observation:
         """A forward pass for a step in which no call was observed: one of a compiled model."""
         kind = type(self.model).__name__
-        if given is None or not _has_compiled():
+        if given is None or not (has_compiled_parts(stepped) or has_compiled_parts(self.model)):
             raise ValueError(
                 f"the step does not call {kind}, nor any layer of it, so its scores are not known. Pass submodule=, the "
                 "part of the model that the step calls"
@@ -231,12 +233,6 @@ class StepObserver:
         if self._head is None:
             self._head = head_of(self.model, calls[-1])
         return _joined_layer(calls, size)
-
-
-def _has_compiled() -> bool:
-    """Whether torch has compiled anything in this process."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and dynamo.counters["frames"]["total"] > 0
 
 
 def _joined_layer(calls: Sequence[LayerCall], size: int | None) -> tuple[Tensor, Tensor]:
