@@ -46,7 +46,9 @@ class ScoreStage:
         scores, rows = self.scorer(evidence), self.rows[place]
         columns = rows.add(batch.inputs, batch.logits, batch.labels, scores, seen)
         if self.sources:
-            scored = ScoredBatch(rows.dataset, **columns, inputs=batch.inputs, evidence=evidence, scores=scores).once()
+            scored = ScoredBatch(
+                rows.dataset, **columns, inputs=batch.inputs, evidence=evidence, scores=scores
+            ).without_repeats()
             for source in self.sources:
                 source.add(scored)
 

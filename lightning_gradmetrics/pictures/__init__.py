@@ -1,4 +1,4 @@
-"""Pictures of a run: sources look at the batches as they are scored; loggers, files and the report take the pictures."""
+"""Pictures of a run: sources read each batch after it is scored; the pictures go to loggers, files and the report."""
 
 from __future__ import annotations
 
@@ -36,35 +36,39 @@ __all__ = [
 def picture_sources(
     scores: Sequence[Score], profile: Profile | None = None, top_k: Mapping[str, int] | None = None
 ) -> list[PictureSource]:
-    """The picture sources of a run: the profile, the examples, and the maps where a score looks at them.
+    """Return the picture sources of a run: the profile, the examples, and the maps if a score computes them.
 
     Args:
         scores: The run's scores.
-        profile: What the profile is of, or ``None`` for none.
-        top_k: How many samples to show of each score's largest.
+        profile: The objective and norm of the layer profile, or ``None`` for no profile.
+        top_k: Number of samples with the largest values to show, by score.
 
     Example:
         >>> from lightning_gradmetrics.scores import resolve
         >>> [type(source).__name__ for source in picture_sources(resolve(["gga", "entropy"]), Profile(), {"entropy": 5})]
         ['ProfileGallery', 'ExampleGallery', 'MapGallery']
     """
-    found: list[PictureSource | None] = [
-        ProfileGallery(profile) if profile else None,
-        ExampleGallery(top_k) if top_k else None,
-        MapGallery.of(scores),
-    ]
-    return [source for source in found if source is not None]
+    sources: list[PictureSource] = []
+    if profile:
+        sources.append(ProfileGallery(profile))
+    if top_k:
+        sources.append(ExampleGallery(top_k))
+    maps = MapGallery.of(scores)
+    if maps is not None:
+        sources.append(maps)
+    return sources
 
 
 def check_top_k(names: Sequence[str], top_k: Mapping[str, int]) -> dict[str, int]:
-    """The number of samples to keep of each score, checked.
+    """Check ``top_k`` and return it as a dict.
 
     Args:
-        names: Of the run's scores.
-        top_k: How many samples, by score.
+        names: Names of the run's scores.
+        top_k: Number of samples, by score.
 
     Raises:
-        ValueError: If there is no score of a name, or a number is not a whole one above 0.
+        ValueError: If a name is not one of the run's scores, or a number is not a positive integer.
+        TypeError: If ``top_k`` is not a mapping.
     """
     if not isinstance(top_k, Mapping):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Pictures of a run: what makes them, while the run scores, and where they go."""
+"""Pictures of a run: the interface of their sources, and how they are logged and written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.csv
@@ -18,11 +18,15 @@ from lightning_gradmetrics.scoring.evidence import Evidence
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
 __all__ = [
     "Picture",
     "PictureSource",
     "ScoredBatch",
     "file_name",
+    "grouped",
     "images_of",
     "log_pictures",
     "write_pictures",
@@ -32,7 +36,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its words; ``name`` is that of its file and of its tag in a logger, ``section`` its place in a report."""
+    """A figure with its title and caption.
+
+    Args:
+        name: Name of the file and of the tag in a logger.
+        title: Heading in the report.
+        caption: Text below the figure.
+        figure: The matplotlib figure.
+        section: Section of the report that shows the figure.
+    """
 
     name: str
     title: str
@@ -43,17 +55,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A batch after it was scored, as a picture source sees it.
+    """A scored batch, as passed to picture sources.
 
     Args:
-        dataset: The data set's name.
-        index: Each sample's index in it ``(N,)``; -1 where a distributed sampler repeats one.
-        prediction: The predicted classes ``(N,)``.
-        label: The true labels ``(N,)``, -1 where unknown.
-        finite: Which samples are free of NaN and Inf, in input, logits and scores ``(N,)``.
+        dataset: Name of the data set.
+        index: Index of each sample in the data set ``(N,)``; -1 for a sample that a distributed sampler repeats.
+        prediction: Predicted classes ``(N,)``.
+        label: True labels ``(N,)``, -1 where unknown.
+        finite: Whether a sample's input, logits and scores are free of NaN and Inf ``(N,)``.
         inputs: The model's inputs.
-        evidence: What the scores looked at.
-        scores: The scores by name, ``(N,)`` each.
+        evidence: The evidence that the scores were computed from.
+        scores: Values of each score ``(N,)``, by name.
     """
 
     dataset: str
@@ -65,15 +77,16 @@ class ScoredBatch:
     evidence: Evidence
     scores: Mapping[str, Tensor]
 
-    def once(self) -> ScoredBatch:
-        """The batch without the samples that a distributed sampler repeats."""
+    def without_repeats(self) -> ScoredBatch:
+        """Return the batch without the samples that a distributed sampler repeats."""
         keep = self.index >= 0
         if keep.all():
             return self
         size, keep = len(keep), keep.to(self.prediction.device)
 
         def take(tensor: Tensor) -> Tensor:
-            return tensor[keep.to(tensor.device)] if tensor.ndim and len(tensor) == size else tensor
+            has_samples = tensor.ndim > 0 and len(tensor) == size
+            return tensor[keep.to(tensor.device)] if has_samples else tensor
 
         return replace(
             self,
@@ -88,41 +101,56 @@ class ScoredBatch:
 
 
 class PictureSource(Protocol):
-    """Looks at the batches that a run scores, keeps a bounded part of what it sees, and makes pictures of it."""
+    """Reads every scored batch, keeps a bounded part of it, and draws pictures at the end."""
 
     def look(self, evidence: Evidence) -> Any:
-        """Ask the evidence for what :meth:`add` will: as with a score, the dry run of it is the declaration."""
+        """Request from the evidence everything that :meth:`add` reads; a dry run of this method declares the needs."""
 
     def add(self, batch: ScoredBatch) -> None:
-        """Look at a batch, in which no sample is repeated."""
+        """Read a batch, which contains no repeated samples."""
 
     def kept(self) -> Any:
-        """What was kept: what processes send each other."""
+        """Return the retained data, which processes exchange."""
 
     def join(self, parts: Sequence[Any]) -> None:
-        """Take what all processes kept for what was kept."""
+        """Replace the retained data by that of all processes."""
 
     def pictures(self) -> list[Picture]:
-        """The pictures."""
+        """Return the pictures."""
 
     def tables(self) -> dict[str, pa.Table]:
-        """The numbers in them, by the name of their file."""
+        """Return the tables behind the pictures, by file name without suffix."""
+
+
+def grouped(mappings: Iterable[Mapping[Key, Value]]) -> dict[Key, list[Value]]:
+    """Return the values of several mappings by key, in the order of the mappings.
+
+    Example:
+        >>> grouped([{"a": 1, "b": 2}, {"a": 3}])
+        {'a': [1, 3], 'b': [2]}
+    """
+    groups: dict[Key, list[Value]] = {}
+    for mapping in mappings:
+        for key, value in mapping.items():
+            groups.setdefault(key, []).append(value)
+    return groups
 
 
 def images_of(inputs: Inputs | None) -> Tensor | None:
-    """The inputs where they are images, ``(N, 1 or 3, H, W)``; else ``None``.
+    """Return the inputs if they are images ``(N, 1 or 3, H, W)``, else ``None``.
 
     Example:
         >>> import torch
         >>> images_of(torch.zeros(2, 3, 8, 8)).shape, images_of(torch.zeros(2, 7))
         (torch.Size([2, 3, 8, 8]), None)
     """
-    images = isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[1] in (1, 3)
-    return inputs.detach() if images else None  # type: ignore[union-attr]
+    if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[1] in (1, 3):
+        return inputs.detach()
+    return None
 
 
 def file_name(text: str) -> str:
-    """The text as a part of a file's name.
+    """Return the text with all characters replaced that do not belong in a file name.
 
     Example:
         >>> file_name("photos/far (2)")
@@ -132,7 +160,7 @@ def file_name(text: str) -> str:
 
 
 def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: str, step: int) -> None:
-    """Hand pictures to the loggers that take them, by ``log_image`` (W&B) or ``experiment.add_image`` (TensorBoard)."""
+    """Pass pictures to the loggers that accept them, by ``log_image`` (W&B) or ``experiment.add_image`` (TensorBoard)."""
     for picture in pictures:
         pixels = None
         for logger in loggers:
@@ -147,7 +175,7 @@ def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: st
 
 
 def _pixels(figure: Figure) -> Any:
-    """``(height, width, 3)``, bytes."""
+    """Return the pixels of a figure ``(height, width, 3)``, uint8."""
     import numpy as np
 
     figure.canvas.draw()
@@ -155,7 +183,7 @@ def _pixels(figure: Figure) -> Any:
 
 
 def write_pictures(pictures: Iterable[Picture], directory: Path) -> list[dict[str, str]]:
-    """Write each picture to ``directory/figures/<name>.svg``, the same file each time.
+    """Write each picture to ``directory/figures/<name>.svg``; equal pictures give equal files.
 
     Returns:
         ``file`` (relative to the directory), ``title``, ``caption`` and ``section`` of each, for ``metrics.json``.
@@ -174,9 +202,11 @@ def write_pictures(pictures: Iterable[Picture], directory: Path) -> list[dict[st
 
 
 def write_tables(tables: Mapping[str, pa.Table], directory: Path) -> list[Path]:
-    """Write each table to ``directory/<name>.csv``, and give the files' paths."""
+    """Write each table to ``directory/<name>.csv`` and return the paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{name}.csv" for name in tables]
-    for path, table in zip(paths, tables.values(), strict=True):
+    paths = []
+    for name, table in tables.items():
+        path = directory / f"{name}.csv"
         pa.csv.write_csv(table, path)
+        paths.append(path)
     return paths

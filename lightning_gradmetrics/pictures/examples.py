@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, file_name, images_of
+from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, file_name, grouped, images_of
 from lightning_gradmetrics.scoring.evidence import Evidence
 
 __all__ = ["ExampleGallery", "thumbnails"]
@@ -19,11 +20,11 @@ SIDE = 96
 
 
 def thumbnails(images: Tensor, side: int = SIDE) -> Tensor:
-    """Images shrunk to at most ``side`` pixels a side by averaging, on the CPU; smaller ones as they are.
+    """Return images shrunk by averaging to at most ``side`` pixels per side, on the CPU; smaller images keep their size.
 
     Args:
-        images: ``(N, C, H, W)``.
-        side: The longest side afterwards.
+        images: Images ``(N, C, H, W)``.
+        side: Longest side of the result, in pixels.
 
     Example:
         >>> thumbnails(torch.zeros(2, 3, 400, 200)).shape, thumbnails(torch.zeros(2, 1, 8, 8)).shape
@@ -38,7 +39,7 @@ def thumbnails(images: Tensor, side: int = SIDE) -> Tensor:
 
 @dataclass
 class _Top:
-    """Samples of one data set with their values of one score, the largest first; images may differ in size."""
+    """Samples of one data set in descending order of one score; images may differ in size."""
 
     images: list[Tensor]
     value: Tensor
@@ -47,77 +48,98 @@ class _Top:
     prediction: Tensor
 
     def largest(self, count: int) -> _Top:
-        """The ``count`` largest; of equal ones those with the lower index."""
+        """Return the ``count`` largest; among equal values, those with the lower index."""
         by_index = self.index.argsort(stable=True)
         order = by_index[self.value[by_index].argsort(descending=True, stable=True)][:count]
-        columns = (self.value, self.index, self.label, self.prediction)
-        return _Top([self.images[i] for i in order], *(column[order] for column in columns))
+        images = [self.images[position] for position in order]
+        return _Top(images, self.value[order], self.index[order], self.label[order], self.prediction[order])
 
 
-def _joined(parts: Sequence[_Top], count: int) -> _Top:
-    """The largest of several."""
-    columns = [torch.cat([getattr(part, key) for part in parts]) for key in ("value", "index", "label", "prediction")]
-    return _Top([image for part in parts for image in part.images], *columns).largest(count)
+def _merge_two(one: _Top, other: _Top) -> _Top:
+    """Return the samples of both, not sorted."""
+    return _Top(
+        one.images + other.images,
+        torch.cat([one.value, other.value]),
+        torch.cat([one.index, other.index]),
+        torch.cat([one.label, other.label]),
+        torch.cat([one.prediction, other.prediction]),
+    )
+
+
+def _merge(parts: Sequence[_Top], count: int) -> _Top:
+    """Return the ``count`` largest of all parts."""
+    return reduce(_merge_two, parts).largest(count)
 
 
 @dataclass
 class ExampleGallery:
-    """Thumbnails of the samples with the largest scores of each data set; only of inputs that are images.
+    """Thumbnails of the samples with the largest scores of each data set; requires images as inputs.
 
     Args:
-        counts: How many to keep, by score.
+        counts: Number of samples to keep, by score.
     """
 
     counts: Mapping[str, int]
     seen: dict[tuple[str, str], _Top] = field(default_factory=dict)
 
     def look(self, evidence: Evidence) -> None:
-        """The scores are at hand."""
+        """Request nothing: the batch contains the scores."""
 
     def add(self, batch: ScoredBatch) -> None:
-        """Look at a batch; samples with NaN or Inf are left out, as in the evaluation."""
+        """Read a batch; samples with NaN or Inf are left out, as in the evaluation."""
         images = images_of(batch.inputs)
         if images is None or not batch.finite.any():
             return
         for score, count in self.counts.items():
+            largest = _largest_of_batch(batch, batch.scores[score].detach(), images, count)
             key = (batch.dataset, score)
-            found = self._top(batch, batch.scores[score].detach(), images, count)
-            self.seen[key] = _joined([self.seen[key], found] if key in self.seen else [found], count)
-
-    def _top(self, batch: ScoredBatch, values: Tensor, images: Tensor, count: int) -> _Top:
-        """The batch's largest; the images of no more are taken."""
-        finite = batch.finite.to(values.device).nonzero()[:, 0]
-        rows = finite[values[finite].argsort(descending=True, stable=True)[:count]]
-        columns = (values, batch.index, batch.label, batch.prediction)
-        shown = thumbnails(images[rows.to(images.device)])
-        return _Top(list(shown), *(column[rows.to(column.device)].cpu() for column in columns))
+            if key in self.seen:
+                largest = _merge([self.seen[key], largest], count)
+            self.seen[key] = largest
 
     def kept(self) -> dict[tuple[str, str], _Top]:
-        """The largest of each data set and score."""
+        """Return the largest of each data set and score."""
         return self.seen
 
     def join(self, parts: Sequence[dict[tuple[str, str], _Top]]) -> None:
-        """The largest of all processes."""
-        keys = dict.fromkeys(key for part in parts for key in part)
-        self.seen = {key: _joined([part[key] for part in parts if key in part], self.counts[key[1]]) for key in keys}
+        """Keep the largest of all processes."""
+        self.seen = {}
+        for (dataset, score), tops in grouped(parts).items():
+            self.seen[dataset, score] = _merge(tops, self.counts[score])
 
     def tables(self) -> dict[str, pa.Table]:
-        """None: :func:`lightning_gradmetrics.largest` makes them of the results."""
+        """Return no table: :func:`lightning_gradmetrics.largest` computes it from the results."""
         return {}
 
     def pictures(self) -> list[Picture]:
-        """A figure for each data set and score."""
-        return [self._picture(dataset, score, top) for (dataset, score), top in self.seen.items()]
+        """Return one figure per data set and score."""
+        pictures = []
+        for (dataset, score), top in self.seen.items():
+            pictures.append(_picture(dataset, score, top))
+        return pictures
 
-    def _picture(self, dataset: str, score: str, top: _Top) -> Picture:
-        from lightning_gradmetrics.pictures.figures import examples_figure
 
-        figure = examples_figure(top.images, top.value, top.index, top.label, top.prediction)
-        labelled = bool((top.label >= 0).any())
-        caption = (
-            f"The {len(top.value)} samples of {dataset} with the largest {score}, the largest first. Above each: its index "
-            f"and its score; below: {'its label and the predicted class, if another' if labelled else 'the predicted class'}. "
-            "Each image is stretched to its own range of values."
-        )
-        name = f"largest_{file_name(dataset)}_{file_name(score)}"
-        return Picture(name, f"Largest {score} of {dataset}", caption, figure, "Examples with the largest scores")
+def _largest_of_batch(batch: ScoredBatch, values: Tensor, images: Tensor, count: int) -> _Top:
+    """Return the finite samples of a batch with the largest values; only their images are copied."""
+    finite = batch.finite.to(values.device).nonzero()[:, 0]
+    rows = finite[values[finite].argsort(descending=True, stable=True)[:count]]
+
+    def take(column: Tensor) -> Tensor:
+        return column[rows.to(column.device)].cpu()
+
+    shown = thumbnails(images[rows.to(images.device)])
+    return _Top(list(shown), take(values), take(batch.index), take(batch.label), take(batch.prediction))
+
+
+def _picture(dataset: str, score: str, top: _Top) -> Picture:
+    from lightning_gradmetrics.pictures.figures import examples_figure
+
+    figure = examples_figure(top.images, top.value, top.index, top.label, top.prediction)
+    labelled = bool((top.label >= 0).any())
+    below = "its label, and the predicted class if it differs" if labelled else "the predicted class"
+    caption = (
+        f"The {len(top.value)} samples of {dataset} with the largest {score}, in descending order. Above each image: its "
+        f"index and its score; below: {below}. Each image is stretched to its range of values."
+    )
+    name = f"largest_{file_name(dataset)}_{file_name(score)}"
+    return Picture(name, f"Largest {score} of {dataset}", caption, figure, "Examples with the largest scores")

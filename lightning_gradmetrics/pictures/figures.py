@@ -1,32 +1,33 @@
-"""Figures of profiles and of examples, without pyplot."""
+"""Figures of layer profiles and of example images, without pyplot."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_gradmetrics.pictures.cosine_map_figure import draw_image
+from lightning_gradmetrics.pictures.cosine_map_figure import draw_image, literal
 
 __all__ = ["examples_figure", "profile_figure"]
 
 _LABELLED = 40
-"""Layers up to which each has its name on the axis; of more, every second, third, ... has."""
+"""Largest number of layer names on the axis; with more layers, every second, third, ... is named."""
 
-_WRONG, _PLAIN = "#b03a00", "#16181d"
+_INCORRECT, _PLAIN = "#b03a00", "#16181d"
 _COLOURS = ("#0067b1", "#c94f00", "#00805c", "#9b3f85", "#a67c00", "#2f97d0", "#16181d")
-"""Those of the report's own pictures."""
+"""The colours of the report's plots."""
 
 
 def profile_figure(quartiles: Mapping[str, Tensor], layers: Sequence[str], label: str) -> Figure:
-    """A line and a band for each data set over the layers, on a logarithmic scale.
+    """Draw one line and one band per data set over the layers, on a logarithmic scale.
 
     Args:
         quartiles: Lower quartile, median and upper quartile of every layer, ``(3, L)``, by data set.
-        layers: L names.
-        label: What they are of.
+        layers: L names of layers.
+        label: Label of the vertical axis.
 
     Example:
         >>> import torch
@@ -37,15 +38,18 @@ def profile_figure(quartiles: Mapping[str, Tensor], layers: Sequence[str], label
     figure = Figure(figsize=(min(14, 6.5 + 0.16 * len(layers)), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    places = list(range(len(layers)))
+    positions = list(range(len(layers)))
     for number, (name, (low, middle, high)) in enumerate(quartiles.items()):
         colour = _COLOURS[number % len(_COLOURS)]
-        axes.fill_between(places, low.tolist(), high.tolist(), color=colour, alpha=0.18, linewidth=0)
-        axes.plot(places, middle.tolist(), color=colour, marker="o", markersize=3, linewidth=1.5, label=_literal(name))
+        axes.fill_between(positions, low.tolist(), high.tolist(), color=colour, alpha=0.18, linewidth=0)
+        axes.plot(
+            positions, middle.tolist(), color=colour, marker="o", markersize=3, linewidth=1.5, label=literal(name)
+        )
     if any((values > 0).any() for values in quartiles.values()):
         axes.set_yscale("log", nonpositive="mask")
-    step = -(-len(layers) // _LABELLED)
-    axes.set_xticks(places[::step], [_literal(name) for name in layers[::step]], rotation=90, fontsize=8)
+    step = math.ceil(len(layers) / _LABELLED)
+    names = [literal(name) for name in layers[::step]]
+    axes.set_xticks(positions[::step], names, rotation=90, fontsize=8)
     axes.set_ylabel(label)
     axes.grid(axis="y", color="0.85", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -56,15 +60,15 @@ def profile_figure(quartiles: Mapping[str, Tensor], layers: Sequence[str], label
 def examples_figure(
     images: Sequence[Tensor], values: Tensor, index: Tensor, label: Tensor, prediction: Tensor, columns: int = 5
 ) -> Figure:
-    """A grid of images; above each its index and score, below its label and, in red, another prediction.
+    """Draw a grid of images: above each, its index and score; below, its label, and an incorrect prediction in red.
 
     Args:
-        images: N of them, at least 1, ``(1 or 3, H, W)`` each.
-        values: ``(N,)``.
-        index: ``(N,)``.
-        label: ``(N,)``, -1 where unknown.
-        prediction: ``(N,)``.
-        columns: Images in a row.
+        images: At least one image ``(1 or 3, H, W)``.
+        values: Scores ``(N,)``.
+        index: Indices in the data set ``(N,)``.
+        label: True classes ``(N,)``, -1 where unknown.
+        prediction: Predicted classes ``(N,)``.
+        columns: Number of images per row.
 
     Example:
         >>> import torch
@@ -74,31 +78,28 @@ def examples_figure(
         ('#1   0.5', 'label 1, predicted 2')
     """
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    height = 1.4 * min(1.6, max(image.shape[1] / image.shape[2] for image in images))
+    rows = math.ceil(len(images) / columns)
+    tallest = max(image.shape[1] / image.shape[2] for image in images)
+    height = 1.4 * min(1.6, tallest)
     figure = Figure(figsize=(1.6 * columns, (height + 0.6) * rows), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(images) :]:
         axes.set_axis_off()
-    for place, axes in enumerate(grid[: len(images)]):
-        draw_image(axes, images[place])
+    for number, axes in enumerate(grid[: len(images)]):
+        draw_image(axes, images[number])
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        true, predicted = int(label[place]), int(prediction[place])
-        wrong = true >= 0 and true != predicted
-        words = (
-            f"label {true}, predicted {predicted}"
-            if wrong
-            else f"label {true}"
-            if true >= 0
-            else f"predicted {predicted}"
-        )
-        axes.set_title(f"#{int(index[place])}   {float(values[place]):.3g}", fontsize=9, color=_PLAIN, pad=3)
-        axes.set_xlabel(words, fontsize=9, color=_WRONG if wrong else _PLAIN, labelpad=2)
+        axes.set_title(f"#{int(index[number])}   {float(values[number]):.3g}", fontsize=9, color=_PLAIN, pad=3)
+        words, colour = _outcome(int(label[number]), int(prediction[number]))
+        axes.set_xlabel(words, fontsize=9, color=colour, labelpad=2)
     return figure
 
 
-def _literal(text: str) -> str:
-    """The text with no mathematics in it."""
-    return text.replace("$", r"\$")
+def _outcome(label: int, prediction: int) -> tuple[str, str]:
+    """Return the words below an image and their colour."""
+    if label < 0:
+        return f"predicted {prediction}", _PLAIN
+    if label == prediction:
+        return f"label {label}", _PLAIN
+    return f"label {label}, predicted {prediction}", _INCORRECT

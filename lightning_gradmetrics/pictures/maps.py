@@ -1,15 +1,16 @@
-"""Cosine similarity maps of a run: the mean of each data set, and a few samples."""
+"""Cosine similarity maps of a run: the mean of each data set, and a few of its samples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, file_name, images_of
+from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, file_name, grouped, images_of
 from lightning_gradmetrics.scores.geometry import ClassCosines
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import Score
@@ -19,7 +20,7 @@ __all__ = ["MapGallery"]
 
 @dataclass
 class _Seen:
-    """Samples of one data set: how many there were, the sum of their maps, and those that are kept."""
+    """Maps of one data set: the number of samples, the sum of their maps, and the retained samples."""
 
     count: int
     total: Tensor
@@ -29,36 +30,38 @@ class _Seen:
 
     @classmethod
     def of(cls, values: Tensor, maps: Tensor, images: Tensor | None) -> _Seen:
-        """All samples of a batch."""
+        """Return all samples of a batch."""
         return cls(len(values), maps.sum(0, dtype=torch.float64), values, maps, images)
 
     def extremes(self, each: int) -> _Seen:
-        """Keep the ``each`` lowest and highest, the lowest first."""
+        """Return the ``each`` lowest and highest samples, in ascending order."""
         order = self.values.argsort(stable=True)
         kept = order if len(order) <= 2 * each else torch.cat([order[:each], order[-each:]])
         images = None if self.images is None else self.images[kept]
         return _Seen(self.count, self.total, self.values[kept], self.maps[kept], images)
 
 
-def _joined(parts: Sequence[_Seen], each: int) -> _Seen:
-    images = [part.images for part in parts if part.images is not None]
-    return _Seen(
-        sum(part.count for part in parts),
-        torch.stack([part.total for part in parts]).sum(0),
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.maps for part in parts]),
-        torch.cat(images) if len(images) == len(parts) else None,
-    ).extremes(each)
+def _merge_two(one: _Seen, other: _Seen) -> _Seen:
+    """Return the samples of both; without images if one has none."""
+    images = None
+    if one.images is not None and other.images is not None:
+        images = torch.cat([one.images, other.images])
+    values, maps = torch.cat([one.values, other.values]), torch.cat([one.maps, other.maps])
+    return _Seen(one.count + other.count, one.total + other.total, values, maps, images)
+
+
+def _merge(parts: Sequence[_Seen], each: int) -> _Seen:
+    return reduce(_merge_two, parts).extremes(each)
 
 
 @dataclass
 class MapGallery:
-    """The maps that a score of geometric gradient analysis computed anyway.
+    """Pictures of the maps that a score of geometric gradient analysis computes.
 
     Args:
         score: The score that ranks the samples.
-        probe: Its maps.
-        each: Samples kept of each end of the ranking, in each data set.
+        probe: The computation of its maps.
+        each: Number of samples kept from each end of the ranking, per data set.
     """
 
     score: Score
@@ -68,7 +71,7 @@ class MapGallery:
 
     @classmethod
     def of(cls, scores: Iterable[Score]) -> MapGallery | None:
-        """Of the first score that looks at cosine similarity maps, or ``None``."""
+        """Return the gallery of the first score that uses cosine similarity maps, or ``None``."""
         for score in scores:
             for probe in score.needs.probes:
                 if isinstance(probe, ClassCosines):
@@ -76,49 +79,52 @@ class MapGallery:
         return None
 
     def look(self, evidence: Evidence) -> Tensor:
-        """The maps."""
+        """Return the maps."""
         size = self.probe.classes or evidence.logits.shape[1]
         return evidence.probe(self.probe, (size, size)).detach()
 
     def add(self, batch: ScoredBatch) -> None:
-        """Look at a batch; samples with NaN are left out."""
+        """Read a batch; samples with NaN are left out."""
         maps, values, images = self.look(batch.evidence), batch.scores[self.score.name], images_of(batch.inputs)
         finite = maps.flatten(1).isfinite().all(1) & values.isfinite()
         if not finite.any():
             return
         kept = None if images is None else images[finite.to(images.device)].float().cpu()
-        found = _Seen.of(values.detach()[finite].cpu().double(), maps[finite].float().cpu(), kept)
-        before = [self.seen[batch.dataset]] if batch.dataset in self.seen else []
-        self.seen[batch.dataset] = _joined([*before, found], self.each)
+        seen = _Seen.of(values.detach()[finite].cpu().double(), maps[finite].float().cpu(), kept)
+        if batch.dataset in self.seen:
+            seen = _merge_two(self.seen[batch.dataset], seen)
+        self.seen[batch.dataset] = seen.extremes(self.each)
 
     def kept(self) -> dict[str, _Seen]:
-        """What is kept of each data set."""
+        """Return the retained maps of each data set."""
         return self.seen
 
     def join(self, parts: Sequence[dict[str, _Seen]]) -> None:
-        """The extreme samples and the mean over all processes."""
-        names = dict.fromkeys(name for part in parts for name in part)
-        self.seen = {name: _joined([part[name] for part in parts if name in part], self.each) for name in names}
+        """Keep the extreme samples and the mean of all processes."""
+        self.seen = {}
+        for name, seen in grouped(parts).items():
+            self.seen[name] = _merge(seen, self.each)
 
     def tables(self) -> dict[str, pa.Table]:
-        """None: the scores are in the results."""
+        """Return no table: the results contain the scores."""
         return {}
 
     def pictures(self) -> list[Picture]:
-        """The mean map of each data set in one figure, and a figure a data set of its extreme samples."""
+        """Return one figure with the mean map of each data set, and one figure per data set with its extreme samples."""
         if not self.seen:
             return []
-        return [self._means(), *(self._samples(name, seen) for name, seen in self.seen.items())]
+        pictures = [self._means()]
+        for name, seen in self.seen.items():
+            pictures.append(self._samples(name, seen))
+        return pictures
 
     def _means(self) -> Picture:
         from lightning_gradmetrics.pictures.cosine_map_figure import csm_figure
 
         means = torch.stack([seen.total / seen.count for seen in self.seen.values()])
         titles = [f"{name} ({seen.count})" for name, seen in self.seen.items()]
-        caption = "The mean over each data set's samples, whose number is in brackets."
-        return Picture(
-            "mean_maps", "Mean cosine similarity maps", f"{self._axes()} {caption}", csm_figure(means, titles=titles)
-        )
+        caption = f"{self._axes()} Each map is the mean over a data set; the number of samples is in brackets."
+        return Picture("mean_maps", "Mean cosine similarity maps", caption, csm_figure(means, titles=titles))
 
     def _samples(self, name: str, seen: _Seen) -> Picture:
         from lightning_gradmetrics.pictures.cosine_map_figure import csm_figure
@@ -126,11 +132,13 @@ class MapGallery:
         titles = [f"{value:.3g}" for value in seen.values.tolist()]
         figure = csm_figure(seen.maps, images=seen.images, titles=titles, columns=2 * self.each)
         caption = (
-            f"By {self.score.name}, the number above each: from the most certain samples to the most uncertain ones."
+            f"{self._axes()} The number above each map is {self.score.name}; the most certain samples come first, the most "
+            "uncertain last."
         )
-        title = f"Cosine similarity maps of {name}"
-        return Picture(f"maps_{file_name(name)}", title, f"{self._axes()} {caption}", figure)
+        return Picture(f"maps_{file_name(name)}", f"Cosine similarity maps of {name}", caption, figure)
 
     def _axes(self) -> str:
-        what = "Classes" if self.probe.classes is None else "Each sample's classes of largest logit, largest first,"
-        return f"{what} against each other: the cosine of their saliency maps, red where they agree."
+        classes = "classes" if self.probe.classes is None else "classes with the largest logits, in descending order"
+        return (
+            f"Cosine between the saliency maps of two classes; red means that they agree. Rows and columns: {classes}."
+        )

@@ -1,49 +1,55 @@
-"""The gradient norm of every layer over each data set of a run: its median and quartiles."""
+"""Median and quartiles of each layer's gradient norm over each data set of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import Objective
-from lightning_gradmetrics.pictures.base import Picture, ScoredBatch
+from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, grouped
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.layer_profile import LayerNorms, Profile
 from lightning_gradmetrics.scoring.totals import row_keys
 
 __all__ = ["ProfileGallery"]
 
-MOST = 5000
-"""Samples of a data set that the quartiles are of: a uniform sample of all that were seen."""
+MAX_SAMPLES = 5000
+"""Largest number of samples behind the quartiles of a data set; a larger data set is sampled uniformly."""
 
 QUARTILES = {"lower_quartile": 0.25, "median": 0.5, "upper_quartile": 0.75}
 
 
 @dataclass
 class _Sample:
-    """A uniform sample of one data set's norms: those with the smallest keys, which are made of the samples' indices."""
+    """A uniform sample of one data set's norms: the rows with the smallest keys, which are hashes of the indices."""
 
     count: int
     keys: Tensor
     norms: Tensor
 
+    def smallest_keys(self) -> _Sample:
+        """Return the rows with the smallest keys, at most :data:`MAX_SAMPLES`."""
+        order = self.keys.argsort(stable=True)[:MAX_SAMPLES]
+        return _Sample(self.count, self.keys[order], self.norms[order])
 
-def _joined(parts: Sequence[_Sample]) -> _Sample:
-    keys, norms = torch.cat([part.keys for part in parts]), torch.cat([part.norms for part in parts])
-    order = keys.argsort(stable=True)[:MOST]
-    return _Sample(sum(part.count for part in parts), keys[order], norms[order])
+
+def _merge(one: _Sample, other: _Sample) -> _Sample:
+    """Return a uniform sample of both data sets' rows."""
+    keys, norms = torch.cat([one.keys, other.keys]), torch.cat([one.norms, other.norms])
+    return _Sample(one.count + other.count, keys, norms).smallest_keys()
 
 
 @dataclass
 class ProfileGallery:
-    """The profile of each data set, of a bounded sample of it.
+    """The layer profile of each data set, from a bounded sample of it.
 
     Args:
-        profile: What it is of.
+        profile: The objective and the norm.
     """
 
     profile: Profile
@@ -51,59 +57,69 @@ class ProfileGallery:
     seen: dict[str, _Sample] = field(default_factory=dict)
 
     def look(self, evidence: Evidence) -> LayerNorms:
-        """The norms."""
+        """Return the norms of every layer."""
         return self.profile(evidence)
 
     def add(self, batch: ScoredBatch) -> None:
-        """Look at a batch; samples with NaN or Inf are left out."""
+        """Read a batch; samples with NaN or Inf are left out."""
         self.layers, norms = self.look(batch.evidence)
         keep = batch.finite.cpu() & norms.isfinite().all(1).cpu()
-        if keep.any():
-            found = _Sample(int(keep.sum()), row_keys(batch.index[:, None])[keep], norms.detach().float().cpu()[keep])
-            before = [self.seen[batch.dataset]] if batch.dataset in self.seen else []
-            self.seen[batch.dataset] = _joined([*before, found])
+        if not keep.any():
+            return
+        keys = row_keys(batch.index[:, None])[keep]
+        sample = _Sample(int(keep.sum()), keys, norms.detach().float().cpu()[keep])
+        if batch.dataset in self.seen:
+            sample = _merge(self.seen[batch.dataset], sample)
+        self.seen[batch.dataset] = sample.smallest_keys()
 
     def kept(self) -> tuple[tuple[str, ...], dict[str, _Sample]]:
-        """The layers, and the sample of each data set."""
+        """Return the layers, and the sample of each data set."""
         return self.layers, self.seen
 
     def join(self, parts: Sequence[tuple[tuple[str, ...], dict[str, _Sample]]]) -> None:
-        """The samples of all processes."""
-        self.layers = max((layers for layers, _ in parts), key=len)
-        names = dict.fromkeys(name for _, seen in parts for name in seen)
-        self.seen = {name: _joined([seen[name] for _, seen in parts if name in seen]) for name in names}
+        """Keep samples of all processes."""
+        samples_of_processes = []
+        for layers, samples in parts:
+            samples_of_processes.append(samples)
+            if len(layers) > len(self.layers):
+                self.layers = layers
+        self.seen = {}
+        for name, samples_of_name in grouped(samples_of_processes).items():
+            self.seen[name] = reduce(_merge, samples_of_name)
 
     def quartiles(self) -> dict[str, Tensor]:
-        """Lower quartile, median and upper quartile of every layer's norm, ``(3, L)``, by data set."""
-        wanted = torch.tensor(list(QUARTILES.values()))
-        return {name: sample.norms.quantile(wanted, dim=0) for name, sample in self.seen.items()}
+        """Return lower quartile, median and upper quartile of every layer's norm ``(3, L)``, by data set."""
+        levels = torch.tensor(list(QUARTILES.values()))
+        return {name: sample.norms.quantile(levels, dim=0) for name, sample in self.seen.items()}
 
     def tables(self) -> dict[str, pa.Table]:
-        """``profile``: a row a data set and layer."""
+        """Return ``profile``: one row per data set and layer."""
+        if not self.seen:
+            return {}
         columns: dict[str, list[object]] = {"dataset": [], "layer": [], "samples": []}
-        numbers = self.quartiles()
         for name, sample in self.seen.items():
             columns["dataset"] += [name] * len(self.layers)
             columns["layer"] += self.layers
             columns["samples"] += [sample.count] * len(self.layers)
-        for place, key in enumerate(QUARTILES):
-            columns[key] = [value for found in numbers.values() for value in found[place].tolist()]
-        return {"profile": pa.table(columns)} if self.seen else {}
+        table = torch.cat(list(self.quartiles().values()), dim=1)
+        for key, values in zip(QUARTILES, table, strict=True):
+            columns[key] = values.tolist()
+        return {"profile": pa.table(columns)}
 
     def pictures(self) -> list[Picture]:
-        """The profiles of all data sets in one figure."""
+        """Return one figure with the profiles of all data sets."""
         if not self.seen:
             return []
         from lightning_gradmetrics.pictures.figures import profile_figure
 
         objective = Objective.of(self.profile.objective).name
         figure = profile_figure(self.quartiles(), self.layers, f"{self.profile.norm:g}-norm of the gradient")
-        most = max(sample.count for sample in self.seen.values())
-        sampled = f" Of a data set with more, {MOST} samples are taken at random." if most > MOST else ""
+        largest_count = max(sample.count for sample in self.seen.values())
+        sampled = f" Larger data sets: {MAX_SAMPLES} random samples." if largest_count > MAX_SAMPLES else ""
         caption = (
-            f"The {self.profile.norm:g}-norm of the gradient of the objective {objective} over the parameters of each "
-            "layer, from the input to the output: the line is the median over a data set's samples, the band goes from "
-            "the lower to the upper quartile. Layers with more parameters have larger norms at equally large entries: "
-            f"compare the data sets within a layer.{sampled}"
+            f"The {self.profile.norm:g}-norm of each layer's gradient of the objective {objective}, from the input to the "
+            "output. Line: median over the samples of a data set; band: from the lower to the upper quartile. A layer with "
+            "more parameters has a larger norm when its entries are equally large, so compare data sets within a layer."
+            f"{sampled}"
         )
         return [Picture("profile", "Gradient norm of every layer", caption, figure, "Gradient norms by layer")]

@@ -6,7 +6,6 @@ HABITS: dict[str, int] = {
     "callback": 2,
     "docs": 1,
     "engine": 2,
-    "pictures": 4,
     "scores": 2,
     "scoring": 2,
 }
@@ -14,7 +13,6 @@ HABITS: dict[str, int] = {
 
 NESTED_STATEMENTS: dict[str, int] = {
     "engine": 13,
-    "pictures": 6,
     "report": 1,
     "results": 1,
     "scores": 2,
@@ -28,7 +26,6 @@ COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
     "cli": 24.8,
     "compat": 27.9,
     "engine": 25.5,
-    "pictures": 51.0,
     "results": 21.5,
     "scoring": 26.9,
 }

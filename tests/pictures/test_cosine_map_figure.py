@@ -1,4 +1,4 @@
-"""Figures of cosine similarity maps: what is drawn where, the fixed scale, and nothing of pyplot's state."""
+"""Figures of cosine similarity maps: layout, fixed scale, and no use of pyplot's state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_gradmetrics.gradients.cosine_map_summaries import cosine_similarity
-from lightning_gradmetrics.pictures.cosine_map_figure import csm_figure, mean_csm_figure
+from lightning_gradmetrics.pictures.cosine_map_figure import csm_figure
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_every_map_is_drawn_in_order_on_the_fixed_scale(maps):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_stand_above_their_maps(maps, channels):
+def test_images_are_above_their_maps(maps, channels):
     figure = csm_figure(maps, images=torch.randn(5, channels, 8, 8), titles=list("abcde"), columns=3)
     figure.canvas.draw()
     titles = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
@@ -49,15 +49,6 @@ def test_class_names_are_the_ticks(maps):
     figure.savefig(io.BytesIO(), format="png")
 
 
-def test_the_mean_of_a_group_leaves_nan_out(maps):
-    broken = maps.clone()
-    broken[1] = torch.nan
-    figure = mean_csm_figure({"in": broken, "out": maps[:2]})
-    drawn = heat_maps(figure)
-    torch.testing.assert_close(torch.as_tensor(drawn[0].get_array().data), maps[[0, 2, 3, 4]].mean(0))
-    assert [image.axes.get_title() for image in drawn] == ["in (4)", "out (2)"]
-
-
 def test_zero_maps_are_hatched_and_nan_can_be_drawn(maps):
     vectors = torch.randn(2, 4, 6)
     vectors[0, 2] = 0
@@ -73,7 +64,7 @@ def test_many_classes_and_half_precision():
     csm_figure(torch.eye(100, dtype=torch.bfloat16).expand(2, 100, 100)).savefig(io.BytesIO(), format="svg")
 
 
-def test_clear_errors(maps):
+def test_wrong_arguments_are_refused(maps):
     with pytest.raises(ValueError, match="one or more maps"):
         csm_figure(maps[:0])
     with pytest.raises(ValueError, match="3 titles"):
@@ -82,10 +73,6 @@ def test_clear_errors(maps):
         csm_figure(maps, class_names=["a", "b"])
     with pytest.raises(ValueError, match="columns=0"):
         csm_figure(maps, columns=0)
-    with pytest.raises(ValueError, match="'broken'"):
-        mean_csm_figure({"broken": maps * torch.nan})
-    with pytest.raises(ValueError, match="no group"):
-        mean_csm_figure({})
 
 
 def test_no_open_pyplot_figure_and_no_changed_settings(maps):

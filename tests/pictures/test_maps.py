@@ -1,4 +1,4 @@
-"""Pictures of cosine similarity maps: what is kept, where it goes, and what the report shows of it."""
+"""Pictures of cosine similarity maps: which samples are kept, and that loggers and the report show them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_extremes_and_the_mean_of_all_samples_are_kept(tmp_path: Path) -> No
     assert len(gallery(callback).seen["out side/1"].values) == 5
 
 
-def test_no_gallery_without_a_score_that_looks_at_maps(tmp_path: Path) -> None:
+def test_no_gallery_without_a_score_that_uses_maps(tmp_path: Path) -> None:
     assert gallery(scored(tmp_path, ["entropy", "odin"])) is None
     assert MapGallery.of(resolve(["entropy", "gga_detector(classes=3)"])).probe.classes == 3
 
@@ -73,11 +73,11 @@ def test_samples_that_are_not_finite_are_left_out() -> None:
     assert [p.name for p in gallery.pictures()] == ["mean_maps", "maps_a"]
 
 
-def test_repeated_samples_are_taken_out_of_every_part() -> None:
+def test_repeated_samples_are_removed_from_every_field() -> None:
     inputs = {"x": torch.arange(4.0)[:, None], "scale": torch.tensor(2.0)}
     whole = batch(torch.zeros(4, 1), {"s": torch.arange(4.0)}, Evidence(torch.eye(4)))
-    assert whole.once() is whole
-    found = replace(whole, inputs=inputs, index=torch.tensor([3, -1, 5, -1])).once()
+    assert whole.without_repeats() is whole
+    found = replace(whole, inputs=inputs, index=torch.tensor([3, -1, 5, -1])).without_repeats()
     assert (
         found.index.tolist() == [3, 5] and found.prediction.tolist() == [0, 2] and found.finite.tolist() == [True] * 2
     )
@@ -85,7 +85,7 @@ def test_repeated_samples_are_taken_out_of_every_part() -> None:
     assert found.inputs["scale"].item() == 2 and torch.equal(found.evidence.given_logits, torch.eye(4)[[0, 2]])
 
 
-def test_maps_of_several_processes_are_those_of_one() -> None:
+def test_maps_of_several_processes_equal_those_of_one() -> None:
     torch.manual_seed(0)
     whole, parts = MapGallery.of(resolve("gga")), [MapGallery.of(resolve("gga")) for _ in range(2)]
     for number in range(4):
@@ -126,7 +126,7 @@ def test_loggers_get_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_report_shows_them(tmp_path: Path) -> None:
+def test_the_report_shows_the_pictures(tmp_path: Path) -> None:
     callback = scored(tmp_path / "logs", ["entropy", "gga"])
     run = tmp_path / "run"
     figures = write_pictures(gallery(callback).pictures(), run)

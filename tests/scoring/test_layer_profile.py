@@ -94,7 +94,7 @@ def test_a_profile_shares_the_forward_and_the_backward_of_a_score(tmp_path: Path
 
 def test_a_bounded_uniform_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As many as the bound, spread over the whole data set, and the same ones whichever process saw them."""
-    monkeypatch.setattr(profiles, "MOST", 40)
+    monkeypatch.setattr(profiles, "MAX_SAMPLES", 40)
     callback, _, _ = run(tmp_path, "energy", sizes=(400,))
     (source,) = callback.sources
     sample = source.seen["inside"]
@@ -107,7 +107,7 @@ def test_a_bounded_uniform_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     halves = [profiles._Sample(200, sample.keys[part], sample.norms[part]) for part in order.split(20)]
     other.join([(source.layers, {"inside": halves[0]}), ((), {}), (source.layers, {"inside": halves[1]})])
     assert torch.equal(other.seen["inside"].norms, sample.norms) and other.layers == source.layers
-    assert "40 samples are taken at random" in source.pictures()[0].caption
+    assert "40 random samples" in source.pictures()[0].caption
 
 
 def test_samples_with_nan_are_left_out(tmp_path: Path) -> None:
