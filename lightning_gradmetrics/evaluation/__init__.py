@@ -3,14 +3,8 @@
 from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER, METRICS, TASKS, Metric, register_metric
 from lightning_gradmetrics.evaluation.protocol import evaluate
 from lightning_gradmetrics.evaluation.record import Evaluation
-from lightning_gradmetrics.evaluation.rules import (
-    Conformal,
-    Coverage,
-    JointRisk,
-    LearnThenTest,
-    SelectiveRisk,
-    TruePositiveRate,
-)
+from lightning_gradmetrics.evaluation.risk_rules import JointRisk, LearnThenTest, SelectiveRisk
+from lightning_gradmetrics.evaluation.rules import Conformal, Coverage, TruePositiveRate
 from lightning_gradmetrics.evaluation.thresholds import (
     Thresholds,
     apply_thresholds,

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column
-from lightning_gradmetrics.evaluation.rules import JointRisk, Rule, TruePositiveRate
+from lightning_gradmetrics.evaluation.risk_rules import JointRisk
+from lightning_gradmetrics.evaluation.rules import Rule, TruePositiveRate
 
 __all__ = ["Thresholds", "apply_thresholds", "conformal_p_values", "fit_thresholds"]
 

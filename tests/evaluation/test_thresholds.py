@@ -22,7 +22,8 @@ from lightning_gradmetrics.evaluation import (
     conformal_p_values,
     fit_thresholds,
 )
-from lightning_gradmetrics.evaluation.rules import Rule, error_bounds
+from lightning_gradmetrics.evaluation.risk_rules import error_bounds
+from lightning_gradmetrics.evaluation.rules import Rule
 
 ROLES = {"test": "id", "far": "far"}
 
