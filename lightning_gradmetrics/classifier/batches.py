@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,17 @@ __all__ = [
 ]
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
-"""The entries of a mapping, or attributes of an object, that hold labels."""
+"""Names of mapping entries and object attributes that contain labels."""
 
 REMEDY = "pass split_batch=, a callable from the batch to (inputs, labels or None)"
 
 
 class LabelsNotUnderstoodError(ValueError):
-    """A batch may hold labels, but it is not certain which entry holds them, or what they mean."""
+    """The batch may contain labels, but it is not certain which entry they are, or what they mean."""
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
-    """Inputs and true labels of a batch.
+    """Return inputs and true labels of a batch.
 
     A tensor is the inputs. In a sequence the first entry is the inputs and the second the labels; in ``(index, inputs,
     labels)`` the second and the third. In a mapping the labels are the entry ``label``, ``labels``, ``target``,
@@ -55,26 +55,35 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
                 [0., 0., 0.]]), tensor([0, 1]))
     """
     inputs = batch_inputs(batch)
-    sizes = [len(tensor) for tensor in tensors_in(inputs) if tensor.ndim]
     try:
-        labels = BatchCopy(batch).labels(sizes[0] if sizes else 0, None, ())
+        labels = BatchCopy(batch).labels(_first_length(inputs), None, ())
     except LabelsNotUnderstoodError:
         labels = None
     return inputs, labels
 
 
+def _first_length(inputs: Inputs) -> int:
+    """Return the length of the first tensor that has axes, or 0."""
+    for tensor in tensors_in(inputs):
+        if tensor.ndim:
+            return len(tensor)
+    return 0
+
+
 def batch_inputs(batch: Any) -> Inputs:
-    """The inputs of a batch, as :func:`split_batch` returns them."""
+    """Return the inputs of a batch, as :func:`split_batch` returns them."""
     if isinstance(batch, Tensor):
         return batch
     if isinstance(batch, Mapping):
         key = _label_key(batch)
-        others = {name: value for name, value in batch.items() if name != key}
+        others = dict(batch)
+        if key is not None:
+            del others[key]
         values = list(others.values())
         return values[0] if len(values) == 1 and isinstance(values[0], Tensor) else others
     if isinstance(batch, (list, tuple)) and batch:
         first = batch[1] if _begins_with_index(batch) else batch[0]
-        if any(True for _ in tensors_in(first)):
+        if next(tensors_in(first), None) is not None:
             return first  # type: ignore[no-any-return]
     raise TypeError(
         f"cannot find the inputs in a batch of type {type(batch).__name__}; allowed: a tensor, (inputs, labels), "
@@ -83,11 +92,14 @@ def batch_inputs(batch: Any) -> Inputs:
 
 
 def _label_key(batch: Mapping[str, Any]) -> str | None:
-    return next((key for key in LABEL_KEYS if key in batch), None)
+    for key in LABEL_KEYS:
+        if key in batch:
+            return key
+    return None
 
 
 def _begins_with_index(batch: Sequence[Any]) -> bool:
-    """Whether a batch looks like ``(index, inputs, labels)``."""
+    """Return whether a batch looks like ``(index, inputs, labels)``."""
     if len(batch) < 3 or not is_like_labels(batch[0]) or is_like_labels(batch[1]):
         return False
     return isinstance(batch[1], Tensor) and is_like_labels(batch[2])
@@ -95,25 +107,41 @@ def _begins_with_index(batch: Sequence[Any]) -> bool:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the batch, and a copy of it where it may hold labels."""
+    """A tensor of the batch, and a copy of it if it may contain labels."""
 
     given: Tensor
     kept: Tensor
 
 
 def _copied(value: Any, depth: int = 0) -> Any:
-    """The batch with its containers copied, and each tensor as an :class:`_Entry`."""
+    """Return the batch with its containers copied, and each tensor as an :class:`_Entry`."""
     if isinstance(value, Tensor):
         return _Entry(value, value.detach().clone() if value.ndim <= 2 else value)
     if isinstance(value, Mapping):
-        return {key: _copied(item, depth + 1) for key, item in value.items()}
+        return _copied_items(value, depth)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {key: _copied(getattr(value, key), depth + 1) for key in value._fields}
+        return _copied_items(value._asdict(), depth)
     if isinstance(value, (list, tuple)):
         return [_copied(item, depth + 1) for item in value]
-    if depth == 0 and any(isinstance(getattr(value, key, None), Tensor) for key in LABEL_KEYS):
-        return {key: _copied(getattr(value, key), 1) for key in LABEL_KEYS if getattr(value, key, None) is not None}
+    if depth == 0:
+        attributes = _label_attributes(value)
+        if any(isinstance(attribute, Tensor) for attribute in attributes.values()):
+            return _copied_items(attributes, depth)
     return value
+
+
+def _copied_items(mapping: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    return {key: _copied(item, depth + 1) for key, item in mapping.items()}
+
+
+def _label_attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object that may be labels, by name."""
+    attributes = {}
+    for key in LABEL_KEYS:
+        attribute = getattr(value, key, None)
+        if attribute is not None:
+            attributes[key] = attribute
+    return attributes
 
 
 def _value(entry: Any) -> Any:
@@ -121,7 +149,7 @@ def _value(entry: Any) -> Any:
 
 
 class BatchCopy:
-    """A batch as it was before the step: containers are copied, and so are the tensors that may hold labels.
+    """A copy of a batch before the step: of its containers, and of the tensors that may be labels.
 
     Args:
         batch: What the dataloader returned.
@@ -141,22 +169,22 @@ class BatchCopy:
         """The length of the batch's first tensor, or ``None``."""
 
     def labels(self, size: int, classes: int | None, received: Sequence[Tensor]) -> Tensor | None:
-        """The labels ``(N,)``, or ``None`` if the batch holds nothing that could be labels.
+        """Return the labels ``(N,)``, or ``None`` if the batch contains nothing that could be labels.
 
         Args:
             size: The number of samples ``N``.
             classes: The number of classes, or ``None`` if it is unknown.
-            received: The tensors that the model received: they tell which entries are inputs.
+            received: The tensors that the model received, which show the entries that are inputs.
 
         Raises:
-            LabelsNotUnderstoodError: If an entry may hold labels, but that is not certain.
+            LabelsNotUnderstoodError: If an entry may be labels, but that is not certain.
         """
         return _labels(self._entries, _Search(size, classes, received), "the batches")
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What is known of the samples whose labels are looked for."""
+    """The number of samples and classes, and the inputs, for a search for labels."""
 
     size: int
     classes: int | None
@@ -166,33 +194,41 @@ class _Search:
         labels = class_numbers(_value(entry), self.size, self.classes)
         if labels is None:
             raise LabelsNotUnderstoodError(
-                f"{where} holds {described(_value(entry))}, which is not one class per sample"
+                f"{where} contains {described(_value(entry))}, which is not one class per sample"
             )
         return labels
 
     def is_input(self, entry: Any) -> bool:
-        """Whether the model received a tensor of this entry."""
+        """Return whether the model received a tensor of this entry."""
         if isinstance(entry, _Entry):
             return any(_is_view(tensor, entry.given) for tensor in self.received)
-        if isinstance(entry, dict):
-            return any(self.is_input(item) for item in entry.values())
-        return isinstance(entry, list) and any(self.is_input(item) for item in entry)
+        return any(self.is_input(item) for item in _items(entry))
 
 
 def _is_view(received: Tensor, given: Tensor) -> bool:
-    """Whether a tensor that the model received shares its memory with one of the batch, from the same start on."""
+    """Return whether a tensor that the model received starts at the same address as one of the batch."""
     if received is given:
         return True
     same_place = received.device == given.device and received.numel() == given.numel() > 0
     return same_place and received.data_ptr() == given.data_ptr()
 
 
+def _items(entry: Any) -> list[Any]:
+    """Return the entries of a dict or list; of anything else, no entries."""
+    if isinstance(entry, dict):
+        return list(entry.values())
+    return entry if isinstance(entry, list) else []
+
+
+def _containers(entries: list[Any], positions: Iterable[int]) -> list[int]:
+    """Return the positions whose entries are dicts or lists."""
+    return [position for position in positions if isinstance(entries[position], (dict, list))]
+
+
 def _size(entries: Any) -> int | None:
     if isinstance(entries, _Entry):
         return len(entries.given) if entries.given.ndim else None
-    if isinstance(entries, dict):
-        entries = list(entries.values())
-    for value in entries if isinstance(entries, list) else ():
+    for value in _items(entries):
         size = _size(value)
         if size is not None:
             return size
@@ -213,7 +249,10 @@ def _labels_in_mapping(entries: dict[str, Any], search: _Search, where: str) -> 
         if isinstance(entries[key], dict):
             return _labels(entries[key], search, f"the entry {key!r} of {where}")
         return search.convert(entries[key], f"the entry {key!r} of {where}")
-    inner = [name for name, value in entries.items() if isinstance(value, (dict, list)) and search.is_input(value)]
+    inner = []
+    for name, value in entries.items():
+        if isinstance(value, (dict, list)) and search.is_input(value):
+            inner.append(name)
     if len(inner) == 1:  # batches of several loaders side by side
         return _labels(entries[inner[0]], search, f"the entry {inner[0]!r} of {where}")
     for name, value in entries.items():
@@ -225,8 +264,8 @@ def _labels_in_mapping(entries: dict[str, Any], search: _Search, where: str) -> 
 
 
 def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tensor | None:
-    inputs = [place for place, entry in enumerate(entries) if search.is_input(entry)]
-    start = _place_after_inputs(entries, inputs)
+    inputs = [position for position, entry in enumerate(entries) if search.is_input(entry)]
+    start = _position_of_labels(entries, inputs)
     if start >= len(entries):
         return _labels_before(entries, inputs, search, where)
     number = ("first", "second", "third", "fourth")[start] if start < 4 else f"{start + 1}th"
@@ -235,32 +274,31 @@ def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tens
     try:
         return search.convert(entries[start], f"the {number} entry of {where}")
     except LabelsNotUnderstoodError:
-        inner = [place for place in inputs if isinstance(entries[place], (dict, list))]
-        found = _labels(entries[inner[0]], search, where) if len(inner) == 1 else None
-        if found is None:
+        inner = _containers(entries, inputs)
+        labels = _labels(entries[inner[0]], search, where) if len(inner) == 1 else None
+        if labels is None:
             raise
-        return found
+        return labels
 
 
-def _place_after_inputs(entries: list[Any], inputs: list[int]) -> int:
-    """The place of the labels: behind the entries that the model received, or by the kinds of the entries."""
+def _position_of_labels(entries: list[Any], inputs: list[int]) -> int:
+    """Return the position of the labels: after the entries that the model received, or by the kinds of the entries."""
     if inputs:
         return max(inputs) + 1
-    values = [_value(entry) for entry in entries]
-    return 2 if _begins_with_index(values) else 1
+    return 2 if _begins_with_index(list(map(_value, entries))) else 1
 
 
 def _labels_before(entries: list[Any], inputs: list[int], search: _Search, where: str) -> Tensor | None:
-    """The labels if nothing follows the inputs: those inside the entry that contains the inputs, if any."""
-    for place, entry in enumerate(entries):
-        if place not in inputs and is_like_labels(_value(entry)):
-            raise LabelsNotUnderstoodError(f"in {where} whole numbers come before the inputs, and nothing follows them")
+    """Return the labels if nothing follows the inputs: those inside the entry that contains the inputs, if any."""
+    for position, entry in enumerate(entries):
+        if position not in inputs and is_like_labels(_value(entry)):
+            raise LabelsNotUnderstoodError(f"in {where} integers come before the inputs, and nothing follows them")
     if len(entries) > 1 and class_numbers(_value(entries[-1]), search.size, search.classes) is not None:
         raise LabelsNotUnderstoodError(f"the model received the last entry of {where}, so it may not hold the labels")
-    inner = [place for place in inputs if isinstance(entries[place], (dict, list))]
+    inner = _containers(entries, inputs)
     return _labels(entries[inner[0]], search, where) if len(inner) == 1 else None
 
 
 def shallow_copy(batch: Any) -> Any:
-    """The batch in a new container, so that a callable may pop entries."""
+    """Return the batch in a new container, so that a callable may pop entries."""
     return copy.copy(batch) if isinstance(batch, (list, Mapping)) else batch

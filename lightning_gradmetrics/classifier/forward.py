@@ -1,4 +1,4 @@
-"""Calling any model: what goes in, what comes out, and leaving the model as it was."""
+"""Calls any model: checks its inputs, finds its logits, and leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -28,29 +28,33 @@ __all__ = [
 
 Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
 """A model's inputs: a tensor ``(N, ...)``, keyword arguments, or positional arguments; the first axis of every tensor is the
-sample. A mapping with whole numbers among its keys holds both: arguments by position and by name."""
+sample. A mapping may contain both: integer keys are positional arguments, other keys are keyword arguments."""
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """Call ``model`` with a tensor, with a mapping as keyword arguments, or with a sequence as positional arguments.
 
-    The model gets copies of the tensors: whatever it does to them in place does not reach the caller's.
+    The model receives copies of the tensors, so in-place operations do not change the caller's tensors.
     """
     copies = map_tensors(inputs, Tensor.clone)
     if isinstance(inputs, Tensor):
         return model(copies)
     if isinstance(inputs, Mapping):
-        positional = [value for key, value in copies.items() if isinstance(key, int)]
-        named = {key: value for key, value in copies.items() if not isinstance(key, int)}
+        positional, named = [], {}
+        for key, value in copies.items():
+            if isinstance(key, int):
+                positional.append(value)
+            else:
+                named[key] = value
         return model(*positional, **named)
     return model(*copies)
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits ``(N, C)`` in a model's output: the tensor itself, its ``logits`` entry, or its ``.logits``.
+    """Return the logits ``(N, C)`` in a model's output: the tensor itself, its ``logits`` entry, or its ``.logits``.
 
     Raises:
-        TypeError: If there are none to be found.
+        TypeError: If the output contains no logits.
         ValueError: If they are not ``(N, C)``.
     """
     logits = output
@@ -65,14 +69,14 @@ def logits_of(output: Any) -> Tensor:
         )
     if logits.ndim != 2:
         raise ValueError(
-            f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row a sample and one column a class; "
+            f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class; "
             "pass logits_fn=, a callable from the model's output to them"
         )
     return logits
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:
-    """Every tensor in the inputs."""
+    """Yield every tensor in the inputs."""
     if isinstance(inputs, Tensor):
         yield inputs
     elif isinstance(inputs, Mapping):
@@ -84,7 +88,7 @@ def tensors_in(inputs: Any) -> Iterator[Tensor]:
 
 
 def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """``inputs`` with ``function`` applied to every tensor in it; the containers become plain dicts, lists, tuples and named tuples."""
+    """Return ``inputs`` with ``function`` applied to every tensor; containers become plain dicts, lists, tuples, named tuples."""
     if isinstance(inputs, Tensor):
         return function(inputs)
     if isinstance(inputs, Mapping):
@@ -98,7 +102,7 @@ def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """Number of samples: the first axis of the first tensor.
+    """Return the number of samples: the first axis of the first tensor.
 
     Raises:
         ValueError: If there is no tensor, or a tensor without axes.
@@ -108,7 +112,7 @@ def batch_size(inputs: Inputs) -> int:
             break
         return len(tensor)
     raise ValueError(
-        "the inputs hold no tensor with a sample axis; expected a tensor (N, ...), or a mapping or sequence of them"
+        "the inputs contain no tensor with a sample axis; expected a tensor (N, ...), or a mapping or sequence of them"
     )
 
 
@@ -116,7 +120,7 @@ def check_inputs(model: nn.Module, inputs: Inputs) -> None:
     """Refuse inputs that have no sample axis.
 
     Raises:
-        TypeError: If an input is packed, nested or sparse, or holds bags in one row with offsets.
+        TypeError: If an input is packed, nested or sparse, or a row of indices with offsets.
     """
     _check_layouts(inputs)
     _check_bags(model, inputs)
@@ -146,13 +150,16 @@ def _check_layouts(inputs: Any) -> None:
 
 def _check_bags(model: nn.Module, inputs: Any) -> None:
     """Refuse bags of several samples in one row of indices, with offsets."""
-    numbers = [tensor for tensor in tensors_in(inputs) if not tensor.is_floating_point()]
-    if len(numbers) < 2 or any(tensor.ndim != 1 for tensor in numbers):
+    shapes = []
+    for tensor in tensors_in(inputs):
+        if not tensor.is_floating_point():
+            shapes.append(tuple(tensor.shape))
+    if len(shapes) < 2 or any(len(shape) != 1 for shape in shapes):
         return
     for name, module in model.named_modules():
         if isinstance(module, nn.EmbeddingBag):
             raise TypeError(
-                f"the inputs {[tuple(tensor.shape) for tensor in numbers]} of the EmbeddingBag {name!r} are indices in one row "
+                f"the inputs {shapes} of the EmbeddingBag {name!r} are indices in one row "
                 "with offsets, which have no sample axis; pass bags padded to one length, (N, T), and give the EmbeddingBag "
                 "the padding_idx"
             )
@@ -168,14 +175,14 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             why = "is in train mode" if module.training else "keeps no running statistics"
             raise ValueError(
-                f"the batch norm {name or type(module).__name__!r} {why}: every sample's prediction would depend on its batch, and "
-                "per-sample gradients mean nothing. Call model.eval() first"
+                f"the batch norm {name or type(module).__name__!r} {why}: each prediction would depend on the whole batch, so "
+                "per-sample gradients are undefined. Call model.eval() first"
                 + ("" if module.training else ", and give it track_running_stats=True")
             )
 
 
 def has_compiled_parts(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` was applied to the module, to a module in it, or to a function that one of them keeps."""
+    """Return whether ``torch.compile`` was applied to the module, to a submodule, or to a function stored in one of them."""
     for part in module.modules():
         if part._compiled_call_impl is not None:
             return True
@@ -187,6 +194,6 @@ def has_compiled_parts(module: nn.Module) -> bool:
 
 @contextmanager
 def gradients_enabled() -> Iterator[None]:
-    """Gradients on, also inside ``torch.inference_mode`` and ``torch.no_grad``."""
+    """Enable gradients, also inside ``torch.inference_mode`` and ``torch.no_grad``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield

@@ -22,10 +22,10 @@ __all__ = [
 ]
 
 CHECKED_ROWS = 16
-"""Rows on which a layer is compared with its weight."""
+"""Number of rows on which a layer is compared with its weight."""
 
 ROUNDING = 32
-"""Rounding errors that a layer's output may differ by from the product with its weight."""
+"""Number of rounding errors by which a layer's output may differ from the product with its weight."""
 
 
 class HeadNotFoundError(ValueError):
@@ -37,9 +37,9 @@ class Head:
     """A classification head: ``logits = features @ weight.T + bias``.
 
     Args:
-        name: Its name in the model.
-        weight: ``(C, D)``.
-        bias: ``(C,)``, or ``None``.
+        name: Name of the layer in the model.
+        weight: Weight ``(C, D)``.
+        bias: Bias ``(C,)``, or ``None``.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Head:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer, as a hook saw it.
+    """One call of a layer, recorded by a hook.
 
     Args:
         name: The layer's name in the model.
         features: A copy of its input if that is ``(N, D)``, otherwise ``None``.
         output: A copy of its output if that is ``(N, C)``, otherwise ``None``.
-        input_shape: The shape of its input, or ``None`` if that is no tensor.
-        output_shape: The shape of its output, or ``None`` if that is no tensor.
+        input_shape: The shape of its input, or ``None`` if that is not a tensor.
+        output_shape: The shape of its output, or ``None`` if that is not a tensor.
     """
 
     name: str
@@ -67,12 +67,12 @@ class LayerCall:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a model by name."""
+    """Return the linear layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def named_layer(model: nn.Module, name: str) -> nn.Module:
-    """The layer of that name.
+    """Return the layer of that name.
 
     Raises:
         HeadNotFoundError: If the model has no such layer.
@@ -87,7 +87,7 @@ def named_layer(model: nn.Module, name: str) -> nn.Module:
 def _layers(model: nn.Module) -> str:
     layers = list(linear_layers(model))
     if not layers:
-        return "it has no linear layer at all: choose scores that need no head, or another target, such as 'all'"
+        return "it has no linear layer: choose scores that need no head, or another target, such as 'all'"
     return f"its linear layers are: {', '.join(layers[-12:])}"
 
 
@@ -95,7 +95,7 @@ def _layers(model: nn.Module) -> str:
 
 
 def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> str:
-    """The name of the layer whose output is the model's logits.
+    """Return the name of the layer whose output is the model's logits.
 
     A layer that wraps a linear layer and adds to its output (LoRA) is found instead of the layer inside it.
 
@@ -111,8 +111,8 @@ def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> s
     names = _linear_names(model, equal) or _wrapper_names(model, equal, calls) or _custom_names(model, equal, logits)
     if len(names) > 1:
         raise HeadNotFoundError(
-            f"several layers of {type(model).__name__} return its logits: {', '.join(names)}. Say which is its head: "
-            f"head={names[0]!r}, for example"
+            f"several layers of {type(model).__name__} return its logits: {', '.join(names)}. Pass one of them "
+            f"as its head, such as head={names[0]!r}"
         )
     if not names:
         raise HeadNotFoundError(_not_found(model, calls, logits))
@@ -120,7 +120,7 @@ def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> s
 
 
 def _returns(call: LayerCall, logits: Tensor) -> bool:
-    """Whether the call returned the logits."""
+    """Return whether the call returned the logits."""
     output = call.output
     if output is None or call.features is None or output.shape != logits.shape:
         return False
@@ -128,7 +128,7 @@ def _returns(call: LayerCall, logits: Tensor) -> bool:
 
 
 def _linear_names(model: nn.Module, equal: Sequence[LayerCall]) -> list[str]:
-    """Linear layers that return the logits, each replaced by the wrapper that adds parameters to it."""
+    """Return the linear layers that return the logits, each replaced by the wrapper that adds parameters to it."""
     linear = linear_layers(model)
     names: dict[str, None] = {}
     for call in equal:
@@ -138,7 +138,7 @@ def _linear_names(model: nn.Module, equal: Sequence[LayerCall]) -> list[str]:
 
 
 def _outermost(model: nn.Module, call: LayerCall, equal: Sequence[LayerCall]) -> str:
-    """The outermost layer around a call that has the same input and output and further parameters."""
+    """Return the outermost layer around a call that has the same input and output and further parameters."""
     found, around = call.name, call.name
     while "." in around:
         around = around.rpartition(".")[0]
@@ -151,7 +151,7 @@ def _outermost(model: nn.Module, call: LayerCall, equal: Sequence[LayerCall]) ->
 
 
 def _wrapper_names(model: nn.Module, equal: Sequence[LayerCall], calls: Sequence[LayerCall]) -> list[str]:
-    """Layers that return the logits and pass their own input to a linear layer inside: the innermost such wrapper."""
+    """Return the innermost layer that returns the logits and passes its input to a linear layer inside."""
     linear = linear_layers(model)
     smallest: list[LayerCall] = []
     for outer in equal:
@@ -166,7 +166,7 @@ def _wrapper_names(model: nn.Module, equal: Sequence[LayerCall], calls: Sequence
 
 
 def _custom_names(model: nn.Module, equal: Sequence[LayerCall], logits: Tensor) -> list[str]:
-    """Layers that are linear without being an ``nn.Linear``: quantised and hand-written ones."""
+    """Return layers that are linear without being an ``nn.Linear``, such as quantised and custom layers."""
     names: dict[str, None] = {}
     for call in equal:
         is_leaf = next(model.get_submodule(call.name).children(), None) is None
@@ -176,7 +176,10 @@ def _custom_names(model: nn.Module, equal: Sequence[LayerCall], logits: Tensor) 
 
 
 def _call_of(name: str, calls: Sequence[LayerCall]) -> LayerCall | None:
-    return next((call for call in calls if call.name == name), None)
+    for call in calls:
+        if call.name == name:
+            return call
+    return None
 
 
 def _parameters(model: nn.Module, name: str) -> int:
@@ -198,7 +201,7 @@ def _is_affine(model: nn.Module, call: LayerCall) -> bool:
 
 
 def _not_found(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> str:
-    """Why no layer was found, and what to do: a layer is proposed only if its output becomes the logits."""
+    """Return why no layer was found, and what to do: a layer is proposed only if its output becomes the logits."""
     start = f"the head of {type(model).__name__} could not be found: "
     hidden, columns, everywhere = None, None, None
     classes, linear = logits.shape[1], linear_layers(model)
@@ -234,7 +237,7 @@ def _not_found(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> 
 
 
 def _becomes(output: Tensor, logits: Tensor) -> bool:
-    """Whether the logits are a softmax, a log-softmax or a positive multiple of the output."""
+    """Return whether the logits are a softmax, a log-softmax or a positive multiple of the output."""
     z, found = output.double(), logits.double()
     for made in (z.softmax(1), z.log_softmax(1)):
         if torch.allclose(made, found, rtol=1e-4, atol=1e-6):
@@ -247,9 +250,9 @@ def _becomes(output: Tensor, logits: Tensor) -> bool:
 
 
 def head_of(model: nn.Module, call: LayerCall) -> Head:
-    """The head that a call went through, with the weight and bias that reproduce the call.
+    """Return the head that a call went through, with the weight and bias that reproduce the call.
 
-    The weight is the layer's own, or that of the affine map which the layer computes (LoRA, a merged layer).
+    The weight is that of the layer, or of the affine map that the layer computes (LoRA, a merged layer).
 
     Raises:
         HeadNotFoundError: If the call is not an affine map of features ``(N, D)``.
@@ -273,7 +276,7 @@ def head_of(model: nn.Module, call: LayerCall) -> Head:
 
 @torch.no_grad()
 def _affine_map(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The weight ``(C, D)`` and bias ``(C,)`` of a layer, from its outputs for zero and for the unit vectors."""
+    """Return the weight ``(C, D)`` and bias ``(C,)`` of a layer, from its outputs for zero and for the unit vectors."""
     width = features.shape[1]
     unit = torch.eye(width, dtype=features.dtype, device=features.device)
     try:
@@ -288,7 +291,7 @@ def _affine_map(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor] | N
 
 @torch.no_grad()
 def _reproduces(weight: Tensor, bias: Tensor | None, call: LayerCall) -> bool:
-    """Whether a weight and a bias give the call's output, up to rounding."""
+    """Return whether a weight and a bias give the call's output, up to rounding."""
     assert call.features is not None and call.output is not None
     features, output = call.features[:CHECKED_ROWS], call.output[:CHECKED_ROWS]
     if weight.shape != (output.shape[1], features.shape[1]):
@@ -311,12 +314,12 @@ def _product(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def returning_logits(model: nn.Module, head: str | None, logits: Callable[[Any], Tensor]) -> Iterator[None]:
-    """Inside the block the model returns its logits ``(N, C)``, whatever it makes of them otherwise.
+    """Make the model return its logits ``(N, C)`` inside the block, whatever its output is otherwise.
 
     Args:
         model: The model.
         head: The name of the layer whose output they are, or ``None``.
-        logits: From the model's output to them, where there is no such layer.
+        logits: Returns the logits from the model's output; used if ``head`` is ``None``.
     """
     seen: list[Tensor] = []
 

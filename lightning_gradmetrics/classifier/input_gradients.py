@@ -1,4 +1,4 @@
-"""Logits as a differentiable function of the input: what scores that look at input gradients share."""
+"""Computes the logits as a differentiable function of the input, for scores that use input gradients."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ def check_floats(inputs: Any, who: str) -> None:
 
     Args:
         inputs: The model's inputs.
-        who: What needs them, for the message.
+        who: The subject of the error message, in the plural.
 
     Raises:
-        TypeError: If the inputs are no tensor of floats.
+        TypeError: If the inputs are not a tensor of floats.
     """
     if isinstance(inputs, Tensor) and inputs.is_floating_point():
         return
     kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
     raise TypeError(
-        f"{who} need one tensor (N, ...) of floats to differentiate by, not {kind}. Convert "
-        "whole numbers first, for images as in x.float() / 255; wrap a model of several inputs, or of tokens, in "
-        "one that takes their embedding"
+        f"{who} need one float tensor (N, ...) as the input, not {kind}. Convert integer images "
+        "with x.float() / 255; wrap a model of several inputs, or of tokens, in a model that takes their embedding"
     )
 
 
 def differentiable_logits(model: nn.Module, inputs: Tensor, who: str) -> tuple[Tensor, Tensor]:
-    """A leaf of the inputs' values, and the logits as a function of it. The model gets a copy: it may work in place.
+    """Return a leaf with the inputs' values, and the logits as a function of it. The model may modify its input in place.
 
     Args:
         model: A classifier, within :func:`lightning_gradmetrics.classifier.forward.gradients_enabled`.
-        inputs: ``(N, ...)``, floats.
-        who: What needs them, for the message.
+        inputs: Inputs ``(N, ...)``, floats.
+        who: The subject of the error message, in the plural.
 
     Returns:
         The leaf ``(N, ...)`` and the logits ``(N, C)``.

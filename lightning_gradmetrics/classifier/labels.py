@@ -1,4 +1,4 @@
-"""True labels: converting what a data set stores to one class number per sample, where that is certain."""
+"""Converts the labels of a batch to one class number per sample, if their meaning is certain."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["class_numbers", "described", "is_like_labels"]
 
 
 def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
-    """The class number of every sample, ``(N,)``, int64; ``None`` if the value is not certain to hold class numbers.
+    """Return the class number of every sample, ``(N,)``, int64; ``None`` if the value may be something else.
 
-    Converted are whole numbers of any type ``(N,)`` or ``(N, 1)``, booleans, one-hot rows ``(N, C)``, lists of whole
-    numbers, and a single number for one sample.
+    Accepts integers of any type ``(N,)`` or ``(N, 1)``, booleans, one-hot rows ``(N, C)``, lists of integers, floats with
+    integer values, and a single number for one sample.
 
     Args:
-        value: What the batch holds.
+        value: An entry of the batch.
         size: The number of samples ``N``.
         classes: The number of classes ``C``; ``None`` if it is unknown.
 
@@ -43,7 +43,7 @@ def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor |
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """The value as a tensor if it holds numbers."""
+    """Return the value as a tensor if it contains numbers."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, (str, bytes, Mapping)) or value is None:
@@ -70,7 +70,7 @@ def _is_whole(labels: Tensor) -> bool:
 
 
 def is_like_labels(value: Any) -> bool:
-    """Whether the value is a tensor of one whole number per sample.
+    """Return whether the value is a tensor of one integer per sample.
 
     Example:
         >>> is_like_labels(torch.tensor([3, 1])), is_like_labels(torch.zeros(2)), is_like_labels(torch.zeros(2, 4))
@@ -82,7 +82,7 @@ def is_like_labels(value: Any) -> bool:
 
 
 def described(value: Any) -> str:
-    """The kind of a value in a few words, for messages.
+    """Return the kind of a value in a few words, for messages.
 
     Example:
         >>> described(torch.zeros(2, 3)), described("a")

@@ -1,4 +1,4 @@
-"""What a model did in one step: the calls of the model and of its layers, copied while they happen."""
+"""Records one step of a model: copies of the calls of the model and of its layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ModelCall:
         inputs: Its arguments, tensors copied before the model could change them.
         received: The tensors among its arguments, not copied.
         logits: A copy of its logits ``(N, C)``, or ``None`` if its output has none.
-        problem: Why there are none.
+        problem: The error that explains why there are none.
     """
 
     inputs: Inputs
@@ -47,7 +47,7 @@ class Observation:
     """The calls of one step.
 
     Args:
-        models: The calls of each module that holds all of the model's parameters, outermost first.
+        models: The calls of each module that contains all of the model's parameters, outermost first.
         layers: The calls of the observed layers, in order.
     """
 
@@ -63,12 +63,12 @@ class Observation:
         return None
 
     def of_layer(self, name: str) -> list[LayerCall]:
-        """The calls of one layer."""
+        """Return the calls of one layer."""
         return [call for call in self.layers if call.name == name]
 
 
 def whole_modules(model: nn.Module) -> list[nn.Module]:
-    """The model, and inside it the modules that hold all of its parameters, outermost first.
+    """Return the model, and inside it the modules that contain all of its parameters, outermost first.
 
     Example:
         >>> inner = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
@@ -87,11 +87,11 @@ def whole_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
-    """The arguments of a call as inputs: a tensor, positional arguments, keyword arguments, or both in one mapping.
+    """Return the arguments of a call as inputs: a tensor, positional arguments, keyword arguments, or both in one mapping.
 
     Args:
-        args: By position.
-        kwargs: By name.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
 
     Example:
         >>> arguments_of((1, 2), {}), arguments_of((), {"a": 1}), arguments_of((1,), {"a": 2})
@@ -105,7 +105,7 @@ def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
 
 
 def _as_tensor(module: nn.Module, inputs: Inputs) -> Inputs:
-    """One tensor, if that is the only argument and the first that the module has."""
+    """Return the tensor if it is the only argument and the module's first parameter, otherwise the inputs."""
     if not isinstance(inputs, Mapping) or len(inputs) != 1:
         return inputs
     ((name, value),) = inputs.items()
@@ -125,7 +125,7 @@ def observing(
     Args:
         model: The model.
         layers: The layers to observe, by name.
-        logits_fn: From the model's output to its logits ``(N, C)``.
+        logits_fn: Returns the logits ``(N, C)`` from the model's output.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2))
@@ -168,7 +168,7 @@ def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
 def _observe_model(
     calls: list[ModelCall], module: nn.Module, logits_fn: Callable[[Any], Tensor]
 ) -> list[Callable[[], None]]:
-    """Hooks that note each call of a module that is not inside another call of it."""
+    """Register hooks that record each call of a module outside its other calls; return their removers."""
     running: list[ModelCall] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ def _copied_logits(logits: Any) -> Tensor:
 
 @contextmanager
 def redirected(model: nn.Module, module: nn.Module) -> Iterator[None]:
-    """Inside the block a call of the model is a call of one module in it.
+    """Redirect calls of the model to one module inside it.
 
     Args:
         model: The model.
@@ -224,7 +224,7 @@ def redirected(model: nn.Module, module: nn.Module) -> Iterator[None]:
 
 
 def joined_inputs(parts: Sequence[Inputs], rows: Sequence[int]) -> Inputs | None:
-    """The inputs of several calls as those of one; ``None`` if they cannot be joined along the first axis.
+    """Return the inputs of several calls as those of one; ``None`` if they cannot be joined along the first axis.
 
     Args:
         parts: The inputs of each call.
@@ -248,7 +248,7 @@ def joined_inputs(parts: Sequence[Inputs], rows: Sequence[int]) -> Inputs | None
 
 
 def _joined_tensors(parts: Sequence[Any], rows: Sequence[int]) -> Tensor | None:
-    """The tensors one after the other if each has as many rows as its call has samples."""
+    """Concatenate the tensors if each has one row per sample of its call; otherwise return ``None``."""
     for part, size in zip(parts, rows, strict=True):
         is_fitting = isinstance(part, Tensor) and part.ndim and len(part) == size
         if not is_fitting or part.shape[1:] != parts[0].shape[1:]:

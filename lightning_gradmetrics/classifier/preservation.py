@@ -1,4 +1,4 @@
-"""Restoring a model, and torch's random number generators, after they were used."""
+"""Restores a model and torch's random number generators after use."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _GUARD = threading.Lock()
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore the model and the random number generators afterwards, also after an exception.
+    """Restore the model and the random number generators at the end of the block, also after an exception.
 
     Restored are:
 
     - each parameter's ``requires_grad`` and ``.grad``, and each module's train or eval mode;
-    - which tensors are parameters and buffers, and the values of buffers: always, since batch norm changes its statistics
-      without a new version of the tensor;
-    - attributes that a forward pass sets, replaces or deletes, the entries of lists, dictionaries and sets among them, and
-      the values of tensors among them;
+    - which tensors are parameters and buffers, and the values of all buffers: batch norm changes its statistics without a
+      new version of the tensor;
+    - attributes that a forward pass sets, replaces or deletes, including the entries of lists, dictionaries and sets and
+      the values of tensors;
     - the weights of embeddings with ``max_norm``, which a forward pass rescales; other parameters are not copied;
     - the random number generators, see :class:`RandomState`.
 
@@ -65,7 +65,7 @@ class RandomState:
         self._cpu = torch.random.get_rng_state()
 
     def restore(self) -> None:
-        """Set the generators to this state; the next numbers are those that were drawn after it was taken."""
+        """Set the generators to the recorded state."""
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
         torch.random.set_rng_state(self._cpu)
@@ -93,7 +93,7 @@ def _parameter_undo(parameter: nn.Parameter) -> Undo:
 
 
 def _module_state(model: nn.Module) -> Iterator[Undo]:
-    """For each module: its mode, its tensors and the attributes that it defines itself."""
+    """Yield the undo functions of each module's mode, tensors and other attributes."""
     for module in model.modules():
         attributes = vars(module)
         names = attributes.keys() - INTERNAL
@@ -113,7 +113,7 @@ def _module_state(model: nn.Module) -> Iterator[Undo]:
 
 def _attribute_undo(attributes: dict[str, Any], names: Set[str]) -> Undo:
     before = {name: attributes[name] for name in names}
-    if "training" in attributes:  # a compiled module leaves it to the module that it wraps
+    if "training" in attributes:  # a compiled module does not have it
         before["training"] = attributes["training"]
     size = len(attributes)
 
@@ -127,7 +127,7 @@ def _attribute_undo(attributes: dict[str, Any], names: Set[str]) -> Undo:
 
 
 def _container_undo(container: Any) -> Undo:
-    """Restores the entries of a dictionary, a list or a set in place."""
+    """Return a function that restores the entries of a dictionary, a list or a set in place."""
     entries = container.copy()
 
     def restore() -> None:
@@ -141,7 +141,7 @@ def _container_undo(container: Any) -> Undo:
 
 
 def _tensor_undo(tensor: Tensor) -> Undo:
-    """Writes the values back without a new version: a graph of the user's that holds the tensor stays valid."""
+    """Return a function that restores the values without a new version, so that graphs with the tensor stay valid."""
     requires_grad, value = tensor.requires_grad, tensor.detach().clone()
 
     def restore() -> None:

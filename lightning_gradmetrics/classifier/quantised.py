@@ -1,4 +1,4 @@
-"""Refusing parameters without a gradient: complex ones, whole numbers, and those before a quantised layer."""
+"""Refuses parameters without a gradient: complex and integer parameters, and those before a quantised layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_gradmetrics.classifier.forward import Inputs, call, tensors_in
 __all__ = ["check_differentiable", "check_types"]
 
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
-"""Where torch's quantised layers are defined: their outputs have no gradient."""
+"""Modules that define torch's quantised layers, whose outputs have no gradient."""
 
 
 def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False) -> None:
@@ -25,7 +25,7 @@ def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False
         norms_only: Whether only norms are computed, which complex gradients have too.
 
     Raises:
-        ValueError: If a parameter holds whole numbers, or is complex and more than norms are computed.
+        ValueError: If a parameter is of an integer type, or is complex and more than norms are computed.
     """
     for name, parameter in parameters.items():
         if parameter.is_floating_point() or (parameter.is_complex() and norms_only):
@@ -40,7 +40,7 @@ def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False
 
 
 def check_differentiable(model: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter]) -> None:
-    """Refuse parameters whose gradient would have to pass a quantised layer. Only models with such layers are run.
+    """Refuse parameters whose gradient would pass through a quantised layer. Only models with such layers are run.
 
     Args:
         model: The model, within :func:`lightning_gradmetrics.classifier.forward.preserved`.
@@ -50,7 +50,10 @@ def check_differentiable(model: nn.Module, inputs: Inputs, parameters: Iterable[
     Raises:
         ValueError: If a quantised layer's input depends on a chosen parameter.
     """
-    layers = [(name, m) for name, m in model.named_modules() if type(m).__module__.startswith(QUANTISED)]
+    layers = []
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(QUANTISED):
+            layers.append((name, module))
     if not layers:
         return
     model.requires_grad_(False)

@@ -85,7 +85,7 @@ def _check(model: nn.Module, inputs: Tensor) -> None:
 
 
 def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: int | None) -> Tensor:
-    """The maps, computed in chunks of samples if the saliency maps exceed the budget."""
+    """Return the maps, computed in chunks of samples if the saliency maps exceed the budget."""
     leaf, logits = differentiable_logits(model, inputs, _WHO)
     order = _ranking(logits.detach(), classes)
     size, kept, count = *order.shape, logits.shape[1]
@@ -98,7 +98,7 @@ def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: 
 
 
 def _ranking(logits: Tensor, classes: int | None) -> Tensor:
-    """Each sample's classes by logit, ``(N, K)``, largest first."""
+    """Return each sample's classes by logit, ``(N, K)``, largest first."""
     count = logits.shape[1]
     if classes is not None and not 1 <= classes <= count:
         raise ValueError(
@@ -146,7 +146,7 @@ def class_covectors(logits: Tensor, classes: Tensor, *, rescale: bool = True) ->
 
 
 def _rescaled(logits: Tensor) -> Tensor:
-    """Logits with the largest absolute value 10; all-zero logits stay zero."""
+    """Return logits with the largest absolute value 10; all-zero logits stay zero."""
     largest = logits.abs().amax(1, keepdim=True)
     return 10 * logits / torch.where(largest == 0, 1, largest)
 
@@ -162,7 +162,7 @@ def _through_rescaling(covectors: Tensor, logits: Tensor) -> Tensor:
 
 
 def _saliency(leaf: Tensor, logits: Tensor, order: Tensor, sign: bool, rescale: bool) -> Tensor:
-    """The saliency maps ``(N, K, positions)`` of the ranked classes."""
+    """Return the saliency maps ``(N, K, positions)`` of the ranked classes."""
     covectors = class_covectors(logits.detach(), order, rescale=rescale).to(logits.dtype)
     if len(leaf) == 0:
         return leaf.new_zeros(0, order.shape[1], _positions(leaf))
@@ -180,7 +180,7 @@ def _saliency(leaf: Tensor, logits: Tensor, order: Tensor, sign: bool, rescale: 
 
 
 def _weights_of_others(logits: Tensor, order: Tensor, rescale: bool) -> Tensor:
-    """The weights ``(N, C - 1)`` with which minus the average of the other gradients is the likeliest class's gradient.
+    """Return the weights ``(N, C - 1)`` with which minus the average of the other gradients is the likeliest class's gradient.
 
     They follow from ``sum_c p_c grad_c = 0``, with gradients divided by ``1 - p_c`` as in :func:`class_covectors`.
     """
@@ -222,6 +222,6 @@ def _reduce(gradients: Tensor, sign: bool) -> Tensor:
 
 
 def _positions(inputs: Tensor) -> int:
-    """The number of entries of one saliency map."""
+    """Return the number of entries of one saliency map."""
     shape = inputs.shape[2:] if inputs.ndim >= 4 else inputs.shape[1:]
     return shape.numel()

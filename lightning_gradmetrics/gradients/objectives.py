@@ -94,7 +94,7 @@ def ranked_class(logits: Tensor, rank: int) -> Tensor:
 
 
 def class_residual(logits: Tensor, classes: Tensor) -> Tensor:
-    """The gradient of the cross-entropy to a class per sample, ``softmax(z) - e_c``, without ``1 - p``.
+    """Return the gradient of the cross-entropy to a class per sample, ``softmax(z) - e_c``, without ``1 - p``.
 
     Args:
         logits: ``(N, C)``.
@@ -211,7 +211,7 @@ class Objective:
 
 
 def _precise(function: Callable[..., Tensor], logits: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """A user's losses on float64 logits; if the function holds tensors of a narrower type, on logits of that type."""
+    """Return a user's losses on float64 logits; if the function holds tensors of a narrower type, on logits of that type."""
     try:
         return function(logits.to(accumulator(logits)), **arguments)
     except RuntimeError:

@@ -21,22 +21,22 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """A half-precision tensor in float32, any other tensor unchanged."""
+    """Return a half-precision tensor in float32, any other tensor unchanged."""
     return tensor.to(wide_dtype(tensor.dtype))
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
-    """The type of the moments of ``tensor``: float64, or float32 on devices without float64."""
+    """Return the type of the moments of ``tensor``: float64, or float32 on devices without float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of results for gradients of ``dtype``: float64 stays, every other type becomes float32."""
+    """Return the type of results for gradients of ``dtype``: float64 stays, every other type becomes float32."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def rounding(tensor: Tensor) -> float:
-    """How far two ways of computing such a tensor may differ by rounding, relative to its largest entries.
+    """Return how far two ways of computing such a tensor may differ by rounding, relative to its largest entries.
 
     Args:
         tensor: A result of a model's forward or backward pass.

@@ -19,7 +19,7 @@ __all__ = ["logit_gradient", "rescaled_moments", "rescaled_rows", "unit_losses",
 
 
 def logit_gradient(loss: Loss, logits: Tensor) -> Tensor:
-    """The gradient of an objective with respect to the logits, ``(N, C)``; zero where the losses are constant.
+    """Return the gradient of an objective with respect to the logits, ``(N, C)``; zero where the losses are constant.
 
     Args:
         loss: The objective.
@@ -33,7 +33,7 @@ def logit_gradient(loss: Loss, logits: Tensor) -> Tensor:
 
 
 def unit_scale(gradient: Tensor) -> Tensor:
-    """The power of two ``(N,)`` that brings each row's largest absolute entry into [1/2, 1); 1 for zero and for NaN."""
+    """Return the power of two ``(N,)`` that brings each row's largest absolute entry into [1/2, 1); 1 for zero and for NaN."""
     largest = gradient.detach().abs().amax(1)
     usable = largest.isfinite() & (largest > 0)
     largest = torch.where(usable, largest, 0.5)
@@ -64,12 +64,12 @@ def unit_losses(loss: Loss, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rescaled_rows(rows: Tensor, undo: Tensor) -> Tensor:
-    """Rows ``(N, ...)`` times the factors ``(N,)``."""
+    """Return rows ``(N, ...)`` times the factors ``(N,)``."""
     return rows * undo.to(rows.dtype).view(len(undo), *[1] * (rows.ndim - 1))
 
 
 def rescaled_moments(moments: Mapping[Moment, Tensor], undo: Tensor) -> Moments:
-    """The moments of gradients times positive factors.
+    """Return the moments of gradients times positive factors.
 
     Args:
         moments: Moments of the gradients, ``(N,)`` or ``(N, P)``.

@@ -62,7 +62,7 @@ _NEEDED: dict[str, set[Moment]] = {"max": {"max"}, "min": {"min"}, "mean": {"sum
 
 
 def _norm_moments(name: str) -> set[Moment]:
-    """The moments of ``l<p>``."""
+    """Return the moments of ``l<p>``."""
     try:
         p = float(name.removeprefix("l")) if name.startswith("l") else -1.0
     except ValueError:

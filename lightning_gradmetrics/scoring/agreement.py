@@ -18,7 +18,7 @@ OTHER_LOGITS = (
 
 
 def are_close(first: Tensor, second: Tensor) -> bool:
-    """Whether two computations gave the same logits ``(N, C)``, up to rounding.
+    """Return whether two computations gave the same logits ``(N, C)``, up to rounding.
 
     Example:
         >>> are_close(torch.zeros(2, 3), torch.full((2, 3), 1e-6)), are_close(torch.zeros(2, 3), torch.ones(2, 3))
@@ -28,7 +28,7 @@ def are_close(first: Tensor, second: Tensor) -> bool:
 
 
 def difference(first: Tensor, second: Tensor) -> float:
-    """The largest difference of finite entries, in units of the tolerance."""
+    """Return the largest difference of finite entries, in units of the tolerance."""
     dtypes = (first.dtype, second.dtype)
     tolerance = max(TOLERANCES.get(dtype, 0.05) for dtype in dtypes)
     known = first.isfinite() & second.isfinite()

@@ -80,7 +80,7 @@ def check(score: str, arguments: Mapping[str, Any], annotations: Mapping[str, An
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation itself."""
+    """Return the members of a union, or the annotation itself."""
     if get_origin(annotation) in (Union, types.UnionType):
         return get_args(annotation)
     return (annotation,)
@@ -102,7 +102,7 @@ def _member_accepts(member: Any, value: Any) -> bool:
 
 
 def _words(annotation: Any) -> list[str]:
-    """The allowed values in words, one entry per alternative."""
+    """Return the allowed values in words, one entry per alternative."""
     words: list[str] = []
     for member in _members(annotation):
         if get_origin(member) is Annotated:

@@ -157,7 +157,7 @@ def _cells(
     template: Scorer,
     count: int,
 ) -> dict[tuple[str, int], Fitting]:
-    """What each fold of each data set adds to a fit: a fit is the sum of the cells that it may see."""
+    """Return what each fold of each data set adds to a fit: a fit is the sum of the cells that it may see."""
     cells = {}
     for name in parts:
         for fold in range(count):
@@ -174,7 +174,7 @@ def _split(parts: Sequence[Part], rows: Tensor) -> Iterator[tuple[Part, Tensor]]
 
 
 def _fitted(column: HeldOutColumn, template: Scorer, model: nn.Module, seen: list[Any]) -> FittedScore:
-    """The column's score fitted on what was seen; an error names the column."""
+    """Return the column's score fitted on what was seen; an error names the column."""
     try:
         return Fitting([column.score], template).finish(model, seen)[column.score.name]
     except ValueError as error:
@@ -182,7 +182,7 @@ def _fitted(column: HeldOutColumn, template: Scorer, model: nn.Module, seen: lis
 
 
 def _scores_of(score: Score, parts: Sequence[Part], rows: Tensor) -> Tensor:
-    """A score of the marked rows, in their order, on the CPU."""
+    """Return a score of the marked rows, in their order, on the CPU."""
     scorer, values = Scorer((score,)), [torch.zeros(0).double()]
     for part, marked in _split(parts, rows):
         if score.needs.labels:
@@ -262,7 +262,7 @@ def cross_fit(
 def _gather(
     model: nn.Module, name: str, batches: Iterable[Any], scorer: Scorer, ood: bool
 ) -> tuple[list[Part], pa.Table]:
-    """The evidence of a data set, and its rows without scores."""
+    """Return the evidence of a data set, and its rows without scores."""
     rows, parts = Rows(name, (), SampleIndex.of(batches)), []
     for batch, evidence in gathered(model, batches, scorer, ood):
         rows.add(batch.inputs, batch.logits, batch.labels, {})
@@ -278,7 +278,7 @@ def _folds_of(
     folds: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """The fold of each row of every data set, after a check that there are enough rows."""
+    """Return the fold of each row of every data set, after a check that there are enough rows."""
     learns_errors = any(column.score.fit_needs.labels for column in columns)
     fold_of_rows, not_finite = {}, 0
     for name, batches in parts.items():

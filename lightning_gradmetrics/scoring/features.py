@@ -23,7 +23,7 @@ LEVELS = ("all", "layer", "parameter")
 
 
 def several(names: str | Iterable[str]) -> tuple[str, ...]:
-    """The names in ``"all+layer"``, or in a sequence of names.
+    """Return the names in ``"all+layer"``, or in a sequence of names.
 
     Example:
         >>> several("all+layer")
@@ -59,7 +59,7 @@ def feature_columns(
 def feature_names(
     gradient: ParameterGradients, levels: Iterable[str], statistics: Sequence[str] = FEATURES
 ) -> tuple[str, ...]:
-    """The names of the columns, ``group/statistic``."""
+    """Return the names of the columns, ``group/statistic``."""
     return tuple(
         f"{group}/{name}" for _, groups in _groups(gradient, levels) for group in groups for name in statistics
     )
@@ -75,7 +75,7 @@ def gradient_features(
     statistics: Sequence[str] = FEATURES,
     **options: Any,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    r"""A feature vector of every sample's gradients: what a meta-classifier of errors is trained on.
+    r"""Return a feature vector of every sample's gradients: what a meta-classifier of errors is trained on.
 
     All objectives share one forward; each takes one backward.
 

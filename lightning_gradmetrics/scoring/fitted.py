@@ -153,7 +153,7 @@ class FittedScore(Score):
 
 
 def _fields(cls: type[FittedScore]) -> dict[str, inspect.Parameter]:
-    """The arguments that a class and its bases declare: annotated names with defaults."""
+    """Return the arguments that a class and its bases declare: annotated names with defaults."""
     inherited: Mapping[str, inspect.Parameter] = getattr(
         cls.__mro__[1], "__signature__", inspect.Signature()
     ).parameters

@@ -31,7 +31,7 @@ class FittingScorer(Scorer):
     """Gathers the evidence that fitting needs, labels included; and what the scores that need no fit look at."""
 
     def needs(self, classes: int) -> Needs:
-        """What they look at, for that number of classes."""
+        """Return what they look at, for that number of classes."""
         if classes not in self._needs:
             looks = [score.contribution if isinstance(score, FittedScore) else score for score in self.scores]
             self._needs[classes] = needs_of(looks, classes)
@@ -93,7 +93,7 @@ class Fitting:
     def finish(
         self, model: nn.Module, seen: Sequence[tuple[int, dict[str, Tensors]]] | None = None
     ) -> dict[str, FittedScore]:
-        """The fitted scores by name.
+        """Return the fitted scores by name.
 
         Args:
             model: The model that they are fitted for.
@@ -184,7 +184,7 @@ def gathered(
 
 
 def keys_of(batch: ObservedBatch) -> Tensor:
-    """A whole number for each sample ``(N,)``, made of its inputs; of its logits where no input has a sample axis."""
+    """Return a whole number for each sample ``(N,)``, made of its inputs; of its logits where no input has a sample axis."""
     rows = []
     for tensor in tensors_in(batch.inputs):
         if tensor.ndim and len(tensor) == batch.size:

@@ -36,7 +36,7 @@ def gradient_profile(
     parameters: Callable[[str], bool] | None = None,
     **options: Any,
 ) -> LayerNorms:
-    r"""The gradient norm of every layer, for each sample: ``|d L_n / d theta_l|_p``.
+    r"""Return the gradient norm of every layer, for each sample: ``|d L_n / d theta_l|_p``.
 
     A layer is a module with parameters of its own: its weight and its bias are taken together. Layers of more
     parameters have larger norms at equally large entries.
@@ -107,6 +107,6 @@ class Profile:
         return made
 
     def __call__(self, evidence: Evidence) -> LayerNorms:
-        """The norms of a batch; in a dry run, what they need."""
+        """Return the norms of a batch; in a dry run, what they need."""
         layers = evidence.gradient_per_parameter(self.objective, "all").by_layer()
         return LayerNorms(layers.names, layers.norm(self.norm))

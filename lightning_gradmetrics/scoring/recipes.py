@@ -198,7 +198,7 @@ RECIPES: dict[str, Recipe] = {}
 
 
 def _registered(module: str, name: str) -> Recipe:
-    """The recipe of that name, which its module registers when it is imported."""
+    """Return the recipe of that name, which its module registers when it is imported."""
     importlib.import_module(module)
     return RECIPES[name]
 
@@ -209,7 +209,7 @@ def _unregistered(method: Callable[..., Any], name: str) -> Recipe:
 
 
 def _shown(value: Any) -> str:
-    """An argument in a score's name that ``make`` can read back: identifiers bare, other text in quotes."""
+    """Return an argument in a score's name that ``make`` can read back: identifiers bare, other text in quotes."""
     if isinstance(value, str):
         return value if value.isidentifier() else repr(value)
     return str(getattr(value, "__name__", value))

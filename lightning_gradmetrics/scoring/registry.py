@@ -228,7 +228,7 @@ def _made(score: Any, arguments: Mapping[str, Any]) -> Score:
 
 
 def _recipe_of(function: Callable[..., Any], name: str | None = None) -> Recipe:
-    """The recipe of a registered function, of the class of a fitted score, or of a plain function."""
+    """Return the recipe of a registered function, of the class of a fitted score, or of a plain function."""
     own = getattr(function, "recipe", None)
     if isinstance(own, Recipe):
         return own
@@ -236,7 +236,7 @@ def _recipe_of(function: Callable[..., Any], name: str | None = None) -> Recipe:
 
 
 def _known(name: str) -> Recipe:
-    """The recipe of a name, imported if it has dots."""
+    """Return the recipe of a name, imported if it has dots."""
     importlib.import_module(BUILT_IN)
     if name in RECIPES:
         return RECIPES[name]
@@ -259,7 +259,7 @@ def _imported(path: str) -> Callable[..., Any]:
 
 
 def _from_mapping(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Score:
-    """A score from ``{name: arguments}``, or from a node of LightningCLI or Hydra that was not instantiated yet."""
+    """Return a score from ``{name: arguments}``, or from a node of LightningCLI or Hydra that was not instantiated yet."""
     if "class_path" in node:
         given = node.get("init_args") or node.get("dict_kwargs") or {}
         return _known(str(node["class_path"]))(**given, **arguments)
@@ -276,7 +276,7 @@ def _from_mapping(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Scor
 
 
 def _named(name: str, value: Any) -> Score:
-    """The score of an entry of a mapping: ``name: score``, or ``name: arguments`` for a score of that name."""
+    """Return the score of an entry of a mapping: ``name: score``, or ``name: arguments`` for a score of that name."""
     is_node = isinstance(value, Mapping) and not {"class_path", "_target_"}.isdisjoint(value)
     is_other = isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in RECIPES
     if value is None or (isinstance(value, Mapping) and not is_node and not is_other):
@@ -287,7 +287,7 @@ def _named(name: str, value: Any) -> Score:
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments in ``name`` or ``name(argument=value, ...)``; bare words are strings."""
+    """Return the name and the arguments in ``name`` or ``name(argument=value, ...)``; bare words are strings."""
     name, bracket, rest = text.strip().partition("(")
     if not bracket:
         return name, {}

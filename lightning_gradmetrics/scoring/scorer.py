@@ -68,7 +68,7 @@ class Scorer:
             raise ValueError(f"unknown engine {self.engine!r}; available: {', '.join(ENGINES)}")
 
     def needs(self, classes: int) -> Needs:
-        """What the scores, and whatever else, read, for that number of classes."""
+        """Return what the scores, and whatever else, read, for that number of classes."""
         if self._needs_of[0] is not self.scores or self._needs_of[1] is not self.looks:  # a fit replaces scores
             self._needs, self._needs_of = {}, (self.scores, self.looks)
         if classes not in self._needs:
@@ -76,7 +76,7 @@ class Scorer:
         return self._needs[classes]
 
     def evidence(self, model: nn.Module, batch: ObservedBatch) -> Evidence:
-        """What the scores need of an observed batch.
+        """Return what the scores need of an observed batch.
 
         Args:
             model: The model, for what needs a forward pass beside the observed one.
@@ -101,7 +101,7 @@ class Scorer:
         return Evidence(batch.logits, batch.features, labels, batch.ood, gradients, probes, head)
 
     def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
-        """The scores by name, ``(N,)`` each."""
+        """Return the scores by name, ``(N,)`` each."""
         dtype = result_dtype(evidence.given_logits.dtype)
         return {score.name: score(evidence).to(dtype) for score in self.scores}
 
@@ -153,14 +153,14 @@ class Scorer:
         check_same_logits(logits, batch.logits, f"{type(model).__name__} {OTHER_LOGITS}")
 
     def _is_random(self, model: nn.Module, batch: ObservedBatch) -> bool:
-        """Whether the model draws random numbers: its logits for a batch and for a part of it then differ."""
+        """Return whether the model draws random numbers: its logits for a batch and for a part of it then differ."""
         with preserved(model):
             torch.rand((), device=batch.logits.device)
             logits = self._forward(model, batch, batch.size)
         return not are_close(logits, batch.logits)
 
     def _forward(self, model: nn.Module, batch: ObservedBatch, rows: int) -> Tensor:
-        """The logits of the first rows of the batch, by a forward pass on them alone."""
+        """Return the logits of the first rows of the batch, by a forward pass on them alone."""
 
         def first_rows(tensor: Tensor) -> Tensor:
             return tensor[:rows].clone() if _is_row_wise(tensor, batch.size) else tensor.clone()
@@ -195,7 +195,7 @@ def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: st
 
 
 def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -> str | None:
-    """What is wrong with the labels of a batch, in words, or ``None``."""
+    """Return what is wrong with the labels of a batch, in words, or ``None``."""
     remedy = "remove the score, or score labelled data only: pass targets=, or return batches (inputs, labels)"
     if labels is None:
         return f"true labels, and there are none{place}: {remedy}"
@@ -269,7 +269,7 @@ class _Witness:
 
 
 def _wanted(needs: Needs) -> tuple[list[Objective], set[Moment]]:
-    """The objectives and moments of all targets."""
+    """Return the objectives and moments of all targets."""
     objectives: dict[Objective, None] = {}
     moments: set[Moment] = set()
     for by_objective in needs.gradients.values():
@@ -287,7 +287,7 @@ def _statistic_names(moments: Iterable[Moment]) -> list[str]:
 
 
 def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch) -> dict[Any, Tensor]:
-    """The scores' own computations on the model, which returns its logits to them."""
+    """Return the scores' own computations on the model, which returns its logits to them."""
     if not needs.probes:
         return {}
     with preserved(model), gradients_enabled(), scorer._made_to_return_logits(model, batch):

@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _hash(tensor: Tensor) -> int:
-    """A hash of the values in whole numbers: exact on any device, in any order of summation."""
+    """Return a hash of the values in whole numbers: exact on any device, in any order of summation."""
     bits = tensor.reshape(-1).to(torch.bfloat16).view(torch.int16)
     total = 0
     for start in range(0, len(bits), CHUNK):
@@ -102,7 +102,7 @@ def check_head(scores: Iterable[Score], head: str | None) -> None:
 
 
 def _same_module(first: str, second: str) -> bool:
-    """Whether two names mean the same module; one of them may include a wrapper's prefix."""
+    """Return whether two names mean the same module; one of them may include a wrapper's prefix."""
     return first == second or first.endswith(f".{second}") or second.endswith(f".{first}")
 
 
@@ -146,7 +146,7 @@ def save_fitted(scores: Iterable[Score], directory: str | Path) -> list[Path]:
 
 
 def _file_name(score: FittedScore) -> str:
-    """The score's name, with underscores for characters that file systems refuse."""
+    """Return the score's name, with underscores for characters that file systems refuse."""
     return re.sub(r"[^\w.=,()+-]", "_", score.name) + ".safetensors"
 
 
@@ -158,7 +158,7 @@ def _about(score: FittedScore) -> dict[str, str]:
 
 
 def _described(value: object) -> str:
-    """The name of an argument that JSON cannot represent: an address would differ between processes."""
+    """Return the name of an argument that JSON cannot represent: an address would differ between processes."""
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
@@ -221,7 +221,7 @@ def _check_about(score: FittedScore, about: Mapping[str, str], place: str) -> No
 
 
 def fitted_states(scores: Iterable[Score]) -> dict[str, dict[str, Any]]:
-    """The states of the fitted scores by name, as tensors and text: what a checkpoint can hold without pickled code.
+    """Return the states of the fitted scores by name, as tensors and text: what a checkpoint can hold without pickled code.
 
     Args:
         scores: Scores; those that need no fit, or are not fitted, are skipped.
@@ -235,7 +235,7 @@ def fitted_states(scores: Iterable[Score]) -> dict[str, dict[str, Any]]:
 
 
 def with_fitted_states(scores: Iterable[Score], states: Mapping[str, Mapping[str, Any]]) -> tuple[Score, ...]:
-    """The scores with the states that :func:`fitted_states` returned; a score without one is returned unchanged.
+    """Return the scores with the states that :func:`fitted_states` returned; a score without one is returned unchanged.
 
     Args:
         scores: The scores.

@@ -30,7 +30,7 @@ __all__ = ["StepObserver", "observed"]
 
 
 def observed(scorer: Scorer, model: nn.Module, inputs: Inputs, labels: Tensor | None = None) -> ObservedBatch:
-    """One batch, observed in a forward pass that is run for it.
+    """Return one batch, observed in a forward pass that is run for it.
 
     Args:
         scorer: What the batch is observed for.
@@ -73,13 +73,13 @@ class StepObserver:
             yield seen
 
     def own(self, inputs: Inputs) -> ObservedBatch:
-        """One batch, observed in a forward pass that is run for it."""
+        """Return one batch, observed in a forward pass that is run for it."""
         return self.batch(self._run(inputs), inputs)
 
     def batch(
         self, seen: Observation, given: Inputs | None, size: int | None = None, stepped: nn.Module | None = None
     ) -> ObservedBatch:
-        """The batch of an observed step.
+        """Return the batch of an observed step.
 
         Args:
             seen: What was observed.
@@ -122,19 +122,19 @@ class StepObserver:
         return ObservedBatch(inputs, output, features, self._head, called=module)
 
     def _from_own_forward(self, inputs: Inputs | None, logits: Tensor | None) -> ObservedBatch:
-        """The batch of a step that ran a compiled model, whose layers run no hooks."""
+        """Return the batch of a step that ran a compiled model, whose layers run no hooks."""
         batch = self._from_calls(self._run(inputs), None, may_run=False)
         if logits is not None and self.scorer.head is None:
             check_same_logits(batch.logits, logits, f"{type(self.model).__name__} {OTHER_LOGITS}")
         return batch
 
     def _is_unobserved(self, seen: Observation) -> bool:
-        """Whether the hooks of the layers did not run."""
+        """Return whether the hooks of the layers did not run."""
         calls = seen.layers if self._name is None else seen.of_layer(self._name)
         return not any(call.name in linear_layers(self.model) or call.name == self._name for call in calls)
 
     def _joined(self, calls: Sequence[ModelCall], size: int | None) -> tuple[Inputs | None, Tensor | None]:
-        """Inputs and logits of the samples; of consecutive parts of the batch, or of repeated equal calls."""
+        """Return inputs and logits of the samples; of consecutive parts of the batch, or of repeated equal calls."""
         if len(calls) == 1:
             return calls[0].inputs, calls[0].logits
         logits = [_existing(call.logits, [call]) for call in calls]
@@ -163,7 +163,7 @@ class StepObserver:
         return ObservedBatch(given, output, features, self._head)
 
     def _name_of_parts(self, seen: Observation, given: Inputs | None) -> str:
-        """The head of a model whose parts were called: the layer whose output ``forward`` returns, or the only one."""
+        """Return the head of a model whose parts were called: the layer whose output ``forward`` returns, or the only one."""
         name = None if given is None else self._name_by_forward(given)
         if name is not None and seen.of_layer(name):
             return name
@@ -185,7 +185,7 @@ class StepObserver:
         )
 
     def _name_by_forward(self, given: Inputs) -> str | None:
-        """The layer whose output ``forward`` returns for the batch, or ``None`` if that does not tell."""
+        """Return the layer whose output ``forward`` returns for the batch, or ``None`` if that does not tell."""
         try:
             seen = self._run(given)
             assert seen.called is not None
@@ -195,7 +195,7 @@ class StepObserver:
             return None
 
     def _unseen(self, given: Inputs | None, stepped: nn.Module) -> Observation:
-        """A forward pass for a step in which no call was observed: one of a compiled model."""
+        """Return a forward pass for a step in which no call was observed: one of a compiled model."""
         kind = type(self.model).__name__
         if given is None or not (has_compiled_parts(stepped) or has_compiled_parts(self.model)):
             raise ValueError(
@@ -222,7 +222,7 @@ class StepObserver:
         return seen
 
     def _through_head(self, seen: Observation, size: int | None) -> tuple[Tensor, Tensor]:
-        """The head's input ``(N, D)`` and output ``(N, C)``."""
+        """Return the head's input ``(N, D)`` and output ``(N, C)``."""
         assert self._name is not None
         calls = seen.of_layer(self._name)
         if not calls:
@@ -249,13 +249,13 @@ def _joined_layer(calls: Sequence[LayerCall], size: int | None) -> tuple[Tensor,
 
 
 def _are_equal(parts: Sequence[Tensor]) -> bool:
-    """Whether all calls returned the same."""
+    """Return whether all calls returned the same."""
     first = parts[0]
     return all(part.shape == first.shape and torch.equal(part, first) for part in parts[1:])
 
 
 def _rows_of_all(parts: Sequence[Tensor], size: int | None, who: str) -> Tensor:
-    """The rows of consecutive parts of the batch."""
+    """Return the rows of consecutive parts of the batch."""
     rows = sum(len(part) for part in parts)
     if rows != size:
         samples = "an unknown number of samples" if size is None else f"{size} samples"
@@ -267,7 +267,7 @@ def _rows_of_all(parts: Sequence[Tensor], size: int | None, who: str) -> Tensor:
 
 
 def _existing(logits: Tensor | None, calls: Sequence[ModelCall]) -> Tensor:
-    """The logits, or the error that says why there are none."""
+    """Return the logits, or the error that says why there are none."""
     if logits is not None:
         return logits
     problem = calls[0].problem

@@ -55,7 +55,7 @@ def row_keys(inputs: Inputs) -> Tensor:
 
 
 def _hashed(tensor: Tensor, seed: int) -> Tensor:
-    """Sums of each row's bits with random odd weights; a long row contributes 4096 of its entries."""
+    """Return sums of each row's bits with random odd weights; a long row contributes 4096 of its entries."""
     flat = tensor.reshape(len(tensor), -1)
     if flat.shape[1] > 4096:
         flat = flat[:, torch.linspace(0, flat.shape[1] - 1, 4096, device=flat.device).long()]

@@ -22,9 +22,7 @@ NESTED_STATEMENTS: dict[str, int] = {
 
 COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
     "callback": 16.0,
-    "classifier": 25.6,
     "cli": 24.8,
-    "compat": 27.9,
     "engine": 25.5,
     "results": 21.5,
     "scoring": 26.9,

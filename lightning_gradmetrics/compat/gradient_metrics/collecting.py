@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,14 +53,14 @@ def collect(
     """
     graph = Graph(loss)
     listeners = _reached(graph, parameters)
-    reached = {key: parameter for key, parameter in parameters.items() if key in graph.leaves}
+    reached = parameters.keys() & graph.leaves.keys()
     if not listeners:
         return why_unseen or UNSEEN
-    if reached.keys() - _heard(listeners):
+    if reached - _heard(listeners):
         return UNSEEN_PARAMETER
     record = _record(listeners, sum(map(graph.leaves.__getitem__, reached)))
-    live = {key: parameter for key, parameter in reached.items() if parameter.requires_grad}
-    unverified = {key: live[key] for key in record.open(live) if key in live}
+    trainable = {key: parameters[key] for key in parameters if key in reached and parameters[key].requires_grad}
+    unverified = _chosen(trainable, record.open(trainable))
     try:
         base, numbers, references = _owners(graph, listeners, unverified)
         groups = _groups(listeners, numbers)
@@ -83,8 +83,17 @@ def collect(
     return ""
 
 
+def _chosen(parameters: Mapping[int, Tensor], keys: Set[int]) -> dict[int, Tensor]:
+    """Return the parameters with some of the keys, in the order of the keys."""
+    chosen = {}
+    for key in keys:
+        if key in parameters:
+            chosen[key] = parameters[key]
+    return chosen
+
+
 def _heard(listeners: Sequence[Listener]) -> set[int]:
-    """The parameters that the listeners heard, by identity."""
+    """Return the parameters that the listeners heard, by identity."""
     heard: set[int] = set()
     for listener in listeners:
         heard |= _identities(listener)
@@ -95,14 +104,16 @@ def _identities(listener: Listener) -> set[int]:
     return set(map(id, listener.parameters.values()))
 
 
-def _record(listeners: Sequence[Listener], places: int) -> Record:
-    """The comparisons with autograd of forward passes seen together, whose parameters enter the graph in some places."""
-    plans = [_Identity(listener.module_plan) for listener in listeners]
-    return listeners[0].module_plan.records.setdefault((places, *plans), Record())
+def _record(listeners: Sequence[Listener], entries: int) -> Record:
+    """Return the comparisons with autograd of forward passes seen together; their parameters enter the graph ``entries`` times."""
+    key: tuple[Any, ...] = (entries,)
+    for listener in listeners:
+        key += (_Identity(listener.module_plan),)
+    return listeners[0].module_plan.records.setdefault(key, Record())
 
 
 def _reached(graph: Graph, parameters: Mapping[int, Tensor]) -> list[Listener]:
-    """The listeners that the losses come from and that heard one of the parameters, in their order."""
+    """Return the listeners that the losses come from and that heard one of the parameters, in their order."""
     listeners = []
     for listener in list(HEARD):
         if _identities(listener) & parameters.keys() and id(listener.anchor) in graph.leaves:
@@ -179,7 +190,7 @@ class _Group:
 
 
 def _groups(listeners: Sequence[Listener], numbers: Sequence[Tensor]) -> list[_Group]:
-    """The listeners by the losses of their samples.
+    """Return the listeners by the losses of their samples.
 
     Raises:
         OwnershipError: If the samples of two groups share some losses, and some parameters.
@@ -208,7 +219,7 @@ def _share_parameters(listeners: Sequence[Listener], other: Listener) -> bool:
 def _owners(
     graph: Graph, listeners: Sequence[Listener], parameters: Mapping[int, Tensor]
 ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
-    """The weights of the losses, each listener's owners, and the weighted sum's gradients of some parameters."""
+    """Return the weights of the losses, each listener's owners, and the weighted sum's gradients of some parameters."""
     loss, outputs = graph.loss, []
     for listener in listeners:
         graph.check_reached(listener)
@@ -227,8 +238,11 @@ def _owners(
     numbers = []
     for listener, own in zip(listeners, outputs, strict=True):
         numbers.append(_owners_of(listener, own, at_edges, others, weights, precise.tolerance))
-    references = dict(zip(parameters, first[len(edges) :], strict=True))
-    return weights.base, numbers, {key: g for key, g in references.items() if g is not None}
+    references = {}
+    for key, gradient in zip(parameters, first[len(edges) :], strict=True):
+        if gradient is not None:
+            references[key] = gradient
+    return weights.base, numbers, references
 
 
 def _owners_of(
@@ -240,7 +254,9 @@ def _owners_of(
     tolerance: float,
 ) -> Tensor:
     axes = [output.axis for output in own.values()]
-    rest = [_picked(gradients, own) for gradients in others]
+    rest = []
+    for gradients in others:
+        rest.append(_picked(gradients, own))
     return owners(_picked(first, own), rest, axes, weights, listener.size, tolerance)
 
 
@@ -251,7 +267,7 @@ def _picked(gradients: Mapping[GradientEdge, Tensor | None], edges: Iterable[Gra
 def _gradients(
     loss: Tensor, edges: Sequence[GradientEdge], weights: Tensor, parameters: Sequence[Tensor] = ()
 ) -> list[Tensor | None]:
-    """Gradients of a weighted sum of the losses, the graph kept."""
+    """Return gradients of a weighted sum of the losses, the graph kept."""
     inputs: list[Any] = [*edges, *parameters]
     try:
         return list(torch.autograd.grad([loss], inputs, [weights], retain_graph=True, allow_unused=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +23,18 @@ __all__ = ["GradientMetricCollector"]
 class GradientMetricCollector:
     """Computes gradient metrics of every sample in a batch.
 
-    Build it before the forward pass. It watches the forward passes of the target layers through hooks, which are removed
-    when the collector is deleted, so that one backward pass serves all samples.
+    Build it before the forward pass. Hooks on the target layers record the forward pass, so that one backward pass serves
+    all samples. They are removed when the collector is deleted.
 
-    Some losses take one backward pass each, with the same values and a warning that names the reason: losses whose
-    forward pass was not watched, losses that share samples or depend on several of them, targets that are single tensors,
-    modules whose samples depend on each other (batch norm in train mode), and layers that no rule covers.
+    Otherwise each loss needs one backward pass: the values are the same, and a warning names the reason. This happens for
+    losses whose forward pass was not recorded, losses that share samples or depend on several of them, targets that are
+    single tensors, modules whose samples depend on each other (batch norm in train mode), and layers without a rule.
 
     Args:
         metrics: A gradient metric, or a sequence of them.
 
     Raises:
-        ValueError: If there is no metric, or one is no
+        ValueError: If there is no metric, or one is not a
             :class:`~lightning_gradmetrics.compat.gradient_metrics.metrics.GradientMetric`.
 
     Example:
@@ -55,14 +55,11 @@ class GradientMetricCollector:
     def __init__(self, metrics: Sequence[GradientMetric] | GradientMetric) -> None:
         self._metrics = [metrics] if isinstance(metrics, GradientMetric) else _checked(metrics)
         self._parameters = _parameters_of(self._metrics)
-        modules: list[nn.Module] = []
-        for metric in self._metrics:
-            modules += [target for target in metric.target_layers if isinstance(target, nn.Module)]
-        self._watch = Watch(modules, self._parameters)
+        self._watch = Watch(_modules_of(self._metrics), self._parameters)
         weakref.finalize(self, self._watch.remove)
 
     def __call__(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
-        """Computes the metrics of every loss.
+        """Compute the metrics of every loss.
 
         Args:
             loss: Losses ``(N,)`` with their graph, usually one per sample.
@@ -98,7 +95,7 @@ class GradientMetricCollector:
         return len(self.data)
 
     def _collected(self, loss: Tensor, retain_graph: bool) -> _Collected | None:
-        """What one backward pass shows of every loss, or ``None`` if each loss has to take its own."""
+        """Collect from one backward pass for all losses; return ``None`` if each loss needs a backward pass."""
         collected = _Collected(len(loss), self._metrics)
         try:
             reason = collect(loss, self._parameters, collected.add, retain_graph, self._watch.why_unseen)
@@ -110,61 +107,85 @@ class GradientMetricCollector:
         return collected
 
     def _from_collected(self, collected: _Collected) -> Tensor:
-        """All metrics ``(N, dim)`` from the parameters' moments and gradients."""
+        """Return all metrics ``(N, dim)`` from the parameters' moments and gradients."""
         opaque = [metric for metric in self._metrics if not _by_moments(metric)]
-        rows = self._by_rows(opaque, collected) if opaque else {}
-        columns = []
+        columns = self._by_rows(opaque, collected)
         for metric in self._metrics:
-            columns.append(rows[id(metric)] if id(metric) in rows else _metric_by_moments(metric, collected))
-        return torch.cat(columns, 1)
+            if id(metric) not in columns:
+                columns[id(metric)] = _metric_by_moments(metric, collected)
+        return torch.cat([columns[id(metric)] for metric in self._metrics], 1)
 
     def _by_rows(self, metrics: Sequence[GradientMetric], collected: _Collected) -> dict[int, Tensor]:
-        """Metrics ``(N, k)`` that need each gradient, a bounded number of samples at a time."""
+        """Return metrics ``(N, k)`` that need each gradient, a bounded number of samples at a time."""
         parameters = _parameters_of(metrics)
-        step = max(1, 16 * CHUNK_ENTRIES // max(1, sum(p.numel() for p in parameters.values())))
-        values: dict[int, list[Tensor]] = {id(metric): [] for metric in metrics}
+        step = max(1, 16 * CHUNK_ENTRIES // max(1, _entries(parameters.values())))
+        values: dict[int, list[Tensor]] = {}
         for start in range(0, collected.size, step):
             count = min(step, collected.size - start)
-            gradients = {key: collected.gradients(key, p, start, count) for key, p in parameters.items()}
+            gradients = {}
+            for key, parameter in parameters.items():
+                gradients[key] = collected.gradients(key, parameter, start, count)
             for number in range(count):
                 for metric in metrics:
-                    own = [gradients[id(p)][number] for p in metric.target_parameters]
-                    values[id(metric)].append(_metric_of(metric, own))
+                    value = _metric_of(metric, _rows_of(metric, gradients, number))
+                    values.setdefault(id(metric), []).append(value)
         return {key: torch.stack(rows) for key, rows in values.items()}
 
     def _by_loop(self, loss: Tensor, retain_graph: bool) -> Tensor:
-        """All metrics by one backward pass per loss."""
+        """Return all metrics by one backward pass per loss."""
         parameters = list(self._parameters.values())
-        if any(not p.requires_grad for p in parameters):
-            raise ValueError(
-                "a target tensor requires no gradient, and the forward pass of its layer was not seen: build the "
-                "collector with the layer (not the tensor) before the forward pass, or call requires_grad_() on the "
-                "tensor first"
-            )
+        _check_trainable(parameters)
         rows = []
         for number in range(len(loss)):
             with torch.enable_grad():
                 one = loss[number]
             keep = retain_graph or number < len(loss) - 1
             found = torch.autograd.grad(one, parameters, retain_graph=keep, allow_unused=True)
-            gradients = {id(p): _dense(g, p) for p, g in zip(parameters, found, strict=True)}
+            gradients = {}
+            for parameter, gradient in zip(parameters, found, strict=True):
+                gradients[id(parameter)] = _dense(gradient, parameter)
             values = []
             for metric in self._metrics:
-                values.append(_metric_of(metric, [gradients[id(p)] for p in metric.target_parameters]))
+                own = [gradients[id(parameter)] for parameter in metric.target_parameters]
+                values.append(_metric_of(metric, own))
             rows.append(torch.cat(values))
         return torch.stack(rows) if rows else torch.zeros(0, self.dim, device=loss.device)
 
 
+def _modules_of(metrics: Sequence[GradientMetric]) -> list[nn.Module]:
+    """Return the target layers of all metrics that are modules."""
+    modules: list[nn.Module] = []
+    for metric in metrics:
+        for target in metric.target_layers:
+            if isinstance(target, nn.Module):
+                modules.append(target)
+    return modules
+
+
 def _parameters_of(metrics: Sequence[GradientMetric]) -> dict[int, Tensor]:
-    """The target parameters of all metrics, by identity."""
+    """Return the target parameters of all metrics, by identity."""
     parameters: dict[int, Tensor] = {}
     for metric in metrics:
-        parameters |= {id(parameter): parameter for parameter in metric.target_parameters}
+        for parameter in metric.target_parameters:
+            parameters[id(parameter)] = parameter
     return parameters
 
 
+def _entries(parameters: Iterable[Tensor]) -> int:
+    """Return the number of entries of all parameters."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _rows_of(metric: GradientMetric, gradients: Mapping[int, Tensor], number: int) -> list[Tensor]:
+    """Return one sample's gradients of a metric's target parameters."""
+    rows = []
+    for parameter in metric.target_parameters:
+        rows.append(gradients[id(parameter)][number])
+    return rows
+
+
 class _Collected:
-    """Every loss's gradients of each parameter: their moments, and for other metrics what they follow from.
+    """The moments of every loss's gradients of each parameter, and for other metrics the uses to compute gradients from.
 
     Args:
         size: The number of losses.
@@ -187,7 +208,7 @@ class _Collected:
         self._uses: dict[int, list[tuple[Use, Tensor]]] = {}
 
     def add(self, key: int, use: Use, numbers: Tensor) -> None:
-        """Take one use of a parameter; sample ``n`` of it belongs to the loss ``numbers[n]``, or to none (-1)."""
+        """Add one use of a parameter; its sample ``n`` belongs to the loss ``numbers[n]``, or to none (-1)."""
         if key in self._kept:
             self._uses.setdefault(key, []).append((use, numbers))
         wanted = self._wanted.get(key)
@@ -198,17 +219,17 @@ class _Collected:
         for name, values in moments.items():
             if name not in own:
                 own[name] = values.new_zeros(self.size)
-            place = numbers[owned].to(values.device)
-            own[name][place] = values[owned.to(values.device)]
+            losses = numbers[owned].to(values.device)
+            own[name][losses] = values[owned.to(values.device)]
 
     def moments(self, parameter: Tensor, wanted: frozenset[Moment]) -> Moments:
-        """The moments ``(M,)`` of a parameter's gradients."""
+        """Return the moments ``(M,)`` of a parameter's gradients."""
         zero = torch.zeros(self.size, dtype=accumulator(parameter), device=parameter.device)
         own = self._moments.get(id(parameter), {})
         return {name: own.get(name, zero) for name in wanted}
 
     def gradients(self, key: int, parameter: Tensor, start: int, count: int) -> Tensor:
-        """The gradients ``(count, *shape)`` of consecutive losses."""
+        """Return the gradients ``(count, *shape)`` of consecutive losses."""
         gradients = parameter.detach().new_zeros(count, *parameter.shape)
         for use, numbers in self._uses.get(key, ()):
             inside = ((numbers >= start) & (numbers < start + count)).nonzero().flatten()
@@ -221,11 +242,14 @@ class _Collected:
 
 
 def _metric_by_moments(metric: GradientMetric, collected: _Collected) -> Tensor:
-    """One of this package's metrics, ``(M, k)``."""
+    """Return one of this package's metrics, ``(M, k)``."""
     assert isinstance(metric, _MomentMetric)
-    parts = [collected.moments(parameter, metric.moments) for parameter in metric.target_parameters]
-    count = sum(parameter.numel() for parameter in metric.target_parameters)
-    return metric.values(merged(parts), count).to(result_dtype(metric.target_parameters[0].dtype))
+    parts = []
+    for parameter in metric.target_parameters:
+        parts.append(collected.moments(parameter, metric.moments))
+    return metric.values(merged(parts), _entries(metric.target_parameters)).to(
+        result_dtype(metric.target_parameters[0].dtype)
+    )
 
 
 def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
@@ -235,20 +259,21 @@ def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def _by_moments(metric: GradientMetric) -> bool:
-    """Whether a metric is a function of moments: one of this package's, unmodified and without a transform."""
-    plain = metric.grad_transform is None and isinstance(metric, _MomentMetric) and metric.target_parameters
+    """Return whether a metric is a function of moments: one of this package's, unmodified and without a transform."""
+    if metric.grad_transform is not None or not isinstance(metric, _MomentMetric) or not metric.target_parameters:
+        return False
     names = ("__call__", "_collect", "_get_metric", "data", "reset")
-    return bool(plain) and all(getattr(type(metric), n) is _original(metric, n) for n in names)
+    return all(getattr(type(metric), name) is _original(metric, name) for name in names)
 
 
 def _original(metric: GradientMetric, name: str) -> Any:
-    """Returns this package's definition of ``name``."""
+    """Return this package's definition of ``name``."""
     ours = next(c for c in type(metric).__mro__ if c.__module__ == _MomentMetric.__module__)
     return getattr(ours, name)
 
 
 def _metric_of(metric: GradientMetric, gradients: Sequence[Tensor]) -> Tensor:
-    """The metric of one sample."""
+    """Return the metric of one sample."""
     metric.reset()
     for gradient in gradients:
         metric(gradient.contiguous())
@@ -259,26 +284,36 @@ def _metric_of(metric: GradientMetric, gradients: Sequence[Tensor]) -> Tensor:
 
 def _checked(metrics: Any) -> list[GradientMetric]:
     if not isinstance(metrics, Sequence):
-        raise ValueError(f"metrics has to be a GradientMetric or a sequence of them, got {type(metrics).__name__}")
+        raise ValueError(f"metrics must be a GradientMetric or a sequence of them, got {type(metrics).__name__}")
     for metric in metrics:
         if not isinstance(metric, GradientMetric):
-            raise ValueError(f"metrics has to hold GradientMetric instances only, found {type(metric).__name__}")
+            raise ValueError(f"metrics must contain GradientMetric instances only, got {type(metric).__name__}")
     if not metrics:
         raise ValueError("the sequence of metrics is empty; give at least one, such as Max(model)")
     return list(metrics)
 
 
+def _check_trainable(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            raise ValueError(
+                "a target tensor requires no gradient, and the forward pass of its layer was not seen: build the "
+                "collector with the layer (not the tensor) before the forward pass, or call requires_grad_() on the "
+                "tensor first"
+            )
+
+
 def _check_loss(loss: Tensor) -> None:
     if not loss.requires_grad:
-        why = (
-            "it was computed in inference mode: run the forward pass inside torch.inference_mode(False) and "
-            "torch.enable_grad(), with cloned inputs, or use "
-            "lightning_gradmetrics.gradient_statistics, which does so itself"
-            if loss.is_inference() or torch.is_inference_mode_enabled()
-            else "run the forward pass with gradients enabled (torch.enable_grad()), after building the collector"
-        )
-        raise ValueError(f"the loss has to require a gradient to take gradient metrics of it; {why}")
+        why = "run the forward pass with gradients enabled (torch.enable_grad()), after building the collector"
+        if loss.is_inference() or torch.is_inference_mode_enabled():
+            why = (
+                "it was computed in inference mode: run the forward pass inside torch.inference_mode(False) and "
+                "torch.enable_grad(), with cloned inputs, or use lightning_gradmetrics.gradient_statistics, which "
+                "enables gradients itself"
+            )
+        raise ValueError(f"gradient metrics need a loss that requires a gradient; {why}")
     if loss.ndim != 1:
         raise ValueError(
-            f"the loss has to have shape (N,), one entry a sample, got {tuple(loss.shape)}: use reduction='none'"
+            f"the loss must have shape (N,), one entry per sample, got {tuple(loss.shape)}: use reduction='none'"
         )

@@ -129,7 +129,7 @@ def listen(
     for listener in listeners:
         if listener.broken:
             raise PlanError(listener.broken)
-    if len(listeners) == 1 or any(listener.reenters for listener in listeners) or _share_parameters(listeners):
+    if len(listeners) == 1 or _any_reenters(listeners) or _share_parameters(listeners):
         for number, (listener, sink) in enumerate(zip(listeners, sinks, strict=True)):
             _listen_alone(losses, listener, sink, retain_graph or number < len(listeners) - 1)
     else:
@@ -139,10 +139,14 @@ def listen(
             raise PlanError("the losses do not come from the last forward pass")
 
 
+def _any_reenters(listeners: Sequence[Listener]) -> bool:
+    return any(listener.reenters for listener in listeners)
+
+
 def _share_parameters(listeners: Sequence[Listener]) -> bool:
     seen: set[int] = set()
     for listener in listeners:
-        own = {id(parameter) for parameter in listener.parameters.values()}
+        own = set(map(id, listener.parameters.values()))
         if own & seen:
             return True
         seen |= own

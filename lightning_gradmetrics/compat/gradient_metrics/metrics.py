@@ -53,7 +53,7 @@ class GradientMetric:
         self._register_parameters()
 
     def __call__(self, grad: Tensor | Sequence[Tensor]) -> None:
-        """Collects a gradient, or several.
+        """Collect a gradient, or several.
 
         Args:
             grad: The gradient of a parameter, or a sequence of them.
@@ -63,15 +63,15 @@ class GradientMetric:
             self._collect(gradient if self.grad_transform is None else self.grad_transform(gradient))
 
     def _collect(self, grad: Tensor) -> None:
-        """Updates the value with one (transformed) gradient."""
+        """Update the value with one (transformed) gradient."""
         raise NotImplementedError(f"{type(self).__name__} has to define _collect")
 
     def _get_metric(self) -> Tensor:
-        """Returns the value of the gradients collected so far."""
+        """Return the value of the gradients collected so far."""
         raise NotImplementedError(f"{type(self).__name__} has to define _get_metric")
 
     def reset(self) -> None:
-        """Resets the value."""
+        """Reset the value."""
         raise NotImplementedError(f"{type(self).__name__} has to define reset")
 
     @property
@@ -99,7 +99,7 @@ class _MomentMetric(GradientMetric):
         self.reset()
 
     def values(self, moments: Mapping[Moment, Tensor], count: int) -> Tensor:
-        """Computes the metric of ``N`` samples from moments.
+        """Compute the metric of ``N`` samples from moments.
 
         Args:
             moments: Moments ``(N,)`` of all gradient entries.
@@ -131,14 +131,14 @@ class _MomentMetric(GradientMetric):
         return torch.tensor(self.empty)
 
     def reset(self) -> None:
-        """Resets the value."""
+        """Reset the value."""
         self._moments = {}
         self._count = 0
         self._dtype = torch.float32
 
 
 def merged(parts: Sequence[Mapping[Moment, Tensor]]) -> Moments:
-    """Merges the moments of several gradients."""
+    """Merge the moments of several gradients."""
     joint = {"max": torch.maximum, "min": torch.minimum}
     out = dict(parts[0])
     for part in parts[1:]:

@@ -48,7 +48,7 @@ def mark_outputs(tensors: Sequence[Tensor], axes: Sequence[Axis | None], listene
 
 
 def _metadata(node: Node) -> dict[Any, Any]:
-    """What Python code has noted at a graph node; it lives as long as the node."""
+    """Return what Python code has noted at a graph node; it lives as long as the node."""
     return node.metadata  # type: ignore[return-value]
 
 
@@ -87,7 +87,7 @@ class Graph:
                     self.passed[id(child.variable)] = passed[child]
 
     def _outputs(self, node: Node, index: int) -> frozenset[Listener]:
-        """The listeners whose outputs this is."""
+        """Return the listeners whose outputs this is."""
         listeners = []
         for entry in _outputs_at(node, index):
             listener = entry.listener()
@@ -109,7 +109,7 @@ class Graph:
 
 
 def _from_loss_to_leaves(root: Node) -> list[Node]:
-    """All nodes, each before those that it depends on."""
+    """Return all nodes, each before those that it depends on."""
     order: list[Node] = []
     seen: set[Node] = {root}
     waiting: list[tuple[Node, Any]] = [(root, iter(root.next_functions))]
@@ -143,7 +143,7 @@ class LossWeights:
 
     @classmethod
     def for_losses(cls, loss: Tensor, levels: int) -> LossWeights:
-        """Weights for losses ``(M,)``, with that many different powers of two."""
+        """Return weights for losses ``(M,)``, with that many different powers of two."""
         count = len(loss)
         passes = 1
         while levels**passes < count:
@@ -157,7 +157,7 @@ class LossWeights:
         return cls(base.to(loss.device, loss.dtype), torch.stack(digits))
 
     def weights(self, number: int) -> Tensor:
-        """The weights of one of the passes after the first, ``(M,)``."""
+        """Return the weights of one of the passes after the first, ``(M,)``."""
         return torch.ldexp(self.base, self.exponents[number].to(self.base.device)).to(self.base.dtype)
 
 
@@ -173,7 +173,7 @@ class Resolution:
 
 
 def resolution(dtypes: Sequence[torch.dtype]) -> Resolution:
-    """The coarsest resolution among floating types."""
+    """Return the coarsest resolution among floating types."""
     if torch.float16 in dtypes:
         return Resolution(1e-3, 9)
     if any(dtype != torch.float64 for dtype in dtypes):
@@ -189,7 +189,7 @@ def owners(
     size: int,
     tolerance: float,
 ) -> Tensor:
-    """The loss that each sample of a forward pass belongs to, ``(N,)``; -1 for samples without a gradient.
+    """Return the loss that each sample of a forward pass belongs to, ``(N,)``; -1 for samples without a gradient.
 
     Args:
         first: The gradients of the first weighted sum of the losses for each output; ``None`` where there is none.
@@ -220,7 +220,7 @@ def owners(
 
 
 def _looked_up(exponents: Tensor, weights: LossWeights) -> Tensor:
-    """The number of the loss with the exponents of each sample ``(passes, N)``; -2 where there is none."""
+    """Return the number of the loss with the exponents of each sample ``(passes, N)``; -2 where there is none."""
     codes = {}
     for number, code in enumerate(weights.exponents.T.tolist()):
         codes[tuple(code)] = number
@@ -231,7 +231,7 @@ def _looked_up(exponents: Tensor, weights: LossWeights) -> Tensor:
 
 
 def _checked(numbers: Tensor, left: Tensor, finite: Tensor, count: int) -> Tensor:
-    """The owners, with samples that have no gradient, or one that is not finite.
+    """Return the owners, with samples that have no gradient, or one that is not finite.
 
     The latter are taken for the loss of the same number where there are as many losses as samples.
     """
@@ -254,7 +254,7 @@ def _checked(numbers: Tensor, left: Tensor, finite: Tensor, count: int) -> Tenso
 def _rows(
     gradients: Sequence[Tensor | None], axes: Sequence[Axis | None], size: int, signs: dict[int, Tensor]
 ) -> Tensor | None:
-    """The gradients of all outputs, ``(N, entries)`` in float64 on the CPU; wide ones as random signed sums."""
+    """Return the gradients of all outputs, ``(N, entries)`` in float64 on the CPU; wide ones as random signed sums."""
     rows = []
     for gradient, axis in zip(gradients, axes, strict=True):
         if gradient is None:
@@ -270,7 +270,7 @@ def _rows(
 
 
 def _narrow(rows: Tensor, signs: dict[int, Tensor]) -> Tensor:
-    """Rows ``(N, D)`` in float64 on the CPU, with at most :data:`WIDEST` columns."""
+    """Return rows ``(N, D)`` in float64 on the CPU, with at most :data:`WIDEST` columns."""
     width = rows.shape[1]
     if width <= WIDEST:
         return rows.double().cpu()

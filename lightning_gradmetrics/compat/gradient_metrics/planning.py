@@ -47,13 +47,13 @@ class ModulePlan:
 
 
 def samples_in(arguments: Any) -> int | None:
-    """The length of the first axis of the first tensor in a module's arguments, if there is one."""
+    """Return the length of the first axis of the first tensor in a module's arguments, if there is one."""
     first = next(tensors_in(arguments), None)
     return None if first is None or first.ndim == 0 else len(first)
 
 
 def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, Tensor]) -> ModulePlan:
-    """A plan for calls of a module with such arguments.
+    """Plan calls of a module with such arguments.
 
     Two runs, on two and on three samples, show where the samples are; three more, with one sample replaced in each,
     show which positions of the output belong to it, and whether the samples depend on each other.
@@ -64,10 +64,11 @@ def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[s
         kwargs: Its keyword arguments.
         parameters: The chosen parameters of the module, by name.
     """
-    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
-        return ModulePlan(None, reason="the calls inside a scripted module are hidden")
-    if any(type(part).__name__ == "OptimizedModule" for part in module.modules()):
-        return ModulePlan(None, reason="the calls inside a compiled module are hidden")
+    for part in module.modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            return ModulePlan(None, reason="the calls inside a scripted module are hidden")
+        if type(part).__name__ == "OptimizedModule":
+            return ModulePlan(None, reason="the calls inside a compiled module are hidden")
     before = attribute_key(module)
     with preserved(module), gradients_enabled():
         for parameter in module.parameters():
@@ -93,7 +94,7 @@ class _Runs:
         self._state = ForwardState(module)
 
     def traced(self, count: int, guide: CallTrace | None = None) -> _Run:
-        """A run on the first samples, repeated if there are too few."""
+        """Run on the first samples, repeated if there are too few."""
         arguments, samples = self._batch(count)
         trace = CallTrace(self._parameters, guide.calls if guide else None)
         dependence = DependenceTrace(samples, self._module.parameters())
@@ -102,12 +103,12 @@ class _Runs:
         return _Run(trace, list(tensors_in(output)), dependence)
 
     def replaced(self, number: int, guide: CallTrace) -> _Run:
-        """A run on three samples, one of which is another one."""
+        """Run on three samples, one of which is replaced."""
         arguments, _ = self._batch(3, number)
         trace = CallTrace(self._parameters, guide.calls, keep=False)
         with trace:
             output = self._run(arguments)
-        return _Run(trace, [tensor.detach() for tensor in tensors_in(output)])
+        return _Run(trace, list(map(Tensor.detach, tensors_in(output))))
 
     def restore(self) -> None:
         """Restore the module."""
@@ -118,7 +119,7 @@ class _Runs:
         return self._module.forward(*arguments[0], **arguments[1])
 
     def _batch(self, count: int, other: int | None = None) -> tuple[Any, list[Tensor]]:
-        """Arguments with that many samples, one of them another one if ``other`` is its number; and the samples."""
+        """Return arguments with ``count`` samples, number ``other`` replaced, and the samples."""
         rows = (list(range(self._size)) * count)[:count]
         samples = []
 
@@ -144,7 +145,7 @@ class _Run:
 
 
 def _another(sample: Tensor) -> Tensor:
-    """A sample with other numbers: its own, rescaled by up to a tenth or, if they are whole, in reverse order."""
+    """Return the sample with different numbers: rescaled by up to a tenth, or integers in reverse order."""
     if sample.is_floating_point() or sample.is_complex():
         factors = torch.linspace(0.9, 1.1, max(1, sample.numel()), device=sample.device)
         return sample * factors.reshape(sample.shape).to(sample.dtype)
@@ -152,7 +153,7 @@ def _another(sample: Tensor) -> Tensor:
 
 
 def _planned(runs: _Runs) -> ModulePlan:
-    """The plan.
+    """Return the plan.
 
     Raises:
         PlanError: If there is none.
@@ -161,13 +162,14 @@ def _planned(runs: _Runs) -> ModulePlan:
     large = runs.traced(3, small.trace)
     assert small.dependence is not None and large.dependence is not None
     if len(small.outputs) != len(large.outputs):
-        raise PlanError("the output contains other tensors for three samples than for two")
+        raise PlanError("the output contains different tensors for three samples and for two")
     changed = [runs.replaced(number, small.trace) for number in range(3)]
     axes, outputs = [], []
     for index, (before, after) in enumerate(zip(small.outputs, large.outputs, strict=True)):
-        axes.append(axis_between(before.shape, after.shape))
+        axis = axis_between(before.shape, after.shape)
+        axes.append(axis)
         others = [run.outputs[index] for run in changed]
-        outputs.append(None if axes[-1] is None else _layout(after.detach(), others, axes[-1]))
+        outputs.append(None if axis is None else _layout(after.detach(), others, axis))
     reason = choice_by_data(small.dependence.operations, large.dependence.operations)
     if reason:
         raise PlanError(reason)
@@ -176,24 +178,32 @@ def _planned(runs: _Runs) -> ModulePlan:
         raise PlanError(f"no fast rule for {', '.join(plan.uncovered)}")
     if plan.undecided:
         raise PlanError("no trial run shows the order of the samples inside the watched module")
-    return ModulePlan(replace(plan, reads=tuple(read.value for read in large.trace.reads)), tuple(outputs))
+    reads = tuple(read.value for read in large.trace.reads)
+    return ModulePlan(replace(plan, reads=reads), tuple(outputs))
 
 
 def _changes(base: _Run, others: Sequence[_Run]) -> Changes:
-    """For each call the positions that change with each sample.
+    """Return the positions that change with each sample, for each call.
 
     Raises:
-        PlanError: If another sample leads to other calls.
+        PlanError: If a different sample leads to different calls.
     """
-    outline = [call_outline(call) for call in base.trace.calls]
+    outline = _outline(base.trace)
+    traces = []
     for other in others:
-        if [call_outline(call) for call in other.trace.calls] != outline:
-            raise PlanError("the watched module makes other calls for other samples")
-    return changed_positions(base.trace, [other.trace for other in others])
+        if _outline(other.trace) != outline:
+            raise PlanError("the watched module makes different calls for different samples")
+        traces.append(other.trace)
+    return changed_positions(base.trace, traces)
+
+
+def _outline(trace: CallTrace) -> list[Any]:
+    """Return the outline of each call."""
+    return [call_outline(call) for call in trace.calls]
 
 
 def _first_sample(outputs: Sequence[Tensor], axes: Sequence[Axis | None]) -> Tensor | None:
-    """A number that depends on the first sample only."""
+    """Return a number that depends on the first sample only."""
     for tensor, axis in zip(outputs, axes, strict=True):
         if axis is not None and tensor.requires_grad:
             return axis.split(tensor * torch.rand_like(tensor))[0].sum()
@@ -201,12 +211,15 @@ def _first_sample(outputs: Sequence[Tensor], axes: Sequence[Axis | None]) -> Ten
 
 
 def _layout(output: Tensor, changed: Sequence[Tensor], axis: Axis) -> Axis:
-    """The axis with the order of its positions, read off which positions change with each sample.
+    """Return the axis with the order of its positions: each sample changes its positions only.
 
     Raises:
-        PlanError: If a sample changes the positions of another one, or the order cannot be read off.
+        PlanError: If a sample changes another sample's positions, or the order cannot be determined.
     """
-    fitting = [choice for choice in _choices(axis) if _separates(output, changed, choice)]
+    fitting = []
+    for choice in _choices(axis):
+        if _separates(output, changed, choice):
+            fitting.append(choice)
     if not fitting:
         raise PlanError(COUPLED)
     if len(fitting) > 1:
@@ -221,7 +234,7 @@ def _choices(axis: Axis) -> Iterator[Axis]:
 
 
 def _separates(output: Tensor, changed: Sequence[Tensor], axis: Axis) -> bool:
-    """Whether each sample changes only the positions that the axis assigns to it."""
+    """Return whether each sample changes only the positions that the axis assigns to it."""
     level = output.nan_to_num(0, 0, 0).abs().amax() if output.numel() else 0
     precision = torch.finfo(output.dtype).eps if output.is_floating_point() else 0
     for number, other in enumerate(changed):

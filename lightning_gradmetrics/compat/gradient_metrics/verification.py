@@ -37,8 +37,8 @@ class Record:
         self._trials: Counter[int] = Counter()
 
     def open(self, keys: Iterable[int]) -> set[int]:
-        """The parameters to compare, with the one of the largest gradient as a scale; empty if all have agreed."""
-        missing = {key for key in keys if key not in self._norms}
+        """Return the parameters to compare, and the one with the largest gradient as a scale; empty if all have agreed."""
+        missing = set(keys) - self._norms.keys()
         if missing and self._norms:
             missing.add(max(self._norms, key=self._norms.__getitem__))
         return missing

@@ -44,9 +44,9 @@ _current = _Current()
 
 
 class Watch:
-    """Hooks on modules that let a :class:`Listener` into each forward pass; nothing else is kept of one.
+    """Hooks on modules that start a :class:`Listener` in each forward pass and keep nothing else.
 
-    All watches share their listeners: a forward pass is heard once for all parameters that any of them wants.
+    All watches share their listeners: one listener per forward pass collects for every watch.
 
     Args:
         modules: The modules to watch. A module inside the forward pass of another one belongs to that one.
@@ -68,11 +68,11 @@ class Watch:
         _watches.add(self)
 
     def __reduce__(self) -> Any:
-        """A copy of a watched module is not watched."""
+        """Make a copy without hooks: a copied module is not watched."""
         return Watch, ((), {})
 
     def remove(self) -> None:
-        """Take the hooks off the modules."""
+        """Remove the hooks from the modules."""
         _watches.discard(self)
         for handle in self._handles:
             handle.remove()
@@ -119,7 +119,7 @@ class Watch:
             HEARD.add(listener)
 
     def tell(self, reason: str) -> None:
-        """Warn, once per reason, that the slow way is taken."""
+        """Warn once per reason that each loss takes one backward pass."""
         if reason not in self._told:
             self._told.add(reason)
             warnings.warn(
@@ -129,7 +129,7 @@ class Watch:
 
 
 def _can_listen() -> bool:
-    """Whether this is a plain forward pass with gradients."""
+    """Return whether this is a plain forward pass with gradients."""
     if _current.planning or OpeningMode.active or torch.compiler.is_compiling():
         return False
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -139,15 +139,19 @@ def _can_listen() -> bool:
 
 
 def _wanted_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's parameters that any watch wants."""
+    """Return the module's parameters that any watch collects for."""
     wanted: set[int] = set()
     for watch in list(_watches):
         wanted |= watch.parameters.keys()
-    return {name: p for name, p in module.named_parameters() if id(p) in wanted}
+    parameters = {}
+    for name, parameter in module.named_parameters():
+        if id(parameter) in wanted:
+            parameters[name] = parameter
+    return parameters
 
 
 def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter]) -> ModulePlan:
-    """The plan for a call."""
+    """Return the plan for a call."""
     known = _plans.setdefault(module, {})
     key = _key(module, args, kwargs, parameters)
     if key in known:
@@ -167,19 +171,17 @@ def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn
 
 
 def _key(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter]) -> Hashable:
-    """What a plan depends on."""
-    tensors = list(tensors_in((args, kwargs)))
-    return (
-        tuple((tensor.shape[1:], tensor.dtype, tensor.device) for tensor in tensors),
-        tuple(parameters),
-        tuple((id(part), part.training) for part in module.modules()),
-        attribute_key(module),
-        tuple(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors),
-    )
+    """Return everything that a plan depends on, as a key."""
+    tensor_keys: list[Hashable] = []
+    for tensor in tensors_in((args, kwargs)):
+        autocast = torch.is_autocast_enabled(tensor.device.type)
+        tensor_keys.append((tensor.shape[1:], tensor.dtype, tensor.device, autocast))
+    modes = tuple((id(part), part.training) for part in module.modules())
+    return tuple(tensor_keys), tuple(parameters), modes, attribute_key(module)
 
 
 def _forget(module: nn.Module, plan: ModulePlan) -> None:
-    """Plan anew at the next call: this one did not follow the plan."""
+    """Delete the plan, which this call did not follow, so that the next call makes a new one."""
     known = _plans.get(module, {})
     for key, other in list(known.items()):
         if other is plan:
