@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -93,12 +93,16 @@ def _accepts(annotation: Any, value: Any) -> bool:
 def _member_accepts(member: Any, value: Any) -> bool:
     if get_origin(member) is Annotated:
         base, *extras = get_args(member)
-        limits = [extra for extra in extras if isinstance(extra, Allowed)]
-        return _accepts(base, value) and all(limit.accepts(value) for limit in limits)
+        return _accepts(base, value) and all(limit.accepts(value) for limit in _limits(extras))
     if get_origin(member) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(member))
     _, accepts = SIMPLE.get(get_origin(member) or member, ("", lambda value: True))
     return accepts(value)
+
+
+def _limits(extras: Iterable[Any]) -> list[Allowed]:
+    """Return the limits among an annotation's extras."""
+    return [extra for extra in extras if isinstance(extra, Allowed)]
 
 
 def _words(annotation: Any) -> list[str]:
@@ -107,10 +111,10 @@ def _words(annotation: Any) -> list[str]:
     for member in _members(annotation):
         if get_origin(member) is Annotated:
             base, *extras = get_args(member)
-            limits = [extra.text for extra in extras if isinstance(extra, Allowed)]
-            words += limits or _words(base)
+            texts = [limit.text for limit in _limits(extras)]
+            words += texts or _words(base)
         elif get_origin(member) is Literal:
-            words += [repr(choice) for choice in get_args(member)]
+            words += map(repr, get_args(member))
         else:
             words.append(SIMPLE.get(get_origin(member) or member, (str(member), None))[0])
     return words

@@ -16,7 +16,7 @@ from lightning_gradmetrics.evaluation.tasks import ID
 from lightning_gradmetrics.results.sample_index import SampleIndex
 from lightning_gradmetrics.results.table import Rows, finite_rows, merge_results, with_scores
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.fitted import FittedScore, fitted_scores, plain_scores
 from lightning_gradmetrics.scoring.fitting import Fitting, FittingScorer, gathered, keys_of
 from lightning_gradmetrics.scoring.registry import Score, ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -79,11 +79,11 @@ def held_out_columns(scores: Iterable[Score], roles: Mapping[str, str]) -> list[
     """
     ood_sets = [name for name, role in roles.items() if role != ID]
     columns = []
-    for score in scores:
-        if isinstance(score, FittedScore):
-            columns.append(HeldOutColumn(score))
-            if score.fit_needs.ood and len(ood_sets) > 1:
-                columns += [HeldOutColumn(score, name) for name in ood_sets]
+    for score in fitted_scores(scores):
+        columns.append(HeldOutColumn(score))
+        if score.fit_needs.ood and len(ood_sets) > 1:
+            for name in ood_sets:
+                columns.append(HeldOutColumn(score, name))
     return columns
 
 
@@ -131,23 +131,30 @@ def held_out_scores(
         template: The scorer that gathered the evidence.
         progress: Called with the completed share.
     """
-    count = 1 + max(int(fold_of_row.max()) for fold_of_row in folds.values())
-    fitted_scores = {column.score.name: column.score for column in columns}
-    cells = _cells(parts, folds, list(fitted_scores.values()), template, count)
-    values: dict[str, dict[str, Tensor]] = {}
-    for name in parts:
-        values[name] = {column.named.name: torch.zeros(len(folds[name])).double() for column in columns}
+    count = 1 + int(torch.cat(list(folds.values())).max())
+    scores_by_name = {column.score.name: column.score for column in columns}
+    cells = _cells(parts, folds, list(scores_by_name.values()), template, count)
+    values: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
     done = 0
     for fold in range(count):
         for column in columns:
-            seen = [fit.seen for (name, f), fit in cells.items() if f != fold and name != column.without]
-            score = _fitted(column, template, model, seen)
+            score = _fitted(column, template, model, _seen_by(column, fold, cells))
             for name in parts:
                 held_out = folds[name] == fold
-                values[name][column.named.name][held_out] = _scores_of(score, parts[name], held_out)
+                of_column = values[name].setdefault(column.named.name, torch.zeros(len(held_out)).double())
+                of_column[held_out] = _scores_of(score, parts[name], held_out)
             done += 1
             progress(done / (count * len(columns)))
     return values
+
+
+def _seen_by(column: HeldOutColumn, fold: int, cells: Mapping[tuple[str, int], Fitting]) -> list[Any]:
+    """Return the totals that the column's fit for one fold may use: those of the other folds and of the allowed sets."""
+    seen = []
+    for (name, fold_of_cell), fitting in cells.items():
+        if fold_of_cell != fold and name != column.without:
+            seen.append(fitting.seen)
+    return seen
 
 
 def _cells(
@@ -157,7 +164,7 @@ def _cells(
     template: Scorer,
     count: int,
 ) -> dict[tuple[str, int], Fitting]:
-    """Return what each fold of each data set adds to a fit: a fit is the sum of the cells that it may see."""
+    """Return the contribution of each fold of each data set; a fit adds up the cells that it may use."""
     cells = {}
     for name in parts:
         for fold in range(count):
@@ -169,12 +176,16 @@ def _cells(
 
 
 def _split(parts: Sequence[Part], rows: Tensor) -> Iterator[tuple[Part, Tensor]]:
-    """The batches, each with its section of ``rows`` ``(N,)``."""
-    return zip(parts, torch.split(rows, [len(part.keys) for part in parts]), strict=True)
+    """Yield each batch with its section of ``rows`` ``(N,)``."""
+    start = 0
+    for part in parts:
+        end = start + len(part.keys)
+        yield part, rows[start:end]
+        start = end
 
 
 def _fitted(column: HeldOutColumn, template: Scorer, model: nn.Module, seen: list[Any]) -> FittedScore:
-    """Return the column's score fitted on what was seen; an error names the column."""
+    """Return the column's score fitted on the totals in ``seen``; an error names the column."""
     try:
         return Fitting([column.score], template).finish(model, seen)[column.score.name]
     except ValueError as error:
@@ -207,10 +218,10 @@ def cross_fit(
     """Return out-of-fold scores: fitted scores evaluated on their own data by cross-validation.
 
     The evidence of every row is gathered once. The rows of each data set are split into folds, errors and correct
-    predictions evenly; a row's fold follows from its input, not from its position, so that copies of an image share a
-    fold. Each fold is scored by a fit on the others. A score that is fitted on out-of-distribution samples has several
-    columns: the fits of ``<score>`` have seen other samples of each set, those of ``<score> without <set>`` none of that
-    set. Judge the score on a set by the latter.
+    predictions evenly. A row's fold depends on its input, not on its position, so copies of an image share a fold. Each
+    fold is scored by a fit on the others. A score that is fitted on out-of-distribution samples has several columns:
+    ``<score>`` is fitted on samples of all sets, ``<score> without <set>`` on none of that set. Use the latter to assess
+    the score on that set.
 
     Args:
         model: A classifier in eval mode.
@@ -251,10 +262,11 @@ def cross_fit(
         parts[name], tables[name] = _gather(model, name, stream, scorer, roles[name] != ID)
     fold_of_rows = _folds_of(parts, roles, columns, folds, seed)
     held_out = held_out_scores(model, parts, fold_of_rows, columns, scorer, progress) if columns else {}
-    plain = [score for score in wanted if not isinstance(score, FittedScore)]
     for name, fold_of_row in fold_of_rows.items():
         all_rows = torch.ones_like(fold_of_row, dtype=torch.bool)
-        values = {score.name: _scores_of(score, parts[name], all_rows) for score in plain}
+        values = {}
+        for score in plain_scores(wanted):
+            values[score.name] = _scores_of(score, parts[name], all_rows)
         tables[name] = with_scores(tables[name], {**values, **held_out.get(name, {})})
     return merge_results(list(tables.values()), list(tables))
 
@@ -284,15 +296,24 @@ def _folds_of(
     for name, batches in parts.items():
         if not batches:
             raise ValueError(f"the data set {name!r} has no samples: leave it out")
-        not_finite += sum(int((~part.finite).sum()) for part in batches)
-        incorrect = torch.cat([part.incorrect for part in batches])
-        keys = torch.cat([part.keys for part in batches])
+        incorrect, keys = _incorrect_and_keys(batches)
+        for batch in batches:
+            not_finite += int((~batch.finite).sum())
         _check_size(name, incorrect, folds, learns_errors and roles[name] == ID)
         strata = incorrect if roles[name] == ID else torch.zeros_like(incorrect)
         fold_of_rows[name] = assign_folds(keys, strata, folds, seed)
     if not_finite:
         warnings.warn(f"{not_finite} samples with NaN or Inf were left out of the fits", stacklevel=3)
     return fold_of_rows
+
+
+def _incorrect_and_keys(batches: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """Return which predictions are incorrect, and the keys of all rows, ``(N,)`` each."""
+    incorrect, keys = [], []
+    for batch in batches:
+        incorrect.append(batch.incorrect)
+        keys.append(batch.keys)
+    return torch.cat(incorrect), torch.cat(keys)
 
 
 def _check_size(name: str, incorrect: Tensor, folds: int, learns_errors: bool) -> None:

@@ -1,4 +1,4 @@
-"""The dry run: which evidence a score asks for, found by calling it on two made-up samples."""
+"""The dry run: which evidence a score asks for, found by calling it on two synthetic samples."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _RecordedGradient(ParameterGradients):
 
 
 class _Recorder(Evidence):
-    """Evidence of two made-up samples that records what a score asks for."""
+    """Evidence of two synthetic samples that records what a score requests."""
 
     def __init__(self, needs: Needs, classes: int) -> None:
         logits, labels = torch.linspace(-1, 1, 2 * classes).view(2, classes), torch.zeros(2, dtype=torch.long)
@@ -129,13 +129,13 @@ class _Recorder(Evidence):
 
 
 def needs_of(scores: Iterable[Callable[[Evidence], Any]], classes: int = 3) -> Needs:
-    """Return the evidence that scores ask for, found by a dry run of each on two made-up samples.
+    """Return the evidence that scores ask for, found by a dry run of each on two synthetic samples.
 
     A score declares nothing. A fitted score's dry run is its ``look``, which needs no state.
 
     Args:
         scores: Scores, or other functions of the evidence.
-        classes: The number of classes of the made-up samples.
+        classes: The number of classes of the synthetic samples.
 
     Example:
         >>> from lightning_gradmetrics.scores import make

@@ -262,7 +262,7 @@ class Evidence:
         return self.probes[function]
 
     def rows(self, keep: Tensor) -> Evidence:
-        """Return the evidence of the samples that ``keep`` ``(N,)``, bool, marks."""
+        """Return the evidence of the samples where ``keep`` ``(N,)`` is true."""
 
         def take(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[keep]
@@ -292,6 +292,6 @@ class Evidence:
 
 def _missing(what: str) -> NoReturn:
     raise MissingEvidenceError(
-        f"asked for {what}, which it did not ask for in its dry run on made-up samples: a score must ask for the same "
-        "evidence whatever the data are. Compute all cases and choose between them with torch.where"
+        f"requested {what}, which it did not request in its dry run on synthetic samples: a score must request the same "
+        "evidence for any data. Compute all cases and choose between them with torch.where"
     )

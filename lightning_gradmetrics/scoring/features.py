@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ FEATURES = ("max", "min", "mean", "std", "l1", "l2")
 """The statistics of Oberdiek et al."""
 
 LEVELS = ("all", "layer", "parameter")
-"""Over what a statistic is taken: all parameters together, the parameters of a layer together, or each parameter."""
+"""The parameters that one statistic covers: all, those of a layer, or each separately."""
 
 
 def several(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def several(names: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _groups(gradient: ParameterGradients, levels: Iterable[str]) -> list[tuple[Any, tuple[str, ...]]]:
-    """For each level, the gradients and the names of what they are taken over."""
+    """Return, for each level, the gradients and the names of their groups of parameters."""
     groups: list[tuple[Any, tuple[str, ...]]] = []
     for level in levels:
         if level not in LEVELS:
@@ -51,18 +52,23 @@ def _groups(gradient: ParameterGradients, levels: Iterable[str]) -> list[tuple[A
 def feature_columns(
     gradient: ParameterGradients, levels: Iterable[str], statistics: Sequence[str] = FEATURES
 ) -> Tensor:
-    """Statistics of gradients side by side, ``(N, F)``: level by level, group by group, statistic by statistic."""
-    parts = [torch.stack([taken.statistic(name) for name in statistics], -1) for taken, _ in _groups(gradient, levels)]
-    return torch.cat([part.flatten(1) for part in parts], 1)
+    """Return statistics of gradients ``(N, F)``, ordered by level, then group, then statistic."""
+    columns = []
+    for taken, _ in _groups(gradient, levels):
+        values = [taken.statistic(name) for name in statistics]
+        columns.append(torch.stack(values, -1).flatten(1))
+    return torch.cat(columns, 1)
 
 
 def feature_names(
     gradient: ParameterGradients, levels: Iterable[str], statistics: Sequence[str] = FEATURES
 ) -> tuple[str, ...]:
     """Return the names of the columns, ``group/statistic``."""
-    return tuple(
-        f"{group}/{name}" for _, groups in _groups(gradient, levels) for group in groups for name in statistics
-    )
+    names = []
+    for _, groups in _groups(gradient, levels):
+        for group, statistic in itertools.product(groups, statistics):
+            names.append(f"{group}/{statistic}")
+    return tuple(names)
 
 
 def gradient_features(
@@ -75,18 +81,18 @@ def gradient_features(
     statistics: Sequence[str] = FEATURES,
     **options: Any,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    r"""Return a feature vector of every sample's gradients: what a meta-classifier of errors is trained on.
+    r"""Return a feature vector of every sample's gradients, to train a meta-classifier of errors.
 
-    All objectives share one forward; each takes one backward.
+    All objectives share one forward pass; each takes one backward pass.
 
     Args:
-        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        model: A classifier; batch norms must be in eval mode. The model is left unchanged.
         inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
         objectives: Objectives, as in :func:`lightning_gradmetrics.gradient_statistics`: ``"pseudo_label"``,
             ``"pseudo_label+uniform"``, or a sequence of names and callables.
         parameters: ``None`` for all, or a predicate on the parameter's name.
         levels: ``"all"`` (all parameters together), ``"layer"`` (the parameters of each layer together),
-            ``"parameter"`` (each by itself), or several, as ``"all+layer"``.
+            ``"parameter"`` (each separately), or several, as ``"all+layer"``.
         statistics: Names of statistics.
         **options: ``targets``, ``logits``, ``engine`` and ``memory``, as in
             :func:`lightning_gradmetrics.gradient_statistics`.
@@ -112,13 +118,14 @@ def gradient_features(
         Information, 2018.
     """
     named = several(objectives) if isinstance(objectives, str) else objectives
-    made = [Objective.of(objective) for objective in named]
-    found = gradient_statistics(model, inputs, made, parameters, per_parameter=True, statistics=statistics, **options)
+    made = list(map(Objective.of, named))
+    gradients = gradient_statistics(
+        model, inputs, made, parameters, per_parameter=True, statistics=statistics, **options
+    )
     levels = several(levels)
-    columns = torch.cat([feature_columns(gradient, levels, statistics) for gradient in found], 1)
-    names = [
-        f"{o.name}/{name}"
-        for o, gradient in zip(made, found, strict=True)
-        for name in feature_names(gradient, levels, statistics)
-    ]
-    return columns, tuple(names)
+    columns, names = [], []
+    for objective, gradient in zip(made, gradients, strict=True):
+        columns.append(feature_columns(gradient, levels, statistics))
+        for name in feature_names(gradient, levels, statistics):
+            names.append(f"{objective.name}/{name}")
+    return torch.cat(columns, 1), tuple(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.recipes import Recipe, Score, _dry_run
 from lightning_gradmetrics.scoring.totals import KEY, Tensors, is_rows, sampled
 
-__all__ = ["FittedScore", "not_fitted"]
+__all__ = ["FittedScore", "fitted_scores", "not_fitted", "plain_scores"]
 
 F = TypeVar("F", bound="FittedScore")
 
@@ -109,7 +109,9 @@ class FittedScore(Score):
     def _values(self, evidence: Evidence) -> Tensor:
         if self.state is None:
             raise ValueError(not_fitted(self.name))
-        state = {key: _beside(value, evidence.given_logits) for key, value in self.state.items()}
+        state = {}
+        for key, value in self.state.items():
+            state[key] = _beside(value, evidence.given_logits)
         return self.score(self.measure(evidence), state)
 
     def _dry_run(self) -> None:
@@ -118,22 +120,25 @@ class FittedScore(Score):
 
     @property
     def fit_needs(self) -> Needs:
-        """The evidence that it asks for when it is fitted."""
+        """The evidence that the fit requires."""
         return needs_of([self.contribution])
 
     def look(self, evidence: Evidence) -> None:
-        """Ask for all evidence that scoring needs: the dry run, which needs no state."""
+        """Request all evidence that scoring needs; a dry run of this method needs no state."""
         self.measure(evidence)
 
     def contribution(self, evidence: Evidence, keys: Tensor | None = None) -> Tensors:
         """Return one batch's contribution to the fit; ``keys`` ``(N,)`` order the rows."""
-        parts = {key: value.detach() for key, value in self.accumulate(evidence, self.measure(evidence)).items()}
-        if keys is not None and any(is_rows(key) for key in parts):
-            parts[KEY] = keys
-        return {key: value.cpu() if is_rows(key) else value for key, value in parts.items()}
+        contribution, with_rows = {}, False
+        for key, value in self.accumulate(evidence, self.measure(evidence)).items():
+            with_rows = with_rows or is_rows(key)
+            contribution[key] = value.detach().cpu() if is_rows(key) else value.detach()
+        if keys is not None and with_rows:
+            contribution[KEY] = keys.cpu()
+        return contribution
 
     def fitted(self: F, total: Tensors, model: str, head: str | None = None) -> F:
-        """Return the score with the state that the total of all contributions gives.
+        """Return the score with the state computed from the total of all contributions.
 
         Args:
             total: The total of :meth:`contribution` over all batches.
@@ -142,8 +147,9 @@ class FittedScore(Score):
         """
         with gradients_enabled():
             ordered = {key: value.clone() for key, value in sampled(total).items() if key != KEY}
-            state = self.finish(ordered)
-        return self.with_state({key: value.detach().cpu().contiguous() for key, value in state.items()}, model, head)
+            finished = self.finish(ordered)
+        state = {key: value.detach().cpu().contiguous() for key, value in finished.items()}
+        return self.with_state(state, model, head)
 
     def with_state(self: F, state: Tensors | None, model: str | None, head: str | None) -> F:
         """Return the score with another state."""
@@ -175,6 +181,16 @@ def _lacking(cls: type[FittedScore], method: str) -> str:
     return f"the fitted score {cls.__name__!r} has no method {method!r}; it needs {', '.join(METHODS)}"
 
 
+def fitted_scores(scores: Iterable[Score]) -> list[FittedScore]:
+    """Return the scores that need a fit."""
+    return [score for score in scores if isinstance(score, FittedScore)]
+
+
+def plain_scores(scores: Iterable[Score]) -> list[Score]:
+    """Return the scores that need no fit."""
+    return [score for score in scores if not isinstance(score, FittedScore)]
+
+
 def not_fitted(name: str) -> str:
     """Return the message about a fitted score without a state."""
     return (
@@ -184,7 +200,7 @@ def not_fitted(name: str) -> str:
 
 
 def _beside(value: Tensor, other: Tensor) -> Tensor:
-    """On the other's device, in the precision of its accumulators."""
+    """Move a value to another tensor's device, in the precision of its accumulators."""
     if value.is_floating_point():
         return value.to(other.device, accumulator(other))
     return value.to(other.device)

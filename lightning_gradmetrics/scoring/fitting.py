@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_gradmetrics.results.table import finite_rows
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.fitted import FittedScore, fitted_scores, plain_scores
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import fingerprint
@@ -28,27 +28,27 @@ __all__ = ["Fitting", "FittingScorer", "fit", "gathered"]
 
 @dataclass
 class FittingScorer(Scorer):
-    """Gathers the evidence that fitting needs, labels included; and what the scores that need no fit look at."""
+    """Collects the evidence that fits need, labels included, and that scores without a fit need."""
 
     def needs(self, classes: int) -> Needs:
-        """Return what they look at, for that number of classes."""
+        """Return the needs of the scores for this number of classes."""
         if classes not in self._needs:
-            looks = [score.contribution if isinstance(score, FittedScore) else score for score in self.scores]
-            self._needs[classes] = needs_of(looks, classes)
+            contributions = [score.contribution for score in fitted_scores(self.scores)]
+            self._needs[classes] = needs_of([*contributions, *plain_scores(self.scores)], classes)
         return self._needs[classes]
 
     def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
-        """A score passes over the samples without a label when it is fitted, or refuses them itself."""
+        """Accept any labels: each score skips the samples without a label when it is fitted, or refuses them."""
 
 
 @dataclass
 class Fitting:
-    """Accumulates what scores are fitted on.
+    """Accumulates the data that scores are fitted on.
 
     Args:
         scores: The scores to fit.
-        template: The scorer whose settings (head, logits_fn, engine) hold here too.
-        left_out: Samples with NaN or Inf, which are left out.
+        template: The scorer whose settings (head, logits_fn, engine) are used.
+        left_out: Number of samples with NaN or Inf, which are left out.
     """
 
     scores: Sequence[FittedScore]
@@ -60,16 +60,18 @@ class Fitting:
         self.scorer: Scorer = FittingScorer(
             tuple(self.scores), self.template.head, self.template.logits_fn, self.template.engine
         )
-        self._running = {score.name: RunningTotal() for score in self.scores}
-        self._needs = {score.name: score.fit_needs for score in self.scores}
+        self._needs: dict[str, Needs] = {}
+        for score in self.scores:
+            self._running[score.name] = RunningTotal()
+            self._needs[score.name] = score.fit_needs
 
     def add(self, batch: ObservedBatch, evidence: Evidence, keep: Tensor | None = None) -> None:
         """Add a batch; rows that are not finite are left out and counted.
 
         Args:
             batch: The batch.
-            evidence: What the scores need of it.
-            keep: Which samples to take ``(N,)``, bool: a distributed sampler repeats some.
+            evidence: The evidence that the scores need.
+            keep: The samples to use ``(N,)``, bool, since a distributed sampler repeats some.
         """
         finite = finite_rows(batch.inputs, [batch.logits], batch.size).to(batch.logits.device)
         keep = torch.ones_like(finite) if keep is None else keep.to(finite.device)
@@ -77,7 +79,7 @@ class Fitting:
         self.add_rows(evidence, keep & finite, keys_of(batch))
 
     def add_rows(self, evidence: Evidence, known: Tensor, keys: Tensor) -> None:
-        """Add the rows of a batch that ``known`` ``(N,)``, bool, marks; ``keys`` ``(N,)`` order the rows."""
+        """Add the rows of a batch where ``known`` ``(N,)`` is true; ``keys`` ``(N,)`` order the rows."""
         for score in self.scores:
             wanted = known
             if evidence.given_ood is not None and not self._needs[score.name].ood:
@@ -87,7 +89,7 @@ class Fitting:
 
     @property
     def seen(self) -> tuple[int, dict[str, Tensors]]:
-        """What was accumulated: what processes send each other."""
+        """The accumulated totals, which processes exchange."""
         return self.left_out, {name: running.total for name, running in self._running.items()}
 
     def finish(
@@ -96,28 +98,34 @@ class Fitting:
         """Return the fitted scores by name.
 
         Args:
-            model: The model that they are fitted for.
-            seen: What all processes accumulated; ``None`` for this one's alone.
+            model: The model that the scores are fitted for.
+            seen: The totals of all processes; ``None`` for those of this process.
 
         Raises:
             ValueError: If a score saw no sample.
         """
         parts = [self.seen] if seen is None else seen
-        left_out = sum(count for count, _ in parts)
-        if left_out:
-            warnings.warn(f"{left_out} samples with NaN or Inf were left out of the fit", stacklevel=2)
-        totals = {score.name: add([part[score.name] for _, part in parts]) for score in self.scores}
+        counts, contributions = zip(*parts, strict=True)
+        if sum(counts):
+            warnings.warn(f"{sum(counts)} samples with NaN or Inf were left out of the fit", stacklevel=2)
+        totals = {score.name: _total_of(score.name, contributions) for score in self.scores}
         empty = [name for name, total in totals.items() if not total]
         if empty:
             raise ValueError(
-                f"the data hold no finite in-distribution sample to fit {', '.join(empty)} on: give a "
-                "dataloader that does"
+                f"no finite in-distribution sample to fit {', '.join(empty)} on: pass a dataloader that yields some"
             )
         head = self.scorer.found_head or self.template.found_head or self.scorer.head
-        heads = {score.name: head if self._needs[score.name].features else None for score in self.scores}
-        return {
-            score.name: score.fitted(totals[score.name], fingerprint(model), heads[score.name]) for score in self.scores
-        }
+        model_id = fingerprint(model)
+        fitted = {}
+        for score in self.scores:
+            own_head = head if self._needs[score.name].features else None
+            fitted[score.name] = score.fitted(totals[score.name], model_id, own_head)
+        return fitted
+
+
+def _total_of(name: str, contributions: Sequence[Mapping[str, Tensors]]) -> Tensors:
+    """Return the total of all processes' contributions to one score."""
+    return add([contribution[name] for contribution in contributions])
 
 
 def fit(
@@ -132,7 +140,7 @@ def fit(
 
     Args:
         model: A classifier in eval mode, on the device of the batches.
-        batches: Batches of in-distribution data, as a dataloader gives them: ``(inputs, labels)``, a tensor, or a
+        batches: Batches of in-distribution data, as a dataloader yields them: ``(inputs, labels)``, a tensor, or a
             mapping.
         scores: The scores to fit.
         ood: Batches of out-of-distribution data, for detectors that are fitted on both kinds.
@@ -152,10 +160,10 @@ def fit(
         ['gradorth', 'kfac_influence']
     """
     wanted = resolve(scores)
-    plain = [score.name for score in wanted if not isinstance(score, FittedScore)]
+    plain = plain_scores(wanted)
     if plain:
-        raise ValueError(f"the scores {', '.join(plain)} need no fit")
-    fitting = Fitting([score for score in wanted if isinstance(score, FittedScore)], Scorer(wanted, **options))
+        raise ValueError(f"the scores {', '.join(score.name for score in plain)} need no fit")
+    fitting = Fitting(fitted_scores(wanted), Scorer(wanted, **options))
     check_model(model)
     for kind, stream in ((False, batches), (True, ood)):
         for batch, evidence in gathered(model, stream, fitting.scorer, kind):
@@ -166,12 +174,12 @@ def fit(
 def gathered(
     model: nn.Module, batches: Iterable[Any], scorer: Scorer, ood: bool
 ) -> Iterator[tuple[ObservedBatch, Evidence]]:
-    """Each batch as the model saw it, and its evidence, by a separate forward pass on the model's device.
+    """Yield each batch, observed in a separate forward pass on the model's device, and its evidence.
 
     Args:
         model: A classifier in eval mode.
         batches: Batches as a dataloader returns them.
-        scorer: What the evidence is for.
+        scorer: The scorer that needs the evidence.
         ood: Whether the samples are out-of-distribution.
     """
     observer, device = StepObserver(scorer, model), next(model.parameters()).device
@@ -184,7 +192,7 @@ def gathered(
 
 
 def keys_of(batch: ObservedBatch) -> Tensor:
-    """Return a whole number for each sample ``(N,)``, made of its inputs; of its logits where no input has a sample axis."""
+    """Return an integer for each sample ``(N,)``: a hash of its inputs, or of its logits if no input has a sample axis."""
     rows = []
     for tensor in tensors_in(batch.inputs):
         if tensor.ndim and len(tensor) == batch.size:

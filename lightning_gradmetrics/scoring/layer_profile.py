@@ -88,7 +88,7 @@ class Profile:
 
     @classmethod
     def of(cls, asked: bool | str | Mapping[str, Any] | Profile | None) -> Profile | None:
-        """From what a user gives: true or false, an objective's name, or arguments by name.
+        """Return the profile that a user describes by true or false, an objective's name, or arguments by name.
 
         Raises:
             ValueError: If an objective or an argument is unknown, or the norm is not a positive number.
@@ -99,8 +99,10 @@ class Profile:
             raise ValueError(f"a profile has no argument {min(unknown)!r}; its arguments are: objective, norm")
         if isinstance(asked, Profile):
             made = asked
+        elif isinstance(asked, str):
+            made = cls(asked)
         else:
-            made = cls() if asked is True else cls(asked) if isinstance(asked, str) else cls(**asked)
+            made = cls() if asked is True else cls(**asked)
         if not made.norm > 0:
             raise ValueError(f"norm={made.norm!r}; the p of a p-norm must be above 0, as in profile={{'norm': 1.0}}")
         Objective.of(made.objective)

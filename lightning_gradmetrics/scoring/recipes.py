@@ -153,13 +153,15 @@ class Recipe:
         return annotations_of(self.method)
 
     def described(self) -> Score:
-        """Return the score with its default arguments, for the tables: it may lack what it takes to run it."""
+        """Return the score with its default arguments, for tables; packages that it needs may be missing."""
         return self()
 
     def name_of(self, arguments: Mapping[str, Any]) -> str:
-        """Return the score's name with those arguments that differ from the defaults."""
-        defaults = self.defaults
-        changed = [f"{key}={_shown(value)}" for key, value in arguments.items() if value != defaults.get(key)]
+        """Return the score's name with the arguments that differ from the defaults."""
+        defaults, changed = self.defaults, []
+        for key, value in arguments.items():
+            if value != defaults.get(key):
+                changed.append(f"{key}={_shown(value)}")
         return f"{self.name}({','.join(changed)})" if changed else self.name
 
     def check_names(self, arguments: Mapping[str, Any]) -> None:
@@ -168,10 +170,11 @@ class Recipe:
         Raises:
             TypeError: If an argument is unknown.
         """
-        unknown = [key for key in arguments if key not in self.defaults]
-        if unknown:
-            allowed = ", ".join(f"{key}={value!r}" for key, value in self.defaults.items()) or "none"
-            raise TypeError(f"score {self.name!r} has no argument {unknown[0]!r}; its arguments are: {allowed}")
+        defaults = self.defaults
+        for key in arguments:
+            if key not in defaults:
+                allowed = ", ".join(f"{name}={value!r}" for name, value in defaults.items()) or "none"
+                raise TypeError(f"score {self.name!r} has no argument {key!r}; its arguments are: {allowed}")
 
     def __call__(self, *, name: str | None = None, **arguments: Any) -> Score:
         """Return the score with these arguments.
@@ -227,7 +230,7 @@ def _check_values(name: str, values: Any, size: int) -> None:
 
 
 def _dry_run(name: str, function: Callable[[Evidence], Any]) -> Needs:
-    """Run a score on made-up samples: mistakes are found when it is made, not in the middle of a run."""
+    """Run a score on synthetic samples, so that mistakes are found before a run."""
     try:
         return needs_of([function])
     except MissingEvidenceError as error:
@@ -236,6 +239,6 @@ def _dry_run(name: str, function: Callable[[Evidence], Any]) -> Needs:
         raise
     except Exception as error:
         raise ValueError(
-            f"the score {name!r} fails in its dry run on two made-up samples with 3 classes "
+            f"the score {name!r} fails in its dry run on two synthetic samples with 3 classes "
             f"({type(error).__name__}: {error}); a score is a function of one Evidence, for any number of classes"
         ) from error

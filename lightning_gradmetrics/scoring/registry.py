@@ -102,16 +102,17 @@ def _check_signature(name: str, function: Callable[..., Any]) -> None:
 
 
 def factory(recipe: Recipe) -> Callable[..., Score]:
-    """Return the function that makes the scores of a recipe, with the recipe's docstring and signature."""
+    """Return a function that makes scores from a recipe, with the recipe's docstring and signature."""
 
     @functools.wraps(recipe.method)
     def make_score(*, name: str | None = None, **arguments: Any) -> Score:
         return recipe(name=name, **arguments)
 
+    annotations: dict[str, Any] = {"return": Score}
     make_score.__signature__ = recipe.signature  # type: ignore[attr-defined]
-    make_score.__annotations__ = {key: p.annotation for key, p in recipe.signature.parameters.items()} | {
-        "return": Score
-    }
+    for key, parameter in recipe.signature.parameters.items():
+        annotations[key] = parameter.annotation
+    make_score.__annotations__ = annotations
     make_score.recipe = recipe  # type: ignore[attr-defined]
     return make_score
 
@@ -210,7 +211,7 @@ def make(score: ScoreLike, *, name: str | None = None, **arguments: Any) -> Scor
 def _made(score: Any, arguments: Mapping[str, Any]) -> Score:
     if isinstance(score, Score):
         if arguments:
-            raise TypeError(f"the score {score.name!r} is made already; it takes no more arguments")
+            raise TypeError(f"the score {score.name!r} is an object already; it takes no more arguments")
         return score
     if isinstance(score, str):
         name, given = _parse(score)
@@ -259,12 +260,15 @@ def _imported(path: str) -> Callable[..., Any]:
 
 
 def _from_mapping(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Score:
-    """Return a score from ``{name: arguments}``, or from a node of LightningCLI or Hydra that was not instantiated yet."""
+    """Return a score from ``{name: arguments}``, or from a LightningCLI or Hydra node that is not instantiated."""
     if "class_path" in node:
         given = node.get("init_args") or node.get("dict_kwargs") or {}
         return _known(str(node["class_path"]))(**given, **arguments)
     if "_target_" in node:
-        given = {key: value for key, value in node.items() if not (key.startswith("_") and key.endswith("_"))}
+        given = {}
+        for key, value in node.items():
+            if not (key.startswith("_") and key.endswith("_")):
+                given[key] = value
         return _known(str(node["_target_"]))(**given, **arguments)
     if len(node) != 1:
         raise ValueError(
@@ -295,7 +299,7 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({rest}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError
-        return name.strip(), {str(k.arg): _value(k.value) for k in call.keywords}
+        return name.strip(), {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise ValueError(
             f"cannot read the score {text!r}; write name(argument=value, ...), as in gradnorm(temperature=2.0)"
@@ -308,6 +312,17 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call):
         return ast.unparse(node)  # another score, as in views(score=gradnorm(p=2))
     return ast.literal_eval(node)
+
+
+def _check_names_differ(scores: Iterable[Score]) -> None:
+    names: set[str] = set()
+    for score in scores:
+        if score.name in names:
+            raise ValueError(
+                f"two scores are called {score.name!r}: rename one, as in {{'mine': {score.name!r}}} or "
+                f"make({score.name!r}, name='mine')"
+            )
+        names.add(score.name)
 
 
 def resolve(scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike]) -> tuple[Score, ...]:
@@ -335,13 +350,7 @@ def resolve(scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike]) -
         made = [make(score) for score in scores]
     else:
         made = [make(scores)]  # raises
-    names = [score.name for score in made]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"two scores are called {repeated[0]!r}: rename one, as in {{'mine': {repeated[0]!r}}} or "
-            f"make({repeated[0]!r}, name='mine')"
-        )
+    _check_names_differ(made)
     if not made:
         raise ValueError(f"no score was given; available: {', '.join(sorted(RECIPES))}")
     return tuple(made)

@@ -243,7 +243,7 @@ def _gradients(
     gradients = {}
     for target, accepts in filters.items():
         if not any(accepts is None or accepts(name) for name in results[0].names):
-            names = [name for name, _ in model.named_parameters()]
+            names = list(dict(model.named_parameters()))
             raise ValueError(
                 f"the target {target!r} of a score chooses no parameter; the parameters are: {', '.join(names[:12])}"
             )

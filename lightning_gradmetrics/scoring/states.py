@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.scoring.fitted import FittedScore, not_fitted
+from lightning_gradmetrics.scoring.fitted import FittedScore, fitted_scores, not_fitted
 from lightning_gradmetrics.scoring.recipes import Score
 
 __all__ = [
@@ -71,7 +71,7 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
             ...
         ValueError: the score 'gradorth' is not fitted: ...
     """
-    fitted = [score for score in scores if isinstance(score, FittedScore)]
+    fitted = fitted_scores(scores)
     found = fingerprint(model) if fitted else ""
     for score in fitted:
         if score.state is None:
@@ -189,10 +189,12 @@ def load_fitted(
         >>> list(lgm.score(model, images, loaded))
         ['energy', 'gradorth']
     """
-    loaded = tuple(_load(score, Path(directory)) if isinstance(score, FittedScore) else score for score in scores)
+    loaded: list[Score] = []
+    for score in scores:
+        loaded.append(_load(score, Path(directory)) if isinstance(score, FittedScore) else score)
     check_fitted(loaded, model)
     check_head(loaded, head)
-    return loaded
+    return tuple(loaded)
 
 
 def _load(score: FittedScore, folder: Path) -> FittedScore:
@@ -205,7 +207,9 @@ def _load(score: FittedScore, folder: Path) -> FittedScore:
         )
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
         about: dict[str, str] = file.metadata() or {}
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        state = {}
+        for key in file.keys():  # noqa: SIM118
+            state[key] = file.get_tensor(key)
     _check_about(score, about, repr(str(path)))
     return score.with_state(state, about.get("model"), about.get("head") or None)
 
@@ -221,7 +225,7 @@ def _check_about(score: FittedScore, about: Mapping[str, str], place: str) -> No
 
 
 def fitted_states(scores: Iterable[Score]) -> dict[str, dict[str, Any]]:
-    """Return the states of the fitted scores by name, as tensors and text: what a checkpoint can hold without pickled code.
+    """Return the states of the fitted scores by name, as tensors and text, which a checkpoint stores without pickled code.
 
     Args:
         scores: Scores; those that need no fit, or are not fitted, are skipped.

@@ -1,4 +1,4 @@
-"""Totals of the contributions to a fit: sums, and uniform samples of rows that depend on no order of the batches."""
+"""Totals of the contributions to a fit: sums, and uniform samples of rows. The order of the batches does not matter."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["KEY", "MAX_ENTRIES", "MAX_ROWS", "RunningTotal", "Tensors", "add", "
 Tensors = dict[str, Tensor]
 
 MAX_ROWS = 50_000
-"""The number of samples in ``rows/...``: a uniform sample of all samples."""
+"""Largest number of samples in ``rows/...``, a uniform sample of all samples."""
 
 MAX_ENTRIES = 2**25
-"""The number of entries in ``rows/...``: wide rows are kept of fewer samples."""
+"""Largest number of entries in ``rows/...``: fewer samples are kept if their rows are wide."""
 
 KEY = "rows/key"
-"""The row that orders and samples the others: a number computed from each sample's input."""
+"""The key by which rows are ordered and sampled: a hash of each sample's input."""
 
 
 def is_rows(key: str) -> bool:
-    """Return whether a contribution holds one row per sample."""
+    """Return whether a contribution has one row per sample."""
     return key.startswith("rows/")
 
 
@@ -34,9 +34,9 @@ def _is_models(key: str) -> bool:
 
 
 def row_keys(inputs: Inputs) -> Tensor:
-    """Return a whole number for each sample, spread evenly and computed from its input's bits: ``(N,)``, int64, CPU.
+    """Return a hash of each sample's input: ``(N,)``, int64, CPU.
 
-    It depends neither on the batch nor on the device; so the choice of rows, and their order, do not either.
+    It does not depend on the batch or the device, and so neither does the choice or the order of rows.
 
     Args:
         inputs: The model's inputs ``(N, ...)``.
@@ -69,10 +69,11 @@ def _hashed(tensor: Tensor, seed: int) -> Tensor:
 
 def add(totals: Sequence[Tensors]) -> Tensors:
     """Return the total of contributions: sums, and a uniform sample of rows, for any order and grouping."""
-    present = [total for total in totals if total]
-    if not present:
-        return {}
-    return sampled({key: _joined(key, [total[key] for total in present]) for key in present[0]})
+    values: dict[str, list[Tensor]] = {}
+    for total in totals:
+        for key, value in total.items():
+            values.setdefault(key, []).append(value)
+    return sampled({key: _joined(key, of_key) for key, of_key in values.items()})
 
 
 def _joined(key: str, values: Sequence[Tensor]) -> Tensor:
@@ -86,7 +87,11 @@ def _sum(values: Sequence[Tensor]) -> Tensor:
 
 
 def _cap(rows: Tensors) -> int:
-    width = sum(value[:1].numel() for key, value in rows.items() if is_rows(key))
+    """Return the largest number of rows to keep."""
+    width = 0
+    for key, value in rows.items():
+        if is_rows(key):
+            width += value[:1].numel()
     return max(1, min(MAX_ROWS, MAX_ENTRIES // max(1, width)))
 
 
@@ -95,12 +100,15 @@ def sampled(total: Tensors) -> Tensors:
     if KEY not in total:
         return total
     keep = total[KEY].argsort(stable=True)[: _cap(total)]
-    return {key: value[keep] if is_rows(key) else value for key, value in total.items()}
+    kept = {}
+    for key, value in total.items():
+        kept[key] = value[keep] if is_rows(key) else value
+    return kept
 
 
 @dataclass
 class RunningTotal:
-    """A total that takes one contribution after the other; it stores at most twice the rows of its result."""
+    """A total that is updated with one contribution at a time; it stores at most twice the rows of its result."""
 
     sums: Tensors = field(default_factory=dict)
     rows: list[Tensors] = field(default_factory=list)
@@ -108,12 +116,14 @@ class RunningTotal:
 
     def add(self, contribution: Tensors) -> None:
         """Add a batch's contribution."""
+        rows = {}
         for key, value in contribution.items():
-            if _is_models(key):
-                self.sums.setdefault(key, value)
-            elif not is_rows(key):
-                self.sums[key] = self.sums[key] + value if key in self.sums else value
-        rows = {key: value for key, value in contribution.items() if is_rows(key)}
+            if is_rows(key):
+                rows[key] = value
+            elif key not in self.sums:
+                self.sums[key] = value
+            elif not _is_models(key):
+                self.sums[key] = self.sums[key] + value
         if rows:
             self.rows.append(rows)
             self.waiting += len(rows[KEY])
@@ -124,4 +134,5 @@ class RunningTotal:
     @property
     def total(self) -> Tensors:
         """The total so far, on the CPU."""
-        return {**{key: value.cpu() for key, value in self.sums.items()}, **add(self.rows)}
+        total = {key: value.cpu() for key, value in self.sums.items()}
+        return {**total, **add(self.rows)}

@@ -270,7 +270,7 @@ class Convolutional(nn.Module):
 
 
 def test_a_model_whose_head_cannot_be_found() -> None:
-    with pytest.raises(ValueError, match="no linear layer at all"):
+    with pytest.raises(ValueError, match="no linear layer"):
         run("test", lgm.GradientMetrics("gradnorm"), Module(Convolutional().eval()), loader(4))
     callback = lgm.GradientMetrics(["energy", "gradnorm(target=all)"])
     run("test", callback, Module(Convolutional().eval()), loader(4))
@@ -325,7 +325,7 @@ def test_a_model_of_bytes_is_scored_and_input_gradients_are_refused() -> None:
     run("test", callback, model, data)
     for name, values in lgm.score(model.network, x.float() / 255, wanted).items():
         torch.testing.assert_close(scores_of(callback, name), values, rtol=1e-4, atol=1e-5)
-    with pytest.raises(TypeError, match="one float tensor .* as the input, not torch.uint8"):
+    with pytest.raises(TypeError, match=r"one float tensor .* as the input, not torch.uint8"):
         run("test", lgm.GradientMetrics("odin"), model, data)
 
 

@@ -7,7 +7,6 @@ HABITS: dict[str, int] = {
     "docs": 1,
     "engine": 2,
     "scores": 2,
-    "scoring": 2,
 }
 """Habits of translated English left in a room."""
 
@@ -16,7 +15,6 @@ NESTED_STATEMENTS: dict[str, int] = {
     "report": 1,
     "results": 1,
     "scores": 2,
-    "scoring": 11,
 }
 """Statements with nested comprehensions, lambdas or ternaries left in a room."""
 
@@ -25,7 +23,6 @@ COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
     "cli": 24.8,
     "engine": 25.5,
     "results": 21.5,
-    "scoring": 26.9,
 }
 """Of rooms above the limit."""
 
