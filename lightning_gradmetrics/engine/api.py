@@ -61,7 +61,10 @@ def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool
         ValueError: If none is chosen, or one has no such statistics.
     """
     named = dict(model.named_parameters())
-    chosen = {name: p for name, p in named.items() if p.numel() and (parameters is None or parameters(name))}
+    chosen = {}
+    for name, parameter in named.items():
+        if parameter.numel() and (parameters is None or parameters(name)):
+            chosen[name] = parameter
     if not chosen:
         raise ValueError(
             f"no parameter of {type(model).__name__} was chosen; its parameters are: "
@@ -155,7 +158,7 @@ def gradient_statistics(  # type: ignore[misc]
         raise ValueError(f"unknown engine {engine!r}; available: {', '.join(ENGINES)}")
     single = isinstance(objective, (str, Objective)) or callable(objective)
     several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
-    objectives = [Objective.of(o) for o in several]
+    objectives = list(map(Objective.of, several))
     wanted = moments_for(statistics)
     norms_only = wanted.isdisjoint({"sum", "max", "min"})
     with _task(model, inputs, objectives, parameters, targets, logits, norms_only) as task:
@@ -173,6 +176,11 @@ def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter:
     return result if per_parameter else result.merged()
 
 
+def _detached(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph; a copy if it is an inference tensor."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+
+
 @contextmanager
 def _task(
     model: nn.Module,
@@ -183,7 +191,7 @@ def _task(
     logits: Callable[[Any], Tensor],
     norms_only: bool = False,
 ) -> Iterator[Task]:
-    """The task, in the surroundings it needs; the model is as before afterwards."""
+    """Yield the task with gradients enabled; the model is restored afterwards."""
     check_model(model)
     check_inputs(model, inputs)
     chosen = select_parameters(model, parameters, norms_only)
@@ -191,10 +199,10 @@ def _task(
         check_differentiable(model, inputs, chosen.values())
         task = Task(
             model=model,
-            inputs=map_tensors(inputs, lambda t: t.detach().clone() if t.is_inference() else t.detach()),
+            inputs=map_tensors(inputs, _detached),
             size=batch_size(inputs),
             objectives=tuple(objectives),
-            targets=targets.clone() if targets is not None and targets.is_inference() else targets,
+            targets=None if targets is None else _detached(targets),
             parameters=chosen,
             wanted=moments_for(STATISTICS),
             logits=logits,

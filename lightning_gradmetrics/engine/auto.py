@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -81,11 +81,17 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
         else:
             known.setdefault(_kind(task), []).append(strategy)
             return result
-    alone = max((strategy.alone for strategy in strategies), default=3)
-    quiet = any(strategy.quiet for strategy in strategies)
-    random = any(strategy.random for strategy in strategies)
-    unplanned = Strategy(None, tuple(task.parameters), alone=alone, quiet=quiet, random=random)
-    return work(task, unplanned, state)
+    return work(task, _unplanned(task, strategies), state)
+
+
+def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:
+    """Return a strategy without a plan, as careful as the known strategies."""
+    unplanned = Strategy(None, tuple(task.parameters), alone=0 if strategies else 3)
+    for strategy in strategies:
+        unplanned.alone = max(unplanned.alone, strategy.alone)
+        unplanned.quiet = unplanned.quiet or strategy.quiet
+        unplanned.random = unplanned.random or strategy.random
+    return unplanned
 
 
 def _kind(task: Task) -> Hashable:

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OpeningMode", "map_arguments", "opened", "tensors_in"]
+__all__ = ["OpeningMode", "has_tensors", "map_arguments", "opened", "tensors_in"]
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 """For a fused function, one of the same signature and result, written in calls that have rules."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of tuples, lists and mappings, in order; a repeated tensor is repeated."""
+    """Yield every tensor in a nest of tuples, lists and mappings, in order; a repeated tensor is repeated."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -28,14 +28,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def has_tensors(value: Any) -> bool:
+    """Return whether there is a tensor in a nest of tuples, lists and mappings."""
+    return next(tensors_in(value), None) is not None
+
+
 def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The nest ``value`` with ``function`` applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
-    if type(value) in (tuple, list):
-        return type(value)(map_arguments(function, item) for item in value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_arguments(function, item) for item in value))
+    is_plain = type(value) in (tuple, list)
+    if is_plain or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        items = [map_arguments(function, item) for item in value]
+        return type(value)(items) if is_plain else type(value)(*items)
     if type(value) is dict:
         return {key: map_arguments(function, item) for key, item in value.items()}
     return value

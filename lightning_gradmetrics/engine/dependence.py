@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradmetrics.engine.calls import tensors_in
+from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
 
 __all__ = ["DependenceTrace", "Operation", "choice_by_data", "reads_activations"]
 
@@ -70,7 +70,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[Any] = []
         self._serials: dict[int, int] = {}
         samples = list(samples)
-        self.samples = [self.serial(tensor) for tensor in samples]
+        self.samples = list(map(self.serial, samples))
         for bit, tensors in ((SAMPLES, samples), (WEIGHTS, weights)):
             for tensor in tensors:
                 self._add(tensor, bit)
@@ -165,7 +165,8 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if index.dtype in (torch.bool, torch.uint8):
                 if self.depends(index) & SAMPLES:
                     return (), f"{name} by a mask"
-                chosen += [(shape, dim + extra) for extra in range(index.ndim)]
+                for extra in range(index.ndim):
+                    chosen.append((shape, dim + extra))
                 dim += index.ndim
                 continue
             if self.depends(index) & SAMPLES or not _counts_up(index, shape[dim]):
@@ -207,7 +208,7 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments without tensors."""
     plain = {}
     for name, value in arguments.items():
-        if not isinstance(value, Tensor) and not any(True for _ in tensors_in(value)):
+        if not isinstance(value, Tensor) and not has_tensors(value):
             plain[name] = value
     return plain
 
@@ -238,15 +239,19 @@ def _counts_up(index: Tensor, length: int) -> bool:
     return len(flat) == length and bool((flat == torch.arange(length, device=flat.device)).all())
 
 
+def _names(operations: Sequence[Operation]) -> list[str]:
+    return [operation.name for operation in operations]
+
+
 def choice_by_data(two: Sequence[Operation], three: Sequence[Operation]) -> str:
-    """Why the rows of a batch may be laid out differently from batch to batch; ``""`` if they cannot be.
+    """Return why the rows of a batch may be laid out differently from batch to batch; ``""`` if they cannot be.
 
     Args:
         two: The operations with two samples.
         three: The operations with three samples.
     """
-    if [operation.name for operation in two] != [operation.name for operation in three]:
-        return "it runs other operations for three samples than for two"
+    if _names(two) != _names(three):
+        return "it runs different operations for three samples than for two"
     for small, large in zip(two, three, strict=True):
         if small.by_data or large.by_data:
             return f"{small.by_data or large.by_data} chooses by data"

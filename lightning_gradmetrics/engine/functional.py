@@ -1,8 +1,9 @@
-"""The ``torch.func`` engine: ``vmap(grad)`` over the samples, a bounded number at a time."""
+"""The ``torch.func`` engine: ``vmap(grad)`` over a bounded number of samples at a time."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
@@ -16,24 +17,27 @@ from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments
 __all__ = ["functional_gradients", "functional_moments"]
 
 ENTRIES = 2**25
-"""Gradient entries materialised at a time: 128 MiB in float32."""
+"""Number of gradient entries computed at a time: 128 MiB in float32."""
 
 
 def functional_moments(task: Task) -> list[Moments]:
     """The moments ``(N, P)`` of each objective's gradient, by ``vmap(grad)`` in chunks of samples."""
-    entries = sum(p.numel() for p in task.parameters.values())
-    step = max(1, (ENTRIES if task.memory is None else min(ENTRIES, task.memory // 16)) // max(entries, 1))
-    chunks = [task.rows(start, start + step) for start in range(0, task.size, step)]
-    return joined([empty_moments(task), *(_chunk_moments(chunk) for chunk in chunks)])
+    entries_of_sample = sum(parameter.numel() for parameter in task.parameters.values())
+    limit = ENTRIES if task.memory is None else min(ENTRIES, task.memory // 16)
+    step = max(1, limit // max(entries_of_sample, 1))
+    parts = [empty_moments(task)]
+    for start in range(0, task.size, step):
+        parts.append(_chunk_moments(task.rows(start, start + step)))
+    return joined(parts)
 
 
 def _chunk_moments(task: Task) -> list[Moments]:
-    found = []
+    moments = []
     for index in range(len(task.losses)):
         gradients, undo = _unit_gradients(task, index)
         rows = [gradient_moments(gradient, task.wanted) for gradient in gradients.values()]
-        found.append(rescaled_moments(stacked_moments(rows), undo))
-    return found
+        moments.append(rescaled_moments(stacked_moments(rows), undo))
+    return moments
 
 
 def functional_gradients(task: Task, index: int) -> dict[str, Tensor]:
@@ -44,16 +48,23 @@ def functional_gradients(task: Task, index: int) -> dict[str, Tensor]:
 
 def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
     """Every sample's gradient, scaled by a power of two, and the factors ``(N,)`` that undo the scale."""
-    parameters = {name: p.detach() for name, p in task.parameters.items()}
-    state = {name: p.detach() for name, p in task.model.named_parameters() if name not in parameters}
-    state |= dict(task.model.named_buffers())
+    parameters = {name: parameter.detach() for name, parameter in task.parameters.items()}
+    state = dict(task.model.named_buffers())
+    for name, parameter in task.model.named_parameters():
+        if name not in parameters:
+            state[name] = parameter.detach()
 
     flags = task.per_sample
 
     def gradients(inputs: object, target: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
         def forward(chosen: dict[str, Tensor]) -> Tensor:
-            each = iter(flags)
-            batch = map_tensors(inputs, lambda t: (t.unsqueeze(0) if next(each) else t).clone())
+            in_order = iter(flags)
+
+            def as_batch_of_one(tensor: Tensor) -> Tensor:
+                per_sample = next(in_order)
+                return (tensor.unsqueeze(0) if per_sample else tensor).clone()
+
+            batch = map_tensors(inputs, as_batch_of_one)
             arguments = (batch,) if isinstance(batch, (Tensor, dict)) else tuple(batch)
             kwargs = arguments[0] if isinstance(batch, dict) else {}
             output = functional_call(task.model, {**state, **chosen}, () if kwargs else arguments, kwargs)
@@ -63,12 +74,15 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
         loss = task.losses[index](None if target is None else target[None])
         gradient = grad(lambda z: loss(z).sum())(at_least_float32(logits)).to(accumulator(logits))
         scale = unit_scale(gradient)
-        (found,) = pull((gradient * scale[:, None]).to(logits.dtype))
-        return found, 1 / scale[0]
+        (pulled,) = pull((gradient * scale[:, None]).to(logits.dtype))
+        return pulled, 1 / scale[0]
 
-    axes = iter([0 if flag else None for flag in flags])
-    mapped_axes = map_tensors(task.inputs, lambda t: next(axes))  # type: ignore[arg-type, return-value]
-    in_dims = (mapped_axes, None if task.targets is None else 0)
+    in_order = iter(flags)
+
+    def axis_of(tensor: Tensor) -> Any:
+        return 0 if next(in_order) else None
+
+    in_dims = (map_tensors(task.inputs, axis_of), None if task.targets is None else 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         mapped = vmap(gradients, in_dims, randomness="same")

@@ -38,7 +38,7 @@ class MomentTable:
         self._small: list[dict[str, Tensor]] = []
 
     def begin(self, objective: int, undo: Tensor) -> None:
-        """Begin with an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
+        """Begin an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
         self._undo.append(undo)
         self._waiting.append({})
         self._small.append({})
@@ -63,7 +63,7 @@ class MomentTable:
             self.moments = [rescaled_moments(moments, undo) for moments, undo in pairs]
 
     def clear(self) -> None:
-        """Forget all values."""
+        """Delete all values."""
         self.moments = empty_moments(self.task, self.task.size)
         self._undo, self._waiting, self._small = [], [], []
 
@@ -73,7 +73,7 @@ class MomentTable:
         moments = _mapped_moments(task) if mapped else None
         if moments is None:
             moments = reference_moments(task, check)
-        columns = [self._columns[name] for name in task.parameters]
+        columns = list(map(self._columns.__getitem__, task.parameters))
         for own, part in zip(self.moments, moments, strict=True):
             for key, value in part.items():
                 own[key][:, columns] = value
@@ -93,13 +93,14 @@ class MomentTable:
 
 
 def _segment_moments(rows: Mapping[str, Tensor], wanted: Collection[Moment]) -> dict[str, Moments]:
-    """The moments of gradients that are there already, on a CUDA device: one kernel for all of one type."""
+    """Return the moments of computed gradients on a CUDA device, by one kernel per floating type."""
     by_dtype: dict[torch.dtype, list[str]] = {}
     for name, value in rows.items():
         by_dtype.setdefault(value.dtype, []).append(name)
     moments: dict[str, Moments] = {}
     for names in by_dtype.values():
-        moments.update(zip(names, fused_segments([rows[name] for name in names], wanted), strict=True))
+        segments = fused_segments([rows[name] for name in names], wanted)
+        moments.update(zip(names, segments, strict=True))
     return moments
 
 
@@ -108,7 +109,7 @@ def _fill_columns(moments: Moments, parts: Mapping[str, Moments], columns: Mappi
     if not parts:
         return
     names = sorted(parts, key=columns.__getitem__)
-    where = [columns[name] for name in names]
+    where = list(map(columns.__getitem__, names))
     for key, table in moments.items():
         values = torch.stack([parts[name][key].to(table.dtype) for name in names], 1)
         if len(names) == table.shape[1]:
@@ -137,7 +138,7 @@ class UseTable:
         self._undo: Tensor | None = None
 
     def begin(self, objective: int, undo: Tensor) -> None:
-        """Begin with an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
+        """Begin an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
         self._undo = undo
 
     def add(self, name: str, use: Use) -> None:
@@ -149,7 +150,7 @@ class UseTable:
         """Nothing is left to do."""
 
     def clear(self) -> None:
-        """Forget all values."""
+        """Delete all values."""
         self.uses = {}
 
     def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:

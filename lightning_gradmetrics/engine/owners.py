@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
-from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
+from lightning_gradmetrics.engine.calls import has_tensors, map_arguments, tensors_in
 from lightning_gradmetrics.engine.plan import BROADCAST, Plan, PlanError, Source
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.tracer import Sink, Tracer, _Copies
@@ -77,7 +77,7 @@ class OwnershipPass(Tracer):
     def __init__(self, parameters: Mapping[str, Tensor], size: int, sink: Sink, constants: Iterable[Tensor]) -> None:
         super().__init__(Plan(()), parameters, size, sink)
         self._alive: list[Tensor] = list(constants)
-        self._constants = {id(tensor) for tensor in self._alive}
+        self._constants = set(map(id, self._alive))
         first = next(iter(parameters.values()))
         order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).to(first.device)
         self._sample_of = order.argsort()
@@ -107,14 +107,14 @@ class OwnershipPass(Tracer):
 
     def _note_constants(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """A result is constant if all arguments are; a constant that is written to is one no longer."""
-        if all(id(tensor) in self._constants for tensor in tensors_in((args, kwargs))):
+        if self._constants.issuperset(map(id, tensors_in((args, kwargs)))):
             for tensor in tensors_in(result):
                 self._constants.add(id(tensor))
                 self._alive.append(tensor)
             return
         for tensor in tensors_in(result):
             self._constants.discard(id(tensor))
-        if args and (getattr(func, "__name__", "").endswith("_") or not any(True for _ in tensors_in(result))):
+        if args and (getattr(func, "__name__", "").endswith("_") or not has_tensors(result)):
             for tensor in tensors_in(args[0]):
                 self._constants.discard(id(tensor))
 
@@ -125,17 +125,17 @@ class OwnershipPass(Tracer):
         found = RULES.get(func)
         values = bind(found, args, kwargs) if found else None
         fits = found is not None and values is not None and self._suits(found, values)
-        others = [t for t in tensors_in((args, kwargs)) if id(t) not in self._tracked]
+        others = set(map(id, tensors_in((args, kwargs)))) - self._tracked.keys()
         # A constant as long as the batch, such as a first hidden state of zeros, has one row per sample all the same.
         shared = not fits or self.size not in (values or {})["input"].shape
-        if shared and all(id(tensor) in self._constants for tensor in others):
+        if shared and others <= self._constants:
             return self._derived_result(func, sources, args, kwargs)
         if fits and found is not None:
             return self._row_rule(found, func, sources, args, kwargs)
         if name in BROADCAST and not name.startswith(("expand", "broadcast", "repeat", "tile")):
             return self._row_broadcast(func, sources, args, kwargs)
         result = func(*self._cut(args), **self._cut(kwargs))
-        if any(True for _ in tensors_in(result)):
+        if has_tensors(result):
             raise self._refused(sources, f"no rule covers {name}")
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.axes import Axis, axis_between
 from lightning_gradmetrics.engine.calls import tensors_in
 from lightning_gradmetrics.engine.rules import RULES, Call, bind
-from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
+from lightning_gradmetrics.engine.trace import CallTrace, TensorState, TracedCall
 
 __all__ = ["BROADCAST", "Changes", "Plan", "PlanError", "Source", "Step", "layout", "make_plan"]
 
@@ -85,31 +85,28 @@ class Plan:
     def without(self, number: int, reason: str) -> Plan:
         """The plan with one step given up, its parameters left to other engines."""
         step = self.steps[number]
-        names = frozenset().union(*(self.roots[source] for source in step.sources))
+        names: frozenset[str] = frozenset().union(*map(self.roots.__getitem__, step.sources))
         steps = (*self.steps[:number], replace(step, kind="uncovered"), *self.steps[number + 1 :])
         return replace(self, steps=steps, uncovered={**dict.fromkeys(names, reason), **self.uncovered})
 
 
-_PLAIN = [
-    "add",
-    "sub",
-    "subtract",
-    "mul",
-    "multiply",
-    "div",
-    "divide",
-    "true_divide",
-    "pow",
-    "lerp",
-    "addcmul",
-    "addcdiv",
-]
-_OPERATORS = ["add", "sub", "mul", "truediv", "pow"]
-BROADCAST = frozenset(
-    [name + end for name in _PLAIN for end in ("", "_")]
-    + [f"__{kind}{name}__" for name in _OPERATORS for kind in ("", "r", "i")]
-    + ["rsub", "where", "maximum", "minimum", "fmax", "fmin", "expand", "expand_as", "broadcast_to", "repeat", "tile"]
-)
+_WITH_IN_PLACE_FORM = ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "lerp")
+_WITH_IN_PLACE_FORM += ("addcmul", "addcdiv")
+_OPERATORS = ("add", "sub", "mul", "truediv", "pow")
+_OTHERS = ("rsub", "where", "maximum", "minimum", "fmax", "fmin")
+_SHAPES = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
+
+
+def _broadcasting() -> frozenset[str]:
+    names = {*_OTHERS, *_SHAPES}
+    for name in _WITH_IN_PLACE_FORM:
+        names |= {name, f"{name}_"}
+    for name in _OPERATORS:
+        names |= {f"__{name}__", f"__r{name}__", f"__i{name}__"}
+    return frozenset(names)
+
+
+BROADCAST = _broadcasting()
 """Functions that broadcast their tensor arguments, and nothing else."""
 
 
@@ -126,13 +123,17 @@ def make_plan(two: CallTrace, three: CallTrace, loss: Tensor | None, changes: Ch
     Raises:
         PlanError: If the two runs made different calls.
     """
-    if [call.function for call in two.calls] != [call.function for call in three.calls]:
-        raise PlanError("the model makes other calls for three samples than for two")
+    if _functions(two) != _functions(three):
+        raise PlanError("the model makes different calls for three samples than for two")
     builder = _Builder(three.names)
     for number, (small, large) in enumerate(zip(two.calls, three.calls, strict=True)):
         builder.add(small, large, changes[number] if changes else None)
     steps, undecided = _with_layouts(builder, loss)
     return Plan(tuple(steps), builder.uncovered, builder.roots, undecided)
+
+
+def _functions(trace: CallTrace) -> list[Any]:
+    return [call.function for call in trace.calls]
 
 
 class _Builder:
@@ -148,7 +149,7 @@ class _Builder:
 
     def add(self, small: TracedCall, large: TracedCall, changes: Sequence[Tensor | None] | None) -> None:
         """Add the step for one call, if it involves parameters."""
-        sources = tuple(self.sources[seen.serial] for seen in large.inputs if seen.serial in self.sources)
+        sources = self._sources_of(large)
         if not sources:
             return
         try:
@@ -160,6 +161,14 @@ class _Builder:
         self.results.append(large.result)
         self.changes.append(changes)
 
+    def _sources_of(self, call: TracedCall) -> tuple[Source, ...]:
+        """Return the sources of a call's inputs, repeats included."""
+        sources = []
+        for seen in call.inputs:
+            if seen.serial in self.sources:
+                sources.append(self.sources[seen.serial])
+        return tuple(sources)
+
     def _give_up(self, sources: Sequence[Source], reason: str) -> None:
         for source in sources:
             for name in self.roots[source]:
@@ -167,51 +176,68 @@ class _Builder:
 
     def _step(self, small: TracedCall, large: TracedCall, sources: tuple[Source, ...]) -> Step:
         if len(small.inputs) != len(large.inputs) or len(small.outputs) != len(large.outputs):
-            raise ValueError("other tensors for three samples than for two")
-        inputs = tuple(axis_between(a.shape, b.shape) for a, b in zip(small.inputs, large.inputs, strict=True))
-        outputs = [axis_between(a.shape, b.shape) for a, b in zip(small.outputs, large.outputs, strict=True)]
-        if not large.differentiable or (not any(inputs) and not any(o.requires_grad for o in large.outputs)):
+            raise ValueError("different tensors for three samples than for two")
+        inputs, outputs = _axes(small.inputs, large.inputs), _axes(small.outputs, large.outputs)
+        has_graph = any(output.requires_grad for output in large.outputs)
+        if not large.differentiable or (not any(inputs) and not has_graph):
             return Step(large.function, sources, "plain")
         if not any(inputs) and not any(outputs):
             return self._derive(large, sources)
         if len(outputs) != 1 or outputs[0] is None:
             raise ValueError("it mixes parameters and samples in a way that no rule covers")
-        root = not any(seen.requires_grad for seen, axis in zip(large.inputs, inputs, strict=True) if axis)
-        step = Step(large.function, sources, "rule", inputs, outputs[0], root=root)
-        if _rule_covers(large, step, {s.serial for s in large.inputs if s.serial in self.sources}):
+        step = Step(large.function, sources, "rule", inputs, outputs[0], root=_is_root(large, inputs))
+        if _rule_covers(large, step, self.sources.keys()):
             return step
         return replace(step, kind="broadcast" if _name(large.function) in BROADCAST else "vmap")
 
     def _derive(self, large: TracedCall, sources: tuple[Source, ...]) -> Step:
         new = []
+        roots: frozenset[str] = frozenset().union(*map(self.roots.__getitem__, sources))
         for index, seen in enumerate(large.outputs):
             if seen.requires_grad and seen.serial not in self.sources:
                 source = (len(self.steps), index)
                 self.sources[seen.serial] = source
                 new.append(index)
-                self.roots[source] = frozenset().union(*(self.roots[s] for s in sources))
+                self.roots[source] = roots
         return Step(large.function, sources, "derive", derived=tuple(new))
+
+
+def _axes(small: Sequence[TensorState], large: Sequence[TensorState]) -> tuple[Axis | None, ...]:
+    """Return the sample axis of each tensor, from its shapes with two and with three samples."""
+    axes = []
+    for two, three in zip(small, large, strict=True):
+        axes.append(axis_between(two.shape, three.shape))
+    return tuple(axes)
+
+
+def _is_root(call: TracedCall, axes: Sequence[Axis | None]) -> bool:
+    """Return whether no input with samples requires a gradient."""
+    return not any(axis and seen.requires_grad for seen, axis in zip(call.inputs, axes, strict=True))
 
 
 def _name(function: Any) -> str:
     return getattr(function, "__name__", str(function))
 
 
-def _rule_covers(record: TracedCall, step: Step, tracked: set[int]) -> bool:
-    """Whether a rule handles the call: every tracked argument is one of the rule's weights, and the axes suit it."""
-    found = RULES.get(record.function)
-    values = bind(found, record.args, record.kwargs) if found else None
-    if found is None or values is None or not isinstance(values.get("input"), Tensor):
+def _rule_covers(record: TracedCall, step: Step, tracked: Set[int]) -> bool:
+    """Return whether a rule handles the call: each tracked argument is one of its weights, and it accepts the axes."""
+    rule = RULES.get(record.function)
+    values = bind(rule, record.args, record.kwargs) if rule else None
+    if rule is None or values is None or not isinstance(values.get("input"), Tensor):
         return False
-    tensors = [(name, value) for name, value in values.items() if isinstance(value, Tensor)]
-    serials = dict(zip((id(t) for t in tensors_in((record.args, record.kwargs))), record.inputs, strict=True))
-    axes = dict(zip((id(t) for t in tensors_in((record.args, record.kwargs))), step.inputs, strict=True))
-    slots = frozenset(name for name, value in tensors if serials[id(value)].serial in tracked)
+    arguments = list(map(id, tensors_in((record.args, record.kwargs))))
+    serials = dict(zip(arguments, record.inputs, strict=True))
+    axes = dict(zip(arguments, step.inputs, strict=True))
+    slots, others_have_samples = set(), False
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            if serials[id(value)].serial in tracked:
+                slots.add(name)
+            others_have_samples |= name != "input" and axes[id(value)] is not None
     axis = axes[id(values["input"])]
-    others = any(axes[id(value)] is not None for name, value in tensors if name != "input")
-    if axis is None or others or not slots <= found.weights or step.output is None:
+    if axis is None or others_have_samples or not slots <= rule.weights or step.output is None:
         return False
-    return found.accepts(Call(values, axis, step.output, slots))
+    return rule.accepts(Call(values, axis, step.output, frozenset(slots)))
 
 
 def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], bool]:
@@ -230,7 +256,7 @@ def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], b
             open_steps.append(number)
         elif known:
             steps[number] = _laid_out(step, minors, known[-1])
-    results = [builder.results[number] for number in open_steps]
+    results = list(map(builder.results.__getitem__, open_steps))
     for number, minor in zip(open_steps, _minors_by_gradient(steps, open_steps, results, loss), strict=True):
         undecided = undecided or minor is None
         if minor:

@@ -19,7 +19,7 @@ from lightning_gradmetrics.engine.separability import keeps_samples_apart
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 
-__all__ = ["Probe", "call_outline", "changed_positions", "probe_model"]
+__all__ = ["Probe", "changed_positions", "outline", "probe_model"]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,18 @@ def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
     for number in _meeting_parameters(small, large):
         before, after = small.calls[number], large.calls[number]
         for two, three in zip((*before.inputs, *before.outputs), (*after.inputs, *after.outputs), strict=False):
-            grown = [size for size, other in zip(three.shape, two.shape, strict=False) if size != other]
-            if grown not in ([], [3]):
+            if not _has_one_position(two.shape, three.shape):
                 return False
     return True
+
+
+def _has_one_position(two: Sequence[int], three: Sequence[int]) -> bool:
+    """Return whether a tensor has no sample axis, or one of the length of the batch."""
+    lengths = []
+    for short, long in zip(two, three, strict=False):
+        if short != long:
+            lengths.append(long)
+    return lengths in ([], [3])
 
 
 def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
@@ -194,8 +202,8 @@ class _Runs:
             return None, None
         finally:
             self.state.restore()
-        same = [call_outline(call) for call in trace.calls] == [call_outline(call) for call in self.large.calls]
-        return trace if same else None, logits
+        same_calls = outline(trace) == outline(self.large)
+        return trace if same_calls else None, logits
 
     def coupling(self, other: Task, number: int) -> str:
         """The first call whose result has rows of other samples that change with one sample, and its module."""
@@ -234,22 +242,29 @@ def _changes_by_sample(runs: _Runs, logits: Tensor, irregular: str) -> tuple[Cha
         others.append(other)
     same = [trace for trace in traces if trace is not None]
     if base is None or len(same) < 3:
-        return (), "it makes other calls for other samples"
+        return (), "it makes different calls for different samples"
     changes = changed_positions(base, same)
     for rows in changes:
         for changed in rows:
             if changed is not None and int(changed.sum(0).max()) > 1:
-                foreign = [number for number in range(3) if _foreign(changed[number : number + 1], number)]
-                number = foreign[0] if foreign else 0
+                number = _first_foreign(changed)
                 raise coupled_model(runs.coupling(others[number], number))
     return changes, ""
+
+
+def _first_foreign(changed: Tensor) -> int:
+    """Return the first sample that changes rows of other samples; 0 if there is none."""
+    for number in range(3):
+        if _foreign(changed[number : number + 1], number):
+            return number
+    return 0
 
 
 def _replaced(
     runs: _Runs, number: int, logits: Tensor, only: Collection[int], irregular: bool
 ) -> tuple[CallTrace | None, Task]:
     """The trace of a run with one sample replaced, by another one or by a similar one that leads to the same calls."""
-    rest = [other for other in range(3) if other != number]
+    rest = [(number + 1) % 3, (number + 2) % 3]
     trace, task = None, runs.task
     for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
         task = _with_row(runs.task, number, source, noise)
@@ -262,8 +277,13 @@ def _replaced(
     return trace, task
 
 
-def call_outline(call: TracedCall) -> tuple[Any, ...]:
-    """A call's function and the shapes of its tensors."""
+def outline(trace: CallTrace) -> list[tuple[Any, ...]]:
+    """Return each call's function and the shapes of its tensors."""
+    return [_call_outline(call) for call in trace.calls]
+
+
+def _call_outline(call: TracedCall) -> tuple[Any, ...]:
+    """Return a call's function and the shapes of its tensors."""
     return call.function, *(state.shape for state in (*call.inputs, *call.outputs))
 
 

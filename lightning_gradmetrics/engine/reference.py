@@ -1,4 +1,4 @@
-"""The slow reference: a batch of one at a time, ``torch.autograd.grad``. Every faster rule is tested against it."""
+"""The slow reference, ``torch.autograd.grad`` on one sample at a time; every faster rule is tested against it."""
 
 from __future__ import annotations
 
@@ -37,37 +37,41 @@ def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = 
 
 def _sample_moments(task: Task, logits: Tensor) -> list[Moments]:
     """The moments ``(1, P)`` of each objective's gradient."""
-    found = []
+    moments = []
     for index in range(len(task.losses)):
         losses, undo = task.unit_losses(index, logits)
         gradients = loss_gradients(losses.sum(), list(task.parameters.values()))
         rows = [gradient_moments(gradient[None], task.wanted) for gradient in gradients]
-        found.append(rescaled_moments(stacked_moments(rows), undo))
-    return found
+        moments.append(rescaled_moments(stacked_moments(rows), undo))
+    return moments
 
 
 def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of a scalar for each parameter, dense, zero where it does not reach; its graph is kept.
+    """Return the gradient of a scalar for each parameter: dense, zero if the scalar does not depend on it; keeps the graph.
 
     Reentrant activation checkpoints allow ``backward`` only, so there the parameters' ``.grad`` is used and left
     ``None``.
     """
     if not loss.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
+        return list(map(torch.zeros_like, parameters))
     try:
-        found: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        reached: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():
             raise
-        found = _backward_gradients(loss, parameters)
-    return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
+        reached = _backward_gradients(loss, parameters)
+    gradients = []
+    for parameter, gradient in zip(parameters, reached, strict=True):
+        gradients.append(torch.zeros_like(parameter) if gradient is None else gradient.to_dense())
+    return gradients
 
 
 def _backward_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
     for parameter in parameters:
         parameter.grad = None
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    found = [parameter.grad for parameter in parameters]
+    gradients = []
     for parameter in parameters:
+        gradients.append(parameter.grad)
         parameter.grad = None
-    return found
+    return gradients

@@ -161,9 +161,7 @@ def collect_fast(
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
     else:
-        roots = plan.roots.values()
-        known = {name: p for name, p in task.model.named_parameters() if frozenset([name]) in roots}
-        tracer = Tracer(plan, known, task.size, table.add, free)
+        tracer = Tracer(plan, _known_parameters(task.model, plan), task.size, table.add, free)
     tracer.probe = notes
     with tracer:
         logits = task.forward()
@@ -174,6 +172,15 @@ def collect_fast(
         tracer.collect(losses, last=index == len(scaled) - 1)
     table.finish()
     return tuple(tracer.times)
+
+
+def _known_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
+    """Return the parameters that the plan was made for, by name."""
+    roots, known = plan.roots.values(), {}
+    for name, parameter in model.named_parameters():
+        if frozenset([name]) in roots:
+            known[name] = parameter
+    return known
 
 
 # -- verification -----------------------------------------------------------------------------------------------------
@@ -222,7 +229,10 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
         except PlanError as error:
             plan = _without_failed_step(plan, slow, error, names)
     state.restore()
-    wrong = {name: reason for name, reason in notes.failures.items() if name in names}
+    wrong = {}
+    for name, reason in notes.failures.items():
+        if name in names:
+            wrong[name] = reason
     wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
     return plan, {**slow, **wrong}
 
@@ -254,7 +264,7 @@ def _without_failed_step(
 
 def _gradients(probe: Probe, names: Collection[str]) -> Iterator[tuple[int, int, Tensor, dict[str, Tensor]]]:
     """Objective, sample, undoing factor and gradients by autograd; those of one sample at a time are in memory."""
-    parameters = {name: p for name, p in probe.task.parameters.items() if name in names}
+    parameters = probe.task.restricted(names).parameters
     if not parameters:
         return
     for parameter in parameters.values():

@@ -1,4 +1,4 @@
-"""What an engine is asked to do."""
+"""The task of an engine: one batch, its objectives, parameters and moments."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors
 from lightning_gradmetrics.engine.refusals import rows_not_samples
+from lightning_gradmetrics.engine.uses import merge_rows
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.scaling import unit_losses
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
@@ -20,7 +21,7 @@ __all__ = ["Task", "empty_moments", "joined"]
 
 @dataclass(frozen=True)
 class Task:
-    """One batch's work, with gradients enabled, no inference tensors, inside ``forward.preserved``.
+    """The work for one batch; gradients are enabled, no tensor is an inference tensor, and the model is preserved.
 
     Args:
         model: The model.
@@ -30,9 +31,9 @@ class Task:
         targets: True labels ``(N,)``, if there are any.
         parameters: The chosen parameters by name, in the order of the result's columns.
         wanted: The moments to compute.
-        logits: From the model's output to its logits ``(N, C)``.
-        memory: Bytes that may be used beyond the model and the inputs; ``None`` sets no bound.
-        per_sample: For each tensor of the inputs, whether its first axis holds the samples; the others are shared.
+        logits: Returns the logits ``(N, C)`` from the model's output.
+        memory: Memory limit in bytes, beyond the model and the inputs; ``None`` for no limit.
+        per_sample: For each tensor of the inputs, whether its first axis is the sample; other tensors are shared.
     """
 
     model: nn.Module
@@ -48,7 +49,7 @@ class Task:
 
     @property
     def losses(self) -> tuple[Callable[[Tensor | None], Loss], ...]:
-        """For each objective, from the true labels (or ``None``) to the loss on logits."""
+        """For each objective, a function from the true labels (or ``None``) to the loss on logits."""
         return tuple(objective.loss for objective in self.objectives)
 
     def rows(self, start: int, stop: int) -> Task:
@@ -70,7 +71,11 @@ class Task:
 
     def restricted(self, names: Collection[str]) -> Task:
         """The same task for some of its parameters."""
-        return replace(self, parameters={name: p for name, p in self.parameters.items() if name in names})
+        parameters = {}
+        for name, parameter in self.parameters.items():
+            if name in names:
+                parameters[name] = parameter
+        return replace(self, parameters=parameters)
 
     def channels_last(self) -> Task:
         """The same task with images whose channels are neighbours in memory."""
@@ -104,13 +109,13 @@ def empty_moments(task: Task, size: int = 0) -> list[Moments]:
     """Moments of all-zero gradients, ``(size, P)`` for each objective."""
     parameter = next(iter(task.parameters.values()))
     shape = (size, len(task.parameters))
-    kind = {"dtype": accumulator(parameter), "device": parameter.device}
-    return [{key: torch.zeros(shape, **kind) for key in task.wanted} for _ in task.losses]  # type: ignore[call-overload]
+    dtype, device = accumulator(parameter), parameter.device
+    moments: list[Moments] = []
+    for _ in task.losses:
+        moments.append({key: torch.zeros(shape, dtype=dtype, device=device) for key in task.wanted})
+    return moments
 
 
 def joined(parts: Sequence[list[Moments]]) -> list[Moments]:
-    """The moments of all samples, from those of consecutive groups of them."""
-    return [
-        {key: torch.cat([part[index][key] for part in parts]) for key in parts[0][index]}
-        for index in range(len(parts[0]))
-    ]
+    """Return the moments of all samples for each objective, from the moments of consecutive groups."""
+    return list(map(merge_rows, zip(*parts, strict=True)))

@@ -133,7 +133,7 @@ class CallTrace(OpeningMode):
         if len(self.calls) == self.watched:
             self.where = _surrounding_module() or self.where
         tensors = list(tensors_in((args, kwargs)))
-        inputs = tuple(self._state(tensor) for tensor in tensors)
+        inputs = tuple(map(self._state, tensors))
         before = self._marks(tensors, inputs, 0)
         result = func(*args, **kwargs)
         if tensors and getattr(func, "__name__", "") in HOST_READS:
@@ -141,7 +141,7 @@ class CallTrace(OpeningMode):
             if self._on_read is not None:
                 self._on_read(tensors[0])
         results = list(tensors_in(result))
-        outputs = tuple(self._state(tensor) for tensor in results)
+        outputs = tuple(map(self._state, results))
         if outputs:
             # Reentrant checkpoints run without gradients here and once more in the backward pass.
             self.pauses_gradients = self.pauses_gradients or not torch.is_grad_enabled()

@@ -59,15 +59,21 @@ class Use(Protocol):
 
 
 def merge_rows(parts: Sequence[Moments]) -> Moments:
-    """The moments of all samples, from those of consecutive groups of them."""
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    """Return the moments of all samples, from the moments of consecutive groups."""
+    merged = {}
+    for key in parts[0]:
+        merged[key] = torch.cat([part[key] for part in parts])
+    return merged
 
 
 def chunked_moments(use: Use, wanted: Iterable[Moment]) -> Moments:
     """The moments of a use through its gradients, a bounded number of entries at a time."""
     keys, step = frozenset(wanted), max(1, CHUNK_ENTRIES // max(1, math.prod(use.shape)))
-    starts = range(0, len(use), step) if len(use) else range(1)
-    return merge_rows([row_moments(_flat(use.rows(i, i + step).gradient()), keys) for i in starts])
+    parts = []
+    for start in range(0, max(1, len(use)), step):
+        gradients = use.rows(start, start + step).gradient()
+        parts.append(row_moments(_flat(gradients), keys))
+    return merge_rows(parts)
 
 
 def _flat(rows: Tensor) -> Tensor:
@@ -325,14 +331,17 @@ def combined(uses: Sequence[Use]) -> Use:
     first = uses[0]
     if len(uses) == 1:
         return first
-    if all(isinstance(use, LinearUse) and use.transposed == getattr(first, "transposed", None) for use in uses):
-        return replace(first, a=_joined([u.a for u in uses]), g=_joined([u.g for u in uses]))  # type: ignore
-    if all(isinstance(use, EmbeddingUse) and use.padding == getattr(first, "padding", None) for use in uses):
-        return replace(first, indices=_joined([u.indices for u in uses]), g=_joined([u.g for u in uses]))  # type: ignore
-    if all(isinstance(use, RowsUse) for use in uses):
-        return RowsUse(sum((use.gradient() for use in uses[1:]), start=first.gradient()))
-    return SumUse(tuple(uses))
+    kinds = {(type(use), getattr(use, "transposed", None), getattr(use, "padding", None)) for use in uses}
+    if len(kinds) == 1 and isinstance(first, LinearUse):
+        return replace(first, a=_joined(uses, "a"), g=_joined(uses, "g"))
+    if len(kinds) == 1 and isinstance(first, EmbeddingUse):
+        return replace(first, indices=_joined(uses, "indices"), g=_joined(uses, "g"))
+    total = SumUse(tuple(uses))
+    if len(kinds) == 1 and isinstance(first, RowsUse):
+        return RowsUse(total.gradient())
+    return total
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return torch.cat(tensors, 1)
+def _joined(uses: Sequence[Use], field: str) -> Tensor:
+    """Return one field of all uses, joined along the positions."""
+    return torch.cat([getattr(use, field) for use in uses], 1)

@@ -16,7 +16,7 @@ HALF, TF32 = 0.1, 0.05
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision, otherwise ``dtype``."""
+    """Return float32 for half precision, otherwise ``dtype``."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 

@@ -44,7 +44,9 @@ def parameter_filter(target: Target) -> Callable[[str], bool] | None:
     """Return the predicate on parameter names for a target other than ``"head"``; ``None`` accepts all."""
     if callable(target):
         return target
-    return None if target == "all" else lambda name: fnmatchcase(name, target)
+    if target == "all":
+        return None
+    return lambda name: fnmatchcase(name, target)
 
 
 class MissingEvidenceError(ValueError):

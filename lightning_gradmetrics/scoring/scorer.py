@@ -282,7 +282,10 @@ def _wanted(needs: Needs) -> tuple[list[Objective], set[Moment]]:
 def _statistic_names(moments: Iterable[Moment]) -> list[str]:
     names = []
     for moment in moments:
-        names.append(("mean" if moment == "sum" else moment) if isinstance(moment, str) else f"l{moment:g}")
+        if not isinstance(moment, str):
+            names.append(f"l{moment:g}")
+        else:
+            names.append("mean" if moment == "sum" else moment)
     return names
 
 

@@ -17,7 +17,7 @@ from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
 from lightning_gradmetrics.engine.dependence import DependenceTrace, choice_by_data
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
-from lightning_gradmetrics.engine.probe import call_outline, changed_positions
+from lightning_gradmetrics.engine.probe import changed_positions, outline
 from lightning_gradmetrics.engine.trace import CallTrace
 
 __all__ = ["ModulePlan", "plan_module", "samples_in"]
@@ -188,18 +188,13 @@ def _changes(base: _Run, others: Sequence[_Run]) -> Changes:
     Raises:
         PlanError: If a different sample leads to different calls.
     """
-    outline = _outline(base.trace)
+    expected = outline(base.trace)
     traces = []
     for other in others:
-        if _outline(other.trace) != outline:
+        if outline(other.trace) != expected:
             raise PlanError("the watched module makes different calls for different samples")
         traces.append(other.trace)
     return changed_positions(base.trace, traces)
-
-
-def _outline(trace: CallTrace) -> list[Any]:
-    """Return the outline of each call."""
-    return [call_outline(call) for call in trace.calls]
 
 
 def _first_sample(outputs: Sequence[Tensor], axes: Sequence[Axis | None]) -> Tensor | None:

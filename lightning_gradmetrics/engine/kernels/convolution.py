@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +12,8 @@ from lightning_gradmetrics.engine.kernels.fused import fused_depthwise, fused_pr
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
 from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square
 from lightning_gradmetrics.engine.kernels.native import native_depthwise, native_products, supports
-from lightning_gradmetrics.engine.kernels.reduction import chunked_moments
+from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments
+from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 __all__ = ["conv_gradient", "conv_moments"]
@@ -76,7 +78,7 @@ def _patches(x: Tensor, size: Sequence[int], geometry: ConvGeometry) -> Tensor:
     x = geometry.pad(x)
     strides = list(x.stride()[:2])
     for moves in (geometry.dilation, geometry.stride):
-        strides += [step * move for step, move in zip(x.stride()[2:], moves, strict=True)]
+        strides += map(operator.mul, x.stride()[2:], moves)
     return x.as_strided((*x.shape[:2], *geometry.kernel_size, *size), strides)
 
 
@@ -94,8 +96,7 @@ def conv_moments(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[
     keys = frozenset(wanted)
     if g.numel() and keys != {"sum"} and fused_supports(g, keys) and x.dtype == g.dtype:
         return _fused(x, g, geometry, keys)
-    if g.dtype in (torch.float16, torch.bfloat16):
-        g = g.float()
+    g = at_least_float32(g)
     x = x.to(g.dtype)
     if keys == {"sum"}:
         return {"sum": _total(x, g, geometry)}
@@ -121,7 +122,7 @@ def _by_gram(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Momen
     moments = conv_square(x, g, geometry, direct)
     if keys > moments.keys():
         moments["sum"] = _total(x, g, geometry)
-    return {key: moments[key] for key in keys}
+    return chosen_moments(moments, keys)
 
 
 def _by_products(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -73,6 +74,11 @@ def _moments(partial: Tensor, keys: frozenset[Moment]) -> Moments:
     block = _tile(tiles)
     _kernels().merge_tiles_kernel[(samples,)](partial, merged, tiles, TILES=block, EXTREMES=_needs_extremes(keys))
     columns = merged.unbind(1)
+    return _by_name(columns, keys)
+
+
+def _by_name(columns: Sequence[Tensor], keys: Iterable[Moment]) -> Moments:
+    """Return the chosen moments among the columns of all statistics."""
     return {key: columns[STATISTICS.index(key)] for key in keys}
 
 
@@ -171,7 +177,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _scaled(steps: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
-    return tuple(step * factor for step, factor in zip(steps, factors, strict=True))
+    return tuple(map(operator.mul, steps, factors))
 
 
 def fused_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -255,6 +261,5 @@ def fused_segments(rows: Sequence[Tensor], wanted: Iterable[Moment]) -> list[Mom
     )
     results = []
     for columns in out.unbind(1):
-        statistics = columns.unbind(1)
-        results.append({key: statistics[STATISTICS.index(key)] for key in keys})
+        results.append(_by_name(columns.unbind(1), keys))
     return results

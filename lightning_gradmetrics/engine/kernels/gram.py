@@ -149,10 +149,10 @@ def _patch_gram(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     pixels = _gram(x.reshape(len(x) * groups, x.shape[1] // groups, volume))
     pitch = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
     # Both axes of the pixels' Gram matrix move with the output positions, and along its diagonal with the kernel entry.
-    steps = [step * stride for step, stride in zip(pitch, geometry.stride, strict=True)]
+    steps = list(map(operator.mul, pitch, geometry.stride))
     strides = (volume**2, *(step * volume for step in steps), *steps)
     patches = torch.zeros(len(pixels), *out_size, *out_size, dtype=x.dtype, device=x.device)
-    moves = [dilation * step for dilation, step in zip(geometry.dilation, pitch, strict=True)]
+    moves = list(map(operator.mul, geometry.dilation, pitch))
     for entry in itertools.product(*map(range, geometry.kernel_size)):
         shift = sum(map(operator.mul, entry, moves))
         patches += pixels.as_strided((len(pixels), *out_size, *out_size), strides, shift * (volume + 1))

@@ -155,14 +155,14 @@ def _first_loadable(compiler: Sequence[str], dtype: torch.dtype) -> tuple[Any, P
 
 
 def _stem(compiler: Sequence[str], dtype: torch.dtype) -> str:
-    """A name for everything that the compiled code depends on."""
-    content = [source.read_text() for source in SOURCES]
+    """Return a name that identifies everything the compiled code depends on."""
+    content = map(Path.read_text, SOURCES)
     text = "\n".join([*content, *FLAGS, *DEFINES[dtype], *compiler, _processor()])
     return f"{str(dtype).removeprefix('torch.')}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on."""
+    """Return a description of the processor, which ``-march=native`` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -174,7 +174,7 @@ def _processor() -> str:
 
 
 def _built(compiler: Sequence[str], dtype: torch.dtype, folder: Path, stem: str) -> Path:
-    """A new library in the folder."""
+    """Compile a new library in the folder and return its path."""
     sweep(folder)
     with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=folder) as scratch:
         built = Path(scratch) / "kernels.so"

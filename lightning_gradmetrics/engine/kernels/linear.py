@@ -11,7 +11,8 @@ from lightning_gradmetrics.engine.kernels.fused import fused_products, fused_sup
 from lightning_gradmetrics.engine.kernels.geometry import POINTWISE
 from lightning_gradmetrics.engine.kernels.gram import linear_gram_pays, linear_square
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
-from lightning_gradmetrics.engine.kernels.reduction import chunked_moments, row_moments
+from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments, row_moments
+from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 __all__ = ["embedding_moments", "linear_gradient", "linear_moments"]
@@ -52,8 +53,7 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
     keys = frozenset(wanted)
     if g.numel() and keys != {"sum"} and fused_supports(g, keys) and a.dtype == g.dtype:
         return fused_products(a.mT, g.mT, POINTWISE, keys, convolution=False)
-    if g.dtype in (torch.float16, torch.bfloat16):
-        a, g = a.float(), g.float()
+    a, g = at_least_float32(a), at_least_float32(g)
     if keys == {"sum"}:
         return {"sum": _total(a, g)}
     a = a.to(g.dtype)
@@ -62,7 +62,7 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
         moments = linear_square(a, g)
         if keys > moments.keys():
             moments["sum"] = _total(a, g)
-        return {key: moments[key] for key in keys}
+        return chosen_moments(moments, keys)
     if g.numel() and supports(g, keys):
         return native_products(a.mT, g.mT, POINTWISE, keys)
     return chunked_moments(lambda rows: linear_gradient(a[rows], g[rows]), g, a.shape[2] * g.shape[2], keys)
@@ -94,7 +94,7 @@ def embedding_moments(
         tensor([2.], dtype=torch.float64)
     """
     keys = frozenset(wanted)
-    g = g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
+    g = at_least_float32(g)
     if padding_idx is not None:
         g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
     # Equal indices of a sample share one slot: the position of the index among the sample's sorted distinct indices.
@@ -104,17 +104,17 @@ def embedding_moments(
     slot = torch.empty_like(indices).scatter_(1, order, fresh.cumsum(1) - 1)
     touched = torch.zeros_like(g).scatter_add_(1, slot.unsqueeze(-1).expand_as(g), g)
     moments = row_moments(touched.flatten(1), keys)
-    full = (
-        slot.amax(1) + 1 == num_embeddings
-        if indices.shape[1]
-        else torch.zeros(len(g), dtype=torch.bool, device=g.device)
-    )
+    full = torch.zeros(len(g), dtype=torch.bool, device=g.device)
+    if indices.shape[1]:
+        full = slot.amax(1) + 1 == num_embeddings
     # Unused slots are zeros like the untouched rows: they matter only where a sample touches every row, some twice.
     if ("max" in keys or "min" in keys) and bool(full.any()):
         spare = torch.arange(g.shape[1], device=g.device) > slot.amax(1, keepdim=True)
-        low, high = (touched.masked_fill(spare.unsqueeze(-1), v).flatten(1) for v in (-torch.inf, torch.inf))
+        low = touched.masked_fill(spare.unsqueeze(-1), -torch.inf).flatten(1)
+        high = touched.masked_fill(spare.unsqueeze(-1), torch.inf).flatten(1)
         exact = {**row_moments(low, keys & {"max"}), **row_moments(high, keys & {"min"})}
-        moments |= {key: torch.where(full, value, moments[key]) for key, value in exact.items()}
+        for extreme, value in exact.items():
+            moments[extreme] = torch.where(full, value, moments[extreme])
     untouched = ~full if num_embeddings > 0 else full
     for key, bound in (("max", torch.Tensor.clamp_min), ("min", torch.Tensor.clamp_max)):
         if key in keys:

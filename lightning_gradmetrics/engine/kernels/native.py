@@ -162,7 +162,7 @@ def _offsets(channels: int, lanes: int, size: Sizes, out_size: Sizes, geometry: 
 
 def _grid(size: Sizes, step: Sizes, plane: Sizes) -> Tensor:
     """Offsets in a plane of every point of a grid with a step along each axis."""
-    depth, height, width = (torch.arange(length) for length in size)
+    depth, height, width = map(torch.arange, size)
     z, y, x = depth * step[0] * plane[1] * plane[2], height * step[1] * plane[2], width * step[2]
     return (z[:, None, None] + y[:, None] + x).flatten()
 

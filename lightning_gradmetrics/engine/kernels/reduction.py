@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.fused import fused_rows, fused_sums, fused_supports
 from lightning_gradmetrics.engine.kernels.native import native_rows, native_sums, supports
+from lightning_gradmetrics.gradients.precision import wide_dtype
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, gradient_moments
 
 __all__ = ["CHUNK_ENTRIES", "chunked_moments", "position_sums", "row_moments"]
@@ -69,6 +70,11 @@ def chunked_moments(
     return moments
 
 
+def chosen_moments(moments: Moments, keys: Iterable[Moment]) -> Moments:
+    """Return some of the moments."""
+    return {key: moments[key] for key in keys}
+
+
 def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Sums over positions of ``g`` and of ``x g``: the gradients of a bias and of a norm layer's weight, in one pass.
 
@@ -77,7 +83,7 @@ def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | 
         x: The same shape, or ``None``.
 
     Returns:
-        Both sums, ``(N, C)``, in float64 where the device has it; ``None`` for the second without ``x``.
+        Both sums, ``(N, C)``, in float64 if the device has it; ``None`` for the second without ``x``.
 
     Example:
         >>> position_sums(torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0))
@@ -85,8 +91,7 @@ def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | 
     """
     if g.numel() and fused_supports(g, ()):
         return fused_sums(g.flatten(2), None if x is None else x.flatten(2))
-    dtype = torch.promote_types(g.dtype, g.dtype if x is None else x.dtype)
-    dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    dtype = wide_dtype(torch.promote_types(g.dtype, g.dtype if x is None else x.dtype))
     g, x = g.to(dtype), None if x is None else x.to(dtype)
     shape = (*g.shape[:2], g.shape[2:].numel())
     flat_g, flat_x = g.reshape(shape), None if x is None else x.reshape(shape)

@@ -33,7 +33,8 @@ def attention(
         )
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
-        key, value = (tensor.repeat_interleave(times, -3) for tensor in (key, value))
+        key = key.repeat_interleave(times, -3)
+        value = value.repeat_interleave(times, -3)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     weights = torch.softmax(query @ key.mT * factor + attn_mask, -1)
     return F.dropout(weights, dropout_p) @ value

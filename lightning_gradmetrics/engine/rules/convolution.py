@@ -28,21 +28,26 @@ def _batched(call: Call) -> bool:
 def _padded(
     call: Call, x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """The input and its padding as whole numbers; padding that is one wider on the right is added to the input."""
+    """Return the input and its padding as integers; if the padding is wider on the right, that part is added to the input."""
     padding = call.get("padding", 0)
     if padding == "valid":
         return x, (0,) * len(kernel)
     if padding != "same":
         return x, _tuple(padding, len(kernel))
-    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if any(t % 2 for t in total):
-        wider = F.pad(x.flatten(0, 1), [s for t in reversed(total) for s in (0, t % 2)])
+    padding_on_both_sides: list[int] = []
+    extra_on_the_right: list[int] = []  # of the last axis first, as F.pad takes it
+    for step, length in zip(dilation, kernel, strict=True):
+        half, odd = divmod(step * (length - 1), 2)
+        padding_on_both_sides.append(half)
+        extra_on_the_right = [0, odd, *extra_on_the_right]
+    if any(extra_on_the_right):
+        wider = F.pad(x.flatten(0, 1), extra_on_the_right)
         x = wider.reshape(*x.shape[:2], *wider.shape[1:])
-    return x, tuple(t // 2 for t in total)
+    return x, tuple(padding_on_both_sides)
 
 
 def _bias(g: Tensor) -> RowsUse:
-    """``(N, times, C, *S)`` summed over everything but samples and channels."""
+    """Sum ``(N, times, C, *S)`` over all axes except samples and channels."""
     return RowsUse(summed(g.transpose(1, 2)))
 
 
@@ -61,7 +66,8 @@ def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     if "weight" in call.slots:
         shape = call.shape("weight")
         kernel = shape[2:]
-        stride, dilation = (_tuple(call.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+        stride = _tuple(call.get("stride", 1), len(kernel))
+        dilation = _tuple(call.get("dilation", 1), len(kernel))
         x, padding = _padded(call, call.x, kernel, dilation)
         geometry = ConvGeometry(kernel, stride, padding, dilation, call.get("groups", 1))
         yield "weight", ConvUse(x.to(g.dtype), g, shape, geometry)
@@ -76,13 +82,14 @@ def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     accepts=_batched,
 )
 def transposed_convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """The gradient of a convolution's weight, with input and output gradient in each other's place."""
+    """The gradient of a convolution's weight, with input and output gradient exchanged."""
     if "bias" in call.slots:
         yield "bias", _bias(g)
     if "weight" in call.slots:
         shape = call.shape("weight")
         dims = len(shape) - 2
-        stride, dilation = (_tuple(call.get(name, 1), dims) for name in ("stride", "dilation"))
+        stride = _tuple(call.get("stride", 1), dims)
+        dilation = _tuple(call.get("dilation", 1), dims)
         padding = _tuple(call.get("padding", 0), dims)
         geometry = ConvGeometry(shape[2:], stride, padding, dilation, call.get("groups", 1))
         yield "weight", ConvUse(g, call.x.to(g.dtype), shape, geometry)

@@ -60,12 +60,15 @@ def _direction(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor | N
 
 
 def _weights(flat: Sequence[Tensor], sets: int, has_biases: bool) -> list[tuple[Tensor | None, ...]]:
-    """For each layer and direction: ``W_ih, W_hh, b_ih, b_hh, W_hr``, with ``None`` for what is not there."""
+    """Return ``W_ih, W_hh, b_ih, b_hh, W_hr`` for each layer and direction; ``None`` for a missing one."""
     each = len(flat) // sets
-    groups = [flat[i * each : (i + 1) * each] for i in range(sets)]
-    if has_biases:
-        return [(*g[:4], g[4] if each > 4 else None) for g in groups]
-    return [(g[0], g[1], None, None, g[2] if each > 2 else None) for g in groups]
+    groups: list[tuple[Tensor | None, ...]] = []
+    for start in range(0, len(flat), each):
+        w_ih, w_hh, *others = flat[start : start + each]
+        b_ih, b_hh = (others[0], others[1]) if has_biases else (None, None)
+        projections = others[2:] if has_biases else others
+        groups.append((w_ih, w_hh, b_ih, b_hh, projections[0] if projections else None))
+    return groups
 
 
 def layers(
@@ -94,14 +97,13 @@ def layers(
     for layer in range(num_layers):
         runs = []
         for index in range(layer * directions, (layer + 1) * directions):
-            output, state = _direction(
-                cell, x, tuple(s[index] for s in states), weights[index], index % directions == 1
-            )
+            first = tuple(state[index] for state in states)
+            output, state = _direction(cell, x, first, weights[index], reverse=index % directions == 1)
             runs.append(output)
             last.append(state)
         x = torch.cat(runs, -1) if bidirectional else runs[0]
         x = F.dropout(x, dropout, train) if layer < num_layers - 1 else x
-    ends = [torch.stack(parts) for parts in zip(*last, strict=True)]
+    ends = map(torch.stack, zip(*last, strict=True))
     return (x.transpose(0, 1) if batch_first else x, *ends)
 
 

@@ -105,7 +105,9 @@ class DetectorRecipe(Recipe):
             TypeError: If the detector has no such argument, or one that it needs is missing.
             ValueError: If there is no such detector, or it cannot be run.
         """
-        given = {**super().defaults, **{key: _plain(value) for key, value in arguments.items()}}
+        given = super().defaults
+        for key, value in arguments.items():
+            given[key] = _plain(value)
         own = _own(given)
         spec = spec_of(given["detector"], own)
         extra = tuple(key for key in own if key not in (*spec.defaults, *PARTS)) if spec.more else ()

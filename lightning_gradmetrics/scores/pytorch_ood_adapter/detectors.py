@@ -100,7 +100,12 @@ def stages(model: nn.Module) -> list[str]:
 
 
 def _weighted(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: child for name, child in model.named_children() if any(p.ndim > 1 for p in child.parameters())}
+    """Return the children that have a weight of two or more axes, by name."""
+    children = {}
+    for name, child in model.named_children():
+        if any(parameter.ndim > 1 for parameter in child.parameters()):
+            children[name] = child
+    return children
 
 
 # Fitting and running
