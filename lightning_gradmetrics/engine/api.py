@@ -50,7 +50,7 @@ Parameters = Callable[[str], bool] | None
 
 
 def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool = False) -> dict[str, nn.Parameter]:
-    """The chosen parameters by name, frozen ones included; those without entries have no gradient and are left out.
+    """Return the chosen parameters by name, frozen ones included; those without entries have no gradient and are left out.
 
     Args:
         model: The model.

@@ -40,21 +40,21 @@ Work = Callable[[Task, Strategy, ForwardState], Result]
 
 
 def auto_moments(task: Task) -> list[Moments]:
-    """The moments ``(N, P)`` of each objective's gradient, each parameter in the fastest way that is right for it."""
+    """Return the moments ``(N, P)`` of each objective's gradient, each parameter in the fastest way that is right for it."""
     if task.size == 0:
         return empty_moments(task)
     return _by_strategy(task, _moments)
 
 
 def sample_uses(task: Task) -> dict[str, Use]:
-    """What the gradients of the first objective can be built from, for each parameter that it reaches."""
+    """Return what the gradients of the first objective can be built from, for each parameter that it reaches."""
     if task.size == 0:
         return {}
     return _by_strategy(task, _uses)
 
 
 def _by_strategy(task: Task, work: Work[Result]) -> Result:
-    """The work by a known strategy, by a new one if none fits, or without a plan for this batch only."""
+    """Return the work by a known strategy, by a new one if none fits, or without a plan for this batch only."""
     known = _STRATEGIES.setdefault(task.model, {})
     unplannable = _UNPLANNABLE.setdefault(task.model, set())
     state, key, shapes = ForwardState(task.model), _kind(task), _shapes(task)
@@ -95,7 +95,7 @@ def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:
 
 
 def _kind(task: Task) -> Hashable:
-    """What a strategy depends on, besides the sizes of the inputs."""
+    """Return what a strategy depends on, besides the sizes of the inputs."""
     device = next(iter(task.parameters.values())).device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     names = tuple((name, p.shape, p.dtype) for name, p in task.parameters.items())
@@ -114,7 +114,7 @@ def _shapes(task: Task) -> Hashable:
 
 
 def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moments]:
-    """The moments, in pieces of the batch if the memory is bounded."""
+    """Return the moments, in pieces of the batch if the memory is bounded."""
     step = task.size if task.memory is None else max(1, task.memory // strategy.bytes)
     parts = []
     for start in range(0, task.size, step):

@@ -25,13 +25,13 @@ class Axis:
     minor: bool = False
 
     def size(self, tensor: Tensor) -> int | None:
-        """The number of samples in ``tensor``, or ``None`` if it does not fit."""
+        """Return the number of samples in ``tensor``, or ``None`` if it does not fit."""
         if tensor.ndim <= self.dim or tensor.shape[self.dim] % self.times:
             return None
         return tensor.shape[self.dim] // self.times
 
     def unflatten(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """The axis cut into samples and positions, and the axis of the samples in the result."""
+        """Return the axis cut into samples and positions, and the axis of the samples in the result."""
         sizes = (self.times, -1) if self.minor else (-1, self.times)
         if tensor.shape[self.dim] == 0:
             sizes = (self.times, 0) if self.minor else (0, self.times)
@@ -46,7 +46,7 @@ class Axis:
 
 
 def axis_between(two: Sequence[int], three: Sequence[int]) -> Axis | None:
-    """The sample axis of a tensor with shape ``two`` for two samples and ``three`` for three; ``None`` if it has none.
+    """Return the sample axis of a tensor with shape ``two`` for two samples and ``three`` for three; ``None`` if it has none.
 
     Raises:
         ValueError: If the shapes differ in another way than one axis growing with the samples.

@@ -34,7 +34,7 @@ def has_tensors(value: Any) -> bool:
 
 
 def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The nest ``value`` with ``function`` applied to each tensor."""
+    """Return the nest ``value`` with ``function`` applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     is_plain = type(value) in (tuple, list)
@@ -52,7 +52,7 @@ def _never(*_: Any) -> bool:
 
 @lru_cache(maxsize=512)
 def opened(function: Any) -> Callable[..., Any]:
-    """A composite torch function without its own check for overrides, so that only the calls inside it are intercepted.
+    """Return a composite torch function without its own check for overrides, so that only the calls inside it are intercepted.
 
     A torch function mode is left while it handles a call. Entering it again and calling the function would only hand
     it the same
@@ -84,11 +84,11 @@ class OpeningMode(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _opens(self, function: Any) -> bool:
-        """Whether to look inside; a dispatcher, which hands itself back, is taken as it is the second time."""
+        """Return whether to intercept the calls inside a function; a dispatcher calls itself, so its second call is not opened."""
         return (isinstance(function, FunctionType) or function in DECOMPOSED) and function not in self._open
 
     def _inside(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """The function's result, with the calls inside it intercepted."""
+        """Return the function's result, with the calls inside it intercepted."""
         self._open.append(function)
         try:
             with self:

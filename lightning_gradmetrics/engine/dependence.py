@@ -76,7 +76,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._add(tensor, bit)
 
     def _key(self, tensor: Tensor) -> int:
-        """The identity of the memory behind a tensor: views share it."""
+        """Return the identity of the memory behind a tensor: views share it."""
         try:
             storage: Any = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):
@@ -89,7 +89,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bits[key] = self._bits.get(key, 0) | bits
 
     def depends(self, value: Any) -> int:
-        """The bits of all tensors in a nest."""
+        """Return the bits of all tensors in a nest."""
         bits = 0
         for tensor in tensors_in(value):
             bits |= self._bits.get(self._key(tensor), 0)
@@ -135,7 +135,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def serial(self, tensor: Tensor) -> int:
-        """The number of a tensor."""
+        """Return the number of a tensor."""
         if id(tensor) not in self._serials:
             self._serials[id(tensor)] = len(self._serials)
             self._alive.append(tensor)
@@ -144,7 +144,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _choices(
         self, func: Any, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str, str]:
-        """The axes that an operation chooses along, why data decides its shape, and the kind of value read from it."""
+        """Return the axes that an operation chooses along, why data decides its shape, and the kind of value read from it."""
         name = func._overloadpacket.__name__
         if torch.Tag.data_dependent_output in func.tags and bits:
             return (), "", "float" if tensors[0].is_floating_point() and name != "equal" else "other"
@@ -155,7 +155,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (), "", ""
 
     def _indexed(self, name: str, arguments: Mapping[str, Any]) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
-        """The axes that an operation like ``x[i, :, j]`` chooses along, other than by ``0, 1, 2, ...``."""
+        """Return the axes that an operation like ``x[i, :, j]`` chooses along, other than by ``0, 1, 2, ...``."""
         shape = tuple(arguments["self"].shape)
         chosen, dim = [], 0
         for index in arguments["indices"]:
@@ -205,7 +205,7 @@ def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without tensors."""
+    """Return the arguments without tensors."""
     plain = {}
     for name, value in arguments.items():
         if not isinstance(value, Tensor) and not has_tensors(value):
@@ -214,7 +214,7 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """An operation's arguments by the names of its schema, defaults included."""
+    """Return an operation's arguments by the names of its schema, defaults included."""
     bound = {}
     for number, argument in enumerate(func._schema.arguments):
         if number < len(args):
@@ -234,7 +234,7 @@ def _written(func: Any, arguments: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def _counts_up(index: Tensor, length: int) -> bool:
-    """Whether an index is ``0, 1, ..., length - 1``, so that each position is chosen where it is."""
+    """Return whether an index is ``0, 1, ..., length - 1``, so that each position is chosen where it is."""
     flat = index.reshape(-1)
     return len(flat) == length and bool((flat == torch.arange(length, device=flat.device)).all())
 
@@ -268,6 +268,6 @@ def choice_by_data(two: Sequence[Operation], three: Sequence[Operation]) -> str:
 
 
 def reads_activations(operations: Sequence[Operation]) -> bool:
-    """Whether Python reads a value that depends on the samples and on the parameters."""
+    """Return whether Python reads a value that depends on the samples and on the parameters."""
     both = SAMPLES | WEIGHTS
     return any(operation.read and operation.depends & both == both for operation in operations)

@@ -21,7 +21,7 @@ ENTRIES = 2**25
 
 
 def functional_moments(task: Task) -> list[Moments]:
-    """The moments ``(N, P)`` of each objective's gradient, by ``vmap(grad)`` in chunks of samples."""
+    """Return the moments ``(N, P)`` of each objective's gradient, by ``vmap(grad)`` in chunks of samples."""
     entries_of_sample = sum(parameter.numel() for parameter in task.parameters.values())
     limit = ENTRIES if task.memory is None else min(ENTRIES, task.memory // 16)
     step = max(1, limit // max(entries_of_sample, 1))
@@ -41,13 +41,13 @@ def _chunk_moments(task: Task) -> list[Moments]:
 
 
 def functional_gradients(task: Task, index: int) -> dict[str, Tensor]:
-    """Every sample's gradient of one objective, ``{name: (N, ...)}``."""
+    """Return every sample's gradient of one objective, ``{name: (N, ...)}``."""
     gradients, undo = _unit_gradients(task, index)
     return {name: rescaled_rows(gradient, undo) for name, gradient in gradients.items()}
 
 
 def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Every sample's gradient, scaled by a power of two, and the factors ``(N,)`` that undo the scale."""
+    """Return every sample's gradient, scaled by a power of two, and the factors ``(N,)`` that undo the scale."""
     parameters = {name: parameter.detach() for name, parameter in task.parameters.items()}
     state = dict(task.model.named_buffers())
     for name, parameter in task.model.named_parameters():

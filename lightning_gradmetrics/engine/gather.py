@@ -79,7 +79,7 @@ class MomentTable:
                 own[key][:, columns] = value
 
     def of_sample(self, number: int, name: str, objective: int) -> Moments:
-        """The moments ``(1,)`` of one sample's gradient for one parameter."""
+        """Return the moments ``(1,)`` of one sample's gradient for one parameter."""
         column = self._columns[name]
         row = {}
         for key, value in self.moments[objective].items():
@@ -88,7 +88,7 @@ class MomentTable:
 
     @staticmethod
     def join(parts: list[MomentTable]) -> list[Moments]:
-        """The moments of all samples, from consecutive groups of them."""
+        """Return the moments of all samples, from consecutive groups of them."""
         return joined([part.moments for part in parts])
 
 
@@ -163,7 +163,7 @@ class UseTable:
             self.uses[name] = RowsUse(gradient)
 
     def of_sample(self, number: int, name: str, objective: int) -> Moments:
-        """The moments ``(1,)`` of one sample's gradient for one parameter."""
+        """Return the moments ``(1,)`` of one sample's gradient for one parameter."""
         if name in self.uses:
             return self.uses[name].rows(number, number + 1).moments(self.task.wanted)
         return {key: value[0] for key, value in empty_moments(self.task.restricted([name]), 1)[0].items()}

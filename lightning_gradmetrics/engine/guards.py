@@ -109,7 +109,7 @@ def _require_equal(objective: Objective, found: Tensor, expected: Tensor, everyt
 def _values_and_gradients(
     objective: Objective, logits: Tensor, targets: Tensor | None, weights: Tensor | None = None
 ) -> Tensor:
-    """The losses, and the gradients of their (weighted) sum with respect to the logits, ``(N, 1 + C)``."""
+    """Return the losses, and the gradients of their (weighted) sum with respect to the logits, ``(N, 1 + C)``."""
     leaf = at_least_float32(logits).detach().requires_grad_()
     with torch.enable_grad():
         losses = objective.loss(targets)(leaf)

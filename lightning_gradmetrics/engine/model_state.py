@@ -85,7 +85,7 @@ def quiet_no_grad(quiet: bool) -> Iterator[None]:
 
 
 def attribute_key(model: nn.Module) -> Hashable:
-    """The plain attributes of all modules, and of their configurations: flags that a forward pass may branch on."""
+    """Return the plain attributes of all modules, and of their configurations: flags that a forward pass may branch on."""
     volatile = _VOLATILE.get(model, set())
     key = []
     for number, name, value in _attributes(model):
@@ -132,5 +132,5 @@ def _plain_entries(number: int, name: str, entries: Mapping[Any, Any]) -> Iterat
 
 
 def _is_configuration(value: Any) -> bool:
-    """Whether an attribute is an object that holds settings."""
+    """Return whether an attribute is an object that holds settings."""
     return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type))

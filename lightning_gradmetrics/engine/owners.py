@@ -164,7 +164,7 @@ class OwnershipPass(Tracer):
         return result
 
     def _suits(self, found: Rule, values: Mapping[str, Any]) -> bool:
-        """Whether the rule's input is the only tensor that may depend on the samples."""
+        """Return whether the rule's input is the only tensor that may depend on the samples."""
         x = values.get("input")
         if not isinstance(x, Tensor) or id(x) in self._tracked:
             return False
@@ -202,7 +202,7 @@ class OwnershipPass(Tracer):
         return result
 
     def _attached(self, result: Tensor) -> Tensor:
-        """A fresh tensor as a part of the graph."""
+        """Return a fresh tensor as a part of the graph."""
         return result + torch.zeros_like(self.anchor, dtype=result.dtype) * self.anchor.to(result.dtype)
 
     def _row_broadcast(self, func: Any, sources: tuple[Source, ...], args: Any, kwargs: Any) -> Any:
@@ -280,7 +280,7 @@ class OwnershipPass(Tracer):
             self._arrive(source, RowsUse(sums.index_add_(0, owners[kept], g[kept])))
 
     def _projected(self, rows: Tensor) -> Tensor:
-        """Each row reduced to a few numbers, ``(R, 4)``."""
+        """Return each row reduced to a few numbers, ``(R, 4)``."""
         width = rows.shape[1]
         if width not in self._directions:
             generator = torch.Generator().manual_seed(width)
@@ -306,7 +306,7 @@ class OwnershipPass(Tracer):
 
 
 def _stripped(shape: torch.Size) -> tuple[int, ...]:
-    """A shape without leading ones."""
+    """Return a shape without leading ones."""
     sizes = list(shape)
     while sizes and sizes[0] == 1:
         sizes.pop(0)
@@ -314,7 +314,7 @@ def _stripped(shape: torch.Size) -> tuple[int, ...]:
 
 
 def owners_of_rows(weighted: Tensor, plain: Tensor, weights: Tensor, sample_of: Tensor) -> tuple[Tensor, Tensor]:
-    """The sample that each row belongs to, and which rows belong to no single one.
+    """Return the sample that each row belongs to, and which rows belong to no single one.
 
     Args:
         weighted: The rows ``(R, K)`` where the loss of sample ``n`` was multiplied by ``weights[n]``.
@@ -344,7 +344,7 @@ def owners_of_rows(weighted: Tensor, plain: Tensor, weights: Tensor, sample_of: 
 
 
 def grouped_rows(owners: Tensor, size: int) -> Tensor:
-    """The numbers of each sample's rows, ``(N, T)``, filled up with -1.
+    """Return the numbers of each sample's rows, ``(N, T)``, filled up with -1.
 
     Example:
         >>> grouped_rows(torch.tensor([1, -1, 0, 1]), 3)
@@ -363,7 +363,7 @@ def grouped_rows(owners: Tensor, size: int) -> Tensor:
 
 
 def _regrouped(call: Call, g: Tensor, index: Tensor) -> tuple[Call, Tensor]:
-    """A call, and the gradient of its output, with the rows of each sample next to each other."""
+    """Return a call, and the gradient of its output, with the rows of each sample next to each other."""
     samples, times = index.shape
     axis = Axis(0, times)
     flat = index.flatten()

@@ -83,7 +83,7 @@ class Plan:
     reads: tuple[Any, ...] | None = None
 
     def without(self, number: int, reason: str) -> Plan:
-        """The plan with one step given up, its parameters left to other engines."""
+        """Return the plan with one step given up, its parameters left to other engines."""
         step = self.steps[number]
         names: frozenset[str] = frozenset().union(*map(self.roots.__getitem__, step.sources))
         steps = (*self.steps[:number], replace(step, kind="uncovered"), *self.steps[number + 1 :])
@@ -111,7 +111,7 @@ BROADCAST = _broadcasting()
 
 
 def make_plan(two: CallTrace, three: CallTrace, loss: Tensor | None, changes: Changes = ()) -> Plan:
-    """The plan for a model, from its calls with two and with three samples.
+    """Return the plan for a model, from its calls with two and with three samples.
 
     Args:
         two: The trace with two samples.
@@ -241,7 +241,7 @@ def _rule_covers(record: TracedCall, step: Step, tracked: Set[int]) -> bool:
 
 
 def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], bool]:
-    """The steps with ``minor`` set where the sample is the fast index, and whether a layout could not be decided."""
+    """Return the steps with ``minor`` set where the sample is the fast index, and whether a layout could not be decided."""
     steps, open_steps, undecided = list(builder.steps), [], False
     for number, step in enumerate(steps):
         changes = builder.changes[number]
@@ -265,7 +265,7 @@ def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], b
 
 
 def _laid_out(step: Step, minors: Sequence[bool | None], default: bool) -> Step:
-    """The step with the layout of each axis; those that are not known have the default one."""
+    """Return the step with the layout of each axis; those that are not known have the default one."""
     axes = []
     for axis, minor in zip((*step.inputs, step.output), minors, strict=True):
         if axis is None or axis.times == 1:
@@ -276,7 +276,7 @@ def _laid_out(step: Step, minors: Sequence[bool | None], default: bool) -> Step:
 
 
 def layout(changed: Tensor, times: int) -> bool | None:
-    """Whether the sample is the fast index of an axis, from the positions that change with each sample.
+    """Return whether the sample is the fast index of an axis, from the positions that change with each sample.
 
     Args:
         changed: ``(3, 3 * times)``.
@@ -304,7 +304,7 @@ def layout(changed: Tensor, times: int) -> bool | None:
 def _minors_by_gradient(
     steps: Sequence[Step], numbers: Sequence[int], results: Sequence[Any], loss: Tensor | None
 ) -> list[bool | None]:
-    """The layout of each step's output, read off one sample's gradient; ``None`` where that is zero."""
+    """Return the layout of each step's output, read off one sample's gradient; ``None`` where that is zero."""
     minors: list[bool | None] = [None] * len(numbers)
     live = []
     for place, number in enumerate(numbers):
@@ -323,7 +323,7 @@ def _minors_by_gradient(
 
 
 def _minor_by_gradient(gradient: Tensor, axis: Axis) -> bool | None:
-    """Whether the gradient of the first sample's loss vanishes for the others only in the layout ``t N + n``."""
+    """Return whether the gradient of the first sample's loss vanishes for the others only in the layout ``t N + n``."""
     foreign = {}
     for minor in (False, True):
         rows = replace(axis, minor=minor).split(gradient)

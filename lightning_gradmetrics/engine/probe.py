@@ -50,7 +50,7 @@ class Probe:
 
 
 def probe_model(task: Task) -> Probe:
-    """The probe of a model on some samples of a batch.
+    """Return the probe of a model on some samples of a batch.
 
     Raises:
         CoupledSamplesError: If the samples depend on each other.
@@ -83,7 +83,7 @@ def probe_model(task: Task) -> Probe:
 
 
 def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
-    """Whether every tensor at a call with parameters has one position per sample, so that their order is clear."""
+    """Return whether every tensor at a call with parameters has one position per sample, so that their order is clear."""
     if len(small.calls) != len(large.calls):
         return False
     for number in _meeting_parameters(small, large):
@@ -104,7 +104,7 @@ def _has_one_position(two: Sequence[int], three: Sequence[int]) -> bool:
 
 
 def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
-    """The numbers of the calls with a parameter, or a tensor made from parameters alone, among their arguments."""
+    """Return the numbers of the calls with a parameter, or a tensor made from parameters alone, among their arguments."""
     numbers = set()
     for number, (before, after) in enumerate(zip(small.calls, large.calls, strict=False)):
         for two, three in zip(before.inputs, after.inputs, strict=False):
@@ -114,7 +114,7 @@ def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
 
 
 def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace]:
-    """A traced forward pass with its graph, its logits, and the operations in it."""
+    """Return a traced forward pass with its graph, its logits, and the operations in it."""
     _require_gradients(task)
     state.restore()
     samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
@@ -149,7 +149,7 @@ def _three_samples(task: Task) -> Task:
 
 
 def _with_row(task: Task, number: int, source: int, noise: float) -> Task:
-    """The task with one sample replaced by another one; its floating-point numbers are scaled at random.
+    """Return the task with one sample replaced by another one; its floating-point numbers are scaled at random.
 
     Whole numbers stay valid: they are those of the other sample, or the sample's own in another order.
     """
@@ -192,7 +192,7 @@ class _Runs:
     state: ForwardState
 
     def run(self, task: Task, only: Collection[int] | None) -> tuple[CallTrace | None, Tensor | None]:
-        """The trace of a run, ``None`` if its calls are not those of the large trace; and its logits."""
+        """Return the trace of a run, ``None`` if its calls are not those of the large trace; and its logits."""
         self.state.restore()
         trace = CallTrace(task.parameters, self.small.calls, only, keep=False)
         try:
@@ -206,7 +206,7 @@ class _Runs:
         return trace if same_calls else None, logits
 
     def coupling(self, other: Task, number: int) -> str:
-        """The first call whose result has rows of other samples that change with one sample, and its module."""
+        """Return the first call whose result has rows of other samples that change with one sample, and its module."""
         base, _ = self.run(self.task, None)
         trace, _ = self.run(other, None)
         if base is None or trace is None:
@@ -218,7 +218,7 @@ class _Runs:
         return type(self.task.model).__name__
 
     def _module(self, call: int) -> str:
-        """The type of the module that makes a call."""
+        """Return the type of the module that makes a call."""
         watching = CallTrace(self.task.parameters, keep=False)
         watching.watched = call
         with quiet_no_grad(True), watching:
@@ -263,7 +263,7 @@ def _first_foreign(changed: Tensor) -> int:
 def _replaced(
     runs: _Runs, number: int, logits: Tensor, only: Collection[int], irregular: bool
 ) -> tuple[CallTrace | None, Task]:
-    """The trace of a run with one sample replaced, by another one or by a similar one that leads to the same calls."""
+    """Return the trace of a run with one sample replaced, by another one or by a similar one that leads to the same calls."""
     rest = [(number + 1) % 3, (number + 2) % 3]
     trace, task = None, runs.task
     for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
@@ -288,7 +288,7 @@ def _call_outline(call: TracedCall) -> tuple[Any, ...]:
 
 
 def _same_rows(found: Tensor, expected: Tensor, tight: bool) -> bool:
-    """Whether logits are equal: up to the rounding of one kernel, or of several."""
+    """Return whether logits are equal: up to the rounding of one kernel, or of several."""
     if not tight:
         return close_rows(found, expected)
     step = 16 * torch.finfo(expected.dtype).eps
@@ -323,7 +323,7 @@ def _differences(marks: Tensor, others: Sequence[Tensor | None]) -> Tensor | Non
 
 
 def _foreign(changed: Tensor, first: int) -> bool:
-    """Whether rows change with samples that they do not belong to, in either order of rows."""
+    """Return whether rows change with samples that they do not belong to, in either order of rows."""
     positions = torch.arange(changed.shape[1], device=changed.device)
     samples = torch.arange(first, first + len(changed), device=changed.device)[:, None]
     times = max(1, changed.shape[1] // 3)

@@ -16,7 +16,7 @@ __all__ = ["loss_gradients", "reference_moments"]
 
 
 def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = None) -> list[Moments]:
-    """The moments ``(N, P)`` of each objective's gradient, one sample and one objective at a time.
+    """Return the moments ``(N, P)`` of each objective's gradient, one sample and one objective at a time.
 
     Args:
         task: The batch.
@@ -36,7 +36,7 @@ def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = 
 
 
 def _sample_moments(task: Task, logits: Tensor) -> list[Moments]:
-    """The moments ``(1, P)`` of each objective's gradient."""
+    """Return the moments ``(1, P)`` of each objective's gradient."""
     moments = []
     for index in range(len(task.losses)):
         losses, undo = task.unit_losses(index, logits)

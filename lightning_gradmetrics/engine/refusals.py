@@ -14,7 +14,7 @@ class SampleAxisError(ValueError):
 
 
 def coupled_model(where: str) -> CoupledSamplesError:
-    """Returns the error for a model that couples the samples.
+    """Return the error for a model that couples the samples.
 
     Args:
         where: What couples them, as a noun phrase.
@@ -26,7 +26,7 @@ def coupled_model(where: str) -> CoupledSamplesError:
 
 
 def coupled_objective(name: str) -> CoupledSamplesError:
-    """Returns the error for an objective whose loss of a sample depends on the other samples of the batch."""
+    """Return the error for an objective whose loss of a sample depends on the other samples of the batch."""
     return CoupledSamplesError(
         f"the losses of the objective {name!r} depend on each other: a sample's loss or its gradient changes with the other "
         "samples of the batch, so per-sample gradients are not defined. The loss of a sample must depend on its logits only"
@@ -34,7 +34,7 @@ def coupled_objective(name: str) -> CoupledSamplesError:
 
 
 def rows_not_samples(shape: tuple[int, ...], samples: int) -> SampleAxisError:
-    """Returns the error for logits whose rows are not the samples of the inputs."""
+    """Return the error for logits whose rows are not the samples of the inputs."""
     return SampleAxisError(
         f"the model returned logits of shape {shape} for {samples} samples; expected one row per sample, in their order. "
         "The first axis of the inputs must be the sample axis: wrap a model that takes time first (T, N, ...) in a module "

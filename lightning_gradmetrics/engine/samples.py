@@ -27,7 +27,7 @@ MOST_OPEN = 4
 
 
 def input_structure(inputs: Any) -> Hashable:
-    """The nesting of the inputs, with the number of axes, type and device of each tensor, without sizes."""
+    """Return the nesting of the inputs, with the number of axes, type and device of each tensor, without sizes."""
     if isinstance(inputs, Tensor):
         return (inputs.ndim, inputs.dtype, inputs.device)
     if isinstance(inputs, Mapping):
@@ -38,7 +38,7 @@ def input_structure(inputs: Any) -> Hashable:
 
 
 def with_sample_axes(task: Task) -> Task:
-    """The task with ``per_sample`` filled in.
+    """Return the task with ``per_sample`` filled in.
 
     A tensor as long as the batch may be shared all the same: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
     ``N = T``. A run of the model on parts of the batch decides, once for each structure of the inputs.
@@ -80,7 +80,7 @@ def check_rows(task: Task) -> None:
 
 
 def _by_runs(task: Task, flags: Sequence[bool], ambiguous: Sequence[int]) -> list[bool]:
-    """The reading with which parts of the batch have the same logits as in the whole; else the only one that runs."""
+    """Return the reading with which parts of the batch have the same logits as in the whole; else the only one that runs."""
     everything = _logits(replace(task, per_sample=tuple(flags)))
     runnable = []
     for choice in _choices(len(ambiguous)):
@@ -108,7 +108,7 @@ def _choices(count: int) -> Sequence[tuple[bool, ...]]:
 
 
 def _tried(task: Task, everything: Tensor) -> tuple[bool, bool]:
-    """Whether two and three samples run through the model, and whether their logits are those in the whole batch."""
+    """Return whether two and three samples run through the model, and whether their logits are those in the whole batch."""
     runs, agrees = True, True
     for count in (2, 3):
         samples = [number % task.size for number in range(count)]
@@ -132,7 +132,7 @@ def _logits(task: Task) -> Tensor:
 
 
 def close_rows(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
+    """Return whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
     tolerance = rounding(expected)
     if expected.is_complex():
         found, expected = torch.view_as_real(found.resolve_conj()), torch.view_as_real(expected.resolve_conj())

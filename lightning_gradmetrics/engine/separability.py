@@ -33,7 +33,7 @@ class Layout:
     inner: int = 1
 
     def moved(self, dim: int) -> Layout:
-        """The same on another axis."""
+        """Return the same on another axis."""
         return Layout(dim, self.outer, self.inner)
 
 
@@ -60,7 +60,7 @@ class _Step:
         return self.operation.inputs[0]
 
     def dims(self, name: str = "dim") -> set[int]:
-        """The axes that an argument names."""
+        """Return the axes that an argument names."""
         value = self.operation.arguments.get(name)
         if value is None or value == []:
             raise _UnprovenError
@@ -71,7 +71,7 @@ class _Step:
 def keeps_samples_apart(
     two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int], logits: int
 ) -> bool:
-    """Whether every operation keeps the samples apart, and the logits are ``(N, C)``.
+    """Return whether every operation keeps the samples apart, and the logits are ``(N, C)``.
 
     Args:
         two: The operations with two samples.
@@ -106,7 +106,7 @@ _UNIFORM = frozenset([*_SAME.split(), "embedding", "mm", "addmm", "linear", "lif
 
 
 def _stays_uniform(small: Operation, large: Operation, uniform: set[int]) -> bool:
-    """Whether results that do not depend on the samples are the same for all of them."""
+    """Return whether results that do not depend on the samples are the same for all of them."""
     if small.outputs == large.outputs:
         return True
     if (large.name not in _UNIFORM and not large.pointwise) or not large.input_serials:
@@ -151,7 +151,7 @@ def _aligned(step: _Step) -> Layout:
 
 
 def _reshaped(step: _Step) -> Layout:
-    """The order of all entries stays; the axes are cut in another way."""
+    """Return the order of all entries stays; the axes are cut in another way."""
     layout, old, new = step.first, step.shape, step.operation.outputs[0]
     before = math.prod(old[: layout.dim]) * layout.outer
     after = math.prod(old[layout.dim + 1 :]) * layout.inner
@@ -262,7 +262,7 @@ def _stacked(step: _Step) -> Layout:
 
 
 def _strided_rows(step: _Step) -> Layout:
-    """The same shape with strides that keep each sample in one piece."""
+    """Return the same shape with strides that keep each sample in one piece."""
     arguments, shape = step.operation.arguments, step.shape
     in_one_piece = arguments["stride"][0] == math.prod(shape[1:]) and not arguments.get("storage_offset")
     if step.first != Layout(0) or list(arguments["size"]) != list(shape) or not in_one_piece:
@@ -271,7 +271,7 @@ def _strided_rows(step: _Step) -> Layout:
 
 
 def _product(step: _Step, skip: int = 0) -> Layout:
-    """A matrix product, after ``skip`` summands: the axis that is summed over does not hold the samples."""
+    """Return a matrix product, after ``skip`` summands: the axis that is summed over does not hold the samples."""
     left, right = step.layouts[skip], step.layouts[skip + 1]
     ndim = len(step.operation.inputs[skip])
     if any(layout is not None for layout in step.layouts[:skip]):
@@ -291,7 +291,7 @@ def _shifted_product(step: _Step) -> Layout:
 
 
 def _looked_up(step: _Step) -> Layout:
-    """An embedding: a table and indices."""
+    """Return an embedding: a table and indices."""
     table, indices = step.layouts
     if table is not None or indices is None:
         raise _UnprovenError

@@ -69,7 +69,7 @@ class Strategy:
 
 
 def make_strategy(task: Task) -> Strategy:
-    """The strategy for a model, from a probe on some samples of a batch.
+    """Return the strategy for a model, from a probe on some samples of a batch.
 
     Raises:
         CoupledSamplesError: If the samples depend on each other.
@@ -215,7 +215,7 @@ def _verified(task: Task) -> Strategy:
 
 
 def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str]]:
-    """The plan without steps that fail, and the parameters that it does not get right, with reasons."""
+    """Return the plan without steps that fail, and the parameters that it does not get right, with reasons."""
     slow: dict[str, str] = {} if plan is None else dict(plan.uncovered)
     while True:
         names = [name for name in probe.task.parameters if name not in slow]
@@ -278,7 +278,7 @@ def _gradients(probe: Probe, names: Collection[str]) -> Iterator[tuple[int, int,
 def _disagreements(
     probe: Probe, table: MomentTable, scales: Mapping[str, float], names: Collection[str]
 ) -> dict[str, str]:
-    """The parameters whose moments are not those of autograd's gradients."""
+    """Return the parameters whose moments are not those of autograd's gradients."""
     wrong: dict[str, str] = {}
     for objective, number, _, gradients in _gradients(probe, names):
         while gradients:
@@ -290,7 +290,7 @@ def _disagreements(
 
 
 def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:
-    """Whether ``torch.func`` finds the gradients that autograd finds."""
+    """Return whether ``torch.func`` finds the gradients that autograd finds."""
     task = probe.task.restricted(slow)
     try:
         mapped = functional_moments(task)

@@ -53,11 +53,11 @@ class Task:
         return tuple(objective.loss for objective in self.objectives)
 
     def rows(self, start: int, stop: int) -> Task:
-        """The same task for the samples ``start`` to ``stop``."""
+        """Return the same task for the samples ``start`` to ``stop``."""
         return self._take(slice(start, stop), len(range(self.size)[start:stop]))
 
     def picked(self, samples: Sequence[int]) -> Task:
-        """The same task for the samples with these numbers, repeats allowed."""
+        """Return the same task for the samples with these numbers, repeats allowed."""
         return self._take(list(samples), len(samples))
 
     def _take(self, index: slice | list[int], size: int) -> Task:
@@ -70,7 +70,7 @@ class Task:
         return replace(self, inputs=map_tensors(self.inputs, take), size=size, targets=targets)
 
     def restricted(self, names: Collection[str]) -> Task:
-        """The same task for some of its parameters."""
+        """Return the same task for some of its parameters."""
         parameters = {}
         for name, parameter in self.parameters.items():
             if name in names:
@@ -78,7 +78,7 @@ class Task:
         return replace(self, parameters=parameters)
 
     def channels_last(self) -> Task:
-        """The same task with images whose channels are neighbours in memory."""
+        """Return the same task with images whose channels are neighbours in memory."""
 
         def laid_out(tensor: Tensor) -> Tensor:
             return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
@@ -86,7 +86,7 @@ class Task:
         return replace(self, inputs=map_tensors(self.inputs, laid_out))
 
     def forward(self) -> Tensor:
-        """The model's logits ``(N, C)``.
+        """Return the model's logits ``(N, C)``.
 
         Raises:
             SampleAxisError: If there is not one row per sample.
@@ -97,7 +97,7 @@ class Task:
         return logits
 
     def loss(self, index: int, logits: Tensor) -> Tensor:
-        """The losses ``(N,)`` of one objective."""
+        """Return the losses ``(N,)`` of one objective."""
         return self.losses[index](self.targets)(logits)
 
     def unit_losses(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ class Task:
 
 
 def empty_moments(task: Task, size: int = 0) -> list[Moments]:
-    """Moments of all-zero gradients, ``(size, P)`` for each objective."""
+    """Return moments of all-zero gradients, ``(size, P)`` for each objective."""
     parameter = next(iter(task.parameters.values()))
     shape = (size, len(task.parameters))
     dtype, device = accumulator(parameter), parameter.device

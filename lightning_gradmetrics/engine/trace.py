@@ -116,7 +116,7 @@ class CallTrace(OpeningMode):
         return TensorState(self._serials[id(tensor)], tuple(tensor.shape), tensor.requires_grad)
 
     def bytes(self) -> int:
-        """The size of everything that was computed: at least what the forward pass keeps."""
+        """Return the size of everything that was computed: at least what the forward pass keeps."""
         sizes: dict[int, int] = {}
         for call in self.calls:
             for tensor in tensors_in(call.result):
@@ -152,7 +152,7 @@ class CallTrace(OpeningMode):
         return result
 
     def _marks(self, tensors: Sequence[Tensor], states: Sequence[TensorState], first: int) -> tuple[Tensor | None, ...]:
-        """The marks of a call's tensors, the guide's states of which begin at ``first``."""
+        """Return the marks of a call's tensors, the guide's states of which begin at ``first``."""
         number = len(self.calls)
         unmarked = self._only is not None and number not in self._only
         if self._guide is None or unmarked or number >= len(self._guide):
@@ -168,7 +168,7 @@ class CallTrace(OpeningMode):
 
 
 def _surrounding_module() -> str:
-    """The innermost module whose forward pass is running."""
+    """Return the innermost module whose forward pass is running."""
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_locals.get("self")
@@ -179,7 +179,7 @@ def _surrounding_module() -> str:
 
 
 def host_value(result: Any) -> Any:
-    """A value read by Python, in a form that can be compared."""
+    """Return a value read by Python, in a form that can be compared."""
     if isinstance(result, (list, tuple)):
         return repr(result)
     tobytes = getattr(result, "tobytes", None)
@@ -187,7 +187,7 @@ def host_value(result: Any) -> Any:
 
 
 def _marked(tensor: Tensor, shape: tuple[int, ...], other: tuple[int, ...]) -> Tensor | None:
-    """One number for each position on the sample axis, a weighted sum of the entries there."""
+    """Return one number for each position on the sample axis, a weighted sum of the entries there."""
     try:
         axis = axis_between(other, shape)
     except ValueError:

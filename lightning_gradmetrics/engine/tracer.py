@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
-from lightning_gradmetrics.engine.calls import OpeningMode, map_arguments, opened, tensors_in
+from lightning_gradmetrics.engine.calls import OpeningMode, has_tensors, map_arguments, opened, tensors_in
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.trace import HOST_READS, host_value
@@ -52,7 +52,7 @@ class _Root(torch.autograd.Function):
 
 
 class _Copies(torch.autograd.Function):
-    """A copy of ``tensor`` for each sample, in no memory; ``receive`` gets their gradients ``(N, *shape)``."""
+    """An expanded view of ``tensor`` for each sample; ``receive`` gets the gradients ``(N, *shape)``."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor, size: int, receive: Callable[[Tensor], None]) -> Tensor:
@@ -63,6 +63,10 @@ class _Copies(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
         ctx.receive(gradient)
         return (gradient.sum(0) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def _made_contiguous(chosen: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.contiguous() if tensor is chosen else tensor
 
 
 class Tracer(OpeningMode):
@@ -116,7 +120,7 @@ class Tracer(OpeningMode):
         step = self._next_step(func, sources)
         if step is None:
             result = func(*args, **kwargs)
-            if any(True for _ in tensors_in(result)):
+            if has_tensors(result):
                 raise PlanError(f"an unexpected call of {getattr(func, '__name__', func)}")
             return result
         try:
@@ -129,14 +133,14 @@ class Tracer(OpeningMode):
     def _check_read(self, args: Any, kwargs: Any, result: Any) -> None:
         """Compare a value that Python reads with the planned one: the model may branch on it."""
         planned = self.plan.reads or ()
-        if not any(True for _ in tensors_in((args, kwargs))):
+        if not has_tensors((args, kwargs)):
             return
         if self._reads >= len(planned) or planned[self._reads] != host_value(result):
             raise PlanError("Python reads another value from a tensor than planned")
         self._reads += 1
 
     def _next_step(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
-        """The step for a call: the next one, or in the backward pass the one that a checkpoint runs again."""
+        """Return the step for a call: the next one, or in the backward pass the one that a checkpoint runs again."""
         if self._backward:
             return self._again(function, sources)
         step = self.plan.steps[self._position] if self._position < len(self.plan.steps) else None
@@ -150,7 +154,7 @@ class Tracer(OpeningMode):
         return step
 
     def _again(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
-        """The step of a call in the backward pass.
+        """Return the step of a call in the backward pass.
 
         A reentrant checkpoint ran its calls without gradients in the forward pass, and their uses are collected now.
         Other checkpoints only compute again what they did not store.
@@ -173,8 +177,11 @@ class Tracer(OpeningMode):
         return step.function(*self._cut(args), **self._cut(kwargs))
 
     def _cut(self, arguments: Any) -> Any:
-        """The arguments without the graphs of derived tensors."""
-        return map_arguments(lambda t: t.detach() if id(t) in self._tracked and t.requires_grad else t, arguments)
+        """Return the arguments without the graphs of derived tensors."""
+        return map_arguments(self._detached, arguments)
+
+    def _detached(self, tensor: Tensor) -> Tensor:
+        return tensor.detach() if id(tensor) in self._tracked and tensor.requires_grad else tensor
 
     def _derive(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run on leaves, and remember which parameters the outputs depend on."""
@@ -191,7 +198,7 @@ class Tracer(OpeningMode):
         return result
 
     def _leaf(self, tensor: Tensor) -> Tensor:
-        """For a parameter its leaf in the graphs of derived tensors, anything else as it is."""
+        """Return a parameter's leaf in the graphs of derived tensors; any other tensor unchanged."""
         name = self._tracked.get(id(tensor))
         if not isinstance(name, str) or tensor is not self.parameters[name]:
             return tensor
@@ -204,7 +211,7 @@ class Tracer(OpeningMode):
         return parameter.detach().requires_grad_()
 
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
-        """Run as it is, and hook the output."""
+        """Run the call unchanged and register a hook on the output."""
         found = RULES[step.function]
         tracked = {id(t): self._tracked[id(t)] for t in tensors_in((args, kwargs)) if id(t) in self._tracked}
         named = bind(found, args, kwargs) or {}
@@ -214,7 +221,7 @@ class Tracer(OpeningMode):
         axis = next(a for t, a in zip(tensors_in((args, kwargs)), step.inputs, strict=True) if t is values["input"])
         assert axis is not None and step.output is not None
         if found.dense and values["input"].ndim > 2:
-            args, kwargs = map_arguments(lambda t: t.contiguous() if t is values["input"] else t, (args, kwargs))
+            args, kwargs = map_arguments(partial(_made_contiguous, values["input"]), (args, kwargs))
         run = None if found.run is None or not self._constant(values) else found.run
         result = self._rooted(step, run(values) if run else step.function(*args, **kwargs))
         axis, out = self._fitted(axis, values["input"].shape), self._fitted(step.output, result.shape)
@@ -228,7 +235,7 @@ class Tracer(OpeningMode):
         return result
 
     def _constant(self, values: Mapping[str, Any]) -> bool:
-        """Whether of a call's tensors only the input is part of a graph."""
+        """Return whether of a call's tensors only the input is part of a graph."""
         return not any(name != "input" and isinstance(t, Tensor) and t.requires_grad for name, t in values.items())
 
     def _rooted(self, step: Step, result: Tensor) -> Tensor:
@@ -237,7 +244,7 @@ class Tracer(OpeningMode):
         return _Root.apply(result.data, self.anchor)  # type: ignore[no-untyped-call, no-any-return]
 
     def _fitted(self, axis: Axis, shape: Sequence[int]) -> Axis:
-        """The axis with the number of positions per sample that a tensor has on it.
+        """Return the axis with the number of positions per sample that a tensor has on it.
 
         Raises:
             PlanError: If that is not the planned one, and may not differ.
@@ -255,7 +262,7 @@ class Tracer(OpeningMode):
             self._expected.update(self._roots[source])
 
     def _copies(self, tensor: Tensor) -> Tensor:
-        """A copy of a parameter or derived tensor for each sample."""
+        """Return a copy of a parameter or derived tensor for each sample."""
         source = self._tracked[id(tensor)]
         self._expect(source)
         return _Copies.apply(self._cut(tensor), self.anchor, self.size, partial(self._copy_gradient, source))  # type: ignore
@@ -294,7 +301,7 @@ class Tracer(OpeningMode):
         return rows.squeeze(axis.dim + 1).movedim(0, axis.dim)
 
     def _vmap(self, step: Step, args: Any, kwargs: Any) -> Any:
-        """Map the function over the samples, each with its own copy."""
+        """Map the function over the samples, with a copy of the parameters for each."""
         assert step.output is not None
         tensors: list[Tensor] = []
         dims: list[int] = []
@@ -313,9 +320,10 @@ class Tracer(OpeningMode):
             dims.append(dim)
 
         def one(*entries: Tensor) -> Tensor:
-            new_args, new_kwargs = map_arguments(
-                lambda t: entries[places[id(t)]] if id(t) in places else t, (args, kwargs)
-            )
+            def of_sample(tensor: Tensor) -> Tensor:
+                return entries[places[id(tensor)]] if id(tensor) in places else tensor
+
+            new_args, new_kwargs = map_arguments(of_sample, (args, kwargs))
             return step.function(*new_args, **new_kwargs)  # type: ignore[no-any-return]
 
         axis = step.output

@@ -46,16 +46,16 @@ class Use(Protocol):
         """The parameter's shape."""
 
     def __len__(self) -> int:
-        """The number of samples."""
+        """Return the number of samples."""
 
     def rows(self, start: int, stop: int) -> Use:
-        """The same for some of the samples."""
+        """Return the same for some of the samples."""
 
     def gradient(self) -> Tensor:
-        """The gradients, ``(N, *shape)``."""
+        """Return the gradients, ``(N, *shape)``."""
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:
-        """Their moments, ``(N,)`` each."""
+        """Return their moments, ``(N,)`` each."""
 
 
 def merge_rows(parts: Sequence[Moments]) -> Moments:
@@ -67,7 +67,7 @@ def merge_rows(parts: Sequence[Moments]) -> Moments:
 
 
 def chunked_moments(use: Use, wanted: Iterable[Moment]) -> Moments:
-    """The moments of a use through its gradients, a bounded number of entries at a time."""
+    """Return the moments of a use through its gradients, a bounded number of entries at a time."""
     keys, step = frozenset(wanted), max(1, CHUNK_ENTRIES // max(1, math.prod(use.shape)))
     parts = []
     for start in range(0, max(1, len(use)), step):
@@ -264,7 +264,7 @@ _ORDERS = frozenset(
 
 
 def _rearranges(derived: Tensor, parameter: Tensor) -> bool:
-    """Whether a tensor holds each entry of a parameter once."""
+    """Return whether a tensor holds each entry of a parameter once."""
     node = derived.grad_fn
     while node is not None and node.name() in _ORDERS and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
@@ -327,7 +327,7 @@ class SumUse:
 
 
 def combined(uses: Sequence[Use]) -> Use:
-    """All uses of one parameter as one: positions of linear and embedding uses are joined, others add."""
+    """Return all uses of one parameter as one: positions of linear and embedding uses are joined, others add."""
     first = uses[0]
     if len(uses) == 1:
         return first

@@ -32,7 +32,7 @@ def views(
     transforms: Views | None = None,
     name: str | None = None,
 ) -> Score:
-    r"""A score averaged over n views of the input: ``mean_v s(x_v)``.
+    r"""Return a score averaged over n views of the input: ``mean_v s(x_v)``.
 
     The views are the input itself and ``n - 1`` shifted copies, every other one flipped: the same shifts for every
     sample, so that a score does not depend on its batch. The prediction in the results is that of the plain input; so
@@ -189,7 +189,7 @@ class ViewMeans:
         return shifted_views(inputs, self.n, self.seed)
 
     def _mean_error(self, model: nn.Module, inputs: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        """One minus the mean probability of the class predicted for the plain input, from the other classes."""
+        """Return one minus the mean probability of the class predicted for the plain input, from the other classes."""
         temperature = self.score.arguments.get("temperature", 1.0)
         with preserved(model), torch.no_grad():
             predicted = logits_of(call(model, inputs)).argmax(1, keepdim=True)

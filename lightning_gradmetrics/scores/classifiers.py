@@ -194,7 +194,7 @@ def _parts(x: Any, y: Any, seed: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _losses(x: Any, y: Any, fitted: Any, held_out: Any) -> Any:
-    """The log-loss of held-out rows for each strength; each fit starts from the previous one."""
+    """Return the log-loss of held-out rows for each strength; each fit starts from the previous one."""
     from sklearn.linear_model import LogisticRegression
 
     model, losses = LogisticRegression(max_iter=2000, warm_start=True), []

@@ -48,7 +48,7 @@ def _logit_margin(evidence: Evidence) -> Tensor:
 
 
 def _log_of(score: Score, sign: float = 1.0) -> Callable[[Evidence], Tensor]:
-    """The logarithm of a score, or of its negative."""
+    """Return the logarithm of a score, or of its negative."""
     return lambda evidence: _log(sign * score(evidence))
 
 
@@ -70,7 +70,7 @@ NORMS = ("l1", "l2", "linf")
 
 
 def _features(evidence: Evidence, target: Target) -> Tensor:
-    """All features ``(N, F)``."""
+    """Return all features ``(N, F)``."""
     columns = torch.stack([column(evidence) for column in COLUMNS.values()], 1)
     if target == "head":
         return columns

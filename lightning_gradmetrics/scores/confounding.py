@@ -33,7 +33,7 @@ def _objective(logits: bool) -> str:
 
 @register("gradient", "Lee & AlRegib 2020, arXiv:2008.08030")
 def confounding(evidence: Evidence, *, logits: bool = False, target: Target = "all") -> Tensor:
-    r"""Sum over the parameters of the squared L2 norm of the gradient towards a label of ones.
+    r"""Return sum over the parameters of the squared L2 norm of the gradient towards a label of ones.
 
     The loss is the binary cross-entropy of the softmax to ones, ``-sum_c log p_c``. On the head's weight the score is
     ``C^2 |h|_2^2 |p - 1/C|_2^2``; with ``logits=True`` it is ``|h|_2^2 sum_c sigmoid(-z_c)^2``.
@@ -153,7 +153,7 @@ class confounding_detector(FittedScore):
         return state
 
     def _trained(self, features: Tensor, ood: Tensor) -> Tensors:
-        """The detector's two layers; the batch grows with the data, to at most 20 steps per epoch."""
+        """Return the detector's two layers; the batch grows with the data, to at most 20 steps per epoch."""
         batch_size = max(32, math.ceil(len(features) / 20))
         return two_layers(
             features,

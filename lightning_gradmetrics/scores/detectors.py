@@ -19,7 +19,7 @@ CHUNK = 2**22
 
 
 def moment_sums(x: Tensor) -> dict[str, Tensor]:
-    """The sums over rows that :func:`mahalanobis_state` needs; sums of batches add up.
+    """Return the sums over rows that :func:`mahalanobis_state` needs; sums of batches add up.
 
     Args:
         x: ``(N, D)``.
@@ -86,7 +86,7 @@ def mahalanobis(x: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def lof_state(rows: Tensor, neighbours: int) -> dict[str, Tensor]:
-    """What the local outlier factor needs to know of the rows that it is fitted on.
+    """Return what the local outlier factor needs to know of the rows that it is fitted on.
 
     Args:
         rows: ``(M, D)``.
@@ -128,12 +128,12 @@ def nearest_rows(x: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _density(distances: Tensor, nearest: Tensor, reach: Tensor) -> Tensor:
-    """One over the mean reachability distance."""
+    """Return one over the mean reachability distance."""
     return 1 / (torch.maximum(distances, reach[nearest]).mean(1) + 1e-10)
 
 
 def local_outlier_factor(x: Tensor, state: dict[str, Tensor], neighbours: int) -> Tensor:
-    """The local outlier factor of rows ``(N, D)``: their neighbours' mean density over their own, ``(N,)``.
+    """Return the local outlier factor of rows ``(N, D)``: their neighbours' mean density over their own, ``(N,)``.
 
     Reference:
         M. Breunig et al., "LOF: identifying density-based local outliers", SIGMOD 2000.

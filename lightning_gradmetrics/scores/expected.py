@@ -91,7 +91,7 @@ def class_objectives(count: int, classes: int | None) -> list[Objective]:
 
 
 def _expected(evidence: Evidence, target: Target, classes: int | None, value: Callable[[Gradient], Tensor]) -> Tensor:
-    """The mean over classes of a function of their gradients, one backward pass per class."""
+    """Return the mean over classes of a function of their gradients, one backward pass per class."""
     probabilities = torch.softmax(evidence.logits, 1)
     order = class_order(evidence.logits, classes)
     if order.shape[1] < probabilities.shape[1]:
@@ -102,7 +102,7 @@ def _expected(evidence: Evidence, target: Target, classes: int | None, value: Ca
 
 
 def _mean_over_classes(evidence: Evidence, values: Tensor, classes: int | None) -> Tensor:
-    """The mean of ``(N, C)`` values over the likeliest classes, weighted by their probabilities."""
+    """Return the mean of ``(N, C)`` values over the likeliest classes, weighted by their probabilities."""
     order = class_order(evidence.logits, classes)
     return _weighted_mean(torch.softmax(evidence.logits, 1).gather(1, order), values.gather(1, order))
 

@@ -22,7 +22,7 @@ RIDGE = 1e-6
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Each row divided by its L2 norm."""
+    """Return each row divided by its L2 norm."""
     norms: Tensor = torch.linalg.vector_norm(features, 2, 1, keepdim=True)
     return features / norms.clamp(min=1e-12)
 
@@ -36,7 +36,7 @@ def _class_sums(features: Tensor, labels: Tensor, classes: int) -> Tensors:
 
 
 def _precision(scatter: Tensor, count: Tensor) -> Tensor:
-    """The inverse of a covariance ``scatter / count`` with a small ridge."""
+    """Return the inverse of a covariance ``scatter / count`` with a small ridge."""
     covariance = scatter / count
     ridge = RIDGE * covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
     inverse: Tensor = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance)).to(covariance))
@@ -44,7 +44,7 @@ def _precision(scatter: Tensor, count: Tensor) -> Tensor:
 
 
 def _class_gaussians(total: Tensors, name: str) -> Tensors:
-    """The means of the classes that have samples, and the precision of their common covariance."""
+    """Return the means of the classes that have samples, and the precision of their common covariance."""
     counts, sums = total["counts"], total["sums"]
     present = counts > 0
     if not present.any():
@@ -191,13 +191,13 @@ class knn(FittedScore):
 
 
 def _residual(features: Tensor, state: Tensors) -> Tensor:
-    """The norm of the part of the features outside the principal subspace, ``(N,)``."""
+    """Return the norm of the part of the features outside the principal subspace, ``(N,)``."""
     norm: Tensor = torch.linalg.vector_norm((features - state["origin"]) @ state["null_space"], 2, 1)
     return norm
 
 
 def _null_space(rows: Tensor, weight: Tensor, bias: Tensor, dimensions: int | None) -> Tensors:
-    """The origin ``-W^+ b`` ``(D,)``, and the directions ``(D, D - d)`` of the least second moment about it."""
+    """Return the origin ``-W^+ b`` ``(D,)``, and the directions ``(D, D - d)`` of the least second moment about it."""
     origin = -torch.linalg.pinv(weight.double()) @ bias.double()
     size = rows.shape[1]
     kept = size // 2 if dimensions is None else dimensions

@@ -62,7 +62,7 @@ class kfac_influence(FittedScore):
 
 
 def _damped_inverse(matrix: Tensor, damping: float) -> Tensor:
-    """The inverse of ``matrix + damping * mean eigenvalue * identity``, in float64."""
+    """Return the inverse of ``matrix + damping * mean eigenvalue * identity``, in float64."""
     matrix = matrix.double()
     size = len(matrix)
     added = damping * matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)

@@ -17,7 +17,7 @@ __all__ = ["feature_norm", "gradnorm", "gradnorm_kl", "pseudo_label", "uniform"]
 
 
 def _is_statistic(name: str) -> bool:
-    """Whether it is the name of a statistic."""
+    """Return whether it is the name of a statistic."""
     try:
         moments_for([name])
     except ValueError:
@@ -30,7 +30,7 @@ Factor = Literal["both", "output"]
 
 
 def _statistic(evidence: Evidence, objective: Objective, target: Target, factor: Factor, name: str) -> Tensor:
-    """A statistic of a gradient; with ``factor="output"``, of the gradient of the logits alone."""
+    """Return a statistic of a gradient; with ``factor="output"``, of the gradient of the logits alone."""
     gradient = evidence.gradient(objective, target)
     if factor == "both":
         return gradient.statistic(name)
@@ -136,7 +136,7 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
 def pseudo_label(
     evidence: Evidence, *, statistic: Statistic = "l1", target: Target = "head", factor: Factor = "both"
 ) -> Tensor:
-    r"""A statistic of the gradient of the cross-entropy to the predicted class.
+    r"""Return a statistic of the gradient of the cross-entropy to the predicted class.
 
     On the head's weight ``l1`` is ``|h|_1 |p - e_y|_1`` with the softmax ``p``, the prediction ``y`` and the head's
     input ``h``. Of ``min``, which falls as the gradient grows, the score is the negative.
@@ -187,6 +187,6 @@ def feature_norm(evidence: Evidence, *, p: Norm = 1.0) -> Tensor:
 
 
 def _norm(rows: Tensor, p: float) -> Tensor:
-    """The p-norm of each row, ``(N, D) -> (N,)``."""
+    """Return the p-norm of each row, ``(N, D) -> (N,)``."""
     norm: Tensor = torch.linalg.vector_norm(rows, p, 1)
     return norm

@@ -81,7 +81,7 @@ class oberdiek(FittedScore):
 
 
 def _features(gradient: ParameterGradients, levels: tuple[str, ...]) -> Tensor:
-    """The features; a mean within rounding is zero, as of a softmax layer's gradient, whose entries sum to zero."""
+    """Return the features; a mean within rounding is zero, as of a softmax layer's gradient, whose entries sum to zero."""
     columns = feature_columns(gradient, levels)
     columns = columns.reshape(len(columns), columns.shape[1] // len(FEATURES), len(FEATURES)).clone()
     mean, std = columns[..., FEATURES.index("mean")], columns[..., FEATURES.index("std")]

@@ -28,7 +28,7 @@ class _MeanLogLikelihood(nn.Module):
         self.model, self.noise = model, noise
 
     def forward(self, inputs: Tensor, classes: Tensor) -> Tensor:
-        """The average; the gradient of it is the average of the gradients."""
+        """Return the average; the gradient of it is the average of the gradients."""
         perturbed = (inputs[:, None] + self.noise).flatten(0, 1)
         log_p = log_probabilities(logits_of(call(self.model, perturbed)))
         return log_p.view(len(inputs), len(self.noise), -1).mean(1).gather(1, classes)
@@ -57,7 +57,7 @@ class SmoothedNorms:
     seed: int
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        """The norms; at most as many perturbed inputs at a time as there are samples."""
+        """Return the norms; at most as many perturbed inputs at a time as there are samples."""
         check_floats(inputs, "perturbed inputs")
         with torch.no_grad():
             order = class_order(logits_of(call(model, inputs)), self.classes)

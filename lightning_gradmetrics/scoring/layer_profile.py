@@ -38,11 +38,11 @@ def gradient_profile(
 ) -> LayerNorms:
     r"""Return the gradient norm of every layer, for each sample: ``|d L_n / d theta_l|_p``.
 
-    A layer is a module with parameters of its own: its weight and its bias are taken together. Layers of more
-    parameters have larger norms at equally large entries.
+    A layer is a module that has parameters directly; its weight and its bias are taken together. A layer with more
+    parameters has a larger norm when the entries are equally large.
 
     Args:
-        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        model: A classifier; batch norms must be in eval mode. The model is left unchanged.
         inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
         objective: As in :func:`lightning_gradmetrics.gradient_statistics`.
         norm: The norm's ``p``, in ``(0, inf]``.

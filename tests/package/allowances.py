@@ -5,23 +5,18 @@ from __future__ import annotations
 HABITS: dict[str, int] = {
     "callback": 2,
     "docs": 1,
-    "engine": 2,
-    "scores": 2,
 }
 """Habits of translated English left in a room."""
 
 NESTED_STATEMENTS: dict[str, int] = {
-    "engine": 13,
     "report": 1,
     "results": 1,
-    "scores": 2,
 }
 """Statements with nested comprehensions, lambdas or ternaries left in a room."""
 
 COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
     "callback": 16.0,
     "cli": 24.8,
-    "engine": 25.5,
     "results": 21.5,
 }
 """Of rooms above the limit."""

@@ -77,7 +77,7 @@ def _created(folder: Path) -> bool:
 
 
 def _is_usable(folder: Path) -> bool:
-    """Whether the folder is private and its file system is not mounted ``noexec``."""
+    """Return whether the folder is private and its file system is not mounted ``noexec``."""
     try:
         runs_code = not os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
     except OSError:
@@ -86,7 +86,7 @@ def _is_usable(folder: Path) -> bool:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether nobody but the user and the administrator can change what the folder contains.
+    """Return whether nobody but the user and the administrator can change what the folder contains.
 
     Every folder and symbolic link on the way must belong to one of the two, and no folder may be writable for others
     unless its sticky bit protects the entries.

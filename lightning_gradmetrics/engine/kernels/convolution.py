@@ -52,18 +52,18 @@ def conv_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def _is_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether each channel has one filter."""
+    """Return whether each channel has one filter."""
     return geometry.groups == g.shape[1] == x.shape[1]
 
 
 def _covers(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether ``g`` covers all that ``x`` allows (with swapped roles it may not), in a type every backend supports."""
+    """Return whether ``g`` covers all that ``x`` allows (with swapped roles it may not), in a type every backend supports."""
     full = geometry.output_size(x.shape[2:])
     return g.numel() > 0 and full == tuple(g.shape[2:]) and g.dtype in (torch.float32, torch.float64)
 
 
 def _depthwise_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The samples as groups of one depthwise convolution."""
+    """Return the samples as groups of one depthwise convolution."""
     (samples, channels), dims = g.shape[:2], len(geometry.kernel_size)
     groups = samples * channels
     x, g = x.reshape(1, groups, *x.shape[2:]), g.reshape(1, groups, *g.shape[2:])
@@ -74,7 +74,7 @@ def _depthwise_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def _patches(x: Tensor, size: Sequence[int], geometry: ConvGeometry) -> Tensor:
-    """The input at each kernel entry and output position: a view ``(N, C, *k, *S')`` of the padded input."""
+    """Return the input at each kernel entry and output position: a view ``(N, C, *k, *S')`` of the padded input."""
     x = geometry.pad(x)
     strides = list(x.stride()[:2])
     for moves in (geometry.dilation, geometry.stride):
@@ -83,7 +83,7 @@ def _patches(x: Tensor, size: Sequence[int], geometry: ConvGeometry) -> Tensor:
 
 
 def conv_moments(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
-    """Moments of the per-sample weight gradients of a convolution; see :func:`conv_gradient` for the arguments.
+    """Return moments of the per-sample weight gradients of a convolution; see :func:`conv_gradient` for the arguments.
 
     Returns:
         Each moment of the weight's entries, ``(N,)``.
@@ -107,14 +107,14 @@ def conv_moments(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[
 
 
 def _fused(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:
-    """The moments on a CUDA device."""
+    """Return the moments on a CUDA device."""
     if _is_depthwise(x, g, geometry):
         return fused_rows(fused_depthwise(x, g, geometry).flatten(1), keys)
     return fused_products(x, g, geometry, keys)
 
 
 def _by_gram(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:
-    """The sum of squares, and the sum if it is wanted, from Gram matrices."""
+    """Return the sum of squares, and the sum if it is wanted, from Gram matrices."""
 
     def direct(rows: Tensor) -> Tensor:
         return _by_products(x[rows], g[rows], geometry, frozenset({2.0}))[2.0]
@@ -126,7 +126,7 @@ def _by_gram(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Momen
 
 
 def _by_products(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:
-    """Moments from the weight gradients' entries, which the compiled form never writes to memory."""
+    """Return moments from the weight gradients' entries, which the compiled form never writes to memory."""
     if g.numel() and supports(g, keys):
         native = native_depthwise if _is_depthwise(x, g, geometry) else native_products
         return native(x, g, geometry, keys)
@@ -135,7 +135,7 @@ def _by_products(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[M
 
 
 def _total(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The sum of a weight gradient's entries, from the sums over channels."""
+    """Return the sum of a weight gradient's entries, from the sums over channels."""
     inputs, gradients = _channel_sums(x, geometry.groups), _channel_sums(g, geometry.groups)
     return conv_gradient(inputs, gradients, geometry).flatten(1).sum(1)
 

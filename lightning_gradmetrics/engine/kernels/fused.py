@@ -40,7 +40,7 @@ def _available() -> bool:
 
 
 def _interpreted() -> bool:
-    """Whether Triton interprets its kernels on the CPU, which the tests do."""
+    """Return whether Triton interprets its kernels on the CPU, which the tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -63,12 +63,12 @@ def _kernels() -> Any:
 
 
 def _tile(size: int, largest: int = LARGEST_TILE) -> int:
-    """The smallest power of two that covers ``size``, between the smallest and the largest tile."""
+    """Return the smallest power of two that covers ``size``, between the smallest and the largest tile."""
     return min(largest, max(SMALLEST_TILE, 1 << max(size - 1, 0).bit_length()))
 
 
 def _moments(partial: Tensor, keys: frozenset[Moment]) -> Moments:
-    """Moments ``(N,)`` from the statistics of every tile, ``(N, tiles, 5)``, by one more kernel."""
+    """Return moments ``(N,)`` from the statistics of every tile, ``(N, tiles, 5)``, by one more kernel."""
     samples, tiles = partial.shape[:2]
     merged = torch.empty(samples, len(STATISTICS), dtype=torch.float64, device=partial.device)
     block = _tile(tiles)
@@ -87,7 +87,7 @@ def _needs_extremes(wanted: Iterable[Moment]) -> bool:
 
 
 def _precision(dtype: torch.dtype, convolution: bool) -> str:
-    """How ``tl.dot`` multiplies: as torch multiplies on this device, and never with fewer digits than asked for."""
+    """Return how ``tl.dot`` multiplies: as torch multiplies on this device, and never with fewer digits than asked for."""
     if dtype != torch.float32:
         return "tf32"
     allowed = torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
@@ -117,7 +117,7 @@ def fused_products(
     wanted: Iterable[Moment],
     convolution: bool = True,
 ) -> Moments:
-    """Moments of a convolution's per-sample weight gradients, none of which is written to memory.
+    """Return moments of a convolution's per-sample weight gradients, none of which is written to memory.
 
     A linear layer is the case of one-dimensional inputs and a kernel of one entry. See :func:`fused_supports`.
 
@@ -172,7 +172,7 @@ def fused_products(
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """The same values with the channels as neighbours in memory."""
+    """Return the same values with the channels as neighbours in memory."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -204,7 +204,7 @@ def fused_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def fused_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Sums over the last axis of ``g`` and of ``x g``, ``(N, C)`` each, float32, in one pass over both.
+    """Return sums over the last axis of ``g`` and of ``x g``, ``(N, C)`` each, float32, in one pass over both.
 
     Args:
         g: ``(N, C, P)``.
@@ -225,7 +225,7 @@ def fused_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def fused_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Moments of the rows of ``(N, D)``, in one pass over them, ``(N,)`` each, float64."""
+    """Return moments of the rows of ``(N, D)``, in one pass over them, ``(N,)`` each, float64."""
     keys = frozenset(wanted)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     rows, columns = flat.shape
@@ -244,7 +244,7 @@ def _segment_starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def fused_segments(rows: Sequence[Tensor], wanted: Iterable[Moment]) -> list[Moments]:
-    """Moments of the rows of several matrices ``(N, D_i)`` of one type, in one pass over all of them.
+    """Return moments of the rows of several matrices ``(N, D_i)`` of one type, in one pass over all of them.
 
     Args:
         rows: The matrices.

@@ -58,11 +58,11 @@ class ConvGeometry:
         return math.prod(self.kernel_size)
 
     def padded_size(self, size: Iterable[int]) -> Sizes:
-        """The spatial size of an input with its padding."""
+        """Return the spatial size of an input with its padding."""
         return tuple(length + 2 * pad for length, pad in zip(size, self.padding, strict=True))
 
     def output_size(self, size: Iterable[int]) -> Sizes:
-        """The spatial size of the output for an input's."""
+        """Return the spatial size of the output for an input's."""
         lengths = []
         fields = zip(self.padded_size(size), self.kernel_size, self.stride, self.dilation, strict=True)
         for length, kernel, stride, dilation in fields:
@@ -70,7 +70,7 @@ class ConvGeometry:
         return tuple(lengths)
 
     def pad(self, x: Tensor) -> Tensor:
-        """The input with zeros around it."""
+        """Return the input with zeros around it."""
         if not any(self.padding):
             return x
         sides: list[int] = []
@@ -79,7 +79,7 @@ class ConvGeometry:
         return F.pad(x, sides)
 
     def in_three_dimensions(self) -> ConvGeometry:
-        """The same convolution with leading spatial dimensions of size one."""
+        """Return the same convolution with leading spatial dimensions of size one."""
         return ConvGeometry(
             three(self.kernel_size, 1),
             three(self.stride, 1),
@@ -90,7 +90,7 @@ class ConvGeometry:
 
 
 def three(values: Iterable[int], fill: int) -> Sizes:
-    """Values of up to three spatial dimensions, with leading ones filled in."""
+    """Return values of up to three spatial dimensions, with leading ones filled in."""
     sizes = tuple(values)
     return (*repeat(fill, DIMENSIONS - len(sizes)), *sizes)
 

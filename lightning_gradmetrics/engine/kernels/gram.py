@@ -42,12 +42,12 @@ MOST_PADDING = 256
 
 
 def linear_gram_pays(a: Tensor, g: Tensor) -> bool:
-    """Whether :func:`linear_square` is cheaper than the product, by multiplications."""
+    """Return whether :func:`linear_square` is cheaper than the product, by multiplications."""
     return conv_gram_pays(a.mT, g.mT, POINTWISE)
 
 
 def conv_gram_pays(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether :func:`conv_square` is cheaper than the product, by multiplications within a group.
+    """Return whether :func:`conv_square` is cheaper than the product, by multiplications within a group.
 
     Args:
         x: ``(N, C_in, *S)``.
@@ -86,13 +86,13 @@ def _summed(left: Tensor, right: Tensor, direct: Callable[[Tensor], Tensor]) -> 
 
 
 def _compiled(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
-    """The same by the compiled form, with the sums."""
+    """Return the same by the compiled form, with the sums."""
     total, square, bound = native_squares(x, g, geometry)
     return {"sum": total.sum(1), 2.0: _reliable(square, bound, direct)}
 
 
 def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sums ``(N, B)`` over groups, direct where they are so far below their bounds that digits were lost."""
+    """Return sums ``(N, B)`` over groups, direct where they are so far below their bounds that digits were lost."""
     total, most = square.sum(1), bound.sum(1)
     lost = (total < CANCELLED * most) & most.isfinite()
     if bool(lost.any()):
@@ -101,7 +101,7 @@ def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor])
 
 
 def linear_square(a: Tensor, g: Tensor) -> Moments:
-    """Sums of squares of a linear layer's per-sample weight gradients, and their sums where those cost nothing.
+    """Return sums of squares of a linear layer's per-sample weight gradients, and their sums where those cost nothing.
 
     Args:
         a: ``(N, T, I)``.
@@ -120,7 +120,7 @@ def linear_square(a: Tensor, g: Tensor) -> Moments:
 
 
 def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
-    """Sums of squares of a convolution's per-sample weight gradients, and their sums where those cost nothing.
+    """Return sums of squares of a convolution's per-sample weight gradients, and their sums where those cost nothing.
 
     The Gram matrix of the patches is a sum of the pixels' Gram matrix, shifted by each kernel entry.
 
@@ -142,7 +142,7 @@ def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[
 
 
 def _patch_gram(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The Gram matrices of the patches, ``(N groups, *S', *S')``."""
+    """Return the Gram matrices of the patches, ``(N groups, *S', *S')``."""
     x, groups, out_size = geometry.pad(x), geometry.groups, g.shape[2:]
     size = x.shape[2:]
     volume = math.prod(size)

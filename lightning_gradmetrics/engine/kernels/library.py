@@ -64,7 +64,7 @@ _suspended = False
 
 
 def library_for(dtype: torch.dtype) -> Any:
-    """The loaded library for a floating type, or None."""
+    """Return the loaded library for a floating type, or None."""
     return None if _suspended else _kernels(dtype).library
 
 
@@ -111,7 +111,7 @@ def _kernels(dtype: torch.dtype) -> Kernels:
 
 
 def _why_off(dtype: torch.dtype) -> str:
-    """Why no library can exist, or an empty text."""
+    """Return why no library can exist, or an empty text."""
     if os.environ.get(SWITCH) == "0":
         return f"switched off by {SWITCH}=0"
     if dtype not in DEFINES:
@@ -122,7 +122,7 @@ def _why_off(dtype: torch.dtype) -> str:
 
 
 def _compiler() -> list[str]:
-    """The compiler's command, empty if there is none."""
+    """Return the compiler's command, empty if there is none."""
     configured = shlex.split(os.environ.get("CC", ""))
     if configured:
         return configured
@@ -133,7 +133,7 @@ def _compiler() -> list[str]:
 
 
 def _first_loadable(compiler: Sequence[str], dtype: torch.dtype) -> tuple[Any, Path]:
-    """The library from the first folder where one can be loaded, or built and loaded."""
+    """Return the library from the first folder where one can be loaded, or built and loaded."""
     stem, failure = _stem(compiler, dtype), "no folder that only you can write to allows running code"
     for folder in cache_folders():
         for path in intact_libraries(folder, stem):
@@ -197,7 +197,7 @@ def _run(command: Sequence[str], scratch: str) -> None:
 
 
 def _loaded(path: Path) -> Any:
-    """The library in a file, or None if it cannot be loaded or was built from other sources."""
+    """Return the library in a file, or None if it cannot be loaded or was built from other sources."""
     try:
         library = ctypes.CDLL(str(path))
         for name, structure in JOB_SIZES.items():
@@ -223,7 +223,7 @@ def _declare(library: Any) -> None:
 
 @functools.cache
 def parallel_runner() -> int | None:
-    """The address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded: one pool of threads serves both."""
+    """Return the address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded: one pool of threads serves both."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():

@@ -36,7 +36,7 @@ def linear_gradient(a: Tensor, g: Tensor) -> Tensor:
 
 
 def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Moments of the per-sample weight gradients of a linear layer with a sequence axis.
+    """Return moments of the per-sample weight gradients of a linear layer with a sequence axis.
 
     Args:
         a: The layer's input, ``(N, T, I)``.
@@ -77,7 +77,7 @@ def _total(a: Tensor, g: Tensor) -> Tensor:
 def embedding_moments(
     indices: Tensor, g: Tensor, num_embeddings: int, padding_idx: int | None, wanted: Iterable[Moment]
 ) -> Moments:
-    """Moments of the per-sample weight gradients of an embedding, without the ``(N, V, D)`` tensor.
+    """Return moments of the per-sample weight gradients of an embedding, without the ``(N, V, D)`` tensor.
 
     Args:
         indices: ``(N, T)``, rows of the table.

@@ -41,7 +41,7 @@ _local = threading.local()
 
 
 def supports(tensor: Tensor, wanted: Iterable[Moment]) -> bool:
-    """Whether the compiled kernels return these moments of tensors like this one.
+    """Return whether the compiled kernels return these moments of tensors like this one.
 
     Args:
         tensor: A tensor of the type and on the device in question.
@@ -61,7 +61,7 @@ def _run(job: ctypes.Structure, function: object, threads: int) -> None:
 
 
 def _scratch(size: int) -> int:
-    """The aligned address of memory for packed operands, kept between calls: fresh pages cost more than the packing."""
+    """Return the aligned address of memory for packed operands, kept between calls: fresh pages cost more than the packing."""
     memory: Tensor | None = getattr(_local, "scratch", None)
     if memory is None or len(memory) < size + ALIGNMENT:
         _local.scratch = memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
@@ -90,7 +90,7 @@ def _mode(wanted: Iterable[Moment]) -> int:
 
 
 def native_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Moments of the rows of ``(N, D)``, in one pass over them. See :func:`supports`."""
+    """Return moments of the rows of ``(N, D)``, in one pass over them. See :func:`supports`."""
     keys = frozenset(wanted)
     flat = flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
     (samples, columns), threads = flat.shape, _threads()
@@ -110,7 +110,7 @@ def native_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
 
 
 def native_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass; without ``x`` zeros."""
+    """Return sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass; without ``x`` zeros."""
     if not _share_unit_stride(g, g if x is None else x):
         g, x = g.contiguous(), None if x is None else x.contiguous()
     out = torch.empty(2, *g.shape[:2], dtype=torch.float64)
@@ -125,7 +125,7 @@ def native_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _share_unit_stride(g: Tensor, x: Tensor) -> bool:
-    """Whether channels, or positions, are neighbours in the memory of both ``(N, C, P)``."""
+    """Return whether channels, or positions, are neighbours in the memory of both ``(N, C, P)``."""
     return any(_has_unit_stride(g, dim) and _has_unit_stride(x, dim) for dim in (1, 2))
 
 
@@ -140,7 +140,7 @@ def _strides(t: Tensor) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=512)
 def _offsets(channels: int, lanes: int, size: Sizes, out_size: Sizes, geometry: ConvGeometry) -> tuple[Tensor, Tensor]:
-    """Where each row (channel, kernel entry) and each output position starts in the input as the kernel reads it.
+    """Return where each row (channel, kernel entry) and each output position starts in the input as the kernel reads it.
 
     Args:
         channels: Input channels of a group.
@@ -182,7 +182,7 @@ def _pieces(tasks: int, panels: int, threads: int) -> int:
 
 
 def native_products(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
-    """Moments of a convolution's per-sample weight gradients, none of which is written to memory. See :func:`supports`.
+    """Return moments of a convolution's per-sample weight gradients, none of which is written to memory. See :func:`supports`.
 
     Args:
         x: The layer's input, ``(N, C_in, *S)``, with any strides.
@@ -229,7 +229,7 @@ def native_products(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterab
 
 
 def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
-    """The same for a depthwise convolution, ``C_in = C_out = groups``: channels are computed side by side."""
+    """Return the same for a depthwise convolution, ``C_in = C_out = groups``: channels are computed side by side."""
     keys, solid, library, threads = frozenset(wanted), geometry.in_three_dimensions(), library_for(g.dtype), _threads()
     samples, channels = g.shape[:2]
     size, out_size, lanes = three(x.shape[2:], 1), three(g.shape[2:], 1), library.tile_columns()
@@ -262,7 +262,7 @@ def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Itera
 
 
 def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor, Tensor]:
-    """A convolution's per-sample weight gradients by Gram matrices: sum, sum of squares, and its largest possible value.
+    """Return a convolution's per-sample weight gradients by Gram matrices: sum, sum of squares, and its largest possible value.
 
     The arguments are those of :func:`native_products`. The last result is ``(sum_p |g_p| |x_p|)^2`` for each sample and
     group, the sum of squares if no two positions cancelled. Each is ``(N, groups)``.

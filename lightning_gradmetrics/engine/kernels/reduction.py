@@ -22,7 +22,7 @@ DEVICE_CHUNK_ENTRIES = 2**26
 
 
 def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Moments of each row.
+    """Return moments of each row.
 
     Args:
         flat: ``(N, D)``.
@@ -47,7 +47,7 @@ def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
 def chunked_moments(
     gradients: Callable[[slice], Tensor], samples: Tensor, entries: int, wanted: Iterable[Moment]
 ) -> Moments:
-    """Moments of gradients that are materialised for a cache-sized chunk of samples at a time.
+    """Return moments of gradients that are materialised for a cache-sized chunk of samples at a time.
 
     Args:
         gradients: The gradients ``(n, ...)`` of a slice of samples.
@@ -76,7 +76,7 @@ def chosen_moments(moments: Moments, keys: Iterable[Moment]) -> Moments:
 
 
 def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Sums over positions of ``g`` and of ``x g``: the gradients of a bias and of a norm layer's weight, in one pass.
+    """Return sums over positions of ``g`` and of ``x g``: the gradients of a bias and of a norm layer's weight, in one pass.
 
     Args:
         g: ``(N, C, *S)``, of any strides.

@@ -38,12 +38,12 @@ class Call:
         return self.axis.split(self.values["input"])
 
     def get(self, name: str, default: Any = None) -> Any:
-        """An argument, or ``default`` if it was left out or is ``None``."""
+        """Return an argument, or ``default`` if it was left out or is ``None``."""
         value = self.values.get(name)
         return default if value is None else value
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor argument."""
+        """Return the shape of a tensor argument."""
         return tuple(self.values[name].shape)
 
 
@@ -51,12 +51,12 @@ Function = Callable[[Call, Tensor], Iterator[tuple[str, Use]]]
 
 
 def one_axis(values: dict[str, Any]) -> int:
-    """One: only positions on the first axis are independent."""
+    """Return one: only positions on the first axis are independent."""
     return 1
 
 
 def all_but_last(values: dict[str, Any]) -> int:
-    """The number of axes of the input without the last."""
+    """Return the number of axes of the input without the last."""
     return int(values["input"].ndim) - 1
 
 
@@ -91,7 +91,7 @@ RULES: dict[Any, Rule] = {}
 
 
 def first_axis(call: Call) -> bool:
-    """Whether the samples are on the first axis."""
+    """Return whether the samples are on the first axis."""
     return call.axis.dim == 0 == call.out.dim
 
 
@@ -122,7 +122,7 @@ def rule(
 
 
 def bind(found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """A call's arguments by the names of its rule; ``None`` if they do not fit."""
+    """Return a call's arguments by the names of its rule; ``None`` if they do not fit."""
     if len(args) > len(found.arguments) or not set(kwargs) <= set(found.arguments):
         return None
     return {**dict(zip(found.arguments, args, strict=False)), **kwargs}

@@ -35,11 +35,11 @@ class _Labels:
         return "".join(label for label in self.input if label in self.weight)
 
     def kept(self, labels: str) -> str:
-        """The labels of one factor that the result has."""
+        """Return the labels of one factor that the result has."""
         return "".join(label for label in labels if label not in self.contracted)
 
     def linear(self) -> bool:
-        """Whether it is a linear layer: no label twice in a factor, none shared that is kept, none dropped."""
+        """Return whether it is a linear layer: no label twice in a factor, none shared that is kept, none dropped."""
         factors = (self.input, self.weight, self.output)
         if not self.contracted or any(len(set(labels)) < len(labels) for labels in factors):
             return False
@@ -47,7 +47,7 @@ class _Labels:
 
 
 def einsum(*arguments: Any) -> Tensor:
-    """A sum of products, with the arguments and the result of :func:`torch.einsum`."""
+    """Return a sum of products, with the arguments and the result of :func:`torch.einsum`."""
     equation, operands = arguments[0], arguments[1:]
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
@@ -65,7 +65,7 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 
 def _parsed(equation: str, order: int) -> _Labels | None:
-    """The labels of an explicit equation of two factors; of the second one first if ``order`` is -1."""
+    """Return the labels of an explicit equation of two factors; of the second one first if ``order`` is -1."""
     factors, arrow, output = equation.replace(" ", "").partition("->")
     labels = factors.split(",")[::order]
     if not arrow or len(labels) != 2 or "." in equation:
@@ -74,7 +74,7 @@ def _parsed(equation: str, order: int) -> _Labels | None:
 
 
 def _linear(x: Tensor, weight: Tensor, labels: _Labels) -> Tensor:
-    """The product as a linear layer over the contracted labels."""
+    """Return the product as a linear layer over the contracted labels."""
     inner, outer = labels.contracted, labels.kept(labels.weight)
     rows = _ordered(x, labels.input, labels.kept(labels.input) + inner)
     matrix = _ordered(weight, labels.weight, outer + inner)
@@ -85,7 +85,7 @@ def _linear(x: Tensor, weight: Tensor, labels: _Labels) -> Tensor:
 
 
 def _ordered(tensor: Tensor, labels: Sequence[str], wanted: Sequence[str]) -> Tensor:
-    """The axes in another order."""
+    """Return the axes in another order."""
     if list(labels) == list(wanted):
         return tensor
     return tensor.permute([labels.index(label) for label in wanted])

@@ -20,7 +20,7 @@ def _sequence(tensor: Tensor) -> Tensor:
 
 
 def _inner_axis(call: Call) -> bool:
-    """Whether the samples are on the same axis of input and output, and not on the one that is multiplied."""
+    """Return whether the samples are on the same axis of input and output, and not on the one that is multiplied."""
     ndim = call.values["input"].ndim
     return call.axis == call.out and call.axis.dim < ndim - 1
 
@@ -43,7 +43,7 @@ def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
 
 
 def _matrix(call: Call) -> bool:
-    """Whether an input with rows is multiplied by one matrix of parameters."""
+    """Return whether an input with rows is multiplied by one matrix of parameters."""
     return _inner_axis(call) and call.values["weight"].ndim == 2 and call.get("alpha", 1) == 1 == call.get("beta", 1)
 
 

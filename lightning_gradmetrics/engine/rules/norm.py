@@ -103,7 +103,7 @@ def _before_shape(values: dict[str, Any]) -> int:
 
 
 def _outside(call: Call) -> bool:
-    """Whether the samples are not on a normalised axis."""
+    """Return whether the samples are not on a normalised axis."""
     ndim = call.values["input"].ndim - len(call.values["normalized_shape"])
     return call.axis == call.out and call.axis.dim < ndim
 

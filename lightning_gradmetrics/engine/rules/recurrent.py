@@ -19,7 +19,7 @@ Cell = Callable[[Tensor, State, Sequence[Tensor | None]], State]
 
 
 def lstm_cell(projected: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
-    """One step of an LSTM, ``c' = f c + i g`` and ``h' = o tanh c'``; ``weights``: ``W_hh, b_hh, W_hr``."""
+    """Return one step of an LSTM, ``c' = f c + i g`` and ``h' = o tanh c'``; ``weights``: ``W_hh, b_hh, W_hr``."""
     hidden, cell = state
     i, f, g, o = (projected + _linear(hidden, weights[0], weights[1])).chunk(4, -1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
@@ -28,7 +28,7 @@ def lstm_cell(projected: Tensor, state: State, weights: Sequence[Tensor | None])
 
 
 def gru_cell(projected: Tensor, state: State, weights: Sequence[Tensor | None]) -> State:
-    """One step of a GRU, ``h' = n + z (h - n)``."""
+    """Return one step of a GRU, ``h' = n + z (h - n)``."""
     hidden = state[0]
     input_r, input_z, input_n = projected.chunk(3, -1)
     hidden_r, hidden_z, hidden_n = _linear(hidden, weights[0], weights[1]).chunk(3, -1)
@@ -39,7 +39,7 @@ def gru_cell(projected: Tensor, state: State, weights: Sequence[Tensor | None]) 
 def plain_cell(
     activation: Callable[[Tensor], Tensor], projected: Tensor, state: State, weights: Sequence[Tensor | None]
 ) -> State:
-    """One step of an Elman network, ``h' = act(W_ih x + W_hh h)``."""
+    """Return one step of an Elman network, ``h' = act(W_ih x + W_hh h)``."""
     return (activation(projected + _linear(state[0], weights[0], weights[1])),)
 
 
@@ -49,7 +49,7 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _direction(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor | None], reverse: bool) -> Any:
-    """One direction of one layer, ``(T, N, D) -> (T, N, H)``, and its last state."""
+    """Return one direction of one layer, ``(T, N, D) -> (T, N, H)``, and its last state."""
     w_ih, w_hh, b_ih, b_hh, projection = weights
     projected = _linear(x, w_ih, b_ih).unbind(0)
     outputs = []
@@ -84,7 +84,7 @@ def layers(
     bidirectional: Any,
     batch_first: Any,
 ) -> Any:
-    """A stack of recurrent layers, with the arguments and the result of the fused function.
+    """Return a stack of recurrent layers, with the arguments and the result of the fused function.
 
     Packed sequences have a tensor of batch sizes as a further second argument; they go to the fused function itself.
     """

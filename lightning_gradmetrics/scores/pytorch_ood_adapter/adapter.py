@@ -21,7 +21,7 @@ __all__ = ["DetectorRecipe", "DetectorScore", "FittedDetectorScore", "pytorch_oo
 
 
 def pytorch_ood(*, detector: str = "KNN", **arguments: Any) -> Score:
-    r"""An outlier detector of the library pytorch-ood, run unmodified.
+    r"""Return an outlier detector of the library pytorch-ood, run unmodified.
 
     Install it with ``pip install "lightning-gradmetrics[pytorch-ood]"``. ``conf/score/`` has one file for each of eight
     detectors: ``pytorch_ood_knn``, ``_vim``, ``_mahalanobis``, ``_react``, ``_ash``, ``_gen``, ``_nnguide`` and
@@ -256,7 +256,7 @@ class FittedDetectorScore(FittedScore):
 
 
 def _detector(spec: Spec, arguments: Mapping[str, Any], state: Tensors) -> Any:
-    """The detector of a state, fitted on the CPU, as pytorch-ood's own ``fit`` is."""
+    """Return the detector of a state, fitted on the CPU, as pytorch-ood's own ``fit`` is."""
     head = (state["weight"], state["bias"]) if "weight" in state else None
     return fit(spec, build(spec, _own(arguments), head), state["rows"], state["labels"])
 
@@ -272,7 +272,7 @@ class Prediction:
     score: DetectorScore | FittedDetectorScore
 
     def __eq__(self, other: object) -> bool:
-        """Whether the other belongs to the same score."""
+        """Return whether the other belongs to the same score."""
         return isinstance(other, Prediction) and other.score is self.score
 
     def __hash__(self) -> int:
@@ -309,7 +309,7 @@ inputs_of.backward = False  # type: ignore[attr-defined]
 
 
 def _rows(score: Any, evidence: Evidence) -> Tensor:
-    """What the score's detector reads; the result itself of a detector that runs the model."""
+    """Return what the score's detector reads; the result itself of a detector that runs the model."""
     spec = _spec(score)
     if spec.takes == "model":
         return evidence.probe(Prediction(score))
@@ -319,7 +319,7 @@ def _rows(score: Any, evidence: Evidence) -> Tensor:
 
 
 def _read(spec: Spec, evidence: Evidence) -> Tensor:
-    """Logits in the precision of all scores, or the head's input in float32, which the detectors' own code has."""
+    """Return logits in the precision of all scores, or the head's input in float32, which the detectors' own code has."""
     return evidence.logits if spec.takes == "logits" else evidence.features.float()
 
 

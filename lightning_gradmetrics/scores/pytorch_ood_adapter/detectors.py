@@ -25,7 +25,7 @@ def build(
     head: tuple[Tensor, Tensor] | None = None,
     model: nn.Module | None = None,
 ) -> Any:
-    """The detector, not fitted.
+    """Return the detector, not fitted.
 
     Args:
         spec: Its specification.
@@ -48,7 +48,7 @@ def build(
 
 
 def _head_parts(weight: Tensor, bias: Tensor, flat: bool) -> dict[str, Any]:
-    """The head as detectors take it: a module of their own, or its weight and bias; in float32, as their code has it."""
+    """Return the head in the form that detectors require: a new module, or its weight and bias, in float32."""
     head = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=torch.float32).requires_grad_(False)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
@@ -62,7 +62,7 @@ def _tensor(value: Any, parameter: inspect.Parameter | None) -> Any:
 
 
 def _layers(model: nn.Module, names: Any) -> list[nn.Module]:
-    """The named submodules, or the model's stages.
+    """Return the named submodules, or the model's stages.
 
     Raises:
         ValueError: If there is no submodule of that name.
@@ -82,7 +82,7 @@ def _layers(model: nn.Module, names: Any) -> list[nn.Module]:
 
 
 def stages(model: nn.Module) -> list[str]:
-    """Names of the model's stages: its blocks, or where it has none its layers with a weight matrix, without the head.
+    """Return names of the model's stages: its blocks, or where it has none its layers with a weight matrix, without the head.
 
     Example:
         >>> stages(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)))
@@ -113,7 +113,7 @@ def _weighted(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def _steady(device: torch.device) -> Iterator[None]:
-    """With gradients, and with random numbers of its own, the same every time."""
+    """Enable gradients and use a fixed seed inside the block; the global random state is restored."""
     number = (device.index or 0) if device.type == "cuda" else None
     with torch.random.fork_rng([] if number is None else [number]), gradients_enabled():
         torch.default_generator.manual_seed(0)
@@ -123,7 +123,7 @@ def _steady(device: torch.device) -> Iterator[None]:
 
 
 def fit(spec: Spec, detector: Any, rows: Tensor, labels: Tensor) -> Any:
-    """The detector, fitted.
+    """Return the detector, fitted.
 
     Args:
         spec: Its specification.
@@ -150,7 +150,7 @@ def fit(spec: Spec, detector: Any, rows: Tensor, labels: Tensor) -> Any:
 
 
 def predict(spec: Spec, detector: Any, rows: Tensor) -> Tensor:
-    """The scores ``(N,)`` of rows ``(N, ...)``, higher = more of an outlier; NaN where a row is not finite."""
+    """Return the scores ``(N,)`` of rows ``(N, ...)``, higher = more of an outlier; NaN where a row is not finite."""
     finite = rows.flatten(1).isfinite().all(1)
     found = torch.full(
         (len(rows),),

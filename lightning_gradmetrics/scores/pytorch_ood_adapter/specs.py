@@ -148,7 +148,7 @@ def spec_of(name: str, arguments: Mapping[str, Any]) -> Spec:
 
 
 def _defaults(parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
-    """The detector's own arguments with their default values."""
+    """Return the detector's own arguments with their default values."""
     defaults: dict[str, Any] = {}
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name not in PARTS:
