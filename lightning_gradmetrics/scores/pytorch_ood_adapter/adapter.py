@@ -110,8 +110,10 @@ class DetectorRecipe(Recipe):
             given[key] = _plain(value)
         own = _own(given)
         spec = spec_of(given["detector"], own)
-        extra = tuple(key for key in own if key not in (*spec.defaults, *PARTS)) if spec.more else ()
-        bound = replace(self, spec=spec, extra=extra, family=spec.family, paper=spec.paper)
+        extra = []
+        if spec.more:
+            extra = [key for key in own if key not in (*spec.defaults, *PARTS)]
+        bound = replace(self, spec=spec, extra=tuple(extra), family=spec.family, paper=spec.paper)
         bound.check_names(given)
         missing = [key for key, value in bound.defaults.items() if value is REQUIRED and key not in given]
         if missing:
