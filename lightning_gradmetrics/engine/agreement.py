@@ -1,4 +1,4 @@
-"""Whether two ways to the same gradients agree up to rounding."""
+"""Compares two computations of the same gradients, up to rounding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
     Args:
         moments: The moments, of ``N`` samples.
         gradient: ``(N, ...)``.
-        scale: How large the terms are whose sum the gradient is: rounding errors are relative to them.
+        scale: Size of the terms that the gradient is a sum of; rounding errors are relative to it.
     """
     tolerance = rounding(gradient)
     flat = gradient.reshape(len(gradient), gradient[:1].numel())

@@ -1,4 +1,4 @@
-"""The engine's public functions: they check what they are given, and hand a task to an engine."""
+"""The engine's public functions: they check their arguments and pass a task to an engine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Parameters = Callable[[str], bool] | None
 
 
 def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool = False) -> dict[str, nn.Parameter]:
-    """Return the chosen parameters by name, frozen ones included; those without entries have no gradient and are left out.
+    """Return the chosen parameters by name, including frozen parameters and without empty ones.
 
     Args:
         model: The model.
@@ -58,7 +58,7 @@ def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool
         norms_only: Whether only norms are computed, which complex parameters allow.
 
     Raises:
-        ValueError: If none is chosen, or one has no such statistics.
+        ValueError: If no parameter is chosen, or one has no such statistics.
     """
     named = dict(model.named_parameters())
     chosen = {}
@@ -76,7 +76,7 @@ def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Compiled modules run as they are written, so that their calls can be seen."""
+    """Run compiled modules uncompiled, so that their calls can be intercepted."""
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled
         yield
         return
@@ -119,25 +119,24 @@ def gradient_statistics(  # type: ignore[misc]
     engine: str = "auto",
     memory: int | None = None,
 ) -> GradientStatistics | list[GradientStatistics]:
-    r"""Statistics of the gradient of a per-sample loss, for every sample: ``stat(d L_n / d theta)``.
+    r"""Return statistics of every sample's gradient of a per-sample loss: ``stat(d L_n / d theta)``.
 
     Args:
-        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        model: A classifier; batch norms must be in eval mode. The model is left unchanged.
         inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
-        objective: ``"pseudo_label"``, ``"uniform"``, ``"confounding"``, ``"confounding_logits"``, ``"label"``, or any
-            callable from
-            logits ``(N, C)`` to losses ``(N,)``. A sequence of them shares one forward and gives a list.
+        objective: ``"pseudo_label"``, ``"uniform"``, ``"confounding"``, ``"confounding_logits"``, ``"label"``, or a
+            callable from logits ``(N, C)`` to losses ``(N,)``. A sequence of objectives shares one forward pass and returns a list.
         parameters: ``None`` for all parameters (frozen ones too), or a predicate on the parameter's name.
-        per_parameter: Whether to keep the parameters apart: results ``(N, P)`` instead of ``(N,)``.
-        statistics: Names of the statistics to compute; the fewer, the faster.
+        per_parameter: Whether to return one value per parameter, ``(N, P)``, instead of ``(N,)``.
+        statistics: Names of the statistics to compute; fewer statistics are faster.
         targets: True labels ``(N,)``, for the objective ``"label"``.
-        logits: From the model's output to its logits ``(N, C)``.
-        engine: ``"auto"``, the fast one; ``"vmap"`` (``torch.func``); or ``"reference"`` (one sample at a time, slow).
-        memory: Bytes to use at most beyond the model and the inputs, by splitting the batch; ``None`` runs it in one
-            piece.
+        logits: Returns the logits ``(N, C)`` from the model's output.
+        engine: ``"auto"`` (fast); ``"vmap"`` (``torch.func``); or ``"reference"`` (one sample at a time, slow).
+        memory: Memory limit in bytes, beyond the model and the inputs, kept by splitting the batch; ``None`` for no
+            limit.
 
     Returns:
-        A :class:`GradientStatistics`, or a list of them, one an objective.
+        A :class:`GradientStatistics`, or a list with one per objective.
 
     Raises:
         ValueError: If batch norm is in train mode, or a name is unknown.
@@ -219,20 +218,20 @@ def per_sample_gradients(
     targets: Tensor | None = None,
     logits: Callable[[Any], Tensor] = logits_of,
 ) -> Iterator[tuple[str, Tensor]]:
-    r"""Every sample's gradient of a per-sample loss, one parameter after the other: ``d L_n / d theta``.
+    r"""Yield the parameters' names and every sample's gradient of a per-sample loss: ``d L_n / d theta``.
 
-    The backward pass runs at once; a parameter's gradients are built when the iterator comes to it.
+    The backward pass runs when the function is called; the gradients of a parameter are built when the iterator reaches it.
 
     Args:
-        model: A classifier; batch norms must be in eval mode. It comes back exactly as it was.
+        model: A classifier; batch norms must be in eval mode. The model is left unchanged.
         inputs: As in :func:`gradient_statistics`.
         objective: As in :func:`gradient_statistics`, one only.
         parameters: ``None`` for all parameters, or a predicate on the parameter's name.
         targets: True labels ``(N,)``, for the objective ``"label"``.
-        logits: From the model's output to its logits ``(N, C)``.
+        logits: Returns the logits ``(N, C)`` from the model's output.
 
     Returns:
-        An iterator over names and gradients ``(N, *shape)``, zero where the loss does not reach.
+        An iterator over names and gradients ``(N, *shape)``; zero if the loss does not depend on the parameter.
 
     Example:
         >>> _ = torch.manual_seed(0)

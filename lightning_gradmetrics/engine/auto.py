@@ -40,21 +40,21 @@ Work = Callable[[Task, Strategy, ForwardState], Result]
 
 
 def auto_moments(task: Task) -> list[Moments]:
-    """Return the moments ``(N, P)`` of each objective's gradient, each parameter in the fastest way that is right for it."""
+    """Return the moments ``(N, P)`` of each objective's gradient, each computed in the fastest verified way."""
     if task.size == 0:
         return empty_moments(task)
     return _by_strategy(task, _moments)
 
 
 def sample_uses(task: Task) -> dict[str, Use]:
-    """Return what the gradients of the first objective can be built from, for each parameter that it reaches."""
+    """Return the uses of each parameter that the first objective depends on; its gradients follow from them."""
     if task.size == 0:
         return {}
     return _by_strategy(task, _uses)
 
 
 def _by_strategy(task: Task, work: Work[Result]) -> Result:
-    """Return the work by a known strategy, by a new one if none fits, or without a plan for this batch only."""
+    """Do the work by a known strategy, by a new one if none fits, or without a plan for this batch only."""
     known = _STRATEGIES.setdefault(task.model, {})
     unplannable = _UNPLANNABLE.setdefault(task.model, set())
     state, key, shapes = ForwardState(task.model), _kind(task), _shapes(task)
@@ -63,7 +63,7 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
         strategies[:] = [strategy for strategy in strategies if not strategy.provisional]
     for strategy in sorted(strategies, key=lambda strategy: (shapes, task.size) not in strategy.times):
         if task.memory is not None and shapes != strategy.shapes:
-            continue  # what a sample takes is known for the planned shapes only
+            continue  # the memory of a sample is known for the planned shapes only
         try:
             return work(task, strategy, state)
         except PlanError:
@@ -95,7 +95,7 @@ def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:
 
 
 def _kind(task: Task) -> Hashable:
-    """Return what a strategy depends on, besides the sizes of the inputs."""
+    """Return everything that a strategy depends on, except the sizes of the inputs."""
     device = next(iter(task.parameters.values())).device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     names = tuple((name, p.shape, p.dtype) for name, p in task.parameters.items())
@@ -134,7 +134,7 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     """Fill a table: the fast parameters, then the others.
 
     Raises:
-        PlanError: If the strategy has a plan and the model does something else.
+        PlanError: If the model does not follow the strategy's plan.
     """
     task = table.task
     seen: list[Tensor] = []
@@ -187,7 +187,7 @@ def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Cal
 def _fill_by_owners(
     table: MomentTable | UseTable, strategy: Strategy, checks: Callable[[Tensor], None]
 ) -> dict[str, str]:
-    """Fill a table by recovered owners; returns the parameters for which that is impossible, and why."""
+    """Fill a table by recovered owners; return the parameters for which that is impossible, with reasons."""
     task, state = table.task, ForwardState(table.task.model)
     names, lost = list(strategy.fast), {}
     while names:

@@ -1,4 +1,4 @@
-"""Where the sample is in a tensor, found by comparing the shapes of a run with two samples and of one with three."""
+"""Finds the sample axis of a tensor, by comparing the shapes of runs with two and with three samples."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Axis", "axis_between"]
 
 @dataclass(frozen=True)
 class Axis:
-    """The axis that holds the samples, ``times`` positions each (windows, frames, tokens).
+    """The sample axis of a tensor, with ``times`` positions per sample (windows, frames, tokens).
 
     Args:
         dim: The axis.
-        times: Positions of one sample on it.
+        times: Number of positions of one sample.
         minor: Whether the sample is the fast index, position ``t N + n``, instead of ``n times + t``.
     """
 
@@ -31,14 +31,14 @@ class Axis:
         return tensor.shape[self.dim] // self.times
 
     def unflatten(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """Return the axis cut into samples and positions, and the axis of the samples in the result."""
+        """Split the axis into samples and positions; return the result and its sample axis."""
         sizes = (self.times, -1) if self.minor else (-1, self.times)
         if tensor.shape[self.dim] == 0:
             sizes = (self.times, 0) if self.minor else (0, self.times)
         return tensor.unflatten(self.dim, sizes), self.dim + self.minor  # type: ignore[no-untyped-call]
 
     def split(self, tensor: Tensor) -> Tensor:
-        """``(N, times, *others)``: the samples first, then their positions, then the other axes in order."""
+        """Return ``(N, times, *others)``: samples, their positions, then the other axes in order."""
         if self.times == 1:
             return tensor.movedim(self.dim, 0).unsqueeze(1)
         cut, sample = self.unflatten(tensor)
@@ -49,7 +49,7 @@ def axis_between(two: Sequence[int], three: Sequence[int]) -> Axis | None:
     """Return the sample axis of a tensor with shape ``two`` for two samples and ``three`` for three; ``None`` if it has none.
 
     Raises:
-        ValueError: If the shapes differ in another way than one axis growing with the samples.
+        ValueError: If the shapes differ in any other way than one axis that grows with the samples.
 
     Example:
         >>> axis_between((8, 2, 5), (8, 3, 5)), axis_between((98, 7), (147, 7)), axis_between((3,), (3,))

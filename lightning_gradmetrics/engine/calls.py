@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["OpeningMode", "has_tensors", "map_arguments", "opened", "tensors_in"]
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
-"""For a fused function, one of the same signature and result, written in calls that have rules."""
+"""For a fused function, an equivalent function written in calls that have rules."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -54,9 +54,8 @@ def _never(*_: Any) -> bool:
 def opened(function: Any) -> Callable[..., Any]:
     """Return a composite torch function without its own check for overrides, so that only the calls inside it are intercepted.
 
-    A torch function mode is left while it handles a call. Entering it again and calling the function would only hand
-    it the same
-    call; the copy made here skips that check and runs its body.
+    A torch function mode is inactive while it handles a call. Entering it again and calling the function would only
+        intercept the same call; the copy made here skips the check and runs its body.
     """
     checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     scope = {**function.__globals__, **dict.fromkeys(checks, _never)}
@@ -66,7 +65,7 @@ def opened(function: Any) -> Callable[..., Any]:
 
 
 class OpeningMode(TorchFunctionMode):
-    """A torch function mode that sees inside functions written in Python, and those with a decomposition."""
+    """A torch function mode that also intercepts the calls inside Python functions and decomposed functions."""
 
     active: ClassVar[int] = 0
     """How many such modes are active."""

@@ -1,4 +1,4 @@
-"""Whether data decides what a forward pass computes: a trace of the basic operations and of what they depend on."""
+"""Traces the basic operations of a forward pass and their dependences, to find out whether data decide its course."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Operation:
         inputs: The shapes of its tensor arguments.
         outputs: The shapes of its results.
         arguments: Its other arguments by name.
-        chosen: Axes along which a tensor chooses, with that tensor's shape.
-        by_data: Why data decides its shape or layout, if it does.
+        chosen: Axes along which the operation selects positions, with the shape of the tensor.
+        by_data: The reason why its shape or layout depends on data, if it does.
         read: Whether Python reads a value from it: ``""``, ``"float"`` or ``"other"``.
         input_serials: The serial numbers of its tensor arguments.
         output_serials: The serial numbers of its results.
@@ -55,10 +55,10 @@ class Operation:
 
 
 class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes each basic operation while it is active.
+    """Records each basic operation while it is active.
 
     Args:
-        samples: The tensors that hold the samples.
+        samples: The tensors with samples.
         weights: The parameters.
     """
 
@@ -76,7 +76,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._add(tensor, bit)
 
     def _key(self, tensor: Tensor) -> int:
-        """Return the identity of the memory behind a tensor: views share it."""
+        """Return the identity of a tensor's memory, which views share."""
         try:
             storage: Any = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):
@@ -96,14 +96,14 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return bits
 
     def note_read(self, tensor: Tensor) -> None:
-        """Note that Python reads the values of a tensor without an operation."""
+        """Record that Python reads the values of a tensor without an operation."""
         bits = self.depends(tensor)
         if bits:
             kind = "float" if tensor.is_floating_point() else "other"
             self.operations.append(Operation("read", bits, (tuple(tensor.shape),), (), {}, read=kind))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation and note it."""
+        """Run one operation and record it."""
         kwargs = kwargs or {}
         arguments = _by_name(func, args, kwargs)
         tensors = list(tensors_in(tuple(arguments.values())))
@@ -144,7 +144,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _choices(
         self, func: Any, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str, str]:
-        """Return the axes that an operation chooses along, why data decides its shape, and the kind of value read from it."""
+        """Return the axes that an operation selects along, why its shape depends on data, and the kind of value read from it."""
         name = func._overloadpacket.__name__
         if torch.Tag.data_dependent_output in func.tags and bits:
             return (), "", "float" if tensors[0].is_floating_point() and name != "equal" else "other"
@@ -155,7 +155,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (), "", ""
 
     def _indexed(self, name: str, arguments: Mapping[str, Any]) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
-        """Return the axes that an operation like ``x[i, :, j]`` chooses along, other than by ``0, 1, 2, ...``."""
+        """Return the axes that an operation like ``x[i, :, j]`` selects along, except by ``0, 1, 2, ...``."""
         shape = tuple(arguments["self"].shape)
         chosen, dim = [], 0
         for index in arguments["indices"]:
@@ -227,14 +227,14 @@ def _by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[
 
 
 def _written(func: Any, arguments: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The tensors that an operation changes in place."""
+    """Yield the tensors that an operation changes in place."""
     for argument in func._schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from tensors_in(arguments.get(argument.name))
 
 
 def _counts_up(index: Tensor, length: int) -> bool:
-    """Return whether an index is ``0, 1, ..., length - 1``, so that each position is chosen where it is."""
+    """Return whether an index is ``0, 1, ..., length - 1`` and so keeps the order."""
     flat = index.reshape(-1)
     return len(flat) == length and bool((flat == torch.arange(length, device=flat.device)).all())
 

@@ -1,4 +1,4 @@
-"""What one call of the engine gathers: a table of moments, or the gradients themselves in unevaluated form."""
+"""Collects the results of one call: a table of moments, or gradients in unevaluated form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Check = Callable[[int, Tensor], None] | None
 
 
 class MomentTable:
-    """The moments ``(N, P)`` of each objective's gradient, filled one parameter after the other.
+    """The moments ``(N, P)`` of each objective's gradient, filled one parameter at a time.
 
     Args:
         task: The batch.
@@ -53,7 +53,7 @@ class MomentTable:
             self._waiting[-1][name] = use.moments(self.task.wanted)
 
     def finish(self) -> None:
-        """Put the parameters' moments side by side, all at once, and undo the scales."""
+        """Write all parameters' moments into the table and undo the scales."""
         for moments, waiting, small in zip(self.moments, self._waiting, self._small, strict=False):
             waiting.update(_segment_moments(small, self.task.wanted))
             _fill_columns(moments, waiting, self._columns)
@@ -121,7 +121,7 @@ def _fill_columns(moments: Moments, parts: Mapping[str, Moments], columns: Mappi
 def _mapped_moments(task: Task) -> list[Moments] | None:
     try:
         return functional_moments(task)
-    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's own
+    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's error
         return None
 
 
@@ -147,7 +147,7 @@ class UseTable:
             self.uses[name] = ScaledUse(use, self._undo)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the uses are complete."""
 
     def clear(self) -> None:
         """Delete all values."""
@@ -172,7 +172,7 @@ class UseTable:
 def _mapped_gradients(task: Task) -> dict[str, Tensor] | None:
     try:
         return functional_gradients(task, 0)
-    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's own
+    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's error
         return None
 
 

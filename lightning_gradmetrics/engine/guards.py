@@ -1,4 +1,4 @@
-"""Cheap checks of each batch: do samples depend on each other, in the model or in an objective?"""
+"""Cheap checks of each batch for samples that depend on each other, in the model or in an objective."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_gradmetrics.gradients.precision import at_least_float32
 __all__ = ["check_alone", "check_objectives", "compare_alone"]
 
 _CHOICE = random.Random(0)
-"""Chooses the samples to check; the user's generators are left alone."""
+"""Chooses the samples to check, without use of the user's generators."""
 
 
 def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, quiet: bool) -> None:
@@ -52,7 +52,7 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
     repeated = _logits(task, [number] * task.size, state, True)[:1]
     step = 64 * torch.finfo(logits.dtype).eps
     if not torch.allclose(repeated, expected, step, step * float(expected.abs().amax()), equal_nan=True):
-        raise coupled_model(f"a part of {type(task.model).__name__} for which data decides what it computes")
+        raise coupled_model(f"a part of {type(task.model).__name__} whose computation depends on the data")
 
 
 def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool) -> Tensor:
@@ -66,7 +66,7 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool) ->
 
 
 def check_objectives(task: Task, logits: Tensor) -> None:
-    """Compare each of the user's objectives on two random halves of a batch with that on the batch, gradients included.
+    """Compare each of the user's objectives on two random halves of a batch with the whole batch, gradients included.
 
     The objectives of this package treat each sample separately and are not checked.
 

@@ -1,4 +1,4 @@
-"""What a forward pass depends on besides its inputs: random number generators and attributes of modules."""
+"""The state of a forward pass besides its inputs: random number generators and attributes of modules."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ForwardState:
         self._generators.restore()
 
     def restore_attributes(self) -> None:
-        """Set attributes and buffers to this state; random numbers go on."""
+        """Set attributes and buffers to this state, but not the random number generators."""
         for attributes, before in self._attributes:
             for name in attributes.keys() - _INTERNAL - before.keys():
                 del attributes[name]
@@ -74,7 +74,7 @@ class ForwardState:
 
 @contextmanager
 def quiet_no_grad(quiet: bool) -> Iterator[None]:
-    """No gradients, and if ``quiet`` no warning of reentrant activation checkpoints that there are none."""
+    """Disable gradients; if ``quiet``, also the warning of reentrant activation checkpoints about it."""
     with torch.no_grad():
         if not quiet:
             yield
@@ -95,7 +95,7 @@ def attribute_key(model: nn.Module) -> Hashable:
 
 
 def note_volatile(model: nn.Module, before: Hashable, after: Hashable) -> None:
-    """Leave attributes that differ between two keys out of all later keys: a forward pass changes them."""
+    """Exclude attributes that differ between two keys from later keys, because a forward pass changes them."""
     changed = set(before) ^ set(after)  # type: ignore[call-overload]
     volatile = _VOLATILE.setdefault(model, set())
     for number, name, _ in changed:
@@ -103,7 +103,7 @@ def note_volatile(model: nn.Module, before: Hashable, after: Hashable) -> None:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[int, str, Hashable]]:
-    """The number of the module, the attribute's name and its value, for every plain attribute."""
+    """Yield the number of the module, the name and the value of every plain attribute."""
     configurations: set[int] = set()
     classes: dict[type, None] = {}
     for number, module in enumerate(model.modules()):
@@ -132,5 +132,5 @@ def _plain_entries(number: int, name: str, entries: Mapping[Any, Any]) -> Iterat
 
 
 def _is_configuration(value: Any) -> bool:
-    """Return whether an attribute is an object that holds settings."""
+    """Return whether an attribute is an object with settings."""
     return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type))

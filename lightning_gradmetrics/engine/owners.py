@@ -1,4 +1,4 @@
-"""Which sample each row of a call belongs to, read off two backward passes instead of planned.
+"""Finds the sample that each row of a call belongs to, from two backward passes instead of a plan.
 
 The first backward pass weights the losses with a number per sample. Each row of an output's gradient comes back multiplied
 by the number of the sample it belongs to: the ratio of a row's two gradients names its owner, whatever order the model
@@ -25,7 +25,7 @@ from lightning_gradmetrics.engine.uses import RowsUse
 __all__ = ["OwnershipPass", "grouped_rows", "owners_of_rows"]
 
 PROJECTIONS = 4
-"""Numbers that a row's gradient is reduced to for the comparison."""
+"""Size to which a row's gradient is reduced for the comparison."""
 
 _FLAT = frozenset(
     [
@@ -90,7 +90,7 @@ class OwnershipPass(Tracer):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one call; of those with parameters the rows are grouped later."""
+        """Run one call; the rows of calls with parameters are grouped later."""
         kwargs = kwargs or {}
         if self._busy:
             return func(*args, **kwargs)
@@ -106,7 +106,7 @@ class OwnershipPass(Tracer):
         return self._with_parameters(func, sources, args, kwargs)
 
     def _note_constants(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """A result is constant if all arguments are; a constant that is written to is one no longer."""
+        """Record results of constant arguments as constants; a constant that is written to is not constant any more."""
         if self._constants.issuperset(map(id, tensors_in((args, kwargs)))):
             for tensor in tensors_in(result):
                 self._constants.add(id(tensor))
@@ -202,7 +202,7 @@ class OwnershipPass(Tracer):
         return result
 
     def _attached(self, result: Tensor) -> Tensor:
-        """Return a fresh tensor as a part of the graph."""
+        """Add a new tensor to the graph."""
         return result + torch.zeros_like(self.anchor, dtype=result.dtype) * self.anchor.to(result.dtype)
 
     def _row_broadcast(self, func: Any, sources: tuple[Source, ...], args: Any, kwargs: Any) -> Any:
@@ -254,7 +254,7 @@ class OwnershipPass(Tracer):
     ) -> None:
         count, x, version = before
         if x._version != version:
-            raise self._refused(slots.values(), "a layer's input was changed in place after the layer had used it")
+            raise self._refused(slots.values(), "a layer's input was changed in place after its use")
         with self._quiet(), self._guarded(slots.values()):
             rows = len(call.values["input"])
             flat = g.reshape(rows, g.shape[count:].numel())
@@ -306,7 +306,7 @@ class OwnershipPass(Tracer):
 
 
 def _stripped(shape: torch.Size) -> tuple[int, ...]:
-    """Return a shape without leading ones."""
+    """Return a shape without leading dimensions of size one."""
     sizes = list(shape)
     while sizes and sizes[0] == 1:
         sizes.pop(0)
@@ -314,7 +314,7 @@ def _stripped(shape: torch.Size) -> tuple[int, ...]:
 
 
 def owners_of_rows(weighted: Tensor, plain: Tensor, weights: Tensor, sample_of: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sample that each row belongs to, and which rows belong to no single one.
+    """Return the sample that each row belongs to, and which rows do not belong to exactly one.
 
     Args:
         weighted: The rows ``(R, K)`` where the loss of sample ``n`` was multiplied by ``weights[n]``.
@@ -363,7 +363,7 @@ def grouped_rows(owners: Tensor, size: int) -> Tensor:
 
 
 def _regrouped(call: Call, g: Tensor, index: Tensor) -> tuple[Call, Tensor]:
-    """Return a call, and the gradient of its output, with the rows of each sample next to each other."""
+    """Return a call and its output gradient with the rows of each sample adjacent."""
     samples, times = index.shape
     axis = Axis(0, times)
     flat = index.flatten()

@@ -1,4 +1,4 @@
-"""From two recordings, with two and with three samples, to what to do at each call that involves a chosen parameter."""
+"""Plans each call with a chosen parameter, from recordings of runs with two and with three samples."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class PlanError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """What to do at one call with parameters, or with tensors derived from them, among its arguments.
+    """The plan for one call whose arguments include parameters or tensors derived from them.
 
     Args:
         function: The function called.
         sources: The parameters and derived tensors among its arguments, in order.
         kind: ``"derive"``: no argument depends on the samples, run it with a graph; ``"rule"``: a rule covers it;
-            ``"broadcast"``: give each sample its own copy, aligned to the output; ``"vmap"``: give each sample its own
+            ``"broadcast"``: give each sample a copy, aligned to the output; ``"vmap"``: give each sample its own
             copy and map over the samples; ``"plain"``: run it, nothing differentiable is returned; ``"uncovered"``: run
             it, these parameters need another engine.
         inputs: The sample axis of each tensor argument.
         output: The sample axis of the output.
         derived: Which outputs are derived tensors.
-        root: Whether no chosen parameter comes before it on the samples' way.
+        root: Whether its inputs with samples do not depend on a chosen parameter.
     """
 
     function: Any
@@ -137,7 +137,7 @@ def _functions(trace: CallTrace) -> list[Any]:
 
 
 class _Builder:
-    """Follows parameters, and what is derived from them, through the calls."""
+    """Follows parameters and tensors derived from them through the calls."""
 
     def __init__(self, names: dict[int, str]) -> None:
         self.sources: dict[int, Source] = dict(names)
@@ -297,14 +297,14 @@ def layout(changed: Tensor, times: int) -> bool | None:
     major = not bool((changed & (positions // times != samples)).any())
     minor = not bool((changed & (positions % 3 != samples)).any())
     if not major and not minor:
-        raise ValueError("the rows of the samples are in no fixed order")
+        raise ValueError("the rows of the samples have no fixed order")
     return None if major and minor else minor
 
 
 def _minors_by_gradient(
     steps: Sequence[Step], numbers: Sequence[int], results: Sequence[Any], loss: Tensor | None
 ) -> list[bool | None]:
-    """Return the layout of each step's output, read off one sample's gradient; ``None`` where that is zero."""
+    """Return the layout of each step's output from one sample's gradient; ``None`` where that is zero."""
     minors: list[bool | None] = [None] * len(numbers)
     live = []
     for place, number in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""A look at a model before the first batch: runs on two and on three samples, and with each sample replaced in turn."""
+"""Probes a model before the first batch: runs on two and three samples, and with each sample replaced in turn."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["Probe", "changed_positions", "outline", "probe_model"]
 
 @dataclass(frozen=True)
 class Probe:
-    """What the probe found.
+    """The result of a probe.
 
     Args:
         task: Three samples of the batch.
         losses: For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale.
-        plan: What to do at each call; ``None`` if the calls or the order of rows depend on the data.
+        plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
         reads_activations: Whether Python reads values that depend on samples and parameters.
         separable: Whether every operation is known to keep the samples apart.
         random: Whether it draws random numbers.
         pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
-        bytes: About the memory that one sample's activations take.
+        bytes: Approximate memory of one sample's activations.
     """
 
     task: Task
@@ -149,9 +149,9 @@ def _three_samples(task: Task) -> Task:
 
 
 def _with_row(task: Task, number: int, source: int, noise: float) -> Task:
-    """Return the task with one sample replaced by another one; its floating-point numbers are scaled at random.
+    """Return the task with one sample replaced by another, whose floating-point numbers are scaled at random.
 
-    Whole numbers stay valid: they are those of the other sample, or the sample's own in another order.
+    Integers stay valid: they come from the other sample, or from the same sample in another order.
     """
     generator = torch.Generator().manual_seed(number)
     flags = iter(task.per_sample)
@@ -198,7 +198,7 @@ class _Runs:
         try:
             with quiet_no_grad(True), trace:
                 logits = task.forward()
-        except Exception:  # a made-up sample may be one that the model refuses
+        except Exception:  # the model may refuse a synthetic sample
             return None, None
         finally:
             self.state.restore()
@@ -228,7 +228,7 @@ class _Runs:
 
 
 def _changes_by_sample(runs: _Runs, logits: Tensor, irregular: str) -> tuple[Changes, str]:
-    """For the calls with parameters, the positions that change with each sample; or why that is not known.
+    """Return the positions that change with each sample, for calls with parameters; or why they are unknown.
 
     Raises:
         CoupledSamplesError: If the logits of a sample, or a row that meets a parameter, change with another sample.
@@ -263,7 +263,7 @@ def _first_foreign(changed: Tensor) -> int:
 def _replaced(
     runs: _Runs, number: int, logits: Tensor, only: Collection[int], irregular: bool
 ) -> tuple[CallTrace | None, Task]:
-    """Return the trace of a run with one sample replaced, by another one or by a similar one that leads to the same calls."""
+    """Return the trace of a run with one sample replaced, by another sample or a similar one that leads to the same calls."""
     rest = [(number + 1) % 3, (number + 2) % 3]
     trace, task = None, runs.task
     for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
@@ -301,7 +301,7 @@ def _same_rows(found: Tensor, expected: Tensor, tight: bool) -> bool:
 
 
 def changed_positions(base: CallTrace, traces: Sequence[CallTrace]) -> Changes:
-    """For each call and each of its tensors, the positions that change with each sample, ``(3, L)``."""
+    """Return the positions ``(3, L)`` that change with each sample, for each call and each of its tensors."""
     changes = []
     for number, call in enumerate(base.calls):
         rows = []

@@ -6,7 +6,7 @@ __all__ = ["CoupledSamplesError", "SampleAxisError", "coupled_model", "coupled_o
 
 
 class CoupledSamplesError(ValueError):
-    """The samples of a batch depend on each other, so that no sample has a gradient that is its own."""
+    """The samples of a batch depend on each other, so per-sample gradients are undefined."""
 
 
 class SampleAxisError(ValueError):

@@ -1,4 +1,4 @@
-"""Which tensors of the inputs hold one row per sample, and which are shared by all samples."""
+"""Decides which input tensors have one row per sample, and which are shared by all samples."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lightning_gradmetrics.gradients.precision import accumulator, rounding
 __all__ = ["check_rows", "close_rows", "input_structure", "with_sample_axes"]
 
 _DECIDED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, bool]]] = WeakKeyDictionary()
-"""For each model and structure of its inputs: which tensors hold samples, by number."""
+"""The tensors with samples, by number, for each model and structure of its inputs."""
 
 MOST_OPEN = 4
-"""Ambiguous tensors for which all combinations are tried."""
+"""Largest number of ambiguous tensors for which all combinations are tried."""
 
 
 def input_structure(inputs: Any) -> Hashable:
@@ -40,11 +40,11 @@ def input_structure(inputs: Any) -> Hashable:
 def with_sample_axes(task: Task) -> Task:
     """Return the task with ``per_sample`` filled in.
 
-    A tensor as long as the batch may be shared all the same: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
+    A tensor that is as long as the batch may nevertheless be shared: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
     ``N = T``. A run of the model on parts of the batch decides, once for each structure of the inputs.
 
     Raises:
-        SampleAxisError: If the model runs on no reading of the inputs.
+        SampleAxisError: If the model runs under no reading of the inputs.
     """
     tensors = list(tensors_in(task.inputs))
     flags = [tensor.ndim > 0 and len(tensor) == task.size for tensor in tensors]

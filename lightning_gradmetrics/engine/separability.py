@@ -1,7 +1,7 @@
-"""A proof that a forward pass treats each sample separately, from the basic operations of two traces.
+"""Proves from the basic operations of two traces that a forward pass treats each sample separately.
 
-Each operation on this page keeps the samples apart as long as it does not mix positions of the sample axis. Where all of a
-model's operations are such ones, no batch can couple its samples, and no check of a batch is needed.
+Each operation listed here keeps the samples apart as long as it does not mix positions of the sample axis. If all
+operations of a model are listed, no batch can couple its samples, and batches need no check.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Layout:
     inner: int = 1
 
     def moved(self, dim: int) -> Layout:
-        """Return the same on another axis."""
+        """Return the layout on another axis."""
         return Layout(dim, self.outer, self.inner)
 
 
@@ -151,7 +151,7 @@ def _aligned(step: _Step) -> Layout:
 
 
 def _reshaped(step: _Step) -> Layout:
-    """Return the order of all entries stays; the axes are cut in another way."""
+    """Reshape: the order of all entries stays, and the axes are split differently."""
     layout, old, new = step.first, step.shape, step.operation.outputs[0]
     before = math.prod(old[: layout.dim]) * layout.outer
     after = math.prod(old[layout.dim + 1 :]) * layout.inner
@@ -182,7 +182,7 @@ def _expanded(step: _Step) -> Layout:
 
 
 def _along(step: _Step) -> Layout:
-    """Works along other axes, and keeps them."""
+    """The operation works along other axes and keeps them."""
     if step.first.dim in step.dims():
         raise _UnprovenError
     return step.first
@@ -195,7 +195,7 @@ def _along_dims(step: _Step) -> Layout:
 
 
 def _removed(step: _Step) -> Layout:
-    """Removes other axes."""
+    """The operation removes other axes."""
     dims = step.dims()
     if step.first.dim in dims:
         raise _UnprovenError
@@ -221,7 +221,7 @@ def _unfolded(step: _Step) -> Layout:
 
 
 def _rows(step: _Step) -> Layout:
-    """Works on each position of the first axis separately."""
+    """The operation works on each position of the first axis separately."""
     if step.first.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
         raise _UnprovenError
     return step.first
@@ -271,7 +271,7 @@ def _strided_rows(step: _Step) -> Layout:
 
 
 def _product(step: _Step, skip: int = 0) -> Layout:
-    """Return a matrix product, after ``skip`` summands: the axis that is summed over does not hold the samples."""
+    """Matrix product, after ``skip`` summands: the contracted axis is not the sample axis."""
     left, right = step.layouts[skip], step.layouts[skip + 1]
     ndim = len(step.operation.inputs[skip])
     if any(layout is not None for layout in step.layouts[:skip]):
@@ -291,7 +291,7 @@ def _shifted_product(step: _Step) -> Layout:
 
 
 def _looked_up(step: _Step) -> Layout:
-    """Return an embedding: a table and indices."""
+    """Embedding: a table and indices."""
     table, indices = step.layouts
     if table is not None or indices is None:
         raise _UnprovenError
@@ -299,7 +299,7 @@ def _looked_up(step: _Step) -> Layout:
 
 
 def _attention(step: _Step) -> list[Layout]:
-    """Queries, keys and values of the same sample, and perhaps a mask."""
+    """Attention: queries, keys and values of the same sample, and possibly a mask."""
     for layout in step.layouts[:3]:
         if layout is None or layout.dim != 0 or layout != step.layouts[0]:
             raise _UnprovenError

@@ -1,4 +1,4 @@
-"""How a model is handled: planned on a probe, verified against autograd, and what is left to slower ways."""
+"""Chooses how to handle a model: plans on a probe, verifies against autograd, and uses slower ways for the rest."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Strategy:
 
     Args:
         plan: What to do at each call; ``None`` recovers the owners of rows in every batch.
-        fast: The parameters handled so, verified on the probe.
-        slow: The others, and why.
+        fast: The parameters that the plan or the owners handle, verified on the probe.
+        slow: The other parameters, with reasons.
         mapped: Whether the others can be mapped over the samples, verified on the probe; else one sample at a time.
         alone: How many samples of each batch are also run alone.
-        bytes: About the memory that a sample's activations take, to split batches by.
+        bytes: Approximate memory of a sample's activations, to split batches by.
         shapes: The shapes of the inputs that it was planned for.
         times: For the shapes and batch sizes that it has run on, the positions of a sample on each axis.
         quiet: Whether runs without gradients make torch's checkpoints warn.
-        random: Whether the model draws random numbers, so that a sample alone draws other ones.
+        random: Whether the model draws random numbers, which differ for a sample alone.
         provisional: Whether it was planned on fewer than three different samples.
-        channels_last: Whether images are laid out so.
+        channels_last: Whether images use the channels-last layout.
     """
 
     plan: Plan | None
@@ -73,7 +73,7 @@ def make_strategy(task: Task) -> Strategy:
 
     Raises:
         CoupledSamplesError: If the samples depend on each other.
-        SampleAxisError: If the logits have other rows than samples.
+        SampleAxisError: If the logits do not have one row per sample.
     """
     with full_float32():
         return _make_strategy(task)
@@ -98,7 +98,7 @@ def _make_strategy(task: Task) -> Strategy:
 
 
 def _channels_last_pays(task: Task) -> bool:
-    """On a CPU dense convolutions of images are faster so: about 10 % of a ResNet's training step, measured."""
+    """Return whether the channels-last layout is faster: on a CPU it saves about 10 % of a ResNet's training step."""
     if next(iter(task.parameters.values())).device.type != "cpu":
         return False
     for module in task.model.modules():
@@ -147,13 +147,13 @@ def collect_fast(
         plan: What to do at each call; ``None`` recovers the owners of rows.
         checks: Gets the logits before any gradient is computed.
         notes: Filled in a run that verifies a plan.
-        free: Whether axes may have another number of positions per sample than planned.
+        free: Whether axes may have a different number of positions per sample than planned.
 
     Returns:
         The positions of a sample on each axis.
 
     Raises:
-        PlanError: If the model does something else than planned, or rows have no single owner.
+        PlanError: If the model does not follow the plan, or rows have no single owner.
     """
     for parameter in task.model.parameters():
         parameter.requires_grad_(False)
@@ -238,7 +238,7 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
 
 
 def _unchecked(logits: Tensor) -> None:
-    """The probe has been checked."""
+    """Accept the logits: the probe has been checked."""
 
 
 def _alone(probe: Probe, plan: Plan | None) -> int:
@@ -252,7 +252,7 @@ def _alone(probe: Probe, plan: Plan | None) -> int:
 def _without_failed_step(
     plan: Plan | None, slow: dict[str, str], error: PlanError, names: Sequence[str]
 ) -> Plan | None:
-    """Leave the parameters of a failed step to slower ways."""
+    """Use slower ways for the parameters of a failed step."""
     if plan is not None and error.step is not None:
         plan = plan.without(error.step, str(error))
         slow.update(plan.uncovered)
@@ -263,7 +263,7 @@ def _without_failed_step(
 
 
 def _gradients(probe: Probe, names: Collection[str]) -> Iterator[tuple[int, int, Tensor, dict[str, Tensor]]]:
-    """Objective, sample, undoing factor and gradients by autograd; those of one sample at a time are in memory."""
+    """Yield objective, sample, undoing factor and autograd's gradients, with one sample in memory at a time."""
     parameters = probe.task.restricted(names).parameters
     if not parameters:
         return
@@ -290,7 +290,7 @@ def _disagreements(
 
 
 def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:
-    """Return whether ``torch.func`` finds the gradients that autograd finds."""
+    """Return whether ``torch.func`` and autograd give the same gradients."""
     task = probe.task.restricted(slow)
     try:
         mapped = functional_moments(task)

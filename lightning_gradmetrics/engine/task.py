@@ -78,7 +78,7 @@ class Task:
         return replace(self, parameters=parameters)
 
     def channels_last(self) -> Task:
-        """Return the same task with images whose channels are neighbours in memory."""
+        """Return the task with images in the channels-last layout."""
 
         def laid_out(tensor: Tensor) -> Tensor:
             return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
@@ -101,7 +101,7 @@ class Task:
         return self.losses[index](self.targets)(logits)
 
     def unit_losses(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses ``(N,)`` whose gradients are scaled by a power of two per sample, and the factors that undo it."""
+        """Return losses ``(N,)`` whose gradients are scaled by a power of two per sample, and the factors that undo it."""
         return unit_losses(self.losses[index](self.targets), logits)
 
 

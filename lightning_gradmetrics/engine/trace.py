@@ -1,4 +1,4 @@
-"""Tracing every torch call of a forward pass, to learn how the model uses its parameters."""
+"""Traces every torch call of a forward pass, to find out how the model uses its parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HOST_READS = frozenset(
 
 @dataclass(frozen=True)
 class TensorState:
-    """A tensor at the time of a call: its serial number, its shape then, and whether a gradient flows into it."""
+    """A tensor during a call: its serial number, its shape, and whether it requires a gradient."""
 
     serial: int
     shape: tuple[int, ...]
@@ -80,11 +80,11 @@ class TracedCall:
 
 
 class CallTrace(OpeningMode):
-    """Traces the calls made while it is active, of composite functions the calls inside.
+    """Traces the calls made while it is active; for composite functions, the calls inside.
 
     Args:
         parameters: The parameters to know by name.
-        guide: A trace with another number of samples, which tells the sample axes; calls are marked if it is given.
+        guide: A trace with a different number of samples, which shows the sample axes; calls are marked if it is given.
         only: The numbers of the calls to mark; ``None`` marks all.
         keep: Whether to keep arguments and results.
         on_read: Gets each tensor whose values Python reads.
@@ -126,7 +126,7 @@ class CallTrace(OpeningMode):
         return sum(sizes.values())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one call and note what went in and what came out."""
+        """Run one call and record its inputs and outputs."""
         kwargs = kwargs or {}
         if self._opens(func):
             return self._inside(func, args, kwargs)
@@ -152,7 +152,7 @@ class CallTrace(OpeningMode):
         return result
 
     def _marks(self, tensors: Sequence[Tensor], states: Sequence[TensorState], first: int) -> tuple[Tensor | None, ...]:
-        """Return the marks of a call's tensors, the guide's states of which begin at ``first``."""
+        """Return the marks of a call's tensors; ``first`` is the position of their states in the guide."""
         number = len(self.calls)
         unmarked = self._only is not None and number not in self._only
         if self._guide is None or unmarked or number >= len(self._guide):

@@ -1,4 +1,4 @@
-"""Running a model once while collecting what each chosen parameter's per-sample gradients need."""
+"""Runs a model once and collects the uses of each chosen parameter."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Sink = Callable[[str, Use], None]
 
 @dataclass
 class Probe:
-    """What is noted in a run that only verifies a plan.
+    """Notes of a run that only verifies a plan.
 
     Args:
-        scales: For each parameter, how large the terms are whose sum is its gradient.
+        scales: For each parameter, the size of the terms that its gradient is a sum of.
         failures: Parameters whose rules raised an error, and what it was.
     """
 
@@ -39,7 +39,7 @@ class Probe:
 
 
 class _Root(torch.autograd.Function):
-    """Makes a fresh tensor part of the graph with no copy; it is no leaf and may be changed in place."""
+    """Adds a new tensor to the graph without a copy; it is not a leaf and may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -79,9 +79,9 @@ class Tracer(OpeningMode):
         plan: What to do at each call.
         parameters: The chosen parameters by name.
         size: The number of samples.
-        sink: Called once per parameter and backward pass, as soon as its last use's gradient is there.
-        free: Whether an axis with several positions per sample may have another number of them than planned, as for
-            sequences of another length.
+        sink: Called once per parameter and backward pass, as soon as the gradient of its last use arrives.
+        free: Whether an axis with several positions per sample may have a different number than planned, as for
+            sequences of a different length.
     """
 
     def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int, sink: Sink, free: bool = False) -> None:
@@ -136,11 +136,11 @@ class Tracer(OpeningMode):
         if not has_tensors((args, kwargs)):
             return
         if self._reads >= len(planned) or planned[self._reads] != host_value(result):
-            raise PlanError("Python reads another value from a tensor than planned")
+            raise PlanError("Python reads a different value from a tensor than planned")
         self._reads += 1
 
     def _next_step(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
-        """Return the step for a call: the next one, or in the backward pass the one that a checkpoint runs again."""
+        """Return the step for a call: the next one or, in the backward pass, the one that a checkpoint repeats."""
         if self._backward:
             return self._again(function, sources)
         step = self.plan.steps[self._position] if self._position < len(self.plan.steps) else None
@@ -235,7 +235,7 @@ class Tracer(OpeningMode):
         return result
 
     def _constant(self, values: Mapping[str, Any]) -> bool:
-        """Return whether of a call's tensors only the input is part of a graph."""
+        """Return whether the input is the call's only tensor with a graph."""
         return not any(name != "input" and isinstance(t, Tensor) and t.requires_grad for name, t in values.items())
 
     def _rooted(self, step: Step, result: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class Tracer(OpeningMode):
         """Return the axis with the number of positions per sample that a tensor has on it.
 
         Raises:
-            PlanError: If that is not the planned one, and may not differ.
+            PlanError: If the number differs from the plan and must not.
         """
         length = shape[axis.dim] if len(shape) > axis.dim else -1
         if self.free and axis.times > 1 and length > 0 and length % self.size == 0:
@@ -368,7 +368,7 @@ class Tracer(OpeningMode):
 
     def _rule_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
         if call.values["input"]._version != version:
-            raise PlanError("a layer's input was changed in place after the layer had used it")
+            raise PlanError("a layer's input was changed in place after its use")
         with self._quiet(), self._guarded(slots.values()):
             self._scale(slots.values(), call.values["input"], g)
             for slot, use in found.uses(call, call.out.split(g)):
@@ -378,7 +378,7 @@ class Tracer(OpeningMode):
 
     @contextmanager
     def _guarded(self, sources: Iterable[Source]) -> Iterator[None]:
-        """In a probe, an error costs the parameters that it concerns and not the whole plan."""
+        """In a probe, limit an error to the parameters that it concerns."""
         try:
             yield
         except Exception as error:
@@ -393,7 +393,7 @@ class Tracer(OpeningMode):
             self._arrive(source, RowsUse(g))
 
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
-        """Note how large the terms of a gradient are: rounding errors are relative to them, not to their sum."""
+        """Record the size of a gradient's terms, because rounding errors are relative to them and not to their sum."""
         if self.probe is not None:
             factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
             for name in {name for source in sources for name in self._roots[source]}:

@@ -1,4 +1,4 @@
-"""A use: what one call of a parameter adds to every sample's gradient, kept unevaluated while that is cheaper."""
+"""Uses: the contribution of one call to every sample's gradient of a parameter, unevaluated while that is cheaper."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class Use(Protocol):
-    """The gradients ``(N, *shape)`` of one parameter, in a form that need not build them."""
+    """The gradients ``(N, *shape)`` of one parameter, in a form that does not require building them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ class Use(Protocol):
         """Return the number of samples."""
 
     def rows(self, start: int, stop: int) -> Use:
-        """Return the same for some of the samples."""
+        """Return the use for some of the samples."""
 
     def gradient(self) -> Tensor:
         """Return the gradients, ``(N, *shape)``."""
@@ -82,7 +82,7 @@ def _flat(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowsUse:
-    """Gradients that are there already, ``(N, *shape)``."""
+    """Gradients that are already computed, ``(N, *shape)``."""
 
     value: Tensor
 
@@ -140,7 +140,7 @@ class LinearUse:
 
 @dataclass(frozen=True)
 class ConvUse:
-    """The weight gradient of a convolution with ``times`` inputs a sample.
+    """The weight gradient of a convolution with ``times`` inputs per sample.
 
     Args:
         x: Its input, ``(N, times, C, *S)``; for a transposed convolution the gradient of its output.
@@ -264,7 +264,7 @@ _ORDERS = frozenset(
 
 
 def _rearranges(derived: Tensor, parameter: Tensor) -> bool:
-    """Return whether a tensor holds each entry of a parameter once."""
+    """Return whether a tensor contains each entry of a parameter exactly once."""
     node = derived.grad_fn
     while node is not None and node.name() in _ORDERS and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
@@ -302,7 +302,7 @@ class ScaledUse:
 
 @dataclass(frozen=True)
 class SumUse:
-    """Several uses of one parameter: their gradients add."""
+    """The sum of several uses of one parameter."""
 
     uses: tuple[Use, ...]
 
@@ -327,7 +327,7 @@ class SumUse:
 
 
 def combined(uses: Sequence[Use]) -> Use:
-    """Return all uses of one parameter as one: positions of linear and embedding uses are joined, others add."""
+    """Return all uses of one parameter as one use: linear and embedding uses are concatenated, others are added."""
     first = uses[0]
     if len(uses) == 1:
         return first

@@ -1,7 +1,7 @@
-"""Where compiled kernels are kept: folders that the user owns and nobody else can write to.
+"""Folders for compiled kernels: the user owns them and nobody else can write to them.
 
-A library is code that this process will run. It is loaded only if nobody but the user (and the administrator, who can do
-everything anyway) could have put it there, and if its content matches the digest in its name.
+A library is code that this process runs. It is loaded only if nobody except the user and the administrator could have
+written it, and if its content matches the digest in its name.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ __all__ = ["BUILD_PREFIX", "cache_folders", "discard", "intact_libraries", "is_p
 
 NAME = "lightning_gradmetrics"
 BUILD_PREFIX = "build-"
-"""How the names of running compilations' folders begin."""
+"""Prefix of the folders of running compilations."""
 
 OWN_PREFIX = f"{NAME}-own-"
-"""How the names of folders begin that one process uses."""
+"""Prefix of folders that one process uses."""
 
 STALE_SECONDS = 600
-"""Age from which a compilation's folder is a leftover: no compilation takes that long."""
+"""Age in seconds above which a compilation's folder is a leftover."""
 
 MOST_LINKS = 40
-"""Symbolic links followed on the way to a folder, as in the operating system."""
+"""Largest number of symbolic links on the path to a folder, as in the operating system."""
 
 _OTHERS_CAN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_folders() -> Iterator[Path]:
-    """Folders for compiled kernels, the preferred one first, created where they are missing.
+    """Yield the folders for compiled kernels in order of preference; missing folders are created.
 
     ``$XDG_CACHE_HOME`` if it is an absolute path, the user's ``~/.cache``, the temporary folder, and finally a new folder
-    that is deleted when the iteration ends: a loaded library needs its file no longer. Folders that others can write to,
+    that is deleted when the iteration ends, because a loaded library no longer needs its file. Folders that others can write to,
     or from which no code may run, are left out.
     """
     for folder in _candidates():
@@ -86,7 +86,7 @@ def _is_usable(folder: Path) -> bool:
 
 
 def is_private(folder: Path) -> bool:
-    """Return whether nobody but the user and the administrator can change what the folder contains.
+    """Return whether nobody except the user and the administrator can change the folder's content.
 
     Every folder and symbolic link on the way must belong to one of the two, and no folder may be writable for others
     unless its sticky bit protects the entries.
@@ -111,7 +111,7 @@ def _is_protected(entry: os.stat_result, owners: set[int]) -> bool:
 
 
 def _way_to(path: Path) -> Iterator[Path]:
-    """Every folder and every symbolic link that the operating system passes on the way to an absolute path."""
+    """Yield every folder and symbolic link that the operating system visits to resolve an absolute path."""
     current, waiting, links = Path(path.anchor), list(reversed(path.parts[1:])), 0
     yield current
     while waiting:
@@ -126,14 +126,14 @@ def _way_to(path: Path) -> Iterator[Path]:
             continue
         links += 1
         if links > MOST_LINKS:
-            raise OSError(f"too many symbolic links on the way to {path}")
+            raise OSError(f"too many symbolic links in {path}")
         target = step.readlink()
         waiting += reversed(target.parts[1:] if target.is_absolute() else target.parts)
         current = Path(target.anchor) if target.is_absolute() else current
 
 
 def intact_libraries(folder: Path, stem: str) -> Iterator[Path]:
-    """The libraries with a name stem whose content is what was built; others of that name are deleted."""
+    """Yield the libraries with this name stem whose content is unchanged; delete the others with this stem."""
     for path in sorted(folder.glob(f"{stem}-*.so")):
         if _is_intact(path):
             yield path
@@ -163,13 +163,13 @@ def discard(path: Path) -> None:
 
 
 def publish(built: Path, folder: Path, stem: str) -> Path:
-    """Move a new library to its name in the folder, in one step: nobody sees half of it."""
+    """Move a new library into the folder in one atomic step."""
     built.chmod(0o500)
     return built.replace(folder / f"{stem}-{_digest(built)}.so")
 
 
 def sweep(folder: Path, prefix: str = BUILD_PREFIX) -> None:
-    """Delete what killed compilations left in the folder."""
+    """Delete the leftovers of killed compilations in the folder."""
     for leftover in folder.glob(f"{prefix}*"):
         try:
             entry = leftover.lstat()

@@ -20,7 +20,7 @@ __all__ = ["conv_gradient", "conv_moments"]
 
 
 def conv_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Per-sample weight gradients of a convolution.
+    """Return per-sample weight gradients of a convolution.
 
     ``G_n[o, i, k] = sum_p g_n[o, p] x_n[i, stride p + dilation k - padding]``
 
@@ -28,8 +28,8 @@ def conv_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     the gradient of its output as ``x`` and its input as ``g``.
 
     Args:
-        x: The layer's input, ``(N, C_in, *S)`` with one to three spatial dimensions. Pad it beforehand for other
-            paddings than symmetric zeros, and use a geometry without padding.
+        x: The layer's input, ``(N, C_in, *S)`` with one to three spatial dimensions. For any padding other
+            than symmetric zeros, pad it first and use a geometry without padding.
         g: The gradient of its output, ``(N, C_out, *S')``.
         geometry: Kernel size, stride, padding, dilation and groups.
 
@@ -57,13 +57,13 @@ def _is_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
 
 
 def _covers(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
-    """Return whether ``g`` covers all that ``x`` allows (with swapped roles it may not), in a type every backend supports."""
+    """Return whether ``g`` covers every output position of ``x`` (swapped roles may not), in a type every backend supports."""
     full = geometry.output_size(x.shape[2:])
     return g.numel() > 0 and full == tuple(g.shape[2:]) and g.dtype in (torch.float32, torch.float64)
 
 
 def _depthwise_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Return the samples as groups of one depthwise convolution."""
+    """Return the weight gradients by one depthwise convolution whose groups are the samples."""
     (samples, channels), dims = g.shape[:2], len(geometry.kernel_size)
     groups = samples * channels
     x, g = x.reshape(1, groups, *x.shape[2:]), g.reshape(1, groups, *g.shape[2:])
@@ -126,7 +126,7 @@ def _by_gram(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Momen
 
 
 def _by_products(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:
-    """Return moments from the weight gradients' entries, which the compiled form never writes to memory."""
+    """Return moments from the products; the compiled kernels never write the weight gradients to memory."""
     if g.numel() and supports(g, keys):
         native = native_depthwise if _is_depthwise(x, g, geometry) else native_products
         return native(x, g, geometry, keys)
@@ -141,5 +141,5 @@ def _total(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def _channel_sums(t: Tensor, groups: int) -> Tensor:
-    """``(N, groups, *S)`` from ``(N, C, *S)``."""
+    """Sum ``(N, C, *S)`` over the channels of each group, to ``(N, groups, *S)``."""
     return t.reshape(len(t), groups, t.shape[1] // groups, *t.shape[2:]).sum(2, dtype=accumulator(t))

@@ -28,10 +28,10 @@ STATISTICS: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALLEST_TILE, LARGEST_TILE = 16, 128
 ROW_PIECE = 4096
-"""Columns of a row that one program reduces."""
+"""Number of columns that one program reduces."""
 
 SWITCH = "LIGHTNING_GRADMETRICS_TRITON"
-"""Environment variable: ``0`` turns these kernels off."""
+"""Environment variable; the value ``0`` switches these kernels off."""
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def _needs_extremes(wanted: Iterable[Moment]) -> bool:
 
 
 def _precision(dtype: torch.dtype, convolution: bool) -> str:
-    """Return how ``tl.dot`` multiplies: as torch multiplies on this device, and never with fewer digits than asked for."""
+    """Return the precision of ``tl.dot``: the one that torch is set to on this device."""
     if dtype != torch.float32:
         return "tf32"
     allowed = torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
@@ -98,7 +98,7 @@ def _precision(dtype: torch.dtype, convolution: bool) -> str:
 def _grid_offsets(
     size: tuple[int, ...], steps: tuple[int, ...], device: torch.device, first: tuple[int, int] = (1, 0)
 ) -> Tensor:
-    """Offsets of every point of a grid, preceded by an axis of ``first = (number, step)``; flat, int32."""
+    """Return the flat int32 offsets of every point of a grid; ``first = (number, step)`` is its leading axis."""
     offsets = torch.arange(first[0]) * first[1]
     for length, step in zip(size, steps, strict=True):
         offsets = (offsets[:, None] + torch.arange(length) * step).flatten()
@@ -106,7 +106,7 @@ def _grid_offsets(
 
 
 def _merged_positions(g: Tensor) -> Tensor:
-    """``(N, C, P)`` from ``(N, C, *S)``, a view where the strides allow it."""
+    """Return ``(N, C, *S)`` as ``(N, C, P)``, a view if the strides allow it."""
     return g.flatten(2) if g.ndim > 3 else g
 
 
@@ -117,16 +117,16 @@ def fused_products(
     wanted: Iterable[Moment],
     convolution: bool = True,
 ) -> Moments:
-    """Return moments of a convolution's per-sample weight gradients, none of which is written to memory.
+    """Return moments of a convolution's per-sample weight gradients, without writing any of them to memory.
 
-    A linear layer is the case of one-dimensional inputs and a kernel of one entry. See :func:`fused_supports`.
+    A linear layer is a convolution of one-dimensional inputs with a kernel of one entry. See :func:`fused_supports`.
 
     Args:
         x: The layer's input, ``(N, C_in, *S)``.
         g: The gradient of its output, ``(N, C_out, *S')``, of the same type, with at least one position.
         geometry: Kernel size, stride, padding, dilation and groups.
         wanted: The moments to compute.
-        convolution: Whether TF32 follows torch's setting for convolutions, and not the one for matrix products.
+        convolution: Whether TF32 follows torch's setting for convolutions instead of that for matrix products.
 
     Returns:
         Each moment of the weight's entries, ``(N,)``, float64.
@@ -181,7 +181,7 @@ def _scaled(steps: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
 
 
 def fused_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Per-sample weight gradients of a depthwise convolution, ``(N, C, entries)``, float32.
+    """Return per-sample weight gradients of a depthwise convolution, ``(N, C, entries)``, float32.
 
     Args:
         x: The layer's input, ``(N, C, *S)``.

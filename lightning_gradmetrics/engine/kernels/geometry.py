@@ -1,4 +1,4 @@
-"""How a convolution's weight meets its input."""
+"""The geometry of a convolution: kernel, stride, padding, dilation and groups."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["POINTWISE", "ConvGeometry", "ceil_div", "three"]
 
 Sizes = tuple[int, ...]
 DIMENSIONS = 3
-"""Spatial dimensions of a convolution at most."""
+"""Largest number of spatial dimensions of a convolution."""
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
-    """``ceil(numerator / denominator)`` of integers."""
+    """Return ``ceil(numerator / denominator)`` for integers."""
     return -(-numerator // denominator)
 
 
@@ -62,7 +62,7 @@ class ConvGeometry:
         return tuple(length + 2 * pad for length, pad in zip(size, self.padding, strict=True))
 
     def output_size(self, size: Iterable[int]) -> Sizes:
-        """Return the spatial size of the output for an input's."""
+        """Return the spatial size of the output for an input size."""
         lengths = []
         fields = zip(self.padded_size(size), self.kernel_size, self.stride, self.dilation, strict=True)
         for length, kernel, stride, dilation in fields:
@@ -90,7 +90,7 @@ class ConvGeometry:
 
 
 def three(values: Iterable[int], fill: int) -> Sizes:
-    """Return values of up to three spatial dimensions, with leading ones filled in."""
+    """Return values for three spatial dimensions, with ``fill`` for the missing leading ones."""
     sizes = tuple(values)
     return (*repeat(fill, DIMENSIONS - len(sizes)), *sizes)
 

@@ -1,4 +1,4 @@
-"""Sums of squares from Gram matrices over positions: no weight gradient is formed, and few positions make it cheap.
+"""Sums of squares from Gram matrices over positions, without weight gradients; cheap for few positions.
 
 For ``G = sum_p g_p a_p^T``: ``|G|_2^2 = sum_{p,q} (g_p . g_q)(a_p . a_q)``.
 """
@@ -20,25 +20,25 @@ from lightning_gradmetrics.gradients.statistics import Moments, accumulator
 __all__ = ["conv_gram_pays", "conv_square", "linear_gram_pays", "linear_square"]
 
 CANCELLED = 1e-3
-"""Below this part of its largest possible value a Gram sum has lost digits to cancellation: it is computed directly."""
+"""A Gram sum below this fraction of its upper bound has lost digits to cancellation and is computed directly."""
 
 GAIN = 2.8
-"""How many times fewer multiplications make the plain Gram form worth it: measured, against the fused product."""
+"""Required ratio of multiplications, fused product over plain Gram form; measured."""
 
 COMPILED_GAIN = 1.2
-"""The same for the compiled form, which computes half of each symmetric matrix, and no border."""
+"""The same ratio for the compiled form, which computes half of each symmetric matrix and no border."""
 
 TILE_WASTE = 1.3
-"""What the compiled form's tiles multiply beyond that half: measured."""
+"""Multiplications of the compiled form's tiles beyond that half; measured."""
 
 PAIR_COST = 12.0
-"""What a kernel entry of a pair of positions costs the compiled form, in multiplications: measured."""
+"""Cost of one kernel entry for a pair of positions in the compiled form, in multiplications; measured."""
 
 MOST_ENTRIES = 64
 """Kernel entries that the compiled form supports: ``ENTRIES_MAX`` of ``gram.c``."""
 
 MOST_PADDING = 256
-"""Padding that the compiled form supports: what its guard covers."""
+"""Largest padding that the compiled form supports, the size of its guard zone."""
 
 
 def linear_gram_pays(a: Tensor, g: Tensor) -> bool:
@@ -62,7 +62,7 @@ def conv_gram_pays(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
         return GAIN * (volume**2 * inputs + positions**2 * (outputs + 4 * entries)) < product
     if not _compiled_form_covers(geometry):
         return False
-    # A sample's Gram form is the work of one thread: with fewer samples than threads some have nothing to do.
+    # One thread computes a sample's Gram form, so with fewer samples than threads some threads are idle.
     idle = max(1.0, torch.get_num_threads() / (len(g) * geometry.groups))
     matrices = (x.shape[2:].numel() ** 2 * inputs + positions**2 * outputs) / 2
     return COMPILED_GAIN * idle * (TILE_WASTE * matrices + PAIR_COST * entries * positions**2) < product
@@ -73,12 +73,12 @@ def _compiled_form_covers(geometry: ConvGeometry) -> bool:
 
 
 def _gram(t: Tensor) -> Tensor:
-    """``(B, V, V)`` from ``(B, C, V)``."""
+    """Return the Gram matrices ``(B, V, V)`` of ``(B, C, V)``."""
     return t.mT @ t
 
 
 def _summed(left: Tensor, right: Tensor, direct: Callable[[Tensor], Tensor]) -> Moments:
-    """``sum_{p,q} left right`` for each sample ``(N, B, P, P)``, direct where it cancels."""
+    """Return ``sum_{p,q} left right`` for each sample ``(N, B, P, P)``; computed directly where it cancels."""
     dtype = accumulator(left)
     norms = (left.diagonal(dim1=2, dim2=3) * right.diagonal(dim1=2, dim2=3)).clamp(min=0).sqrt()
     bound = norms.sum(2, dtype=dtype).square()
@@ -86,13 +86,13 @@ def _summed(left: Tensor, right: Tensor, direct: Callable[[Tensor], Tensor]) -> 
 
 
 def _compiled(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
-    """Return the same by the compiled form, with the sums."""
+    """Return the sums of squares and the sums by the compiled kernels."""
     total, square, bound = native_squares(x, g, geometry)
     return {"sum": total.sum(1), 2.0: _reliable(square, bound, direct)}
 
 
 def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return sums ``(N, B)`` over groups, direct where they are so far below their bounds that digits were lost."""
+    """Sum ``(N, B)`` over groups; compute the sum directly where cancellation lost digits."""
     total, most = square.sum(1), bound.sum(1)
     lost = (total < CANCELLED * most) & most.isfinite()
     if bool(lost.any()):
@@ -101,7 +101,7 @@ def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor])
 
 
 def linear_square(a: Tensor, g: Tensor) -> Moments:
-    """Return sums of squares of a linear layer's per-sample weight gradients, and their sums where those cost nothing.
+    """Return sums of squares of a linear layer's per-sample weight gradients, and their sums if those are free.
 
     Args:
         a: ``(N, T, I)``.
@@ -120,7 +120,7 @@ def linear_square(a: Tensor, g: Tensor) -> Moments:
 
 
 def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
-    """Return sums of squares of a convolution's per-sample weight gradients, and their sums where those cost nothing.
+    """Return sums of squares of a convolution's per-sample weight gradients, and their sums if those are free.
 
     The Gram matrix of the patches is a sum of the pixels' Gram matrix, shifted by each kernel entry.
 

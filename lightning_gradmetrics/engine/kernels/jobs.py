@@ -10,7 +10,7 @@ import ctypes
 __all__ = ["JOB_SIZES", "DepthwiseJob", "GramJob", "ProductJob", "RowJob", "SumJob", "Triple"]
 
 Triple = ctypes.c_int64 * 3
-"""One number per spatial dimension."""
+"""One integer per spatial dimension."""
 
 _Fields = list[tuple[str, type]]
 

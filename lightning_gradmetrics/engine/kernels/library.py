@@ -1,6 +1,6 @@
-"""The library of compiled kernels: built at first use with the system's C compiler, loaded once per process.
+"""Builds the library of compiled kernels at first use with the system's C compiler and loads it once per process.
 
-Without a compiler, or with ``LIGHTNING_GRADMETRICS_NATIVE=0``, there is none and every caller takes its plain torch form.
+Without a compiler, or with ``LIGHTNING_GRADMETRICS_NATIVE=0``, there is no library and every caller uses plain torch.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-w")
 DEFINES = {torch.float32: ("-DREAL=float", "-DSINGLE"), torch.float64: ("-DREAL=double",)}
 COMPILE_SECONDS = 120
 JOBS = ("products", "row_statistics", "position_statistics", "squares", "depthwise")
-"""The functions that take a job, the runner of threads and the number of threads."""
+"""The functions with the arguments job, thread runner and number of threads."""
 
 SCRATCH_SIZES = ("scratch_bytes", "gram_scratch_bytes", "depthwise_scratch_bytes")
-"""The functions that return how much memory a thread needs for packed operands."""
+"""The functions that return the memory of one thread for packed operands."""
 
 
 class Kernels(NamedTuple):
-    """A loaded library, or why there is none."""
+    """A loaded library, or the reason why there is none."""
 
     library: Any
     state: str
@@ -70,7 +70,7 @@ def library_for(dtype: torch.dtype) -> Any:
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Inside, every kernel takes its plain torch form."""
+    """Use plain torch instead of the compiled kernels inside the block."""
     global _suspended
     before, _suspended = _suspended, True
     try:
@@ -185,7 +185,7 @@ def _built(compiler: Sequence[str], dtype: torch.dtype, folder: Path, stem: str)
 
 
 def _run(command: Sequence[str], scratch: str) -> None:
-    """Run the compiler with its own temporary files in the scratch folder, which is swept if it is killed."""
+    """Run the compiler with its temporary files in the scratch folder, so that a killed run leaves nothing elsewhere."""
     environment = {**os.environ, "TMPDIR": scratch}
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS, env=environment)
@@ -223,7 +223,7 @@ def _declare(library: Any) -> None:
 
 @functools.cache
 def parallel_runner() -> int | None:
-    """Return the address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded: one pool of threads serves both."""
+    """Return the address of ``GOMP_parallel`` in torch's OpenMP runtime, so that both share one pool of threads."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():

@@ -19,7 +19,7 @@ __all__ = ["embedding_moments", "linear_gradient", "linear_moments"]
 
 
 def linear_gradient(a: Tensor, g: Tensor) -> Tensor:
-    """Per-sample weight gradients of a linear layer, ``G_n = sum_t g_nt a_nt^T``.
+    """Return per-sample weight gradients of a linear layer, ``G_n = sum_t g_nt a_nt^T``.
 
     Args:
         a: The layer's input, ``(N, T, I)``.
@@ -69,7 +69,7 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
 
 
 def _total(a: Tensor, g: Tensor) -> Tensor:
-    """``sum_t (1 . g_t)(1 . a_t)``."""
+    """Return the sum of the gradient's entries, ``sum_t (1 . g_t)(1 . a_t)``."""
     dtype = accumulator(g)
     return (a.sum(2, dtype=dtype) * g.sum(2, dtype=dtype)).sum(1)
 
@@ -80,7 +80,7 @@ def embedding_moments(
     """Return moments of the per-sample weight gradients of an embedding, without the ``(N, V, D)`` tensor.
 
     Args:
-        indices: ``(N, T)``, rows of the table.
+        indices: Rows of the table ``(N, T)``.
         g: The gradient of the layer's output, ``(N, T, D)``.
         num_embeddings: Number of rows ``V`` of the table. Rows that a sample does not touch count as zeros.
         padding_idx: The row that gets no gradient, if there is one.
@@ -107,7 +107,7 @@ def embedding_moments(
     full = torch.zeros(len(g), dtype=torch.bool, device=g.device)
     if indices.shape[1]:
         full = slot.amax(1) + 1 == num_embeddings
-    # Unused slots are zeros like the untouched rows: they matter only where a sample touches every row, some twice.
+    # Unused slots are zero, like untouched rows. They matter only if a sample touches every row and some rows twice.
     if ("max" in keys or "min" in keys) and bool(full.any()):
         spare = torch.arange(g.shape[1], device=g.device) > slot.amax(1, keepdim=True)
         low = touched.masked_fill(spare.unsqueeze(-1), -torch.inf).flatten(1)

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels, which return what their plain torch forms return."""
+"""Calls of the compiled kernels; the results equal those of plain torch."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ORDER: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
 """The moments in the order in which the kernels return them."""
 
 TASKS = 4
-"""Pieces of work for each thread at least, where samples are few."""
+"""Smallest number of pieces of work per thread, for few samples."""
 
 TILE_MULTIPLE = 12
-"""A multiple of the rows of a tile on every machine."""
+"""A multiple of the number of rows of a tile on every machine."""
 
 ONE_THREAD_ENTRIES = 16384
-"""Entries up to which one thread does the work."""
+"""Largest number of entries that one thread handles alone."""
 
 ROW_PIECE = 4096
-"""Columns that a piece of a row has at least."""
+"""Smallest number of columns of a piece of a row."""
 
 ALIGNMENT = 64
-"""Bytes: a cache line, and the widest vector."""
+"""Alignment in bytes: a cache line, and the widest vector."""
 
 Sizes = tuple[int, ...]
 _local = threading.local()
@@ -51,7 +51,7 @@ def supports(tensor: Tensor, wanted: Iterable[Moment]) -> bool:
 
 
 def _threads(entries: int | None = None) -> int:
-    """Threads for the work on that many entries."""
+    """Return the number of threads for work on this number of entries."""
     alone = parallel_runner() is None or (entries is not None and entries <= ONE_THREAD_ENTRIES)
     return 1 if alone else torch.get_num_threads()
 
@@ -61,7 +61,7 @@ def _run(job: ctypes.Structure, function: object, threads: int) -> None:
 
 
 def _scratch(size: int) -> int:
-    """Return the aligned address of memory for packed operands, kept between calls: fresh pages cost more than the packing."""
+    """Return the aligned address of memory for packed operands; it is reused, because fresh pages cost more than packing."""
     memory: Tensor | None = getattr(_local, "scratch", None)
     if memory is None or len(memory) < size + ALIGNMENT:
         _local.scratch = memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
@@ -69,7 +69,7 @@ def _scratch(size: int) -> int:
 
 
 def _moments(out: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """From partial statistics ``(N, pieces, 5)``."""
+    """Return the moments from partial statistics ``(N, pieces, 5)``."""
     moments: Moments = {}
     for key in wanted:
         pieces = out[..., ORDER.index(key)]
@@ -85,7 +85,7 @@ def _moments(out: Tensor, wanted: Iterable[Moment]) -> Moments:
 
 
 def _mode(wanted: Iterable[Moment]) -> int:
-    """0 where the sum and the sum of squares are enough, else 1."""
+    """Return 0 if the sum and the sum of squares are enough, else 1."""
     return int(not set(wanted) <= {"sum", 2.0})
 
 
@@ -161,28 +161,28 @@ def _offsets(channels: int, lanes: int, size: Sizes, out_size: Sizes, geometry: 
 
 
 def _grid(size: Sizes, step: Sizes, plane: Sizes) -> Tensor:
-    """Offsets in a plane of every point of a grid with a step along each axis."""
+    """Return the offset in a plane of every point of a grid with one step per axis."""
     depth, height, width = map(torch.arange, size)
     z, y, x = depth * step[0] * plane[1] * plane[2], height * step[1] * plane[2], width * step[2]
     return (z[:, None, None] + y[:, None] + x).flatten()
 
 
 def _layout(x: Tensor, padded: bool) -> int:
-    """0: the input stays where it is; 1: a plane per channel; 2: a plane for several, which are neighbours in memory."""
+    """Return the layout: 0 for the unchanged input, 1 for one plane per channel, 2 for planes of several interleaved channels."""
     if x.is_contiguous() and not padded:
         return 0
     return 2 if x.stride(1) == 1 and x.shape[2:].numel() > 1 else 1
 
 
 def _pieces(tasks: int, panels: int, threads: int) -> int:
-    """Into how many pieces the panels of a sample's group are cut, so that every thread has work."""
+    """Return the number of pieces for the panels of a sample's group, so that every thread has work."""
     if tasks >= TASKS * threads:
         return 1
     return max(1, min(panels, ceil_div(TASKS * threads, tasks)))
 
 
 def native_products(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
-    """Return moments of a convolution's per-sample weight gradients, none of which is written to memory. See :func:`supports`.
+    """Return moments of a convolution's per-sample weight gradients, without writing any of them to memory. See :func:`supports`.
 
     Args:
         x: The layer's input, ``(N, C_in, *S)``, with any strides.
@@ -229,7 +229,7 @@ def native_products(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterab
 
 
 def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
-    """Return the same for a depthwise convolution, ``C_in = C_out = groups``: channels are computed side by side."""
+    """Return the moments for a depthwise convolution, ``C_in = C_out = groups``, whose channels are vector lanes."""
     keys, solid, library, threads = frozenset(wanted), geometry.in_three_dimensions(), library_for(g.dtype), _threads()
     samples, channels = g.shape[:2]
     size, out_size, lanes = three(x.shape[2:], 1), three(g.shape[2:], 1), library.tile_columns()
@@ -296,5 +296,5 @@ def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor
 
 
 def _neighbours(flat: Tensor) -> Tensor:
-    """``(N, C, P)`` with channels or positions as neighbours in memory."""
+    """Return ``(N, C, P)`` with channels or positions adjacent in memory."""
     return flat if 1 in flat.stride()[1:] else flat.contiguous()

@@ -15,10 +15,10 @@ from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumula
 __all__ = ["CHUNK_ENTRIES", "chunked_moments", "position_sums", "row_moments"]
 
 CHUNK_ENTRIES = 1_500_000
-"""Gradient entries materialised at a time, so that they stay in cache for the reductions."""
+"""Number of gradient entries computed at a time, so that they stay in the cache for the reductions."""
 
 DEVICE_CHUNK_ENTRIES = 2**26
-"""The same on other devices, which need larger pieces of work."""
+"""The same number on other devices, which need larger pieces of work."""
 
 
 def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:

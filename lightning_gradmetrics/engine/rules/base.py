@@ -1,4 +1,4 @@
-"""What a rule is: from one call of a layer and the gradient of its output to the uses of its parameters."""
+"""The interface of rules: a rule maps one call of a layer and its output gradient to the uses of its parameters."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Function = Callable[[Call, Tensor], Iterator[tuple[str, Use]]]
 
 
 def one_axis(values: dict[str, Any]) -> int:
-    """Return one: only positions on the first axis are independent."""
+    """Return 1: only positions on the first axis are independent."""
     return 1
 
 
@@ -65,8 +65,7 @@ class Rule:
     """A rule for one torch function.
 
     Args:
-        uses: From the call and the gradient of its output, samples first as ``(N, times, *others)``, to the uses of
-            ``call.slots``.
+        uses: Returns the uses of ``call.slots`` from the call and its output gradient ``(N, times, *others)``.
         arguments: The function's arguments in order.
         weights: Those that may be parameters.
         accepts: Whether the rule covers a call.
@@ -96,7 +95,7 @@ def first_axis(call: Call) -> bool:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """``(N, C, *S)`` summed over the positions ``S``, in float32 for half precision."""
+    """Sum ``(N, C, *S)`` over the positions ``S``, in float32 for half precision."""
     return position_sums(tensor)[0].to(wide(tensor.dtype))
 
 

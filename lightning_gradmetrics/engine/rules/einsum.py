@@ -1,4 +1,4 @@
-"""Sums of products with a parameter (einsum), written out as a linear layer where they are one."""
+"""Sums of products with a parameter (einsum), written as a linear layer if they are equivalent to one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Labels:
         return "".join(label for label in labels if label not in self.contracted)
 
     def linear(self) -> bool:
-        """Return whether it is a linear layer: no label twice in a factor, none shared that is kept, none dropped."""
+        """Return whether it is a linear layer: labels are unique in a factor, and each is either contracted or in the output."""
         factors = (self.input, self.weight, self.output)
         if not self.contracted or any(len(set(labels)) < len(labels) for labels in factors):
             return False

@@ -28,7 +28,7 @@ def embedding_bag(
 ) -> Tensor:
     """Bags of equal size ``(N, T)``, with the arguments and the result of :func:`torch.nn.functional.embedding_bag`.
 
-    Bags with offsets and gradients scaled by frequency are left to the fused function: their rows belong to no sample.
+    The fused function handles bags with offsets and gradients scaled by frequency, whose rows belong to no sample.
     """
     if input.ndim != 2 or offsets is not None or scale_grad_by_freq:
         fused: Any = opened(F.embedding_bag)
@@ -43,7 +43,7 @@ def embedding_bag(
 
 
 def _reduced(rows: Tensor, left_out: Tensor | None, mode: str) -> Tensor:
-    """``(N, T, D)`` reduced over the bag without the padding, ``(N, D)``; an empty bag gives zero."""
+    """Reduce ``(N, T, D)`` over the bag without the padding, to ``(N, D)``; an empty bag gives zero."""
     if mode == "max":
         return _largest(rows, left_out)
     if left_out is None:

@@ -15,7 +15,7 @@ __all__ = ["linear", "product"]
 
 
 def _sequence(tensor: Tensor) -> Tensor:
-    """``(N, times, *others, D)`` as ``(N, T, D)``."""
+    """Return ``(N, times, *others, D)`` as ``(N, T, D)``."""
     return tensor.reshape(tensor.shape[0], tensor.shape[1:-1].numel(), tensor.shape[-1])
 
 

@@ -18,7 +18,7 @@ __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"
 
 
 def _channels(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """Uses of ``w`` and ``b`` with one entry a channel, from ``(N, times, C, *S)``."""
+    """Yield the uses of ``w`` and ``b`` with one entry per channel, from ``(N, times, C, *S)``."""
     total, product = position_sums(g.transpose(1, 2), normalised.transpose(1, 2) if "weight" in call.slots else None)
     if "bias" in call.slots:
         yield "bias", RowsUse(total.to(wide(g.dtype)))
@@ -31,7 +31,7 @@ def _frozen_statistics(call: Call) -> bool:
 
 
 class _Frozen(torch.autograd.Function):
-    """Batch norm by running statistics, all of it constant but the input: its backward is one product."""
+    """Batch norm with running statistics as an affine map of the input, so that its backward is one product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
@@ -76,7 +76,7 @@ def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     weights="weight bias",
 )
 def group_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """Normalised over groups of channels of one sample."""
+    """Group norm: normalises over groups of channels of one sample."""
     normalised = F.group_norm(
         call.values["input"].to(wide(g.dtype)), call.values["num_groups"], eps=call.get("eps", 1e-5)
     )
@@ -89,7 +89,7 @@ def group_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     weights="weight bias",
 )
 def instance_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """Normalised over the positions of one channel of one sample, or by the running statistics."""
+    """Instance norm: normalises over the positions of one channel of one sample, or by the running statistics."""
     use_input = call.get("use_input_stats", True)
     mean, variance = (None, None) if use_input else (call.values["running_mean"], call.values["running_var"])
     normalised = F.instance_norm(
@@ -109,7 +109,7 @@ def _outside(call: Call) -> bool:
 
 
 def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """Uses of ``w`` and ``b`` over the last axes, from ``(N, times, *positions, *shape)``."""
+    """Yield the uses of ``w`` and ``b`` over the last axes, from ``(N, times, *positions, *shape)``."""
     shape = tuple(call.values["normalized_shape"])
     entries = math.prod(shape)
 
@@ -131,7 +131,7 @@ def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, 
     row_axes=_before_shape,
 )
 def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """Normalised over the last axes."""
+    """Layer norm: normalises over the last axes."""
     shape = list(call.values["normalized_shape"])
     normalised = F.layer_norm(call.values["input"].to(wide(g.dtype)), shape, eps=call.get("eps", 1e-5))
     yield from _trailing(call, normalised, g)
@@ -145,6 +145,6 @@ def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     row_axes=_before_shape,
 )
 def rms_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """Divided by the root mean square over the last axes."""
+    """RMS norm: divides by the root mean square over the last axes."""
     shape = list(call.values["normalized_shape"])
     yield from _trailing(call, F.rms_norm(call.values["input"].to(wide(g.dtype)), shape, eps=call.get("eps")), g)
