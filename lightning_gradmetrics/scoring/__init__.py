@@ -1,4 +1,4 @@
-"""From a model and a batch to scores: evidence, registry, scorer, and the fitting of fitted scores."""
+"""Computes scores of a model's batches: evidence, registry, scorer, and fits of fitted scores."""
 
 from lightning_gradmetrics.scoring.cross_fitting import cross_fit
 from lightning_gradmetrics.scoring.direct import score

@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["OTHER_LOGITS", "are_close", "check_same_logits"]
 
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
-"""Largest difference of two computations of the same logits, relative to the largest logit; 0.05 in half precision."""
+"""Allowed relative difference between two computations of the same logits; 0.05 in half precision."""
 
 
 OTHER_LOGITS = (

@@ -50,7 +50,7 @@ SIMPLE: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 def annotations_of(function: Callable[..., Any], *, plain: bool = False) -> dict[str, Any]:
-    """Return the resolved annotations of a function or class; none if they name what is not there at run time.
+    """Return the resolved annotations of a function or class; none if they use a name that is undefined at run time.
 
     Args:
         function: The function or class.

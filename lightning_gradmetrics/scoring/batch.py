@@ -1,4 +1,4 @@
-"""One batch as the model saw it: everything that scores may be computed from."""
+"""One observed batch: everything that scores are computed from."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["ObservedBatch"]
 
 @dataclass(frozen=True)
 class ObservedBatch:
-    """One batch as the model saw it.
+    """One batch, as the model received it.
 
     Args:
-        inputs: The arguments of the model's call, copied before it ran; ``None`` if they are not known.
-        logits: What the call returned ``(N, C)``, copied.
-        features: The head's input ``(N, D)``, copied; ``None`` where nobody needs it.
-        head: The head; ``None`` where nobody needs it.
+        inputs: The arguments of the model's call, copied before it ran; ``None`` if they are unknown.
+        logits: A copy of the logits that the call returned ``(N, C)``.
+        features: The head's input ``(N, D)``, copied; ``None`` if no score needs it.
+        head: The head; ``None`` if no score needs it.
         labels: True labels ``(N,)``, or ``None``.
-        ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if that is not known.
+        ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if unknown.
         dataset: The name of the data set, for messages.
         called: The module that was called with the inputs; ``None`` for the model itself.
     """

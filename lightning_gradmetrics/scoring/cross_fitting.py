@@ -1,4 +1,4 @@
-"""Cross-validation of fitted scores: each row is scored by a fit that never saw it, after one pass over the data."""
+"""Cross-validation of fitted scores: each row is scored by a fit on other rows, after one pass over the data."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class HeldOutColumn:
 
     Args:
         score: The score.
-        without: The data set that none of its fits sees, if there is one.
+        without: The data set that is left out of all its fits, if any.
     """
 
     score: FittedScore
@@ -121,7 +121,7 @@ def held_out_scores(
     template: Scorer,
     progress: Progress = lambda share: None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return every row's scores, by fits on the rows of the other folds: for each data set and column ``(N,)``.
+    """Return every row's scores by fits on the other folds, ``(N,)`` for each data set and column.
 
     Args:
         model: The model.

@@ -28,7 +28,7 @@ def score(
     logits_fn: Callable[[Any], Tensor] = logits_of,
     engine: str = "auto",
 ) -> dict[str, Tensor]:
-    """Uncertainty scores of every sample, higher = more uncertain; plain torch, no Trainer.
+    """Return uncertainty scores of every sample, higher = more uncertain; plain torch, no Trainer.
 
     Args:
         model: A classifier; batch norms must be in eval mode. It is left unchanged.
@@ -38,7 +38,7 @@ def score(
         targets: True labels ``(N,)``, for the scores that need them.
         head: The name of the classification head, a linear layer; found automatically if its output is what the model
             returns.
-        logits_fn: From the model's output to its logits ``(N, C)``.
+        logits_fn: Returns the logits ``(N, C)`` from the model's output.
         engine: The engine of the scores that need a backward pass.
 
     Returns:
@@ -47,7 +47,7 @@ def score(
     Raises:
         ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, or the head
             cannot be found.
-        TypeError: If the inputs hold no tensor.
+        TypeError: If the inputs contain no tensor.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -67,7 +67,7 @@ def score(
 
 
 def _check_inputs(inputs: Any) -> None:
-    """Refuse inputs that are not tensors but are often passed in their place."""
+    """Refuse inputs that are often passed instead of tensors."""
     if isinstance(inputs, PackedSequence):  # a tuple, which would be taken apart
         raise TypeError(
             "the inputs are a PackedSequence; pass it as the only positional argument, (inputs,), or padded"

@@ -1,4 +1,4 @@
-"""The gradient norm of every layer: where in a network a sample's gradient lies."""
+"""The gradient norm of every layer, which shows the layers that react to a sample."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def gradient_profile(
 
 @dataclass(frozen=True)
 class Profile:
-    """What a run's profile is of; a callable from evidence to the norms, as a score is to its values.
+    """The objective and the norm of a run's layer profile; callable with evidence, like a score.
 
     Args:
         objective: The objective.
@@ -109,6 +109,6 @@ class Profile:
         return made
 
     def __call__(self, evidence: Evidence) -> LayerNorms:
-        """Return the norms of a batch; in a dry run, what they need."""
+        """Return the norms of a batch; a dry run records the needs."""
         layers = evidence.gradient_per_parameter(self.objective, "all").by_layer()
         return LayerNorms(layers.names, layers.norm(self.norm))

@@ -45,7 +45,7 @@ class ScoreFunction(Protocol):
 
 
 ScoreLike = str | Score | Mapping[str, Any] | ScoreFunction
-"""A score: a name, as ``"gradnorm"`` or ``"gradnorm(temperature=2)"``; a :class:`Score`; a function of the evidence; or a
+"""A score: a name, such as ``"gradnorm"`` or ``"gradnorm(temperature=2)"``; a :class:`Score`; a function of the evidence; or a
 mapping, as ``{"gradnorm": {"temperature": 2}}`` or with ``class_path`` and ``init_args``."""
 
 
@@ -182,7 +182,7 @@ def add_recipe(recipe: Recipe) -> None:
     RECIPES[recipe.name] = recipe
 
 
-# From what a user writes to scores
+# Scores from user input
 
 
 def make(score: ScoreLike, *, name: str | None = None, **arguments: Any) -> Score:
@@ -198,7 +198,7 @@ def make(score: ScoreLike, *, name: str | None = None, **arguments: Any) -> Scor
 
     Raises:
         ValueError: If the name is unknown; the nearest names are in the message. If an argument is not allowed.
-        TypeError: If ``score`` is none of the above, or an argument is unknown.
+        TypeError: If ``score`` is not a :data:`ScoreLike`, or an argument is unknown.
 
     Example:
         >>> make("gradnorm(temperature=2.0, target='all')"), make({"energy": {"temperature": 2}}), make("energy", name="mine")
@@ -223,7 +223,7 @@ def _made(score: Any, arguments: Mapping[str, Any]) -> Score:
     if callable(score):
         return _recipe_of(score)(**arguments)
     raise TypeError(
-        "a score is a name, as 'gradnorm' or 'gradnorm(temperature=2)', a Score, a function of the evidence, or a mapping "
+        "a score is a name, such as 'gradnorm' or 'gradnorm(temperature=2)', a Score, a function of the evidence, or a mapping "
         f"{{'gradnorm': {{'temperature': 2}}}}; got {type(score).__name__}"
     )
 
@@ -237,7 +237,7 @@ def _recipe_of(function: Callable[..., Any], name: str | None = None) -> Recipe:
 
 
 def _known(name: str) -> Recipe:
-    """Return the recipe of a name, imported if it has dots."""
+    """Return the recipe of a name; a name with dots is imported."""
     importlib.import_module(BUILT_IN)
     if name in RECIPES:
         return RECIPES[name]
@@ -255,7 +255,7 @@ def _imported(path: str) -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot import the score {path!r}: {error}") from error
     if not callable(item):
-        raise ValueError(f"{path!r} is a {type(item).__name__} and not a score")
+        raise ValueError(f"{path!r} is a {type(item).__name__}, not a score")
     return item  # type: ignore[no-any-return]
 
 

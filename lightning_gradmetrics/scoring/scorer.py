@@ -1,4 +1,4 @@
-"""From an observed batch to its scores: gather the evidence that the chosen scores need, once, and share it."""
+"""Computes the scores of an observed batch: collects the evidence once and shares it among the scores."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ NO_SAMPLE_AXIS = (
 
 @dataclass
 class Scorer:
-    """Computes a set of scores, sharing whatever they share.
+    """Computes a set of scores with shared forward and backward passes.
 
     Args:
         scores: The scores.
         head: The name of the classification head, or ``None`` to find it.
-        logits_fn: From the model's output to its logits ``(N, C)``.
+        logits_fn: Returns the logits ``(N, C)`` from the model's output.
         engine: The engine of the scores that need a backward pass.
-        looks: What else reads the evidence, beside the scores.
+        looks: Other functions of the evidence, besides the scores.
         found_head: The name of the head that the last evidence came from, or ``None``.
     """
 
@@ -68,7 +68,7 @@ class Scorer:
             raise ValueError(f"unknown engine {self.engine!r}; available: {', '.join(ENGINES)}")
 
     def needs(self, classes: int) -> Needs:
-        """Return what the scores, and whatever else, read, for that number of classes."""
+        """Return the needs of the scores and of ``looks`` for this number of classes."""
         if self._needs_of[0] is not self.scores or self._needs_of[1] is not self.looks:  # a fit replaces scores
             self._needs, self._needs_of = {}, (self.scores, self.looks)
         if classes not in self._needs:
@@ -76,15 +76,14 @@ class Scorer:
         return self._needs[classes]
 
     def evidence(self, model: nn.Module, batch: ObservedBatch) -> Evidence:
-        """Return what the scores need of an observed batch.
+        """Return the evidence that the scores need from an observed batch.
 
         Args:
-            model: The model, for what needs a forward pass beside the observed one.
+            model: The model, for evidence that needs another forward pass.
             batch: The batch.
 
         Raises:
-            ValueError: If a score needs a label or an input that is not there, or the model's forward pass cannot be
-                repeated.
+            ValueError: If a required label or input is missing, or the model's forward pass cannot be repeated.
         """
         check_logits(batch.logits)
         if batch.head is not None:
@@ -106,7 +105,7 @@ class Scorer:
         return {score.name: score(evidence).to(dtype) for score in self.scores}
 
     def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
-        """Refuse samples without a label where a score reads it: it has no value there that could be compared.
+        """Refuse samples without a label if a score reads labels.
 
         Raises:
             ValueError: If a label is missing or is not one of the logits' classes.
@@ -118,15 +117,15 @@ class Scorer:
             raise ValueError(f"{f'the score {names}' if names else 'the profile'} needs {problem}")
 
     def _check_repeatable(self, model: nn.Module, batch: ObservedBatch) -> None:
-        """Check once, before the first gradient, that the forward pass can be repeated, and sample by sample.
+        """Check once, before the first gradient, that the forward pass can be repeated, also for single samples.
 
         Raises:
-            ValueError: If the inputs are not known or have no sample axis, or a second forward pass differs.
+            ValueError: If the inputs are unknown or have no sample axis, or a second forward pass differs.
         """
         kind = type(model).__name__
         if batch.inputs is None:
             raise ValueError(
-                f"the step does not call {kind} with inputs that are known, and scores over more than the head need them. "
+                f"the step does not call {kind} with known inputs, which scores over more than the head need. "
                 "Pass submodule=, the part of the model that the step calls"
             )
         first = next(tensors_in(batch.inputs), None)
@@ -148,12 +147,12 @@ class Scorer:
                     raise
 
     def _check_forward(self, model: nn.Module, batch: ObservedBatch) -> None:
-        """Refuse a model whose second forward pass for the batch gives other logits."""
+        """Refuse a model whose second forward pass on the batch returns different logits."""
         logits = self._forward(model, batch, batch.size)
         check_same_logits(logits, batch.logits, f"{type(model).__name__} {OTHER_LOGITS}")
 
     def _is_random(self, model: nn.Module, batch: ObservedBatch) -> bool:
-        """Return whether the model draws random numbers: its logits for a batch and for a part of it then differ."""
+        """Return whether the model draws random numbers, so that its logits for a batch and for a part of it differ."""
         with preserved(model):
             torch.rand((), device=batch.logits.device)
             logits = self._forward(model, batch, batch.size)
@@ -170,7 +169,7 @@ class Scorer:
 
     @contextmanager
     def _made_to_return_logits(self, model: nn.Module, batch: ObservedBatch) -> Iterator[None]:
-        """Inside the block a call of the model repeats the observed call and returns its logits."""
+        """Make calls of the model inside the block repeat the observed call and return its logits."""
         with redirected(model, batch.called or model), returning_logits(model, self.head, self.logits_fn):
             yield
 
@@ -180,7 +179,7 @@ def _is_row_wise(tensor: Tensor, size: int) -> bool:
 
 
 def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: str) -> None:
-    """Refuse inputs whose first rows alone give other logits than in their batch."""
+    """Refuse inputs whose first rows alone have different logits than in the batch."""
     message = f"the first {len(expected)} rows of the inputs of {kind}, passed alone, "
     remedy = (
         "so the rows of the first axis are not the samples, or samples depend on each other. Scores over more than the head "
@@ -191,21 +190,21 @@ def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: st
     except Exception as error:
         raise ValueError(f"{message}fail with {type(error).__name__}: {error}; {remedy}") from error
     if not are_close(logits, expected):
-        raise ValueError(f"{message}give other logits than in their batch, {remedy}")
+        raise ValueError(f"{message}give different logits than in their batch,  {remedy}")
 
 
 def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -> str | None:
-    """Return what is wrong with the labels of a batch, in words, or ``None``."""
+    """Return the problem with the labels of a batch in words, or ``None``."""
     remedy = "remove the score, or score labelled data only: pass targets=, or return batches (inputs, labels)"
     if labels is None:
-        return f"true labels, and there are none{place}: {remedy}"
+        return f"true labels, but there are none{place}: {remedy}"
     if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
-        return f"true labels ({size},), whole numbers; these are {tuple(labels.shape)}, {labels.dtype}{place}"
+        return f"true labels ({size},), integers; these are {tuple(labels.shape)}, {labels.dtype}{place}"
     unknown = int(((labels < 0) | (labels >= classes)).sum())
     if not unknown:
         return None
     return (
-        f"the true label of every sample, and {unknown} of {size} samples of a batch{place} have none "
+        f"the true label of every sample, but {unknown} of {size} samples of a batch{place} have none "
         f"from 0 to {classes - 1}: {remedy}"
     )
 
@@ -213,7 +212,7 @@ def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -
 def _gradients(
     scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch, labels: Tensor | None
 ) -> dict[tuple[Target, Objective], GradientStatistics]:
-    """Statistics for every target and objective: one forward pass, and one backward pass per objective."""
+    """Return statistics for every target and objective, by one forward pass and one backward pass per objective."""
     if not needs.gradients:
         return {}
     filters = {target: parameter_filter(target) for target in needs.gradients}
@@ -223,7 +222,7 @@ def _gradients(
     def chosen(name: str) -> bool:
         return any(accepts is None or accepts(name) for accepts in filters.values())
 
-    # A named head may be followed by a softmax or a scaling: the model then has to return what the head does.
+    # A softmax or a scaling may follow a named head; the model then has to return the head's output.
     named = returning_logits(model, scorer.head, logits_of) if scorer.head is not None else nullcontext()
     with redirected(model, batch.called or model), named:
         results = gradient_statistics(
@@ -237,7 +236,9 @@ def _gradients(
             logits=witness,
             engine=scorer.engine,
         )
-    if witness.seen is None or not are_close(witness.seen.detach(), batch.logits):  # perhaps those of another pass
+    if witness.seen is None or not are_close(
+        witness.seen.detach(), batch.logits
+    ):  # the logits may come from another pass
         scorer._check_forward(model, batch)
     by_objective = dict(zip(objectives, results, strict=True))
     gradients = {}
@@ -290,7 +291,7 @@ def _statistic_names(moments: Iterable[Moment]) -> list[str]:
 
 
 def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch) -> dict[Any, Tensor]:
-    """Return the scores' own computations on the model, which returns its logits to them."""
+    """Return the results of the scores' computations on the model, made to return its logits."""
     if not needs.probes:
         return {}
     with preserved(model), gradients_enabled(), scorer._made_to_return_logits(model, batch):
@@ -299,7 +300,7 @@ def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch
 
 
 def check_logits(logits: Tensor) -> None:
-    """Refuse what cannot be logits, and probabilities; warn of log-probabilities.
+    """Refuse probabilities and tensors that cannot be logits; warn about log-probabilities.
 
     Raises:
         ValueError: If the logits are not ``(N, C)`` with C at least 2, or are probabilities.
@@ -311,7 +312,7 @@ def check_logits(logits: Tensor) -> None:
         )
     if not logits.is_floating_point():
         raise ValueError(
-            f"the logits are whole numbers or complex ({logits.dtype}); expected floating-point logits (N, C): pass logits_fn=, a "
+            f"the logits are integers or complex ({logits.dtype}); expected floating-point logits (N, C): pass logits_fn=, a "
             "callable from the model's output to them"
         )
     if logits.shape[1] < 2:

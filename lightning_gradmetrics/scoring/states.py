@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _hash(tensor: Tensor) -> int:
-    """Return a hash of the values in whole numbers: exact on any device, in any order of summation."""
+    """Return an integer hash of the values, which is exact on any device and in any order of summation."""
     bits = tensor.reshape(-1).to(torch.bfloat16).view(torch.int16)
     total = 0
     for start in range(0, len(bits), CHUNK):
@@ -56,7 +56,7 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
 
     Args:
         scores: Scores; those that need no fit are skipped.
-        model: The model that they will score.
+        model: The model to be scored.
 
     Returns:
         None.
@@ -78,7 +78,7 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
             raise ValueError(not_fitted(score.name))
         if score.model != found:
             raise ValueError(
-                f"the score {score.name!r} was fitted for another model ({score.model}, and this "
+                f"the score {score.name!r} was fitted for another model ({score.model}; this "
                 f"{type(model).__name__} is {found}): its weights or its shape changed; fit the score again for this one"
             )
 
@@ -96,7 +96,7 @@ def check_head(scores: Iterable[Score], head: str | None) -> None:
     for score in scores:
         if isinstance(score, FittedScore) and score.head and head and not _same_module(score.head, head):
             raise ValueError(
-                f"the score {score.name!r} was fitted for the head {score.head!r}, and this is {head!r}: fit it again, "
+                f"the score {score.name!r} was fitted for the head {score.head!r}, but this is {head!r}: fit it again, "
                 f"or pass head={score.head!r}"
             )
 
@@ -109,7 +109,7 @@ def _same_module(first: str, second: str) -> bool:
 def save_fitted(scores: Iterable[Score], directory: str | Path) -> list[Path]:
     """Write the state of each fitted score to ``directory/<name>.safetensors``.
 
-    A file contains tensors and text, and nothing that could be executed.
+    The files contain only tensors and text, no code.
 
     Args:
         scores: Scores; those that need no fit are skipped.
@@ -170,7 +170,7 @@ def load_fitted(
     Args:
         scores: Scores; those that need no fit are returned unchanged.
         directory: The folder of the states.
-        model: The model that they will score.
+        model: The model to be scored.
         head: The name of its head, if it is known; otherwise it is checked when the head is found.
 
     Returns:
@@ -219,7 +219,7 @@ def _check_about(score: FittedScore, about: Mapping[str, str], place: str) -> No
     for key, value in _about(score).items():
         if about.get(key) != value:
             raise ValueError(
-                f"the state in {place} was made for another {key} ({about.get(key)}, and this is {value}): "
+                f"the state in {place} was made for another {key} ({about.get(key)} instead of {value}):  "
                 "fit the score again for this one"
             )
 

@@ -1,4 +1,4 @@
-"""From a step that somebody else runs to one batch: what the model received, what it returned, and its head."""
+"""Observes a step that Lightning runs, and returns its batch: the model's inputs, its logits and its head."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def observed(scorer: Scorer, model: nn.Module, inputs: Inputs, labels: Tensor | 
     """Return one batch, observed in a forward pass that is run for it.
 
     Args:
-        scorer: What the batch is observed for.
+        scorer: The scorer that needs the batch.
         model: A classifier.
         inputs: Its inputs.
         labels: True labels ``(N,)``, or ``None``.
@@ -52,7 +52,7 @@ class StepObserver:
     """Observes the steps of one run of one model, and finds the model's head in the first.
 
     Args:
-        scorer: What the steps are observed for.
+        scorer: The scorer that needs the batches.
         model: The model that is scored.
     """
 
@@ -82,14 +82,14 @@ class StepObserver:
         """Return the batch of an observed step.
 
         Args:
-            seen: What was observed.
+            seen: The observed calls.
             given: The inputs in the batch, for a step that does not call the model as a whole.
             size: The number of samples in the batch, for a step that calls the model several times.
             stepped: The module whose step was observed; ``None`` for the model.
 
         Raises:
             HeadNotFoundError: If the head is needed and it is not certain which layer it is.
-            ValueError: If it is not certain which calls of the step are those of the samples.
+            ValueError: If it is not certain which calls of the step belong to the samples.
         """
         if not seen.layers and seen.called is None:
             seen = self._unseen(given, stepped or self.model)
@@ -149,7 +149,7 @@ class StepObserver:
         if output.shape == logits.shape and torch.equal(output.to(logits.dtype).nan_to_num(), logits.nan_to_num()):
             return
         raise HeadNotFoundError(
-            f"the layer {self._name!r} returned the model's logits in an earlier batch, and in this batch it does not. Pass "
+            f"the layer {self._name!r} returned the model's logits in an earlier batch, but not in this one. Pass "
             "head=, the layer whose output is the logits, or submodule=, the part of the model to score"
         )
 
@@ -191,15 +191,15 @@ class StepObserver:
             assert seen.called is not None
             (only,) = seen.called[1]
             return find_head(self.model, seen.layers, _existing(only.logits, [only]))
-        except Exception:  # the user's forward may not be made for the batch
+        except Exception:  # the user's forward may not accept the batch
             return None
 
     def _unseen(self, given: Inputs | None, stepped: nn.Module) -> Observation:
-        """Return a forward pass for a step in which no call was observed: one of a compiled model."""
+        """Run a forward pass for a step of a compiled model, in which no call was observed."""
         kind = type(self.model).__name__
         if given is None or not (has_compiled_parts(stepped) or has_compiled_parts(self.model)):
             raise ValueError(
-                f"the step does not call {kind}, nor any layer of it, so its scores are not known. Pass submodule=, the "
+                f"the step does not call {kind}, nor any of its layers, so its scores are unknown. Pass submodule=, the "
                 "part of the model that the step calls"
             )
         warnings.warn(
@@ -236,7 +236,7 @@ class StepObserver:
 
 
 def _joined_layer(calls: Sequence[LayerCall], size: int | None) -> tuple[Tensor, Tensor]:
-    """Features and outputs of the calls of one layer."""
+    """Return features and outputs of the calls of one layer."""
     features, outputs = [], []
     for layer_call in calls:
         if layer_call.features is None or layer_call.output is None:
@@ -267,7 +267,7 @@ def _rows_of_all(parts: Sequence[Tensor], size: int | None, who: str) -> Tensor:
 
 
 def _existing(logits: Tensor | None, calls: Sequence[ModelCall]) -> Tensor:
-    """Return the logits, or the error that says why there are none."""
+    """Return the logits, or raise the error that explains why there are none."""
     if logits is not None:
         return logits
     problem = calls[0].problem

@@ -201,7 +201,7 @@ def test_a_state_is_saved_loaded_and_refused(tmp_path: Path) -> None:
         load_fitted(unfitted, tmp_path, other)
     with pytest.raises(ValueError, match="fitted for another model"):
         lgm.score(other, x, loaded)
-    with pytest.raises(ValueError, match="fitted for the head '7', and this is '5'"):
+    with pytest.raises(ValueError, match="fitted for the head '7', but this is '5'"):
         load_fitted(unfitted, tmp_path, model, head="5")
     changed = lgm.scores.make("oberdiek(target=head,classifier=network)", name=META)
     with pytest.raises(ValueError, match="made for another arguments"):

@@ -1,4 +1,4 @@
-"""Collecting every sample's gradients from the graph of some losses."""
+"""Collects every sample's gradients from the graph of the losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_gradmetrics.engine.uses import Use, combined
 __all__ = ["collect"]
 
 Sink = Callable[[int, Use, Tensor], None]
-"""Gets a parameter's identity, its use, and the loss that each sample of the use belongs to, -1 for none."""
+"""A function of a parameter's identity, its use, and the loss of each sample of the use (-1 for none)."""
 
 UNSEEN = "the forward pass was not watched; build the collector with layers, before the forward pass"
 UNSEEN_PARAMETER = "a target is not a parameter of a layer whose forward pass was watched"
@@ -41,15 +41,15 @@ def collect(
     Args:
         loss: Losses ``(M,)``.
         parameters: The parameters to collect for, by identity.
-        sink: Gets each parameter's use.
+        sink: Receives each parameter's use.
         retain_graph: Whether to keep the graph.
-        why_unseen: Why the last forward pass was not listened to, if that is known.
+        why_unseen: Why the last forward pass was not recorded, if known.
 
     Returns:
-        Why nothing was collected; an empty text if something was.
+        The reason why nothing was collected; empty if something was.
 
     Raises:
-        PlanError: If what was collected cannot be right. The graph is kept.
+        PlanError: If the collected gradients are wrong. The graph is kept.
     """
     graph = Graph(loss)
     listeners = _reached(graph, parameters)
@@ -93,7 +93,7 @@ def _chosen(parameters: Mapping[int, Tensor], keys: Set[int]) -> dict[int, Tenso
 
 
 def _heard(listeners: Sequence[Listener]) -> set[int]:
-    """Return the parameters that the listeners heard, by identity."""
+    """Return the parameters that the listeners recorded, by identity."""
     heard: set[int] = set()
     for listener in listeners:
         heard |= _identities(listener)
@@ -113,7 +113,7 @@ def _record(listeners: Sequence[Listener], entries: int) -> Record:
 
 
 def _reached(graph: Graph, parameters: Mapping[int, Tensor]) -> list[Listener]:
-    """Return the listeners that the losses come from and that heard one of the parameters, in their order."""
+    """Return, in order, the listeners that the losses come from and that recorded one of the parameters."""
     listeners = []
     for listener in list(HEARD):
         if _identities(listener) & parameters.keys() and id(listener.anchor) in graph.leaves:
@@ -134,7 +134,7 @@ class _Collection:
         """Run the backward pass.
 
         Raises:
-            PlanError: If what was collected cannot be right.
+            PlanError: If the collected gradients are wrong.
         """
         listeners: list[Listener] = []
         sinks = []
@@ -165,7 +165,7 @@ class _Collection:
 
 @dataclass(frozen=True)
 class _Identity:
-    """An object as a part of a key: it stays alive with the key."""
+    """An object as part of a key, compared by identity and kept alive by the key."""
 
     value: Any
 
@@ -190,7 +190,7 @@ class _Group:
 
 
 def _groups(listeners: Sequence[Listener], numbers: Sequence[Tensor]) -> list[_Group]:
-    """Return the listeners by the losses of their samples.
+    """Group the listeners by the losses of their samples.
 
     Raises:
         OwnershipError: If the samples of two groups share some losses, and some parameters.
@@ -267,7 +267,7 @@ def _picked(gradients: Mapping[GradientEdge, Tensor | None], edges: Iterable[Gra
 def _gradients(
     loss: Tensor, edges: Sequence[GradientEdge], weights: Tensor, parameters: Sequence[Tensor] = ()
 ) -> list[Tensor | None]:
-    """Return gradients of a weighted sum of the losses, the graph kept."""
+    """Return gradients of a weighted sum of the losses; the graph is kept."""
     inputs: list[Any] = [*edges, *parameters]
     try:
         return list(torch.autograd.grad([loss], inputs, [weights], retain_graph=True, allow_unused=True))

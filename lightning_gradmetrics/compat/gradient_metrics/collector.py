@@ -297,7 +297,7 @@ def _check_trainable(parameters: Sequence[Tensor]) -> None:
     for parameter in parameters:
         if not parameter.requires_grad:
             raise ValueError(
-                "a target tensor requires no gradient, and the forward pass of its layer was not seen: build the "
+                "a target tensor requires no gradient, and the forward pass of its layer was not recorded: build the "
                 "collector with the layer (not the tensor) before the forward pass, or call requires_grad_() on the "
                 "tensor first"
             )

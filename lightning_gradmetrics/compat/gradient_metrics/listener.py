@@ -1,4 +1,4 @@
-"""Collecting per-sample gradients from a forward pass that the user runs, with the user's graph left whole."""
+"""Collects per-sample gradients from the user's forward pass and leaves the user's graph intact."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COUNT = itertools.count()
 
 
 class _Through(torch.autograd.Function):
-    """The tensor itself, as a part of the anchor's graph too."""
+    """Returns the tensor itself and connects it to the anchor's graph."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ class _Through(torch.autograd.Function):
 
 
 class Listener(Tracer):
-    """A tracer in the user's own forward pass: parameters keep their gradients, and collecting starts on request.
+    """A tracer in the user's forward pass: parameters keep their gradients, and collecting starts on request.
 
-    The graph that it listens to keeps it alive.
+    The recorded graph keeps it alive.
 
     Args:
         module_plan: The plan of the module's calls, which has one.
@@ -55,7 +55,7 @@ class Listener(Tracer):
         self.broken = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one call; a call that was not planned ends the listening and never disturbs the user's forward pass."""
+        """Run one call; an unplanned call ends the recording without an effect on the user's forward pass."""
         if self.broken:
             return func(*args, **(kwargs or {}))
         try:
@@ -89,12 +89,12 @@ class Listener(Tracer):
             super()._rule_gradient(*args)
 
     def start(self, sink: Callable[[str, Use], None], retain_graph: bool) -> None:
-        """Collect in the next backward pass; ``sink`` gets each reached parameter's use."""
+        """Start to collect in the next backward pass; ``sink`` receives each reached parameter's use."""
         self._listening, self.heard, self.sink, self._last = True, False, sink, not retain_graph
         self._pending.clear()
 
     def stop(self) -> None:
-        """Collect no longer."""
+        """Stop collecting."""
         self._listening, self.sink = False, self._drop
 
     def begin_backward(self) -> None:
@@ -102,7 +102,7 @@ class Listener(Tracer):
         self._backward = True
 
     def end_backward(self) -> None:
-        """End a backward pass, and hand over what is left."""
+        """End a backward pass and send the remaining uses to the sink."""
         self._backward, self._collecting = False, True
         if self._listening:
             for name in list(self._pending):
@@ -121,7 +121,7 @@ HEARD: WeakSet[Listener] = WeakSet()
 def listen(
     losses: Tensor, listeners: Sequence[Listener], sinks: Sequence[Callable[[str, Use], None]], retain_graph: bool
 ) -> None:
-    """Send the gradients of all losses ``(M,)`` back at once; each sink gets its listener's uses.
+    """Backpropagate all losses ``(M,)`` at once; each sink receives its listener's uses.
 
     Raises:
         PlanError: If the losses do not come from the forward passes listened to.
@@ -164,7 +164,7 @@ def _listen_alone(losses: Tensor, listener: Listener, sink: Callable[[str, Use],
 def _listen_together(
     losses: Tensor, listeners: Sequence[Listener], sinks: Sequence[Callable[[str, Use], None]], retain_graph: bool
 ) -> None:
-    """One backward pass for several listeners."""
+    """Run one backward pass for several listeners."""
     total, anchors = losses.sum(), [listener.anchor for listener in listeners]
     try:
         for listener, sink in zip(listeners, sinks, strict=True):

@@ -1,6 +1,6 @@
 """Metrics of gradient entries: the largest, the smallest, the mean, the standard deviation, a norm.
 
-A metric collects gradients one after the other and stores their joint value. The metrics here also compute their values
+A metric collects gradients one at a time and stores the value of all of them. The metrics here also compute their values
 for a whole batch of samples from the moments of the gradients, which :class:`GradientMetricCollector` uses.
 """
 
@@ -64,15 +64,15 @@ class GradientMetric:
 
     def _collect(self, grad: Tensor) -> None:
         """Update the value with one (transformed) gradient."""
-        raise NotImplementedError(f"{type(self).__name__} has to define _collect")
+        raise NotImplementedError(f"{type(self).__name__} must define _collect")
 
     def _get_metric(self) -> Tensor:
         """Return the value of the gradients collected so far."""
-        raise NotImplementedError(f"{type(self).__name__} has to define _get_metric")
+        raise NotImplementedError(f"{type(self).__name__} must define _get_metric")
 
     def reset(self) -> None:
         """Reset the value."""
-        raise NotImplementedError(f"{type(self).__name__} has to define reset")
+        raise NotImplementedError(f"{type(self).__name__} must define reset")
 
     @property
     def data(self) -> Tensor:
@@ -88,7 +88,7 @@ class _MomentMetric(GradientMetric):
     """A metric that is a function of moments, which merge across gradients."""
 
     moments: frozenset[Moment] = frozenset()
-    """The moments that it is a function of."""
+    """The moments that the metric is computed from."""
     empty: ClassVar[float] = 0.0
     _moments: Moments
     _count: int
@@ -197,7 +197,7 @@ class Mean(_MomentMetric):
 
 
 class MeanStd(_MomentMetric):
-    """The mean and the unbiased standard deviation of the entries, ``sqrt(var + eps^2)``; of one entry ``eps``.
+    """The mean and the unbiased standard deviation of the entries, ``sqrt(var + eps^2)``; ``eps`` for a single entry.
 
     Args:
         target_layers: Layers or tensors whose gradients are measured; of a layer, all its parameters.
@@ -220,7 +220,7 @@ class MeanStd(_MomentMetric):
     ) -> None:
         super().__init__(target_layers, grad_transform)
         if not eps > 0:
-            raise ValueError(f"eps has to be greater than zero, got {eps}")
+            raise ValueError(f"eps must be greater than zero, got {eps}")
         self.return_mean, self.eps = return_mean, eps
 
     def values(self, moments: Mapping[Moment, Tensor], count: int) -> Tensor:  # noqa: D102
@@ -252,7 +252,7 @@ class PNorm(_MomentMetric):
         except ValueError:
             power = math.nan
         if not power > 0:
-            raise ValueError(f"p has to be a number in (0, inf] or the string 'inf', got {p!r}")
+            raise ValueError(f"p must be a number in (0, inf] or the string 'inf', got {p!r}")
         self.p = power
         self.moments = frozenset({"max", "min"}) if math.isinf(power) else frozenset({power})
 

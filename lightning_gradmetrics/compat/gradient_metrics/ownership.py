@@ -1,4 +1,4 @@
-"""Which sample of which forward pass each loss belongs to, read off the graph and two backward passes to the outputs."""
+"""Finds the sample and the forward pass of each loss, from the graph and two backward passes to the outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARK = "lightning_gradmetrics outputs"
 """The key in a graph node's metadata for the outputs of watched modules."""
 
 WIDEST = 1024
-"""Entries of a sample's output gradient that are compared one by one."""
+"""Largest number of entries of a sample's output gradient that are compared one by one."""
 
 
 class OwnershipError(Exception):
@@ -40,7 +40,7 @@ class ModuleOutput:
 
 
 def mark_outputs(tensors: Sequence[Tensor], axes: Sequence[Axis | None], listener: Listener) -> None:
-    """Note in the graph where the outputs of the module are that a listener heard."""
+    """Mark the outputs of a listener's module in the graph."""
     for tensor, axis in zip(tensors, axes, strict=True):
         if tensor.grad_fn is not None:
             entry = ModuleOutput(weakref.ref(listener), tensor.output_nr, axis, tensor.dtype)
@@ -48,7 +48,7 @@ def mark_outputs(tensors: Sequence[Tensor], axes: Sequence[Axis | None], listene
 
 
 def _metadata(node: Node) -> dict[Any, Any]:
-    """Return what Python code has noted at a graph node; it lives as long as the node."""
+    """Return the Python metadata of a graph node, which lives as long as the node."""
     return node.metadata  # type: ignore[return-value]
 
 
@@ -62,9 +62,9 @@ class Graph:
 
     Args:
         loss: The losses, ``(M,)``.
-        leaves: For each leaf tensor, by identity, in how many places it enters the graph.
+        leaves: For each leaf tensor, by identity, the number of places where it enters the graph.
         passed: For each leaf, the listeners whose outputs every path to it passes.
-        edges: For each listener, where the outputs of its module enter the graph, with what is known of them.
+        edges: For each listener, where the outputs of its module enter the graph, with their descriptions.
     """
 
     loss: Tensor
@@ -87,7 +87,7 @@ class Graph:
                     self.passed[id(child.variable)] = passed[child]
 
     def _outputs(self, node: Node, index: int) -> frozenset[Listener]:
-        """Return the listeners whose outputs this is."""
+        """Return the listeners that this node is an output of."""
         listeners = []
         for entry in _outputs_at(node, index):
             listener = entry.listener()
@@ -109,7 +109,7 @@ class Graph:
 
 
 def _from_loss_to_leaves(root: Node) -> list[Node]:
-    """Return all nodes, each before those that it depends on."""
+    """Return all nodes in an order in which each comes before the nodes that it depends on."""
     order: list[Node] = []
     seen: set[Node] = {root}
     waiting: list[tuple[Node, Any]] = [(root, iter(root.next_functions))]
@@ -128,7 +128,7 @@ def _from_loss_to_leaves(root: Node) -> list[Node]:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights that tell the losses apart in backward passes.
+    """Weights that identify the losses in backward passes.
 
     A loss is multiplied by a random number between 1 and 2 in the first pass, and additionally by powers of two in the
     others. Powers of two scale a gradient without any rounding, so the powers can be read off the gradients exactly.
@@ -143,7 +143,7 @@ class LossWeights:
 
     @classmethod
     def for_losses(cls, loss: Tensor, levels: int) -> LossWeights:
-        """Return weights for losses ``(M,)``, with that many different powers of two."""
+        """Return weights for losses ``(M,)`` with ``levels`` different powers of two."""
         count = len(loss)
         passes = 1
         while levels**passes < count:
@@ -166,7 +166,7 @@ _GENERATOR = torch.Generator().manual_seed(0)
 
 @dataclass(frozen=True)
 class Resolution:
-    """How exactly gradients of a floating type are scaled by powers of two, and how many powers it has room for."""
+    """The precision of scaling by powers of two for a floating type, and the number of powers that fit."""
 
     tolerance: float
     levels: int
@@ -193,7 +193,7 @@ def owners(
 
     Args:
         first: The gradients of the first weighted sum of the losses for each output; ``None`` where there is none.
-        others: Those of the other weighted sums.
+        others: The gradients of the other weighted sums.
         axes: The sample axis of each output.
         weights: The weights of the losses.
         size: The number of samples ``N``.
@@ -220,7 +220,7 @@ def owners(
 
 
 def _looked_up(exponents: Tensor, weights: LossWeights) -> Tensor:
-    """Return the number of the loss with the exponents of each sample ``(passes, N)``; -2 where there is none."""
+    """Return the loss that has the exponents of each sample ``(passes, N)``; -2 if there is none."""
     codes = {}
     for number, code in enumerate(weights.exponents.T.tolist()):
         codes[tuple(code)] = number
@@ -233,7 +233,7 @@ def _looked_up(exponents: Tensor, weights: LossWeights) -> Tensor:
 def _checked(numbers: Tensor, left: Tensor, finite: Tensor, count: int) -> Tensor:
     """Return the owners, with samples that have no gradient, or one that is not finite.
 
-    The latter are taken for the loss of the same number where there are as many losses as samples.
+    If there are as many losses as samples, a sample with such a gradient belongs to the loss of the same number.
     """
     size = len(numbers)
     numbers = torch.where(finite & ~left.any(1), -1, numbers)
@@ -264,7 +264,7 @@ def _rows(
                 raise OwnershipError("the losses use an output of the watched module that belongs to no sample")
             continue
         if axis.size(gradient) != size:
-            raise OwnershipError("an output of the watched module has another number of samples than its inputs")
+            raise OwnershipError("an output of the watched module has a different number of samples than its inputs")
         rows.append(_narrow(axis.split(gradient).reshape(size, -1), signs))
     return torch.cat(rows, 1) if rows else None
 

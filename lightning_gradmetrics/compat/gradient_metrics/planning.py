@@ -1,4 +1,4 @@
-"""Plans for the calls of a watched module, from runs on a few of its samples that leave no trace."""
+"""Plans the calls of a watched module from trial runs on a few samples, without side effects."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ ROUNDING = 64
 
 @dataclass
 class ModulePlan:
-    """What is known of a module's calls with arguments of a certain form.
+    """The plan of a module's calls with arguments of a certain form.
 
     Args:
-        plan: What to do at each call of a torch function; ``None`` if there is no fast way.
+        plan: The plan of each call of a torch function; ``None`` if there is no fast way.
         outputs: The sample axis of each tensor in the module's output.
         reason: Why there is no fast way.
         records: For each set of forward passes seen together, which gradients have agreed with autograd's.
@@ -86,7 +86,7 @@ def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[s
 
 
 class _Runs:
-    """Runs of a module on made-up batches, each from the same state of the module and of the random generators."""
+    """Runs a module on synthetic batches, each from the same state of the module and the random generators."""
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, Tensor]) -> None:
         self._module, self._arguments, self._parameters = module, (args, kwargs), parameters

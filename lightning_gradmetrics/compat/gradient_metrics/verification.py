@@ -1,4 +1,4 @@
-"""Comparing what was collected with autograd, the first time that a parameter is met."""
+"""Compares collected gradients with autograd when a parameter occurs for the first time."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["DisagreementError", "Record", "Verification"]
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 HALF_TOLERANCE = 5e-2
 FLOOR = 1e-3
-"""Of the largest gradient: errors below this part of it, times the tolerance, may be rounding."""
+"""Errors below this fraction of the largest gradient, times the tolerance, may be rounding."""
 
 TRIALS = 3
 """Comparisons after which a gradient that is only rounding errors counts as compared."""
 
 
 class DisagreementError(PlanError):
-    """Collected gradients are not autograd's."""
+    """Collected gradients differ from autograd's."""
 
 
 class Record:
-    """The parameters whose gradients have agreed with autograd's, and how large these were."""
+    """The parameters whose gradients agreed with autograd's, and the norms of these gradients."""
 
     def __init__(self) -> None:
         self._norms: dict[int, float] = {}
@@ -44,7 +44,7 @@ class Record:
         return missing
 
     def note(self, key: int, norm: float, exact: bool) -> None:
-        """Note a comparison; ``exact`` if it was more than one of rounding errors."""
+        """Record a comparison; ``exact`` unless the gradient consisted of rounding errors."""
         if not norm:
             return
         self._trials[key] += 1
@@ -59,7 +59,7 @@ class Verification:
         references: Autograd's gradients, by the parameter's identity.
         weights: The weights of the losses, ``(M,)``.
         half: Whether the forward pass ran in half precision.
-        record: Where comparisons are noted.
+        record: Stores the comparisons.
     """
 
     def __init__(self, references: Mapping[int, Tensor], weights: Tensor, half: bool, record: Record) -> None:
@@ -71,7 +71,7 @@ class Verification:
         self._sizes: defaultdict[int, float] = defaultdict(float)
 
     def __call__(self, key: int, use: Use, numbers: Tensor) -> None:
-        """Add one use of a parameter, the loss of each of its samples being ``numbers``."""
+        """Add one use of a parameter; ``numbers`` are the losses of its samples."""
         reference = self._references.get(key)
         if reference is None:
             return
@@ -86,7 +86,7 @@ class Verification:
             self._sizes[key] += float((own * gradients.norm(dim=1)).sum())
 
     def finish(self) -> None:
-        """Compare.
+        """Compare the sums with autograd's gradients.
 
         Raises:
             DisagreementError: If a parameter's gradients disagree with autograd's.

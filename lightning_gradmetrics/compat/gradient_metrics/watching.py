@@ -1,4 +1,4 @@
-"""Watching the forward passes of a user's modules, to collect from their graphs later."""
+"""Watches the forward passes of the user's modules, to collect gradients from their graphs later."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _plans: WeakKeyDictionary[nn.Module, dict[Any, ModulePlan]] = WeakKeyDictionary(
 
 @dataclass
 class _Watched:
-    """The forward pass that is being listened to."""
+    """The forward pass that is being recorded."""
 
     watch: Watch
     module: nn.Module
@@ -49,7 +49,7 @@ class Watch:
     All watches share their listeners: one listener per forward pass collects for every watch.
 
     Args:
-        modules: The modules to watch. A module inside the forward pass of another one belongs to that one.
+        modules: The modules to watch. Modules that run inside another watched module belong to it.
         parameters: The parameters to collect for, by identity.
     """
 
@@ -159,13 +159,13 @@ def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn
     _current.planning = True
     try:
         plan = plan_module(module, args, kwargs, parameters)
-    except Exception as error:  # whatever a trial run meets must not disturb the user's forward pass
+    except Exception as error:  # an error in a trial run must not disturb the user's forward pass
         return ModulePlan(None, reason=f"{type(error).__name__}: {error}")
     finally:
         _current.planning = False
     tensors = tensors_in((args, kwargs))
     plan.autocast = any(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors)
-    # The trial runs may have shown that an attribute changes in every forward pass: it is no part of the key any more.
+    # The trial runs may have shown that an attribute changes in every forward pass; it is then excluded from the key.
     known[_key(module, args, kwargs, parameters)] = plan
     return plan
 
