@@ -38,7 +38,7 @@ def check_arguments(arguments: Sequence[str], commands: Iterable[str]) -> None:
         commands: The names of the subcommands.
 
     Raises:
-        UsageError: If a word is no override, or a score is unknown.
+        UsageError: If a word is not an override, or a score is unknown.
     """
     for argument in _words(arguments):
         if "=" not in argument and not argument.startswith("~"):
@@ -48,7 +48,7 @@ def check_arguments(arguments: Sequence[str], commands: Iterable[str]) -> None:
 
 
 def _words(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments that are neither flags nor values of flags."""
+    """Yield the arguments that are neither flags nor values of flags."""
     previous = ""
     for argument in arguments:
         if not argument.startswith("-") and previous not in FLAGS_WITH_VALUE:
@@ -86,7 +86,14 @@ def own_factories(arguments: Sequence[str]) -> list[str]:
     rewritten = list(arguments)
     for group in FACTORY_GROUPS:
         if _has_own_target(group, rewritten) and not _chooses_option(group, rewritten):
-            rewritten = [f"{group}=custom", *(_forced(group, argument) for argument in rewritten)]
+            rewritten = _with_custom_option(group, rewritten)
+    return rewritten
+
+
+def _with_custom_option(group: str, arguments: Sequence[str]) -> list[str]:
+    rewritten = [f"{group}=custom"]
+    for argument in arguments:
+        rewritten.append(_forced(group, argument))
     return rewritten
 
 
@@ -107,7 +114,7 @@ def _chooses_option(group: str, arguments: Sequence[str]) -> bool:
 
 
 def _forced(group: str, argument: str) -> str:
-    """An override of the group's keys, written so that the key need not exist."""
+    """Return an override of the group's keys in a form for keys that may not exist."""
     key = argument.partition("=")[0].lstrip("+")
     if key == group or key.startswith(f"{group}."):
         return f"++{argument.lstrip('+')}"

@@ -72,12 +72,16 @@ def score_costs(
         progress(score.name)
         run = _run_of(model, inputs, labels, score)
         run()
-        times = [(_seconds(predict, model), _seconds(run, model)) for _ in range(repeats)]
+        seconds, predictions = [], []
+        for _ in range(repeats):
+            plain_seconds = _seconds(predict, model)
+            seconds.append(_seconds(run, model))
+            predictions.append(seconds[-1] / plain_seconds)
         records.append(
             {
                 "score": score.name,
-                "milliseconds": 1e3 * statistics.median(own for _, own in times) / size,
-                "predictions": statistics.median(own / plain for plain, own in times),
+                "milliseconds": 1e3 * statistics.median(seconds) / size,
+                "predictions": statistics.median(predictions),
                 "extra_mib": max(0, _peak(run, model) - base) / 2**20,
             }
         )
@@ -107,7 +111,7 @@ def _seconds(run: Callable[[], None], model: nn.Module) -> float:
 
 
 def _peak(run: Callable[[], None], model: nn.Module) -> int:
-    """The largest number of bytes that torch holds during a call, beyond those before it."""
+    """Return the peak of the memory that torch allocates during a call, in bytes above that before the call."""
     if _device(model).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -68,7 +68,8 @@ def read_image(path: str | Path, size: int = 224) -> Tensor:
     with Image.open(file) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
     pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     return (pixels - mean) / std
 
 
@@ -109,5 +110,4 @@ def demo_block(model: nn.Module, image: Tensor, notes: Sequence[str] = ()) -> st
 
 
 def _has_dropout(model: nn.Module) -> bool:
-    dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-    return any(dropout.p > 0 for dropout in dropouts)
+    return any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from lightning_gradmetrics.cli.configuration import configuration_directory, option_names
 
 __all__ = ["help_text", "version_text"]
@@ -55,11 +57,11 @@ def _wrapped(start: str, words: list[str]) -> str:
 
 
 def _keys() -> str:
-    """The keys of ``conf/config.yaml`` with their comments."""
+    """Return the keys of ``conf/config.yaml`` with their comments."""
     text = (configuration_directory() / "config.yaml").read_text(encoding="utf-8")
     _, _, keys = text.partition("\ntask:")
     keys, _, _ = keys.partition("\nhydra:")
-    return "\n".join(f"  {line}".rstrip() for line in f"task:{keys}".splitlines())
+    return textwrap.indent(f"task:{keys}".rstrip(), "  ")
 
 
 def version_text() -> str:

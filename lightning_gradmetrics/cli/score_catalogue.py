@@ -52,7 +52,7 @@ class Line:
         arguments: The arguments with their defaults.
         summary: The first line of the documentation.
         paper: The source.
-        needs: The evidence that it asks for.
+        needs: The evidence that it needs.
         cost: The cost in addition to the forward that runs anyway.
         sign: How the paper's quantity follows from the score.
         aliases: Other names for it.
@@ -95,15 +95,18 @@ def _arguments(recipe: Recipe) -> str:
 
 
 def _needs(score: Score) -> list[str]:
-    """In words, for the default arguments."""
+    """Return the needs of a score in words."""
     needs = score.needs
-    asked = {
+    needed = {
         "head": needs.features,
         "labels": needs.labels,
         "forward": bool(needs.probes) and not needs.backward,
         "backward": needs.backward,
     }
-    words = [word for word, is_asked in asked.items() if is_asked]
+    words = []
+    for word, is_needed in needed.items():
+        if is_needed:
+            words.append(word)
     if not set(words) - {"labels"}:
         words = ["logits", *words]
     return [*words, *_fit(score)]
@@ -119,7 +122,7 @@ def _fit(score: Score) -> list[str]:
 
 
 def _cost(recipe: Recipe) -> str:
-    """What one batch costs, with the default arguments and, if that differs, over all parameters."""
+    """Return the cost of one batch with the default arguments and, if different, over all parameters."""
     score = recipe.described()
     cost = _passes(score)
     if recipe.defaults.get("target") == "head":
@@ -146,7 +149,7 @@ def _objectives(needs: Needs) -> int:
 
 
 def _sign(summary: str) -> str:
-    """The paper's quantity: a summary begins with "Negative" or "One minus" if that is a confidence."""
+    """Return the paper's quantity; a summary that begins with "Negative" or "One minus" marks a confidence."""
     if summary.startswith("Negative"):
         return "-score"
     return "1 - score" if summary.startswith("One minus") else "score"
@@ -164,13 +167,15 @@ def markdown() -> str:
         summary = _plain(line.summary).replace("|", "\\|")
         table.append([name, summary, line.paper, line.needs, line.cost, line.sign])
     rows = [f"| {' | '.join(row)} |" for row in table]
-    sections = [_section(recipe) for recipe in _sorted()]
+    sections = map(_section, _sorted())
     return "\n\n".join(["# Scores", *INTRODUCTION, "\n".join(rows), *sections]) + "\n"
 
 
 def _section(recipe: Recipe) -> str:
     text, *rest = SECTION.split(recipe.documentation)
-    content = {title: textwrap.dedent(body.strip("\n")) for title, body in zip(rest[::2], rest[1::2], strict=True)}
+    content = {}
+    for title, body in zip(rest[::2], rest[1::2], strict=True):
+        content[title] = textwrap.dedent(body.strip("\n"))
     parts = [f"## {recipe.name}", _plain(text.strip())]
     if recipe.alias_of:
         parts.append(f"With its defaults this is [`{recipe.alias_of}`](#{recipe.alias_of}).")
@@ -187,7 +192,7 @@ def _section(recipe: Recipe) -> str:
 
 
 def _items(arguments: str) -> str:
-    """The section of arguments as a list."""
+    """Return the section of arguments as a Markdown list."""
     return _plain(ARGUMENT.sub(r"- `\1`: ", arguments)).strip().replace("\n    ", "\n  ")
 
 
@@ -209,7 +214,7 @@ def stub() -> str:
 
 
 def _home(name: str) -> str:
-    """The module that defines a public name of the package."""
+    """Return the module that defines a public name of the package."""
     home = getattr(getattr(package, name), "__module__", "")
     return home if home.startswith("lightning_gradmetrics") else "lightning_gradmetrics.scoring.registry"
 

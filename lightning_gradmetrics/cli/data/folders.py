@@ -113,7 +113,9 @@ def image_folders(
 
     sets, roles = open_groups(groups, open_folder)
     fit_sets, fit_roles = open_groups(fit_groups, open_folder)
-    descriptions = {name: "/".join(folder.folder.parts[-2:]) for name, folder in sets.items()}
+    descriptions = {}
+    for name, folder in sets.items():
+        descriptions[name] = "/".join(folder.folder.parts[-2:])
     training = open_folder(train, True) if train else None
     return EvaluationData(sets, roles, known, training, descriptions, fit_sets, fit_roles)
 

@@ -91,12 +91,15 @@ def torchvision_data(
 
 
 def _open(member: Member, root: str, download: bool, train: bool) -> Dataset[Any]:
-    """The data set of a name, or of a name with arguments: its test split unless ``train`` or an argument says otherwise."""
+    """Return the data set of a name, or of a name with arguments; the test split unless ``train`` or an argument selects another."""
     arguments = {"dataset": member} if isinstance(member, str) else dict(member)
     kind = _class_of(str(arguments.pop("dataset", "")))
     accepted = inspect.signature(kind).parameters
     defaults = {"root": root, "train": train, "split": "train" if train else "test"}
-    chosen = {key: value for key, value in defaults.items() if key in accepted}
+    chosen: dict[str, Any] = {}
+    for key, value in defaults.items():
+        if key in accepted:
+            chosen[key] = value
     if download and "download" in accepted:
         chosen["download"] = True
     if train:

@@ -26,11 +26,11 @@ class Classifier(LightningModule):
         self.learning_rate = learning_rate
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits ``(N, C)``."""
+        """Return the logits ``(N, C)``."""
         return self.network(inputs)  # type: ignore[no-any-return]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The mean cross-entropy."""
+        """Return the mean cross-entropy."""
         inputs, labels = batch
         return nn.functional.cross_entropy(self(inputs), labels)
 
@@ -39,11 +39,11 @@ class Classifier(LightningModule):
         self(batch[0])
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Logits ``(N, C)``."""
+        """Return the logits ``(N, C)``."""
         return self(batch[0])  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return Adam with the learning rate."""
         return torch.optim.Adam(self.parameters(), self.learning_rate)
 
 
@@ -52,7 +52,7 @@ def load_weights(network: nn.Module, checkpoint: str | Path) -> None:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is no state dict, or its keys do not fit the network.
+        ValueError: If it is not a state dict, or its keys do not fit the network.
     """
     path = Path(checkpoint).expanduser()
     if not path.is_file():
