@@ -184,5 +184,5 @@ def test_what_cannot_be_cross_validated_is_explained() -> None:
         cross_fit(model, {"mine": [(x, y)]}, INSIDE, {"other": "id"})
     with pytest.raises(ValueError, match="'mine' has no samples"):
         cross_fit(model, {"mine": []}, INSIDE, {"mine": "id"})
-    with pytest.raises(ValueError, match="'el2n' needs the true label of every sample, and 40 of 40"):
+    with pytest.raises(ValueError, match="'el2n' needs the true label of every sample, but 40 of 40"):
         cross_fit(model, {"mine": [(x, torch.full((40,), -1))]}, ["el2n", INSIDE], {"mine": "id"})

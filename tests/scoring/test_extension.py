@@ -143,7 +143,7 @@ def wrong_face(logits: Tensor) -> Tensor:
         (wrong_face, r"'wrong_face' fails in its dry run .*AttributeError.* a score is a function of one Evidence"),
         (lambda e: e.logits.amax(1), "a lambda given as a score has no name"),
         ("nowhere.score", "cannot import the score 'nowhere.score': No module named 'nowhere'"),
-        ("torch.float32", "'torch.float32' is a dtype and not a score"),
+        ("torch.float32", "'torch.float32' is a dtype, not a score"),
         ({"gradnorm": {}, "energy": {}, "": 3}, "unknown score ''|a score is a name"),
         ([{"gradnorm": {}, "energy": {}}], "a score given as a mapping has one key"),
         (["energy", "energy"], "two scores are called 'energy': rename one"),

@@ -1,31 +1,14 @@
-"""Rules for layer families, one small file each, registered by the torch function that a layer calls."""
+"""Rules for layer families, one small file each, registered by the torch function that a layer calls.
 
-from lightning_gradmetrics.engine.rules import (
-    attention,
-    bilinear,
-    convolution,
-    einsum,
-    embedding,
-    embedding_bag,
-    linear,
-    norm,
-    recurrent,
-)
+Every module of this package is imported, so a new file is all that a new rule takes.
+"""
+
+import importlib
+import pkgutil
+
 from lightning_gradmetrics.engine.rules.base import RULES, Call, Rule, bind, rule
 
-__all__ = [
-    "RULES",
-    "Call",
-    "Rule",
-    "attention",
-    "bilinear",
-    "bind",
-    "convolution",
-    "einsum",
-    "embedding",
-    "embedding_bag",
-    "linear",
-    "norm",
-    "recurrent",
-    "rule",
-]
+__all__ = ["RULES", "Call", "Rule", "bind", "rule"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
