@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evaluation.cells import Cells, counts_of_task, make_cells
+from lightning_gradmetrics.evaluation.cells import Cells, counts_of_task
 from lightning_gradmetrics.evaluation.metrics import metrics_of
 from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows
 
-__all__ = ["EXACT_ROWS", "Key", "Replicates", "method_of", "replicate"]
+__all__ = ["EXACT_ROWS", "Key", "Replicates", "method_of", "most_cells", "replicate"]
 
 Key = tuple[str, str | None, str, str, str]
 """Task, data set (``None`` for the mean over a group), group, score, metric."""
@@ -53,8 +53,14 @@ def method_of(rows: int) -> str:
     return "exact" if rows <= EXACT_ROWS else "poisson"
 
 
+def most_cells(rows: int) -> int:
+    """Return the number of cells of equal size that the bootstrap of this number of rows needs."""
+    return max(rows, 1) if method_of(rows) == "exact" else CELLS
+
+
 def replicate(
     rows: Rows,
+    cells: Mapping[str, Cells],
     tasks: Sequence[DetectionTask],
     rate: float,
     resamples: int,
@@ -72,6 +78,7 @@ def replicate(
 
     Args:
         rows: The rows.
+        cells: The cells of each score.
         tasks: The tasks.
         rate: The true-positive rate of ``fpr95``.
         resamples: ``B``.
@@ -83,10 +90,6 @@ def replicate(
         The value of every metric in each resample.
     """
     number = len(rows.codes)
-    most = number if method_of(number) == "exact" else CELLS
-    cells = {}
-    for score, values in rows.scores.items():
-        cells[score] = make_cells(values, rows.codes, len(rows.classes), max(most, 1), tasks, rate)
     replicates: Replicates = {}
     for start, weights in weight_blocks(rows, resamples, seed):
         stop = start + weights.shape[1]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evaluation.tasks import DetectionTask
-from lightning_gradmetrics.meters.functional.counts import Counts, sort_with_codes, sums_to
+from lightning_gradmetrics.evaluation.tasks import DetectionTask, Rows
+from lightning_gradmetrics.meters.functional.counts import Counts
+from lightning_gradmetrics.meters.functional.sorting import Ranked, positions, rank
 
-__all__ = ["Cells", "counts_of_task", "exact_counts", "make_cells"]
+__all__ = ["Cells", "RankedRows", "counts_of_task", "exact_counts", "make_cells", "rank_rows"]
 
 
 FEWEST_FINE = 64
@@ -21,13 +21,55 @@ FEWEST_FINE = 64
 
 
 @dataclass(frozen=True)
+class RankedRows:
+    """The rows of one score in the order of the score, sorted once for all tasks.
+
+    Args:
+        ranked: The order of the rows.
+        codes: ``(N,)`` in uint8, the class of each row, in the order of the score.
+        sums: For each class that has rows, the number ``(G,)`` of its rows at or below each distinct score.
+        classes: ``C``, the number of row classes.
+    """
+
+    ranked: Ranked
+    codes: Tensor
+    sums: Mapping[int, Tensor]
+    classes: int
+
+    def sums_of(self, task: DetectionTask, codes: Sequence[int]) -> Tensor:
+        """Return the rows of these classes up to each distinct score, ``(G,)``, weighted as in the task."""
+        present = [code for code in codes if code in self.sums]
+        if not present:
+            return torch.zeros_like(self.ranked.ends)
+        total = self._weighted(task, present[0])
+        for code in present[1:]:
+            total = total + self._weighted(task, code)
+        return total
+
+    def _weighted(self, task: DetectionTask, code: int) -> Tensor:
+        weight = task.weights.get(code)
+        return self.sums[code] if weight is None else weight * self.sums[code].double()
+
+
+def rank_rows(rows: Rows, score: str) -> RankedRows:
+    """Sort the rows by one score."""
+    ranked = rank(rows.scores[score])
+    codes = rows.codes.index_select(0, ranked.order)
+    sums = {}
+    for code, row_class in enumerate(rows.classes):
+        if row_class.rows:
+            sums[code] = ranked.sums_to(codes == code)
+    return RankedRows(ranked, codes, sums, len(rows.classes))
+
+
+@dataclass(frozen=True)
 class Cells:
-    """The rows of one score, grouped by cells of neighbouring scores and by row class.
+    """The rows of one score, grouped by row class and by cells of neighbouring scores.
 
     Args:
         scores: ``(K,)``, the lowest score of each cell, ascending.
-        order: ``(N,)``, the rows in the order of their cell and class.
-        starts: ``(K * C,)``, the position in ``order`` of the first row of each cell and class.
+        order: ``(N,)``, the rows in the order of their class and cell.
+        starts: ``(C * K,)``, the position in ``order`` of the first row of each class and cell.
         classes: ``C``, the number of row classes.
     """
 
@@ -46,40 +88,38 @@ class Cells:
             ``(C, B, K)`` in float64; sums are exact up to 2^24.
         """
         sums = torch.nn.functional.embedding_bag(self.order, weights, self.starts, mode="sum")
-        return sums.view(len(self.scores), self.classes, -1).permute(1, 2, 0).double()
+        return sums.view(self.classes, len(self.scores), -1).transpose(1, 2).double()
 
 
-def make_cells(
-    scores: Tensor, codes: Tensor, classes: int, most: int, tasks: Sequence[DetectionTask] = (), rate: float = 0.95
-) -> Cells:
+def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (), rate: float = 0.95) -> Cells:
     """Group rows into about ``most`` cells of equal size, and finer cells where thresholds at a TPR vary.
 
     Tied rows stay together. With no more than ``most`` distinct scores, each is one cell and metrics of cells are exact.
 
     Args:
-        scores: ``(N,)`` in float32 or float64.
-        codes: ``(N,)`` in uint8, the class of each row.
-        classes: ``C``, the number of classes.
+        rows: The rows of one score.
         most: The number of cells of equal size.
         tasks: The tasks, for their thresholds.
         rate: The true-positive rate of the thresholds.
     """
-    distinct, sorted_codes, ends = sort_with_codes(scores, codes)
-    edges = distinct
-    if len(distinct) > most:
-        starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
-        first = _changes(starts * most // len(scores))
+    starts, number = rows.ranked.starts, len(rows.codes)
+    first = torch.ones(len(starts), dtype=torch.bool)
+    if len(starts) > most:
+        first = _changes(starts * most // number)
         for task in tasks:
-            window = _threshold_window(task, sorted_codes, ends, rate)
+            window = _threshold_window(task, rows, rate)
             inside = starts[window] - starts[window.start]
             fine = max(FEWEST_FINE, most // (2 * len(tasks)))
             first[window] |= _changes(inside * fine // (inside[-1] + 1))
-        edges = distinct[first]
-    values = np.searchsorted(edges.numpy(), scores.numpy(), side="right") - 1
-    flat = values * classes + codes.numpy()
-    order = torch.from_numpy(np.argsort(flat, kind="stable"))
-    sizes = torch.from_numpy(np.bincount(flat, minlength=len(edges) * classes))
-    return Cells(edges, order, sizes.cumsum(0) - sizes, classes)
+    cell_starts = starts[first]
+    members, class_starts, number = [], [], 0
+    for code in range(rows.classes):
+        chosen = positions(rows.codes == code)
+        members.append(chosen)
+        class_starts.append(torch.searchsorted(chosen, cell_starts) + number)
+        number += len(chosen)
+    order = rows.ranked.order.index_select(0, torch.cat(members))
+    return Cells(rows.ranked.scores[first], order, torch.cat(class_starts).to(order.dtype), rows.classes)
 
 
 def _changes(values: Tensor) -> Tensor:
@@ -89,14 +129,14 @@ def _changes(values: Tensor) -> Tensor:
     return changes
 
 
-def _threshold_window(task: DetectionTask, codes: Tensor, ends: Tensor, rate: float) -> slice:
+def _threshold_window(task: DetectionTask, rows: RankedRows, rate: float) -> slice:
     """The distinct scores among which the threshold of nearly every resample is: six standard deviations each way."""
-    positives_to = _sums(task, codes, ends, task.positive).double()
+    positives_to = rows.sums_of(task, task.positive).double()
     total = positives_to[-1]
     share, spread = 1 - rate, 6 * math.sqrt(rate * (1 - rate) / max(task.count_positive, 1))
     bounds = torch.stack([(share - spread) * total, (share + spread) * total])
     low, high = torch.searchsorted(positives_to, bounds).tolist()
-    return slice(max(low - 1, 0), min(high + 2, len(ends)))
+    return slice(max(low - 1, 0), min(high + 2, len(positives_to)))
 
 
 def counts_of_task(task: DetectionTask, scores: Tensor, counts: Tensor) -> Counts:
@@ -111,28 +151,6 @@ def _weighted(task: DetectionTask, counts: Tensor, codes: Sequence[int]) -> Tens
     return total
 
 
-def exact_counts(ordered: tuple[Tensor, Tensor, Tensor], task: DetectionTask) -> Counts:
-    """Return the exact counts ``(G,)`` of one task.
-
-    Args:
-        ordered: The distinct scores, sorted codes and ends of
-            :func:`~lightning_gradmetrics.meters.functional.counts.sort_with_codes`.
-        task: The task.
-    """
-    distinct, codes, ends = ordered
-    return Counts(distinct, _sums(task, codes, ends, task.negative), _sums(task, codes, ends, task.positive))
-
-
-def _sums(task: DetectionTask, codes: Tensor, ends: Tensor, chosen: Sequence[int]) -> Tensor:
-    plain = tuple(code for code in chosen if code not in task.weights)
-    sums = _flag_sums(codes, ends, plain)
-    for code, weight in task.weights.items():
-        if code in chosen:
-            sums = sums + weight * _flag_sums(codes, ends, (code,)).double()
-    return sums
-
-
-def _flag_sums(codes: Tensor, ends: Tensor, chosen: Sequence[int]) -> Tensor:
-    flags = np.zeros(256, dtype=np.uint8)
-    flags[list(chosen)] = 1
-    return sums_to(torch.from_numpy(flags[codes.numpy()]), ends)
+def exact_counts(rows: RankedRows, task: DetectionTask) -> Counts:
+    """Return the exact counts ``(G,)`` of one task."""
+    return Counts(rows.ranked.scores, rows.sums_of(task, task.negative), rows.sums_of(task, task.positive))

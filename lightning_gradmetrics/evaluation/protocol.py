@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lightning_gradmetrics.evaluation.bootstrap import CELLS, Replicates, method_of, replicate
-from lightning_gradmetrics.evaluation.cells import exact_counts
+from lightning_gradmetrics.evaluation.bootstrap import CELLS, Replicates, method_of, most_cells, replicate
+from lightning_gradmetrics.evaluation.cells import Cells, RankedRows, exact_counts, make_cells, rank_rows
 from lightning_gradmetrics.evaluation.comparisons import compare, key_of
 from lightning_gradmetrics.evaluation.intervals import (
     FEWEST,
@@ -23,7 +23,7 @@ from lightning_gradmetrics.evaluation.metrics import MISCLASSIFICATION, metrics_
 from lightning_gradmetrics.evaluation.record import Evaluation
 from lightning_gradmetrics.evaluation.statements import statements_of
 from lightning_gradmetrics.evaluation.tasks import DetectionTask, Rows, rows_of, tasks_of
-from lightning_gradmetrics.meters.functional.counts import Counts, check_rate, sort_with_codes
+from lightning_gradmetrics.meters.functional.counts import Counts, check_rate
 
 __all__ = ["evaluate"]
 
@@ -100,11 +100,11 @@ def evaluate(
     _check(scores, baselines, baseline, rate, ood_share, resamples, level)
     rows, notes = rows_of(results, list(scores), roles)
     tasks, more_notes = tasks_of(rows, ood_share)
-    metrics = _metrics(rows, tasks, rate, level if resamples else None, seed)
+    metrics, cells = _metrics(rows, tasks, rate, level if resamples else None, seed)
     replicates: Replicates = {}
     if resamples:
         exact = _defined(metrics)
-        replicates = replicate(rows, tasks, rate, resamples, seed, exact, progress)
+        replicates = replicate(rows, cells, tasks, rate, resamples, seed, exact, progress)
     means, replicates = _with_groups(metrics, replicates, rate)
     metrics += means
     for entry in metrics:
@@ -173,24 +173,37 @@ def _bootstrap(rows: int) -> str:
     return f"poisson: Poisson weights of the rows, scores cut into {CELLS} cells"
 
 
-def _metrics(rows: Rows, tasks: Sequence[DetectionTask], rate: float, level: float | None, seed: int) -> list[Entry]:
-    """Every metric's exact value, and the intervals that need no resamples."""
+def _metrics(
+    rows: Rows, tasks: Sequence[DetectionTask], rate: float, level: float | None, seed: int
+) -> tuple[list[Entry], dict[str, Cells]]:
+    """Every metric's exact value with the intervals that need no resamples; with a level, the cells of each score."""
     entries: dict[tuple[int, str], list[Entry]] = {}
-    for score, values in rows.scores.items():
-        ordered = sort_with_codes(values, rows.codes)
+    cells = {}
+    most = most_cells(len(rows.codes))
+    for score in rows.scores:
+        ranked = rank_rows(rows, score)
         for number, task in enumerate(tasks):
-            counts = exact_counts(ordered, task)
-            entries[number, score] = members = []
-            for metric, value in metrics_of(task.task, counts, rate).items():
-                entry = _entry(task, score, metric, float(value))
-                if level is not None and not task.weights and _has_interval(entry, rate):
-                    entry["low"], entry["high"] = _exact_interval(metric, counts, rate, level, seed)
-                members.append(entry)
+            entries[number, score] = _exact_entries(ranked, task, score, rate, level, seed)
+        if level is not None:
+            cells[score] = make_cells(ranked, most, tasks, rate)
     ordered_entries = []
     for number in range(len(tasks)):
         for score in rows.scores:
             ordered_entries += entries[number, score]
-    return ordered_entries
+    return ordered_entries, cells
+
+
+def _exact_entries(
+    ranked: RankedRows, task: DetectionTask, score: str, rate: float, level: float | None, seed: int
+) -> list[Entry]:
+    counts = exact_counts(ranked, task)
+    members = []
+    for metric, value in metrics_of(task.task, counts, rate).items():
+        entry = _entry(task, score, metric, float(value))
+        if level is not None and not task.weights and _has_interval(entry, rate):
+            entry["low"], entry["high"] = _exact_interval(metric, counts, rate, level, seed)
+        members.append(entry)
+    return members
 
 
 def _entry(task: DetectionTask, score: str, metric: str, value: float) -> Entry:

@@ -22,7 +22,7 @@ from lightning_gradmetrics.evaluation import (
     metrics,
     protocol,
 )
-from lightning_gradmetrics.evaluation.cells import counts_of_task, make_cells
+from lightning_gradmetrics.evaluation.cells import counts_of_task, make_cells, rank_rows
 from lightning_gradmetrics.evaluation.metrics import TASKS, metrics_of
 from lightning_gradmetrics.evaluation.statements import statements_of
 from lightning_gradmetrics.evaluation.tasks import rows_of, tasks_of
@@ -141,7 +141,11 @@ def test_replicates_are_metrics_of_resampled_rows(method, monkeypatch):
     rows, _ = rows_of(table(), SCORES, ROLES)
     tasks, _ = tasks_of(rows)
     tasks = [task for task in tasks if task.task != "joint"]
-    drawn = bootstrap.replicate(rows, tasks, 0.95, 3, 4, {})
+    most = bootstrap.most_cells(len(rows.codes))
+    cells = {}
+    for score in SCORES:
+        cells[score] = make_cells(rank_rows(rows, score), most, tasks)
+    drawn = bootstrap.replicate(rows, cells, tasks, 0.95, 3, 4, {})
     ((_, weights),) = bootstrap.weight_blocks(rows, 3, 4)
     for task in tasks:
         for score in SCORES:
@@ -193,9 +197,9 @@ def test_cells_agree_with_the_exact_bootstrap_on_the_same_weights():
     _, weights = next(bootstrap.weight_blocks(rows, 64, 0))
     ones = torch.ones(len(rows.codes), 1)
     for score in ("one", "two"):
-        values = rows.scores[score]
-        few = make_cells(values, rows.codes, len(rows.classes), bootstrap.CELLS, tasks)
-        every = make_cells(values, rows.codes, len(rows.classes), len(values))
+        ranked = rank_rows(rows, score)
+        few = make_cells(ranked, bootstrap.CELLS, tasks)
+        every = make_cells(ranked, len(rows.codes))
         assert len(few.scores) < 2 * bootstrap.CELLS
         for task in tasks:
             found, wanted, shift = {}, {}, {}

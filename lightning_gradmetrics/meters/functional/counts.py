@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
+from lightning_gradmetrics.meters.functional.sorting import positions, sort_with, sums_at
+
 __all__ = [
     "Counts",
     "Positive",
@@ -28,8 +30,6 @@ __all__ = [
     "dot",
     "flip",
     "real",
-    "sort_with_codes",
-    "sums_to",
 ]
 
 Positive = Literal["out", "in"]
@@ -113,24 +113,41 @@ class Counts:
     @cached_property
     def at_positives(self) -> Sums:
         """The sums at the scores that positives have; at all scores where there are batch dimensions."""
-        return self._sums_at(self.positives_to)
+        if self.positives_to.ndim > 1:
+            return self._all_sums()
+        chosen = _steps_up(self.positives_to)
+        negatives_to, negative = _steps_at(self.negatives_to, chosen)
+        positives_to = real(self.positives_to.index_select(0, chosen))
+        return Sums(negative, _steps(positives_to), negatives_to, positives_to)
 
     @cached_property
     def at_negatives(self) -> Sums:
         """The sums at the scores that negatives have; at all scores where there are batch dimensions."""
-        return self._sums_at(self.negatives_to)
-
-    def _sums_at(self, cumulative: Tensor) -> Sums:
-        if cumulative.ndim > 1:
-            every = (self.negative, self.positive, self.negatives_to, self.positives_to)
-            return Sums(*map(real, every))
-        changes = torch.ones(len(cumulative), dtype=torch.bool, device=cumulative.device)
-        torch.ne(cumulative[1:], cumulative[:-1], out=changes[1:])
-        changes[:1] = cumulative[:1] != 0
-        chosen = _positions(changes)
-        negatives_to, negative = _steps_at(self.negatives_to, chosen)
+        if self.negatives_to.ndim > 1:
+            return self._all_sums()
+        chosen = _steps_up(self.negatives_to)
         positives_to, positive = _steps_at(self.positives_to, chosen)
-        return Sums(negative, positive, negatives_to, positives_to)
+        negatives_to = real(self.negatives_to.index_select(0, chosen))
+        return Sums(_steps(negatives_to), positive, negatives_to, positives_to)
+
+    def _all_sums(self) -> Sums:
+        return Sums(real(self.negative), real(self.positive), real(self.negatives_to), real(self.positives_to))
+
+    def negatives_above(self, index: Tensor) -> Tensor:
+        """Return the negatives at or above the scores at ``index`` ``(..., I)``, in float64."""
+        if "negative" in self.known:
+            below = self.negatives_to.gather(-1, index) - self.known["negative"].gather(-1, index)
+        else:
+            below = self.negatives_to.gather(-1, (index - 1).clamp(min=0)) * (index > 0)
+        return self.negatives[..., None] - below
+
+
+def _steps_up(sums: Tensor) -> Tensor:
+    """The positions ``(M,)`` at which cumulative sums ``(G,)`` are larger than before, the first from 0."""
+    changes = torch.ones(len(sums), dtype=torch.bool, device=sums.device)
+    torch.ne(sums[1:], sums[:-1], out=changes[1:])
+    changes[:1] = sums[:1] != 0
+    return positions(changes)
 
 
 def _steps_at(sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,13 +167,6 @@ def _steps(sums: Tensor) -> Tensor:
 
 def _last(sums: Tensor) -> Tensor:
     return real(sums[..., -1] if sums.shape[-1] else sums.sum(-1))
-
-
-def _positions(flags: Tensor) -> Tensor:
-    """The positions ``(M,)`` of true flags ``(N,)``; NumPy finds them several times faster than torch."""
-    if flags.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(flags.numpy()))
-    return flags.nonzero().squeeze(1)
 
 
 def check_tensor(values: Any, name: str) -> None:
@@ -271,68 +281,10 @@ def count(scores: Tensor, target: Tensor) -> Counts:
     """
     scores = check_scores(scores)
     target = check_target(target, scores)
-    distinct, codes, ends = sort_with_codes(scores, target.to(torch.uint8))
-    positives_to = sums_to(codes, ends)
+    distinct, targets, ends = sort_with(scores, target.to(torch.uint8))
+    positives_to = sums_at(targets, ends)
     negatives_to = ends.to(positives_to.dtype).add_(1).sub_(positives_to)
     return Counts(distinct, negatives_to, positives_to)
-
-
-def sort_with_codes(scores: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort samples by score.
-
-    Args:
-        scores: ``(N,)`` in float32 or float64, without NaN.
-        codes: ``(N,)`` in uint8, a number that each sample carries along.
-
-    Returns:
-        The distinct scores ``(G,)`` in ascending order, the codes ``(N,)`` in the order of the scores, and the
-        position ``(G,)`` of each distinct score's last sample.
-    """
-    if scores.device.type != "cpu":
-        ordered, order = torch.sort(scores)
-        ends = _run_ends(ordered)
-        return ordered[ends], codes.index_select(0, order), ends
-    if scores.dtype == torch.float64:
-        narrow = scores.float()
-        if not torch.equal(narrow.double(), scores):
-            # NumPy sorts with vector instructions, several times faster than torch.sort.
-            order = torch.from_numpy(np.argsort(scores.numpy()))
-            ordered = scores.index_select(0, order)
-            ends = _run_ends(ordered)
-            return ordered[ends], codes.index_select(0, order), ends
-        distinct, codes, ends = _sort_float32(narrow, codes)
-        return distinct.double(), codes, ends
-    return _sort_float32(scores, codes)
-
-
-def _sort_float32(scores: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort integers of the score's bits and the code: sorting values is faster than sorting positions."""
-    bits = (scores + 0.0).numpy().view(np.int32)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-    keys <<= 8
-    keys |= codes.numpy()
-    keys.sort()
-    sorted_codes = torch.from_numpy(keys.astype(np.uint8))
-    keys >>= 8
-    ordered = keys.astype(np.int32)
-    ends = _run_ends(torch.from_numpy(ordered))
-    bits = ordered[ends.numpy()]
-    distinct: Any = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
-    return torch.from_numpy(distinct), sorted_codes, ends
-
-
-def _run_ends(ordered: Tensor) -> Tensor:
-    """The position of the last sample of each run of equal scores."""
-    changes = torch.ones(len(ordered), dtype=torch.bool, device=ordered.device)
-    torch.ne(ordered[1:], ordered[:-1], out=changes[:-1])
-    return _positions(changes)
-
-
-def sums_to(flags: Tensor, ends: Tensor) -> Tensor:
-    """The cumulative sums ``(G,)`` of flags ``(N,)`` in uint8, at the given positions."""
-    # An int32 sum takes a tenth of the time of an int64 sum.
-    dtype = torch.int32 if len(flags) < 2**31 else torch.int64
-    return flags.cumsum(0, dtype=dtype).index_select(0, ends)
 
 
 def real(number: Tensor) -> Tensor:

@@ -153,9 +153,7 @@ def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive 
     # The highest threshold with enough positives at or above it: no more than the spare positives are below it.
     spare = counts.positives * (1 - rate * (1 - _rounding(counts.positives)))
     index = torch.searchsorted(counts.positives_to, spare[..., None], right=True).clamp(max=len(counts.scores) - 1)
-    negative = counts.negative.gather(-1, index)
-    false = counts.negatives[..., None] - counts.negatives_to.gather(-1, index) + negative
-    value = false.squeeze(-1) / counts.negatives
+    value = counts.negatives_above(index).squeeze(-1) / counts.negatives
     return torch.where((counts.positives > 0) & (counts.negatives > 0), value, torch.nan)
 
 

@@ -47,14 +47,17 @@ def harmonic(number: Tensor) -> Tensor:
     if largest > TABLE_LIMIT:
         values = torch.digamma(whole.double() + 1) + EULER
     else:
-        values = _harmonic_table(largest + 1, number.device)[whole]
+        size = min(1 << largest.bit_length(), TABLE_LIMIT + 1)
+        values = _harmonic_table(size, number.device).index_select(0, whole.reshape(-1)).view_as(whole)
     if not number.is_floating_point():
         return values
-    return values + (number - whole) / (whole + 1)
+    fraction = number - whole
+    return values + fraction / (whole + 1) if bool(fraction.any()) else values
 
 
 @lru_cache(maxsize=2)
 def _harmonic_table(size: int, device: torch.device) -> Tensor:
+    """The harmonic numbers below ``size``, a power of two, so that few tables serve all numbers of samples."""
     table = torch.arange(size, device=device, dtype=torch.float64)
     table[1:] = table[1:].reciprocal()
     return table.cumsum(0)
