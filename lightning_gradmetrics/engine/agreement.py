@@ -10,15 +10,17 @@ from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gra
 __all__ = ["agree"]
 
 
-def agree(moments: Moments, gradient: Tensor, scale: float) -> bool:
+def agree(moments: Moments, gradient: Tensor, scale: float, tolerance: float | None = None) -> bool:
     """Return whether moments ``(N,)`` are those of a gradient up to rounding.
 
     Args:
         moments: The moments, of ``N`` samples.
         gradient: ``(N, ...)``.
         scale: Size of the terms that the gradient is a sum of; rounding errors are relative to it.
+        tolerance: The largest relative difference; ``None`` for that of rounding.
     """
-    tolerance = rounding(gradient)
+    if tolerance is None:
+        tolerance = rounding(gradient)
     flat = gradient.reshape(len(gradient), gradient[:1].numel())
     expected = gradient_moments(flat, moments)
     level = flat.norm(dim=1).to(accumulator(flat)) + scale
