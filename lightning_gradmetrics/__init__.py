@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lightning_gradmetrics.callback import GradientMetrics
     from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
     from lightning_gradmetrics.gradients import cosine_similarity_maps
-    from lightning_gradmetrics.results import largest, read_results
+    from lightning_gradmetrics.results import largest, read_results, unfinished
     from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "read_results",
     "score",
     "scores",
+    "unfinished",
 ]
 
 _ROOMS = {
@@ -42,6 +43,7 @@ _ROOMS = {
     "largest": "results",
     "read_results": "results",
     "score": "scoring",
+    "unfinished": "results",
 }
 """The room of every public object; a name that is missing here is a room itself."""
 

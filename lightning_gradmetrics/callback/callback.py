@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gradmetrics.callback import arguments as checks
+from lightning_gradmetrics.callback.columns import Columns, SampleIds, check_columns, check_sample_id
 from lightning_gradmetrics.callback.dataloaders import (
     Datasets,
     Names,
@@ -23,6 +25,7 @@ from lightning_gradmetrics.callback.dataloaders import (
     rows_of_loaders,
 )
 from lightning_gradmetrics.callback.fitting import fitting_step
+from lightning_gradmetrics.callback.hooks import RunHooks
 from lightning_gradmetrics.callback.labels import BatchReader
 from lightning_gradmetrics.callback.logged import logged_metrics
 from lightning_gradmetrics.callback.module import is_side_by_side, processes_of, scored_model
@@ -30,9 +33,10 @@ from lightning_gradmetrics.callback.pytorch_lightning import also_callback_of_py
 from lightning_gradmetrics.callback.run import Run
 from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices, check_fitted_in_fit
 from lightning_gradmetrics.callback.stages import FitStage, ScoreStage, Stage
+from lightning_gradmetrics.callback.storing import is_limited, store_of
 from lightning_gradmetrics.classifier.batches import split_batch
 from lightning_gradmetrics.classifier.forward import Inputs, logits_of
-from lightning_gradmetrics.evaluation import Evaluation, Thresholds, apply_thresholds, evaluate
+from lightning_gradmetrics.evaluation import Evaluation, Thresholds, evaluate
 from lightning_gradmetrics.pictures import (
     Picture,
     PictureSource,
@@ -40,7 +44,9 @@ from lightning_gradmetrics.pictures import (
     log_pictures,
     picture_sources,
 )
-from lightning_gradmetrics.results.table import empty_results, largest_of_each, merge_results
+from lightning_gradmetrics.results.output import Output, check_output
+from lightning_gradmetrics.results.stores import Results
+from lightning_gradmetrics.results.table import empty_results, largest_of_each
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, check_fitted, resolve
 from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.layer_profile import Profile
@@ -50,24 +56,7 @@ from lightning_gradmetrics.scoring.states import fitted_states, with_fitted_stat
 __all__ = ["GradientMetrics"]
 
 
-def _before(step: str) -> Callable[..., None]:
-    """The hook before a batch of a step."""
-
-    def hook(
-        self: GradientMetrics,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self._run is not None:
-            self._run.start_batch(pl_module, step, batch)
-
-    return hook
-
-
-class GradientMetrics(Callback):
+class GradientMetrics(RunHooks):
     """Scores every sample at validate, test and predict time, and evaluates the scores.
 
     Logit and head scores reuse the forward pass that Lightning runs; all other scores share one further forward pass.
@@ -101,6 +90,16 @@ class GradientMetrics(Callback):
             same.
         top_k: How many samples with the largest scores to list of each data set, by score, as
             ``{"pseudo_label": 20}``; with their pictures if the inputs are images.
+        output: A directory. Results of ``validate``, ``test`` and ``predict`` are written there as Parquet files while
+            the run goes on, at most 100,000 rows or a minute later, and not kept in memory;
+            :func:`lightning_gradmetrics.read_results` reads them. ``metrics=()`` also skips the evaluation at the end,
+            which reads the scores of all samples.
+        resume: Whether to complete the results of an interrupted run in ``output``: committed rows are not scored again.
+            With :func:`lightning_gradmetrics.unfinished` the model does not run on them either.
+        columns: Further columns of the results: ``"features"``, the head's input, ``"cosine_maps"``, or a mapping from
+            name to a function of :class:`~lightning_gradmetrics.scoring.evidence.Evidence` that returns ``(N, ...)``.
+        sample_id: The entry of a batch that names its samples, as ``"path"``, or a callable from the batch to one id
+            per sample: the column ``sample_id``.
 
     Attributes:
         results: After a run, a ``pyarrow.Table`` with one row per sample: dataset, index, prediction, label, one column
@@ -116,6 +115,9 @@ class GradientMetrics(Callback):
     Raises:
         ValueError: If a score or an objective is unknown, or an argument is not usable.
         TypeError: If an argument has another type.
+        FileExistsError: When a run starts, if ``output`` holds results and ``resume`` is false.
+        ResumeError: When a run starts, if ``output`` holds the results of another model, other scores, arguments, data
+            or another order; the message names the difference.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -147,6 +149,10 @@ class GradientMetrics(Callback):
         thresholds: Thresholds | None = None,
         profile: bool | str | Mapping[str, Any] = False,
         top_k: Mapping[str, int] | None = None,
+        output: str | Path | Output | None = None,
+        resume: bool = False,
+        columns: str | Sequence[str] | Columns = (),
+        sample_id: str | int | SampleIds | None = None,
     ) -> None:
         super().__init__()
         logits_fn = checks.check_callable("logits_fn", logits_fn, "from the model's output to its logits (N, C)")
@@ -161,7 +167,10 @@ class GradientMetrics(Callback):
         self.thresholds = checks.check_thresholds(thresholds)
         self.profile = Profile.of(profile)
         self.top_k = check_top_k(self.score_names, {} if top_k is None else top_k)
-        self.results: pa.Table = empty_results(self.score_names)
+        self.output = check_output(output, resume)
+        self.columns = check_columns(columns, self.score_names)
+        self.sample_id = check_sample_id(sample_id)
+        self._results: Results = empty_results(self.score_names)
         self.evaluation: Evaluation | None = None
         self.sources: list[PictureSource] = []
         self._fitting: tuple[Fitting, Names] | None = None
@@ -180,6 +189,13 @@ class GradientMetrics(Callback):
     def baseline_names(self) -> list[str]:
         """The names of the scores that take no gradient."""
         return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
+
+    @property
+    def results(self) -> pa.Table:
+        """The per-sample results of the last run. With ``output=`` they are read from the directory at the first use."""
+        if callable(self._results):
+            self._results = self._results()
+        return self._results
 
     def pictures(self) -> list[Picture]:
         """The pictures of the last run, drawn anew."""
@@ -244,9 +260,10 @@ class GradientMetrics(Callback):
             self._finished = True
             return
         processes, model = processes_of(trainer), self.scored_model(module)
-        datasets = counted.names(names, stage)
-        rows = rows_of_loaders(datasets, counted.all, self.score_names, processes)
-        roles = dataset_roles(names, datasets)
+        datasets, roles = counted.names(names, stage), dataset_roles(names, counted.names(names, stage))
+        is_fit = self._fitting is not None
+        vectors, has_ids = ((), False) if is_fit else (list(self.columns), self.sample_id is not None)
+        rows = rows_of_loaders(datasets, counted.all, self.score_names, processes, vectors, has_ids)
         made: Stage
         if self._fitting is not None:
             made = FitStage(self._fitting[0], rows, roles if isinstance(names, Mapping) else None)
@@ -255,10 +272,28 @@ class GradientMetrics(Callback):
                 self._notices.of_roles(datasets)
             check_fitted(self.scorer.scores, model)
             self.sources = picture_sources(self.scorer.scores, self.profile, self.top_k)
-            scorer = replace(self.scorer, looks=[source.look for source in self.sources])
-            made = ScoreStage(scorer, rows, self.sources)
+            looks = [*(source.look for source in self.sources), *self.columns.values()]
+            store = store_of(
+                None if stage == "fit" else self.output,
+                rows,
+                counted.all,
+                self.thresholds,
+                self.scorer,
+                model,
+                roles,
+                self._described(stage),
+                processes,
+                is_limited(trainer, stage),
+            )
+            made = ScoreStage(replace(self.scorer, looks=looks), rows, store, self.sources, self.columns)
         reader = BatchReader(self.split_batch, processes.warn)
-        self._run = Run(made, model, counted.all, roles, reader, trainer.precision_plugin.forward_context)
+        context = trainer.precision_plugin.forward_context
+        self._run = Run(made, model, counted.all, roles, reader, context, None if is_fit else self.sample_id)
+
+    def _described(self, stage: str) -> dict[str, Any]:
+        """Arguments that change the results, beside the scores and the model."""
+        names = ("submodule", "split_batch", "columns", "sample_id")
+        return {"stage": stage, **{name: getattr(self, name) for name in names}, "logits_fn": self.scorer.logits_fn}
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
         """Keep the fitted scores, or gather the rows and evaluate them. The logged metrics are the same on every rank."""
@@ -272,25 +307,25 @@ class GradientMetrics(Callback):
             self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
             return {}
         stage = run.stage
-        self.results = stage.results()
-        stage.warn_of_empty(self.results, processes)
-        parts = processes.gather((self.results, stage.kept()))
-        metrics = processes.from_first(lambda: self._evaluated(trainer, stage, run.roles, parts))
-        if self.thresholds is not None:
-            self.results = apply_thresholds(self.results, self.thresholds)
+        stage.warn_of_empty(processes)
+        with closing(stage.store):
+            shared = processes.together(stage.store.share)
+            parts = processes.gather((shared, stage.kept()))
+            metrics = processes.from_first(lambda: self._evaluated(trainer, stage, run.roles, parts))
+        self._results = stage.store.results()
         return metrics
 
     def _evaluated(
-        self,
-        trainer: Trainer,
-        stage: ScoreStage,
-        roles: Mapping[str, str],
-        parts: Sequence[tuple[pa.Table, list[Any]]],
+        self, trainer: Trainer, stage: ScoreStage, roles: Mapping[str, str], parts: Sequence[tuple[Any, list[Any]]]
     ) -> dict[str, float]:
         """On rank 0: evaluate the rows of all processes, and pass the pictures to the loggers."""
-        self.results = merge_results([table for table, _ in parts], stage.names)
+        stage.store.join([shared for shared, _ in parts])
         stage.join([kept for _, kept in parts])
-        self.evaluation = evaluate(self.results, self.score_names, roles, self.baseline_names, resamples=self.resamples)
+        self._results = stage.store.results()
+        if self.output is not None and not self.metrics:
+            return {}
+        judged = stage.store.judged(self.score_names)
+        self.evaluation = evaluate(judged, self.score_names, roles, self.baseline_names, resamples=self.resamples)
         if self.sources and trainer.loggers:
             log_pictures(trainer.loggers, self.pictures(), self.prefix, trainer.global_step)
         logged = logged_metrics(self.evaluation.metrics, self.prefix, self.metrics, self._logged)
@@ -331,69 +366,15 @@ class GradientMetrics(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last run."""
-        self.results, self.evaluation, self._finished = empty_results(self.score_names), None, False
+        self._results, self.evaluation, self._finished = empty_results(self.score_names), None, False
         self._logged, self._notices = set(), StageNotices()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._start(trainer, pl_module, trainer.val_dataloaders)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._start(trainer, pl_module, trainer.test_dataloaders)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._start(trainer, pl_module, trainer.predict_dataloaders)
-
-    on_validation_batch_start = _before("validation_step")
-    on_test_batch_start = _before("test_step")
-    on_predict_batch_start = _before("predict_step")
-
-    def on_validation_batch_end(  # noqa: D102
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if self._run is not None:
-            self._run.end_batch(batch_idx, dataloader_idx)
-
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if not trainer.sanity_checking:
-            self.on_test_epoch_end(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        pl_module.log_dict(self._finish(trainer), sync_dist=trainer.world_size > 1)
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        metrics = self._finish(trainer)
-        if not metrics:
-            return
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop observing, and keep what was scored."""
-        run, self._run = self._run, None
-        if run is None:
-            return
-        run.stop()
-        if isinstance(run.stage, ScoreStage):
-            self.results = run.stage.results()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop observing; warn of a run without samples."""
-        run, self._run = self._run, None
-        if run is not None:
-            run.stop()
-        if stage != "fit" and not self._finished:
-            rank_zero_warn(
-                f"the {stage} run returned no samples (are its dataloaders empty?): the results have no rows"
-            )
+    def _interrupted(self, run: Run) -> str:
+        if not isinstance(run.stage, ScoreStage):
+            return ""
+        advice = run.stage.store.interrupt()
+        self._results = run.stage.store.results()
+        return advice
 
 
 also_callback_of_pytorch_lightning(GradientMetrics)

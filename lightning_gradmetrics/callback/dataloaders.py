@@ -193,7 +193,12 @@ def dataset_roles(names: Names, dataset_list: Sequence[str]) -> dict[str, str]:
 
 
 def rows_of_loaders(
-    datasets: Sequence[str], loaders: Sequence[Any], scores: Sequence[str], processes: Processes
+    datasets: Sequence[str],
+    loaders: Sequence[Any],
+    scores: Sequence[str],
+    processes: Processes,
+    vectors: Sequence[str] = (),
+    has_ids: bool = False,
 ) -> list[Rows]:
     """An empty table for the rows of each dataloader.
 
@@ -202,10 +207,13 @@ def rows_of_loaders(
         loaders: Their dataloaders.
         scores: The names of the score columns.
         processes: The processes of the run.
+        vectors: The names of further columns.
+        has_ids: Whether each row has a sample id.
     """
     rows = []
     for name, loader in zip(datasets, loaders, strict=True):
-        rows.append(Rows(name, scores, SampleIndex.of(loader, processes.rank, processes.count)))
+        index = SampleIndex.of(loader, processes.rank, processes.count)
+        rows.append(Rows(name, scores, index, vectors=vectors, has_ids=has_ids))
     return rows
 
 

@@ -33,12 +33,14 @@ class ReadBatch:
         copied: The batch, copied; ``None`` if the user's ``split_batch`` returned the labels.
         labels: The labels that the user's ``split_batch`` returned.
         size: The length of its first tensor, or ``None``.
+        ids: The id of each sample, if the run stores ids.
     """
 
     inputs: Inputs | None
     copied: BatchCopy | None
     labels: Any
     size: int | None
+    ids: Sequence[str] = ()
 
 
 class BatchReader:

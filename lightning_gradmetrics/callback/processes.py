@@ -57,6 +57,24 @@ class Processes:
         torch.distributed.gather_object(value, values)
         return values or []
 
+    def together(self, action: Callable[[], T]) -> T:
+        """Return what an action returns on this process; if it fails on any process, every process raises.
+
+        Raises:
+            RuntimeError: If the action raises on another process; the message says what was raised there.
+        """
+        if self.count == 1:
+            return action()
+        try:
+            value = action()
+        except Exception as error:
+            self.all_gather(f"{type(error).__name__}: {error}")
+            raise
+        for rank, problem in enumerate(self.all_gather("")):
+            if problem:
+                raise RuntimeError(f"rank {rank} failed, so rank {self.rank} stops too. What it raised: {problem}")
+        return value
+
     def from_first(self, compute: Callable[[], T]) -> T:
         """What rank 0 computes, on every process; where it fails, every process does, so that none waits for ever.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_gradmetrics.callback.columns import SampleIds, sample_ids
 from lightning_gradmetrics.callback.dataloaders import seen_indices
 from lightning_gradmetrics.callback.labels import BatchReader, ReadBatch
 from lightning_gradmetrics.callback.stages import Stage
@@ -35,6 +36,7 @@ class Run:
         roles: The role of each data set.
         reader: Reads inputs and labels.
         surroundings: The context of the model's forward passes.
+        sample_id: From a batch to the id of each sample, or ``None``.
     """
 
     stage: Stage
@@ -43,6 +45,7 @@ class Run:
     roles: Mapping[str, str]
     reader: BatchReader
     surroundings: Callable[[], AbstractContextManager[Any]]
+    sample_id: SampleIds | None = None
     _observer: StepObserver = field(init=False)
     _read: ReadBatch | None = None
     _seen: Observation | None = None
@@ -55,7 +58,7 @@ class Run:
     def start_batch(self, module: nn.Module, step: str, batch: Any) -> None:
         """Read the batch, and observe the step that follows."""
         self.stop()
-        self._read = self.reader.read(batch)
+        self._read = replace(self.reader.read(batch), ids=sample_ids(self.sample_id, batch))
         self._seen = Observation()
         self._stepped = module
         self._remove = around_next_call(module, step, self._observed)
@@ -80,12 +83,14 @@ class Run:
             return
         check_model(self.model)
         indices = seen_indices(self.loaders[place], number)
+        if self.stage.skips(place, read.size if indices is None else len(indices), indices):
+            return
         with self.surroundings():
             size = read.size if indices is None else len(indices)
             batch = self._observer.batch(seen, read.inputs, size, self._stepped)
             batch = self._completed(batch, read, seen, place)
             evidence = self.stage.scorer.evidence(self.model, batch)
-        self.stage.add(place, batch, evidence, indices)
+        self.stage.add(place, batch, evidence, indices, read.ids)
         self._warn_of_unknown_index(place)
 
     def _completed(self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int) -> ObservedBatch:
@@ -132,3 +137,8 @@ class Run:
         if self._remove is not None:
             self._remove()
             self._remove = None
+
+    def close(self) -> None:
+        """Stop observing, and end the stage."""
+        self.stop()
+        self.stage.close()

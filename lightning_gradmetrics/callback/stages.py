@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.callback.columns import Columns
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
 from lightning_gradmetrics.results.sample_index import REPEATED
-from lightning_gradmetrics.results.table import Rows, empty_results, merge_results
+from lightning_gradmetrics.results.stores import Store
+from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scores import FittedScore
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import Evidence
@@ -31,26 +32,43 @@ class ScoreStage:
         scorer: Computes the scores.
         rows: The results of each dataloader.
         sources: Read the batches too, and make pictures.
+        columns: The functions of further columns, by name.
+        store: Takes the rows.
     """
 
     scorer: Scorer
     rows: Sequence[Rows]
+    store: Store
     sources: Sequence[PictureSource] = ()
+    columns: Columns = field(default_factory=dict)
 
     def ood(self, place: int, size: int) -> Tensor | None:
         """Returns None: while scoring, roles are not used."""
         return None
 
-    def add(self, place: int, batch: ObservedBatch, evidence: Evidence, seen: Sequence[int] | None) -> None:
+    def skips(self, place: int, size: int | None, seen: Sequence[int] | None) -> bool:
+        """Whether an earlier run committed all rows of the next batch of the dataloader number ``place``."""
+        return size is not None and self.rows[place].index.skip(size, seen)
+
+    def add(
+        self,
+        place: int,
+        batch: ObservedBatch,
+        evidence: Evidence,
+        seen: Sequence[int] | None,
+        ids: Sequence[str] = (),
+    ) -> None:
         """Score a batch of the dataloader number ``place``."""
         scores, rows = self.scorer(evidence), self.rows[place]
-        columns = rows.add(batch.inputs, batch.logits, batch.labels, scores, seen)
+        vectors = {name: function(evidence) for name, function in self.columns.items()}
+        columns = rows.add(batch.inputs, batch.logits, batch.labels, scores, seen, vectors, ids)
         if self.sources:
             scored = ScoredBatch(
                 rows.dataset, **columns, inputs=batch.inputs, evidence=evidence, scores=scores
             ).without_repeats()
             for source in self.sources:
                 source.add(scored)
+        self.store.after_batch(rows)
 
     @property
     def names(self) -> list[str]:
@@ -66,19 +84,15 @@ class ScoreStage:
         for number, source in enumerate(self.sources):
             source.join([part[number] for part in parts])
 
-    def results(self) -> pa.Table:
-        """The rows that this process has scored so far."""
-        tables = [empty_results([score.name for score in self.scorer.scores])]
-        for rows in self.rows:
-            tables.append(rows.table())
-        return merge_results(tables, self.names)
-
-    def warn_of_empty(self, results: pa.Table, processes: Processes) -> None:
+    def warn_of_empty(self, processes: Processes) -> None:
         """Warn of each data set without a sample."""
-        present = set(results["dataset"].to_pylist())
-        for name in self.names:
-            if name not in present:
-                processes.warn(f"the dataloader {name!r} returned no samples: it is not in the results")
+        for rows in self.rows:
+            if not rows.added and rows.index.committed is None:
+                processes.warn(f"the dataloader {rows.dataset!r} returned no samples: it is not in the results")
+
+    def close(self) -> None:
+        """End the run of the store."""
+        self.store.close()
 
 
 @dataclass
@@ -106,7 +120,18 @@ class FitStage:
             return None
         return torch.full((size,), self.roles[self.rows[place].dataset] != "id")
 
-    def add(self, place: int, batch: ObservedBatch, evidence: Evidence, seen: Sequence[int] | None) -> None:
+    def skips(self, place: int, size: int | None, seen: Sequence[int] | None) -> bool:
+        """Returns False: every batch is fitted on."""
+        return False
+
+    def add(
+        self,
+        place: int,
+        batch: ObservedBatch,
+        evidence: Evidence,
+        seen: Sequence[int] | None,
+        ids: Sequence[str] = (),
+    ) -> None:
         """Accumulate a batch of the dataloader number ``place``."""
         index = self.rows[place].index.take(batch.size, seen)
         self.fitting.add(batch, evidence, index != REPEATED)
@@ -114,6 +139,9 @@ class FitStage:
     def fitted(self, model: nn.Module, processes: Processes) -> dict[str, FittedScore]:
         """The fitted scores by name, from what all processes accumulated."""
         return self.fitting.finish(model, processes.all_gather(self.fitting.seen))
+
+    def close(self) -> None:
+        """Does nothing: what was accumulated goes with the stage."""
 
 
 Stage = ScoreStage | FitStage

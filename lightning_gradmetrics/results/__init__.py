@@ -1,6 +1,8 @@
-"""The per-sample results table."""
+"""The per-sample results table, in memory and on disk."""
 
-from lightning_gradmetrics.results.parts import read_results
+from lightning_gradmetrics.results.parts import ResumeError
+from lightning_gradmetrics.results.reading import IncompleteResultsError, read_results
+from lightning_gradmetrics.results.resuming import unfinished
 from lightning_gradmetrics.results.table import largest
 
-__all__ = ["largest", "read_results"]
+__all__ = ["IncompleteResultsError", "ResumeError", "largest", "read_results", "unfinished"]

@@ -1,74 +1,55 @@
 """Results on disk: a directory of Parquet parts that survives a kill at any moment.
 
 A part holds a bounded number of rows. It is written to a temporary file, flushed to the disk and renamed, so that a
-directory never holds half a part. A manifest is written last and lists every part. :func:`read_results` returns the
-rows as one table and refuses a directory whose rows are incomplete or repeated.
+directory never holds half a part. A manifest is written last and lists every part.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from lightning_gradmetrics.results.table import merge_results
+from lightning_gradmetrics.results.files import temporary_files, write_file
 
-__all__ = ["IncompleteResultsError", "ResultsWriter", "ResumeError", "committed_indices", "read_results"]
+__all__ = [
+    "ABOUT",
+    "MANIFEST",
+    "PART",
+    "ROWS_PER_PART",
+    "RUN",
+    "ResultsWriter",
+    "ResumeError",
+    "check_run",
+    "difference",
+]
 
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
+"""The last file of a run. Programs that read a directory of Parquet files skip names that start with an underscore."""
+
 LOCK = ".lock"
 PART = "part-*.parquet"
 RUN = b"lightning_gradmetrics"
-"""Key of the run's metadata in the schema of every part."""
+"""Key in the schema of every part: what the results depend on."""
+
+ABOUT = b"lightning_gradmetrics.about"
+"""Key in the schema of every part: what may differ in a resumed run, such as package versions."""
+
+UNLABELLED = b"lightning_gradmetrics.unlabelled"
+"""Key in the schema of a part: data sets whose labels turned out to be no classes, in earlier parts too."""
 
 ROWS_PER_PART = 100_000
-SHOWN = 10
-"""Rows that an error message names."""
-
-
-class IncompleteResultsError(ValueError):
-    """A results directory has missing or repeated rows."""
+SECONDS_FOR_LOCK = 8.0
+"""Worker processes of a killed run keep its lock until they notice, which takes 5 seconds."""
 
 
 class ResumeError(ValueError):
     """A run cannot be resumed: the directory holds the results of another run."""
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, whatever happens.
-
-    Args:
-        path: The file.
-        content: Its bytes.
-    """
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name == "nt":  # directories cannot be opened there
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ResultsWriter:
@@ -76,8 +57,9 @@ class ResultsWriter:
 
     Args:
         directory: The results directory; created if it is missing.
-        run: What the results depend on (score arguments, roles, class names, model fingerprint, package versions), as
-            plain JSON values. It is stored in the schema of every part, and a resumed run must have the same.
+        run: What the results depend on (scores, model, data sets), as plain JSON values. It is stored in the schema of
+            every part, and a resumed run must have the same.
+        about: What may differ in a resumed run (package versions), as plain JSON values; stored in the schema too.
         rank: The number of this process; each process writes parts with its own names.
         rows_per_part: Rows that are kept in memory before a part is committed.
         resume: Whether to add to the committed parts of an interrupted run.
@@ -89,6 +71,7 @@ class ResultsWriter:
 
     Example:
         >>> import tempfile
+        >>> from lightning_gradmetrics.results import read_results
         >>> rows = pa.table({"dataset": ["val"] * 2, "index": [0, 1], "entropy": [0.1, 0.9]})
         >>> directory = tempfile.mkdtemp()
         >>> with ResultsWriter(directory, {"scores": ["entropy"]}) as writer:
@@ -103,16 +86,19 @@ class ResultsWriter:
         directory: str | Path,
         run: Mapping[str, Any],
         *,
+        about: Mapping[str, Any] | None = None,
         rank: int = 0,
         rows_per_part: int = ROWS_PER_PART,
         resume: bool = False,
     ) -> None:
         self.directory, self.rank, self.rows_per_part = Path(directory), rank, rows_per_part
-        self._run = json.dumps(run, sort_keys=True)
+        self.run: dict[str, Any] = json.loads(json.dumps(run))
+        self.about: dict[str, Any] = json.loads(json.dumps(about or {}))
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
+        self.unlabelled: set[str] = set()
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.directory / f"{LOCK}-{rank}", timeout=0)
+        self._lock = FileLock(self.directory / f"{LOCK}-{rank}", timeout=SECONDS_FOR_LOCK if resume else 0)
         self._acquire()
         try:
             self._open(resume)
@@ -136,8 +122,8 @@ class ResultsWriter:
                 f"{self.directory} holds results already; pass resume=True to complete them or choose another directory"
             )
         for part in parts:
-            check_run(part, self._run)
-        for leftover in self.directory.glob(f"part-{self.rank:04d}-*.tmp-*"):
+            check_run(part, self.run)
+        for leftover in temporary_files(self.directory, f"part-{self.rank:04d}-*"):
             leftover.unlink()
         self._number = len(list(self.directory.glob(f"part-{self.rank:04d}-*.parquet")))
 
@@ -160,6 +146,8 @@ class ResultsWriter:
         Raises:
             OSError: If the part cannot be written; committed parts are intact.
         """
+        if not rows.num_rows:
+            return
         self._waiting.append(rows)
         self._waiting_rows += rows.num_rows
         if self._waiting_rows >= self.rows_per_part:
@@ -173,11 +161,9 @@ class ResultsWriter:
         """
         if not self._waiting_rows:
             return
-        table = pa.concat_tables(self._waiting)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), RUN: self._run.encode()})
         path = self.directory / f"part-{self.rank:04d}-{self._number:06d}.parquet"
         buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer)
+        pq.write_table(self._with_metadata(pa.concat_tables(self._waiting)), buffer)
         try:
             write_file(path, buffer.getvalue().to_pybytes())
         except OSError as error:
@@ -189,6 +175,22 @@ class ResultsWriter:
         self._number += 1
         self._waiting, self._waiting_rows = [], 0
 
+    def _with_metadata(self, table: pa.Table) -> pa.Table:
+        metadata = {RUN: json.dumps(self.run).encode(), ABOUT: json.dumps(self.about).encode()}
+        if self.unlabelled:
+            metadata[UNLABELLED] = json.dumps(sorted(self.unlabelled)).encode()
+        return table.replace_schema_metadata(metadata)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the directory has no part of any process."""
+        return not any(self.directory.glob(PART))
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of the parts that this process committed, in this run or the runs before."""
+        return [f"part-{self.rank:04d}-{number:06d}.parquet" for number in range(self._number)]
+
     def finish(self, sizes: Mapping[str, int | None]) -> None:
         """Commit what is left and write the manifest: the results are complete.
 
@@ -199,7 +201,7 @@ class ResultsWriter:
         rows: dict[str, int] = {}
         for part in sorted(self.directory.glob(PART)):
             rows[part.name] = pq.read_metadata(part).num_rows
-        manifest = {"datasets": dict(sizes), "parts": rows, "run": json.loads(self._run)}
+        manifest = {"datasets": dict(sizes), "parts": rows, "run": self.run}
         write_file(self.directory / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
     def close(self) -> None:
@@ -207,12 +209,12 @@ class ResultsWriter:
         self._lock.release()
 
 
-def check_run(part: Path, run: str) -> None:
+def check_run(part: Path, run: Mapping[str, Any]) -> None:
     """Refuse a part that another run wrote.
 
     Args:
         part: A committed part.
-        run: The metadata of the run that wants to resume, as JSON.
+        run: What the results of the run that wants to resume depend on.
 
     Raises:
         ResumeError: If they differ; the message names the first difference.
@@ -220,117 +222,25 @@ def check_run(part: Path, run: str) -> None:
     metadata = pq.read_schema(part).metadata or {}
     if RUN not in metadata:
         raise ResumeError(f"{part} was not written by this package; choose another directory")
-    stored, wanted = json.loads(metadata[RUN]), json.loads(run)
-    for key in sorted(stored.keys() | wanted.keys()):
-        if stored.get(key) != wanted.get(key):
-            raise ResumeError(
-                f"cannot resume {part.parent}: its {key} is {stored.get(key)!r} and this run's is {wanted.get(key)!r}. "
-                "Resume with the same settings, or choose another directory"
-            )
+    other = difference("", json.loads(metadata[RUN]), run)
+    if other is not None:
+        raise ResumeError(
+            f"cannot resume {part.parent}: {other}. Resume with the same settings, or choose another directory"
+        )
 
 
-def committed_indices(directory: str | Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the indices that are committed, sorted, by data set.
-
-    Args:
-        directory: A results directory, complete or not.
-
-    Raises:
-        ResumeError: If a row has no index, so that nobody can tell which samples are left.
-    """
-    indices: dict[str, list[np.ndarray[Any, Any]]] = {}
-    for part in sorted(Path(directory).glob(PART)):
-        for name, values in _indices_by_dataset(pq.read_table(part, columns=["dataset", "index"])):
-            if values.null_count:
-                raise ResumeError(
-                    f"the rows of {name!r} in {directory} have no index, so the samples that are left are unknown; "
-                    "score the data set again in another directory"
-                )
-            indices.setdefault(name, []).append(values.to_numpy())
-    return {name: np.unique(np.concatenate(parts)) for name, parts in indices.items()}
-
-
-def _indices_by_dataset(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    for name in pc.unique(table["dataset"]).to_pylist():
-        yield name, table.filter(pc.equal(table["dataset"], name))["index"]
-
-
-def read_results(directory: str | Path, *, incomplete: bool = False) -> pa.Table:
-    """Read the results of a run as one table, in the order of the data sets and of their indices.
-
-    Args:
-        directory: A results directory that a run wrote (``output=``).
-        incomplete: Whether to accept the results of an interrupted run. Repeated rows are refused all the same.
-
-    Returns:
-        One row per sample: ``dataset``, ``index``, ``prediction``, ``label``, one column per score, ``finite``. The
-        run's metadata is in the schema.
-
-    Raises:
-        FileNotFoundError: If the directory holds no results.
-        IncompleteResultsError: If the run was interrupted, or rows are missing or repeated; the message names them.
+def difference(name: str, stored: Any, wanted: Any) -> str | None:
+    """Return the first value that differs between two descriptions, in words; ``None`` if there is none.
 
     Example:
-        >>> import tempfile
-        >>> directory = tempfile.mkdtemp()
-        >>> with ResultsWriter(directory, {}) as writer:
-        ...     writer.add(pa.table({"dataset": ["val"], "index": [1], "entropy": [0.5]}))
-        >>> read_results(directory, incomplete=True).num_rows
-        1
-        >>> read_results(directory)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        lightning_gradmetrics.results.parts.IncompleteResultsError: the run that wrote ... was interrupted after 1 row...
+        >>> difference("", {"model": "a", "scores": {"energy": 1}}, {"model": "a", "scores": {"energy": 2}})
+        "its scores.energy is 1 and this run's is 2"
     """
-    directory = Path(directory)
-    parts = sorted(directory.glob(PART))
-    manifest = directory / MANIFEST
-    if not parts and not manifest.exists():
-        raise FileNotFoundError(f"{directory} holds no results; expected the folder that output= named")
-    tables = list(map(pq.read_table, parts))
-    rows = sum(table.num_rows for table in tables)
-    if not manifest.exists():
-        if not incomplete:
-            raise IncompleteResultsError(
-                f"the run that wrote {directory} was interrupted after {rows} row{'s' * (rows != 1)}; resume it, or pass "
-                "incomplete=True to read what there is"
-            )
-        sizes: dict[str, int | None] = {}
-    else:
-        content = json.loads(manifest.read_text())
-        sizes = content["datasets"]
-        _check_parts(directory, content["parts"], dict(zip(parts, tables, strict=True)))
-    table = pa.concat_tables(tables) if tables else pa.table({})
-    names = list(sizes) or pc.unique(table["dataset"]).to_pylist()
-    for name, indices in _indices_by_dataset(table) if tables else ():
-        _check_indices(directory, name, indices, sizes.get(name))
-    return merge_results([table], names) if tables else table
-
-
-def _check_parts(directory: Path, expected: Mapping[str, int], tables: Mapping[Path, pa.Table]) -> None:
-    found = {path.name: table.num_rows for path, table in tables.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise IncompleteResultsError(
-                f"{directory / name} has {found.get(name, 0)} rows and the manifest lists {expected.get(name, 0)}; the "
-                "directory was changed after the run: score the data again"
-            )
-
-
-def _check_indices(directory: Path, dataset: str, indices: pa.ChunkedArray, size: int | None) -> None:
-    known = indices.drop_null().to_numpy()
-    unique, counts = np.unique(known, return_counts=True)
-    repeated = unique[counts > 1]
-    if len(repeated):
-        raise IncompleteResultsError(f"{directory} has rows of {dataset!r} more than once: {_named(repeated)}")
-    if size is None or len(known) < len(indices):
-        return
-    missing = np.setdiff1d(np.arange(size), unique)
-    if len(missing):
-        raise IncompleteResultsError(f"{directory} lacks rows of {dataset!r}: {_named(missing)}")
-
-
-def _named(indices: np.ndarray[Any, Any]) -> str:
-    shown = ", ".join(map(str, indices[:SHOWN]))
-    more = len(indices) - SHOWN
-    return f"indices {shown}" + (f" and {more} more" if more > 0 else "")
+    if not isinstance(stored, Mapping) or not isinstance(wanted, Mapping):
+        return None if stored == wanted else f"its {name} is {stored!r} and this run's is {wanted!r}"
+    for key in {**stored, **wanted}:
+        inner = f"{name}.{key}" if name else key
+        found = difference(inner, stored.get(key, "missing"), wanted.get(key, "missing"))
+        if found is not None:
+            return found
+    return None

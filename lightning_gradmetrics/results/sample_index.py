@@ -4,44 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-__all__ = ["REPEATED", "UNKNOWN", "SampleIndex", "sample_indices"]
+from lightning_gradmetrics.results.unfinished import UnfinishedBatches
+
+__all__ = ["REPEATED", "UNKNOWN", "SampleIndex", "known_order", "sample_indices"]
 
 REPEATED = -1
-"""The index of a row that a distributed sampler repeats to give all processes the same number of rows."""
+"""The index of a row that is left out: a distributed sampler repeats it, or it is committed already."""
 
 UNKNOWN = -2
-"""The index of a row whose place in the data set is not known."""
+"""The index of a row whose position in the data set is not known."""
+
+Indices = Sequence[int] | np.ndarray[Any, Any]
 
 
-def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> list[int] | None:
-    """The data set's index of each row that this process will receive, in order; ``None`` if it is not known beforehand.
+def batch_sampler_of(loader: Any) -> Any:
+    """Return the loader's own batch sampler, without the wrapper that Lightning puts around it for ``predict``."""
+    batches = getattr(loader, "batch_sampler", None)
+    return getattr(batches, "_batch_sampler", batches)
 
-    A distributed sampler repeats rows so that all processes receive the same number: a repeated row has the index -1.
+
+def sampler_of(loader: DataLoader[Any]) -> Any:
+    """Return the sampler whose order the loader follows; ``None`` behind a batch sampler with an order of its own."""
+    batches = batch_sampler_of(loader)
+    follows = type(batches) is BatchSampler or isinstance(batches, UnfinishedBatches)
+    return batches.sampler if follows else None
+
+
+def known_order(loader: Any) -> Indices | None:
+    """Return the order in which one process reads a data set, if it is known beforehand and the same each time.
+
+    Args:
+        loader: A dataloader.
+
+    Returns:
+        The data set's indices in the order of the sampler or of the list of batches, or ``None``.
     """
     if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
         return None
-    sampler = _sampler(loader)
+    batches = batch_sampler_of(loader)
+    if isinstance(batches, (list, tuple)):
+        return np.fromiter(chain.from_iterable(getattr(batches, "whole", batches)), dtype=np.int64)
+    sampler = sampler_of(loader)
     if isinstance(sampler, SequentialSampler):
-        return list(range(len(sampler)))
+        return range(len(sampler))
     # Lightning wraps the user's own sampler; only a sequential one returns the same order when it is read twice.
     wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
     in_order = wrapped is None or isinstance(wrapped, SequentialSampler)
     if not isinstance(sampler, DistributedSampler) or not in_order:
         return None
-    size = len(sampler.dataset)  # type: ignore[arg-type]
-    return [index if rank + row * world_size < size else REPEATED for row, index in enumerate(sampler)]
+    return np.fromiter(sampler, dtype=np.int64)
 
 
-def _sampler(loader: DataLoader[Any]) -> Any:
-    """The sampler whose order the loader follows; ``None`` behind a batch sampler that may follow another order."""
-    batches = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
-    return batches.sampler if type(batches) is BatchSampler else None
+def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> Indices | None:
+    """Return the data set's index of each row that this process will receive, in order; ``None`` if it is not known.
+
+    A distributed sampler repeats rows so that all processes receive the same number: a repeated row has the index -1.
+    """
+    order = known_order(loader)
+    if order is None:
+        return None
+    known, sampler, batches = order, sampler_of(loader), batch_sampler_of(loader)
+    if isinstance(batches, (list, tuple)):
+        return np.fromiter(chain.from_iterable(batches), dtype=np.int64)
+    if isinstance(sampler, DistributedSampler):
+        position = rank + np.arange(len(order)) * world_size
+        known = np.where(position < len(sampler.dataset), order, REPEATED)  # type: ignore[arg-type]
+    if isinstance(batches, UnfinishedBatches):
+        return np.asarray(known)[batches.rows(np.asarray(order))]
+    return known
 
 
 @dataclass
@@ -52,6 +90,7 @@ class SampleIndex:
         known: The index of each row in order, or ``None``.
         batch_size: Rows of each batch but the last; ``None`` if it is not known.
         position: Rows that were taken so far.
+        committed: Which indices ``(N,)``, bool, an earlier run committed, or ``None``: their rows are left out.
 
     Example:
         >>> index = SampleIndex(list(range(5)), 3)
@@ -59,31 +98,58 @@ class SampleIndex:
         (tensor([0, 1, 2]), tensor([3, 4]), tensor([-2, -2]))
     """
 
-    known: Sequence[int] | None = None
+    known: Indices | None = None
     batch_size: int | None = None
     position: int = 0
     last: Tensor | None = None
     """The indices of the last batch."""
+    committed: np.ndarray[Any, Any] | None = None
 
     @classmethod
     def of(cls, loader: Any, rank: int = 0, world_size: int = 1) -> SampleIndex:
-        """The index of a loader's rows, for one of several processes."""
-        return cls(sample_indices(loader, rank, world_size), getattr(loader, "batch_size", None))
+        """Return the index of a loader's rows, for one of several processes."""
+        batches = batch_sampler_of(loader)
+        size = batches.batch_size if isinstance(batches, UnfinishedBatches) else getattr(loader, "batch_size", None)
+        return cls(sample_indices(loader, rank, world_size), size)
 
     def take(self, rows: int, seen: Sequence[int] | None = None) -> Tensor:
-        """The indices of the next batch ``(rows,)``: -1 for a repeated row, -2 for an unknown one.
+        """Return the indices of the next batch ``(rows,)``: -1 for a row that is left out, -2 for an unknown one.
 
         Args:
             rows: The number of rows that the model returned.
             seen: The indices that the loader drew for this batch, if it noted them.
         """
-        if seen is not None:
-            indices: Sequence[int] = seen
-        elif self.known is None:
-            indices = ()
-        else:
-            indices = self.known[self.position : self.position + (self.batch_size or rows)]
+        indices = self._next(rows, seen)
+        if seen is None:
             self.position += len(indices)
         is_known = len(indices) == rows
-        self.last = torch.tensor(list(indices)) if is_known else torch.full((rows,), UNKNOWN)
+        self.last = torch.from_numpy(indices) if is_known else torch.full((rows,), UNKNOWN)
         return self.last
+
+    def skip(self, rows: int, seen: Sequence[int] | None = None) -> bool:
+        """Pass over the next batch and return True if an earlier run committed all its rows; else return False.
+
+        Args:
+            rows: The number of rows of the batch.
+            seen: The indices that the loader drew for this batch, if it noted them.
+        """
+        if self.committed is None:
+            return False
+        indices = self._next(rows, seen)
+        if len(indices) != rows or bool((indices != REPEATED).any()):
+            return False
+        self.take(rows, seen)
+        return True
+
+    def _next(self, rows: int, seen: Sequence[int] | None) -> np.ndarray[Any, Any]:
+        """The indices of the next batch; -1 for the rows that are left out."""
+        following: Indices = ()
+        if seen is not None:
+            following = seen
+        elif self.known is not None:
+            following = self.known[self.position : self.position + (self.batch_size or rows)]
+        indices = np.asarray(following, dtype=np.int64)
+        if self.committed is None:
+            return indices
+        is_done = (indices >= 0) & self.committed[np.maximum(indices, 0)]
+        return np.where(is_done, REPEATED, indices)

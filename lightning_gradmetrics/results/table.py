@@ -50,13 +50,24 @@ class Rows:
         scores: The names of the score columns.
         index: The data set's index of the rows.
         forget_labels: Whether labels are left out of the table.
+        vectors: The names of further columns, whose values are lists of numbers.
+        has_ids: Whether each row has a sample id.
     """
 
     dataset: str
     scores: Sequence[str]
     index: SampleIndex = field(default_factory=SampleIndex)
     forget_labels: bool = False
+    vectors: Sequence[str] = ()
+    has_ids: bool = False
     batches: list[dict[str, Tensor]] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    added: int = 0
+    """The number of rows that were added so far."""
+    waiting: int = 0
+    """The number of rows in memory."""
+    size: int = 0
+    """The number of bytes of the rows in memory, ids not counted."""
 
     def add(
         self,
@@ -65,6 +76,8 @@ class Rows:
         labels: Tensor | None,
         scores: Mapping[str, Tensor],
         seen: Sequence[int] | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
+        ids: Sequence[str] = (),
     ) -> dict[str, Tensor]:
         """Add a batch, and return its columns: ``index``, ``prediction``, ``label`` and ``finite``, ``(N,)`` each.
 
@@ -74,39 +87,68 @@ class Rows:
             labels: True labels ``(N,)``, or ``None``.
             scores: The scores by name, ``(N,)`` each.
             seen: The indices that the loader drew for this batch, if it noted them.
+            vectors: Further columns ``(N, ...)`` by name.
+            ids: The id of each sample, if the rows have ids.
+
+        Raises:
+            ValueError: If there are not N ids.
         """
         prediction, index = logits.argmax(1), self.index.take(len(logits), seen)
+        if self.has_ids and len(ids) != len(logits):
+            raise ValueError(f"sample_id= gave {len(ids)} ids for a batch of {len(logits)} samples; expected one each")
         known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
         finite = finite_rows(inputs, (logits, *scores.values()), len(logits)).to(prediction.device)
         columns = {"index": index, "prediction": prediction, "label": known, "finite": finite}
         batch = dict(columns)
-        for name, values in scores.items():
-            batch[f"score/{name}"] = values.detach()
+        for name, values in {**scores, **(vectors or {})}.items():
+            batch[f"column/{name}"] = values.detach()
         self.batches.append(batch)
+        self.ids += ids
+        self.added += len(logits)
+        self.waiting += len(logits)
+        self.size += sum(values.nbytes for values in batch.values())
         return columns
 
+    def drained(self) -> pa.Table:
+        """Return the rows in memory, and forget them."""
+        table = self.table()
+        self.batches, self.ids = [], []
+        self.waiting = self.size = 0
+        return table
+
     def table(self) -> pa.Table:
-        """The rows so far, without those that a distributed sampler repeated; an unknown index is null."""
+        """The rows in memory, without those that are left out; an unknown index is null."""
         if not self.batches:
             return empty_results(self.scores)
         columns = {key: _joined(self.batches, key) for key in self.batches[0]}
         index, label = columns["index"], columns["label"]
-        arrays = [
-            pa.array([self.dataset] * len(index), pa.string()),
-            pa.array(index, pa.int64(), mask=index == UNKNOWN),
-            pa.array(columns["prediction"], pa.int64()),
-            pa.array(label, pa.int64(), mask=(label < 0) | self.forget_labels),
-        ]
+        arrays = {
+            "dataset": pa.repeat(self.dataset, len(index)),
+            "index": pa.array(index, pa.int64(), mask=index == UNKNOWN),
+            "prediction": pa.array(columns["prediction"], pa.int64()),
+            "label": pa.array(label, pa.int64(), mask=(label < 0) | self.forget_labels),
+        }
+        if self.has_ids:
+            arrays["sample_id"] = pa.array(self.ids, pa.string())
         for name in self.scores:
-            arrays.append(pa.array(columns[f"score/{name}"].astype("float64"), pa.float64()))
-        arrays.append(pa.array(columns["finite"], pa.bool_()))
-        return pa.table(arrays, schema=_schema(self.scores)).filter(pa.array(index != REPEATED))
+            arrays[name] = pa.array(columns[f"column/{name}"].astype("float64"), pa.float64())
+        arrays["finite"] = pa.array(columns["finite"], pa.bool_())
+        for name in self.vectors:
+            arrays[name] = _lists(columns[f"column/{name}"])
+        return pa.table(arrays).filter(pa.array(index != REPEATED))
 
 
 def _joined(batches: Sequence[Mapping[str, Tensor]], key: str) -> Any:
     """One column of all batches, as an array."""
     joined = torch.cat([batch[key] for batch in batches]).cpu()
-    return (joined.double() if joined.is_floating_point() else joined).numpy()
+    is_narrow = joined.is_floating_point() and joined.dtype not in (torch.float32, torch.float64)
+    return (joined.float() if is_narrow else joined).numpy()
+
+
+def _lists(values: Any) -> pa.Array:
+    """A column of lists of one length, from an array ``(N, ...)``."""
+    width = values[0].size
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
 
 
 def _schema(scores: Sequence[str]) -> pa.Schema:
@@ -121,16 +163,16 @@ def empty_results(scores: Sequence[str]) -> pa.Table:
 
 def merge_results(tables: Sequence[pa.Table], datasets: Sequence[str]) -> pa.Table:
     """The tables of several processes or data sets as one, in the order of the data sets and of their indices."""
-    merged = pa.concat_tables(tables)
+    filled = [table for table in tables if table.num_rows]
+    merged = pa.concat_tables(filled or tables[:1])
     if not merged.num_rows:
         return merged
-    position = {name: i for i, name in enumerate(datasets)}
-    order = pa.array([position[name] for name in merged.column("dataset").to_pylist()])
+    order = pc.index_in(merged["dataset"], pa.array(list(datasets), pa.string()))
     ordered = merged.append_column("_order", order).sort_by([("_order", "ascending"), ("index", "ascending")])
     return ordered.drop_columns(["_order"])
 
 
-KEYS = ("dataset", "index", "prediction", "label")
+KEYS = ("dataset", "index", "prediction", "label", "sample_id")
 
 
 def with_scores(results: pa.Table, columns: Mapping[str, Tensor]) -> pa.Table:
@@ -159,7 +201,7 @@ def join_scores(first: pa.Table, second: pa.Table) -> pa.Table:
     Raises:
         ValueError: If the samples are not the same.
     """
-    if any(first[key].to_pylist() != second[key].to_pylist() for key in ("dataset", "index")):
+    if not first.select(["dataset", "index"]).equals(second.select(["dataset", "index"])):
         raise ValueError("the two results tables are not of the same samples in the same order")
     scores = [name for name in second.column_names if name not in (*KEYS, "finite")]
     return with_scores(first, {name: torch.from_numpy(second[name].to_numpy().copy()) for name in scores})

@@ -29,6 +29,7 @@ FACE = {
     "read_results",
     "score",
     "scores",
+    "unfinished",
 }
 """The names of ``lightning_gradmetrics``. A change here is a change for every user."""
 

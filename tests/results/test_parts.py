@@ -13,13 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_gradmetrics.results.parts import (
-    IncompleteResultsError,
-    ResultsWriter,
-    ResumeError,
-    committed_indices,
-    read_results,
-)
+from lightning_gradmetrics.results.parts import ResultsWriter, ResumeError
+from lightning_gradmetrics.results.reading import IncompleteResultsError, committed_rows, read_results
 
 RUN = {"scores": ["entropy"], "model": "abc"}
 
@@ -41,7 +36,7 @@ def test_an_undisturbed_run_reads_back_in_the_order_of_the_datasets(tmp_path: Pa
     assert table["index"].to_pylist() == [0, 1, 2, 3, 0, 1]
     assert json.loads(table.schema.metadata[b"lightning_gradmetrics"]) == RUN
     assert len(list(tmp_path.glob("part-*.parquet"))) == 2
-    assert not list(tmp_path.glob("*.tmp-*"))
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_other_libraries_read_the_directory(tmp_path: Path) -> None:
@@ -50,11 +45,10 @@ def test_other_libraries_read_the_directory(tmp_path: Path) -> None:
         for index in range(5):
             writer.add(rows([index]))
         writer.finish({"val": 5})
-    pattern = str(tmp_path / "part-*.parquet")
-    whole = pandas.concat(map(pandas.read_parquet, sorted(tmp_path.glob("part-*.parquet"))))
-    assert sorted(whole["index"]) == list(range(5))
-    assert polars.read_parquet(pattern)["index"].sort().to_list() == list(range(5))
-    assert duckdb.sql(f"select count(*), sum(index) from read_parquet('{pattern}')").fetchall() == [(5, 10)]
+    assert sorted(pandas.read_parquet(tmp_path)["index"]) == list(range(5))
+    assert polars.read_parquet(tmp_path / "*.parquet")["index"].sort().to_list() == list(range(5))
+    counted = duckdb.sql(f"select count(*), sum(index) from read_parquet('{tmp_path}/*.parquet')")
+    assert counted.fetchall() == [(5, 10)]
 
 
 def test_gaps_and_repetitions_are_named(tmp_path: Path) -> None:
@@ -91,7 +85,7 @@ def test_an_interrupted_run_is_read_only_on_request_and_resumed(tmp_path: Path) 
     with pytest.raises(IncompleteResultsError, match="interrupted after 2 rows"):
         read_results(tmp_path)
     assert read_results(tmp_path, incomplete=True).num_rows == 2
-    assert committed_indices(tmp_path)["val"].tolist() == [0, 1]
+    assert committed_rows(tmp_path).indices["val"].tolist() == [0, 1]
     with ResultsWriter(tmp_path, RUN, resume=True) as writer:
         writer.add(rows([2]))
         writer.finish({"val": 3})
@@ -109,14 +103,13 @@ def test_resuming_another_run_names_the_difference(tmp_path: Path) -> None:
         ResultsWriter(tmp_path, {"model": "abc"}, resume=True)
 
 
-def test_rows_without_an_index_cannot_be_resumed(tmp_path: Path) -> None:
+def test_rows_without_an_index_are_counted(tmp_path: Path) -> None:
     unknown = rows([0]).set_column(1, "index", pa.array([None], pa.int64()))
     with ResultsWriter(tmp_path, RUN) as writer:
         writer.add(unknown)
         writer.finish({"val": 1})
     assert read_results(tmp_path)["index"].to_pylist() == [None]
-    with pytest.raises(ResumeError, match="have no index"):
-        committed_indices(tmp_path)
+    assert committed_rows(tmp_path).unknown == {"val": 1}
 
 
 def test_two_writers_cannot_share_a_directory(tmp_path: Path) -> None:
@@ -134,14 +127,15 @@ KILLED = """
 import os, random, signal, sys, time
 import numpy as np
 import pyarrow as pa
-from lightning_gradmetrics.results.parts import MANIFEST, ResultsWriter, committed_indices
+from lightning_gradmetrics.results.parts import ResultsWriter
+from lightning_gradmetrics.results.reading import committed_rows
 from pathlib import Path
 
 directory, total = Path(sys.argv[1]), 4000
 
 
 def score():
-    done = committed_indices(directory).get("val", np.array([], dtype=np.int64))
+    done = committed_rows(directory).indices.get("val", np.array([], dtype=np.int64))
     left = np.setdiff1d(np.arange(total), done)
     with ResultsWriter(directory, {"scores": []}, rows_per_part=40, resume=True) as writer:
         for start in range(0, len(left), 8):
@@ -180,7 +174,7 @@ def test_a_run_that_is_killed_at_random_moments_loses_and_repeats_nothing(tmp_pa
     table = read_results(tmp_path)
     assert table["index"].to_pylist() == list(range(4000))
     assert np.array_equal(table["entropy"].to_numpy(), np.arange(4000) / 7)
-    assert not list(tmp_path.glob("*.tmp-*"))
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 FULL = """
@@ -206,4 +200,4 @@ def test_a_disk_that_is_full_leaves_the_committed_parts(tmp_path: Path) -> None:
     assert "could not write 5000 rows" in done.stderr
     assert "make room and resume the run" in done.stderr
     assert read_results(tmp_path, incomplete=True).num_rows == 10
-    assert not list(tmp_path.glob("*.tmp-*"))
+    assert not list(tmp_path.glob(".tmp-*"))

@@ -1,0 +1,87 @@
+"""What the results of a run depend on: stored with them, and compared when a run is resumed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_gradmetrics.evaluation import Thresholds
+from lightning_gradmetrics.results.identity import batch_size_of, describe_loader, tensors_hash, weights_hash
+from lightning_gradmetrics.scores import FittedScore, Score
+from lightning_gradmetrics.scoring.scorer import Scorer
+
+__all__ = ["describe_circumstances", "describe_run"]
+
+PACKAGES = ("lightning-gradmetrics", "torch", "lightning", "numpy", "pyarrow")
+
+
+def describe_run(
+    scorer: Scorer,
+    model: nn.Module,
+    loaders: Mapping[str, Any],
+    roles: Mapping[str, str],
+    thresholds: Thresholds | None,
+    callables: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what the results of a run depend on, as plain values.
+
+    Args:
+        scorer: Computes the scores.
+        model: The scored model.
+        loaders: The dataloaders by the names of their data sets.
+        roles: The role of each data set.
+        thresholds: The thresholds, or ``None``.
+        callables: Other arguments that change the results: functions and names.
+    """
+    scores = {score.name: describe_score(score) for score in scorer.scores}
+    datasets = {name: describe_loader(loader) for name, loader in loaders.items()}
+    return {
+        "model": {"kind": type(model).__qualname__, "weights": weights_hash(model)},
+        "scores": scores,
+        "head": scorer.head,
+        "engine": scorer.engine,
+        **{name: described(value) for name, value in callables.items()},
+        "thresholds": None if thresholds is None else json.loads(thresholds.to_json()),
+        "roles": {name: roles[name] for name in loaders},
+        "datasets": datasets,
+    }
+
+
+def describe_score(score: Score) -> dict[str, Any]:
+    """Return the method, arguments and fitted state of a score."""
+    arguments = {}
+    for name, value in {**score.recipe.defaults, **score.arguments}.items():
+        arguments[name] = described(value)
+    is_fitted = isinstance(score, FittedScore) and score.state is not None
+    return {
+        "method": score.recipe.name,
+        "arguments": arguments,
+        "state": tensors_hash(score.state.items()) if is_fitted else None,  # type: ignore[attr-defined]
+    }
+
+
+def described(value: Any) -> Any:
+    """Return a value as JSON can store it: functions and objects by their names, whose addresses differ between runs."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): described(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return list(map(described, value))
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def describe_circumstances(loaders: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """Return what may differ in a resumed run and changes scores by rounding at most.
+
+    Args:
+        loaders: The dataloaders by the names of their data sets.
+        processes: The number of processes.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    sizes = {name: batch_size_of(loader) for name, loader in loaders.items()}
+    return {"versions": versions, "batch_size": sizes, "processes": processes}

@@ -1,0 +1,202 @@
+"""Reading a results directory, and checking that no row is missing or repeated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lightning_gradmetrics.results.identity import IN_ORDER
+from lightning_gradmetrics.results.parts import MANIFEST, PART, RUN, UNLABELLED
+from lightning_gradmetrics.results.table import merge_results
+
+__all__ = ["IncompleteResultsError", "committed_rows", "indices_by_dataset", "read_results"]
+
+SHOWN = 10
+"""Rows that an error message names."""
+
+KEYS = ("dataset", "index")
+
+
+class IncompleteResultsError(ValueError):
+    """A results directory has missing or repeated rows."""
+
+
+def read_results(directory: str | Path, *, incomplete: bool = False, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the results of a run as one table, in the order of the data sets and of their indices.
+
+    Args:
+        directory: A results directory that a run wrote (``output=``).
+        incomplete: Whether to accept the results of an interrupted run. Repeated rows are refused all the same.
+        columns: Further columns to read next to ``dataset`` and ``index``; by default all.
+
+    Returns:
+        One row per sample: ``dataset``, ``index``, ``prediction``, ``label``, one column per score, ``finite``. The
+        run's metadata is in the schema.
+
+    Raises:
+        FileNotFoundError: If the directory holds no results.
+        IncompleteResultsError: If the run was interrupted, or rows are missing or repeated; the message names them.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_gradmetrics.results.parts import ResultsWriter
+        >>> directory = tempfile.mkdtemp()
+        >>> with ResultsWriter(directory, {}) as writer:
+        ...     writer.add(pa.table({"dataset": ["val"], "index": [1], "entropy": [0.5]}))
+        >>> read_results(directory, incomplete=True).num_rows
+        1
+        >>> read_results(directory)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lightning_gradmetrics.results.reading.IncompleteResultsError: the run that wrote ... was interrupted after 1 row...
+    """
+    directory = Path(directory)
+    parts = sorted(directory.glob(PART))
+    manifest = directory / MANIFEST
+    if not parts and not manifest.exists():
+        raise FileNotFoundError(f"{directory} holds no results; expected the folder that output= named")
+    rows = {part.name: pq.read_metadata(part).num_rows for part in parts}
+    if manifest.exists():
+        content = json.loads(manifest.read_text())
+        _check_parts(directory, content["parts"], rows)
+        sizes: dict[str, int | None] = content["datasets"]
+    else:
+        sizes = _sizes_of_run(parts[0])
+        if not incomplete:
+            raise _interrupted(directory, sum(rows.values()), sizes)
+    if not parts:
+        return pa.table({})
+    return _checked(directory, _read(parts, columns), sizes, incomplete)
+
+
+def _read(parts: Sequence[Path], columns: Sequence[str] | None) -> pa.Table:
+    names = None if columns is None else list(dict.fromkeys([*KEYS, *columns]))
+    tables, unlabelled = [], set[str]()
+    for part in parts:
+        tables.append(pq.read_table(part, columns=names))
+        metadata = pq.read_schema(part).metadata or {}
+        unlabelled.update(json.loads(metadata.get(UNLABELLED, b"[]")))
+    return _without_labels(pa.concat_tables(tables), unlabelled)
+
+
+def _without_labels(table: pa.Table, datasets: set[str]) -> pa.Table:
+    """The table with null for the labels of some data sets."""
+    if not datasets or "label" not in table.column_names:
+        return table
+    hidden = pc.is_in(table["dataset"], pa.array(sorted(datasets)))
+    labels = pc.if_else(hidden, pa.scalar(None, table["label"].type), table["label"])
+    return table.set_column(table.column_names.index("label"), "label", labels)
+
+
+def _checked(directory: Path, table: pa.Table, sizes: Mapping[str, int | None], incomplete: bool) -> pa.Table:
+    """The table in order; refused if rows are missing or repeated."""
+    present = pc.unique(table["dataset"]).to_pylist()
+    for name, indices in indices_by_dataset(table):
+        _check_repeated(directory, name, indices)
+        if not incomplete:
+            _check_missing(directory, name, indices, sizes.get(name))
+    names = list(sizes) + [name for name in present if name not in sizes]
+    return merge_results([table], names)
+
+
+def _sizes_of_run(part: Path) -> dict[str, int | None]:
+    """The number of samples of each data set, from the metadata of an interrupted run."""
+    run = json.loads((pq.read_schema(part).metadata or {}).get(RUN, b"{}"))
+    sizes: dict[str, int | None] = {}
+    for name, dataset in run.get("datasets", {}).items():
+        sizes[name] = dataset.get("rows") if dataset.get("order") == IN_ORDER else None
+    return sizes
+
+
+def _interrupted(directory: Path, rows: int, sizes: Mapping[str, int | None]) -> IncompleteResultsError:
+    missing = []
+    done = committed_rows(directory)
+    for name, size in sizes.items():
+        if size is None or done.unknown.get(name):
+            continue
+        left = np.setdiff1d(np.arange(size), done.indices.get(name, np.array([], dtype=np.int64)))
+        if len(left):
+            missing.append(f"{name!r} lacks {_named(left)}")
+    details = f" ({'; '.join(missing)})" if missing else ""
+    return IncompleteResultsError(
+        f"the run that wrote {directory} was interrupted after {rows} row{'s' * (rows != 1)}{details}; resume it, or pass "
+        "incomplete=True to read what there is"
+    )
+
+
+class CommittedRows:
+    """The rows that are committed in a results directory.
+
+    Attributes:
+        indices: The sorted indices of the rows of each data set.
+        unknown: The number of rows of each data set that have no index.
+    """
+
+    def __init__(self) -> None:
+        self.indices: dict[str, np.ndarray[Any, Any]] = {}
+        self.unknown: dict[str, int] = {}
+
+    @property
+    def total(self) -> int:
+        """The number of rows."""
+        return sum(map(len, self.indices.values())) + sum(self.unknown.values())
+
+
+def committed_rows(directory: str | Path) -> CommittedRows:
+    """Return the rows that are committed in a results directory, complete or not.
+
+    Args:
+        directory: A results directory; it may be missing or empty.
+    """
+    indices: dict[str, list[np.ndarray[Any, Any]]] = {}
+    committed = CommittedRows()
+    for part in sorted(Path(directory).glob(PART)):
+        for name, values in indices_by_dataset(pq.read_table(part, columns=list(KEYS))):
+            indices.setdefault(name, []).append(values.drop_null().to_numpy())
+            committed.unknown[name] = committed.unknown.get(name, 0) + values.null_count
+    for name, arrays in indices.items():
+        committed.indices[name] = np.unique(np.concatenate(arrays))
+    return committed
+
+
+def indices_by_dataset(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """Yield the name of each data set in a results table, and the indices of its rows."""
+    for name in pc.unique(table["dataset"]).to_pylist():
+        yield name, table.filter(pc.equal(table["dataset"], name))["index"]
+
+
+def _check_parts(directory: Path, expected: Mapping[str, int], present: Mapping[str, int]) -> None:
+    for name in sorted(expected.keys() | present.keys()):
+        if expected.get(name) != present.get(name):
+            raise IncompleteResultsError(
+                f"{directory / name} has {present.get(name, 0)} rows and the manifest lists {expected.get(name, 0)}; the "
+                "directory was changed after the run: score the data again"
+            )
+
+
+def _check_repeated(directory: Path, dataset: str, indices: pa.ChunkedArray) -> None:
+    unique, counts = np.unique(indices.drop_null().to_numpy(), return_counts=True)
+    repeated = unique[counts > 1]
+    if len(repeated):
+        raise IncompleteResultsError(f"{directory} has rows of {dataset!r} more than once: {_named(repeated)}")
+
+
+def _check_missing(directory: Path, dataset: str, indices: pa.ChunkedArray, size: int | None) -> None:
+    if size is None or indices.null_count:
+        return
+    missing = np.setdiff1d(np.arange(size), indices.to_numpy())
+    if len(missing):
+        raise IncompleteResultsError(f"{directory} lacks rows of {dataset!r}: {_named(missing)}")
+
+
+def _named(indices: np.ndarray[Any, Any]) -> str:
+    shown = ", ".join(map(str, indices[:SHOWN]))
+    more = len(indices) - SHOWN
+    return f"indices {shown}" + (f" and {more} more" if more > 0 else "")

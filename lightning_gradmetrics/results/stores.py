@@ -1,0 +1,266 @@
+"""Where the rows of a run go: to memory, or to a results directory while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_gradmetrics.results.identity import expected_rows
+from lightning_gradmetrics.results.output import Output
+from lightning_gradmetrics.results.parts import ABOUT, PART, ResultsWriter, difference
+from lightning_gradmetrics.results.reading import committed_rows, read_results
+from lightning_gradmetrics.results.resuming import check_resumable, check_stream, committed_mask
+from lightning_gradmetrics.results.table import Rows, empty_results, merge_results
+
+__all__ = ["DirectoryStore", "MemoryStore", "Results", "Store"]
+
+BYTES_PER_PART = 2**26
+SECONDS_PER_PART = 60.0
+"""A kill loses at most the rows of that time."""
+
+Results = pa.Table | Callable[[], pa.Table]
+"""A results table, or a function that reads it."""
+
+Complete = Callable[[pa.Table], pa.Table]
+"""Adds the columns that follow from the others, such as decisions."""
+
+
+class Store(Protocol):
+    """Takes the rows of a run."""
+
+    def after_batch(self, rows: Rows) -> None:
+        """Store rows, if it is time to, after a batch of their dataloader."""
+        ...
+
+    def share(self) -> Any:
+        """Store all rows, and return what rank 0 needs from this process."""
+        ...
+
+    def join(self, shared: Sequence[Any]) -> None:
+        """Complete the results on rank 0 from what all processes shared."""
+        ...
+
+    def judged(self, scores: Sequence[str]) -> pa.Table:
+        """Return the columns that the evaluation reads, of all processes."""
+        ...
+
+    def results(self) -> Results:
+        """Return the results."""
+        ...
+
+    def interrupt(self) -> str:
+        """Store all rows after an error or a signal, and return what to tell the user."""
+        ...
+
+    def close(self) -> None:
+        """End the run."""
+        ...
+
+
+@dataclass
+class MemoryStore:
+    """Keeps the rows in memory.
+
+    Args:
+        rows: The rows of each dataloader.
+        complete: Adds the columns that follow from the others.
+    """
+
+    rows: Sequence[Rows]
+    complete: Complete
+    table: pa.Table | None = None
+
+    def after_batch(self, rows: Rows) -> None:
+        """Does nothing."""
+
+    def share(self) -> pa.Table:
+        """Return the rows of this process."""
+        self.join([rows.table() for rows in self.rows])
+        return self.table
+
+    def join(self, shared: Sequence[pa.Table]) -> None:
+        """Merge the rows of all processes."""
+        names = [rows.dataset for rows in self.rows]
+        scores = self.rows[0].scores if self.rows else ()
+        self.table = merge_results([*shared, empty_results(scores)], names)
+
+    def judged(self, scores: Sequence[str]) -> pa.Table:
+        """Return the merged rows."""
+        return self.table
+
+    def results(self) -> pa.Table:
+        """Return the rows that were merged last."""
+        return self.complete(self.table)
+
+    def interrupt(self) -> str:
+        """Keep the rows; there is nothing to tell the user."""
+        self.share()
+        return ""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+@dataclass
+class DirectoryStore:
+    """Commits the rows to a results directory, and keeps few of them in memory.
+
+    Args:
+        writer: Writes the parts.
+        output: Where the results are stored.
+        rows: The rows of each dataloader.
+        complete: Adds the columns that follow from the others.
+        sizes: The number of rows of each data set, ``None`` where it is unknown.
+    """
+
+    writer: ResultsWriter
+    output: Output
+    rows: Sequence[Rows]
+    complete: Complete
+    sizes: Mapping[str, int | None]
+    _last: float = field(default_factory=time.monotonic)
+    _is_incomplete: bool = False
+
+    @classmethod
+    def start(
+        cls,
+        output: Output,
+        rows: Sequence[Rows],
+        loaders: Sequence[Any],
+        run: Mapping[str, Any],
+        about: Mapping[str, Any],
+        complete: Complete,
+        *,
+        rank: int = 0,
+        is_limited: bool = False,
+    ) -> DirectoryStore:
+        """Open the directory, and leave out the rows that an interrupted run committed.
+
+        Args:
+            output: Where the results are stored.
+            rows: The rows of each dataloader.
+            loaders: The dataloaders.
+            run: What the results depend on.
+            about: What may differ in a resumed run.
+            complete: Adds the columns that follow from the others.
+            rank: The number of this process.
+            is_limited: Whether only some of the batches are scored.
+
+        Raises:
+            FileExistsError: If the directory holds results and the run does not resume them.
+            ResumeError: If it holds the results of another run, or it is unknown which rows a dataloader returns.
+            RuntimeError: If another process writes to it.
+        """
+        sizes: dict[str, int | None] = {}
+        for table, loader in zip(rows, loaders, strict=True):
+            sizes[table.dataset] = None if is_limited else expected_rows(loader)
+        writer = ResultsWriter(
+            output.directory, run, about=about, rank=rank, rows_per_part=output.rows_per_part, resume=output.resume
+        )
+        store = cls(writer, output, rows, complete, sizes)
+        try:
+            store._leave_out_committed(loaders)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def _leave_out_committed(self, loaders: Sequence[Any]) -> None:
+        committed = committed_rows(self.output.directory)
+        for table, loader in zip(self.rows, loaders, strict=True):
+            name = table.dataset
+            described = self.writer.run["datasets"][name]
+            unknown = committed.unknown.get(name, 0)
+            if not len(committed.indices.get(name, ())) and not unknown:
+                continue
+            if described["rows"] is None:
+                check_stream(loader, name, unknown, is_skipped=True)
+                continue
+            check_resumable(name, described, unknown)
+            table.index.committed = committed_mask(name, committed, described["rows"])
+
+    def changes(self) -> str | None:
+        """Return what differs from the interrupted run without changing the scores beyond rounding, in words."""
+        parts = sorted(self.output.directory.glob(PART))
+        if not parts:
+            return None
+        stored = json.loads((pq.read_schema(parts[0]).metadata or {}).get(ABOUT, b"{}"))
+        return difference("", stored, self.writer.about)
+
+    def after_batch(self, rows: Rows) -> None:
+        """Commit rows once there are many of them or a minute has passed.
+
+        Raises:
+            OSError: If the part cannot be written; committed parts are intact.
+        """
+        is_late = time.monotonic() - self._last > SECONDS_PER_PART
+        if is_late or rows.waiting >= self.output.rows_per_part or rows.size >= BYTES_PER_PART:
+            self._commit([rows])
+
+    def _commit(self, tables: Sequence[Rows]) -> None:
+        for rows in tables:
+            if rows.forget_labels:
+                self.writer.unlabelled.add(rows.dataset)
+            if rows.waiting:
+                self.writer.add(self.complete(rows.drained()))
+        self.writer.commit()
+        self._last = time.monotonic()
+
+    def share(self) -> list[str]:
+        """Commit all rows, and return the names of the parts of this process.
+
+        Raises:
+            OSError: If a part cannot be written; committed parts are intact.
+        """
+        self._commit(self.rows)
+        return self.writer.parts
+
+    def join(self, shared: Sequence[Sequence[str]]) -> None:
+        """Write the manifest: the results are complete.
+
+        Raises:
+            RuntimeError: If the parts of other processes are not in the directory.
+        """
+        for names in shared:
+            for name in names:
+                if not (self.output.directory / name).exists():
+                    raise RuntimeError(
+                        f"{self.output.directory} lacks {name}, which another process wrote: output= must be a directory that "
+                        "all machines share"
+                    )
+        self.writer.finish(self.sizes)
+
+    def judged(self, scores: Sequence[str]) -> pa.Table:
+        """Read the columns that the evaluation needs."""
+        if self.writer.is_empty:
+            return empty_results(scores)
+        return read_results(self.output.directory, columns=["prediction", "label", *scores, "finite"])
+
+    def results(self) -> Results:
+        """Return a function that reads the results."""
+        if self.writer.is_empty:
+            return empty_results(self.rows[0].scores if self.rows else ())
+        return partial(read_results, self.output.directory, incomplete=self._is_incomplete)
+
+    def interrupt(self) -> str:
+        """Commit what was scored, and return how to resume."""
+        problem, self._is_incomplete = "", True
+        try:
+            self._commit(self.rows)
+        except OSError as error:
+            problem = f"{error.strerror}\n"
+        finally:
+            self.close()
+        count = committed_rows(self.output.directory).total
+        return f"{problem}{count} rows are committed in {self.output.directory}. {self.output.how_to_resume()}"
+
+    def close(self) -> None:
+        """Let other runs write to the directory."""
+        self.writer.close()
