@@ -229,7 +229,7 @@ def test_a_stream_that_can_skip_rows_is_resumed(tmp_path: Path) -> None:
     options = {"datasets": ["stream"]}
     expected = score(None, "predict", DataLoader(Skipping(), 4), **options).results
     interrupted(tmp_path, 9, stage="predict", loaders=DataLoader(Skipping(), 4), **options)
-    with pytest.raises(ResumeError, match="starts at the first row: pass lightning_gradmetrics.unfinished"):
+    with pytest.raises(ResumeError, match=r"starts at the first row: pass lightning_gradmetrics\.unfinished"):
         score(tmp_path, "predict", DataLoader(Skipping(), 4), resume=True, **options)
     left = lgm.unfinished(DataLoader(Skipping(), 4), tmp_path)
     assert score(tmp_path, "predict", left, resume=True, **options).results.equals(expected)
