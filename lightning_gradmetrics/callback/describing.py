@@ -37,8 +37,11 @@ def describe_run(
         thresholds: The thresholds, or ``None``.
         callables: Other arguments that change the results: functions and names.
     """
-    scores = {score.name: describe_score(score) for score in scorer.scores}
-    datasets = {name: describe_loader(loader) for name, loader in loaders.items()}
+    scores, datasets = {}, {}
+    for score in scorer.scores:
+        scores[score.name] = describe_score(score)
+    for name, loader in loaders.items():
+        datasets[name] = describe_loader(loader)
     return {
         "model": {"kind": type(model).__qualname__, "weights": weights_hash(model)},
         "scores": scores,

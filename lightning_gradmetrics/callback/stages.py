@@ -60,7 +60,9 @@ class ScoreStage:
     ) -> None:
         """Score a batch of the dataloader number ``place``."""
         scores, rows = self.scorer(evidence), self.rows[place]
-        vectors = {name: function(evidence) for name, function in self.columns.items()}
+        vectors = {}
+        for name, function in self.columns.items():
+            vectors[name] = function(evidence)
         columns = rows.add(batch.inputs, batch.logits, batch.labels, scores, seen, vectors, ids)
         if self.sources:
             scored = ScoredBatch(

@@ -32,7 +32,7 @@ def batch_sampler_of(loader: Any) -> Any:
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
-    """Return the sampler whose order the loader follows; ``None`` behind a batch sampler with an order of its own."""
+    """Return the sampler whose order the loader follows; ``None`` behind a batch sampler with another order."""
     batches = batch_sampler_of(loader)
     follows = type(batches) is BatchSampler or isinstance(batches, UnfinishedBatches)
     return batches.sampler if follows else None
