@@ -35,7 +35,7 @@ from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices, c
 from lightning_gradmetrics.callback.stages import FitStage, ScoreStage, Stage
 from lightning_gradmetrics.callback.storing import is_limited, store_of
 from lightning_gradmetrics.classifier.batches import split_batch
-from lightning_gradmetrics.classifier.forward import Inputs, logits_of
+from lightning_gradmetrics.classifier.forward import Inputs, logits_in
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds, evaluate
 from lightning_gradmetrics.pictures import (
     Picture,
@@ -140,7 +140,7 @@ class GradientMetrics(RunHooks):
         head: str | None = None,
         submodule: str | None = None,
         split_batch: Callable[[Any], tuple[Inputs, Tensor | None]] = split_batch,
-        logits_fn: Callable[[Any], Tensor] = logits_of,
+        logits_fn: Callable[[Any], Tensor] = logits_in,
         engine: str = "auto",
         prefix: str = "gradmetrics",
         metrics: Sequence[str] = checks.DEFAULT_METRICS,

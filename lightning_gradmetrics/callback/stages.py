@@ -59,6 +59,8 @@ class ScoreStage:
         ids: Sequence[str] = (),
     ) -> None:
         """Score a batch of the dataloader number ``place``."""
+        if evidence.has_positions:
+            raise ValueError("the callback scores samples; lightning_gradmetrics.score scores pixels and tokens")
         scores, rows = self.scorer(evidence), self.rows[place]
         vectors = {}
         for name, function in self.columns.items():

@@ -20,6 +20,7 @@ __all__ = [
     "check_model",
     "gradients_enabled",
     "has_compiled_parts",
+    "logits_in",
     "logits_of",
     "map_tensors",
     "preserved",
@@ -29,6 +30,9 @@ __all__ = [
 Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
 """A model's inputs: a tensor ``(N, ...)``, keyword arguments, or positional arguments; the first axis of every tensor is the
 sample. A mapping may contain both: integer keys are positional arguments, other keys are keyword arguments."""
+
+LOGIT_KEYS = ("logits", "out")
+"""The entries of a mapping that hold logits."""
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -57,22 +61,39 @@ def logits_of(output: Any) -> Tensor:
         TypeError: If the output contains no logits.
         ValueError: If they are not ``(N, C)``.
     """
-    logits = output
-    if isinstance(output, Mapping) and "logits" in output:
-        logits = output["logits"]
-    elif not isinstance(output, Tensor):
-        logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"no logits in the model's output of type {type(output).__name__}; allowed: a tensor, a mapping with 'logits', or an "
-            "object with .logits; for anything else pass logits_fn=, a callable from the output to the logits (N, C)"
-        )
+    logits = logits_in(output)
     if logits.ndim != 2:
         raise ValueError(
             f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class; "
             "pass logits_fn=, a callable from the model's output to them"
         )
     return logits
+
+
+def logits_in(output: Any) -> Tensor:
+    """The logits in a model's output, of samples or of positions: the tensor itself, an entry, or an attribute.
+
+    The entries are ``logits``, and ``out`` as in torchvision's segmentation models.
+
+    Raises:
+        TypeError: If there are none to be found.
+
+    Example:
+        >>> logits_in({"out": torch.zeros(1, 3, 4, 4), "aux": torch.zeros(1, 3, 4, 4)}).shape
+        torch.Size([1, 3, 4, 4])
+    """
+    logits = output
+    if isinstance(output, Mapping):
+        logits = next((output[key] for key in LOGIT_KEYS if key in output), None)
+    elif not isinstance(output, Tensor):
+        logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(
+        f"no logits in the model's output of type {type(output).__name__}; allowed: a tensor, a mapping with 'logits' or "
+        "'out', or an object with .logits; for anything else, as a tuple (mask, label), pass logits_fn=, a callable from the "
+        "output to the logits (N, C)"
+    )
 
 
 def tensors_in(inputs: Any) -> Iterator[Tensor]:

@@ -191,7 +191,7 @@ class Objective:
             arguments["targets"] = targets
 
         def checked(logits: Tensor) -> Tensor:
-            self._check_classes(logits)
+            self.check_classes(logits)
             losses = function(logits, **arguments) if self.function is None else _precise(function, logits, arguments)
             if losses.shape != logits.shape[:1]:
                 raise ValueError(
@@ -202,7 +202,12 @@ class Objective:
 
         return checked
 
-    def _check_classes(self, logits: Tensor) -> None:
+    def check_classes(self, logits: Tensor) -> None:
+        """Refuse logits of one class for an objective of the softmax.
+
+        Raises:
+            ValueError: If the objective is constant for these logits.
+        """
         if logits.shape[1] < 2 and self.function is None and self.name in OF_CLASSES:
             raise ValueError(
                 f"objective {self.name!r} is constant for logits of shape {tuple(logits.shape)}: the softmax of one class "

@@ -22,9 +22,12 @@ __all__ = [
     "Moment",
     "Moments",
     "accumulator",
+    "axis_moments",
     "factor_moments",
+    "factors_moments_for",
     "gradient_moments",
     "moments_for",
+    "product_moments",
     "result_dtype",
     "stacked_moments",
 ]
@@ -34,6 +37,9 @@ Moments = dict[Moment, Tensor]
 
 STATISTICS = ("max", "min", "mean", "std", "l1", "l2", "linf")
 """The named statistics. ``l<p>`` with any other ``p > 0``, such as ``l3`` or ``l0.5``, is a p-norm too."""
+
+EXTREMES: frozenset[Moment] = frozenset({"max", "min"})
+"""The moments that are products of both factors' extremes."""
 
 SPREAD = 1e-16
 """The least standard deviation, relative to the root mean square of the entries."""
@@ -88,8 +94,24 @@ def gradient_moments(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
         >>> gradient_moments(torch.tensor([[1.0, -2.0]]), ["max", 1.0])
         {'max': tensor([1.], dtype=torch.float64), 1.0: tensor([3.], dtype=torch.float64)}
     """
-    flat = at_least_float32(gradient.reshape(len(gradient), math.prod(gradient.shape[1:])))
-    return {key: _moment(flat, key).to(accumulator(flat)) for key in wanted}
+    return axis_moments(gradient.reshape(len(gradient), math.prod(gradient.shape[1:])), wanted)
+
+
+def axis_moments(entries: Tensor, wanted: Iterable[Moment]) -> Moments:
+    """Compute moments over axis 1 alone: the positions behind it keep their own moments.
+
+    Args:
+        entries: ``(N, A, *P)``.
+        wanted: The moments to compute.
+
+    Returns:
+        Each moment, ``(N, *P)``.
+    """
+    entries = at_least_float32(entries)
+    moments: Moments = {}
+    for key in wanted:
+        moments[key] = _moment(entries, key).to(accumulator(entries))
+    return moments
 
 
 def _moment(flat: Tensor, key: Moment) -> Tensor:
@@ -102,7 +124,7 @@ def _moment(flat: Tensor, key: Moment) -> Tensor:
     if key == 1.0:
         return flat.abs().sum(1)
     if key == 2.0:
-        squares: Tensor = torch.linalg.vecdot(flat, flat)  # the first factor is conjugated
+        squares: Tensor = torch.linalg.vecdot(flat, flat, dim=1)  # the first factor is conjugated
         return squares.real if squares.is_complex() else squares
     return flat.abs().pow(float(key)).sum(1)
 
@@ -114,17 +136,32 @@ def factor_moments(left: Tensor, right: Tensor, wanted: Iterable[Moment]) -> Mom
     products of the factors' extremes.
 
     Args:
-        left: ``(N, A)``, for a linear layer the gradient of its output.
-        right: ``(N, B)``, for a linear layer its input.
+        left: ``(N, A, *P)``, for a linear layer the gradient of its output.
+        right: ``(N, B, *P)``, for a linear layer its input.
         wanted: The moments to compute.
 
     Returns:
-        Each moment of the ``A B`` entries, ``(N,)``.
+        Each moment of the ``A B`` entries, ``(N, *P)``.
     """
-    keys = set(wanted)
-    extremes: set[Moment] = {"max", "min"}
-    needed = keys | extremes if keys & extremes else keys
-    a, b = gradient_moments(left, needed), gradient_moments(right, needed)
+    needed = factors_moments_for(wanted)
+    return product_moments(axis_moments(left, needed), axis_moments(right, needed), wanted)
+
+
+def factors_moments_for(wanted: Iterable[Moment]) -> frozenset[Moment]:
+    """Return the moments of two factors that the moments of their outer product need."""
+    keys = frozenset(wanted)
+    return keys | EXTREMES if keys & EXTREMES else keys
+
+
+def product_moments(a: Moments, b: Moments, wanted: Iterable[Moment]) -> Moments:
+    """Compute the moments of an outer product from the moments of its factors.
+
+    Args:
+        a: Moments of the left factor, each of the same shape.
+        b: Those of the right factor.
+        wanted: The moments to compute.
+    """
+    keys, extremes = set(wanted), EXTREMES
     out: Moments = {key: a[key] * b[key] for key in keys - extremes}
     if keys & extremes:
         ends = torch.stack([a["max"], a["min"]])

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.softmax import Softmax
 from lightning_gradmetrics.scoring.arguments import Count, Norm
 from lightning_gradmetrics.scoring.evidence import Evidence, Gradient, Target
 from lightning_gradmetrics.scoring.registry import register
 
-__all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residual_norms", "sums_of_others"]
+__all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residual_norms"]
 
 
 @register("gradient", "Igoe et al. 2022, arXiv:2205.10439")
@@ -42,10 +43,10 @@ def exgrad(evidence: Evidence, *, p: Norm = 1.0, target: Target = "head", classe
         C. Igoe, Y. Chung, I. Char and J. Schneider, "How Useful are Gradients for OOD Detection Really?", 2022,
         https://arxiv.org/abs/2205.10439
     """
-    if target == "head":
-        probabilities = torch.softmax(evidence.logits, 1)
-        size: Tensor = torch.linalg.vector_norm(evidence.features, p, 1)
-        return size * _mean_over_classes(evidence, residual_norms(probabilities, p), classes)
+    if target == "head" and evidence.has_product_gradient:
+        return evidence.head_input.norm(p) * _mean_over_classes(
+            evidence, residual_norms(evidence.softmax(), p), classes
+        )
     return _expected(evidence, target, classes, lambda gradient: gradient.norm(p))
 
 
@@ -72,9 +73,9 @@ def fisher_trace(evidence: Evidence, *, target: Target = "head", classes: Count 
         Compare C. Igoe, Y. Chung, I. Char and J. Schneider, "How Useful are Gradients for OOD Detection Really?", 2022,
         https://arxiv.org/abs/2205.10439
     """
-    if target == "head":
-        squares = residual_norms(torch.softmax(evidence.logits, 1), 2).square()
-        return evidence.features.square().sum(1) * _mean_over_classes(evidence, squares, classes)
+    if target == "head" and evidence.has_product_gradient:
+        squares = residual_norms(evidence.softmax(), 2).square()
+        return evidence.head_input.norm(2).square() * _mean_over_classes(evidence, squares, classes)
     return _expected(evidence, target, classes, lambda gradient: gradient.norm(2).square())
 
 
@@ -92,44 +93,42 @@ def class_objectives(count: int, classes: int | None) -> list[Objective]:
 
 def _expected(evidence: Evidence, target: Target, classes: int | None, value: Callable[[Gradient], Tensor]) -> Tensor:
     """Return the mean over classes of a function of their gradients, one backward pass per class."""
-    probabilities = torch.softmax(evidence.logits, 1)
-    order = class_order(evidence.logits, classes)
-    if order.shape[1] < probabilities.shape[1]:
-        probabilities = probabilities.gather(1, order)
+    probabilities = evidence.softmax().probabilities
+    if classes is not None and classes < probabilities.shape[1]:
+        probabilities = probabilities.gather(1, class_order(evidence.logits, classes))
     objectives = class_objectives(evidence.logits.shape[1], classes)
     values = torch.stack([value(evidence.gradient(objective, target)) for objective in objectives], 1)
     return _weighted_mean(probabilities.to(values.dtype), values)
 
 
 def _mean_over_classes(evidence: Evidence, values: Tensor, classes: int | None) -> Tensor:
-    """Return the mean of ``(N, C)`` values over the likeliest classes, weighted by their probabilities."""
+    """Return the mean of ``(N, C, *P)`` values over the likeliest classes, weighted by their probabilities."""
+    probabilities = evidence.softmax().probabilities
+    if classes is None or classes >= values.shape[1]:
+        return (probabilities * values).sum(1)
     order = class_order(evidence.logits, classes)
-    return _weighted_mean(torch.softmax(evidence.logits, 1).gather(1, order), values.gather(1, order))
+    return _weighted_mean(probabilities.gather(1, order), values.gather(1, order))
 
 
 def _weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
     return (weights * values).sum(1) / weights.sum(1)
 
 
-def residual_norms(probabilities: Tensor, p: float) -> Tensor:
-    """``|p - e_c|_p`` of each class ``c`` for probabilities ``(N, C)``, without a ``(N, C, C)`` tensor: ``(N, C)``."""
-    others = sums_of_others(probabilities)  # 1 - p
+def residual_norms(softmax: Softmax, p: float) -> Tensor:
+    """Return ``|p - e_c|_p`` of each class ``c``, without a ``(N, C, C)`` tensor: ``(N, C, *P)``."""
+    others = softmax.complements
     if p == float("inf"):
-        return torch.maximum(others, _largest_other(probabilities))
-    return (sums_of_others(probabilities.pow(p)) + others.pow(p)).pow(1 / p)
+        second = softmax.second.unsqueeze(1)
+        largest_other = torch.where(softmax.is_top, second, (1 - softmax.error).unsqueeze(1))
+        return torch.maximum(others, largest_other)
+    if p == 1:
+        return 2 * others
+    powers = softmax.probabilities.pow(p)
+    return (_sums_of_others(powers, softmax) + others.pow(p)).pow(1 / p)
 
 
-def sums_of_others(rows: Tensor) -> Tensor:
-    """Return, for each entry of non-negative rows ``(N, C)``, the sum of the others, ``(N, C)``.
-
-    That of the largest entry is added up, since the difference from the total has no digits where the others are small.
-    """
-    top = rows.argmax(1, keepdim=True)
-    differences = (rows.sum(1, keepdim=True) - rows).clamp(min=0)
-    return differences.scatter(1, top, rows.scatter(1, top, 0.0).sum(1, keepdim=True))
-
-
-def _largest_other(probabilities: Tensor) -> Tensor:
-    """For each class, the largest probability of another one, ``(N, C)``."""
-    first, second = probabilities.topk(2, 1).values.chunk(2, 1)
-    return torch.where(probabilities == first, second, first)
+def _sums_of_others(powers: Tensor, softmax: Softmax) -> Tensor:
+    """For each class, the sum of the other classes' powers: that of the predicted class is added up, not subtracted."""
+    differences = (powers.sum(1, keepdim=True) - powers).clamp(min=0)
+    rest = powers.masked_fill(softmax.is_top, 0).sum(1, keepdim=True)
+    return torch.where(softmax.is_top, rest, differences)

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.objectives import Objective, log_probabilities
-from lightning_gradmetrics.gradients.statistics import GradientStatistics, moments_for
+from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.statistics import GradientStatistics, axis_moments, moments_for, result_dtype
 from lightning_gradmetrics.scoring.arguments import Allowed, Norm, Positive
 from lightning_gradmetrics.scoring.evidence import Evidence, HeadGradient, Target
 from lightning_gradmetrics.scoring.registry import register
@@ -36,7 +36,9 @@ def _statistic(evidence: Evidence, objective: Objective, target: Target, factor:
         return gradient.statistic(name)
     if not isinstance(gradient, HeadGradient):
         raise ValueError(f"factor='output' is for target='head', whose gradient has two factors; got target={target!r}")
-    return GradientStatistics.of({"output": gradient.output}, [name]).statistic(name)
+    moments = axis_moments(gradient.output, moments_for([name]))
+    count = torch.tensor(gradient.output.shape[1])
+    return GradientStatistics(("output",), count, moments, result_dtype(gradient.output.dtype)).statistic(name)
 
 
 @register("gradient", "Huang et al. 2021, arXiv:2110.00218")
@@ -126,10 +128,13 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
         M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
         Networks", 2024, https://arxiv.org/abs/2405.13758
     """
-    log_p = log_probabilities(evidence.logits)
-    p = log_p.exp()
-    output = p * (log_p - (p * log_p).sum(1, keepdim=True)) / p.shape[1]
-    return _norm(evidence.features, 2) * _norm(output, 2)
+    softmax = evidence.softmax()
+    p = softmax.probabilities
+    # log p + H, with both logarithms from the distances to the largest logit: the log-partition cancels.
+    shifted = (p * softmax.distances).sum(1, keepdim=True) - softmax.distances
+    output = p * shifted / p.shape[1]
+    rows = output[:, 1:] if evidence.one_logit else output
+    return HeadGradient(rows, evidence.head_input).norm(2)
 
 
 @register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")
@@ -183,10 +188,4 @@ def feature_norm(evidence: Evidence, *, p: Norm = 1.0) -> Tensor:
         R. Huang, A. Geng and Y. Li, "On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
         NeurIPS 2021, https://arxiv.org/abs/2110.00218
     """
-    return -_norm(evidence.features, p)
-
-
-def _norm(rows: Tensor, p: float) -> Tensor:
-    """Return the p-norm of each row, ``(N, D) -> (N,)``."""
-    norm: Tensor = torch.linalg.vector_norm(rows, p, 1)
-    return norm
+    return -evidence.head_input.norm(p)

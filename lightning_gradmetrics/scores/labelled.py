@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.objectives import class_residual
 from lightning_gradmetrics.scoring.arguments import Norm
 from lightning_gradmetrics.scoring.evidence import Evidence, Target
 from lightning_gradmetrics.scoring.registry import register
@@ -61,5 +60,6 @@ def el2n(evidence: Evidence) -> Tensor:
         M. Paul, S. Ganguli and G. Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in
         Training", NeurIPS 2021, https://arxiv.org/abs/2107.07075
     """
-    norm: Tensor = torch.linalg.vector_norm(class_residual(evidence.logits, evidence.labels), 2, 1)
+    residual = evidence.softmax().residual(evidence.labels.clamp(min=0))
+    norm: Tensor = torch.linalg.vector_norm(residual, 2, 1)
     return norm

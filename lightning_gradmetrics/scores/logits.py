@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.objectives import log_probabilities
 from lightning_gradmetrics.scoring.arguments import Allowed, Positive
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
@@ -36,8 +35,7 @@ def max_softmax(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
         D. Hendrycks and K. Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural
         Networks", ICLR 2017, https://arxiv.org/abs/1610.02136
     """
-    p = torch.softmax(evidence.logits / temperature, 1)
-    return p.scatter(1, p.argmax(1, keepdim=True), 0.0).sum(1)
+    return evidence.softmax(temperature).error
 
 
 @register("baseline", "Shannon 1948")
@@ -59,8 +57,7 @@ def entropy(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
         C. Shannon, "A Mathematical Theory of Communication", Bell System Technical Journal 27, 1948,
         https://doi.org/10.1002/j.1538-7305.1948.tb01338.x
     """
-    log_p = log_probabilities(evidence.logits / temperature)
-    return -(log_p.exp() * log_p).sum(1)
+    return evidence.softmax(temperature).entropy
 
 
 @register("baseline", "Scheffer et al. 2001")
@@ -82,8 +79,8 @@ def margin(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
         T. Scheffer, C. Decomain and S. Wrobel, "Active Hidden Markov Models for Information Extraction", IDA 2001,
         https://doi.org/10.1007/3-540-44816-0_31
     """
-    first, second = torch.softmax(evidence.logits / temperature, 1).topk(2, 1).values.unbind(1)
-    return second - first
+    softmax = evidence.softmax(temperature)
+    return softmax.second - (1 - softmax.error)
 
 
 @register("baseline", "Liu et al. 2020, arXiv:2010.03759")
@@ -104,7 +101,7 @@ def energy(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
     Reference:
         W. Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020, https://arxiv.org/abs/2010.03759
     """
-    return -temperature * torch.logsumexp(evidence.logits / temperature, 1)
+    return -temperature * evidence.softmax(temperature).log_partition
 
 
 @register("baseline", "Hendrycks et al. 2022, arXiv:1911.11132")
@@ -205,11 +202,8 @@ def doctor(evidence: Evidence, *, form: Literal["alpha", "beta"] = "alpha") -> T
         F. Granese et al., "DOCTOR: A Simple Method for Detecting Misclassification Errors", NeurIPS 2021,
         https://arxiv.org/abs/2106.02395
     """
-    p = torch.softmax(evidence.logits, 1)
-    top, others = p.amax(1), p.scatter(1, p.argmax(1, keepdim=True), 0.0)
-    error = others.sum(1)
+    softmax = evidence.softmax()
     if form == "beta":
-        return error / top
-    # 1 - sum p^2 = p_err (1 + p_max) - sum of the squares of the others: no difference of numbers near 1.
-    impurity = error * (1 + top) - others.square().sum(1)
-    return impurity / p.square().sum(1)
+        return softmax.odds
+    p = softmax.probabilities
+    return (p * softmax.complements).sum(1) / p.square().sum(1)  # 1 - sum p^2 without a difference of numbers near 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.scores.expected import sums_of_others
 from lightning_gradmetrics.scoring.arguments import Count, Norm, Share
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
@@ -36,8 +35,9 @@ def gen(evidence: Evidence, *, gamma: Share = 0.1, top: Count | None = None) -> 
         X. Liu, Y. Lochman and C. Zach, "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection", CVPR
         2023, https://github.com/XixiLiu95/GEN
     """
-    p = torch.softmax(evidence.logits, 1)
-    terms = p.pow(gamma) * sums_of_others(p).pow(gamma)
+    softmax = evidence.softmax()
+    p = softmax.probabilities
+    terms = (p * softmax.complements).pow(gamma)
     if top is not None and top < p.shape[1]:
         terms = terms.gather(1, p.topk(top, 1).indices)
     return terms.sum(1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.classifier.head import Head
+from lightning_gradmetrics.gradients.head_features import HeadFeatures
 
 __all__ = ["ObservedBatch"]
 
@@ -17,24 +18,26 @@ class ObservedBatch:
     """One batch, as the model received it.
 
     Args:
-        inputs: The arguments of the model's call, copied before it ran; ``None`` if they are unknown.
-        logits: A copy of the logits that the call returned ``(N, C)``.
-        features: The head's input ``(N, D)``, copied; ``None`` if no score needs it.
-        head: The head; ``None`` if no score needs it.
-        labels: True labels ``(N,)``, or ``None``.
-        ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if unknown.
+        inputs: The arguments of the model's call, copied before it ran; ``None`` if they are not known.
+        logits: What the call returned, copied: ``(N, C)``, or ``(N, C, *P)`` with one prediction per position.
+        features: The head's input ``(N, D)``, or at positions, copied; ``None`` where nobody needs it.
+        head: The head; ``None`` where nobody needs it.
+        labels: True labels ``(N,)``, or ``(N, *P)``, or ``None``.
+        ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if that is not known.
         dataset: The name of the data set, for messages.
         called: The module that was called with the inputs; ``None`` for the model itself.
+        one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.
     """
 
     inputs: Inputs | None
     logits: Tensor
-    features: Tensor | None = None
+    features: Tensor | HeadFeatures | None = None
     head: Head | None = None
     labels: Tensor | None = None
     ood: Tensor | None = None
     dataset: str | None = None
     called: nn.Module | None = None
+    one_logit: bool = False
 
     @property
     def size(self) -> int:

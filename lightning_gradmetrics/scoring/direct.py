@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_of, tensors_in
+from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_in, tensors_in
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import check_fitted
@@ -25,24 +25,27 @@ def score(
     targets: Tensor | None = None,
     *,
     head: str | None = None,
-    logits_fn: Callable[[Any], Tensor] = logits_of,
+    logits_fn: Callable[[Any], Tensor] = logits_in,
     engine: str = "auto",
 ) -> dict[str, Tensor]:
-    """Return uncertainty scores of every sample, higher = more uncertain; plain torch, no Trainer.
+    """Return uncertainty scores of every sample, pixel or token, higher = more uncertain; plain torch, no Trainer.
+
+    The unit follows from the logits: ``(N, C)`` are samples, ``(N, C, H, W)`` pixels, and ``(N, T, V)`` the tokens of a
+    language model. Below, ``*P`` is ``()``, ``(H, W)`` or ``(T,)``.
 
     Args:
         model: A classifier; batch norms must be in eval mode. It is left unchanged.
         inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
         scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or :class:`Score` objects, or a mapping
             that names them.
-        targets: True labels ``(N,)``, for the scores that need them.
-        head: The name of the classification head, a linear layer; found automatically if its output is what the model
-            returns.
-        logits_fn: Returns the logits ``(N, C)`` from the model's output.
+        targets: True labels ``(N, *P)``, for the scores that need them; of positions, 255 and negative labels are unknown.
+        head: The name of the classification head, a linear layer or a convolution; found automatically if its output is
+            what the model returns, at positions also after resizing, cropping or averaging over flips.
+        logits_fn: Returns the logits ``(N, C, *P)`` from the model's output, with the classes on axis 1.
         engine: The engine of the scores that need a backward pass.
 
     Returns:
-        Each score ``(N,)`` by name, on the model's device.
+        Each score ``(N, *P)`` by name, on the model's device; NaN at positions whose label a score needs and is unknown.
 
     Raises:
         ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, or the head

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.statistics import Moment, moments_for
 from lightning_gradmetrics.scoring.evidence import Evidence, Gradient, ParameterGradients, Probe, Target
@@ -86,6 +87,11 @@ class _Recorder(Evidence):
     def features(self) -> Tensor:
         self.needs.features = True
         return super().features
+
+    @property
+    def head_input(self) -> HeadFeatures:
+        self.needs.features = True
+        return super().head_input
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:

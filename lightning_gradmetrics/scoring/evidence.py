@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NoReturn, Protocol
+from functools import cached_property
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
-from lightning_gradmetrics.classifier.forward import gradients_enabled
+from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
-from lightning_gradmetrics.gradients.statistics import (
-    GradientStatistics,
-    Moment,
-    accumulator,
-    factor_moments,
-    moments_for,
-    result_dtype,
-)
+from lightning_gradmetrics.gradients.output_gradients import output_gradient
+from lightning_gradmetrics.gradients.precision import at_least_float32
+from lightning_gradmetrics.gradients.softmax import Softmax
+from lightning_gradmetrics.gradients.statistics import GradientStatistics, accumulator
+from lightning_gradmetrics.scoring.gradient import Gradient, HeadColumn, HeadGradient, ParameterGradients
 
 __all__ = [
     "Evidence",
@@ -53,152 +50,108 @@ class MissingEvidenceError(ValueError):
     """A score asked for evidence that was not gathered for this batch."""
 
 
-class Gradient(Protocol):
-    """Statistics of a gradient's entries: ``(N,)``, or ``(N, P)`` for each of P parameters."""
-
-    def statistic(self, name: str) -> Tensor:
-        """Return a statistic by name: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``."""
-        ...
-
-    def norm(self, p: float = 2.0) -> Tensor:
-        """Return the p-norm."""
-        return self.statistic(f"l{p:g}")
-
-    @property
-    def max(self) -> Tensor:
-        """The largest entry."""
-        return self.statistic("max")
-
-    @property
-    def min(self) -> Tensor:
-        """The smallest entry."""
-        return self.statistic("min")
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean entry."""
-        return self.statistic("mean")
-
-    @property
-    def std(self) -> Tensor:
-        """The unbiased standard deviation of the entries."""
-        return self.statistic("std")
-
-
-class ParameterGradients(Gradient, Protocol):
-    """Statistics of the gradients of P parameters, ``(N, P)`` each."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters' names."""
-        ...
-
-    def by_layer(self) -> ParameterGradients:
-        """Merge the parameters of each layer."""
-        ...
-
-    def merged(self) -> Gradient:
-        """Merge all parameters."""
-        ...
-
-
-@dataclass(frozen=True)
-class HeadGradient(Gradient):
-    """The gradient of the head's weight, ``g h^T``, by its factors: no backward pass and no gradient tensor.
-
-    Args:
-        output: The gradient of the logits ``g``, ``(N, C)``.
-        features: The head's input ``h``, ``(N, D)``.
-    """
-
-    output: Tensor
-    features: Tensor
-
-    def moments(self, wanted: Iterable[Moment]) -> GradientStatistics:
-        """Return the statistics that can be computed from the wanted moments."""
-        count = torch.tensor(self.output.shape[1] * self.features.shape[1])
-        moments = factor_moments(self.output, self.features, wanted)
-        return GradientStatistics(("head",), count, moments, result_dtype(self.output.dtype))
-
-    def statistic(self, name: str) -> Tensor:
-        """Return a statistic by name, ``(N,)``."""
-        return self.moments(moments_for([name])).statistic(name)
-
-
-@dataclass(frozen=True)
-class HeadColumn(ParameterGradients):
-    """The gradient of the head's weight as a target with one parameter: statistics ``(N, 1)``.
-
-    Args:
-        head: The gradient.
-    """
-
-    head: HeadGradient
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The name of the only parameter."""
-        return ("head",)
-
-    def statistic(self, name: str) -> Tensor:
-        """Return a statistic by name, ``(N, 1)``."""
-        return self.head.statistic(name)[:, None]
-
-    def by_layer(self) -> HeadColumn:
-        """Return itself: one parameter is one layer."""
-        return self
-
-    def merged(self) -> HeadGradient:
-        """Return the head's gradient."""
-        return self.head
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """Convert to the accumulators' precision, so that ``1 - p`` of a confident sample keeps its digits."""
-    return tensor.detach().to(accumulator(tensor))
-
-
 @dataclass
 class Evidence:
-    """What one batch offers to the scores.
+    """What one batch offers to the scores: the contract between observing a model and scoring it.
+
+    **Units.** A batch holds N samples. Every sample has one score, or one score per position: per pixel of a
+    segmentation model, per token of a language model. Below, ``*P`` is the shape of the positions: ``()`` for samples,
+    ``(H, W)`` for pixels, ``(T,)`` for tokens. The class axis of the logits is always axis 1 and positions follow it:
+    ``(N, C)``, ``(N, C, H, W)``, ``(N, V, T)``. A score returns ``(N, *P)``.
+
+    **Writing a score.** Reduce over axis 1, as in ``evidence.logits.amax(1)``, and never over the last axis: the same
+    function then scores samples, pixels and tokens. A score that reads ``evidence.logits``, ``evidence.softmax()``,
+    ``evidence.head_input`` or a head's ``evidence.gradient(...)`` works at every position. Before the first batch with
+    positions a score is compared on made-up evidence with its own values for the positions as rows ``(M, C)``; if they
+    differ, it receives the rows. So a score of rows is right everywhere, and slower for maps.
+
+    **What a position does not have.** Gradients of parameters before the head, and computations on the model
+    (``probe``), mix all positions of a sample: they would take one backward pass per position. They are refused.
+
+    **Precision.** Samples are in float64 where the device has it; positions in the logits' type, at least float32.
+
+    **One logit.** A binary model with one logit z per position offers the logits ``(0, z)``; the gradient of its head
+    has one row, that of z.
 
     Args:
-        given_logits: ``(N, C)``.
-        given_features: The head's input ``(N, D)``.
-        given_labels: True labels ``(N,)``.
+        given_logits: ``(N, C, *P)``.
+        given_features: The head's input: ``(N, D, *P)``, or patches of it that are carried to the positions.
+        given_labels: True labels ``(N, *P)``; at positions -100 is unknown.
         given_ood: Which samples are out-of-distribution ``(N,)``, bool; known when a detector is fitted.
-        gradients: Statistics of gradients by target and objective, per parameter.
-        probes: Results of the scores' own computations.
+        gradients: Statistics of gradients by target and objective, per parameter; for samples only.
+        probes: Results of the scores' own computations; for samples only.
         given_head: The head's weight ``(C, D)``, and its bias ``(C,)`` if it has one.
+        one_logit: Whether the logits are ``(0, z)`` of a head with one row.
 
     Raises:
         MissingEvidenceError: From every property and method, if the batch lacks what is asked for.
 
     Example:
+        >>> import torch
         >>> evidence = Evidence(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.ones(2, 3))
         >>> evidence.gradient("uniform").norm(1)
         tensor([2.2848, 0.0000], dtype=torch.float64)
+        >>> pixels = Evidence(torch.zeros(2, 5, 4, 4), torch.ones(2, 3, 4, 4))
+        >>> pixels.gradient("uniform").norm(1).shape
+        torch.Size([2, 4, 4])
     """
 
     given_logits: Tensor
-    given_features: Tensor | None = None
+    given_features: Tensor | HeadFeatures | None = None
     given_labels: Tensor | None = None
     given_ood: Tensor | None = None
     gradients: dict[tuple[Target, Objective], GradientStatistics] = field(default_factory=dict)
     probes: dict[Probe, Tensor] = field(default_factory=dict)
     given_head: tuple[Tensor, Tensor | None] | None = None
+    one_logit: bool = False
+    _softmax: dict[float, Softmax] = field(default_factory=dict, repr=False)
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether the scores are per position and not per sample."""
+        return self.given_logits.ndim > 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a score, ``(N, *P)``."""
+        return (len(self.given_logits), *self.given_logits.shape[2:])
 
     @property
     def logits(self) -> Tensor:
-        """Logits ``(N, C)``, in float64 where the device has it."""
-        return _exact(self.given_logits)
+        """Logits ``(N, C, *P)``: of samples in float64 where the device has it, of positions in at least float32."""
+        logits = self.given_logits.detach()
+        return at_least_float32(logits) if self.has_positions else logits.to(accumulator(logits))
+
+    def softmax(self, temperature: float = 1.0) -> Softmax:
+        """Return the softmax of the logits divided by a temperature, computed once for all scores."""
+        if temperature not in self._softmax:
+            self._softmax[temperature] = Softmax(self.logits, temperature)
+        return self._softmax[temperature]
 
     @property
     def features(self) -> Tensor:
-        """The head's input ``(N, D)``, in float64 where the device has it."""
+        """The head's input as vectors ``(N, D, *P)``. Norms of it come from :attr:`head_input`, which stores no vectors."""
+        if isinstance(self.given_features, Tensor):
+            features = self.given_features.detach()
+            return at_least_float32(features) if features.ndim > 2 else features.to(accumulator(features))
+        return self.head_input.dense()
+
+    @property
+    def head_input(self) -> HeadFeatures:
+        """The head's input with its moments and norms over axis 1, ``(N, *P)`` each."""
+        return self._head_input
+
+    @cached_property
+    def _head_input(self) -> HeadFeatures:
         if self.given_features is None:
             _missing("the head's input")
-        return _exact(self.given_features)
+        given = self.given_features
+        return (HeadFeatures.of(given) if isinstance(given, Tensor) else given).precise()
+
+    @property
+    def has_product_gradient(self) -> bool:
+        """Whether the gradient of the head is one outer product with all logits: no groups of channels, no single logit."""
+        return self.head_input.is_product and not self.one_logit
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
@@ -210,14 +163,14 @@ class Evidence:
 
     @property
     def labels(self) -> Tensor:
-        """True labels ``(N,)``."""
+        """True labels ``(N, *P)``; -100 where the label of a position is unknown."""
         if self.given_labels is None:
             raise MissingEvidenceError("needs true labels: pass targets=, or give batches (inputs, labels)")
         return self.given_labels
 
     @property
     def incorrect(self) -> Tensor:
-        """Which predictions are incorrect ``(N,)``, bool."""
+        """Which predictions are incorrect ``(N, *P)``, bool."""
         return self.logits.argmax(1) != self.labels
 
     @property
@@ -230,7 +183,7 @@ class Evidence:
         return self.given_ood
 
     def gradient(self, objective: str | Loss | Objective, target: Target = "head", **arguments: Any) -> Gradient:
-        """Return the gradient of an objective with respect to a target: statistics ``(N,)``.
+        """Return the gradient of an objective with respect to a target: statistics ``(N, *P)``.
 
         Args:
             objective: A name, as ``"pseudo_label"``, or a loss from logits ``(N, C)`` to ``(N,)``.
@@ -245,7 +198,7 @@ class Evidence:
     def gradient_per_parameter(
         self, objective: str | Loss | Objective, target: Target = "all", **arguments: Any
     ) -> ParameterGradients:
-        """Return the gradient of an objective with respect to each parameter of a target: statistics ``(N, P)``.
+        """Return the gradient of an objective with respect to each parameter of a target: statistics ``(N, K, *P)``.
 
         Args:
             objective: A name, as ``"pseudo_label"``, or a loss from logits ``(N, C)`` to ``(N,)``.
@@ -269,14 +222,17 @@ class Evidence:
         def take(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[keep]
 
+        given = self.given_features
+        features = given.rows(keep) if isinstance(given, HeadFeatures) else take(given)
+        gradients = {}
+        for key, statistics in self.gradients.items():
+            gradients[key] = statistics.rows(keep)
+        probes = {}
+        for function, value in self.probes.items():
+            probes[function] = value[keep]
+        labels, ood = take(self.given_labels), take(self.given_ood)
         return Evidence(
-            self.given_logits[keep],
-            take(self.given_features),
-            take(self.given_labels),
-            take(self.given_ood),
-            {key: value.rows(keep) for key, value in self.gradients.items()},
-            {key: value[keep] for key, value in self.probes.items()},
-            self.given_head,
+            self.given_logits[keep], features, labels, ood, gradients, probes, self.given_head, self.one_logit
         )
 
     def _recorded(self, target: Target, objective: Objective) -> GradientStatistics:
@@ -285,11 +241,9 @@ class Evidence:
         return self.gradients[target, objective]
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
-        with gradients_enabled():
-            logits = self.logits.detach().clone().requires_grad_(True)
-            losses = objective.loss(self.labels.clone() if objective.needs_targets else None)(logits)
-            (output,) = torch.autograd.grad(losses.sum(), logits)
-        return HeadGradient(output, self.features)
+        targets = self.labels if objective.needs_targets else None
+        output = output_gradient(objective, self.logits, self.softmax, targets)
+        return HeadGradient(output[:, 1:] if self.one_logit else output, self.head_input)
 
 
 def _missing(what: str) -> NoReturn:

@@ -14,6 +14,7 @@ from lightning_gradmetrics.classifier.forward import gradients_enabled
 from lightning_gradmetrics.gradients.statistics import accumulator
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.positions import by_rows
 from lightning_gradmetrics.scoring.recipes import Recipe, Score, _dry_run
 from lightning_gradmetrics.scoring.totals import KEY, Tensors, is_rows, sampled
 
@@ -109,6 +110,8 @@ class FittedScore(Score):
     def _values(self, evidence: Evidence) -> Tensor:
         if self.state is None:
             raise ValueError(not_fitted(self.name))
+        if evidence.has_positions:
+            return by_rows(self._values, evidence, self.needs.features)
         state = {}
         for key, value in self.state.items():
             state[key] = _beside(value, evidence.given_logits)

@@ -17,6 +17,7 @@ from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore, fitted_scores, plain_scores
+from lightning_gradmetrics.scoring.positions import sampled_rows
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import fingerprint
@@ -76,7 +77,14 @@ class Fitting:
         finite = finite_rows(batch.inputs, [batch.logits], batch.size).to(batch.logits.device)
         keep = torch.ones_like(finite) if keep is None else keep.to(finite.device)
         self.left_out += int((keep & ~finite).sum())
-        self.add_rows(evidence, keep & finite, keys_of(batch))
+        if not evidence.has_positions:
+            self.add_rows(evidence, keep & finite, keys_of(batch))
+            return
+        needs_features = any(needs.features for needs in self._needs.values())
+        sampled = sampled_rows(evidence, keep & finite, keys_of(batch), needs_features)
+        if sampled is not None:
+            rows, keys = sampled
+            self.add_rows(rows, torch.ones(len(keys), dtype=torch.bool, device=finite.device), keys)
 
     def add_rows(self, evidence: Evidence, known: Tensor, keys: Tensor) -> None:
         """Add the rows of a batch where ``known`` ``(N,)`` is true; ``keys`` ``(N,)`` order the rows."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_gradmetrics.scoring.arguments import annotations_of, check
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence, MissingEvidenceError
+from lightning_gradmetrics.scoring.positions import by_rows, works_on_maps
 
 __all__ = ["RECIPES", "Family", "Recipe", "Score"]
 
@@ -49,21 +50,34 @@ class Score:
         self._dry_run()
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        """Return the uncertainty of every sample, ``(N,)``.
+        """Return the uncertainty of every sample, ``(N,)``, or of every position, ``(N, *P)``.
 
         Raises:
-            ValueError: If the evidence lacks what the score asks for, or the result does not have shape ``(N,)``.
+            ValueError: If the evidence lacks what the score asks for, or the result does not have that shape.
         """
         try:
             values = self._values(evidence)
         except MissingEvidenceError as error:
             raise ValueError(f"the score {self.name!r} {error}") from error
-        _check_values(self.name, values, len(evidence.given_logits))
+        _check_values(self.name, values, evidence.shape)
         return values
 
     def _values(self, evidence: Evidence) -> Tensor:
+        if not evidence.has_positions or self.works_on_maps:
+            return self._method(evidence)
+        return by_rows(self._method, evidence, self.needs.features)
+
+    def _method(self, evidence: Evidence) -> Tensor:
         values: Tensor = self.recipe.method(evidence, **self.arguments)
         return values
+
+    @property
+    def works_on_maps(self) -> bool:
+        """Whether it has the same values for maps ``(N, C, *P)`` as for their positions as rows ``(M, C)``."""
+        known = vars(self).get("_works_on_maps")
+        if known is None:
+            known = self._works_on_maps = works_on_maps(self._method)
+        return bool(known)
 
     def _dry_run(self) -> None:
         _dry_run(self.name, self)
@@ -218,14 +232,15 @@ def _shown(value: Any) -> str:
     return str(getattr(value, "__name__", value))
 
 
-def _check_values(name: str, values: Any, size: int) -> None:
-    """Refuse results that are not one number per sample."""
+def _check_values(name: str, values: Any, shape: tuple[int, ...]) -> None:
+    """Refuse results that are not one number per sample, or per position."""
+    unit = "sample" if len(shape) == 1 else "position"
     if not isinstance(values, Tensor):
         raise ValueError(f"the score {name!r} returned {type(values).__name__}; it must return a tensor of shape (N,)")
-    if values.shape != (size,):
+    if values.shape != shape:
         raise ValueError(
-            f"the score {name!r} returned shape {tuple(values.shape)} for {size} samples; it must return one number per "
-            f"sample, shape ({size},)"
+            f"the score {name!r} returned shape {tuple(values.shape)} for {shape[0]} samples; it must return one number per "
+            f"{unit}, shape {shape}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import (
     call,
     gradients_enabled,
+    logits_in,
     logits_of,
     map_tensors,
     preserved,
@@ -29,6 +29,7 @@ from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, are_close, che
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence, Target, parameter_filter
+from lightning_gradmetrics.scoring.logit_checks import check_logits, known_labels, not_per_position, two_columns
 from lightning_gradmetrics.scoring.registry import Score
 from lightning_gradmetrics.scoring.states import check_head
 
@@ -55,7 +56,7 @@ class Scorer:
 
     scores: tuple[Score, ...]
     head: str | None = None
-    logits_fn: Callable[[Any], Tensor] = logits_of
+    logits_fn: Callable[[Any], Tensor] = logits_in
     engine: str = "auto"
     looks: Sequence[Callable[[Evidence], Any]] = ()
     found_head: str | None = None
@@ -91,18 +92,44 @@ class Scorer:
             check_head(self.scores, batch.head.name)
         needs = self.needs(batch.logits.shape[1])
         labels = None if batch.labels is None else batch.labels.to(batch.logits.device)
+        head = None if batch.head is None else (batch.head.weight, batch.head.bias)
+        if batch.logits.ndim > 2:
+            return self._evidence_of_positions(batch, needs, labels, head)
         if needs.labels:
             self.check_labels(labels, batch.logits, batch.dataset)
         if needs.gradients or needs.probes:
             self._check_repeatable(model, batch)
         gradients, probes = _gradients(self, needs, model, batch, labels), _probes(self, needs, model, batch)
-        head = None if batch.head is None else (batch.head.weight, batch.head.bias)
-        return Evidence(batch.logits, batch.features, labels, batch.ood, gradients, probes, head)
+        return Evidence(batch.logits, batch.features, labels, batch.ood, gradients, probes, head, batch.one_logit)
+
+    def _evidence_of_positions(
+        self, batch: ObservedBatch, needs: Needs, labels: Tensor | None, head: tuple[Tensor, Tensor | None] | None
+    ) -> Evidence:
+        """The evidence of a model with one prediction per position.
+
+        Raises:
+            ValueError: If a score is not defined per position, or needs labels and there are none.
+        """
+        if needs.gradients or needs.probes:
+            names = [score.name for score in self.scores if score.needs.gradients or score.needs.probes]
+            raise ValueError(not_per_position(names or ["profile"], tuple(batch.logits.shape[2:])))
+        known = None if labels is None else known_labels(labels, batch.logits)
+        if needs.labels and known is None:
+            raise ValueError(
+                f"the score {', '.join(repr(score.name) for score in self.scores if score.needs.labels)} needs true labels of "
+                "the positions, and there are none: pass targets=, or return batches (inputs, labels)"
+            )
+        return Evidence(batch.logits, batch.features, known, batch.ood, given_head=head, one_logit=batch.one_logit)
 
     def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
-        """Return the scores by name, ``(N,)`` each."""
+        """Return the scores by name, ``(N,)`` each, or ``(N, *P)`` at positions: NaN where a score needs an unknown label."""
         dtype = result_dtype(evidence.given_logits.dtype)
-        return {score.name: score(evidence).to(dtype) for score in self.scores}
+        values = {}
+        for score in self.scores:
+            values[score.name] = score(evidence).to(dtype)
+            if evidence.has_positions and score.needs.labels:
+                values[score.name] = values[score.name].masked_fill(evidence.labels < 0, torch.nan)
+        return values
 
     def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
         """Refuse samples without a label if a score reads labels.
@@ -217,7 +244,8 @@ def _gradients(
         return {}
     filters = {target: parameter_filter(target) for target in needs.gradients}
     objectives, moments = _wanted(needs)
-    witness = _Witness(batch.logits, scorer.logits_fn if scorer.head is None else logits_of)
+    logits_fn = scorer.logits_fn if scorer.head is None else logits_of
+    witness = _Witness(batch.logits, two_columns(logits_fn) if batch.one_logit else logits_fn)
 
     def chosen(name: str) -> bool:
         return any(accepts is None or accepts(name) for accepts in filters.values())
@@ -297,40 +325,3 @@ def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch
     with preserved(model), gradients_enabled(), scorer._made_to_return_logits(model, batch):
         inputs = map_tensors(batch.inputs, lambda tensor: tensor.detach().clone())
         return {probe: probe(model, inputs) for probe in needs.probes}
-
-
-def check_logits(logits: Tensor) -> None:
-    """Refuse probabilities and tensors that cannot be logits; warn about log-probabilities.
-
-    Raises:
-        ValueError: If the logits are not ``(N, C)`` with C at least 2, or are probabilities.
-    """
-    if logits.ndim != 2:
-        raise ValueError(
-            f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class; "
-            "pass logits_fn=, a callable from the model's output to them"
-        )
-    if not logits.is_floating_point():
-        raise ValueError(
-            f"the logits are integers or complex ({logits.dtype}); expected floating-point logits (N, C): pass logits_fn=, a "
-            "callable from the model's output to them"
-        )
-    if logits.shape[1] < 2:
-        raise ValueError(
-            f"the logits have shape {tuple(logits.shape)}, and a classifier has at least two columns. For a model with one "
-            "output z per sample score the columns (0, z): logits_fn=lambda z: torch.cat([torch.zeros_like(z), z], 1)"
-        )
-    if not logits.numel() or not logits.isfinite().all():
-        return
-    rows = logits.detach().float()
-    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
-        raise ValueError(
-            "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is "
-            "taken, or pass logits_fn=, a callable from the model's output to its logits"
-        )
-    if bool((rows.logsumexp(1).abs() < 1e-4).all()):
-        warnings.warn(
-            "the model seems to return log-probabilities; energy, max_logit and gradtrust need the raw logits: name the head, "
-            "as in head='fc'",
-            stacklevel=3,
-        )

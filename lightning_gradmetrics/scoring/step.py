@@ -24,6 +24,8 @@ from lightning_gradmetrics.classifier.observation import ModelCall, Observation,
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
+from lightning_gradmetrics.scoring.logit_checks import with_two_columns
+from lightning_gradmetrics.scoring.position_step import PositionReader
 from lightning_gradmetrics.scoring.scorer import Scorer
 
 __all__ = ["StepObserver", "observed"]
@@ -65,11 +67,14 @@ class StepObserver:
         self._layers = dict(model.named_modules()) if scorer.head is None else {}
         if scorer.head is not None:
             self._layers[scorer.head] = named_layer(model, scorer.head)
+        self._positions = PositionReader(model, scorer.head, scorer.logits_fn)
+        self._head_calls: Sequence[LayerCall] = ()
 
     @contextmanager
     def observing(self) -> Iterator[Observation]:
         """Observe the model's calls inside the block."""
-        with observing(self.model, self._layers, self.scorer.logits_fn) as seen:
+        with observing(self.model, self._layers, self.scorer.logits_fn) as seen, self._positions.observing() as calls:
+            self._head_calls = calls
             yield seen
 
     def own(self, inputs: Inputs) -> ObservedBatch:
@@ -97,11 +102,11 @@ class StepObserver:
             batch = self._from_parts(seen, given, size)
         else:
             batch = self._from_calls(seen, size)
-        if not self._needs_head and batch.features is None:
+        if (not self._needs_head and batch.features is None) or batch.logits.ndim > 2:
             self._layers = {}
         elif self._name is not None:
             self._layers = {self._name: named_layer(self.model, self._name)}
-        return batch
+        return with_two_columns(batch)
 
     # A step that calls the model as a whole
 
@@ -109,6 +114,8 @@ class StepObserver:
         assert seen.called is not None
         module, calls = seen.called
         inputs, logits = self._joined(calls, size)
+        if logits is not None and logits.ndim > 2:
+            return self._of_positions(seen, inputs, logits)
         if not self._needs_head:
             return ObservedBatch(inputs, _existing(logits, calls), called=module)
         if may_run and self._is_unobserved(seen):
@@ -120,6 +127,17 @@ class StepObserver:
         if self.scorer.head is None:
             self._check_head(output, logits)
         return ObservedBatch(inputs, output, features, self._head, called=module)
+
+    def _of_positions(self, seen: Observation, inputs: Inputs | None, logits: Tensor) -> ObservedBatch:
+        """The batch of a model with one prediction per position."""
+        assert seen.called is not None
+        module, calls = seen.called
+        logits = self._positions.logits(logits, seen.layers, inputs)
+        self._layers = {}
+        if not self._needs_head:
+            return ObservedBatch(inputs, logits, called=module)
+        head_calls, self._head_calls = self._head_calls, ()
+        return self._positions.batch(logits, inputs, module, head_calls if len(calls) == 1 else ())
 
     def _from_own_forward(self, inputs: Inputs | None, logits: Tensor | None) -> ObservedBatch:
         """Return the batch of a step that ran a compiled model, whose layers run no hooks."""

@@ -1,0 +1,230 @@
+"""How the logits at positions are made of the outputs of heads: found by comparing, never assumed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.carry import IDENTITY, LINEAR_MODES, Carry, find_carry
+from lightning_gradmetrics.classifier.head import LayerCall
+from lightning_gradmetrics.classifier.patches import Patches
+
+__all__ = ["Composition", "Part", "compose", "recompose", "reproduces"]
+
+MOST_CALLS = 4
+"""Calls of one layer whose outputs may be averaged."""
+
+MOST_CANDIDATES = 8
+"""The last layers of the forward pass whose outputs may be added."""
+
+CHECKED = 64
+"""Positions at which a layer's output is compared with its weight."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One call of a head.
+
+    Args:
+        name: The layer's name.
+        call: The number of the call among those of the layer.
+        carry: The map of its output before all parts are added.
+        share: Its factor in the sum.
+    """
+
+    name: str
+    call: int = 0
+    carry: Carry = IDENTITY
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The logits as a sum of heads, carried to the logits' grid.
+
+    Args:
+        parts: The calls that are added.
+        carry: The map of their sum.
+    """
+
+    parts: tuple[Part, ...]
+    carry: Carry = IDENTITY
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers, each once."""
+        return tuple(dict.fromkeys(part.name for part in self.parts))
+
+
+def compose(calls: Sequence[LayerCall], logits: Tensor) -> list[Composition]:
+    """Return all ways in which the outputs of layers make the logits, the simplest kind first; empty if none is found.
+
+    Tried are one layer; the average of several calls of one layer on reflected inputs; the sum of two or three layers.
+    Every sum may be resized and cropped.
+
+    Args:
+        calls: Calls of the layers that may be heads, with their outputs ``(N, C, *Q)``.
+        logits: What the model returned, ``(N, C, *P)``.
+
+    Example:
+        >>> z = torch.randn(1, 3, 4, 4)
+        >>> (made,) = compose([LayerCall("head", z, z, None, None)], nn.functional.interpolate(z, scale_factor=2))
+        >>> made.names, made.carry.mode
+        (('head',), 'nearest')
+    """
+    for kind in (_single, _reflected, _added):
+        found = list(kind(calls, logits))
+        if found:
+            return found
+    return []
+
+
+def _output(call: LayerCall) -> Tensor:
+    assert call.output is not None
+    return call.output
+
+
+def _numbered(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
+    by_name: dict[str, list[LayerCall]] = {}
+    for call in calls:
+        by_name.setdefault(call.name, []).append(call)
+    return by_name
+
+
+def _single(calls: Sequence[LayerCall], logits: Tensor) -> Iterator[Composition]:
+    for name, own in _numbered(calls).items():
+        for number, call in enumerate(own):
+            carry = find_carry(_output(call), logits)
+            if carry is not None:
+                yield Composition((Part(name, number),), carry)
+                break
+
+
+def _reflected(calls: Sequence[LayerCall], logits: Tensor) -> Iterator[Composition]:
+    axes = range(logits.ndim - 2)
+    flips: list[tuple[int, ...]] = []
+    for count in range(len(axes) + 1):
+        flips += itertools.combinations(axes, count)
+    for name, own in _numbered(calls).items():
+        if not 2 <= len(own) <= MOST_CALLS or any(call.output_shape != own[0].output_shape for call in own):
+            continue
+        for chosen in itertools.product(reversed(flips), repeat=len(own) - 1):
+            parts = [Part(name, 0, IDENTITY, 1 / len(own))]
+            for number, flip in enumerate(chosen):
+                parts.append(Part(name, number + 1, Carry(flips=flip), 1 / len(own)))
+            carry = find_carry(_sum(parts, calls), logits)
+            if carry is not None:
+                yield Composition(tuple(parts), carry)
+                break
+
+
+def _added(calls: Sequence[LayerCall], logits: Tensor) -> Iterator[Composition]:
+    last = [own[-1] for own in _numbered(calls).values()][-MOST_CANDIDATES:]
+    for count in (2, 3):
+        for chosen in itertools.combinations(last, count):
+            for parts in _resized_parts(chosen):
+                carry = find_carry(_sum(parts, chosen), logits)
+                if carry is not None:
+                    yield Composition(tuple(parts), carry)
+                    return
+
+
+def _resized_parts(calls: Sequence[LayerCall]) -> Iterator[list[Part]]:
+    """The parts, those on smaller grids resized to the largest in every way that is common."""
+    outputs = [_output(call) for call in calls]
+    size = _largest_size(outputs)
+    ways: list[list[Carry]] = []
+    for output in outputs:
+        ways.append([IDENTITY] if tuple(output.shape[2:]) == size else _common_resizes(size))
+    for carries in itertools.product(*ways):
+        yield [Part(call.name, 0, carry) for call, carry in zip(calls, carries, strict=True)]
+
+
+def _largest_size(outputs: Sequence[Tensor]) -> tuple[int, ...]:
+    shapes = torch.tensor([output.shape[2:] for output in outputs])
+    return tuple(shapes.amax(0).tolist())
+
+
+def _common_resizes(size: tuple[int, ...]) -> list[Carry]:
+    linear = LINEAR_MODES.get(len(size))
+    if linear is None:
+        return []
+    resize = Carry(size=size, mode=linear, align_corners=False)
+    return [resize, replace(resize, align_corners=True), Carry(size=size, mode="nearest")]
+
+
+def _sum(parts: Sequence[Part], calls: Sequence[LayerCall]) -> Tensor:
+    """The sum of the parts' outputs on their common grid."""
+    by_name = _numbered(calls)
+    total: Tensor | None = None
+    for part in parts:
+        carried = part.carry(_output(by_name[part.name][part.call]))
+        if part.share != 1:
+            carried = part.share * carried
+        total = carried if total is None else total + carried
+    assert total is not None
+    return total
+
+
+def recompose(known: Composition, calls: Sequence[LayerCall], logits: Tensor) -> Composition | None:
+    """Return the same composition for another batch, whose positions may have another shape; ``None`` if it differs.
+
+    Args:
+        known: The composition of an earlier batch.
+        calls: The calls of its layers.
+        logits: What the model returned.
+    """
+    by_name = _numbered(calls)
+    outputs = []
+    for part in known.parts:
+        if part.call >= len(by_name.get(part.name, [])):
+            return None
+        outputs.append(_output(by_name[part.name][part.call]))
+    size = _largest_size(outputs)
+    parts = []
+    for part in known.parts:
+        resized = part.carry if part.carry.size is None else replace(part.carry, size=size)
+        parts.append(replace(part, carry=resized))
+    try:
+        total = _sum(parts, calls)
+    except RuntimeError:
+        return None
+    carry = find_carry(total, logits, known.carry)
+    return None if carry is None else Composition(tuple(parts), carry)
+
+
+@torch.no_grad()
+def reproduces(layer: nn.Module, patches: Patches, call: LayerCall) -> bool:
+    """Return whether a layer's weight and bias give its output at some positions, up to rounding.
+
+    Args:
+        layer: The layer.
+        patches: Its geometry.
+        call: A call of it, with the class axis at 1.
+    """
+    features, output = call.features, call.output
+    assert features is not None and output is not None
+    weight = patches.weight_matrix(layer.weight).double()  # type: ignore[arg-type]
+    count = output[0, 0].numel()
+    places = torch.linspace(0, count - 1, min(CHECKED, count)).long().to(output.device)
+    columns = []
+    for tap in patches.taps(features[:1]):
+        columns.append(tap.flatten(2)[0][:, places].double())
+    vectors = torch.stack(columns, 1)
+    expected = output[0].flatten(1)[:, places].double()
+    groups = patches.groups
+    grouped = vectors.unflatten(0, (groups, -1)).flatten(1, 2)
+    made = torch.einsum("gcd,gdm->gcm", weight.unflatten(0, (groups, -1)), grouped).flatten(0, 1)
+    size = torch.einsum("gcd,gdm->gcm", weight.unflatten(0, (groups, -1)).abs(), grouped.abs()).flatten(0, 1)
+    if layer.bias is not None:
+        bias = layer.bias.double().unsqueeze(1)  # type: ignore[operator]
+        made, size = made + bias, size + bias.abs()
+    rounding = torch.finfo(output.dtype).eps
+    if output.is_cuda and output.dtype == torch.float32:
+        rounding = 1e-3  # TF32
+    known = made.isfinite() & expected.isfinite()
+    return bool(((made - expected).abs() <= 64 * rounding * size + 1e-30)[known].all())

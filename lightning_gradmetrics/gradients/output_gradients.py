@@ -1,0 +1,105 @@
+"""Gradients of objectives with respect to the logits, in closed form where the objective is built in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.classifier.forward import gradients_enabled
+from lightning_gradmetrics.gradients.objectives import IGNORED, Loss, Objective
+from lightning_gradmetrics.gradients.softmax import Softmax
+
+__all__ = ["output_gradient"]
+
+Softmaxes = Callable[[float], Softmax]
+"""From a temperature to the softmax of the logits."""
+
+
+def output_gradient(objective: Objective, logits: Tensor, softmax: Softmaxes, targets: Tensor | None = None) -> Tensor:
+    """Return the gradient of each position's loss with respect to its logits, ``(N, C, *P)``.
+
+    A custom objective is a function of rows ``(M, C)``: it receives the positions as rows, and autograd differentiates it.
+
+    Args:
+        objective: The objective.
+        logits: ``(N, C, *P)``.
+        softmax: From a temperature to the softmax of the logits.
+        targets: True labels ``(N, *P)``, for the objectives that need them; -100 has the gradient zero.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> output_gradient(Objective.of("uniform"), logits, lambda temperature: Softmax(logits, temperature))
+        tensor([[ 0.3808, -0.3808]])
+    """
+    if objective.function is not None or objective.name not in CLOSED_FORMS:
+        return _by_rows(objective.loss(None if targets is None else _rows_of_map(targets)), logits)
+    objective.check_classes(logits)
+    arguments = dict(objective.arguments)
+    if objective.needs_targets:
+        objective.loss(targets)  # raises without targets
+        arguments["targets"] = targets
+    return CLOSED_FORMS[objective.name](logits, softmax, **arguments)
+
+
+def _rows_of_map(values: Tensor) -> Tensor:
+    return values.reshape(-1)
+
+
+def _by_rows(loss: Loss, logits: Tensor) -> Tensor:
+    """The gradient by autograd, of the positions as rows ``(M, C)``."""
+    last = logits.detach().movedim(1, -1)
+    with gradients_enabled():
+        rows = last.reshape(-1, logits.shape[1]).clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss(rows).sum(), rows)
+    return gradient.reshape(last.shape).movedim(-1, 1)
+
+
+def _pseudo_label(logits: Tensor, softmax: Softmaxes, temperature: float = 1.0) -> Tensor:
+    return _divided(softmax(temperature).predicted_residual, temperature)
+
+
+def _uniform(logits: Tensor, softmax: Softmaxes, temperature: float = 1.0) -> Tensor:
+    return _divided(softmax(temperature).probabilities - 1 / logits.shape[1], temperature)
+
+
+def _confounding(logits: Tensor, softmax: Softmaxes) -> Tensor:
+    return logits.shape[1] * softmax(1.0).probabilities - 1
+
+
+def _confounding_logits(logits: Tensor, softmax: Softmaxes) -> Tensor:
+    return -torch.sigmoid(-logits.detach())
+
+
+def _label(logits: Tensor, softmax: Softmaxes, targets: Tensor) -> Tensor:
+    known = targets != IGNORED
+    return softmax(1.0).residual(targets.where(known, 0)).where(known.unsqueeze(1), 0)
+
+
+def _class(logits: Tensor, softmax: Softmaxes, index: int | Tensor, temperature: float = 1.0) -> Tensor:
+    shape = (len(logits), *logits.shape[2:])
+    classes = torch.as_tensor(index, device=logits.device).long().expand(shape)
+    return _divided(softmax(temperature).residual(classes), temperature)
+
+
+def _ranked_class(logits: Tensor, softmax: Softmaxes, rank: int) -> Tensor:
+    order = logits.detach().argsort(dim=1, descending=True, stable=True)
+    return softmax(1.0).residual(order[:, rank])
+
+
+def _divided(gradient: Tensor, temperature: float) -> Tensor:
+    return gradient if temperature == 1 else gradient / temperature
+
+
+CLOSED_FORMS: dict[str, Callable[..., Any]] = {
+    "pseudo_label": _pseudo_label,
+    "uniform": _uniform,
+    "confounding": _confounding,
+    "confounding_logits": _confounding_logits,
+    "label": _label,
+    "class": _class,
+    "ranked_class": _ranked_class,
+}
+"""By the name of the objective."""

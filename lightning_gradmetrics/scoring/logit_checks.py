@@ -1,0 +1,126 @@
+"""Checks of logits and of labels at positions, before anything is scored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.gradients.objectives import IGNORED
+from lightning_gradmetrics.scoring.batch import ObservedBatch
+
+__all__ = ["VOID", "check_logits", "known_labels", "not_per_position", "two_columns", "with_two_columns"]
+
+VOID = 255
+"""The label of positions without a class in most segmentation data sets."""
+
+LOOKED_AT = 4096
+"""Positions of a batch whose logits are checked for being probabilities."""
+
+
+def two_columns(logits_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Return a callable from the model's output to the logits ``(0, z)`` of a model with one logit z."""
+
+    def both(output: Any) -> Tensor:
+        logit = logits_fn(output)
+        return torch.cat([torch.zeros_like(logit), logit], 1)
+
+    return both
+
+
+def with_two_columns(batch: ObservedBatch) -> ObservedBatch:
+    """Return the batch of a model with one logit z per sample or position with the logits ``(0, z)``."""
+    if batch.logits.ndim < 2 or batch.logits.shape[1] != 1 or not batch.logits.is_floating_point():
+        return batch
+    logits, head = two_columns(lambda logit: logit)(batch.logits), batch.head
+    if head is not None:
+        bias = None if head.bias is None else torch.cat([torch.zeros_like(head.bias), head.bias])
+        head = replace(head, weight=torch.cat([torch.zeros_like(head.weight), head.weight]), bias=bias)
+    return replace(batch, logits=logits, head=head, one_logit=True)
+
+
+def not_per_position(names: Sequence[str], shape: tuple[int, ...]) -> str:
+    """Return why scores that need the whole network have no value per position."""
+    count = 1
+    for size in shape:
+        count *= size
+    return (
+        f"the scores {', '.join(names)} are not defined per position: the {count} positions {shape} of a sample share all "
+        "parameters before the head, so each position would need a separate backward pass or separate passes through the "
+        "model. Scores of the logits and of the head work per position: target='head', or leave the score out"
+    )
+
+
+def known_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    """Return the labels of positions ``(N, *P)``, int64, with -100 where a label is unknown: negative, or 255.
+
+    Args:
+        labels: ``(N, *P)``, or ``(N, 1, *P)``.
+        logits: ``(N, C, *P)``.
+
+    Raises:
+        ValueError: If the labels have another shape, or one is not a class.
+    """
+    shape, classes = (len(logits), *logits.shape[2:]), logits.shape[1]
+    if labels.shape == (len(logits), 1, *logits.shape[2:]):
+        labels = labels[:, 0]
+    if tuple(labels.shape) != shape or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"the labels of the positions are {tuple(labels.shape)}, {labels.dtype}; expected whole numbers of shape {shape}"
+        )
+    unknown = labels < 0 if classes > VOID else (labels < 0) | (labels == VOID)
+    wrong = (labels >= classes) & ~unknown
+    if bool(wrong.any()):
+        raise ValueError(
+            f"a position has the label {int(labels[wrong][0])}, and the model has {classes} classes, 0 to {classes - 1}. "
+            "Allowed are these, 255 and negative numbers for an unknown label: replace every other label of ignored or "
+            "unknown objects, as in labels.masked_fill(labels == 11, -1)"
+        )
+    return labels.long().masked_fill(unknown, IGNORED)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Refuse probabilities and tensors that cannot be logits; warn about log-probabilities.
+
+    Raises:
+        ValueError: If the logits are not ``(N, C)`` or ``(N, C, *P)`` with C at least 2, or are probabilities.
+    """
+    if logits.ndim < 2:
+        raise ValueError(
+            f"the logits have shape {tuple(logits.shape)}; expected (N, C), one row per sample and one column per class; "
+            "pass logits_fn=, a callable from the model's output to them"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(
+            f"the logits are whole numbers or complex ({logits.dtype}); expected floating-point logits (N, C): pass logits_fn=, a "
+            "callable from the model's output to them"
+        )
+    if logits.shape[1] < 2:
+        raise ValueError(f"the logits have shape {tuple(logits.shape)}, and a classifier has at least one column")
+    rows = _some_rows(logits)
+    if not rows.numel() or not rows.isfinite().all():
+        return
+    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is "
+            "taken, or pass logits_fn=, a callable from the model's output to its logits"
+        )
+    if bool((rows.logsumexp(1).abs() < 1e-4).all()):
+        warnings.warn(
+            "the model seems to return log-probabilities; energy, max_logit and gradtrust need the raw logits: name the head, "
+            "as in head='fc'",
+            stacklevel=3,
+        )
+
+
+def _some_rows(logits: Tensor) -> Tensor:
+    """The logits as rows ``(M, C)``: all of samples, some of positions."""
+    if logits.ndim == 2:
+        return logits.detach().float()
+    flat = logits.detach().flatten(2)
+    step = max(1, len(flat) * flat.shape[2] // LOOKED_AT)
+    return flat[:, :, ::step].movedim(1, -1).reshape(-1, logits.shape[1]).float()

@@ -1,0 +1,247 @@
+"""From a model with one prediction per position to one batch: its logits, and its heads, found by comparing outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.class_axis import class_axis, classes_second
+from lightning_gradmetrics.classifier.composition import Composition, Part, compose, recompose, reproduces
+from lightning_gradmetrics.classifier.forward import Inputs, call, logits_in, map_tensors, preserved
+from lightning_gradmetrics.classifier.head import Head, HeadNotFoundError, LayerCall
+from lightning_gradmetrics.classifier.observation import redirected
+from lightning_gradmetrics.classifier.patches import patches_of
+from lightning_gradmetrics.engine.api import eager
+from lightning_gradmetrics.gradients.head_features import Block, HeadFeatures, Term
+from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
+from lightning_gradmetrics.scoring.batch import ObservedBatch
+
+__all__ = ["PositionReader"]
+
+
+class PositionReader:
+    """Reads the batches of a model with one prediction per position, and finds its heads in the first.
+
+    Args:
+        model: The model that is scored.
+        head: The name of the layer whose output is scored, or ``None`` to find the heads of the model's logits.
+        logits_fn: From the model's output to its logits.
+    """
+
+    def __init__(self, model: nn.Module, head: str | None, logits_fn: Callable[[Any], Tensor]) -> None:
+        self.model = model
+        self.head = head
+        self.logits_fn = logits_fn
+        self.axis: int | None = None
+        self.composition: Composition | None = None
+        self._scores_output = False
+
+    def logits(self, logits: Tensor, calls: Sequence[LayerCall], inputs: Inputs | None) -> Tensor:
+        """Return the logits with the classes on axis 1."""
+        if self.axis is None:
+            self.axis = class_axis(logits, self.model, calls, inputs, self.logits_fn is logits_in)
+        return classes_second(logits, self.axis)
+
+    @contextmanager
+    def observing(self) -> Iterator[list[LayerCall]]:
+        """Copy inputs and outputs of the heads inside the block, once they are known."""
+        layers = {} if self.composition is None else self._candidates(0)
+        with capturing(layers) as calls:
+            yield calls
+
+    def batch(
+        self, logits: Tensor, inputs: Inputs | None, called: nn.Module, calls: Sequence[LayerCall] = ()
+    ) -> ObservedBatch:
+        """Return a batch with the input of its heads.
+
+        Args:
+            logits: What the step's call returned, with the classes on axis 1.
+            inputs: The arguments of that call.
+            called: The module that was called.
+            calls: The calls of the heads in the step; without them a forward pass runs beside the step.
+
+        Raises:
+            HeadNotFoundError: If the heads are not certain.
+        """
+        if self.composition is None:
+            self._find(logits, self._known(inputs), called)
+        assert self.composition is not None
+        own = logits
+        if not calls:
+            calls, own = self._forward(self._known(inputs), called, self._candidates(0))
+            check_same_logits(own, logits, f"{type(self.model).__name__} {OTHER_LOGITS}")
+        if self._scores_output:
+            own = logits = calls[-1].output  # type: ignore[assignment]
+        made = recompose(self.composition, calls, own)
+        if made is None:
+            raise HeadNotFoundError(
+                f"the output of {' + '.join(self.composition.names)} made the model's logits in an earlier batch, and in this "
+                "batch it does not. Pass head=, the layer whose output is the logits, or submodule=, the part to score"
+            )
+        features, head = self._features(made, calls)
+        return ObservedBatch(inputs, logits, features, head, called=called)
+
+    def _known(self, inputs: Inputs | None) -> Inputs:
+        if inputs is None:
+            raise HeadNotFoundError(
+                f"the inputs of {type(self.model).__name__} are not known, and head scores of positions need its head's input: "
+                "pass submodule=, the part of the model that the step calls"
+            )
+        return inputs
+
+    def _find(self, logits: Tensor, inputs: Inputs, called: nn.Module) -> None:
+        """Find the heads in a forward pass of the first sample."""
+        size = len(logits)
+
+        def first(tensor: Tensor) -> Tensor:
+            return tensor[:1] if tensor.ndim and len(tensor) == size else tensor
+
+        calls, own = self._forward(map_tensors(inputs, first), called, self._candidates(logits.shape[1]))
+        self._scores_output = False
+        found = compose([_first_sample(one) for one in calls], own[:1])
+        if not found and self.head is not None and calls:
+            found, self._scores_output = [Composition((Part(self.head),))], True
+        self.composition = self._certain(found, calls, own)
+
+    def _candidates(self, classes: int) -> dict[str, nn.Module]:
+        """The layers that may be heads: those with one output channel per class."""
+        layers = dict(self.model.named_modules())
+        if self.head is not None:
+            if self.head not in layers or patches_of(layers[self.head]) is None:
+                raise HeadNotFoundError(f"head={self.head!r} is no convolution and no linear layer of the model")
+            return {self.head: layers[self.head]}
+        if self.composition is not None:
+            return {name: layers[name] for name in self.composition.names}
+        chosen = {}
+        for name, layer in layers.items():
+            outputs = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
+            if outputs == classes and patches_of(layer) is not None:
+                chosen[name] = layer
+        return chosen
+
+    def _forward(
+        self, inputs: Inputs, called: nn.Module, layers: Mapping[str, nn.Module]
+    ) -> tuple[list[LayerCall], Tensor]:
+        """The calls of the layers, and the logits, of a forward pass that runs for the inputs."""
+        copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
+        with (
+            preserved(self.model),
+            torch.no_grad(),
+            eager(),
+            redirected(self.model, called),
+            capturing(layers) as calls,
+        ):
+            output = self.logits_fn(call(self.model, copies))
+        assert self.axis is not None
+        return calls, classes_second(output.detach(), self.axis)
+
+    def _certain(self, found: Sequence[Composition], calls: Sequence[LayerCall], logits: Tensor) -> Composition:
+        """The only composition, of layers that are the linear functions of their weights."""
+        if len(found) > 1:
+            names = ", ".join(" + ".join(one.names) for one in found)
+            raise HeadNotFoundError(
+                f"several layers of {type(self.model).__name__} return its logits: {names}. Say which is its head: "
+                f"head={found[0].names[0]!r}, for example"
+            )
+        if not found:
+            raise HeadNotFoundError(self._not_found(logits, calls))
+        for name in found[0].names:
+            self._check_layer(name, next(one for one in calls if one.name == name))
+        return found[0]
+
+    def _check_layer(self, name: str, one: LayerCall) -> None:
+        layer = self.model.get_submodule(name)
+        patches = patches_of(layer)
+        assert patches is not None
+        if not reproduces(layer, patches, one):
+            raise HeadNotFoundError(
+                f"the layer {name!r} is not the linear function of its input that its weight and bias give, so it cannot be "
+                "the head of the closed forms"
+            )
+
+    def _not_found(self, logits: Tensor, calls: Sequence[LayerCall]) -> str:
+        kind, names = type(self.model).__name__, ", ".join(dict.fromkeys(one.name for one in calls)) or "none"
+        return (
+            f"the head of {kind} could not be found: its logits {tuple(logits.shape)} are not the output of a convolution, a "
+            "transposed convolution or a linear layer, resized, cropped, averaged over flips or added "
+            f"(layers with {logits.shape[1]} outputs: {names}). A softmax, a CRF, masks multiplied by class scores, or a learned "
+            "layer of another kind behind the head have no closed form. Logit scores, as max_softmax and entropy, need no "
+            "head; pass logits_fn= or submodule= if the logits are another tensor"
+        )
+
+    def _features(self, made: Composition, calls: Sequence[LayerCall]) -> tuple[HeadFeatures, Head]:
+        """The head's input, and its weight and bias as those of one linear layer."""
+        blocks: list[Block] = []
+        weights: list[Tensor] = []
+        bias: Tensor | None = None
+        for name in made.names:
+            layer = self.model.get_submodule(name)
+            patches = patches_of(layer)
+            assert patches is not None
+            own = [one for one in calls if one.name == name]
+            terms = []
+            for part in made.parts:
+                if part.name == name:
+                    features = own[part.call].features
+                    assert features is not None
+                    terms.append(Term(features, patches, (part.carry, made.carry), part.share))
+            blocks += _blocks(terms)
+            matrix = patches.weight_matrix(layer.weight)  # type: ignore[arg-type]
+            weights.append(torch.block_diag(*matrix.chunk(patches.groups)))
+            if layer.bias is not None:
+                share = sum(part.share for part in made.parts if part.name == name)
+                added = share * layer.bias  # type: ignore[operator]
+                bias = added if bias is None else bias + added
+        return HeadFeatures(tuple(blocks)), Head("+".join(made.names), torch.cat(weights, 1), bias)
+
+
+def _blocks(terms: Sequence[Term]) -> list[Block]:
+    """One block, or one for each group of channels."""
+    patches = terms[0].patches
+    if patches.groups == 1:
+        return [Block(tuple(terms))]
+    blocks = []
+    for group in range(patches.groups):
+        parts = []
+        for term in terms:
+            inside = term.input.chunk(patches.groups, 1)[group]
+            parts.append(replace(term, input=inside, patches=replace(patches, groups=1)))
+        blocks.append(Block(tuple(parts), (group, patches.groups)))
+    return blocks
+
+
+@contextmanager
+def capturing(layers: Mapping[str, nn.Module]) -> Iterator[list[LayerCall]]:
+    """Copy inputs and outputs of layers inside the block, with the channels on axis 1.
+
+    Args:
+        layers: The layers by name.
+    """
+    calls: list[LayerCall] = []
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(_copying(calls, name), with_kwargs=True).remove)
+        yield calls
+
+
+def _copying(calls: list[LayerCall], name: str) -> Callable[..., None]:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.ndim < 3:
+            return
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        features, made = given.detach().clone().movedim(axis, 1), output.detach().clone().movedim(axis, 1)
+        calls.append(LayerCall(name, features, made, tuple(features.shape), tuple(made.shape)))
+
+    return after
+
+
+def _first_sample(one: LayerCall) -> LayerCall:
+    assert one.features is not None and one.output is not None
+    features, output = one.features[:1], one.output[:1]
+    return LayerCall(one.name, features, output, tuple(features.shape), tuple(output.shape))
