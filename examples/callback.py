@@ -9,7 +9,7 @@ import lightning_gradmetrics as lgm
 
 
 def main() -> None:
-    """Score known and unknown digits, and print how well each score finds errors and unknown digits."""
+    """Score known and unknown digits: the callback prints a table, and writes a report."""
     loaders = digit_loaders()
     model = trained_classifier(loaders)
     callback = lgm.GradientMetrics(
@@ -20,12 +20,10 @@ def main() -> None:
     trainer = Trainer(callbacks=[callback], **QUIET)
     trainer.test(model, [loaders["test"], loaders["unknown"]], verbose=False)
 
-    print(f"{'score':30} {'task':18} AUROC x 100")
-    for metric in callback.evaluation.find(metric="auroc"):
-        print(
-            f"{metric['score']:30} {metric['task']:18} {100 * metric['value']:.1f} "
-            f"({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
-        )
+    data = {"digits": loaders["test"].dataset, "unknown": loaders["unknown"].dataset}
+    print("The report:", callback.report("report.html", data))
+    found = callback.evaluation.find(score="gradnorm", task="ood", metric="auroc")[0]
+    print(f"gradnorm finds unknown digits with AUROC {100 * found['value']:.1f}")
     least_certain = callback.results.sort_by([("max_softmax", "descending")]).slice(0, 5)
     print("The five least certain samples:", least_certain.select(["dataset", "index", "prediction"]).to_pylist())
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_gradmetrics import evaluation, meters, scores
+    from lightning_gradmetrics import evaluation, meters, plot, scores
     from lightning_gradmetrics.callback import GradientMetrics
     from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
     from lightning_gradmetrics.gradients import cosine_similarity_maps
@@ -25,6 +25,7 @@ __all__ = [
     "gradient_statistics",
     "largest",
     "meters",
+    "plot",
     "read_results",
     "score",
     "scores",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, Thresholds
+from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, TASKS, Thresholds
 
 __all__ = ["DEFAULT_METRICS", "check_callable", "check_metrics", "check_name", "check_resamples", "check_thresholds"]
 
@@ -84,6 +84,10 @@ def check_metrics(value: str | Iterable[str]) -> tuple[str, ...]:
         raise ValueError(f"metrics={value!r}; expected names of metrics, as in metrics=('auroc', 'aurc')")
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
-        if name not in HIGHER_IS_BETTER:
-            raise ValueError(f"metrics= names {name!r}; available: {', '.join(HIGHER_IS_BETTER)}")
+        task, _, metric = name.partition("_") if name.startswith(tuple(TASKS)) else ("", "", name)
+        if metric not in (TASKS[task] if task else HIGHER_IS_BETTER):
+            raise ValueError(
+                f"metrics= names {name!r}; available: {', '.join(HIGHER_IS_BETTER)}, each also of one task alone, as in "
+                "'joint_auroc' or 'ood_fpr95'"
+            )
     return names

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gradmetrics.callback import arguments as checks
 from lightning_gradmetrics.callback.columns import Columns, SampleIds, check_columns, check_sample_id
+from lightning_gradmetrics.callback.configured_fit import check_fit_source, with_configured_states
 from lightning_gradmetrics.callback.dataloaders import (
     Datasets,
     Names,
@@ -29,6 +29,7 @@ from lightning_gradmetrics.callback.hooks import RunHooks
 from lightning_gradmetrics.callback.labels import BatchReader
 from lightning_gradmetrics.callback.logged import logged_metrics
 from lightning_gradmetrics.callback.module import is_side_by_side, processes_of, scored_model
+from lightning_gradmetrics.callback.outcome import Outcome, evaluate_detectors, model_facts
 from lightning_gradmetrics.callback.pytorch_lightning import also_callback_of_pytorch_lightning
 from lightning_gradmetrics.callback.run import Run
 from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices, check_fitted_in_fit
@@ -36,17 +37,11 @@ from lightning_gradmetrics.callback.stages import FitStage, ScoreStage, Stage
 from lightning_gradmetrics.callback.storing import is_limited, store_of
 from lightning_gradmetrics.classifier.batches import split_batch
 from lightning_gradmetrics.classifier.forward import Inputs, logits_in
-from lightning_gradmetrics.evaluation import Evaluation, Thresholds, evaluate
-from lightning_gradmetrics.pictures import (
-    Picture,
-    PictureSource,
-    check_top_k,
-    log_pictures,
-    picture_sources,
-)
+from lightning_gradmetrics.evaluation import Evaluation, Thresholds
+from lightning_gradmetrics.pictures import PictureSource, check_top_k, picture_sources
 from lightning_gradmetrics.results.output import Output, check_output
 from lightning_gradmetrics.results.stores import Results
-from lightning_gradmetrics.results.table import empty_results, largest_of_each
+from lightning_gradmetrics.results.table import empty_results
 from lightning_gradmetrics.scores import FittedScore, ScoreLike, check_fitted, resolve
 from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.layer_profile import Profile
@@ -56,7 +51,7 @@ from lightning_gradmetrics.scoring.states import fitted_states, with_fitted_stat
 __all__ = ["GradientMetrics"]
 
 
-class GradientMetrics(RunHooks):
+class GradientMetrics(Outcome, RunHooks):
     """Scores every sample at validate, test and predict time, and evaluates the scores.
 
     Logit and head scores reuse the forward pass that Lightning runs; all other scores share one further forward pass.
@@ -78,7 +73,8 @@ class GradientMetrics(RunHooks):
         engine: The engine of the scores that need a backward pass.
         prefix: The start of the names of the logged metrics.
         metrics: The metrics that are logged: of ``"auroc"``, ``"fpr95"``, ``"aurc"``, ``"e_aurc"``, ``"augrc"``,
-            ``"aupr"`` and ``"aupr_in"``. A metric is logged in every epoch, as NaN where it is undefined.
+            ``"aupr"`` and ``"aupr_in"``; or of one task alone, as ``"joint_auroc"``, which the plain names leave out. A
+            metric is logged in every epoch, as NaN where it is undefined.
         stages: What to score: of ``"fit"`` (the validation inside a fit), ``"validate"`` (that, and
             ``trainer.validate``), ``"test"`` and ``"predict"``. By default all; the validation inside a fit only if
             ``datasets`` fits its dataloaders.
@@ -100,6 +96,10 @@ class GradientMetrics(RunHooks):
             name to a function of :class:`~lightning_gradmetrics.scoring.evidence.Evidence` that returns ``(N, ...)``.
         sample_id: The entry of a batch that names its samples, as ``"path"``, or a callable from the batch to one id
             per sample: the column ``sample_id``.
+        print_summary: Whether to print the main table after ``validate``, ``test`` and ``predict``.
+        fit_on: ``"train"`` or ``"val"``: the dataloader that fitted scores are fitted on before they first score: that
+            of an earlier fit, of the data module, or of the module. Call :meth:`fit` to choose the data yourself.
+        fitted: The folder of states that :func:`lightning_gradmetrics.scores.save_fitted` wrote.
 
     Attributes:
         results: After a run, a ``pyarrow.Table`` with one row per sample: dataset, index, prediction, label, one column
@@ -153,6 +153,9 @@ class GradientMetrics(RunHooks):
         resume: bool = False,
         columns: str | Sequence[str] | Columns = (),
         sample_id: str | int | SampleIds | None = None,
+        print_summary: bool = True,
+        fit_on: str | None = None,
+        fitted: str | Path | None = None,
     ) -> None:
         super().__init__()
         logits_fn = checks.check_callable("logits_fn", logits_fn, "from the model's output to its logits (N, C)")
@@ -171,47 +174,18 @@ class GradientMetrics(RunHooks):
         self.columns = check_columns(columns, self.score_names)
         self.sample_id = check_sample_id(sample_id)
         self._results: Results = empty_results(self.score_names)
+        self.print_summary = print_summary
+        check_fit_source(fit_on, fitted)
+        self.fit_on, self.fitted = fit_on, fitted
         self.evaluation: Evaluation | None = None
         self.sources: list[PictureSource] = []
         self._fitting: tuple[Fitting, Names] | None = None
         self._run: Run | None = None
+        self._model: dict[str, Any] = {}
         self._finished = False
         self._logged: set[str] = set()
         self._notices = StageNotices()
         also_callback_of_pytorch_lightning(GradientMetrics)
-
-    @property
-    def score_names(self) -> list[str]:
-        """The names of the scores: the columns of the results."""
-        return [score.name for score in self.scorer.scores]
-
-    @property
-    def baseline_names(self) -> list[str]:
-        """The names of the scores that take no gradient."""
-        return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
-
-    @property
-    def results(self) -> pa.Table:
-        """The per-sample results of the last run. With ``output=`` they are read from the directory at the first use."""
-        if callable(self._results):
-            self._results = self._results()
-        return self._results
-
-    def pictures(self) -> list[Picture]:
-        """The pictures of the last run, drawn anew."""
-        pictures = []
-        for source in self.sources:
-            pictures += source.pictures()
-        return pictures
-
-    def tables(self) -> dict[str, pa.Table]:
-        """The tables behind the pictures: ``profile``, one row per data set and layer; ``largest``, one row per sample."""
-        tables = {}
-        for source in self.sources:
-            tables.update(source.tables())
-        if self.top_k:
-            tables["largest"] = largest_of_each(self.results, self.top_k)
-        return tables
 
     def scored_model(self, model: LightningModule) -> nn.Module:
         """The part of a module that is scored: the one named in ``submodule=``, or the one that has the forward."""
@@ -259,7 +233,7 @@ class GradientMetrics(RunHooks):
         if self._fitting is None and not self._notices.is_scored(stage, self.stages, is_fitted, names, counted):
             self._finished = True
             return
-        processes, model = processes_of(trainer), self.scored_model(module)
+        processes, model, self._model = processes_of(trainer), self.scored_model(module), model_facts(module)
         datasets, roles = counted.names(names, stage), dataset_roles(names, counted.names(names, stage))
         is_fit = self._fitting is not None
         vectors, has_ids = ((), False) if is_fit else (list(self.columns), self.sample_id is not None)
@@ -270,6 +244,9 @@ class GradientMetrics(RunHooks):
         else:
             if names is None:
                 self._notices.of_roles(datasets)
+            self.scorer.scores = with_configured_states(
+                self.scorer, model, module, trainer, self.split_batch, self.fit_on, self.fitted
+            )
             check_fitted(self.scorer.scores, model)
             self.sources = picture_sources(self.scorer.scores, self.profile, self.top_k)
             looks = [*(source.look for source in self.sources), *self.columns.values()]
@@ -325,9 +302,8 @@ class GradientMetrics(RunHooks):
         if self.output is not None and not self.metrics:
             return {}
         judged = stage.store.judged(self.score_names)
-        self.evaluation = evaluate(judged, self.score_names, roles, self.baseline_names, resamples=self.resamples)
-        if self.sources and trainer.loggers:
-            log_pictures(trainer.loggers, self.pictures(), self.prefix, trainer.global_step)
+        self.evaluation = evaluate_detectors(judged, self.scorer.scores, roles, self.resamples)
+        self._log(trainer)
         logged = logged_metrics(self.evaluation.metrics, self.prefix, self.metrics, self._logged)
         self._logged.update(logged)
         return logged

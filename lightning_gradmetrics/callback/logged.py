@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["logged_metrics", "plain_name"]
+__all__ = ["logged_metrics", "plain_name", "plain_names"]
 
 
 def plain_name(name: str) -> str:
@@ -21,7 +21,7 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^\w./-]+", "_", re.sub(r"['\")\]]", "", opened)).strip("._")
 
 
-def _plain_names(names: Iterable[str]) -> dict[str, str]:
+def plain_names(names: Iterable[str]) -> dict[str, str]:
     """The plain form of each name; where two have the same, a number follows."""
     plain: dict[str, str] = {}
     for name in names:
@@ -42,7 +42,7 @@ def logged_metrics(
     Args:
         records: The metrics of an :class:`~lightning_gradmetrics.evaluation.Evaluation`.
         prefix: The start of the names.
-        metrics: The metrics to log.
+        metrics: The metrics to log: ``"auroc"`` of every task but the joint one, or ``"joint_auroc"`` of one task.
         before: Names that were logged before, and are logged again.
 
     Example:
@@ -50,11 +50,16 @@ def logged_metrics(
         >>> logged_metrics([record], "mine", ["auroc"])
         {'mine/test/energy/ood_auroc': nan}
     """
-    chosen = [record for record in records if record["metric"] in metrics]
-    scores = _plain_names(dict.fromkeys(record["score"] for record in chosen))
+    chosen = [record for record in records if _is_logged(record, metrics)]
+    scores = plain_names(dict.fromkeys(record["score"] for record in chosen))
     values = dict.fromkeys(before, math.nan)
     for record in chosen:
         place = plain_name(record["dataset"] or record["group"])
         key = f"{prefix}/{place}/{scores[record['score']]}/{record['task']}_{record['metric']}"
         values[key] = math.nan if record["value"] is None else record["value"]
     return values
+
+
+def _is_logged(record: Mapping[str, Any], metrics: Sequence[str]) -> bool:
+    is_named = f"{record['task']}_{record['metric']}" in metrics
+    return is_named or (record["metric"] in metrics and record["task"] != "joint")

@@ -89,7 +89,7 @@ def _scores(arguments: Sequence[str]) -> None:
     _no_arguments("scores", arguments)
     from rich.console import Console
 
-    from lightning_gradmetrics.cli.tables.score_list import scores_table
+    from lightning_gradmetrics.cli.score_list import scores_table
 
     Console().print(scores_table())
 

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 
 from lightning_gradmetrics.cli.errors import UsageError
-from lightning_gradmetrics.cli.files import shown_path, write_csv, write_text
+from lightning_gradmetrics.cli.files import shown_path
 from lightning_gradmetrics.cli.progress import notice
-from lightning_gradmetrics.cli.tables.documents import latex, markdown
-from lightning_gradmetrics.cli.tables.grid import Column, Grid, Group
-from lightning_gradmetrics.cli.tables.terminal import print_grid
+from lightning_gradmetrics.report.comparison import write_comparison
+from lightning_gradmetrics.results.replacing import write_csv, write_text
+from lightning_gradmetrics.tables.documents import latex, markdown
+from lightning_gradmetrics.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.tables.terminal import print_grid
 
 __all__ = ["comparison_grid", "main", "read_runs", "summary_rows"]
 
@@ -28,7 +31,7 @@ Row = Mapping[str, str]
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compare runs: print one table and write ``comparison.csv``, ``comparison.md`` and ``comparison.tex``.
+    """Compare runs: print one table and write ``comparison.html``, ``.csv``, ``.md`` and ``.tex``.
 
     Args:
         arguments: Run directories, or directories that contain them, and ``--output DIR``.
@@ -45,7 +48,30 @@ def main(arguments: Sequence[str]) -> None:
     write_csv(output / "comparison.csv", rows)
     write_text(output / "comparison.md", markdown(grid))
     write_text(output / "comparison.tex", latex(grid))
-    notice(f"Comparison of {len(runs)} runs: {shown_path(output.resolve())}/comparison.csv, .md, .tex")
+    names = _names_of(list(runs))
+    page, notes = {}, {}
+    for folder, run in runs.items():
+        page[names[folder]], notes[names[folder]] = run, _overrides(folder)
+    write_comparison(page, output / "comparison.html", notes)
+    notice(f"Comparison of {len(runs)} runs: {shown_path(output.resolve())}/comparison.html, .csv, .md, .tex")
+
+
+def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
+    """A name of each run: the last parts of its path that tell all runs apart, at least two."""
+    names: dict[Path, str] = {}
+    for parts in range(2, 20):
+        for folder in folders:
+            names[folder] = "/".join(folder.resolve().parts[-parts:])
+        if len(set(names.values())) == len(folders):
+            break
+    return names
+
+
+def _overrides(folder: Path) -> str:
+    """The overrides of a run of the command, or nothing."""
+    path = folder / ".hydra" / "overrides.yaml"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return " ".join(map(str, yaml.safe_load(text) or []))
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[list[Path], Path]:

@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_gradmetrics.cli.files import write_csv, write_text
-from lightning_gradmetrics.cli.tables.grid import Column, Grid, Group
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.evaluation.tasks import ID
+from lightning_gradmetrics.results.replacing import write_csv, write_text
 from lightning_gradmetrics.scores import FittedScore, Score
+from lightning_gradmetrics.tables.grid import Column, Grid, Group
 
 __all__ = ["compare_fitted", "fitted_comparison_grids", "write_fitted_comparison"]
 

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.cli.tables.grid import Column, Grid, Group
 from lightning_gradmetrics.meters.functional import auac, aufc
+from lightning_gradmetrics.tables.grid import Column, Grid, Group
 
 __all__ = ["areas_grid", "selective_areas"]
 

@@ -8,13 +8,15 @@ from lightning_gradmetrics.pictures.base import (
     Picture,
     PictureSource,
     ScoredBatch,
-    log_pictures,
     write_pictures,
     write_tables,
 )
+from lightning_gradmetrics.pictures.curves import curve_pictures
 from lightning_gradmetrics.pictures.examples import ExampleGallery
+from lightning_gradmetrics.pictures.loggers import log_pictures, log_samples
 from lightning_gradmetrics.pictures.maps import MapGallery
 from lightning_gradmetrics.pictures.profiles import ProfileGallery
+from lightning_gradmetrics.pictures.sample_files import sample_paths, write_thumbnails
 from lightning_gradmetrics.scoring.layer_profile import Profile
 from lightning_gradmetrics.scoring.registry import Score
 
@@ -26,10 +28,14 @@ __all__ = [
     "ProfileGallery",
     "ScoredBatch",
     "check_top_k",
+    "curve_pictures",
     "log_pictures",
+    "log_samples",
     "picture_sources",
+    "sample_paths",
     "write_pictures",
     "write_tables",
+    "write_thumbnails",
 ]
 
 

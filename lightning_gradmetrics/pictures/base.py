@@ -28,7 +28,6 @@ __all__ = [
     "file_name",
     "grouped",
     "images_of",
-    "log_pictures",
     "write_pictures",
     "write_tables",
 ]
@@ -159,31 +158,13 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text)
 
 
-def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: str, step: int) -> None:
-    """Pass pictures to the loggers that accept them, by ``log_image`` (W&B) or ``experiment.add_image`` (TensorBoard)."""
-    for picture in pictures:
-        pixels = None
-        for logger in loggers:
-            tag = f"{prefix}/{picture.name}"
-            takes = hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
-            if takes and pixels is None:
-                pixels = _pixels(picture.figure)
-            if hasattr(logger, "log_image"):
-                logger.log_image(key=tag, images=[pixels], step=step)
-            elif takes:
-                logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
+def write_pictures(pictures: Iterable[Picture], directory: Path, pdf: bool = False) -> list[dict[str, str]]:
+    """Write each picture to ``directory/figures/<name>.svg``, equal pictures give equal files.
 
-
-def _pixels(figure: Figure) -> Any:
-    """Return the pixels of a figure ``(height, width, 3)``, uint8."""
-    import numpy as np
-
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
-
-
-def write_pictures(pictures: Iterable[Picture], directory: Path) -> list[dict[str, str]]:
-    """Write each picture to ``directory/figures/<name>.svg``; equal pictures give equal files.
+    Args:
+        pictures: The pictures.
+        directory: The run directory.
+        pdf: Whether to write each picture as PDF too.
 
     Returns:
         ``file`` (relative to the directory), ``title``, ``caption`` and ``section`` of each, for ``metrics.json``.
@@ -196,6 +177,8 @@ def write_pictures(pictures: Iterable[Picture], directory: Path) -> list[dict[st
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context({"svg.hashsalt": picture.name}):
             picture.figure.savefig(directory / file, metadata={"Date": None})
+        if pdf:
+            picture.figure.savefig((directory / file).with_suffix(".pdf"), metadata={"CreationDate": None})
         words = {"title": picture.title, "caption": picture.caption, "section": picture.section}
         records.append({"file": file.as_posix(), **words})
     return records

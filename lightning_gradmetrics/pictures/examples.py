@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, file_name, grouped, images_of
 from lightning_gradmetrics.scoring.evidence import Evidence
 
-__all__ = ["ExampleGallery", "thumbnails"]
+__all__ = ["ExampleGallery", "displayed", "thumbnails"]
 
 SIDE = 96
 """Longest side of a thumbnail, in pixels."""
@@ -35,6 +37,23 @@ def thumbnails(images: Tensor, side: int = SIDE) -> Tensor:
         height, width = (max(1, round(length * side / longest)) for length in images.shape[2:])
         images = torch.nn.functional.adaptive_avg_pool2d(images.float(), (height, width))
     return images.float().cpu()
+
+
+def displayed(image: Tensor) -> NDArray[np.uint8]:
+    """Return an image ``(1 or 3, H, W)`` as bytes ``(H, W)`` or ``(H, W, 3)``, stretched to its own range of values.
+
+    Args:
+        image: The image.
+
+    Example:
+        >>> displayed(torch.tensor([[[0.0, 2.0]]])).tolist()
+        [[0, 255]]
+    """
+    values = image.float().cpu().numpy()
+    low, high = float(values.min()), float(values.max())
+    stretched = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    pixels = (255 * stretched).round().astype(np.uint8)
+    return pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
 @dataclass
@@ -106,6 +125,13 @@ class ExampleGallery:
         self.seen = {}
         for (dataset, score), tops in grouped(parts).items():
             self.seen[dataset, score] = _merge(tops, self.counts[score])
+
+    def rows(self) -> Iterator[tuple[str, str, float, int, int, int, Tensor]]:
+        """Yield data set, score, value, index, label, prediction and image of each sample."""
+        for (dataset, score), top in self.seen.items():
+            for place, image in enumerate(top.images):
+                numbers = int(top.index[place]), int(top.label[place]), int(top.prediction[place])
+                yield dataset, score, float(top.value[place]), *numbers, image
 
     def tables(self) -> dict[str, pa.Table]:
         """Return no table: :func:`lightning_gradmetrics.largest` computes it from the results."""

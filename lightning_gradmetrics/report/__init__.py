@@ -8,11 +8,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_gradmetrics.report.page import render
+from lightning_gradmetrics.report.page import render, samples_to_show
 from lightning_gradmetrics.report.reading import read_run
 from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, VERSION, ReportError
+from lightning_gradmetrics.report.writing import write_metrics_tables, write_run
 
-__all__ = ["METRICS_FILE", "RESULTS_FILE", "VERSION", "ReportError", "write_report"]
+__all__ = [
+    "METRICS_FILE",
+    "RESULTS_FILE",
+    "VERSION",
+    "ReportError",
+    "listed_samples",
+    "write_metrics_tables",
+    "write_report",
+    "write_run",
+]
+
+
+def listed_samples(run_directory: Path | str) -> dict[str, list[int]]:
+    """Return the indices of the samples that the report of a run lists, by dataset: those that need thumbnails.
+
+    Args:
+        run_directory: Contains ``metrics.json`` and ``results.parquet``.
+
+    Returns:
+        The indices of each dataset, in ascending order.
+
+    Raises:
+        ReportError: If the run cannot be read.
+    """
+    return samples_to_show(read_run(Path(run_directory)))
 
 
 def write_report(run_directory: Path | str, output: Path | str | None = None) -> Path:

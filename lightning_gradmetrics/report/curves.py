@@ -7,11 +7,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
+from sklearn.metrics import roc_curve
 
 from lightning_gradmetrics.meters import functional
 from lightning_gradmetrics.report.run import Floats, Rows
 
-__all__ = ["Points", "clustered", "mean_roc", "risk_coverage", "roc_of_errors", "roc_of_sets", "spearman"]
+__all__ = [
+    "Points",
+    "clustered",
+    "mean_roc",
+    "risk_coverage",
+    "roc_of_errors",
+    "roc_of_errors_and_set",
+    "roc_of_sets",
+    "spearman",
+]
 
 GRID = np.linspace(0.0, 1.0, 401)
 Points = tuple[Floats, Floats]
@@ -40,6 +50,26 @@ def roc_of_sets(inside: Sequence[Rows], outside: Rows, score: str) -> Points | N
         return None
     negative = np.concatenate([rows.scores[score] for rows in inside])
     return _roc(negative, outside.scores[score])
+
+
+def roc_of_errors_and_set(inside: Sequence[Rows], outside: Rows, score: str, ood_share: float) -> Points | None:
+    """Return the ROC curve of errors and a dataset against correct predictions, the dataset weighted to ``ood_share``."""
+    if not inside or not 0 < ood_share < 1:
+        return None
+    values, positive = [outside.scores[score]], [np.ones(len(outside), bool)]
+    labelled = 0
+    for rows in inside:
+        values.append(rows.scores[score][rows.labelled])
+        positive.append(rows.incorrect[rows.labelled])
+        labelled += int(rows.labelled.sum())
+    scores, target = np.concatenate(values), np.concatenate(positive)
+    weights = np.ones(len(scores))
+    weights[: len(outside)] = ood_share / (1 - ood_share) * labelled / max(1, len(outside))
+    known = np.isfinite(scores)
+    if not (known & target).any() or not (known & ~target).any():
+        return None
+    fpr, tpr, _ = roc_curve(target[known], scores[known], sample_weight=weights[known], drop_intermediate=False)
+    return fpr, tpr
 
 
 def mean_roc(curves: Sequence[Points]) -> Points:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_gradmetrics.report.answers import Difference
-from lightning_gradmetrics.report.questions import Place, place_of
+from lightning_gradmetrics.report.questions import TASK_ORDER, Place, place_of
 from lightning_gradmetrics.report.run import Metric, Run, Score
 from lightning_gradmetrics.report.wording import (
     SHOWN,
@@ -149,7 +149,7 @@ def _is_shown(run: Run, column: Column, columns: Sequence[Column]) -> bool:
 def _position(run: Run, column: Column) -> tuple[int, bool, int, int]:
     task, dataset, _ = column.place
     names, main = list(run.roles), SHOWN.get(task, ())
-    order = list(SHOWN).index(task) if task in SHOWN else len(SHOWN)
+    order = TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER)
     place = names.index(dataset) if dataset in names else len(names)
     return order, dataset is None, place, main.index(column.metric) if column.metric in main else len(main)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from base64 import b64encode
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup
-
 from lightning_gradmetrics.report.panels import MAX_ROWS, drawn_rows
-from lightning_gradmetrics.report.run import IMAGE_TYPES, METRICS_FILE, RESULTS_FILE, Picture, Run
+from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, Run
 from lightning_gradmetrics.report.wording import counted
 
-__all__ = ["configuration", "details", "notes", "picture_source", "shortened"]
+__all__ = ["configuration", "details", "notes", "shortened"]
 
 ABSOLUTE = re.compile(r"(?<![\w/])(?:/[^\s/'\",:=(){}\[\]]+){3,}")
 
@@ -94,7 +91,7 @@ def details(run: Run) -> dict[str, dict[str, str]]:
     for key in ("seed", "level", "resamples", "rate"):
         evaluation[key] = run.settings.get(key)
     subjects = {
-        "Model": run.model,
+        "Model": {**run.model, "class_names": None},
         "Evaluation": evaluation,
         "Environment": run.environment,
         "Time": run.timing,
@@ -122,9 +119,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value))
     return str(value)
-
-
-def picture_source(run: Run, picture: Picture) -> Markup:
-    """Return a picture of the run as a data URL."""
-    path = run.directory / picture.file
-    return Markup(f"data:{IMAGE_TYPES[path.suffix]};base64,{b64encode(path.read_bytes()).decode()}")

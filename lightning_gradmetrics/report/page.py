@@ -12,14 +12,14 @@ from markupsafe import Markup, escape
 from lightning_gradmetrics.report.answers import answers
 from lightning_gradmetrics.report.curves import clustered, spearman
 from lightning_gradmetrics.report.main_table import all_metrics, main_table, marks, paired_table
-from lightning_gradmetrics.report.notes import configuration, details, notes, picture_source, shortened
+from lightning_gradmetrics.report.notes import configuration, details, notes, shortened
 from lightning_gradmetrics.report.panels import distribution_panels, drawn_rows, risk_panels, roc_panel, roc_panels
 from lightning_gradmetrics.report.questions import REFERENCE, Question, find_questions
-from lightning_gradmetrics.report.run import Picture, Run
-from lightning_gradmetrics.report.samples import KEPT, accuracies, sample_tables, thresholds
+from lightning_gradmetrics.report.run import Picture, Run, picture_source
+from lightning_gradmetrics.report.samples import KEPT, accuracies, listed_samples, sample_tables, thresholds
 from lightning_gradmetrics.report.wording import counted, interval, paper_link, percent, role_title, signed, whole
 
-__all__ = ["render"]
+__all__ = ["PAGE", "leaders_of", "render", "samples_to_show", "source_of"]
 
 
 def anchor(title: str) -> str:
@@ -48,7 +48,7 @@ def render(run: Run) -> str:
     questions = find_questions(run)
     found = answers(run, questions)
     names = run.detectors
-    leaders = _leaders(questions, names)
+    leaders = leaders_of(questions, names)
     content: dict[str, Any] = {
         "answers": found,
         "panels": [roc_panel(run, answer.question, f"answer{place}") for place, answer in enumerate(found)],
@@ -67,16 +67,22 @@ def render(run: Run) -> str:
         "details": details(run),
         "configuration": configuration(run),
     }
-    files = {"css": Markup(_source("report.css")), "js": Markup(_source("report.js"))}
+    files = {"css": Markup(source_of("report.css")), "js": Markup(source_of("report.js"))}
     return PAGE.get_template("report.html.j2").render(run=run, files=files, kept=KEPT, **content)
 
 
-def _source(name: str) -> str:
+def samples_to_show(run: Run) -> dict[str, list[int]]:
+    """Return the indices of the samples that the report of a run lists, by dataset."""
+    return listed_samples(run, _audited(run, leaders_of(find_questions(run), run.detectors)))
+
+
+def source_of(name: str) -> str:
+    """Return the text of a file in the folder of templates."""
     assert PAGE.loader is not None
     return PAGE.loader.get_source(PAGE, name)[0]
 
 
-def _leaders(questions: Sequence[Question], names: Sequence[str], most: int = 7) -> list[str]:
+def leaders_of(questions: Sequence[Question], names: Sequence[str], most: int = 7) -> list[str]:
     """Return max softmax, then the best scores of the questions in turn."""
     chosen = [REFERENCE] if REFERENCE in names else []
     for place in range(3):
@@ -112,5 +118,5 @@ def _pictures(run: Run) -> dict[str, list[tuple[Picture, Markup]]]:
     """Return the pictures of the run by section."""
     sections: dict[str, list[tuple[Picture, Markup]]] = {}
     for picture in run.pictures:
-        sections.setdefault(picture.section, []).append((picture, picture_source(run, picture)))
+        sections.setdefault(picture.section, []).append((picture, picture_source(run.directory / picture.file)))
     return sections

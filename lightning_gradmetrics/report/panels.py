@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from lightning_gradmetrics.report.curves import Points, mean_roc, risk_coverage, roc_of_errors, roc_of_sets
+from lightning_gradmetrics.report.curves import (
+    Points,
+    mean_roc,
+    risk_coverage,
+    roc_of_errors,
+    roc_of_errors_and_set,
+    roc_of_sets,
+)
 from lightning_gradmetrics.report.plots import Line, curves_svg, histogram_svg, line_styles
 from lightning_gradmetrics.report.questions import REFERENCE, Question
 from lightning_gradmetrics.report.run import Floats, Metric, Rows, Run
@@ -17,6 +24,13 @@ from lightning_gradmetrics.report.wording import percent, whole
 __all__ = ["Panel", "distribution_panels", "risk_panels", "roc_panel", "roc_panels"]
 
 CHANCE = Line("chance", np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+ROC_LABELS = {
+    "misclassification": ("correct", "incorrect"),
+    "ood": ("in-distribution", "{group}"),
+    "joint": ("correct", "incorrect or {group}"),
+}
+"""What a curve's axes count: the negatives and the positives of each task."""
+
 MAX_ROWS = 50_000
 """Plots show at most about this many rows, shared evenly among the datasets."""
 
@@ -74,17 +88,22 @@ def _panel(title: str, picture: Markup, metrics: dict[str, Metric], leaders: Seq
     return Panel(title, picture, tuple(legend), count - len(leaders))
 
 
-def _roc_points(
-    question: Question, rows: dict[str, Rows], inside: Sequence[Rows], names: Sequence[str]
-) -> dict[str, Points]:
+def _roc_points(run: Run, question: Question, rows: dict[str, Rows]) -> dict[str, Points]:
+    inside = list(run.split_by_role(rows)[0].values())
+    share = run.settings.get("ood_share", 0.5)
     points = {}
-    for name in names:
+    for name in question.metrics:
         curves = []
         for dataset in question.datasets:
-            if dataset in rows:
-                errors = question.task == "misclassification"
-                curve = roc_of_errors(rows[dataset], name) if errors else roc_of_sets(inside, rows[dataset], name)
-                curves += [curve] if curve else []
+            if dataset not in rows:
+                continue
+            if question.task == "misclassification":
+                curve = roc_of_errors(rows[dataset], name)
+            elif question.task == "joint":
+                curve = roc_of_errors_and_set(inside, rows[dataset], name, share)
+            else:
+                curve = roc_of_sets(inside, rows[dataset], name)
+            curves += [curve] if curve else []
         if curves:
             points[name] = mean_roc(curves)
     return points
@@ -92,17 +111,16 @@ def _roc_points(
 
 def roc_panel(run: Run, question: Question, key: str) -> Panel | None:
     """Return the ROC curves of a question; None if nothing can be drawn."""
-    rows = drawn_rows(run)
-    inside = list(run.split_by_role(rows)[0].values())
-    points = _roc_points(question, rows, inside, list(question.metrics))
-    leaders = [name for name in question.leaders() if name in points]
-    if not leaders or question.task not in ("misclassification", "ood"):
+    if question.task not in ROC_LABELS:
         return None
-    what = "incorrect" if question.task == "misclassification" else question.group
-    negatives = "correct" if question.task == "misclassification" else "in-distribution"
+    points = _roc_points(run, question, drawn_rows(run))
+    leaders = [name for name in question.leaders() if name in points]
+    if not leaders:
+        return None
+    negatives, positives = ROC_LABELS[question.task]
     picture = curves_svg(
         _lines(points, leaders),
-        labels=(f"{negatives} flagged (%)", f"{what} flagged (%)"),
+        labels=(f"{negatives} flagged (%)", f"{positives.format(group=question.group)} flagged (%)"),
         top=1.01,
         dotted=[CHANCE],
         title=f"ROC curves of {len(points)} scores on {', '.join(question.datasets)}. The legend lists the areas.",

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from lightning_gradmetrics.report.run import Floats
 
-__all__ = ["Line", "curves_svg", "histogram_svg", "line_styles"]
+__all__ = ["Line", "curves_svg", "histogram_svg", "line_styles", "strip_svg"]
 
 INK, MUTED, GRID, FAINT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 SERIES = ("#0a0c01", "#0a0c02", "#0a0c03", "#0a0c04", "#0a0c05", "#0a0c06")
@@ -137,6 +137,27 @@ def histogram_svg(groups: Mapping[str, Floats], *, title: str, key: str) -> Mark
             axes.stairs(tops, edges, baseline=base, fill=True, facecolor=colour, alpha=0.55)
             axes.axhline(base, color=GRID, linewidth=0.6)
             axes.plot(np.full(2, np.median(group)), [base, base + 0.95], color=INK, linewidth=1.2)
+        return _svg(figure, title, key)
+
+
+def strip_svg(values: Mapping[str, Floats], *, label: str, title: str, key: str) -> Markup:
+    """Return the values ``(R,)`` of each name as dots on one line, the first name on top, with a mark at the mean.
+
+    Args:
+        values: Values in [0, 1] by name.
+        label: The label of the axis, in percent.
+        title: The text alternative.
+        key: Makes the ids of the drawing unique on the page.
+    """
+    height = 0.5 + 0.2 * len(values)
+    with matplotlib.rc_context({**SETTINGS, "axes.spines.left": False}):
+        figure = Figure(figsize=(4.0, height), facecolor="none")
+        axes = figure.add_axes((0.42, 0.42 / height, 0.55, 1 - 0.46 / height), facecolor="none")
+        axes.set(yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.5, -0.5), xlabel=label)
+        axes.tick_params(axis="y", length=0)
+        for place, numbers in enumerate(values.values()):
+            axes.plot(100 * numbers, np.full(len(numbers), place), "o", color=SERIES[1], markersize=3.5, alpha=0.7)
+            axes.plot(np.full(2, 100 * numbers.mean()), [place - 0.35, place + 0.35], color=INK, linewidth=1.2)
         return _svg(figure, title, key)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning_gradmetrics.report.run import Metric, Run
 from lightning_gradmetrics.report.wording import number, question_title, whole
 
-__all__ = ["REFERENCE", "Place", "Question", "find_questions", "group_of", "place_of"]
+__all__ = ["REFERENCE", "TASK_ORDER", "Place", "Question", "find_questions", "group_of", "place_of"]
 
 REFERENCE = "max_softmax"
 """The baseline that every paper compares with."""

@@ -17,6 +17,7 @@ from lightning_gradmetrics.report.run import (
     IMAGE_TYPES,
     METRICS_FILE,
     RESULTS_FILE,
+    THUMBNAILS_FILE,
     VERSION,
     Comparison,
     Dataset,
@@ -70,6 +71,7 @@ def read_run(directory: Path) -> Run:
         settings=_mapping(content, "settings"),
         created=str(content.get("created") or ""),
         command=str(content.get("command") or ""),
+        thumbnails=_thumbnails(directory),
     )
 
 
@@ -84,6 +86,19 @@ def _pictures(directory: Path, content: Mapping[str, Any]) -> tuple[Picture, ...
         if not path.is_file():
             raise ReportError(f"{path} does not exist, but {METRICS_FILE} lists it: run it again, or remove the entry")
     return pictures
+
+
+def _thumbnails(directory: Path) -> dict[str, dict[str, str]]:
+    """Return the file of each thumbnail by dataset and index; files that do not exist are left out."""
+    path = directory / THUMBNAILS_FILE
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    thumbnails: dict[str, dict[str, str]] = {}
+    for dataset, files in content.items():
+        for index, file in files.items():
+            target = (directory / file).resolve()
+            if target.suffix in IMAGE_TYPES and target.is_file() and target.is_relative_to(directory.resolve()):
+                thumbnails.setdefault(dataset, {})[index] = file
+    return thumbnails
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -163,7 +178,8 @@ def _read_results(path: Path, scores: list[str]) -> pa.Table:
             missing.pop(repr(name), None)
         if missing:
             raise ReportError(f"{path} has no column {', '.join(missing)}: it is not from the run of {METRICS_FILE}")
-        return pq.read_table(path, columns=wanted)
+        optional = ["path"] if "path" in pq.read_schema(path).names else []
+        return pq.read_table(path, columns=[*wanted, *optional])
     except FileNotFoundError:
         raise ReportError(
             f"{path} does not exist: the run stopped before its results were written; run it again"
@@ -186,7 +202,7 @@ def _rows_by_dataset(results: pa.Table, scores: list[str]) -> dict[str, Rows]:
 def _rows(table: pa.Table, scores: list[str]) -> Rows:
     prediction, label = table["prediction"].combine_chunks(), table["label"].combine_chunks()
     return Rows(
-        index=table["index"].to_numpy().astype(np.int64),
+        index=_integers(table["index"].combine_chunks()),
         prediction=_integers(prediction),
         label=_integers(label),
         labelled=_flags(label.is_valid()) & _flags(prediction.is_valid()),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 __all__ = [
@@ -22,16 +25,21 @@ __all__ = [
     "Floats",
     "Metric",
     "Picture",
+    "THUMBNAILS_FILE",
     "ReportError",
     "Rows",
     "Run",
     "Score",
+    "picture_source",
 ]
 
 METRICS_FILE = "metrics.json"
 RESULTS_FILE = "results.parquet"
 VERSION = 1
 IMAGE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+
+THUMBNAILS_FILE = "samples/index.json"
+"""Thumbnails of samples: by dataset, the file of each index, relative to the run directory."""
 
 READS_LABELS = "reads labels"
 """The fit of a score that reads the true label."""
@@ -168,6 +176,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     command: str = ""
+    thumbnails: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @cached_property
     def roles(self) -> dict[str, str]:
@@ -193,9 +202,30 @@ class Run:
         """The scores that read the true label."""
         return self.names[1]
 
+    @property
+    def described_results(self) -> pa.Table:
+        """The results of the datasets that have a role."""
+        return self.results.filter(pc.is_in(self.results["dataset"], pa.array(list(self.roles), pa.string())))
+
     def score(self, name: str) -> Score:
         """Return the score of a name."""
         return {score.name: score for score in self.scores}[name]
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class; its number if the run does not store names, and a dash if it is unknown."""
+        names = self.model.get("class_names") or ()
+        if label < 0:
+            return "–"
+        return str(names[label]) if label < len(names) else str(label)
+
+    def paths_of(self, dataset: str, indices: Sequence[int]) -> dict[int, str]:
+        """Return the last two parts of the path of each sample, if the results have paths."""
+        if "path" not in self.results.column_names:
+            return {}
+        is_here = pc.equal(self.results["dataset"], dataset)
+        is_listed = pc.is_in(self.results["index"], pa.array(indices, self.results["index"].type))
+        rows = self.results.filter(pc.and_(is_here, is_listed)).select(["index", "path"]).to_pylist()
+        return {row["index"]: "/".join((row["path"] or "").split("/")[-2:]) for row in rows}
 
     def role_of(self, dataset: str) -> str:
         """Return the role of a dataset; empty if it is not described."""
@@ -217,3 +247,8 @@ class Run:
             if rows is not None and rows.finite.any():
                 kept[dataset.name] = rows.take(rows.finite)
         return kept
+
+
+def picture_source(path: Path) -> Markup:
+    """Return a picture as a data URL."""
+    return Markup(f"data:{IMAGE_TYPES[path.suffix]};base64,{b64encode(path.read_bytes()).decode()}")

@@ -9,19 +9,38 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from markupsafe import Markup
 
 from lightning_gradmetrics.evaluation import fit_thresholds
 from lightning_gradmetrics.meters import functional
-from lightning_gradmetrics.report.run import Rows, Run
+from lightning_gradmetrics.report.run import Rows, Run, picture_source
 from lightning_gradmetrics.report.wording import percent
 
-__all__ = ["KEPT", "SampleTable", "accuracies", "sample_tables", "thresholds"]
+__all__ = ["KEPT", "Sample", "SampleTable", "accuracies", "listed_samples", "sample_tables", "thresholds"]
 
 KEPT = (1.0, 0.95, 0.9, 0.8)
 """The coverages of the operating points."""
 
+NO_PICTURE = Markup("")
+
+SHOWN = 5
+"""How many samples of each end are listed."""
+
 ACCEPTED = 0.95
 """The share of in-distribution samples that a threshold accepts."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample as the report shows it; ``incorrect`` if its label is known and differs from the prediction."""
+
+    index: int
+    prediction: str
+    label: str
+    value: str
+    incorrect: bool
+    path: str = ""
+    picture: Markup = NO_PICTURE
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,12 @@ class SampleTable:
 
     title: str
     labelled: bool
-    rows: list[tuple[int, str, str, str]]
+    rows: list[Sample]
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether every sample has a thumbnail."""
+        return bool(self.rows) and all(sample.picture for sample in self.rows)
 
 
 def accuracies(rows: Rows, names: Sequence[str]) -> dict[str, list[str]]:
@@ -80,23 +104,53 @@ def thresholds(run: Run, names: Sequence[str]) -> tuple[list[str], dict[str, lis
     return headings, table
 
 
-def sample_tables(run: Run, score: str, count: int = 5) -> list[SampleTable]:
+def extreme_rows(rows: Rows, score: str, count: int = SHOWN) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the rows with the highest and with the lowest values of a score."""
+    values = rows.scores[score]
+    usable = np.flatnonzero(np.isfinite(values))
+    order = usable[np.argsort(-values[usable], kind="stable")]
+    return order[:count], order[::-1][:count]
+
+
+def listed_samples(run: Run, names: Sequence[str]) -> dict[str, list[int]]:
+    """Return the indices of the samples that the report lists for some scores, by dataset."""
+    listed = {}
+    for dataset, rows in run.finite_rows().items():
+        indices: set[int] = set()
+        for name in names:
+            for which in extreme_rows(rows, name):
+                indices.update(rows.index[which].tolist())
+        listed[dataset] = sorted(indices)
+    return listed
+
+
+def sample_tables(run: Run, score: str) -> list[SampleTable]:
     """Return the most and the least uncertain samples of each dataset."""
     tables = []
     for name, rows in run.finite_rows().items():
-        values = rows.scores[score]
-        usable = np.flatnonzero(np.isfinite(values))
-        order = usable[np.argsort(-values[usable], kind="stable")]
-        tables.append(_samples(f"{name}: most uncertain", rows, score, order[:count]))
-        tables.append(_samples(f"{name}: least uncertain", rows, score, order[::-1][:count]))
+        highest, lowest = extreme_rows(rows, score)
+        labelled = bool(rows.labelled.any())
+        tables.append(SampleTable(f"{name}: most uncertain", labelled, _samples(run, name, rows, score, highest)))
+        tables.append(SampleTable(f"{name}: least uncertain", labelled, _samples(run, name, rows, score, lowest)))
     return tables
 
 
-def _samples(title: str, rows: Rows, score: str, which: np.ndarray) -> SampleTable:
-    shown = []
+def _samples(run: Run, dataset: str, rows: Rows, score: str, which: np.ndarray) -> list[Sample]:
+    samples = []
+    paths = run.paths_of(dataset, rows.index[which].tolist())
     for place in which:
-        prediction = str(rows.prediction[place]) if rows.prediction[place] >= 0 else "–"
-        label = str(rows.label[place]) if rows.labelled[place] else "–"
-        value = f"{rows.scores[score][place]:.4g}".replace("-", "\N{MINUS SIGN}")
-        shown.append((int(rows.index[place]), prediction, label, value))
-    return SampleTable(title, bool(rows.labelled.any()), shown)
+        index, labelled = int(rows.index[place]), bool(rows.labelled[place])
+        file = run.thumbnails.get(dataset, {}).get(str(index))
+        value = f"{rows.scores[score][place]:.3g}".replace("-", "\N{MINUS SIGN}")
+        samples.append(
+            Sample(
+                index,
+                run.class_name(int(rows.prediction[place])),
+                run.class_name(int(rows.label[place])) if labelled else "–",
+                value,
+                bool(rows.incorrect[place]),
+                paths.get(index, ""),
+                picture_source(run.directory / file) if file else NO_PICTURE,
+            )
+        )
+    return samples

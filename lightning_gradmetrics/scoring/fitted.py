@@ -197,8 +197,8 @@ def plain_scores(scores: Iterable[Score]) -> list[Score]:
 def not_fitted(name: str) -> str:
     """Return the message about a fitted score without a state."""
     return (
-        f"the score {name!r} is not fitted: call GradientMetrics.fit(trainer, model, dataloader) first, or "
-        "lightning_gradmetrics.fit without a Trainer, or load its state with load_fitted"
+        f"the score {name!r} is not fitted: call GradientMetrics.fit(trainer, model, dataloader) first, pass "
+        "GradientMetrics(fit_on='train') or fitted=FOLDER, or use lightning_gradmetrics.fit without a Trainer"
     )
 
 

@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.cli.audit import planted_statements, top_samples_grid, with_planted
 from lightning_gradmetrics.cli.data import digits, training_data
-from lightning_gradmetrics.cli.steps.write import write_run
-from lightning_gradmetrics.cli.tables import print_grid
 from lightning_gradmetrics.pictures import ExampleGallery, write_pictures
 from lightning_gradmetrics.pictures.examples import thumbnails
-from lightning_gradmetrics.report import write_report
+from lightning_gradmetrics.report import write_report, write_run
 from lightning_gradmetrics.results.table import largest_of_each
+from lightning_gradmetrics.tables import print_grid
 from tests.cli.conftest import Command
 from tests.models import MODELS, Module, images
 from tests.pictures.test_maps import batch

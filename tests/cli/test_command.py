@@ -83,14 +83,8 @@ def test_default_run(tmp_path: Path, command: Command) -> None:
         "photos",
     ):
         assert word in first.stdout, word
-    assert first.stdout.strip().splitlines()[0].split() == [
-        "errors:",
-        "digits",
-        "near:",
-        "digits_8_9",
-        "far:",
-        "photos",
-    ]
+    for heading in ("errors: digits", "near: digits_8_9", "far: photos", "errors and far:"):
+        assert heading in first.stdout
     stderr = [line for line in first.stderr.splitlines() if "Warning" not in line]
     assert [line.partition(":")[0] for line in stderr] == ["digits_cnn", "Results", "Report"], first.stderr
     (run,) = (tmp_path / "outputs").glob("*/*")

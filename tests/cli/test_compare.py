@@ -10,7 +10,7 @@ import pytest
 
 from lightning_gradmetrics.cli.compare import comparison_grid, read_runs, summary_rows
 from lightning_gradmetrics.cli.errors import UsageError
-from lightning_gradmetrics.cli.files import write_csv
+from lightning_gradmetrics.results.replacing import write_csv
 from tests.cli.conftest import Command
 
 COLUMNS = ("score", "family", "fit", "task", "dataset", "group", "metric", "value", "low", "high")
@@ -70,6 +70,8 @@ def test_the_command(runs: Path, command: Command, monkeypatch: pytest.MonkeyPat
         assert {row["score"] for row in csv.DictReader(file)} == {"energy", "gradnorm"}
     assert "82.0 ± 2.0" in (runs / "made" / "comparison.md").read_text()
     assert r"82.0 $\pm$ 2.0" in (runs / "made" / "comparison.tex").read_text()
+    page = (runs / "made" / "comparison.html").read_text()
+    assert "86.0 ± 1.4" in page and "sweep/1" in page and "Far OOD" in page
     monkeypatch.setenv("COLUMNS", "30")
     narrow = command("compare", "sweep", "other")
     assert "…" not in narrow.stdout and "2 more columns in comparison.md" in " ".join(narrow.stdout.split())

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_gradmetrics.cli.files import RunDirectoryInUse, replaced, reserved, write_csv, write_text
+from lightning_gradmetrics.cli.files import RunDirectoryInUse, reserved
+from lightning_gradmetrics.results.replacing import replaced, write_csv, write_text
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.cli.score_catalogue import lines, markdown, stub
-from lightning_gradmetrics.cli.tables.score_list import scores_table
+from lightning_gradmetrics.cli.score_list import scores_table
 from lightning_gradmetrics.scores import RECIPES, Score
 
 ROOT = Path(__file__).parents[2]

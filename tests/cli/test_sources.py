@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from torch import nn
 
-from lightning_gradmetrics.cli.data import npz_data, torchvision_data
+from lightning_gradmetrics.cli.data import huggingface_data, npz_data, torchvision_data
 from lightning_gradmetrics.cli.models import huggingface_model, lightning_model, timm_model
 from tests.cli.conftest import Command
 
@@ -157,3 +158,56 @@ def test_they_work_in_the_command(tmp_path: Path, command: Command) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "errors: mine" in done.stdout and "far: other" in done.stdout
+
+
+def test_huggingface_images(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 20, 20, 3), dtype=np.uint8)
+    columns = {"image": [Image.fromarray(image) for image in pixels], "label": [0, 1, 1, 0]}
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    made = datasets.Dataset.from_dict(columns, kinds)
+    datasets.DatasetDict({"test": made}).save_to_disk(tmp_path / "pets")
+    made.remove_columns("label").save_to_disk(tmp_path / "noise")
+    data = huggingface_data(str(tmp_path / "pets"), far=str(tmp_path / "noise"), size=20, mean=[0] * 3, std=[1] * 3)
+    assert dict(data.roles) == {"pets": "id", "noise": "far"} and data.classes == ("cat", "dog")
+    image, label = data.sets["pets"][1]
+    assert label == 1 and torch.equal(image, torch.from_numpy(pixels[1]).permute(2, 0, 1).float() / 255)
+    assert data.sets["noise"][3][1] == -1 and len(data.sets["noise"]) == 4
+    with pytest.raises(ValueError, match=r"has no split 'dev'; it has test: set data\.split"):
+        huggingface_data(str(tmp_path / "pets"), size=20, split="dev")
+    with pytest.raises(ValueError, match="no column 'label'"):
+        huggingface_data(str(tmp_path / "noise"), size=20)
+    with pytest.raises(ValueError, match=r"data\.size is missing"):
+        huggingface_data(str(tmp_path / "pets"))
+
+
+@pytest.mark.slow
+def test_huggingface_texts_with_a_model_of_transformers(tmp_path: Path, command: Command) -> None:
+    datasets, transformers = pytest.importorskip("datasets"), pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[PAD]", "[UNK]", "good", "bad", "film", "rain"]
+    known = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
+    base = tokenizers.Tokenizer(known)
+    base.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="[UNK]", pad_token="[PAD]")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(6, 8, 1, 2, 16, num_labels=2)
+    for part in (fast, transformers.BertForSequenceClassification(config)):
+        part.save_pretrained(tmp_path / "bert")
+    texts = {"text": ["good film", "bad film", "good rain", "bad bad"] * 5, "label": [1, 0, 1, 0] * 5}
+    datasets.Dataset.from_dict(texts).save_to_disk(tmp_path / "films")
+    datasets.Dataset.from_dict({"text": ["rain rain rain", "nothing"] * 10}).save_to_disk(tmp_path / "weather")
+    done = command(
+        *("data=huggingface", "data.id=films", "data.far=weather", "data.text=text", "data.tokenizer=bert"),
+        *(
+            "data.max_length=4",
+            "model=huggingface",
+            "model.name=bert",
+            "model.kind=text",
+            "score=[max_softmax,gradnorm]",
+        ),
+        *("resamples=0", "logger=none", "hydra.run.dir=made"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "films: 20 samples (id)" in done.stdout and "far: weather" in done.stdout
+    assert (tmp_path / "made" / "report.html").is_file()

@@ -13,7 +13,12 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("[!_]*.py"))
-OPTIONAL = {"huggingface_text": "transformers", "lightning_cli": "jsonargparse", "ray_data": "ray"}
+OPTIONAL = {
+    "huggingface_text": "transformers",
+    "lightning_cli": "jsonargparse",
+    "optuna_tuning": "optuna",
+    "ray_data": "ray",
+}
 STARTS_PROCESSES = ("hydra_sweep", "lightning_cli", "ray_data")
 
 

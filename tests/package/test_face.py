@@ -26,6 +26,7 @@ FACE = {
     "gradient_statistics",
     "largest",
     "meters",
+    "plot",
     "read_results",
     "score",
     "scores",
@@ -41,6 +42,7 @@ NAMESPACES: dict[str, ModuleType] = {
     "lgm.meters": lgm.meters,
     "lgm.meters.functional": lgm.meters.functional,
     "lgm.evaluation": lgm.evaluation,
+    "lgm.plot": lgm.plot,
     "compat.gradient_metrics": gradient_metrics,
 }
 

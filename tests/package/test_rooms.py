@@ -21,10 +21,15 @@ ROOMS = {
     "scoring": {"classifier", "gradients", "results", "evaluation", "engine"},
     "scores": {"classifier", "gradients", "engine", "scoring"},
     "compat": {"classifier", "gradients", "engine"},
-    "pictures": {"classifier", "gradients", "scoring", "scores"},
-    "report": {"meters", "evaluation"},
-    "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures"},
-    "cli": {"classifier", "meters", "results", "evaluation", "scoring", "scores", "pictures", "report", "callback"},
+    "plot": {"meters", "evaluation"},
+    "pictures": {"classifier", "gradients", "evaluation", "scoring", "scores", "plot"},
+    "tables": {"evaluation", "scores"},
+    "report": {"meters", "results", "evaluation", "scores", "tables"},
+    "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures", "tables", "report"},
+    "cli": {
+        *("classifier", "meters", "results", "evaluation", "scoring", "scores"),
+        *("pictures", "tables", "report", "callback"),
+    },
 }
 """From the ground up. A new folder needs a row here."""
 

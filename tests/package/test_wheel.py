@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import site
 import subprocess
 import sys
 import zipfile
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parents[2]
+from tests.package.conftest import PROJECT, clean, run
 
 PROGRAM = """
 import torch
@@ -51,52 +49,6 @@ follow_imports = skip
 """Strict, with the types of torch; reading all of Lightning takes a minute and adds nothing."""
 
 
-def clean() -> dict[str, str]:
-    """Return the environment without variables that lead Python or mypy to this checkout."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command and return its output; its error output is the message of a failure."""
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=clean(), capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the project's wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        PROJECT,
-        cwd=folder,
-    )
-    return next(folder.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def python(wheel: Path) -> Path:
-    """Install the wheel into a virtual environment that finds everything else in this one."""
-    folder = wheel.parent / "venv"
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=wheel.parent)
-    python = folder / "bin" / "python"
-    packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
-    (packages / "outside.pth").write_text("\n".join(site.getsitepackages()))
-    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
-    return python
-
-
 @pytest.mark.slow
 def test_the_wheel_contains_types_configuration_and_kernels(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -110,6 +62,8 @@ def test_the_wheel_contains_types_configuration_and_kernels(wheel: Path) -> None
         assert path.relative_to(PROJECT).as_posix() in names
     for path in configuration:
         assert f"lightning_gradmetrics/{path.relative_to(PROJECT).as_posix()}" in names
+    assert "hydra_plugins/lightning_gradmetrics_search_path/__init__.py" in names
+    assert "lightning_gradmetrics/cli/hydra_search_path/callbacks/gradient_metrics.yaml" in names
 
 
 @pytest.mark.slow

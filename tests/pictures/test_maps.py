@@ -13,10 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.cli.steps.write import write_run
 from lightning_gradmetrics.gradients import cosine_map_summaries
 from lightning_gradmetrics.pictures import MapGallery, ScoredBatch, log_pictures, write_pictures
-from lightning_gradmetrics.report import ReportError, write_report
+from lightning_gradmetrics.report import ReportError, write_report, write_run
 from lightning_gradmetrics.scores import resolve
 from lightning_gradmetrics.scoring.evidence import Evidence
 from tests.models import Module, images
@@ -108,7 +107,7 @@ def test_loggers_get_pictures(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     names = {"mean_maps", "maps_inside", "maps_out_side_1"}
-    assert set(events.Tags()["images"]) == {f"gradmetrics/{name}" for name in names}
+    assert set(events.Tags()["images"]) >= {f"gradmetrics/{name}" for name in names}
 
     class Wandb:
         def __init__(self) -> None:
@@ -120,7 +119,8 @@ def test_loggers_get_pictures(tmp_path: Path) -> None:
     class Other:
         experiment = None
 
-    log_pictures([Other(), wandb := Wandb()], gallery(callback).pictures(), "mine", 0)
+    with pytest.warns(UserWarning, match="Other gets no pictures"):
+        log_pictures([Other(), wandb := Wandb()], gallery(callback).pictures(), "mine", 0)
     assert set(wandb.found) == {f"mine/{name}" for name in names}
     assert all(shape[2] == 3 for shape in wandb.found.values())
 

@@ -11,9 +11,8 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.cli.steps.write import write_run
 from lightning_gradmetrics.pictures import profiles, write_pictures, write_tables
-from lightning_gradmetrics.report import write_report
+from lightning_gradmetrics.report import write_report, write_run
 from lightning_gradmetrics.scoring.layer_profile import Profile
 from tests.models import MODELS, Module, images
 

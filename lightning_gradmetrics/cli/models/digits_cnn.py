@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_gradmetrics.cli.data.sets import EvaluationData
-from lightning_gradmetrics.cli.files import replaced
 from lightning_gradmetrics.cli.models.classifier import Classifier
 from lightning_gradmetrics.cli.progress import notice, trainer_progress
+from lightning_gradmetrics.results.replacing import replaced
 
 __all__ = ["digits_cnn", "network"]
 

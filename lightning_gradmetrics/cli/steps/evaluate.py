@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_gradmetrics.callback.outcome import evaluate_detectors
 from lightning_gradmetrics.classifier.forward import map_tensors
 from lightning_gradmetrics.cli.audit import planted_statements
 from lightning_gradmetrics.cli.cost_measurement import score_costs
@@ -15,11 +16,9 @@ from lightning_gradmetrics.cli.progress import progress_bar
 from lightning_gradmetrics.cli.selective_areas import selective_areas
 from lightning_gradmetrics.cli.steps.prepare import Experiment
 from lightning_gradmetrics.cli.steps.score import Scored
-from lightning_gradmetrics.cli.tables.marks import detects
 from lightning_gradmetrics.evaluation import Evaluation
-from lightning_gradmetrics.evaluation import evaluate as evaluate_results
-from lightning_gradmetrics.evaluation.tasks import rows_of
 from lightning_gradmetrics.scores import Score
+from lightning_gradmetrics.tables.marks import detects
 
 __all__ = ["Evaluated", "evaluate"]
 
@@ -56,7 +55,7 @@ def evaluate(experiment: Experiment, scored: Scored) -> Evaluated:
     """
     settings = experiment.settings
     detectors = [score for score in scored.scores if detects(score)]
-    evaluation = _evaluation(experiment, scored, detectors)
+    evaluation = _evaluation(experiment, scored)
     compared, costs, areas = [], [], []
     if scored.without:
         compared = compare_fitted(
@@ -74,29 +73,15 @@ def evaluate(experiment: Experiment, scored: Scored) -> Evaluated:
     return Evaluated(evaluation, detectors, compared, costs, areas, _planted(experiment, scored))
 
 
-def _evaluation(experiment: Experiment, scored: Scored, detectors: Sequence[Score]) -> Evaluation:
+def _evaluation(experiment: Experiment, scored: Scored) -> Evaluation:
     """The metrics of the detectors, with intervals and a progress bar."""
     present = set(scored.results["dataset"].to_pylist())
     roles = {name: role for name, role in experiment.data.roles.items() if name in present}
-    if not detectors:
-        return _evaluation_without_scores(scored, roles)
-    baselines = [score.name for score in detectors if score.recipe.family == "baseline"]
+    settings = experiment.settings
     with progress_bar("Intervals") as progress:
-        return evaluate_results(
-            scored.results,
-            [score.name for score in detectors],
-            roles,
-            baselines,
-            resamples=experiment.settings.resamples,
-            seed=experiment.settings.seed,
-            progress=progress,
+        return evaluate_detectors(
+            scored.results, scored.scores, roles, settings.resamples, seed=settings.seed, progress=progress
         )
-
-
-def _evaluation_without_scores(scored: Scored, roles: Mapping[str, str]) -> Evaluation:
-    """An evaluation with the data sets only."""
-    rows, notes = rows_of(scored.results, [], roles)
-    return Evaluation([], [], [], rows.datasets, [*notes, "all scores read labels: there are no detection metrics"])
 
 
 def _costs(experiment: Experiment, evaluation: Evaluation, size: int) -> list[Record]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_gradmetrics.cli.files import replaced
 from lightning_gradmetrics.cli.steps.prepare import Experiment
+from lightning_gradmetrics.results.replacing import replaced
 from lightning_gradmetrics.scores import FittedScore, load_fitted, save_fitted
 
 __all__ = ["fit"]

@@ -70,7 +70,7 @@ def prepare(config: DictConfig) -> Experiment:
     model = build_model(config.model, data)
     _check_top_k(config.callback.get("top_k"))
     callback = instantiate(config.callback, _partial_=True)(
-        scores=_scored_by_callback(scores, settings), datasets=dict(data.roles)
+        scores=_scored_by_callback(scores, settings), datasets=dict(data.roles), print_summary=False
     )
     _check_model(callback, model, data, str(config.model._target_))
     progress = trainer_progress()
@@ -147,4 +147,5 @@ def _description(node: DictConfig, model: LightningModule, data: EvaluationData)
         "checkpoint": None if checkpoint is None else "/".join(Path(checkpoint).parts[-2:]),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "classes": len(data.classes) or None,
+        "class_names": list(data.classes),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pyarrow as pa
 from rich.console import Console
@@ -16,8 +15,8 @@ from lightning_gradmetrics.cli.progress import notice
 from lightning_gradmetrics.cli.selective_areas import areas_grid
 from lightning_gradmetrics.cli.steps.evaluate import Evaluated
 from lightning_gradmetrics.cli.steps.prepare import Experiment
-from lightning_gradmetrics.cli.tables.metrics import metrics_grids, notes_of
-from lightning_gradmetrics.cli.tables.terminal import print_grid, print_line
+from lightning_gradmetrics.tables.metrics import summary_grids
+from lightning_gradmetrics.tables.terminal import print_grid, print_line
 
 __all__ = ["show"]
 
@@ -38,7 +37,8 @@ def show(experiment: Experiment, evaluated: Evaluated, tables: Mapping[str, pa.T
     if evaluated.costs:
         print_grid(console, cost_grid_of_width(evaluated.costs, experiment.scores, console.width))
     elif evaluated.detectors:
-        _print_metrics(console, evaluated)
+        for grid in summary_grids(evaluated.evaluation, evaluated.detectors, console.width):
+            print_grid(console, grid)
     for grid in fitted_comparison_grids(evaluated.fitted_comparison):
         print_grid(console, grid)
     if evaluated.areas:
@@ -46,10 +46,3 @@ def show(experiment: Experiment, evaluated: Evaluated, tables: Mapping[str, pa.T
     notice(f"Results: {shown_path(experiment.directory)}")
     if experiment.settings.report:
         notice(f"Report:  {shown_path(experiment.directory / 'report.html')}")
-
-
-def _print_metrics(console: Console, evaluated: Evaluated) -> None:
-    grids = metrics_grids(evaluated.evaluation, evaluated.detectors, console.width)
-    notes = (*grids[-1].notes, *notes_of(evaluated.evaluation, evaluated.detectors))
-    for grid in (*grids[:-1], replace(grids[-1], notes=notes)):
-        print_grid(console, grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from lightning_gradmetrics.cli.tables.grid import Column, Grid
+from lightning_gradmetrics.tables.grid import Column, Grid
 
 __all__ = ["latex", "markdown"]
 
@@ -26,16 +26,22 @@ LATEX_SPECIAL = {
 }
 
 
+LATEX_ESCAPES = str.maketrans(LATEX_SPECIAL)
+
+
 def markdown(grid: Grid) -> str:
     """The grid as a Markdown table with its notes below; a column's heading includes that of its group."""
     headings = [_markdown_text(grid.names.heading)]
     for group, column in grid.columns:
         headings.append(_markdown_text(f"{group} {column.heading}".strip()))
     columns = grid.all_columns
-    alignment = [("---:", "---")[column.left] for column in columns]
-    lines = [headings, alignment, *_rows(columns, _markdown_cell)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([text, *grid.notes]) + "\n"
+    alignment = []
+    for column in columns:
+        alignment.append("---" if column.left else "---:")
+    lines = []
+    for cells in (headings, alignment, *_rows(columns, _markdown_cell)):
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n\n".join(["\n".join(lines), *grid.notes]) + "\n"
 
 
 def _rows(columns: Sequence[Column], text_of: Callable[[Column, int], str]) -> Iterator[list[str]]:
@@ -59,22 +65,26 @@ def latex(grid: Grid) -> str:
     Reference:
         S. Fear, "Publication quality tables in LaTeX", the manual of booktabs.
     """
-    columns = grid.all_columns
-    alignment = "".join(["rl"[column.left] for column in columns])
-    headings = " & ".join(_latex_text(column.heading) for column in columns)
-    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", *_latex_group_headings(grid), rf"{headings} \\"]
+    columns, alignment, headings = grid.all_columns, "", []
+    for column in columns:
+        alignment += "l" if column.left else "r"
+        headings.append(_latex_text(column.heading))
+    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", *_latex_group_headings(grid)]
+    lines.append(rf"{' & '.join(headings)} \\")
     lines.append(r"\midrule")
     for number, row in enumerate(_rows(columns, _latex_cell)):
         lines.append(rf"{' & '.join(row)} \\")
         if number in grid.section_ends:
             lines.append(r"\midrule")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    comments = [f"% {note}" for note in ("needs \\usepackage{booktabs}", *grid.notes)]
+    comments = ["% needs \\usepackage{booktabs}"]
+    for note in grid.notes:
+        comments.append(f"% {note}")
     return "\n".join([*comments, *lines]) + "\n"
 
 
 def _latex_group_headings(grid: Grid) -> list[str]:
-    if not any(group.heading for group in grid.groups):
+    if not grid.has_headings:
         return []
     cells, rules, position = [""], [], 2
     for group in grid.groups:
@@ -87,7 +97,7 @@ def _latex_group_headings(grid: Grid) -> list[str]:
 
 
 def _latex_text(text: str) -> str:
-    return "".join(LATEX_SPECIAL.get(letter, letter) for letter in text.replace("\n", " "))
+    return text.replace("\n", " ").translate(LATEX_ESCAPES)
 
 
 def _latex_cell(column: Column, row: int) -> str:

@@ -34,7 +34,8 @@ class Column:
     @property
     def width(self) -> int:
         """The widest line, in characters."""
-        return max(cell_len(line) for text in (self.heading, *self.cells) for line in text.split("\n"))
+        lines = "\n".join((self.heading, *self.cells)).split("\n")
+        return max(map(cell_len, lines))
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class Group:
     @property
     def columns_width(self) -> int:
         """The width of the columns with the gaps between them."""
-        gaps = COLUMN_GAP * (len(self.columns) - 1)
-        return sum(column.width for column in self.columns) + gaps
+        width = COLUMN_GAP * (len(self.columns) - 1)
+        for column in self.columns:
+            width += column.width
+        return width
 
     @property
     def heading_lines(self) -> list[str]:
@@ -58,7 +61,7 @@ class Group:
     @property
     def width(self) -> int:
         """The width of the columns or of the heading, whichever is larger."""
-        return max([self.columns_width, *(cell_len(line) for line in self.heading_lines)])
+        return max(self.columns_width, *map(cell_len, self.heading_lines), 0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,15 @@ class Grid:
     @property
     def width(self) -> int:
         """The number of characters that a line of the table takes."""
-        return self.names.width + sum(GROUP_GAP + group.width for group in self.groups)
+        width = self.names.width
+        for group in self.groups:
+            width += GROUP_GAP + group.width
+        return width
+
+    @property
+    def has_headings(self) -> bool:
+        """Whether a group has a heading."""
+        return any(group.heading for group in self.groups)
 
     @property
     def all_columns(self) -> list[Column]:
@@ -95,7 +106,11 @@ class Grid:
     @property
     def columns(self) -> list[tuple[str, Column]]:
         """Every column but the row names, with its group's heading."""
-        return [(group.heading, column) for group in self.groups for column in group.columns]
+        columns = []
+        for group in self.groups:
+            for column in group.columns:
+                columns.append((group.heading, column))
+        return columns
 
 
 def fold(text: str, width: int) -> list[str]:

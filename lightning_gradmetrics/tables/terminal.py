@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from lightning_gradmetrics.cli.tables.grid import COLUMN_GAP, GROUP_GAP, Column, Grid, Group
+from lightning_gradmetrics.tables.grid import COLUMN_GAP, GROUP_GAP, Column, Grid, Group
 
-__all__ = ["print_grid", "print_line"]
+__all__ = ["grids_text", "print_grid", "print_line"]
 
 
 def print_grid(console: Console, grid: Grid) -> None:
@@ -24,6 +25,19 @@ def print_grid(console: Console, grid: Grid) -> None:
     console.print()
     for note in grid.notes:
         console.print(Text(note), overflow="fold")
+
+
+def grids_text(grids: Sequence[Grid], width: int) -> str:
+    """Return grids as plain text, as they are printed.
+
+    Args:
+        grids: The grids.
+        width: The number of characters in a line; notes are wrapped.
+    """
+    console = Console(file=StringIO(), width=width, color_system=None)
+    for grid in grids:
+        print_grid(console, grid)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
 def print_line(console: Console, line: str | Text) -> None:
@@ -48,13 +62,13 @@ def _cell_of(row: int) -> Callable[[Column], tuple[str, bool]]:
 
 
 def _group_heading_lines(grid: Grid) -> Iterator[Text]:
-    if not any(group.heading for group in grid.groups):
+    if not grid.has_headings:
         return
-    folded = [group.heading_lines for group in grid.groups]
-    height = max(len(lines) for lines in folded)
+    height = max(len(group.heading_lines) for group in grid.groups)
     for number in range(height):
         line = Text(" " * grid.names.width)
-        for group, lines in zip(grid.groups, folded, strict=True):
+        for group in grid.groups:
+            lines = group.heading_lines
             padded = [""] * (height - len(lines)) + lines
             line.append(" " * GROUP_GAP + padded[number].center(group.width), "bold")
         yield _trimmed(line)
@@ -76,7 +90,10 @@ def _block(grid: Grid, text_of: Callable[[Column], tuple[str, bool]]) -> Iterato
 
 
 def _group_line(group: Group, text_of: Callable[[Column], tuple[str, bool]], number: int) -> Text:
-    return Text(" " * COLUMN_GAP).join(_aligned(column, text_of, number) for column in group.columns)
+    cells = []
+    for column in group.columns:
+        cells.append(_aligned(column, text_of, number))
+    return Text(" " * COLUMN_GAP).join(cells)
 
 
 def _aligned(column: Column, text_of: Callable[[Column], tuple[str, bool]], number: int) -> Text:

@@ -6,16 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_gradmetrics.cli.tables.grid import Column, Grid, Group
-from lightning_gradmetrics.cli.tables.marks import mark_notes, mark_of
 from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, Evaluation
 from lightning_gradmetrics.evaluation.metrics import METRICS, SHOWN
 from lightning_gradmetrics.scores import Score
+from lightning_gradmetrics.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.tables.marks import mark_notes, mark_of
 
-__all__ = ["Question", "metric_text", "metrics_grid", "metrics_grids", "notes_of", "questions_of"]
+__all__ = ["Question", "metric_text", "metrics_grid", "metrics_grids", "notes_of", "questions_of", "summary_grids"]
 
-TASKS = ("misclassification", "ood")
-"""The tasks of the main table; others are in metrics.csv."""
+SEPARATE = ("misclassification", "ood")
+"""The tasks of the first grid."""
+
+TOGETHER = ("joint",)
+"""The tasks of a second grid, if not all fit in one: errors and OOD samples together."""
 
 UNDEFINED = "–"
 
@@ -25,10 +28,10 @@ Place = tuple[str, str, str | None]
 
 @dataclass(frozen=True)
 class Question:
-    """What is detected: errors, or one group of out-of-distribution data.
+    """What is detected: errors, one group of out-of-distribution data, or both together.
 
     Args:
-        task: ``"misclassification"`` or ``"ood"``.
+        task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
         group: The role of the data sets.
         datasets: Their names; with several of them there is a mean as well.
     """
@@ -39,14 +42,18 @@ class Question:
 
     @property
     def name(self) -> str:
-        """``errors``, or the name of the group."""
-        return "errors" if self.task == "misclassification" else self.group
+        """``errors``, the name of the group, or ``errors and`` that name."""
+        return {"misclassification": "errors", "joint": f"errors and {self.group}"}.get(self.task, self.group)
 
     @property
     def places(self) -> list[Place]:
         """Each data set, and the mean over several."""
-        means = [None] if len(self.datasets) > 1 else []
-        return [(self.task, self.group, dataset) for dataset in (*self.datasets, *means)]
+        places: list[Place] = []
+        for dataset in self.datasets:
+            places.append((self.task, self.group, dataset))
+        if len(places) > 1:
+            places.append((self.task, self.group, None))
+        return places
 
     @property
     def mean(self) -> list[Place]:
@@ -55,14 +62,20 @@ class Question:
 
 
 def questions_of(evaluation: Evaluation) -> list[Question]:
-    """The questions with at least one defined metric, errors first, then the groups in the order of the data sets."""
-    defined = {(m["task"], m["dataset"]) for m in evaluation.metrics if m["value"] is not None}
+    """The questions with at least one defined metric: errors, each group in the order of the data sets, then both together."""
+    defined = set()
+    for metric in evaluation.metrics:
+        if metric["value"] is not None:
+            defined.add((metric["task"], metric["dataset"]))
     members: dict[tuple[str, str], list[str]] = {}
-    for task in TASKS:
+    for task in (*SEPARATE, *TOGETHER):
         for dataset in evaluation.datasets:
             if (task, dataset["name"]) in defined:
                 members.setdefault((task, dataset["role"]), []).append(dataset["name"])
-    return [Question(task, group, tuple(names)) for (task, group), names in members.items()]
+    questions = []
+    for (task, group), names in members.items():
+        questions.append(Question(task, group, tuple(names)))
+    return questions
 
 
 @dataclass(frozen=True)
@@ -82,9 +95,10 @@ def metrics_grid(evaluation: Evaluation, scores: Sequence[Score]) -> Grid:
 def metrics_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -> list[Grid]:
     """The table for a console of a width: one grid, or one per question.
 
-    While the table is too wide, it first loses FPR95 and AURC. Then it becomes one grid per question. A grid that is
-    still too wide loses FPR95 and AURC, then every column but the mean over its data sets. The last grid has a note on
-    what was left out, and on the file that has it.
+    If the whole table is too wide, errors and OOD detection are one part, and both together are another. A part that is
+    too wide first loses FPR95 and AURC. Then it becomes one grid per question. A grid that is still too wide loses FPR95
+    and AURC, then every column but the mean over its data sets. The last grid has a note on what was left out, and on the
+    file that has it.
 
     Args:
         evaluation: The evaluation.
@@ -92,14 +106,38 @@ def metrics_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -
         width: The number of characters in a line.
     """
     questions = questions_of(evaluation)
+    whole = _grid(_everything(questions, all_metrics=True), evaluation, scores)
+    if whole.width <= width or not questions:
+        return [whole]
+    chosen: list[Selection] = []
+    for tasks in (SEPARATE, TOGETHER):
+        part = [question for question in questions if question.task in tasks]
+        chosen += _selections_of_part(part, evaluation, scores, width) if part else []
+    grids = []
+    for selection in chosen:
+        grids.append(_grid(selection, evaluation, scores))
+    return [*grids[:-1], replace(grids[-1], notes=tuple(_left_out(chosen, questions)))]
+
+
+def summary_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -> list[Grid]:
+    """:func:`metrics_grids` with all notes below the last grid; one empty grid with the notes if nothing was evaluated."""
+    grids = metrics_grids(evaluation, scores, width) if scores else [Grid("", Column("score", ()), ())]
+    notes = (*grids[-1].notes, *notes_of(evaluation, scores))
+    return [*grids[:-1], replace(grids[-1], notes=notes)]
+
+
+def _selections_of_part(
+    questions: Sequence[Question], evaluation: Evaluation, scores: Sequence[Score], width: int
+) -> list[Selection]:
+    """One selection of all questions if it fits, or one per question."""
     for all_metrics in (True, False):
         selection = _everything(questions, all_metrics)
-        grid = _grid(selection, evaluation, scores)
-        if grid.width <= width:
-            return [_with_notes(grid, [selection], questions)]
-    chosen = [_first_that_fits(question, evaluation, scores, width) for question in questions]
-    grids = [_grid(selection, evaluation, scores) for selection in chosen]
-    return [*grids[:-1], _with_notes(grids[-1], chosen, questions)]
+        if _grid(selection, evaluation, scores).width <= width:
+            return [selection]
+    selections = []
+    for question in questions:
+        selections.append(_first_that_fits(question, evaluation, scores, width))
+    return selections
 
 
 def _everything(questions: Sequence[Question], all_metrics: bool) -> Selection:
@@ -124,18 +162,17 @@ def _narrowing(question: Question) -> Iterator[Selection]:
             yield Selection(question.name, tuple(places), all_metrics)
 
 
-def _with_notes(grid: Grid, selections: Sequence[Selection], questions: Sequence[Question]) -> Grid:
-    return replace(grid, notes=tuple(_left_out(selections, questions)))
-
-
 def _left_out(selections: Sequence[Selection], questions: Sequence[Question]) -> list[str]:
     """Which metrics and data sets the selections lack, and where they are."""
-    notes = []
-    if not all(selection.all_metrics for selection in selections):
+    notes, shown, is_complete = [], set(), True
+    for selection in selections:
+        shown.update(selection.places)
+        is_complete = is_complete and selection.all_metrics
+    if not is_complete:
         notes.append("More metrics in metrics.csv: AURC, FPR95.")
-    shown = {place for selection in selections for place in selection.places}
     for question in questions:
-        if missing := sum(place not in shown for place in question.places):
+        missing = len(set(question.places) - shown)
+        if missing:
             notes.append(f"{question.name}: {missing} more data sets in metrics.csv.")
     return notes
 
@@ -143,13 +180,16 @@ def _left_out(selections: Sequence[Selection], questions: Sequence[Question]) ->
 def _grid(selection: Selection, evaluation: Evaluation, scores: Sequence[Score]) -> Grid:
     rows = sorted(scores, key=lambda score: score.recipe.family)
     table = _Values(evaluation, rows)
-    marks = tuple(mark_of(score) for score in rows)
-    marked = (Group("", (Column("", marks, left=True),)),) if any(marks) else ()
-    families = [score.recipe.family for score in rows]
-    ends = {row for row in range(len(rows) - 1) if families[row] != families[row + 1]}
+    names, marks, ends = [], [], set()
+    for row, score in enumerate(rows):
+        names.append(score.name)
+        marks.append(mark_of(score))
+        if row and score.recipe.family != rows[row - 1].recipe.family:
+            ends.add(row - 1)
+    marked = (Group("", (Column("", tuple(marks), left=True),)),) if any(marks) else ()
     return Grid(
         title=selection.title,
-        names=Column("score", tuple(score.name for score in rows), left=True),
+        names=Column("score", tuple(names), left=True),
         groups=(*marked, *table.groups(selection)),
         section_ends=frozenset(ends),
     )
@@ -170,27 +210,47 @@ class _Values:
         """One group per place; its heading names the question unless the title does."""
         groups = []
         for place in selection.places:
-            task, group, dataset = place
-            question = next(q for q in self.questions if (q.task, q.group) == (task, group))
+            task, _, dataset = place
+            question = self._question_of(place)
             where = dataset if dataset is not None else f"mean of {len(question.datasets)}"
             heading = where if selection.title else f"{question.name}: {where}"
-            metrics = SHOWN[task] if selection.all_metrics else SHOWN[task][:1]
-            groups.append(Group(heading, tuple(self.column(place, metric) for metric in metrics)))
+            columns = []
+            for metric in SHOWN[task] if selection.all_metrics else SHOWN[task][:1]:
+                columns.append(self.column(place, metric))
+            groups.append(Group(heading, tuple(columns)))
         return groups
+
+    def _question_of(self, place: Place) -> Question:
+        return next(question for question in self.questions if (question.task, question.group) == place[:2])
 
     def column(self, place: Place, metric: str) -> Column:
         """One metric of every score."""
-        values = [self.values.get((place, score.name, metric)) for score in self.rows]
-        cells = tuple(metric_text(metric, value) for value in values)
+        values, cells = [], []
+        for score in self.rows:
+            value = self.values.get((place, score.name, metric))
+            values.append(value)
+            cells.append(metric_text(metric, value))
         arrow = "↑" if HIGHER_IS_BETTER[metric] else "↓"
-        return Column(f"{METRICS[metric].title} {arrow}", cells, _best_rows(metric, values, cells))
+        return Column(f"{METRICS[metric].title} {arrow}", tuple(cells), _best_rows(metric, values, cells))
 
 
 def notes_of(evaluation: Evaluation, scores: Sequence[Score]) -> list[str]:
     """What the numbers are, the data sets, the marks of the scores, and the notes of the evaluation."""
-    datasets = "; ".join(_dataset_text(dataset) for dataset in evaluation.datasets)
+    datasets = "; ".join(map(_dataset_text, evaluation.datasets))
     meaning = "Metrics times 100. Bold: the best of its column. errors: misclassified against correct samples."
-    return [meaning, f"{datasets}.", *mark_notes(scores), *evaluation.notes]
+    return [meaning, *_joint_notes(evaluation), f"{datasets}.", *mark_notes(scores), *evaluation.notes]
+
+
+def _joint_notes(evaluation: Evaluation) -> list[str]:
+    """What the joint columns are, if there are any."""
+    joint = [question for question in questions_of(evaluation) if question.task in TOGETHER]
+    share = 100 * evaluation.settings.get("ood_share", 0.5)
+    first = (
+        f"{joint[0].name}: what a threshold has to reject, with {share:g} % OOD samples in the mixture."
+        if joint
+        else ""
+    )
+    return [first] if first else []
 
 
 def _dataset_text(dataset: Mapping[str, Any]) -> str:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_gradmetrics.cli.steps.write import write_metrics_tables
-from lightning_gradmetrics.cli.tables import Column, Grid, Group, metrics_grids, print_grid
-from lightning_gradmetrics.cli.tables.documents import latex, markdown
-from lightning_gradmetrics.cli.tables.grid import fold
-from lightning_gradmetrics.cli.tables.metrics import notes_of, questions_of
 from lightning_gradmetrics.evaluation import Evaluation, evaluate
+from lightning_gradmetrics.report import write_metrics_tables
 from lightning_gradmetrics.scores import Score, make
+from lightning_gradmetrics.tables import Column, Grid, Group, metrics_grids, print_grid
+from lightning_gradmetrics.tables.documents import latex, markdown
+from lightning_gradmetrics.tables.grid import fold
+from lightning_gradmetrics.tables.metrics import notes_of, questions_of
 
 ROLES = {
     "cifar10": "id",
@@ -78,26 +78,30 @@ def test_no_number_and_no_name_is_cut(evaluation: Evaluation, width: int) -> Non
 
 def test_columns_are_dropped_in_the_stated_order(evaluation: Evaluation) -> None:
     """FPR95 and AURC first, then one grid per question, then FPR95 and AURC of a grid, then all but its mean."""
-    (everything,) = metrics_grids(evaluation, SCORES, 400)
-    assert not everything.notes and len(everything.columns) == 1 + 2 * (3 + 3 + 4)
-    (aurocs,) = metrics_grids(evaluation, SCORES, everything.width - 1)
-    assert aurocs.notes == ("More metrics in metrics.csv: AURC, FPR95.",) and len(aurocs.columns) == 1 + 10
+    (everything,) = metrics_grids(evaluation, SCORES, 800)
+    assert not everything.notes and len(everything.columns) == 1 + 2 * (3 + 3 + 4 + 3 + 4)
+    apart, joint = metrics_grids(evaluation, SCORES, everything.width - 1)
+    assert not joint.notes and [len(apart.columns), len(joint.columns)] == [1 + 2 * (3 + 3 + 4), 1 + 2 * (3 + 4)]
+    aurocs, _ = metrics_grids(evaluation, SCORES, apart.width - 1)
+    assert len(aurocs.columns) == 1 + 10
     blocks = metrics_grids(evaluation, SCORES, aurocs.width - 1)
-    assert [len(block.columns) - 1 for block in blocks] == [6, 6, 8] and not blocks[-1].notes
-    blocks = metrics_grids(evaluation, SCORES, max(block.width for block in blocks) - 1)
-    assert [len(block.columns) - 1 for block in blocks] == [6, 6, 4]
+    assert [len(block.columns) - 1 for block in blocks[:3]] == [6, 6, 8] and not blocks[-1].notes
+    blocks = metrics_grids(evaluation, SCORES, max(block.width for block in blocks[:3]) - 1)
+    assert [len(block.columns) - 1 for block in blocks[:3]] == [6, 6, 4]
     narrow = metrics_grids(evaluation, SCORES, 60)
-    assert [len(block.columns) - 1 for block in narrow] == [2, 2, 2]
+    assert [len(block.columns) - 1 for block in narrow] == [2, 2, 2, 2, 2]
     assert narrow[-1].notes == (
         "errors: 2 more data sets in metrics.csv.",
         "near: 2 more data sets in metrics.csv.",
         "far: 3 more data sets in metrics.csv.",
+        "errors and near: 2 more data sets in metrics.csv.",
+        "errors and far: 3 more data sets in metrics.csv.",
     )
 
 
 def test_headings_have_two_levels(evaluation: Evaluation) -> None:
     lines = printed(evaluation, SCORES, 400).splitlines()
-    heading = next(line for line in lines if "far: mean of 3" in line)
+    heading = next(line for line in lines if " far: mnist" in line)
     position = heading.index("far: mnist")
     below = next(line for line in lines if line.startswith("score"))
     assert below[position - 4 : position + 13].split() == ["AUROC", "↑", "FPR95", "↓"]
@@ -118,6 +122,8 @@ def test_questions(evaluation: Evaluation) -> None:
         ("errors", 2),
         ("near", 2),
         ("far", 3),
+        ("errors and near", 2),
+        ("errors and far", 3),
     ]
 
 

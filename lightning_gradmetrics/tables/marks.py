@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from lightning_gradmetrics.scores import FittedScore, Score
 
@@ -48,6 +48,9 @@ def mark_of(score: Score) -> str:
 
 def mark_notes(scores: Iterable[Score]) -> list[str]:
     """One sentence that explains the marks in use; no sentence if there are none."""
-    used = {mark_of(score) for score in scores}
-    meanings: Sequence[str] = [f"{mark}: {meaning}" for mark, meaning in MEANINGS.items() if mark in used]
+    used = set(map(mark_of, scores))
+    meanings = []
+    for mark, meaning in MEANINGS.items():
+        if mark in used:
+            meanings.append(f"{mark}: {meaning}")
     return ["; ".join(meanings) + "."] if meanings else []

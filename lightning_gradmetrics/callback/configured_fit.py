@@ -1,0 +1,116 @@
+"""Fitted scores of a configuration: their states come from a folder, or from a fit on the trainer's own data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import nn
+
+from lightning_gradmetrics.callback.dataloaders import loader_list
+from lightning_gradmetrics.scores import FittedScore, Score, load_fitted
+from lightning_gradmetrics.scoring.fitting import fit
+from lightning_gradmetrics.scoring.scorer import Scorer
+
+__all__ = ["FIT_ON", "check_fit_source", "with_configured_states"]
+
+FIT_ON = ("train", "val")
+"""The dataloaders that scores can be fitted on."""
+
+SplitBatch = Callable[[Any], tuple[Any, Any]]
+
+
+def check_fit_source(fit_on: str | None, fitted: str | Path | None) -> None:
+    """Check the arguments ``fit_on`` and ``fitted`` of the callback.
+
+    Raises:
+        ValueError: If ``fit_on`` is unknown, or both are given.
+    """
+    if fit_on is not None and fit_on not in FIT_ON:
+        raise ValueError(f"fit_on={fit_on!r}; expected one of {', '.join(map(repr, FIT_ON))}, or None")
+    if fit_on is not None and fitted is not None:
+        raise ValueError("fit_on and fitted exclude each other: scores are fitted, or their states are loaded")
+
+
+def with_configured_states(
+    scorer: Scorer,
+    model: nn.Module,
+    module: LightningModule,
+    trainer: Trainer,
+    split: SplitBatch,
+    fit_on: str | None,
+    fitted: str | Path | None,
+) -> tuple[Score, ...]:
+    """Return the scores with the states that are still missing, from a folder or from a fit.
+
+    Args:
+        scorer: The scores and their settings.
+        model: The model that is scored.
+        module: The user's module.
+        trainer: The trainer.
+        split: From a batch to its inputs and labels.
+        fit_on: ``"train"``, ``"val"``, or ``None`` for no fit.
+        fitted: A folder of states, or ``None``.
+
+    Raises:
+        ValueError: If there is no such dataloader, or a state does not belong to the model.
+        FileNotFoundError: If the folder lacks a state.
+    """
+    missing = []
+    for place in missing_places(scorer.scores):
+        missing.append(scorer.scores[place])
+    if not missing or (fit_on is None and fitted is None):
+        return tuple(scorer.scores)
+    made: Sequence[Score]
+    if fitted is not None:
+        made = load_fitted(missing, fitted, model)
+    else:
+        batches = _batches(_loader(trainer, module, str(fit_on)), split, trainer, module)
+        options = {"head": scorer.head, "logits_fn": scorer.logits_fn, "engine": scorer.engine}
+        with torch.inference_mode(False), torch.no_grad():
+            made = fit(model, batches, missing, **options)
+    scores = list(scorer.scores)
+    for place, score in zip(missing_places(scores), made, strict=True):
+        scores[place] = score
+    return tuple(scores)
+
+
+def missing_places(scores: Sequence[Score]) -> list[int]:
+    """Return the positions of the fitted scores that have no state."""
+    places = []
+    for place, score in enumerate(scores):
+        if isinstance(score, FittedScore) and score.state is None:
+            places.append(place)
+    return places
+
+
+def _batches(loader: Any, split: SplitBatch, trainer: Trainer, module: LightningModule) -> Iterator[tuple[Any, Any]]:
+    """The inputs and labels of each batch, on the device of the module."""
+    for part in loader_list(loader, True):
+        for batch in part:
+            yield split(trainer.strategy.batch_to_device(batch, module.device))
+
+
+def _loader(trainer: Trainer, module: LightningModule, name: str) -> Any:
+    """The training or validation dataloader of an earlier fit, of the data module, or of the module.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    known = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}[name]
+    if known is not None:
+        return known
+    data: Any = getattr(trainer, "datamodule", None)
+    hook = f"{name}_dataloader"
+    if data is not None and getattr(type(data), hook) is not getattr(LightningDataModule, hook):
+        data.setup("fit")
+        return getattr(data, hook)()
+    if getattr(type(module), hook) is not getattr(LightningModule, hook):
+        return getattr(module, hook)()
+    raise ValueError(
+        f"fit_on={name!r}: there is no {name} dataloader. Pass datamodule= to the trainer, fit before you test, or call "
+        "GradientMetrics.fit(trainer, model, dataloader)"
+    )

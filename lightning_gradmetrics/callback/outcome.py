@@ -1,0 +1,216 @@
+"""What a user reads after a run: the summary, the report, the pictures and the tables behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_gradmetrics.callback.logged import plain_names
+from lightning_gradmetrics.evaluation import Evaluation, evaluate
+from lightning_gradmetrics.evaluation.tasks import rows_of
+from lightning_gradmetrics.pictures import (
+    Picture,
+    PictureSource,
+    curve_pictures,
+    log_pictures,
+    log_samples,
+    write_pictures,
+    write_thumbnails,
+)
+from lightning_gradmetrics.results.output import Output
+from lightning_gradmetrics.results.stores import Results
+from lightning_gradmetrics.results.table import largest_of_each
+from lightning_gradmetrics.scores import Score
+from lightning_gradmetrics.scoring.scorer import Scorer
+
+__all__ = ["Outcome", "evaluate_detectors", "model_facts"]
+
+
+class Outcome:
+    """The part of the callback that shows what a run found."""
+
+    scorer: Scorer
+    _results: Results
+    output: Output | None
+    evaluation: Evaluation | None
+    sources: list[PictureSource]
+    top_k: dict[str, int]
+    split_batch: Callable[[Any], tuple[Any, Any]]
+    prefix: str
+    print_summary: bool
+    _fitting: Any
+    _model: dict[str, Any]
+
+    @property
+    def score_names(self) -> list[str]:
+        """The names of the scores: the columns of the results."""
+        return [score.name for score in self.scorer.scores]
+
+    @property
+    def baseline_names(self) -> list[str]:
+        """The names of the scores that take no gradient."""
+        return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
+
+    @property
+    def results(self) -> pa.Table:
+        """The per-sample results of the last run. With ``output=`` they are read from the directory at the first use."""
+        if callable(self._results):
+            self._results = self._results()
+        return self._results
+
+    def __repr__(self) -> str:
+        """Return one line with the scores and the number of samples scored so far."""
+        scored = "results on disk" if callable(self._results) else f"{self._results.num_rows} samples scored"
+        return f"{type(self).__name__}({', '.join(self.score_names)}; {scored})"
+
+    def _repr_html_(self) -> str:
+        """Return the main table for a notebook, or the short text before a run."""
+        return f"<code>{escape(repr(self))}</code>" if self.evaluation is None else self.evaluation._repr_html_()
+
+    def summary(self, width: int | None = None) -> str:
+        """Return the main table of the last run as text.
+
+        Args:
+            width: The number of characters in a line; by default that of the terminal.
+
+        Raises:
+            RuntimeError: If there was no run yet.
+        """
+        from rich.console import Console
+
+        from lightning_gradmetrics.tables import grids_text, summary_grids
+
+        evaluation = self._evaluated_run()
+        width = Console().width if width is None else width
+        return grids_text(summary_grids(evaluation, detectors_of(self.scorer.scores), width), width)
+
+    def report(self, path: Path | str = "report.html", data: Mapping[str, Any] | None = None) -> Path:
+        """Write the HTML report of the last run: one file that needs no network.
+
+        Args:
+            path: The file to write.
+            data: Data sets or dataloaders by name, whose images are shown as thumbnails of the listed samples.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            RuntimeError: If there was no run yet.
+        """
+        from lightning_gradmetrics.report import listed_samples, write_report
+
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            if data:
+                write_thumbnails(Path(folder), data, listed_samples(folder), self.split_batch)
+            return write_report(folder, path)
+
+    def save(self, directory: Path | str) -> Path:
+        """Write what the last run found to a directory, as the command does.
+
+        It contains ``results.parquet``, ``metrics.json``, ``metrics.csv``, ``table.md``, ``table.tex`` and ``figures``.
+        ``gradmetrics compare`` and ``gradmetrics report`` read it.
+
+        Args:
+            directory: The directory; files of an earlier run are replaced.
+
+        Returns:
+            The path of the directory.
+
+        Raises:
+            RuntimeError: If there was no run yet.
+        """
+        from lightning_gradmetrics.report import write_metrics_tables, write_run
+
+        evaluation, directory = self._evaluated_run(), Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        figures = write_pictures(self.pictures(), directory)
+        write_run(directory, self.results, evaluation, self.scorer.scores, model=self._model, figures=figures)
+        write_metrics_tables(evaluation, detectors_of(self.scorer.scores), directory)
+        write_pictures(curve_pictures(self.results, evaluation), directory, pdf=True)
+        return directory
+
+    def pictures(self) -> list[Picture]:
+        """Return the pictures of the last run, drawn anew."""
+        pictures = []
+        for source in self.sources:
+            pictures += source.pictures()
+        return pictures
+
+    def tables(self) -> dict[str, pa.Table]:
+        """Return the tables behind the pictures: ``profile``, one row per data set and layer, and ``largest``, one row per sample."""
+        tables = {}
+        for source in self.sources:
+            tables.update(source.tables())
+        if self.top_k:
+            tables["largest"] = largest_of_each(self.results, self.top_k)
+        return tables
+
+    def _log(self, trainer: Trainer) -> None:
+        """Pass the pictures to the loggers; outside a fit, of results in memory, also the curves and the scores of every sample."""
+        if not trainer.loggers or self.evaluation is None:
+            return
+        pictures, step = self.pictures(), trainer.global_step
+        if trainer.state.fn != "fit" and self.output is None:
+            pictures += curve_pictures(self.results, self.evaluation, ("misclassification", "ood"))
+            names = plain_names(self.score_names)
+            log_samples(trainer.loggers, self.results, names, self.sources, self.prefix, step)
+        log_pictures(trainer.loggers, pictures, self.prefix, step)
+
+    def _evaluated_run(self) -> Evaluation:
+        if self.evaluation is None:
+            raise RuntimeError("there is no finished run yet: call trainer.test, validate or predict first, on rank 0")
+        return self.evaluation
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary, except inside a fit."""
+        is_wanted = self.print_summary and self._fitting is None and trainer.is_global_zero
+        if is_wanted and trainer.state.fn != "fit" and self.evaluation is not None and self.evaluation.metrics:
+            print(self.summary())
+
+    on_test_end = on_predict_end = on_validation_end
+
+
+def detectors_of(scores: Sequence[Score]) -> list[Score]:
+    """Return the scores that do not read the true label."""
+    return [score for score in scores if not score.needs.labels]
+
+
+def evaluate_detectors(
+    results: pa.Table,
+    scores: Sequence[Score],
+    roles: Mapping[str, str],
+    resamples: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Evaluation:
+    """Evaluate the scores that do not read the true label: the others would be judged with the answer in hand.
+
+    Args:
+        results: The per-sample table.
+        scores: All scores of the run.
+        roles: The role of each data set.
+        resamples: Bootstrap resamples for the intervals.
+        seed: The seed of the resamples.
+        progress: Called with the share of the resamples that is done.
+    """
+    detectors = detectors_of(scores)
+    if not detectors:
+        rows, notes = rows_of(results, [], roles)
+        return Evaluation([], [], [], rows.datasets, [*notes, "all scores read labels: there are no detection metrics"])
+    baselines = [score.name for score in detectors if score.recipe.family == "baseline"]
+    names = [score.name for score in detectors]
+    return evaluate(results, names, roles, baselines, resamples=resamples, seed=seed, progress=progress)
+
+
+def model_facts(module: LightningModule) -> dict[str, Any]:
+    """Return the name of a module's class and the number of its parameters."""
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return {"name": type(module).__name__, "parameters": parameters}

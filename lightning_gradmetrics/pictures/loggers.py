@@ -1,0 +1,128 @@
+"""Pictures and per-sample scores for the loggers of a Trainer, each in the form that it takes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from lightning_gradmetrics.pictures.base import Picture
+from lightning_gradmetrics.pictures.examples import ExampleGallery, displayed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["log_pictures", "log_samples"]
+
+MOST_ROWS = 10_000
+"""The rows of the results that a logger with tables gets."""
+
+
+def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: str, step: int) -> None:
+    """Pass pictures to every logger, and warn of a logger that takes none.
+
+    W&B takes images, TensorBoard images, MLflow figures as artifacts; a logger with a local folder, such as
+    ``CSVLogger``, gets PNG files in ``figures`` there.
+
+    Args:
+        loggers: The loggers.
+        pictures: The pictures.
+        prefix: The start of their names.
+        step: The global step.
+    """
+    drawn = list(pictures)
+    for logger in loggers:
+        if not all(_log_picture(logger, picture, prefix, step) for picture in drawn):
+            name = type(logger).__name__
+            warnings.warn(
+                f"{name} gets no pictures: it has no log_image, experiment.add_image, experiment.log_figure or log_dir",
+                stacklevel=2,
+            )
+
+
+def _log_picture(logger: Any, picture: Picture, prefix: str, step: int) -> bool:
+    """Log a picture, and return whether the logger takes pictures."""
+    experiment = getattr(logger, "experiment", None)
+    tag = f"{prefix}/{picture.name}"
+    if hasattr(logger, "log_image"):
+        logger.log_image(key=tag, images=[_pixels(picture.figure)], step=step)
+    elif hasattr(experiment, "add_image"):
+        experiment.add_image(tag, _pixels(picture.figure), step, dataformats="HWC")
+    elif hasattr(experiment, "log_figure") and getattr(logger, "run_id", None):
+        experiment.log_figure(logger.run_id, picture.figure, f"{tag}/{step}.png")
+    elif isinstance(getattr(logger, "log_dir", None), (str, Path)):
+        path = Path(logger.log_dir) / "figures" / f"{picture.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_png(picture.figure))
+    else:
+        return False
+    return True
+
+
+def _pixels(figure: Figure) -> NDArray[np.uint8]:
+    """``(height, width, 3)``, bytes."""
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def log_samples(
+    loggers: Sequence[Any], results: pa.Table, scores: Mapping[str, str], sources: Sequence[Any], prefix: str, step: int
+) -> None:
+    """Log the per-sample scores: histograms in TensorBoard, tables in W&B. Other loggers have no form for them.
+
+    Args:
+        loggers: The loggers.
+        results: The per-sample table.
+        scores: The name of each score in the logger, by its column.
+        sources: The picture sources; the examples in them become a table with images.
+        prefix: The start of the names.
+        step: The global step.
+    """
+    for logger in loggers:
+        experiment = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_histogram"):
+            for dataset, column, values in _columns(results, scores):
+                experiment.add_histogram(f"{prefix}/{dataset}/{scores[column]}", values, step)
+        if hasattr(logger, "log_table"):
+            shown = results.slice(0, MOST_ROWS)
+            logger.log_table(key=f"{prefix}/results", dataframe=shown.to_pandas(), step=step)
+            _log_examples(logger, sources, f"{prefix}/largest", step)
+
+
+def _columns(results: pa.Table, scores: Mapping[str, str]) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """The finite values of each score on each data set that has any."""
+    for dataset in pc.unique(results["dataset"]).to_pylist():
+        rows = results.filter(pc.equal(results["dataset"], dataset))
+        for column in scores:
+            values = rows[column].to_numpy()
+            if np.isfinite(values).any():
+                yield dataset, column, values[np.isfinite(values)]
+
+
+def _log_examples(logger: Any, sources: Sequence[Any], key: str, step: int) -> None:
+    """Log the samples with the largest scores as a W&B table with images."""
+    rows = []
+    for source in sources:
+        if isinstance(source, ExampleGallery):
+            rows += list(source.rows())
+    if rows:
+        import wandb
+
+        columns = ["dataset", "score", "value", "index", "label", "prediction", "image"]
+        data = []
+        for *numbers, image in rows:
+            data.append([*numbers, wandb.Image(displayed(image))])
+        logger.log_table(key=key, columns=columns, data=data, step=step)

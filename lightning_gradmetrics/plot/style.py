@@ -1,0 +1,67 @@
+"""What all plots share: the returned object, colours that colour-blind readers can tell apart, and new axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "Plot", "new_axes", "score_styles"]
+
+REFERENCE = "max_softmax"
+"""Drawn in black: the baseline that every paper compares with."""
+
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Okabe and Ito's colours, without black and yellow."""
+
+DASHES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a plot drew, for restyling.
+
+    Args:
+        axes: The Matplotlib axes.
+        artists: The line of each score, or the histogram of each group, by its name.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> axes = Figure().subplots()
+        >>> plot = Plot(axes, {"energy": axes.plot([0, 1], [0, 1])[0]})
+        >>> plot.artists["energy"].set_linewidth(3)
+        >>> plot.figure is axes.figure
+        True
+    """
+
+    axes: Axes
+    artists: Mapping[str, Any]
+
+    @property
+    def figure(self) -> Figure:
+        """The Matplotlib figure of the axes."""
+        return self.axes.figure  # type: ignore[return-value]
+
+
+def new_axes(axes: Axes | None) -> Axes:
+    """Return the given axes, or those of a new pyplot figure."""
+    if axes is not None:
+        return axes
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(4.8, 3.8), layout="constrained")[1]
+
+
+def score_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the colour and dashes of each score's line: no two of the first 24 are the same."""
+    styles: dict[str, dict[str, Any]] = {}
+    others = [name for name in names if name != REFERENCE]
+    for number, name in enumerate(others):
+        dashes = DASHES[(number // len(COLOURS)) % len(DASHES)]
+        styles[name] = {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes}
+    styles[REFERENCE] = {"color": "black", "linestyle": "-"}
+    return styles

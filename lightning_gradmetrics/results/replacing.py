@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all: written to a temporary name and renamed."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["replaced", "write_csv", "write_text"]
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to ``path``, and rename what was written there to ``path`` in the end.
+
+    A process that is killed leaves the old file or directory as it was. After an exception the temporary file is
+    deleted. A directory replaces a directory.
+
+    Args:
+        path: The file or directory to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary = scratch / path.name
+        yield temporary
+        _flush_to_disk(temporary)
+        if path.is_dir():
+            path.rename(scratch / f"{path.name}.old")
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Make sure that a file's bytes are on the disk before it gets its name."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file, and return its path."""
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> Path:
+    """Write rows as a CSV file, and return its path.
+
+    Args:
+        path: The file.
+        rows: One mapping per row; a missing key becomes an empty cell.
+        columns: The names of the columns; by default every key, in the order of its first appearance.
+    """
+    if columns is None:
+        keys: dict[str, None] = {}
+        for row in rows:
+            keys.update(dict.fromkeys(row))
+        columns = list(keys)
+    with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
