@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_gradmetrics.evaluation.cells import exact_counts
+from lightning_gradmetrics.evaluation.cells import exact_counts, rank_rows
 from lightning_gradmetrics.evaluation.reading import as_table
 from lightning_gradmetrics.evaluation.tasks import DetectionTask, rows_of, tasks_of
-from lightning_gradmetrics.meters.functional.counts import Counts, sort_with_codes
+from lightning_gradmetrics.meters.functional.counts import Counts
 from lightning_gradmetrics.meters.functional.curves import roc_of_counts
 from lightning_gradmetrics.meters.functional.ranking import auroc_of_counts
 from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, risk_coverage_curve_of_counts
@@ -155,7 +155,7 @@ def _counts(
     chosen = _chosen(tasks, dataset, task)
     counts = {}
     for name in names:
-        counts[name] = exact_counts(sort_with_codes(rows.scores[name], rows.codes), chosen)
+        counts[name] = exact_counts(rank_rows(rows, name), chosen)
     return chosen, counts
 
 
