@@ -49,7 +49,7 @@ def test_a_label_that_is_no_class_is_refused(case: str, value: int) -> None:
 
 @pytest.mark.parametrize("targets", [torch.zeros(3).long(), torch.zeros(4, 1).long(), torch.zeros(4)])
 def test_labels_of_another_shape_or_kind_are_refused(targets: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"needs true labels \(4,\), whole numbers"):
+    with pytest.raises(ValueError, match=r"needs true labels \(4,\), integers"):
         lgm.score(cnn(), images(4), "el2n", targets)
 
 
