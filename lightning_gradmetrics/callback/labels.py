@@ -18,6 +18,7 @@ from lightning_gradmetrics.classifier.batches import (
 )
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.labels import class_numbers, described
+from lightning_gradmetrics.classifier.notices import first_time
 
 __all__ = ["BatchReader", "ReadBatch", "SplitBatch"]
 
@@ -54,7 +55,6 @@ class BatchReader:
     def __init__(self, split: SplitBatch, warn: Callable[[str], None]) -> None:
         self.split = split
         self.warn = warn
-        self._warned: set[str] = set()
 
     def read(self, batch: Any) -> ReadBatch:
         """The batch before the step.
@@ -102,9 +102,8 @@ class BatchReader:
             return None
 
     def warn_once(self, key: str, text: str) -> None:
-        """Warn of a data set, but not a second time."""
-        if key not in self._warned:
-            self._warned.add(key)
+        """Warn once for each key."""
+        if first_time(self, key):
             self.warn(text)
 
 

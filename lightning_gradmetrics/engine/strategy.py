@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.notices import first_time
 from lightning_gradmetrics.engine.agreement import agree
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
@@ -107,17 +107,12 @@ def _channels_last_pays(task: Task) -> bool:
     return False
 
 
-_WARNED: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-
 def warn_slow(task: Task, strategy: Strategy) -> None:
-    """Name the parameters without a fast rule, once per model."""
-    warned = _WARNED.setdefault(task.model, set())
+    """Warn about the parameters without a fast rule, once per model and parameter."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in strategy.slow.items():
-        if name not in warned:
+        if first_time(task.model, ("slow", name)):
             by_reason.setdefault(reason, []).append(name)
-    warned.update(strategy.slow)
     if by_reason:
         rows = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
         way = "by torch.func.vmap, checked against autograd on a probe" if strategy.mapped else "one sample at a time"

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_gradmetrics.engine.axes import axis_between
 from lightning_gradmetrics.engine.calls import OpeningMode, tensors_in
+from lightning_gradmetrics.gradients.precision import at_least_float32
 
 __all__ = ["HOST_READS", "CallTrace", "HostRead", "TensorState", "TracedCall", "host_value"]
 
@@ -195,7 +196,10 @@ def _marked(tensor: Tensor, shape: tuple[int, ...], other: tuple[int, ...]) -> T
     if axis is None or tensor.layout != torch.strided or tensor.is_quantized or not tensor.numel():
         return None
     rows = tensor.detach().movedim(axis.dim, 0).reshape(shape[axis.dim], -1)
-    if not rows.is_floating_point() or rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.abs() if rows.is_complex() else rows.float()
+    if rows.is_complex():
+        rows = rows.abs()
+    elif not rows.is_floating_point():
+        rows = rows.float()
+    rows = at_least_float32(rows)
     weights = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device).sin_().add_(2)
     return rows.nan_to_num(1e3, 2e3, -2e3) @ weights

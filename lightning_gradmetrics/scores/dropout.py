@@ -15,7 +15,7 @@ from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.notices import warn_once
+from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["MeanPrediction", "mc_dropout"]

@@ -20,7 +20,7 @@ from lightning_gradmetrics.scores.detectors import (
 from lightning_gradmetrics.scoring.arguments import Count
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.notices import warn_once
+from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.scoring.registry import register, register_fitted
 from lightning_gradmetrics.scoring.totals import Tensors
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.compat.gradient_metrics.listener import HEARD, Listener
 from lightning_gradmetrics.compat.gradient_metrics.ownership import mark_outputs
 from lightning_gradmetrics.compat.gradient_metrics.planning import ModulePlan, plan_module, samples_in
@@ -56,7 +56,6 @@ class Watch:
     def __init__(self, modules: Sequence[nn.Module], parameters: Mapping[int, Tensor]) -> None:
         self.parameters = dict(parameters)
         self.why_unseen = ""
-        self._told: set[str] = set()
         self._handles: list[Any] = []
         inside: set[nn.Module] = set()
         for module in modules:
@@ -120,12 +119,10 @@ class Watch:
 
     def tell(self, reason: str) -> None:
         """Warn once per reason that each loss takes one backward pass."""
-        if reason not in self._told:
-            self._told.add(reason)
-            warnings.warn(
-                f"gradient metrics take one backward pass per loss here, which is slow: {reason}. The values are the same",
-                stacklevel=4,
-            )
+        text = (
+            f"gradient metrics take one backward pass per loss here, which is slow: {reason}. The values are the same"
+        )
+        warn_once(self, text, stacklevel=4)
 
 
 def _can_listen() -> bool:
