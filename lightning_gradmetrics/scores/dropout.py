@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of, preserved
+from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["MeanPrediction", "mc_dropout"]

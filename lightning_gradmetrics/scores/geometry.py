@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.gradients import cosine_map_summaries
 from lightning_gradmetrics.gradients.cosine_maps import cosine_similarity_maps
 from lightning_gradmetrics.scores.detectors import (
@@ -20,7 +21,6 @@ from lightning_gradmetrics.scores.detectors import (
 from lightning_gradmetrics.scoring.arguments import Count
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.scoring.registry import register, register_fitted
 from lightning_gradmetrics.scoring.totals import Tensors
 
