@@ -29,7 +29,7 @@ REMEDY = "pass split_batch=, a callable from the batch to (inputs, labels or Non
 
 
 class LabelsNotUnderstoodError(ValueError):
-    """The batch may contain labels, but it is not certain which entry they are, or what they mean."""
+    """The batch may contain labels, but their position or their meaning is not certain."""
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
@@ -40,7 +40,7 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
     ``targets`` or ``y``, and the remaining entries are the inputs: keyword arguments, or a tensor if one remains.
 
     Args:
-        batch: What the dataloader returned.
+        batch: A batch of the dataloader.
 
     Returns:
         The inputs, and the labels ``(N,)``, or ``None`` where the batch has none that are certain.
@@ -152,7 +152,7 @@ class BatchCopy:
     """A copy of a batch before the step: of its containers, and of the tensors that may be labels.
 
     Args:
-        batch: What the dataloader returned.
+        batch: A batch of the dataloader.
 
     Example:
         >>> import torch
@@ -214,7 +214,7 @@ def _is_view(received: Tensor, given: Tensor) -> bool:
 
 
 def _items(entry: Any) -> list[Any]:
-    """Return the entries of a dict or list; of anything else, no entries."""
+    """Return the entries of a dict or list; an empty list for any other value."""
     if isinstance(entry, dict):
         return list(entry.values())
     return entry if isinstance(entry, list) else []
@@ -294,7 +294,7 @@ def _labels_before(entries: list[Any], inputs: list[int], search: _Search, where
         if position not in inputs and is_like_labels(_value(entry)):
             raise LabelsNotUnderstoodError(f"in {where} integers come before the inputs, and nothing follows them")
     if len(entries) > 1 and class_numbers(_value(entries[-1]), search.size, search.classes) is not None:
-        raise LabelsNotUnderstoodError(f"the model received the last entry of {where}, so it may not hold the labels")
+        raise LabelsNotUnderstoodError(f"the model received the last entry of {where}, so it may not be the labels")
     inner = _containers(entries, inputs)
     return _labels(entries[inner[0]], search, where) if len(inner) == 1 else None
 

@@ -102,7 +102,7 @@ def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> s
     Args:
         model: The model.
         calls: The calls of its layers in one forward pass.
-        logits: What the forward pass returned ``(N, C)``.
+        logits: The logits of the forward pass ``(N, C)``.
 
     Raises:
         HeadNotFoundError: If there is no such layer, or more than one.
@@ -201,7 +201,7 @@ def _is_affine(model: nn.Module, call: LayerCall) -> bool:
 
 
 def _not_found(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> str:
-    """Return why no layer was found, and what to do: a layer is proposed only if its output becomes the logits."""
+    """Return why no layer was found and how to proceed; a layer is proposed only if its output becomes the logits."""
     start = f"the head of {type(model).__name__} could not be found: "
     hidden, columns, everywhere = None, None, None
     classes, linear = logits.shape[1], linear_layers(model)

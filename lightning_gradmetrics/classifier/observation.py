@@ -224,7 +224,7 @@ def redirected(model: nn.Module, module: nn.Module) -> Iterator[None]:
 
 
 def joined_inputs(parts: Sequence[Inputs], rows: Sequence[int]) -> Inputs | None:
-    """Return the inputs of several calls as those of one; ``None`` if they cannot be joined along the first axis.
+    """Concatenate the inputs of several calls along the first axis; return ``None`` if that is impossible.
 
     Args:
         parts: The inputs of each call.

@@ -73,7 +73,7 @@ def _check_scores(arguments: Sequence[str]) -> None:
 def own_factories(arguments: Sequence[str]) -> list[str]:
     """Return the command line with ``data=custom`` or ``model=custom`` added if their ``_target_`` is given.
 
-    The option ``custom`` is empty, so the user's factory gets exactly the arguments that are given with it, and not
+    The option ``custom`` is empty, so the user's factory receives only its own arguments, not
     those of the default factory.
 
     Args:

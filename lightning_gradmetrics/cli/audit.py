@@ -18,7 +18,7 @@ def planted_statements(results: pa.Table, scores: Sequence[str], planted: Mappin
 
     Args:
         results: The per-sample results.
-        scores: The scores to look for planted labels with.
+        scores: The scores whose largest samples are searched for planted labels.
         planted: The indices of the planted labels, by data set.
     """
     statements = []

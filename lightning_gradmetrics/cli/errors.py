@@ -19,7 +19,7 @@ class UsageError(ValueError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return a sentence on an unknown name, with the nearest known ones or else all.
+    """Return a sentence on an unknown name, with the nearest known names, or with all of them.
 
     Example:
         >>> unknown_name("score", "gradnrom", ["gradnorm", "energy"])
@@ -32,7 +32,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says in one line, without the words that Hydra adds."""
+    """Return an error's message in one line, without the words that Hydra adds."""
     error = _cause(error)
     name = type(error).__name__
     if name == "MissingConfigException":

@@ -37,7 +37,7 @@ def build_scores(nodes: DictConfig | None) -> tuple[Score, ...]:
 
 
 def build_data(node: DictConfig) -> EvaluationData:
-    """Return what ``data._target_`` makes.
+    """Return the data that ``data._target_`` makes.
 
     Args:
         node: ``_target_``, a function or class, and its arguments. It returns an
@@ -54,7 +54,7 @@ def build_data(node: DictConfig) -> EvaluationData:
 
 
 def build_model(node: DictConfig, data: EvaluationData) -> LightningModule:
-    """Return what ``model._target_`` makes, as a module that a ``Trainer`` can test.
+    """Return the model that ``model._target_`` makes, as a module that a ``Trainer`` can test.
 
     Args:
         node: ``_target_``, a function or class, and its arguments. It returns an ``nn.Module`` from inputs to logits

@@ -26,7 +26,7 @@ def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
         label: The text before the bar.
 
     Returns:
-        A function that takes the share that is done, from 0 to 1.
+        A function of the completed share, from 0 to 1.
     """
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(label, total=1.0)

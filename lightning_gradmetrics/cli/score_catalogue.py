@@ -1,4 +1,4 @@
-"""What every registered score is, needs and costs: for ``gradmetrics scores``, and for the page in the documentation.
+"""Describes every registered score, its needs and its cost, for ``gradmetrics scores`` and the documentation.
 
 ``python -m lightning_gradmetrics.cli.score_catalogue`` writes ``docs/scores.md`` and the stub ``scores/__init__.pyi``.
 """

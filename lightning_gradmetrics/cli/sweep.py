@@ -1,4 +1,4 @@
-"""What happens at the end of a sweep."""
+"""Compares the runs at the end of a sweep."""
 
 from __future__ import annotations
 

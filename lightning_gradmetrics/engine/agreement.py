@@ -11,7 +11,7 @@ __all__ = ["agree"]
 
 
 def agree(moments: Moments, gradient: Tensor, scale: float, tolerance: float | None = None) -> bool:
-    """Return whether moments ``(N,)`` are those of a gradient up to rounding.
+    """Return whether moments ``(N,)`` belong to a gradient, up to rounding.
 
     Args:
         moments: The moments, of ``N`` samples.

@@ -17,7 +17,7 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in a nest of tuples, lists and mappings, in order; a repeated tensor is repeated."""
+    """Yield every tensor in a nest of tuples, lists and mappings, in order and with repeats."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

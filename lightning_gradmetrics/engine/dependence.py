@@ -15,7 +15,7 @@ from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
 __all__ = ["DependenceTrace", "Operation", "choice_by_data", "reads_activations"]
 
 SAMPLES, WEIGHTS = 1, 2
-"""What a tensor may depend on, as bits: the samples or random numbers, and the parameters."""
+"""Bits for the dependences of a tensor: on samples or random numbers, and on parameters."""
 
 _INDEXING = frozenset(["index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put", "_index_put_impl_"])
 _ORDERING = ("sort", "argsort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode", "cummax", "cummin")

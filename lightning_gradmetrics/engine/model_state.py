@@ -53,7 +53,7 @@ class ForwardState:
 
     def restore(self) -> None:
         """Set generators, attributes and buffers to this state."""
-        torch.clear_autocast_cache()  # weights that an earlier pass has cast are cast again
+        torch.clear_autocast_cache()  # autocast must cast the weights again
         self.restore_attributes()
         self._generators.restore()
 
@@ -69,7 +69,7 @@ class ForwardState:
                 container.extend(entries) if isinstance(container, list) else container.update(entries)
         for buffer, version, value in self._buffers:
             if version >= 0 and buffer._version != version:
-                buffer.data.copy_(value)  # without a new version: a graph may hold the buffer
+                buffer.data.copy_(value)  # without a new version, because a graph may contain the buffer
 
 
 @contextmanager

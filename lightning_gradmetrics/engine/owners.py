@@ -1,8 +1,7 @@
 """Finds the sample that each row of a call belongs to, from two backward passes instead of a plan.
 
-The first backward pass weights the losses with a number per sample. Each row of an output's gradient comes back multiplied
-by the number of the sample it belongs to: the ratio of a row's two gradients names its owner, whatever order the model
-has put its rows in.
+The first backward pass weights the losses with a number per sample. Each row of an output's gradient arrives multiplied by
+its sample's number. The ratio of a row's two gradients therefore identifies its owner, in any order of rows.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class OwnershipPass(Tracer):
         return self._with_parameters(func, sources, args, kwargs)
 
     def _note_constants(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Record results of constant arguments as constants; a constant that is written to is not constant any more."""
+        """Record results of constant arguments as constants; a constant that is written to loses this status."""
         if self._constants.issuperset(map(id, tensors_in((args, kwargs)))):
             for tensor in tensors_in(result):
                 self._constants.add(id(tensor))
@@ -126,7 +125,7 @@ class OwnershipPass(Tracer):
         values = bind(found, args, kwargs) if found else None
         fits = found is not None and values is not None and self._suits(found, values)
         others = set(map(id, tensors_in((args, kwargs)))) - self._tracked.keys()
-        # A constant as long as the batch, such as a first hidden state of zeros, has one row per sample all the same.
+        # A constant as long as the batch, such as a first hidden state of zeros, also has one row per sample.
         shared = not fits or self.size not in (values or {})["input"].shape
         if shared and others <= self._constants:
             return self._derived_result(func, sources, args, kwargs)

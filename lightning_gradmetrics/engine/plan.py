@@ -28,7 +28,7 @@ class PlanError(Exception):
     """The model did not do what the plan expects, or a step failed.
 
     Args:
-        message: What went wrong.
+        message: The reason.
         step: The number of the step that failed, if it is one.
         names: The parameters that the failed step concerns, where it has no number.
     """
@@ -73,7 +73,7 @@ class Plan:
         uncovered: Parameters that no step can handle, and why.
         roots: The parameters behind each source.
         reads: The values that Python reads from tensors, in order; ``None`` if they are not compared.
-        undecided: Whether the layout of an axis with several positions per sample could not be read off.
+        undecided: Whether the layout of an axis with several positions per sample is unknown.
     """
 
     steps: tuple[Step, ...]
@@ -107,7 +107,7 @@ def _broadcasting() -> frozenset[str]:
 
 
 BROADCAST = _broadcasting()
-"""Functions that broadcast their tensor arguments, and nothing else."""
+"""Functions that only broadcast their tensor arguments."""
 
 
 def make_plan(two: CallTrace, three: CallTrace, loss: Tensor | None, changes: Changes = ()) -> Plan:
@@ -265,7 +265,7 @@ def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], b
 
 
 def _laid_out(step: Step, minors: Sequence[bool | None], default: bool) -> Step:
-    """Return the step with the layout of each axis; those that are not known have the default one."""
+    """Return the step with the layout of each axis; unknown layouts are replaced by the default."""
     axes = []
     for axis, minor in zip((*step.inputs, step.output), minors, strict=True):
         if axis is None or axis.times == 1:

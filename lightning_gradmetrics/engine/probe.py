@@ -95,7 +95,7 @@ def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
 
 
 def _has_one_position(two: Sequence[int], three: Sequence[int]) -> bool:
-    """Return whether a tensor has no sample axis, or one of the length of the batch."""
+    """Return whether a tensor has no sample axis, or a sample axis as long as the batch."""
     lengths = []
     for short, long in zip(two, three, strict=False):
         if short != long:
@@ -136,7 +136,7 @@ def _require_gradients(task: Task) -> None:
 
 
 def _three_samples(task: Task) -> Task:
-    """Three samples, if possible without NaN or Inf in their inputs; repeated ones are perturbed."""
+    """Return three samples, if possible without NaN or Inf; repeated samples are perturbed."""
     finite = torch.ones(task.size, dtype=torch.bool)
     for tensor, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True):
         if flag and tensor.is_floating_point():
@@ -192,7 +192,7 @@ class _Runs:
     state: ForwardState
 
     def run(self, task: Task, only: Collection[int] | None) -> tuple[CallTrace | None, Tensor | None]:
-        """Return the trace of a run, ``None`` if its calls are not those of the large trace; and its logits."""
+        """Return the trace of a run, or ``None`` if its calls differ from the large trace, and its logits."""
         self.state.restore()
         trace = CallTrace(task.parameters, self.small.calls, only, keep=False)
         try:

@@ -17,7 +17,7 @@ def coupled_model(where: str) -> CoupledSamplesError:
     """Return the error for a model that couples the samples.
 
     Args:
-        where: What couples them, as a noun phrase.
+        where: The part that couples them, as a noun phrase.
     """
     return CoupledSamplesError(
         f"the samples of a batch depend on each other: {where} couples them, so per-sample gradients are not defined. "

@@ -80,7 +80,7 @@ def check_rows(task: Task) -> None:
 
 
 def _by_runs(task: Task, flags: Sequence[bool], ambiguous: Sequence[int]) -> list[bool]:
-    """Return the reading with which parts of the batch have the same logits as in the whole; else the only one that runs."""
+    """Return the reading that gives parts of the batch the same logits as the whole batch, or the only reading that runs."""
     everything = _logits(replace(task, per_sample=tuple(flags)))
     runnable = []
     for choice in _choices(len(ambiguous)):

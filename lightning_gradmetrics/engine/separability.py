@@ -76,7 +76,7 @@ def keeps_samples_apart(
     Args:
         two: The operations with two samples.
         three: The operations with three samples.
-        inputs: The serial numbers of the tensors that hold the samples, in ``three``.
+        inputs: The serial numbers of the tensors with samples, in ``three``.
         logits: The serial number of the logits, in ``three``.
     """
     layouts: dict[int, Layout] = dict.fromkeys(inputs, Layout(0))
@@ -262,7 +262,7 @@ def _stacked(step: _Step) -> Layout:
 
 
 def _strided_rows(step: _Step) -> Layout:
-    """Return the same shape with strides that keep each sample in one piece."""
+    """As strided: the shape stays, and the strides keep each sample in one piece."""
     arguments, shape = step.operation.arguments, step.shape
     in_one_piece = arguments["stride"][0] == math.prod(shape[1:]) and not arguments.get("storage_offset")
     if step.first != Layout(0) or list(arguments["size"]) != list(shape) or not in_one_piece:

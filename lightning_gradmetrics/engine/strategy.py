@@ -40,10 +40,10 @@ class Strategy:
     """How a model is handled.
 
     Args:
-        plan: What to do at each call; ``None`` recovers the owners of rows in every batch.
+        plan: The plan; ``None`` recovers the owners of rows in every batch.
         fast: The parameters that the plan or the owners handle, verified on the probe.
         slow: The other parameters, with reasons.
-        mapped: Whether the others can be mapped over the samples, verified on the probe; else one sample at a time.
+        mapped: Whether the slow parameters can be mapped over the samples, verified on the probe.
         alone: How many samples of each batch are also run alone.
         bytes: Approximate memory of a sample's activations, to split batches by.
         shapes: The shapes of the inputs that it was planned for.
@@ -139,7 +139,7 @@ def collect_fast(
     Args:
         table: The table to fill.
         task: The batch, restricted to the parameters to collect for.
-        plan: What to do at each call; ``None`` recovers the owners of rows.
+        plan: The plan; ``None`` recovers the owners of rows.
         checks: Gets the logits before any gradient is computed.
         notes: Filled in a run that verifies a plan.
         free: Whether axes may have a different number of positions per sample than planned.
@@ -182,7 +182,7 @@ def _known_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
 
 
 def _verified(task: Task) -> Strategy:
-    """Plan on a probe, and compare every parameter's moments on it with those of autograd.
+    """Plan on a probe, and compare every parameter's moments with autograd's.
 
     If the plan leaves parameters to slower ways, recovered owners are tried too.
     """
@@ -273,7 +273,7 @@ def _gradients(probe: Probe, names: Collection[str]) -> Iterator[tuple[int, int,
 def _disagreements(
     probe: Probe, table: MomentTable, scales: Mapping[str, float], names: Collection[str]
 ) -> dict[str, str]:
-    """Return the parameters whose moments are not those of autograd's gradients."""
+    """Return the parameters whose moments disagree with autograd's gradients."""
     wrong: dict[str, str] = {}
     for objective, number, _, gradients in _gradients(probe, names):
         while gradients:

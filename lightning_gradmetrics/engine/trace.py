@@ -34,7 +34,7 @@ HOST_READS = frozenset(
         "allclose",
     ]
 )
-"""Names of functions that hand values of a tensor to Python, where the model may branch on them."""
+"""Names of functions that return values of a tensor to Python, where the model may branch on them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TracedCall:
         outputs: The tensors that it returned.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        result: What it returned.
+        result: The returned value.
         differentiable: Whether a gradient flows through it.
         marks: For each tensor argument and then each output, one number for each position on its sample axis that changes
             with the values there; ``None`` without a sample axis, or where no guide was given.
@@ -84,7 +84,7 @@ class CallTrace(OpeningMode):
     """Traces the calls made while it is active; for composite functions, the calls inside.
 
     Args:
-        parameters: The parameters to know by name.
+        parameters: The parameters by name.
         guide: A trace with a different number of samples, which shows the sample axes; calls are marked if it is given.
         only: The numbers of the calls to mark; ``None`` marks all.
         keep: Whether to keep arguments and results.
@@ -117,7 +117,7 @@ class CallTrace(OpeningMode):
         return TensorState(self._serials[id(tensor)], tuple(tensor.shape), tensor.requires_grad)
 
     def bytes(self) -> int:
-        """Return the size of everything that was computed: at least what the forward pass keeps."""
+        """Return the size of all computed tensors, an upper bound of the memory that the forward pass keeps."""
         sizes: dict[int, int] = {}
         for call in self.calls:
             for tensor in tensors_in(call.result):

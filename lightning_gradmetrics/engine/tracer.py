@@ -31,7 +31,7 @@ class Probe:
 
     Args:
         scales: For each parameter, the size of the terms that its gradient is a sum of.
-        failures: Parameters whose rules raised an error, and what it was.
+        failures: Parameters whose rules raised an error, with the error.
     """
 
     scales: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
@@ -76,7 +76,7 @@ class Tracer(OpeningMode):
     pass.
 
     Args:
-        plan: What to do at each call.
+        plan: The plan of the calls.
         parameters: The chosen parameters by name.
         size: The number of samples.
         sink: Called once per parameter and backward pass, as soon as the gradient of its last use arrives.
@@ -157,7 +157,7 @@ class Tracer(OpeningMode):
         """Return the step of a call in the backward pass.
 
         A reentrant checkpoint ran its calls without gradients in the forward pass, and their uses are collected now.
-        Other checkpoints only compute again what they did not store.
+        Other checkpoints only recompute results that they did not store.
         """
         fits = [step for step in self._delayed if step.function == function and step.sources == sources]
         self._collecting = bool(fits)
@@ -268,7 +268,7 @@ class Tracer(OpeningMode):
         return _Copies.apply(self._cut(tensor), self.anchor, self.size, partial(self._copy_gradient, source))  # type: ignore
 
     def _broadcast(self, step: Step, args: Any, kwargs: Any) -> Any:
-        """Run with a copy for each sample, its axes aligned to those of the output."""
+        """Run with a copy for each sample, aligned to the axes of the output."""
         assert step.output is not None
         axis, function = step.output, step.function
         ndims = [t.ndim for t in tensors_in((args, kwargs))]

@@ -210,7 +210,7 @@ class EmbeddingUse:
 class DerivedUse:
     """A use of a tensor that was computed from the parameter alone, pulled back through that computation.
 
-    If the computation only changes the order of the parameter's entries, the moments are those of the use.
+    If the computation only changes the order of the parameter's entries, the moments of the use are returned.
 
     Args:
         use: The use of the derived tensor.

@@ -3,7 +3,7 @@
 An objective maps logits ``(N, C)`` to one loss per sample, ``(N,)``. It never averages over the batch: a mean would put a
 hidden ``1/N`` on every gradient.
 
-No objective computes ``1 - p``. That difference has no digits left where the softmax rounds to 1, which in float32 begins
+No objective computes ``1 - p``. The difference loses all digits where the softmax rounds to 1, which in float32 begins
 at a logit gap of 15. The cross-entropy to a class ``c`` is computed as ``softplus(logsumexp of the other logits - z_c)``.
 """
 
@@ -216,7 +216,7 @@ class Objective:
 
 
 def _precise(function: Callable[..., Tensor], logits: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Return a user's losses on float64 logits; if the function holds tensors of a narrower type, on logits of that type."""
+    """Return a user's losses on float64 logits; on logits of a narrower type if the function contains tensors of that type."""
     try:
         return function(logits.to(accumulator(logits)), **arguments)
     except RuntimeError:

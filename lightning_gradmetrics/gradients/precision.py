@@ -1,4 +1,4 @@
-"""Floating types: what gradients are computed in, and what their moments are added up in."""
+"""Floating types of gradients, of their moments and of results."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def _tf32() -> bool:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Inside the block, CUDA devices compute float32 products with all digits, whatever torch is set to do.
+    """Compute float32 products on CUDA devices with all digits inside the block, whatever torch's settings are.
 
-    torch computes float32 convolutions as TF32 by default. Two right ways to one gradient then differ in the third digit,
-    and a comparison of them would prove little.
+    torch computes float32 convolutions as TF32 by default. Two correct computations of one gradient then differ in
+    the third digit, so a comparison would prove little.
     """
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

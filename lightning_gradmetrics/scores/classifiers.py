@@ -185,7 +185,7 @@ def regularised_logistic(features: Tensor, target: Tensor, seed: int = 0) -> dic
 
 
 def _parts(x: Any, y: Any, seed: int) -> Iterator[tuple[Any, Any]]:
-    """The rows to fit on and the held-out rows of each part."""
+    """Yield the rows to fit on and the held-out rows of each part."""
     from sklearn.model_selection import StratifiedKFold
 
     splits = min(SPLITS, int(y.sum()), int((1 - y).sum()))

@@ -87,7 +87,7 @@ CLASSIFIERS = {
         "both kinds of data, with roles, as in datasets={'mine': 'id', 'other': 'far'}, or ood= without a Trainer",
     ),
 }
-"""The detectors that learn two classes: the names of the classes, and what to give if one is missing."""
+"""The detectors that learn two classes: the names of the classes, and the advice if one is missing."""
 
 
 @register_fitted("gradient", "this package; after Oberdiek et al. 2018, arXiv:1805.08440")

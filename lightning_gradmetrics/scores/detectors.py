@@ -86,7 +86,7 @@ def mahalanobis(x: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def lof_state(rows: Tensor, neighbours: int) -> dict[str, Tensor]:
-    """Return what the local outlier factor needs to know of the rows that it is fitted on.
+    """Return the tensors that the local outlier factor needs from the rows of its fit.
 
     Args:
         rows: ``(M, D)``.

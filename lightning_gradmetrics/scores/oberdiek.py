@@ -98,6 +98,6 @@ def _check_errors(errors: int, count: int) -> None:
     if errors in (0, count):
         kind = "no error" if not errors else "only errors"
         raise ValueError(
-            f"the model makes {kind} on the {count} samples to fit 'oberdiek' on, and it learns to tell errors from "
-            "the rest: give labelled data that the model was not trained on, or more of it"
+            f"the model makes {kind} on the {count} samples to fit 'oberdiek' on, but it learns to separate errors from "
+            "correct predictions: give labelled data that the model was not trained on, or more of it"
         )

@@ -31,7 +31,7 @@ class Part:
     """The evidence of a batch.
 
     Args:
-        evidence: What the scores read.
+        evidence: The evidence of its samples.
         keys: A number per row, computed from its input: ``(n,)``.
         finite: Whether a row may enter a fit: ``(n,)``, bool.
     """
@@ -149,7 +149,7 @@ def held_out_scores(
 
 
 def _seen_by(column: HeldOutColumn, fold: int, cells: Mapping[tuple[str, int], Fitting]) -> list[Any]:
-    """Return the totals that the column's fit for one fold may use: those of the other folds and of the allowed sets."""
+    """Return the totals that the column's fit for one fold may use: of the other folds and the allowed sets."""
     seen = []
     for (name, fold_of_cell), fitting in cells.items():
         if fold_of_cell != fold and name != column.without:

@@ -1,4 +1,4 @@
-"""The dry run: which evidence a score asks for, found by calling it on two synthetic samples."""
+"""The dry run: a call on two synthetic samples shows which evidence a score needs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Needs:
 
 
 class _RecordedGradient(ParameterGradients):
-    """A made-up gradient that records which moments a score asks for."""
+    """A synthetic gradient that records the requested moments."""
 
     def __init__(self, moments: set[Moment], shape: tuple[int, ...]) -> None:
         self.moments, self.shape = moments, shape

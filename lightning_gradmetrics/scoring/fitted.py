@@ -92,7 +92,7 @@ class FittedScore(Score):
         super().__init__(name or recipe.name_of(arguments), recipe, arguments)
 
     def measure(self, evidence: Evidence) -> Tensors:
-        """Return what the score reads, ``{name: (N, ...)}``: the same when it is fitted and when it scores."""
+        """Return the values that the score reads, ``{name: (N, ...)}``: the same when it is fitted and when it scores."""
         raise NotImplementedError(_lacking(type(self), "measure"))
 
     def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:

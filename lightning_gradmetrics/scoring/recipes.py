@@ -84,7 +84,7 @@ class Score:
 
     @property
     def needs(self) -> Needs:
-        """The evidence that it asks for when it scores."""
+        """The evidence that the score needs."""
         return needs_of([self])
 
     def named(self: S, name: str) -> S:

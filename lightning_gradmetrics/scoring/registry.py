@@ -171,7 +171,7 @@ def _check_family(family: str) -> None:
 
 
 def add_recipe(recipe: Recipe) -> None:
-    """Add a recipe; a module that is reloaded, or a notebook cell that runs again, replaces its own."""
+    """Add a recipe; a module that is reloaded, or a notebook cell that runs again, replaces its earlier recipe."""
     importlib.import_module(BUILT_IN)
     other = RECIPES.get(recipe.name)
     if other is not None and other.method.__module__ != recipe.method.__module__:

@@ -283,7 +283,7 @@ def _gradients(
 
 @dataclass
 class _Witness:
-    """Returns the logits in the model's output, and keeps those of the whole batch for comparison."""
+    """Returns the logits in the model's output, and keeps the logits of the whole batch for comparison."""
 
     expected: Tensor
     logits_fn: Callable[[Any], Tensor]

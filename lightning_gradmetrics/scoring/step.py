@@ -203,7 +203,7 @@ class StepObserver:
         )
 
     def _name_by_forward(self, given: Inputs) -> str | None:
-        """Return the layer whose output ``forward`` returns for the batch, or ``None`` if that does not tell."""
+        """Return the layer whose output ``forward`` returns for the batch, or ``None`` if that does not identify one."""
         try:
             seen = self._run(given)
             assert seen.called is not None
@@ -221,8 +221,8 @@ class StepObserver:
                 "part of the model that the step calls"
             )
         warnings.warn(
-            f"no call of {kind} was observed in the step, perhaps because it is compiled: the scores are those of its "
-            "forward for the inputs in the batch",
+            f"no call of {kind} was observed in the step, perhaps because it is compiled: the scores come from its "
+            "forward with the inputs in the batch",
             stacklevel=2,
         )
         return self._run(given)

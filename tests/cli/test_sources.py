@@ -94,7 +94,7 @@ def test_a_lightning_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(loaded.layer.weight, model.layer.weight) and not loaded.training
     for arguments, words in (
         (("nowhere.Net", "x"), "cannot be imported"),
-        (("torch.nn.Linear", "x"), "is no LightningModule"),
+        (("torch.nn.Linear", "x"), "is not a LightningModule"),
     ):
         with pytest.raises(ValueError, match=words):
             lightning_model(*arguments)

@@ -41,7 +41,7 @@ def npz_data(
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If an array is missing, has another length, or holds bytes.
+        ValueError: If an array is missing, has a different length, or contains bytes.
     """
     groups = role_groups(id, near, far, other)
     fits = named(fit)
@@ -77,6 +77,6 @@ def _input_tensor(array: NDArray[np.generic], path: str) -> Tensor:
     if array.dtype.kind in "iu" and array.dtype != np.uint8:
         return torch.from_numpy(array.astype(np.int64))
     raise ValueError(
-        f"the inputs in {path!r} are {array.dtype}; save what the model takes: floats, as in x.astype('float32') / 255, or "
+        f"the inputs in {path!r} are {array.dtype}; save values that the model accepts: floats, as in x.astype('float32') / 255, or "
         "whole numbers of 16 bits or more"
     )

@@ -1,4 +1,4 @@
-"""Whatever a data factory returns, as the data of a run."""
+"""Converts the return value of a data factory to the data of a run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def evaluation_data(made: Any, source: str) -> EvaluationData:
     Args:
         made: An :class:`EvaluationData`; a ``LightningDataModule``; or a mapping from role to a data set, or from role to
             ``{name: data set}``, with the optional keys ``train`` and ``fit``.
-        source: The name of the factory, for errors.
+        source: The name of the factory, for error messages.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is of another type.
         ValueError: If there is no in-distribution data, or a name appears twice.
 
     Example:

@@ -1,4 +1,4 @@
-"""Named members of groups, as data configurations give them: a single member, or a mapping from name to member."""
+"""Named members of groups in data configurations: a single member, or a mapping from name to member."""
 
 from __future__ import annotations
 

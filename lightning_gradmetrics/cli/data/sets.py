@@ -40,7 +40,7 @@ class EvaluationData:
         return _loaders(self.sets, batch_size, num_workers)
 
     def fit_loaders(self, batch_size: int, num_workers: int = 0) -> tuple[dict[str, DataLoader[Any]], dict[str, str]]:
-        """Return dataloaders of the data that scores are fitted on, or else of the training data, and their roles.
+        """Return dataloaders of the data that scores are fitted on, or otherwise of the training data, and their roles.
 
         Raises:
             ValueError: If there is neither.

@@ -27,7 +27,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     Args:
         dataset: Returns ``(image, label)``.
         transform: Turns an image into a tensor.
-        labelled: Whether the labels are classes of the model; else every label is -1, unknown.
+        labelled: Whether the labels are classes of the model; otherwise every label is -1 (unknown).
     """
 
     def __init__(self, dataset: Dataset[Any], transform: Callable[[Image.Image], Tensor], labelled: bool) -> None:

@@ -58,7 +58,7 @@ def digits_cnn(
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> Classifier:
-    """Return the network with weights for ``data.train``: those of the package, of an earlier run, or newly trained.
+    """Return the network with weights for ``data.train``: from the package, from an earlier run, or newly trained.
 
     Weights belong to one fingerprint of the settings and the training data. With the default settings they come with
     the package, so that the results do not depend on the CPU that trains.
@@ -96,7 +96,7 @@ def digits_cnn(
 
 
 def _load(module: nn.Module, path: Path, fingerprint: str) -> bool:
-    """Load the weights of a file if it has those of the fingerprint; a damaged file is reported and not used."""
+    """Load the weights of a file if their fingerprint matches; a damaged file is reported and not used."""
     if not path.is_file():
         return False
     try:

@@ -70,7 +70,7 @@ def lightning_model(class_path: str, checkpoint: str, arguments: Mapping[str, An
         arguments: Arguments of the class that the checkpoint does not contain.
 
     Raises:
-        ValueError: If the class cannot be imported, or is no LightningModule.
+        ValueError: If the class cannot be imported, or is not a LightningModule.
         FileNotFoundError: If the checkpoint does not exist.
     """
     module, _, name = class_path.rpartition(".")
@@ -79,7 +79,7 @@ def lightning_model(class_path: str, checkpoint: str, arguments: Mapping[str, An
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model.class_path={class_path} cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, LightningModule)):
-        raise ValueError(f"model.class_path={class_path} is no LightningModule")
+        raise ValueError(f"model.class_path={class_path} is not a LightningModule")
     path = Path(checkpoint).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {checkpoint!r}: give the path of a .ckpt file")

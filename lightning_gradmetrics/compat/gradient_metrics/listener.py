@@ -98,7 +98,7 @@ class Listener(Tracer):
         self._listening, self.sink = False, self._drop
 
     def begin_backward(self) -> None:
-        """Treat the calls that follow as those of activation checkpoints in a backward pass."""
+        """Treat the following calls as calls of activation checkpoints in a backward pass."""
         self._backward = True
 
     def end_backward(self) -> None:

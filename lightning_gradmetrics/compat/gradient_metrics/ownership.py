@@ -131,7 +131,7 @@ class LossWeights:
     """Weights that identify the losses in backward passes.
 
     A loss is multiplied by a random number between 1 and 2 in the first pass, and additionally by powers of two in the
-    others. Powers of two scale a gradient without any rounding, so the powers can be read off the gradients exactly.
+    others. Powers of two scale a gradient without rounding, so the gradients show the powers exactly.
 
     Args:
         base: The weights ``(M,)`` of the first pass.

@@ -34,7 +34,7 @@ class ModulePlan:
     Args:
         plan: The plan of each call of a torch function; ``None`` if there is no fast way.
         outputs: The sample axis of each tensor in the module's output.
-        reason: Why there is no fast way.
+        reason: The reason if there is no fast way.
         records: For each set of forward passes seen together, which gradients have agreed with autograd's.
         autocast: Whether the calls run under autocast.
     """

@@ -87,7 +87,7 @@ def _needs_extremes(wanted: Iterable[Moment]) -> bool:
 
 
 def _precision(dtype: torch.dtype, convolution: bool) -> str:
-    """Return the precision of ``tl.dot``: the one that torch is set to on this device."""
+    """Return the precision of ``tl.dot`` that matches torch's setting on this device."""
     if dtype != torch.float32:
         return "tf32"
     allowed = torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32

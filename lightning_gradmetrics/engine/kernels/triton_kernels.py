@@ -62,7 +62,7 @@ def products_kernel(
     """Statistics of one tile of one sample's weight gradient, ``sum_p g[o, p] x[r, p]``.
 
     The grid is (tiles of a group, samples x groups). ``ADJACENT``: a tile's rows are neighbouring channels under one
-    kernel entry, whose first offset ``row_offsets`` holds; otherwise it holds the offset of every row.
+    kernel entry, whose first offset is in ``row_offsets``; otherwise ``row_offsets`` contains the offset of every row.
     """
     tile = tl.program_id(0)
     member = tl.program_id(1).to(tl.int64)

@@ -20,7 +20,7 @@ def _sequence(tensor: Tensor) -> Tensor:
 
 
 def _inner_axis(call: Call) -> bool:
-    """Return whether the samples are on the same axis of input and output, and not on the one that is multiplied."""
+    """Return whether the samples are on the same axis of input and output, and not on the contracted axis."""
     ndim = call.values["input"].ndim
     return call.axis == call.out and call.axis.dim < ndim - 1
 

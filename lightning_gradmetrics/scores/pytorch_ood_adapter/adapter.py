@@ -159,14 +159,14 @@ class DetectorScore(Score):
     """The score of a detector that needs no fit."""
 
     def look(self, evidence: Evidence) -> None:
-        """Ask for all evidence that scoring needs, without running the detector."""
+        """Request all evidence that scoring needs, without running the detector."""
         _rows(self, evidence)
 
     def _values(self, evidence: Evidence) -> Tensor:
         return _scores(self, evidence)
 
     def detector(self, evidence: Evidence) -> Any:
-        """Return the detector for this evidence. It is built anew each time, since the head may have changed."""
+        """Return the detector for this evidence. It is rebuilt each time, because the head may have changed."""
         spec = _spec(self)
         return build(spec, _own(self.arguments), None if spec.takes == "logits" else evidence.head)
 
@@ -193,7 +193,7 @@ class FittedDetectorScore(FittedScore):
         Score.__init__(self, name, recipe, arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what another process gets: the state, without the detectors built from it."""
+        """Return the state to pickle, without the detectors built from it."""
         return {**self.__dict__, "built": {}}
 
     def with_state(self, state: Tensors | None, model: str | None, head: str | None) -> FittedDetectorScore:
@@ -203,7 +203,7 @@ class FittedDetectorScore(FittedScore):
         return other
 
     def look(self, evidence: Evidence) -> None:
-        """Ask for all evidence that scoring needs, without running the detector."""
+        """Request all evidence that scoring needs, without running the detector."""
         _rows(self, evidence)
 
     def _values(self, evidence: Evidence) -> Tensor:
@@ -311,7 +311,7 @@ inputs_of.backward = False  # type: ignore[attr-defined]
 
 
 def _rows(score: Any, evidence: Evidence) -> Tensor:
-    """Return what the score's detector reads; the result itself of a detector that runs the model."""
+    """Return the rows that the score's detector reads, or the result of a detector that runs the model."""
     spec = _spec(score)
     if spec.takes == "model":
         return evidence.probe(Prediction(score))

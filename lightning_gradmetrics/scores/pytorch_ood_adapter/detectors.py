@@ -94,7 +94,7 @@ def stages(model: nn.Module) -> list[str]:
         children = _weighted(model)
     found = dict(list(children.items())[:-1])
     if not found:
-        raise ValueError("the model has no layers before its head that can be told apart: name them in layers=")
+        raise ValueError("the layers before the model's head could not be identified: name them in layers=")
     blocks = [name for name, child in found.items() if _weighted(child)]
     return [prefix + name for name in blocks or found]
 
@@ -127,7 +127,7 @@ def fit(spec: Spec, detector: Any, rows: Tensor, labels: Tensor) -> Any:
 
     Args:
         spec: Its specification.
-        detector: What :func:`build` gave.
+        detector: The detector that :func:`build` returned.
         rows: Logits, features or inputs ``(N, ...)``.
         labels: True labels ``(N,)``; zeros where the detector needs none.
 

@@ -1,4 +1,4 @@
-"""The specifications of pytorch-ood's detectors: what each takes and what it is fitted on."""
+"""The specifications of pytorch-ood's detectors: their input and the data of their fit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a detector takes.
+    """The specification of a detector.
 
     Args:
         name: Its class's name.
