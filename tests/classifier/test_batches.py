@@ -28,11 +28,11 @@ def test_known_kinds(batch, labelled: bool) -> None:
 
 
 @pytest.mark.parametrize("second", [torch.rand(3), torch.ones(3, 5), "path", None])
-def test_what_is_no_class_index_is_no_label(second) -> None:
+def test_values_that_are_not_class_indices_are_not_labels(second) -> None:
     assert split_batch((X, second))[1] is None
 
 
-def test_mapping_of_several_inputs_stays_a_mapping() -> None:
+def test_a_mapping_of_several_inputs_is_preserved() -> None:
     inputs, labels = split_batch({"input_ids": Y, "attention_mask": Y, "labels": Y})
     assert set(inputs) == {"input_ids", "attention_mask"} and torch.equal(labels, Y)
 

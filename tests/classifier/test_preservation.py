@@ -135,7 +135,7 @@ def seeded(work: Callable[[], Any]) -> Any:
     return work()
 
 
-def test_dropout_left_on_gives_the_same_numbers_in_every_call() -> None:
+def test_active_dropout_gives_the_same_numbers_in_every_call() -> None:
     model, x = Draws().eval(), torch.rand(6, 6)
     model.drop.train()
     first, second = (seeded(lambda: lgm.gradient_statistics(model, x, "pseudo_label").norm(1)) for _ in range(2))
@@ -163,7 +163,7 @@ class Pair(NamedTuple):
     indices: Tensor
 
 
-def test_named_tuples_stay_named_tuples() -> None:
+def test_named_tuples_are_preserved() -> None:
     class Takes(nn.Linear):
         def forward(self, pair: Any) -> Tensor:
             return super().forward(pair.values)

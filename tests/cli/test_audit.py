@@ -91,7 +91,7 @@ def run(inputs: dict[str, torch.Tensor], network: torch.nn.Module, batch_size: i
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
-def test_a_run_keeps_the_pictures_of_those_that_it_lists(batch_size: int) -> None:
+def test_a_run_keeps_pictures_of_the_listed_samples(batch_size: int) -> None:
     """A bounded number of them, whatever the batches; a sample with NaN, and ties, too."""
     data = {"inside": images(30), "out side": images(4)}
     data["inside"][3, 0, 0, 0] = float("nan")
@@ -124,7 +124,7 @@ def test_the_report_shows_them(tmp_path: Path) -> None:
     assert "Examples with the largest scores</h2>" in page and page.count("<img") == 4
 
 
-def test_inputs_that_are_no_images_are_listed_and_not_shown() -> None:
+def test_inputs_other_than_images_are_listed_without_pictures() -> None:
     callback = run({"rows": torch.randn(9, 7)}, MODELS["mlp"][0]())
     assert callback.pictures() == [] and callback.tables()["largest"].num_rows == 7
 
@@ -147,7 +147,7 @@ def test_images_of_several_sizes_and_processes() -> None:
     torch.testing.assert_close(thumbnails(mean), torch.nn.functional.avg_pool2d(mean, 2))
 
 
-def test_right_wrong_and_unknown_labels_are_told_apart() -> None:
+def test_correct_incorrect_and_unknown_labels_differ() -> None:
     gallery = ExampleGallery({"s": 3})
     found = batch(torch.rand(3, 3, 4, 4), {"s": torch.tensor([3.0, 2.0, 1.0])})
     found.label.copy_(torch.tensor([0, 5, -1]))

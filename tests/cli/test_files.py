@@ -14,7 +14,7 @@ from lightning_gradmetrics.cli.files import RunDirectoryInUse, reserved
 from lightning_gradmetrics.results.replacing import replaced, write_csv, write_text
 
 
-def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     with replaced(path) as temporary:
         temporary.write_text("whole")

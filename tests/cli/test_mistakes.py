@@ -100,7 +100,7 @@ def test_help_names_everything() -> None:
     assert max(map(len, text.splitlines())) <= 140
 
 
-def test_words_that_are_no_settings() -> None:
+def test_words_that_are_not_settings() -> None:
     check_arguments(["-m", "seed=1,2", "--cfg", "job", "--config-dir", "conf", "~logger", "+a=b"], ["scores"])
     with pytest.raises(UsageError, match="unknown command 'report1'; did you mean 'report'"):
         check_arguments(["report1"], ["scores", "report"])

@@ -143,7 +143,7 @@ def test_mistakes_are_one_line(folder: Path, command: Command, arguments: list[s
     assert len(lines) <= 2 and "Traceback" not in done.stderr
 
 
-def test_own_targets_do_not_inherit_arguments() -> None:
+def test_custom_targets_do_not_inherit_arguments() -> None:
     assert own_factories(["model._target_=a.b", "seed=1"]) == ["model=custom", "++model._target_=a.b", "seed=1"]
     assert own_factories(["data={_target_: a.b}"]) == ["data=custom", "++data={_target_: a.b}"]
     unchanged = ["model=torchvision", "model._target_=a.b", "model.name=x"]

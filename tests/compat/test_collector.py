@@ -94,7 +94,7 @@ def test_side_by_side(name):
 
 
 @pytest.mark.parametrize("grad", [torch.randn(3, 4), torch.tensor([2.5]), [torch.randn(2), torch.randn(3, 2)]])
-def test_a_metric_on_its_own(grad):
+def test_a_metric_without_a_collector(grad):
     layer = nn.Linear(2, 2)
     for one, other in zip(
         _build(ours, GradientMetricCollector, layer, [layer])._metrics,
@@ -144,7 +144,7 @@ def test_errors(kind, collector):
         kind.GradientMetric(model).reset()
 
 
-def test_inference_mode_says_what_to_do():
+def test_inference_mode_is_an_error_with_advice():
     model = nn.Linear(3, 2)
     collector = GradientMetricCollector(ours.Max(model))
     with torch.inference_mode():
@@ -249,7 +249,7 @@ def test_several_forward_passes():
 
 
 @pytest.mark.parametrize("target", ["tensor", "before", "second_axis", "train"])
-def test_what_is_not_seen_takes_the_loop(target):
+def test_unrecorded_forward_passes_use_the_loop(target):
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
     x = torch.randn(6, 4, dtype=torch.float64)
     model.train(target == "train")
@@ -269,7 +269,7 @@ def test_what_is_not_seen_takes_the_loop(target):
     torch.testing.assert_close(found, expected, check_dtype=False)
 
 
-def test_nothing_is_left_on_the_model():
+def test_the_model_keeps_no_hooks():
     model, x = made("convolutional")
 
     def hooks():
@@ -288,7 +288,7 @@ def test_nothing_is_left_on_the_model():
     assert hooks() == before
 
 
-def test_an_error_in_the_forward_pass_ends_the_watch_of_it():
+def test_an_error_in_the_forward_pass_ends_its_recording():
     model = nn.Sequential(nn.Linear(4, 3))
     collector = GradientMetricCollector(ours.Max(model))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -358,7 +358,7 @@ SLOW = {
 
 @pytest.mark.parametrize("before", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
-def test_losses_in_another_number_or_order_than_the_samples(name, before):
+def test_losses_in_a_different_number_or_order_than_the_samples(name, before):
     model, losses = _small()
     collector, reference = _norms(GradientMetricCollector, ours, model), _norms(Theirs, theirs, model)
     if before:
@@ -370,7 +370,7 @@ def test_losses_in_another_number_or_order_than_the_samples(name, before):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
 
 
-def test_many_losses_are_told_apart():
+def test_many_losses_are_assigned_to_their_samples():
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     x, order = torch.randn(1000, 4), torch.randperm(1000)
     collector = GradientMetricCollector(ours.PNorm(model, p=2))
@@ -389,7 +389,7 @@ def test_confident_samples_stay_fast():
     torch.testing.assert_close(collector(_loss(model, x)), expected, rtol=1e-4, atol=1e-12)
 
 
-def test_a_loss_that_is_not_finite_keeps_to_its_row():
+def test_a_loss_that_is_not_finite_does_not_affect_other_rows():
     model, losses = _small()
     collector = GradientMetricCollector(ours.PNorm(model, p=2))
     clean = collector(losses())
@@ -539,7 +539,7 @@ def test_results_carry_no_graph():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_statistics_of_batch_norm_are_those_of_the_users_passes(training):
+def test_statistics_of_batch_norm_come_from_the_users_passes_only(training):
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).train(training)
     alone, x = copy.deepcopy(model), torch.randn(8, 4)
     collector = GradientMetricCollector(ours.Max(model))
@@ -561,7 +561,7 @@ def test_building_a_plan_leaves_a_pending_graph_valid():
 
 
 @pytest.mark.parametrize("transform", [lambda g: (g > 0).long(), lambda g: g > 0, lambda g: (g > 0).to(torch.uint8)])
-def test_transforms_to_whole_numbers(transform):
+def test_transforms_to_integers(transform):
     model, losses = _small()
 
     def metrics(kind, change):

@@ -63,7 +63,7 @@ def test_any_order_and_any_split(name):
 
 @pytest.mark.parametrize("name", ["linear", "convolutional", "encoder", "tied"])
 @pytest.mark.parametrize("statistics", [("mean", "std", "l2"), ("l2",), ("max",), ("l1",), ("linf", "l3")])
-def test_only_what_is_asked_for(name, statistics):
+def test_only_the_requested_statistics_are_computed(name, statistics):
     model, x = made(name)
     found, full = _statistics(model, x, statistics=statistics), _statistics(model, x, "reference")
     assert set(found.moments) < set(full.moments)
@@ -110,7 +110,7 @@ def test_backward_stops_above_the_lowest_chosen_parameter():
     assert seen == [False, False]
 
 
-def test_rows_of_nan_stay_apart():
+def test_rows_of_nan_do_not_affect_other_rows():
     model, x = made("convolutional")
     clean = _statistics(model, x)
     x = x.clone()
@@ -169,7 +169,7 @@ class WithHidden(nn.Module):
         return self.head(Hidden.apply(x, self.scale))
 
 
-def test_what_cannot_be_seen_is_found_by_the_verification():
+def test_hidden_errors_are_found_by_the_verification():
     model, x = WithHidden().double(), torch.randn(5, 4, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"scale \(its fast rule disagrees"):
         found = gradient_statistics(model, x, "pseudo_label", per_parameter=True, statistics=ALL)
@@ -189,7 +189,7 @@ class Changeable(nn.Module):
         return self.b(self.a(x))
 
 
-def test_another_path_through_the_model_is_planned_anew():
+def test_another_path_through_the_model_gets_a_new_plan():
     model, x = Changeable().double(), torch.randn(5, 4, dtype=torch.float64)
     for batch in (x, x + 1000, x):
         assert worst_difference(_statistics(model, batch), _statistics(model, batch, "reference")) < 1e-9
@@ -208,7 +208,7 @@ class ReusedInput(nn.Module):
         return out
 
 
-def test_an_input_changed_after_its_use_is_no_wrong_number():
+def test_an_input_changed_after_its_use_is_an_error():
     model, x = ReusedInput().double(), torch.randn(5, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         gradient_statistics(model, x, "pseudo_label")

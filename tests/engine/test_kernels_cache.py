@@ -193,7 +193,7 @@ def test_leftovers_of_killed_compilations_are_swept(machine):
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_killed_compilation_leaves_nothing_that_is_loaded(machine, tmp_path):
+def test_leftovers_of_a_killed_compilation_are_not_loaded(machine, tmp_path):
     """A compiler that writes half a library and is then killed with its parent."""
     compiler = tmp_path / "slow"
     compiler.write_text(
@@ -301,7 +301,7 @@ def test_a_folder_below_one_that_others_can_write_to_is_passed_over(machine):
     assert machine.state().startswith(f"compiled: {machine.home}")
 
 
-def test_a_sticky_folder_protects_what_the_user_owns(machine):
+def test_a_sticky_folder_protects_files_of_the_user(machine):
     machine.temporary.chmod(0o1777)
     own = machine.temporary / "own"
     own.mkdir(mode=0o700)
@@ -310,7 +310,7 @@ def test_a_sticky_folder_protects_what_the_user_owns(machine):
     assert not cache.is_private(own)
 
 
-def test_symbolic_links_are_followed_to_what_they_reach(machine):
+def test_symbolic_links_are_followed_to_their_target(machine):
     link, chain, loop = (machine.home / name for name in ("link", "chain", "loop"))
     link.symlink_to(machine.temporary)
     chain.symlink_to("./link/../home/link")
@@ -326,7 +326,7 @@ STRANGER = 12345
 
 
 @needs_root
-def test_a_folder_of_another_user_is_passed_over(machine):
+def test_a_folder_of_another_user_is_skipped(machine):
     """An attacker who was first to create the predictable folder in the shared temporary folder."""
     machine.temporary.chmod(0o1777)
     planted = machine.temporary / f"lightning_gradmetrics-{os.geteuid()}"

@@ -65,7 +65,7 @@ def test_the_number_of_threads_does_not_matter(threads):
 
 @needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_extremes_of_bad_rows_are_those_of_torch(bad):
+def test_extremes_of_bad_rows_equal_those_of_torch(bad):
     torch.manual_seed(0)
     for index in (0, 7, 100, 999):
         flat = torch.randn(3, 1000)

@@ -183,7 +183,7 @@ def test_complex_parameters_have_norms(engine: str, recwarn: pytest.WarningsReco
     assert not [warning for warning in recwarn if "discards" in str(warning.message)]
 
 
-def test_whole_numbers_as_parameters_are_refused():
+def test_integer_parameters_are_refused():
     model = nn.Sequential(nn.Linear(4, 3))
     model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"parameter 'codes' is torch\.int8, and its gradient does not exist"):

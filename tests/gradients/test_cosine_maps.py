@@ -170,7 +170,7 @@ def test_a_confident_float32_sample_keeps_its_digits():
 
 @pytest.mark.parametrize("sign", [True, False])
 @pytest.mark.parametrize("rescale", [True, False])
-def test_zero_saliency_maps_have_cosine_zero_and_are_told(original, sign, rescale):
+def test_zero_saliency_maps_have_cosine_zero_and_are_reported(original, sign, rescale):
     """A dead ReLU for one sample, not for the other: the original raises for the whole batch."""
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).double()
     x = torch.ones(2, 1, 2, 2, dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_one_forward_and_no_parameter_gradient(small, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_model_and_inputs_come_back_as_they_were(small, broken):
+def test_model_and_inputs_are_unchanged(small, broken):
     model, x = small
     x.requires_grad_()
     x.grad = torch.ones_like(x)
@@ -256,7 +256,7 @@ def test_an_in_place_first_layer_does_not_touch_the_inputs():
     assert torch.equal(x, kept)
 
 
-def test_batches_of_no_and_of_one_sample(small):
+def test_empty_batches_and_batches_of_one_sample(small):
     model, x = small
     full = cosine_similarity_maps(model, x)
     torch.testing.assert_close(cosine_similarity_maps(model, x[:1]), full[:1], rtol=0, atol=1e-11)

@@ -117,7 +117,7 @@ def test_a_callable_runs_on_float64_logits(gap: float) -> None:
     assert set(seen) == {torch.float64}
 
 
-def test_a_callable_may_hold_float32_tensors() -> None:
+def test_a_callable_may_contain_float32_tensors() -> None:
     weights = torch.rand(4) + 0.5
     model, inputs = nn.Linear(5, 4), torch.randn(6, 5)
 
@@ -130,7 +130,7 @@ def test_a_callable_may_hold_float32_tensors() -> None:
     torch.testing.assert_close(found.norm(1), right)
 
 
-def test_half_precision_callables_may_hold_half_precision_tensors() -> None:
+def test_half_precision_callables_may_contain_half_precision_tensors() -> None:
     weights = torch.rand(4).bfloat16() + 0.5
     model, inputs = nn.Linear(5, 4).bfloat16(), torch.randn(6, 5).bfloat16()
     found = lgm.gradient_statistics(model, inputs, lambda z: z @ weights, statistics=["linf"])
@@ -138,7 +138,7 @@ def test_half_precision_callables_may_hold_half_precision_tensors() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no fast rule")
-def test_a_failing_callable_raises_its_own_error() -> None:
+def test_the_error_of_a_callable_is_raised() -> None:
     def broken(logits: Tensor) -> Tensor:
         raise RuntimeError("no such class")
 

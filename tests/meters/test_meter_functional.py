@@ -80,7 +80,7 @@ def test_ranking_agrees_with_scikit_learn(name):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_counts_say_the_same_as_samples(name):
+def test_counts_and_samples_give_equal_metrics(name):
     scores, target = sample(name)
     counts = count(scores, target)
     torch.testing.assert_close(R.auroc_of_counts(counts).float(), F.auroc(scores, target))

@@ -86,7 +86,7 @@ def test_exact_up_to_the_stated_number_of_distinct_scores():
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_bounds_hold_and_nothing_is_lost(name):
+def test_bounds_are_valid_and_no_score_is_lost(name):
     scores, target = stream(name, 60_000)
     exact = auroc_of_counts(count(scores, target)).item()
     table = filled(scores, target, 1024)

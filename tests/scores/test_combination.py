@@ -21,7 +21,7 @@ from tests.scores.fits import fit_batches
     ("detector", "labels", "outside"),
     [("mahalanobis", False, False), ("lof", False, False), ("errors", True, False), ("ood", False, True)],
 )
-def test_its_fit_looks_at_what_its_detector_says(detector: str, labels: bool, outside: bool) -> None:
+def test_the_fit_reads_the_detectors_data_only(detector: str, labels: bool, outside: bool) -> None:
     needs = make(f"combination(detector={detector})").fit_needs
     assert (needs.labels, needs.ood) == (labels, outside)
 
@@ -67,7 +67,7 @@ class HalfDead(torch.nn.Module):
         return self.head(self.alive(x).tanh() + (self.dead(x) - 100).relu())
 
 
-def test_features_that_say_nothing_do_no_harm() -> None:
+def test_constant_features_do_not_change_the_score() -> None:
     """A dead layer, and rows whose features are not finite."""
     model = HalfDead()
     score = lgm.fit(model, [vectors(30)], "combination")[0]

@@ -106,7 +106,7 @@ def test_mc_dropout_tends_to_the_mean_of_torchs_own_dropout() -> None:
     torch.testing.assert_close(found, torch.special.entr(p).sum(1), rtol=0.03, atol=0.01)
 
 
-def test_mc_dropout_drops_rows_of_a_sample_alike_in_any_batch() -> None:
+def test_mc_dropout_drops_the_same_units_of_a_sample_in_any_batch() -> None:
     """Windows of a sample are rows of the first axis inside the model."""
 
     class Windows(nn.Module):
@@ -122,7 +122,7 @@ def test_mc_dropout_drops_rows_of_a_sample_alike_in_any_batch() -> None:
     torch.testing.assert_close(parts, only(model, inputs, "mc_dropout"))
 
 
-def test_mc_dropout_says_once_that_there_is_no_dropout() -> None:
+def test_mc_dropout_warns_once_without_dropout() -> None:
     model = cnn()
     with pytest.warns(UserWarning, match="no dropout module"):
         found = only(model, images(2), "mc_dropout")
@@ -171,7 +171,7 @@ def test_local_outlier_factor_equals_scikit_learn(rows: int, neighbours: int) ->
     torch.testing.assert_close(found, torch.from_numpy(-other.score_samples(new.numpy())), rtol=1e-9, atol=0)
 
 
-def test_detectors_say_what_they_cannot_be_fitted_on() -> None:
+def test_detectors_refuse_data_that_they_cannot_be_fitted_on() -> None:
     with pytest.raises(ValueError, match="2 or more"):
         detectors.lof_state(torch.randn(1, 3), 5)
     with pytest.raises(ValueError, match="2 or more"):

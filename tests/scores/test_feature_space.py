@@ -89,7 +89,7 @@ def test_sirc_keeps_the_ranking_of_ordinary_samples(data: tuple) -> None:
         ("vim(dimensions=8)", True, "dimensions=8; the head's input has 8 numbers: allowed are 1 to 7"),
     ],
 )
-def test_what_they_cannot_be_fitted_on(data: tuple, score: str, labelled: bool, message: str) -> None:
+def test_data_that_cannot_be_fitted_is_refused(data: tuple, score: str, labelled: bool, message: str) -> None:
     model, inputs, labels, _ = data
     with pytest.raises(ValueError, match=message):
         lgm.fit(model, [(inputs, labels if labelled else labels - 100)], score)

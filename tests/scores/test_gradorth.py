@@ -37,7 +37,7 @@ def test_all_the_energy_is_gradnorm() -> None:
     torch.testing.assert_close(first, second)
 
 
-def test_a_direction_never_seen_counts_for_nothing() -> None:
+def test_an_unseen_direction_has_no_weight() -> None:
     """Features beside the subspace: the same sample without them has the same score, but for its logits."""
     model = torch.nn.Linear(4, 3, bias=False).double()
     with torch.no_grad():

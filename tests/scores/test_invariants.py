@@ -74,7 +74,7 @@ def cnn_like(model):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_model_comes_back_untouched(case: str) -> None:
+def test_the_model_is_unchanged(case: str) -> None:
     model = cnn()
     model[0].weight.requires_grad_(False)
     model[3].weight.grad = torch.ones_like(model[3].weight)
@@ -88,7 +88,7 @@ def test_model_comes_back_untouched(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_row_stays_in_its_row(case: str) -> None:
+def test_a_bad_row_does_not_affect_others(case: str) -> None:
     model, inputs = cnn(), images(4)
     score = ready(case, model, images)
     clean = values(model, inputs, score)
@@ -100,7 +100,7 @@ def test_a_bad_row_stays_in_its_row(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if all(word not in c for word in ("energy", "logit", "NACUE"))])
-def test_confident_samples_stay_apart(case: str) -> None:
+def test_confident_samples_keep_different_scores(case: str) -> None:
     """Logit gaps of 20 to 60 in float32: nothing overflows, nothing becomes NaN. NAC-UE needs a layer before the head."""
     head = torch.nn.Linear(4, 4, bias=False)
     with torch.no_grad():

@@ -33,7 +33,7 @@ def test_labels_are_seen_to_be_needed(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", SCORES)
-def test_without_labels_it_says_which_score_needs_them(case: str) -> None:
+def test_missing_labels_are_an_error_that_names_the_score(case: str) -> None:
     with pytest.raises(ValueError, match=r"needs true labels.*targets=") as raised:
         lgm.score(cnn(), images(4), ["entropy", case])
     assert repr(case) in str(raised.value) and "entropy" not in str(raised.value)
@@ -41,7 +41,7 @@ def test_without_labels_it_says_which_score_needs_them(case: str) -> None:
 
 @pytest.mark.parametrize("case", SCORES)
 @pytest.mark.parametrize("value", [-1, -100, 5])
-def test_a_label_that_is_no_class_is_refused(case: str, value: int) -> None:
+def test_a_label_outside_of_the_classes_is_refused(case: str, value: int) -> None:
     """-100 would be ignored by the loss, and count as no gradient at all."""
     with pytest.raises(ValueError, match=r"1 of 4 samples.*from 0 to 4"):
         lgm.score(cnn(), images(4), case, torch.tensor([0, value, 2, 3]))
@@ -93,7 +93,7 @@ def test_the_predicted_class_as_label_is_the_pseudo_label() -> None:
 
 
 @pytest.mark.parametrize("case", ["grand", "el2n"])
-def test_wrong_labels_stand_out(case: str) -> None:
+def test_wrong_labels_have_the_largest_scores(case: str) -> None:
     """A model that fits clean labels: those that are then swapped have the largest values."""
     model, inputs = mlp(3), 3 * vectors(60)
     with torch.no_grad():

@@ -74,7 +74,7 @@ def test_every_detector_runs(detector: str) -> None:
 
 
 @pytest.mark.parametrize("detector", sorted(REFUSED))
-def test_detectors_that_cannot_run_say_why_and_which_can(detector: str) -> None:
+def test_refused_detectors_name_the_reason_and_the_alternatives(detector: str) -> None:
     assert detector in DETECTORS
     with pytest.raises(ValueError, match=f"{detector} cannot be run as a score: it .*; those that can: ASH, .*ViM"):
         make(f"pytorch_ood(detector={detector})")
@@ -157,7 +157,7 @@ def test_the_sample_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(score.state["rows"]) == len(score.state["labels"]) == 12
 
 
-def test_labels_are_asked_for_where_classes_count() -> None:
+def test_detectors_of_classes_require_labels() -> None:
     model, x, _ = ready_to_fit()
     for detector in ("KNN,k=3", "ViM,d=2", "ReAct", "NNGuide", "NACUE"):
         assert lgm.fit(model, [x], name(detector))[0].state is not None
@@ -176,7 +176,7 @@ def test_labels_are_asked_for_where_classes_count() -> None:
         ("ViM,d=6", "ViM with d=6 returns no finite score for samples that it was fitted on, of 6 numbers each"),
     ],
 )
-def test_a_fit_that_cannot_be_says_why(detector: str, message: str) -> None:
+def test_a_failed_fit_names_the_reason(detector: str, message: str) -> None:
     """When it is fitted, not later."""
     model, x, _ = ready_to_fit()
     with pytest.raises(ValueError, match=message):
@@ -202,7 +202,7 @@ def test_a_fit_that_cannot_be_says_why(detector: str, message: str) -> None:
         ("pytorch_ood(detector=DICE)", TypeError, r"DICE needs p=, as in pytorch_ood\(detector=DICE, p=...\)"),
     ],
 )
-def test_what_cannot_be_made(score: str, kind: type, message: str) -> None:
+def test_wrong_arguments_are_refused(score: str, kind: type, message: str) -> None:
     with pytest.raises(kind, match=message):
         make(score)
 
@@ -236,7 +236,7 @@ def test_stages() -> None:
         stages(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
 
 
-def test_names_and_states_tell_detectors_apart(tmp_path: Path) -> None:
+def test_names_and_states_differ_between_detectors(tmp_path: Path) -> None:
     """A name is read back; a default that is written out is not shown; another k is another score."""
     score = make("pytorch_ood(detector=NNGuide, k=3)")
     assert score.name == "pytorch_ood(detector=NNGuide,k=3)" and make(score.name).arguments == score.arguments

@@ -78,12 +78,12 @@ def test_fewer_samples_than_perturbations() -> None:
         ("regrad(target='nothing.*',perturbations=0)", "no parameter of Sequential was chosen"),
     ],
 )
-def test_what_it_refuses(case: str, message: str) -> None:
+def test_wrong_inputs_are_refused(case: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score(case, cnn(), images(2))
 
 
-def test_whole_numbers_cannot_be_perturbed() -> None:
+def test_integer_inputs_cannot_be_perturbed() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 4)).eval()
     tokens = torch.randint(0, 5, (3, 2))
     with pytest.raises(TypeError, match="perturbed inputs"):

@@ -75,7 +75,7 @@ def test_spelling_and_pickling() -> None:
         ("views(score=enrgy)", "unknown score 'enrgy'; did you mean 'energy'"),
     ],
 )
-def test_what_cannot_be_averaged(score: str, message: str) -> None:
+def test_scores_that_cannot_be_averaged_are_refused(score: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(score)
 

@@ -82,7 +82,7 @@ def test_a_held_out_row_never_enters_its_fit() -> None:
     "score",
     [INSIDE, "combination(detector=lof,target=head)", "kfac_influence", "pytorch_ood(detector=KNN,k=5)", ERRORS],
 )
-def test_held_out_scores_are_those_of_a_fit_without_the_fold(score: str) -> None:
+def test_held_out_scores_equal_those_of_a_fit_without_the_fold(score: str) -> None:
     """Against fitting each time anew, by lgm.fit, on the rows of the other folds."""
     model = cnn()
     (x, y), *_ = fit_batches(model, images)[0]
@@ -113,7 +113,7 @@ def test_neither_batches_nor_their_order_matter() -> None:
         torch.testing.assert_close(two, one[order], rtol=1e-3, atol=1e-4)
 
 
-def test_labels_without_meaning_give_no_skill() -> None:
+def test_random_labels_give_chance_level() -> None:
     """Permuted errors are at chance on held-out rows; the real ones, and the fit's own rows, are not."""
     part = made_up(400)
     evidence, dealt = part.evidence, {"mine": torch.arange(400) % 5}
@@ -128,7 +128,7 @@ def test_labels_without_meaning_give_no_skill() -> None:
     assert abs(chance - 0.5) < 4 * deviation, (chance, deviation)
 
 
-def test_a_set_that_is_left_out_enters_no_fit() -> None:
+def test_a_set_that_is_left_out_is_in_no_fit() -> None:
     """The column without a set stays the same whatever that set holds; the plain column does not."""
     kept = {"mine": made_up(90), "near": made_up(60, 0.5, True), "far": made_up(60, 4, True)}
     dealt = {name: torch.arange(len(part.keys)) % 2 for name, part in kept.items()}
@@ -169,7 +169,7 @@ def test_the_table_is_one_to_judge() -> None:
     torch.testing.assert_close(torch.tensor(table["entropy"].to_pylist()[4:40]), plain)
 
 
-def test_what_cannot_be_cross_validated_is_explained() -> None:
+def test_wrong_cross_validations_are_explained() -> None:
     model = cnn()
     (x, y), *_ = fit_batches(model, images)[0]
     right = model(x).argmax(1)

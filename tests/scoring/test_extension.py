@@ -167,14 +167,14 @@ def test_a_score_that_branches_on_data() -> None:
         lgm.score(nn.Linear(4, 3), 100 * torch.randn(2, 4), branches)
 
 
-def test_evidence_that_is_not_there() -> None:
+def test_missing_evidence_is_an_error() -> None:
     with pytest.raises(ValueError, match="the score 'el2n' needs true labels: pass targets="):
         make("el2n")(Evidence(torch.zeros(2, 3)))
     with pytest.raises(ValueError, match="the score 'gradnorm' requested the head's input"):
         make("gradnorm")(Evidence(torch.zeros(2, 3)))
 
 
-def test_what_cannot_be_registered() -> None:
+def test_wrong_registrations_are_refused() -> None:
     def entropy(evidence: Evidence) -> Tensor:
         return evidence.logits.sum(1)
 

@@ -96,7 +96,7 @@ def test_a_score_that_is_not_fitted(stage: str) -> None:
         lgm.score(model.network, images(2), META)
 
 
-def test_fit_says_what_it_needs() -> None:
+def test_errors_of_fit_name_the_missing_data() -> None:
     model = Module()
     loaders = data(model.network)
     callback = lgm.GradientMetrics(META)
@@ -117,7 +117,7 @@ def test_fit_says_what_it_needs() -> None:
 
 
 @pytest.mark.parametrize(("shift", "found"), [(0, "no error"), (1, "only errors")])
-def test_data_without_errors_or_with_nothing_else(shift: int, found: str) -> None:
+def test_data_with_only_errors_or_without_errors_is_refused(shift: int, found: str) -> None:
     model, x = cnn(), images(20)
     labels = (model(x).argmax(1) + shift) % 5
     with pytest.raises(ValueError, match=f"makes {found} on the 20 samples"):
@@ -139,7 +139,7 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
     assert_same_fit(found, lgm.fit(model, [(x[keep], y[keep])], META)[0])
 
 
-def test_rows_are_capped_and_the_sample_depends_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_capped_to_a_sample_that_depends_on_the_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cap of 12 rows: memory stays bounded, and neither batches nor order change what is kept."""
     monkeypatch.setattr(totals, "MAX_ROWS", 12)
     most, kept = [], totals.RunningTotal.add

@@ -43,7 +43,7 @@ def test_the_norm_over_all_layers_is_that_of_the_gradient() -> None:
     torch.testing.assert_close(lgm.gradient_profile(network, x, "uniform").norms.norm(dim=1), whole)
 
 
-def test_what_can_be_asked_for() -> None:
+def test_a_profile_is_given_by_a_flag_a_name_or_arguments() -> None:
     assert Profile.of(None) is Profile.of(False) is None and Profile.of(True) == Profile()
     assert Profile.of({"objective": "uniform", "norm": 1}) == Profile("uniform", 1) == Profile.of(Profile("uniform", 1))
     for wrong, words in (("unifrom", "uniform"), ({"p": 1}, "objective, norm"), ({"norm": 0}, "above 0")):
@@ -63,7 +63,7 @@ def run(folder: Path, *scores: str, profile: object = True, sizes: tuple[int, ..
     return callback, model, [s.tensors[0] for s in sets]
 
 
-def test_a_run_gives_the_quartiles_of_every_layer(tmp_path: Path) -> None:
+def test_a_run_returns_the_quartiles_of_every_layer(tmp_path: Path) -> None:
     """Those of all samples at once, in the run's own files and its report; a sample with NaN is left out."""
     callback, model, (inside, outside) = run(tmp_path, "energy", profile={"norm": 1.0})
     (table,) = callback.tables().values()
