@@ -67,7 +67,7 @@ class HalfDead(torch.nn.Module):
         return self.head(self.alive(x).tanh() + (self.dead(x) - 100).relu())
 
 
-def test_constant_features_do_not_change_the_score() -> None:
+def test_a_dead_layer_and_bad_rows_leave_the_fit_finite() -> None:
     """A dead layer, and rows whose features are not finite."""
     model = HalfDead()
     score = lgm.fit(model, [vectors(30)], "combination")[0]

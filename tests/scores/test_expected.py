@@ -37,7 +37,7 @@ def test_k_classes_take_k_backward_passes(score: str) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from(SCORES), st.floats(0.1, 8))
-def test_the_average_over_all_classes_equals_the_sum_on_the_head(seed: int, case: str, spread: float) -> None:
+def test_on_the_head_the_mean_grows_with_the_number_of_classes(seed: int, case: str, spread: float) -> None:
     """Less likely classes have larger gradients, so each further class raises the mean."""
     logits = spread * torch.randn(6, 7, generator=torch.Generator().manual_seed(seed))
     inner = case.removesuffix(")") + ("," if case.endswith(")") else "(")

@@ -96,7 +96,7 @@ def test_a_score_that_is_not_fitted(stage: str) -> None:
         lgm.score(model.network, images(2), META)
 
 
-def test_errors_of_fit_name_the_missing_data() -> None:
+def test_wrong_calls_of_fit_are_explained() -> None:
     model = Module()
     loaders = data(model.network)
     callback = lgm.GradientMetrics(META)
@@ -139,7 +139,7 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
     assert_same_fit(found, lgm.fit(model, [(x[keep], y[keep])], META)[0])
 
 
-def test_rows_are_capped_to_a_sample_that_depends_on_the_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_capped_independently_of_batches_and_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cap of 12 rows: memory stays bounded, and neither batches nor order change what is kept."""
     monkeypatch.setattr(totals, "MAX_ROWS", 12)
     most, kept = [], totals.RunningTotal.add
