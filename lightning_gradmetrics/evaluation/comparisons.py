@@ -28,9 +28,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Compare every other score with the baseline, for every task, data set or group, and metric.
 
-    The interval is that of the paired difference over the resamples. Intervals are not corrected for the number of
-    scores. A second, *max-adjusted* verdict compares each score that is not a baseline with the best of all baselines,
-    chosen anew in each resample. It leans against the score, and the more so the more baselines there are: with 12
+    The interval is computed from the paired differences in the resamples. Intervals are not corrected for the number of
+    scores. A second, *max-adjusted* verdict compares each score that is not a baseline with the best of all baselines
+    in each resample. It is biased against the score, more strongly with more baselines: with 12
     equally good baselines it calls an equally good score worse in half of all runs.
 
     Args:
@@ -43,7 +43,7 @@ def compare(
 
     Returns:
         One dict per comparison: ``score``, ``baseline``, ``task``, ``dataset``, ``group``, ``metric``, ``value``,
-        ``baseline_value``, ``difference`` (``value - baseline_value``, whichever way is better), ``low`` and ``high``
+        ``baseline_value``, ``difference`` (``value - baseline_value`` for every metric), ``low`` and ``high``
         (the interval of the difference), ``verdict`` (``"better"``, ``"worse"`` or ``"cannot tell"``, from the interval
         and the metric's direction), ``best_baseline`` (the best on the data), ``max_adjusted_low``,
         ``max_adjusted_high`` and ``max_adjusted_verdict`` (``None`` for a baseline).
@@ -82,7 +82,7 @@ def _max_adjusted(
     level: float,
     rate: float,
 ) -> dict[str, Any]:
-    """Compare with the best of the baselines, chosen anew in each resample."""
+    """Compare with the best of the baselines in each resample."""
     sign = 1 if HIGHER_IS_BETTER[entry["metric"]] else -1
     rivals = {}
     for name in baselines:
@@ -116,7 +116,7 @@ def _difference(
 
 
 def key_of(entry: Entry) -> Key:
-    """Return what a metric's replicates are stored under."""
+    """Return the key of a metric's replicates."""
     return entry["task"], entry["dataset"], entry["group"], entry["score"], entry["metric"]
 
 

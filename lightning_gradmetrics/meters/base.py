@@ -34,7 +34,7 @@ _BOOKKEEPING = (
     "_enable_grad",
     "compute_on_cpu",
 )
-"""What torchmetrics' forward changes for the time of a batch."""
+"""Attributes that torchmetrics' forward changes during a batch."""
 
 
 class ScoreMeter(Metric):
@@ -43,7 +43,7 @@ class ScoreMeter(Metric):
     Args:
         bins: ``None`` keeps every score (exact). A number keeps a histogram of ``256 * bins`` bytes, whatever the range
             and the number of the scores: exact up to ``4 * bins`` distinct scores, and close above that; see
-            :mod:`lightning_gradmetrics.meters.functional.histogram`. 16384 bins (4 MiB) suit every stream that we tried.
+            :mod:`lightning_gradmetrics.meters.functional.histogram`. 16384 bins (4 MiB) suited every stream in our tests.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -182,7 +182,7 @@ class CurveMeter(ScoreMeter):
         return None
 
     def _decorate(self, ax: Any) -> None:
-        """Draw what belongs to the axis and not to the curve."""
+        """Draw the parts that belong to the axis instead of the curve."""
 
     def _drawn(self, curve: Any) -> Any:
         """Return x, y and thresholds of a result of ``compute()``."""

@@ -170,7 +170,7 @@ class SpearmanCorrelation(ScoreMeter):
         ``compute()`` returns ``(S, S)`` in [-1, 1]; NaN with a UserWarning for a constant score.
 
     Raises:
-        ValueError: If a batch has a NaN, or another number of columns than the names or an earlier batch.
+        ValueError: If a batch has a NaN, or a different number of columns than the names or an earlier batch.
 
     Example:
         >>> meter = SpearmanCorrelation(["entropy", "gradnorm"])

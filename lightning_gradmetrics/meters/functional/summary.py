@@ -50,7 +50,7 @@ def distribution(scores: Tensor, quantiles: Sequence[float] = QUANTILES) -> dict
         ``std`` of one score.
 
     Raises:
-        TypeError: If the scores are no tensor of real numbers.
+        TypeError: If the scores are not a tensor of real numbers.
         ValueError: If the shape or a quantile is wrong.
 
     Example:
@@ -106,7 +106,7 @@ def spearman(scores: Tensor) -> Tensor:
         samples.
 
     Raises:
-        TypeError: If it is no tensor of real numbers.
+        TypeError: If it is not a tensor of real numbers.
         ValueError: If the shape is wrong, or a score is NaN.
 
     Example:
