@@ -120,7 +120,7 @@ def _copied(value: Any, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         return _copied_items(value, depth)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _copied_items(value._asdict(), depth)
+        return _copied_items(dict(zip(value._fields, value, strict=True)), depth)
     if isinstance(value, (list, tuple)):
         return [_copied(item, depth + 1) for item in value]
     if depth == 0:

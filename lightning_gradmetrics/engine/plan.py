@@ -90,8 +90,8 @@ class Plan:
         return replace(self, steps=steps, uncovered={**dict.fromkeys(names, reason), **self.uncovered})
 
 
-_WITH_IN_PLACE_FORM = ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "lerp")
-_WITH_IN_PLACE_FORM += ("addcmul", "addcdiv")
+_ARITHMETIC = ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow")
+_WITH_IN_PLACE_FORM = (*_ARITHMETIC, "lerp", "addcmul", "addcdiv")
 _OPERATORS = ("add", "sub", "mul", "truediv", "pow")
 _OTHERS = ("rsub", "where", "maximum", "minimum", "fmax", "fmin")
 _SHAPES = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
