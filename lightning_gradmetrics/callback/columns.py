@@ -1,4 +1,4 @@
-"""Further columns of the results: feature vectors, maps, and whatever a function computes from the evidence."""
+"""Further columns of the results: feature vectors, maps, and functions of the evidence."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_sample_id(value: Any) -> SampleIds | None:
         value: A key of a batch that is a mapping, a position in a batch that is a sequence, a function, or ``None``.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If it is of another type.
     """
     if value is None or callable(value):
         return value

@@ -30,17 +30,17 @@ ID = "id"
 """The role of in-distribution data."""
 
 MISSPELT_ID = ("ID", "Id", "iD", "in", "ind", "idd", "iid", "i.d.", "in-distribution", "in_distribution")
-"""Words that stand for no group of out-of-distribution sets."""
+"""Words that are refused as names of groups of out-of-distribution sets."""
 
 Names = Sequence[str] | Mapping[str, str] | None
-"""The names of data sets, or their roles by name, or nothing."""
+"""The names of data sets, their roles by name, or ``None``."""
 
 Datasets = Names | Mapping[str, Sequence[str] | Mapping[str, str]]
-"""What a user passes as ``datasets``: names for every stage, or names by stage."""
+"""The argument ``datasets``: names for every stage, or names by stage."""
 
 
 def check_stages(stages: Any) -> tuple[str, ...] | None:
-    """The stages to score, checked; ``None`` for all.
+    """Return the stages to score, checked; ``None`` for all.
 
     Raises:
         ValueError: If there is none, or one is unknown.
@@ -60,7 +60,7 @@ def check_stages(stages: Any) -> tuple[str, ...] | None:
 
 
 def check_datasets(datasets: Any) -> Datasets:
-    """The names and roles of data sets, checked.
+    """Return the names and roles of data sets, checked.
 
     Raises:
         TypeError: If they are neither a sequence nor a mapping of words.
@@ -125,7 +125,7 @@ def _check_roles(roles: Mapping[str, Any], argument: str) -> None:
 
 
 def names_of_stage(datasets: Datasets, stage: str) -> Names:
-    """The names for one stage. The validation inside a fit has those of ``validate`` if it has none.
+    """Return the names for one stage. The validation inside a fit uses those of ``validate`` if it has none.
 
     Example:
         >>> names_of_stage({"test": ["a", "b"]}, "test"), names_of_stage({"test": ["a", "b"]}, "fit")
@@ -141,7 +141,7 @@ def names_of_stage(datasets: Datasets, stage: str) -> Names:
 
 
 def loader_list(dataloaders: Any, is_sequential: bool = True) -> list[Any]:
-    """One dataloader or several, a list or a mapping, as a list; loaders that run side by side are one.
+    """Return one dataloader or several, a list or a mapping, as a list; loaders that run side by side are one.
 
     Example:
         >>> loader_list({"a": [1], "b": [2]}), loader_list({"a": [1], "b": [2]}, is_sequential=False)
@@ -155,10 +155,10 @@ def loader_list(dataloaders: Any, is_sequential: bool = True) -> list[Any]:
 
 
 def dataset_names(names: Names, dataloaders: Any, is_sequential: bool = True, stage: str = "the run") -> list[str]:
-    """The names of the data sets, in the order of the dataloaders.
+    """Return the names of the data sets, in the order of the dataloaders.
 
     Raises:
-        ValueError: If their number is not that of the dataloaders.
+        ValueError: If their number differs from that of the dataloaders.
 
     Example:
         >>> dataset_names({"mine": "id", "other": "far"}, ["first loader", "second loader"])
@@ -174,7 +174,7 @@ def dataset_names(names: Names, dataloaders: Any, is_sequential: bool = True, st
     if len(given) != count:
         have = "1 dataloader" if count == 1 else f"{count} dataloaders"
         raise ValueError(
-            f"datasets= names {len(given)} data sets ({', '.join(given)}), and {stage} has {have}"
+            f"datasets= names {len(given)} data sets ({', '.join(given)}), but {stage} has {have}"
             + (f" ({', '.join(keys)})" if keys else "")
             + ". Pass one name per dataloader, in order; names by stage, as in datasets={'test': {...}}; or stages=, the "
             "stages to score"
@@ -183,7 +183,7 @@ def dataset_names(names: Names, dataloaders: Any, is_sequential: bool = True, st
 
 
 def dataset_roles(names: Names, dataset_list: Sequence[str]) -> dict[str, str]:
-    """The role of each data set; without roles all are in-distribution.
+    """Return the role of each data set; without roles all are in-distribution.
 
     Example:
         >>> dataset_roles(["a", "b"], ["a", "b"])
@@ -200,7 +200,7 @@ def rows_of_loaders(
     vectors: Sequence[str] = (),
     has_ids: bool = False,
 ) -> list[Rows]:
-    """An empty table for the rows of each dataloader.
+    """Return an empty table for the rows of each dataloader.
 
     Args:
         datasets: The names of the data sets.
@@ -218,7 +218,7 @@ def rows_of_loaders(
 
 
 def seen_indices(loader: Any, batch_number: int) -> list[int] | None:
-    """The indices that the loader drew for a batch, where Lightning notes them: in ``predict``."""
+    """Return the indices that the loader drew for a batch, where Lightning notes them: in ``predict``."""
     noted = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
     if not isinstance(noted, list) or batch_number >= len(noted):
         return None

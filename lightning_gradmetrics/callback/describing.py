@@ -1,4 +1,4 @@
-"""What the results of a run depend on: stored with them, and compared when a run is resumed."""
+"""Describes everything that the results depend on; stored with them and compared when a run is resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def describe_run(
     thresholds: Thresholds | None,
     callables: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what the results of a run depend on, as plain values.
+    """Return everything that the results of a run depend on, as plain values.
 
     Args:
         scorer: Computes the scores.
@@ -68,7 +68,7 @@ def describe_score(score: Score) -> dict[str, Any]:
 
 
 def described(value: Any) -> Any:
-    """Return a value as JSON can store it: functions and objects by their names, whose addresses differ between runs."""
+    """Return a value in a form for JSON; functions and objects by name, because addresses differ between runs."""
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     if isinstance(value, Mapping):
@@ -79,7 +79,7 @@ def described(value: Any) -> Any:
 
 
 def describe_circumstances(loaders: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """Return what may differ in a resumed run and changes scores by rounding at most.
+    """Return the facts that may differ in a resumed run and change scores by rounding at most.
 
     Args:
         loaders: The dataloaders by the names of their data sets.

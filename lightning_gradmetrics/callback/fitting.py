@@ -20,7 +20,7 @@ __all__ = ["fitting_step"]
 
 @contextmanager
 def fitting_step(module: LightningModule, split: SplitBatch) -> Iterator[None]:
-    """Inside the block ``predict_step`` is a step that the module defines.
+    """Make ``predict_step`` a step that the module defines, inside the block.
 
     That is its own ``predict_step``; else its ``test_step`` or ``validation_step``, which prepare the batch as they do
     when it is scored, without logging and without a trace in its torchmetrics; else a call of the module with the
@@ -49,7 +49,7 @@ def fitting_step(module: LightningModule, split: SplitBatch) -> Iterator[None]:
 
 
 def _state(metric: Metric) -> dict[str, Any]:
-    """What an update of a metric changes."""
+    """Return the state that an update of a metric changes."""
     names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
     return {name: copy.deepcopy(vars(metric)[name]) for name in names if name in vars(metric)}
 
@@ -66,7 +66,7 @@ def _step_of(module: LightningModule, split: SplitBatch) -> Callable[..., Any]:
 
 
 def _accepting(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step with Lightning's arguments, of which it receives those that it has."""
+    """Return the step with Lightning's arguments, of which it receives those that it has."""
     names = list(inspect.signature(step).parameters)
 
     def predict_step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
@@ -77,4 +77,4 @@ def _accepting(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Logs nothing: ``predict`` cannot."""
+    """Log nothing, because ``predict`` cannot log."""

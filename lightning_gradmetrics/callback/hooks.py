@@ -1,4 +1,4 @@
-"""The hooks that Lightning calls: each passes on to the start, a batch or the end of a run."""
+"""The hooks that Lightning calls: each starts, continues or ends a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["RunHooks"]
 
 
 def _before(step: str) -> Callable[..., None]:
-    """The hook before a batch of a step."""
+    """Return the hook before a batch of a step."""
 
     def hook(
         self: RunHooks,
@@ -48,7 +48,7 @@ class RunHooks(Callback):
         raise NotImplementedError
 
     def _interrupted(self, run: Run) -> str:
-        """Keep what was scored before an error or a signal, and return what to tell the user."""
+        """Keep the scored rows after an error or a signal, and return advice for the user."""
         raise NotImplementedError
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -75,7 +75,7 @@ class RunHooks(Callback):
     ) -> None:
         if self._run is not None:
             self._run.end_batch(batch_idx, dataloader_idx)
-            if trainer.received_sigterm:  # Lightning's prediction loop would go on to its end
+            if trainer.received_sigterm:  # Lightning's prediction loop would otherwise continue
                 raise SIGTERMException
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
@@ -96,7 +96,7 @@ class RunHooks(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop observing, keep what was scored, and print how to resume."""
+        """Stop observing, keep the scored rows, and print how to resume."""
         run, self._run = self._run, None
         if run is None:
             return
@@ -106,7 +106,7 @@ class RunHooks(Callback):
             print(f"\n{advice}", file=sys.stderr, flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop observing; warn of a run without samples."""
+        """Stop observing, and warn about a run without samples."""
         run, self._run = self._run, None
         if run is not None:
             run.close()

@@ -27,10 +27,10 @@ SplitBatch = Callable[[Any], tuple[Inputs, Tensor | None]]
 
 @dataclass(frozen=True)
 class ReadBatch:
-    """What a batch held before the step.
+    """The inputs and labels of a batch before the step.
 
     Args:
-        inputs: The inputs in it, or ``None`` if they are not known.
+        inputs: The inputs, or ``None`` if unknown.
         copied: The batch, copied; ``None`` if the user's ``split_batch`` returned the labels.
         labels: The labels that the user's ``split_batch`` returned.
         size: The length of its first tensor, or ``None``.
@@ -57,7 +57,7 @@ class BatchReader:
         self.warn = warn
 
     def read(self, batch: Any) -> ReadBatch:
-        """The batch before the step.
+        """Return the batch before the step.
 
         Raises:
             ValueError: If the user's ``split_batch`` does not return inputs and labels.
@@ -79,10 +79,10 @@ class BatchReader:
     def labels(
         self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str
     ) -> Tensor | None:
-        """The labels of a batch ``(N,)``; ``None`` if it has none, or none that are certain, which is warned of once.
+        """Return the labels of a batch ``(N,)``; ``None`` if it has none, or with one warning if they are not certain.
 
         Args:
-            batch: What the batch held before the step.
+            batch: The batch before the step.
             size: The number of samples ``N``.
             classes: The number of classes.
             received: The tensors that the model received.

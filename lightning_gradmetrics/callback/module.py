@@ -1,4 +1,4 @@
-"""What the callback reads from a trainer and a module."""
+"""Reads the state of a trainer and a module."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["is_side_by_side", "processes_of", "scored_model"]
 
 
 def processes_of(trainer: Trainer) -> Processes:
-    """The trainer's processes, as this one sees them."""
+    """Return the trainer's processes."""
     return Processes(trainer.world_size, trainer.global_rank)
 
 
 def is_side_by_side(trainer: Trainer) -> bool:
-    """Whether the running loop draws one batch from all its dataloaders at once (``CombinedLoader``)."""
+    """Return whether the running loop draws one batch from all its dataloaders at once (``CombinedLoader``)."""
     loop: Any = trainer._active_loop
     if hasattr(loop, "epoch_loop"):
         loop = loop.epoch_loop.val_loop
@@ -28,7 +28,7 @@ def is_side_by_side(trainer: Trainer) -> bool:
 
 
 def scored_model(module: LightningModule, name: str | None = None, head: str | None = None) -> nn.Module:
-    """The named submodule, or the module itself, or its only child if the module has no forward.
+    """Return the named submodule, or the module itself, or its only child if the module has no forward.
 
     Args:
         module: The user's module.
@@ -36,7 +36,7 @@ def scored_model(module: LightningModule, name: str | None = None, head: str | N
         head: The name of the head in the module, or ``None``.
 
     Raises:
-        ValueError: If there is no such submodule, or it is not clear which to take.
+        ValueError: If there is no such submodule, or the choice is not clear.
     """
     children = []
     for key, child in module.named_children():

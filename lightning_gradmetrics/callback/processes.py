@@ -1,4 +1,4 @@
-"""What the processes of a run send each other; a run of one process keeps what it has."""
+"""Collective operations of the processes of a run; a single process returns its own values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them.
+    """The processes of a run.
 
     Args:
-        count: How many there are.
-        rank: Which of them this is.
+        count: The number of processes.
+        rank: The number of this process.
 
     Example:
         >>> alone = Processes()
@@ -42,7 +42,7 @@ class Processes:
             warnings.warn(text, stacklevel=3)
 
     def all_gather(self, value: T) -> list[T]:
-        """Every process's value in the order of the ranks, on every process."""
+        """Return every process's value in the order of the ranks, on every process."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -50,7 +50,7 @@ class Processes:
         return values
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value in the order of the ranks on rank 0; an empty list on the others."""
+        """Return every process's value in the order of the ranks on rank 0; an empty list on the others."""
         if self.count == 1:
             return [value]
         values: list[Any] | None = [None] * self.count if self.is_first else None
@@ -61,7 +61,7 @@ class Processes:
         """Return what an action returns on this process; if it fails on any process, every process raises.
 
         Raises:
-            RuntimeError: If the action raises on another process; the message says what was raised there.
+            RuntimeError: If the action raises on another process; the message contains its error.
         """
         if self.count == 1:
             return action()
@@ -76,10 +76,10 @@ class Processes:
         return value
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """What rank 0 computes, on every process; where it fails, every process does, so that none waits for ever.
+        """Compute a value on rank 0 and return it on every process; an error is raised on every process, so none waits.
 
         Raises:
-            RuntimeError: On the other processes, if ``compute`` raises on rank 0; it says what was raised there.
+            RuntimeError: On the other processes, if ``compute`` raises on rank 0; the message contains its error.
         """
         if self.count == 1:
             return compute()

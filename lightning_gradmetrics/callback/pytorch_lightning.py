@@ -10,7 +10,7 @@ __all__ = ["also_callback_of_pytorch_lightning", "is_of_lightning"]
 def also_callback_of_pytorch_lightning(kind: type) -> None:
     """Make a callback class a subclass of ``pytorch_lightning.Callback`` too, if that package was imported.
 
-    The package is not imported for this: a program that uses it has imported it.
+    The package is not imported here, because a program that uses it has already imported it.
 
     Args:
         kind: A subclass of ``lightning.pytorch.Callback``.
@@ -21,7 +21,7 @@ def also_callback_of_pytorch_lightning(kind: type) -> None:
 
 
 def is_of_lightning(module: object, method: str) -> bool:
-    """Whether a module has Lightning's own version of a method, from either package.
+    """Return whether a module has Lightning's own version of a method, from either package.
 
     Example:
         >>> from lightning.pytorch import LightningModule

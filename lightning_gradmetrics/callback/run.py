@@ -1,4 +1,4 @@
-"""One pass over the dataloaders of a stage: each step is observed, and its samples are handed to the stage."""
+"""One pass over the dataloaders of a stage: each step is observed, and its samples are passed to the stage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Run:
         roles: The role of each data set.
         reader: Reads inputs and labels.
         surroundings: The context of the model's forward passes.
-        sample_id: From a batch to the id of each sample, or ``None``.
+        sample_id: Returns the id of each sample of a batch, or ``None``.
     """
 
     stage: Stage
@@ -70,7 +70,7 @@ class Run:
             yield
 
     def end_batch(self, number: int, place: int) -> None:
-        """Hand the samples of the observed step to the stage.
+        """Pass the samples of the observed step to the stage.
 
         Args:
             number: The batch's number in its dataloader.
@@ -94,7 +94,7 @@ class Run:
         self._warn_of_unknown_index(place)
 
     def _completed(self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int) -> ObservedBatch:
-        """The batch with its labels and its data set."""
+        """Return the batch with its labels and its data set."""
         dataset = self.stage.rows[place].dataset
         received: list[Tensor] = []
         if seen.called is not None:
@@ -108,14 +108,14 @@ class Run:
         return replace(batch, labels=labels, ood=ood, dataset=dataset)
 
     def _checked(self, labels: Tensor | None, classes: int, place: int) -> Tensor | None:
-        """The labels; of in-distribution data, none at all if one is beyond the classes."""
+        """Return the labels; ``None`` for in-distribution data with a label outside of the classes."""
         rows = self.stage.rows[place]
         if labels is None or self.roles.get(rows.dataset, ID) != ID or not bool((labels >= classes).any()):
             return labels
         rows.forget_labels = True
         self.reader.warn_once(
             rows.dataset,
-            f"no labels are used for the data set {rows.dataset!r}: they go up to {int(labels.max())}, and the model has "
+            f"no labels are used for the data set {rows.dataset!r}: they go up to {int(labels.max())}, but the model has "
             f"{classes} classes, 0 to {classes - 1}. Pass split_batch=, a callable from the batch to (inputs, labels), with -1 "
             "for an unknown label; or datasets= with a role other than 'id'",
         )
@@ -127,8 +127,8 @@ class Run:
             return
         self.reader.warn_once(
             f"index of {rows.dataset}",
-            f"the index of the rows of {rows.dataset!r} is not known and stays null: the order of its dataloader is not known "
-            "beforehand (shuffle=True, a custom sampler, an iterable data set, or a model that returns more rows than the "
+            f"the index of the rows of {rows.dataset!r} is unknown and stays null: the order of its dataloader is not known "
+            "in advance (shuffle=True, a custom sampler, an iterable data set, or a model that returns more rows than the "
             "batch has). Use shuffle=False, or trainer.predict, which notes the index",
         )
 

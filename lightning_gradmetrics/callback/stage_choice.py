@@ -1,4 +1,4 @@
-"""Which stages are scored, and what is said about it."""
+"""Chooses the stages to score, and warns about those that are not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Loaders:
     """The dataloaders of a stage.
 
     Args:
-        given: One dataloader or several, as Lightning holds them.
+        given: One dataloader or several, as Lightning stores them.
         is_sequential: Whether they run one after the other; otherwise they run side by side, and are one data set.
 
     Example:
@@ -36,27 +36,27 @@ class Loaders:
         return loader_list(self.given, self.is_sequential)
 
     def names(self, names: Names, stage: str) -> Sequence[str]:
-        """The names of the data sets.
+        """Return the names of the data sets.
 
         Raises:
-            ValueError: If their number is not that of the dataloaders.
+            ValueError: If their number differs from that of the dataloaders.
         """
         return dataset_names(names, self.given, self.is_sequential, stage)
 
 
 @dataclass
 class StageNotices:
-    """Decides what is scored, and says once what is left out or assumed."""
+    """Decides which stages are scored, and warns once about omissions and assumptions."""
 
     _said: set[str] = field(default_factory=set)
 
     def is_scored(
         self, stage: str, stages: Sequence[str] | None, is_fitted: bool, names: Names, loaders: Loaders
     ) -> bool:
-        """Whether to score a stage.
+        """Return whether to score a stage.
 
         By default every stage is scored, but the validation inside a fit only if the names of the data sets are for its
-        dataloaders and no score is fitted: a fitted score holds for fixed weights.
+        dataloaders and no score is fitted: a fitted score is valid for fixed weights only.
 
         Args:
             stage: The stage.
@@ -80,7 +80,7 @@ class StageNotices:
         return True
 
     def of_roles(self, datasets: Sequence[str]) -> None:
-        """Warn of several data sets without roles."""
+        """Warn about several data sets without roles."""
         if len(datasets) > 1:
             self._say(
                 f"{len(datasets)} dataloaders and no roles: all are treated as in-distribution. Pass datasets= with a role for "
@@ -94,7 +94,7 @@ class StageNotices:
 
 
 def check_fitted_in_fit(scores: Sequence[Score], stages: Sequence[str] | None) -> None:
-    """Refuse fitted scores in the validation of a fit, if the user asks for them there.
+    """Refuse fitted scores in the validation of a fit, if the user requests them there.
 
     Raises:
         ValueError: If ``stages`` names that validation and a score is fitted.

@@ -89,7 +89,7 @@ class ScoreStage:
             source.join([part[number] for part in parts])
 
     def warn_of_empty(self, processes: Processes) -> None:
-        """Warn of each data set without a sample."""
+        """Warn about each data set without a sample."""
         for rows in self.rows:
             if not rows.added and rows.index.committed is None:
                 processes.warn(f"the dataloader {rows.dataset!r} returned no samples: it is not in the results")

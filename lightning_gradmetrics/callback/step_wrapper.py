@@ -1,4 +1,4 @@
-"""Running code around the next call of a module's step, and nowhere else."""
+"""Runs code around the next call of a module's step only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 def around_next_call(module: nn.Module, name: str, context: Context) -> Callable[[], None]:
     """Enter a context around the next call of a method, for that call only.
 
-    Several callbacks may do so at the same time. The module has its own method again before the method runs.
+    Several callbacks may do so at the same time. The module's method is restored before it runs.
 
     Args:
         module: The module.
@@ -25,7 +25,7 @@ def around_next_call(module: nn.Module, name: str, context: Context) -> Callable
         context: Makes the context.
 
     Returns:
-        A function that takes this back if the method was not called; it may be called at any time.
+        A function that undoes this if the method was not called; it may be called at any time.
 
     Example:
         >>> from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The store of a run: memory, or the directory that the user named."""
+"""Chooses the store of a run: memory, or the user's directory."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def store_of(
         limited: Whether only some of the batches are scored.
 
     Raises:
-        FileExistsError: If the directory holds results and the run does not resume them.
-        ResumeError: If it holds the results of another run; the message names the difference.
+        FileExistsError: If the directory contains results and the run does not resume them.
+        ResumeError: If it contains the results of another run; the message names the difference.
         RuntimeError: If another run writes to it, or another process of this run fails.
     """
     complete = _unchanged if thresholds is None else partial(apply_thresholds, thresholds=thresholds)
@@ -77,7 +77,7 @@ def _unchanged(table: pa.Table) -> pa.Table:
 
 
 def is_limited(trainer: Trainer, stage: str) -> bool:
-    """Whether a trainer runs only some of the batches of a stage."""
+    """Return whether a trainer runs only some of the batches of a stage."""
     limits = {
         "validate": trainer.limit_val_batches,
         "test": trainer.limit_test_batches,

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one, whatever happens while they are written."""
+"""Writes files atomically: after an interruption a file has its old or its new content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEMPORARY = ".tmp-"
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one.
+    """Write a file atomically.
 
     Args:
         path: The file.
@@ -31,7 +31,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def temporary_files(directory: Path, pattern: str) -> list[Path]:
-    """Return the temporary files that a killed process left, of the files whose name has the pattern."""
+    """Return the temporary files that a killed process left for files whose names match the pattern."""
     return sorted(directory.glob(f"{TEMPORARY}{pattern}"))
 
 

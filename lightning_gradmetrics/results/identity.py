@@ -1,4 +1,4 @@
-"""What a run's results depend on, in a form that two runs can compare: the weights, the data and their order."""
+"""Describes the weights, the data and their order, so that two runs can be compared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 UNKNOWN_ORDER = "unknown"
 IN_ORDER = "in order"
 ROWS_READ = 1000
-"""Rows at both ends of an array that its hash reads."""
+"""Number of rows at each end of an array that its hash includes."""
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -59,7 +59,7 @@ def describe_loader(loader: Any) -> dict[str, Any]:
     """Return what must be the same in a resumed run: the data set's kind, number of rows and content, and the order.
 
     Args:
-        loader: A dataloader. The content is that of data sets in memory and of lists of files, else ``None``.
+        loader: A dataloader. The content is known for data sets in memory and lists of files, otherwise ``None``.
     """
     dataset = getattr(loader, "dataset", loader)
     if isinstance(dataset, RestOfStream):
@@ -71,14 +71,14 @@ def describe_loader(loader: Any) -> dict[str, Any]:
 
 
 def batch_size_of(loader: Any) -> int | None:
-    """Return the number of rows of a loader's batches, ``None`` if it is not known."""
+    """Return the number of rows of a loader's batches, or ``None`` if unknown."""
     size = getattr(loader, "batch_size", None)
     batches = getattr(loader, "batch_sampler", None)
     return size if isinstance(size, int) else getattr(batches, "batch_size", None)
 
 
 def expected_rows(loader: Any) -> int | None:
-    """Return the number of rows that a pass over a dataloader returns, if that is every row of its data set once."""
+    """Return the number of rows of one pass over a dataloader, if the pass returns each row of the data set once."""
     described = describe_loader(loader)
     dropping = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
     drops = any(getattr(one, "drop_last", False) for one in dropping)
@@ -99,7 +99,7 @@ def _order(loader: DataLoader[Any]) -> str:
 
 
 def _content(dataset: Any) -> str | None:
-    """A hash of what a data set has in memory; ``None`` if that is nothing known."""
+    """Return a hash of a data set's content in memory; ``None`` for an unknown kind of data set."""
     if isinstance(dataset, Subset):
         inner = _content(dataset.dataset)
         return None if inner is None else _hash([inner, _value(dataset.indices)])
@@ -118,7 +118,7 @@ def _content(dataset: Any) -> str | None:
 
 
 def _value(values: Any) -> bytes:
-    """The first and the last rows of a tensor, an array or a list, as bytes."""
+    """Return the first and the last rows of a tensor, an array or a list, as bytes."""
     ends = (values[:ROWS_READ], values[-ROWS_READ:])
     if isinstance(values, Tensor):
         return b"".join(map(_bytes_of, ends))

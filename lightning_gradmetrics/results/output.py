@@ -1,4 +1,4 @@
-"""Where a run stores its results."""
+"""The place where a run stores its results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_output(output: Any, resume: Any) -> Output | None:
         resume: Whether to resume.
 
     Raises:
-        TypeError: If ``output`` is neither, or ``resume`` is no bool.
+        TypeError: If ``output`` is neither, or ``resume`` is not a bool.
         ValueError: If ``resume`` is true without a directory.
     """
     if not isinstance(resume, bool):

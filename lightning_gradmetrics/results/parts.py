@@ -35,38 +35,38 @@ MANIFEST = "_manifest.json"
 LOCK = ".lock"
 PART = "part-*.parquet"
 RUN = b"lightning_gradmetrics"
-"""Key in the schema of every part: what the results depend on."""
+"""Key in the schema of every part for the description of everything that the results depend on."""
 
 ABOUT = b"lightning_gradmetrics.about"
-"""Key in the schema of every part: what may differ in a resumed run, such as package versions."""
+"""Key in the schema of every part for facts that may differ in a resumed run, such as package versions."""
 
 UNLABELLED = b"lightning_gradmetrics.unlabelled"
-"""Key in the schema of a part: data sets whose labels turned out to be no classes, in earlier parts too."""
+"""Key in the schema of a part for data sets whose labels are not classes, in earlier parts too."""
 
 ROWS_PER_PART = 100_000
 SECONDS_FOR_LOCK = 8.0
-"""Worker processes of a killed run keep its lock until they notice, which takes 5 seconds."""
+"""Seconds to wait for a lock: worker processes of a killed run keep it until they notice, after 5 seconds."""
 
 
 class ResumeError(ValueError):
-    """A run cannot be resumed: the directory holds the results of another run."""
+    """A run cannot be resumed, because the directory contains the results of another run."""
 
 
 class ResultsWriter:
-    """Writes result rows to a directory of Parquet parts while a run goes on.
+    """Writes result rows to a directory of Parquet parts during a run.
 
     Args:
         directory: The results directory; created if it is missing.
-        run: What the results depend on (scores, model, data sets), as plain JSON values. It is stored in the schema of
+        run: Everything that the results depend on (scores, model, data sets), as plain JSON values. It is stored in the schema of
             every part, and a resumed run must have the same.
-        about: What may differ in a resumed run (package versions), as plain JSON values; stored in the schema too.
+        about: Facts that may differ in a resumed run (package versions), as plain JSON values; also stored in the schema.
         rank: The number of this process; each process writes parts with its own names.
         rows_per_part: Rows that are kept in memory before a part is committed.
         resume: Whether to add to the committed parts of an interrupted run.
 
     Raises:
-        FileExistsError: If the directory holds results and ``resume`` is false.
-        ResumeError: If the committed parts are those of another run.
+        FileExistsError: If the directory contains results and ``resume`` is false.
+        ResumeError: If another run wrote the committed parts.
         RuntimeError: If another process is writing to the directory.
 
     Example:
@@ -128,7 +128,7 @@ class ResultsWriter:
         self._number = len(list(self.directory.glob(f"part-{self.rank:04d}-*.parquet")))
 
     def __enter__(self) -> ResultsWriter:
-        """Return the writer; leaving the block commits the rows that it holds, also after an error."""
+        """Return the writer; at the end of the block its rows are committed, also after an error."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -154,7 +154,7 @@ class ResultsWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Write the rows that are held in memory as one part, if there are any.
+        """Write the rows in memory as one part, if there are any.
 
         Raises:
             OSError: If the part cannot be written; committed parts are intact.
@@ -192,7 +192,7 @@ class ResultsWriter:
         return [f"part-{self.rank:04d}-{number:06d}.parquet" for number in range(self._number)]
 
     def finish(self, sizes: Mapping[str, int | None]) -> None:
-        """Commit what is left and write the manifest: the results are complete.
+        """Commit the remaining rows and write the manifest, which marks the results as complete.
 
         Args:
             sizes: Number of samples of each data set, in the order of the results; ``None`` where it is unknown.
@@ -205,7 +205,7 @@ class ResultsWriter:
         write_file(self.directory / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
     def close(self) -> None:
-        """Let other processes write to the directory."""
+        """Release the directory for other processes."""
         self._lock.release()
 
 
@@ -214,7 +214,7 @@ def check_run(part: Path, run: Mapping[str, Any]) -> None:
 
     Args:
         part: A committed part.
-        run: What the results of the run that wants to resume depend on.
+        run: The description of the run to resume.
 
     Raises:
         ResumeError: If they differ; the message names the first difference.

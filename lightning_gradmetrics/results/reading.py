@@ -1,4 +1,4 @@
-"""Reading a results directory, and checking that no row is missing or repeated."""
+"""Reads a results directory and checks that no row is missing or repeated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_gradmetrics.results.table import merge_results
 __all__ = ["IncompleteResultsError", "committed_rows", "indices_by_dataset", "read_results"]
 
 SHOWN = 10
-"""Rows that an error message names."""
+"""Largest number of rows that an error message names."""
 
 KEYS = ("dataset", "index")
 
@@ -33,7 +33,7 @@ def read_results(directory: str | Path, *, incomplete: bool = False, columns: Se
 
     Args:
         directory: A results directory that a run wrote (``output=``).
-        incomplete: Whether to accept the results of an interrupted run. Repeated rows are refused all the same.
+        incomplete: Whether to accept the results of an interrupted run. Repeated rows are always refused.
         columns: Further columns to read next to ``dataset`` and ``index``; by default all.
 
     Returns:
@@ -41,7 +41,7 @@ def read_results(directory: str | Path, *, incomplete: bool = False, columns: Se
         run's metadata is in the schema.
 
     Raises:
-        FileNotFoundError: If the directory holds no results.
+        FileNotFoundError: If the directory contains no results.
         IncompleteResultsError: If the run was interrupted, or rows are missing or repeated; the message names them.
 
     Example:
@@ -87,7 +87,7 @@ def _read(parts: Sequence[Path], columns: Sequence[str] | None) -> pa.Table:
 
 
 def _without_labels(table: pa.Table, datasets: set[str]) -> pa.Table:
-    """The table with null for the labels of some data sets."""
+    """Return the table with null for the labels of some data sets."""
     if not datasets or "label" not in table.column_names:
         return table
     hidden = pc.is_in(table["dataset"], pa.array(sorted(datasets)))
@@ -96,7 +96,7 @@ def _without_labels(table: pa.Table, datasets: set[str]) -> pa.Table:
 
 
 def _checked(directory: Path, table: pa.Table, sizes: Mapping[str, int | None], incomplete: bool) -> pa.Table:
-    """The table in order; refused if rows are missing or repeated."""
+    """Return the table in order; refuse missing and repeated rows."""
     present = pc.unique(table["dataset"]).to_pylist()
     for name, indices in indices_by_dataset(table):
         _check_repeated(directory, name, indices)
@@ -107,7 +107,7 @@ def _checked(directory: Path, table: pa.Table, sizes: Mapping[str, int | None], 
 
 
 def _sizes_of_run(part: Path) -> dict[str, int | None]:
-    """The number of samples of each data set, from the metadata of an interrupted run."""
+    """Return the number of samples of each data set, from the metadata of an interrupted run."""
     run = json.loads((pq.read_schema(part).metadata or {}).get(RUN, b"{}"))
     sizes: dict[str, int | None] = {}
     for name, dataset in run.get("datasets", {}).items():

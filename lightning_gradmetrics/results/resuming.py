@@ -1,4 +1,4 @@
-"""What an interrupted run left to do: the samples that are not committed, and the loaders that return them."""
+"""The remaining work of an interrupted run: samples that are not committed, and dataloaders that return them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["check_resumable", "committed_mask", "unfinished"]
 def unfinished(dataloader: Any, directory: str | Path, dataset: str | None = None) -> Any:
     """Return the dataloader of the samples that an interrupted run has not committed.
 
-    The remaining batches are those of the undisturbed run, so that all scores are the same to the last bit. Pass the
+    The remaining batches equal those of an uninterrupted run, so all scores are the same to the last bit. Pass the
     loader to a trainer whose callback is ``GradientMetrics(..., output=directory, resume=True)``.
 
     Args:
@@ -62,7 +62,7 @@ def unfinished(dataloader: Any, directory: str | Path, dataset: str | None = Non
         return {name: rest(loader, name) for name, loader in dataloader.items()}
     if isinstance(dataloader, (list, tuple)):
         if len(dataloader) != len(stored):
-            raise ResumeError(f"{directory} has {len(stored)} data sets, and there are {len(dataloader)} dataloaders")
+            raise ResumeError(f"{directory} has {len(stored)} data sets, but there are {len(dataloader)} dataloaders")
         return [rest(loader, name) for loader, name in zip(dataloader, stored, strict=True)]
     return rest(dataloader, dataset)
 
@@ -102,14 +102,14 @@ def _rest(
 
 
 def _replaced(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
-    """A copy of a loader with other attributes, which PyTorch allows to set only when a loader is made."""
+    """Return a copy of a loader with changed attributes, which PyTorch only allows in the constructor."""
     other = copy.copy(loader)
     vars(other).update(attributes, _iterator=None)
     return other
 
 
 def check_resumable(name: str, described: Mapping[str, Any], unknown: int) -> None:
-    """Refuse a data set whose remaining samples nobody can tell.
+    """Refuse a data set whose remaining samples are unknown.
 
     Args:
         name: The data set's name.
@@ -121,7 +121,7 @@ def check_resumable(name: str, described: Mapping[str, Any], unknown: int) -> No
     """
     if described["order"] == UNKNOWN_ORDER:
         raise ResumeError(
-            f"cannot resume the data set {name!r}: the order of its dataloader is drawn anew in each run (shuffle=True or a "
+            f"cannot resume the data set {name!r}: the order of its dataloader is random in each run (shuffle=True or a "
             "custom sampler). Use shuffle=False, or score it again in another directory"
         )
     if unknown:
@@ -135,7 +135,7 @@ def check_stream(loader: DataLoader[Any], name: str, rows: int, is_skipped: bool
     """Refuse a stream that cannot skip its first rows.
 
     Args:
-        loader: A dataloader of an iterable data set, or of what follows its first rows.
+        loader: A dataloader of an iterable data set, or of its rows after the first ones.
         name: The data set's name.
         rows: The number of committed rows.
         is_skipped: Whether the dataloader must have skipped them already.

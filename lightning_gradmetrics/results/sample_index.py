@@ -1,4 +1,4 @@
-"""The index of each row in its data set, as far as the dataloader tells it."""
+"""The index of each row in its data set, as far as the dataloader shows it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning_gradmetrics.results.unfinished import UnfinishedBatches
 __all__ = ["REPEATED", "UNKNOWN", "SampleIndex", "known_order", "sample_indices"]
 
 REPEATED = -1
-"""The index of a row that is left out: a distributed sampler repeats it, or it is committed already."""
+"""The index of a row that is left out, because a distributed sampler repeats it or it is already committed."""
 
 UNKNOWN = -2
-"""The index of a row whose position in the data set is not known."""
+"""The index of a row whose position in the data set is unknown."""
 
 Indices = Sequence[int] | np.ndarray[Any, Any]
 
@@ -39,7 +39,7 @@ def sampler_of(loader: DataLoader[Any]) -> Any:
 
 
 def known_order(loader: Any) -> Indices | None:
-    """Return the order in which one process reads a data set, if it is known beforehand and the same each time.
+    """Return the order in which one process reads a data set, if it is known in advance and always the same.
 
     Args:
         loader: A dataloader.
@@ -64,7 +64,7 @@ def known_order(loader: Any) -> Indices | None:
 
 
 def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> Indices | None:
-    """Return the data set's index of each row that this process will receive, in order; ``None`` if it is not known.
+    """Return the data set's index of each row that this process will receive, in order; ``None`` if it is unknown.
 
     A distributed sampler repeats rows so that all processes receive the same number: a repeated row has the index -1.
     """
@@ -84,13 +84,13 @@ def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> Indices |
 
 @dataclass
 class SampleIndex:
-    """The indices of a loader's rows, batch by batch.
+    """Yields the indices of a loader's rows, batch by batch.
 
     Args:
         known: The index of each row in order, or ``None``.
-        batch_size: Rows of each batch but the last; ``None`` if it is not known.
-        position: Rows that were taken so far.
-        committed: Which indices ``(N,)``, bool, an earlier run committed, or ``None``: their rows are left out.
+        batch_size: Rows of each batch except the last; ``None`` if unknown.
+        position: Number of rows returned so far.
+        committed: Whether an earlier run committed each index ``(N,)``, bool, or ``None``; committed rows are left out.
 
     Example:
         >>> index = SampleIndex(list(range(5)), 3)
@@ -117,7 +117,7 @@ class SampleIndex:
 
         Args:
             rows: The number of rows that the model returned.
-            seen: The indices that the loader drew for this batch, if it noted them.
+            seen: The indices that the loader drew for this batch, if it recorded them.
         """
         indices = self._next(rows, seen)
         if seen is None:
@@ -127,11 +127,11 @@ class SampleIndex:
         return self.last
 
     def skip(self, rows: int, seen: Sequence[int] | None = None) -> bool:
-        """Pass over the next batch and return True if an earlier run committed all its rows; else return False.
+        """Skip the next batch and return True if an earlier run committed all its rows; otherwise return False.
 
         Args:
             rows: The number of rows of the batch.
-            seen: The indices that the loader drew for this batch, if it noted them.
+            seen: The indices that the loader drew for this batch, if it recorded them.
         """
         if self.committed is None:
             return False
@@ -142,7 +142,7 @@ class SampleIndex:
         return True
 
     def _next(self, rows: int, seen: Sequence[int] | None) -> np.ndarray[Any, Any]:
-        """The indices of the next batch; -1 for the rows that are left out."""
+        """Return the indices of the next batch; -1 for the rows that are left out."""
         following: Indices = ()
         if seen is not None:
             following = seen

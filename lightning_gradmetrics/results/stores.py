@@ -1,4 +1,4 @@
-"""Where the rows of a run go: to memory, or to a results directory while the run goes on."""
+"""Stores for the rows of a run: memory, or a results directory."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ __all__ = ["DirectoryStore", "MemoryStore", "Results", "Store"]
 
 BYTES_PER_PART = 2**26
 SECONDS_PER_PART = 60.0
-"""A kill loses at most the rows of that time."""
+"""Seconds between commits; a kill loses at most the rows of this time."""
 
 Results = pa.Table | Callable[[], pa.Table]
 """A results table, or a function that reads it."""
 
 Complete = Callable[[pa.Table], pa.Table]
-"""Adds the columns that follow from the others, such as decisions."""
+"""A function that adds columns computed from others, such as decisions."""
 
 
 class Store(Protocol):
-    """Takes the rows of a run."""
+    """Receives the rows of a run."""
 
     def after_batch(self, rows: Rows) -> None:
-        """Store rows, if it is time to, after a batch of their dataloader."""
+        """Store rows after a batch of their dataloader, if it is time to."""
         ...
 
     def share(self) -> Any:
@@ -44,7 +44,7 @@ class Store(Protocol):
         ...
 
     def join(self, shared: Sequence[Any]) -> None:
-        """Complete the results on rank 0 from what all processes shared."""
+        """Complete the results on rank 0 from the values of all processes."""
         ...
 
     def judged(self, scores: Sequence[str]) -> pa.Table:
@@ -56,7 +56,7 @@ class Store(Protocol):
         ...
 
     def interrupt(self) -> str:
-        """Store all rows after an error or a signal, and return what to tell the user."""
+        """Store all rows after an error or a signal, and return advice for the user."""
         ...
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class MemoryStore:
 
     Args:
         rows: The rows of each dataloader.
-        complete: Adds the columns that follow from the others.
+        complete: Adds columns computed from others.
     """
 
     rows: Sequence[Rows]
@@ -78,7 +78,7 @@ class MemoryStore:
     table: pa.Table | None = None
 
     def after_batch(self, rows: Rows) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def share(self) -> pa.Table:
         """Return the rows of this process."""
@@ -100,23 +100,23 @@ class MemoryStore:
         return self.complete(self.table)
 
     def interrupt(self) -> str:
-        """Keep the rows; there is nothing to tell the user."""
+        """Keep the rows and return no advice."""
         self.share()
         return ""
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 @dataclass
 class DirectoryStore:
-    """Commits the rows to a results directory, and keeps few of them in memory.
+    """Commits the rows to a results directory and keeps few of them in memory.
 
     Args:
         writer: Writes the parts.
         output: Where the results are stored.
         rows: The rows of each dataloader.
-        complete: Adds the columns that follow from the others.
+        complete: Adds columns computed from others.
         sizes: The number of rows of each data set, ``None`` where it is unknown.
     """
 
@@ -147,15 +147,15 @@ class DirectoryStore:
             output: Where the results are stored.
             rows: The rows of each dataloader.
             loaders: The dataloaders.
-            run: What the results depend on.
-            about: What may differ in a resumed run.
-            complete: Adds the columns that follow from the others.
+            run: Everything that the results depend on.
+            about: Facts that may differ in a resumed run.
+            complete: Adds columns computed from others.
             rank: The number of this process.
             is_limited: Whether only some of the batches are scored.
 
         Raises:
-            FileExistsError: If the directory holds results and the run does not resume them.
-            ResumeError: If it holds the results of another run, or it is unknown which rows a dataloader returns.
+            FileExistsError: If the directory contains results and the run does not resume them.
+            ResumeError: If it holds the results of another run, or the rows of a dataloader are unknown.
             RuntimeError: If another process writes to it.
         """
         sizes: dict[str, int | None] = {}
@@ -187,7 +187,7 @@ class DirectoryStore:
             table.index.committed = committed_mask(name, committed, described["rows"])
 
     def changes(self) -> str | None:
-        """Return what differs from the interrupted run without changing the scores beyond rounding, in words."""
+        """Return, in words, the differences from the interrupted run that change scores by rounding at most."""
         parts = sorted(self.output.directory.glob(PART))
         if not parts:
             return None
@@ -223,7 +223,7 @@ class DirectoryStore:
         return self.writer.parts
 
     def join(self, shared: Sequence[Sequence[str]]) -> None:
-        """Write the manifest: the results are complete.
+        """Write the manifest, which marks the results as complete.
 
         Raises:
             RuntimeError: If the parts of other processes are not in the directory.
@@ -250,7 +250,7 @@ class DirectoryStore:
         return partial(read_results, self.output.directory, incomplete=self._is_incomplete)
 
     def interrupt(self) -> str:
-        """Commit what was scored, and return how to resume."""
+        """Commit the scored rows, and return how to resume."""
         problem, self._is_incomplete = "", True
         try:
             self._commit(self.rows)
@@ -262,5 +262,5 @@ class DirectoryStore:
         return f"{problem}{count} rows are committed in {self.output.directory}. {self.output.how_to_resume()}"
 
     def close(self) -> None:
-        """Let other runs write to the directory."""
+        """Release the directory for other runs."""
         self.writer.close()

@@ -27,10 +27,10 @@ __all__ = [
 
 
 def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> Tensor:
-    """Which samples are free of NaN and Inf, in their inputs and in ``others``: ``(N,)``, bool.
+    """Return which samples are free of NaN and Inf, in their inputs and in ``others``: ``(N,)``, bool.
 
     Args:
-        inputs: The model's inputs; tensors without one row per sample are passed over.
+        inputs: The model's inputs; tensors without one row per sample are ignored.
         others: Further tensors ``(N, ...)``.
         size: The number of samples ``N``.
     """
@@ -43,7 +43,7 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
 
 @dataclass
 class Rows:
-    """The rows of one data set as they come in, kept on the device until they are read.
+    """The rows of one data set, kept on the device until they are read.
 
     Args:
         dataset: The data set's name.
@@ -86,7 +86,7 @@ class Rows:
             logits: ``(N, C)``.
             labels: True labels ``(N,)``, or ``None``.
             scores: The scores by name, ``(N,)`` each.
-            seen: The indices that the loader drew for this batch, if it noted them.
+            seen: The indices that the loader drew for this batch, if it recorded them.
             vectors: Further columns ``(N, ...)`` by name.
             ids: The id of each sample, if the rows have ids.
 
@@ -95,7 +95,9 @@ class Rows:
         """
         prediction, index = logits.argmax(1), self.index.take(len(logits), seen)
         if self.has_ids and len(ids) != len(logits):
-            raise ValueError(f"sample_id= gave {len(ids)} ids for a batch of {len(logits)} samples; expected one each")
+            raise ValueError(
+                f"sample_id= returned {len(ids)} ids for a batch of {len(logits)} samples; expected one each"
+            )
         known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
         finite = finite_rows(inputs, (logits, *scores.values()), len(logits)).to(prediction.device)
         columns = {"index": index, "prediction": prediction, "label": known, "finite": finite}
@@ -110,14 +112,14 @@ class Rows:
         return columns
 
     def drained(self) -> pa.Table:
-        """Return the rows in memory, and forget them."""
+        """Return the rows in memory and remove them."""
         table = self.table()
         self.batches, self.ids = [], []
         self.waiting = self.size = 0
         return table
 
     def table(self) -> pa.Table:
-        """The rows in memory, without those that are left out; an unknown index is null."""
+        """Return the rows in memory, without those that are left out; an unknown index is null."""
         if not self.batches:
             return empty_results(self.scores)
         columns = {key: _joined(self.batches, key) for key in self.batches[0]}
@@ -139,14 +141,14 @@ class Rows:
 
 
 def _joined(batches: Sequence[Mapping[str, Tensor]], key: str) -> Any:
-    """One column of all batches, as an array."""
+    """Return one column of all batches, as an array."""
     joined = torch.cat([batch[key] for batch in batches]).cpu()
     is_narrow = joined.is_floating_point() and joined.dtype not in (torch.float32, torch.float64)
     return (joined.float() if is_narrow else joined).numpy()
 
 
 def _lists(values: Any) -> pa.Array:
-    """A column of lists of one length, from an array ``(N, ...)``."""
+    """Return a column of lists of one length, from an array ``(N, ...)``."""
     width = values[0].size
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
 
@@ -157,12 +159,12 @@ def _schema(scores: Sequence[str]) -> pa.Schema:
 
 
 def empty_results(scores: Sequence[str]) -> pa.Table:
-    """The results table with no rows."""
+    """Return the results table with no rows."""
     return _schema(scores).empty_table()
 
 
 def merge_results(tables: Sequence[pa.Table], datasets: Sequence[str]) -> pa.Table:
-    """The tables of several processes or data sets as one, in the order of the data sets and of their indices."""
+    """Return the tables of several processes or data sets as one, in the order of the data sets and of their indices."""
     filled = [table for table in tables if table.num_rows]
     merged = pa.concat_tables(filled or tables[:1])
     if not merged.num_rows:
@@ -176,7 +178,7 @@ KEYS = ("dataset", "index", "prediction", "label", "sample_id")
 
 
 def with_scores(results: pa.Table, columns: Mapping[str, Tensor]) -> pa.Table:
-    """The table with further scores ``(N,)`` before ``finite``, which is false where one of them is not.
+    """Return the table with further scores ``(N,)`` before ``finite``, which is false where one of them is not.
 
     Args:
         results: A results table.
@@ -196,7 +198,7 @@ def with_scores(results: pa.Table, columns: Mapping[str, Tensor]) -> pa.Table:
 
 
 def join_scores(first: pa.Table, second: pa.Table) -> pa.Table:
-    """The first table with the scores of a second one of the same samples in the same order.
+    """Return the first table with the scores of a second table of the same samples in the same order.
 
     Raises:
         ValueError: If the samples are not the same.
@@ -208,15 +210,15 @@ def join_scores(first: pa.Table, second: pa.Table) -> pa.Table:
 
 
 def largest(results: pa.Table, score: str, n: int = 20, dataset: str | None = None) -> pa.Table:
-    """The samples with the largest values of a score, the largest first: what to look at when data is audited.
+    """Return the samples with the largest values of a score, the largest first, for an audit of the data.
 
-    Rows with NaN or Inf are left out. Of equal values the sample with the lower index comes first.
+    Rows with NaN or Inf are left out. Among equal values, the sample with the lower index comes first.
 
     Args:
         results: A per-sample table, as ``callback.results``.
-        score: The name of its column.
-        n: How many samples at the most.
-        dataset: Of that data set; by default of each, one after the other.
+        score: The name of the score's column.
+        n: The largest number of samples.
+        dataset: The data set; by default all data sets, one after the other.
 
     Returns:
         The columns ``dataset``, ``index``, ``label``, ``prediction``, and the score under its name.
@@ -233,9 +235,9 @@ def largest(results: pa.Table, score: str, n: int = 20, dataset: str | None = No
     names = pc.unique(results["dataset"]).to_pylist()
     fields = [f.name for f in results.schema if pa.types.is_floating(f.type)]
     if score not in fields:
-        raise ValueError(f"the results have no score {score!r}; theirs are: {', '.join(fields) or 'none'}")
+        raise ValueError(f"the results have no score {score!r}; available: {', '.join(fields) or 'none'}")
     if dataset is not None and dataset not in names:
-        raise ValueError(f"the results have no data set {dataset!r}; theirs are: {', '.join(names) or 'none'}")
+        raise ValueError(f"the results have no data set {dataset!r}; available: {', '.join(names) or 'none'}")
     if n < 1:
         raise ValueError(f"n is {n}; expected at least 1 sample")
     known = results.filter(results["finite"]).select(["dataset", "index", "label", "prediction", score])
@@ -247,11 +249,11 @@ def largest(results: pa.Table, score: str, n: int = 20, dataset: str | None = No
 
 
 def largest_of_each(results: pa.Table, counts: Mapping[str, int]) -> pa.Table:
-    """:func:`largest` of several scores in one table, with the columns ``score`` and ``value``.
+    """Return :func:`largest` of several scores in one table, with the columns ``score`` and ``value``.
 
     Args:
         results: A per-sample table.
-        counts: How many samples of each data set, by score.
+        counts: The number of samples of each data set, by score.
     """
     parts = []
     for score, count in counts.items():

@@ -1,4 +1,4 @@
-"""The batches of a dataloader that an interrupted run left."""
+"""The remaining batches of an interrupted run's dataloader."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class UnfinishedBatches(BatchSampler):
-    """The batches of another batch sampler without those whose rows are all committed; at least one batch is left.
+    """The batches of a batch sampler without those whose rows are all committed; at least one batch remains.
 
-    The remaining batches are those of the undisturbed run, so that their scores are the same to the last bit. Lightning
+    The remaining batches equal those of an uninterrupted run, so their scores are the same to the last bit. Lightning
     makes a batch sampler again with another sampler, from its class: the committed rows are an attribute of the class.
     """
 
@@ -58,7 +58,7 @@ def unfinished_batches(sampler: Sampler[int], batch_size: int, drop_last: bool, 
     """Return the batches of a sampler that are not committed.
 
     Args:
-        sampler: Has the same order each time.
+        sampler: A sampler whose order is always the same.
         batch_size: The number of rows of a batch.
         drop_last: Whether a smaller last batch is left out.
         committed: Which rows ``(N,)`` of the data set are committed, bool.
@@ -74,17 +74,17 @@ def unfinished_batches(sampler: Sampler[int], batch_size: int, drop_last: bool, 
 
 
 class UnfinishedList(list[list[int]]):
-    """The remaining ones of a list of batches.
+    """The remaining batches of a list.
 
     Attributes:
-        whole: All batches of the undisturbed run.
+        whole: All batches of an uninterrupted run.
     """
 
     whole: list[list[int]]
 
 
 def unfinished_list(batches: Sequence[Sequence[int]], committed: Mask) -> UnfinishedList:
-    """Return the batches of a list that are not all committed; at least one.
+    """Return the batches of a list with rows that are not committed; at least one batch.
 
     Args:
         batches: The indices of each batch.
@@ -98,7 +98,7 @@ def unfinished_list(batches: Sequence[Sequence[int]], committed: Mask) -> Unfini
 
 
 class RestOfStream(IterableDataset[Any]):
-    """What follows the first rows of an iterable data set that can skip rows.
+    """The samples of an iterable data set after its first rows.
 
     Args:
         whole: A data set with a method ``skip(rows)`` that returns the data set without its first rows, as those of the

@@ -32,7 +32,7 @@ def views(
     transforms: Views | None = None,
     name: str | None = None,
 ) -> Score:
-    r"""Return a score averaged over n views of the input: ``mean_v s(x_v)``.
+    r"""A score averaged over n views of the input: ``mean_v s(x_v)``.
 
     The views are the input itself and ``n - 1`` shifted copies, every other one flipped: the same shifts for every
     sample, so that a score does not depend on its batch. The prediction in the results is that of the plain input; so

@@ -33,7 +33,7 @@ def _objective(logits: bool) -> str:
 
 @register("gradient", "Lee & AlRegib 2020, arXiv:2008.08030")
 def confounding(evidence: Evidence, *, logits: bool = False, target: Target = "all") -> Tensor:
-    r"""Return sum over the parameters of the squared L2 norm of the gradient towards a label of ones.
+    r"""Sum over the parameters of the squared L2 norm of the gradient towards a label of ones.
 
     The loss is the binary cross-entropy of the softmax to ones, ``-sum_c log p_c``. On the head's weight the score is
     ``C^2 |h|_2^2 |p - 1/C|_2^2``; with ``logits=True`` it is ``|h|_2^2 sum_c sigmoid(-z_c)^2``.

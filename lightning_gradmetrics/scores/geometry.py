@@ -77,7 +77,7 @@ def gga(
     sign: bool = True,
     rescale: bool = True,
 ) -> Tensor:
-    r"""Return a summary of the cosine similarity map: the mean cosine of two different classes' saliency maps.
+    r"""A summary of the cosine similarity map: the mean cosine of two different classes' saliency maps.
 
     The directions of the summaries are empirical. On a CIFAR-10 ResNet-20 (500, 250 and 250 images), AUROC x 100 for
     errors, near and far data was 81, 74 and 50 with ``mean_cosine``, 84, 70 and 68 with ``max_cosine``, and 93, 75 and

@@ -141,7 +141,7 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
 def pseudo_label(
     evidence: Evidence, *, statistic: Statistic = "l1", target: Target = "head", factor: Factor = "both"
 ) -> Tensor:
-    r"""Return a statistic of the gradient of the cross-entropy to the predicted class.
+    r"""A statistic of the gradient of the cross-entropy to the predicted class.
 
     On the head's weight ``l1`` is ``|h|_1 |p - e_y|_1`` with the softmax ``p``, the prediction ``y`` and the head's
     input ``h``. Of ``min``, which falls as the gradient grows, the score is the negative.

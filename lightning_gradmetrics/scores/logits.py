@@ -16,7 +16,7 @@ __all__ = ["doctor", "energy", "entropy", "gradtrust", "log_likelihood", "margin
 
 @register("baseline", "Hendrycks & Gimpel 2017, arXiv:1610.02136")
 def max_softmax(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
-    r"""Return one minus the largest softmax probability, ``1 - max_c p_c``.
+    r"""One minus the largest softmax probability, ``1 - max_c p_c``.
 
     It is computed as the sum of all other probabilities, which keeps its digits for confident samples.
 

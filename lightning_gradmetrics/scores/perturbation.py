@@ -46,7 +46,7 @@ class PerturbedLogits:
 
 @register("gradient", "Liang et al. 2018, arXiv:1706.02690")
 def odin(evidence: Evidence, *, temperature: Positive = 100.0, epsilon: NonNegative = 0.0014) -> Tensor:
-    r"""Return one minus ODIN, the largest softmax probability of the perturbed input at a temperature.
+    r"""One minus ODIN, the largest softmax probability of the perturbed input at a temperature.
 
     ``1 - max_c softmax(z(x') / T)_c`` with ``x' = x - epsilon sign(grad_x -log softmax(z(x) / T)_y)`` and ``y`` the
     predicted class, computed as the sum of all other probabilities. It takes two forwards and a backward. An entry

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-HABITS: dict[str, int] = {
-    "callback": 2,
-    "docs": 1,
-}
+HABITS: dict[str, int] = {}
 """Habits of translated English left in a room."""
 
 NESTED_STATEMENTS: dict[str, int] = {
     "report": 1,
-    "results": 1,
 }
 """Statements with nested comprehensions, lambdas or ternaries left in a room."""
 
 COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {
-    "callback": 16.0,
     "cli": 16.7,
-    "results": 21.5,
 }
 """Of rooms above the limit."""
 

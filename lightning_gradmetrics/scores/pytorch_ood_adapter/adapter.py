@@ -21,7 +21,7 @@ __all__ = ["DetectorRecipe", "DetectorScore", "FittedDetectorScore", "pytorch_oo
 
 
 def pytorch_ood(*, detector: str = "KNN", **arguments: Any) -> Score:
-    r"""Return an outlier detector of the library pytorch-ood, run unmodified.
+    r"""An outlier detector of the library pytorch-ood, run unmodified.
 
     Install it with ``pip install "lightning-gradmetrics[pytorch-ood]"``. ``conf/score/`` has one file for each of eight
     detectors: ``pytorch_ood_knn``, ``_vim``, ``_mahalanobis``, ``_react``, ``_ash``, ``_gen``, ``_nnguide`` and
