@@ -185,7 +185,7 @@ def test_a_resume_of_another_run_is_refused_by_name(difference: str, tmp_path: P
 @pytest.mark.filterwarnings("ignore:.*shuffling enabled.*")
 def test_a_shuffled_run_cannot_be_resumed(tmp_path: Path) -> None:
     interrupted(tmp_path, loaders=data(shuffle=True), stage="predict")
-    with pytest.raises(ResumeError, match="order of its dataloader is drawn anew in each run"):
+    with pytest.raises(ResumeError, match="order of its dataloader is random in each run"):
         score(tmp_path, "predict", data(shuffle=True), resume=True)
 
 

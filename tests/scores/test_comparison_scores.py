@@ -38,7 +38,7 @@ def test_input_gradients_ask_for_one_tensor_of_floats() -> None:
             return torch.stack([a, b], 1)
 
     for score in ("odin", "gga"):
-        with pytest.raises(TypeError, match="one tensor"):
+        with pytest.raises(TypeError, match="one float tensor"):
             lgm.score(TwoInputs(), (torch.randn(2), torch.randn(2)), score)
 
 
