@@ -17,7 +17,7 @@ def check_name(argument: str, value: Any, example: str) -> str | None:
     """The name of a module, or ``None``.
 
     Raises:
-        TypeError: If it is no text.
+        TypeError: If it is not a text.
     """
     if value is None or isinstance(value, str):
         return value
@@ -30,7 +30,7 @@ def check_callable(argument: str, value: Any, signature: str) -> Callable[..., A
     """The callable.
 
     Raises:
-        TypeError: If it is no callable.
+        TypeError: If it is not a callable.
     """
     if callable(value):
         return value  # type: ignore[no-any-return]
@@ -41,7 +41,7 @@ def check_prefix(value: Any) -> str:
     """The prefix of the logged names.
 
     Raises:
-        ValueError: If it is no word.
+        ValueError: If it is not a word.
     """
     if isinstance(value, str) and value.strip("/ "):
         return value

@@ -55,7 +55,7 @@ class GradientMetrics(Outcome, RunHooks):
     """Scores every sample at validate, test and predict time, and evaluates the scores.
 
     Logit and head scores reuse the forward pass that Lightning runs; all other scores share one further forward pass.
-    What is scored is the call of the model that the step made: its arguments and its logits. The model is left
+    The scores belong to the call of the model in the step: its arguments and its logits. The model is left
     unchanged.
 
     Args:

@@ -145,7 +145,7 @@ class FitStage:
         return self.fitting.finish(model, processes.all_gather(self.fitting.seen))
 
     def close(self) -> None:
-        """Does nothing: what was accumulated goes with the stage."""
+        """Do nothing: the totals belong to the stage."""
 
 
 Stage = ScoreStage | FitStage

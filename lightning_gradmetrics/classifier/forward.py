@@ -126,7 +126,7 @@ def batch_size(inputs: Inputs) -> int:
     """Return the number of samples: the first axis of the first tensor.
 
     Raises:
-        ValueError: If there is no tensor, or a tensor without axes.
+        ValueError: If the inputs contain no tensor, or a tensor without axes.
     """
     for tensor in tensors_in(inputs):
         if tensor.ndim == 0:

@@ -181,7 +181,7 @@ def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Cal
             _check_one_sample(table, strategy.fast, laid_out)
         strategy.times[here] = times
     elif strategy.times[here] != times:
-        raise PlanError("a sample has another number of positions than in earlier batches of this size")
+        raise PlanError("a sample has a different number of positions than in earlier batches of this size")
 
 
 def _fill_by_owners(

@@ -32,6 +32,19 @@ HABITS = (
     r"mispredictions?",  # misclassification
     r"the house",
     r"goes? on saying",
+    r"made-up",  # synthetic
+    r"another number",  # a different number
+    r"passed over",  # skipped
+    r"(tell|tells|told) apart",  # identify; separate
+    r"anew",  # again
+    r"has to (be|have|hold|define|require)",  # must
+    r"neighbours in memory",  # adjacent
+    r"whichever way",
+    r"reads? off",  # determined from
+    r"hands? (it|them|over|on)",  # passes
+    r"at the most",
+    r"is no (tensor|callable|text|word|score|float|image|index|module|label|class|leaf|bool)",  # is not a
+    r"what (was|is) (kept|raised|scored|accumulated|found)",  # the retained rows, the error
 )
 """What not to write; STYLE: subject, verb, object, and the standard term."""
 

@@ -91,7 +91,7 @@ def is_private(folder: Path) -> bool:
     Every folder and symbolic link on the way must belong to one of the two, and no folder may be writable for others
     unless its sticky bit protects the entries.
     """
-    owners = {os.geteuid(), 0, Path("/").stat().st_uid}  # in a user namespace the administrator has another number
+    owners = {os.geteuid(), 0, Path("/").stat().st_uid}  # in a user namespace the administrator has a different number
     try:
         for step in _way_to(folder):
             if not _is_protected(step.lstat(), owners):

@@ -172,7 +172,7 @@ def fused_products(
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Return the same values with the channels as neighbours in memory."""
+    """Return the same values with the channels adjacent in memory."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 

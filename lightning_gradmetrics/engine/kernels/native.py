@@ -153,7 +153,7 @@ def _offsets(channels: int, lanes: int, size: Sizes, out_size: Sizes, geometry: 
     entries = lanes * _grid(geometry.kernel_size, geometry.dilation, plane)
     channel = torch.arange(channels)
     starts = channel // lanes * lanes * math.prod(plane) + channel % lanes
-    # Rows of a tile should be neighbours in memory: kernel entries of a plane, or channels of interleaved planes.
+    # Rows of a tile should be adjacent in memory: kernel entries of a plane, or channels of interleaved planes.
     table = starts[:, None] + entries if lanes == 1 else entries[:, None] + starts
     rows = table.flatten()
     rows = torch.cat([rows, rows[:1].expand(-len(rows) % TILE_MULTIPLE)])

@@ -195,7 +195,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
         ``(N,)`` in float32 or float64 (half precision becomes float32, integers float64), detached.
 
     Raises:
-        TypeError: If it is no tensor of real numbers.
+        TypeError: If it is not a tensor of real numbers.
         ValueError: If it is not one-dimensional, or has a NaN.
     """
     check_tensor(scores, name)
@@ -224,7 +224,7 @@ def check_target(target: Tensor, scores: Tensor) -> Tensor:
         scores: ``(N,)``.
 
     Raises:
-        TypeError: If it is no tensor.
+        TypeError: If it is not a tensor.
         ValueError: If the shape or device differs from the scores', or a value is neither 0 nor 1.
     """
     check_tensor(target, "target")
