@@ -1,4 +1,4 @@
-"""What a run does with each batch, and at its end: score the samples, or fit scores on them."""
+"""The stages of a run: they score the samples of each batch, or fit scores on them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ScoreStage:
     Args:
         scorer: Computes the scores.
         rows: The results of each dataloader.
-        sources: Read the batches too, and make pictures.
+        sources: The picture sources, which also read the batches.
         columns: The functions of further columns, by name.
         store: Takes the rows.
     """
@@ -80,11 +80,11 @@ class ScoreStage:
         return [rows.dataset for rows in self.rows]
 
     def kept(self) -> list[Any]:
-        """What each picture source kept."""
+        """Return the retained data of each picture source."""
         return [source.kept() for source in self.sources]
 
     def join(self, parts: Sequence[list[Any]]) -> None:
-        """Pass to each picture source what all processes kept."""
+        """Pass the retained data of all processes to each picture source."""
         for number, source in enumerate(self.sources):
             source.join([part[number] for part in parts])
 
@@ -104,8 +104,8 @@ class FitStage:
     """Fits scores.
 
     Args:
-        fitting: Accumulates what they are fitted on.
-        rows: Those of each dataloader, of which only the index is used.
+        fitting: Accumulates the data of the fit.
+        rows: The rows of each dataloader, of which only the index is used.
         roles: The role of each data set by name, where scores are fitted on in- and out-of-distribution samples.
     """
 
@@ -115,7 +115,7 @@ class FitStage:
 
     @property
     def scorer(self) -> Scorer:
-        """Gathers what fitting needs."""
+        """The scorer that collects the evidence for the fit."""
         return self.fitting.scorer
 
     def ood(self, place: int, size: int) -> Tensor | None:
@@ -149,4 +149,4 @@ class FitStage:
 
 
 Stage = ScoreStage | FitStage
-"""What a run does."""
+"""The stage of a run."""

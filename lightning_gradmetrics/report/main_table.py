@@ -121,7 +121,7 @@ def _sole_baseline(by_score: Mapping[str, list[Difference]]) -> str:
 
 
 def all_metrics(run: Run) -> list[tuple[str, str, str, str]]:
-    """Return every number of the run as score, what it is, value and interval."""
+    """Return score, description, value and interval of every number of the run."""
     rows = []
     for metric in run.metrics:
         column = Column(place_of(run, metric), metric.metric)

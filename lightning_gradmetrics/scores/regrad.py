@@ -47,7 +47,7 @@ class SmoothedNorms:
         classes: K, the number of classes; ``None`` for all.
         perturbations: Number of perturbed inputs.
         sigma: Standard deviation of the Gaussian noise.
-        seed: Of the noise; every sample gets the same, so that its value does not depend on its batch.
+        seed: The seed of the noise, which is the same for every sample, so that a value does not depend on the batch.
     """
 
     target: Target

@@ -137,7 +137,7 @@ class _Recorder(Evidence):
 def needs_of(scores: Iterable[Callable[[Evidence], Any]], classes: int = 3) -> Needs:
     """Return the evidence that scores ask for, found by a dry run of each on two synthetic samples.
 
-    A score declares nothing. A fitted score's dry run is its ``look``, which needs no state.
+    Scores do not declare their needs. A fitted score's dry run is its ``look``, which needs no state.
 
     Args:
         scores: Scores, or other functions of the evidence.

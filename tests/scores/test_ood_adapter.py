@@ -222,7 +222,7 @@ def test_layers_and_inputs_that_cannot_be() -> None:
             return self.network(first + second)
 
     assert lgm.score(Two(), (x, x), "pytorch_ood(detector=GEN)")
-    with pytest.raises(TypeError, match="take one tensor as its input, and this is a tuple"):
+    with pytest.raises(TypeError, match="take one tensor as its input, but this is a tuple"):
         lgm.score(Two(), (x, x), "pytorch_ood(detector=ODIN)")
 
 

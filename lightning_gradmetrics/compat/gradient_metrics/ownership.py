@@ -63,7 +63,7 @@ class Graph:
     Args:
         loss: The losses, ``(M,)``.
         leaves: For each leaf tensor, by identity, the number of places where it enters the graph.
-        passed: For each leaf, the listeners whose outputs every path to it passes.
+        passed: For each leaf, the listeners whose outputs are on every path to it.
         edges: For each listener, where the outputs of its module enter the graph, with their descriptions.
     """
 
@@ -231,7 +231,7 @@ def _looked_up(exponents: Tensor, weights: LossWeights) -> Tensor:
 
 
 def _checked(numbers: Tensor, left: Tensor, finite: Tensor, count: int) -> Tensor:
-    """Return the owners, with samples that have no gradient, or one that is not finite.
+    """Return the owners if some samples have no gradient or a gradient that is not finite.
 
     If there are as many losses as samples, a sample with such a gradient belongs to the loss of the same number.
     """

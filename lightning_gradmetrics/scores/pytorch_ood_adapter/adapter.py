@@ -301,7 +301,7 @@ def inputs_of(model: nn.Module, inputs: Any) -> Tensor:
     """
     if not isinstance(inputs, Tensor):
         raise TypeError(
-            f"detectors of pytorch-ood that run the model take one tensor as its input, and this is a {type(inputs).__name__}: "
+            f"detectors of pytorch-ood that run the model take one tensor as its input, but this is a {type(inputs).__name__}: "
             "choose one that takes logits or features"
         )
     return inputs
