@@ -137,7 +137,7 @@ class Outcome:
         return directory
 
     def pictures(self) -> list[Picture]:
-        """Return the pictures of the last run, drawn anew."""
+        """Draw and return the pictures of the last run."""
         pictures = []
         for source in self.sources:
             pictures += source.pictures()

@@ -25,7 +25,7 @@ BUDGET = 2**24
 """Entries of the carried features that exist at the same time."""
 
 MOST_ENTRIES = 2**29
-"""Entries of the vectors of all positions, at the most."""
+"""Largest number of entries of the vectors of all positions."""
 
 
 LINEAR = Patches()

@@ -30,9 +30,9 @@ def write_thumbnails(
 
     Args:
         directory: The run directory.
-        datasets: The data sets by name. One without ``__getitem__`` is passed over, and one that fails warns.
+        datasets: The data sets by name. A data set without ``__getitem__`` is skipped; one that fails is skipped with a warning.
         indices: The chosen samples of each data set.
-        split_batch: From a batch to its inputs and labels.
+        split_batch: Returns the inputs and labels of a batch.
 
     Returns:
         The file of each sample, by data set and index.

@@ -1,4 +1,4 @@
-"""What all plots share: the returned object, colours that colour-blind readers can tell apart, and new axes."""
+"""Shared parts of all plots: the returned object, colours for colour-blind readers, and new axes."""
 
 from __future__ import annotations
 

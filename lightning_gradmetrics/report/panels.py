@@ -152,7 +152,8 @@ def _metrics_of(run: Run, task: str, dataset: str, metric: str) -> dict[str, Met
         if wanted and entry.score in run.detectors:
             found.append(entry)
     sign = -1 if metric == "auroc" else 1
-    return {entry.score: entry for entry in sorted(found, key=lambda entry: sign * (entry.value or 0.0))}
+    best_first = sorted(found, key=lambda entry: sign * (entry.value or 0.0))
+    return {entry.score: entry for entry in best_first}
 
 
 def risk_panels(run: Run) -> list[Panel]:

@@ -62,8 +62,8 @@ class Evidence:
     **Writing a score.** Reduce over axis 1, as in ``evidence.logits.amax(1)``, and never over the last axis: the same
     function then scores samples, pixels and tokens. A score that reads ``evidence.logits``, ``evidence.softmax()``,
     ``evidence.head_input`` or a head's ``evidence.gradient(...)`` works at every position. Before the first batch with
-    positions a score is compared on made-up evidence with its own values for the positions as rows ``(M, C)``; if they
-    differ, it receives the rows. So a score of rows is right everywhere, and slower for maps.
+    positions a score is compared on synthetic evidence with its values for the positions as rows ``(M, C)``; if they
+    differ, it receives the rows. So a score of rows is correct everywhere, but slower for maps.
 
     **What a position does not have.** Gradients of parameters before the head, and computations on the model
     (``probe``), mix all positions of a sample: they would take one backward pass per position. They are refused.

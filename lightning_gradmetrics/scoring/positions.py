@@ -16,7 +16,7 @@ ROWS = 2**16
 """Positions that are scored at the same time as rows."""
 
 SAMPLED = 1024
-"""Positions of a sample that fitted scores are fitted on, at the most."""
+"""Largest number of positions of a sample that fitted scores are fitted on."""
 
 
 def as_rows(evidence: Evidence, with_features: bool) -> Evidence:

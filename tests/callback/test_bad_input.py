@@ -100,7 +100,7 @@ OUTPUTS: list[tuple[Callable[[Tensor], Any], dict[str, Any], str]] = [
     (lambda z: z, {"split_batch": lambda b: (b[0], b[0])}, r"split_batch returned labels.*one class number per sample"),
     (lambda z: z, {"head": "fc"}, r"no linear layer 'fc'"),
     (lambda z: z, {"submodule": "network"}, r"no submodule 'network'; its children are: net"),
-    (lambda z: z, {"datasets": ["a", "b"]}, r"names 2 data sets \(a, b\), and test has 1 dataloader"),
+    (lambda z: z, {"datasets": ["a", "b"]}, r"names 2 data sets \(a, b\), but test has 1 dataloader"),
 ]
 
 
@@ -123,8 +123,8 @@ LABELS: list[tuple[str, Tensor, str | None]] = [
     ("several classes", torch.ones(8, 3).long(), r"a tensor \(4, 3\) of int64"),
     ("numbers", torch.linspace(0, 1, 8), r"a tensor \(4,\) of float32"),
     ("not finite", torch.full((8,), float("nan")), r"a tensor \(4,\) of float32"),
-    ("positions", torch.arange(8), r"go up to [37], and the model has 3 classes"),
-    ("from one", torch.arange(8) % 3 + 1, r"go up to 3, and the model has 3 classes, 0 to 2"),
+    ("positions", torch.arange(8), r"go up to [37], but the model has 3 classes"),
+    ("from one", torch.arange(8) % 3 + 1, r"go up to 3, but the model has 3 classes, 0 to 2"),
     ("maps", torch.zeros(8, 2, 2).long(), r"a tensor \(4, 2, 2\) of int64"),
 ]
 

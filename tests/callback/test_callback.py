@@ -140,7 +140,7 @@ def test_names_from_a_mapping_of_dataloaders() -> None:
 
 
 def test_wrong_number_of_names() -> None:
-    with pytest.raises(ValueError, match=r"names 1 data sets \(one\), and test has 2 dataloaders"):
+    with pytest.raises(ValueError, match=r"names 1 data sets \(one\), but test has 2 dataloaders"):
         run("test", lgm.GradientMetrics("energy", datasets=["one"]), Module(), [loader(3), loader(2)])
 
 
@@ -429,7 +429,7 @@ class Stream(IterableDataset):
 
 def test_an_iterable_dataset_has_no_index() -> None:
     callback = lgm.GradientMetrics("energy")
-    with pytest.warns(UserWarning, match="index of the rows of 'dataloader_0' is not known"):
+    with pytest.warns(UserWarning, match="index of the rows of 'dataloader_0' is unknown"):
         run("predict", callback, Module(), DataLoader(Stream(), 3))
     assert callback.results["index"].to_pylist() == [None] * 7
     assert callback.evaluation is not None

@@ -201,7 +201,7 @@ def test_names_for_the_test_do_not_stop_a_fit() -> None:
     assert sum("not scored" in str(one.message) for one in heard) == 1 and callback.results.num_rows == 0
     used.test(Stepped(net), [batches(x, y), batches(x, y)], verbose=False)
     assert callback.results.num_rows == 16
-    with pytest.raises(ValueError, match=r"names 2 data sets \(mine, other\), and fit has 1 dataloader"):
+    with pytest.raises(ValueError, match=r"names 2 data sets \(mine, other\), but fit has 1 dataloader"):
         trainer(lgm.GradientMetrics("energy", datasets=roles, stages="fit"), max_epochs=1).fit(
             Stepped(net), batches(x, y), batches(x, y)
         )
@@ -286,7 +286,7 @@ def test_a_shuffled_loader_in_test_has_no_index() -> None:
     callback = lgm.GradientMetrics("energy", top_k={"energy": 2})
     for sampler in (RandomSampler(range(13)), [3, 1, 2, 0]):
         data = DataLoader(TensorDataset(x, torch.arange(13) % 3), 4, sampler=sampler)
-        with pytest.warns(UserWarning, match="index of the rows of 'dataloader_0' is not known"):
+        with pytest.warns(UserWarning, match="index of the rows of 'dataloader_0' is unknown"):
             test_run(callback, Stepped(callback_net), data)
         assert set(callback.results["index"].to_pylist()) == {None} and callback.evaluation is not None
         assert callback.tables()["largest"]["index"].to_pylist() == [None, None]
