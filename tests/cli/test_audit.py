@@ -53,10 +53,10 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("t",), "no score 't'; theirs are: s"),
+        (("t",), "no score 't'; available: s"),
         (("index",), "no score 'index'"),
         (("s", 0), "n is 0"),
-        (("s", 2, "c"), "no data set 'c'; theirs are: a, b"),
+        (("s", 2, "c"), "no data set 'c'; available: a, b"),
     ],
 )
 def test_mistakes_are_explained(arguments: tuple, words: str) -> None:
