@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_gradmetrics.callback import GradientMetrics
     from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
     from lightning_gradmetrics.gradients import cosine_similarity_maps
+    from lightning_gradmetrics.language import score_generation
     from lightning_gradmetrics.results import largest, read_results, unfinished
     from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
 
@@ -28,6 +29,7 @@ __all__ = [
     "plot",
     "read_results",
     "score",
+    "score_generation",
     "scores",
     "unfinished",
 ]
@@ -44,11 +46,12 @@ _ROOMS = {
     "largest": "results",
     "read_results": "results",
     "score": "scoring",
+    "score_generation": "language",
     "unfinished": "results",
 }
 """The room of every public object; a name that is missing here is a room itself."""
 
-_ROOMS_WITH_SCORES = ("scoring", "callback")
+_ROOMS_WITH_SCORES = ("scoring", "callback", "language")
 """Rooms whose functions look scores up by name: the score files are imported with them, which registers the names."""
 
 

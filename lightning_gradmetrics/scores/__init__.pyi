@@ -24,6 +24,7 @@ from lightning_gradmetrics.scores.gradients import uniform as uniform
 from lightning_gradmetrics.scores.gradorth import gradorth as gradorth
 from lightning_gradmetrics.scores.labelled import el2n as el2n
 from lightning_gradmetrics.scores.labelled import grand as grand
+from lightning_gradmetrics.scores.labelled import nll as nll
 from lightning_gradmetrics.scores.logits import doctor as doctor
 from lightning_gradmetrics.scores.logits import energy as energy
 from lightning_gradmetrics.scores.logits import entropy as entropy

@@ -1,15 +1,16 @@
-"""Scores of the true label, for auditing labelled data: GraNd and EL2N."""
+"""Scores of the true label: GraNd, EL2N and the negative log-likelihood."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.objectives import class_loss
 from lightning_gradmetrics.scoring.arguments import Norm
 from lightning_gradmetrics.scoring.evidence import Evidence, Target
 from lightning_gradmetrics.scoring.registry import register
 
-__all__ = ["el2n", "grand"]
+__all__ = ["el2n", "grand", "nll"]
 
 
 @register("gradient", "Paul et al. 2021, arXiv:2107.07075")
@@ -63,3 +64,25 @@ def el2n(evidence: Evidence) -> Tensor:
     residual = evidence.softmax().residual(evidence.labels.clamp(min=0))
     norm: Tensor = torch.linalg.vector_norm(residual, 2, 1)
     return norm
+
+
+@register("baseline", "Malinin & Gales 2021, arXiv:2002.07650")
+def nll(evidence: Evidence) -> Tensor:
+    r"""Negative log-likelihood of the true label, ``-log p_y``, in nats.
+
+    It needs the label of every sample. For a token of a language model the label is the token itself; the exponential of
+    the mean over a sequence is its perplexity.
+
+    Returns:
+        A score with values ``(N,)``, at least 0.
+
+    Example:
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])
+        >>> nll()(Evidence(logits, given_labels=labels))
+        tensor([0.1269, 2.1269], dtype=torch.float64)
+
+    Reference:
+        A. Malinin and M. Gales, "Uncertainty Estimation in Autoregressive Structured Prediction", ICLR 2021,
+        https://arxiv.org/abs/2002.07650
+    """
+    return class_loss(evidence.logits, evidence.labels.clamp(min=0))

@@ -29,6 +29,7 @@ FACE = {
     "plot",
     "read_results",
     "score",
+    "score_generation",
     "scores",
     "unfinished",
 }

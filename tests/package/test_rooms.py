@@ -20,6 +20,7 @@ ROOMS = {
     "engine": {"classifier", "gradients"},
     "scoring": {"classifier", "gradients", "results", "evaluation", "engine"},
     "scores": {"classifier", "gradients", "engine", "scoring"},
+    "language": {"classifier", "gradients", "engine", "scoring"},
     "compat": {"classifier", "gradients", "engine"},
     "plot": {"meters", "evaluation"},
     "pictures": {"classifier", "gradients", "evaluation", "scoring", "scores", "plot"},

@@ -274,6 +274,7 @@ CASES: dict[str, Definition | FromState | OfLabel] = {
     "grand": of_label("all"),
     "grand(p=1,target=head)": of_label("head", 1),
     "el2n": OfLabel(error_norm),
+    "nll": OfLabel(lambda model, x, label: cross_entropy(model(x), label)),
     "kfac_influence": FromState(influence),
     "feature_norm": lambda m, x: -features(m, x).norm(1),
     "feature_norm(p=2)": lambda m, x: -features(m, x).norm(2),

@@ -1,0 +1,103 @@
+"""What a language model does between its head and its logits: nothing, a scaling, or a soft cap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["IDENTITY", "LogitMap", "recognised_map"]
+
+ROUNDINGS = 16
+"""Rounding errors, relative to the largest logit, that a recognised map may differ by from the model's logits."""
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """An elementwise map from the head's output ``a`` to the logits: ``scale a``, or ``cap tanh(a / cap)``.
+
+    Args:
+        scale: The factor.
+        cap: The soft cap, or ``None``.
+
+    Example:
+        >>> LogitMap(scale=0.5)(torch.tensor([4.0])), LogitMap(cap=2.0).slope(torch.tensor([0.0, 4.0]))
+        (tensor([2.]), tensor([1.0000, 0.0707]))
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the logits are the head's output."""
+        return self.scale == 1.0 and self.cap is None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Return the logits for outputs of the head."""
+        if self.cap is None:
+            return self.scale * output
+        return self.cap * torch.tanh(output / self.cap)
+
+    def slope(self, output: Tensor) -> Tensor:
+        """Return the derivative of the logits with respect to the head's output, elementwise."""
+        if self.cap is None:
+            return torch.full_like(output, self.scale)
+        return torch.cosh(output / self.cap).square().reciprocal()
+
+
+IDENTITY = LogitMap()
+
+
+def recognised_map(output: Tensor, logits: Tensor) -> LogitMap | None:
+    """Return the map from the head's output to the logits, or ``None`` if it is none that is known.
+
+    The scale and the cap are estimated from the values and then checked on all of them.
+
+    Args:
+        output: What the head returned, any shape.
+        logits: What the model returned, the same shape.
+
+    Example:
+        >>> output = torch.tensor([1.0, -20.0, 40.0], dtype=torch.float64)
+        >>> found = recognised_map(output, 30 * torch.tanh(output / 30))
+        >>> round(found.cap, 6)
+        30.0
+    """
+    output, logits = output.detach(), logits.detach()
+    if torch.equal(output.to(logits.dtype), logits):
+        return IDENTITY
+    is_finite = output.isfinite() & logits.isfinite()
+    a, z = output[is_finite].double(), logits[is_finite].double()
+    if not len(a) or not a.any():
+        return None
+    tolerance = ROUNDINGS * torch.finfo(output.dtype).eps * float(z.abs().max())
+    for candidate in (_scaling(a, z), _capping(a, z)):
+        if candidate is not None and bool(((candidate(a) - z).abs() <= tolerance).all()):
+            return candidate
+    return None
+
+
+def _scaling(a: Tensor, z: Tensor) -> LogitMap | None:
+    scale = float((a * z).sum() / a.square().sum())
+    return LogitMap(scale=scale) if scale > 0 else None
+
+
+def _capping(a: Tensor, z: Tensor) -> LogitMap | None:
+    """The cap that maps the largest output to its logit, by bisection: ``c tanh(a / c)`` increases with c."""
+    largest = int(a.abs().argmax())
+    size, capped = abs(float(a[largest])), abs(float(z[largest]))
+    if not 0 < capped < size:
+        return None
+    low, high = capped, 2 * capped
+    while high * math.tanh(size / high) < capped:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        if middle * math.tanh(size / middle) < capped:
+            low = middle
+        else:
+            high = middle
+    return LogitMap(cap=(low + high) / 2)

@@ -1,0 +1,235 @@
+"""Calling a causal language model, and its parts: the input embedding and the head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.head import linear_layers
+
+__all__ = ["HeadCall", "LanguageModel", "LanguageModelError"]
+
+TOKENS_FIRST = "the logits must be (N, T, V): one row per sequence, one column per token, V tokens in the vocabulary"
+
+
+class LanguageModelError(ValueError):
+    """The model is not a causal language model whose head is known."""
+
+
+@dataclass
+class HeadCall:
+    """What the head received and returned in one forward pass, and what the model made of it.
+
+    Args:
+        features: ``(N, K, D)`` for the last K of T positions.
+        output: ``(N, K, V)``.
+        logits: ``(N, K, V)``.
+        hidden_states: The hidden states ``(N, T, D)``, if they were asked for.
+    """
+
+    features: Tensor
+    output: Tensor
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model that takes token ids ``(N, T)`` and returns logits ``(N, T, V)``.
+
+    Args:
+        module: The model: of transformers, a peft model around one, or any module with such a forward.
+        head_name: The name of its head, or ``None`` to find it.
+    """
+
+    module: nn.Module
+    head_name: str | None = None
+    _candidates: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        config = getattr(self.module, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            raise LanguageModelError(
+                f"{type(self.module).__name__} is an encoder-decoder model; allowed: causal language models, whose answer "
+                "continues the prompt. Score its decoder's batches with lgm.score"
+            )
+        if self.head_name is not None:
+            self._candidates = {self.head_name: self.module.get_submodule(self.head_name)}
+            return
+        named = {module: name for name, module in self.module.named_modules()}
+        declared = _declared(self.module, "get_output_embeddings")
+        if declared is not None and declared in named:
+            self.head_name = named[declared]
+            self._candidates = {self.head_name: declared}
+        else:
+            self._candidates = dict(linear_layers(self.module))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.module.parameters()).device
+
+    @property
+    def head(self) -> nn.Module:
+        """The head; known after the first call."""
+        assert self.head_name is not None
+        return self._candidates[self.head_name]
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The input embedding.
+
+        Raises:
+            LanguageModelError: If it is not known.
+        """
+        found = _declared(self.module, "get_input_embeddings")
+        if not isinstance(found, nn.Embedding):
+            found = _only_embedding(self.module)
+        return found
+
+    def __call__(self, ids: Tensor, mask: Tensor, last: int | None = None, hidden_states: bool = False) -> HeadCall:
+        """Run the model on a right-padded batch.
+
+        Args:
+            ids: Token ids ``(N, T)``.
+            mask: 1 for tokens, 0 for padding, ``(N, T)``.
+            last: The number of positions to return, counted from the end; ``None`` returns all.
+            hidden_states: Whether to return the hidden states.
+
+        Raises:
+            LanguageModelError: If the model returns no logits ``(N, T, V)``, or its head cannot be found.
+        """
+        options = self._options(mask, last, hidden_states)
+        with _hooks_restored(self.module), self._watching() as seen:
+            output = self.module(ids, **options)
+        logits = _logits(output, self.module)
+        if logits.ndim != 3 or len(logits) != len(ids):
+            raise LanguageModelError(
+                f"the logits of {type(self.module).__name__} have shape {tuple(logits.shape)}; {TOKENS_FIRST}"
+            )
+        features, head_output = self._head_call(seen, logits)
+        kept = logits.shape[1] if last is None else last
+        states = tuple(output.hidden_states) if hidden_states else ()
+        return HeadCall(features[:, -kept:], head_output[:, -kept:], logits[:, -kept:], states)
+
+    def _options(self, mask: Tensor, last: int | None, hidden_states: bool) -> dict[str, Any]:
+        """The keyword arguments that the model's forward takes."""
+        options: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+        if last is not None:
+            options["logits_to_keep"] = last
+        if hidden_states:
+            options["output_hidden_states"] = True
+        allowed = self.parameters
+        if hidden_states and "output_hidden_states" not in allowed and "kwargs" not in allowed:
+            raise LanguageModelError(
+                f"the forward of {type(self.module).__name__} has no argument output_hidden_states; scores of hidden states "
+                "need a model of transformers"
+            )
+        always = {"output_hidden_states"}
+        return {key: value for key, value in options.items() if key in allowed or key in always}
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of the arguments of the model's forward; of a peft model, of the model inside it."""
+        inner = getattr(self.module, "get_base_model", None)
+        module = inner() if callable(inner) else self.module
+        return frozenset(inspect.signature(module.forward).parameters)
+
+    @contextmanager
+    def _watching(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Keep the input and the output of each candidate for the head."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        with ExitStack() as stack:
+            for name, candidate in self._candidates.items():
+                stack.callback(candidate.register_forward_hook(_keeping(seen, name)).remove)
+            yield seen
+
+    def _head_call(self, seen: dict[str, tuple[Tensor, Tensor]], logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.head_name is None:
+            self.head_name = self._found(seen, logits)
+        if self.head_name not in seen:
+            raise LanguageModelError(
+                f"the head {self.head_name!r} of {type(self.module).__name__} was not called in its forward pass. Pass "
+                "head=, the name of the linear layer whose output becomes the logits"
+            )
+        features, output = seen[self.head_name]
+        if output.shape != logits.shape:
+            raise LanguageModelError(
+                f"the head {self.head_name!r} returned {tuple(output.shape)}, and the model's logits are "
+                f"{tuple(logits.shape)}: what lies between them is not elementwise. Pass head=, another linear layer"
+            )
+        return features, output
+
+    def _found(self, seen: dict[str, tuple[Tensor, Tensor]], logits: Tensor) -> str:
+        """The only linear layer whose output is the logits."""
+        equal = []
+        for name, (_, output) in seen.items():
+            if output.shape == logits.shape and torch.equal(output, logits):
+                equal.append(name)
+        if len(equal) != 1:
+            raise LanguageModelError(
+                f"{'no' if not equal else 'more than one'} linear layer of {type(self.module).__name__} returns its logits"
+                f"{': ' * bool(equal)}{', '.join(equal)}. Pass head=, the name of the layer whose output becomes the logits"
+            )
+        return equal[0]
+
+
+@contextmanager
+def _hooks_restored(module: nn.Module) -> Iterator[None]:
+    """Remove the hooks that a forward pass adds: transformers adds some to return hidden states, and never removes them."""
+    before = {part: list(part._forward_hooks) for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, keys in before.items():
+            for key in set(part._forward_hooks) - set(keys):
+                del part._forward_hooks[key]
+
+
+def _declared(module: nn.Module, method: str) -> nn.Module | None:
+    """The part of a model of transformers that it names itself."""
+    function = getattr(module, method, None)
+    if not callable(function):
+        return None
+    try:
+        found = function()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _only_embedding(module: nn.Module) -> nn.Embedding:
+    found = []
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            found.append(part)
+    if len(found) != 1:
+        raise LanguageModelError(
+            f"{type(module).__name__} has {len(found)} embeddings, and does not say by get_input_embeddings() which one takes "
+            "the token ids"
+        )
+    return found[0]
+
+
+def _keeping(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
+    def keep(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        given = arguments[0] if arguments else None
+        if isinstance(given, Tensor) and isinstance(output, Tensor) and output.ndim == 3:
+            seen[name] = (given, output)
+
+    return keep
+
+
+def _logits(output: Any, module: nn.Module) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise LanguageModelError(
+            f"{type(module).__name__} returned a {type(output).__name__} without logits; {TOKENS_FIRST}"
+        )
+    return logits

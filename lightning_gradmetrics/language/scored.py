@@ -1,0 +1,122 @@
+"""The scores of generated text: per sequence, per token, and per span of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.language.sequences import PromptAndAnswer
+
+__all__ = ["AGGREGATES", "ScoredGeneration"]
+
+AGGREGATES = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax, "min": torch.amin}
+"""From the tokens' scores ``(T,)`` to one number of the sequence, by name."""
+
+
+@dataclass(frozen=True)
+class ScoredGeneration:
+    """Scores of answers: higher = more uncertain.
+
+    Args:
+        sequences: The sequences, in the order in which they were given.
+        tokens: For each score of tokens, one tensor ``(T_i,)`` per answer.
+        values: Scores of whole sequences ``(N,)``.
+        aggregates: How the table summarises the tokens of an answer.
+
+    Example:
+        >>> from lightning_gradmetrics.language.sequences import paired
+        >>> scored = ScoredGeneration(tuple(paired([[1]], [[2, 3]])), {"entropy": [torch.tensor([0.5, 1.5])]}, {})
+        >>> scored.table.column("entropy/mean").to_pylist(), scored.spans([[(0, 1)]]).column("entropy/max").to_pylist()
+        ([1.0], [0.5])
+    """
+
+    sequences: tuple[PromptAndAnswer, ...]
+    tokens: Mapping[str, Sequence[Tensor]]
+    values: Mapping[str, Tensor]
+    aggregates: tuple[str, ...] = ("mean", "max")
+
+    @property
+    def table(self) -> pa.Table:
+        """One row per sequence.
+
+        Columns: ``index``; the numbers of tokens ``prompt_tokens`` and ``tokens``; for each score of tokens
+        ``<score>/mean`` and ``<score>/max``; scores of sequences under their names; and the lists ``token_ids`` and
+        ``tokens/<score>``, one entry per token of the answer.
+        """
+        columns: dict[str, Any] = {"index": range(len(self.sequences)), "prompt_tokens": [], "tokens": []}
+        token_ids = []
+        for sequence in self.sequences:
+            columns["prompt_tokens"].append(sequence.prompt)
+            columns["tokens"].append(len(sequence.answer))
+            token_ids.append(sequence.answer.tolist())
+        for name, answers in self.tokens.items():
+            columns.update(_summaries(name, answers, self.aggregates))
+        for name, values in self.values.items():
+            columns[name] = values.tolist()
+        columns["token_ids"] = pa.array(token_ids, pa.list_(pa.int32()))
+        for name, answers in self.tokens.items():
+            columns[f"tokens/{name}"] = _lists(answers)
+        return pa.table(columns)
+
+    def spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> pa.Table:
+        """Return a table with one row per span of an answer, such as a claim.
+
+        Args:
+            spans: For each answer its spans ``(start, end)`` in tokens of the answer: from ``start`` up to and without
+                ``end``.
+
+        Raises:
+            ValueError: If there is not one list per answer, or a span is empty or outside its answer.
+        """
+        if len(spans) != len(self.sequences):
+            raise ValueError(
+                f"there are {len(self.sequences)} answers and spans of {len(spans)}; give one list per answer"
+            )
+        places = []
+        for number, (sequence, ranges) in enumerate(zip(self.sequences, spans, strict=True)):
+            for start, end in ranges:
+                _check_span(number, start, end, len(sequence.answer))
+                places.append((number, start, end))
+        numbers, starts, ends = zip(*places, strict=True) if places else ((), (), ())
+        columns: dict[str, Any] = {
+            "index": pa.array(numbers, pa.int64()),
+            "start": pa.array(starts, pa.int64()),
+            "end": pa.array(ends, pa.int64()),
+        }
+        for name, answers in self.tokens.items():
+            parts = []
+            for number, start, end in places:
+                parts.append(answers[number][start:end])
+            columns.update(_summaries(name, parts, self.aggregates))
+        return pa.table(columns)
+
+
+def _summaries(name: str, answers: Sequence[Tensor], aggregates: Sequence[str]) -> dict[str, pa.Array]:
+    columns: dict[str, pa.Array] = {}
+    for aggregate in aggregates:
+        values = []
+        for answer in answers:
+            values.append(float(AGGREGATES[aggregate](answer.double())))
+        columns[f"{name}/{aggregate}"] = pa.array(values, pa.float64())
+    return columns
+
+
+def _lists(answers: Sequence[Tensor]) -> pa.Array:
+    values = []
+    for answer in answers:
+        values.append(answer.tolist())
+    is_double = bool(answers) and answers[0].dtype == torch.float64
+    return pa.array(values, pa.list_(pa.float64() if is_double else pa.float32()))
+
+
+def _check_span(number: int, start: int, end: int, length: int) -> None:
+    if not 0 <= start < end <= length:
+        raise ValueError(
+            f"the span ({start}, {end}) of answer {number} is empty or outside its {length} tokens; allowed: "
+            f"0 <= start < end <= {length}"
+        )

@@ -1,0 +1,155 @@
+"""Prompts and answers in every form, padding, result tables, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.language.logit_map import recognised_map
+from lightning_gradmetrics.language.sequence_gradients import EmbeddingUse, SequenceFactors, sequence_moments
+from tests.language.language_models import ANSWERS, PROMPTS, language_model
+
+SCORES = ["nll", "entropy", "pseudo_label"]
+
+
+def padded(rows: list[list[int]], left: bool, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of one length, and their mask."""
+    width = max(map(len, rows))
+    ids, masks = [], []
+    for row in rows:
+        fill = [pad] * (width - len(row))
+        kept = [1] * len(row)
+        ids.append(fill + row if left else row + fill)
+        masks.append([0] * len(fill) + kept if left else kept + [0] * len(fill))
+    return torch.tensor(ids), torch.tensor(masks)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_every_form_of_token_ids_gives_the_same_scores(left: bool) -> None:
+    model = language_model()
+    expected = lgm.score_generation(model, PROMPTS, ANSWERS, SCORES, batch_size=1)
+    ids, mask = padded(PROMPTS, left, 0)
+    answer_ids, answer_mask = padded(ANSWERS, left, 0)
+    forms = [
+        ([torch.tensor(row) for row in PROMPTS], [torch.tensor(row) for row in ANSWERS]),
+        ({"input_ids": ids, "attention_mask": mask}, {"input_ids": answer_ids, "attention_mask": answer_mask}),
+        ({"input_ids": ids, "attention_mask": mask}, padded(ANSWERS, False, 0)[0]),
+        (PROMPTS, padded(ANSWERS, False, -100)[0]),
+    ]
+    for prompts, answers in forms:
+        scored = lgm.score_generation(model, prompts, answers, SCORES)
+        for name in SCORES:
+            for found, wanted in zip(scored.tokens[name], expected.tokens[name], strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_end_tokens_that_are_the_padding_are_kept_once() -> None:
+    model = language_model()
+    model.generation_config.pad_token_id = 2  # type: ignore[union-attr]
+    answers = torch.tensor([[4, 6, 2, 2], [4, 6, 8, 9], [4, 2, 2, 2]])
+    scored = lgm.score_generation(model, PROMPTS, answers, ["nll"])
+    assert scored.table.column("token_ids").to_pylist() == [[4, 6, 2], [4, 6, 8, 9], [4, 2]]
+
+
+def test_the_table_and_spans() -> None:
+    model = language_model()
+    scored = lgm.score_generation(
+        model, PROMPTS, ANSWERS, ["nll", "gradnorm(target=all)"], aggregates=("mean", "sum", "max")
+    )
+    table = scored.table
+    assert table.column_names == [
+        "index", "prompt_tokens", "tokens", "nll/mean", "nll/sum", "nll/max", "gradnorm(target=all)", "token_ids", "tokens/nll",
+    ]  # fmt: skip
+    assert table.column("tokens").to_pylist() == [3, 5, 1] and table.column("prompt_tokens").to_pylist() == [3, 2, 4]
+    tokens = table.column("tokens/nll").to_pylist()
+    assert tokens[0] == pytest.approx(scored.tokens["nll"][0].tolist())
+    assert table.column("nll/sum").to_pylist() == pytest.approx([sum(row) for row in tokens])
+    spans = scored.spans([[(0, 2), (2, 3)], [(1, 5)], []])
+    assert spans.column("index").to_pylist() == [0, 0, 1] and spans.column("end").to_pylist() == [2, 3, 5]
+    assert spans.column("nll/mean").to_pylist() == pytest.approx(
+        [sum(tokens[0][:2]) / 2, tokens[0][2], sum(tokens[1][1:]) / 4]
+    )
+    with pytest.raises(ValueError, match="outside its 1 tokens"):
+        scored.spans([[], [], [(0, 2)]])
+
+
+REFUSED = {
+    "a text": (lambda m: lgm.score_generation(m, ["a"], [[1]], "nll"), "tokenize texts first"),
+    "an empty prompt": (lambda m: lgm.score_generation(m, [[]], [[1]], "nll"), "prompt 0 has no tokens"),
+    "an empty answer": (lambda m: lgm.score_generation(m, [[1]], [[]], "nll"), "answer 0 has no tokens"),
+    "other numbers": (lambda m: lgm.score_generation(m, [[1]], [[1], [2]], "nll"), "1 prompts and 2 answers"),
+    "padding without a mask": (
+        lambda m: lgm.score_generation(m, torch.tensor([[0, 1], [1, 3]]), [[1], [2]], "nll"),
+        "does not tell padding",
+    ),
+    "a prompt token that is not there": (
+        lambda m: lgm.score_generation(m, [[1]], [[1]], "semgrad(semantic_token=-2)"),
+        "outside prompt 0",
+    ),
+    "untied weights": (lambda m: lgm.score_generation(m, [[1]], [[1]], "gradnorm(target=tied)"), "share one weight"),
+    "an expectation over the vocabulary": (
+        lambda m: lgm.score_generation(m, [[1]], [[1]], "exgrad(target=all)"),
+        "not defined for a sequence",
+    ),
+    "another pass": (lambda m: lgm.score_generation(m, [[1]], [[1]], "mc_dropout"), "not defined for generated text"),
+    "no parameter": (lambda m: lgm.score_generation(m, [[1]], [[1]], "gradnorm(target='x*')"), "chooses no parameter"),
+    "an unknown aggregate": (lambda m: lgm.score_generation(m, [[1]], [[1]], "nll", aggregates=("median",)), "median"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str) -> None:
+    call, message = REFUSED[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(language_model())
+
+
+def test_dropout_in_train_mode_and_models_that_see_the_future_are_refused() -> None:
+    gpt2 = language_model("learned positions").train()
+    with pytest.raises(ValueError, match=r"call model\.eval"):
+        lgm.score_generation(gpt2, PROMPTS, ANSWERS, "nll")
+    plain = language_model("plain")
+    plain.mixing = torch.nn.GRU(8, 4, batch_first=True, bidirectional=True).double()
+    with pytest.raises(ValueError, match="not a causal language model"):
+        lgm.score_generation(plain, PROMPTS, ANSWERS, "nll")
+
+
+@pytest.mark.parametrize("kind", ["soft cap", "scale"])
+def test_closed_forms_for_plain_logits_are_not_used_for_mapped_ones(kind: str) -> None:
+    with pytest.raises(ValueError, match="scales or caps its logits"):
+        lgm.score_generation(language_model(kind), PROMPTS, ANSWERS, "gradnorm_kl")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_maps_from_the_head_to_the_logits(dtype: torch.dtype) -> None:
+    output = (10 * torch.randn(5, 50, dtype=torch.float64)).to(dtype)
+    for cap in (3.0, 30.0):
+        found = recognised_map(output, cap * torch.tanh(output / cap))
+        assert found is not None and found.cap == pytest.approx(cap, rel=16 * torch.finfo(dtype).eps)
+    found = recognised_map(output, output / 8)
+    assert found is not None and found.scale == pytest.approx(1 / 8, rel=torch.finfo(dtype).eps)
+    assert recognised_map(output, output.log_softmax(1)) is None and recognised_map(output, output.clamp(-1, 1)) is None
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_moments_without_the_gradient(is_tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gram matrices and blocks of rows against the stored gradient."""
+    monkeypatch.setattr("lightning_gradmetrics.language.sequence_gradients.BLOCK_ENTRIES", 40)
+    output, features = torch.randn(4, 23, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
+    ids, delta = torch.tensor([3, 3, 0, 22, 7]), torch.randn(5, 9, dtype=torch.float64)
+    gradient = output.T @ features
+    if is_tied:
+        gradient.index_add_(0, ids, delta)
+    factors = SequenceFactors(output, features, EmbeddingUse(ids, delta) if is_tied else None)
+    by_gram = sequence_moments(factors, ["sum", 2.0])
+    by_blocks = sequence_moments(factors, ["sum", "max", "min", 0.5, 1.0, 2.0])
+    expected = {"sum": gradient.sum(), 2.0: gradient.square().sum()}
+    torch.testing.assert_close(by_gram, expected)
+    expected |= {
+        "max": gradient.max(),
+        "min": gradient.min(),
+        1.0: gradient.abs().sum(),
+        0.5: gradient.abs().sqrt().sum(),
+    }
+    torch.testing.assert_close(by_blocks, expected)
