@@ -119,11 +119,11 @@ def padding_of(model: nn.Module, pad_token_id: int | None) -> Padding:
     """
     config = getattr(model, "generation_config", None) or getattr(model, "config", None)
     ends = getattr(config, "eos_token_id", None)
-    end_ids = frozenset(ends if isinstance(ends, (list, tuple)) else () if ends is None else (ends,))
+    end_ids = [] if ends is None else list(torch.tensor([ends]).flatten().tolist())
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
     if pad is None and end_ids:
-        pad = next(iter(ends)) if isinstance(ends, (list, tuple)) else ends  # what generate pads with
-    return Padding(pad, end_ids)
+        pad = end_ids[0]  # what generate pads with
+    return Padding(pad, frozenset(end_ids))
 
 
 def _scored_batch(

@@ -8,7 +8,7 @@ output. ``G`` has ``V D`` entries and is never stored as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,8 +84,9 @@ def sequence_moments(factors: SequenceFactors, wanted: Iterable[Moment]) -> Mome
     keys = set(wanted)
     factors = _exact(factors)
     tokens, (vocabulary, width) = len(factors.output), (factors.output.shape[1], factors.features.shape[1])
-    if keys <= {"sum", 2.0} and tokens * (vocabulary + width) < vocabulary * width:
-        return {key: _sum(factors) if key == "sum" else _sum_of_squares(factors) for key in keys}
+    functions: dict[Moment, Callable[[SequenceFactors], Tensor]] = {"sum": _sum, 2.0: _sum_of_squares}
+    if keys <= functions.keys() and tokens * (vocabulary + width) < vocabulary * width:
+        return {key: functions[key](factors) for key in keys}
     return _moments_by_blocks(factors, keys)
 
 
