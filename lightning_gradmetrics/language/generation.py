@@ -164,9 +164,8 @@ def token_scores(model: LanguageModel, plan: GenerationScores, rows: TokenRows) 
     head = _head(model, plan, rows)
     blocks: dict[str, list[Tensor]] = {score.name: [] for score in plan.tokens}
     for block in rows.blocks():
-        evidence = block.evidence(head)
         for score in plan.tokens:
-            blocks[score.name].append(score(evidence).to(result_dtype(rows.logits.dtype)).cpu())
+            blocks[score.name].append(block.values(score, head).to(result_dtype(rows.logits.dtype)).cpu())
     found = {}
     for name, values in blocks.items():
         found[name] = list(torch.cat(values).split(rows.lengths))

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.language.logit_map import IDENTITY, LogitMap, recognised_map
 from lightning_gradmetrics.language.model import HeadCall, LanguageModelError
 from lightning_gradmetrics.language.sequences import Padded
 from lightning_gradmetrics.scoring.evidence import Evidence, HeadGradient, MissingEvidenceError
+from lightning_gradmetrics.scoring.recipes import Score
 
 __all__ = ["TokenRows", "answer_rows"]
 
@@ -21,8 +23,8 @@ BLOCK_LOGITS = 2**22
 
 
 @dataclass
-class MappedEvidence(Evidence):
-    """Evidence of a head whose output is scaled or capped before it becomes the logits.
+class CappedEvidence(Evidence):
+    """Evidence of a head whose output is capped before it becomes the logits.
 
     Args:
         slope: The derivative of the logits with respect to the head's output ``(M, V)``.
@@ -31,15 +33,19 @@ class MappedEvidence(Evidence):
     slope: Tensor | None = None
 
     @property
-    def features(self) -> Tensor:
-        """The head's input is not given to scores whose closed forms hold for unscaled logits only."""
+    def head_input(self) -> HeadFeatures:
+        """The head's input is not given to closed forms that hold for other heads only."""
         raise MissingEvidenceError(
-            "uses a closed form for heads whose output is the logits; this model scales or caps its logits, so it is not exact "
-            "here. Use gradnorm, pseudo_label, grand or scores of the logits"
+            "uses a closed form for heads whose output is the logits; this model caps its logits, so it would not be exact. "
+            "Use gradnorm, uniform, pseudo_label, grand, feature_norm or scores of the logits"
         )
 
+    @property
+    def features(self) -> Tensor:
+        """As :attr:`head_input`."""
+        return self.head_input.dense()
+
     def _head_gradient(self, objective: Objective) -> HeadGradient:
-        assert self.given_features is not None and self.slope is not None
         plain = Evidence(self.given_logits, self.given_features, self.given_labels)._head_gradient(objective)
         return HeadGradient(plain.output * self.slope, plain.features)
 
@@ -72,13 +78,30 @@ class TokenRows:
     def evidence(self, head: tuple[Tensor, Tensor | None] | None = None) -> Evidence:
         """Return the evidence of these tokens: each is one sample with V classes.
 
+        A scaled head is the head of scaled features: ``c (W h + b) = W (c h) + c b``.
+
         Args:
             head: The head's weight and bias, for scores that read them.
         """
-        slope = self.slope
-        if slope is None:
+        if self.logit_map.cap is not None:
+            return CappedEvidence(self.logits, self.features, self.labels, slope=self.slope)
+        scale = self.logit_map.scale
+        if scale == 1:
             return Evidence(self.logits, self.features, self.labels, given_head=head)
-        return MappedEvidence(self.logits, self.features, self.labels, slope=slope)
+        if head is not None and head[1] is not None:
+            head = (head[0], scale * head[1])
+        return Evidence(self.logits, scale * self.features.double(), self.labels, given_head=head)
+
+    def values(self, score: Score, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+        """Return a score of these tokens, ``(M,)``.
+
+        Args:
+            score: The score.
+            head: The head's weight and bias, for scores that read them.
+        """
+        if score.recipe.name == "feature_norm":  # the input of the head itself, unscaled
+            return score(Evidence(self.logits, self.features))
+        return score(self.evidence(head))
 
     def blocks(self) -> Iterator[TokenRows]:
         """Parts with a bounded number of logits, for scores that need several copies of them."""
