@@ -1,4 +1,4 @@
-"""What a user reads after a run: the summary, the report, the pictures and the tables behind them."""
+"""The output of a run: the summary, the report, the pictures and the tables behind them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["Outcome", "evaluate_detectors", "model_facts"]
 
 
 class Outcome:
-    """The part of the callback that shows what a run found."""
+    """The part of the callback that shows the outcome of a run."""
 
     scorer: Scorer
     _results: Results
@@ -112,7 +112,7 @@ class Outcome:
             return write_report(folder, path)
 
     def save(self, directory: Path | str) -> Path:
-        """Write what the last run found to a directory, as the command does.
+        """Write the outcome of the last run to a directory, like the command.
 
         It contains ``results.parquet``, ``metrics.json``, ``metrics.csv``, ``table.md``, ``table.tex`` and ``figures``.
         ``gradmetrics compare`` and ``gradmetrics report`` read it.
@@ -191,7 +191,7 @@ def evaluate_detectors(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
-    """Evaluate the scores that do not read the true label: the others would be judged with the answer in hand.
+    """Evaluate the scores that do not read the true label: the others know the answer.
 
     Args:
         results: The per-sample table.

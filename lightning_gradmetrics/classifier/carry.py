@@ -13,7 +13,7 @@ __all__ = ["IDENTITY", "Carry", "difference_of", "find_carry"]
 
 LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 FACTORS = (2, 4, 8, 16, 32)
-"""Factors of an enlargement that is cropped afterwards."""
+"""Factors of an enlargement that is cropped after it."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Carry:
         flips: The axes that are reflected first.
         size: The size to resize to; ``None`` does not resize.
         mode: The mode of :func:`torch.nn.functional.interpolate`.
-        align_corners: Of that function.
-        antialias: Of that function.
+        align_corners: As in that function.
+        antialias: As in that function.
         crop: The offset and the size of the part that is kept, for every axis; ``None`` keeps all.
 
     Example:
@@ -88,11 +88,11 @@ def _digits(dtype: torch.dtype) -> float:
 
 
 def find_carry(z: Tensor, logits: Tensor, hint: Carry | None = None) -> Carry | None:
-    """Return the map that turns a head's output into the logits, found by comparing; ``None`` if there is none.
+    """Return the map that turns a head's output into the logits, found by comparison; ``None`` if there is none.
 
     Args:
         z: The head's output ``(N, C, *Q)``.
-        logits: What the model returned ``(N, C, *P)``.
+        logits: The logits that the model returned ``(N, C, *P)``.
         hint: The map of another batch, which is tried first.
 
     Example:
@@ -117,14 +117,14 @@ def find_carry(z: Tensor, logits: Tensor, hint: Carry | None = None) -> Carry | 
 
 
 def _adapted(hint: Carry, logits: Tensor) -> Carry:
-    """The same map for logits of another size."""
+    """Return the map for logits of a different size."""
     if hint.crop is not None or hint.size is None:
         return hint
     return replace(hint, size=tuple(logits.shape[2:]))
 
 
 def _attempt(carry: Carry, z: Tensor) -> Tensor:
-    """The carried map; an empty tensor where the map cannot be applied."""
+    """Return the carried map; an empty tensor where the map cannot be applied."""
     try:
         return carry(z)
     except (RuntimeError, NotImplementedError, ValueError):

@@ -52,7 +52,7 @@ def class_axis(logits: Tensor, model: nn.Module, calls: Sequence[LayerCall], inp
 
 
 def _layers_of_shape(logits: Tensor, model: nn.Module, calls: Sequence[LayerCall]) -> tuple[bool, bool]:
-    """Whether a convolution, and whether a linear layer, returned a tensor of the logits' shape."""
+    """Return whether a convolution, and whether a linear layer, returned a tensor of the logits' shape."""
     layers, shape = dict(model.named_modules()), tuple(logits.shape)
     convolved = linear = False
     for call in calls:

@@ -158,7 +158,7 @@ def _common_resizes(size: tuple[int, ...]) -> list[Carry]:
 
 
 def _sum(parts: Sequence[Part], calls: Sequence[LayerCall]) -> Tensor:
-    """The sum of the parts' outputs on their common grid."""
+    """Return the sum of the parts' outputs on their common grid."""
     by_name = _numbered(calls)
     total: Tensor | None = None
     for part in parts:

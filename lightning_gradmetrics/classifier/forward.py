@@ -71,7 +71,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def logits_in(output: Any) -> Tensor:
-    """The logits in a model's output, of samples or of positions: the tensor itself, an entry, or an attribute.
+    """Return the logits in a model's output, of samples or of positions: the tensor itself, an entry, or an attribute.
 
     The entries are ``logits``, and ``out`` as in torchvision's segmentation models.
 

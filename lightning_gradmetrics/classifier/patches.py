@@ -1,4 +1,4 @@
-"""Which inputs of a layer meet which of its weights at every output position: the patches of a head over positions."""
+"""Patches of a head over positions: the inputs that each weight multiplies at every output position."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Patches:
 
     Args:
         kernel: The size of the kernel along every spatial axis; ``()`` for a linear layer.
-        stride: Along every spatial axis.
-        dilation: Along every spatial axis.
+        stride: The stride along every spatial axis.
+        dilation: The dilation along every spatial axis.
         padding: The number of zeros around the input, for a convolution as :func:`torch.nn.functional.pad` takes it.
         mode: The padding mode.
-        output_padding: Of a transposed convolution; ``None`` for any other layer.
+        output_padding: The output padding of a transposed convolution; ``None`` for any other layer.
         groups: The number of groups of channels.
 
     Example:

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
-    """A name of each run: the last parts of its path that tell all runs apart, at least two."""
+    """Return a name of each run: the last parts of its path that tell all runs apart, at least two."""
     names: dict[Path, str] = {}
     for parts in range(2, 20):
         for folder in folders:
@@ -68,7 +68,7 @@ def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _overrides(folder: Path) -> str:
-    """The overrides of a run of the command, or nothing."""
+    """Return the overrides of a run of the command, or nothing."""
     path = folder / ".hydra" / "overrides.yaml"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return " ".join(map(str, yaml.safe_load(text) or []))
@@ -185,7 +185,7 @@ def _text(row: Mapping[str, object], runs: int) -> str:
 
 
 def _fitting(grid: Grid, width: int) -> Grid:
-    """The grid without its last columns, if it is too wide; a note names the file that has them."""
+    """Return the grid without its last columns, if it is too wide; a note names the file that has them."""
     left_out = 0
     while grid.width > width and len(grid.columns) > 1:
         left_out += 1

@@ -121,7 +121,7 @@ def _cells(records: Sequence[Record], key: str, digits: int | None = None) -> tu
 
 
 def _marks(records: Sequence[Record]) -> tuple[str, ...]:
-    """The marks of the scores, with ``B`` where a backward pass is needed."""
+    """Return the marks of the scores, with ``B`` where a backward pass is needed."""
     marks = []
     for record in records:
         marks.append(f"{record['mark']:<2} B" if record["backward"] else record["mark"])

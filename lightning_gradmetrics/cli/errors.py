@@ -46,7 +46,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error below Hydra's wrapper around a factory that failed."""
+    """Return the error below Hydra's wrapper around a factory that failed."""
     while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -61,7 +61,7 @@ def _missing_option(error: BaseException) -> str:
 
 
 def _wrong_key(error: BaseException) -> str:
-    """A sentence on a key that does not exist, with the nearest ones that do."""
+    """Return a sentence on an unknown key, with the nearest known keys."""
     text = " ".join(str(error).split())
     match = re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' is not in struct", text)
     if match is None:
@@ -73,7 +73,7 @@ def _wrong_key(error: BaseException) -> str:
 
 
 def _known_keys() -> list[str]:
-    """The keys of the default configuration, with dots."""
+    """Return the keys of the default configuration, with dots."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 

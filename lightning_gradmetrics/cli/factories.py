@@ -85,7 +85,7 @@ def _as_lightning_module(made: nn.Module) -> LightningModule:
 
 
 def _target_of(node: DictConfig, key: str) -> Any:
-    """The function or class of a node.
+    """Return the function or class of a node.
 
     Raises:
         ValueError: If the target is missing, or cannot be imported.
@@ -101,7 +101,7 @@ def _target_of(node: DictConfig, key: str) -> Any:
 
 
 def _located(path: str) -> Any:
-    """The object at a dotted path: attributes first, as Hydra does, then submodules."""
+    """Return the object at a dotted path: attributes first, as Hydra does, then submodules."""
     names = path.split(".")
     found = importlib.import_module(names[0])
     for end, name in enumerate(names[1:], 2):

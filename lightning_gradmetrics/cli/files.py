@@ -42,5 +42,5 @@ def reserved(directory: Path) -> Iterator[None]:
 
 
 def shown_path(path: Path) -> str:
-    """The path relative to the working directory if it is below it, else the full path."""
+    """Return the path relative to the working directory if it is below it, else the full path."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -89,7 +89,7 @@ def _is_candidate(score: Score) -> bool:
 
 
 def _candidates(scores: Sequence[Score], without: Mapping[str, str | None], dataset: str) -> list[FittedScore]:
-    """The candidates whose fits may be evaluated on a data set."""
+    """Return the candidates whose fits may be evaluated on a data set."""
     candidates = []
     for score in scores:
         if isinstance(score, FittedScore) and _is_candidate(score) and without.get(score.name) in (None, dataset):
@@ -98,7 +98,7 @@ def _candidates(scores: Sequence[Score], without: Mapping[str, str | None], data
 
 
 def _best_references(scores: Sequence[Score], values: Mapping[str, float]) -> dict[str, str]:
-    """The names of the best single score and of the best baseline, as far as there are any."""
+    """Return the names of the best single score and of the best baseline, if there are any."""
     best: dict[str, str] = {}
     for score in scores:
         if score.needs.labels or _is_candidate(score):
@@ -111,7 +111,7 @@ def _best_references(scores: Sequence[Score], values: Mapping[str, float]) -> di
 
 
 def _fitted_on(score: FittedScore, without: str | None) -> str:
-    """The data of its fits, in words."""
+    """Return the data of its fits, in words."""
     needs = score.fit_needs
     if needs.ood:
         return "all sets" if without is None else "the other sets"
@@ -119,7 +119,7 @@ def _fitted_on(score: FittedScore, without: str | None) -> str:
 
 
 def _rows_of(results: pa.Table, roles: Mapping[str, str], task: str, dataset: str) -> pa.Table:
-    """The rows that a question is about."""
+    """Return the rows that a question is about."""
     wanted = [dataset]
     if task != "misclassification":
         wanted += [name for name, role in roles.items() if role == ID]
@@ -135,7 +135,7 @@ def _compared(
     resamples: int,
     seed: int,
 ) -> dict[str, Record]:
-    """Each candidate's AUROC in a task, and its difference to each of the best references."""
+    """Return each candidate's AUROC in a task, and its difference to each of the best references."""
     present = set(pc.unique(results["dataset"]).to_pylist())
     roles = {name: role for name, role in roles.items() if name in present}
     compared: dict[str, Record] = {name: {} for name in candidates}
@@ -166,7 +166,7 @@ NOTES = (
 
 
 def fitted_comparison_grids(records: Sequence[Record]) -> list[Grid]:
-    """One grid per task and data set.
+    """Return one grid per task and data set.
 
     Args:
         records: Made by :func:`compare_fitted`.

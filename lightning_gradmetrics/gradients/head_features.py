@@ -34,7 +34,7 @@ LINEAR = Patches()
 
 @dataclass(frozen=True)
 class Term:
-    """The input of one call of a layer, and what happens to its output.
+    """The input of one call of a layer, and the maps of its output.
 
     Args:
         input: ``(N, D, *Q)``.
@@ -133,7 +133,7 @@ class Block:
         return total[:, 0].to(accumulator(total))
 
     def _moments_of_vectors(self, wanted: Iterable[Moment]) -> Moments:
-        """Moments of carried patches, in blocks of channels."""
+        """Return moments of carried patches, in blocks of channels."""
         totals: Moments = {}
         for vectors in self.vectors():
             for key, value in axis_moments(vectors, wanted).items():
@@ -161,7 +161,7 @@ def _merged(key: Moment, first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadFeatures:
-    """What the head's weight is multiplied with at every position, ``psi`` ``(N, D', *P)``, without storing it.
+    """The features that multiply the head's weight at every position, ``psi`` ``(N, D', *P)``, without storing it.
 
     Args:
         blocks: One for each weight, or for each group of a grouped convolution.
@@ -177,7 +177,7 @@ class HeadFeatures:
 
     @classmethod
     def of(cls, features: Tensor) -> HeadFeatures:
-        """Return those of a tensor ``(N, D, *P)``."""
+        """Return the features of a tensor ``(N, D, *P)``."""
         return cls((Block((Term(features),)),))
 
     @property
@@ -218,7 +218,7 @@ class HeadFeatures:
         """Return the features of every position, ``(N, D', *P)``.
 
         Raises:
-            ValueError: If they are more than fit into memory.
+            ValueError: If they do not fit into memory.
         """
         parts = []
         for block in self.blocks:
@@ -234,11 +234,11 @@ class HeadFeatures:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def rows(self, keep: Tensor) -> HeadFeatures:
-        """Return those of the samples that ``keep`` marks or lists."""
+        """Return the features of the samples that ``keep`` marks or lists."""
         return self._with_inputs(lambda tensor: tensor[keep])
 
     def precise(self) -> HeadFeatures:
-        """Return them in float64 for samples, and in at least float32 for positions."""
+        """Return the features in float64 for samples, and in at least float32 for positions."""
 
         def converted(tensor: Tensor) -> Tensor:
             tensor = tensor.detach()

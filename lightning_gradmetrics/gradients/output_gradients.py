@@ -15,7 +15,7 @@ from lightning_gradmetrics.gradients.softmax import Softmax
 __all__ = ["output_gradient"]
 
 Softmaxes = Callable[[float], Softmax]
-"""From a temperature to the softmax of the logits."""
+"""A function from a temperature to the softmax of the logits."""
 
 
 def output_gradient(objective: Objective, logits: Tensor, softmax: Softmaxes, targets: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def _rows_of_map(values: Tensor) -> Tensor:
 
 
 def _by_rows(loss: Loss, logits: Tensor) -> Tensor:
-    """The gradient by autograd, of the positions as rows ``(M, C)``."""
+    """Return the gradient by autograd, of the positions as rows ``(M, C)``."""
     last = logits.detach().movedim(1, -1)
     with gradients_enabled():
         rows = last.reshape(-1, logits.shape[1]).clone().requires_grad_(True)
@@ -102,4 +102,4 @@ CLOSED_FORMS: dict[str, Callable[..., Any]] = {
     "class": _class,
     "ranked_class": _ranked_class,
 }
-"""By the name of the objective."""
+"""The gradients by the name of the objective."""

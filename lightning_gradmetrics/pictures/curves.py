@@ -95,7 +95,7 @@ def _ranked(evaluation: Evaluation, tasks: Sequence[str]) -> dict[Place, list[st
 
 
 def _best_of_all(ranked: dict[Place, list[str]]) -> list[str]:
-    """A few scores: the first of every task, then the second of every task, and so on."""
+    """Return a few scores: the first of every task, then the second of every task, and so on."""
     chosen: dict[str, None] = {}
     for rank in range(MOST_SCORES):
         for scores in ranked.values():

@@ -160,7 +160,7 @@ def _counts(
 
 
 def _distinct(x: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The points of a curve ``(P,)`` without those that repeat the one before: scores of rows of other tasks."""
+    """Return the points of a curve ``(P,)`` without repeated points, which come from rows of other tasks."""
     changes = (x[1:] != x[:-1]) | (y[1:] != y[:-1])
     keep = torch.cat([changes.new_ones(1), changes])
     return x[keep].numpy(), y[keep].numpy()

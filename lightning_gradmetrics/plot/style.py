@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["COLOURS", "Plot", "new_axes", "score_styles"]
 
 REFERENCE = "max_softmax"
-"""Drawn in black: the baseline that every paper compares with."""
+"""The score drawn in black, the baseline that every paper compares with."""
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's colours, without black and yellow."""
@@ -23,7 +23,7 @@ DASHES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class Plot:
-    """What a plot drew, for restyling.
+    """The axes and artists of a plot, for restyling.
 
     Args:
         axes: The Matplotlib axes.
@@ -48,7 +48,7 @@ class Plot:
 
 
 def new_axes(axes: Axes | None) -> Axes:
-    """Return the given axes, or those of a new pyplot figure."""
+    """Return the given axes, or the axes of a new pyplot figure."""
     if axes is not None:
         return axes
     from matplotlib import pyplot

@@ -118,7 +118,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def _some_rows(logits: Tensor) -> Tensor:
-    """The logits as rows ``(M, C)``: all of samples, some of positions."""
+    """Return the logits as rows ``(M, C)``: all of samples, some of positions."""
     if logits.ndim == 2:
         return logits.detach().float()
     flat = logits.detach().flatten(2)

@@ -109,7 +109,7 @@ class PositionReader:
         self.composition = self._certain(found, calls, own)
 
     def _candidates(self, classes: int) -> dict[str, nn.Module]:
-        """The layers that may be heads: those with one output channel per class."""
+        """Return the layers that may be heads: those with one output channel per class."""
         layers = dict(self.model.named_modules())
         if self.head is not None:
             if self.head not in layers or patches_of(layers[self.head]) is None:
@@ -127,7 +127,7 @@ class PositionReader:
     def _forward(
         self, inputs: Inputs, called: nn.Module, layers: Mapping[str, nn.Module]
     ) -> tuple[list[LayerCall], Tensor]:
-        """The calls of the layers, and the logits, of a forward pass that runs for the inputs."""
+        """Return the calls of the layers, and the logits, of a forward pass that runs for the inputs."""
         copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
         with (
             preserved(self.model),
@@ -141,7 +141,7 @@ class PositionReader:
         return calls, classes_second(output.detach(), self.axis)
 
     def _certain(self, found: Sequence[Composition], calls: Sequence[LayerCall], logits: Tensor) -> Composition:
-        """The only composition, of layers that are the linear functions of their weights."""
+        """Return the only composition, of layers that are the linear functions of their weights."""
         if len(found) > 1:
             names = ", ".join(" + ".join(one.names) for one in found)
             raise HeadNotFoundError(
@@ -175,7 +175,7 @@ class PositionReader:
         )
 
     def _features(self, made: Composition, calls: Sequence[LayerCall]) -> tuple[HeadFeatures, Head]:
-        """The head's input, and its weight and bias as those of one linear layer."""
+        """Return the head's input, and its weight and bias as those of one linear layer."""
         blocks: list[Block] = []
         weights: list[Tensor] = []
         bias: Tensor | None = None
@@ -201,7 +201,7 @@ class PositionReader:
 
 
 def _blocks(terms: Sequence[Term]) -> list[Block]:
-    """One block, or one for each group of channels."""
+    """Return one block, or one for each group of channels."""
     patches = terms[0].patches
     if patches.groups == 1:
         return [Block(tuple(terms))]

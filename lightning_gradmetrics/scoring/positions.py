@@ -1,4 +1,4 @@
-"""Scores at positions: whether a score works on maps, and its values for the positions as rows."""
+"""Scores at positions: tests whether a score works on maps, and computes its values for positions as rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def as_rows(evidence: Evidence, with_features: bool) -> Evidence:
     """Return the evidence of all positions as rows ``(M, C)``, sample after sample.
 
     Args:
-        evidence: With positions.
+        evidence: Evidence with positions.
         with_features: Whether to keep the head's input as vectors.
 
     Example:
@@ -42,7 +42,7 @@ def as_rows(evidence: Evidence, with_features: bool) -> Evidence:
 
 
 def _rows_of(maps: Tensor) -> Tensor:
-    """``(N, C, *P)`` as ``(M, C)``."""
+    """Return ``(N, C, *P)`` as rows ``(M, C)``."""
     return maps.movedim(1, -1).reshape(-1, maps.shape[1])
 
 
@@ -57,7 +57,7 @@ def by_rows(function: Callable[[Evidence], Tensor], evidence: Evidence, with_fea
 
     Args:
         function: A score of rows.
-        evidence: With positions.
+        evidence: Evidence with positions.
         with_features: Whether the score reads the head's input.
     """
     maps = []
@@ -73,12 +73,12 @@ def by_rows(function: Callable[[Evidence], Tensor], evidence: Evidence, with_fea
 def sampled_rows(evidence: Evidence, keep: Tensor, keys: Tensor, with_features: bool) -> tuple[Evidence, Tensor] | None:
     """Return a bounded sample of the positions as rows ``(M, C)``, and a key for each; ``None`` if there are none.
 
-    The sample depends on the keys alone, and not on the batch. Where labels are given, positions without one are left out.
+    The sample depends only on the keys, not on the batch. Where labels are given, positions without one are left out.
 
     Args:
-        evidence: With positions.
-        keep: Which samples to take ``(N,)``, bool.
-        keys: A whole number for each sample ``(N,)``, on the CPU.
+        evidence: Evidence with positions.
+        keep: The samples to use ``(N,)``, bool.
+        keys: An integer for each sample ``(N,)``, on the CPU.
         with_features: Whether to keep the head's input as vectors.
     """
     parts: list[Evidence] = []
@@ -98,7 +98,7 @@ def sampled_rows(evidence: Evidence, keep: Tensor, keys: Tensor, with_features: 
 
 
 def _joined(parts: Sequence[Evidence]) -> Evidence:
-    """The rows of several samples together."""
+    """Return the rows of several samples together."""
     columns: list[Tensor | None] = []
     for name in ("given_logits", "given_features", "given_labels", "given_ood"):
         values = [getattr(part, name) for part in parts]
@@ -135,7 +135,7 @@ def works_on_maps(function: Callable[[Evidence], Tensor]) -> bool:
     evidence = made_up_maps()
     try:
         values = function(evidence)
-    except Exception:  # a score of rows may fail in any way on maps
+    except Exception:  # a score of rows may raise any error on maps
         return False
     expected = by_rows(function, evidence, True)
     if not isinstance(values, Tensor) or values.shape != expected.shape:

@@ -105,7 +105,7 @@ class Scorer:
     def _evidence_of_positions(
         self, batch: ObservedBatch, needs: Needs, labels: Tensor | None, head: tuple[Tensor, Tensor | None] | None
     ) -> Evidence:
-        """The evidence of a model with one prediction per position.
+        """Return the evidence of a model with one prediction per position.
 
         Raises:
             ValueError: If a score is not defined per position, or needs labels and there are none.

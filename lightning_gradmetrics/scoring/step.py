@@ -129,7 +129,7 @@ class StepObserver:
         return ObservedBatch(inputs, output, features, self._head, called=module)
 
     def _of_positions(self, seen: Observation, inputs: Inputs | None, logits: Tensor) -> ObservedBatch:
-        """The batch of a model with one prediction per position."""
+        """Return the batch of a model with one prediction per position."""
         assert seen.called is not None
         module, calls = seen.called
         logits = self._positions.logits(logits, seen.layers, inputs)

@@ -30,7 +30,7 @@ LATEX_ESCAPES = str.maketrans(LATEX_SPECIAL)
 
 
 def markdown(grid: Grid) -> str:
-    """The grid as a Markdown table with its notes below; a column's heading includes that of its group."""
+    """Return the grid as a Markdown table with its notes below; a column's heading includes its group's heading."""
     headings = [_markdown_text(grid.names.heading)]
     for group, column in grid.columns:
         headings.append(_markdown_text(f"{group} {column.heading}".strip()))
@@ -60,7 +60,7 @@ def _markdown_cell(column: Column, row: int) -> str:
 
 
 def latex(grid: Grid) -> str:
-    """The grid as a LaTeX ``tabular`` for the package booktabs, with its notes as comments.
+    """Return the grid as a LaTeX ``tabular`` for the package booktabs, with its notes as comments.
 
     Reference:
         S. Fear, "Publication quality tables in LaTeX", the manual of booktabs.

@@ -105,7 +105,7 @@ class Grid:
 
     @property
     def columns(self) -> list[tuple[str, Column]]:
-        """Every column but the row names, with its group's heading."""
+        """Every column except the row names, with its group's heading."""
         columns = []
         for group in self.groups:
             for column in group.columns:
@@ -114,7 +114,7 @@ class Grid:
 
 
 def fold(text: str, width: int) -> list[str]:
-    """The text in lines of at most ``width`` characters, broken after spaces, ``_``, ``-``, ``.`` or ``/`` if possible.
+    """Return the text in lines of at most ``width`` characters, broken after spaces, ``_``, ``-``, ``.`` or ``/`` if possible.
 
     Example:
         >>> fold("near: imagenet_resized_to_32", 16)

@@ -1,4 +1,4 @@
-"""Marks of scores that had more than the model: a fit, labels, or out-of-distribution samples."""
+"""Marks of scores that used a fit, labels, or out-of-distribution samples besides the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEANINGS = {
 
 
 def kind_of(score: Score) -> str:
-    """What a score had besides the model: a key of :data:`MARKS`, or ``""``."""
+    """Return the kind of a score by the data that it used besides the model: a key of :data:`MARKS`, or ``""``."""
     if score.needs.labels:
         return "reads labels"
     if not isinstance(score, FittedScore):
@@ -37,17 +37,17 @@ def kind_of(score: Score) -> str:
 
 
 def detects(score: Score) -> bool:
-    """Whether a score can be judged as a detector: it must not read the label of the sample it scores."""
+    """Return whether a score can be judged as a detector: it must not read the label of the sample it scores."""
     return not score.needs.labels
 
 
 def mark_of(score: Score) -> str:
-    """The mark of a score in the tables, or ``""``."""
+    """Return the mark of a score in the tables, or ``""``."""
     return MARKS.get(kind_of(score), "")
 
 
 def mark_notes(scores: Iterable[Score]) -> list[str]:
-    """One sentence that explains the marks in use; no sentence if there are none."""
+    """Return one sentence that explains the marks in use; no sentence if there are none."""
     used = set(map(mark_of, scores))
     meanings = []
     for mark, meaning in MEANINGS.items():

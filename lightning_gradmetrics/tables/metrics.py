@@ -1,4 +1,4 @@
-"""The main table: every score's detection metrics, laid out so that a console of any width shows whole numbers."""
+"""The main table: every score's detection metrics, in a layout that never cuts a number on a console of any width."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Place = tuple[str, str, str | None]
 
 @dataclass(frozen=True)
 class Question:
-    """What is detected: errors, one group of out-of-distribution data, or both together.
+    """The detection problem: errors, one group of out-of-distribution data, or both together.
 
     Args:
         task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
@@ -62,7 +62,7 @@ class Question:
 
 
 def questions_of(evaluation: Evaluation) -> list[Question]:
-    """The questions with at least one defined metric: errors, each group in the order of the data sets, then both together."""
+    """Return the questions with at least one defined metric: errors, each group in the order of the data sets, then both together."""
     defined = set()
     for metric in evaluation.metrics:
         if metric["value"] is not None:
@@ -88,16 +88,16 @@ class Selection:
 
 
 def metrics_grid(evaluation: Evaluation, scores: Sequence[Score]) -> Grid:
-    """The whole table: all data sets, all means, all metrics that the protocol shows."""
+    """Return the whole table: all data sets, all means, all metrics that the protocol shows."""
     return _grid(_everything(questions_of(evaluation), all_metrics=True), evaluation, scores)
 
 
 def metrics_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -> list[Grid]:
-    """The table for a console of a width: one grid, or one per question.
+    """Return the table for a console of a width: one grid, or one per question.
 
     If the whole table is too wide, errors and OOD detection are one part, and both together are another. A part that is
     too wide first loses FPR95 and AURC. Then it becomes one grid per question. A grid that is still too wide loses FPR95
-    and AURC, then every column but the mean over its data sets. The last grid has a note on what was left out, and on the
+    and AURC, then every column except the mean over its data sets. The last grid has a note on what was left out, and on the
     file that has it.
 
     Args:
@@ -129,7 +129,7 @@ def summary_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -
 def _selections_of_part(
     questions: Sequence[Question], evaluation: Evaluation, scores: Sequence[Score], width: int
 ) -> list[Selection]:
-    """One selection of all questions if it fits, or one per question."""
+    """Return one selection of all questions if it fits, or one per question."""
     for all_metrics in (True, False):
         selection = _everything(questions, all_metrics)
         if _grid(selection, evaluation, scores).width <= width:
@@ -148,7 +148,7 @@ def _everything(questions: Sequence[Question], all_metrics: bool) -> Selection:
 
 
 def _first_that_fits(question: Question, evaluation: Evaluation, scores: Sequence[Score], width: int) -> Selection:
-    """The widest selection of one question that fits, or the narrowest."""
+    """Return the widest selection of one question that fits, or the narrowest."""
     for selection in _narrowing(question):
         if _grid(selection, evaluation, scores).width <= width:
             break
@@ -163,7 +163,7 @@ def _narrowing(question: Question) -> Iterator[Selection]:
 
 
 def _left_out(selections: Sequence[Selection], questions: Sequence[Question]) -> list[str]:
-    """Which metrics and data sets the selections lack, and where they are."""
+    """Return the metrics and data sets that the selections lack, and the file that has them."""
     notes, shown, is_complete = [], set(), True
     for selection in selections:
         shown.update(selection.places)
@@ -207,7 +207,7 @@ class _Values:
             self.values[place, metric["score"], metric["metric"]] = metric["value"]
 
     def groups(self, selection: Selection) -> list[Group]:
-        """One group per place; its heading names the question unless the title does."""
+        """Return one group per place; its heading names the question unless the title does."""
         groups = []
         for place in selection.places:
             task, _, dataset = place
@@ -224,7 +224,7 @@ class _Values:
         return next(question for question in self.questions if (question.task, question.group) == place[:2])
 
     def column(self, place: Place, metric: str) -> Column:
-        """One metric of every score."""
+        """Return one metric of every score."""
         values, cells = [], []
         for score in self.rows:
             value = self.values.get((place, score.name, metric))
@@ -235,14 +235,14 @@ class _Values:
 
 
 def notes_of(evaluation: Evaluation, scores: Sequence[Score]) -> list[str]:
-    """What the numbers are, the data sets, the marks of the scores, and the notes of the evaluation."""
+    """Return notes on the numbers, the data sets, the marks of the scores, and the evaluation."""
     datasets = "; ".join(map(_dataset_text, evaluation.datasets))
     meaning = "Metrics times 100. Bold: the best of its column. errors: misclassified against correct samples."
     return [meaning, *_joint_notes(evaluation), f"{datasets}.", *mark_notes(scores), *evaluation.notes]
 
 
 def _joint_notes(evaluation: Evaluation) -> list[str]:
-    """What the joint columns are, if there are any."""
+    """Return what the joint columns are, if there are any."""
     joint = [question for question in questions_of(evaluation) if question.task in TOGETHER]
     share = 100 * evaluation.settings.get("ood_share", 0.5)
     first = (
@@ -260,7 +260,7 @@ def _dataset_text(dataset: Mapping[str, Any]) -> str:
 
 
 def metric_text(metric: str, value: float | None) -> str:
-    """A metric times 100 with the metric's number of decimals.
+    """Return a metric times 100 with the metric's number of decimals.
 
     Example:
         >>> metric_text("auroc", 1.0), metric_text("aurc", 0.0097), metric_text("auroc", None)
@@ -270,7 +270,7 @@ def metric_text(metric: str, value: float | None) -> str:
 
 
 def _best_rows(metric: str, values: Sequence[float | None], cells: Sequence[str]) -> frozenset[int]:
-    """The rows whose text equals that of the best value."""
+    """Return the rows whose text equals that of the best value."""
     defined = [value for value in values if value is not None]
     if not defined:
         return frozenset()

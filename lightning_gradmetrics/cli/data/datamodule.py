@@ -53,7 +53,7 @@ def _overrides(module: LightningDataModule, name: str) -> bool:
 
 
 def _named(name: str, loaders: Any) -> dict[str, Any]:
-    """The dataloaders by name; without names, they are numbered."""
+    """Return the dataloaders by name; without names, they are numbered."""
     if isinstance(loaders, CombinedLoader):
         loaders = loaders.iterables
     if isinstance(loaders, Mapping):

@@ -148,7 +148,7 @@ def _text_encoder(column: str, tokenizer: str | None, max_length: int) -> Encode
 
 
 def _open(member: Member, split: str) -> Any:
-    """The data set of a name, of a folder, or of a mapping with the key ``path``."""
+    """Return the data set of a name, of a folder, or of a mapping with the key ``path``."""
     try:
         import datasets
     except ImportError as error:

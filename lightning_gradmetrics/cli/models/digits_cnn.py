@@ -134,7 +134,7 @@ def _save(module: nn.Module, path: Path, fingerprint: str) -> None:
 
 
 def _fingerprint(data: EvaluationData, *settings: object) -> str:
-    """A hash of the settings and the training data."""
+    """Return a hash of the settings and the training data."""
     assert data.train is not None
     digest = hashlib.sha256(repr(settings).encode())
     for index in range(len(data.train)):  # type: ignore[arg-type]

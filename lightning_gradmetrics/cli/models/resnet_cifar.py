@@ -58,7 +58,7 @@ class ResNetCifar(nn.Module):
         return stage
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, classes)``."""
+        """Return logits ``(N, classes)``."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # type: ignore[no-any-return]

@@ -74,7 +74,7 @@ def evaluate(experiment: Experiment, scored: Scored) -> Evaluated:
 
 
 def _evaluation(experiment: Experiment, scored: Scored) -> Evaluation:
-    """The metrics of the detectors, with intervals and a progress bar."""
+    """Return the metrics of the detectors, with intervals and a progress bar."""
     present = set(scored.results["dataset"].to_pylist())
     roles = {name: role for name, role in experiment.data.roles.items() if name in present}
     settings = experiment.settings
@@ -108,6 +108,6 @@ def _costs(experiment: Experiment, evaluation: Evaluation, size: int) -> list[Re
 
 
 def _planted(experiment: Experiment, scored: Scored) -> list[str]:
-    """How many of the planted labels each score finds: scores that read labels, or else all that list their top samples."""
+    """Return the number of planted labels that each score finds: scores that read labels, or otherwise all with top samples."""
     names = [score.name for score in scored.scores if not detects(score)] or list(experiment.callback.top_k)
     return planted_statements(scored.results, names, experiment.data.planted)

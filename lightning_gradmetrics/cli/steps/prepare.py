@@ -89,7 +89,7 @@ def _check_top_k(top_k: Any) -> None:
 
 
 def _scored_by_callback(scores: tuple[Score, ...], settings: Settings) -> list[Score]:
-    """The scores that the callback computes.
+    """Return the scores that the callback computes.
 
     Cross-validated scores are computed after the run. If costs are measured, scores that read labels are only timed:
     out-of-distribution data has no labels.

@@ -46,7 +46,7 @@ def score(experiment: Experiment) -> Scored:
 
 
 def _with_held_out_scores(experiment: Experiment, folds: int) -> Scored:
-    """The results with a column of held-out scores for every fitted score.
+    """Return the results with a column of held-out scores for every fitted score.
 
     Raises:
         ValueError: If there are several processes.
