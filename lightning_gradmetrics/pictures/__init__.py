@@ -9,7 +9,6 @@ from lightning_gradmetrics.pictures.base import (
     PictureSource,
     ScoredBatch,
     write_pictures,
-    write_tables,
 )
 from lightning_gradmetrics.pictures.curves import curve_pictures
 from lightning_gradmetrics.pictures.examples import ExampleGallery
@@ -34,7 +33,6 @@ __all__ = [
     "picture_sources",
     "sample_paths",
     "write_pictures",
-    "write_tables",
     "write_thumbnails",
 ]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
-import pyarrow.csv
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import Inputs, map_tensors
@@ -29,7 +28,6 @@ __all__ = [
     "grouped",
     "images_of",
     "write_pictures",
-    "write_tables",
 ]
 
 
@@ -182,14 +180,3 @@ def write_pictures(pictures: Iterable[Picture], directory: Path, pdf: bool = Fal
         words = {"title": picture.title, "caption": picture.caption, "section": picture.section}
         records.append({"file": file.as_posix(), **words})
     return records
-
-
-def write_tables(tables: Mapping[str, pa.Table], directory: Path) -> list[Path]:
-    """Write each table to ``directory/<name>.csv`` and return the paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, table in tables.items():
-        path = directory / f"{name}.csv"
-        pa.csv.write_csv(table, path)
-        paths.append(path)
-    return paths

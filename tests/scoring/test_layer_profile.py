@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.csv
+import pyarrow.compute
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.pictures import profiles, write_pictures, write_tables
+from lightning_gradmetrics.pictures import profiles, write_pictures
 from lightning_gradmetrics.report import write_report, write_run
 from lightning_gradmetrics.scoring.layer_profile import Profile
 from tests.models import MODELS, Module, images
@@ -73,8 +73,6 @@ def test_a_run_returns_the_quartiles_of_every_layer(tmp_path: Path) -> None:
         assert rows["layer"] == [f"network.{layer}" for layer in names] and set(rows["samples"]) == {len(x)}
         for key, share in (("lower_quartile", 0.25), ("median", 0.5), ("upper_quartile", 0.75)):
             assert rows[key] == pytest.approx(norms.quantile(share, dim=0).tolist(), rel=1e-4)
-    write_tables(callback.tables(), tmp_path)
-    assert pyarrow.csv.read_csv(tmp_path / "profile.csv").to_pydict() == table.to_pydict()
     figures = write_pictures(callback.pictures(), tmp_path)
     write_run(tmp_path, callback.results, callback.evaluation, callback.scorer.scores, model={}, figures=figures)
     page = write_report(tmp_path).read_text()
