@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 PROBED_ROWS = 64
-"""Rows of the embedding's weight that are compared with what it returns."""
+"""Number of rows of the embedding's weight that are compared with its output."""
 
 
 @dataclass(frozen=True)

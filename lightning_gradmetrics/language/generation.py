@@ -122,14 +122,14 @@ def padding_of(model: nn.Module, pad_token_id: int | None) -> Padding:
     end_ids = [] if ends is None else list(torch.tensor([ends]).flatten().tolist())
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
     if pad is None and end_ids:
-        pad = end_ids[0]  # what generate pads with
+        pad = end_ids[0]  # the padding of generate
     return Padding(pad, frozenset(end_ids))
 
 
 def _scored_batch(
     model: LanguageModel, batch: Padded, plan: GenerationScores, engine: str, is_first: bool
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-    """The scores of one batch: of tokens, one tensor per answer; and of sequences ``(N,)``."""
+    """Return the scores of one batch: of tokens, one tensor per answer; and of sequences ``(N,)``."""
     rows: TokenRows | None = None
     tokens: dict[str, list[Tensor]] = {}
     values: dict[str, Tensor] = {}
@@ -173,7 +173,7 @@ def token_scores(model: LanguageModel, plan: GenerationScores, rows: TokenRows) 
 
 
 def _head(model: LanguageModel, plan: GenerationScores, rows: TokenRows) -> tuple[Tensor, Tensor | None] | None:
-    """The head's weight and bias, if a score reads the head or its input; of a layer that wraps one, as it computes."""
+    """Return the head's weight and bias, if a score reads the head or its input; of a layer that wraps one, as it computes."""
     if not any(score.needs.features for score in plan.tokens):
         return None
     assert model.head_name is not None

@@ -1,4 +1,4 @@
-"""What a language model does between its head and its logits: nothing, a scaling, or a soft cap."""
+"""The map from a language model's head to its logits: the identity, a scaling, or a soft cap."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ IDENTITY = LogitMap()
 
 
 def recognised_map(output: Tensor, logits: Tensor) -> LogitMap | None:
-    """Return the map from the head's output to the logits, or ``None`` if it is none that is known.
+    """Return the map from the head's output to the logits, or ``None`` if it is not of a known form.
 
     The scale and the cap are estimated from the values and then checked on all of them.
 
     Args:
-        output: What the head returned, any shape.
-        logits: What the model returned, the same shape.
+        output: The head's output, any shape.
+        logits: The model's logits, the same shape.
 
     Example:
         >>> output = torch.tensor([1.0, -20.0, 40.0], dtype=torch.float64)
@@ -86,7 +86,7 @@ def _scaling(a: Tensor, z: Tensor) -> LogitMap | None:
 
 
 def _capping(a: Tensor, z: Tensor) -> LogitMap | None:
-    """The cap that maps the largest output to its logit, by bisection: ``c tanh(a / c)`` increases with c."""
+    """Return the cap that maps the largest output to its logit, by bisection: ``c tanh(a / c)`` increases with c."""
     largest = int(a.abs().argmax())
     size, capped = abs(float(a[largest])), abs(float(z[largest]))
     if not 0 < capped < size:

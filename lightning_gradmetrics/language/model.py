@@ -1,4 +1,4 @@
-"""Calling a causal language model, and its parts: the input embedding and the head."""
+"""Calls a causal language model and finds its input embedding and its head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LanguageModelError(ValueError):
 
 @dataclass
 class HeadCall:
-    """What the head received and returned in one forward pass, and what the model made of it.
+    """The input and output of the head in one forward pass, and the logits of the model.
 
     Args:
         features: ``(N, K, D)`` for the last K of T positions.
@@ -119,7 +119,7 @@ class LanguageModel:
         return HeadCall(features[:, -kept:], head_output[:, -kept:], logits[:, -kept:], states)
 
     def _options(self, mask: Tensor, last: int | None, hidden_states: bool) -> dict[str, Any]:
-        """The keyword arguments that the model's forward takes."""
+        """Return the keyword arguments that the model's forward takes."""
         options: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
         if last is not None:
             options["logits_to_keep"] = last
@@ -167,7 +167,7 @@ class LanguageModel:
         return features, output
 
     def _found(self, seen: dict[str, tuple[Tensor, Tensor]], logits: Tensor) -> str:
-        """The only linear layer whose output is the logits."""
+        """Return the only linear layer whose output is the logits."""
         equal = []
         for name, (_, output) in seen.items():
             if output.shape == logits.shape and torch.equal(output, logits):
@@ -193,7 +193,7 @@ def _hooks_restored(module: nn.Module) -> Iterator[None]:
 
 
 def _declared(module: nn.Module, method: str) -> nn.Module | None:
-    """The part of a model of transformers that it names itself."""
+    """Return the part of a model of transformers that it names itself."""
     function = getattr(module, method, None)
     if not callable(function):
         return None

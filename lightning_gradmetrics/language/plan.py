@@ -1,4 +1,4 @@
-"""Which unit each score is of: a token, a sequence, or a hidden state of the prompt."""
+"""Sorts scores by their unit: tokens, sequences, or hidden states of the prompt."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GenerationScores:
 
     @property
     def requests(self) -> Requests:
-        """The gradients of other targets than the head that the scores ask for."""
+        """The requested gradients of targets other than the head."""
         return needs_of(self.sequences).gradients
 
     @property
@@ -74,7 +74,7 @@ def planned(scores: Any, *, head_gradient: bool = False) -> GenerationScores:
 
 
 def _separated(scores: Any) -> tuple[dict[str, SemanticScore], Any]:
-    """The scores of hidden states, and all others."""
+    """Return the scores of hidden states, and all others."""
     if isinstance(scores, Mapping):
         entries: Iterable[tuple[str | None, Any]] = scores.items()
     elif isinstance(scores, Iterable) and not isinstance(scores, str):
@@ -121,7 +121,7 @@ def _name_of(score: Any, made: SemanticScore) -> str:
 
 
 def _is_of_sequences(score: Score) -> bool:
-    """Whether a score is one of sequences.
+    """Return whether a score is one of sequences.
 
     Raises:
         ValueError: If it is not defined for generated text.

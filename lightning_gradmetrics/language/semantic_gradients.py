@@ -99,11 +99,11 @@ class _SemanticPass:
         self.losses = self.entropies * class_loss(logits, result.rows.labels)
 
     def mean_entropies(self) -> Tensor:
-        """The mean entropy of each answer's tokens."""
+        """Return the mean entropy of each answer's tokens."""
         return self._means(self.entropies)
 
     def total(self) -> Tensor:
-        """The sum of the sequences' losses."""
+        """Return the sum of the sequences' losses."""
         return self._means(self.losses).sum()
 
     def _means(self, values: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class _SemanticPass:
         return torch.stack(means)
 
     def at_prompt_token(self) -> Tensor:
-        """The mean absolute gradient at the prompt token, over the upper hidden states."""
+        """Return the mean absolute gradient at the prompt token, over the upper hidden states."""
         states = self.result.call.hidden_states
         layers = len(states) - 1
         chosen = states[layers - layers // 2 : layers]
@@ -126,7 +126,7 @@ class _SemanticPass:
         return torch.stack(sizes).mean(0)
 
     def of_head(self, tied: bool) -> Tensor:
-        """The mean absolute gradient of the head's weight."""
+        """Return the mean absolute gradient of the head's weight."""
         rows, wanted = self.result.rows, (self.result.rows.logits, self.result.embedded)
         output, delta = torch.autograd.grad(self.total(), wanted, retain_graph=True)
         slope = rows.slope
@@ -152,7 +152,7 @@ def _semantic_pass(model: LanguageModel, batch: Padded, semantic_token: int) -> 
 
 
 def _token_positions(batch: Padded, semantic_token: int) -> Tensor:
-    """The position of the prompt token in each sequence."""
+    """Return the position of the prompt token in each sequence."""
     positions = []
     for number, sequence in enumerate(batch.sequences):
         position = sequence.prompt + semantic_token

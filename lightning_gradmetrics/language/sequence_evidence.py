@@ -75,12 +75,12 @@ class SequenceEvidence(Evidence):
 
     @property
     def logits(self) -> Tensor:
-        """A sequence has none."""
+        """Raise an error: a sequence has none."""
         _undefined("the logits")
 
     @property
     def features(self) -> Tensor:
-        """A sequence has none."""
+        """Raise an error: a sequence has none."""
         _undefined("the head's input")
 
 

@@ -98,7 +98,7 @@ def _exact(factors: SequenceFactors) -> SequenceFactors:
 
 
 def _sum(factors: SequenceFactors) -> Tensor:
-    """The sum of all entries, ``sum_t (1.g_t)(1.h_t)``, plus that of the embedding's use."""
+    """Return the sum of all entries, ``sum_t (1.g_t)(1.h_t)``, plus the embedding's use."""
     total = (factors.output.sum(1) * factors.features.sum(1)).sum()
     return total if factors.embedding is None else total + factors.embedding.delta.sum()
 
@@ -132,7 +132,7 @@ def _merged(key: Moment, total: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _blocks(factors: SequenceFactors) -> Iterator[Tensor]:
-    """The rows of the gradient, a bounded number of them at a time."""
+    """Yield a bounded number of rows of the gradient at a time."""
     vocabulary, width = factors.output.shape[1], factors.features.shape[1]
     rows = max(1, BLOCK_ENTRIES // width)
     for start in range(0, vocabulary, rows):

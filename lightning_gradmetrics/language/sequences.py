@@ -1,4 +1,4 @@
-"""Prompts and answers as token ids: from what users hold to right-padded batches."""
+"""Converts prompts and answers to token ids in right-padded batches."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def paired(prompts: Any, answers: Any, padding: Padding = NO_PADDING) -> list[Pr
 
     Raises:
         ValueError: If the numbers of prompts and answers differ, or a prompt or an answer is empty.
-        TypeError: If something else than token ids is given.
+        TypeError: If the values are not token ids.
 
     Example:
         >>> [(sequence.ids.tolist(), sequence.prompt) for sequence in paired([[1, 2]], [[3, 4]])]

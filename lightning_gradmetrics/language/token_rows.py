@@ -34,7 +34,7 @@ class CappedEvidence(Evidence):
 
     @property
     def head_input(self) -> HeadFeatures:
-        """The head's input is not given to closed forms that hold for other heads only."""
+        """Refuse the head's input to closed forms that do not hold for this head."""
         raise MissingEvidenceError(
             "uses a closed form for heads whose output is the logits; this model caps its logits, so it would not be exact. "
             "Use gradnorm, uniform, pseudo_label, grand, feature_norm or scores of the logits"
@@ -104,7 +104,7 @@ class TokenRows:
         return score(self.evidence(head))
 
     def blocks(self) -> Iterator[TokenRows]:
-        """Parts with a bounded number of logits, for scores that need several copies of them."""
+        """Yield parts with a bounded number of logits, for scores that need several copies of them."""
         rows = max(1, BLOCK_LOGITS // self.logits.shape[1])
         for start in range(0, len(self.labels), rows):
             yield self._part(slice(start, start + rows), ())

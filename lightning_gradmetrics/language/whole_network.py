@@ -26,7 +26,7 @@ def token_objective(objective: Objective) -> Objective:
     """Return the objective if it has a mean over the tokens of a sequence.
 
     Raises:
-        ValueError: If it is that of one class.
+        ValueError: If it is the objective of one class.
     """
     if objective.function is None and objective.name not in PER_TOKEN:
         raise ValueError(
