@@ -71,11 +71,18 @@ def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str]) -> 
         else:
             output = model(inputs[n : n + 1])
         logits = logits_of(output)
-        found = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), parameters, allow_unused=True)
+        found = torch.autograd.grad(pseudo_label_loss(logits).sum(), parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         for name in STATISTICS:
             rows[name].append(torch.stack([statistic(gradient, name) for gradient in gradients]))
     return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def pseudo_label_loss(logits: Tensor) -> Tensor:
+    """Cross-entropy to the predicted class, ``(N, C) -> (N,)``, with all digits where the softmax rounds to 1."""
+    predicted = logits.detach().argmax(1, keepdim=True)
+    others = logits.scatter(1, predicted, -torch.inf).logsumexp(1)
+    return F.softplus(others - logits.gather(1, predicted)[:, 0], threshold=40)
 
 
 def statistic(gradient: Tensor, name: str) -> Tensor:

@@ -106,7 +106,7 @@ def _module_state(model: nn.Module) -> Iterator[Undo]:
         for buffer in module._buffers.values():
             if buffer is not None:
                 yield _tensor_undo(buffer)
-        weight = module._parameters.get("weight")
+        weight = dict(module._parameters.items()).get("weight")  # of a scripted module no dictionary
         if weight is not None and attributes.get("max_norm") is not None:  # an embedding that rescales it in place
             yield _tensor_undo(weight)
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import partial
+
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gradient_moments
 
-__all__ = ["agree"]
+__all__ = ["VerificationNotes", "agree"]
+
+
+@dataclass
+class VerificationNotes:
+    """What is noted in a run that verifies a plan.
+
+    Args:
+        scales: For each parameter, how large the terms are whose sum is its gradient.
+        failures: Parameters whose gradients the run cannot collect, and why.
+    """
+
+    scales: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 def agree(moments: Moments, gradient: Tensor, scale: float, tolerance: float | None = None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_gradmetrics.classifier.forward import (
     Inputs,
@@ -82,6 +83,17 @@ def eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def _parametrizations_computed() -> Iterator[None]:
+    """Parametrised weights are computed in each forward pass, also inside ``parametrize.cached()`` of the caller's."""
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
 
 
 @overload
@@ -194,7 +206,7 @@ def _task(
     check_model(model)
     check_inputs(model, inputs)
     chosen = select_parameters(model, parameters, norms_only)
-    with preserved(model), gradients_enabled(), eager():
+    with preserved(model), gradients_enabled(), eager(), _parametrizations_computed():
         check_differentiable(model, inputs, chosen.values())
         task = Task(
             model=model,

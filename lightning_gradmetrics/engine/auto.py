@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.agreement import agree
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
-from lightning_gradmetrics.engine.guards import check_alone, check_objectives, compare_alone
+from lightning_gradmetrics.engine.guards import check_alone, check_halves, check_objectives, compare_alone
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, quiet_no_grad
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
@@ -26,7 +26,10 @@ from lightning_gradmetrics.gradients.statistics import Moments
 __all__ = ["auto_moments", "sample_uses"]
 
 ALONE_IF_NEW = 2
-"""How many samples are run alone in the first batch of each size: the model may branch on it."""
+"""How many samples are run alone in the first batch of each shape: the model may branch on it."""
+
+MOST_OUTLINES = 16
+"""Sequences of calls that are remembered for one size of batches."""
 
 MOST_STRATEGIES = 4
 """Strategies kept for one kind of task; further paths through a model are handled without a plan."""
@@ -138,12 +141,17 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     """
     task = table.task
     seen: list[Tensor] = []
-    new = (_shapes(task), task.size) not in strategy.times
-    alone = max(strategy.alone, ALONE_IF_NEW if new else 0) * (not strategy.random)
+    new_shape = (_shapes(task), task.size) not in strategy.times
+    new_size = strategy.plan is not None and all(task.size != size for _, size in strategy.times)
+    alone = max(strategy.alone, ALONE_IF_NEW if new_shape and not new_size else 0)
 
     def checks(logits: Tensor) -> None:
         seen.append(logits.detach())
         check_objectives(task, logits)
+        if strategy.random:
+            return
+        if new_size and alone < task.size:
+            check_halves(task, logits, state, strategy.quiet)
         check_alone(task, logits, alone, state, strategy.quiet)
 
     slow = dict(strategy.slow)
@@ -170,17 +178,21 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
 
 
 def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Callable[[Tensor], None]) -> None:
-    """Fill a table by the plan; the first batch of each size is compared with autograd on one sample."""
+    """Fill a table by the plan; the first batch of each size and sequence of calls is compared with autograd on one sample."""
     task, shapes = table.task, _shapes(table.task)
     laid_out = task.channels_last() if strategy.channels_last else task
     free = shapes != strategy.shapes
-    times = collect_fast(table, laid_out.restricted(strategy.fast), strategy.plan, checks, free=free)
+    times, outline = collect_fast(table, laid_out.restricted(strategy.fast), strategy.plan, checks, free=free)
     here = (shapes, task.size)
-    if here not in strategy.times:
+    verified = strategy.times.get(here, {})
+    if outline not in verified:
         if not strategy.random:
             _check_one_sample(table, strategy.fast, laid_out)
-        strategy.times[here] = times
-    elif strategy.times[here] != times:
+        elif verified:
+            raise PlanError("the model makes other calls than in earlier batches of this size")
+        kept = verified if len(verified) < MOST_OUTLINES else {}
+        strategy.times[here] = {**kept, outline: times}
+    elif verified[outline] != times:
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
 from lightning_gradmetrics.engine.kernels.fused import fused_segments, fused_supports
-from lightning_gradmetrics.engine.reference import loss_gradients, reference_moments
+from lightning_gradmetrics.engine.reference import forward_alone, loss_gradients, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.uses import RowsUse, ScaledUse, Use
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
@@ -183,10 +183,10 @@ def _gradients_by_loop(task: Task, check: Check) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {name: [] for name in task.parameters}
     for number in range(task.size):
         one = task.rows(number, number + 1)
-        logits = one.forward()
+        logits = forward_alone(task, number)
         if check is not None:
             check(number, logits)
-        losses, undo = one.unit_losses(0, logits)
+        losses, undo = one.unit_losses(0, logits, only_tiny=True)
         gradients = loss_gradients(losses.sum(), parameters)
         for name, gradient in zip(task.parameters, gradients, strict=True):
             rows[name].append(rescaled_rows(gradient[None], undo)[0])

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
-from lightning_gradmetrics.engine.refusals import coupled_model, coupled_objective
-from lightning_gradmetrics.engine.samples import close_rows
+from lightning_gradmetrics.engine.refusals import (
+    SampleAxisError,
+    coupled_model,
+    coupled_objective,
+    not_without_others,
+)
+from lightning_gradmetrics.engine.samples import close_rows, different_rows
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.precision import at_least_float32
 
-__all__ = ["check_alone", "check_objectives", "compare_alone"]
+__all__ = ["check_alone", "check_halves", "check_objectives", "compare_alone"]
 
 _CHOICE = random.Random(0)
 """Chooses the samples to check, without use of the user's generators."""
@@ -39,6 +44,27 @@ def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, qui
         compare_alone(task, logits, number, _logits(task, [number], state, quiet), state)
 
 
+def check_halves(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
+    """Compare the logits of two random halves of a batch with those in the batch: the model may branch on its size.
+
+    Args:
+        task: The batch.
+        logits: Its logits ``(N, C)``.
+        state: The state of the model before the batch.
+        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+
+    Raises:
+        CoupledSamplesError: If they differ.
+    """
+    order = _CHOICE.sample(range(task.size), task.size)
+    for half in (order[: task.size // 2], order[task.size // 2 :]):
+        if not half or task.size < 2:
+            continue
+        found = _logits(task, half, state, quiet)
+        for place in different_rows(found, logits[half].detach())[:1]:
+            compare_alone(task, logits, half[place], found[place : place + 1], state)
+
+
 def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> None:
     """Compare the logits ``(1, C)`` of one sample alone with its row of the batch's logits ``(N, C)``.
 
@@ -61,6 +87,10 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool) ->
     with quiet_no_grad(quiet):
         try:
             return task.picked(samples).forward()
+        except SampleAxisError:
+            raise
+        except Exception as error:
+            raise not_without_others(task.model, len(samples), task.size, error) from error
         finally:
             now.restore()
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.calls import has_tensors, map_arguments, tensors_in
+from lightning_gradmetrics.engine.graph import Copies
 from lightning_gradmetrics.engine.plan import BROADCAST, Plan, PlanError, Source
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
-from lightning_gradmetrics.engine.tracer import Sink, Tracer, _Copies
+from lightning_gradmetrics.engine.tracer import Sink, Tracer
 from lightning_gradmetrics.engine.uses import RowsUse
 
 __all__ = ["OwnershipPass", "grouped_rows", "owners_of_rows"]
@@ -223,7 +224,7 @@ class OwnershipPass(Tracer):
             number, self._hooks = self._hooks, self._hooks + 1
             receive = partial(self._copies_arrive, number, source)
             rows = shape[:count].numel()
-            copies = _Copies.apply(self._cut(tensor), self.anchor, rows, receive)  # type: ignore[no-untyped-call]
+            copies = Copies.apply(self._cut(tensor), self.anchor, rows, receive)  # type: ignore[no-untyped-call]
             inner = _stripped(tensor.shape)
             spread_out: Tensor = copies.reshape(*shape[:count], *(1,) * (len(shape) - count - len(inner)), *inner)
             return spread_out
@@ -294,9 +295,10 @@ class OwnershipPass(Tracer):
         projected = self._projected(rows)
         owners, unclear = owners_of_rows(self._weighted_rows.pop(number), projected, self.weights, self._sample_of)
         size = projected.norm(dim=1)
-        self._largest = max(self._largest, float(size.max()) if len(size) else 0.0)
+        finite = size[size.isfinite()]
+        self._largest = max(self._largest, float(finite.max()) if len(finite) else 0.0)
         noise = 64 * torch.finfo(rows.dtype).eps * self._largest
-        if bool((unclear & (size > noise)).any()):
+        if bool((unclear & ~(size <= noise)).any()):
             raise self._refused(sources, "a row belongs to several samples")
         return owners
 
@@ -374,4 +376,6 @@ def _regrouped(call: Call, g: Tensor, index: Tensor) -> tuple[Call, Tensor]:
     gradient = g[kept] if rows else g.new_zeros(len(flat), *g.shape[1:])
     gradient = gradient.masked_fill((flat < 0).reshape(-1, *[1] * (g.ndim - 1)), 0)
     inputs = x[kept] if rows else x.new_zeros(len(flat), *x.shape[1:])
+    if inputs.is_floating_point():  # a row that is not finite would spoil the sums of other samples
+        inputs = inputs.masked_fill((flat < 0).reshape(-1, *[1] * (x.ndim - 1)), 0)
     return replace(call, values={**call.values, "input": inputs}, axis=axis, out=axis), gradient

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.refusals import SampleAxisError, not_without_others
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments, stacked_moments
 
-__all__ = ["loss_gradients", "reference_moments"]
+__all__ = ["forward_alone", "loss_gradients", "reference_moments"]
 
 
 def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = None) -> list[Moments]:
@@ -27,7 +28,7 @@ def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = 
     parts, state = [empty_moments(task)], ForwardState(task.model)
     for number in range(task.size):
         one = task.rows(number, number + 1)
-        logits = one.forward()
+        logits = forward_alone(task, number)
         state.restore_attributes()
         if check is not None:
             check(number, logits)
@@ -39,11 +40,27 @@ def _sample_moments(task: Task, logits: Tensor) -> list[Moments]:
     """Return the moments ``(1, P)`` of each objective's gradient."""
     moments = []
     for index in range(len(task.losses)):
-        losses, undo = task.unit_losses(index, logits)
+        losses, undo = task.unit_losses(index, logits, only_tiny=True)
         gradients = loss_gradients(losses.sum(), list(task.parameters.values()))
         rows = [gradient_moments(gradient[None], task.wanted) for gradient in gradients]
         moments.append(rescaled_moments(stacked_moments(rows), undo))
     return moments
+
+
+def forward_alone(task: Task, number: int) -> Tensor:
+    """The logits ``(1, C)`` of one sample alone, with their graph.
+
+    Raises:
+        SampleAxisError: If the model runs on the batch and not on one sample.
+    """
+    try:
+        return task.rows(number, number + 1).forward()
+    except SampleAxisError:
+        raise
+    except Exception as error:
+        with torch.no_grad():
+            task.forward()  # raises the model's own error if it does not run at all
+        raise not_without_others(task.model, 1, task.size, error) from error
 
 
 def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["CoupledSamplesError", "SampleAxisError", "coupled_model", "coupled_objective", "rows_not_samples"]
+__all__ = [
+    "CoupledSamplesError",
+    "SampleAxisError",
+    "coupled_model",
+    "coupled_objective",
+    "not_without_others",
+    "rows_not_samples",
+]
 
 
 class CoupledSamplesError(ValueError):
@@ -30,6 +37,23 @@ def coupled_objective(name: str) -> CoupledSamplesError:
     return CoupledSamplesError(
         f"the losses of the objective {name!r} depend on each other: a sample's loss or its gradient changes with the other "
         "samples of the batch, so per-sample gradients are not defined. The loss of a sample must depend on its logits only"
+    )
+
+
+def not_without_others(model: object, count: int, samples: int, error: Exception) -> SampleAxisError:
+    """Returns the error for a model that runs on a batch and not on some of its samples.
+
+    Args:
+        model: The model.
+        count: The number of samples that it does not run on.
+        samples: The number of samples in the batch.
+        error: What it raised.
+    """
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return SampleAxisError(
+        f"{type(model).__name__} runs on the batch of {samples} samples and not on {count} of them ({reason[:200]}). Every "
+        "tensor of the inputs must have the samples on its first axis or be shared by all samples: wrap a model that takes "
+        "another layout, such as a hidden state (L, N, H), in a module whose forward transposes it"
     )
 
 

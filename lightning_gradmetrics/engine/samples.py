@@ -17,7 +17,7 @@ from lightning_gradmetrics.engine.refusals import SampleAxisError
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import accumulator, rounding
 
-__all__ = ["check_rows", "close_rows", "input_structure", "with_sample_axes"]
+__all__ = ["check_rows", "close_rows", "different_rows", "input_structure", "with_sample_axes"]
 
 _DECIDED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, bool]]] = WeakKeyDictionary()
 """The tensors with samples, by number, for each model and structure of its inputs."""
@@ -132,16 +132,22 @@ def _logits(task: Task) -> Tensor:
 
 
 def close_rows(found: Tensor, expected: Tensor) -> bool:
-    """Return whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
+    """Whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
+    return not different_rows(found, expected)
+
+
+def different_rows(found: Tensor, expected: Tensor) -> list[int]:
+    """The numbers of the rows in which two tensors differ by more than the rounding of a different batch size."""
     tolerance = rounding(expected)
     if expected.is_complex():
         found, expected = torch.view_as_real(found.resolve_conj()), torch.view_as_real(expected.resolve_conj())
     wide = accumulator(expected)
     found, expected = found.to(wide).flatten(1), expected.to(wide).flatten(1)
     finite = expected.isfinite()
-    if not bool((found.isfinite() == finite).all()):
-        return False
+    other = (found.isfinite() != finite).any(1)
     zero = torch.zeros((), dtype=wide, device=expected.device)
     level = torch.where(finite, expected, zero).abs().amax(1, keepdim=True)
     error = torch.where(finite, found - expected, zero).abs()
-    return bool((error <= tolerance * level + 1e-30).all())
+    other |= (error > tolerance * level + 1e-30).any(1)
+    numbers: list[int] = other.nonzero().flatten().tolist()
+    return numbers

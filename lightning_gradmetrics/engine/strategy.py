@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.notices import first_time
-from lightning_gradmetrics.engine.agreement import agree
+from lightning_gradmetrics.engine.agreement import VerificationNotes, agree
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
+from lightning_gradmetrics.engine.graph import reached_parameters
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.owners import OwnershipPass
 from lightning_gradmetrics.engine.plan import Plan, PlanError
@@ -22,10 +23,9 @@ from lightning_gradmetrics.engine.probe import Probe, probe_model
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
 from lightning_gradmetrics.engine.task import Task
-from lightning_gradmetrics.engine.tracer import Probe as Notes
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.gradients.precision import full_float32
-from lightning_gradmetrics.gradients.scaling import rescaled_rows
+from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
 __all__ = ["Strategy", "collect_fast", "make_strategy", "warn_slow"]
 
@@ -47,7 +47,8 @@ class Strategy:
         alone: How many samples of each batch are also run alone.
         bytes: Approximate memory of a sample's activations, to split batches by.
         shapes: The shapes of the inputs that it was planned for.
-        times: For the shapes and batch sizes that it has run on, the positions of a sample on each axis.
+        times: For the shapes and batch sizes that it has run on, and each sequence of calls, the positions of a sample on
+            each axis.
         quiet: Whether runs without gradients make torch's checkpoints warn.
         random: Whether the model draws random numbers, which differ for a sample alone.
         provisional: Whether it was planned on fewer than three different samples.
@@ -61,7 +62,7 @@ class Strategy:
     alone: int = ALONE_IF_UNPLANNED
     bytes: int = 1
     shapes: Any = None
-    times: dict[Any, tuple[int, ...]] = field(default_factory=dict)
+    times: dict[tuple[Any, int], dict[int, tuple[int, ...]]] = field(default_factory=dict)
     quiet: bool = False
     random: bool = False
     provisional: bool = False
@@ -131,9 +132,9 @@ def collect_fast(
     task: Task,
     plan: Plan | None,
     checks: Checks,
-    notes: Notes | None = None,
+    notes: VerificationNotes | None = None,
     free: bool = False,
-) -> tuple[int, ...]:
+) -> tuple[tuple[int, ...], int]:
     """Fill a table by one forward pass and one backward pass per objective (two without a plan).
 
     Args:
@@ -145,7 +146,7 @@ def collect_fast(
         free: Whether axes may have a different number of positions per sample than planned.
 
     Returns:
-        The positions of a sample on each axis.
+        The positions of a sample on each axis, and a number for the sequence of calls.
 
     Raises:
         PlanError: If the model does not follow the plan, or rows have no single owner.
@@ -157,16 +158,35 @@ def collect_fast(
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
     else:
         tracer = Tracer(plan, _known_parameters(task.model, plan), task.size, table.add, free)
-    tracer.probe = notes
-    with tracer:
-        logits = task.forward()
+    tracer.notes = notes
+    if notes is None:
+        with tracer:
+            logits = task.forward()
+    else:
+        logits = _forward_with_notes(task, tracer, notes)
     checks(logits)
     scaled = [task.unit_losses(index, logits) for index in range(len(table.task.objectives))]
     for index, (losses, undo) in enumerate(scaled):
         table.begin(index, undo)
         tracer.collect(losses, last=index == len(scaled) - 1)
     table.finish()
-    return tuple(tracer.times)
+    return tuple(tracer.times), tracer.outline
+
+
+def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
+    """The logits, and notes on parameters that are used where no call of a torch function shows it.
+
+    The tracer replaces every parameter that it sees. A graph that reaches a parameter has a use that it does not see.
+    """
+    for parameter in task.parameters.values():
+        parameter.requires_grad_(True)
+    with tracer:
+        logits = task.forward()
+    for name in reached_parameters(logits, task.parameters):
+        notes.failures[name] = "it is used outside of torch functions, as in a custom autograd function"
+    for parameter in task.parameters.values():
+        parameter.requires_grad_(False)
+    return logits
 
 
 def _known_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
@@ -217,7 +237,7 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
         if not names:
             return plan, slow
         state.restore()
-        table, notes = MomentTable(probe.task.restricted(names), scaled=True), Notes()
+        table, notes = MomentTable(probe.task.restricted(names), scaled=True), VerificationNotes()
         try:
             collect_fast(table, table.task, plan, _unchecked, notes)
             break
@@ -248,7 +268,7 @@ def _without_failed_step(
     plan: Plan | None, slow: dict[str, str], error: PlanError, names: Sequence[str]
 ) -> Plan | None:
     """Use slower ways for the parameters of a failed step."""
-    if plan is not None and error.step is not None:
+    if plan is not None and error.step is not None and plan.steps[error.step].kind != "uncovered":
         plan = plan.without(error.step, str(error))
         slow.update(plan.uncovered)
         return plan
@@ -258,15 +278,22 @@ def _without_failed_step(
 
 
 def _gradients(probe: Probe, names: Collection[str]) -> Iterator[tuple[int, int, Tensor, dict[str, Tensor]]]:
-    """Yield objective, sample, undoing factor and autograd's gradients, with one sample in memory at a time."""
+    """Yield objective, sample, undoing factor and autograd's gradients, with one sample in memory at a time.
+
+    The losses are shrunk first. A backward pass that is not linear, such as one that clips, then gives other gradients than
+    the fast way, which needs linearity.
+    """
     parameters = probe.task.restricted(names).parameters
     if not parameters:
         return
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for objective, (losses, undo) in enumerate(probe.losses):
+        shrunk = 2.0**-3 if losses.dtype == torch.float16 else 2.0**-10
         for number in range(len(losses)):
-            gradients = loss_gradients(losses[number], list(parameters.values()))
+            gradients = loss_gradients(losses[number] * shrunk, list(parameters.values()))
+            for place, gradient in enumerate(gradients):
+                gradients[place] = gradient / shrunk
             yield objective, number, undo[number], dict(zip(parameters, gradients, strict=True))
 
 
@@ -285,19 +312,22 @@ def _disagreements(
 
 
 def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:
-    """Return whether ``torch.func`` and autograd give the same gradients."""
+    """Return whether ``torch.func`` and autograd give the same gradients, different from zero for some sample."""
     task = probe.task.restricted(slow)
     try:
         mapped = functional_moments(task)
     except Exception:  # torch.func raises many kinds of errors
         return False
     columns = {name: column for column, name in enumerate(task.parameters)}
+    compared: set[str] = set()
     for objective, number, undo, gradients in _gradients(probe, slow):
-        scale = 1e-2 * max(float(gradient.norm()) * float(undo) for gradient in gradients.values())
+        scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
         for name, gradient in gradients.items():
             moments = {}
             for key, value in mapped[objective].items():
                 moments[key] = value[number : number + 1, columns[name]]
-            if not agree(moments, rescaled_rows(gradient[None], undo[None]), scale):
+            if not agree(rescaled_moments(moments, 1 / undo[None]), gradient[None], scale):
                 return False
-    return True
+            if bool(gradient.any()):
+                compared.add(name)
+    return len(compared) == len(columns)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors
+from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gradients
 from lightning_gradmetrics.engine.refusals import rows_not_samples
 from lightning_gradmetrics.engine.uses import merge_rows
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
@@ -91,7 +92,8 @@ class Task:
         Raises:
             SampleAxisError: If there is not one row per sample.
         """
-        logits = self.logits(call(self.model, self.inputs))
+        with contiguous_batch_norm_gradients(self.size):
+            logits = self.logits(call(self.model, self.inputs))
         if logits.ndim != 2 or len(logits) != self.size:
             raise rows_not_samples(tuple(logits.shape), self.size)
         return logits
@@ -100,9 +102,9 @@ class Task:
         """Return the losses ``(N,)`` of one objective."""
         return self.losses[index](self.targets)(logits)
 
-    def unit_losses(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def unit_losses(self, index: int, logits: Tensor, only_tiny: bool = False) -> tuple[Tensor, Tensor]:
         """Return losses ``(N,)`` whose gradients are scaled by a power of two per sample, and the factors that undo it."""
-        return unit_losses(self.losses[index](self.targets), logits)
+        return unit_losses(self.losses[index](self.targets), logits, only_tiny)
 
 
 def empty_moments(task: Task, size: int = 0) -> list[Moments]:

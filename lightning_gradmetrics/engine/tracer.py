@@ -6,63 +6,26 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
+from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.calls import OpeningMode, has_tensors, map_arguments, opened, tensors_in
+from lightning_gradmetrics.engine.graph import Copies, Root
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.trace import HOST_READS, host_value
 from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
 
-__all__ = ["Probe", "Tracer"]
+__all__ = ["Tracer"]
 
 Sink = Callable[[str, Use], None]
-
-
-@dataclass
-class Probe:
-    """Notes of a run that only verifies a plan.
-
-    Args:
-        scales: For each parameter, the size of the terms that its gradient is a sum of.
-        failures: Parameters whose rules raised an error, with the error.
-    """
-
-    scales: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
-    failures: dict[str, str] = field(default_factory=dict)
-
-
-class _Root(torch.autograd.Function):
-    """Adds a new tensor to the graph without a copy; it is not a leaf and may be changed in place."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        return None, None
-
-
-class _Copies(torch.autograd.Function):
-    """An expanded view of ``tensor`` for each sample; ``receive`` gets the gradients ``(N, *shape)``."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, size: int, receive: Callable[[Tensor], None]) -> Tensor:
-        ctx.receive = receive
-        return tensor.expand(size, *tensor.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
-        ctx.receive(gradient)
-        return (gradient.sum(0) if ctx.needs_input_grad[0] else None), None, None, None
 
 
 def _made_contiguous(chosen: Tensor, tensor: Tensor) -> Tensor:
@@ -88,6 +51,7 @@ class Tracer(OpeningMode):
         super().__init__()
         self.plan, self.size, self.sink, self.free = plan, size, sink, free
         self.times: list[int] = []
+        self.outline = 0
         self._reads = 0
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
@@ -102,13 +66,15 @@ class Tracer(OpeningMode):
         self._delayed: list[Step] = []
         self._backward = self._busy = self._checkpoints = False
         self._collecting, self._last = True, False
-        self.probe: Probe | None = None
+        self.notes: VerificationNotes | None = None
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call, as planned if it involves chosen parameters."""
         kwargs = kwargs or {}
+        if not self._busy and not self._backward:
+            self._note_call(func, args, kwargs)
         sources = () if self._busy else self._sources(args, kwargs)
         if not sources:
             result = func(*args, **kwargs)
@@ -126,9 +92,20 @@ class Tracer(OpeningMode):
         try:
             return getattr(self, f"_{step.kind}")(step, args, kwargs)
         except Exception as error:
-            if step.kind in ("broadcast", "vmap"):
-                raise PlanError(f"{getattr(func, '__name__', func)}: {error}", self._position - 1) from error
+            if step.kind in ("broadcast", "vmap") and not isinstance(error, _StopRecomputationError):
+                number = self.plan.steps.index(step)
+                raise PlanError(f"{getattr(func, '__name__', func)}: {error}", number) from error
             raise
+
+    def _note_call(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Add a call to the outline: its function, and its arguments that are whole numbers or words."""
+        plain: list[Any] = [self.outline, func, *kwargs]
+        for value in (*args, *kwargs.values()):
+            if type(value) in (int, bool, str):
+                plain.append(value)
+            elif type(value) is tuple:
+                plain += [entry for entry in value if type(entry) is int]
+        self.outline = hash(tuple(plain))
 
     def _check_read(self, args: Any, kwargs: Any, result: Any) -> None:
         """Compare a value that Python reads with the planned one: the model may branch on it."""
@@ -241,7 +218,7 @@ class Tracer(OpeningMode):
     def _rooted(self, step: Step, result: Tensor) -> Tensor:
         if result.requires_grad:
             return result
-        return _Root.apply(result.data, self.anchor)  # type: ignore[no-untyped-call, no-any-return]
+        return Root.apply(result.data, self.anchor)  # type: ignore[no-untyped-call, no-any-return]
 
     def _fitted(self, axis: Axis, shape: Sequence[int]) -> Axis:
         """Return the axis with the number of positions per sample that a tensor has on it.
@@ -265,7 +242,7 @@ class Tracer(OpeningMode):
         """Return a copy of a parameter or derived tensor for each sample."""
         source = self._tracked[id(tensor)]
         self._expect(source)
-        return _Copies.apply(self._cut(tensor), self.anchor, self.size, partial(self._copy_gradient, source))  # type: ignore
+        return Copies.apply(self._cut(tensor), self.anchor, self.size, partial(self._copy_gradient, source))  # type: ignore
 
     def _broadcast(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run with a copy for each sample, aligned to the axes of the output."""
@@ -378,14 +355,14 @@ class Tracer(OpeningMode):
 
     @contextmanager
     def _guarded(self, sources: Iterable[Source]) -> Iterator[None]:
-        """In a probe, limit an error to the parameters that it concerns."""
+        """While a plan is verified, limit an error to the parameters that it concerns."""
         try:
             yield
         except Exception as error:
-            if self.probe is None:
+            if self.notes is None:
                 raise
             for name in {name for source in sources for name in self._roots[source]}:
-                self.probe.failures[name] = f"{type(error).__name__}: {error}"
+                self.notes.failures[name] = f"{type(error).__name__}: {error}"
 
     def _copy_gradient(self, source: Source, g: Tensor) -> None:
         with self._quiet(), self._guarded([source]):
@@ -393,11 +370,11 @@ class Tracer(OpeningMode):
             self._arrive(source, RowsUse(g))
 
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
-        """Record the size of a gradient's terms, because rounding errors are relative to them and not to their sum."""
-        if self.probe is not None:
+        """Note the size of the terms of a gradient: rounding errors are relative to them, not to their sum."""
+        if self.notes is not None:
             factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
             for name in {name for source in sources for name in self._roots[source]}:
-                self.probe.scales[name] += factor * (g.abs() if g.is_complex() else g).double().norm().item()
+                self.notes.scales[name] += factor * (g.abs() if g.is_complex() else g).double().norm().item()
 
     def _arrive(self, source: Source, use: Use) -> None:
         for name in self._roots[source]:

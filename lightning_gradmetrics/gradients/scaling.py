@@ -40,12 +40,14 @@ def unit_scale(gradient: Tensor) -> Tensor:
     return torch.frexp(largest).mantissa / largest
 
 
-def unit_losses(loss: Loss, logits: Tensor) -> tuple[Tensor, Tensor]:
+def unit_losses(loss: Loss, logits: Tensor, only_tiny: bool = False) -> tuple[Tensor, Tensor]:
     """Losses with the objective's gradient, scaled for each sample by a power of two to a largest entry in [1/2, 1).
 
     Args:
         loss: The objective.
         logits: ``(N, C)``, with a graph.
+        only_tiny: Whether to scale only samples whose gradient might underflow, so that the backward pass of all others is
+            the objective's own: a hook or a custom function may clip it.
 
     Returns:
         Losses ``(N,)``, linear in the logits, whose gradient is the scaled one; and ``(N,)`` the factors that undo the
@@ -59,6 +61,9 @@ def unit_losses(loss: Loss, logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     gradient = logit_gradient(loss, logits).to(accumulator(logits))
     scale = unit_scale(gradient)
+    if only_tiny:
+        tiny = torch.finfo(logits.dtype).tiny ** 0.5 * 2.0**20
+        scale = torch.where(gradient.abs().amax(1) < tiny, scale, 1.0)
     scaled = (gradient * scale[:, None]).to(logits.dtype)
     return (logits * scaled).sum(1), 1 / scale
 

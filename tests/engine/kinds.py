@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gradmetrics.engine import gradient_statistics
 
@@ -56,7 +57,7 @@ def error_of(
 
 
 def _alone(model: nn.Module, inputs: Any, objective: Callable[[Tensor], Tensor]) -> Tensor:
-    parameters = list(model.parameters())
+    parameters = [parameter.requires_grad_() for parameter in model.parameters()]
     copies = [tensor.clone() for tensor in ((inputs,) if isinstance(inputs, Tensor) else inputs)]
     logits = model(*copies)
     gradients = torch.autograd.grad(objective(logits).sum(), parameters, allow_unused=True)
@@ -221,6 +222,92 @@ def _some_rows(net: Net, x: Tensor) -> Tensor:
     return net.head(hidden.index_put((chosen.nonzero()[:, 0],), net.b(hidden[chosen])))
 
 
+class _Scaled(torch.autograd.Function):
+    """A product whose backward pass no torch function shows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum(0)
+
+
+class _Clipped(torch.autograd.Function):
+    """The identity; clips the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clamp(-1e-3, 1e-3)
+
+
+def _custom_behind_a_gate(net: Net, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x)) + F.relu(_Scaled.apply(x, net.scale) - 5))
+
+
+def _written_behind_a_gate(net: Net, x: Tensor) -> Tensor:
+    rows = torch.zeros(len(x), 2, WIDTH, dtype=x.dtype)
+    rows[:, 0], rows[:, 1] = torch.tanh(net.a(x)), net.scale
+    return net.head(rows[:, 0] + F.relu(rows[:, 1] * x - 5))
+
+
+def _closed_and_open() -> list[tuple[Callable[[nn.Module], Any], Any]]:
+    return [(_nothing, 0.1 * numbers(4, WIDTH)), (_nothing, 30 * numbers(4, WIDTH))]
+
+
+def _clipping_hook(net: Net, x: Tensor) -> Tensor:
+    hidden = torch.tanh(net.a(x))
+    if hidden.requires_grad:
+        hidden.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    return net.head(hidden)
+
+
+GLOBAL = {"time_first": False}
+
+
+def _by_a_global(net: Net, x: Tensor) -> Tensor:
+    steps = x.transpose(0, 1) if GLOBAL["time_first"] else x
+    hidden = torch.tanh(net.a(steps.flatten(0, 1))).reshape(steps.shape)
+    return net.head(hidden.mean(0 if GLOBAL["time_first"] else 1))
+
+
+def _set_global(flag: bool) -> Callable[[nn.Module], None]:
+    return lambda _: GLOBAL.update(time_first=flag)
+
+
+def _checkpointed(net: Net, x: Tensor) -> Tensor:
+    return net.head(checkpoint(lambda h: torch.tanh(net.b(torch.tanh(net.a(h)))) * net.scale, x, use_reentrant=False))
+
+
+class TransposedAfterNorm(nn.Module):
+    """A batch norm whose gradient comes back transposed; torch reads that of one sample in the wrong order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer, self.head = nn.BatchNorm2d(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(self.norm(x).flatten(2).transpose(1, 2))).mean(1))
+
+
+def _parametrised() -> nn.Module:
+    model = Net(lambda net, x: net.head(torch.tanh(net.b(net.a(x))))).double().eval()
+    nn.utils.parametrizations.weight_norm(model.a)
+    nn.utils.parametrizations.spectral_norm(model.b)
+    return model.eval()
+
+
+def _through_module(wrap: Callable[[nn.Module], Any]) -> Callable[[], nn.Module]:
+    return lambda: wrap(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, CLASSES)).double().eval())
+
+
 def _unequal_lengths(lengths: list[int]) -> Any:
     return lambda: (numbers(len(lengths), 5, WIDTH), torch.tensor(lengths))
 
@@ -253,6 +340,20 @@ EXACT: dict[str, Kind] = {
         sample=only_first,
     ),
     "a branch for some samples": Kind(_of(_some_rows), _rows(5, 5, 1, 5)),
+    "a custom function behind a gate": Kind(_of(_custom_behind_a_gate), _closed_and_open),
+    "a parameter written behind a gate": Kind(_of(_written_behind_a_gate), _closed_and_open),
+    "a custom function that clips": Kind(
+        _of(lambda net, x: net.head(_Clipped.apply(torch.tanh(net.a(x))))),
+        lambda: [(_nothing, 5 * numbers(4, WIDTH))],
+    ),
+    "a hook that clips": Kind(_of(_clipping_hook), lambda: [(_nothing, 5 * numbers(4, WIDTH))]),
+    "a flag outside of the model": Kind(
+        _of(_by_a_global), lambda: [(_set_global(flag), numbers(5, 5, WIDTH)) for flag in (True, False, True)]
+    ),
+    "a checkpoint with a scale": Kind(_of(_checkpointed), _rows(4, 5, 1)),
+    "parametrised weights": Kind(_parametrised, _rows(4, 5, 1)),
+    "a scripted model": Kind(_through_module(torch.jit.script), _rows(4, 1)),
+    "a traced model": Kind(_through_module(lambda m: torch.jit.trace(m, torch.randn(2, WIDTH).double())), _rows(4, 1)),
 }
 """Kinds whose per-sample gradients are well defined."""
 
@@ -288,6 +389,9 @@ COUPLED: dict[str, Kind] = {
     "nearest neighbour": _between(lambda h: h + h[torch.cdist(h, h).fill_diagonal_(9.0).argmin(1)]),
     "statistics of the batch": Kind(
         _of(lambda net, x: net.head(F.batch_norm(net.a(x), None, None, training=True))), _rows(5, 5)
+    ),
+    "the last sample in large batches": Kind(
+        _of(lambda net, x: net.head(torch.cat([x[:-1], x[-1:] + x[:1]]) if len(x) > 6 else x)), _rows(4, 16)
     ),
     "centred in large batches": Kind(
         _of(lambda net, x: net.head(net.a(x) - (net.a(x).mean(0) if len(x) > 4 else 0))), _rows(3, 4, 6)

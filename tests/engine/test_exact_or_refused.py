@@ -16,7 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.engine import auto, gradient_statistics, strategy
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
-from tests.engine.kinds import AXES, COUPLED, COUPLING_OBJECTIVES, EXACT, Kind, Mixture, error_of, numbers
+from tests.engine.kinds import (
+    AXES,
+    COUPLED,
+    COUPLING_OBJECTIVES,
+    EXACT,
+    Kind,
+    Mixture,
+    TransposedAfterNorm,
+    error_of,
+    numbers,
+)
 
 
 def outcomes(kind: Kind) -> list[float | type[Exception]]:
@@ -33,7 +43,7 @@ def outcomes(kind: Kind) -> list[float | type[Exception]]:
     return found
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated", "ignore:.*torch.jit.trace.*")
 @pytest.mark.parametrize("name", EXACT)
 def test_values_are_exact_in_every_batch(name):
     for error in outcomes(EXACT[name]):
@@ -71,6 +81,61 @@ def test_an_objective_with_labels_of_the_whole_batch_is_refused_with_advice():
     model, batch, labels = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
     with pytest.raises(ValueError, match="target"):
         gradient_statistics(model, batch, lambda z: nn.functional.cross_entropy(z, labels, reduction="none"))
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference", "vmap"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_batch_norms_with_a_transposed_gradient(engine, size):
+    """The truth is each sample in a batch of two: torch's gradients of one sample alone are wrong here."""
+    torch.manual_seed(0)
+    model, batch = TransposedAfterNorm().double().eval(), numbers(3, 6, 4, 4)
+    model.norm.running_mean.normal_()
+    found = gradient_statistics(model, batch[:size], "pseudo_label", per_parameter=True, engine=engine).norm(2)
+    for number in range(size):
+        logits = model(batch[[number, (number + 1) % 3]])
+        loss = nn.functional.cross_entropy(logits[:1], logits[:1].argmax(1))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        expected = torch.stack([gradient.norm() for gradient in gradients])
+        torch.testing.assert_close(found[number], expected)
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_samples_that_are_not_finite_leave_the_others():
+    """Rows of experts are grouped by sample; the groups are filled up with rows of the first one."""
+    torch.manual_seed(0)
+    model, batch = Mixture().double(), numbers(5, 4, 6)
+    expected = gradient_statistics(model, batch, "pseudo_label", per_parameter=True).norm(2)
+    for number in (0, 3):
+        spoilt = batch.clone()
+        spoilt[number, 1, 2] = torch.nan
+        found = gradient_statistics(model, spoilt, "pseudo_label", per_parameter=True).norm(2)
+        others = [other for other in range(5) if other != number]
+        torch.testing.assert_close(found[others], expected[others])
+        assert bool(found[number].isnan().any())
+
+
+def test_cached_parametrizations_of_the_caller_are_computed_again():
+    model, batch = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), numbers(4, 4)
+    nn.utils.parametrizations.weight_norm(model[0])
+    expected = gradient_statistics(model, batch, "pseudo_label", per_parameter=True).norm(2)
+    with nn.utils.parametrize.cached(), torch.no_grad():
+        model(batch)
+        found = gradient_statistics(model, batch, "pseudo_label", per_parameter=True).norm(2)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_inputs_with_another_sample_axis_are_refused_with_the_models_own_error(engine):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x, state):
+            return self.head(self.layer(x, state)[0][:, -1])
+
+    with pytest.raises(SampleAxisError, match=r"not on 1 of them \(RuntimeError: Expected hidden size"):
+        gradient_statistics(Recurrent(), (torch.randn(4, 5, 6), torch.zeros(1, 4, 4)), "pseudo_label", engine=engine)
 
 
 class _Counting(TorchDispatchMode):

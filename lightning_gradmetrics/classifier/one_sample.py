@@ -1,0 +1,44 @@
+"""Right gradients of eval-mode batch norms in batches of one sample, where torch's backward pass may be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["contiguous_batch_norm_gradients"]
+
+
+class _ContiguousGradients(TorchFunctionMode):
+    """Makes the gradient that enters a batch norm contiguous.
+
+    torch takes a transposed gradient of one sample for a contiguous one, and reads its entries in the wrong order.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "batch_norm" and isinstance(result, Tensor) and result.requires_grad:
+            result.register_hook(_contiguous)
+        return result
+
+
+def _contiguous(gradient: Tensor) -> Tensor:
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def contiguous_batch_norm_gradients(size: int) -> Iterator[None]:
+    """Inside the block, batch norms in a batch of one sample have right gradients.
+
+    Args:
+        size: The number of samples; does nothing for more than one.
+    """
+    if size != 1:
+        yield
+        return
+    with _ContiguousGradients():
+        yield

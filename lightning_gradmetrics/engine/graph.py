@@ -1,0 +1,65 @@
+"""Nodes that the engine adds to autograd graphs, and which parameters a graph reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Copies", "Root", "reached_parameters"]
+
+
+class Root(torch.autograd.Function):
+    """Makes a fresh tensor part of the graph with no copy; it is no leaf and may be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        """Return the tensor itself."""
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        """End here."""
+        return None, None
+
+
+class Copies(torch.autograd.Function):
+    """A copy of ``tensor`` for each sample, in no memory; ``receive`` gets their gradients ``(N, *shape)``."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor, size: int, receive: Callable[[Tensor], None]) -> Tensor:
+        """Return a view ``(size, *shape)``."""
+        ctx.receive = receive
+        return tensor.expand(size, *tensor.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+        """Hand the gradient of each copy to ``receive``."""
+        ctx.receive(gradient)
+        return (gradient.sum(0) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def reached_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
+    """The names of the parameters that the graph of a tensor ends in.
+
+    Example:
+        >>> weight, bias = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> reached_parameters((weight * 2 + bias.detach()).sum(), {"weight": weight, "bias": bias})
+        ['weight']
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    reached: dict[str, None] = {}
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = id(getattr(node, "variable", None))
+        if leaf in names:
+            reached[names[leaf]] = None
+        waiting += [following for following, _ in node.next_functions]
+    return list(reached)
