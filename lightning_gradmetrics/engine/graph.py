@@ -12,7 +12,7 @@ __all__ = ["Copies", "Root", "reached_parameters"]
 
 
 class Root(torch.autograd.Function):
-    """Makes a fresh tensor part of the graph with no copy; it is no leaf and may be changed in place."""
+    """Adds a new tensor to the graph without a copy; it is not a leaf and may be changed in place."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class Root(torch.autograd.Function):
 
 
 class Copies(torch.autograd.Function):
-    """A copy of ``tensor`` for each sample, in no memory; ``receive`` gets their gradients ``(N, *shape)``."""
+    """An expanded view of ``tensor`` for each sample; ``receive`` gets the gradients ``(N, *shape)``."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor, size: int, receive: Callable[[Tensor], None]) -> Tensor:
