@@ -11,6 +11,8 @@ version = release = lightning_gradmetrics.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_title = "gradmetrics"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 

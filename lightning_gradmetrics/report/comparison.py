@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from lightning_gradmetrics.evaluation.metrics import SHOWN
-from lightning_gradmetrics.report.main_table import Cell, Column, Table
+from lightning_gradmetrics.report.main_table import Cell, Column, Table, rank_of
 from lightning_gradmetrics.report.page import PAGE, source_of
 from lightning_gradmetrics.report.plots import strip_svg
 from lightning_gradmetrics.report.questions import REFERENCE, TASK_ORDER, Place
@@ -52,10 +52,9 @@ class Spread:
         mean = percent(self.mean, digits)
         return mean if self.deviation is None else f"{mean} ± {percent(self.deviation, digits)}"
 
-    @property
-    def extent(self) -> str:
-        """The least and the largest value, times 100."""
-        return f"{percent(min(self.values))} to {percent(max(self.values))}"
+    def extent(self, digits: int) -> str:
+        """Return the least and the largest value, times 100."""
+        return f"{percent(min(self.values), digits)} to {percent(max(self.values), digits)}"
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,8 @@ def _table(values: Values) -> Table:
         for column, by_score in values.items():
             cells.append(_cell(column, by_score, score))
         table.rows[score] = cells
+    if table.columns:
+        table.rows = dict(sorted(table.rows.items(), key=lambda item: rank_of(table.columns[0], item[1][0])))
     return table
 
 
@@ -144,7 +145,7 @@ def _cell(column: Column, by_score: Mapping[str, Mapping[str, float]], score: st
         means[name] = round(100 * statistics.fmean(by_run.values()), digits)
     best = max(means.values()) if column.words.higher else min(means.values())
     spread = Spread(tuple(by_score[score].values()))
-    return Cell(spread.text(digits), spread.extent, spread.mean, len(means) > 1 and means[score] == best)
+    return Cell(spread.text(digits), spread.extent(digits), spread.mean, len(means) > 1 and means[score] == best)
 
 
 def _questions(values: Values) -> list[ComparedQuestion]:

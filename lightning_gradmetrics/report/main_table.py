@@ -19,7 +19,7 @@ from lightning_gradmetrics.report.wording import (
     signed,
 )
 
-__all__ = ["Cell", "Column", "Table", "all_metrics", "main_table", "marks", "paired_table"]
+__all__ = ["Cell", "Column", "Table", "all_metrics", "main_table", "marks", "paired_table", "rank_of"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def main_table(run: Run) -> Table:
             row.append(_cell(column, by_column[column].get(score), score in best[column]))
         table.rows[score] = row
     if columns:
-        table.rows = dict(sorted(table.rows.items(), key=lambda item: _rank(columns[0], item[1][0])))
+        table.rows = dict(sorted(table.rows.items(), key=lambda item: rank_of(columns[0], item[1][0])))
     return table
 
 
@@ -191,6 +191,7 @@ def _paired_cell(column: Column, differences: Sequence[Difference], baseline: st
     return Cell(signed(first.value, digits), detail, first.value, verdict=first.verdict)
 
 
-def _rank(column: Column, cell: Cell) -> tuple[bool, float]:
+def rank_of(column: Column, cell: Cell) -> tuple[bool, float]:
+    """Return the key that sorts the cells of a column, the best first and empty ones last."""
     sign = -1 if column.words.higher else 1
     return cell.sort is None, sign * (cell.sort or 0.0)

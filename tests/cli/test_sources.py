@@ -191,7 +191,14 @@ def test_huggingface_texts_with_a_model_of_transformers(tmp_path: Path, command:
     base.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=base, unk_token="[UNK]", pad_token="[PAD]")
     torch.manual_seed(0)
-    config = transformers.BertConfig(6, 8, 1, 2, 16, num_labels=2)
+    sizes = {
+        "vocab_size": 6,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    config = transformers.BertConfig(**sizes, num_labels=2)
     for part in (fast, transformers.BertForSequenceClassification(config)):
         part.save_pretrained(tmp_path / "bert")
     texts = {"text": ["good film", "bad film", "good rain", "bad bad"] * 5, "label": [1, 0, 1, 0] * 5}

@@ -127,7 +127,7 @@ def test_lightning_cli_keeps_the_arguments_of_a_score(python: Path, app: Path, p
         (app / "parts.py").write_text(DATA.replace("lightning.pytorch", package))
     pytest.importorskip("jsonargparse")
     (app / "cli.py").write_text(CLI_APP.format(package=package))
-    score = '{"class_path": "lightning_gradmetrics.scores.gradnorm", "init_args": {"temperature": 2}}'
+    score = '{"class_path": "lightning_gradmetrics.scores.gradnorm", "init_args": {"temperature": 2.0}}'
     arguments = [
         *("test", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"),
         "--trainer.callbacks+=lightning_gradmetrics.GradientMetrics",
@@ -135,7 +135,7 @@ def test_lightning_cli_keeps_the_arguments_of_a_score(python: Path, app: Path, p
         '--trainer.callbacks.stages=["test"]',
     ]
     printed = run(python, "cli.py", *arguments, cwd=app)
-    assert "['energy', 'gradnorm(temperature=2)'] ('test',) 60" in printed
+    assert "['energy', 'gradnorm(temperature=2.0)'] ('test',) 60" in printed
     wrong = [argument.replace('"temperature"', '"nonsense"') for argument in arguments]
     done = subprocess.run(
         [python, "cli.py", *wrong],

@@ -10,9 +10,14 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
-from lightning_gradmetrics.report import write_report
-from tests.report.report_runs import make_run
+from lightning_gradmetrics.classifier.batches import split_batch
+from lightning_gradmetrics.pictures import write_thumbnails
+from lightning_gradmetrics.report import listed_samples, write_report
+from lightning_gradmetrics.report.comparison import write_comparison
+from tests.report.report_runs import SETS, make_run
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
@@ -61,6 +66,19 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def pages(report: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the report of a run, and the comparison of three runs."""
+    rows = []
+    for score in ("max_softmax", "energy", "oberdiek"):
+        for metric in ("auroc", "fpr95"):
+            place = {"task": "ood", "dataset": "svhn", "group": "far", "metric": metric, "fit": "fitted on labels"}
+            rows.append({"score": score, **place, "value": "0.9"})
+    path = tmp_path_factory.mktemp("comparison") / "comparison.html"
+    runs = {"sweep/0": rows, "sweep/1": rows, "sweep/2": rows}
+    return {"report": report, "comparison": write_comparison(runs, path, {"sweep/1": "seed=1"})}
+
+
+@pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("run"), intervals=True, comparisons=True, not_finite=2)
     (run / "figures").mkdir()
@@ -68,6 +86,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = json.loads((run / "metrics.json").read_text())
     content["figures"] = [{"file": "figures/map.svg", "title": "A map", "caption": "Of one layer."}]
     (run / "metrics.json").write_text(json.dumps(content))
+    sets = {name: TensorDataset(torch.rand(rows, 3, 32, 32), torch.zeros(rows)) for name, _, rows, _ in SETS}
+    write_thumbnails(run, sets, listed_samples(run), split_batch)
     return write_report(run)
 
 
@@ -79,12 +99,13 @@ def browse(chromium: str, page: Path, folder: Path, *flags: str) -> tuple[str, s
     return done.stdout, "\n".join(console)
 
 
+@pytest.mark.parametrize("name", ["report", "comparison"])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_the_page_renders_without_console_messages(chromium, report, tmp_path, window):
+def test_the_page_renders_without_console_messages(chromium, pages, tmp_path, window, name):
     width, height = WINDOWS[window]
     picture = tmp_path / "page.png"
     flags = (f"--window-size={width},{height}", f"--screenshot={picture}")
-    _, console = browse(chromium, report, tmp_path, *flags)
+    _, console = browse(chromium, pages[name], tmp_path, *flags)
     assert console == ""
     assert picture.stat().st_size > 20_000
 
@@ -103,9 +124,10 @@ def test_a_click_on_a_heading_sorts_the_table(chromium, report, tmp_path):
     assert names == sorted(names)
 
 
+@pytest.mark.parametrize("name", ["report", "comparison"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_violation(chromium, axe, report, tmp_path, scheme):
-    page, text = tmp_path / "audited.html", report.read_text().replace("<details>", "<details open>")
+def test_axe_finds_no_serious_violation(chromium, axe, pages, tmp_path, scheme, name):
+    page, text = tmp_path / "audited.html", pages[name].read_text().replace("<details>", "<details open>")
     page.write_text(text.replace("</body>", f"<script>{axe}</script>{AUDIT}</body>"))
     dark = ("--blink-settings=preferredColorScheme=0",) if scheme == "dark" else ()
     document, _ = browse(chromium, page, tmp_path, "--dump-dom", "--virtual-time-budget=60000", *dark)
@@ -114,3 +136,27 @@ def test_axe_finds_no_serious_violation(chromium, axe, report, tmp_path, scheme)
     violations = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     serious = [each for each in violations if each["impact"] in ("serious", "critical")]
     assert not serious, "\n".join(f"{each['id']}: {each['nodes'][:3]}" for each in serious)
+
+
+TAB_STOPS = """
+<pre id="stops"></pre>
+<script>
+const stops = [...document.querySelectorAll("a[href], button, summary, [tabindex='0']")].filter(each => each.checkVisibility());
+const outlines = stops.slice(0, 20).map(each => { each.focus({focusVisible: true}); return getComputedStyle(each).outlineStyle; });
+const links = stops.findIndex(each => !each.closest("nav"));
+document.getElementById("stops").textContent = JSON.stringify({links, outlines});
+</script>
+"""
+
+
+def test_every_section_is_within_fifteen_tab_stops_and_focus_is_visible(chromium, report, tmp_path):
+    """The links to the sections come first."""
+    page = tmp_path / "stops.html"
+    page.write_text(report.read_text().replace("</body>", f"{TAB_STOPS}</body>"))
+    document, console = browse(chromium, page, tmp_path, "--dump-dom")
+    assert console == ""
+    found = re.search(r'<pre id="stops">(.*?)</pre>', document, re.DOTALL)
+    assert found is not None
+    stops = json.loads(found[1])
+    assert 5 <= stops["links"] <= 14
+    assert set(stops["outlines"]) == {"solid"}
