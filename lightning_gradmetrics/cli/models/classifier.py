@@ -9,6 +9,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.batches import split_batch
+from lightning_gradmetrics.classifier.forward import call
+
 __all__ = ["Classifier", "load_weights"]
 
 
@@ -16,7 +19,7 @@ class Classifier(LightningModule):
     """A classifier: cross-entropy in training, logits in prediction.
 
     Args:
-        network: Returns logits ``(N, C)`` for inputs ``(N, ...)``.
+        network: Returns logits ``(N, C)`` for inputs ``(N, ...)``, which may be named.
         learning_rate: The learning rate of Adam.
     """
 
@@ -25,9 +28,9 @@ class Classifier(LightningModule):
         self.network = network
         self.learning_rate = learning_rate
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the logits ``(N, C)``."""
-        return self.network(inputs)  # type: ignore[no-any-return]
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return what the network returns: the logits ``(N, C)``, or an output that has them."""
+        return self.network(*inputs, **named)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy."""
@@ -36,11 +39,11 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Compute the logits only: callbacks score them."""
-        self(batch[0])
+        call(self, split_batch(batch)[0])
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return the logits ``(N, C)``."""
-        return self(batch[0])  # type: ignore[no-any-return]
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return what the network returns for the inputs of a batch."""
+        return call(self, split_batch(batch)[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return Adam with the learning rate."""
