@@ -1,4 +1,4 @@
-"""Keeps statements simple: no nested comprehensions, lambdas or ternaries, and few comprehensions at all."""
+"""Keeps modules short and statements simple: no nested comprehensions, lambdas or ternaries, and few comprehensions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 CONSTRUCTS = (*COMPREHENSIONS, ast.Lambda, ast.IfExp)
 PER_1000_LINES = 15
 """Comprehensions that a room may have for each 1,000 lines."""
+
+MOST_LINES = 400
+"""Every module has fewer lines."""
 
 
 def is_nested(statement: ast.stmt) -> bool:
@@ -45,3 +48,12 @@ def test_comprehensions_are_few() -> None:
         comprehensions[room_of(path)] += sum(isinstance(node, COMPREHENSIONS) for node in ast.walk(ast.parse(text)))
     rates = {room: round(1000 * comprehensions[room] / lines[room], 1) for room in lines if lines[room] > 100}
     assert not over(rates, COMPREHENSIONS_PER_1000_LINES, PER_1000_LINES), "comprehensions per 1,000 lines of a room"
+
+
+def test_modules_are_short() -> None:
+    long = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        lines = path.read_text().count("\n")
+        if lines >= MOST_LINES:
+            long[str(path.relative_to(PROJECT))] = lines
+    assert not long
