@@ -16,11 +16,11 @@ __all__ = ["VerificationNotes", "agree"]
 
 @dataclass
 class VerificationNotes:
-    """What is noted in a run that verifies a plan.
+    """Notes of a run that verifies a plan.
 
     Args:
-        scales: For each parameter, how large the terms are whose sum is its gradient.
-        failures: Parameters whose gradients the run cannot collect, and why.
+        scales: For each parameter, the size of the terms that its gradient is a sum of.
+        failures: Parameters whose gradients the run cannot collect, with reasons.
     """
 
     scales: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))

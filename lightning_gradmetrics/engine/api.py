@@ -87,7 +87,7 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def _parametrizations_computed() -> Iterator[None]:
-    """Parametrised weights are computed in each forward pass, also inside ``parametrize.cached()`` of the caller's."""
+    """Compute parametrised weights in each forward pass, also inside the caller's ``parametrize.cached()``."""
     before = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:

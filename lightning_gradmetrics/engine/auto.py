@@ -26,10 +26,10 @@ from lightning_gradmetrics.gradients.statistics import Moments
 __all__ = ["auto_moments", "sample_uses"]
 
 ALONE_IF_NEW = 2
-"""How many samples are run alone in the first batch of each shape: the model may branch on it."""
+"""Number of samples that run alone in the first batch of each shape, since the model may branch on the shape."""
 
 MOST_OUTLINES = 16
-"""Sequences of calls that are remembered for one size of batches."""
+"""Largest number of stored sequences of calls for one batch size."""
 
 MOST_STRATEGIES = 4
 """Strategies kept for one kind of task; further paths through a model are handled without a plan."""

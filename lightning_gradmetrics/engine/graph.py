@@ -1,4 +1,4 @@
-"""Nodes that the engine adds to autograd graphs, and which parameters a graph reaches."""
+"""Nodes that the engine adds to autograd graphs, and the parameters that a graph depends on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Root(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        """End here."""
+        """Return no gradient: the graph ends here."""
         return None, None
 
 
@@ -37,13 +37,13 @@ class Copies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
-        """Hand the gradient of each copy to ``receive``."""
+        """Pass the gradient of each copy to ``receive``."""
         ctx.receive(gradient)
         return (gradient.sum(0) if ctx.needs_input_grad[0] else None), None, None, None
 
 
 def reached_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:
-    """The names of the parameters that the graph of a tensor ends in.
+    """Return the names of the parameters that a tensor's graph depends on.
 
     Example:
         >>> weight, bias = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)

@@ -48,7 +48,7 @@ def _sample_moments(task: Task, logits: Tensor) -> list[Moments]:
 
 
 def forward_alone(task: Task, number: int) -> Tensor:
-    """The logits ``(1, C)`` of one sample alone, with their graph.
+    """Return the logits ``(1, C)`` of one sample alone, with their graph.
 
     Raises:
         SampleAxisError: If the model runs on the batch and not on one sample.

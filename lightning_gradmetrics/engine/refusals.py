@@ -41,17 +41,17 @@ def coupled_objective(name: str) -> CoupledSamplesError:
 
 
 def not_without_others(model: object, count: int, samples: int, error: Exception) -> SampleAxisError:
-    """Returns the error for a model that runs on a batch and not on some of its samples.
+    """Return the error for a model that runs on a batch and not on some of its samples.
 
     Args:
         model: The model.
         count: The number of samples that it does not run on.
         samples: The number of samples in the batch.
-        error: What it raised.
+        error: The error that it raised.
     """
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return SampleAxisError(
-        f"{type(model).__name__} runs on the batch of {samples} samples and not on {count} of them ({reason[:200]}). Every "
+        f"{type(model).__name__} runs on the batch of {samples} samples but not on {count} of them ({reason[:200]}). Every "
         "tensor of the inputs must have the samples on its first axis or be shared by all samples: wrap a model that takes "
         "another layout, such as a hidden state (L, N, H), in a module whose forward transposes it"
     )

@@ -132,12 +132,12 @@ def _logits(task: Task) -> Tensor:
 
 
 def close_rows(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
+    """Return whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
     return not different_rows(found, expected)
 
 
 def different_rows(found: Tensor, expected: Tensor) -> list[int]:
-    """The numbers of the rows in which two tensors differ by more than the rounding of a different batch size."""
+    """Return the numbers of the rows in which two tensors differ by more than the rounding of a different batch size."""
     tolerance = rounding(expected)
     if expected.is_complex():
         found, expected = torch.view_as_real(found.resolve_conj()), torch.view_as_real(expected.resolve_conj())

@@ -182,7 +182,7 @@ def _expanded(step: _Step) -> Layout:
 
 
 def _along(step: _Step) -> Layout:
-    """The operation works along other axes and keeps them."""
+    """Return the operation works along other axes and keeps them."""
     if step.first.dim in step.dims():
         raise _UnprovenError
     return step.first
@@ -195,7 +195,7 @@ def _along_dims(step: _Step) -> Layout:
 
 
 def _removed(step: _Step) -> Layout:
-    """The operation removes other axes."""
+    """Return the operation removes other axes."""
     dims = step.dims()
     if step.first.dim in dims:
         raise _UnprovenError
@@ -221,7 +221,7 @@ def _unfolded(step: _Step) -> Layout:
 
 
 def _rows(step: _Step) -> Layout:
-    """The operation works on each position of the first axis separately."""
+    """Return the operation works on each position of the first axis separately."""
     if step.first.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
         raise _UnprovenError
     return step.first

@@ -174,7 +174,7 @@ def collect_fast(
 
 
 def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
-    """The logits, and notes on parameters that are used where no call of a torch function shows it.
+    """Return the logits, and notes on parameters that are used where no call of a torch function shows it.
 
     The tracer replaces every parameter that it sees. A graph that reaches a parameter has a use that it does not see.
     """

@@ -98,7 +98,7 @@ class Tracer(OpeningMode):
             raise
 
     def _note_call(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Add a call to the outline: its function, and its arguments that are whole numbers or words."""
+        """Add a call to the outline: its function, and its integer and text arguments."""
         plain: list[Any] = [self.outline, func, *kwargs]
         for value in (*args, *kwargs.values()):
             if type(value) in (int, bool, str):
@@ -370,7 +370,7 @@ class Tracer(OpeningMode):
             self._arrive(source, RowsUse(g))
 
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
-        """Note the size of the terms of a gradient: rounding errors are relative to them, not to their sum."""
+        """Record the size of a gradient's terms, because rounding errors are relative to them and not to their sum."""
         if self.notes is not None:
             factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
             for name in {name for source in sources for name in self._roots[source]}:

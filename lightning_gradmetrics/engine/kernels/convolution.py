@@ -141,5 +141,5 @@ def _total(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
 
 
 def _channel_sums(t: Tensor, groups: int) -> Tensor:
-    """Sum ``(N, C, *S)`` over the channels of each group, to ``(N, groups, *S)``."""
+    """Return sum ``(N, C, *S)`` over the channels of each group, to ``(N, groups, *S)``."""
     return t.reshape(len(t), groups, t.shape[1] // groups, *t.shape[2:]).sum(2, dtype=accumulator(t))

@@ -92,7 +92,7 @@ def _compiled(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Te
 
 
 def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum ``(N, B)`` over groups; compute the sum directly where cancellation lost digits."""
+    """Return sum ``(N, B)`` over groups; compute the sum directly where cancellation lost digits."""
     total, most = square.sum(1), bound.sum(1)
     lost = (total < CANCELLED * most) & most.isfinite()
     if bool(lost.any()):

@@ -95,7 +95,7 @@ def first_axis(call: Call) -> bool:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """Sum ``(N, C, *S)`` over the positions ``S``, in float32 for half precision."""
+    """Return sum ``(N, C, *S)`` over the positions ``S``, in float32 for half precision."""
     return position_sums(tensor)[0].to(wide(tensor.dtype))
 
 

@@ -47,7 +47,7 @@ def _padded(
 
 
 def _bias(g: Tensor) -> RowsUse:
-    """Sum ``(N, times, C, *S)`` over all axes except samples and channels."""
+    """Return sum ``(N, times, C, *S)`` over all axes except samples and channels."""
     return RowsUse(summed(g.transpose(1, 2)))
 
 
