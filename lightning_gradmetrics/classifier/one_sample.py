@@ -1,4 +1,4 @@
-"""Right gradients of eval-mode batch norms in batches of one sample, where torch's backward pass may be wrong."""
+"""Correct gradients of eval-mode batch norms in batches of one sample, for which torch's backward pass may be wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _contiguous(gradient: Tensor) -> Tensor:
 
 @contextmanager
 def contiguous_batch_norm_gradients(size: int) -> Iterator[None]:
-    """Inside the block, batch norms in a batch of one sample have right gradients.
+    """Give batch norms in a batch of one sample correct gradients, inside the block.
 
     Args:
         size: The number of samples; does nothing for more than one.
