@@ -46,7 +46,7 @@ def check_prefix(value: Any) -> str:
     if isinstance(value, str) and value.strip("/ "):
         return value
     raise ValueError(
-        f"prefix={value!r}; expected a word that the names of the logged metrics begin with, as 'gradmetrics'"
+        f"prefix={value!r}; expected a word as the start of the logged metrics' names, such as 'gradmetrics'"
     )
 
 

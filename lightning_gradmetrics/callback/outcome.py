@@ -153,7 +153,7 @@ class Outcome:
         return tables
 
     def _log(self, trainer: Trainer) -> None:
-        """Pass the pictures to the loggers; outside a fit, of results in memory, also the curves and the scores of every sample."""
+        """Pass the pictures to the loggers; outside a fit, if the results are in memory, also the curves and the scores of every sample."""
         if not trainer.loggers or self.evaluation is None:
             return
         pictures, step = self.pictures(), trainer.global_step

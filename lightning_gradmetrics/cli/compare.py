@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
-    """Return a name of each run: the last parts of its path that tell all runs apart, at least two."""
+    """Return a name of each run: the last parts of its path, at least two, so that all names differ."""
     names: dict[Path, str] = {}
     for parts in range(2, 20):
         for folder in folders:

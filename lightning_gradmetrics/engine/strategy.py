@@ -230,7 +230,7 @@ def _verified(task: Task) -> Strategy:
 
 
 def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str]]:
-    """Return the plan without steps that fail, and the parameters that it does not get right, with reasons."""
+    """Return the plan without steps that fail, and the parameters with wrong results, with reasons."""
     slow: dict[str, str] = {} if plan is None else dict(plan.uncovered)
     while True:
         names = [name for name in probe.task.parameters if name not in slow]

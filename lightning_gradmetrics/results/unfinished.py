@@ -101,8 +101,8 @@ class RestOfStream(IterableDataset[Any]):
     """The samples of an iterable data set after its first rows.
 
     Args:
-        whole: A data set with a method ``skip(rows)`` that returns the data set without its first rows, as those of the
-            library ``datasets`` have.
+        whole: A data set with a method ``skip(rows)`` that returns the data set without its first rows, such as the data
+            sets of the library ``datasets``.
         rows: The number of rows that are skipped.
     """
 
