@@ -40,8 +40,17 @@ from lightning_gradmetrics.gradients.statistics import (
 
 __all__ = ["ENGINES", "eager", "gradient_statistics", "per_sample_gradients", "select_parameters"]
 
+
+def _compiled_moments(task: Task) -> list[Moments]:
+    # The import takes seconds and is left to those who compile.
+    from lightning_gradmetrics.engine.compiled import compiled_moments
+
+    return compiled_moments(task)
+
+
 ENGINES: dict[str, Callable[[Task], list[Moments]]] = {
     "auto": auto_moments,
+    "compiled": _compiled_moments,
     "vmap": functional_moments,
     "reference": reference_moments,
 }
@@ -130,6 +139,7 @@ def gradient_statistics(  # type: ignore[misc]
     logits: Callable[[Any], Tensor] = logits_of,
     engine: str = "auto",
     memory: int | None = None,
+    compile: bool = False,
 ) -> GradientStatistics | list[GradientStatistics]:
     r"""Return statistics of every sample's gradient of a per-sample loss: ``stat(d L_n / d theta)``.
 
@@ -143,9 +153,14 @@ def gradient_statistics(  # type: ignore[misc]
         statistics: Names of the statistics to compute; fewer statistics are faster.
         targets: True labels ``(N,)``, for the objective ``"label"``.
         logits: Returns the logits ``(N, C)`` from the model's output.
-        engine: ``"auto"`` (fast); ``"vmap"`` (``torch.func``); or ``"reference"`` (one sample at a time, slow).
+        engine: ``"auto"`` (fast); ``"compiled"``, which is ``"auto"`` with ``compile=True``; ``"vmap"``
+            (``torch.func``); or ``"reference"`` (one sample at a time, slow).
         memory: Memory limit in bytes, beyond the model and the inputs, kept by splitting the batch; ``None`` for no
             limit.
+        compile: Whether to compile the planned batch with ``torch.compile``, which pays for small models and many
+            batches of one size. The first batch takes seconds to minutes longer, and the compiled plan is compared with
+            its result. Smaller batches run eagerly, and so do models that cannot be compiled, with a warning. The model
+            must compute the same function in every batch.
 
     Returns:
         A :class:`GradientStatistics`, or a list with one per objective.
@@ -165,6 +180,9 @@ def gradient_statistics(  # type: ignore[misc]
         Oberdiek, Rottmann, Gottschalk: Classification Uncertainty of Deep Neural Networks Based on Gradient
         Information, 2018.
     """
+    if compile and engine != "auto":
+        raise ValueError(f"compile=True needs engine='auto', got {engine!r}")
+    engine = "compiled" if compile else engine
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; available: {', '.join(ENGINES)}")
     single = isinstance(objective, (str, Objective)) or callable(objective)
@@ -173,7 +191,7 @@ def gradient_statistics(  # type: ignore[misc]
     wanted = moments_for(statistics)
     norms_only = wanted.isdisjoint({"sum", "max", "min"})
     with _task(model, inputs, objectives, parameters, targets, logits, norms_only) as task:
-        if engine != "auto":
+        if engine not in ("auto", "compiled"):
             check_rows(task)
         moments = ENGINES[engine](replace(task, wanted=wanted, memory=memory))
     results = [_result(task.parameters, m, per_parameter) for m in moments]

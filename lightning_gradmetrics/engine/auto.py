@@ -23,7 +23,7 @@ from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments
 
-__all__ = ["auto_moments", "sample_uses"]
+__all__ = ["auto_moments", "sample_uses", "verified_strategy"]
 
 ALONE_IF_NEW = 2
 """Number of samples that run alone in the first batch of each shape, since the model may branch on the shape."""
@@ -85,6 +85,14 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
             known.setdefault(_kind(task), []).append(strategy)
             return result
     return work(task, _unplanned(task, strategies), state)
+
+
+def verified_strategy(task: Task) -> Strategy | None:
+    """Return the strategy that has run on batches of this kind, shapes and size."""
+    for strategy in _STRATEGIES.get(task.model, {}).get(_kind(task), []):
+        if (_shapes(task), task.size) in strategy.times:
+            return strategy
+    return None
 
 
 def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:

@@ -111,11 +111,15 @@ def _fill_columns(moments: Moments, parts: Mapping[str, Moments], columns: Mappi
     names = sorted(parts, key=columns.__getitem__)
     where = list(map(columns.__getitem__, names))
     for key, table in moments.items():
-        values = torch.stack([parts[name][key].to(table.dtype) for name in names], 1)
+        values = torch.stack([_as_type(parts[name][key], table.dtype) for name in names], 1)
         if len(names) == table.shape[1]:
             moments[key] = values
         else:
             table[:, where] = values
+
+
+def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _mapped_moments(task: Task) -> list[Moments] | None:

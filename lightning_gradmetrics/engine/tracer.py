@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -73,9 +73,11 @@ class Tracer(OpeningMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call, as planned if it involves chosen parameters."""
         kwargs = kwargs or {}
-        if not self._busy and not self._backward:
+        # An operator of the dispatcher is no call of the model: a TorchDispatchMode such as FlopCounterMode repeats it.
+        outside = self._busy or type(func) is torch._ops.OpOverload
+        if not outside and not self._backward:
             self._note_call(func, args, kwargs)
-        sources = () if self._busy else self._sources(args, kwargs)
+        sources = () if outside else self._sources(args, kwargs)
         if not sources:
             result = func(*args, **kwargs)
             if self.plan.reads is not None and getattr(func, "__name__", "") in HOST_READS and not self._backward:
@@ -331,17 +333,17 @@ class Tracer(OpeningMode):
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        self._busy, before = True, self._busy
+        if self._busy:
+            yield
+            return
+        self._busy, device = True, self.anchor.device.type
+        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         try:
             # While a mode is active, even reading a shape goes through it.
-            with (
-                torch._C.DisableTorchFunction(),
-                torch.no_grad(),
-                torch.autocast(self.anchor.device.type, enabled=False),
-            ):
+            with torch._C.DisableTorchFunction(), torch.no_grad(), autocast:
                 yield
         finally:
-            self._busy = before
+            self._busy = False
 
     def _rule_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
         if call.values["input"]._version != version:

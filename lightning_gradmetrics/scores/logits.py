@@ -175,7 +175,7 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
     # Divided by the largest entry, the fourth power stays in range; an all-zero sample has equal rows: trust 1.
     largest = a.abs().amax(1, keepdim=True)
     scaled = torch.where(largest == 0, torch.ones_like(a), a / largest)
-    return -1 / scaled.pow(4).mean(1)
+    return -1 / scaled.square().square().mean(1)
 
 
 @register("baseline", "Granese et al. 2021, arXiv:2106.02395")

@@ -108,7 +108,8 @@ def embedding_moments(
     if indices.shape[1]:
         full = slot.amax(1) + 1 == num_embeddings
     # Unused slots are zero, like untouched rows. They matter only if a sample touches every row and some rows twice.
-    if ("max" in keys or "min" in keys) and bool(full.any()):
+    may_be_full = indices.shape[1] >= num_embeddings  # known without reading the data
+    if ("max" in keys or "min" in keys) and may_be_full and bool(full.any()):
         spare = torch.arange(g.shape[1], device=g.device) > slot.amax(1, keepdim=True)
         low = touched.masked_fill(spare.unsqueeze(-1), -torch.inf).flatten(1)
         high = touched.masked_fill(spare.unsqueeze(-1), torch.inf).flatten(1)

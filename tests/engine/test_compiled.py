@@ -1,0 +1,133 @@
+"""Compiled plans equal the eager engine, and are refused with a reason where they could differ."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.engine import auto, gradient_statistics
+
+
+def _errors(found, expected) -> float:
+    errors = [0.0]
+    for key, value in expected.moments.items():
+        errors.append(float((found.moments[key] - value).abs().max() / value.abs().max()))
+    return max(errors)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs run as they are traced, without the minute that their compilation takes."""
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+
+
+def test_a_compiled_plan_follows_inputs_labels_and_weights(graphs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    objectives = ["pseudo_label", "label"]
+
+    def both(x, y):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            compiled = gradient_statistics(model, x, objectives, per_parameter=True, targets=y, compile=True)
+        return compiled, gradient_statistics(model, x, objectives, per_parameter=True, targets=y)
+
+    both(torch.randn(5, 4).double(), labels)
+    before = auto._STRATEGIES[model]
+    auto._STRATEGIES[model] = {}
+    try:
+        x = torch.randn(5, 4).double()
+        compiled = gradient_statistics(model, x, objectives, per_parameter=True, targets=labels.flip(0), compile=True)
+        assert not auto._STRATEGIES[model], "the compiled plan did not run"
+    finally:
+        auto._STRATEGIES[model] = before
+    eager = gradient_statistics(model, x, objectives, per_parameter=True, targets=labels.flip(0))
+    assert max(map(_errors, compiled, eager)) < 1e-8
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        model[1].running_mean.add_(0.3)
+    for size in (5, 3):
+        compiled, eager = both(torch.randn(size, 4).double(), labels[:size])
+        assert max(map(_errors, compiled, eager)) < 1e-8
+    model[2] = nn.Tanh()
+    compiled, eager = both(torch.randn(3, 4).double(), labels[:3])
+    assert max(map(_errors, compiled, eager)) < 1e-8
+
+
+@pytest.mark.slow
+def test_a_plan_compiled_by_inductor_equals_the_eager_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Sequential is not compiled")
+        gradient_statistics(model, torch.randn(5, 4), "pseudo_label", compile=True)
+    x = torch.randn(5, 4)
+    compiled = gradient_statistics(model, x, "pseudo_label", compile=True)
+    assert _errors(compiled, gradient_statistics(model, x, "pseudo_label")) < 1e-5
+
+
+class _Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x) if bool((x.abs() < 1e9).all()) else self.layer(-x)
+
+
+class _Unregistered(_Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = torch.tensor([1.0, 2.0, 3.0])
+
+    def forward(self, x):
+        return self.layer(x) * self.factors
+
+
+@pytest.mark.parametrize("kind", [_Branch, _Unregistered])
+def test_models_whose_graph_could_change_run_eagerly(kind, graphs):
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="runs eagerly"):
+        first = gradient_statistics(model, x, "pseudo_label", compile=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = gradient_statistics(model, x, "pseudo_label", compile=True)
+    assert _errors(again, first) == 0
+
+
+def test_scores_of_the_compiled_engine_are_those_of_the_eager_one(graphs):
+    torch.manual_seed(0)
+    model, score = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), "pseudo_label(target=all)"
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        compiled = lgm.score(model, x, score, engine="compiled")[score]
+        torch.testing.assert_close(compiled, lgm.score(model, x, score)[score])
+
+
+def test_compile_needs_the_fast_engine():
+    with pytest.raises(ValueError, match="engine='auto'"):
+        gradient_statistics(nn.Linear(4, 3), torch.randn(2, 4), "uniform", engine="vmap", compile=True)
+
+
+def test_a_flop_counter_has_no_effect_on_this_call_or_later_ones():
+    """Under a dispatch mode the operators of the backward pass reach the tracer again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)).eval()
+    x = torch.randn(4, 1, 6, 6)
+    expected = gradient_statistics(model, x, "pseudo_label")
+    kept = [list(known) for known in auto._STRATEGIES[model].values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with FlopCounterMode(display=False):
+            counted = gradient_statistics(model, x, "pseudo_label")
+        later = gradient_statistics(model, x, "pseudo_label")
+    assert _errors(counted, expected) < 1e-5 and _errors(later, expected) == 0
+    after = [list(known) for known in auto._STRATEGIES[model].values()]
+    assert kept == after and len(kept[0]) == 1
