@@ -173,9 +173,10 @@ def _program(task: Task, strategy: Strategy) -> Program:
             batch = replace(
                 task, inputs=map_tensors(task.inputs, lambda _: next(given)), targets=labels, parameters=chosen
             )
-            table, logits = MomentTable(batch), []
+            table = MomentTable(batch)
+            logits: list[Tensor] = []
             collect_fast(table, batch.restricted(strategy.fast), strategy.plan, logits.append, free=True)
-        results = []
+        results: list[Tensor] = []
         for moments in table.moments:
             results += map(moments.__getitem__, keys)
         return tuple(map(Tensor.detach, [*results, *logits]))
