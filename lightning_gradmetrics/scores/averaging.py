@@ -19,9 +19,12 @@ from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import Recipe, Score, ScoreLike, add_recipe, make
 
-__all__ = ["shifted_views", "views"]
+__all__ = ["shifted_views", "views", "views_of"]
 
 Views = Callable[[Tensor], Sequence[Tensor]]
+
+SHIFT = 16
+"""Images are shifted by up to their size divided by this, and at least by one pixel."""
 
 
 def views(
@@ -119,20 +122,21 @@ class ViewsScore(Score):
         return ViewsScore, (self.inner, self.arguments, self.name)
 
 
-def shifted_views(images: Tensor, n: int, seed: int = 0) -> list[Tensor]:
-    """Return the images and n - 1 copies, shifted by up to an eighth of their size and every other one flipped.
+def shifted_views(images: Tensor, n: int, seed: int = 0, flip: bool = True) -> list[Tensor]:
+    """Return the images and n - 1 copies, shifted by up to a sixteenth of their size and every other one flipped.
 
     Args:
         images: ``(N, C, H, W)``; the border is filled by reflection.
         n: The number of views.
         seed: The seed of the shifts.
+        flip: Whether every other copy is flipped.
 
     Example:
         >>> [tuple(view.shape) for view in shifted_views(torch.randn(2, 3, 8, 8), 3)]
         [(2, 3, 8, 8), (2, 3, 8, 8), (2, 3, 8, 8)]
     """
     height, width = images.shape[2:]
-    down, across = max(1, height // 8), max(1, width // 8)
+    down, across = max(1, height // SHIFT), max(1, width // SHIFT)
     padded = F.pad(images, (across, across, down, down), mode="reflect")
     generator = torch.Generator().manual_seed(seed)
     shifted = [images]
@@ -140,8 +144,34 @@ def shifted_views(images: Tensor, n: int, seed: int = 0) -> list[Tensor]:
         top = int(torch.randint(2 * down + 1, (), generator=generator))
         left = int(torch.randint(2 * across + 1, (), generator=generator))
         view = padded[:, :, top : top + height, left : left + width]
-        shifted.append(view.flip(3) if number % 2 else view)
+        shifted.append(view.flip(3) if flip and number % 2 else view)
     return shifted
+
+
+def views_of(inputs: Tensor, n: int, seed: int = 0, flip: bool = True) -> list[Tensor]:
+    """Return n views of inputs: the inputs themselves, and for n above 1 the copies of :func:`shifted_views`.
+
+    Args:
+        inputs: ``(N, ...)``; images ``(N, C, H, W)`` for n above 1.
+        n: The number of views.
+        seed: The seed of the shifts.
+        flip: Whether every other copy is flipped.
+
+    Raises:
+        TypeError: If n is above 1 and the inputs are not images.
+
+    Example:
+        >>> len(views_of(torch.randn(2, 5), 1)), len(views_of(torch.randn(2, 3, 8, 8), 4))
+        (1, 4)
+    """
+    if n == 1:
+        return [inputs]
+    if inputs.ndim != 4:
+        raise TypeError(
+            f"views are shifted and flipped images (N, C, H, W), and these inputs have shape {tuple(inputs.shape)}: take "
+            "one view, or pass transforms= to views, a function from inputs to a list of views"
+        )
+    return shifted_views(inputs, n, seed, flip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,14 +209,7 @@ class ViewMeans:
     def _views(self, inputs: Tensor) -> Sequence[Tensor]:
         if self.transforms is not None:
             return self.transforms(inputs)
-        if self.n == 1:
-            return [inputs]
-        if inputs.ndim != 4:
-            raise TypeError(
-                f"views shifts and flips images (N, C, H, W), and these inputs have shape {tuple(inputs.shape)}: pass "
-                "transforms=, a function from inputs to a list of views"
-            )
-        return shifted_views(inputs, self.n, self.seed)
+        return views_of(inputs, self.n, self.seed)
 
     def _mean_error(self, model: nn.Module, inputs: Tensor, seen: Sequence[Tensor]) -> Tensor:
         """Return one minus the mean probability of the class predicted for the plain input, from the other classes."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ledoit_wolf",
     "local_outlier_factor",
     "lof_state",
     "mahalanobis",
@@ -35,7 +36,23 @@ def moment_sums(x: Tensor) -> dict[str, Tensor]:
 
 
 def mahalanobis_state(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    r"""Mean and shrunk precision of the rows behind the sums, in constant memory.
+    """Mean and shrunk precision of the rows behind the sums, in constant memory.
+
+    Args:
+        sums: Of :func:`moment_sums`, of 2 or more rows.
+
+    Returns:
+        ``mean`` ``(D,)`` and ``precision`` ``(D, D)``, the inverse of the covariance of :func:`ledoit_wolf`.
+
+    Raises:
+        ValueError: If there are fewer than 2 rows, or all rows are alike.
+    """
+    normal = ledoit_wolf(sums)
+    return {"mean": normal["mean"], "precision": torch.linalg.pinv(normal["covariance"], hermitian=True)}
+
+
+def ledoit_wolf(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    r"""Mean and shrunk covariance of the rows behind the sums.
 
     The covariance is ``(1 - s) S + s tr(S)/D I`` with Ledoit and Wolf's shrinkage ``s``.
 
@@ -43,7 +60,7 @@ def mahalanobis_state(sums: dict[str, Tensor]) -> dict[str, Tensor]:
         sums: Of :func:`moment_sums`, of 2 or more rows.
 
     Returns:
-        ``mean`` ``(D,)`` and ``precision`` ``(D, D)``.
+        ``mean`` ``(D,)``, ``covariance`` ``(D, D)`` and ``shrinkage``, from 0 to 1.
 
     Raises:
         ValueError: If there are fewer than 2 rows, or all rows are alike.
@@ -64,7 +81,7 @@ def mahalanobis_state(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     spread = (_centred_fourth(sums, mean) / count - covariance.square().sum()) / count
     shrinkage = (spread.clamp(min=0) / distance).clamp(max=1) if distance > 0 else spread.new_tensor(1)
     shrunk = (1 - shrinkage) * covariance + shrinkage * average * torch.eye(size).to(covariance)
-    return {"mean": mean, "precision": torch.linalg.pinv(shrunk, hermitian=True)}
+    return {"mean": mean, "covariance": shrunk, "shrinkage": shrinkage}
 
 
 def _centred_fourth(sums: dict[str, Tensor], mean: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ FACE = {
     "cosine_similarity_maps",
     "cross_fit",
     "evaluation",
+    "export",
     "fit",
     "gradient_features",
     "gradient_profile",
@@ -43,11 +44,12 @@ NAMESPACES: dict[str, ModuleType] = {
     "lgm.meters": lgm.meters,
     "lgm.meters.functional": lgm.meters.functional,
     "lgm.evaluation": lgm.evaluation,
+    "lgm.export": lgm.export,
     "lgm.plot": lgm.plot,
     "compat.gradient_metrics": gradient_metrics,
 }
 
-MOST_NAMES = 130
+MOST_NAMES = 140
 """Public names of all namespaces together."""
 
 

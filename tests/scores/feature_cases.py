@@ -65,9 +65,61 @@ def sirc(
     return definition
 
 
+def layer_inputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """What each convolution and linear layer receives, with the channels first."""
+    found = []
+    for layer in model:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            found.append(x[0].flatten(1) if x.ndim == 4 else x[0][:, None])
+        x = layer(x)
+    return found
+
+
+def trust(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
+    columns = []
+    for given in layer_inputs(model, x):
+        columns += [given.mean(1), given.std(1, correction=0)]
+    row = (torch.cat(columns) - state["centre"]) / state["scale"]
+    distance = quadratic(row, torch.zeros_like(row), state["precision"]).log()
+    z = model(x)[0]
+    p = z.softmax(0).max()
+    error = ((1 - p) / p).log()
+    energy = (-z.exp().sum().log() - state["energy_mean"]) / state["energy_spread"]
+    return error + energy + 2 * (1 + ((distance - state["quantile"]) / state["distance_spread"]).exp()).log()
+
+
+def to_prototype(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
+    """GROOD by autograd: the gradient of the loss of negative distances with respect to the last prototype."""
+    noise = state["noise"].clone().requires_grad_()
+    distances = (features(model, x) - torch.cat([state["prototypes"], noise[None]])).norm(dim=1)
+    loss = nn.functional.cross_entropy(-distances[None], model(x).argmax(1))
+    (gradient,) = torch.autograd.grad(loss, noise)
+    return (state["rows"] - gradient).norm(dim=1).min()
+
+
+def to_mean_gradient(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
+    z = model(x)
+    head = list(model.children())[-1]
+    (whole,) = torch.autograd.grad(nn.functional.cross_entropy(z, z.argmax(1)), head.weight)
+    return -nn.functional.cosine_similarity(whole.flatten(), state["references"][z.argmax()].flatten(), 0)
+
+
+def not_zero(model: nn.Module, x: Tensor) -> Tensor:
+    """GAIA-Z: the network as a chain, and the gradient of the largest logit at each normalisation or weighted layer."""
+    kinds = (nn.BatchNorm2d,) if any(isinstance(m, nn.BatchNorm2d) for m in model) else (nn.Conv2d, nn.Linear)
+    shares = []
+    for place, layer in enumerate(model):
+        if isinstance(layer, kinds):
+            out = model[: place + 1](x).detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(model[place + 1 :](out.clone()).max(), out)
+            shares.append((gradient[0] != 0).double().reshape(gradient.shape[1], -1).mean(1))
+    return torch.cat(shares).square().mean()
+
+
 CASES = {
     "views(n=1)": lambda m, x: 1 - softmax(m, x).max(),
     "views(n=1,score=energy)": lambda m, x: -m(x).exp().sum().log(),
+    "gaia": not_zero,
     "gen": gen(0.1, 99),
     "gen(gamma=0.5,top=2)": gen(0.5, 2),
     "max_logit_pnorm": lambda m, x: -m(x).max() / m(x).norm(5),
@@ -79,6 +131,9 @@ FITTED = {
     "rmds": relative,
     "knn": neighbour(5),
     "knn(k=1)": neighbour(1),
+    "grood": to_prototype,
+    "gradient_cosine": to_mean_gradient,
+    "trust": trust,
     "vim": virtual_logit,
     "vim(dimensions=2)": virtual_logit,
     "sirc": sirc(lambda p: 1 - p.max(), lambda h, state: h.norm(1)),

@@ -15,14 +15,14 @@ from tests.models import cnn, images, mlp, vectors
 
 
 def test_views_are_shifted_and_flipped_copies() -> None:
-    x = torch.arange(2 * 1 * 8 * 16.0).view(2, 1, 8, 16)
+    x = torch.arange(2 * 1 * 32 * 64.0).view(2, 1, 32, 64)
     seen = shifted_views(x, 6)
     assert torch.equal(seen[0], x) and len(seen) == 6
     assert all(view.shape == x.shape and not torch.equal(view, x) for view in seen[1:])
     for number, view in enumerate(seen[1:], 1):
         upright = view.flip(3) if number % 2 else view
-        difference = upright[0, 0, 1:-1, 2:-2] - x[0, 0, 1:-1, 2:-2]  # one and the same shift inside the border
-        assert (difference == difference[0, 0]).all() and difference[0, 0].abs() <= 16 + 2
+        difference = upright[0, 0, 2:-2, 4:-4] - x[0, 0, 2:-2, 4:-4]  # one and the same shift inside the border
+        assert (difference == difference[0, 0]).all() and difference[0, 0].abs() <= 2 * 64 + 4
     assert all(torch.equal(a, b) for a, b in zip(seen, shifted_views(x, 6), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(seen, shifted_views(x, 6, seed=1), strict=True))
 
@@ -81,5 +81,5 @@ def test_scores_that_cannot_be_averaged_are_refused(score: str, message: str) ->
 
 
 def test_inputs_that_are_not_images_need_transforms() -> None:
-    with pytest.raises(TypeError, match=r"shifts and flips images \(N, C, H, W\).*pass transforms="):
+    with pytest.raises(TypeError, match=r"shifted and flipped images \(N, C, H, W\).*pass transforms="):
         lgm.score(mlp(), vectors(3), "views")

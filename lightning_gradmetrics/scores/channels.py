@@ -1,0 +1,116 @@
+"""Channel statistics of a forward pass: mean and deviation of what every convolution and linear layer receives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.gradients.precision import at_least_float32
+
+__all__ = ["WIDTH", "ChannelStatistics", "channels_of", "observing_channels"]
+
+WIDTH = 2048
+"""The most statistics per sample: wider models are sketched, layer by layer."""
+
+WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def channels_of(layer: nn.Module, x: Tensor, size: int) -> Tensor | None:
+    """Return the mean and the standard deviation of each channel of a layer's input, ``(N, 2 C)``.
+
+    Args:
+        layer: A convolution, whose channels are the second axis, or a linear layer, whose channels are the last.
+        x: Its input; the first axis is the samples, or several rows of each sample, one after the other.
+        size: The number of samples ``N``.
+
+    Returns:
+        The statistics; ``None`` if the first axis does not hold the samples.
+
+    Example:
+        >>> channels_of(nn.Linear(2, 3), torch.tensor([[[1.0, 0.0], [3.0, 0.0]]]), 1)
+        tensor([[2., 0., 1., 0.]])
+    """
+    if not len(x) or len(x) % size:
+        return None
+    values = x if isinstance(layer, nn.Linear) else x.movedim(1, -1)
+    positions = at_least_float32(values.detach()).reshape(size, -1, values.shape[-1])
+    return torch.cat([positions.mean(1), positions.std(1, correction=0)], 1)
+
+
+def _sketched(statistics: Tensor, width: int) -> Tensor:
+    """At most ``width`` random sums with signs of the columns, the same for every sample."""
+    columns = statistics.shape[1]
+    if columns <= width:
+        return statistics
+    generator = torch.Generator().manual_seed(columns)
+    signs = torch.randint(0, 2, (columns, width), generator=generator) * 2 - 1
+    return statistics @ (signs.to(statistics) / columns**0.5)
+
+
+class ChannelStatistics:
+    """The channel statistics of one forward pass.
+
+    Args:
+        size: The number of samples.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.by_layer: dict[nn.Module, Tensor] = {}
+
+    def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the first call of a layer."""
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        if layer in self.by_layer or not isinstance(given, Tensor) or not given.is_floating_point():
+            return
+        statistics = channels_of(layer, given, self.size)
+        if statistics is not None:
+            self.by_layer[layer] = statistics
+
+    @property
+    def columns(self) -> Tensor:
+        """The statistics of all layers, ``(N, F)`` with F at most :data:`WIDTH`.
+
+        Raises:
+            ValueError: If no layer was called.
+        """
+        layers = list(self.by_layer.values())
+        if not layers:
+            raise ValueError(
+                "the model called no convolution and no linear layer with one row per sample: trust has no channel to "
+                "measure; score it with sirc or entropy"
+            )
+        if sum(layer.shape[1] for layer in layers) <= WIDTH:
+            return torch.cat(layers, 1)
+        width = max(1, WIDTH // len(layers))
+        sketches = []
+        for statistics in layers:
+            sketches.append(_sketched(statistics, width))
+        return torch.cat(sketches, 1)
+
+
+@contextmanager
+def observing_channels(model: nn.Module, size: int) -> Iterator[ChannelStatistics]:
+    """Observe the channels of a forward pass inside the block; every hook is removed after it.
+
+    Args:
+        model: The model.
+        size: The number of samples of the pass.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> with observing_channels(model, 5) as seen:
+        ...     _ = model(torch.randn(5, 3, 4, 4))
+        >>> seen.columns.shape
+        torch.Size([5, 38])
+    """
+    seen = ChannelStatistics(size)
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, WEIGHTED):
+                stack.callback(layer.register_forward_pre_hook(seen.see, with_kwargs=True).remove)
+        yield seen

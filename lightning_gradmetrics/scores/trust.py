@@ -1,0 +1,189 @@
+"""Trust: one score for errors and out-of-distribution data together, fitted on in-distribution data alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of, preserved
+from lightning_gradmetrics.classifier.input_gradients import check_floats
+from lightning_gradmetrics.engine.api import eager
+from lightning_gradmetrics.gradients.statistics import accumulator
+from lightning_gradmetrics.scores.averaging import views_of
+from lightning_gradmetrics.scores.channels import observing_channels
+from lightning_gradmetrics.scores.detectors import ledoit_wolf, mahalanobis, moment_sums
+from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.totals import Tensors
+
+__all__ = ["Measurements", "left_out_distances", "trust"]
+
+QUANTILE = 0.95
+"""Below this quantile of the in-distribution distances the distance hardly counts."""
+
+DISTANCE_WEIGHT = 2.0
+"""The weight of the distance."""
+
+CONSTANT = 1e-6
+"""A channel statistic whose deviation is at most this times the largest is left out."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """A probe: means over views of the log odds of an error, the energy and the channel statistics, ``(N, 2 + F)``.
+
+    Args:
+        views: The number of views, and of forward passes.
+        seed: The seed of the shifts.
+        flip: Whether every other view is flipped.
+    """
+
+    backward: ClassVar[bool] = False
+    views: int
+    seed: int
+    flip: bool
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        """Return the measurements."""
+        if self.views == 1:
+            seen = [inputs]
+        else:
+            check_floats(inputs, "augmented views")
+            seen = views_of(inputs, self.views, self.seed, self.flip)
+        with preserved(model), torch.no_grad(), eager():
+            logits, columns = _forward(model, inputs)
+            predicted = logits.argmax(1, keepdim=True)
+            total = _measured(logits, columns, predicted)
+            for view in seen[1:]:
+                total = total + _measured(*_forward(model, view.contiguous()), predicted)
+        return total / len(seen)
+
+
+def _forward(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
+    """Logits ``(N, C)`` and channel statistics ``(N, F)`` of one forward pass."""
+    with observing_channels(model, batch_size(inputs)) as seen:
+        logits = logits_of(call(model, inputs))
+    return logits.to(accumulator(logits)), seen.columns
+
+
+def _measured(logits: Tensor, columns: Tensor, predicted: Tensor) -> Tensor:
+    """The log odds of the classes other than the predicted one, the energy, and the statistics, side by side."""
+    others = logits.scatter(1, predicted, -torch.inf).logsumexp(1, keepdim=True)
+    energy = -logits.logsumexp(1, keepdim=True)
+    return torch.cat([others - logits.gather(1, predicted), energy, columns.to(logits)], 1)
+
+
+def left_out_distances(rows: Tensor, mean: Tensor, precision: Tensor, shrinkage: Tensor) -> Tensor:
+    """Return the squared Mahalanobis distance of each fitted row to a fit without it, ``(N,)``.
+
+    By the formula of Sherman and Morrison, at the shrinkage and its target of all rows: the distances of fitted rows to
+    their own fit are too small where the number of rows is not far above the number of columns.
+
+    Args:
+        rows: ``(N, F)``, N at least 2.
+        mean: ``(F,)``, their mean.
+        precision: ``(F, F)``, the inverse of their shrunk covariance.
+        shrinkage: How much it is shrunk, from 0 to 1.
+    """
+    size = len(rows)
+    inside = mahalanobis(rows, {"mean": mean, "precision": precision})
+    remaining = 1 - (1 - shrinkage) * inside / (size - 1)
+    return (size / (size - 1)) ** 2 * inside / remaining.clamp(min=1 / size)
+
+
+@register_fitted("baseline", "this package; after Xia & Bouganis 2022, arXiv:2207.07517")
+class trust(FittedScore):
+    r"""An error score, raised where energy or activations say out-of-distribution; fitted on in-distribution data alone.
+
+    ``log((1 - p_y) / p_y) + (E - mean(E)) / sd(E) + 2 log(1 + exp((log d - q) / sd(log d)))``
+
+    with the probability ``p_y`` of the predicted class, the free energy ``E``, and the squared Mahalanobis distance ``d``
+    of the means and standard deviations of the channels that every convolution and linear layer receives, under one
+    Ledoit-Wolf covariance. Means, deviations and ``q``, the 95 % quantile of ``log d``, are those of in-distribution data;
+    for ``log d`` each fitted sample is compared with a fit without it. The last term is near constant for ordinary
+    samples, so the ranking of errors survives. With several views, the log odds, ``E`` and the channel statistics
+    are averaged over them; ``y`` is the prediction for the plain input. Labels are not needed.
+
+    The form is SIRC's, with log odds that add up. The weight of the energy is one and ``q`` is the usual 95 %. The weight
+    of the distance is the largest power of two at which the errors among 2,000 training images of a CIFAR-10 ResNet-20
+    stay within 1.5 points of AUROC of the log odds alone. These images and scikit-learn's digits also settled log odds
+    instead of the entropy, and the size of the shifts. No constant was tuned on out-of-distribution data of natural images.
+    A model with more than 2,048 channel statistics is sketched by random sums in each layer.
+
+    Args:
+        views: The number of views, and of forward passes: 1 is the input itself, 10 adds shifted and flipped copies, as in
+            ``views``.
+        seed: The seed of the shifts.
+        flip: Whether every other view is mirrored. Set ``False`` where a mirrored input means something else, as for
+            digits.
+
+    Raises:
+        ValueError: If the data to fit on hold fewer than 2 samples, or all of them are the same.
+        TypeError: If there are several views and the inputs are not images ``(N, C, H, W)``.
+
+    Example:
+        >>> import lightning_gradmetrics as lgm
+        >>> model, images = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(60, 4)
+        >>> (fitted,) = lgm.fit(model, [images], trust())
+        >>> lgm.score(model, images, fitted)["trust"].shape
+        torch.Size([60])
+
+    Reference:
+        G. Xia and C. Bouganis, "Augmenting Softmax Information for Selective Classification with Out-of-Distribution
+        Data", ACCV 2022, https://arxiv.org/abs/2207.07517; K. Lee et al., "A Simple Unified Framework for Detecting
+        Out-of-Distribution Samples and Adversarial Attacks", NeurIPS 2018, https://arxiv.org/abs/1807.03888
+    """
+
+    views: Count = 1
+    seed: CountOrZero = 0
+    flip: bool = True
+
+    def measure(self, evidence: Evidence) -> Tensors:
+        measured = evidence.probe(Measurements(self.views, self.seed, self.flip), (8,)).to(evidence.logits.dtype)
+        return {"log_odds": measured[:, 0], "energy": measured[:, 1], "channels": measured[:, 2:]}
+
+    def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:
+        return {"rows/energy": measured["energy"].float(), "rows/channels": measured["channels"].float()}
+
+    def finish(self, total: Tensors) -> Tensors:
+        finite = total["rows/channels"].isfinite().all(1) & total["rows/energy"].isfinite()
+        channels, energy = total["rows/channels"][finite].double(), total["rows/energy"][finite].double()
+        if len(channels) < 2:
+            raise ValueError(f"trust is fitted on 2 or more finite samples, and there are {len(channels)}: give more")
+        scale = channels.std(0, correction=0)
+        scale = torch.where(scale > CONSTANT * scale.amax(), scale, torch.inf)
+        centre = channels.mean(0)
+        rows = (channels - centre) / scale
+        normal = ledoit_wolf(moment_sums(rows))
+        precision = torch.linalg.pinv(normal["covariance"], hermitian=True)
+        distances = left_out_distances(rows, normal["mean"], precision, normal["shrinkage"]).log()
+        return {
+            "energy_mean": energy.mean(),
+            "energy_spread": _spread(energy, "energies"),
+            "centre": centre,
+            "scale": scale,
+            "precision": precision,
+            "quantile": distances.quantile(QUANTILE),
+            "distance_spread": _spread(distances, "distances"),
+        }
+
+    def score(self, measured: Tensors, state: Tensors) -> Tensor:
+        energy = (measured["energy"] - state["energy_mean"]) / state["energy_spread"]
+        rows = (measured["channels"] - state["centre"]) / state["scale"]
+        distance = mahalanobis(rows, {"mean": torch.zeros_like(state["centre"]), "precision": state["precision"]})
+        distance = distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
+        excess = nn.functional.softplus((distance - state["quantile"]) / state["distance_spread"])
+        return measured["log_odds"] + energy + DISTANCE_WEIGHT * excess
+
+
+def _spread(values: Tensor, name: str) -> Tensor:
+    """The standard deviation."""
+    spread = values.std(correction=0)
+    if not spread > 0:
+        raise ValueError(f"trust: the {name} of all {len(values)} samples to fit on are the same")
+    return spread
