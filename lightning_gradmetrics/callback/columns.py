@@ -65,7 +65,7 @@ def check_sample_id(value: Any) -> SampleIds | None:
         TypeError: If it is of another type.
     """
     if value is None or callable(value):
-        return value
+        return value  # type: ignore[no-any-return]
     if isinstance(value, (str, int)) and not isinstance(value, bool):
         return _Entry(value)
     raise TypeError(

@@ -71,7 +71,7 @@ def with_configured_states(
         batches = _batches(_loader(trainer, module, str(fit_on)), split, trainer, module)
         options = {"head": scorer.head, "logits_fn": scorer.logits_fn, "engine": scorer.engine}
         with torch.inference_mode(False), torch.no_grad():
-            made = fit(model, batches, missing, **options)
+            made = fit(model, batches, missing, **options)  # type: ignore[arg-type]
     scores = list(scorer.scores)
     for place, score in zip(missing_places(scores), made, strict=True):
         scores[place] = score

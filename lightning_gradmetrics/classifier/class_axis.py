@@ -40,7 +40,7 @@ def class_axis(logits: Tensor, model: nn.Module, calls: Sequence[LayerCall], inp
         return -1
     if convolved and not linear:
         return 1
-    if logits.ndim == 3 and _is_language(inputs, tuple(logits.shape[:2])):
+    if logits.ndim == 3 and _is_language(inputs, tuple(logits.shape[:2])):  # type: ignore[arg-type]
         return -1
     if (logits.ndim > 3 and not linear) or not is_default:
         return 1

@@ -217,9 +217,9 @@ def reproduces(layer: nn.Module, patches: Patches, call: LayerCall) -> bool:
     vectors = torch.stack(columns, 1)
     expected = output[0].flatten(1)[:, places].double()
     groups = patches.groups
-    grouped = vectors.unflatten(0, (groups, -1)).flatten(1, 2)
-    made = torch.einsum("gcd,gdm->gcm", weight.unflatten(0, (groups, -1)), grouped).flatten(0, 1)
-    size = torch.einsum("gcd,gdm->gcm", weight.unflatten(0, (groups, -1)).abs(), grouped.abs()).flatten(0, 1)
+    grouped = vectors.unflatten(0, (groups, -1)).flatten(1, 2)  # type: ignore[no-untyped-call]
+    made = torch.einsum("gcd,gdm->gcm", weight.unflatten(0, (groups, -1)), grouped).flatten(0, 1)  # type: ignore[no-untyped-call]
+    size = torch.einsum("gcd,gdm->gcm", weight.unflatten(0, (groups, -1)).abs(), grouped.abs()).flatten(0, 1)  # type: ignore[no-untyped-call]
     if layer.bias is not None:
         bias = layer.bias.double().unsqueeze(1)  # type: ignore[operator]
         made, size = made + bias, size + bias.abs()

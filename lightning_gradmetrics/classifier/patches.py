@@ -108,8 +108,8 @@ class Patches:
         if self.output_padding is None:
             return weight.flatten(1)
         inside = weight.shape[0] // self.groups
-        by_group = weight.unflatten(0, (self.groups, inside)).transpose(1, 2)
-        return by_group.flatten(0, 1).flatten(1)
+        by_group = weight.unflatten(0, (self.groups, inside)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        return by_group.flatten(0, 1).flatten(1)  # type: ignore[no-any-return]
 
 
 def patches_of(layer: nn.Module) -> Patches | None:
@@ -125,7 +125,7 @@ def patches_of(layer: nn.Module) -> Patches | None:
             layer.kernel_size,
             layer.stride,
             layer.dilation,
-            tuple(layer.padding),
+            tuple(layer.padding),  # type: ignore[arg-type]
             output_padding=tuple(layer.output_padding),
             groups=layer.groups,
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 
 from lightning_gradmetrics.cli.errors import UsageError

@@ -41,7 +41,7 @@ def output_gradient(objective: Objective, logits: Tensor, softmax: Softmaxes, ta
     if objective.needs_targets:
         objective.loss(targets)  # raises without targets
         arguments["targets"] = targets
-    return CLOSED_FORMS[objective.name](logits, softmax, **arguments)
+    return CLOSED_FORMS[objective.name](logits, softmax, **arguments)  # type: ignore[no-any-return]
 
 
 def _rows_of_map(values: Tensor) -> Tensor:

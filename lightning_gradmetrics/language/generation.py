@@ -168,7 +168,7 @@ def token_scores(model: LanguageModel, plan: GenerationScores, rows: TokenRows) 
             blocks[score.name].append(block.values(score, head).to(result_dtype(rows.logits.dtype)).cpu())
     found = {}
     for name, values in blocks.items():
-        found[name] = list(torch.cat(values).split(rows.lengths))
+        found[name] = list(torch.cat(values).split(rows.lengths))  # type: ignore[no-untyped-call]
     return found
 
 

@@ -101,7 +101,7 @@ def _summaries(name: str, answers: Sequence[Tensor], aggregates: Sequence[str]) 
     for aggregate in aggregates:
         values = []
         for answer in answers:
-            values.append(float(AGGREGATES[aggregate](answer.double())))
+            values.append(float(AGGREGATES[aggregate](answer.double())))  # type: ignore[operator]
         columns[f"{name}/{aggregate}"] = pa.array(values, pa.float64())
     return columns
 

@@ -108,7 +108,7 @@ class _SemanticPass:
 
     def _means(self, values: Tensor) -> Tensor:
         means = []
-        for part in values.split(self.result.rows.lengths):
+        for part in values.split(self.result.rows.lengths):  # type: ignore[no-untyped-call]
             means.append(part.mean())
         return torch.stack(means)
 
@@ -137,7 +137,10 @@ class _SemanticPass:
             uses = list(uses_by_sequence(scaled, self.batch, self.model.embedding.padding_idx))
         means = []
         for part, features, use in zip(
-            output.split(rows.lengths), rows.features.detach().split(rows.lengths), uses, strict=True
+            output.split(rows.lengths),
+            rows.features.detach().split(rows.lengths),
+            uses,
+            strict=True,  # type: ignore[no-untyped-call]
         ):
             factors = SequenceFactors(part, features, use)
             means.append(sequence_moments(factors, [1.0])[1.0] / factors.count)

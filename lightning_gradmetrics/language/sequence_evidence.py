@@ -60,9 +60,9 @@ class SequenceEvidence(Evidence):
         """Return the gradient of the mean of a token's objective: statistics ``(N,)``."""
         objective = token_objective(Objective.of(objective, **arguments))
         if target == "head":
-            return self._factors(objective, None)
+            return self._factors(objective, None)  # type: ignore[return-value]
         if target == TIED:
-            return self._factors(objective, self.uses[objective])
+            return self._factors(objective, self.uses[objective])  # type: ignore[return-value]
         return self._recorded(target, objective).merged()
 
     def _factors(self, objective: Objective, uses: Any) -> SequenceGradient:

@@ -47,7 +47,7 @@ class CappedEvidence(Evidence):
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         plain = Evidence(self.given_logits, self.given_features, self.given_labels)._head_gradient(objective)
-        return HeadGradient(plain.output * self.slope, plain.features)
+        return HeadGradient(plain.output * self.slope, plain.features)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _same(output: Tensor) -> Tensor:
 
 
 def _statistics_of(moments: set[Moment]) -> list[str]:
-    names = []
+    names: list[str] = []
     for moment in moments:
         if isinstance(moment, str):
             names.append("mean" if moment == "sum" else moment)

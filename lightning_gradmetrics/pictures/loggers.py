@@ -54,9 +54,9 @@ def _log_picture(logger: Any, picture: Picture, prefix: str, step: int) -> bool:
     if hasattr(logger, "log_image"):
         logger.log_image(key=tag, images=[_pixels(picture.figure)], step=step)
     elif hasattr(experiment, "add_image"):
-        experiment.add_image(tag, _pixels(picture.figure), step, dataformats="HWC")
+        experiment.add_image(tag, _pixels(picture.figure), step, dataformats="HWC")  # type: ignore[union-attr]
     elif hasattr(experiment, "log_figure") and getattr(logger, "run_id", None):
-        experiment.log_figure(logger.run_id, picture.figure, f"{tag}/{step}.png")
+        experiment.log_figure(logger.run_id, picture.figure, f"{tag}/{step}.png")  # type: ignore[union-attr]
     elif isinstance(getattr(logger, "log_dir", None), (str, Path)):
         path = Path(logger.log_dir) / "figures" / f"{picture.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def log_samples(
         experiment = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_histogram"):
             for dataset, column, values in _columns(results, scores):
-                experiment.add_histogram(f"{prefix}/{dataset}/{scores[column]}", values, step)
+                experiment.add_histogram(f"{prefix}/{dataset}/{scores[column]}", values, step)  # type: ignore[union-attr]
         if hasattr(logger, "log_table"):
             shown = results.slice(0, MOST_ROWS)
             logger.log_table(key=f"{prefix}/results", dataframe=shown.to_pandas(), step=step)

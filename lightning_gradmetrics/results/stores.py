@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ BYTES_PER_PART = 2**26
 SECONDS_PER_PART = 60.0
 """Seconds between commits; a kill loses at most the rows of this time."""
 
-Results = pa.Table | Callable[[], pa.Table]
+Results: TypeAlias = pa.Table | Callable[[], pa.Table]
 """A results table, or a function that reads it."""
 
 Complete = Callable[[pa.Table], pa.Table]

@@ -70,7 +70,7 @@ def unfinished_batches(sampler: Sampler[int], batch_size: int, drop_last: bool, 
         [[2, 3]]
     """
     kind = type("UnfinishedBatches", (UnfinishedBatches,), {"committed": committed})
-    return kind(sampler, batch_size, drop_last)
+    return kind(sampler, batch_size, drop_last)  # type: ignore[no-any-return]
 
 
 class UnfinishedList(list[list[int]]):

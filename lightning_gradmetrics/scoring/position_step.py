@@ -192,11 +192,11 @@ class PositionReader:
                     terms.append(Term(features, patches, (part.carry, made.carry), part.share))
             blocks += _blocks(terms)
             matrix = patches.weight_matrix(layer.weight)  # type: ignore[arg-type]
-            weights.append(torch.block_diag(*matrix.chunk(patches.groups)))
+            weights.append(torch.block_diag(*matrix.chunk(patches.groups)))  # type: ignore[no-untyped-call]
             if layer.bias is not None:
                 share = sum(part.share for part in made.parts if part.name == name)
                 added = share * layer.bias  # type: ignore[operator]
-                bias = added if bias is None else bias + added
+                bias = added if bias is None else bias + added  # type: ignore[assignment]
         return HeadFeatures(tuple(blocks)), Head("+".join(made.names), torch.cat(weights, 1), bias)
 
 

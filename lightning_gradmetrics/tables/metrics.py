@@ -164,7 +164,8 @@ def _narrowing(question: Question) -> Iterator[Selection]:
 
 def _left_out(selections: Sequence[Selection], questions: Sequence[Question]) -> list[str]:
     """Return the metrics and data sets that the selections lack, and the file that has them."""
-    notes, shown, is_complete = [], set(), True
+    shown: set[Any] = set()
+    notes, is_complete = [], True
     for selection in selections:
         shown.update(selection.places)
         is_complete = is_complete and selection.all_metrics

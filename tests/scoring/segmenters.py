@@ -63,7 +63,7 @@ class Added(nn.Module):
 
 
 def transposed(*args: int, **options: int) -> nn.Module:
-    return nn.ConvTranspose2d(4, 5, *args, **options)
+    return nn.ConvTranspose2d(4, 5, *args, **options)  # type: ignore[arg-type]
 
 
 HEADS: dict[str, Callable[[], nn.Module]] = {
@@ -101,6 +101,6 @@ def logits_of(output: Tensor | dict[str, Tensor]) -> Tensor:
 
 def gradient_of(model: nn.Module, loss: Tensor) -> Tensor:
     """The entries of a loss's gradient with respect to the weights of the head."""
-    weights = [parameter for name, parameter in model.head.named_parameters() if name.endswith("weight")]
+    weights = [parameter for name, parameter in model.head.named_parameters() if name.endswith("weight")]  # type: ignore[union-attr]
     parts = torch.autograd.grad(loss, weights, retain_graph=True)
     return torch.cat([part.flatten() for part in parts])

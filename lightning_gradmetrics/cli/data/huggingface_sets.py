@@ -150,7 +150,7 @@ def _text_encoder(column: str, tokenizer: str | None, max_length: int) -> Encode
 def _open(member: Member, split: str) -> Any:
     """Return the data set of a name, of a folder, or of a mapping with the key ``path``."""
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("data=huggingface needs the package datasets: pip install datasets") from error
     arguments = {"path": member} if isinstance(member, str) else dict(member)
