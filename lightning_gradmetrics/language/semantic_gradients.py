@@ -135,13 +135,10 @@ class _SemanticPass:
         if tied:
             scaled = tied_scale(self.model) * delta
             uses = list(uses_by_sequence(scaled, self.batch, self.model.embedding.padding_idx))
+        outputs = output.split(rows.lengths)  # type: ignore[no-untyped-call]
+        features_of_sequences = rows.features.detach().split(rows.lengths)  # type: ignore[no-untyped-call]
         means = []
-        for part, features, use in zip(
-            output.split(rows.lengths),
-            rows.features.detach().split(rows.lengths),
-            uses,
-            strict=True,  # type: ignore[no-untyped-call]
-        ):
+        for part, features, use in zip(outputs, features_of_sequences, uses, strict=True):
             factors = SequenceFactors(part, features, use)
             means.append(sequence_moments(factors, [1.0])[1.0] / factors.count)
         return torch.stack(means)
