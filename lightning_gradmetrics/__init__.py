@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
     from lightning_gradmetrics.gradients import cosine_similarity_maps
     from lightning_gradmetrics.language import score_generation
+    from lightning_gradmetrics.pictures.pixels import Pixels
     from lightning_gradmetrics.results import largest, read_results, unfinished
     from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GradientMetrics",
     "GradientStatistics",
+    "Pixels",
     "cosine_similarity_maps",
     "cross_fit",
     "evaluation",
@@ -38,6 +40,7 @@ __all__ = [
 _ROOMS = {
     "GradientMetrics": "callback",
     "GradientStatistics": "engine",
+    "Pixels": "pictures.pixels",
     "cosine_similarity_maps": "gradients",
     "cross_fit": "scoring",
     "fit": "scoring",

@@ -30,6 +30,7 @@ from lightning_gradmetrics.callback.labels import BatchReader
 from lightning_gradmetrics.callback.logged import logged_metrics
 from lightning_gradmetrics.callback.module import is_side_by_side, processes_of, scored_model
 from lightning_gradmetrics.callback.outcome import Outcome, evaluate_detectors, model_facts
+from lightning_gradmetrics.callback.pixel_outcome import PixelOutcome
 from lightning_gradmetrics.callback.pytorch_lightning import also_callback_of_pytorch_lightning
 from lightning_gradmetrics.callback.run import Run
 from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices, check_fitted_in_fit
@@ -39,6 +40,8 @@ from lightning_gradmetrics.classifier.batches import split_batch
 from lightning_gradmetrics.classifier.forward import Inputs, logits_in
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds
 from lightning_gradmetrics.pictures import PictureSource, check_top_k, picture_sources
+from lightning_gradmetrics.pictures.pixels.settings import Pixels
+from lightning_gradmetrics.pictures.pixels.source import PixelResults
 from lightning_gradmetrics.results.output import Output, check_output
 from lightning_gradmetrics.results.stores import Results
 from lightning_gradmetrics.results.table import empty_results
@@ -51,7 +54,7 @@ from lightning_gradmetrics.scoring.states import fitted_states, with_fitted_stat
 __all__ = ["GradientMetrics"]
 
 
-class GradientMetrics(Outcome, RunHooks):
+class GradientMetrics(Outcome, PixelOutcome, RunHooks):
     """Scores every sample at validate, test and predict time, and evaluates the scores.
 
     Logit and head scores reuse the forward pass that Lightning runs; all other scores share one further forward pass.
@@ -100,6 +103,9 @@ class GradientMetrics(Outcome, RunHooks):
         fit_on: ``"train"`` or ``"val"``: the dataloader that fitted scores are fitted on before they first score: that
             of an earlier fit, of the data module, or of the module. Call :meth:`fit` to choose the data yourself.
         fitted: The folder of states that :func:`lightning_gradmetrics.scores.save_fitted` wrote.
+
+        pixels: For segmentation models: ignored labels, aggregates, segments, metrics and maps, as
+            ``lightning_gradmetrics.Pixels(ignore_index=255)`` or a mapping of its arguments.
 
     Attributes:
         results: After a run, a ``pyarrow.Table`` with one row per sample: dataset, index, prediction, label, one column
@@ -156,6 +162,7 @@ class GradientMetrics(Outcome, RunHooks):
         print_summary: bool = True,
         fit_on: str | None = None,
         fitted: str | Path | None = None,
+        pixels: Pixels | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         logits_fn = checks.check_callable("logits_fn", logits_fn, "from the model's output to its logits (N, C)")
@@ -178,6 +185,8 @@ class GradientMetrics(Outcome, RunHooks):
         check_fit_source(fit_on, fitted)
         self.fit_on, self.fitted = fit_on, fitted
         self.evaluation: Evaluation | None = None
+        self.pixels = Pixels.of(pixels)
+        self._pixels = PixelResults(self.pixels)
         self.sources: list[PictureSource] = []
         self._fitting: tuple[Fitting, Names] | None = None
         self._run: Run | None = None
@@ -248,7 +257,8 @@ class GradientMetrics(Outcome, RunHooks):
                 self.scorer, model, module, trainer, self.split_batch, self.fit_on, self.fitted
             )
             check_fitted(self.scorer.scores, model)
-            self.sources = picture_sources(self.scorer.scores, self.profile, self.top_k)
+            self._pixels = PixelResults(self.pixels)
+            self.sources = [*picture_sources(self.scorer.scores, self.profile, self.top_k), self._pixels]
             looks = [*(source.look for source in self.sources), *self.columns.values()]
             store = store_of(
                 None if stage == "fit" else self.output,
@@ -262,8 +272,8 @@ class GradientMetrics(Outcome, RunHooks):
                 processes,
                 is_limited(trainer, stage),
             )
-            made = ScoreStage(replace(self.scorer, looks=looks), rows, store, self.sources, self.columns)
-        reader = BatchReader(self.split_batch, processes.warn)
+            made = ScoreStage(replace(self.scorer, looks=looks), rows, store, self.sources, self.columns, self._pixels)
+        reader = BatchReader(self.split_batch, processes.warn, self.pixels)
         context = trainer.precision_plugin.forward_context
         self._run = Run(made, model, counted.all, roles, reader, context, None if is_fit else self.sample_id)
 
@@ -289,7 +299,7 @@ class GradientMetrics(Outcome, RunHooks):
             shared = processes.together(stage.store.share)
             parts = processes.gather((shared, stage.kept()))
             metrics = processes.from_first(lambda: self._evaluated(trainer, stage, run.roles, parts))
-        self._results = stage.store.results()
+        self._results = self._with_images(stage.store.results())
         return metrics
 
     def _evaluated(
@@ -305,6 +315,7 @@ class GradientMetrics(Outcome, RunHooks):
         self.evaluation = evaluate_detectors(judged, self.scorer.scores, roles, self.resamples)
         self._log(trainer)
         logged = logged_metrics(self.evaluation.metrics, self.prefix, self.metrics, self._logged)
+        logged.update(self._pixels.logged(self.prefix))
         self._logged.update(logged)
         return logged
 

@@ -17,8 +17,10 @@ from lightning_gradmetrics.classifier.batches import (
     split_batch,
 )
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
-from lightning_gradmetrics.classifier.labels import class_numbers, described
+from lightning_gradmetrics.classifier.labels import class_numbers, described, map_numbers
 from lightning_gradmetrics.classifier.notices import first_time
+from lightning_gradmetrics.pictures.pixels.label_maps import marked_labels
+from lightning_gradmetrics.pictures.pixels.settings import Pixels
 
 __all__ = ["BatchReader", "ReadBatch", "SplitBatch"]
 
@@ -50,10 +52,12 @@ class BatchReader:
     Args:
         split: The user's ``split_batch``, or the package's.
         warn: Warns once for all processes.
+        pixels: Which labels of pixels are ignored.
     """
 
-    def __init__(self, split: SplitBatch, warn: Callable[[str], None]) -> None:
+    def __init__(self, split: SplitBatch, warn: Callable[[str], None], pixels: Pixels | None = None) -> None:
         self.split = split
+        self.pixels = pixels or Pixels()
         self.warn = warn
 
     def read(self, batch: Any) -> ReadBatch:
@@ -100,6 +104,40 @@ class BatchReader:
                 dataset, f"no labels are used for the data set {dataset!r}: {problem}. To use labels {REMEDY}"
             )
             return None
+
+    def label_maps(
+        self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str
+    ) -> Tensor | None:
+        """The label maps of a batch ``(N, H, W)``, -100 where ignored and -200 where out-of-distribution; or ``None``.
+
+        Args:
+            batch: What the batch held before the step.
+            size: The number of images ``N``.
+            classes: The number of classes.
+            received: The tensors that the model received.
+            dataset: The name of the data set.
+
+        Raises:
+            ValueError: If a label is not one of the classes and not ignored.
+        """
+        if batch.copied is None:
+            labels = None if batch.labels is None else map_numbers(batch.labels, size, classes)
+            if labels is None and batch.labels is not None:
+                raise ValueError(
+                    f"split_batch returned labels that are {described(batch.labels)}; expected a map of class numbers per image, "
+                    f"shape ({size}, H, W)"
+                )
+        else:
+            try:
+                labels = batch.copied.labels(size, classes, received, map_numbers)
+            except LabelsNotUnderstoodError as problem:
+                self.warn_once(
+                    dataset, f"no labels are used for the data set {dataset!r}: {problem}. To use labels {REMEDY}"
+                )
+                return None
+        if labels is None:
+            return None
+        return marked_labels(labels, classes, self.pixels.ignored, self.pixels.ood_labels)
 
     def warn_once(self, key: str, text: str) -> None:
         """Warn once for each key."""

@@ -18,6 +18,7 @@ from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.classifier.observation import Observation
 from lightning_gradmetrics.results.sample_index import UNKNOWN
 from lightning_gradmetrics.scoring.batch import ObservedBatch
+from lightning_gradmetrics.scoring.resizing import at_size
 from lightning_gradmetrics.scoring.step import StepObserver
 
 __all__ = ["Run"]
@@ -101,6 +102,9 @@ class Run:
             for call in seen.called[1]:
                 received += call.received
         labels = None
+        if batch.logits.ndim == 4:
+            labels = self.reader.label_maps(read, batch.size, batch.logits.shape[1], received, dataset)
+            batch = batch if labels is None else at_size(batch, tuple(labels.shape[1:]))
         if batch.logits.ndim == 2 and batch.logits.shape[1] > 1:
             labels = self.reader.labels(read, batch.size, batch.logits.shape[1], received, dataset)
             labels = self._checked(labels, batch.logits.shape[1], place)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lightning_gradmetrics.callback.columns import Columns
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
+from lightning_gradmetrics.pictures.pixels.images import image_level
+from lightning_gradmetrics.pictures.pixels.source import PixelResults
 from lightning_gradmetrics.results.sample_index import REPEATED
 from lightning_gradmetrics.results.stores import Store
 from lightning_gradmetrics.results.table import Rows
@@ -34,6 +36,7 @@ class ScoreStage:
         sources: The picture sources, which also read the batches.
         columns: The functions of further columns, by name.
         store: Takes the rows.
+        pixels: Keeps the pixels of segmentation models; one of the sources.
     """
 
     scorer: Scorer
@@ -41,6 +44,7 @@ class ScoreStage:
     store: Store
     sources: Sequence[PictureSource] = ()
     columns: Columns = field(default_factory=dict)
+    pixels: PixelResults | None = None
 
     def ood(self, place: int, size: int) -> Tensor | None:
         """Returns None: while scoring, roles are not used."""
@@ -59,19 +63,24 @@ class ScoreStage:
         ids: Sequence[str] = (),
     ) -> None:
         """Score a batch of the dataloader number ``place``."""
-        if evidence.has_positions:
-            raise ValueError("the callback scores samples; lightning_gradmetrics.score scores pixels and tokens")
         scores, rows = self.scorer(evidence), self.rows[place]
+        logits, labels, maps = batch.logits, batch.labels, None
+        if evidence.has_positions:
+            maps, labels = scores, None
+            aggregate = "mean" if self.pixels is None else self.pixels.settings.aggregates[0]
+            logits, scores = image_level(evidence, maps, aggregate, list(self.columns))
         vectors = {}
         for name, function in self.columns.items():
             vectors[name] = function(evidence)
-        columns = rows.add(batch.inputs, batch.logits, batch.labels, scores, seen, vectors, ids)
-        if self.sources:
-            scored = ScoredBatch(
-                rows.dataset, **columns, inputs=batch.inputs, evidence=evidence, scores=scores
-            ).without_repeats()
+        columns = rows.add(batch.inputs, logits, labels, scores, seen, vectors, ids)
+        scored = ScoredBatch(rows.dataset, **columns, inputs=batch.inputs, evidence=evidence, scores=scores, maps=maps)
+        if self.pixels is not None:
+            self.pixels.add(scored)
+        if len(self.sources) > (self.pixels is not None):
+            scored = scored.without_repeats()
             for source in self.sources:
-                source.add(scored)
+                if source is not self.pixels:
+                    source.add(scored)
         self.store.after_batch(rows)
 
     @property

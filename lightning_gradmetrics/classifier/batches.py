@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
-from lightning_gradmetrics.classifier.labels import class_numbers, described, is_like_labels
+from lightning_gradmetrics.classifier.labels import class_numbers, described, is_like_labels, map_numbers
 
 __all__ = [
     "LABEL_KEYS",
@@ -25,6 +26,9 @@ __all__ = [
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 """Names of mapping entries and object attributes that contain labels."""
 
+MASK_KEYS = ("mask", "masks", "segmentation")
+"""The entries of a mapping that hold label maps, beside images."""
+
 REMEDY = "pass split_batch=, a callable from the batch to (inputs, labels or None)"
 
 
@@ -37,13 +41,14 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
 
     A tensor is the inputs. In a sequence the first entry is the inputs and the second the labels; in ``(index, inputs,
     labels)`` the second and the third. In a mapping the labels are the entry ``label``, ``labels``, ``target``,
-    ``targets`` or ``y``, and the remaining entries are the inputs: keyword arguments, or a tensor if one remains.
+    ``targets`` or ``y``, or a ``mask`` beside images; the remaining entries are the inputs: keyword arguments,
+    or a tensor if one remains.
 
     Args:
         batch: A batch of the dataloader.
 
     Returns:
-        The inputs, and the labels ``(N,)``, or ``None`` where the batch has none that are certain.
+        The inputs, and the labels ``(N,)`` or ``(N, H, W)``, or ``None`` where the batch has none that are certain.
 
     Raises:
         TypeError: If the inputs cannot be found.
@@ -55,11 +60,11 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
                 [0., 0., 0.]]), tensor([0, 1]))
     """
     inputs = batch_inputs(batch)
-    try:
-        labels = BatchCopy(batch).labels(_first_length(inputs), None, ())
-    except LabelsNotUnderstoodError:
-        labels = None
-    return inputs, labels
+    copied, size = BatchCopy(batch), _first_length(inputs)
+    for read in (class_numbers, map_numbers):
+        with suppress(LabelsNotUnderstoodError):
+            return inputs, copied.labels(size, None, (), read)
+    return inputs, None
 
 
 def _first_length(inputs: Inputs) -> int:
@@ -95,7 +100,27 @@ def _label_key(batch: Mapping[str, Any]) -> str | None:
     for key in LABEL_KEYS:
         if key in batch:
             return key
+    for key in MASK_KEYS:
+        if key in batch and _is_mask(batch, key):
+            return key
     return None
+
+
+def _is_mask(batch: Mapping[str, Any], key: str) -> bool:
+    """Return whether an entry has three axes or more, ``(N, H, W)`` or ``(N, 1, H, W)``, beside images ``(N, D, H, W)``."""
+    mask = _given(batch[key])
+    if mask is None or mask.ndim < 3:
+        return False
+    for name, value in batch.items():
+        image = _given(value)
+        if name != key and image is not None and image.ndim == 4:
+            return True
+    return False
+
+
+def _given(value: Any) -> Tensor | None:
+    value = value.given if isinstance(value, _Entry) else value
+    return value if isinstance(value, Tensor) else None
 
 
 def _begins_with_index(batch: Sequence[Any]) -> bool:
@@ -103,6 +128,10 @@ def _begins_with_index(batch: Sequence[Any]) -> bool:
     if len(batch) < 3 or not is_like_labels(batch[0]) or is_like_labels(batch[1]):
         return False
     return isinstance(batch[1], Tensor) and is_like_labels(batch[2])
+
+
+Converter = Callable[[Any, int, "int | None"], "Tensor | None"]
+"""From what a batch holds, N and C to class numbers, or ``None``."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +145,7 @@ class _Entry:
 def _copied(value: Any, depth: int = 0) -> Any:
     """Return the batch with its containers copied, and each tensor as an :class:`_Entry`."""
     if isinstance(value, Tensor):
-        return _Entry(value, value.detach().clone() if value.ndim <= 2 else value)
+        return _Entry(value, value.detach().clone() if _may_be_labels(value) else value)
     if isinstance(value, Mapping):
         return _copied_items(value, depth)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -144,6 +173,12 @@ def _label_attributes(value: Any) -> dict[str, Any]:
     return attributes
 
 
+def _may_be_labels(value: Tensor) -> bool:
+    """Whether a tensor may hold labels of samples or of pixels, so that the step must not change them."""
+    is_map = value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1)
+    return value.ndim <= 2 or is_map or not value.is_floating_point()
+
+
 def _value(entry: Any) -> Any:
     return entry.kept if isinstance(entry, _Entry) else entry
 
@@ -168,7 +203,9 @@ class BatchCopy:
         self.size = _size(self._entries)
         """The length of the batch's first tensor, or ``None``."""
 
-    def labels(self, size: int, classes: int | None, received: Sequence[Tensor]) -> Tensor | None:
+    def labels(
+        self, size: int, classes: int | None, received: Sequence[Tensor], read: Converter = class_numbers
+    ) -> Tensor | None:
         """Return the labels ``(N,)``, or ``None`` if the batch contains nothing that could be labels.
 
         Args:
@@ -179,7 +216,7 @@ class BatchCopy:
         Raises:
             LabelsNotUnderstoodError: If an entry may be labels, but that is not certain.
         """
-        return _labels(self._entries, _Search(size, classes, received), "the batches")
+        return _labels(self._entries, _Search(size, classes, received, read), "the batches")
 
 
 @dataclass(frozen=True)
@@ -189,9 +226,10 @@ class _Search:
     size: int
     classes: int | None
     received: Sequence[Tensor]
+    read: Converter = class_numbers
 
     def convert(self, entry: Any, where: str) -> Tensor:
-        labels = class_numbers(_value(entry), self.size, self.classes)
+        labels = self.read(_value(entry), self.size, self.classes)
         if labels is None:
             raise LabelsNotUnderstoodError(
                 f"{where} contains {described(_value(entry))}, which is not one class per sample"
@@ -293,7 +331,7 @@ def _labels_before(entries: list[Any], inputs: list[int], search: _Search, where
     for position, entry in enumerate(entries):
         if position not in inputs and is_like_labels(_value(entry)):
             raise LabelsNotUnderstoodError(f"in {where} integers come before the inputs, and nothing follows them")
-    if len(entries) > 1 and class_numbers(_value(entries[-1]), search.size, search.classes) is not None:
+    if len(entries) > 1 and search.read(_value(entries[-1]), search.size, search.classes) is not None:
         raise LabelsNotUnderstoodError(f"the model received the last entry of {where}, so it may not be the labels")
     inner = _containers(entries, inputs)
     return _labels(entries[inner[0]], search, where) if len(inner) == 1 else None

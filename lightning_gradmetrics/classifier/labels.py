@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["class_numbers", "described", "is_like_labels"]
+__all__ = ["class_numbers", "described", "is_like_labels", "map_numbers"]
 
 
 def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
@@ -40,6 +40,33 @@ def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor |
     if labels.shape != (size,) or not _is_whole(labels):
         return None
     return labels.long()
+
+
+def map_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
+    """The class number of every pixel, ``(N, H, W)``, int64; ``None`` if the value is not certain to hold label maps.
+
+    Converted are whole numbers of any type ``(N, H, W)`` or ``(N, 1, H, W)``, and one-hot maps ``(N, C, H, W)``.
+
+    Args:
+        value: What the batch holds.
+        size: The number of images ``N``.
+        classes: The number of classes ``C``; ``None`` if it is unknown.
+
+    Example:
+        >>> map_numbers(torch.ones(2, 1, 4, 5), 2).shape
+        torch.Size([2, 4, 5])
+    """
+    labels = _tensor(value)
+    if labels is None or labels.is_complex() or labels.ndim not in (3, 4) or len(labels) != size:
+        return None
+    if labels.ndim == 4 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 4:
+        is_binary = labels.shape[1] == classes and bool(((labels == 0) | (labels == 1)).all())
+        if not is_binary or not bool((labels.sum(1) == 1).all()):
+            return None
+        return labels.long().argmax(1)
+    return labels.long() if _is_whole(labels) else None
 
 
 def _tensor(value: Any) -> Tensor | None:

@@ -237,6 +237,14 @@ class HeadFeatures:
         """Return the features of the samples that ``keep`` marks or lists."""
         return self._with_inputs(lambda tensor: tensor[keep])
 
+    def carried(self, carry: Carry) -> HeadFeatures:
+        """Return them behind one more map of every channel."""
+        blocks = []
+        for block in self.blocks:
+            terms = [replace(term, carries=(*term.carries, carry)) for term in block.terms]
+            blocks.append(replace(block, terms=tuple(terms)))
+        return HeadFeatures(tuple(blocks))
+
     def precise(self) -> HeadFeatures:
         """Return the features in float64 for samples, and in at least float32 for positions."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import gradients_enabled
-from lightning_gradmetrics.gradients.objectives import IGNORED, Loss, Objective
+from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.softmax import Softmax
 
 __all__ = ["output_gradient"]
@@ -27,7 +27,7 @@ def output_gradient(objective: Objective, logits: Tensor, softmax: Softmaxes, ta
         objective: The objective.
         logits: ``(N, C, *P)``.
         softmax: From a temperature to the softmax of the logits.
-        targets: True labels ``(N, *P)``, for the objectives that need them; -100 has the gradient zero.
+        targets: True labels ``(N, *P)``, for the objectives that need them; a negative one has the gradient zero.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0]])
@@ -74,7 +74,7 @@ def _confounding_logits(logits: Tensor, softmax: Softmaxes) -> Tensor:
 
 
 def _label(logits: Tensor, softmax: Softmaxes, targets: Tensor) -> Tensor:
-    known = targets != IGNORED
+    known = targets >= 0
     return softmax(1.0).residual(targets.where(known, 0)).where(known.unsqueeze(1), 0)
 
 

@@ -63,6 +63,7 @@ class ScoredBatch:
         inputs: The model's inputs.
         evidence: The evidence that the scores were computed from.
         scores: Values of each score ``(N,)``, by name.
+        maps: Values of each score at every position ``(N, *P)``, or ``None`` for a model of samples.
     """
 
     dataset: str
@@ -73,6 +74,7 @@ class ScoredBatch:
     inputs: Inputs | None
     evidence: Evidence
     scores: Mapping[str, Tensor]
+    maps: Mapping[str, Tensor] | None = None
 
     def without_repeats(self) -> ScoredBatch:
         """Return the batch without the samples that a distributed sampler repeats."""
@@ -85,6 +87,9 @@ class ScoredBatch:
             has_samples = tensor.ndim > 0 and len(tensor) == size
             return tensor[keep.to(tensor.device)] if has_samples else tensor
 
+        maps = None
+        if self.maps is not None:
+            maps = {name: take(values) for name, values in self.maps.items()}
         return replace(
             self,
             index=take(self.index),
@@ -94,6 +99,7 @@ class ScoredBatch:
             inputs=map_tensors(self.inputs, take),
             evidence=self.evidence.rows(keep),
             scores={name: take(values) for name, values in self.scores.items()},
+            maps=maps,
         )
 
 

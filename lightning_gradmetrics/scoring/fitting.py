@@ -195,6 +195,8 @@ def gathered(
         inputs, labels = split_batch(batch)
         seen = observer.own(map_tensors(inputs, lambda tensor: tensor.to(device)))
         flags = torch.full((seen.size,), ood, device=device)
+        if labels is not None and labels.ndim != seen.logits.ndim - 1:
+            labels = None
         kept = replace(seen, labels=None if labels is None else labels.to(device), ood=flags)
         yield kept, scorer.evidence(model, kept)
 

@@ -13,10 +13,13 @@ from torch import Tensor
 from lightning_gradmetrics.gradients.objectives import IGNORED
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 
-__all__ = ["VOID", "check_logits", "known_labels", "not_per_position", "two_columns", "with_two_columns"]
+__all__ = ["OUTLIER", "VOID", "check_logits", "known_labels", "not_per_position", "two_columns", "with_two_columns"]
 
 VOID = 255
 """The label of positions without a class in most segmentation data sets."""
+
+OUTLIER = -200
+"""The label that marks an out-of-distribution pixel; like every negative label, it is not a class."""
 
 LOOKED_AT = 4096
 """Positions of a batch whose logits are checked for being probabilities."""
@@ -80,7 +83,7 @@ def known_labels(labels: Tensor, logits: Tensor) -> Tensor:
             "Allowed are these, 255 and negative numbers for an unknown label: replace every other label of ignored or "
             "unknown objects, as in labels.masked_fill(labels == 11, -1)"
         )
-    return labels.long().masked_fill(unknown, IGNORED)
+    return labels.long().masked_fill(unknown & (labels != OUTLIER), IGNORED)
 
 
 def check_logits(logits: Tensor) -> None:

@@ -17,6 +17,7 @@ from tests.package.allowances import UNDOCUMENTED
 FACE = {
     "GradientMetrics",
     "GradientStatistics",
+    "Pixels",
     "cosine_similarity_maps",
     "cross_fit",
     "evaluation",

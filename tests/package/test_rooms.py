@@ -24,7 +24,7 @@ ROOMS = {
     "export": {"classifier", "scoring", "scores"},
     "compat": {"classifier", "gradients", "engine"},
     "plot": {"meters", "evaluation"},
-    "pictures": {"classifier", "gradients", "evaluation", "scoring", "scores", "plot"},
+    "pictures": {"classifier", "meters", "gradients", "results", "evaluation", "scoring", "scores", "plot"},
     "tables": {"evaluation", "scores"},
     "report": {"meters", "results", "evaluation", "scores", "tables"},
     "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures", "tables", "report"},

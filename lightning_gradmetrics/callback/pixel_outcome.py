@@ -1,0 +1,45 @@
+"""What a user reads after a run of a segmentation model, beside the rows of its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from lightning_gradmetrics.pictures.pixels.settings import Pixels
+from lightning_gradmetrics.pictures.pixels.source import PixelResults
+from lightning_gradmetrics.results.stores import Results
+
+__all__ = ["PixelOutcome"]
+
+
+class PixelOutcome:
+    """The part of the callback that shows segments, metrics of pixels, and maps."""
+
+    pixels: Pixels
+    _pixels: PixelResults
+
+    @property
+    def segments(self) -> pa.Table:
+        """The predicted segments: one row per segment with its class, size, box, IoU, error and mean scores."""
+        return self._pixels.tables().get("segments", pa.table({}))
+
+    @property
+    def pixel_metrics(self) -> pa.Table:
+        """The metrics of pixels: one row per data set, task, score, metric and kind of pooling."""
+        return self._pixels.tables().get("pixel_metrics", pa.table({}))
+
+    def write_maps(self, directory: Path | str) -> list[Path]:
+        """Write the maps of the images that ``pixels=Pixels(maps=...)`` keeps.
+
+        Args:
+            directory: The directory; it is made if it is missing.
+
+        Returns:
+            For each image a ``.npz`` file with its arrays, and a PNG with all maps, scores coloured by rank.
+        """
+        return self._pixels.write_maps(directory)
+
+    def _with_images(self, results: Results) -> Results:
+        """The results with the columns of images, of a segmentation model whose results are in memory."""
+        return results if callable(results) else self._pixels.with_images(results)

@@ -1,0 +1,134 @@
+"""Values of an image from those of its pixels: aggregates of scores, share of wrong pixels, and mean IoU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.scoring.evidence import Evidence
+
+__all__ = ["aggregate", "class_shares", "columns_of", "image_errors", "image_level", "image_scores", "mean_iou"]
+
+
+def aggregate(maps: Tensor, name: str) -> Tensor:
+    """Return an aggregate of the pixels of each image, ``(N,)``, over all pixels, labelled or not.
+
+    Pixels whose value is NaN because their label is unknown are left out of the mean and the quantiles.
+
+    Args:
+        maps: ``(N, H, W)``.
+        name: ``"mean"``, ``"max"``, or a quantile as ``"q95"``.
+
+    Example:
+        >>> aggregate(torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]), "mean")
+        tensor([1.5000], dtype=torch.float64)
+    """
+    rows = maps.flatten(1).double()
+    if name == "mean":
+        return rows.nanmean(1)
+    if name == "max":
+        return rows.nan_to_num(-torch.inf).amax(1)
+    return rows.nanquantile(float(name[1:]) / 100, 1) if rows.numel() <= 2**24 else _quantile(rows, float(name[1:]))
+
+
+def _quantile(rows: Tensor, percent: float) -> Tensor:
+    """The quantile without interpolation, of rows that are too long for ``torch.quantile``."""
+    known = rows.isfinite().sum(1)
+    place = ((known - 1).clamp(min=0) * percent / 100).round().long()
+    return rows.sort(1).values.gather(1, place[:, None])[:, 0]
+
+
+def image_scores(maps: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return an aggregate of every score, ``(N,)`` each."""
+    scores = {}
+    for score, values in maps.items():
+        scores[score] = aggregate(values, name)
+    return scores
+
+
+def class_shares(prediction: Tensor, classes: int) -> Tensor:
+    """Return the share of pixels that are predicted to be of each class, ``(N, C)``.
+
+    Args:
+        prediction: ``(N, H, W)``, class numbers.
+        classes: The number of classes C.
+    """
+    rows = []
+    for image in prediction.flatten(1):
+        rows.append(torch.bincount(image, minlength=classes) / max(1, len(image)))
+    return torch.stack(rows)
+
+
+def image_errors(prediction: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of labelled pixels of each image, and the share of them that is wrong, ``(N,)`` each.
+
+    Args:
+        prediction: ``(N, H, W)``.
+        labels: ``(N, H, W)``; negative where unknown.
+    """
+    known = (labels >= 0).flatten(1)
+    wrong = (prediction != labels).flatten(1) & known
+    count = known.sum(1)
+    return count, wrong.sum(1).double() / count  # NaN without labelled pixels
+
+
+def mean_iou(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return the mean intersection over union of the classes in each image's labels, ``(N,)``, over labelled pixels.
+
+    Args:
+        prediction: ``(N, H, W)``.
+        labels: ``(N, H, W)``; negative where unknown.
+        classes: The number of classes.
+    """
+    values = []
+    for image, truth in zip(prediction.flatten(1), labels.flatten(1), strict=True):
+        known = truth >= 0
+        pairs = torch.bincount(truth[known] * classes + image[known], minlength=classes * classes).view(
+            classes, classes
+        )
+        hits, present = pairs.diagonal().double(), pairs.sum(1) > 0
+        union = pairs.sum(0) + pairs.sum(1) - pairs.diagonal()
+        values.append((hits / union)[present].mean())
+    return torch.stack(values)
+
+
+def columns_of(
+    maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None, classes: int, aggregates: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the further columns of the rows of images, ``(N,)`` each."""
+    count, height, width = prediction.shape
+    columns = {"height": torch.full((count,), height), "width": torch.full((count,), width)}
+    known = torch.full_like(prediction, -1) if labels is None else labels
+    columns["pixels"], columns["error"] = image_errors(prediction, known)
+    columns["miou"] = mean_iou(prediction, known, classes)
+    for name in aggregates[1:]:
+        for score, values in image_scores(maps, name).items():
+            columns[f"{score}/{name}"] = values
+    return columns
+
+
+def image_level(
+    evidence: Evidence, maps: Mapping[str, Tensor], name: str, columns: Sequence[str] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the values of images from those of their pixels: the shares of the predicted classes, and the scores.
+
+    Args:
+        evidence: Of the pixels.
+        maps: The scores ``(N, H, W)``.
+        name: The aggregate.
+        columns: Further columns of the results, which are defined for samples only.
+
+    Raises:
+        ValueError: If the positions are not pixels, or further columns are asked for.
+    """
+    if evidence.given_logits.ndim != 4:
+        raise ValueError(
+            f"the logits have shape {tuple(evidence.given_logits.shape)}: in a Trainer, scores per position are those of the "
+            "pixels of images, (N, C, H, W). lightning_gradmetrics.score returns those of other positions"
+        )
+    if columns:
+        raise ValueError(f"columns= names {columns[0]!r}, and further columns are defined for samples, not for pixels")
+    logits = evidence.given_logits
+    return class_shares(logits.argmax(1), logits.shape[1]), image_scores(maps, name)

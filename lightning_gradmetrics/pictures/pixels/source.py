@@ -1,0 +1,197 @@
+"""What a run keeps of pixels: rows of images and segments, metrics, and maps, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, images_of
+from lightning_gradmetrics.pictures.pixels.images import columns_of
+from lightning_gradmetrics.pictures.pixels.maps import KeptMaps, figure_of, half, picture_of, write_maps
+from lightning_gradmetrics.pictures.pixels.metrics import Meters, PixelMeter, joined, sampled_pixels
+from lightning_gradmetrics.pictures.pixels.segments import segments_of
+from lightning_gradmetrics.pictures.pixels.settings import Pixels
+from lightning_gradmetrics.results.sample_index import REPEATED
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.logit_checks import OUTLIER
+
+__all__ = ["PixelResults"]
+
+Row = dict[str, Any]
+
+
+class PixelResults:
+    """Reads the batches of a segmentation model, and keeps what the settings ask for; other models leave it empty.
+
+    Args:
+        settings: What to keep.
+    """
+
+    def __init__(self, settings: Pixels) -> None:
+        self.settings = settings
+        self.images: list[Row] = []
+        self.segments: list[Row] = []
+        self.meters: Meters = {}
+        self.maps: list[KeptMaps] = []
+
+    def look(self, evidence: Evidence) -> None:
+        """Read nothing that scores do not read."""
+
+    def add(self, batch: ScoredBatch) -> None:
+        """Read a batch; does nothing without maps of pixels."""
+        if batch.maps is None or batch.evidence.given_logits.ndim != 4:
+            return
+        evidence = batch.evidence
+        prediction = evidence.given_logits.argmax(1)
+        labels, classes = evidence.given_labels, evidence.given_logits.shape[1]
+        columns = columns_of(batch.maps, prediction, labels, classes, self.settings.aggregates)
+        index = batch.index.tolist()
+        for number, image in enumerate(index):
+            if image == REPEATED:
+                continue
+            row: Row = {"dataset": batch.dataset, "index": image if image >= 0 else None}
+            for name, values in columns.items():
+                row[name] = values[number].item()
+            self.images.append(row)
+            truth = None if labels is None else labels[number]
+            one = {name: values[number] for name, values in batch.maps.items()}
+            self._add_metrics(batch.dataset, one, prediction[number], truth)
+            self._add_segments(row, one, prediction[number], truth)
+            self._keep_maps(row, batch, number, one, prediction[number], truth)
+
+    def _add_metrics(self, dataset: str, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None) -> None:
+        if labels is None:
+            return
+        truth, predicted = labels.flatten().cpu(), prediction.flatten().cpu()
+        tasks = {"misclassification": (truth >= 0, predicted != truth)}
+        if self.settings.ood_labels:
+            tasks["ood"] = ((truth >= 0) | (truth == OUTLIER), truth == OUTLIER)
+        for task, (known, target) in tasks.items():
+            places = sampled_pixels(known, self.settings.every)
+            for score, values in maps.items():
+                chosen = values.flatten().cpu()[places]
+                finite = chosen.isfinite()
+                key = (dataset, task, score)
+                if key not in self.meters:
+                    self.meters[key] = PixelMeter(self.settings.bins, self.settings.resamples)
+                self.meters[key].add(chosen[finite], target[places][finite], predicted[places][finite])
+
+    def _add_segments(self, row: Row, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None) -> None:
+        if not self.settings.segments:
+            return
+        arrays = {}
+        for name, values in maps.items():
+            arrays[name] = values.double().cpu().numpy()
+        truth = None if labels is None else labels.cpu().numpy()
+        start = {"dataset": row["dataset"], "index": row["index"]}
+        for segment in segments_of(prediction.cpu().numpy(), truth, arrays, self.settings.segments):
+            self.segments.append({**start, **segment})
+
+    def _keep_maps(
+        self,
+        row: Row,
+        batch: ScoredBatch,
+        number: int,
+        maps: Mapping[str, Tensor],
+        prediction: Tensor,
+        labels: Tensor | None,
+    ) -> None:
+        first = next(iter(batch.scores))
+        value = float(batch.scores[first][number])
+        wanted = self.settings.maps
+        if not wanted or (len(self.maps) == wanted and value <= self.maps[-1].value):
+            return
+        images = images_of(batch.inputs)
+        picture = None if images is None else picture_of(images[number])
+        halves = {name: half(values) for name, values in maps.items()}
+        truth = None if labels is None else labels.cpu().numpy()
+        place = len(self.images) - 1 if row["index"] is None else int(row["index"])
+        kept = KeptMaps(batch.dataset, place, value, prediction.cpu().numpy(), truth, halves, picture)
+        self._take([*self.maps, kept])
+
+    def _take(self, maps: Sequence[KeptMaps]) -> None:
+        ordered = sorted(maps, key=lambda one: (-one.value, one.dataset, one.index))
+        self.maps = ordered[: self.settings.maps]
+
+    def kept(self) -> Any:
+        """Return what processes exchange."""
+        return self.images, self.segments, self.meters, self.maps
+
+    def join(self, parts: Sequence[Any]) -> None:
+        """Replace the data by those of all processes."""
+        self.images, self.segments, maps = [], [], []
+        for images, segments, _, own in parts:
+            self.images += images
+            self.segments += segments
+            maps += own
+        self.meters = joined([meters for _, _, meters, _ in parts])
+        self._take(maps)
+
+    def pictures(self) -> list[Picture]:
+        """Return a picture of each image whose maps are kept."""
+        pictures = []
+        for maps in self.maps:
+            name = f"maps/{maps.dataset}/{maps.index}"
+            caption = "Scores by rank: every colour covers the same number of pixels. Ignored pixels are grey."
+            pictures.append(Picture(name, f"{maps.dataset}, image {maps.index}", caption, figure_of(maps), "Maps"))
+        return pictures
+
+    def tables(self) -> dict[str, pa.Table]:
+        """Return the tables ``images``, ``segments`` and ``pixel_metrics``, if there are any."""
+        tables = {}
+        for name, rows in (("images", self.images), ("segments", self.segments), ("pixel_metrics", self.metrics())):
+            if rows:
+                tables[name] = pa.Table.from_pylist(rows)
+        return tables
+
+    def metrics(self) -> list[Row]:
+        """Return the metrics of pixels: one row per data set, task, score, metric and kind of pooling."""
+        rows = []
+        for (dataset, task, score), meter in self.meters.items():
+            for row in meter.rows():
+                rows.append({"dataset": dataset, "unit": "pixel", "task": task, "score": score, **row})
+        return rows
+
+    def logged(self, prefix: str) -> dict[str, float]:
+        """Return the AUROC of pixels, pooled and within the predicted class, by the names of the loggers."""
+        logged = {}
+        for row in self.metrics():
+            if row["metric"] == "auroc" and row["within"] != "image":
+                kind = "pixel" if row["within"] == "all" else "pixel_within_class"
+                logged[f"{prefix}/{row['dataset']}/{row['task']}/{row['score']}/{kind}_auroc"] = row["value"]
+        return logged
+
+    def with_images(self, results: pa.Table) -> pa.Table:
+        """Return the results with the columns of the images, matched by data set and index; unchanged if that fails.
+
+        Args:
+            results: One row per image.
+        """
+        by_key = {(row["dataset"], row["index"]): row for row in self.images}
+        if (
+            not self.images
+            or "error" in results.column_names
+            or len(by_key) != results.num_rows
+            or len(self.images) != results.num_rows
+        ):
+            return results
+        rows = []
+        for dataset, index in zip(results["dataset"].to_pylist(), results["index"].to_pylist(), strict=True):
+            if (dataset, index) not in by_key:
+                return results
+            rows.append(by_key[dataset, index])
+        added = pa.Table.from_pylist(rows).drop_columns(["dataset", "index"])
+        for name in added.column_names:
+            results = results.append_column(name, added[name])
+        return results
+
+    def write_maps(self, directory: str | Path) -> list[Path]:
+        """Write the kept maps, ``<dataset>_<index>.npz`` and a PNG each, and return the files."""
+        paths: list[Path] = []
+        for maps in self.maps:
+            paths += write_maps(maps, Path(directory))
+        return paths

@@ -1,0 +1,29 @@
+"""The batch of a segmentation model whose logits are smaller than its labels, at the size of the labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lightning_gradmetrics.classifier.carry import Carry
+from lightning_gradmetrics.gradients.head_features import HeadFeatures
+from lightning_gradmetrics.scoring.batch import ObservedBatch
+
+__all__ = ["at_size"]
+
+
+def at_size(batch: ObservedBatch, size: tuple[int, ...]) -> ObservedBatch:
+    """Return the batch with its logits resized bilinearly to a size, as ``post_process_semantic_segmentation`` does.
+
+    The features of the head are carried by the same map, so gradients stay exact: those of the resized logits.
+
+    Args:
+        batch: Of pixels.
+        size: Height and width.
+    """
+    if tuple(batch.logits.shape[2:]) == size:
+        return batch
+    carry = Carry(size=size, mode="bilinear", align_corners=False)
+    features = batch.features
+    if isinstance(features, HeadFeatures):
+        features = features.carried(carry)
+    return replace(batch, logits=carry(batch.logits), features=features)

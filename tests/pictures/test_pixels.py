@@ -1,0 +1,187 @@
+"""The callback with segmentation models: batches as people have them, rows of images, segments, metrics, and maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import lightning_gradmetrics as lgm
+from tests.scoring.segmenters import HEADS, Segmenter, logits_of
+
+SCORES = ["max_softmax", "pseudo_label"]
+SIZE, LOGITS = (8, 9), (16, 19)
+
+
+def data(count: int = 5, size: tuple[int, int] = LOGITS, classes: int = 5) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for _ in range(count):
+        labels = torch.randint(classes, size, generator=generator)
+        labels[0, :4] = 255
+        rows.append((torch.randn(3, *SIZE, generator=generator), labels))
+    return rows
+
+
+class Batches(LightningModule):
+    """A module whose step takes a batch apart as one library does."""
+
+    def __init__(self, net: nn.Module, step: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.net, self.step = net, step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.net(*args, **kwargs)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.step(self, batch)
+
+
+def run_on(
+    callback: lgm.GradientMetrics, rows: list[Any], net: nn.Module, step: Callable[[nn.Module, Any], Any]
+) -> None:
+    torch.manual_seed(0)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    trainer = Trainer(callbacks=[callback], enable_model_summary=False, **quiet)
+    trainer.test(Batches(net, step), DataLoader(rows, batch_size=2), verbose=False)
+
+
+class KeywordModel(nn.Module):
+    """A model as in transformers: keywords in, an object with small logits out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Segmenter(nn.Conv2d(4, 5, 1))
+
+    @property
+    def head(self) -> nn.Module:
+        return self.net.head
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+        return {"loss": None, "logits": self.net(pixel_values)}
+
+
+FORMS: dict[str, tuple[Callable[[tuple[Tensor, Tensor]], Any], Callable[[nn.Module, Any], Any]]] = {
+    "pair": (lambda row: row, lambda model, batch: model(batch[0])),
+    "image and mask": (
+        lambda row: {"image": row[0], "mask": row[1], "name": "a"},
+        lambda model, batch: model(batch["image"]),
+    ),
+    "one channel, int32": (lambda row: (row[0], row[1][None].int()), lambda model, batch: model(batch[0])),
+    "floats": (lambda row: {"image": row[0], "mask": row[1].float()}, lambda model, batch: model(batch["image"])),
+    "changed in place": (lambda row: row, lambda model, batch: (model(batch[0]), batch[1].zero_())),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_as_people_have_them(form: str) -> None:
+    torch.manual_seed(0)
+    change, step = FORMS[form]
+    net, rows = HEADS["bilinear"]().eval(), data()
+    callback = lgm.GradientMetrics(SCORES, pixels={"segments": 0})
+    run_on(callback, [change(row) for row in rows], net, step)
+    images, labels = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    maps, prediction = lgm.score(net, images, SCORES), logits_of(net(images)).argmax(1)
+    results = callback.results
+    for name in SCORES:
+        np.testing.assert_allclose(results[name].to_numpy(), maps[name].flatten(1).mean(1), rtol=1e-5)
+    wrong = ((prediction != labels) & (labels != 255)).flatten(1).sum(1) / (labels != 255).flatten(1).sum(1)
+    np.testing.assert_allclose(results["error"].to_numpy(), wrong, rtol=1e-6)
+    assert results["pixels"].to_pylist() == [(label != 255).sum() for label in labels]
+    assert results["label"].null_count == len(rows)
+
+
+def test_small_logits_are_resized_to_the_labels() -> None:
+    """As ``post_process_semantic_segmentation`` does; the gradient is that of the resized logits."""
+    torch.manual_seed(0)
+    net, rows = KeywordModel().eval(), data()
+    callback = lgm.GradientMetrics(SCORES)
+    change = [{"pixel_values": row[0], "labels": row[1]} for row in rows]
+    run_on(callback, change, net, lambda model, batch: model(**batch))
+    resized = Segmenter(net.net.head, lambda z: F.interpolate(z, LOGITS, mode="bilinear"), net.net.body)
+    maps = lgm.score(resized, torch.stack([row[0] for row in rows]), SCORES)
+    np.testing.assert_allclose(
+        callback.results["pseudo_label"].to_numpy(), maps["pseudo_label"].flatten(1).mean(1), 1e-5
+    )
+
+
+def test_one_logit_is_two_classes() -> None:
+    torch.manual_seed(0)
+    net, rows = HEADS["one logit"]().eval(), data(size=(16, 18), classes=2)
+    callback = lgm.GradientMetrics(SCORES)
+    run_on(callback, rows, net, lambda model, batch: model(batch[0]))
+    images, labels = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    wrong = ((net(images)[:, 0] > 0).long() != labels) & (labels != 255)
+    np.testing.assert_allclose(callback.results["error"].to_numpy(), wrong.flatten(1).sum(1) / 284, rtol=1e-6)
+
+
+def metric(callback: lgm.GradientMetrics, **wanted: Any) -> float:
+    (row,) = [row for row in callback.pixel_metrics.to_pylist() if wanted.items() <= row.items()]
+    return float(row["value"])
+
+
+@pytest.mark.parametrize("bins", [None, 16384])
+def test_metrics_are_those_of_the_pixels(bins: int | None) -> None:
+    torch.manual_seed(0)
+    net, rows = HEADS["bilinear"]().eval(), data(7)
+    settings = lgm.Pixels(bins=bins, every=1, ood_labels=(7,), ignore_index=(255, 6))
+    for _, labels in rows:
+        labels[3], labels[4] = 7, 6
+    callback = lgm.GradientMetrics(SCORES, pixels=settings)
+    run_on(callback, rows, net, lambda model, batch: model(batch[0]))
+    images, labels = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    values, prediction = lgm.score(net, images, "pseudo_label")["pseudo_label"], net(images).argmax(1)
+    wrong, known = prediction != labels, labels < 5
+    misses = {"score": "pseudo_label", "task": "misclassification", "metric": "auroc"}
+    assert metric(callback, **misses, within="all") == pytest.approx(roc_auc_score(wrong[known], values[known]))
+    per_image, within, pairs = [], 0.0, 0
+    for one in range(len(rows)):
+        per_image.append(roc_auc_score(wrong[one][known[one]], values[one][known[one]]))
+    assert metric(callback, **misses, within="image") == pytest.approx(np.mean(per_image))
+    for number in range(5):
+        inside = known & (prediction == number)
+        count = int(wrong[inside].sum() * (~wrong[inside]).sum())
+        if count:
+            within, pairs = within + count * roc_auc_score(wrong[inside], values[inside]), pairs + count
+    assert metric(callback, **misses, within="predicted class") == pytest.approx(within / pairs)
+    seen = known | (labels == 7)
+    outliers = metric(callback, score="pseudo_label", task="ood", metric="auroc", within="all")
+    assert outliers == pytest.approx(roc_auc_score(labels[seen] == 7, values[seen]))
+
+
+def test_segments_and_maps(tmp_path: Any) -> None:
+    net, rows = HEADS["bilinear"]().eval(), data()
+    callback = lgm.GradientMetrics(SCORES, pixels={"segments": 3, "maps": 2, "aggregates": ("mean", "q95")})
+    run_on(callback, rows, net, lambda model, batch: model(batch[0]))
+    segments, results = callback.segments.to_pylist(), callback.results
+    assert {row["index"] for row in segments} == set(range(5))
+    assert all(row["size"] >= 3 and 0 <= row["iou"] <= 1 - row["error"] + 1e-12 for row in segments)
+    assert "pseudo_label/q95" in results.column_names
+    files = callback.write_maps(tmp_path)
+    largest = np.argsort(-results["max_softmax"].to_numpy())[:2]
+    assert {file.name for file in files if file.suffix == ".npz"} == {f"dataloader_0_{index}.npz" for index in largest}
+    arrays = np.load(tmp_path / f"dataloader_0_{largest[0]}.npz")
+    expected = lgm.score(net, rows[largest[0]][0][None], "pseudo_label")["pseudo_label"][0]
+    np.testing.assert_allclose(arrays["pseudo_label"], expected, rtol=2e-3)
+    assert (tmp_path / f"dataloader_0_{largest[0]}.png").stat().st_size > 1000
+
+
+def test_a_label_that_is_no_class_is_named() -> None:
+    net, rows = HEADS["bilinear"]().eval(), data()
+    rows[2][1][5, 5] = 11
+    with pytest.raises(ValueError, match=r"label 11, and the model has 5 classes.*ignore_index"):
+        run_on(lgm.GradientMetrics(SCORES), rows, net, lambda model, batch: model(batch[0]))
+
+
+@pytest.mark.parametrize("pixels", [{"maps": -1}, {"aggregates": ("median",)}, {"every": 0}, {"ood_labels": (255,)}])
+def test_settings_are_checked(pixels: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        lgm.GradientMetrics(SCORES, pixels=pixels)
