@@ -126,24 +126,27 @@ def _tensors(task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Ten
 def _checked_program(task: Task, expected: Sequence[Moments]) -> Program | None:
     """Return the program of a batch, or ``None`` with a warning that says why there is none."""
     strategy = verified_strategy(task)
-    reason = _obstacle(task, strategy)
-    if strategy is None or reason:
-        return _eager(task, reason)
+    program, reason = None, _obstacle(task, strategy)
+    if strategy is not None and not reason:
+        program, reason = _compared_program(task, strategy, expected)
+    if program is None:
+        warnings.warn(f"{type(task.model).__name__} is not compiled and runs eagerly: {reason}", stacklevel=2)
+    return program
+
+
+def _compared_program(task: Task, strategy: Strategy, expected: Sequence[Moments]) -> tuple[Program | None, str]:
+    """Return a program whose moments of the batch are the expected ones, or ``None`` and the reason."""
     try:
         program = _program(task, strategy)
         found = program.moments(task)
     except Exception as error:  # tracing and compiling fail in many ways; the eager engine has the result
-        return _eager(task, f"{type(error).__name__}: {error}".partition("\n")[0])
+        return None, f"{type(error).__name__}: {error}".partition("\n")[0]
     parameters = list(task.parameters.values())
     entries = torch.tensor([p.numel() for p in parameters], dtype=torch.float64, device=parameters[0].device)
     for moments, wanted in zip(found, expected, strict=True):
         if not _agree(moments, wanted, rounding(parameters[0]), entries):
-            return _eager(task, "its compiled plan disagrees with the eager one")
-    return program
-
-
-def _eager(task: Task, reason: str) -> None:
-    warnings.warn(f"{type(task.model).__name__} is not compiled and runs eagerly: {reason}", stacklevel=2)
+            return None, "its compiled plan disagrees with the eager one"
+    return program, ""
 
 
 def _obstacle(task: Task, strategy: Strategy | None) -> str:
@@ -168,7 +171,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
         parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor], labels: Tensor | None
     ) -> tuple[Tensor, ...]:
         given = iter(inputs)
-        chosen = {name: parameters[name] for name in task.parameters}
+        chosen: Any = {name: parameters[name] for name in task.parameters}
         with _holding(task.model, {**parameters, **buffers}), plain_kernels(), torch.enable_grad():
             batch = replace(
                 task, inputs=map_tensors(task.inputs, lambda _: next(given)), targets=labels, parameters=chosen
