@@ -53,7 +53,7 @@ def openood(score: ScoreLike, **options: Any) -> type[Any]:
 
 def _bases() -> tuple[type[Any], ...]:
     try:
-        from openood.postprocessors import BasePostprocessor
+        from openood.postprocessors import BasePostprocessor  # type: ignore[import-not-found]
     except ImportError:
         return ()
     return (BasePostprocessor,)

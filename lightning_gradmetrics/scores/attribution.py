@@ -26,7 +26,7 @@ WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 def attributed_layers(model: nn.Module) -> list[nn.Module]:
     """Return the normalisation layers of a model, or its convolutions and linear layers if it has none."""
     for kinds in (NORMS, WEIGHTED):
-        layers = []
+        layers: list[nn.Module] = []
         for module in model.modules():
             if isinstance(module, kinds):
                 layers.append(module)
@@ -46,7 +46,7 @@ def _gradients_of_outputs(layers: list[nn.Module]) -> Iterator[dict[nn.Module, T
     def watch(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad and module not in called:
             called.add(module)
-            output.register_hook(_keep(gradients, module))  # an in-place ReLU may follow
+            output.register_hook(_keep(gradients, module))  # type: ignore[no-untyped-call]  # an in-place ReLU may follow
 
     with ExitStack() as stack:
         for layer in layers:

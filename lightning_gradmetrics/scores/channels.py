@@ -48,7 +48,8 @@ def _sketched(statistics: Tensor, width: int) -> Tensor:
         return statistics
     generator = torch.Generator().manual_seed(columns)
     signs = torch.randint(0, 2, (columns, width), generator=generator) * 2 - 1
-    return statistics @ (signs.to(statistics) / columns**0.5)
+    sketch: Tensor = statistics @ (signs.to(statistics) / columns**0.5)
+    return sketch
 
 
 class ChannelStatistics:

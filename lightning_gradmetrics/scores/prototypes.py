@@ -69,7 +69,7 @@ class grood(FittedScore):
         if not correct.any():
             raise ValueError("grood is fitted on correctly predicted samples with labels, and there are none")
         means = []
-        for label in labels[usable].unique():
+        for label in torch.unique(labels[usable]):
             means.append(features[usable & (labels == label)].mean(0))
         prototypes = torch.stack(means)
         noise = prototypes.mean(0)
