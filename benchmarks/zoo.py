@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import textwrap
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
 from benchmarks.zoo_models import FAMILIES, UnsuitableError, logits_of
+from lightning_gradmetrics.gradients.objectives import Objective
 
 STATISTICS = ("max", "min", "std", "l1", "l2")
 BOUND = 1e-9
@@ -60,7 +63,14 @@ def chosen_parameters(model: nn.Module) -> list[str]:
     return [names[place] for place in dict.fromkeys(places)]
 
 
-def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
+def temperature_of(model: nn.Module, inputs: Any) -> float:
+    """1, or what keeps logits with random weights within a range of 10: beyond it the gradients vanish."""
+    with torch.no_grad():
+        logits = logits_of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+    return max(1.0, float(logits.amax(1).sub(logits.amin(1)).max()) / 10)
+
+
+def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str], temperature: float) -> dict[str, Tensor]:
     """Each statistic ``(N, P)`` of each sample's gradient, from a batch of that sample alone."""
     parameters = [model.get_parameter(name).requires_grad_() for name in names]
     size = len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
@@ -71,7 +81,7 @@ def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str]) -> 
         else:
             output = model(inputs[n : n + 1])
         logits = logits_of(output)
-        found = torch.autograd.grad(pseudo_label_loss(logits).sum(), parameters, allow_unused=True)
+        found = torch.autograd.grad(pseudo_label_loss(logits / temperature).sum(), parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         for name in STATISTICS:
             rows[name].append(torch.stack([statistic(gradient, name) for gradient in gradients]))
@@ -88,7 +98,8 @@ def pseudo_label_loss(logits: Tensor) -> Tensor:
 def statistic(gradient: Tensor, name: str) -> Tensor:
     """One statistic of a gradient's entries."""
     if name == "std":
-        return gradient.std() if gradient.numel() > 1 else gradient.new_zeros(())
+        spread = gradient.std() if gradient.numel() > 1 else gradient.new_zeros(())
+        return spread if bool(gradient.any()) else spread + 1e-16  # the documented floor
     if name in ("max", "min"):
         return getattr(gradient, name)()
     return gradient.abs().sum() if name == "l1" else gradient.norm()
@@ -114,8 +125,9 @@ def examined(make: Any, seconds: int) -> dict[str, Any]:
             warnings.simplefilter("always")
             model, inputs = make()
             names = chosen_parameters(model)
-            right = autograd_statistics(model, inputs, names)
-            result = compared(model, inputs, names, right)
+            temperature = temperature_of(model, inputs)
+            right = autograd_statistics(model, inputs, names, temperature)
+            result = compared(model, inputs, names, right, temperature)
     except UnsuitableError as error:
         return {"verdict": "not run", "reason": _line(error)}
     except OutOfTime as error:
@@ -127,12 +139,14 @@ def examined(make: Any, seconds: int) -> dict[str, Any]:
     return result | {"parameters": entries, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def compared(model: nn.Module, inputs: Any, names: Sequence[str], right: Mapping[str, Tensor]) -> dict[str, Any]:
+def compared(
+    model: nn.Module, inputs: Any, names: Sequence[str], right: Mapping[str, Tensor], temperature: float
+) -> dict[str, Any]:
     """Run the engine on a model, in a first and in a second call."""
-    errors = []
+    errors, objective = [], Objective.of("pseudo_label", temperature=temperature)
     try:
         for _ in range(2):
-            found = lgm.gradient_statistics(model, inputs, "pseudo_label", set(names).__contains__, True)
+            found = lgm.gradient_statistics(model, inputs, objective, set(names).__contains__, True)
             errors.append(worst_error(found, right))
     except (ValueError, TypeError) as error:
         return {"verdict": "refused", "reason": _line(error)}
@@ -168,13 +182,16 @@ def run(families: Sequence[str], path: Path, seconds: int, only: str | None) -> 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
     """The documentation page."""
-    lines = ["# Zoo", ""]
-    lines.append(
-        "How exact the engine is on published architectures: random weights, float64, four samples, the statistics of the "
-        "gradients of up to 12 parameters per model, in a first and in a second call, against autograd on one sample at a "
-        f"time (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). Exact means a largest relative "
-        f"error below {BOUND:g}."
-    )
+    lines = ["# Zoo", "", *_wrapped(_summary(rows))]
+    lines += [
+        "",
+        *_wrapped(
+            "How exact the engine is on published architectures: random weights, float64, four samples, the statistics of the "
+            "gradients of up to 12 parameters per model, in a first and in a second call, against autograd on one sample at a "
+            f"time (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). Exact means a largest relative "
+            f"error below {BOUND:g}. Logits beyond a range of 10 are divided by a temperature, since their gradients vanish."
+        ),
+    ]
     lines += ["", "| library | models | exact | exact, slow way | refused | wrong | crash | worst error | not run |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for family in FAMILIES:
@@ -191,19 +208,34 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in rows:
         if row["verdict"] not in ("exact", "not run"):
-            lines.append(f"- {row['family']} `{row['name']}`: {row['verdict']}. {_short(row.get('reason', ''))}")
+            text = f"- {row['family']} `{row['name']}`: {row['verdict']}. {_short(row.get('reason', ''))}"
+            lines += _wrapped(text, "  ")
     lines += ["", "## Exact", ""]
     for family in FAMILIES:
         names = [f"`{row['name']}`" for row in rows if row["family"] == family and row["verdict"] == "exact"]
-        lines += [f"{family}: {', '.join(names)}.", ""]
+        lines += [*_wrapped(f"{family}: {', '.join(names)}."), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the result in one bold sentence."""
+    ran = [row for row in rows if row["verdict"] != "not run"]
+    bad = [row for row in ran if row["verdict"] in ("WRONG", "crash")]
+    found = f"{len(bad)} wrong values or crashes" if bad else "No wrong value and no crash"
+    when = f"Measured on {date.today():%d %B %Y}; `python -m benchmarks zoo` continues a run that was stopped."
+    return f"**{found} on the {len(ran)} architectures that were run.** {when}"
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _short(reason: str) -> str:
     """The cause in a warning without the names of parameters, or the whole reason."""
-    if "(" in reason and "no fast rule" in reason:
-        return reason.partition("(")[2].partition(")")[0][:120]
-    return reason[:160]
+    if "no fast rule" not in reason:
+        return reason[:160]
+    cause, closing, _ = reason.partition("(")[2].partition(")")
+    return cause if closing else "Some of its parameters have no fast rule."
 
 
 def main(arguments: list[str] | None = None) -> None:
