@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_gradmetrics import evaluation, export, meters, plot, scores
+    from lightning_gradmetrics import evaluation, export, meters, plot, ray, scores
     from lightning_gradmetrics.callback import GradientMetrics
     from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
     from lightning_gradmetrics.gradients import cosine_similarity_maps
@@ -30,6 +30,7 @@ __all__ = [
     "largest",
     "meters",
     "plot",
+    "ray",
     "read_results",
     "score",
     "score_generation",

@@ -28,7 +28,13 @@ from lightning_gradmetrics.callback.fitting import fitting_step
 from lightning_gradmetrics.callback.hooks import RunHooks
 from lightning_gradmetrics.callback.labels import BatchReader
 from lightning_gradmetrics.callback.logged import logged_metrics
-from lightning_gradmetrics.callback.module import is_side_by_side, processes_of, scored_model
+from lightning_gradmetrics.callback.module import (
+    check_sharding,
+    check_split,
+    is_side_by_side,
+    processes_of,
+    scored_model,
+)
 from lightning_gradmetrics.callback.outcome import Outcome, evaluate_detectors, model_facts
 from lightning_gradmetrics.callback.pixel_outcome import PixelOutcome
 from lightning_gradmetrics.callback.pytorch_lightning import also_callback_of_pytorch_lightning
@@ -244,6 +250,8 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
             return
         processes, model, self._model = processes_of(trainer), self.scored_model(module), model_facts(module)
         datasets, roles = counted.names(names, stage), dataset_roles(names, counted.names(names, stage))
+        check_sharding(trainer.strategy, self.scorer.scores)
+        check_split(dict(zip(datasets, counted.all, strict=True)), processes)
         is_fit = self._fitting is not None
         vectors, has_ids = ((), False) if is_fit else (list(self.columns), self.sample_id is not None)
         rows = rows_of_loaders(datasets, counted.all, self.score_names, processes, vectors, has_ids)

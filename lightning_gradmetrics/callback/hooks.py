@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -75,8 +76,8 @@ class RunHooks(Callback):
     ) -> None:
         if self._run is not None:
             self._run.end_batch(batch_idx, dataloader_idx)
-            if trainer.received_sigterm:  # Lightning's prediction loop would otherwise continue
-                raise SIGTERMException
+            if trainer.received_sigterm:  # Lightning's prediction loop would go on to its end
+                raise SIGTERMException(128 + signal.SIGTERM)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.pytorch_lightning import is_of_lightning
+from lightning_gradmetrics.results.sample_index import sampler_of
+from lightning_gradmetrics.scores import Score
 
-__all__ = ["is_side_by_side", "processes_of", "scored_model"]
+__all__ = ["check_sharding", "check_split", "is_side_by_side", "processes_of", "scored_model"]
 
 
 def processes_of(trainer: Trainer) -> Processes:
@@ -55,3 +60,48 @@ def scored_model(module: LightningModule, name: str | None = None, head: str | N
             f"score, as in GradientMetrics(submodule={(children or ['net'])[0]!r})"
         )
     return module.get_submodule(children[0])
+
+
+def check_sharding(strategy: Strategy, scores: Sequence[Score]) -> None:
+    """Refuse scores over more than the head if the strategy shards parameters: their gradients would be incomplete.
+
+    Args:
+        strategy: The trainer's strategy.
+        scores: The scores.
+
+    Raises:
+        ValueError: If the strategy shards parameters and a score takes gradients of the network.
+    """
+    if not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        return
+    refused = []
+    for score in scores:
+        if score.needs.gradients or score.needs.probes:
+            refused.append(score.name)
+    if refused:
+        raise ValueError(
+            f"{type(strategy).__name__} shards the parameters, and the scores {', '.join(map(repr, refused))} take gradients of the "
+            "whole network, which no process has. Remove them (scores of the logits and of the head work), or use "
+            "strategy='ddp' or one device"
+        )
+
+
+def check_split(loaders: Mapping[str, Any], processes: Processes) -> None:
+    """Refuse dataloaders that several processes read without a distributed sampler: rows would have the same index.
+
+    Args:
+        loaders: The dataloaders by the names of their data sets.
+        processes: The processes of the run.
+
+    Raises:
+        ValueError: If a dataloader reads a whole data set on each process.
+    """
+    if processes.count == 1:
+        return
+    for name, loader in loaders.items():
+        if isinstance(loader, DataLoader) and isinstance(sampler_of(loader), (SequentialSampler, RandomSampler)):
+            raise ValueError(
+                f"each of the {processes.count} processes reads the data set {name!r} from its first row to its last, so its rows "
+                "cannot be told from those of the other processes. Pass the whole data set with "
+                "Trainer(use_distributed_sampler=True), or a dataloader whose sampler is a DistributedSampler of the whole data set"
+            )

@@ -98,10 +98,14 @@ def _report(arguments: Sequence[str]) -> None:
     """Write the report of a run again."""
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("usage: gradmetrics report DIR, where DIR has metrics.json and results.parquet")
+    from lightning_gradmetrics.cli.files import replaced
     from lightning_gradmetrics.report import write_report
 
     for directory in arguments:
-        print(write_report(Path(directory)))
+        path = Path(directory) / "report.html"
+        with replaced(path) as file:
+            write_report(Path(directory), file)
+        print(path)
 
 
 def _compare(arguments: Sequence[str]) -> None:

@@ -44,6 +44,7 @@ class Settings:
         fitted_folder: A folder of fitted states that an earlier run wrote; ``None`` fits.
         report: Whether to write the report.
         auac_aufc: Whether to show and write the areas under the accuracy and F1 curves.
+        resume: Whether to complete an interrupted run in the same directory.
     """
 
     batch_size: int
@@ -55,6 +56,7 @@ class Settings:
     fitted_folder: Path | None
     report: bool
     auac_aufc: bool
+    resume: bool
 
     @classmethod
     def of(cls, config: DictConfig) -> Settings:
@@ -74,6 +76,7 @@ class Settings:
             fitted_folder=None if folder is None else Path(str(folder)).expanduser(),
             report=_switch(config, "report"),
             auac_aufc=_switch(config, "auac_aufc"),
+            resume=_switch(config, "resume"),
         )
 
 

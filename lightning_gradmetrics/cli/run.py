@@ -67,10 +67,16 @@ def _missing_keys(prefix: str, node: Any) -> Iterator[str]:
 
 
 def _evaluate_scores(config: DictConfig) -> None:
-    from lightning_gradmetrics.cli.files import reserved
+    from lightning_gradmetrics.cli.files import reserved, shown_path
+    from lightning_gradmetrics.cli.interrupted import is_complete
+    from lightning_gradmetrics.cli.progress import notice
     from lightning_gradmetrics.cli.steps.prepare import prepare
 
-    with reserved(Path(HydraConfig.get().runtime.output_dir)):
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    with reserved(directory):
+        if config.resume is True and is_complete(directory):
+            notice(f"The run in {shown_path(directory)} is complete: there is nothing to resume")
+            return
         clock = _Clock()
         experiment = prepare(config)
         clock.note("prepare_seconds")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 __all__ = [
     "CoupledSamplesError",
     "SampleAxisError",
     "coupled_model",
     "coupled_objective",
     "not_without_others",
+    "raise_if_out_of_memory",
     "rows_not_samples",
 ]
 
@@ -64,3 +67,14 @@ def rows_not_samples(shape: tuple[int, ...], samples: int) -> SampleAxisError:
         "The first axis of the inputs must be the sample axis: wrap a model that takes time first (T, N, ...) in a module "
         "whose forward transposes its input, and pass logits= to reduce several rows per sample to one"
     )
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Raise an error again if memory ran out: a slower plan for all later batches would hide it.
+
+    Args:
+        error: An error of a probe.
+    """
+    is_of_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if is_of_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        raise error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from lightning_gradmetrics.engine.owners import OwnershipPass
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.probe import Probe, probe_model
 from lightning_gradmetrics.engine.reference import loss_gradients
-from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError, raise_if_out_of_memory
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.gradients.precision import full_float32
@@ -83,16 +82,19 @@ def make_strategy(task: Task) -> Strategy:
 def _make_strategy(task: Task) -> Strategy:
     state = ForwardState(task.model)
     if _channels_last_pays(task):
-        with contextlib.suppress(Exception):  # a model may insist on another layout, with views of its tensors
+        try:
             strategy = replace(_verified(task.channels_last()), channels_last=True)
             if not strategy.slow:
                 return strategy
+        except Exception as error:  # a model may insist on another layout, with views of its tensors
+            raise_if_out_of_memory(error)
         state.restore()
     try:
         strategy = _verified(task)
     except (CoupledSamplesError, SampleAxisError):
         raise
     except Exception as error:  # a probe may fail in any way; one sample at a time raises the model's own error
+        raise_if_out_of_memory(error)
         reason = f"{type(error).__name__}: {error}"
         strategy = Strategy(None, slow=dict.fromkeys(task.parameters, reason))
     return strategy
@@ -316,7 +318,8 @@ def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:
     task = probe.task.restricted(slow)
     try:
         mapped = functional_moments(task)
-    except Exception:  # torch.func raises many kinds of errors
+    except Exception as error:  # torch.func raises many kinds of errors
+        raise_if_out_of_memory(error)
         return False
     columns = {name: column for column, name in enumerate(task.parameters)}
     compared: set[str] = set()

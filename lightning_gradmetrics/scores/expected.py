@@ -15,6 +15,9 @@ from lightning_gradmetrics.scoring.registry import register
 
 __all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residual_norms"]
 
+MOST_CLASSES = 1000
+"""The engine computes all classes' gradients of the logits together: ``(N, C, C)``."""
+
 
 @register("gradient", "Igoe et al. 2022, arXiv:2205.10439")
 def exgrad(evidence: Evidence, *, p: Norm = 1.0, target: Target = "head", classes: Count | None = None) -> Tensor:
@@ -93,6 +96,12 @@ def class_objectives(count: int, classes: int | None) -> list[Objective]:
 
 def _expected(evidence: Evidence, target: Target, classes: int | None, value: Callable[[Gradient], Tensor]) -> Tensor:
     """Return the mean over classes of a function of their gradients, one backward pass per class."""
+    count = evidence.logits.shape[1] if classes is None else min(classes, evidence.logits.shape[1])
+    if count > MOST_CLASSES:
+        raise ValueError(
+            f"{count} classes take as many backward passes, and memory for {count}^2 numbers per sample: pass "
+            f"classes=, the number of each sample's likeliest classes (at most {MOST_CLASSES}), as in classes=10"
+        )
     probabilities = evidence.softmax().probabilities
     if classes is not None and classes < probabilities.shape[1]:
         probabilities = probabilities.gather(1, class_order(evidence.logits, classes))

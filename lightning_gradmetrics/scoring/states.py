@@ -140,7 +140,11 @@ def save_fitted(scores: Iterable[Score], directory: str | Path) -> list[Path]:
         if score.state is None:
             raise ValueError(f"the score {score.name!r} is not fitted, so there is nothing to save")
         path = folder / _file_name(score)
-        save_file(score.state, path, metadata={**_about(score), "model": score.model or "", "head": score.head or ""})
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file(
+            score.state, temporary, metadata={**_about(score), "model": score.model or "", "head": score.head or ""}
+        )
+        temporary.replace(path)
         written.append(path)
     return written
 

@@ -284,3 +284,17 @@ def test_a_network_without_dataset_names_resumes(tmp_path: Path) -> None:
     assert isinstance(Classifier().net, nn.Module)
     interrupted(tmp_path, 8, loaders=data()[0], datasets=None)
     assert len(lgm.unfinished(data()[0], tmp_path)) == 4
+
+
+def test_sharded_models_are_refused_for_scores_of_the_whole_network() -> None:
+    from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+
+    from lightning_gradmetrics.callback.module import check_sharding
+
+    scores = lgm.GradientMetrics(SCORES).scorer.scores
+    check_sharding(SingleDeviceStrategy(torch.device("cpu")), scores)
+    check_sharding(FSDPStrategy(), scores[:2])
+    with pytest.raises(
+        ValueError, match=r"FSDPStrategy shards the parameters, and the scores 'pseudo_label\(target=all\)'"
+    ):
+        check_sharding(FSDPStrategy(), scores)

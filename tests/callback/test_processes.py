@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import lightning_gradmetrics as lgm
+
 SCRIPT = """
 import json, sys, warnings
 import torch
@@ -135,3 +137,75 @@ def test_a_failure_on_rank_0_ends_every_process(tmp_path: Path) -> None:
     assert ranks[0] == expected
     stopped = "RuntimeError: rank 0 failed, so rank 1 stops too. What rank 0 raised: "
     assert ranks[1] == [f"{stopped}{error}" for error in expected]
+
+
+STOPPED = """
+import os, sys, warnings
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.results.output import Output
+from tests.models import Module
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+devices, out = int(sys.argv[1]), sys.argv[2]
+failing, split, resume = map(int, os.environ["CASE"].split(","))
+
+
+class Failing(Module):
+    def test_step(self, batch, batch_idx):
+        if self.trainer.global_rank == failing and batch_idx == 3:
+            raise RuntimeError(f"rank {failing} is on fire")
+        return super().test_step(batch, batch_idx)
+
+
+torch.manual_seed(0)
+model, data = Failing(), TensorDataset(torch.randn(51, 3, 8, 8), torch.randint(0, 5, (51,)))
+callback = lgm.GradientMetrics(["energy", "gradnorm"], output=Output(f"{out}-results", bool(resume), 4))
+options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp", use_distributed_sampler=not split, callbacks=[callback], **options)
+text = ""
+try:
+    trainer.test(model, DataLoader(data, 4), verbose=False)
+except Exception as error:
+    text = f"{type(error).__name__}: {error}"
+    if not split:
+        raise
+with open(f"{out}.{trainer.global_rank}", "w") as file:
+    file.write(f"{text} rows={callback.results.num_rows}")
+"""
+
+
+def stopped(folder: Path, case: str) -> subprocess.CompletedProcess[str]:
+    """Run two processes, of which one may fail."""
+    script = folder / "script.py"
+    script.write_text(STOPPED)
+    root = Path(__file__).parents[2]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(root), "CASE": case, "HOME": str(folder)}
+    command = [sys.executable, str(script), "2", str(folder / "out")]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_any_rank_ends_every_process_and_the_run_resumes(rank: int, tmp_path: Path) -> None:
+    """Both processes end, the rows of both are kept, and a second run scores the rest."""
+    done = stopped(tmp_path, f"{rank},0,0")
+    assert done.returncode != 0 and f"rank {rank} is on fire" in done.stderr
+    kept = lgm.read_results(tmp_path / "out-results", incomplete=True).num_rows
+    assert 12 <= kept <= 28
+    again = stopped(tmp_path, "-1,0,1")
+    assert again.returncode == 0, again.stderr
+    assert lgm.read_results(tmp_path / "out-results")["index"].to_pylist() == list(range(51))
+    assert (tmp_path / "out.0").read_text() == " rows=51"
+
+
+@pytest.mark.slow
+def test_data_that_are_split_beforehand_are_refused_on_every_rank(tmp_path: Path) -> None:
+    """Their rows would have the same indices."""
+    done = stopped(tmp_path, "-1,1,0")
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert "cannot be told from those of the other processes" in (tmp_path / f"out.{rank}").read_text()

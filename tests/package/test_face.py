@@ -29,6 +29,7 @@ FACE = {
     "largest",
     "meters",
     "plot",
+    "ray",
     "read_results",
     "score",
     "score_generation",
@@ -47,6 +48,7 @@ NAMESPACES: dict[str, ModuleType] = {
     "lgm.evaluation": lgm.evaluation,
     "lgm.export": lgm.export,
     "lgm.plot": lgm.plot,
+    "lgm.ray": lgm.ray,
     "compat.gradient_metrics": gradient_metrics,
 }
 

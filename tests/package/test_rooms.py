@@ -23,6 +23,7 @@ ROOMS = {
     "language": {"classifier", "gradients", "engine", "scoring"},
     "export": {"classifier", "scoring", "scores"},
     "compat": {"classifier", "gradients", "engine"},
+    "ray": {"classifier", "scoring", "scores"},
     "plot": {"meters", "evaluation"},
     "pictures": {"classifier", "meters", "gradients", "results", "evaluation", "scoring", "scores", "plot"},
     "tables": {"evaluation", "scores"},

@@ -21,12 +21,15 @@ def fit(experiment: Experiment) -> None:
     callback, settings = experiment.callback, experiment.settings
     if not any(isinstance(score, FittedScore) for score in callback.scorer.scores):
         return
-    if settings.fitted_folder is None:
+    states = settings.fitted_folder
+    if settings.resume and states is None and (experiment.directory / FOLDER).is_dir():
+        states = experiment.directory / FOLDER
+    if states is None:
         loaders, roles = experiment.data.fit_loaders(settings.batch_size, settings.num_workers)
         callback.fit(experiment.trainer, experiment.model, loaders, roles)
     else:
         model = callback.scored_model(experiment.model)
-        callback.scorer.scores = load_fitted(callback.scorer.scores, settings.fitted_folder, model)
+        callback.scorer.scores = load_fitted(callback.scorer.scores, states, model)
     if experiment.trainer.is_global_zero:
         with replaced(experiment.directory / FOLDER) as folder:
             save_fitted(callback.scorer.scores, folder)

@@ -18,6 +18,7 @@ from lightning_gradmetrics.classifier.forward import Inputs, batch_size, call, p
 from lightning_gradmetrics.cli.configuration import Settings
 from lightning_gradmetrics.cli.data.sets import EvaluationData
 from lightning_gradmetrics.cli.factories import build_data, build_model, build_scores
+from lightning_gradmetrics.cli.interrupted import check_directory, output_of
 from lightning_gradmetrics.cli.progress import notice, trainer_progress
 from lightning_gradmetrics.scores import FittedScore, Score
 
@@ -64,13 +65,18 @@ def prepare(config: DictConfig) -> Experiment:
         ValueError: If a value is wrong, or the model cannot process the data.
     """
     settings = Settings.of(config)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    check_directory(directory, settings.resume)
     seed_everything(settings.seed, verbose=False)
     scores = build_scores(config.get("score"))
     data = build_data(config.data)
     model = build_model(config.model, data)
     _check_top_k(config.callback.get("top_k"))
     callback = instantiate(config.callback, _partial_=True)(
-        scores=_scored_by_callback(scores, settings), datasets=dict(data.roles), print_summary=False
+        scores=_scored_by_callback(scores, settings),
+        datasets=dict(data.roles),
+        output=output_of(directory, settings.resume),
+        print_summary=False,
     )
     _check_model(callback, model, data, str(config.model._target_))
     progress = trainer_progress()
@@ -78,7 +84,6 @@ def prepare(config: DictConfig) -> Experiment:
     trainer = instantiate(config.trainer, _partial_=True)(
         callbacks=callbacks, logger=instantiate(config.logger) or False, **progress
     )
-    directory = Path(HydraConfig.get().runtime.output_dir)
     description = _description(config.model, model, data)
     return Experiment(settings, scores, data, model, callback, trainer, directory, description)
 

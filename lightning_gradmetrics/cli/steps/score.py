@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from lightning_gradmetrics.cli.interrupted import parts_directory
 from lightning_gradmetrics.cli.progress import progress_bar
 from lightning_gradmetrics.cli.steps.prepare import Experiment
+from lightning_gradmetrics.results import unfinished
 from lightning_gradmetrics.results.table import join_scores
 from lightning_gradmetrics.scores import Score
 from lightning_gradmetrics.scoring.cross_fitting import cross_fit, held_out_columns
@@ -39,6 +41,8 @@ def score(experiment: Experiment) -> Scored:
     """
     settings = experiment.settings
     loaders = experiment.data.loaders(settings.batch_size, settings.num_workers)
+    if settings.resume:
+        loaders = unfinished(loaders, parts_directory(experiment.directory))
     experiment.trainer.test(experiment.model, loaders, verbose=False)
     if settings.cross_validation_folds is None or not experiment.fitted_scores:
         return Scored(experiment.callback.results, experiment.callback.scorer.scores)

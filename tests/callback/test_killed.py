@@ -1,0 +1,193 @@
+"""Runs that are killed, interrupted or out of disk space: nothing is lost, nothing is scored twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.results import files
+from lightning_gradmetrics.results.output import Output
+from tests.callback.test_output import SCORES, Classifier, data, score
+
+ROOT = Path(__file__).parents[2]
+
+SETUP = """
+import json, os, random, signal, sys, time, warnings
+warnings.filterwarnings("ignore")
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.results.output import Output
+from tests.callback.runs import trainer
+from tests.callback.test_output import ROLES, SCORES, Classifier, data
+
+lgm.score(Classifier(), torch.randn(2, 4), "energy")  # imports what is imported late; starts no thread
+
+
+def score(directory, stage, started=None):
+    class Announced(lgm.GradientMetrics):
+        def _start(self, *arguments):
+            super()._start(*arguments)
+            if started is not None:
+                os.write(started, b"x")
+
+    callback = Announced(SCORES, datasets=ROLES, output=Output(Path(directory), resume=True, rows_per_part=24))
+    loaders = lgm.unfinished(dict(zip(ROLES, data(size=SIZE))), directory)
+    getattr(trainer(callback), stage)(Classifier(), loaders)
+
+
+def start(directory, stage="test"):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)
+        return child
+    status = 1
+    try:
+        score(directory, stage, writer)
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code or 0
+    finally:
+        os._exit(status)
+
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+
+KILLED = """
+moments, killed = random.Random(0), 0
+for _ in range(20):
+    child = start(sys.argv[1])
+    time.sleep(moments.uniform(0, 0.15))
+    os.kill(child, signal.SIGKILL)
+    killed += ended(child) == -signal.SIGKILL
+assert ended(start(sys.argv[1])) == 0
+assert ended(start(sys.argv[2])) == 0
+print(json.dumps(killed))
+"""
+
+SIGNALLED = """
+outcomes = {}
+for stage in ("test", "predict"):
+    for name in ("SIGINT", "SIGTERM"):
+        directory = f"{sys.argv[1]}/{stage}-{name}"
+        child = start(directory, stage)
+        time.sleep(0.1)
+        os.kill(child, getattr(signal, name))
+        outcomes[f"{stage}-{name}"] = ended(child), ended(start(directory, stage))
+print(json.dumps(outcomes))
+"""
+
+
+def run(source: str, size: int, *arguments: Path) -> tuple[Any, str]:
+    """Run a script that forks; return what it printed last, and its standard error stream."""
+    script = f"SIZE = {size}\n{SETUP}{source}"
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
+
+
+@pytest.mark.slow
+@needs_fork
+def test_a_run_that_is_killed_at_twenty_moments_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    """SIGKILL while the real trainer scores: the same rows, to the last bit."""
+    killed, _ = run(KILLED, 2000, tmp_path / "killed", tmp_path / "undisturbed")
+    assert killed >= 12  # the others ended before the signal came
+    table, expected = lgm.read_results(tmp_path / "killed"), lgm.read_results(tmp_path / "undisturbed")
+    assert table.equals(expected) and table.num_rows == 2011
+    assert not list((tmp_path / "killed").glob(".tmp-*"))
+
+
+@pytest.mark.slow
+@needs_fork
+def test_signals_end_a_run_cleanly_and_it_resumes(tmp_path: Path) -> None:
+    """SIGINT and SIGTERM keep the rows that were scored, and print how to resume."""
+    outcomes, said = run(SIGNALLED, 2000, tmp_path)
+    assert outcomes == {
+        "test-SIGINT": [1, 0],
+        "test-SIGTERM": [143, 0],
+        "predict-SIGINT": [1, 0],
+        "predict-SIGTERM": [143, 0],
+    }
+    assert said.count("rows are committed in") == 4 and "resume=True" in said
+    tables = [lgm.read_results(directory) for directory in sorted(tmp_path.iterdir())]
+    assert all(table.equals(tables[0]) for table in tables) and tables[0].num_rows == 2011
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """Let the disk be full after some parts."""
+    fsync, left = os.fsync, [2 * parts]  # the file, and its directory
+
+    def flush(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", flush)
+
+
+def test_a_full_disk_is_reported_and_the_run_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = score(None).results
+    with monkeypatch.context() as patched:
+        full_disk(patched, parts=2)
+        with pytest.raises(OSError, match=r"could not write 8 rows to .*No space left.*make room and resume") as raised:
+            score(Output(tmp_path, rows_per_part=8))
+    assert raised.value.errno == errno.ENOSPC
+    assert "16 rows are committed" in capsys.readouterr().err
+    assert [pq.read_metadata(path).num_rows for path in sorted(tmp_path.glob("*.parquet"))] == [8, 8]
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert score(tmp_path, resume=True).results.equals(expected)
+
+
+@pytest.mark.slow
+def test_a_small_file_system_fills_up_and_the_run_resumes(tmp_path: Path) -> None:
+    """The same on a real file system of 64 KiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root on Linux")
+    try:
+        with pytest.raises(OSError, match=r"could not write .*No space left"):
+            score(Output(tmp_path / "results", rows_per_part=8), loaders=data(size=200), columns="features")
+        committed = lgm.read_results(tmp_path / "results", incomplete=True)
+        assert 8 <= committed.num_rows < 211
+        subprocess.run(["mount", "-o", "remount,size=4m", str(tmp_path)], check=True)
+        options = {"loaders": data(size=200), "columns": "features", "resume": True}
+        assert score(tmp_path / "results", **options).results.num_rows == 211
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    """While the first one writes."""
+
+    class Second(Classifier):
+        def step(self, batch: Any) -> Any:
+            if self.seen == 8:
+                with pytest.raises(RuntimeError, match="another process is writing results"):
+                    score(tmp_path / "results")
+            return super().step(batch)
+
+    assert score(tmp_path / "results", model=Second()).results.num_rows == 34
+    assert SCORES[0] in lgm.read_results(tmp_path / "results").column_names
