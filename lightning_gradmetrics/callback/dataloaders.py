@@ -222,6 +222,8 @@ def seen_indices(loader: Any, batch_number: int) -> list[int] | None:
     noted = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
     if not isinstance(noted, list) or batch_number >= len(noted):
         return None
+    if batch_number:
+        noted[batch_number - 1] = []  # Lightning would keep the indices of all batches
     indices = noted[batch_number]
     is_plain = isinstance(indices, (list, tuple)) and all(isinstance(index, int) for index in indices)
     return list(indices) if is_plain else None

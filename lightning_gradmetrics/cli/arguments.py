@@ -91,9 +91,14 @@ def own_factories(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_custom_option(group: str, arguments: Sequence[str]) -> list[str]:
-    rewritten = [f"{group}=custom"]
+    """The option stands next to the group's first key: flags such as ``-m`` must not separate the overrides."""
+    rewritten, chosen = [], [f"{group}=custom"]
     for argument in arguments:
-        rewritten.append(_forced(group, argument))
+        forced = _forced(group, argument)
+        if forced.startswith(f"++{group}"):
+            rewritten += chosen
+            chosen = []
+        rewritten.append(forced)
     return rewritten
 
 

@@ -27,8 +27,8 @@ def make_predict(
 ) -> Callable[[], Predict]:
     """Return the argument of Spark's ``predict_batch_udf``: each Python worker loads the model once.
 
-    ``predict_batch_udf(make_predict(make_model, ["gradnorm"]), return_type="struct<prediction:bigint,gradnorm:double>",
-    batch_size=256, input_tensor_shapes=[[3, 32, 32]])``
+    ``predict_batch_udf(make_predict(make_model, ["gradnorm"]), return_type=StructType().add("prediction",
+    "long").add("gradnorm", "double"), batch_size=256, input_tensor_shapes=[[3, 32, 32]])``
 
     Args:
         make_model: Returns the model.

@@ -145,6 +145,8 @@ def test_mistakes_are_one_line(folder: Path, command: Command, arguments: list[s
 
 def test_custom_targets_do_not_inherit_arguments() -> None:
     assert own_factories(["model._target_=a.b", "seed=1"]) == ["model=custom", "++model._target_=a.b", "seed=1"]
+    swept = own_factories(["-m", "seed=1,2", "model._target_=a.b"])
+    assert swept == ["-m", "seed=1,2", "model=custom", "++model._target_=a.b"]
     assert own_factories(["data={_target_: a.b}"]) == ["data=custom", "++data={_target_: a.b}"]
     unchanged = ["model=torchvision", "model._target_=a.b", "model.name=x"]
     assert own_factories(unchanged) == unchanged

@@ -122,6 +122,7 @@ def test_ray_data_over_parquet_and_images(ray, tmp_path: Path) -> None:
 def test_spark_scores_with_the_same_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyspark.ml.functions import predict_batch_udf
     from pyspark.sql import SparkSession
+    from pyspark.sql.types import StructType
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
@@ -129,7 +130,7 @@ def test_spark_scores_with_the_same_factory(tmp_path: Path, monkeypatch: pytest.
     spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
     try:
         predict = lgm.ray.make_predict(make_model, ["entropy", "gradnorm"])
-        types = "struct<prediction:bigint,entropy:double,gradnorm:double>"
+        types = StructType().add("prediction", "long").add("entropy", "double").add("gradnorm", "double")
         udf = predict_batch_udf(predict, return_type=types, batch_size=16, input_tensor_shapes=[[12]])
         scored = spark.read.parquet(str(tmp_path / "in.parquet")).withColumn("scored", udf("x"))
         rows = scored.select("id", "scored.*").toPandas().sort_values("id")
