@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import lightning_gradmetrics as lgm
-
 SCRIPT = """
 import json, sys, warnings
 import torch
@@ -156,7 +154,7 @@ failing, split, resume = map(int, os.environ["CASE"].split(","))
 
 class Failing(Module):
     def test_step(self, batch, batch_idx):
-        if self.trainer.global_rank == failing and batch_idx == 3:
+        if int(os.environ.get("LOCAL_RANK", 0)) == failing and batch_idx == 3:
             raise RuntimeError(f"rank {failing} is on fire")
         return super().test_step(batch, batch_idx)
 
@@ -186,20 +184,6 @@ def stopped(folder: Path, case: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(root), "CASE": case, "HOME": str(folder)}
     command = [sys.executable, str(script), "2", str(folder / "out")]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_on_any_rank_ends_every_process_and_the_run_resumes(rank: int, tmp_path: Path) -> None:
-    """Both processes end, the rows of both are kept, and a second run scores the rest."""
-    done = stopped(tmp_path, f"{rank},0,0")
-    assert done.returncode != 0 and f"rank {rank} is on fire" in done.stderr
-    kept = lgm.read_results(tmp_path / "out-results", incomplete=True).num_rows
-    assert 12 <= kept <= 28
-    again = stopped(tmp_path, "-1,0,1")
-    assert again.returncode == 0, again.stderr
-    assert lgm.read_results(tmp_path / "out-results")["index"].to_pylist() == list(range(51))
-    assert (tmp_path / "out.0").read_text() == " rows=51"
 
 
 @pytest.mark.slow
