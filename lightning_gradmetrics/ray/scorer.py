@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics import scores as _registered  # noqa: F401  # registers the names of the scores
 from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.ray.arrow import to_array
+from lightning_gradmetrics.ray.spark import make_predict
 from lightning_gradmetrics.scoring.arrays import ArrayScorer
 from lightning_gradmetrics.scoring.registry import ScoreLike
 
@@ -65,6 +66,9 @@ class Scorer:
             self._columns = [inputs] if isinstance(inputs, str) else list(inputs)
         self._labels = labels
         self._drop = set(self._columns if drop is None else drop)
+
+    for_spark = staticmethod(make_predict)
+    """The same factory for Spark's ``predict_batch_udf``: ``Scorer.for_spark(make_model, ["gradnorm"])``."""
 
     def __call__(self, batch: pa.Table | Mapping[str, Any]) -> pa.Table | dict[str, Any]:
         """Return the batch with the columns ``prediction``, one per score, and ``finite``.

@@ -129,7 +129,7 @@ def test_spark_scores_with_the_same_factory(tmp_path: Path, monkeypatch: pytest.
     pq.write_table(pa.table({"id": list(range(40)), "x": list(vectors())}), tmp_path / "in.parquet")
     spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
     try:
-        predict = lgm.ray.make_predict(make_model, ["entropy", "gradnorm"])
+        predict = lgm.ray.Scorer.for_spark(make_model, ["entropy", "gradnorm"])
         types = StructType().add("prediction", "long").add("entropy", "double").add("gradnorm", "double")
         udf = predict_batch_udf(predict, return_type=types, batch_size=16, input_tensor_shapes=[[12]])
         scored = spark.read.parquet(str(tmp_path / "in.parquet")).withColumn("scored", udf("x"))
