@@ -101,7 +101,7 @@ def check_split(loaders: Mapping[str, Any], processes: Processes) -> None:
     for name, loader in loaders.items():
         if isinstance(loader, DataLoader) and isinstance(sampler_of(loader), (SequentialSampler, RandomSampler)):
             raise ValueError(
-                f"each of the {processes.count} processes reads the data set {name!r} from its first row to its last, so its rows "
-                "cannot be told from those of the other processes. Pass the whole data set with "
+                f"each of the {processes.count} processes reads the data set {name!r} from its first row to its last, so "
+                "the processes give the same index to different rows. Pass the whole data set with "
                 "Trainer(use_distributed_sampler=True), or a dataloader whose sampler is a DistributedSampler of the whole data set"
             )

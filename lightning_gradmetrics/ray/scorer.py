@@ -39,7 +39,7 @@ class Scorer:
         options: ``device``, ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Raises:
-        TypeError: If ``make_model`` is no callable, or does not return a module.
+        TypeError: If ``make_model`` is not callable, or does not return a module.
         ValueError: If a score is unknown or not fitted for the model.
 
     Example:

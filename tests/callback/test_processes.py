@@ -192,4 +192,4 @@ def test_data_that_are_split_beforehand_are_refused_on_every_rank(tmp_path: Path
     done = stopped(tmp_path, "-1,1,0")
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
-        assert "cannot be told from those of the other processes" in (tmp_path / f"out.{rank}").read_text()
+        assert "the same index to different rows" in (tmp_path / f"out.{rank}").read_text()
