@@ -69,7 +69,7 @@ def with_configured_states(
         made = load_fitted(missing, fitted, model)
     else:
         batches = _batches(_loader(trainer, module, str(fit_on)), split, trainer, module)
-        options = {"head": scorer.head, "logits_fn": scorer.logits_fn, "engine": scorer.engine}
+        options: dict[str, Any] = {"head": scorer.head, "logits_fn": scorer.logits_fn, "engine": scorer.engine}
         with torch.inference_mode(False), torch.no_grad():
             made = fit(model, batches, missing, **options)  # type: ignore[arg-type]
     scores = list(scorer.scores)

@@ -49,7 +49,7 @@ def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: st
 
 def _log_picture(logger: Any, picture: Picture, prefix: str, step: int) -> bool:
     """Log a picture, and return whether the logger takes pictures."""
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     tag = f"{prefix}/{picture.name}"
     if hasattr(logger, "log_image"):
         logger.log_image(key=tag, images=[_pixels(picture.figure)], step=step)
@@ -92,7 +92,7 @@ def log_samples(
         step: The global step.
     """
     for logger in loggers:
-        experiment = getattr(logger, "experiment", None)
+        experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, "add_histogram"):
             for dataset, column, values in _columns(results, scores):
                 experiment.add_histogram(f"{prefix}/{dataset}/{scores[column]}", values, step)  # type: ignore[union-attr]
