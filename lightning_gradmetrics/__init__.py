@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lightning_gradmetrics.callback import GradientMetrics
     from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
     from lightning_gradmetrics.gradients import cosine_similarity_maps
-    from lightning_gradmetrics.language import score_generation
+    from lightning_gradmetrics.language import score_generation, watching_generation
     from lightning_gradmetrics.pictures.pixels import Pixels
     from lightning_gradmetrics.results import largest, read_results, unfinished
     from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
@@ -36,6 +36,7 @@ __all__ = [
     "score_generation",
     "scores",
     "unfinished",
+    "watching_generation",
 ]
 
 _ROOMS = {
@@ -53,6 +54,7 @@ _ROOMS = {
     "score": "scoring",
     "score_generation": "language",
     "unfinished": "results",
+    "watching_generation": "language",
 }
 """The room of every public object; a name that is missing here is a room itself."""
 

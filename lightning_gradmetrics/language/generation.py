@@ -110,14 +110,14 @@ def _check_arguments(model: nn.Module, batch_size: int, aggregates: Sequence[str
             )
 
 
-def padding_of(model: nn.Module, pad_token_id: int | None) -> Padding:
+def padding_of(model: Any, pad_token_id: int | None) -> Padding:
     """Return the padding of answers that the model generated, from its configuration for ``generate``.
 
     Args:
-        model: The model.
+        model: The model, or a configuration for ``generate``.
         pad_token_id: The id of the padding, if the user gave one.
     """
-    config = getattr(model, "generation_config", None) or getattr(model, "config", None)
+    config = getattr(model, "generation_config", None) or getattr(model, "config", None) or model
     ends = getattr(config, "eos_token_id", None)
     end_ids = [] if ends is None else list(torch.tensor([ends]).flatten().tolist())
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id

@@ -35,6 +35,7 @@ FACE = {
     "score_generation",
     "scores",
     "unfinished",
+    "watching_generation",
 }
 """The names of ``lightning_gradmetrics``. A change here is a change for every user."""
 
