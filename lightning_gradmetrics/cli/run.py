@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-TASKS = ("evaluate", "gradtrust_demo")
+TASKS = ("evaluate", "gradtrust_demo", "stories")
 HINTS = (
     r".*does not have many workers.*",
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -28,7 +28,7 @@ HINTS = (
 
 
 def run(config: DictConfig) -> None:
-    """Run what the configuration says: evaluate scores, or GradTrust's demo for one image.
+    """Run what the configuration says: evaluate scores, GradTrust's demo for one image, or a language model's text.
 
     Args:
         config: The composed configuration.
@@ -42,6 +42,8 @@ def run(config: DictConfig) -> None:
         raise ValueError(f"unknown task {config.task!r}; allowed: {', '.join(TASKS)}")
     if config.task == "evaluate":
         _evaluate_scores(config)
+    elif config.task == "stories":
+        _stories(config)
     else:
         _gradtrust_demo(config)
 
@@ -127,6 +129,20 @@ def _gradtrust_demo(config: DictConfig) -> None:
     if config.model.get("weights") is None and config.model.get("checkpoint") is None:
         notes.append("The weights are random: model.weights=DEFAULT downloads the published ones.")
     print(demo_block(instantiate(config.model), image, notes))
+
+
+def _stories(config: DictConfig) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from lightning_gradmetrics.cli.stories import Stories, read_sequences, sequence_rows, show_stories, token_rows
+
+    chosen = config.stories
+    sequences = read_sequences(config.root, config.rows)
+    model = AutoModelForCausalLM.from_pretrained(chosen.checkpoint).eval()
+    stories = Stories(model, sequences, config.batch_size, chosen.prefix, chosen.prompt)
+    tokens = token_rows(stories, list(chosen.token_scores))
+    sequence_scores, semantic_scores = list(chosen.sequence_scores), list(chosen.semantic_scores)
+    show_stories(tokens, sequence_rows(stories, sequence_scores, semantic_scores))
 
 
 def _quiet_lightning() -> None:

@@ -21,7 +21,7 @@ from lightning_gradmetrics.scoring.states import check_fitted
 __all__ = ["WatchedGeneration", "watching_generation"]
 
 SEVERAL_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
-"""Arguments of ``generate`` with which one call of the model does not stand for one token."""
+"""Arguments of ``generate`` with which one call of the model is not one token."""
 
 
 @contextmanager

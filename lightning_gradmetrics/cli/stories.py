@@ -1,0 +1,165 @@
+"""The experiment on generated and other text: wrong tokens, and texts of other kinds than the model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_gradmetrics.language import ScoredGeneration, score_generation
+from lightning_gradmetrics.meters.functional import auroc, aurc
+from lightning_gradmetrics.scoring.evidence import Evidence
+
+__all__ = ["KINDS", "Stories", "read_sequences", "sequence_rows", "show_stories", "token_rows"]
+
+KINDS = {"generated": "id", "darwin": "near", "shakespeare": "far"}
+"""The kinds of text in ``sequences.npz`` with their roles: the model's training text, similar text, and other text."""
+
+INCORRECT = "incorrect"
+
+
+def incorrect(evidence: Evidence) -> Tensor:
+    """Return 1 where the predicted token is not the one that follows, and 0 elsewhere, ``(N,)``."""
+    return evidence.incorrect.double()
+
+
+@dataclass(frozen=True)
+class Stories:
+    """A language model and the sequences to score.
+
+    Args:
+        model: The model.
+        sequences: Token ids ``(N, T)`` by kind; the first token of each is the start of the text.
+        batch_size: The number of sequences in one forward pass.
+        prefix: The number of predicted tokens of the sequences that are told apart by kind.
+        prompt: The number of prompt tokens of these, for SemGrad and HybridGrad.
+    """
+
+    model: nn.Module
+    sequences: Mapping[str, Tensor]
+    batch_size: int = 20
+    prefix: int = 16
+    prompt: int = 5
+
+
+def read_sequences(root: str | Path, rows: str = "all") -> dict[str, Tensor]:
+    """Return the token ids by kind, from ``sequences.npz``.
+
+    Args:
+        root: The folder with the file.
+        rows: ``all``, ``even`` or ``odd``.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If ``rows`` is none of these.
+    """
+    steps = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+    if rows not in steps:
+        raise ValueError(f"unknown rows {rows!r}; allowed: {', '.join(steps)}")
+    file = Path(root).expanduser() / "sequences.npz"
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}: root= is the folder with sequences.npz and the model")
+    found = {}
+    with np.load(file) as arrays:
+        for kind in KINDS:
+            found[kind] = torch.from_numpy(arrays[kind][steps[rows]].astype("int64"))
+    return found
+
+
+def _scored(stories: Stories, ids: Tensor, prompt: int, scores: Sequence[object]) -> ScoredGeneration:
+    answers, prompts = ids[:, prompt:].tolist(), ids[:, :prompt].tolist()
+    return score_generation(stories.model, prompts, answers, scores, batch_size=stories.batch_size)  # type: ignore[arg-type]
+
+
+def token_rows(stories: Stories, scores: Sequence[str]) -> list[dict[str, str | float]]:
+    """Return how well each score finds wrong next tokens, one row per score and kind.
+
+    Args:
+        stories: Model and text.
+        scores: Scores of tokens.
+    """
+    rows: list[dict[str, str | float]] = []
+    for kind, ids in stories.sequences.items():
+        scored = _scored(stories, ids, 1, [*scores, incorrect])
+        wrong = torch.cat(list(scored.tokens[INCORRECT])).long()
+        for name, answers in scored.tokens.items():
+            if name == INCORRECT:
+                continue
+            values = torch.cat(list(answers)).double()
+            row: dict[str, str | float] = {"score": name, "kind": kind, "wrong": float(wrong.double().mean())}
+            row |= {"auroc": float(auroc(values, wrong)), "aurc": float(aurc(values, wrong))}
+            rows.append(row)
+    return rows
+
+
+def sequence_rows(stories: Stories, scores: Sequence[str], semantic: Sequence[str]) -> list[dict[str, str | float]]:
+    """Return how well each score tells text of other kinds from generated text, one row per score and kind.
+
+    Args:
+        stories: Model and text.
+        scores: Scores of tokens, whose mean is taken, and scores of sequences.
+        semantic: Scores of hidden states of the prompt.
+    """
+    length = stories.prefix + 1
+    columns: dict[str, dict[str, Tensor]] = {}
+    for kind, ids in stories.sequences.items():
+        scored = _scored(stories, ids[:, :length], 1, scores)
+        columns[kind] = _means(scored)
+        if semantic:
+            columns[kind] |= _scored(stories, ids[:, :length], stories.prompt, semantic).values
+    inside, *others = stories.sequences
+    rows: list[dict[str, str | float]] = []
+    for name, values in columns[inside].items():
+        for kind in others:
+            both = torch.cat([values, columns[kind][name]]).double()
+            is_other = torch.cat([torch.zeros(len(values)), torch.ones(len(both) - len(values))]).long()
+            rows.append({"score": name, "kind": kind, "auroc": float(auroc(both, is_other))})
+    return rows
+
+
+def _means(scored: ScoredGeneration) -> dict[str, Tensor]:
+    found = {}
+    for name, answers in scored.tokens.items():
+        found[f"mean {name}"] = torch.stack([answer.double().mean() for answer in answers])
+    return found | dict(scored.values)
+
+
+def show_stories(tokens: Sequence[Mapping[str, str | float]], sequences: Sequence[Mapping[str, str | float]]) -> None:
+    """Print both tables: one row per score, one column per kind of text.
+
+    Args:
+        tokens: From :func:`token_rows`.
+        sequences: From :func:`sequence_rows`.
+    """
+    console = Console()
+    shares = {}
+    for row in tokens:
+        shares[str(row["kind"])] = 100 * float(row["wrong"])
+    titles = []
+    for kind, share in shares.items():
+        titles.append(f"{kind} ({share:.2f} % wrong)")
+    console.print(_table("Wrong next tokens: AUROC / AURC x 100", titles, list(shares), tokens))
+    kinds = list(dict.fromkeys(str(row["kind"]) for row in sequences))
+    console.print(_table("Text of another kind than generated: AUROC x 100", kinds, kinds, sequences))
+
+
+def _table(title: str, headings: Sequence[str], kinds: Sequence[str], rows: Sequence[Mapping[str, str | float]]) -> Table:
+    table = Table(title=title)
+    table.add_column("score")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        text = f"{100 * float(row['auroc']):.3f}"
+        if "aurc" in row:
+            text += f" / {100 * float(row['aurc']):.3f}"
+        cells.setdefault(str(row["score"]), {})[str(row["kind"])] = text
+    for score, by_kind in cells.items():
+        table.add_row(score, *[by_kind[kind] for kind in kinds])
+    return table
