@@ -1,4 +1,6 @@
-"""Score a language model's answers while they are generated, and again as text: python examples/language_model.py
+"""Score a language model's answers while they are generated, and again as text.
+
+Run ``python examples/language_model.py``.
 
 The model has random weights, so that nothing is downloaded. Put a model and its tokenizer in place of them with
 AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained.
@@ -21,7 +23,10 @@ def model() -> LlamaForCausalLM:
 def main() -> None:
     """Generate, and score twice."""
     network = model()
-    prompts = {"input_ids": torch.tensor([[0, 1, 7], [1, 9, 4]]), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+    prompts = {
+        "input_ids": torch.tensor([[0, 1, 7], [1, 9, 4]]),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+    }
     scores = ["nll", "entropy", "pseudo_label"]
     with lgm.watching_generation(network, scores) as watch:
         ids = network.generate(**prompts, max_new_tokens=8, do_sample=False)

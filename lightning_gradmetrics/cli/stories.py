@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_gradmetrics.language import ScoredGeneration, score_generation
-from lightning_gradmetrics.meters.functional import auroc, aurc
+from lightning_gradmetrics.meters.functional import aurc, auroc
 from lightning_gradmetrics.scoring.evidence import Evidence
 
 __all__ = ["KINDS", "Stories", "read_sequences", "sequence_rows", "show_stories", "token_rows"]
@@ -37,7 +37,7 @@ class Stories:
         model: The model.
         sequences: Token ids ``(N, T)`` by kind; the first token of each is the start of the text.
         batch_size: The number of sequences in one forward pass.
-        prefix: The number of predicted tokens of the sequences that are told apart by kind.
+        prefix: The number of predicted tokens of the sequences whose kinds are compared.
         prompt: The number of prompt tokens of these, for SemGrad and HybridGrad.
     """
 
@@ -149,7 +149,9 @@ def show_stories(tokens: Sequence[Mapping[str, str | float]], sequences: Sequenc
     console.print(_table("Text of another kind than generated: AUROC x 100", kinds, kinds, sequences))
 
 
-def _table(title: str, headings: Sequence[str], kinds: Sequence[str], rows: Sequence[Mapping[str, str | float]]) -> Table:
+def _table(
+    title: str, headings: Sequence[str], kinds: Sequence[str], rows: Sequence[Mapping[str, str | float]]
+) -> Table:
     table = Table(title=title)
     table.add_column("score")
     for heading in headings:

@@ -41,7 +41,7 @@ def cases(target: str) -> dict[str, tuple[str, str]]:
 
 
 def untied(model):
-    """A copy whose head has a weight of its own, so that autograd sees its use as the head alone."""
+    """A copy whose head has a separate weight, so that autograd sees its use as the head alone."""
     model = copy.deepcopy(model)
     head = head_of(model)
     head.weight = torch.nn.Parameter(head.weight.detach().clone())

@@ -30,7 +30,7 @@ ROOMS = {
     "report": {"meters", "results", "evaluation", "scores", "tables"},
     "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures", "tables", "report"},
     "cli": {
-        *("classifier", "meters", "results", "evaluation", "scoring", "scores"),
+        *("classifier", "meters", "results", "evaluation", "scoring", "scores", "language"),
         *("pictures", "tables", "report", "callback"),
     },
 }
