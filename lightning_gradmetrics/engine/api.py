@@ -159,8 +159,9 @@ def gradient_statistics(  # type: ignore[misc]
             limit.
         compile: Whether to compile the planned batch with ``torch.compile``, which pays for small models and many
             batches of one size. The first batch takes seconds to minutes longer, and the compiled plan is compared with
-            its result. Smaller batches run eagerly, and so do models that cannot be compiled, with a warning. The model
-            must compute the same function in every batch.
+            its result. Smaller batches run eagerly, and so do models that cannot be compiled, with a warning. In every
+            batch the compiled plan's logits are compared with those of the model; where they differ, the batch and the
+            following ones run eagerly.
 
     Returns:
         A :class:`GradientStatistics`, or a list with one per objective.

@@ -18,8 +18,9 @@ from lightning_gradmetrics.classifier.forward import map_tensors, tensors_in
 from lightning_gradmetrics.engine.auto import auto_moments, verified_strategy
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.kernels.library import plain_kernels
-from lightning_gradmetrics.engine.model_state import attribute_key
-from lightning_gradmetrics.engine.samples import input_structure
+from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
+from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.samples import close_rows, input_structure
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
@@ -53,11 +54,17 @@ class Program:
         return self.size == task.size and self.logits == _logits_function(task)
 
     def moments(self, task: Task) -> list[Moments]:
-        """Return the moments ``(N, P)`` of each objective."""
+        """Return the moments ``(N, P)`` of each objective.
+
+        Raises:
+            PlanError: If the model's own forward pass has other logits than the graph.
+        """
         with torch.no_grad(), torch.compiler.set_stance("default"):
             *values, logits = self.run(*_tensors(task))
         if hasattr(task.logits, "seen"):  # an observer, which compares them with the logits of another forward pass
             task.logits.seen = logits
+        else:
+            _check_forward(task, logits)
         count = len(self.keys)
         moments = []
         for start in range(0, len(values), count):
@@ -79,7 +86,11 @@ def compiled_moments(task: Task) -> list[Moments]:
     key = _key(task)
     program = programs.get(key)
     if program is not None and program.fits(task):
-        return program.moments(task)
+        try:
+            return program.moments(task)
+        except PlanError as error:
+            programs[key] = None
+            _warn_eager(task, str(error))
     expected = auto_moments(task)
     is_new = key not in programs or (program is not None and program.size < task.size)
     if is_new and task.size > 0 and len(programs) < MOST_PROGRAMS:
@@ -130,8 +141,26 @@ def _checked_program(task: Task, expected: Sequence[Moments]) -> Program | None:
     if strategy is not None and not reason:
         program, reason = _compared_program(task, strategy, expected)
     if program is None:
-        warnings.warn(f"{type(task.model).__name__} is not compiled and runs eagerly: {reason}", stacklevel=2)
+        _warn_eager(task, reason)
     return program
+
+
+def _warn_eager(task: Task, reason: str) -> None:
+    warnings.warn(f"{type(task.model).__name__} is not compiled and runs eagerly: {reason}", stacklevel=2)
+
+
+def _check_forward(task: Task, logits: Tensor) -> None:
+    """Compare the graph's logits with those of the model's forward pass, which may depend on more than the graph does.
+
+    Raises:
+        PlanError: If they differ.
+    """
+    state = ForwardState(task.model)
+    with torch.no_grad():
+        own = task.forward()
+    state.restore()
+    if not close_rows(own, logits):
+        raise PlanError("its forward pass no longer computes what was compiled")
 
 
 def _compared_program(task: Task, strategy: Strategy, expected: Sequence[Moments]) -> tuple[Program | None, str]:

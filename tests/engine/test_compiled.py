@@ -60,6 +60,29 @@ def test_a_compiled_plan_follows_inputs_labels_and_weights(graphs):
     assert max(map(_errors, compiled, eager)) < 1e-8
 
 
+SLOPES = {"slope": 1.0}
+
+
+class _OutsideFlag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x) * SLOPES["slope"]
+
+
+def test_a_change_outside_of_the_model_ends_the_compiled_plan(graphs, monkeypatch):
+    torch.manual_seed(0)
+    model, x = _OutsideFlag(), torch.randn(5, 4)
+    gradient_statistics(model, x, "pseudo_label", compile=True)
+    monkeypatch.setitem(SLOPES, "slope", 2.0)
+    with pytest.warns(UserWarning, match="no longer computes what was compiled"):
+        compiled = gradient_statistics(model, x, "pseudo_label", compile=True)
+    reference = gradient_statistics(model, x, "pseudo_label", engine="reference")
+    torch.testing.assert_close(compiled.norm(1), reference.norm(1))
+
+
 @pytest.mark.slow
 def test_a_plan_compiled_by_inductor_equals_the_eager_one():
     torch.manual_seed(0)
