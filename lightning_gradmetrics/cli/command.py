@@ -98,8 +98,8 @@ def _report(arguments: Sequence[str]) -> None:
     """Write the report of a run again."""
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("usage: gradmetrics report DIR, where DIR has metrics.json and results.parquet")
-    from lightning_gradmetrics.cli.files import replaced
     from lightning_gradmetrics.report import write_report
+    from lightning_gradmetrics.results.replacing import replaced
 
     for directory in arguments:
         path = Path(directory) / "report.html"

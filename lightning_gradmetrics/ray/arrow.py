@@ -50,7 +50,7 @@ def _of_fixed_size(array: pa.FixedSizeListArray) -> np.ndarray[Any, Any]:
 def _of_extension(array: pa.ExtensionArray) -> np.ndarray[Any, Any]:
     """Tensors of Arrow (``fixed_shape_tensor``) and of Ray."""
     if hasattr(array, "to_numpy_ndarray"):
-        return array.to_numpy_ndarray()
+        return np.asarray(array.to_numpy_ndarray())
     return np.asarray(array.to_numpy(zero_copy_only=False))
 
 

@@ -80,8 +80,7 @@ class Scorer:
             KeyError: If a column is missing.
             ValueError: If the batch has a column of a new column's name.
         """
-        is_arrow = isinstance(batch, pa.Table)
-        names = batch.column_names if is_arrow else list(batch)
+        names = batch.column_names if isinstance(batch, pa.Table) else list(batch)
         arrays = _Columns(batch)
         labels = None if self._labels is None else torch.as_tensor(np.asarray(arrays[self._labels]))
         new = self._scorer(self._model_inputs(arrays), labels)
@@ -89,7 +88,7 @@ class Scorer:
         for name in new:
             if name in kept:
                 raise ValueError(f"the batch has a column {name!r} already: rename it, or add it to drop=")
-        if not is_arrow:
+        if not isinstance(batch, pa.Table):
             return {**dict(zip(kept, map(batch.__getitem__, kept), strict=True)), **new}
         table = batch.select(kept)
         for name, values in new.items():

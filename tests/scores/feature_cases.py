@@ -65,7 +65,7 @@ def sirc(
     return definition
 
 
-def layer_inputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+def layer_inputs(model: nn.Sequential, x: Tensor) -> list[Tensor]:
     """What each convolution and linear layer receives, with the channels first."""
     found = []
     for layer in model:
@@ -75,7 +75,7 @@ def layer_inputs(model: nn.Module, x: Tensor) -> list[Tensor]:
     return found
 
 
-def trust(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
+def trust(model: nn.Sequential, x: Tensor, state: Tensors) -> Tensor:
     columns = []
     for given in layer_inputs(model, x):
         columns += [given.mean(1), given.std(1, correction=0)]
@@ -100,13 +100,14 @@ def to_prototype(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
 def to_mean_gradient(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
     z = model(x)
     head = list(model.children())[-1]
+    assert isinstance(head, nn.Linear)
     (whole,) = torch.autograd.grad(nn.functional.cross_entropy(z, z.argmax(1)), head.weight)
     return -nn.functional.cosine_similarity(whole.flatten(), state["references"][z.argmax()].flatten(), 0)
 
 
-def not_zero(model: nn.Module, x: Tensor) -> Tensor:
+def not_zero(model: nn.Sequential, x: Tensor) -> Tensor:
     """GAIA-Z: the network as a chain, and the gradient of the largest logit at each normalisation or weighted layer."""
-    kinds = (nn.BatchNorm2d,) if any(isinstance(m, nn.BatchNorm2d) for m in model) else (nn.Conv2d, nn.Linear)
+    kinds: tuple[type[nn.Module], ...] = (nn.BatchNorm2d,) if any(isinstance(m, nn.BatchNorm2d) for m in model) else (nn.Conv2d, nn.Linear)
     shares = []
     for place, layer in enumerate(model):
         if isinstance(layer, kinds):

@@ -177,7 +177,7 @@ class PixelMeter:
         self.resampled.add(scores, target)
         if bool(target.any()) and not bool(target.all()):
             self.images.append(float(auroc_of_counts(count(scores, target.long()))))
-        for number in predicted.unique().tolist():
+        for number in torch.unique(predicted).tolist():
             inside = predicted == number
             if number not in self.by_class:
                 self.by_class[number] = _Pool(None if self.bins is None else max(1024, self.bins // 8))

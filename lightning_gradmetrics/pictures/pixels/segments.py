@@ -60,10 +60,10 @@ def segments_of(
         sums[name] = np.bincount(numbers.ravel(), values.ravel(), minlength=len(classes) + 1)
     overlaps = None if labels is None else _Overlaps(numbers, classes, labels)
     boxes = _boxes(numbers)
-    for number in np.flatnonzero(sizes >= max(1, least)):
+    for number in np.flatnonzero(sizes >= max(1, least)).tolist():
         if number == 0:
             continue
-        row: dict[str, Any] = {"segment": int(number), "class": int(classes[number - 1]), "size": int(sizes[number])}
+        row: dict[str, Any] = {"segment": number, "class": int(classes[number - 1]), "size": int(sizes[number])}
         row["box"] = boxes[number - 1]
         row["iou"] = None if overlaps is None else overlaps.iou(number, int(sizes[number]))
         row["error"] = None if overlaps is None else overlaps.error(number, int(sizes[number]))
