@@ -4,11 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_gradmetrics import evaluation, export, meters, plot, ray, scores
+    from lightning_gradmetrics import evaluation, export, meters, ray, scores
     from lightning_gradmetrics.callback import GradientMetrics
     from lightning_gradmetrics.engine import GradientStatistics, gradient_statistics
     from lightning_gradmetrics.gradients import cosine_similarity_maps
     from lightning_gradmetrics.language import score_generation, watching_generation
+    from lightning_gradmetrics.pictures import plot
     from lightning_gradmetrics.pictures.pixels import Pixels
     from lightning_gradmetrics.results import largest, read_results, unfinished
     from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
@@ -56,7 +57,10 @@ _ROOMS = {
     "unfinished": "results",
     "watching_generation": "language",
 }
-"""The room of every public object; a name that is missing here is a room itself."""
+"""The room of every public object; a name that is missing here is a room itself, or in ``_MODULES``."""
+
+_MODULES = {"plot": "pictures.plot"}
+"""Public modules inside a room."""
 
 _ROOMS_WITH_SCORES = ("scoring", "callback", "language")
 """Rooms whose functions look scores up by name: the score files are imported with them, which registers the names."""
@@ -71,7 +75,7 @@ def __getattr__(name: str) -> Any:
             import_module(f"{__name__}.scores")
         value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
     else:
-        value = import_module(f"{__name__}.{name}")
+        value = import_module(f"{__name__}.{_MODULES.get(name, name)}")
     globals()[name] = value
     return value
 

@@ -84,7 +84,7 @@ class Outcome:
         """
         from rich.console import Console
 
-        from lightning_gradmetrics.tables import grids_text, summary_grids
+        from lightning_gradmetrics.report.tables import grids_text, summary_grids
 
         evaluation = self._evaluated_run()
         width = Console().width if width is None else width

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
 from lightning_gradmetrics.results.table import largest
-from lightning_gradmetrics.tables.grid import Column, Grid, Group
 
 __all__ = ["planted_statements", "top_samples_grid", "with_planted"]
 

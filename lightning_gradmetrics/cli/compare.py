@@ -15,10 +15,10 @@ from lightning_gradmetrics.cli.errors import UsageError
 from lightning_gradmetrics.cli.files import shown_path
 from lightning_gradmetrics.cli.progress import notice
 from lightning_gradmetrics.report.comparison import write_comparison
+from lightning_gradmetrics.report.tables.documents import latex, markdown
+from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.report.tables.terminal import print_grid
 from lightning_gradmetrics.results.replacing import write_csv, write_text
-from lightning_gradmetrics.tables.documents import latex, markdown
-from lightning_gradmetrics.tables.grid import Column, Grid, Group
-from lightning_gradmetrics.tables.terminal import print_grid
 
 __all__ = ["comparison_grid", "main", "read_runs", "summary_rows"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gradmetrics.evaluation import Evaluation
+from lightning_gradmetrics.report.tables.documents import markdown
+from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.report.tables.marks import detects, kind_of, mark_notes, mark_of
 from lightning_gradmetrics.results.replacing import write_csv, write_text
 from lightning_gradmetrics.scores import Score
-from lightning_gradmetrics.tables.documents import markdown
-from lightning_gradmetrics.tables.grid import Column, Grid, Group
-from lightning_gradmetrics.tables.marks import detects, kind_of, mark_notes, mark_of
 
 __all__ = ["cost_grid", "cost_grid_of_width", "cost_records", "write_costs"]
 
@@ -32,7 +32,7 @@ def cost_records(evaluation: Evaluation, scores: Sequence[Score], costs: Sequenc
         costs: Made by :func:`lightning_gradmetrics.cli.cost_measurement.score_costs`.
 
     Returns:
-        ``score``, ``family``, ``kind`` (its fit, see :func:`~lightning_gradmetrics.tables.marks.kind_of`), ``mark``;
+        ``score``, ``family``, ``kind`` (its fit, see :func:`~lightning_gradmetrics.report.tables.marks.kind_of`), ``mark``;
         ``aurocs``, from a question (``"errors"``, or the role of out-of-distribution sets, over which it is the mean) to
         ``(value, low, high)``; the costs; ``backward``, whether it needs a backward pass.
     """

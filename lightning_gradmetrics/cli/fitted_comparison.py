@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.evaluation.tasks import ID
+from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
 from lightning_gradmetrics.results.replacing import write_csv, write_text
 from lightning_gradmetrics.scores import FittedScore, Score
-from lightning_gradmetrics.tables.grid import Column, Grid, Group
 
 __all__ = ["compare_fitted", "fitted_comparison_grids", "write_fitted_comparison"]
 

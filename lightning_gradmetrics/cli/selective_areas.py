@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.meters.functional import auac, aufc
-from lightning_gradmetrics.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
 
 __all__ = ["areas_grid", "selective_areas"]
 

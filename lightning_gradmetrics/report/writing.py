@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 
 from lightning_gradmetrics.evaluation import Evaluation
 from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, VERSION
+from lightning_gradmetrics.report.tables.documents import latex, markdown
+from lightning_gradmetrics.report.tables.marks import kind_of
+from lightning_gradmetrics.report.tables.metrics import metrics_grid, notes_of
 from lightning_gradmetrics.results.replacing import replaced, write_csv, write_text
 from lightning_gradmetrics.scores import Score
-from lightning_gradmetrics.tables.documents import latex, markdown
-from lightning_gradmetrics.tables.marks import kind_of
-from lightning_gradmetrics.tables.metrics import metrics_grid, notes_of
 
 __all__ = ["describe_environment", "write_metrics_tables", "write_run"]
 

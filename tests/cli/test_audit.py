@@ -20,8 +20,8 @@ from lightning_gradmetrics.cli.data import digits, training_data
 from lightning_gradmetrics.pictures import ExampleGallery, write_pictures
 from lightning_gradmetrics.pictures.examples import thumbnails
 from lightning_gradmetrics.report import write_report, write_run
+from lightning_gradmetrics.report.tables import print_grid
 from lightning_gradmetrics.results.table import largest_of_each
-from lightning_gradmetrics.tables import print_grid
 from tests.cli.conftest import Command
 from tests.models import MODELS, Module, images
 from tests.pictures.test_maps import batch

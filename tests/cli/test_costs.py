@@ -16,9 +16,9 @@ from lightning_gradmetrics.cli import cost_measurement
 from lightning_gradmetrics.cli.configuration import configuration_directory
 from lightning_gradmetrics.cli.cost_table import cost_grid_of_width, cost_records, write_costs
 from lightning_gradmetrics.evaluation import evaluate
+from lightning_gradmetrics.report.tables import print_grid
+from lightning_gradmetrics.report.tables.marks import kind_of
 from lightning_gradmetrics.scores import make
-from lightning_gradmetrics.tables import print_grid
-from lightning_gradmetrics.tables.marks import kind_of
 from tests.models import assert_same_state, cnn, images, state_of
 
 SCORES = [make("entropy"), make("gradnorm", target="all"), make("el2n")]

@@ -18,8 +18,8 @@ from lightning_gradmetrics.cli.fitted_comparison import (
     write_fitted_comparison,
 )
 from lightning_gradmetrics.evaluation import evaluate
+from lightning_gradmetrics.report.tables import print_grid
 from lightning_gradmetrics.scores import resolve
-from lightning_gradmetrics.tables import print_grid
 
 ROLES = {"mine": "id", "other": "near"}
 SCORES = resolve(

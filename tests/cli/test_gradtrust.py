@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lightning_gradmetrics.cli.gradtrust_demo import LINES, demo_block, demo_values, read_image
 from lightning_gradmetrics.cli.selective_areas import areas_grid, selective_areas
 from lightning_gradmetrics.meters import AUAC, AUFC
-from lightning_gradmetrics.tables import print_grid
+from lightning_gradmetrics.report.tables import print_grid
 from tests.cli.conftest import Command
 from tests.models import cnn, images
 from tests.scores import trust_cases

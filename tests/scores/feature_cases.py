@@ -107,7 +107,9 @@ def to_mean_gradient(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
 
 def not_zero(model: nn.Sequential, x: Tensor) -> Tensor:
     """GAIA-Z: the network as a chain, and the gradient of the largest logit at each normalisation or weighted layer."""
-    kinds: tuple[type[nn.Module], ...] = (nn.BatchNorm2d,) if any(isinstance(m, nn.BatchNorm2d) for m in model) else (nn.Conv2d, nn.Linear)
+    kinds: tuple[type[nn.Module], ...] = (
+        (nn.BatchNorm2d,) if any(isinstance(m, nn.BatchNorm2d) for m in model) else (nn.Conv2d, nn.Linear)
+    )
     shares = []
     for place, layer in enumerate(model):
         if isinstance(layer, kinds):

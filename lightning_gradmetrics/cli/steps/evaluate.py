@@ -17,8 +17,8 @@ from lightning_gradmetrics.cli.selective_areas import selective_areas
 from lightning_gradmetrics.cli.steps.prepare import Experiment
 from lightning_gradmetrics.cli.steps.score import Scored
 from lightning_gradmetrics.evaluation import Evaluation
+from lightning_gradmetrics.report.tables.marks import detects
 from lightning_gradmetrics.scores import Score
-from lightning_gradmetrics.tables.marks import detects
 
 __all__ = ["Evaluated", "evaluate"]
 

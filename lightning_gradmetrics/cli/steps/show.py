@@ -15,8 +15,8 @@ from lightning_gradmetrics.cli.progress import notice
 from lightning_gradmetrics.cli.selective_areas import areas_grid
 from lightning_gradmetrics.cli.steps.evaluate import Evaluated
 from lightning_gradmetrics.cli.steps.prepare import Experiment
-from lightning_gradmetrics.tables.metrics import summary_grids
-from lightning_gradmetrics.tables.terminal import print_grid, print_line
+from lightning_gradmetrics.report.tables.metrics import summary_grids
+from lightning_gradmetrics.report.tables.terminal import print_grid, print_line
 
 __all__ = ["show"]
 

@@ -17,7 +17,7 @@ from lightning_gradmetrics.meters.functional.counts import Counts
 from lightning_gradmetrics.meters.functional.curves import roc_of_counts
 from lightning_gradmetrics.meters.functional.ranking import auroc_of_counts
 from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, risk_coverage_curve_of_counts
-from lightning_gradmetrics.plot.style import Plot, new_axes, score_styles
+from lightning_gradmetrics.pictures.plot.style import Plot, new_axes, score_styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from lightning_gradmetrics.tables.grid import Column, Grid
+from lightning_gradmetrics.report.tables.grid import Column, Grid
 
 __all__ = ["latex", "markdown"]
 

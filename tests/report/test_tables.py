@@ -14,11 +14,11 @@ from rich.console import Console
 
 from lightning_gradmetrics.evaluation import Evaluation, evaluate
 from lightning_gradmetrics.report import write_metrics_tables
+from lightning_gradmetrics.report.tables import Column, Grid, Group, metrics_grids, print_grid
+from lightning_gradmetrics.report.tables.documents import latex, markdown
+from lightning_gradmetrics.report.tables.grid import fold
+from lightning_gradmetrics.report.tables.metrics import notes_of, questions_of
 from lightning_gradmetrics.scores import Score, make
-from lightning_gradmetrics.tables import Column, Grid, Group, metrics_grids, print_grid
-from lightning_gradmetrics.tables.documents import latex, markdown
-from lightning_gradmetrics.tables.grid import fold
-from lightning_gradmetrics.tables.metrics import notes_of, questions_of
 
 ROLES = {
     "cifar10": "id",

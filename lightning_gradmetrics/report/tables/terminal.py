@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from lightning_gradmetrics.tables.grid import COLUMN_GAP, GROUP_GAP, Column, Grid, Group
+from lightning_gradmetrics.report.tables.grid import COLUMN_GAP, GROUP_GAP, Column, Grid, Group
 
 __all__ = ["grids_text", "print_grid", "print_line"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, Evaluation
 from lightning_gradmetrics.evaluation.metrics import METRICS, SHOWN
+from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.report.tables.marks import mark_notes, mark_of
 from lightning_gradmetrics.scores import Score
-from lightning_gradmetrics.tables.grid import Column, Grid, Group
-from lightning_gradmetrics.tables.marks import mark_notes, mark_of
 
 __all__ = ["Question", "metric_text", "metrics_grid", "metrics_grids", "notes_of", "questions_of", "summary_grids"]
 

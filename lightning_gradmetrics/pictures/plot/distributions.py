@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_gradmetrics.evaluation.tasks import KINDS, Rows, rows_of
-from lightning_gradmetrics.plot.style import COLOURS, Plot, new_axes
+from lightning_gradmetrics.pictures.plot.style import COLOURS, Plot, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

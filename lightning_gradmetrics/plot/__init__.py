@@ -1,7 +1,0 @@
-"""Plots of a results table with Matplotlib, on your axes or on new ones, as objects that you can restyle."""
-
-from lightning_gradmetrics.plot.curves import risk_coverage, roc
-from lightning_gradmetrics.plot.distributions import distributions
-from lightning_gradmetrics.plot.style import Plot
-
-__all__ = ["Plot", "distributions", "risk_coverage", "roc"]
