@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.precision import rounding
@@ -50,6 +51,6 @@ def agree(moments: Moments, gradient: Tensor, scale: float, tolerance: float | N
             p = float(key)
             largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * tolerance ** max(0.0, p - 1)
         error = (value - expected[key]).abs()
-        if not bool((error <= tolerance * largest)[expected[key].isfinite()].all()):
+        if not bool((error <= tolerance * largest + torch.finfo(error.dtype).tiny)[expected[key].isfinite()].all()):
             return False
     return True

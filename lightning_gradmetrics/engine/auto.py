@@ -257,15 +257,21 @@ def _agree_on_sample(
     for objective in range(len(task.objectives)):
         losses, undo = task.unit_losses(objective, logits)
         gradients = dict(zip(task.parameters, loss_gradients(losses[row], parameters), strict=True))
+        own = undo[row : row + 1].double()
+        factor = torch.where(own > LEAST_SCALE, 1 / own, 1.0)
+        shrunk = float(own * factor)
         scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
         while gradients:
             name, gradient = gradients.popitem()
             # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
-            moments = rescaled_moments(table.of_sample(number, name, objective), 1 / undo[row : row + 1])
-            if not agree(moments, gradient[None], scale, tolerance):
+            moments = rescaled_moments(table.of_sample(number, name, objective), factor)
+            if not agree(moments, gradient[None] * shrunk, scale * shrunk, tolerance):
                 return False
     return True
 
+
+LEAST_SCALE = 2.0**-400
+"""The smallest scale of a gradient whose squares keep their digits in float64; smaller ones are compared as they are."""
 
 GATES = 0.05
 """How far, relative to its size, a gradient may be off by gates that rounding opens or closes."""

@@ -77,12 +77,12 @@ def label(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def class_loss(logits: Tensor, index: int | Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Cross-entropy to a class ``c``: one class for all samples, or one per sample ``(N,)``; ``(N, C) -> (N,)``.
+    """Cross-entropy to a class ``c``: one class for all samples, or one per sample ``(N,)``; ``(N, C) -> (N,)``. Positions may trail.
 
     Computed as ``softplus(logsumexp_{j != c} z_j / T - z_c / T)``: value and gradient keep their digits at any logit gap.
     """
     scaled = at_least_float32(logits) / temperature
-    classes = torch.as_tensor(index, device=logits.device).long().expand(len(logits))[:, None]
+    classes = torch.as_tensor(index, device=logits.device).long().expand(logits[:, 0].shape)[:, None]
     others = scaled.scatter(1, classes, -torch.inf).logsumexp(1)
     return F.softplus(others - scaled.gather(1, classes)[:, 0], threshold=LINEAR)
 

@@ -97,7 +97,7 @@ def test_a_run_keeps_pictures_of_the_listed_samples(batch_size: int) -> None:
     data["inside"][3, 0, 0, 0] = float("nan")
     data["inside"][20] = data["inside"][10]
     callback = run(data, MODELS["cnn"][0](), batch_size)
-    (source,) = callback.sources
+    source = callback.sources[0]
     listed = callback.tables()["largest"]
     assert listed.num_rows == 5 + 4 + 2 + 2
     for (dataset, score), top in source.seen.items():

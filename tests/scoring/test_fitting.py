@@ -360,7 +360,9 @@ def test_the_command_fits_and_keeps_the_states(tmp_path: Path) -> None:
     model = digits_cnn(sets, epochs=2, width=4)
 
     def run(folder: Path, network: Module | None = None, **settings) -> lgm.GradientMetrics:
-        options = SimpleNamespace(**{"fitted_folder": None, "batch_size": 100, "num_workers": 0, **settings})
+        options = SimpleNamespace(
+            **{"fitted_folder": None, "batch_size": 100, "num_workers": 0, "resume": False, **settings}
+        )
         callback = lgm.GradientMetrics(["oberdiek", "confounding_detector(epochs=5)", "energy"])
         used = trainer(callback)
         experiment = {"data": sets, "model": network or model, "callback": callback, "trainer": used}

@@ -93,7 +93,7 @@ def test_a_bounded_uniform_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     """As many as the bound, spread over the whole data set, and the same ones whichever process saw them."""
     monkeypatch.setattr(profiles, "MAX_SAMPLES", 40)
     callback, _, _ = run(tmp_path, "energy", sizes=(400,))
-    (source,) = callback.sources
+    source = callback.sources[0]
     sample = source.seen["inside"]
     assert sample.count == 400 and sample.norms.shape == (40, 4)
     kept = sorted(range(400), key=lambda i: profiles.row_keys(torch.tensor([[i]])).item())[:40]
