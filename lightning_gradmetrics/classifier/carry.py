@@ -172,11 +172,25 @@ def _crops(carry: Carry, z: Tensor, logits: Tensor) -> Iterator[Carry]:
     have, wanted = z.shape[2:], logits.shape[2:]
     if z.ndim != logits.ndim or not _contains(tuple(have), tuple(wanted)):
         return
-    rows = z[0].reshape(z.shape[1], -1)
-    corner = logits[0].reshape(logits.shape[1], -1)[:, :1].to(rows.dtype)
-    scale = logits.abs().amax().clamp(min=1e-30)
-    near = ((rows - corner).abs() <= 1e-2 * scale).all(0).reshape(have)
-    for axis, length in enumerate(wanted):
-        near = near.narrow(axis, 0, have[axis] - length + 1)
-    for offsets in near.nonzero().tolist():
+    for offsets in _matching_offsets(z[0], logits[0]).nonzero().tolist():
         yield replace(carry, crop=tuple(zip(offsets, wanted, strict=True)))
+
+
+def _matching_offsets(z: Tensor, logits: Tensor) -> Tensor:
+    """Return which offsets of a crop agree with the logits at their corners and in their middle, up to rounding.
+
+    Args:
+        z: The larger map ``(C, *Q)``.
+        logits: ``(C, *P)``.
+    """
+    lengths = [large - small + 1 for large, small in zip(z.shape[1:], logits.shape[1:], strict=True)]
+    eps = max(torch.finfo(z.dtype).eps, torch.finfo(logits.dtype).eps)
+    margin = 64 * eps * logits.abs().amax().clamp(min=1e-30)
+    agrees = torch.ones(lengths, dtype=torch.bool, device=z.device)
+    for share in (0.0, 0.5, 1.0):
+        window, point = z, logits
+        for axis, (length, small) in enumerate(zip(lengths, logits.shape[1:], strict=True)):
+            place = round(share * (small - 1))
+            window, point = window.narrow(1 + axis, place, length), point.narrow(1 + axis, place, 1)
+        agrees &= ((window - point).abs() <= margin).all(0)
+    return agrees

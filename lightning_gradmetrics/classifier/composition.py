@@ -76,7 +76,7 @@ def compose(calls: Sequence[LayerCall], logits: Tensor) -> list[Composition]:
         >>> made.names, made.carry.mode
         (('head',), 'nearest')
     """
-    for kind in (_single, _reflected, _added):
+    for kind in (_unchanged, _single, _reflected, _added):
         found = list(kind(calls, logits))
         if found:
             return found
@@ -93,6 +93,15 @@ def _numbered(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
     for call in calls:
         by_name.setdefault(call.name, []).append(call)
     return by_name
+
+
+def _unchanged(calls: Sequence[LayerCall], logits: Tensor) -> Iterator[Composition]:
+    """The layers that return the logits: found without resizing anything."""
+    for name, own in _numbered(calls).items():
+        for number, call in enumerate(own):
+            if torch.equal(_output(call), logits):
+                yield Composition((Part(name, number),))
+                break
 
 
 def _single(calls: Sequence[LayerCall], logits: Tensor) -> Iterator[Composition]:

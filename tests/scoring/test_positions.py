@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -178,3 +179,14 @@ def test_rows_and_maps_agree_in_blocks() -> None:
     evidence = made_up_maps()
     values = by_rows(lambda rows: rows.logits.amax(1), evidence, False)
     torch.testing.assert_close(values, evidence.logits.amax(1))
+
+
+def test_layers_on_smaller_grids_do_not_slow_the_search() -> None:
+    """Layers with one output per class inside the network: an enlarged and cropped output is compared at few offsets."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(3, 5, 3, stride=4, padding=1), nn.Conv2d(5, 5, 1), nn.ConvTranspose2d(5, 4, 4, 4))
+    model = Segmenter(nn.Conv2d(4, 5, 1), lambda z: z + z.mean(1, keepdim=True), inner).eval()
+    started = time.perf_counter()
+    with pytest.raises(HeadNotFoundError):
+        lgm.score(model, torch.randn(1, 3, 160, 160), "gradnorm")
+    assert time.perf_counter() - started < 60
