@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_in, tensors_in
+from lightning_gradmetrics.scoring.padding import padding_of, without_padding
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import check_fitted
@@ -45,11 +46,12 @@ def score(
         engine: The engine of the scores that need a backward pass.
 
     Returns:
-        Each score ``(N, *P)`` by name, on the model's device; NaN at positions whose label a score needs and is unknown.
+        Each score ``(N, *P)`` by name, on the model's device; NaN at positions whose label a score needs and is
+        unknown, and at tokens that ``attention_mask`` marks as padding.
 
     Raises:
-        ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, or the head
-            cannot be found.
+        ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, the head
+            cannot be found, or texts are padded on the left without ``position_ids``.
         TypeError: If the inputs contain no tensor.
 
     Example:
@@ -66,7 +68,8 @@ def score(
     if _is_empty(inputs):
         return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
     batch = observed(scorer, model, inputs, targets)
-    return scorer(scorer.evidence(model, batch))
+    values = scorer(scorer.evidence(model, batch))
+    return without_padding(values, padding_of(inputs)) if batch.logits.ndim == 3 else values
 
 
 def _check_inputs(inputs: Any) -> None:

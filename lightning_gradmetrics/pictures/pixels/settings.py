@@ -17,7 +17,6 @@ class Pixels:
     Args:
         ignore_index: The label, or the labels, of pixels that no metric uses. Negative labels are always ignored.
         ood_labels: The labels of out-of-distribution pixels: they are positives of a separate task, and never errors.
-        class_names: A name per class; by default their numbers.
         aggregates: What an image's row has of each score: ``"mean"``, ``"max"`` and quantiles, as ``"q95"``. The first
             is the score's column; the others are columns ``<score>/<aggregate>``.
         segments: The least number of pixels of a segment in ``callback.segments``; 0 for no segments.
@@ -36,7 +35,6 @@ class Pixels:
 
     ignore_index: int | Sequence[int] = 255
     ood_labels: Sequence[int] = ()
-    class_names: Sequence[str] | None = None
     aggregates: Sequence[str] = ("mean",)
     segments: int = 50
     every: int | str = "auto"
