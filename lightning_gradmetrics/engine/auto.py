@@ -271,7 +271,7 @@ def _agree_on_sample(
 
 
 LEAST_SCALE = 2.0**-400
-"""The smallest scale of a gradient whose squares keep their digits in float64; smaller ones are compared as they are."""
+"""The smallest scale of a gradient whose squares keep their digits in float64; smaller ones are compared unscaled."""
 
 GATES = 0.05
 """How far, relative to its size, a gradient may be off by gates that rounding opens or closes."""
