@@ -38,6 +38,7 @@ def test_the_summary_is_the_main_table(run: lgm.GradientMetrics) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_the_report_is_one_file_of_the_run(run: lgm.GradientMetrics, tmp_path) -> None:
     path = run.report(tmp_path / "pages" / "report.html")
     text = path.read_text()

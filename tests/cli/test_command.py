@@ -115,6 +115,7 @@ def test_default_run(tmp_path: Path, command: Command) -> None:
     assert all(m["value"] == value[m["score"], m["task"], m["dataset"], m["metric"]] for m in again["metrics"])
 
 
+@pytest.mark.slow
 def test_image_folders_with_a_checkpoint(tmp_path: Path, command: Command) -> None:
     """The walkthrough's command line, on images made here."""
     generator = np.random.default_rng(0)

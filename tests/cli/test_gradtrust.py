@@ -126,6 +126,7 @@ def test_demo_command(tmp_path: Path, command: Command) -> None:
     assert missing.returncode != 0 and "no image 'nowhere.png'" in missing.stderr
 
 
+@pytest.mark.slow
 def test_table_command(tmp_path: Path, command: Command) -> None:
     generator = np.random.default_rng(0)
     for number in range(12):

@@ -79,6 +79,7 @@ def computes_moments() -> bool:
 # -- what is built and loaded -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_kernels_are_built_once_and_kept(machine):
     machine.patch.setattr(library, "SOURCES", SOURCES)
@@ -325,6 +326,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the administrato
 STRANGER = 12345
 
 
+@pytest.mark.slow
 @needs_root
 def test_a_folder_of_another_user_is_skipped(machine):
     """An attacker who was first to create the predictable folder in the shared temporary folder."""

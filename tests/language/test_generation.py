@@ -73,6 +73,7 @@ def gradients_of_sequence(model, number: int, objective: str, parameters) -> tor
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_gradients_of_sequences(kind: str) -> None:
     """The head's use of its weight, all parameters, and a pattern."""

@@ -92,6 +92,7 @@ def test_every_public_object_is_documented(prefix: str) -> None:
     assert not new, "\n".join(f"{prefix}.{name} lacks {', '.join(bad[name])}" for name in sorted(new))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["lgm.score(model, x, 'gradnorm')", "lgm.GradientMetrics('gradnorm')"])
 def test_scores_are_known_by_name_in_a_new_process(first: str) -> None:
     """Nothing but the package itself was imported before."""

@@ -112,6 +112,7 @@ def test_rows_without_an_index_are_counted(tmp_path: Path) -> None:
     assert committed_rows(tmp_path).unknown == {"val": 1}
 
 
+@pytest.mark.slow
 def test_two_writers_cannot_share_a_directory(tmp_path: Path) -> None:
     with ResultsWriter(tmp_path, RUN), pytest.raises(RuntimeError, match="another process is writing results"):
         ResultsWriter(tmp_path, RUN, resume=True)
