@@ -149,7 +149,8 @@ class StepObserver:
     def _is_unobserved(self, seen: Observation) -> bool:
         """Return whether the hooks of the layers did not run."""
         calls = seen.layers if self._name is None else seen.of_layer(self._name)
-        return not any(call.name in linear_layers(self.model) or call.name == self._name for call in calls)
+        heads = {self._name, *linear_layers(self.model)}
+        return not any(call.name in heads for call in calls)
 
     def _joined(self, calls: Sequence[ModelCall], size: int | None) -> tuple[Inputs | None, Tensor | None]:
         """Return inputs and logits of the samples; of consecutive parts of the batch, or of repeated equal calls."""
