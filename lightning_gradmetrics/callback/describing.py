@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -68,14 +69,26 @@ def describe_score(score: Score) -> dict[str, Any]:
 
 
 def described(value: Any) -> Any:
-    """Return a value in a form for JSON; functions and objects by name, because addresses differ between runs."""
+    """Return a value in a form for JSON; functions and objects by name, because addresses differ between runs.
+
+    Two lambdas of a function have the same name, so a lambda's code is added.
+    """
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
     if isinstance(value, Mapping):
         return {str(key): described(inner) for key, inner in value.items()}
     if isinstance(value, Sequence):
         return list(map(described, value))
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    name: str = getattr(value, "__qualname__", type(value).__qualname__)
+    code = getattr(value, "__code__", None)
+    if name.endswith("<lambda>") and code is not None:
+        parts = (code.co_code, code.co_names, tuple(filter(_is_plain, code.co_consts)))
+        return f"{name} {hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+    return name
+
+
+def _is_plain(constant: Any) -> bool:
+    return isinstance(constant, (str, bytes, int, float, bool, type(None)))
 
 
 def describe_circumstances(loaders: Mapping[str, Any], processes: int) -> dict[str, Any]:
