@@ -38,6 +38,7 @@ class Settings:
         batch_size: Samples per batch.
         num_workers: Worker processes of each dataloader.
         seed: The seed of every random choice.
+        every_score: Whether to compute every score of ``conf/score``.
         resamples: Bootstrap resamples for the intervals; 0 for none.
         cross_validation_folds: Folds that fitted scores are cross-validated with; ``None`` fits them once.
         cost_batch_size: Samples that every score's time and memory are measured on; ``None`` measures nothing.
@@ -50,6 +51,7 @@ class Settings:
     batch_size: int
     num_workers: int
     seed: int
+    every_score: bool
     resamples: int
     cross_validation_folds: int | None
     cost_batch_size: int | None
@@ -70,6 +72,7 @@ class Settings:
             batch_size=_whole(config, "batch_size", 1),
             num_workers=_whole(config, "num_workers", 0),
             seed=_whole(config, "seed", 0),
+            every_score=_switch(config, "every_score"),
             resamples=_whole(config, "resamples", 0),
             cross_validation_folds=_whole_or_none(config, "cross_validation_folds", 2),
             cost_batch_size=_whole_or_none(config, "cost_batch_size", 1),

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from lightning_gradmetrics.cli.configuration import configuration_directory, option_names
 from lightning_gradmetrics.cli.data.conversion import evaluation_data
 from lightning_gradmetrics.cli.data.sets import EvaluationData
 from lightning_gradmetrics.cli.models.classifier import Classifier
@@ -20,20 +21,38 @@ from lightning_gradmetrics.scores import Score, resolve
 __all__ = ["build_data", "build_model", "build_scores"]
 
 
-def build_scores(nodes: DictConfig | None) -> tuple[Score, ...]:
+def build_scores(config: DictConfig, every: bool = False) -> tuple[Score, ...]:
     """Return the scores of a configuration, named by their keys.
+
+    Args:
+        config: The composed configuration; ``score`` has the chosen scores by name.
+        every: Whether to add the scores of ``conf/score`` that were not chosen.
 
     Raises:
         ValueError: If there is none, or one of them cannot be built from its arguments.
     """
+    chosen = list(config.get("score") or {})
+    if every:
+        shipped = _shipped_scores()
+        config = OmegaConf.merge({"score": shipped}, config)
+        chosen += [name for name in shipped if name not in chosen]
     made: dict[str, Any] = {}
-    for key, node in (nodes or {}).items():
-        name = str(key)
+    for name in chosen:
         try:
-            made[name] = instantiate(node)
+            made[str(name)] = instantiate(config.score[name])
         except Exception as error:
             raise ValueError(f"score.{name}: {error.__cause__ or error}") from error
     return resolve(made)
+
+
+def _shipped_scores() -> dict[Any, Any]:
+    """Return the nodes of ``conf/score`` by name, without those that lack a mandatory argument."""
+    shipped = {}
+    for name in option_names("score"):
+        for key, node in OmegaConf.load(configuration_directory() / "score" / f"{name}.yaml").items():
+            if "???" not in OmegaConf.to_container(node, resolve=False).values():
+                shipped[key] = node
+    return shipped
 
 
 def build_data(node: DictConfig) -> EvaluationData:

@@ -9,12 +9,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 from torch import nn
 
 from lightning_gradmetrics.cli import cost_measurement
 from lightning_gradmetrics.cli.configuration import configuration_directory
 from lightning_gradmetrics.cli.cost_table import cost_grid_of_width, cost_records, write_costs
+from lightning_gradmetrics.cli.factories import build_scores
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.report.tables import print_grid
 from lightning_gradmetrics.report.tables.marks import kind_of
@@ -119,8 +121,10 @@ def test_no_samples_is_an_error() -> None:
 
 
 def test_the_experiment_has_every_score() -> None:
-    conf = configuration_directory()
-    listed = [
-        line[8:] for line in (conf / "experiment" / "benchmark.yaml").read_text().splitlines() if line[:8] == "      - "
-    ]
-    assert sorted([*listed, "pytorch_ood"]) == sorted(path.stem for path in (conf / "score").iterdir())
+    with initialize_config_dir(str(configuration_directory()), version_base="1.3"):
+        config = compose("config", ["experiment=benchmark", "score=[gradnorm]", "score.gradnorm.temperature=2"])
+    scores = build_scores(config, config.every_score)
+    assert scores[0].name == "gradnorm" and dict(scores[0].arguments)["temperature"] == 2
+    of_several = {"pseudo_label_statistics", "uniform_statistics"}
+    files = {path.stem for path in (configuration_directory() / "score").iterdir()}
+    assert {score.name for score in scores} >= files - {"pytorch_ood"} - of_several

@@ -68,7 +68,7 @@ def prepare(config: DictConfig) -> Experiment:
     directory = Path(HydraConfig.get().runtime.output_dir)
     check_directory(directory, settings.resume)
     seed_everything(settings.seed, verbose=False)
-    scores = build_scores(config.get("score"))
+    scores = build_scores(config, settings.every_score)
     data = build_data(config.data)
     model = build_model(config.model, data)
     _check_top_k(config.callback.get("top_k"))
