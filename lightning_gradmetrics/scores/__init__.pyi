@@ -36,6 +36,7 @@ from lightning_gradmetrics.scores.logits import max_logit as max_logit
 from lightning_gradmetrics.scores.logits import max_softmax as max_softmax
 from lightning_gradmetrics.scores.oberdiek import oberdiek as oberdiek
 from lightning_gradmetrics.scores.perturbation import odin as odin
+from lightning_gradmetrics.scores.pgn import pgn as pgn
 from lightning_gradmetrics.scores.post_hoc import gen as gen
 from lightning_gradmetrics.scores.post_hoc import max_logit_pnorm as max_logit_pnorm
 from lightning_gradmetrics.scores.prototypes import gradient_cosine as gradient_cosine

@@ -119,7 +119,20 @@ def not_zero(model: nn.Sequential, x: Tensor) -> Tensor:
     return torch.cat(shares).square().mean()
 
 
+def published(p: float, one_hot: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    """PGN by its code: the softmax without the predicted class, or all of it times (C - 1) / C, and the head's input."""
+
+    def definition(model: nn.Module, x: Tensor) -> Tensor:
+        q = softmax(model, x)
+        first = [value for c, value in enumerate(q) if c != q.argmax()] if one_hot else list(q * (len(q) - 1) / len(q))
+        return torch.stack(first).norm(p) * features(model, x).norm(p)
+
+    return definition
+
+
 CASES = {
+    "pgn": published(0.5, False),
+    "pgn(p=2,label=one_hot)": published(2, True),
     "views(n=1)": lambda m, x: 1 - softmax(m, x).max(),
     "views(n=1,score=energy)": lambda m, x: -m(x).exp().sum().log(),
     "gaia": not_zero,
