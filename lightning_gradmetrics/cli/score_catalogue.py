@@ -100,7 +100,8 @@ def _needs(score: Score) -> list[str]:
     needed = {
         "head": needs.features,
         "labels": needs.labels,
-        "forward": bool(needs.probes) and not needs.backward,
+        "layers": bool(needs.observable),
+        "forward": bool(needs.reruns) and not needs.backward,
         "backward": needs.backward,
     }
     words = []
@@ -136,7 +137,7 @@ def _passes(score: Score) -> str:
     if with_three:
         count = "C backwards" if with_four > with_three else f"{with_three} backward{'s' * (with_three > 1)}"
         parts.append(f"one forward and {count}")
-    if needs_of([score]).probes:
+    if needs_of([score]).reruns:
         parts.append("separate passes")
     return " and ".join(parts) or "free"
 

@@ -129,7 +129,7 @@ def _is_of_sequences(score: Score) -> bool:
     needs = score.needs
     if needs.probes:
         raise ValueError(
-            f"the score {score.name!r} runs the model on other inputs, which is not defined for generated text; allowed: scores "
+            f"the score {score.name!r} reads layers or runs the model again, which is not defined for generated text; allowed: scores "
             "of logits, features and gradients"
         )
     if getattr(score, "state", ...) is None:

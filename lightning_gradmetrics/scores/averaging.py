@@ -19,7 +19,7 @@ from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import Recipe, Score, ScoreLike, add_recipe, make
 
-__all__ = ["shifted_views", "views", "views_of"]
+__all__ = ["shifted_views", "views", "views_of", "with_two_columns"]
 
 Views = Callable[[Tensor], Sequence[Tensor]]
 
@@ -40,7 +40,10 @@ def views(
     The views are the input itself and ``n - 1`` shifted copies, every other one flipped: the same shifts for every
     sample, so that a score does not depend on its batch. The prediction in the results is that of the plain input; so
     ``max_softmax`` averages the probability of the class that is predicted for the plain input. It costs n times the
-    score, and at least n forwards: compare it with other scores at equal cost.
+    score: n forwards, the one that makes the prediction included. Compare it with other scores at equal cost.
+
+    Views help where shifts and flips keep the meaning. On digits a flip does not: ``max_softmax`` falls from an AUROC of
+    96.1 to 86.9 on errors. Pass ``transforms=`` there.
 
     Args:
         score: The score: a name, a score, or a function of the evidence. A fitted score must be fitted already.
@@ -115,7 +118,18 @@ class ViewsScore(Score):
         super().__init__(name or RECIPE.name_of(shown), recipe, arguments)
 
     def _values(self, evidence: Evidence) -> Tensor:
-        return evidence.probe(self.probe).to(evidence.logits.dtype)
+        n, transforms = self.probe.n, self.probe.transforms
+        if transforms is not None:
+            return self._mean_of_views(evidence)
+        plain = self.inner(evidence)
+        return plain if n == 1 else (plain + (n - 1) * self._mean_of_views(evidence)) / n
+
+    def _mean_of_views(self, evidence: Evidence) -> Tensor:
+        """The mean over the views that the probe runs; of the softmax, that of the classes which the input is not."""
+        if not self.probe.of_softmax:
+            return evidence.probe(self.probe).to(evidence.logits.dtype)
+        mean = evidence.probe(self.probe, (evidence.logits.shape[1],)).to(evidence.logits.dtype)
+        return mean.scatter(1, evidence.logits.argmax(1, keepdim=True), 0.0).sum(1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the score that is averaged, and the arguments."""
@@ -176,7 +190,9 @@ def views_of(inputs: Tensor, n: int, seed: int = 0, flip: bool = True) -> list[T
 
 @dataclass(frozen=True, eq=False)
 class ViewMeans:
-    """A probe: the mean of a score over views, ``(N,)``.
+    """A probe: the mean over views of a score ``(N,)``, or of the softmax ``(N, C)`` in place of its largest entry.
+
+    The first of the default views, the input itself, is left out: the forward pass that makes the prediction is observed.
 
     Args:
         score: The score.
@@ -199,25 +215,37 @@ class ViewMeans:
         """Return the mean over the views."""
         check_floats(inputs, "augmented views")
         seen = self._views(inputs)
-        if self.score.recipe.name == "max_softmax":
-            return self._mean_error(model, inputs, seen)
-        total = torch.zeros(len(inputs), device=inputs.device, dtype=accumulator(inputs))
+        total = torch.zeros((), device=inputs.device, dtype=accumulator(inputs))
         for view in seen:
-            total = total + score_batch(model, view.contiguous(), self.score)[self.score.name]
+            total = total + self._of_view(model, view.contiguous())
         return total / len(seen)
+
+    @property
+    def of_softmax(self) -> bool:
+        """Whether the softmax is averaged, since its largest entry is to be that of the plain prediction."""
+        return self.score.recipe.name == "max_softmax"
+
+    def _of_view(self, model: nn.Module, view: Tensor) -> Tensor:
+        if not self.of_softmax:
+            return score_batch(model, view, self.score)[self.score.name]
+        with preserved(model), torch.no_grad():
+            logits = with_two_columns(logits_of(call(model, view)))
+        return torch.softmax(logits.to(accumulator(view)) / self.score.arguments.get("temperature", 1.0), 1)
 
     def _views(self, inputs: Tensor) -> Sequence[Tensor]:
         if self.transforms is not None:
             return self.transforms(inputs)
-        return views_of(inputs, self.n, self.seed)
+        return views_of(inputs, self.n, self.seed)[1:]
 
-    def _mean_error(self, model: nn.Module, inputs: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        """Return one minus the mean probability of the class predicted for the plain input, from the other classes."""
-        temperature = self.score.arguments.get("temperature", 1.0)
-        with preserved(model), torch.no_grad():
-            predicted = logits_of(call(model, inputs)).argmax(1, keepdim=True)
-            total = torch.zeros(len(inputs), device=inputs.device, dtype=accumulator(inputs))
-            for view in seen:
-                p = torch.softmax(logits_of(call(model, view.contiguous())).to(total.dtype) / temperature, 1)
-                total = total + p.scatter(1, predicted, 0.0).sum(1)
-        return total / len(seen)
+
+def with_two_columns(logits: Tensor) -> Tensor:
+    """Return the logits ``(0, z)`` of a model with one logit z per sample, and other logits unchanged.
+
+    Args:
+        logits: ``(N, C)``.
+
+    Example:
+        >>> with_two_columns(torch.tensor([[2.0]]))
+        tensor([[0., 2.]])
+    """
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits

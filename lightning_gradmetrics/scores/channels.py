@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.forward import batch_size, call, preserved
+from lightning_gradmetrics.classifier.observation import arguments_of, whole_modules
+from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.precision import at_least_float32
 
-__all__ = ["WIDTH", "ChannelStatistics", "channels_of", "observing_channels"]
+__all__ = ["WIDTH", "ChannelProbe", "ChannelStatistics", "channels_of", "observing_channels"]
 
 WIDTH = 2048
 """The most statistics per sample: wider models are sketched, layer by layer."""
@@ -115,3 +119,56 @@ def observing_channels(model: nn.Module, size: int) -> Iterator[ChannelStatistic
             if isinstance(layer, WEIGHTED):
                 stack.callback(layer.register_forward_pre_hook(seen.see, with_kwargs=True).remove)
         yield seen
+
+
+@dataclass
+class _Call:
+    """The channel statistics of the only call of a model, started and ended by hooks."""
+
+    running: int = 0
+    calls: list[ChannelStatistics] = field(default_factory=list)
+
+    def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.running += 1
+        if self.running == 1:
+            self.calls.append(ChannelStatistics(batch_size(arguments_of(args, kwargs))))
+
+    def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.running:
+            self.calls[-1].see(layer, args, kwargs)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.running -= 1
+
+    def columns(self, size: int) -> Tensor | None:
+        """The statistics ``(N, F)``; ``None`` unless there was one call, with this number of samples and some channel."""
+        is_complete = len(self.calls) == 1 and not self.running
+        if not is_complete or self.calls[0].size != size or not self.calls[0].by_layer:
+            return None
+        return self.calls[0].columns
+
+
+@dataclass(frozen=True)
+class ChannelProbe:
+    """A probe: the channel statistics ``(N, F)`` of the forward pass that makes the prediction."""
+
+    backward: ClassVar[bool] = False
+
+    @contextmanager
+    def observing(self, model: nn.Module) -> Iterator[Callable[[int], Tensor | None]]:
+        """Observe one call of the model inside the block; yields a function from N to the statistics or ``None``."""
+        observed = _Call()
+        with ExitStack() as stack:
+            for module in whole_modules(model):
+                stack.callback(module.register_forward_pre_hook(observed.start, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(observed.end).remove)
+            for layer in model.modules():
+                if isinstance(layer, WEIGHTED):
+                    stack.callback(layer.register_forward_pre_hook(observed.see, with_kwargs=True).remove)
+            yield observed.columns
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        """Return the statistics by a forward pass."""
+        with preserved(model), torch.no_grad(), eager(), observing_channels(model, batch_size(inputs)) as seen:
+            call(model, inputs)
+        return seen.columns

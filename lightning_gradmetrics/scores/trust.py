@@ -12,8 +12,8 @@ from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of
 from lightning_gradmetrics.classifier.input_gradients import check_floats
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.statistics import accumulator
-from lightning_gradmetrics.scores.averaging import views_of
-from lightning_gradmetrics.scores.channels import observing_channels
+from lightning_gradmetrics.scores.averaging import views_of, with_two_columns
+from lightning_gradmetrics.scores.channels import ChannelProbe, observing_channels
 from lightning_gradmetrics.scores.detectors import ledoit_wolf, mahalanobis, moment_sums
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
@@ -21,7 +21,7 @@ from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import register_fitted
 from lightning_gradmetrics.scoring.totals import Tensors
 
-__all__ = ["Measurements", "left_out_distances", "trust"]
+__all__ = ["ViewSums", "error_log_odds", "left_out_distances", "trust"]
 
 QUANTILE = 0.95
 """Below this quantile of the in-distribution distances the distance hardly counts."""
@@ -34,11 +34,13 @@ CONSTANT = 1e-6
 
 
 @dataclass(frozen=True)
-class Measurements:
-    """A probe: means over views of the log odds of an error, the energy and the channel statistics, ``(N, 2 + F)``.
+class ViewSums:
+    """A probe: sums over the shifted views of each class's log odds, the energy and the channel statistics.
+
+    The first view, the input itself, is left out: the forward pass that makes the prediction is observed.
 
     Args:
-        views: The number of views, and of forward passes.
+        views: The number of views, one more than the number of forward passes.
         seed: The seed of the shifts.
         flip: Whether every other view is flipped.
     """
@@ -49,33 +51,40 @@ class Measurements:
     flip: bool
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        """Return the measurements."""
-        if self.views == 1:
-            seen = [inputs]
-        else:
-            check_floats(inputs, "augmented views")
-            seen = views_of(inputs, self.views, self.seed, self.flip)
+        """Return the sums ``(N, C + 1 + F)``."""
+        check_floats(inputs, "augmented views")
+        total: Tensor | int = 0
         with preserved(model), torch.no_grad(), eager():
-            logits, columns = _forward(model, inputs)
-            predicted = logits.argmax(1, keepdim=True)
-            total = _measured(logits, columns, predicted)
-            for view in seen[1:]:
-                total = total + _measured(*_forward(model, view.contiguous()), predicted)
-        return total / len(seen)
+            for view in views_of(inputs, self.views, self.seed, self.flip)[1:]:
+                with observing_channels(model, batch_size(view)) as seen:
+                    logits = logits_of(call(model, view.contiguous()))
+                logits = with_two_columns(logits.to(accumulator(logits)))
+                total = total + _measured(logits, seen.columns)
+        assert isinstance(total, Tensor)
+        return total
 
 
-def _forward(model: nn.Module, inputs: Any) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, C)`` and channel statistics ``(N, F)`` of one forward pass."""
-    with observing_channels(model, batch_size(inputs)) as seen:
-        logits = logits_of(call(model, inputs))
-    return logits.to(accumulator(logits)), seen.columns
-
-
-def _measured(logits: Tensor, columns: Tensor, predicted: Tensor) -> Tensor:
-    """The log odds of the classes other than the predicted one, the energy, and the statistics, side by side."""
-    others = logits.scatter(1, predicted, -torch.inf).logsumexp(1, keepdim=True)
+def _measured(logits: Tensor, channels: Tensor) -> Tensor:
+    """The log odds of an error for each class, the energy, and the channel statistics, side by side ``(N, C + 1 + F)``."""
     energy = -logits.logsumexp(1, keepdim=True)
-    return torch.cat([others - logits.gather(1, predicted), energy, columns.to(logits)], 1)
+    return torch.cat([error_log_odds(logits), energy, channels.to(logits)], 1)
+
+
+def error_log_odds(logits: Tensor) -> Tensor:
+    """Return ``log((1 - p_c) / p_c)`` of every class, ``(N, C)``.
+
+    Args:
+        logits: ``(N, C)``.
+
+    Example:
+        >>> error_log_odds(torch.tensor([[0.0, 0.0, 0.0, 0.0]])).exp()
+        tensor([[3., 3., 3., 3.]])
+    """
+    total = logits.logsumexp(1, keepdim=True)
+    others = total + torch.log1p(-(logits - total).exp())
+    largest = logits.argmax(1, keepdim=True)  # 1 - p cancels only there
+    without_largest = logits.scatter(1, largest, -torch.inf).logsumexp(1, keepdim=True)
+    return others.scatter(1, largest, without_largest) - logits
 
 
 def left_out_distances(rows: Tensor, mean: Tensor, precision: Tensor, shrinkage: Tensor) -> Tensor:
@@ -117,8 +126,8 @@ class trust(FittedScore):
     A model with more than 2,048 channel statistics is sketched by random sums in each layer.
 
     Args:
-        views: The number of views, and of forward passes: 1 is the input itself, 10 adds shifted and flipped copies, as in
-            ``views``.
+        views: The number of views, and of forward passes: 1 is the input itself, whose pass makes the prediction; 10 adds
+            nine shifted and flipped copies, as in ``views``.
         seed: The seed of the shifts.
         flip: Whether every other view is mirrored. Set ``False`` where a mirrored input means something else, as for
             digits.
@@ -145,8 +154,13 @@ class trust(FittedScore):
     flip: bool = True
 
     def measure(self, evidence: Evidence) -> Tensors:
-        measured = evidence.probe(Measurements(self.views, self.seed, self.flip), (8,)).to(evidence.logits.dtype)
-        return {"log_odds": measured[:, 0], "energy": measured[:, 1], "channels": measured[:, 2:]}
+        logits, classes = evidence.logits, evidence.logits.shape[1]
+        measured = _measured(logits, evidence.probe(ChannelProbe(), (8,)))
+        if self.views > 1:
+            sums = evidence.probe(ViewSums(self.views, self.seed, self.flip), (classes + 9,))
+            measured = (measured + sums.to(measured)) / self.views
+        log_odds = measured[:, :classes].gather(1, logits.argmax(1, keepdim=True))[:, 0]
+        return {"log_odds": log_odds, "energy": measured[:, classes], "channels": measured[:, classes + 1 :]}
 
     def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:
         return {"rows/energy": measured["energy"].float(), "rows/channels": measured["channels"].float()}

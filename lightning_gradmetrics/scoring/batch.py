@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.classifier.head import Head
 from lightning_gradmetrics.gradients.head_features import HeadFeatures
+from lightning_gradmetrics.scoring.evidence import Probe
 
 __all__ = ["ObservedBatch"]
 
@@ -27,6 +29,7 @@ class ObservedBatch:
         dataset: The name of the data set, for messages.
         called: The module that was called with the inputs; ``None`` for the model itself.
         one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.
+        observed: The results of the probes that were read in this forward pass.
     """
 
     inputs: Inputs | None
@@ -38,6 +41,7 @@ class ObservedBatch:
     dataset: str | None = None
     called: nn.Module | None = None
     one_logit: bool = False
+    observed: Mapping[Probe, Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

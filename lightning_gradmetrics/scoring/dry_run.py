@@ -13,7 +13,14 @@ from torch import Tensor
 from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.statistics import Moment, moments_for
-from lightning_gradmetrics.scoring.evidence import Evidence, Gradient, ParameterGradients, Probe, Target
+from lightning_gradmetrics.scoring.evidence import (
+    Evidence,
+    Gradient,
+    ObservableProbe,
+    ParameterGradients,
+    Probe,
+    Target,
+)
 
 __all__ = ["Needs", "needs_of"]
 
@@ -52,6 +59,16 @@ class Needs:
     def backward(self) -> bool:
         """Whether a backward pass through the network: a probe takes one, unless its ``backward`` is false."""
         return bool(self.gradients) or any(getattr(probe, "backward", True) for probe in self.probes)
+
+    @property
+    def observable(self) -> list[ObservableProbe]:
+        """The probes that hooks can read in the forward pass that makes the prediction."""
+        return [probe for probe in self.probes if isinstance(probe, ObservableProbe)]
+
+    @property
+    def reruns(self) -> list[Probe]:
+        """The probes that run the model again."""
+        return [probe for probe in self.probes if not isinstance(probe, ObservableProbe)]
 
 
 class _RecordedGradient(ParameterGradients):

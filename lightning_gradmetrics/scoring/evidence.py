@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
@@ -23,6 +24,7 @@ __all__ = [
     "Gradient",
     "HeadGradient",
     "MissingEvidenceError",
+    "ObservableProbe",
     "ParameterGradients",
     "Probe",
     "Target",
@@ -35,6 +37,20 @@ Target = str | Callable[[str], bool]
 
 Probe = Callable[[Any, Any], Tensor]
 """``(model, inputs) -> (N, ...)``: a score's own computation on the model, run with gradients enabled."""
+
+
+@runtime_checkable
+class ObservableProbe(Protocol):
+    """A probe whose result hooks can read in the forward pass that makes the prediction, without another pass.
+
+    The call is the fallback: it runs where the step does not call the model exactly once, or where the model is compiled.
+    """
+
+    def observing(self, model: nn.Module) -> AbstractContextManager[Callable[[int], Tensor | None]]:
+        """Return a context that observes the model, and yields a function from N to the result ``(N, ...)`` or ``None``."""
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        """Return the result by a forward pass."""
 
 
 def parameter_filter(target: Target) -> Callable[[str], bool] | None:

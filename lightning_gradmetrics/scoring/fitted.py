@@ -18,7 +18,7 @@ from lightning_gradmetrics.scoring.positions import by_rows
 from lightning_gradmetrics.scoring.recipes import Recipe, Score, _dry_run
 from lightning_gradmetrics.scoring.totals import KEY, Tensors, is_rows, sampled
 
-__all__ = ["FittedScore", "fitted_scores", "not_fitted", "plain_scores"]
+__all__ = ["FittedScore", "averaged", "fitted_scores", "not_fitted", "plain_scores"]
 
 F = TypeVar("F", bound="FittedScore")
 
@@ -187,6 +187,12 @@ def _lacking(cls: type[FittedScore], method: str) -> str:
 def fitted_scores(scores: Iterable[Score]) -> list[FittedScore]:
     """Return the scores that need a fit."""
     return [score for score in scores if isinstance(score, FittedScore)]
+
+
+def averaged(score: Score) -> Score:
+    """Return the score that a score averages over views; any other score itself."""
+    inner: Score = getattr(score, "inner", score)
+    return inner
 
 
 def plain_scores(scores: Iterable[Score]) -> list[Score]:

@@ -158,20 +158,21 @@ class Scorer:
         first = next(tensors_in(batch.inputs), None)
         if first is None or not _is_row_wise(first, batch.size):
             raise ValueError(f"the inputs of {kind} {NO_SAMPLE_AXIS}")
-        if self._is_checked:
+        needs = self.needs(batch.logits.shape[1])
+        is_observed = not needs.gradients and needs.probes == list(batch.observed)
+        if self._is_checked or (is_observed and not _has_two_sample_axes(first)):
             return
         self._is_checked = True
-        needs = self.needs(batch.logits.shape[1])
-        if needs.probes and not needs.gradients:  # the engine's forward pass is compared in every batch
-            self._check_forward(model, batch)
         few = min(2, batch.size - 1)
-        if few:
-            try:
-                _check_sample_axis(lambda: self._forward(model, batch, few), batch.logits[:few], kind)
-            except ValueError:
-                self._check_forward(model, batch)
-                if not self._is_random(model, batch):
-                    raise
+        if not few:
+            self._check_forward(model, batch)
+            return
+        try:
+            _check_sample_axis(lambda: self._forward(model, batch, few), batch.logits[:few], kind)
+        except ValueError:
+            self._check_forward(model, batch)
+            if not self._is_random(model, batch):
+                raise
 
     def _check_forward(self, model: nn.Module, batch: ObservedBatch) -> None:
         """Refuse a model whose second forward pass on the batch returns different logits."""
@@ -203,6 +204,11 @@ class Scorer:
 
 def _is_row_wise(tensor: Tensor, size: int) -> bool:
     return bool(tensor.ndim) and len(tensor) == size
+
+
+def _has_two_sample_axes(tensor: Tensor) -> bool:
+    """Return whether the second axis is as long as the first, so that its length does not tell which one is the samples."""
+    return tensor.ndim > 1 and tensor.shape[0] == tensor.shape[1]
 
 
 def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: str) -> None:
@@ -319,9 +325,13 @@ def _statistic_names(moments: Iterable[Moment]) -> list[str]:
 
 
 def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch) -> dict[Any, Tensor]:
-    """Return the results of the scores' computations on the model, made to return its logits."""
-    if not needs.probes:
-        return {}
+    """Return the results of the probes: those observed in the step, and those that run the model, which returns logits."""
+    results = dict(batch.observed)
+    missing = [probe for probe in needs.probes if probe not in results]
+    if not missing:
+        return results
     with preserved(model), gradients_enabled(), scorer._made_to_return_logits(model, batch):
         inputs = map_tensors(batch.inputs, lambda tensor: tensor.detach().clone())
-        return {probe: probe(model, inputs) for probe in needs.probes}
+        for probe in missing:
+            results[probe] = probe(model, inputs)
+    return results

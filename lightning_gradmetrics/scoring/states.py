@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.scoring.fitted import FittedScore, fitted_scores, not_fitted
+from lightning_gradmetrics.scoring.fitted import FittedScore, averaged, fitted_scores, not_fitted
 from lightning_gradmetrics.scoring.recipes import Score
 
 __all__ = [
@@ -71,7 +71,7 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
             ...
         ValueError: the score 'gradorth' is not fitted: ...
     """
-    fitted = fitted_scores(scores)
+    fitted = fitted_scores(averaged(score) for score in scores)
     found = fingerprint(model) if fitted else ""
     for score in fitted:
         if score.state is None:
@@ -93,7 +93,8 @@ def check_head(scores: Iterable[Score], head: str | None) -> None:
     Raises:
         ValueError: If a state was fitted for another head.
     """
-    for score in scores:
+    for given in scores:
+        score = averaged(given)
         if isinstance(score, FittedScore) and score.head and head and not _same_module(score.head, head):
             raise ValueError(
                 f"the score {score.name!r} was fitted for the head {score.head!r}, but this is {head!r}: fit it again, "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from lightning_gradmetrics.classifier.observation import ModelCall, Observation,
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
+from lightning_gradmetrics.scoring.evidence import ObservableProbe, Probe
 from lightning_gradmetrics.scoring.logit_checks import with_two_columns
 from lightning_gradmetrics.scoring.position_step import PositionReader
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -69,13 +70,23 @@ class StepObserver:
             self._layers[scorer.head] = named_layer(model, scorer.head)
         self._positions = PositionReader(model, scorer.head, scorer.logits_fn)
         self._head_calls: Sequence[LayerCall] = ()
+        self._probes = [] if has_compiled_parts(model) else scorer.needs(3).observable
+        self._readers: dict[ObservableProbe, Callable[[int], Tensor | None]] = {}
 
     @contextmanager
     def observing(self) -> Iterator[Observation]:
         """Observe the model's calls inside the block."""
-        with observing(self.model, self._layers, self.scorer.logits_fn) as seen, self._positions.observing() as calls:
-            self._head_calls = calls
-            yield seen
+        with ExitStack() as stack:
+            self._head_calls = stack.enter_context(self._positions.observing())
+            yield self._entered(stack, self._layers)
+
+    def _entered(self, stack: ExitStack, layers: dict[str, nn.Module]) -> Observation:
+        """Start to observe the calls of the model and of layers, and what the probes read."""
+        seen = stack.enter_context(observing(self.model, layers, self.scorer.logits_fn))
+        self._readers = {}
+        for probe in self._probes:
+            self._readers[probe] = stack.enter_context(probe.observing(self.model))
+        return seen
 
     def own(self, inputs: Inputs) -> ObservedBatch:
         """Return one batch, observed in a forward pass that is run for it."""
@@ -117,7 +128,8 @@ class StepObserver:
         if logits is not None and logits.ndim > 2:
             return self._of_positions(seen, inputs, logits)
         if not self._needs_head:
-            return ObservedBatch(inputs, _existing(logits, calls), called=module)
+            logits = _existing(logits, calls)
+            return ObservedBatch(inputs, logits, called=module, observed=self._observed(calls, len(logits)))
         if may_run and self._is_unobserved(seen):
             return self._from_own_forward(inputs, logits)
         if self.scorer.head is None:
@@ -126,7 +138,8 @@ class StepObserver:
         features, output = self._through_head(seen, size)
         if self.scorer.head is None:
             self._check_head(output, logits)
-        return ObservedBatch(inputs, output, features, self._head, called=module)
+        observed = self._observed(calls, len(output))
+        return ObservedBatch(inputs, output, features, self._head, called=module, observed=observed)
 
     def _of_positions(self, seen: Observation, inputs: Inputs | None, logits: Tensor) -> ObservedBatch:
         """Return the batch of a model with one prediction per position."""
@@ -236,9 +249,21 @@ class StepObserver:
         layers = self._layers or dict(self.model.named_modules())
         with preserved(self.model), torch.no_grad(), eager():
             copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
-            with observing(self.model, layers, self.scorer.logits_fn) as seen:
+            with ExitStack() as stack:
+                seen = self._entered(stack, layers)
                 call(self.model, copies)
         return seen
+
+    def _observed(self, calls: Sequence[ModelCall], size: int) -> dict[Probe, Tensor]:
+        """Return what the probes read in the only call of the model."""
+        results: dict[Probe, Tensor] = {}
+        if len(calls) != 1:
+            return results
+        for probe, reader in self._readers.items():
+            value = reader(size)
+            if value is not None:
+                results[probe] = value
+        return results
 
     def _through_head(self, seen: Observation, size: int | None) -> tuple[Tensor, Tensor]:
         """Return the head's input ``(N, D)`` and output ``(N, C)``."""

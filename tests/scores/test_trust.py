@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores.averaging import shifted_views
-from lightning_gradmetrics.scores.channels import WIDTH, channels_of, observing_channels
+from lightning_gradmetrics.scores.channels import WIDTH, ChannelProbe, channels_of, observing_channels
 from lightning_gradmetrics.scores.detectors import ledoit_wolf, mahalanobis, moment_sums
-from lightning_gradmetrics.scores.trust import Measurements, left_out_distances
-from tests.models import assert_same_state, cnn, images, mlp, state_of, vectors
+from lightning_gradmetrics.scores.trust import ViewSums, error_log_odds, left_out_distances
+from tests.callback import runs
+from tests.models import Module, assert_same_state, cnn, images, mlp, state_of, vectors
 
 
 def test_left_out_distances_equal_a_fit_without_the_row() -> None:
@@ -39,18 +41,43 @@ def test_left_out_distances_of_new_rows_are_alike_where_their_own_fit_flatters()
     assert mahalanobis(rows, state).median() < 0.6 * mahalanobis(new, state).median()
 
 
-def test_views_average_the_measurements() -> None:
+def test_views_add_up_the_measurements() -> None:
     model, x = cnn().double(), images(6).double()
-    probe = Measurements(4, 1, True)
-    predicted = model(x).argmax(1)
     expected = []
-    for view in shifted_views(x, 4, 1):
+    for view in shifted_views(x, 4, 1)[1:]:
         z = model(view)
         with observing_channels(model, 6) as seen:
             model(view)
-        p = z.softmax(1)[torch.arange(6), predicted]
-        expected.append(torch.cat([((1 - p) / p).log()[:, None], -z.logsumexp(1)[:, None], seen.columns.double()], 1))
-    torch.testing.assert_close(probe(model, x), torch.stack(expected).mean(0), rtol=1e-6, atol=1e-9)
+        p = z.softmax(1)
+        expected.append(torch.cat([((1 - p) / p).log(), -z.logsumexp(1)[:, None], seen.columns.double()], 1))
+    torch.testing.assert_close(ViewSums(4, 1, True)(model, x), torch.stack(expected).sum(0), rtol=1e-6, atol=1e-9)
+
+
+def test_log_odds_keep_their_digits_where_the_softmax_is_one() -> None:
+    z = torch.tensor([[100.0, 0.0, 0.0], [0.0, 1e-9, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(error_log_odds(z)[0, 0], torch.tensor(2.0, dtype=torch.float64).log() - 100)
+    p = z[1].softmax(0)
+    torch.testing.assert_close(error_log_odds(z)[1], ((1 - p) / p).log())
+
+
+def test_a_score_with_views_is_the_mean_of_what_it_measures() -> None:
+    """A slow reference: one fit and one score from the measurements of each view, each in a separate forward pass."""
+    torch.manual_seed(0)
+    model, x = cnn().double(), images(60).double()
+    (fitted,) = lgm.fit(model, [x], "trust(views=3)")
+    y = model(x).argmax(1)
+    log_odds, energy, channels = 0.0, 0.0, 0.0
+    for view in shifted_views(x, 3):
+        with observing_channels(model, 60) as seen:
+            z = model(view)
+        p = z.softmax(1)[torch.arange(60), y]
+        log_odds, energy = log_odds + ((1 - p) / p).log() / 3, energy - z.logsumexp(1) / 3
+        channels = channels + seen.columns / 3
+    measured = {"log_odds": log_odds, "energy": energy, "channels": channels}
+    state = fitted.finish({"rows/energy": energy.float(), "rows/channels": channels.float()})
+    torch.testing.assert_close(
+        lgm.score(model, x, fitted)["trust(views=3)"], fitted.score(measured, state), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_unlike_inputs_are_raised_and_the_ranking_of_ordinary_samples_stays() -> None:
@@ -63,15 +90,72 @@ def test_unlike_inputs_are_raised_and_the_ranking_of_ordinary_samples_stays() ->
 
 
 def test_costs_one_forward_per_view_and_leaves_the_model_as_it_was() -> None:
-    model, calls = cnn(), []
-    x, before = images(5), state_of(model)
-    hook = model.register_forward_hook(lambda *_: calls.append(1))
-    Measurements(1, 0, True)(model, x)
-    assert len(calls) == 1
-    Measurements(10, 0, True)(model, x)
-    assert len(calls) == 11
+    """Besides, two samples of the first batch are passed once more where the score runs the model again."""
+    model, x, rows = cnn(), images(50), []
+    fitted = lgm.fit(model, [x], ["trust", "trust(views=10)"])
+    before = state_of(model)
+    hook = model.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    for score, expected in (
+        (fitted[0], [50]),
+        (fitted[1], [50, 2, *[50] * 9]),
+        ("views(score=entropy,n=4)", [50, 2, *[50] * 3]),
+    ):
+        rows.clear()
+        lgm.score(model, x, score)
+        assert rows == expected
     hook.remove()
     assert_same_state(before, model)
+
+
+class Calls(Module):
+    """A user's step that calls the network in one of several ways."""
+
+    way = "whole"
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.way == "layers outside":
+            self.network[0](batch + 1)  # type: ignore[index]
+        if self.way == "parts":
+            return torch.cat([self.network(part) for part in batch.chunk(2)])
+        if self.way == "layers":
+            for layer in self.network:  # type: ignore[union-attr]
+                batch = layer(batch)
+            return batch
+        return self.network(batch)
+
+
+@pytest.mark.parametrize("way", ["whole", "layers outside", "parts", "layers", "compiled"])
+def test_the_callback_reads_the_channels_of_the_step(way: str) -> None:
+    torch.manual_seed(0)
+    module, x = Calls(), images(24)
+    (fitted,) = lgm.fit(module, [images(80)], "trust")
+    expected = lgm.score(module.network, x, fitted)["trust"]
+    module.way, loader = way, DataLoader(x, batch_size=8)
+    if way == "compiled":
+        module.network.compile(backend="eager")
+    forwards, layer = [], module.network[3]  # type: ignore[index]
+    layer.register_forward_hook(lambda *_: forwards.append(1))
+    callback = lgm.GradientMetrics(scores=(fitted,))
+    runs.trainer(callback).predict(module, loader)
+    torch.testing.assert_close(torch.tensor(callback.results["trust"].to_pylist()), expected, rtol=1e-5, atol=1e-5)
+    if way in ("whole", "layers outside"):
+        assert len(forwards) == 3
+
+
+def test_samples_on_the_second_axis_are_refused_where_their_number_does_not_tell() -> None:
+    class SecondAxis(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x).relu().mean(0))
+
+    model = SecondAxis().eval()
+    with pytest.raises(ValueError, match="rows of the first axis are not the samples"):
+        lgm.fit(model, [torch.randn(8, 8, 6)], "trust")
+    with pytest.raises(ValueError, match="no sample axis"):
+        lgm.fit(model, [torch.randn(7, 8, 6)], "trust")
 
 
 def test_a_wide_model_is_sketched_and_every_sample_alike() -> None:
@@ -80,8 +164,8 @@ def test_a_wide_model_is_sketched_and_every_sample_alike() -> None:
         layers += [nn.Linear(700, 700), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(700, 3)).eval()
     x = torch.randn(5, 700)
-    whole, part = Measurements(1, 0, True)(model, x), Measurements(1, 0, True)(model, x[2:4])
-    assert whole.shape[1] - 2 <= WIDTH
+    whole, part = ChannelProbe()(model, x), ChannelProbe()(model, x[2:4])
+    assert whole.shape[1] <= WIDTH
     torch.testing.assert_close(part, whole[2:4], rtol=1e-4, atol=1e-5)
 
 
