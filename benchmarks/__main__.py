@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("callback", "engine", "gga", "gpu", "intervals", "meters", "soak", "zoo")
+NAMES = ("callback", "engine", "gga", "gpu", "intervals", "meters", "small", "soak", "zoo")
 
 
 def main() -> None:

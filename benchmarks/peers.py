@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,7 +14,18 @@ from torch.func import functional_call, grad, vmap
 
 import lightning_gradmetrics as lgm
 
-__all__ = ["FULL", "SQUARES", "gradient_metrics_seconds", "lgm_engine", "pytorch_ood", "training_step", "vmap_grad"]
+__all__ = [
+    "FULL",
+    "SMALL",
+    "SQUARES",
+    "backpack_norms",
+    "gradient_metrics_seconds",
+    "lgm_engine",
+    "opacus_norms",
+    "pytorch_ood",
+    "training_step",
+    "vmap_grad",
+]
 
 FULL = ("max", "min", "mean", "std", "l1", "l2")
 SQUARES = ("mean", "std", "l2")
@@ -92,3 +104,52 @@ def gradient_metrics_seconds(model: nn.Module, x: Tensor, samples: int) -> float
     start = time.perf_counter()
     collector(losses[:samples])
     return forward + (time.perf_counter() - start) * len(x) / min(samples, len(x))
+
+
+def opacus_norms(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """Opacus' ghost clipping: every sample's gradient norm, from one forward and one backward pass.
+
+    It works on a copy, because it adds hooks and attributes to the model.
+    """
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    wrapped = GradSampleModuleFastGradientClipping(
+        deepcopy(model).train(False), use_ghost_clipping=True, loss_reduction="sum", strict=False
+    )
+
+    def run() -> Tensor:
+        logits = wrapped(x)
+        F.cross_entropy(logits, logits.detach().argmax(1), reduction="sum").backward()
+        norms: Tensor = wrapped.get_norm_sample()
+        wrapped.zero_grad(set_to_none=True)
+        return norms
+
+    return run
+
+
+def backpack_norms(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """BackPACK's squared L2 norm of every sample's gradient."""
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad
+
+    extended, criterion = extend(deepcopy(model)), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> Tensor:
+        logits = extended(x)
+        loss = criterion(logits, logits.detach().argmax(1))
+        with backpack(BatchL2Grad()):
+            loss.backward()
+        squares = torch.stack([p.batch_l2 for p in extended.parameters()])
+        extended.zero_grad(set_to_none=True)
+        return squares.sum(0).sqrt()
+
+    return run
+
+
+SMALL: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {
+    "vmap(grad), all six": vmap_grad,
+    "pytorch-ood, L2": pytorch_ood,
+    "Opacus, L2": opacus_norms,
+    "BackPACK, L2": backpack_norms,
+}
+"""Software that computes the gradients of a whole batch, with what it computes."""

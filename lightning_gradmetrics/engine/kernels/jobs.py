@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["JOB_SIZES", "DepthwiseJob", "GramJob", "ProductJob", "RowJob", "SumJob", "Triple"]
+__all__ = ["JOB_SIZES", "DepthwiseJob", "GramJob", "ProductJob", "RowJob", "SegmentJob", "SumJob", "Triple"]
 
 Triple = ctypes.c_int64 * 3
 """One integer per spatial dimension."""
@@ -56,6 +56,14 @@ class RowJob(ctypes.Structure):
     _fields_ = _pointers("x out") + _integers("samples pieces columns x_sample mode") + _counters("next")
 
 
+class SegmentJob(ctypes.Structure):
+    """``segment_job`` of ``rows.c``."""
+
+    _fields_ = (
+        _pointers("x columns step left right out") + _integers("samples segments outputs mode") + _counters("next")
+    )
+
+
 class SumJob(ctypes.Structure):
     """``sum_job`` of ``sums.c``."""
 
@@ -97,6 +105,7 @@ class GramJob(ctypes.Structure):
 JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "product_job_bytes": ProductJob,
     "row_job_bytes": RowJob,
+    "segment_job_bytes": SegmentJob,
     "sum_job_bytes": SumJob,
     "gram_job_bytes": GramJob,
     "depthwise_job_bytes": DepthwiseJob,

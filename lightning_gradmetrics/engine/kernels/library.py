@@ -42,7 +42,7 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-w")
 DEFINES = {torch.float32: ("-DREAL=float", "-DSINGLE"), torch.float64: ("-DREAL=double",)}
 COMPILE_SECONDS = 120
-JOBS = ("products", "row_statistics", "position_statistics", "squares", "depthwise")
+JOBS = ("products", "row_statistics", "segment_statistics", "position_statistics", "squares", "depthwise")
 """The functions with the arguments job, thread runner and number of threads."""
 
 SCRATCH_SIZES = ("scratch_bytes", "gram_scratch_bytes", "depthwise_scratch_bytes")

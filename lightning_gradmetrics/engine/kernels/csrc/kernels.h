@@ -80,9 +80,18 @@ static void start(running *s) {
   s->part[MIN] += (REAL)INFINITY;
 }
 
+/* The sum of all lanes, in double precision. */
+inline_always double lane_total(vec a) {
+  double t[WIDTH];
+  for (int j = 0; j < WIDTH; j++) t[j] = a[j];
+  for (int w = WIDTH / 2; w > 0; w /= 2)
+    for (int j = 0; j < w; j++) t[j] += t[j + w];
+  return t[0];
+}
+
 static void flush(running *s) {
   for (int k = SUM; k <= ABS; k++) {
-    for (int j = 0; j < WIDTH; j++) s->total[k] += s->part[k][j];
+    s->total[k] += lane_total(s->part[k]);
     memset(&s->part[k], 0, sizeof(vec));
   }
   s->tiles = 0;

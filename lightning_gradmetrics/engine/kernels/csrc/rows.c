@@ -1,4 +1,4 @@
-/* Statistics of the rows of a matrix, in one pass over them. */
+/* Statistics of the rows of one matrix, and of the rows of many small ones, in one pass over them. */
 #include "kernels.h"
 
 typedef struct {
@@ -46,4 +46,104 @@ int64_t row_job_bytes(void) { return sizeof(row_job); }
 void row_statistics(row_job *j, parallel run, int threads) {
   atomic_init(&j->next, 0);
   run_threads(row_work, j, run, threads);
+}
+
+/* -- many small matrices -- */
+
+typedef struct {
+  const REAL *const *x;                 /* (segments): matrices with a row for each sample */
+  const int64_t *columns, *step;        /* (segments) */
+  const int64_t *left, *right;          /* (outputs): the segments of an outer product; right < 0: of left alone */
+  double *out;                          /* (STATISTICS, samples, outputs) */
+  int64_t samples, segments, outputs, mode;
+  atomic_int next;
+} segment_job;
+
+enum { SHORT = 256, BLOCK_OF_SAMPLES = 16 };
+
+/* A row of at most SHORT entries: one sum per lane is precise enough. */
+inline_always void short_row(const REAL *x, int64_t count, double *out, int mode) {
+  vec sum = {0}, square = {0}, absolute = {0}, high, low, a, filled;
+  high = low = sum + x[0];
+  for (int64_t i = 0; i < count; i += WIDTH) {
+    if (i + WIDTH <= count) {
+      a = filled = *(const loose *)(x + i);
+    } else {
+      a = sum - sum, filled = a + x[0];
+      for (int k = 0; i + k < count; k++) a[k] = filled[k] = x[i + k];
+    }
+    sum += a;
+    square += a * a;
+    if (mode == ALL) {
+      absolute += magnitude(a);
+      high = larger(filled, high);
+      low = smaller(filled, low);
+    }
+  }
+  out[SUM] = lane_total(sum), out[SQUARE] = lane_total(square);
+  if (mode != ALL) return;
+  out[ABS] = lane_total(absolute);
+  for (int w = WIDTH / 2; w > 0; w /= 2)
+    for (int k = 0; k < w; k++) {
+      high[k] = high[k] > high[k + w] ? high[k] : high[k + w];
+      low[k] = low[k] < low[k + w] ? low[k] : low[k + w];
+    }
+  out[MAX] = high[0], out[MIN] = low[0];
+  if (isnan(out[SQUARE])) out[MAX] = out[MIN] = NAN; /* comparisons drop NaN */
+}
+
+static void segment_row(const REAL *x, int64_t count, double *out, int mode) {
+  if (count <= SHORT) {
+    if (mode == ALL)
+      short_row(x, count, out, ALL);
+    else
+      short_row(x, count, out, SUMS);
+    return;
+  }
+  running s;
+  start(&s);
+  if (mode == ALL)
+    stretch(x, count, &s, ALL);
+  else
+    stretch(x, count, &s, SUMS);
+  finish(&s, out);
+}
+
+/* The statistics of an outer product are products of the factors' statistics. */
+static void product_row(const double *a, const double *b, double *out, int mode) {
+  out[SUM] = a[SUM] * b[SUM], out[SQUARE] = a[SQUARE] * b[SQUARE];
+  if (mode != ALL) return;
+  out[ABS] = a[ABS] * b[ABS];
+  const double ends[4] = {a[MAX] * b[MAX], a[MAX] * b[MIN], a[MIN] * b[MAX], a[MIN] * b[MIN]};
+  out[MAX] = out[MIN] = ends[0];
+  for (int k = 1; k < 4; k++) {
+    if (ends[k] > out[MAX] || isnan(ends[k])) out[MAX] = ends[k];
+    if (ends[k] < out[MIN] || isnan(ends[k])) out[MIN] = ends[k];
+  }
+}
+
+static void segment_work(void *data) {
+  segment_job *j = data;
+  const int64_t blocks = (j->samples + BLOCK_OF_SAMPLES - 1) / BLOCK_OF_SAMPLES;
+  const int kept = j->mode == ALL ? STATISTICS : ABS;
+  double found[j->segments][STATISTICS], entry[STATISTICS];
+  for (int64_t block; (block = atomic_fetch_add(&j->next, 1)) < blocks;) {
+    const int64_t end = (block + 1) * BLOCK_OF_SAMPLES < j->samples ? (block + 1) * BLOCK_OF_SAMPLES : j->samples;
+    for (int64_t n = block * BLOCK_OF_SAMPLES; n < end; n++) {
+      for (int64_t s = 0; s < j->segments; s++)
+        segment_row(j->x[s] + n * j->step[s], j->columns[s], found[s], (int)j->mode);
+      for (int64_t o = 0; o < j->outputs; o++) {
+        const double *value = found[j->left[o]];
+        if (j->right[o] >= 0) product_row(value, found[j->right[o]], entry, (int)j->mode), value = entry;
+        for (int k = 0; k < kept; k++) j->out[(k * j->samples + n) * j->outputs + o] = value[k];
+      }
+    }
+  }
+}
+
+int64_t segment_job_bytes(void) { return sizeof(segment_job); }
+
+void segment_statistics(segment_job *j, parallel run, int threads) {
+  atomic_init(&j->next, 0);
+  run_threads(segment_work, j, run, threads);
 }

@@ -1,0 +1,95 @@
+"""Moments of many small matrices, and of outer products of their rows, in one call of a compiled kernel.
+
+The parameters of small networks have few entries each. One call for all of them saves several torch calls per parameter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.kernels.jobs import SegmentJob
+from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
+from lightning_gradmetrics.engine.kernels.native import ONE_THREAD_ENTRIES, ORDER, supports
+from lightning_gradmetrics.gradients.statistics import Moment, Moments
+
+__all__ = ["Factors", "Segments"]
+
+LARGEST = 2**18
+"""Largest number of entries of a matrix that is kept until all are reduced."""
+
+MOST = 512
+"""Largest number of matrices in one call."""
+
+Factors = tuple[Tensor, Tensor | None]
+"""A matrix ``(N, D)``, or the two factors ``(N, A)`` and ``(N, B)`` of outer products."""
+
+
+class Segments:
+    """The rows whose moments are computed together.
+
+    Args:
+        wanted: The moments to compute.
+    """
+
+    def __init__(self, wanted: Iterable[Moment]) -> None:
+        self._wanted = frozenset(wanted)
+        self._matrices: list[Tensor] = []
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._left: list[int] = []
+        self._right: list[int] = []
+        self.names: list[str] = []
+
+    def add(self, name: str, factors: Factors) -> bool:
+        """Add a parameter's gradients; return False if they cannot be computed here."""
+        for matrix in factors:
+            if matrix is not None and not self._takes(matrix):
+                return False
+        left, right = factors
+        self.names.append(name)
+        self._left.append(self._number(left))
+        self._right.append(-1 if right is None else self._number(right))
+        return True
+
+    def _takes(self, matrix: Tensor) -> bool:
+        first = self._matrices[0] if self._matrices else matrix
+        fits = matrix.dtype == first.dtype and 0 < matrix.numel() <= LARGEST and len(self._matrices) < MOST - 1
+        return fits and (matrix.stride(1) == 1 or matrix.shape[1] == 1) and supports(matrix, self._wanted)
+
+    def _number(self, matrix: Tensor) -> int:
+        """Return a matrix's number; a layer's weight and bias share the gradient of its output."""
+        key = (matrix.data_ptr(), matrix.shape[1])
+        number = self._numbers.setdefault(key, len(self._matrices))
+        if number == len(self._matrices):
+            self._matrices.append(matrix)
+        return number
+
+    def moments(self) -> Moments:
+        """Return each moment, ``(N, P)``, with the parameters in the order in which they were added."""
+        matrices, samples, outputs = self._matrices, len(self._matrices[0]), len(self.names)
+        out = torch.empty(len(ORDER), samples, outputs, dtype=torch.float64)
+        total = sum(map(Tensor.numel, matrices))
+        alone = parallel_runner() is None or total <= ONE_THREAD_ENTRIES
+        job = SegmentJob(
+            x=_integers([matrix.data_ptr() for matrix in matrices]),
+            columns=_integers([matrix.shape[1] for matrix in matrices]),
+            step=_integers([matrix.stride(0) for matrix in matrices]),
+            left=_integers(self._left),
+            right=_integers(self._right),
+            out=out.data_ptr(),
+            samples=samples,
+            segments=len(matrices),
+            outputs=outputs,
+            mode=int(not self._wanted <= {"sum", 2.0}),
+        )
+        run = library_for(matrices[0].dtype).segment_statistics
+        run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())
+        return {key: out[ORDER.index(key)] for key in self._wanted}
+
+
+def _integers(values: Sequence[int]) -> ctypes.c_void_p:
+    """Return the address of an array of integers, which the returned object keeps alive."""
+    return ctypes.cast((ctypes.c_int64 * len(values))(*values), ctypes.c_void_p)
