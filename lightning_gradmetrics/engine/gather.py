@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
 from lightning_gradmetrics.engine.kernels.fused import fused_segments, fused_supports
+from lightning_gradmetrics.engine.kernels.segments import Segments
+from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import forward_alone, loss_gradients, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
-from lightning_gradmetrics.engine.uses import RowsUse, ScaledUse, Use
+from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, ScaledUse, Use
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
@@ -36,16 +38,21 @@ class MomentTable:
         self._undo: list[Tensor] = []
         self._waiting: list[dict[str, Moments]] = []
         self._small: list[dict[str, Tensor]] = []
+        self._segments: list[Segments] = []
 
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
         self._undo.append(undo)
         self._waiting.append({})
         self._small.append({})
+        self._segments.append(Segments(self.task.wanted))
 
     def add(self, name: str, use: Use) -> None:
         """Add a parameter's gradients of the current objective."""
         if name not in self._columns:
+            return
+        factors = use.factors() if isinstance(use, (RowsUse, LinearUse)) else None
+        if factors is not None and self._segments[-1].add(name, factors):
             return
         if isinstance(use, RowsUse) and fused_supports(use.value, self.task.wanted):
             self._small[-1][name] = use.value.flatten(1)
@@ -54,18 +61,32 @@ class MomentTable:
 
     def finish(self) -> None:
         """Write all parameters' moments into the table and undo the scales."""
-        for moments, waiting, small in zip(self.moments, self._waiting, self._small, strict=False):
+        for index, (waiting, small) in enumerate(zip(self._waiting, self._small, strict=True)):
             waiting.update(_segment_moments(small, self.task.wanted))
-            _fill_columns(moments, waiting, self._columns)
-        self._waiting, self._small = [], []
+            _fill_columns(self.moments[index], waiting, self._columns)
+            self._fill_segments(self.moments[index], self._segments[index])
+        self._waiting, self._small, self._segments = [], [], []
         if not self._scaled and self._undo:
             pairs = zip(self.moments, self._undo, strict=True)
             self.moments = [rescaled_moments(moments, undo) for moments, undo in pairs]
 
+    def _fill_segments(self, moments: Moments, segments: Segments) -> None:
+        if not segments.names:
+            return
+        if not segments.unchanged():
+            raise PlanError("a layer's input or gradient was changed in place after its use")
+        where = list(map(self._columns.__getitem__, segments.names))
+        every = where == list(range(len(self._columns)))
+        for key, values in segments.moments().items():
+            if every:
+                moments[key] = values
+            else:
+                moments[key][:, where] = values
+
     def clear(self) -> None:
         """Delete all values."""
         self.moments = empty_moments(self.task, self.task.size)
-        self._undo, self._waiting, self._small = [], [], []
+        self._undo, self._waiting, self._small, self._segments = [], [], [], []
 
     def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
         """Add parameters without a fast rule, after :meth:`finish`: mapped over the samples, or one at a time."""

@@ -233,15 +233,15 @@ class OwnershipPass(Tracer):
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def collect(self, losses: Tensor, last: bool) -> None:
-        """Send weighted losses back, then the losses; the second pass collects."""
+    def collect(self, logits: Tensor, gradient: Tensor, last: bool) -> None:
+        """Send the weighted gradient back, then the gradient; the second pass collects."""
         self._weighted, self._largest = True, 1.0
         self._weighted_rows.clear()
         try:
-            self.backward((losses * self.weights.to(losses.dtype)).sum(), last=False)
+            self.backward(logits, last=False, gradient=gradient * self.weights.to(gradient.dtype)[:, None])
         finally:
             self._weighted = False
-        self.backward(losses.sum(), last)
+        self.backward(logits, last, gradient)
 
     def _rows_arrive(
         self,

@@ -167,10 +167,10 @@ def collect_fast(
     else:
         logits = _forward_with_notes(task, tracer, notes)
     checks(logits)
-    scaled = [task.unit_losses(index, logits) for index in range(len(table.task.objectives))]
-    for index, (losses, undo) in enumerate(scaled):
+    scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
+    for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
-        tracer.collect(losses, last=index == len(scaled) - 1)
+        tracer.collect(logits, gradient, last=index == len(scaled) - 1)
     table.finish()
     return tuple(tracer.times), tracer.outline
 

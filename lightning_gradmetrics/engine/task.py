@@ -14,7 +14,7 @@ from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gr
 from lightning_gradmetrics.engine.refusals import rows_not_samples
 from lightning_gradmetrics.engine.uses import merge_rows
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
-from lightning_gradmetrics.gradients.scaling import unit_losses
+from lightning_gradmetrics.gradients.scaling import unit_gradient, unit_losses
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 __all__ = ["Task", "empty_moments", "joined"]
@@ -101,6 +101,10 @@ class Task:
     def loss(self, index: int, logits: Tensor) -> Tensor:
         """Return the losses ``(N,)`` of one objective."""
         return self.losses[index](self.targets)(logits)
+
+    def unit_gradient(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of :meth:`unit_losses` with respect to the logits, ``(N, C)``, and the undoing factors."""
+        return unit_gradient(self.objectives[index], self.targets, logits)
 
     def unit_losses(self, index: int, logits: Tensor, only_tiny: bool = False) -> tuple[Tensor, Tensor]:
         """Return losses ``(N,)`` whose gradients are scaled by a power of two per sample, and the factors that undo it."""

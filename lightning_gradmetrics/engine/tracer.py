@@ -313,19 +313,24 @@ class Tracer(OpeningMode):
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
-    def collect(self, losses: Tensor, last: bool) -> None:
-        """Collect the gradients of all losses ``(N,)``; the graph is freed after the last objective's."""
-        self.backward(losses.sum(), last)
+    def collect(self, logits: Tensor, gradient: Tensor, last: bool) -> None:
+        """Collect the gradients of an objective from its gradient with respect to the logits, ``(N, C)``.
 
-    def backward(self, total: Tensor, last: bool = True) -> None:
-        """Send the gradient of a scalar back through the graph; every reached parameter goes to the sink once."""
+        The graph is freed after the last objective's.
+        """
+        self.backward(logits, last, gradient)
+
+    def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
+        """Send a gradient, 1 for a scalar, back through the graph; every reached parameter goes to the sink once."""
         self._backward, self._last, delayed = True, last, list(self._delayed)
         try:
             with self, torch.autograd.set_multithreading_enabled(False):
                 if total.requires_grad and delayed:
-                    opened(torch.autograd.backward)(total, retain_graph=not last)
+                    opened(torch.autograd.backward)(total, gradient, retain_graph=not last)
                 elif total.requires_grad:
-                    opened(torch.autograd.grad)(total, [self.anchor], retain_graph=not last, allow_unused=True)
+                    opened(torch.autograd.grad)(
+                        total, [self.anchor], gradient, retain_graph=not last, allow_unused=True
+                    )
         finally:
             self._backward, self._collecting, self._delayed = False, True, delayed
         for name in list(self._pending):

@@ -20,6 +20,7 @@ from lightning_gradmetrics.engine.kernels import (
     row_moments,
 )
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
+from lightning_gradmetrics.engine.kernels.segments import Factors
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
@@ -102,6 +103,10 @@ class RowsUse:
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         return row_moments(_flat(self.value), wanted)
 
+    def factors(self) -> Factors:
+        """Return the gradients as rows."""
+        return _flat(at_least_float32(self.value)), None
+
 
 @dataclass(frozen=True)
 class LinearUse:
@@ -136,6 +141,12 @@ class LinearUse:
         if self.a.shape[1] == 1:
             return factor_moments(self.g[:, 0], self.a[:, 0], wanted)
         return linear_moments(self.a, self.g, wanted)
+
+    def factors(self) -> Factors | None:
+        """Return the factors of the gradients, which are outer products if a sample has one position."""
+        if self.a.shape[1] != 1:
+            return None
+        return at_least_float32(self.g[:, 0]), at_least_float32(self.a[:, 0])
 
 
 @dataclass(frozen=True)

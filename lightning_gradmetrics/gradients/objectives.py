@@ -25,6 +25,7 @@ __all__ = [
     "OBJECTIVES",
     "Loss",
     "Objective",
+    "class_gradient",
     "class_loss",
     "class_residual",
     "confounding",
@@ -110,6 +111,13 @@ def class_residual(logits: Tensor, classes: Tensor) -> Tensor:
     index = classes.long()[:, None]
     others = torch.softmax(at_least_float32(logits), 1).scatter(1, index, 0.0)
     return others.scatter(1, index, -others.sum(1, keepdim=True))
+
+
+def class_gradient(logits: Tensor, index: int | Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return the gradient ``(N, C)`` of :func:`class_loss` with respect to the logits, in closed form."""
+    classes = torch.as_tensor(index, device=logits.device).long().expand(len(logits))
+    residual = class_residual(logits / temperature if temperature != 1 else logits, classes)
+    return residual / temperature if temperature != 1 else residual
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -201,6 +209,21 @@ class Objective:
             return losses
 
         return checked
+
+    def gradient(self, logits: Tensor, targets: Tensor | None = None) -> Tensor | None:
+        """Return the gradient ``(N, C)`` with respect to the logits in closed form; ``None`` if there is none."""
+        if self.function is not None or self.name not in ("pseudo_label", "label", "class"):
+            return None
+        self.check_classes(logits)
+        arguments = dict(self.arguments)
+        if self.name == "pseudo_label":
+            return class_gradient(logits, logits.argmax(1), **arguments)
+        if self.name == "class":
+            return class_gradient(logits, **arguments)
+        if targets is None:
+            return None
+        known = targets != IGNORED
+        return class_gradient(logits, targets.where(known, 0)).where(known[:, None], 0.0)
 
     def check_classes(self, logits: Tensor) -> None:
         """Refuse logits of one class for an objective of the softmax.

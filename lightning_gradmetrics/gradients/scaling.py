@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.objectives import Loss
+from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["logit_gradient", "rescaled_moments", "rescaled_rows", "unit_losses", "unit_scale"]
+__all__ = ["logit_gradient", "rescaled_moments", "rescaled_rows", "unit_gradient", "unit_losses", "unit_scale"]
 
 
 def logit_gradient(loss: Loss, logits: Tensor) -> Tensor:
@@ -66,6 +66,25 @@ def unit_losses(loss: Loss, logits: Tensor, only_tiny: bool = False) -> tuple[Te
         scale = torch.where(gradient.abs().amax(1) < tiny, scale, 1.0)
     scaled = (gradient * scale[:, None]).to(logits.dtype)
     return (logits * scaled).sum(1), 1 / scale
+
+
+def unit_gradient(objective: Objective, targets: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the losses of :func:`unit_losses` with respect to the logits, ``(N, C)``, and their factors.
+
+    Args:
+        objective: The objective.
+        targets: True labels ``(N,)``, if there are any.
+        logits: ``(N, C)``.
+    """
+    loss = objective.loss(targets)
+    with torch.no_grad():
+        gradient = objective.gradient(logits, targets)
+    if gradient is None:
+        gradient = logit_gradient(loss, logits)
+    with torch.no_grad():
+        wide = gradient.to(accumulator(logits))
+        scale = unit_scale(wide)
+        return (wide * scale[:, None]).to(logits.dtype), 1 / scale
 
 
 def rescaled_rows(rows: Tensor, undo: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_gradmetrics.engine import kernels
-from lightning_gradmetrics.engine.kernels import ConvGeometry, gram, library, native
-from lightning_gradmetrics.gradients.statistics import gradient_moments
+from lightning_gradmetrics.engine.kernels import ConvGeometry, gram, library, native, segments
+from lightning_gradmetrics.gradients.statistics import factor_moments, gradient_moments
 
 ALL = frozenset({"sum", "max", "min", 1.0, 2.0})
 SAME = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
@@ -73,6 +73,41 @@ def test_extremes_of_bad_rows_equal_those_of_torch(bad):
         actual, expected = native.native_rows(flat, ALL), gradient_moments(flat, ALL)
         for key in ALL:
             torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wanted", [ALL, frozenset({2.0}), frozenset({"sum", 2.0})])
+def test_many_small_matrices_have_the_moments_of_torch(dtype, wanted):
+    """Rows of every length around a vector, strided rows, outer products, shared factors and bad values."""
+    torch.manual_seed(0)
+    together, expected = segments.Segments(wanted), {}
+    last = torch.randn(19, 3, dtype=dtype)
+    for number, columns in enumerate((1, 3, 8, 15, 16, 17, 33, 64, 250, 256, 257, 700)):
+        rows = torch.randn(19, 2 * columns, dtype=dtype)[:, :columns]
+        rows[3, columns // 2], rows[4, -1] = float("nan"), float("inf")
+        assert together.add(f"rows{number}", (rows, None))
+        assert together.add(f"product{number}", (rows, last))
+        expected[f"rows{number}"] = gradient_moments(rows, wanted)
+        expected[f"product{number}"] = factor_moments(rows, last, wanted)
+        last = rows
+    found = together.moments()
+    for key in wanted:
+        truth = torch.stack([moments[key] for moments in expected.values()], 1)
+        bound = 1e-12 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(found[key], truth, rtol=bound, atol=bound, equal_nan=True)
+
+
+@needs_compiler
+def test_changed_and_unsuitable_matrices_are_noticed():
+    together, matrix = segments.Segments({2.0}), torch.ones(2, 3)
+    assert not together.add("columns", (torch.ones(3, 2).T, None))
+    assert not together.add("half", (matrix.bfloat16(), None))
+    assert together.add("matrix", (matrix, None))
+    assert not together.add("another type", (matrix.double(), None))
+    assert together.unchanged()
+    matrix[0, 0] = 5
+    assert not together.unchanged()
 
 
 def test_gram_sums_that_cancel_are_computed_directly():

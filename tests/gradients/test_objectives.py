@@ -185,6 +185,33 @@ def test_ignored_labels_have_no_gradient() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective.of("pseudo_label"),
+        Objective.of("pseudo_label", temperature=3.0),
+        Objective.of("class", index=2),
+        Objective.of("label"),
+    ],
+)
+def test_closed_forms_are_the_gradients_of_autograd(objective: Objective) -> None:
+    torch.manual_seed(0)
+    logits, targets = 20 * torch.randn(50, 4, dtype=torch.float64), torch.randint(4, (50,))
+    targets[7] = -100
+    closed = objective.gradient(logits, targets)
+    assert closed is not None
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(objective.loss(targets)(leaf).sum(), leaf)
+    torch.testing.assert_close(closed, expected, rtol=1e-12, atol=1e-300)
+
+
+def test_objectives_without_a_closed_form_have_none() -> None:
+    logits = torch.randn(3, 4)
+    assert Objective.of("uniform").gradient(logits) is None
+    assert Objective.of("label").gradient(logits) is None
+    assert Objective.of(lambda z: z[:, 0]).gradient(logits) is None
+
+
 def test_one_class_is_refused() -> None:
     with pytest.raises(ValueError, match="softmax of one class is 1"):
         lgm.gradient_statistics(nn.Linear(5, 1), torch.randn(3, 5), "pseudo_label")

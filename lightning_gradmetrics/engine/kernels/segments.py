@@ -6,7 +6,7 @@ The parameters of small networks have few entries each. One call for all of them
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class Segments:
     def __init__(self, wanted: Iterable[Moment]) -> None:
         self._wanted = frozenset(wanted)
         self._matrices: list[Tensor] = []
-        self._numbers: dict[tuple[int, int], int] = {}
+        self._versions: list[int] = []
+        self._numbers: dict[tuple[int, int, int], int] = {}
         self._left: list[int] = []
         self._right: list[int] = []
         self.names: list[str] = []
@@ -61,11 +62,16 @@ class Segments:
 
     def _number(self, matrix: Tensor) -> int:
         """Return a matrix's number; a layer's weight and bias share the gradient of its output."""
-        key = (matrix.data_ptr(), matrix.shape[1])
+        key = (matrix.data_ptr(), matrix.shape[1], matrix.stride(0))
         number = self._numbers.setdefault(key, len(self._matrices))
         if number == len(self._matrices):
             self._matrices.append(matrix)
+            self._versions.append(matrix._version)
         return number
+
+    def unchanged(self) -> bool:
+        """Return whether no matrix was changed in place since it was added."""
+        return self._versions == [matrix._version for matrix in self._matrices]
 
     def moments(self) -> Moments:
         """Return each moment, ``(N, P)``, with the parameters in the order in which they were added."""
@@ -73,12 +79,21 @@ class Segments:
         out = torch.empty(len(ORDER), samples, outputs, dtype=torch.float64)
         total = sum(map(Tensor.numel, matrices))
         alone = parallel_runner() is None or total <= ONE_THREAD_ENTRIES
+        lists = (
+            [matrix.data_ptr() for matrix in matrices],
+            [matrix.shape[1] for matrix in matrices],
+            [matrix.stride(0) for matrix in matrices],
+            self._left,
+            self._right,
+        )
+        arrays = [(ctypes.c_int64 * len(values))(*values) for values in lists]  # alive until the call returns
+        x, columns, step, left, right = map(ctypes.addressof, arrays)
         job = SegmentJob(
-            x=_integers([matrix.data_ptr() for matrix in matrices]),
-            columns=_integers([matrix.shape[1] for matrix in matrices]),
-            step=_integers([matrix.stride(0) for matrix in matrices]),
-            left=_integers(self._left),
-            right=_integers(self._right),
+            x=x,
+            columns=columns,
+            step=step,
+            left=left,
+            right=right,
             out=out.data_ptr(),
             samples=samples,
             segments=len(matrices),
@@ -88,8 +103,3 @@ class Segments:
         run = library_for(matrices[0].dtype).segment_statistics
         run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())
         return {key: out[ORDER.index(key)] for key in self._wanted}
-
-
-def _integers(values: Sequence[int]) -> ctypes.c_void_p:
-    """Return the address of an array of integers, which the returned object keeps alive."""
-    return ctypes.cast((ctypes.c_int64 * len(values))(*values), ctypes.c_void_p)

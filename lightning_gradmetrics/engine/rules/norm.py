@@ -61,6 +61,9 @@ def _run_frozen(values: dict[str, Any]) -> Tensor:
 )
 def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``sum (x - m) g / sqrt(v + eps)``, by two sums over the positions that need no normalised input."""
+    if g.ndim == 3 and g.shape[1] == 1:
+        yield from _without_positions(call, g[:, 0])
+        return
     total, product = position_sums(g.transpose(1, 2), call.x.transpose(1, 2) if "weight" in call.slots else None)
     if "bias" in call.slots:
         yield "bias", RowsUse(total.to(wide(g.dtype)))
@@ -68,6 +71,17 @@ def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         mean, variance = call.values["running_mean"], call.values["running_var"]
         scale = torch.rsqrt(variance + call.values["eps"])
         yield "weight", RowsUse(((product - total * mean) * scale).to(wide(g.dtype)))
+
+
+def _without_positions(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+    """Yield the uses for inputs ``(N, C)``, where there is nothing to sum."""
+    g = g.to(wide(g.dtype))
+    if "bias" in call.slots:
+        yield "bias", RowsUse(g)
+    if "weight" in call.slots:
+        scale = torch.rsqrt(call.values["running_var"] + call.values["eps"])
+        centred = call.values["input"].to(g.dtype) - call.values["running_mean"]
+        yield "weight", RowsUse(((centred * scale) * g).to(g.dtype))
 
 
 @rule(

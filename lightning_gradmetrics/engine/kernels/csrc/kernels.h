@@ -56,6 +56,20 @@ typedef struct {
   int tiles;
 } running;
 
+/* The larger, or smaller, of two values in each lane; b where one is NaN. */
+#if defined(__AVX512F__) && defined(SINGLE)
+#define larger _mm512_max_ps
+#define smaller _mm512_min_ps
+#elif defined(__AVX512F__)
+#define larger _mm512_max_pd
+#define smaller _mm512_min_pd
+#elif defined(__AVX__) && defined(SINGLE)
+#define larger _mm256_max_ps
+#define smaller _mm256_min_ps
+#elif defined(__AVX__)
+#define larger _mm256_max_pd
+#define smaller _mm256_min_pd
+#else
 inline_always vec larger(vec a, vec b) {
   vec out;
   for (int j = 0; j < WIDTH; j++) out[j] = a[j] > b[j] ? a[j] : b[j];
@@ -67,12 +81,9 @@ inline_always vec smaller(vec a, vec b) {
   for (int j = 0; j < WIDTH; j++) out[j] = a[j] < b[j] ? a[j] : b[j];
   return out;
 }
+#endif
 
-inline_always vec magnitude(vec a) {
-  vec out;
-  for (int j = 0; j < WIDTH; j++) out[j] = a[j] < 0 ? -a[j] : a[j];
-  return out;
-}
+inline_always vec magnitude(vec a) { return larger(a, -a); }
 
 static void start(running *s) {
   memset(s, 0, sizeof *s);
@@ -84,6 +95,7 @@ static void start(running *s) {
 inline_always double lane_total(vec a) {
   double t[WIDTH];
   for (int j = 0; j < WIDTH; j++) t[j] = a[j];
+#pragma GCC unroll 8
   for (int w = WIDTH / 2; w > 0; w /= 2)
     for (int j = 0; j < w; j++) t[j] += t[j + w];
   return t[0];

@@ -69,8 +69,10 @@ inline_always void short_row(const REAL *x, int64_t count, double *out, int mode
     if (i + WIDTH <= count) {
       a = filled = *(const loose *)(x + i);
     } else {
-      a = sum - sum, filled = a + x[0];
-      for (int k = 0; i + k < count; k++) a[k] = filled[k] = x[i + k];
+      REAL tail[2][WIDTH];
+      for (int k = 0; k < WIDTH; k++) tail[0][k] = 0, tail[1][k] = x[0];
+      for (int k = 0; i + k < count; k++) tail[0][k] = tail[1][k] = x[i + k];
+      memcpy(&a, tail[0], sizeof a), memcpy(&filled, tail[1], sizeof filled);
     }
     sum += a;
     square += a * a;
@@ -83,12 +85,15 @@ inline_always void short_row(const REAL *x, int64_t count, double *out, int mode
   out[SUM] = lane_total(sum), out[SQUARE] = lane_total(square);
   if (mode != ALL) return;
   out[ABS] = lane_total(absolute);
+  REAL h[WIDTH], l[WIDTH];
+  memcpy(h, &high, sizeof h), memcpy(l, &low, sizeof l);
+#pragma GCC unroll 8
   for (int w = WIDTH / 2; w > 0; w /= 2)
     for (int k = 0; k < w; k++) {
-      high[k] = high[k] > high[k + w] ? high[k] : high[k + w];
-      low[k] = low[k] < low[k + w] ? low[k] : low[k + w];
+      h[k] = h[k] > h[k + w] ? h[k] : h[k + w];
+      l[k] = l[k] < l[k + w] ? l[k] : l[k + w];
     }
-  out[MAX] = high[0], out[MIN] = low[0];
+  out[MAX] = h[0], out[MIN] = l[0];
   if (isnan(out[SQUARE])) out[MAX] = out[MIN] = NAN; /* comparisons drop NaN */
 }
 
