@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "preserved"]
+__all__ = ["HookState", "RandomState", "preserved"]
 
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes of every module."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that contain its hooks."""
 
 CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -37,12 +41,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
     - attributes that a forward pass sets, replaces or deletes, including the entries of lists, dictionaries and sets and
       the values of tensors;
     - the weights of embeddings with ``max_norm``, which a forward pass rescales; other parameters are not copied;
+    - hooks of modules: transformers adds some in a forward pass that returns hidden states, and an attribute that says that
+      it did;
     - the random number generators, see :class:`RandomState`.
 
     A second thread that enters with the same model waits for the first one.
     """
     with _lock_of(model):
-        undo = [*_parameter_state(model), *_module_state(model)]
+        undo = [*_parameter_state(model), *_module_state(model), HookState(model).restore]
         generators = RandomState(model)
         try:
             yield
@@ -71,6 +77,30 @@ class RandomState:
         torch.random.set_rng_state(self._cpu)
 
 
+class HookState:
+    """The hooks of a model's modules.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
+        for module in model.modules():
+            attributes = vars(module)
+            for name in HOOKS:
+                hooks = attributes.get(name)
+                if hooks is not None:
+                    self._hooks.append((hooks, dict(hooks)))
+
+    def restore(self) -> None:
+        """Remove new hooks, and register removed ones again."""
+        for hooks, before in self._hooks:
+            if hooks.keys() != before.keys():
+                hooks.clear()
+                hooks.update(before)
+
+
 def _lock_of(model: nn.Module) -> threading.RLock:
     with _GUARD:
         return _LOCKS.setdefault(model, threading.RLock())
@@ -94,13 +124,17 @@ def _parameter_undo(parameter: nn.Parameter) -> Undo:
 
 def _module_state(model: nn.Module) -> Iterator[Undo]:
     """Yield the undo functions of each module's mode, tensors and other attributes."""
+    empty: list[Any] = []
     for module in model.modules():
         attributes = vars(module)
         names = attributes.keys() - INTERNAL
         yield _attribute_undo(attributes, names)
         for value in (module._parameters, module._buffers, *map(attributes.__getitem__, names)):
-            if type(value) in CONTAINERS and value:
-                yield _container_undo(value)
+            if type(value) in CONTAINERS:
+                if value:
+                    yield _container_undo(value)
+                else:
+                    empty.append(value)
             elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 yield _tensor_undo(value)
         for buffer in module._buffers.values():
@@ -109,6 +143,13 @@ def _module_state(model: nn.Module) -> Iterator[Undo]:
         weight = dict(module._parameters.items()).get("weight")  # of a scripted module no dictionary
         if weight is not None and attributes.get("max_norm") is not None:  # an embedding that rescales it in place
             yield _tensor_undo(weight)
+    yield partial(_clear_all, empty)
+
+
+def _clear_all(containers: Sequence[Any]) -> None:
+    for container in containers:
+        if container:
+            container.clear()
 
 
 def _attribute_undo(attributes: dict[str, Any], names: Set[str]) -> Undo:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.agreement import agree
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
-from lightning_gradmetrics.engine.guards import check_alone, check_halves, check_objectives, compare_alone
+from lightning_gradmetrics.engine.guards import (
+    check_alone,
+    check_halves,
+    check_objectives,
+    check_others,
+    compare_alone,
+)
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, quiet_no_grad
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
@@ -129,6 +135,8 @@ def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moment
     step = task.size if task.memory is None else max(1, task.memory // strategy.bytes)
     parts = []
     for start in range(0, task.size, step):
+        if start:
+            state.restore_attributes()
         table = MomentTable(task.rows(start, start + step))
         _fill(table, strategy, state)
         parts.append(table)
@@ -157,6 +165,8 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
         seen.append(logits.detach())
         check_objectives(task, logits)
         if strategy.random:
+            if new_size and strategy.alone:
+                check_others(task, logits, state, strategy.quiet)
             return
         if new_size and alone < task.size:
             check_halves(task, logits, state, strategy.quiet)
@@ -164,7 +174,7 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
 
     slow = dict(strategy.slow)
     if strategy.plan is not None and strategy.fast:
-        _fill_by_plan(table, strategy, checks)
+        _fill_by_plan(table, strategy, checks, state)
     elif strategy.plan is None:
         slow.update(_fill_by_owners(table, strategy, checks))
     if not slow:
@@ -185,7 +195,9 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
 
 
-def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Callable[[Tensor], None]) -> None:
+def _fill_by_plan(
+    table: MomentTable | UseTable, strategy: Strategy, checks: Callable[[Tensor], None], state: ForwardState
+) -> None:
     """Fill a table by the plan; the first batch of each size and sequence of calls is compared with autograd on one sample."""
     task, shapes = table.task, _shapes(table.task)
     laid_out = task.channels_last() if strategy.channels_last else task
@@ -195,7 +207,7 @@ def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Cal
     verified = strategy.times.get(here, {})
     if outline not in verified:
         if not strategy.random:
-            _check_one_sample(table, strategy.fast, laid_out)
+            _check_one_sample(table, strategy.fast, laid_out, state)
         elif verified:
             raise PlanError("the model makes other calls than in earlier batches of this size")
         kept = verified if len(verified) < MOST_OUTLINES else {}
@@ -214,7 +226,7 @@ def _fill_by_owners(
         try:
             collect_fast(table, task.restricted(names), None, checks)
             if not strategy.random:
-                _check_one_sample(table, names, task)
+                _check_one_sample(table, names, task, state)
             break
         except PlanError as error:
             given_up = error.names & set(names) or set(names)
@@ -225,7 +237,7 @@ def _fill_by_owners(
     return lost
 
 
-def _check_one_sample(table: MomentTable | UseTable, names: Any, laid_out: Task) -> None:
+def _check_one_sample(table: MomentTable | UseTable, names: Any, laid_out: Task, state: ForwardState) -> None:
     """Compare one sample's moments with autograd on that sample alone.
 
     Rounding differs between one sample and a batch, and may open or close a ReLU's gate. Where the two are close and
@@ -236,24 +248,30 @@ def _check_one_sample(table: MomentTable | UseTable, names: Any, laid_out: Task)
     """
     number = int(torch.randint(table.task.size, (), generator=_GENERATOR))
     alone = table.task.rows(number, number + 1).restricted(names)
-    if _agree_on_sample(table, number, alone, 0):
+    if _agree_on_sample(table, number, alone, 0, state):
         return
     together = laid_out.restricted(names)
-    if _agree_on_sample(table, number, alone, 0, GATES) and _agree_on_sample(table, number, together, number):
+    if _agree_on_sample(table, number, alone, 0, state, GATES) and _agree_on_sample(table, number, together, number, state):
         return
     raise PlanError("the gradients of a sample disagree with autograd")
 
 
 def _agree_on_sample(
-    table: MomentTable | UseTable, number: int, task: Task, row: int, tolerance: float | None = None
+    table: MomentTable | UseTable,
+    number: int,
+    task: Task,
+    row: int,
+    state: ForwardState,
+    tolerance: float | None = None,
 ) -> bool:
     """Return whether a sample's moments are those of autograd, where the sample is a row of a task."""
     parameters = list(task.parameters.values())
     for parameter in parameters:
         parameter.requires_grad_(True)
-    state = ForwardState(task.model)
-    logits = task.forward()
+    now = ForwardState(task.model)
     state.restore()
+    logits = task.forward()
+    now.restore()
     for objective in range(len(task.objectives)):
         losses, undo = task.unit_losses(objective, logits)
         gradients = dict(zip(task.parameters, loss_gradients(losses[row], parameters), strict=True))

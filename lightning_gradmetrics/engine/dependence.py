@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
 
-__all__ = ["DependenceTrace", "Operation", "choice_by_data", "reads_activations"]
+__all__ = ["DependenceTrace", "Operation", "choice_by_data", "reads_activations", "selection_of_samples"]
 
 SAMPLES, WEIGHTS = 1, 2
 """Bits for the dependences of a tensor: on samples or random numbers, and on parameters."""
@@ -264,6 +264,24 @@ def choice_by_data(two: Sequence[Operation], three: Sequence[Operation]) -> str:
             return "Python reads an activation"
         if large.read == "float" and large.depends & SAMPLES:
             return "Python reads a floating-point number that depends on the samples"
+    return ""
+
+
+_SELECTING = ("topk", "kthvalue", "median", "nanmedian", "mode")
+"""Operations that select some positions of an axis by comparing all of them."""
+
+
+def selection_of_samples(two: Sequence[Operation], three: Sequence[Operation]) -> str:
+    """Return the operation that selects some samples of a batch by comparing them with the others; ``""`` if there is none.
+
+    The choice may be empty in a small batch, as with ``topk(len(x) // 8)``, so that no result shows it.
+    """
+    for small, large in zip(two, three, strict=False):
+        if not large.name.startswith(_SELECTING) or not large.depends & SAMPLES:
+            continue
+        for (before, dim), (after, _) in zip(small.chosen, large.chosen, strict=False):
+            if before[dim] != after[dim] and large.arguments.get("k", 0) < after[dim]:
+                return large.name
     return ""
 
 

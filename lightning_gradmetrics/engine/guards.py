@@ -14,12 +14,12 @@ from lightning_gradmetrics.engine.refusals import (
     coupled_objective,
     not_without_others,
 )
-from lightning_gradmetrics.engine.samples import close_rows, different_rows
+from lightning_gradmetrics.engine.samples import close_rows, different_rows, shared_list
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Objective
-from lightning_gradmetrics.gradients.precision import at_least_float32
+from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
 
-__all__ = ["check_alone", "check_halves", "check_objectives", "compare_alone"]
+__all__ = ["check_alone", "check_halves", "check_objectives", "check_others", "compare_alone"]
 
 _CHOICE = random.Random(0)
 """Chooses the samples to check, without use of the user's generators."""
@@ -40,8 +40,20 @@ def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, qui
     """
     if task.size < 2:
         return
-    for number in _CHOICE.sample(range(task.size), min(count, task.size)):
+    for number in _chosen(logits, count):
         compare_alone(task, logits, number, _logits(task, [number], state, quiet), state)
+
+
+def _chosen(logits: Tensor, count: int) -> list[int]:
+    """Return random samples; of three and more, the most and the least confident one, which models single out."""
+    numbers = list(range(len(logits)))
+    if count >= len(numbers):
+        return numbers
+    chosen = _CHOICE.sample(numbers, count)
+    if count > 2:
+        confidence = logits.detach().softmax(1).amax(1).nan_to_num(0.0)
+        chosen[:2] = [int(confidence.argmax()), int(confidence.argmin())]
+    return chosen
 
 
 def check_halves(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
@@ -74,11 +86,58 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
     expected = logits[number : number + 1].detach()
     if close_rows(alone.detach(), expected):
         return
-    # Rounding may differ with the size of the batch: compare in a batch of the same size.
-    repeated = _logits(task, [number] * task.size, state, True)[:1]
+    if _differs_by_rounding(task, logits, number, alone.detach(), state):
+        return
+    raise shared_list(task) or coupled_model(f"a part of {type(task.model).__name__} whose computation depends on the data or on the size of the batch")
+
+
+def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> bool:
+    """Return whether only the rounding of another batch size explains that a sample alone has other logits.
+
+    A batch of the same size that repeats the sample must give its logits. A model that depends on the size of the batch or
+    on positions in it passes that, so the difference must be small, or be missing for other samples.
+    """
+    expected = logits[number : number + 1].detach()
+    repeated = _logits(task, [number] * task.size, state, True)
     step = 64 * torch.finfo(logits.dtype).eps
-    if not torch.allclose(repeated, expected, step, step * float(expected.abs().amax()), equal_nan=True):
-        raise coupled_model(f"a part of {type(task.model).__name__} whose computation depends on the data")
+    if not torch.allclose(repeated[:1], expected, step, step * float(expected.abs().amax()), equal_nan=True):
+        return False
+    tolerance = min(0.5, MANY_ROUNDINGS * rounding(expected))
+    if close_rows(torch.cat([repeated, alone]), expected.expand(task.size + 1, -1), tolerance):
+        return True
+    others = [other for other in range(task.size) if other != number]
+    compared = _CHOICE.sample(others, min(3, len(others)))
+    for other in compared:
+        if not close_rows(_logits(task, [other], state, True), logits[other : other + 1].detach()):
+            return False
+    return bool(compared)
+
+
+MANY_ROUNDINGS = 100
+"""How many times the usual rounding may separate two sizes of a batch in a model that amplifies rounding."""
+
+
+def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
+    """Compare half of a batch's logits with those after the other half was replaced, with the same random numbers.
+
+    Args:
+        task: The batch.
+        logits: Its logits ``(N, C)``.
+        state: The state of the model before the batch, with its random number generators.
+        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+
+    Raises:
+        CoupledSamplesError: If they differ.
+    """
+    if task.size < 2:
+        return
+    order = _CHOICE.sample(range(task.size), task.size)
+    kept = order[: task.size // 2]
+    samples = list(range(task.size))
+    for number in order[task.size // 2 :]:
+        samples[number] = kept[number % len(kept)]
+    if not close_rows(_logits(task, samples, state, quiet)[kept], logits[kept].detach()):
+        raise coupled_model(f"a part of {type(task.model).__name__}")
 
 
 def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool) -> Tensor:
@@ -90,7 +149,7 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool) ->
         except SampleAxisError:
             raise
         except Exception as error:
-            raise not_without_others(task.model, len(samples), task.size, error) from error
+            raise (shared_list(task) or not_without_others(task.model, len(samples), task.size, error)) from error
         finally:
             now.restore()
 

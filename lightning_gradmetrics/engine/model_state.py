@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.preservation import RandomState
+from lightning_gradmetrics.classifier.preservation import HookState, RandomState
 
 __all__ = ["ForwardState", "attribute_key", "note_volatile", "quiet_no_grad"]
 
@@ -45,10 +45,13 @@ class ForwardState:
                 if type(value) in (dict, list, set):
                     self._containers.append((value, value.copy()))
             self._attributes.append((attributes, before))
+            if isinstance(module._buffers, dict) and module._buffers:
+                self._containers.append((module._buffers, module._buffers.copy()))
             for buffer in module._buffers.values():
                 if buffer is not None:
                     version = -1 if buffer.is_inference() else buffer._version
                     self._buffers.append((buffer, version, buffer.detach().clone()))
+        self._hooks = HookState(model)
         self._generators = RandomState(model)
 
     def restore(self) -> None:
@@ -58,7 +61,8 @@ class ForwardState:
         self._generators.restore()
 
     def restore_attributes(self) -> None:
-        """Set attributes and buffers to this state, but not the random number generators."""
+        """Set attributes, hooks and buffers to this state, but not the random number generators."""
+        self._hooks.restore()
         for attributes, before in self._attributes:
             for name in attributes.keys() - _INTERNAL - before.keys():
                 del attributes[name]

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import map_tensors, tensors_in
-from lightning_gradmetrics.engine.dependence import DependenceTrace, choice_by_data, reads_activations
+from lightning_gradmetrics.engine.dependence import (
+    DependenceTrace,
+    choice_by_data,
+    reads_activations,
+    selection_of_samples,
+)
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model
@@ -19,7 +24,7 @@ from lightning_gradmetrics.engine.separability import keeps_samples_apart
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 
-__all__ = ["Probe", "changed_positions", "outline", "probe_model"]
+__all__ = ["Probe", "changed_positions", "outline", "probe_model", "with_others_replaced"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,9 @@ def probe_model(task: Task) -> Probe:
     large, logits, many = _traced(three, state)
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
+    selection = selection_of_samples(few.operations, many.operations)
+    if selection:
+        raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
     reason = choice_by_data(few.operations, many.operations)
     apart = not reason and keeps_samples_apart(few.operations, many.operations, many.samples, many.serial(logits))
     losses = [three.unit_losses(index, logits) for index in range(len(three.losses))]
@@ -170,6 +178,11 @@ def _with_row(task: Task, number: int, source: int, noise: float) -> Task:
         return tensor
 
     return replace(task, inputs=map_tensors(task.inputs, replaced))
+
+
+def with_others_replaced(task: Task) -> Task:
+    """Return three samples of which the second and the third are replaced by similar ones."""
+    return _with_row(_with_row(task, 1, 1, 0.3), 2, 2, 0.3)
 
 
 # -- replacing each sample --------------------------------------------------------------------------------------------

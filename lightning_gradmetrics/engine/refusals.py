@@ -9,6 +9,7 @@ __all__ = [
     "SampleAxisError",
     "coupled_model",
     "coupled_objective",
+    "list_as_long_as_the_batch",
     "not_without_others",
     "raise_if_out_of_memory",
     "rows_not_samples",
@@ -66,6 +67,14 @@ def rows_not_samples(shape: tuple[int, ...], samples: int) -> SampleAxisError:
         f"the model returned logits of shape {shape} for {samples} samples; expected one row per sample, in their order. "
         "The first axis of the inputs must be the sample axis: wrap a model that takes time first (T, N, ...) in a module "
         "whose forward transposes its input, and pass logits= to reduce several rows per sample to one"
+    )
+
+
+def list_as_long_as_the_batch(kind: str, samples: int) -> SampleAxisError:
+    """Return the error for an input without a sample axis that has one entry per sample."""
+    return SampleAxisError(
+        f"an input is a {kind} of {samples} entries, as long as the batch, and the model gives its samples other logits in parts of "
+        "the batch: only tensors are cut into samples. Pass it as a tensor with the samples on its first axis"
     )
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
-from lightning_gradmetrics.engine.refusals import SampleAxisError
+from lightning_gradmetrics.engine.refusals import SampleAxisError, list_as_long_as_the_batch
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import accumulator, rounding
 
-__all__ = ["check_rows", "close_rows", "different_rows", "input_structure", "with_sample_axes"]
+__all__ = ["check_rows", "close_rows", "different_rows", "input_structure", "shared_list", "with_sample_axes"]
 
 _DECIDED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, bool]]] = WeakKeyDictionary()
 """The tensors with samples, by number, for each model and structure of its inputs."""
@@ -131,14 +131,37 @@ def _logits(task: Task) -> Tensor:
             state.restore()
 
 
-def close_rows(found: Tensor, expected: Tensor) -> bool:
-    """Return whether two tensors are equal up to the rounding of a different batch size; relative to each row's largest entry."""
-    return not different_rows(found, expected)
+def shared_list(task: Task) -> SampleAxisError | None:
+    """Return the error for a list or an array that is as long as the batch, or ``None`` if the inputs contain none.
+
+    Only tensors are cut into samples. A list is passed unchanged, also with a part of the batch.
+    """
+    waiting: list[Any] = [task.inputs]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple)) and next(tensors_in(value), None) is not None:
+            waiting.extend(value)
+        elif not isinstance(value, (str, bytes, Tensor)) and hasattr(value, "__len__") and len(value) == task.size:
+            return list_as_long_as_the_batch(type(value).__name__, task.size)
+    return None
 
 
-def different_rows(found: Tensor, expected: Tensor) -> list[int]:
+def close_rows(found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
+    """Return whether two tensors are equal up to the rounding of a different batch size, relative to each row's largest entry.
+
+    Args:
+        found: The first tensor.
+        expected: The second tensor.
+        tolerance: The largest relative difference; ``None`` for that of rounding.
+    """
+    return not different_rows(found, expected, tolerance)
+
+
+def different_rows(found: Tensor, expected: Tensor, tolerance: float | None = None) -> list[int]:
     """Return the numbers of the rows in which two tensors differ by more than the rounding of a different batch size."""
-    tolerance = rounding(expected)
+    tolerance = rounding(expected) if tolerance is None else tolerance
     if expected.is_complex():
         found, expected = torch.view_as_real(found.resolve_conj()), torch.view_as_real(expected.resolve_conj())
     wide = accumulator(expected)

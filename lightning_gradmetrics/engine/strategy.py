@@ -18,12 +18,17 @@ from lightning_gradmetrics.engine.graph import reached_parameters
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.owners import OwnershipPass
 from lightning_gradmetrics.engine.plan import Plan, PlanError
-from lightning_gradmetrics.engine.probe import Probe, probe_model
+from lightning_gradmetrics.engine.probe import Probe, probe_model, with_others_replaced
 from lightning_gradmetrics.engine.reference import loss_gradients
-from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError, raise_if_out_of_memory
+from lightning_gradmetrics.engine.refusals import (
+    CoupledSamplesError,
+    SampleAxisError,
+    coupled_model,
+    raise_if_out_of_memory,
+)
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
-from lightning_gradmetrics.gradients.precision import full_float32
+from lightning_gradmetrics.gradients.precision import full_float32, rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
 __all__ = ["Strategy", "collect_fast", "make_strategy", "warn_slow"]
@@ -215,6 +220,8 @@ def _verified(task: Task) -> Strategy:
         if len(others) < len(slow):
             plan, slow = None, others
     state.restore()
+    if slow:
+        _check_backward(probe, slow, state)
     fast = tuple(name for name in task.parameters if name not in slow)
     mapped = bool(slow) and _can_be_mapped(probe, slow)
     state.restore()
@@ -311,6 +318,33 @@ def _disagreements(
             if name not in wrong and not agree(moments, gradient[None], scales[name]):
                 wrong[name] = "its fast rule disagrees with autograd on a probe"
     return wrong
+
+
+def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -> None:
+    """Refuse a model whose gradients of one sample change when the other samples of the probe are replaced.
+
+    Its logits are each sample's own, but its backward pass is not, as in a custom function that centres the gradient.
+
+    Raises:
+        CoupledSamplesError: If it is one.
+    """
+    parameters = list(probe.task.restricted(names).parameters.values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    before = loss_gradients(probe.losses[0][0][0], parameters)
+    state.restore()
+    try:
+        other = with_others_replaced(probe.task)
+        after = loss_gradients(other.unit_losses(0, other.forward())[0][0], parameters)
+    except Exception as error:  # the model may refuse a synthetic sample
+        raise_if_out_of_memory(error)
+        return
+    finally:
+        state.restore()
+    size = max(float(gradient.norm()) for gradient in before)
+    for gradient, found in zip(before, after, strict=True):
+        if float((found - gradient).norm()) > 10 * rounding(gradient) * size:
+            raise coupled_model(f"the backward pass of {type(probe.task.model).__name__}")
 
 
 def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:
