@@ -251,7 +251,9 @@ def _check_one_sample(table: MomentTable | UseTable, names: Any, laid_out: Task,
     if _agree_on_sample(table, number, alone, 0, state):
         return
     together = laid_out.restricted(names)
-    if _agree_on_sample(table, number, alone, 0, state, GATES) and _agree_on_sample(table, number, together, number, state):
+    if _agree_on_sample(table, number, alone, 0, state, GATES) and _agree_on_sample(
+        table, number, together, number, state
+    ):
         return
     raise PlanError("the gradients of a sample disagree with autograd")
 

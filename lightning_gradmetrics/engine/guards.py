@@ -88,7 +88,9 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
         return
     if _differs_by_rounding(task, logits, number, alone.detach(), state):
         return
-    raise shared_list(task) or coupled_model(f"a part of {type(task.model).__name__} whose computation depends on the data or on the size of the batch")
+    name = type(task.model).__name__
+    where = f"a part of {name} whose computation depends on the data or on the size of the batch"
+    raise shared_list(task) or coupled_model(where)
 
 
 def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> bool:

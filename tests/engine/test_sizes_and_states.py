@@ -74,7 +74,7 @@ class _Cache(nn.Module):
         return (torch.stack(self.seen, 1).mean(1) + self.kept.sum(1)) / self.calls
 
 
-def test_caches_start_anew_in_every_pass():
+def test_caches_are_reset_before_every_pass():
     torch.manual_seed(0)
     model = Net(lambda net, x: net.head(net.cache(torch.tanh(net.a(x))) + net.cache(net.b(x))))
     model.cache = _Cache()
@@ -134,7 +134,9 @@ def test_half_precision_keeps_the_gradient_of_a_branch(dtype):
         found = gradient_statistics(model, batch, "pseudo_label", per_parameter=True).norm(2)
         for number in range(size):
             logits = model(batch[number : number + 1]).float()
-            gradients = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), [model.b.weight, model.head.weight])
+            gradients = torch.autograd.grad(
+                F.cross_entropy(logits, logits.argmax(1)), [model.b.weight, model.head.weight]
+            )
             expected = torch.stack([gradient.float().norm() for gradient in gradients])
             names = [name for name, _ in model.named_parameters()]
             columns = [names.index("b.weight"), names.index("head.weight")]
