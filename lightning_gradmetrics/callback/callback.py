@@ -26,6 +26,7 @@ from lightning_gradmetrics.callback.dataloaders import (
 )
 from lightning_gradmetrics.callback.fitting import fitting_step
 from lightning_gradmetrics.callback.hooks import RunHooks
+from lightning_gradmetrics.callback.index_recording import IndexRecording
 from lightning_gradmetrics.callback.labels import BatchReader
 from lightning_gradmetrics.callback.logged import logged_metrics
 from lightning_gradmetrics.callback.module import (
@@ -117,7 +118,7 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
         results: After a run, a ``pyarrow.Table`` with one row per sample: dataset, index, prediction, label, one column
             per score, and ``finite``, which is false where the input, the logits or a score hold NaN or Inf: such a row
             is kept and never enters a metric. ``index`` is the index in the data set that the dataloader was given (of
-            a ``Subset``, the position in the subset), or null if the order of the dataloader is not known. A run that
+            a ``Subset``, the position in the subset), or null if the dataloader does not show it. A run that
             is interrupted keeps the rows scored so far. Under several processes rank 0 has all rows, each once, and
             the other ranks have their own.
         sources: What made pictures in the run; the loggers receive them, and :meth:`pictures` returns them. Under
@@ -196,6 +197,7 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
         self.sources: list[PictureSource] = []
         self._fitting: tuple[Fitting, Names] | None = None
         self._run: Run | None = None
+        self._indices = IndexRecording()
         self._model: dict[str, Any] = {}
         self._finished = False
         self._logged: set[str] = set()
@@ -247,6 +249,7 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
         is_fitted = any(isinstance(score, FittedScore) for score in self.scorer.scores)
         if self._fitting is None and not self._notices.is_scored(stage, self.stages, is_fitted, names, counted):
             self._finished = True
+            self._indices.pause()
             return
         processes, model, self._model = processes_of(trainer), self.scored_model(module), model_facts(module)
         datasets, roles = counted.names(names, stage), dataset_roles(names, counted.names(names, stage))
@@ -283,7 +286,8 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
             made = ScoreStage(replace(self.scorer, looks=looks), rows, store, self.sources, self.columns, self._pixels)
         reader = BatchReader(self.split_batch, processes.warn, self.pixels)
         context = trainer.precision_plugin.forward_context
-        self._run = Run(made, model, counted.all, roles, reader, context, None if is_fit else self.sample_id)
+        drawn = self._indices.of_loaders(counted.all)
+        self._run = Run(made, model, drawn, roles, reader, context, None if is_fit else self.sample_id)
 
     def _described(self, stage: str) -> dict[str, Any]:
         """Arguments that change the results, beside the scores and the model."""
@@ -296,6 +300,7 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
         if run is None:
             return {}
         run.stop()
+        self._indices.pause()
         processes = processes_of(trainer)
         if isinstance(run.stage, FitStage):
             fitted = run.stage.fitted(run.model, processes)
@@ -348,7 +353,7 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: everything but the run that is going on."""
-        return {**vars(self), "_run": None, "_fitting": None}
+        return {**vars(self), "_run": None, "_fitting": None, "_indices": IndexRecording()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse fitted scores that would be scored while the weights change.
@@ -360,9 +365,10 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
             check_fitted_in_fit(self.scorer.scores, self.stages)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last run."""
+        """Forget the last run, and record the indices of the next."""
         self._results, self.evaluation, self._finished = empty_results(self.score_names), None, False
         self._logged, self._notices = set(), StageNotices()
+        self._indices.watch(trainer)
 
     def _interrupted(self, run: Run) -> str:
         if not isinstance(run.stage, ScoreStage):

@@ -20,7 +20,6 @@ __all__ = [
     "loader_list",
     "names_of_stage",
     "rows_of_loaders",
-    "seen_indices",
 ]
 
 STAGES = ("fit", "validate", "test", "predict")
@@ -215,15 +214,3 @@ def rows_of_loaders(
         index = SampleIndex.of(loader, processes.rank, processes.count)
         rows.append(Rows(name, scores, index, vectors=vectors, has_ids=has_ids))
     return rows
-
-
-def seen_indices(loader: Any, batch_number: int) -> list[int] | None:
-    """Return the indices that the loader drew for a batch, where Lightning notes them: in ``predict``."""
-    noted = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
-    if not isinstance(noted, list) or batch_number >= len(noted):
-        return None
-    if batch_number:
-        noted[batch_number - 1] = []  # Lightning would keep the indices of all batches
-    indices = noted[batch_number]
-    is_plain = isinstance(indices, (list, tuple)) and all(isinstance(index, int) for index in indices)
-    return list(indices) if is_plain else None

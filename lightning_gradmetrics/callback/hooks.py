@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_gradmetrics.callback.index_recording import IndexRecording
 from lightning_gradmetrics.callback.run import Run
 
 __all__ = ["RunHooks"]
@@ -38,6 +39,7 @@ class RunHooks(Callback):
     """Starts, continues and ends a run when Lightning calls its hooks."""
 
     _run: Run | None = None
+    _indices: IndexRecording
     _finished = False
 
     def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:
@@ -82,7 +84,9 @@ class RunHooks(Callback):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if not trainer.sanity_checking:
+        if trainer.sanity_checking:
+            self._indices.pause()
+        else:
             self.on_test_epoch_end(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -98,6 +102,7 @@ class RunHooks(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop observing, keep the scored rows, and print how to resume."""
+        self._indices.stop()
         run, self._run = self._run, None
         if run is None:
             return
@@ -108,6 +113,7 @@ class RunHooks(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop observing, and warn about a run without samples."""
+        self._indices.stop()
         run, self._run = self._run, None
         if run is not None:
             run.close()

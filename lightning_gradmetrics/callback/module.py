@@ -15,7 +15,7 @@ from lightning_gradmetrics.callback.pytorch_lightning import is_of_lightning
 from lightning_gradmetrics.results.sample_index import sampler_of
 from lightning_gradmetrics.scores import Score
 
-__all__ = ["check_sharding", "check_split", "is_side_by_side", "processes_of", "scored_model"]
+__all__ = ["check_sharding", "check_split", "evaluation_loop", "is_side_by_side", "processes_of", "scored_model"]
 
 
 def processes_of(trainer: Trainer) -> Processes:
@@ -23,12 +23,15 @@ def processes_of(trainer: Trainer) -> Processes:
     return Processes(trainer.world_size, trainer.global_rank)
 
 
+def evaluation_loop(trainer: Trainer) -> Any:
+    """Return the loop that validates, tests or predicts; inside a fit, that of its validation."""
+    loop: Any = trainer._active_loop
+    return loop.epoch_loop.val_loop if hasattr(loop, "epoch_loop") else loop
+
+
 def is_side_by_side(trainer: Trainer) -> bool:
     """Return whether the running loop draws one batch from all its dataloaders at once (``CombinedLoader``)."""
-    loop: Any = trainer._active_loop
-    if hasattr(loop, "epoch_loop"):
-        loop = loop.epoch_loop.val_loop
-    combined = getattr(loop, "_combined_loader", None)
+    combined = getattr(evaluation_loop(trainer), "_combined_loader", None)
     return combined is not None and combined._mode != "sequential"
 
 

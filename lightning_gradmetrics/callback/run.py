@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_gradmetrics.callback.columns import SampleIds, sample_ids
-from lightning_gradmetrics.callback.dataloaders import seen_indices
+from lightning_gradmetrics.callback.drawn_indices import DrawnIndices
 from lightning_gradmetrics.callback.labels import BatchReader, ReadBatch
 from lightning_gradmetrics.callback.stages import Stage
 from lightning_gradmetrics.callback.step_wrapper import around_next_call
@@ -33,7 +33,7 @@ class Run:
     Args:
         stage: Takes each batch.
         model: The model that is scored.
-        loaders: The dataloaders.
+        drawn: The indices that the dataloaders draw.
         roles: The role of each data set.
         reader: Reads inputs and labels.
         surroundings: The context of the model's forward passes.
@@ -42,7 +42,7 @@ class Run:
 
     stage: Stage
     model: nn.Module
-    loaders: Sequence[Any]
+    drawn: DrawnIndices
     roles: Mapping[str, str]
     reader: BatchReader
     surroundings: Callable[[], AbstractContextManager[Any]]
@@ -83,7 +83,7 @@ class Run:
         if read.size == 0:
             return
         check_model(self.model)
-        indices = seen_indices(self.loaders[place], number)
+        indices = self.drawn.of_batch(place, number)
         if self.stage.skips(place, read.size if indices is None else len(indices), indices):
             return
         with self.surroundings():
@@ -93,6 +93,7 @@ class Run:
             evidence = self.stage.scorer.evidence(self.model, batch)
         self.stage.add(place, batch, evidence, indices, read.ids)
         self._warn_of_unknown_index(place)
+        self._warn_of_repeats(place)
 
     def _completed(self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int) -> ObservedBatch:
         """Return the batch with its labels and its data set."""
@@ -131,10 +132,20 @@ class Run:
             return
         self.reader.warn_once(
             f"index of {rows.dataset}",
-            f"the index of the rows of {rows.dataset!r} is unknown and stays null: the order of its dataloader is not known "
-            "in advance (shuffle=True, a custom sampler, an iterable data set, or a model that returns more rows than the "
-            "batch has). Use shuffle=False, or trainer.predict, which notes the index",
+            f"the index of the rows of {rows.dataset!r} is unknown and stays null: its dataloader does not show which samples a "
+            "batch contains (an iterable data set, several loaders side by side, workers with in_order=False, a loader that "
+            "overrides __iter__, a sampler of keys), or the number of rows differs from the number of samples. Use a "
+            "DataLoader of a data set with __getitem__, or name the samples with sample_id=",
         )
+
+    def _warn_of_repeats(self, place: int) -> None:
+        if self.drawn.repeats(place):
+            dataset = self.stage.rows[place].dataset
+            self.reader.warn_once(
+                f"repeats in {dataset}",
+                f"the dataloader {dataset!r} draws some samples more than once: the results keep the first row of each, so that "
+                "no sample counts twice. Use a sampler without replacement to score every sample",
+            )
 
     def stop(self) -> None:
         """Stop observing. Does nothing if no step is observed."""

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 
 from lightning_gradmetrics.results.unfinished import UnfinishedBatches
 
-__all__ = ["REPEATED", "UNKNOWN", "SampleIndex", "known_order", "sample_indices"]
+__all__ = ["REPEATED", "UNKNOWN", "SampleIndex", "keeps_order", "known_order", "sample_indices"]
 
 REPEATED = -1
 """The index of a row that is left out, because a distributed sampler repeats it or it is already committed."""
@@ -38,6 +38,15 @@ def sampler_of(loader: DataLoader[Any]) -> Any:
     return batches.sampler if follows else None
 
 
+def keeps_order(loader: Any) -> bool:
+    """Return whether a dataloader returns its batches in the order in which its sampler draws them.
+
+    Workers with ``in_order=False`` do not, and a class that overrides ``__iter__`` may not.
+    """
+    is_unordered = getattr(loader, "num_workers", 0) > 0 and not getattr(loader, "in_order", True)
+    return type(loader).__iter__ is DataLoader.__iter__ and not is_unordered
+
+
 def known_order(loader: Any) -> Indices | None:
     """Return the order in which one process reads a data set, if it is known in advance and always the same.
 
@@ -47,7 +56,7 @@ def known_order(loader: Any) -> Indices | None:
     Returns:
         The data set's indices in the order of the sampler or of the list of batches, or ``None``.
     """
-    if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__"):
+    if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__") or not keeps_order(loader):
         return None
     batches = batch_sampler_of(loader)
     if isinstance(batches, (list, tuple)):
@@ -73,7 +82,8 @@ def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> Indices |
         return None
     known, sampler, batches = order, sampler_of(loader), batch_sampler_of(loader)
     if isinstance(batches, (list, tuple)):
-        return np.fromiter(chain.from_iterable(batches), dtype=np.int64)
+        drawn = np.fromiter(chain.from_iterable(batches), dtype=np.int64)
+        return drawn if len(np.unique(drawn)) == len(drawn) else None
     if isinstance(sampler, DistributedSampler):
         position = rank + np.arange(len(order)) * world_size
         known = np.where(position < len(sampler.dataset), order, REPEATED)  # type: ignore[arg-type]

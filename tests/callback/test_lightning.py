@@ -12,9 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_gradmetrics as lgm
@@ -258,60 +256,10 @@ def test_metrics_on_request() -> None:
     assert set(used.callback_metrics) == {"mine/dataloader_0/a.b/misclassification_augrc"}
 
 
-# The index
-
-
-def index_of(callback: lgm.GradientMetrics, x: Tensor, chosen: Tensor) -> None:
-    """Each index is that of a sample with the same score."""
-    index = torch.tensor(callback.results["index"].to_pylist())
-    assert sorted(index.tolist()) == list(range(len(chosen)))
-    net_scores = lgm.score(callback_net, x[chosen], "energy")["energy"]
-    torch.testing.assert_close(column(callback, "energy"), net_scores[index])
+# An interruption
 
 
 callback_net = mlp(5, 8, 3)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_shuffled_loader_in_predict(workers: int) -> None:
-    x = numbers(13, 5)
-    callback = lgm.GradientMetrics("energy")
-    data = batches(x, torch.arange(13) % 3, shuffle=True, num_workers=workers)
-    trainer(callback).predict(Stepped(callback_net), data)
-    index_of(callback, x, torch.arange(13))
-
-
-def test_a_shuffled_loader_in_test_has_no_index() -> None:
-    x = numbers(13, 5)
-    callback = lgm.GradientMetrics("energy", top_k={"energy": 2})
-    for sampler in (RandomSampler(range(13)), [3, 1, 2, 0]):
-        data = DataLoader(TensorDataset(x, torch.arange(13) % 3), 4, sampler=sampler)
-        with pytest.warns(UserWarning, match="index of the rows of 'dataloader_0' is unknown"):
-            test_run(callback, Stepped(callback_net), data)
-        assert set(callback.results["index"].to_pylist()) == {None} and callback.evaluation is not None
-        assert callback.tables()["largest"]["index"].to_pylist() == [None, None]
-
-
-def test_a_subset_counts_in_the_subset() -> None:
-    x, chosen = numbers(13, 5), torch.tensor([7, 2, 11, 5, 1])
-    callback = lgm.GradientMetrics("energy")
-    data = DataLoader(Subset(TensorDataset(x, torch.arange(13) % 3), chosen.tolist()), 2)
-    test_run(callback, Stepped(callback_net), data)
-    index_of(callback, x, chosen)
-
-
-def test_loaders_side_by_side_are_one_data_set() -> None:
-    class First(Stepped):
-        def step(self, batch: Any) -> Any:
-            return self(batch["a"][0])
-
-    x, y = numbers(12, 5), torch.arange(12) % 3
-    callback = lgm.GradientMetrics("energy")
-    both = CombinedLoader({"a": batches(x, y), "b": batches(numbers(8, 5), torch.arange(8) % 2)}, "max_size_cycle")
-    with pytest.warns(UserWarning, match="index of the rows"):
-        trainer(callback).validate(First(callback_net), both, verbose=False)
-    assert callback.results["label"].to_pylist() == y.tolist()
-    assert_scores(callback, callback_net, x, ["energy"])
 
 
 class Stops(Stepped):
