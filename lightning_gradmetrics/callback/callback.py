@@ -24,6 +24,7 @@ from lightning_gradmetrics.callback.dataloaders import (
     names_of_stage,
     rows_of_loaders,
 )
+from lightning_gradmetrics.callback.evaluating import evaluate_detectors
 from lightning_gradmetrics.callback.fitting import fitting_step
 from lightning_gradmetrics.callback.hooks import RunHooks
 from lightning_gradmetrics.callback.index_recording import IndexRecording
@@ -36,13 +37,14 @@ from lightning_gradmetrics.callback.module import (
     processes_of,
     scored_model,
 )
-from lightning_gradmetrics.callback.outcome import Outcome, evaluate_detectors, model_facts
+from lightning_gradmetrics.callback.outcome import Outcome, model_facts
 from lightning_gradmetrics.callback.pixel_outcome import PixelOutcome
 from lightning_gradmetrics.callback.pytorch_lightning import also_callback_of_pytorch_lightning
 from lightning_gradmetrics.callback.run import Run
 from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices, check_fitted_in_fit
 from lightning_gradmetrics.callback.stages import FitStage, ScoreStage, Stage
 from lightning_gradmetrics.callback.storing import is_limited, store_of
+from lightning_gradmetrics.callback.text_outcome import TextOutcome, evaluate_tokens, logged_of_tokens
 from lightning_gradmetrics.classifier.batches import split_batch
 from lightning_gradmetrics.classifier.forward import Inputs, logits_in
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds
@@ -61,7 +63,7 @@ from lightning_gradmetrics.scoring.states import fitted_states, with_fitted_stat
 __all__ = ["GradientMetrics"]
 
 
-class GradientMetrics(Outcome, PixelOutcome, RunHooks):
+class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
     """Scores every sample at validate, test and predict time, and evaluates the scores.
 
     Logit and head scores reuse the forward pass that Lightning runs; all other scores share one further forward pass.
@@ -124,6 +126,8 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
         sources: What made pictures in the run; the loggers receive them, and :meth:`pictures` returns them. Under
             several processes rank 0 has those of all samples.
         evaluation: The metrics, as :func:`lightning_gradmetrics.evaluation.evaluate` returns them.
+        tokens: After a run over texts, a ``pyarrow.Table`` with one row per scored token.
+        token_evaluation: The metrics of wrong tokens after a run over texts; intervals resample texts.
 
     Raises:
         ValueError: If a score or an objective is unknown, or an argument is not usable.
@@ -192,6 +196,7 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
         check_fit_source(fit_on, fitted)
         self.fit_on, self.fitted = fit_on, fitted
         self.evaluation: Evaluation | None = None
+        self.token_evaluation: Evaluation | None = None
         self.pixels = Pixels.of(pixels)
         self._pixels = PixelResults(self.pixels)
         self.sources: list[PictureSource] = []
@@ -325,10 +330,15 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
         if self.output is not None and not self.metrics:
             return {}
         judged = stage.store.judged(self.score_names)
-        self.evaluation = evaluate_detectors(judged, self.scorer.scores, roles, self.resamples)
+        are_texts = any(rows.are_texts for rows in stage.rows)
+        scores = self.scorer.scores
+        self.evaluation = evaluate_detectors(judged, scores, roles, self.resamples, labels_are_inputs=are_texts)
+        if are_texts:
+            self.token_evaluation = evaluate_tokens(self._results, scores, self.resamples)
         self._log(trainer)
         logged = logged_metrics(self.evaluation.metrics, self.prefix, self.metrics, self._logged)
         logged.update(self._pixels.logged(self.prefix))
+        logged.update(logged_of_tokens(self.token_evaluation, self.prefix, self.metrics))
         self._logged.update(logged)
         return logged
 
@@ -366,7 +376,8 @@ class GradientMetrics(Outcome, PixelOutcome, RunHooks):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last run, and record the indices of the next."""
-        self._results, self.evaluation, self._finished = empty_results(self.score_names), None, False
+        self._results, self._finished = empty_results(self.score_names), False
+        self.evaluation = self.token_evaluation = None
         self._logged, self._notices = set(), StageNotices()
         self._indices.watch(trainer)
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from lightning_gradmetrics.classifier.batches import (
     REMEDY,
     BatchCopy,
+    Converter,
     LabelsNotUnderstoodError,
     batch_inputs,
     shallow_copy,
     split_batch,
 )
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
-from lightning_gradmetrics.classifier.labels import class_numbers, described, map_numbers
+from lightning_gradmetrics.classifier.labels import class_numbers, described, map_numbers, token_numbers
 from lightning_gradmetrics.classifier.notices import first_time
 from lightning_gradmetrics.pictures.pixels.label_maps import marked_labels
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
@@ -95,10 +96,42 @@ class BatchReader:
         Raises:
             ValueError: If the user's ``split_batch`` returned labels that are not one class per sample.
         """
+        kind = f"one class number per sample, shape ({size},), or None"
+        return self._converted(batch, size, classes, received, dataset, (class_numbers, kind))
+
+    def token_labels(self, batch: ReadBatch, size: int, received: Sequence[Tensor], dataset: str) -> Tensor | None:
+        """Return the labels of the tokens of a batch ``(N, T)``; ``None`` as for :meth:`labels`.
+
+        Args:
+            batch: The batch before the step.
+            size: The number of texts ``N``.
+            received: The tensors that the model received.
+            dataset: The name of the data set.
+
+        Raises:
+            ValueError: If the user's ``split_batch`` returned labels that are not one number per token.
+        """
+        kind = f"one number per token, shape ({size}, T), or None"
+        return self._converted(batch, size, 0, received, dataset, (token_numbers, kind))
+
+    def _converted(
+        self,
+        batch: ReadBatch,
+        size: int,
+        classes: int,
+        received: Sequence[Tensor],
+        dataset: str,
+        wanted: tuple[Converter, str],
+    ) -> Tensor | None:
+        """Return the labels that a converter reads; ``wanted`` is the converter, and its result in words."""
+        read, kind = wanted
         if batch.copied is None:
-            return _given_labels(batch.labels, size, classes)
+            labels = None if batch.labels is None else read(batch.labels, size, classes)
+            if labels is None and batch.labels is not None:
+                raise ValueError(f"split_batch returned labels that are {described(batch.labels)}; expected {kind}")
+            return labels
         try:
-            return batch.copied.labels(size, classes, received)
+            return batch.copied.labels(size, classes, received, read)
         except LabelsNotUnderstoodError as problem:
             self.warn_once(
                 dataset, f"no labels are used for the data set {dataset!r}: {problem}. To use labels {REMEDY}"
@@ -120,21 +153,8 @@ class BatchReader:
         Raises:
             ValueError: If a label is not one of the classes and not ignored.
         """
-        if batch.copied is None:
-            labels = None if batch.labels is None else map_numbers(batch.labels, size, classes)
-            if labels is None and batch.labels is not None:
-                raise ValueError(
-                    f"split_batch returned labels that are {described(batch.labels)}; expected a map of class numbers per image, "
-                    f"shape ({size}, H, W)"
-                )
-        else:
-            try:
-                labels = batch.copied.labels(size, classes, received, map_numbers)
-            except LabelsNotUnderstoodError as problem:
-                self.warn_once(
-                    dataset, f"no labels are used for the data set {dataset!r}: {problem}. To use labels {REMEDY}"
-                )
-                return None
+        kind = f"a map of class numbers per image, shape ({size}, H, W)"
+        labels = self._converted(batch, size, classes, received, dataset, (map_numbers, kind))
         if labels is None:
             return None
         return marked_labels(labels, classes, self.pixels.ignored, self.pixels.ood_labels)
@@ -143,18 +163,6 @@ class BatchReader:
         """Warn once for each key."""
         if first_time(self, key):
             self.warn(text)
-
-
-def _given_labels(labels: Any, size: int, classes: int) -> Tensor | None:
-    if labels is None:
-        return None
-    converted = class_numbers(labels, size, classes)
-    if converted is None:
-        raise ValueError(
-            f"split_batch returned labels that are {described(labels)}; expected one class number per sample, shape ({size},), "
-            "or None"
-        )
-    return converted
 
 
 def _known_inputs(batch: Any) -> Inputs | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_gradmetrics.callback.evaluating import judged_scores
 from lightning_gradmetrics.callback.logged import plain_names
-from lightning_gradmetrics.evaluation import Evaluation, evaluate
-from lightning_gradmetrics.evaluation.tasks import rows_of
+from lightning_gradmetrics.evaluation import Evaluation
 from lightning_gradmetrics.pictures import (
     Picture,
     PictureSource,
@@ -26,10 +26,9 @@ from lightning_gradmetrics.pictures import (
 from lightning_gradmetrics.results.output import Output
 from lightning_gradmetrics.results.stores import Results
 from lightning_gradmetrics.results.table import largest_of_each
-from lightning_gradmetrics.scores import Score
 from lightning_gradmetrics.scoring.scorer import Scorer
 
-__all__ = ["Outcome", "evaluate_detectors", "model_facts"]
+__all__ = ["Outcome", "model_facts"]
 
 
 class Outcome:
@@ -39,6 +38,7 @@ class Outcome:
     _results: Results
     output: Output | None
     evaluation: Evaluation | None
+    token_evaluation: Evaluation | None
     sources: list[PictureSource]
     top_k: dict[str, int]
     split_batch: Callable[[Any], tuple[Any, Any]]
@@ -74,7 +74,7 @@ class Outcome:
         return f"<code>{escape(repr(self))}</code>" if self.evaluation is None else self.evaluation._repr_html_()
 
     def summary(self, width: int | None = None) -> str:
-        """Return the main table of the last run as text.
+        """Return the main table of the last run as text; of a run over texts also that of wrong tokens.
 
         Args:
             width: The number of characters in a line; by default that of the terminal.
@@ -84,11 +84,17 @@ class Outcome:
         """
         from rich.console import Console
 
-        from lightning_gradmetrics.report.tables import grids_text, summary_grids
-
         evaluation = self._evaluated_run()
         width = Console().width if width is None else width
-        return grids_text(summary_grids(evaluation, detectors_of(self.scorer.scores), width), width)
+        text = self._table_text(evaluation, width)
+        if self.token_evaluation is not None:
+            text += f"\nWrong tokens\n{self._table_text(self.token_evaluation, width)}"
+        return text
+
+    def _table_text(self, evaluation: Evaluation, width: int) -> str:
+        from lightning_gradmetrics.report.tables import grids_text, summary_grids
+
+        return grids_text(summary_grids(evaluation, judged_scores(evaluation, self.scorer.scores), width), width)
 
     def report(self, path: Path | str = "report.html", data: Mapping[str, Any] | None = None) -> Path:
         """Write the HTML report of the last run: one file that needs no network.
@@ -132,7 +138,7 @@ class Outcome:
         directory.mkdir(parents=True, exist_ok=True)
         figures = write_pictures(self.pictures(), directory)
         write_run(directory, self.results, evaluation, self.scorer.scores, model=self._model, figures=figures)
-        write_metrics_tables(evaluation, detectors_of(self.scorer.scores), directory)
+        write_metrics_tables(evaluation, judged_scores(evaluation, self.scorer.scores), directory)
         write_pictures(curve_pictures(self.results, evaluation), directory, pdf=True)
         return directory
 
@@ -175,39 +181,6 @@ class Outcome:
             print(self.summary())
 
     on_test_end = on_predict_end = on_validation_end
-
-
-def detectors_of(scores: Sequence[Score]) -> list[Score]:
-    """Return the scores that do not read the true label."""
-    return [score for score in scores if not score.needs.labels]
-
-
-def evaluate_detectors(
-    results: pa.Table,
-    scores: Sequence[Score],
-    roles: Mapping[str, str],
-    resamples: int,
-    *,
-    seed: int = 0,
-    progress: Callable[[float], None] | None = None,
-) -> Evaluation:
-    """Evaluate the scores that do not read the true label: the others know the answer.
-
-    Args:
-        results: The per-sample table.
-        scores: All scores of the run.
-        roles: The role of each data set.
-        resamples: Bootstrap resamples for the intervals.
-        seed: The seed of the resamples.
-        progress: Called with the share of the resamples that is done.
-    """
-    detectors = detectors_of(scores)
-    if not detectors:
-        rows, notes = rows_of(results, [], roles)
-        return Evaluation([], [], [], rows.datasets, [*notes, "all scores read labels: there are no detection metrics"])
-    baselines = [score.name for score in detectors if score.recipe.family == "baseline"]
-    names = [score.name for score in detectors]
-    return evaluate(results, names, roles, baselines, resamples=resamples, seed=seed, progress=progress)
 
 
 def model_facts(module: LightningModule) -> dict[str, Any]:

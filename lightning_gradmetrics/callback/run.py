@@ -20,6 +20,7 @@ from lightning_gradmetrics.results.sample_index import UNKNOWN
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.resizing import at_size
 from lightning_gradmetrics.scoring.step import StepObserver
+from lightning_gradmetrics.scoring.text_step import token_ids
 
 __all__ = ["Run"]
 
@@ -102,6 +103,10 @@ class Run:
         if seen.called is not None:
             for call in seen.called[1]:
                 received += call.received
+        if token_ids(batch) is not None:
+            labels = self.reader.token_labels(read, batch.size, received, dataset)
+            batch = replace(batch, ood=self.stage.ood(place, batch.size), dataset=dataset)
+            return self._observer.tokens(batch, labels, read.inputs)
         labels = None
         if batch.logits.ndim == 4:
             labels = self.reader.label_maps(read, batch.size, batch.logits.shape[1], received, dataset)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.callback.columns import Columns
 from lightning_gradmetrics.callback.processes import Processes
+from lightning_gradmetrics.callback.units import row_values
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
-from lightning_gradmetrics.pictures.pixels.images import image_level
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
 from lightning_gradmetrics.results.sample_index import REPEATED
 from lightning_gradmetrics.results.stores import Store
@@ -63,17 +63,30 @@ class ScoreStage:
         ids: Sequence[str] = (),
     ) -> None:
         """Score a batch of the dataloader number ``place``."""
-        scores, rows = self.scorer(evidence), self.rows[place]
-        logits, labels, maps = batch.logits, batch.labels, None
-        if evidence.has_positions:
-            maps, labels = scores, None
-            aggregate = "mean" if self.pixels is None else self.pixels.settings.aggregates[0]
-            logits, scores = image_level(evidence, maps, aggregate, list(self.columns))
+        rows = self.rows[place]
+        aggregate = "mean" if self.pixels is None else self.pixels.settings.aggregates[0]
+        values = row_values(self.scorer, batch, evidence, aggregate, list(self.columns))
         vectors = {}
         for name, function in self.columns.items():
             vectors[name] = function(evidence)
-        columns = rows.add(batch.inputs, logits, labels, scores, seen, vectors, ids)
-        scored = ScoredBatch(rows.dataset, **columns, inputs=batch.inputs, evidence=evidence, scores=scores, maps=maps)
+        columns = rows.add(
+            batch.inputs, values.logits, values.labels, values.scores, seen, vectors, ids, values.of_tokens
+        )
+        if values.of_tokens is None:
+            self._read(
+                ScoredBatch(
+                    rows.dataset,
+                    **columns,
+                    inputs=batch.inputs,
+                    evidence=evidence,
+                    scores=values.scores,
+                    maps=values.maps,
+                )
+            )
+        self.store.after_batch(rows)
+
+    def _read(self, scored: ScoredBatch) -> None:
+        """Pass a batch to the picture sources."""
         if self.pixels is not None:
             self.pixels.add(scored)
         if len(self.sources) > (self.pixels is not None):
@@ -81,7 +94,6 @@ class ScoreStage:
             for source in self.sources:
                 if source is not self.pixels:
                     source.add(scored)
-        self.store.after_batch(rows)
 
     @property
     def names(self) -> list[str]:

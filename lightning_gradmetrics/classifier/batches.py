@@ -17,6 +17,7 @@ __all__ = [
     "LABEL_KEYS",
     "REMEDY",
     "BatchCopy",
+    "Converter",
     "LabelsNotUnderstoodError",
     "batch_inputs",
     "shallow_copy",

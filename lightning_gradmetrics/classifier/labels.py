@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["class_numbers", "described", "is_like_labels", "map_numbers"]
+__all__ = ["class_numbers", "described", "is_like_labels", "map_numbers", "token_numbers"]
 
 
 def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
@@ -67,6 +67,32 @@ def map_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | N
             return None
         return labels.long().argmax(1)
     return labels.long() if _is_whole(labels) else None
+
+
+def token_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
+    """Return the label of every token ``(N, T)``, int64; ``None`` if the value is not certain to hold labels of tokens.
+
+    Args:
+        value: An entry of the batch.
+        size: The number of texts ``N``.
+        classes: Not used: labels of tokens are compared with the tokens.
+
+    Example:
+        >>> token_numbers(torch.tensor([[5, 7], [3, -100]]), 2)
+        tensor([[   5,    7],
+                [   3, -100]])
+    """
+    labels = _tensor(value)
+    is_table = labels is not None and labels.ndim == 2 and len(labels) == size
+    if (
+        labels is None
+        or not is_table
+        or labels.dtype == torch.bool
+        or labels.is_floating_point()
+        or labels.is_complex()
+    ):
+        return None
+    return labels.long()
 
 
 def _tensor(value: Any) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,8 @@ def replicate(
     paired. Up to ``EXACT_ROWS`` rows each data set is resampled with replacement, to its own size, and every distinct
     score is a cell. Above that each row gets a Poisson weight of mean 1, and a score is cut into ``CELLS`` cells of
     equal size; the replicates are shifted by the difference between the exact value and that of the cells. Apart from
-    the replicates, memory does not grow with ``B``.
+    the replicates, memory does not grow with ``B``. Rows with clusters are drawn by whole clusters, by the same rule for
+    the number of clusters.
 
     Args:
         rows: The rows.
@@ -127,17 +129,41 @@ def weight_blocks(rows: Rows, resamples: int, seed: int) -> Iterator[tuple[int, 
     number = len(rows.codes)
     width = max(1, min(64, ELEMENTS // max(1, number)))
     sources = _sources(rows, seed)
-    draw = _drawn if method_of(number) == "exact" else _poisson
     for start in range(0, resamples, width):
         weights = torch.empty(number, width)
-        for members, size, generator in sources:
-            weights[members] = draw(size, width, generator)
+        for source in sources:
+            weights[source.members] = source.weights(width, number)
         yield start, weights[:, : resamples - start]
 
 
-def _sources(rows: Rows, seed: int) -> list[tuple[slice | Tensor, int, np.random.Generator]]:
-    """For each data set the positions of its rows, their number, and the source of its random numbers."""
-    sources: list[tuple[slice | Tensor, int, np.random.Generator]] = []
+@dataclass(frozen=True)
+class _Source:
+    """The rows of one data set, and the source of its random numbers.
+
+    Args:
+        members: The positions of the rows.
+        size: What is drawn: the number of rows, or of clusters.
+        generator: The random numbers.
+        cluster: The number of each row's cluster, from 0; ``None`` if rows are drawn.
+    """
+
+    members: slice | Tensor
+    size: int
+    generator: np.random.Generator
+    cluster: Tensor | None = None
+
+    def weights(self, width: int, number: int) -> Tensor:
+        """Return the weights of the rows in ``width`` resamples; ``number`` is the number of rows of all data sets."""
+        if self.cluster is None:
+            draw = _drawn if method_of(number) == "exact" else _poisson
+            return draw(self.size, width, self.generator)
+        draw = _drawn if method_of(self.size) == "exact" else _poisson
+        return draw(self.size, width, self.generator)[self.cluster]
+
+
+def _sources(rows: Rows, seed: int) -> list[_Source]:
+    """Return the source of the weights of each data set."""
+    sources: list[_Source] = []
     for place, summary in enumerate(rows.datasets):
         chosen = torch.zeros(256, dtype=torch.bool)
         chosen[list(rows.codes_of(*KINDS, dataset=summary["name"]))] = True
@@ -146,7 +172,11 @@ def _sources(rows: Rows, seed: int) -> list[tuple[slice | Tensor, int, np.random
         size, members = len(positions), positions
         if size and int(positions[-1]) - int(positions[0]) == size - 1:
             members = slice(int(positions[0]), int(positions[-1]) + 1)
-        sources.append((members, size, np.random.default_rng([seed, place])))
+        cluster = None
+        if rows.clusters is not None:
+            names, cluster = rows.clusters[members].unique(return_inverse=True)
+            size = len(names)
+        sources.append(_Source(members, size, np.random.default_rng([seed, place]), cluster))
     return sources
 
 

@@ -22,7 +22,7 @@ from lightning_gradmetrics.evaluation.intervals import (
 from lightning_gradmetrics.evaluation.metrics import MISCLASSIFICATION, metrics_of
 from lightning_gradmetrics.evaluation.record import Evaluation
 from lightning_gradmetrics.evaluation.statements import statements_of
-from lightning_gradmetrics.evaluation.tasks import DetectionTask, Rows, rows_of, tasks_of
+from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows, rows_of, tasks_of
 from lightning_gradmetrics.meters.functional.counts import Counts, check_rate
 
 __all__ = ["evaluate"]
@@ -45,6 +45,7 @@ def evaluate(
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    cluster: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
     """Judge scores on a per-sample results table.
@@ -98,8 +99,11 @@ def evaluate(
         ICLR 2023.
     """
     _check(scores, baselines, baseline, rate, ood_share, resamples, level)
-    rows, notes = rows_of(results, list(scores), roles)
+    rows, notes = rows_of(results, list(scores), roles, cluster)
     tasks, more_notes = tasks_of(rows, ood_share)
+    few = _few_clusters(rows)
+    if few and resamples:
+        resamples, more_notes = 0, [*more_notes, *few]
     metrics, cells = _metrics(rows, tasks, rate, level if resamples else None, seed)
     replicates: Replicates = {}
     if resamples:
@@ -123,7 +127,7 @@ def evaluate(
         "resamples": resamples,
         "level": level,
         "seed": seed,
-        "bootstrap": _bootstrap(len(rows.codes)) if resamples else None,
+        "bootstrap": _bootstrap(len(rows.codes), cluster) if resamples else None,
     }
     return Evaluation(
         metrics=metrics,
@@ -167,7 +171,21 @@ def _baseline(scores: Sequence[str], baselines: Sequence[str], baseline: str | N
     return baselines[0] if baselines else None
 
 
-def _bootstrap(rows: int) -> str:
+def _few_clusters(rows: Rows) -> list[str]:
+    """Return notes on the data sets that have too few clusters for intervals."""
+    notes = []
+    if rows.clusters is not None:
+        for summary in rows.datasets:
+            codes = torch.tensor(rows.codes_of(*KINDS, dataset=summary["name"]), dtype=torch.uint8)
+            count = len(rows.clusters[torch.isin(rows.codes, codes)].unique())
+            if 0 < count < FEWEST:
+                notes.append(f'data set "{summary["name"]}" has {count} clusters: no intervals below {FEWEST}')
+    return notes
+
+
+def _bootstrap(rows: int, cluster: str | None) -> str:
+    if cluster is not None:
+        return f"clusters: whole clusters ({cluster}) of each data set resampled"
     if method_of(rows) == "exact":
         return "exact: each data set resampled with replacement"
     return f"poisson: Poisson weights of the rows, scores cut into {CELLS} cells"
@@ -183,7 +201,8 @@ def _metrics(
     for score in rows.scores:
         ranked = rank_rows(rows, score)
         for number, task in enumerate(tasks):
-            entries[number, score] = _exact_entries(ranked, task, score, rate, level, seed)
+            own_level = level if rows.clusters is None else None
+            entries[number, score] = _exact_entries(ranked, task, score, rate, own_level, seed)
         if level is not None:
             cells[score] = make_cells(ranked, most, tasks, rate)
     ordered_entries = []

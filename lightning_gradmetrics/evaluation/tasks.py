@@ -51,12 +51,14 @@ class Rows:
         codes: ``(N,)`` in uint8, the class of each row, an index into ``classes``.
         classes: The classes of rows.
         datasets: For each data set its ``name``, ``role``, ``rows``, ``not_finite``, ``labelled`` and ``accuracy``.
+        clusters: The cluster of each row ``(N,)``, which is resampled as a whole; ``None`` if rows are resampled.
     """
 
     scores: Mapping[str, Tensor]
     codes: Tensor
     classes: tuple[RowClass, ...]
     datasets: list[dict[str, Any]]
+    clusters: Tensor | None = None
 
     def codes_of(self, *kinds: str, dataset: str | None = None) -> tuple[int, ...]:
         """Return the codes of the classes of these kinds, of one data set or of all."""
@@ -98,7 +100,9 @@ class DetectionTask:
     weights: Mapping[int, float]
 
 
-def rows_of(results: Any, scores: Sequence[str], roles: Mapping[str, str]) -> tuple[Rows, list[str]]:
+def rows_of(
+    results: Any, scores: Sequence[str], roles: Mapping[str, str], cluster: str | None = None
+) -> tuple[Rows, list[str]]:
     """Sort the rows of a results table into classes, and drop rows that cannot be ranked.
 
     A row is dropped for every score if it is flagged as not finite, or if any of the chosen scores is missing, NaN or
@@ -108,6 +112,7 @@ def rows_of(results: Any, scores: Sequence[str], roles: Mapping[str, str]) -> tu
         results: The per-sample table, of any kind that :func:`~lightning_gradmetrics.evaluation.evaluate` accepts.
         scores: The columns to judge.
         roles: The role of each data set.
+        cluster: The column of whole numbers that names the cluster of each row, or ``None``.
 
     Returns:
         The rows, and notes on what was dropped.
@@ -116,7 +121,8 @@ def rows_of(results: Any, scores: Sequence[str], roles: Mapping[str, str]) -> tu
         TypeError: If the results are of an unknown kind.
         ValueError: If a column is missing, a data set has no role, or a row appears twice.
     """
-    table = as_table(results, ["dataset", "index", "prediction", "label", *scores], optional=["finite"])
+    clusters = [] if cluster is None else [cluster]
+    table = as_table(results, ["dataset", "index", "prediction", "label", *scores, *clusters], optional=["finite"])
     names, places = _datasets(table)
     if unknown := sorted(set(names) - set(roles)):
         raise ValueError(f"no role for the data sets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
@@ -147,7 +153,8 @@ def rows_of(results: Any, scores: Sequence[str], roles: Mapping[str, str]) -> tu
     columns = {}
     for score in scores:
         columns[score] = torch.from_numpy(np.ascontiguousarray(score_column(table, score)[keep]))
-    return Rows(columns, torch.from_numpy(codes[keep]), tuple(classes), datasets), notes
+    numbers = None if cluster is None else torch.from_numpy(table[cluster].to_numpy()[keep].astype(np.int64))
+    return Rows(columns, torch.from_numpy(codes[keep]), tuple(classes), datasets, numbers), notes
 
 
 def _datasets(table: pa.Table) -> tuple[list[str], Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -16,6 +17,7 @@ from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, Sample
 
 __all__ = [
     "Rows",
+    "SequenceColumns",
     "empty_results",
     "finite_rows",
     "join_scores",
@@ -39,6 +41,30 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
         if tensor.is_floating_point() and tensor.ndim and len(tensor) == size:
             flags.append(tensor.detach().isfinite().reshape(size, -1).all(1))
     return torch.stack(flags).all(0) if flags else torch.ones(size, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class SequenceColumns:
+    """Further columns of texts, which have one value per token.
+
+    Args:
+        lengths: The number of tokens of each text ``(N,)``.
+        lists: Values of tokens ``(M,)`` by column, one text after the other.
+        values: One value per text ``(N,)`` by column.
+    """
+
+    lengths: Tensor
+    lists: Mapping[str, Tensor]
+    values: Mapping[str, Tensor]
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors by key: ``lengths``, ``value/<column>`` and ``list/<column>``."""
+        columns = {"lengths": self.lengths}
+        for name, values in self.values.items():
+            columns[f"value/{name}"] = values.detach()
+        for name, values in self.lists.items():
+            columns[f"list/{name}"] = values.detach()
+        return columns
 
 
 @dataclass
@@ -68,6 +94,8 @@ class Rows:
     """The number of rows in memory."""
     size: int = 0
     """The number of bytes of the rows in memory, ids not counted."""
+    are_texts: bool = False
+    """Whether the rows are texts with columns of their tokens."""
 
     def add(
         self,
@@ -78,6 +106,7 @@ class Rows:
         seen: Sequence[int] | None = None,
         vectors: Mapping[str, Tensor] | None = None,
         ids: Sequence[str] = (),
+        of_tokens: SequenceColumns | None = None,
     ) -> dict[str, Tensor]:
         """Add a batch, and return its columns: ``index``, ``prediction``, ``label`` and ``finite``, ``(N,)`` each.
 
@@ -89,11 +118,14 @@ class Rows:
             seen: The indices that the loader drew for this batch, if it recorded them.
             vectors: Further columns ``(N, ...)`` by name.
             ids: The id of each sample, if the rows have ids.
+            of_tokens: Further columns of texts, which have no prediction.
 
         Raises:
             ValueError: If there are not N ids.
         """
         prediction, index = logits.argmax(1), self.index.take(len(logits), seen)
+        if of_tokens is not None:
+            prediction, self.are_texts = torch.full_like(prediction, -1), True
         if self.has_ids and len(ids) != len(logits):
             raise ValueError(
                 f"sample_id= returned {len(ids)} ids for a batch of {len(logits)} samples; expected one each"
@@ -104,6 +136,8 @@ class Rows:
         batch = dict(columns)
         for name, values in {**scores, **(vectors or {})}.items():
             batch[f"column/{name}"] = values.detach()
+        if of_tokens is not None:
+            batch.update(of_tokens.named())
         self.batches.append(batch)
         self.ids += ids
         self.added += len(logits)
@@ -127,7 +161,7 @@ class Rows:
         arrays = {
             "dataset": pa.repeat(self.dataset, len(index)),
             "index": pa.array(index, pa.int64(), mask=index == UNKNOWN),
-            "prediction": pa.array(columns["prediction"], pa.int64()),
+            "prediction": pa.array(columns["prediction"], pa.int64(), mask=columns["prediction"] < 0),
             "label": pa.array(label, pa.int64(), mask=(label < 0) | self.forget_labels),
         }
         if self.has_ids:
@@ -137,6 +171,7 @@ class Rows:
         arrays["finite"] = pa.array(columns["finite"], pa.bool_())
         for name in self.vectors:
             arrays[name] = _lists(columns[f"column/{name}"])
+        arrays.update(_columns_of_texts(columns))
         return pa.table(arrays).filter(pa.array(index != REPEATED))
 
 
@@ -151,6 +186,19 @@ def _lists(values: Any) -> pa.Array:
     """Return a column of lists of one length, from an array ``(N, ...)``."""
     width = values[0].size
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
+
+
+def _columns_of_texts(columns: Mapping[str, Any]) -> dict[str, pa.Array]:
+    """Return the further columns of texts: one value per text, or a list of one value per token."""
+    arrays = {}
+    for key, values in columns.items():
+        kind, _, name = key.partition("/")
+        if kind == "value":
+            arrays[name] = pa.array(values)
+        elif kind == "list":
+            ends = np.concatenate([[0], columns["lengths"].cumsum()])
+            arrays[name] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values))
+    return arrays
 
 
 def _schema(scores: Sequence[str]) -> pa.Schema:

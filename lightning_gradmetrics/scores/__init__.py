@@ -13,6 +13,7 @@ import sys
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import (
+    OF_ANSWERS,
     RECIPES,
     Recipe,
     Score,
@@ -49,3 +50,13 @@ __all__ = [
     "save_fitted",
     *NAMES,
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Raise the error that names what to call instead."""
+    if name in OF_ANSWERS:
+        raise AttributeError(
+            f"{name!r} is a score of whole answers of language models: call lightning_gradmetrics.score_generation(model, "
+            f"prompts, answers, {name!r})"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

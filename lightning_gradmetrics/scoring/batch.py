@@ -12,7 +12,22 @@ from lightning_gradmetrics.classifier.head import Head
 from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.scoring.evidence import Probe
 
-__all__ = ["ObservedBatch"]
+__all__ = ["ObservedBatch", "ScoredTokens"]
+
+
+@dataclass(frozen=True)
+class ScoredTokens:
+    """The tokens of a batch of texts that are scored, one sequence after the other.
+
+    Args:
+        ids: The tokens that came ``(M,)``.
+        positions: The position of each token in its text ``(M,)``; the logits one position earlier predict it.
+        lengths: The number of scored tokens of each sequence ``(N,)``; 0 where a text has none.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,8 @@ class ObservedBatch:
         called: The module that was called with the inputs; ``None`` for the model itself.
         one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.
         observed: The results of the probes that were read in this forward pass.
+        tokens: The scored tokens of a batch of texts, whose logits and features are rows ``(M, V)`` and ``(M, D)``, one
+            per token; otherwise ``None``.
     """
 
     inputs: Inputs | None
@@ -42,8 +59,9 @@ class ObservedBatch:
     called: nn.Module | None = None
     one_logit: bool = False
     observed: Mapping[Probe, Tensor] = field(default_factory=dict)
+    tokens: ScoredTokens | None = None
 
     @property
     def size(self) -> int:
-        """The number of samples ``N``: the rows of the logits."""
-        return len(self.logits)
+        """The number of samples ``N``: the rows of the logits, or the texts of a batch of tokens."""
+        return len(self.logits) if self.tokens is None else len(self.tokens.lengths)

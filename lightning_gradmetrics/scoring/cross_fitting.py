@@ -277,6 +277,10 @@ def _gather(
     """Return the evidence of a data set, and its rows without scores."""
     rows, parts = Rows(name, (), SampleIndex.of(batches)), []
     for batch, evidence in gathered(model, batches, scorer, ood):
+        if batch.tokens is not None:
+            raise ValueError(
+                f"cross_fit takes classifiers of samples, and the data set {name!r} has texts: use lgm.fit"
+            )
         rows.add(batch.inputs, batch.logits, batch.labels, {})
         finite = finite_rows(batch.inputs, [batch.logits], batch.size).cpu()
         parts.append(Part(evidence, keys_of(batch), finite))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.batches import split_batch
+from lightning_gradmetrics.classifier.batches import BatchCopy, split_batch
 from lightning_gradmetrics.classifier.forward import check_model, map_tensors, tensors_in
+from lightning_gradmetrics.classifier.labels import token_numbers
 from lightning_gradmetrics.results.table import finite_rows
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
@@ -22,6 +23,7 @@ from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import fingerprint
 from lightning_gradmetrics.scoring.step import StepObserver
+from lightning_gradmetrics.scoring.text_step import token_ids
 from lightning_gradmetrics.scoring.totals import RunningTotal, Tensors, add, row_keys
 
 __all__ = ["Fitting", "FittingScorer", "fit", "gathered"]
@@ -76,6 +78,9 @@ class Fitting:
         """
         finite = finite_rows(batch.inputs, [batch.logits], batch.size).to(batch.logits.device)
         keep = torch.ones_like(finite) if keep is None else keep.to(finite.device)
+        if batch.tokens is not None:
+            self._add_tokens(batch, evidence, keep)
+            return
         self.left_out += int((keep & ~finite).sum())
         if not evidence.has_positions:
             self.add_rows(evidence, keep & finite, keys_of(batch))
@@ -85,6 +90,14 @@ class Fitting:
         if sampled is not None:
             rows, keys = sampled
             self.add_rows(rows, torch.ones(len(keys), dtype=torch.bool, device=finite.device), keys)
+
+    def _add_tokens(self, batch: ObservedBatch, evidence: Evidence, keep: Tensor) -> None:
+        """Add the tokens of the texts that ``keep`` marks; each token is one row."""
+        assert batch.tokens is not None
+        finite = batch.logits.isfinite().all(1)
+        kept = keep.repeat_interleave(batch.tokens.lengths.to(keep.device)).to(finite.device)
+        self.left_out += int((kept & ~finite).sum())
+        self.add_rows(evidence, kept & finite, row_keys(batch.logits))
 
     def add_rows(self, evidence: Evidence, known: Tensor, keys: Tensor) -> None:
         """Add the rows of a batch where ``known`` ``(N,)`` is true; ``keys`` ``(N,)`` order the rows."""
@@ -195,6 +208,11 @@ def gathered(
         inputs, labels = split_batch(batch)
         seen = observer.own(map_tensors(inputs, lambda tensor: tensor.to(device)))
         flags = torch.full((seen.size,), ood, device=device)
+        if token_ids(seen) is not None:
+            labels = BatchCopy(batch).labels(seen.size, None, (), token_numbers)
+            kept = observer.tokens(replace(seen, ood=flags), labels, inputs)
+            yield kept, scorer.evidence(model, kept)
+            continue
         if labels is not None and labels.ndim != seen.logits.ndim - 1:
             labels = None
         kept = replace(seen, labels=None if labels is None else labels.to(device), ood=flags)

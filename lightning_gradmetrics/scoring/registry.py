@@ -32,6 +32,9 @@ __all__ = [
 BUILT_IN = "lightning_gradmetrics.scores"
 """The package whose import registers the scores of this library; it imports this module, so it is imported by name."""
 
+OF_ANSWERS = ("semgrad", "hybridgrad")
+"""Names of scores of whole answers, which :func:`lightning_gradmetrics.score_generation` computes."""
+
 P = ParamSpec("P")
 F = TypeVar("F", bound=type[FittedScore])
 
@@ -243,7 +246,12 @@ def _known(name: str) -> Recipe:
         return RECIPES[name]
     if "." in name:
         return _recipe_of(_imported(name))
-    near = difflib.get_close_matches(name, RECIPES, 3, 0.5)
+    if name in OF_ANSWERS:
+        raise ValueError(
+            f"the score {name!r} is one of whole answers of language models: call lightning_gradmetrics.score_generation(model, "
+            f"prompts, answers, {name!r})"
+        )
+    near = difflib.get_close_matches(name, [*RECIPES, *OF_ANSWERS], 3, 0.5)
     hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"unknown score {name!r};{hint} available: {', '.join(sorted(RECIPES))}")
 

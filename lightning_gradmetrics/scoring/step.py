@@ -28,6 +28,7 @@ from lightning_gradmetrics.scoring.evidence import ObservableProbe, Probe
 from lightning_gradmetrics.scoring.logit_checks import with_two_columns
 from lightning_gradmetrics.scoring.position_step import PositionReader
 from lightning_gradmetrics.scoring.scorer import Scorer
+from lightning_gradmetrics.scoring.text_step import TextReader, not_in_batches_of_texts, token_ids
 
 __all__ = ["StepObserver", "observed"]
 
@@ -72,6 +73,7 @@ class StepObserver:
         self._head_calls: Sequence[LayerCall] = ()
         self._probes = [] if has_compiled_parts(model) else scorer.needs(3).observable
         self._readers: dict[ObservableProbe, Callable[[int], Tensor | None]] = {}
+        self._texts = TextReader(model, lambda output: self._positions.logits(scorer.logits_fn(output), (), None))
 
     @contextmanager
     def observing(self) -> Iterator[Observation]:
@@ -118,6 +120,24 @@ class StepObserver:
         elif self._name is not None:
             self._layers = {self._name: named_layer(self.model, self._name)}
         return with_two_columns(batch)
+
+    def tokens(self, batch: ObservedBatch, labels: Tensor | None, others: Inputs | None = None) -> ObservedBatch:
+        """Return a batch of texts with one row per scored token.
+
+        Args:
+            batch: An observed batch for which :func:`~lightning_gradmetrics.scoring.text_step.token_ids` finds token ids.
+            labels: The labels ``(N, T)``, or ``None``.
+            others: The inputs in the dataloader's batch, which may hold the ``attention_mask`` if the call does not.
+
+        Raises:
+            ValueError: If it is not certain which logits predict which tokens, or a score is not defined per token.
+        """
+        needs = self.scorer.needs(batch.logits.shape[1])
+        if needs.gradients or needs.probes:
+            raise ValueError(not_in_batches_of_texts(self.scorer.scores))
+        ids = token_ids(batch)
+        assert ids is not None
+        return self._texts.batch(batch, ids, labels, others)
 
     # A step that calls the model as a whole
 

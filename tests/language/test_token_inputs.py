@@ -152,3 +152,13 @@ def test_moments_without_the_gradient(is_tied: bool, monkeypatch: pytest.MonkeyP
         0.5: gradient.abs().sqrt().sum(),
     }
     torch.testing.assert_close(by_blocks, expected)
+
+
+def test_scores_of_answers_are_found_by_the_functions_of_samples() -> None:
+    for name in ("semgrad", "hybridgrad", "semgrad(semantic_token=-2)"):
+        with pytest.raises(ValueError, match=r"score_generation\(model, prompts, answers"):
+            lgm.score(torch.nn.Linear(2, 2), torch.zeros(1, 2), name)
+    with pytest.raises(ValueError, match="did you mean 'semgrad'"):
+        lgm.scores.make("semgard")
+    with pytest.raises(AttributeError, match="score_generation"):
+        lgm.scores.semgrad

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_gradmetrics.callback.outcome import evaluate_detectors
+from lightning_gradmetrics.callback.evaluating import evaluate_detectors
 from lightning_gradmetrics.classifier.forward import map_tensors
 from lightning_gradmetrics.cli.audit import planted_statements
 from lightning_gradmetrics.cli.cost_measurement import score_costs

@@ -20,7 +20,7 @@ MEANINGS = {
     "f": "fitted on held-out samples",
     "fl": "fitted on held-out samples and their labels",
     "fo": "fitted on held-out and out-of-distribution samples",
-    "L": "reads the true label of the sample it scores, so it has no detection metrics",
+    "L": "reads the true label of the sample it scores, so it has detection metrics for texts only",
 }
 
 

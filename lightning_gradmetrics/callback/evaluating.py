@@ -1,0 +1,53 @@
+"""Evaluates the scores of a run: those that may know the answer are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pyarrow as pa
+
+from lightning_gradmetrics.evaluation import Evaluation, evaluate
+from lightning_gradmetrics.evaluation.tasks import rows_of
+from lightning_gradmetrics.scores import Score
+
+__all__ = ["evaluate_detectors", "judged_scores"]
+
+
+def judged_scores(evaluation: Evaluation, scores: Sequence[Score]) -> list[Score]:
+    """Return the scores that an evaluation judged."""
+    names = evaluation.settings.get("scores", ())
+    return [score for score in scores if score.name in names]
+
+
+def evaluate_detectors(
+    results: pa.Table,
+    scores: Sequence[Score],
+    roles: Mapping[str, str],
+    resamples: int,
+    *,
+    seed: int = 0,
+    cluster: str | None = None,
+    labels_are_inputs: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> Evaluation:
+    """Evaluate the scores that do not read the true label: the others know the answer.
+
+    Args:
+        results: The per-sample table.
+        scores: All scores of the run.
+        roles: The role of each data set.
+        resamples: Bootstrap resamples for the intervals.
+        seed: The seed of the resamples.
+        cluster: The column of rows that are resampled together, or ``None``.
+        labels_are_inputs: Whether scores that read labels are judged too: the labels of texts are their tokens.
+        progress: Called with the share of the resamples that is done.
+    """
+    detectors = [score for score in scores if labels_are_inputs or not score.needs.labels]
+    if not detectors:
+        rows, notes = rows_of(results, [], roles)
+        return Evaluation([], [], [], rows.datasets, [*notes, "all scores read labels: there are no detection metrics"])
+    baselines = [score.name for score in detectors if score.recipe.family == "baseline"]
+    names = [score.name for score in detectors]
+    return evaluate(
+        results, names, roles, baselines, resamples=resamples, seed=seed, cluster=cluster, progress=progress
+    )

@@ -1,0 +1,210 @@
+"""Batches of texts in a Trainer: the scores of their tokens, the rows of texts, and metrics."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_gradmetrics as lgm
+from tests.callback.runs import Stepped, column, test_run
+from tests.language.language_models import language_model
+
+PROMPTS = [[1, 5, 7], [2, 3], [1, 9, 9, 4], [6], [3, 3, 8]]
+ANSWERS = [[4, 6, 25], [8, 8, 8, 1, 3], [7], [11, 12, 13, 14], [9, 28]]
+SCORES = ["nll", "entropy", "max_softmax", "gradnorm", "pseudo_label", "exgrad", "fisher_trace", "grand(target=head)"]
+
+
+class LanguageStep(Stepped):
+    """Calls the model as examples of transformers do."""
+
+    def step(self, batch: Any) -> Any:
+        return self.net(**batch)
+
+
+def texts(left: bool = False, with_positions: bool = False) -> list[dict[str, Tensor]]:
+    """Prompts and answers, padded, with labels of -100 at prompts and padding."""
+    width, rows = 9, []
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        ids = prompt + answer
+        fill = width - len(ids)
+        before, after = (fill, 0) if left else (0, fill)
+        row = {
+            "input_ids": torch.tensor([0] * before + ids + [0] * after),
+            "attention_mask": torch.tensor([0] * before + [1] * len(ids) + [0] * after),
+            "labels": torch.tensor([-100] * (before + len(prompt)) + answer + [-100] * after),
+        }
+        if with_positions:
+            row["position_ids"] = (row["attention_mask"].cumsum(0) - 1).clamp(min=0)
+        rows.append(row)
+    return rows
+
+
+def run(module: Stepped, data: Any, scores: Any = SCORES, batch_size: int = 2, **options: Any) -> lgm.GradientMetrics:
+    """The callback after a test over the data."""
+    callback = lgm.GradientMetrics(scores, print_summary=False, **options)
+    loaders = (
+        [DataLoader(rows, batch_size) for rows in data] if isinstance(data[0], list) else DataLoader(data, batch_size)
+    )
+    test_run(callback, module, loaders)
+    return callback
+
+
+def assert_tokens(callback: lgm.GradientMetrics, model: nn.Module) -> None:
+    """The results are those of a second pass over the prompts and answers; norms and rotary embeddings are in float32."""
+    expected = lgm.score_generation(model, PROMPTS, ANSWERS, callback.score_names)
+    assert callback.results["token_ids"].to_pylist() == ANSWERS
+    for name, answers in expected.tokens.items():
+        found = callback.results[f"tokens/{name}"].to_pylist()
+        for row, answer in zip(found, answers, strict=True):
+            torch.testing.assert_close(torch.tensor(row).double(), answer.double(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "bias", "learned positions"])
+def test_tokens_have_the_scores_of_a_second_pass(kind: str) -> None:
+    model = language_model(kind)
+    assert_tokens(run(LanguageStep(model), texts()), model)
+
+
+def test_rows_are_aggregates_of_tokens() -> None:
+    model = language_model()
+    callback = run(LanguageStep(model), texts(), ["nll", "entropy"])
+    tokens = [torch.tensor(row, dtype=torch.float64) for row in callback.results["tokens/nll"].to_pylist()]
+    for name, aggregate in (("nll", torch.mean), ("nll/sum", torch.sum), ("nll/max", torch.amax)):
+        torch.testing.assert_close(column(callback, name), torch.stack([aggregate(row) for row in tokens]))  # type: ignore[operator]
+    assert callback.results["tokens"].to_pylist() == [len(answer) for answer in ANSWERS]
+    logits = model(torch.tensor([PROMPTS[1] + ANSWERS[1]])).logits[0, 1:-1]
+    assert callback.results["predicted_ids"].to_pylist()[1] == logits.argmax(1).tolist()
+    assert column(callback, "error")[1] == (logits.argmax(1) != torch.tensor(ANSWERS[1])).double().mean()
+    table = callback.tokens
+    assert table.num_rows == sum(map(len, ANSWERS)) and table["label"].to_pylist() == [*itertools.chain(*ANSWERS)]
+    assert table["position"].to_pylist()[:3] == [3, 4, 5] and table["index"].to_pylist()[:4] == [0, 0, 0, 1]
+
+
+class Shifted(Stepped):
+    """A step on (ids, next ids), as models that are none of transformers are trained."""
+
+    def step(self, batch: Any) -> Any:
+        return self(batch[0])
+
+
+class Unlabelled(Stepped):
+    def step(self, batch: Any) -> Any:
+        return self(batch["ids"])
+
+
+def test_shifted_labels_and_no_labels_are_the_same_tokens() -> None:
+    model, ids = language_model("plain"), torch.randint(29, (5, 8))
+    expected = lgm.score_generation(model, ids[:, :1], ids[:, 1:], SCORES)
+    shifted = run(Shifted(model), list(zip(ids[:, :-1], ids[:, 1:], strict=True)))
+    unlabelled = run(Unlabelled(model), [{"ids": row} for row in ids])
+    for callback in (shifted, unlabelled):
+        assert callback.results["token_ids"].to_pylist() == ids[:, 1:].tolist()
+        for name, answers in expected.tokens.items():
+            found = torch.tensor(callback.results[f"tokens/{name}"].to_pylist(), dtype=torch.float64)
+            torch.testing.assert_close(found, torch.stack(list(answers)), rtol=1e-9, atol=1e-12)
+
+
+def test_padding_on_the_left_needs_positions() -> None:
+    model = language_model("learned positions")
+    with pytest.raises(ValueError, match="pass position_ids"):
+        run(LanguageStep(model), texts(left=True))
+    assert_tokens(run(LanguageStep(model), texts(left=True, with_positions=True)), model)
+
+
+def test_a_text_without_scored_tokens_has_no_value() -> None:
+    rows = texts()[:2]
+    rows[0]["labels"] = torch.full((9,), -100)
+    callback = run(LanguageStep(language_model()), rows, ["entropy"])
+    assert callback.results["tokens"].to_pylist() == [0, 5] and callback.results["finite"].to_pylist() == [False, True]
+    assert callback.results["tokens/entropy"].to_pylist()[0] == []
+
+
+def both_ways() -> nn.Module:
+    model = language_model("plain")
+    model.mixing = nn.GRU(8, 4, batch_first=True, bidirectional=True).double()
+    return model
+
+
+REFUSED = {
+    "a model that reads both ways": (
+        lambda: run(Unlabelled(both_ways()), [{"ids": torch.arange(6)}] * 2),
+        "not a causal",
+    ),
+    "labels of another kind": (
+        lambda: run(Shifted(language_model("plain")), [(torch.arange(6), torch.zeros(6).long())] * 2),
+        "not the tokens that follow",
+    ),
+    "whole-network gradients": (
+        lambda: run(LanguageStep(language_model()), texts(), ["gradnorm(target=all)"]),
+        "score_generation",
+    ),
+    "a capped head": (
+        lambda: run(LanguageStep(language_model("soft cap")), texts(), ["gradnorm"]),
+        "could not be found",
+    ),
+    "semgrad": (lambda: lgm.GradientMetrics(["semgrad"]), "score_generation"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str) -> None:
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("kind", ["soft cap", "scale"])
+def test_logit_scores_need_no_head(kind: str) -> None:
+    model = language_model(kind)
+    assert_tokens(run(LanguageStep(model), texts(), ["nll", "entropy"]), model)
+
+
+def test_results_on_disk_are_those_in_memory(tmp_path: Any) -> None:
+    module = LanguageStep(language_model())
+    callback = run(module, texts())
+    stored = run(module, texts(), output=tmp_path / "run")
+    assert stored.results.equals(callback.results) and lgm.read_results(tmp_path / "run").equals(callback.results)
+    assert stored.tokens.equals(callback.tokens) and stored.token_evaluation is not None
+
+
+def test_roles_and_wrong_tokens() -> None:
+    torch.manual_seed(0)
+    model = language_model("plain")
+    ids = torch.randint(29, (24, 12))
+    with torch.no_grad():  # half of the tokens of the second half are what the model predicts
+        for place in range(1, 12, 2):
+            ids[12:, place] = model(ids[12:, :place])[:, -1].argmax(1)
+    rows = [{"ids": row} for row in ids]
+    callback = run(
+        Unlabelled(model), [rows[:12], rows[12:]], ["nll", "entropy"], datasets={"a": "id", "b": "far"}, resamples=20
+    )
+    assert callback.evaluation is not None and callback.token_evaluation is not None
+    means = column(callback, "nll")
+    (entry,) = callback.evaluation.find(score="nll", task="ood", metric="auroc")
+    assert entry["value"] == pytest.approx(lgm.meters.functional.auroc(means, (torch.arange(24) >= 12).long()).item())
+    tokens = callback.tokens.filter(callback.tokens["sequence"].to_numpy() >= 12)
+    wrong = torch.tensor(tokens["label"].to_numpy() != tokens["prediction"].to_numpy())
+    (entry,) = callback.token_evaluation.find(score="entropy", dataset="b", metric="auroc")
+    scores = torch.tensor(tokens["entropy"].to_numpy())
+    assert entry["value"] == pytest.approx(lgm.meters.functional.auroc(scores, wrong.long()).item())
+    assert entry["low"] < entry["value"] < entry["high"] and callback.token_evaluation.settings["scores"] == ["entropy"]
+    assert "Wrong tokens" in callback.summary(100)
+
+
+def test_fitted_scores_take_tokens_as_rows() -> None:
+    model, ids = language_model("plain"), torch.randint(29, (40, 12))
+    with torch.no_grad():
+        features = model.mixing(model.embedding(ids))[0][:, :-1].reshape(-1, 8)
+    rows = nn.Sequential(nn.Identity(), model.head)
+    wanted = ["knn(k=3)", "vim(dimensions=4)"]
+    expected = lgm.score(rows, features, lgm.fit(rows, [features], wanted))
+    fitted = lgm.fit(model, [{"ids": part} for part in ids.split(8)], wanted)
+    callback = run(Unlabelled(model), [{"ids": row} for row in ids], fitted)
+    for name, values in expected.items():
+        found = torch.tensor(callback.results[f"tokens/{name}"].to_pylist(), dtype=torch.float64).flatten()
+        torch.testing.assert_close(found, values, rtol=1e-6, atol=1e-9)
