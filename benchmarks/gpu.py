@@ -1,18 +1,19 @@
-"""The engine on a GPU: ResNet-50, ViT-S/16 and BERT-base beside a training step, ``vmap(grad)`` and pytorch-ood.
+"""The engine on a GPU: first whether it is right, then ResNet-50, ViT-S/16 and BERT-base beside a training step.
 
-The script takes at most ``--minutes``; what it could not reach is listed as not run. Every figure is a ratio to a
-training step of the same process, and every model is first checked against one sample at a time.
+The first part compares the engine and the callback with autograd in float64 on four small models. The second part measures
+time and peak memory, also of ``vmap(grad)`` and of pytorch-ood. The script ends within ``--seconds``. Every figure is
+written as soon as it is known, to the folder ``$OUT`` if that is set, so that a run that is cut short leaves what it has.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import lightning_gradmetrics as lgm
 from benchmarks import peers
+from benchmarks.gpu_parity import MODELS, Check, callback_check, engine_check, precision_of
 from benchmarks.measure import environment, interleaved, summary
 
 __all__ = ["main"]
@@ -95,21 +97,10 @@ CASES = {
 }
 
 
-@contextlib.contextmanager
-def _precision(name: str, device: str) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-    try:
-        with torch.autocast(device, torch.bfloat16, enabled=name == "bf16"):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
 def largest_error(model: nn.Module, batch: Tensor, precision: str, device: str) -> dict[str, float]:
     """Largest relative error of each statistic on two samples, against one sample at a time in float64."""
     few = batch[:2]
-    with _precision(precision, device):
+    with precision_of(precision, device):
         measured = lgm.gradient_statistics(model, few, "pseudo_label", statistics=peers.FULL)
     exact_model, exact_input = model.double(), few.double() if few.is_floating_point() else few
     exact = lgm.gradient_statistics(exact_model, exact_input, "pseudo_label", statistics=peers.FULL, engine="reference")
@@ -133,99 +124,166 @@ def _peak(function: Callable[[], Any], device: str) -> float:
     return float((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def _functions(model: nn.Module, batch: Tensor) -> dict[str, Callable[[], Any]]:
-    functions: dict[str, Callable[[], Any]] = {"training step": peers.training_step(model, batch)}
-    for name, statistics in ENGINE.items():
-        functions[name] = peers.lgm_engine(model, batch, statistics)
-    return functions
+class Report:
+    """The results so far, in a file that is rewritten after each of them.
+
+    Args:
+        path: The JSON file.
+        seconds: The time after which nothing new is begun.
+        device: The device.
+    """
+
+    def __init__(self, path: Path, seconds: float, device: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.end = path, time.monotonic() + seconds
+        self.console = Console(width=150)
+        self.content: dict[str, Any] = {"environment": environment(device), "checks": [], "rows": [], "not run": []}
+        self._save()
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return self.end - time.monotonic()
+
+    def add_check(self, check: Check) -> None:
+        """Add the result of a check."""
+        self.content["checks"].append(asdict(check))
+        verdict = "passed" if check.passed else "FAILED"
+        self._print(f"{check.what}: {verdict}, error {check.error:.1e}, {check.seconds:.1f} s {check.note}")
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Add a figure."""
+        self.content["rows"].append(dict(row))
+        figures = f"{row['ratio']:6.2f} ({row['low']:.2f} to {row['high']:.2f}) {row['ms']:8.2f} ms"
+        self._print(f"{row['case']}, {row['precision']}, {row['what']}: {figures}, peak {row['peak MiB']:.0f} MiB")
+
+    def add_missing(self, what: str, reason: str) -> None:
+        """Add something that was not run."""
+        self.content["not run"].append({"what": what, "reason": reason})
+        self._print(f"not run: {what}: {reason}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False)
+        sys.stdout.flush()
+        self._save()
+
+    def _save(self) -> None:
+        self.path.write_text(json.dumps(self.content, indent=2) + "\n")
 
 
-def _measured(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, device: str, console: Console
-) -> dict[str, dict[str, Any]]:
-    """Ratios to the training step and peaks, for the functions that run; others are reported with their error."""
-    running: dict[str, Callable[[], Any]] = {}
-    peaks: dict[str, float] = {}
-    for name, function in functions.items():
+def _checks(report: Report, device: str) -> None:
+    """Run the checks; a check that raises has failed."""
+    named: dict[str, Callable[[], Check]] = {}
+    for precision in ("float32", "bf16"):
+        for name in MODELS:
+            named[f"{name}, {precision}"] = lambda name=name, precision=precision: engine_check(name, precision, device)
+    named["callback in a Trainer"] = lambda: callback_check(device)
+    for what, check in named.items():
+        if report.left() <= 0:
+            report.add_missing(what, "out of time")
+            continue
+        start = time.monotonic()
         try:
-            function()
-            peaks[name] = _peak(function, device)
-            running[name] = function
+            report.add_check(check())
         except Exception as error:
-            console.print(f"{name}: {type(error).__name__}: {str(error)[:200]}")
-            torch.cuda.empty_cache()
-    results = summary(interleaved(running, rounds, device), "training step")
-    for name, peak in peaks.items():
-        results[name]["peak"] = peak
-    return results
+            note = f"{type(error).__name__}: {str(error)[:300]}"
+            report.add_check(Check(what, False, float("nan"), note, time.monotonic() - start))
+
+
+def _measured(case: str, precision: str, report: Report, options: argparse.Namespace) -> None:
+    """Measure one model in one precision: the engine beside a training step, then other software."""
+    model, batch = CASES[case].build(options.device)
+    batch = batch[: options.batch] if options.batch else batch
+    if options.errors:
+        errors = largest_error(model, batch, precision, options.device)
+        report.content.setdefault("errors", {})[f"{case}, {precision}"] = errors
+    with precision_of(precision, options.device):
+        step = peers.training_step(model, batch)
+        for name, statistics in ENGINE.items():
+            function = peers.lgm_engine(model, batch, statistics)
+            _beside_step(step, {name: function}, (case, precision), report, options)
+        for name, build in {} if options.no_peers else PEERS.items():
+            try:
+                function = build(model, batch)
+            except ImportError as error:
+                report.add_missing(f"{case}, {precision}, {name}", str(error))
+                continue
+            _beside_step(step, {name: function}, (case, precision), report, options)
+    model.zero_grad(set_to_none=True)
+
+
+def _beside_step(
+    step: Callable[[], Any],
+    functions: Mapping[str, Callable[[], Any]],
+    where: tuple[str, str],
+    report: Report,
+    options: argparse.Namespace,
+) -> None:
+    """Measure functions in turns with a training step, in as many rounds as the time that is left allows."""
+    for name, function in functions.items():
+        what = f"{', '.join(where)}, {name}"
+        if report.left() <= 0:
+            report.add_missing(what, "out of time")
+            continue
+        try:
+            peaks = {"training step": _peak(step, options.device)}
+            function()  # plans, and compiles kernels
+            peaks[name] = _peak(function, options.device)
+            one_round = _seconds(step, options.device) + _seconds(function, options.device)
+            rounds = max(1, min(options.rounds, int(report.left() / 4 / one_round)))
+            found = summary(
+                interleaved({"training step": step, name: function}, rounds, options.device), "training step"
+            )
+        except Exception as error:
+            report.add_missing(what, f"{type(error).__name__}: {str(error)[:200]}")
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        for row_name, values in found.items():
+            median, low, high = values["ratio"]
+            row = {"case": where[0], "precision": where[1], "what": row_name, "ratio": median, "low": low, "high": high}
+            report.add_row(row | {"ms": values["ms"][0], "peak MiB": peaks[row_name], "rounds": rounds})
+
+
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    start = time.monotonic()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic() - start
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["tf32", "bf16"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16", "tf32"])
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--seconds", type=float, default=480.0, help="nothing new is begun after this time")
     parser.add_argument("--batch", type=int, default=0, help="another batch size; 0 keeps each case's")
+    parser.add_argument("--no-checks", action="store_true", help="the times alone")
     parser.add_argument("--no-peers", action="store_true", help="the engine alone")
-    parser.add_argument("--output", type=Path, default=Path("benchmark-results"))
+    parser.add_argument("--errors", action="store_true", help="also the errors of the large models against float64")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "benchmark-results")))
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write a JSON file."""
+    """Check, measure, print the table and write a JSON file."""
     options = _options(arguments)
-    console, end = Console(width=150), time.monotonic() + 60 * options.minutes
-    facts, rows = environment(options.device), []
+    report = Report(options.output / "gpu.json", options.seconds, options.device)
+    if not options.no_checks:
+        _checks(report, options.device)
     for name in options.case:
         for precision in options.precision:
-            if time.monotonic() > end:
-                console.print(f"not run, out of time: {name}, {precision}")
-                continue
-            rows += _case(name, precision, options, console, end)
-    console.print(_table(rows, facts))
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "gpu.json"
-    path.write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
-    console.print(f"written: {path}")
-
-
-def _case(name: str, precision: str, options: argparse.Namespace, console: Console, end: float) -> list[dict[str, Any]]:
-    model, batch = CASES[name].build(options.device)
-    batch = batch[: options.batch] if options.batch else batch
-    started = time.monotonic()
-    errors = largest_error(model, batch, precision, options.device)
-    with _precision(precision, options.device):
-        functions = _functions(model, batch)
-        results = _measured(functions, options.rounds, options.device, console)
-        if not options.no_peers and time.monotonic() < end:
-            for peer, build in PEERS.items():
-                try:
-                    function = build(model, batch)
-                except ImportError as error:
-                    console.print(f"{peer}: not run: {error}")
-                    continue
-                pair = {"training step": functions["training step"], peer: function}
-                measured = _measured(pair, 3, options.device, console)
-                results |= {name: values for name, values in measured.items() if name == peer}
-    model.zero_grad(set_to_none=True)
-    rows = []
-    for what, values in results.items():
-        median, low, high = values["ratio"]
-        row = {"case": name, "precision": precision, "what": what, "ratio": median, "low": low, "high": high}
-        rows.append(row | {"ms": values["ms"][0], "peak MiB": values["peak"], "errors": errors})
-    console.print(f"{name}, {precision}: {time.monotonic() - started:.0f} s; largest errors {_short(errors)}")
-    for row in rows:
-        console.print(
-            f"  {row['what']:>22} {row['ratio']:6.2f} ({row['low']:.2f} to {row['high']:.2f}) {row['ms']:8.2f} ms"
-        )
-    sys.stdout.flush()
-    return rows
-
-
-def _short(errors: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
+            if report.left() <= 0:
+                report.add_missing(f"{name}, {precision}", "out of time")
+            else:
+                _measured(name, precision, report, options)
+    report.console.print(_table(report.content["rows"], report.content["environment"]))
+    report.console.print(f"written: {report.path}")
+    failed = [check["what"] for check in report.content["checks"] if not check["passed"]]
+    if failed:
+        sys.exit(f"checks that failed: {', '.join(failed)}")
 
 
 def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> Table:

@@ -214,7 +214,24 @@ def has_compiled_parts(module: nn.Module) -> bool:
 
 
 @contextmanager
-def gradients_enabled() -> Iterator[None]:
-    """Enable gradients, also inside ``torch.inference_mode`` and ``torch.no_grad``."""
+def gradients_enabled(model: nn.Module | None = None) -> Iterator[None]:
+    """Enable gradients, also inside ``torch.inference_mode`` and ``torch.no_grad``.
+
+    Args:
+        model: The model that runs inside the block. cuDNN's recurrent layers have no backward pass in eval mode; if the
+            model has some on a CUDA device, cuDNN is off inside the block.
+    """
     with torch.inference_mode(False), torch.enable_grad():
-        yield
+        if model is None or not torch.cuda.is_initialized() or not _has_recurrent_layers(model):
+            yield
+            return
+        before = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.enabled = before
+
+
+def _has_recurrent_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.RNNBase) and not module.training for module in model.modules())

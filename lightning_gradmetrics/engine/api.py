@@ -225,7 +225,7 @@ def _task(
     check_model(model)
     check_inputs(model, inputs)
     chosen = select_parameters(model, parameters, norms_only)
-    with preserved(model), gradients_enabled(), eager(), _parametrizations_computed():
+    with preserved(model), gradients_enabled(model), eager(), _parametrizations_computed():
         check_differentiable(model, inputs, chosen.values())
         task = Task(
             model=model,

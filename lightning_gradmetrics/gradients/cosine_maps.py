@@ -74,7 +74,7 @@ def cosine_similarity_maps(
         UAI 2021.
     """
     _check(model, inputs)
-    with preserved(model), gradients_enabled():
+    with preserved(model), gradients_enabled(model):
         model.requires_grad_(False)
         return _maps(model, inputs, sign, rescale, classes)
 

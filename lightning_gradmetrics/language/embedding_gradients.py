@@ -64,7 +64,7 @@ def differentiable_call(
         leaves.append(output.detach().requires_grad_(True))
         return leaves[-1]
 
-    with preserved(model.module), gradients_enabled(), eager():
+    with preserved(model.module), gradients_enabled(model.module), eager():
         for parameter in model.module.parameters():
             parameter.requires_grad_(False)
         hook = model.embedding.register_forward_hook(detached)

@@ -330,7 +330,7 @@ def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch
     missing = [probe for probe in needs.probes if probe not in results]
     if not missing:
         return results
-    with preserved(model), gradients_enabled(), scorer._made_to_return_logits(model, batch):
+    with preserved(model), gradients_enabled(model), scorer._made_to_return_logits(model, batch):
         inputs = map_tensors(batch.inputs, lambda tensor: tensor.detach().clone())
         for probe in missing:
             results[probe] = probe(model, inputs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.classifier.forward import call, preserved
+from lightning_gradmetrics.classifier.forward import call, gradients_enabled, preserved
 
 
 class Normalising(nn.Module):
@@ -191,3 +191,14 @@ def test_two_threads_may_score_one_model() -> None:
         thread.join()
     assert not problems
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("model", "expected"), [(nn.LSTM(2, 3).eval(), False), (nn.Linear(2, 3).eval(), True)])
+def test_cudnn_is_off_for_recurrent_layers_in_eval_mode(
+    model: nn.Module, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CuDNN refuses their backward pass: "cudnn RNN backward can only be called in training mode"."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with gradients_enabled(model):
+        assert torch.backends.cudnn.enabled is expected
+    assert torch.backends.cudnn.enabled
