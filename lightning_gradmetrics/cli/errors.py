@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,21 +68,32 @@ def _wrong_key(error: BaseException) -> str:
     if match is None:
         return text
     key = match.group(1).removesuffix(".")
+    if f"full_key: {key}." in str(error.__cause__):
+        return f"{key} is a mapping with other keys; to replace all of it, write '~{key}' '+{key}={{...}}'"
     near = difflib.get_close_matches(key, _known_keys(), 3, 0.6)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"unknown key {key!r}; {hint}gradmetrics --help lists the keys; +{key}=VALUE adds a new one"
 
 
 def _known_keys() -> list[str]:
-    """Return the keys of the default configuration, with dots."""
+    """Return the keys of the configuration with the options of the command line, with dots."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
 
     from lightning_gradmetrics.cli.configuration import configuration_directory
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(configuration_directory()), version_base="1.3"):
-        return list(_keys_below("", compose("config")))
+        try:
+            return list(_keys_below("", compose("config", _chosen_options(sys.argv[1:]))))
+        except HydraException:
+            return list(_keys_below("", compose("config")))
+
+
+def _chosen_options(arguments: Iterable[str]) -> list[str]:
+    """Return the arguments that choose options of groups or set keys without a dot."""
+    return [argument for argument in arguments if re.match(r"\w+=", argument)]
 
 
 def _keys_below(prefix: str, node: Any) -> Iterable[str]:

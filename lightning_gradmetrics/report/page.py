@@ -9,11 +9,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lightning_gradmetrics.report.answers import answers
+from lightning_gradmetrics.report.answers import Answer, answers
 from lightning_gradmetrics.report.curves import clustered, spearman
 from lightning_gradmetrics.report.main_table import all_metrics, main_table, marks, paired_table
 from lightning_gradmetrics.report.notes import configuration, details, notes, shortened
-from lightning_gradmetrics.report.panels import distribution_panels, drawn_rows, risk_panels, roc_panel, roc_panels
+from lightning_gradmetrics.report.panels import (
+    Panel,
+    distribution_panels,
+    drawn_rows,
+    risk_panels,
+    roc_panel,
+    roc_panels,
+)
+from lightning_gradmetrics.report.plots import CARD_SIZE
 from lightning_gradmetrics.report.questions import REFERENCE, Question, find_questions
 from lightning_gradmetrics.report.run import Picture, Run, picture_source
 from lightning_gradmetrics.report.samples import KEPT, accuracies, listed_samples, sample_tables, thresholds
@@ -51,7 +59,7 @@ def render(run: Run) -> str:
     leaders = leaders_of(questions, names)
     content: dict[str, Any] = {
         "answers": found,
-        "panels": [roc_panel(run, answer.question, f"answer{place}") for place, answer in enumerate(found)],
+        "panels": _card_panels(run, found),
         "table": main_table(run),
         "first": distribution_panels(run, leaders),
         "rest": distribution_panels(run, [name for name in names if name not in leaders]),
@@ -69,6 +77,14 @@ def render(run: Run) -> str:
     }
     files = {"css": Markup(source_of("report.css")), "js": Markup(source_of("report.js"))}
     return PAGE.get_template("report.html.j2").render(run=run, files=files, kept=KEPT, **content)
+
+
+def _card_panels(run: Run, found: Sequence[Answer]) -> list[Panel | None]:
+    """Return the ROC curves of each card."""
+    panels = []
+    for place, answer in enumerate(found):
+        panels.append(roc_panel(run, answer.question, f"answer{place}", CARD_SIZE))
+    return panels
 
 
 def samples_to_show(run: Run) -> dict[str, list[int]]:

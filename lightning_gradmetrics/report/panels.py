@@ -16,7 +16,7 @@ from lightning_gradmetrics.report.curves import (
     roc_of_errors_and_set,
     roc_of_sets,
 )
-from lightning_gradmetrics.report.plots import Line, curves_svg, histogram_svg, line_styles
+from lightning_gradmetrics.report.plots import PANEL_SIZE, Line, curves_svg, histogram_svg, line_styles
 from lightning_gradmetrics.report.questions import REFERENCE, Question
 from lightning_gradmetrics.report.run import Floats, Metric, Rows, Run
 from lightning_gradmetrics.report.wording import percent, whole
@@ -109,7 +109,7 @@ def _roc_points(run: Run, question: Question, rows: dict[str, Rows]) -> dict[str
     return points
 
 
-def roc_panel(run: Run, question: Question, key: str) -> Panel | None:
+def roc_panel(run: Run, question: Question, key: str, size: tuple[float, float] = PANEL_SIZE) -> Panel | None:
     """Return the ROC curves of a question; None if nothing can be drawn."""
     if question.task not in ROC_LABELS:
         return None
@@ -125,6 +125,7 @@ def roc_panel(run: Run, question: Question, key: str) -> Panel | None:
         dotted=[CHANCE],
         title=f"ROC curves of {len(points)} scores on {', '.join(question.datasets)}. The legend lists the areas.",
         key=key,
+        size=size,
     )
     title = f"ROC, {', '.join(question.datasets)}"
     return _panel(title, picture, dict(question.metrics), leaders, len(points))

@@ -20,12 +20,15 @@ from matplotlib.figure import Figure
 
 from lightning_gradmetrics.report.run import Floats
 
-__all__ = ["Line", "curves_svg", "histogram_svg", "line_styles", "strip_svg"]
+__all__ = ["CARD_SIZE", "PANEL_SIZE", "Line", "curves_svg", "histogram_svg", "line_styles", "strip_svg"]
 
 INK, MUTED, GRID, FAINT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
 SERIES = ("#0a0c01", "#0a0c02", "#0a0c03", "#0a0c04", "#0a0c05", "#0a0c06")
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", FAINT: "--faint"}
 DASHES = ("", "6 2", "2 1.5", "7 2 2 2", "9 2 2 2 2 2")
+PANEL_SIZE = (4.0, 3.0)
+CARD_SIZE = (2.8, 2.3)
+"""Inches; a card is narrower than a panel."""
 SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -64,7 +67,14 @@ def line_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def curves_svg(
-    lines: Sequence[Line], *, labels: tuple[str, str], top: float, dotted: Sequence[Line], title: str, key: str
+    lines: Sequence[Line],
+    *,
+    labels: tuple[str, str],
+    top: float,
+    dotted: Sequence[Line],
+    title: str,
+    key: str,
+    size: tuple[float, float] = PANEL_SIZE,
 ) -> Markup:
     """Return curves over the unit interval, the highlighted ones on top.
 
@@ -75,10 +85,12 @@ def curves_svg(
         dotted: Reference lines, such as chance.
         title: The text alternative.
         key: Makes the ids of the drawing unique on the page.
+        size: The width and height in inches; in a narrow column, letters of a smaller drawing are larger.
     """
+    width, height = size
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(4.0, 3.0), facecolor="none")
-        axes = figure.add_axes((0.12, 0.15, 0.85, 0.82), facecolor="none")
+        figure = Figure(figsize=size, facecolor="none")
+        axes = figure.add_axes((0.48 / width, 0.45 / height, 1 - 0.6 / width, 1 - 0.54 / height), facecolor="none")
         axes.set(xlim=(0, 100), ylim=(0, 100 * top), xlabel=labels[0], ylabel=labels[1])
         for line in dotted:
             axes.plot(100 * line.x, 100 * line.y, ":", color=MUTED, linewidth=1)

@@ -105,8 +105,8 @@ def test_bad_folders(folders: Path, options: dict, message: str) -> None:
 def test_data_to_fit_scores_on(folders: Path) -> None:
     """Separate folders, or the training data, or an error that names both."""
     options = {"id": {"pets": str(folders / "inside")}, "size": 8}
-    with pytest.raises(ValueError, match=r"no data to fit them on.*data.fit=PATH"):
-        image_folders(**options).fit_loaders(4)
+    with pytest.raises(ValueError, match=r"no data to fit scores on \(gradorth\).*data.fit=PATH"):
+        image_folders(**options).fit_loaders(4, scores=["gradorth"])
     loaders, roles = image_folders(**options, train=str(folders / "inside")).fit_loaders(4)
     assert list(loaders) == ["train"] and roles == {"train": "id"}
     outside = {"others": str(folders / "outside")}

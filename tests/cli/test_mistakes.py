@@ -24,6 +24,11 @@ CASES = [
         ["score.gradnorm.temprature=3"],
         "unknown key 'score.gradnorm.temprature'; did you mean score.gradnorm.temperature",
     ),
+    (["data=image_folders", "data.sze=3"], "unknown key 'data.sze'; did you mean data.size"),
+    (
+        ["experiment=cifar10", "root=x", "data.near={mine: x}"],
+        "data.near is a mapping with other keys; to replace all of it, write '~data.near' '+data.near={...}'",
+    ),
     (["model=torchvison"], "unknown model 'torchvison'; did you mean 'torchvision'?"),
     (["batch_size=0"], "batch_size must be a whole number of at least 1, got 0"),
     (["seed=abc"], "seed must be a whole number of at least 0, got 'abc'"),

@@ -138,6 +138,31 @@ def test_axe_finds_no_serious_violation(chromium, axe, pages, tmp_path, scheme, 
     assert not serious, "\n".join(f"{each['id']}: {each['nodes'][:3]}" for each in serious)
 
 
+ROWS_OF_CARDS = """
+<pre id="cards"></pre>
+<script>
+const boxes = [...document.querySelectorAll(".card")].map(card => card.getBoundingClientRect());
+const tops = Map.groupBy(boxes, box => Math.round(box.top));
+const bottom = Math.max(...boxes.map(box => box.bottom));
+document.getElementById("cards").textContent = JSON.stringify({rows: [...tops.values()].map(row => row.length), bottom});
+</script>
+"""
+
+
+@pytest.mark.parametrize(("width", "rows"), [(500, [1] * 5), (800, [3, 2]), (1280, [5])])
+def test_no_card_is_alone_in_a_row_of_a_wide_window(chromium, tmp_path, width, rows):
+    others = (("birds", "birds", 60, False), ("cars", "cars", 60, False))
+    page, run = tmp_path / "cards.html", make_run(tmp_path / "run", sets=[*SETS, *others], intervals=True)
+    page.write_text(write_report(run).read_text().replace("</body>", f"{ROWS_OF_CARDS}</body>"))
+    document, console = browse(chromium, page, tmp_path, f"--window-size={width},900", "--dump-dom")
+    assert console == ""
+    found = re.search(r'<pre id="cards">(.*?)</pre>', document, re.DOTALL)
+    assert found is not None
+    cards = json.loads(found[1])
+    assert cards["rows"] == rows
+    assert width < 1280 or cards["bottom"] < 1000  # the first screen
+
+
 TAB_STOPS = """
 <pre id="stops"></pre>
 <script>

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,17 +39,25 @@ class EvaluationData:
         """Return a dataloader for each data set, in order and without shuffling."""
         return _loaders(self.sets, batch_size, num_workers)
 
-    def fit_loaders(self, batch_size: int, num_workers: int = 0) -> tuple[dict[str, DataLoader[Any]], dict[str, str]]:
+    def fit_loaders(
+        self, batch_size: int, num_workers: int = 0, scores: Sequence[str] = ()
+    ) -> tuple[dict[str, DataLoader[Any]], dict[str, str]]:
         """Return dataloaders of the data that scores are fitted on, or otherwise of the training data, and their roles.
+
+        Args:
+            batch_size: Samples per batch.
+            num_workers: Worker processes of each dataloader.
+            scores: The names of the scores, for the error.
 
         Raises:
             ValueError: If there is neither.
         """
         sets = dict(self.fit) or ({} if self.train is None else {"train": self.train})
         if not sets:
+            names = ", ".join(scores) or "some of the scores"
             raise ValueError(
-                "some of the scores need a fit, and there is no data to fit them on: give labelled samples that are not "
-                "scored, as in data.fit=PATH (or data.train=PATH), or remove these scores"
+                f"no data to fit scores on ({names}): give labelled samples that are not scored, "
+                "as in data.fit=PATH or data.train=PATH, or choose scores that need no fit, as in 'score=[max_softmax,energy]'"
             )
         roles = {name: self.fit_roles.get(name, "id") for name in sets}
         return _loaders(sets, batch_size, num_workers), roles

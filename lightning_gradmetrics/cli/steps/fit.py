@@ -19,13 +19,14 @@ def fit(experiment: Experiment) -> None:
         experiment: The run. The scores of its callback are replaced by fitted ones.
     """
     callback, settings = experiment.callback, experiment.settings
-    if not any(isinstance(score, FittedScore) for score in callback.scorer.scores):
+    names = [score.name for score in callback.scorer.scores if isinstance(score, FittedScore)]
+    if not names:
         return
     states = settings.fitted_folder
     if settings.resume and states is None and (experiment.directory / FOLDER).is_dir():
         states = experiment.directory / FOLDER
     if states is None:
-        loaders, roles = experiment.data.fit_loaders(settings.batch_size, settings.num_workers)
+        loaders, roles = experiment.data.fit_loaders(settings.batch_size, settings.num_workers, names)
         callback.fit(experiment.trainer, experiment.model, loaders, roles)
     else:
         model = callback.scored_model(experiment.model)

@@ -17,8 +17,6 @@ for (const table of document.querySelectorAll("table.sortable")) {
     body.append(...rows);
   }));
 }
-addEventListener("beforeprint", () => {
-  for (const fold of document.querySelectorAll("details")) {
-    if (fold.querySelectorAll("tr").length < 60) fold.open = true;
-  }
-});
+const printed = document.querySelectorAll("details[data-print]:not([open])");
+addEventListener("beforeprint", () => printed.forEach(fold => { fold.open = true; }));
+addEventListener("afterprint", () => printed.forEach(fold => { fold.open = false; }));
