@@ -66,8 +66,20 @@ def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
     found = differences_of(run)
     given = []
     for question in questions:
-        given.append(_answer(question, found))
+        answer = _answer(question, found)
+        given.append(replace(answer, advice=answer.advice + _cost(run, question)))
     return given
+
+
+def _cost(run: Run, question: Question) -> str:
+    """Return a sentence if the best score and the best baseline differ in their forward passes; empty otherwise."""
+    if question.best_baseline is None:
+        return ""
+    best, baseline = run.score(question.best), run.score(question.best_baseline)
+    if best.forwards == baseline.forwards:
+        return ""
+    passes = " and ".join(f"{score.name} takes {score.forwards or 'an unknown number'}" for score in (best, baseline))
+    return f" Not at equal cost in forward passes: {passes}."
 
 
 def _answer(question: Question, found: Differences) -> Answer:

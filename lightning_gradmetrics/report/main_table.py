@@ -65,9 +65,10 @@ class Table:
 
 
 def marks(score: Score) -> list[str]:
-    """Return what a reader must know about a score: its family, and what it was fitted on."""
+    """Return what a reader must know about a score: its family, what it was fitted on, and its cost if not one pass."""
     fit = "" if score.fit == "none" else score.fit
-    return list(filter(None, (score.family, fit)))
+    passes = "" if score.forwards == 1 else f"{score.forwards or 'unknown'} forwards"
+    return list(filter(None, (score.family, fit, passes)))
 
 
 def main_table(run: Run) -> Table:

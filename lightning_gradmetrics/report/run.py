@@ -66,11 +66,12 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Score:
-    """A score: its family (``gradient`` or ``baseline``) and whether it was fitted, or reads labels (``fit``)."""
+    """A score: its family (``gradient`` or ``baseline``), its fit, and its forward passes (``None`` if unknown)."""
 
     name: str
     family: str = ""
     fit: str = ""
+    forwards: int | None = 1
     target: str | None = None
     summary: str = ""
     paper: str | None = None

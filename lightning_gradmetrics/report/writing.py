@@ -122,6 +122,7 @@ def _score(score: Score) -> dict[str, Any]:
         "name": score.name,
         "family": score.recipe.family,
         "fit": kind_of(score),
+        "forwards": score.needs.forwards,
         "target": _target(score),
         "summary": score.recipe.summary,
         "paper": score.recipe.paper,

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from lightning_gradmetrics.classifier.forward import call, logits_of, preserved
-from lightning_gradmetrics.classifier.input_gradients import check_floats
-from lightning_gradmetrics.gradients.statistics import accumulator
-from lightning_gradmetrics.scoring import score as score_batch
+from lightning_gradmetrics.scores.view_probes import ViewMeans, ViewOutputs, Views, reads_outputs, view_evidence
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import Recipe, Score, ScoreLike, add_recipe, make
+from lightning_gradmetrics.scoring.totals import Tensors
 
-__all__ = ["shifted_views", "views", "views_of", "with_two_columns"]
-
-Views = Callable[[Tensor], Sequence[Tensor]]
-
-SHIFT = 16
-"""Images are shifted by up to their size divided by this, and at least by one pixel."""
+__all__ = ["views"]
 
 
 def views(
@@ -39,14 +30,16 @@ def views(
 
     The views are the input itself and ``n - 1`` shifted copies, every other one flipped: the same shifts for every
     sample, so that a score does not depend on its batch. The prediction in the results is that of the plain input; so
-    ``max_softmax`` averages the probability of the class that is predicted for the plain input. It costs n times the
-    score: n forwards, the one that makes the prediction included. Compare it with other scores at equal cost.
+    ``max_softmax`` averages the probability of the class that is predicted for the plain input. It takes n forwards, the
+    one that makes the prediction included; scores of logits and the head's input share them. Other scores cost n times as
+    much. Compare it with other scores at equal cost.
 
     Views help where shifts and flips keep the meaning. On digits a flip does not: ``max_softmax`` falls from an AUROC of
     96.1 to 86.9 on errors. Pass ``transforms=`` there.
 
     Args:
-        score: The score: a name, a score, or a function of the evidence. A fitted score must be fitted already.
+        score: The score: a name, a score, or a function of the evidence. A fitted score without a state is fitted on
+            the plain inputs, as usual.
         n: The number of views; 1 is the score itself.
         seed: The seed of the shifts.
         transforms: From inputs ``(N, ...)`` to a sequence of views of the same shape, in place of the default and of n.
@@ -57,7 +50,7 @@ def views(
 
     Raises:
         TypeError: If the inputs are not one float tensor, or not images ``(N, C, H, W)`` and there are no transforms.
-        ValueError: If the score is fitted but has no state, or needs labels.
+        ValueError: If the score needs labels, or needs a fit and more than logits and the head's input.
 
     Example:
         >>> import lightning_gradmetrics as lgm
@@ -71,7 +64,9 @@ def views(
     """
     arguments = {"score": score, "n": n, "seed": seed, "transforms": transforms}
     given = {key: value for key, value in arguments.items() if value != RECIPE.defaults[key]}
-    return ViewsScore(make(score), given, name)
+    inner = make(score)
+    is_unfitted = isinstance(inner, FittedScore) and inner.state is None
+    return (FittedViews if is_unfitted else ViewsScore)(inner, given, name)
 
 
 class ViewsRecipe(Recipe):
@@ -97,155 +92,107 @@ class ViewsScore(Score):
     """A score averaged over views.
 
     Args:
-        inner: The score that is averaged.
+        inner: The score that is averaged; a fitted score has its state.
         arguments: The arguments that differ from the defaults.
         name: The name.
     """
 
     def __init__(self, inner: Score, arguments: dict[str, Any], name: str | None) -> None:
-        if isinstance(inner, FittedScore) and inner.state is None:
-            raise ValueError(
-                f"views averages a fitted score, and {inner.name!r} has no state: fit it first, as in "
-                f"views(lgm.fit(model, batches, {inner.name!r})[0])"
-            )
-        if inner.needs.labels:
-            raise ValueError(f"views cannot average {inner.name!r}, which needs true labels")
-        self.inner = inner
+        _check_labels(inner)
         settings = {**RECIPE.defaults, **arguments}
-        self.probe = ViewMeans(inner, settings["n"], settings["seed"], settings["transforms"])
-        shown = {**arguments, "score": inner.name} if "score" in arguments else arguments
-        recipe = replace(RECIPE, family=inner.recipe.family)
-        super().__init__(name or RECIPE.name_of(shown), recipe, arguments)
+        self.inner, self.n = inner, settings["n"]
+        self.transforms, seed = settings["transforms"], settings["seed"]
+        self.outputs = ViewOutputs(self.n, seed, inner.needs.features, self.transforms)
+        self.means = ViewMeans(inner, self.n, seed, self.transforms)
+        super().__init__(name or _name(inner, arguments), replace(RECIPE, family=inner.recipe.family), arguments)
+
+    def look(self, evidence: Evidence) -> None:
+        """Request all evidence that scoring needs; a dry run of this method needs no state."""
+        if reads_outputs(self.inner):
+            view_evidence(self.outputs, evidence)
+        elif self.transforms is not None or self.n > 1:
+            evidence.probe(self.means)
+        if self.transforms is None:
+            getattr(self.inner, "look", self.inner)(evidence)
 
     def _values(self, evidence: Evidence) -> Tensor:
-        n, transforms = self.probe.n, self.probe.transforms
-        if transforms is not None:
-            return self._mean_of_views(evidence)
+        if reads_outputs(self.inner):
+            views = view_evidence(self.outputs, evidence)
+            total = evidence.logits.new_zeros(len(evidence.logits))
+            for view in views:
+                total = total + self._of_view(view, evidence)
+            return total / len(views)
+        if self.transforms is not None:
+            return evidence.probe(self.means).to(evidence.logits.dtype)
         plain = self.inner(evidence)
-        return plain if n == 1 else (plain + (n - 1) * self._mean_of_views(evidence)) / n
+        return plain if self.n == 1 else (plain + (self.n - 1) * evidence.probe(self.means).to(plain)) / self.n
 
-    def _mean_of_views(self, evidence: Evidence) -> Tensor:
-        """The mean over the views that the probe runs; of the softmax, that of the classes which the input is not."""
-        if not self.probe.of_softmax:
-            return evidence.probe(self.probe).to(evidence.logits.dtype)
-        mean = evidence.probe(self.probe, (evidence.logits.shape[1],)).to(evidence.logits.dtype)
-        return mean.scatter(1, evidence.logits.argmax(1, keepdim=True), 0.0).sum(1)
+    def _of_view(self, view: Evidence, evidence: Evidence) -> Tensor:
+        """The score of one view; of the softmax, the probability of the classes other than the plain prediction."""
+        if self.inner.recipe.name != "max_softmax":
+            return self.inner(view)
+        p = torch.softmax(view.logits / self.inner.arguments.get("temperature", 1.0), 1)
+        return p.scatter(1, evidence.logits.argmax(1, keepdim=True), 0.0).sum(1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the score that is averaged, and the arguments."""
         return ViewsScore, (self.inner, self.arguments, self.name)
 
 
-def shifted_views(images: Tensor, n: int, seed: int = 0, flip: bool = True) -> list[Tensor]:
-    """Return the images and n - 1 copies, shifted by up to a sixteenth of their size and every other one flipped.
+class FittedViews(FittedScore):
+    """A fitted score averaged over views, fitted on the plain inputs.
 
     Args:
-        images: ``(N, C, H, W)``; the border is filled by reflection.
-        n: The number of views.
-        seed: The seed of the shifts.
-        flip: Whether every other copy is flipped.
-
-    Example:
-        >>> [tuple(view.shape) for view in shifted_views(torch.randn(2, 3, 8, 8), 3)]
-        [(2, 3, 8, 8), (2, 3, 8, 8), (2, 3, 8, 8)]
-    """
-    height, width = images.shape[2:]
-    down, across = max(1, height // SHIFT), max(1, width // SHIFT)
-    padded = F.pad(images, (across, across, down, down), mode="reflect")
-    generator = torch.Generator().manual_seed(seed)
-    shifted = [images]
-    for number in range(1, n):
-        top = int(torch.randint(2 * down + 1, (), generator=generator))
-        left = int(torch.randint(2 * across + 1, (), generator=generator))
-        view = padded[:, :, top : top + height, left : left + width]
-        shifted.append(view.flip(3) if flip and number % 2 else view)
-    return shifted
-
-
-def views_of(inputs: Tensor, n: int, seed: int = 0, flip: bool = True) -> list[Tensor]:
-    """Return n views of inputs: the inputs themselves, and for n above 1 the copies of :func:`shifted_views`.
-
-    Args:
-        inputs: ``(N, ...)``; images ``(N, C, H, W)`` for n above 1.
-        n: The number of views.
-        seed: The seed of the shifts.
-        flip: Whether every other copy is flipped.
-
-    Raises:
-        TypeError: If n is above 1 and the inputs are not images.
-
-    Example:
-        >>> len(views_of(torch.randn(2, 5), 1)), len(views_of(torch.randn(2, 3, 8, 8), 4))
-        (1, 4)
-    """
-    if n == 1:
-        return [inputs]
-    if inputs.ndim != 4:
-        raise TypeError(
-            f"views are shifted and flipped images (N, C, H, W), and these inputs have shape {tuple(inputs.shape)}: take "
-            "one view, or pass transforms= to views, a function from inputs to a list of views"
-        )
-    return shifted_views(inputs, n, seed, flip)
-
-
-@dataclass(frozen=True, eq=False)
-class ViewMeans:
-    """A probe: the mean over views of a score ``(N,)``, or of the softmax ``(N, C)`` in place of its largest entry.
-
-    The first of the default views, the input itself, is left out: the forward pass that makes the prediction is observed.
-
-    Args:
-        score: The score.
-        n: The number of views.
-        seed: The seed of the shifts.
-        transforms: From inputs to views, or ``None`` for shifts and flips.
+        unfitted: The score that is averaged, which has no state.
+        arguments: The arguments that differ from the defaults.
+        name: The name.
     """
 
-    score: Score
-    n: int
-    seed: int
-    transforms: Views | None
+    def __init__(self, unfitted: FittedScore, arguments: dict[str, Any], name: str | None) -> None:
+        _check_labels(unfitted)
+        is_standard = type(unfitted)._values is FittedScore._values
+        if not is_standard or not reads_outputs(unfitted):
+            raise ValueError(
+                f"views averages a fitted score, and {unfitted.name!r} has no state: fit it first, as in "
+                f"views(lgm.fit(model, batches, {unfitted.name!r})[0])"
+            )
+        settings = {**RECIPE.defaults, **arguments, "score": unfitted.name}
+        self.unfitted = unfitted
+        self.state = self.model = self.head = None
+        self.outputs = ViewOutputs(settings["n"], settings["seed"], unfitted.needs.features, settings["transforms"])
+        recipe = replace(RECIPE, family=unfitted.recipe.family)
+        Score.__init__(self, name or _name(unfitted, arguments), recipe, {**arguments, "score": unfitted.name})
 
-    @property
-    def backward(self) -> bool:
-        """Whether the score takes a backward pass."""
-        return self.score.needs.backward
+    def measure(self, evidence: Evidence) -> Tensors:
+        measured = {}
+        for number, view in enumerate(view_evidence(self.outputs, evidence)):
+            for key, value in self.unfitted.measure(view).items():
+                measured[f"{number}/{key}"] = value
+        return measured
 
-    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        """Return the mean over the views."""
-        check_floats(inputs, "augmented views")
-        seen = self._views(inputs)
-        total = torch.zeros((), device=inputs.device, dtype=accumulator(inputs))
-        for view in seen:
-            total = total + self._of_view(model, view.contiguous())
-        return total / len(seen)
+    def contribution(self, evidence: Evidence, keys: Tensor | None = None) -> Tensors:
+        """Return one batch's contribution to the fit, from the plain inputs alone."""
+        return self.unfitted.contribution(evidence, keys)
 
-    @property
-    def of_softmax(self) -> bool:
-        """Whether the softmax is averaged, since its largest entry is to be that of the plain prediction."""
-        return self.score.recipe.name == "max_softmax"
+    def finish(self, total: Tensors) -> Tensors:
+        return self.unfitted.finish(total)
 
-    def _of_view(self, model: nn.Module, view: Tensor) -> Tensor:
-        if not self.of_softmax:
-            return score_batch(model, view, self.score)[self.score.name]
-        with preserved(model), torch.no_grad():
-            logits = with_two_columns(logits_of(call(model, view)))
-        return torch.softmax(logits.to(accumulator(view)) / self.score.arguments.get("temperature", 1.0), 1)
-
-    def _views(self, inputs: Tensor) -> Sequence[Tensor]:
-        if self.transforms is not None:
-            return self.transforms(inputs)
-        return views_of(inputs, self.n, self.seed)[1:]
+    def score(self, measured: Tensors, state: Tensors) -> Tensor:
+        by_view: dict[str, Tensors] = {}
+        for name, value in measured.items():
+            number, _, key = name.partition("/")
+            by_view.setdefault(number, {})[key] = value
+        values = []
+        for of_view in by_view.values():
+            values.append(self.unfitted.score(of_view, state))
+        return torch.stack(values).mean(0)
 
 
-def with_two_columns(logits: Tensor) -> Tensor:
-    """Return the logits ``(0, z)`` of a model with one logit z per sample, and other logits unchanged.
+def _check_labels(inner: Score) -> None:
+    if inner.needs.labels:
+        raise ValueError(f"views cannot average {inner.name!r}, which needs true labels")
 
-    Args:
-        logits: ``(N, C)``.
 
-    Example:
-        >>> with_two_columns(torch.tensor([[2.0]]))
-        tensor([[0., 2.]])
-    """
-    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+def _name(inner: Score, arguments: dict[str, Any]) -> str:
+    shown = {**arguments, "score": inner.name} if "score" in arguments else arguments
+    return RECIPE.name_of(shown)

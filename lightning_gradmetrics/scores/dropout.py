@@ -42,6 +42,11 @@ class MeanPrediction:
     passes: int
     seed: int
 
+    @property
+    def forwards(self) -> int:
+        """The number of forward passes of a model with dropout."""
+        return self.passes
+
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the mean softmax; the softmax of one pass if the model has no dropout."""
         dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class PerturbedLogits:
         epsilon: The step, in the units of the model's input.
     """
 
+    forwards: ClassVar[int] = 2
     temperature: float
     epsilon: float
 

@@ -56,6 +56,11 @@ class SmoothedNorms:
     sigma: float
     seed: int
 
+    @property
+    def forwards(self) -> int:
+        """The number of forward passes: one for the order of the classes, and one per perturbed input."""
+        return 1 + self.perturbations
+
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the norms; at most as many perturbed inputs at a time as there are samples."""
         check_floats(inputs, "perturbed inputs")

@@ -12,9 +12,9 @@ from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of
 from lightning_gradmetrics.classifier.input_gradients import check_floats
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.statistics import accumulator
-from lightning_gradmetrics.scores.averaging import views_of, with_two_columns
 from lightning_gradmetrics.scores.channels import ChannelProbe, observing_channels
 from lightning_gradmetrics.scores.detectors import ledoit_wolf, mahalanobis, moment_sums
+from lightning_gradmetrics.scores.shifts import views_of, with_two_columns
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
@@ -49,6 +49,11 @@ class ViewSums:
     views: int
     seed: int
     flip: bool
+
+    @property
+    def forwards(self) -> int:
+        """The number of forward passes."""
+        return self.views - 1
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the sums ``(N, C + 1 + F)``."""

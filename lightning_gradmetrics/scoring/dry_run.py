@@ -61,6 +61,20 @@ class Needs:
         return bool(self.gradients) or any(getattr(probe, "backward", True) for probe in self.probes)
 
     @property
+    def forwards(self) -> int | None:
+        """The number of forward passes, the one that makes the prediction included; ``None`` if it is unknown.
+
+        A gradient of parameters before the head takes one. A probe takes one, or its ``forwards``.
+        """
+        total = 1 + bool(self.gradients)
+        for probe in self.reruns:
+            count = getattr(probe, "forwards", 1)
+            if count is None:
+                return None
+            total += count
+        return total
+
+    @property
     def observable(self) -> list[ObservableProbe]:
         """The probes that hooks can read in the forward pass that makes the prediction."""
         return [probe for probe in self.probes if isinstance(probe, ObservableProbe)]
@@ -97,7 +111,8 @@ class _Recorder(Evidence):
 
     def __init__(self, needs: Needs, classes: int) -> None:
         logits, labels = torch.linspace(-1, 1, 2 * classes).view(2, classes), torch.zeros(2, dtype=torch.long)
-        super().__init__(logits, torch.ones(2, 3), labels, torch.tensor([False, True]))
+        head = (torch.ones(classes, 3), torch.zeros(classes))
+        super().__init__(logits, torch.ones(2, 3), labels, torch.tensor([False, True]), given_head=head)
         self.needs = needs
 
     @property

@@ -105,7 +105,7 @@ def test_the_table_and_its_files(records: list[dict], tmp_path: Path, width: int
     shown = console.file.getvalue()
     line = next(line for line in shown.splitlines() if line.startswith("gradnorm(target=all)"))
     value, low, high = (100 * part for part in records[2]["aurocs"]["far"])
-    assert f"{value:.1f}" in line and line.split()[1] == "B" and "…" not in shown
+    assert f"{value:.1f}" in line and line.split()[1:3] == ["×2", "B"] and "…" not in shown
     assert (f"{value:.1f} ({low:.1f} to {high:.1f})" in line) == (width > 80)
     write_costs(records, SCORES, tmp_path)
     rows = list(csv.DictReader((tmp_path / "costs.csv").read_text().splitlines()))

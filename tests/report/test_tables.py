@@ -71,7 +71,7 @@ def test_no_number_and_no_name_is_cut(evaluation: Evaluation, width: int) -> Non
         rows = [line for line in lines if line[:1] == [score.name]]
         assert rows, score.name
         for row in rows:
-            numbers = [cell for cell in row[1:] if cell not in ("f", "fl", "fo")]
+            numbers = [cell for cell in row[1:] if cell not in ("f", "fl", "fo") and "×" not in cell]
             assert numbers and all(re.fullmatch(r"\d+\.\d+|–", cell) for cell in numbers), row
     assert "100.0" in shown
 
@@ -88,7 +88,7 @@ def test_columns_are_dropped_in_the_stated_order(evaluation: Evaluation) -> None
     assert [len(block.columns) - 1 for block in blocks[:3]] == [6, 6, 8] and not blocks[-1].notes
     blocks = metrics_grids(evaluation, SCORES, max(block.width for block in blocks[:3]) - 1)
     assert [len(block.columns) - 1 for block in blocks[:3]] == [6, 6, 4]
-    narrow = metrics_grids(evaluation, SCORES, 60)
+    narrow = metrics_grids(evaluation, SCORES, 64)
     assert [len(block.columns) - 1 for block in narrow] == [2, 2, 2, 2, 2]
     assert narrow[-1].notes == (
         "errors: 2 more data sets in metrics.csv.",

@@ -110,3 +110,17 @@ def test_confident_samples_keep_different_scores(case: str) -> None:
     inputs[:, 0] = torch.tensor([20.0, 40.0, 60.0])
     found = values(model, inputs, ready(case, model, lambda n: torch.randn(n, 4)))
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "mc_dropout" not in c and "regrad" not in c and "GradNorm" not in c]
+)
+def test_the_stated_number_of_forward_passes_is_run(case: str) -> None:
+    """The pass that makes the prediction included; passes of a few samples plan and check, once."""
+    model, inputs, rows = cnn(), images(16), []
+    score = ready(case, model, images)
+    values(model, inputs, score)
+    hook = model.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    values(model, inputs, score)
+    hook.remove()
+    assert rows.count(16) == score.needs.forwards

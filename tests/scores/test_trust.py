@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores.averaging import shifted_views
 from lightning_gradmetrics.scores.channels import WIDTH, ChannelProbe, channels_of, observing_channels
 from lightning_gradmetrics.scores.detectors import ledoit_wolf, mahalanobis, moment_sums
+from lightning_gradmetrics.scores.shifts import shifted_views
 from lightning_gradmetrics.scores.trust import ViewSums, error_log_odds, left_out_distances
 from tests.callback import runs
 from tests.models import Module, assert_same_state, cnn, images, mlp, state_of, vectors

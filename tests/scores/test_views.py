@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import make, views
-from lightning_gradmetrics.scores.averaging import shifted_views
+from lightning_gradmetrics.scores import load_fitted, make, save_fitted, views
+from lightning_gradmetrics.scores.shifts import shifted_views
 from tests.models import cnn, images, mlp, vectors
 
 
@@ -51,6 +52,26 @@ def test_transforms_of_the_user_and_a_fitted_score() -> None:
     torch.testing.assert_close(values, (plain + mirrored) / 2)
 
 
+@pytest.mark.parametrize("inner", ["knn(k=3)", "vim", "mahalanobis", "sirc"])
+def test_a_score_without_a_state_is_fitted_on_the_plain_inputs(inner: str, tmp_path: Path) -> None:
+    model, x = cnn().double(), images(60).double()
+    batch = (x, torch.arange(60) % 5)
+    fitted = lgm.fit(model, [batch], [inner, f"views(score={inner},n=4)"])
+    direct = lgm.score(model, x, views(fitted[0], n=4, name="views"))["views"]
+    averaged = lgm.score(model, x, fitted[1])[fitted[1].name]
+    torch.testing.assert_close(averaged, direct, rtol=1e-9, atol=1e-12)
+    save_fitted(fitted[1:], tmp_path)
+    loaded = load_fitted([pickle.loads(pickle.dumps(fitted[1])).with_state(None, None, None)], tmp_path, model)
+    assert torch.equal(lgm.score(model, x, loaded)[fitted[1].name], averaged)
+
+
+def test_scores_of_outputs_share_the_forward_passes() -> None:
+    model, x, rows = cnn(), images(30), []
+    model.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    lgm.score(model, x, ["views(score=energy,n=4)", "views(score=gen,n=4)", "views(n=4)"])
+    assert rows == [30, 2, 30, 30, 30]
+
+
 def test_a_head_that_is_not_the_output() -> None:
     body = nn.Sequential(nn.Flatten(), nn.Linear(48, 3), nn.Softmax(1)).eval()
     x = torch.randn(4, 3, 4, 4)
@@ -69,7 +90,7 @@ def test_spelling_and_pickling() -> None:
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        ("views(score=knn)", "views averages a fitted score, and 'knn' has no state: fit it first"),
+        ("views(score=gga_detector)", "views averages a fitted score, and 'gga_detector' has no state: fit it first"),
         ("views(score=el2n)", "views cannot average 'el2n', which needs true labels"),
         ("views(n=0)", "n=0; allowed: a whole number from 1"),
         ("views(score=enrgy)", "unknown score 'enrgy'; did you mean 'energy'"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from lightning_gradmetrics.scores import FittedScore, Score
 
-__all__ = ["MARKS", "detects", "kind_of", "mark_notes", "mark_of"]
+__all__ = ["MARKS", "detects", "kind_of", "mark_notes", "mark_of", "passes_of"]
 
 MARKS = {
     "fitted": "f",
@@ -42,15 +42,32 @@ def detects(score: Score) -> bool:
 
 
 def mark_of(score: Score) -> str:
-    """Return the mark of a score in the tables, or ``""``."""
-    return MARKS.get(kind_of(score), "")
+    """Return the mark of a score in the tables, or ``""``: the data that it used, and its forward passes if not one.
+
+    Example:
+        >>> from lightning_gradmetrics.scores import make
+        >>> mark_of(make("knn")), mark_of(make("views(score=energy)"))
+        ('f', '×10')
+    """
+    return " ".join(filter(None, (MARKS.get(kind_of(score), ""), passes_of(score))))
+
+
+def passes_of(score: Score) -> str:
+    """Return ``×n`` for a score that takes n forward passes, ``×?`` if their number is unknown, and ``""`` for one pass."""
+    forwards = score.needs.forwards
+    if forwards == 1:
+        return ""
+    return "×?" if forwards is None else f"×{forwards}"
 
 
 def mark_notes(scores: Iterable[Score]) -> list[str]:
     """Return one sentence that explains the marks in use; no sentence if there are none."""
-    used = set(map(mark_of, scores))
+    listed = list(scores)
+    used = {MARKS.get(kind_of(score), "") for score in listed}
     meanings = []
     for mark, meaning in MEANINGS.items():
         if mark in used:
             meanings.append(f"{mark}: {meaning}")
+    if any(map(passes_of, listed)):
+        meanings.append("×n: n forward passes instead of one, so a comparison with it is not at equal cost")
     return ["; ".join(meanings) + "."] if meanings else []

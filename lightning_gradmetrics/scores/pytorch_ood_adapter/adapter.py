@@ -285,6 +285,11 @@ class Prediction:
         """Whether it takes a backward pass."""
         return self.score.recipe.family == "gradient"
 
+    @property
+    def forwards(self) -> int:
+        """The number of forward passes: ODIN takes one at the input and one at the moved input, the others one."""
+        return 2 if _spec(self.score).name == "ODIN" else 1
+
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the scores of the inputs."""
         rows = inputs_of(model, inputs)
@@ -308,6 +313,7 @@ def inputs_of(model: nn.Module, inputs: Any) -> Tensor:
 
 
 inputs_of.backward = False  # type: ignore[attr-defined]
+inputs_of.forwards = 0  # type: ignore[attr-defined]
 
 
 def _rows(score: Any, evidence: Evidence) -> Tensor:
