@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OpeningMode", "has_tensors", "map_arguments", "opened", "tensors_in"]
+__all__ = ["OpeningMode", "Silence", "has_tensors", "map_arguments", "opened", "tensors_in"]
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 """For a fused function, an equivalent function written in calls that have rules."""
@@ -107,3 +107,36 @@ class OpeningMode(TorchFunctionMode):
                 return (DECOMPOSED.get(function) or opened(function))(*args, **kwargs)
         finally:
             self._open.pop()
+
+
+class Silence:
+    """Switches the interception of calls, gradients and autocast off while the engine computes; blocks may be nested.
+
+    While a mode is active, even reading a shape goes through it.
+
+    Args:
+        device: The type of the device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.depth = 0
+        self._device = device
+        self._open: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.depth += 1
+        if self.depth > 1:
+            return
+        self._open = [torch._C.DisableTorchFunction(), torch.no_grad()]
+        if torch.is_autocast_enabled(self._device):
+            self._open.append(torch.autocast(self._device, enabled=False))
+        for context in self._open:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.depth -= 1
+        if self.depth > 0:
+            return
+        for context in reversed(self._open):
+            context.__exit__(*error)
+        self._open = []

@@ -92,7 +92,7 @@ class OwnershipPass(Tracer):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call; the rows of calls with parameters are grouped later."""
         kwargs = kwargs or {}
-        if self._busy:
+        if self._silence.depth:
             return func(*args, **kwargs)
         sources = self._sources(args, kwargs)
         if not sources:
@@ -243,6 +243,10 @@ class OwnershipPass(Tracer):
             self._weighted = False
         self.backward(logits, last, gradient)
 
+    def _intercepts_backward(self) -> bool:
+        """Return True: a call that is repeated in the backward pass is refused."""
+        return True
+
     def _rows_arrive(
         self,
         number: int,
@@ -255,7 +259,7 @@ class OwnershipPass(Tracer):
         count, x, version = before
         if x._version != version:
             raise self._refused(slots.values(), "a layer's input was changed in place after its use")
-        with self._quiet(), self._guarded(slots.values()):
+        with self._silence, self._guarded(slots.values()):
             rows = len(call.values["input"])
             flat = g.reshape(rows, g.shape[count:].numel())
             if self._weighted:
@@ -268,7 +272,7 @@ class OwnershipPass(Tracer):
                 self._arrive(slots[slot], use)
 
     def _copies_arrive(self, number: int, source: Source, g: Tensor) -> None:
-        with self._quiet(), self._guarded([source]):
+        with self._silence, self._guarded([source]):
             flat = g.reshape(len(g), g.shape[1:].numel())
             if self._weighted:
                 self._weighted_rows[number] = self._projected(flat)

@@ -159,7 +159,8 @@ def collect_fast(
         PlanError: If the model does not follow the plan, or rows have no single owner.
     """
     for parameter in task.model.parameters():
-        parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
     tracer: Tracer
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
@@ -198,7 +199,7 @@ def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) ->
 
 def _known_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     """Return the parameters that the plan was made for, by name."""
-    roots, known = plan.roots.values(), {}
+    roots, known = set(plan.roots.values()), {}
     for name, parameter in model.named_parameters():
         if frozenset([name]) in roots:
             known[name] = parameter

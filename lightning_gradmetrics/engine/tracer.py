@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.axes import Axis
-from lightning_gradmetrics.engine.calls import OpeningMode, has_tensors, map_arguments, opened, tensors_in
+from lightning_gradmetrics.engine.calls import OpeningMode, Silence, has_tensors, map_arguments, opened, tensors_in
 from lightning_gradmetrics.engine.graph import Copies, Root
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
@@ -64,7 +64,8 @@ class Tracer(OpeningMode):
         self._pending: defaultdict[str, list[Use]] = defaultdict(list)
         self._position = 0
         self._delayed: list[Step] = []
-        self._backward = self._busy = self._checkpoints = False
+        self._backward = self._checkpoints = self._recomputes = False
+        self._silence = Silence(first.device.type)
         self._collecting, self._last = True, False
         self.notes: VerificationNotes | None = None
 
@@ -74,10 +75,13 @@ class Tracer(OpeningMode):
         """Run one call, as planned if it involves chosen parameters."""
         kwargs = kwargs or {}
         # An operator of the dispatcher is no call of the model: a TorchDispatchMode such as FlopCounterMode repeats it.
-        outside = self._busy or type(func) is torch._ops.OpOverload
+        outside = self._silence.depth or type(func) is torch._ops.OpOverload
         if not outside and not self._backward:
             self._note_call(func, args, kwargs)
         sources = () if outside else self._sources(args, kwargs)
+        if sources and not self._recomputes:
+            # Checkpoints that are not reentrant store no tensors, and repeat their calls in the backward pass.
+            self._recomputes = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if not sources:
             result = func(*args, **kwargs)
             if self.plan.reads is not None and getattr(func, "__name__", "") in HOST_READS and not self._backward:
@@ -192,12 +196,17 @@ class Tracer(OpeningMode):
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run the call unchanged and register a hook on the output."""
         found = RULES[step.function]
-        tracked = {id(t): self._tracked[id(t)] for t in tensors_in((args, kwargs)) if id(t) in self._tracked}
-        named = bind(found, args, kwargs) or {}
+        named, tracked = bind(found, args, kwargs) or {}, self._tracked
         slots = {name: tracked[id(value)] for name, value in named.items() if id(value) in tracked}
-        args, kwargs = self._cut(args), self._cut(kwargs)
-        values = bind(found, args, kwargs) or {}
-        axis = next(a for t, a in zip(tensors_in((args, kwargs)), step.inputs, strict=True) if t is values["input"])
+        if any(named[name].requires_grad for name in slots):
+            args, kwargs = self._cut(args), self._cut(kwargs)
+            named = bind(found, args, kwargs) or {}
+        values = named
+        axis = None
+        for tensor, known in zip(tensors_in((args, kwargs)), step.inputs, strict=True):
+            if tensor is values["input"]:
+                axis = known
+                break
         assert axis is not None and step.output is not None
         if found.dense and values["input"].ndim > 2:
             args, kwargs = map_arguments(partial(_made_contiguous, values["input"]), (args, kwargs))
@@ -323,8 +332,9 @@ class Tracer(OpeningMode):
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
         """Send a gradient, 1 for a scalar, back through the graph; every reached parameter goes to the sink once."""
         self._backward, self._last, delayed = True, last, list(self._delayed)
+        intercepted = self if self._intercepts_backward() else nullcontext()
         try:
-            with self, torch.autograd.set_multithreading_enabled(False):
+            with intercepted, torch.autograd.set_multithreading_enabled(False):
                 if total.requires_grad and delayed:
                     opened(torch.autograd.backward)(total, gradient, retain_graph=not last)
                 elif total.requires_grad:
@@ -336,33 +346,27 @@ class Tracer(OpeningMode):
         for name in list(self._pending):
             self._finish(name)
 
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        if self._busy:
-            yield
-            return
-        self._busy, device = True, self.anchor.device.type
-        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        try:
-            # While a mode is active, even reading a shape goes through it.
-            with torch._C.DisableTorchFunction(), torch.no_grad(), autocast:
-                yield
-        finally:
-            self._busy = False
+    def _intercepts_backward(self) -> bool:
+        """Return whether calls of the forward pass may be repeated in the backward pass."""
+        return self._recomputes or bool(self._delayed)
 
     def _rule_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
         if call.values["input"]._version != version:
             raise PlanError("a layer's input was changed in place after its use")
-        with self._quiet(), self._guarded(slots.values()):
-            self._scale(slots.values(), call.values["input"], g)
+        with self._silence, self._guarded(slots.values()):
+            if self.notes is not None:
+                self._scale(slots.values(), call.values["input"], g)
             for slot, use in found.uses(call, call.out.split(g)):
                 self._arrive(slots[slot], use)
         if self._last:  # the graph keeps this hook, and with it the layer's input, until the whole pass is over
             call.values.clear()
 
-    @contextmanager
-    def _guarded(self, sources: Iterable[Source]) -> Iterator[None]:
+    def _guarded(self, sources: Iterable[Source]) -> AbstractContextManager[None]:
         """While a plan is verified, limit an error to the parameters that it concerns."""
+        return nullcontext() if self.notes is None else self._noting(sources)
+
+    @contextmanager
+    def _noting(self, sources: Iterable[Source]) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -372,7 +376,7 @@ class Tracer(OpeningMode):
                 self.notes.failures[name] = f"{type(error).__name__}: {error}"
 
     def _copy_gradient(self, source: Source, g: Tensor) -> None:
-        with self._quiet(), self._guarded([source]):
+        with self._silence, self._guarded([source]):
             self._scale([source], g, g)
             self._arrive(source, RowsUse(g))
 
@@ -391,5 +395,5 @@ class Tracer(OpeningMode):
                 self._finish(name)
 
     def _finish(self, name: str) -> None:
-        with self._quiet(), self._guarded([name]):
+        with self._silence, self._guarded([name]):
             self.sink(name, combined(self._pending.pop(name)))
