@@ -26,7 +26,11 @@ class PixelOutcome:
 
     @property
     def pixel_metrics(self) -> pa.Table:
-        """The metrics of pixels: one row per data set, task, score, metric and kind of pooling."""
+        """The metrics of pixels, images and segments: one row per unit, data set, task, score, metric and kind of pooling.
+
+        ``low`` and ``high`` are the ends of the 95 % interval over images; ``difference`` is that to the first score, with its
+        paired interval.
+        """
         return self._pixels.tables().get("pixel_metrics", pa.table({}))
 
     def write_maps(self, directory: Path | str) -> list[Path]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-TASKS = ("evaluate", "gradtrust_demo", "stories")
+TASKS = ("evaluate", "gradtrust_demo", "segmentation", "stories")
 HINTS = (
     r".*does not have many workers.*",
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -28,7 +28,7 @@ HINTS = (
 
 
 def run(config: DictConfig) -> None:
-    """Run what the configuration says: evaluate scores, GradTrust's demo for one image, or a language model's text.
+    """Run what the configuration says: evaluate scores, GradTrust's demo, a segmentation model, or a language model's text.
 
     Args:
         config: The composed configuration.
@@ -44,6 +44,8 @@ def run(config: DictConfig) -> None:
         _evaluate_scores(config)
     elif config.task == "stories":
         _stories(config)
+    elif config.task == "segmentation":
+        _segmentation(config)
     else:
         _gradtrust_demo(config)
 
@@ -143,6 +145,22 @@ def _stories(config: DictConfig) -> None:
     tokens = token_rows(stories, list(chosen.token_scores))
     sequence_scores, semantic_scores = list(chosen.sequence_scores), list(chosen.semantic_scores)
     show_stories(tokens, sequence_rows(stories, sequence_scores, semantic_scores))
+
+
+def _segmentation(config: DictConfig) -> None:
+    from lightning_gradmetrics.cli.data.label_folders import LabelledImages
+    from lightning_gradmetrics.cli.data.sets import EvaluationData
+    from lightning_gradmetrics.cli.factories import build_model
+    from lightning_gradmetrics.cli.segmentation import find_code, score_segmentation, show_segmentation
+
+    data = LabelledImages(**config.images, rows=config.rows)
+    find_code(config.code)
+    model = build_model(config.model, EvaluationData({"images": data}, {"images": "id"}))
+    pixels = OmegaConf.to_container(config.pixels, resolve=True)
+    callback = score_segmentation(model, data, list(config.segmentation_scores), pixels, config.batch_size)  # type: ignore[arg-type]
+    show_segmentation(callback.results, callback.pixel_metrics, callback.segments.num_rows)
+    for path in callback.write_maps("maps"):
+        print(path)
 
 
 def _quiet_lightning() -> None:

@@ -124,6 +124,7 @@ def test_one_logit_is_two_classes() -> None:
 
 
 def metric(callback: lgm.GradientMetrics, **wanted: Any) -> float:
+    wanted = {"unit": "pixel", **wanted}
     (row,) = [row for row in callback.pixel_metrics.to_pylist() if wanted.items() <= row.items()]
     return float(row["value"])
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,14 +17,18 @@ from lightning_gradmetrics.meters.functional.ranking import (
     fpr_at_tpr_of_counts,
 )
 from lightning_gradmetrics.meters.functional.selective import aurc_of_counts
+from lightning_gradmetrics.pictures.pixels.resampling import (
+    GROUPS,
+    Estimate,
+    GroupedCells,
+    quantile_edges,
+    weights_of_groups,
+)
 
-__all__ = ["PixelMeter", "sampled_pixels"]
+__all__ = ["Meters", "PixelMeter", "joined", "sampled_pixels"]
 
 MOST_PIXELS = 20_000
 """Labelled pixels of an image that the metrics use with ``every="auto"``."""
-
-CELLS = 1024
-"""Cells of the resampled images."""
 
 
 def sampled_pixels(known: Tensor, every: int | str) -> Tensor:
@@ -36,43 +40,16 @@ def sampled_pixels(known: Tensor, every: int | str) -> Tensor:
     """
     places = known.nonzero().flatten()
     step = every if isinstance(every, int) else -(-len(places) // MOST_PIXELS)
-    if every == "auto" and 1 < step <= PRIMES[-1]:
-        step = min(prime for prime in PRIMES if prime >= step)
+    if every == "auto" and step > 1:
+        step = _next_prime(step)
     return places[:: max(1, step)]
 
 
-PRIMES = (
-    2,
-    3,
-    5,
-    7,
-    11,
-    13,
-    17,
-    19,
-    23,
-    29,
-    31,
-    37,
-    41,
-    43,
-    47,
-    53,
-    59,
-    61,
-    67,
-    71,
-    73,
-    79,
-    83,
-    89,
-    97,
-    101,
-    103,
-    107,
-    109,
-)
-"""A step that is a prime rarely divides the width of an image, so no column is preferred."""
+def _next_prime(number: int) -> int:
+    """Return the smallest prime that is at least the number: it rarely divides the width of an image."""
+    while any(number % divisor == 0 for divisor in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number
 
 
 class _Pool:
@@ -101,42 +78,8 @@ class _Pool:
             self.table = merge_tables(torch.stack([self.table, other.table]))
 
 
-class _Resamples:
-    """Histograms of images drawn with replacement, by Poisson weights: the same memory for any number of images.
-
-    The cells are quantiles of the first image.
-    """
-
-    def __init__(self, resamples: int) -> None:
-        self.resamples = resamples
-        self.edges: Tensor | None = None
-        self.cells = torch.zeros(resamples, 2, CELLS)
-        self.generator = torch.Generator().manual_seed(0)
-
-    def add(self, scores: Tensor, target: Tensor) -> None:
-        if not self.resamples:
-            return
-        if self.edges is None:
-            shares = torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)[1:-1]
-            ordered = scores.double().sort().values
-            self.edges = ordered[(shares * (len(ordered) - 1)).round().long()].contiguous()
-        cell = torch.bucketize(scores.double(), self.edges)
-        image = torch.bincount(cell + CELLS * target.long(), minlength=2 * CELLS).view(2, CELLS).float()
-        weights = torch.poisson(torch.ones(self.resamples), generator=self.generator)
-        self.cells += weights[:, None, None] * image
-
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the AUROC over images; NaN without resamples."""
-        if not self.resamples or self.edges is None:
-            return float("nan"), float("nan")
-        right, wrong = self.cells[:, 0].double(), self.cells[:, 1].double()
-        below = right.cumsum(1) - right / 2
-        areas = (wrong * below).sum(1) / (wrong.sum(1) * right.sum(1))
-        known = areas[areas.isfinite()]
-        if not len(known):
-            return float("nan"), float("nan")
-        low, high = known.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        return low, high
+Estimates = dict[tuple[str, str], Estimate]
+"""By metric and by what the pairs of pixels have in common: ``"all"``, ``"image"`` or ``"predicted class"``."""
 
 
 @dataclass
@@ -145,43 +88,60 @@ class PixelMeter:
 
     Args:
         bins: Cells of the pooled metrics; ``None`` keeps every value.
-        resamples: Resamples of images.
+        resamples: Resamples of images; 0 for no intervals.
 
     Example:
         >>> meter = PixelMeter(None, 0)
-        >>> meter.add(torch.tensor([0.1, 0.9, 0.5]), torch.tensor([False, True, False]), torch.tensor([0, 0, 1]))
-        >>> {row["metric"]: row["value"] for row in meter.rows() if row["within"] == "all"}["auroc"]
+        >>> meter.add(torch.tensor([0.1, 0.9, 0.5]), torch.tensor([False, True, False]), torch.tensor([0, 0, 1]), 0)
+        >>> meter.estimates()["auroc", "all"].value
         1.0
     """
 
     bins: int | None
     resamples: int
-    images: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pool = _Pool(self.bins)
         self.by_class: dict[int, _Pool] = {}
-        self.resampled = _Resamples(self.resamples)
+        self.edges: Tensor | None = None
+        self.cells: GroupedCells | None = None
+        self.class_cells: dict[int, GroupedCells] = {}
+        self.images = torch.zeros(GROUPS, 2, dtype=torch.float64)  # sum and number of the AUROCs of images
 
-    def add(self, scores: Tensor, target: Tensor, predicted: Tensor) -> None:
+    def add(self, scores: Tensor, target: Tensor, predicted: Tensor, group: int) -> None:
         """Add the pixels of one image.
 
         Args:
             scores: ``(M,)``, finite.
             target: ``(M,)``, bool.
             predicted: The predicted class ``(M,)``.
+            group: The group of the image in the resamples.
         """
         if not len(scores):
             return
         self.pool.add(scores, target)
-        self.resampled.add(scores, target)
         if bool(target.any()) and not bool(target.all()):
-            self.images.append(float(auroc_of_counts(count(scores, target.long()))))
+            area = float(auroc_of_counts(count(scores, target.long())))
+            self.images[group] += torch.tensor([area, 1.0], dtype=torch.float64)
         for number in torch.unique(predicted).tolist():
             inside = predicted == number
             if number not in self.by_class:
                 self.by_class[number] = _Pool(None if self.bins is None else max(1024, self.bins // 8))
             self.by_class[number].add(scores[inside], target[inside])
+        if self.resamples:
+            self._add_cells(scores, target, predicted, group)
+
+    def _add_cells(self, scores: Tensor, target: Tensor, predicted: Tensor, group: int) -> None:
+        if self.edges is None:
+            self.edges = quantile_edges(scores)
+            self.cells = GroupedCells(self.edges)
+        assert self.cells is not None
+        self.cells.add(scores, target, group)
+        for number in torch.unique(predicted).tolist():
+            inside = predicted == number
+            if number not in self.class_cells:
+                self.class_cells[number] = GroupedCells(self.edges[1::2].contiguous())
+            self.class_cells[number].add(scores[inside], target[inside], group)
 
     def join(self, other: PixelMeter) -> None:
         """Add the pixels of another process."""
@@ -192,40 +152,53 @@ class PixelMeter:
                 self.by_class[number].join(pool)
             else:
                 self.by_class[number] = pool
-        if other.resampled.edges is not None:
-            self.resampled = _Resamples(0) if self.resampled.edges is not None else other.resampled
+        if self.cells is None or other.cells is None:
+            self.cells = self.cells or other.cells
+        else:
+            self.cells.join(other.cells)
+        for number, cells in other.class_cells.items():
+            if number in self.class_cells:
+                self.class_cells[number].join(cells)
+            else:
+                self.class_cells[number] = cells
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield one row per metric: ``metric``, ``within``, ``value``, ``low`` and ``high``."""
+    def estimates(self) -> Estimates:
+        """Return all metrics; AUROCs with their resamples."""
         if not self.by_class:
-            return
-        counts = self.pool.counts()
-        low, high = self.resampled.interval()
-        nothing = float("nan")
-        yield _row("auroc", "all", float(auroc_of_counts(counts)), low, high)
-        yield _row("aupr", "all", float(average_precision_of_counts(counts)), nothing, nothing)
-        yield _row("fpr95", "all", float(fpr_at_tpr_of_counts(counts)), nothing, nothing)
-        yield _row("aurc", "all", float(aurc_of_counts(counts)), nothing, nothing)
-        mean = sum(self.images) / len(self.images) if self.images else nothing
-        yield _row("auroc", "image", mean, nothing, nothing)
-        areas, pairs = self._areas_by_class()
-        within = float((areas * pairs).sum() / pairs.sum()) if len(pairs) else nothing
-        yield _row("auroc", "predicted class", within, nothing, nothing)
+            return {}
+        counts, weights = self.pool.counts(), weights_of_groups(self.resamples)
+        areas = None if self.cells is None else self.cells.areas(weights)[0]
+        return {
+            ("auroc", "all"): Estimate(float(auroc_of_counts(counts)), areas),
+            ("aupr", "all"): Estimate(float(average_precision_of_counts(counts))),
+            ("fpr95", "all"): Estimate(float(fpr_at_tpr_of_counts(counts))),
+            ("aurc", "all"): Estimate(float(aurc_of_counts(counts))),
+            ("auroc", "image"): self._mean_over_images(weights),
+            ("auroc", "predicted class"): self._within_class(weights),
+        }
 
-    def _areas_by_class(self) -> tuple[Tensor, Tensor]:
-        """The AUROC within each predicted class that has both kinds of pixels, and the number of pairs."""
-        areas, pairs = [], []
+    def _mean_over_images(self, weights: Tensor) -> Estimate:
+        total, number = self.images.sum(0).tolist()
+        if not number:
+            return Estimate(float("nan"))
+        every = torch.cat([weights, torch.ones(1, GROUPS, dtype=torch.float64)]) @ self.images
+        return Estimate(total / number, every[:, 0] / every[:, 1] if self.resamples else None)
+
+    def _within_class(self, weights: Tensor) -> Estimate:
+        """The mean of the AUROCs within each predicted class, weighted by the number of pairs."""
+        total = pairs = 0.0
         for pool in self.by_class.values():
             counts = pool.counts()
             number = float(counts.positives) * float(counts.negatives)
             if number:
-                areas.append(float(auroc_of_counts(counts)))
-                pairs.append(number)
-        return torch.tensor(areas, dtype=torch.float64), torch.tensor(pairs, dtype=torch.float64)
-
-
-def _row(metric: str, within: str, value: float, low: float, high: float) -> dict[str, Any]:
-    return {"metric": metric, "within": within, "value": value, "low": low, "high": high}
+                total, pairs = total + number * float(auroc_of_counts(counts)), pairs + number
+        if not pairs:
+            return Estimate(float("nan"))
+        totals = torch.zeros(2, self.resamples + 1, dtype=torch.float64)
+        for cells in self.class_cells.values():
+            areas, weight = cells.areas(weights)
+            totals += torch.stack([(areas * weight).nan_to_num(), weight])
+        return Estimate(total / pairs, totals[0] / totals[1] if self.resamples else None)
 
 
 Meters = dict[tuple[str, str, str], PixelMeter]

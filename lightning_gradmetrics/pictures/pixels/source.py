@@ -11,8 +11,10 @@ from torch import Tensor
 
 from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, images_of
 from lightning_gradmetrics.pictures.pixels.images import columns_of
+from lightning_gradmetrics.pictures.pixels.levels import image_metrics, pixel_metrics, segment_metrics
 from lightning_gradmetrics.pictures.pixels.maps import KeptMaps, figure_of, half, picture_of, write_maps
 from lightning_gradmetrics.pictures.pixels.metrics import Meters, PixelMeter, joined, sampled_pixels
+from lightning_gradmetrics.pictures.pixels.resampling import group_of
 from lightning_gradmetrics.pictures.pixels.segments import segments_of
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.results.sample_index import REPEATED
@@ -37,6 +39,8 @@ class PixelResults:
         self.segments: list[Row] = []
         self.meters: Meters = {}
         self.maps: list[KeptMaps] = []
+        self._scores: tuple[str, ...] = ()
+        self._metrics: list[Row] | None = None
 
     def look(self, evidence: Evidence) -> None:
         """Read nothing that scores do not read."""
@@ -49,21 +53,24 @@ class PixelResults:
         prediction = evidence.given_logits.argmax(1)
         labels, classes = evidence.given_labels, evidence.given_logits.shape[1]
         columns = columns_of(batch.maps, prediction, labels, classes, self.settings.aggregates)
-        index = batch.index.tolist()
+        self._metrics = None
+        index, self._scores = batch.index.tolist(), tuple(batch.scores)
         for number, image in enumerate(index):
             if image == REPEATED:
                 continue
             row: Row = {"dataset": batch.dataset, "index": image if image >= 0 else None}
-            for name, values in columns.items():
+            for name, values in {**columns, **batch.scores}.items():
                 row[name] = values[number].item()
             self.images.append(row)
-            truth = None if labels is None else labels[number]
+            truth, group = None if labels is None else labels[number], group_of(image, prediction[number])
             one = {name: values[number] for name, values in batch.maps.items()}
-            self._add_metrics(batch.dataset, one, prediction[number], truth)
-            self._add_segments(row, one, prediction[number], truth)
+            self._add_metrics(batch.dataset, one, prediction[number], truth, group)
+            self._add_segments(row, one, prediction[number], truth, group)
             self._keep_maps(row, batch, number, one, prediction[number], truth)
 
-    def _add_metrics(self, dataset: str, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None) -> None:
+    def _add_metrics(
+        self, dataset: str, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None, group: int
+    ) -> None:
         if labels is None:
             return
         truth, predicted = labels.flatten().cpu(), prediction.flatten().cpu()
@@ -78,16 +85,18 @@ class PixelResults:
                 key = (dataset, task, score)
                 if key not in self.meters:
                     self.meters[key] = PixelMeter(self.settings.bins, self.settings.resamples)
-                self.meters[key].add(chosen[finite], target[places][finite], predicted[places][finite])
+                self.meters[key].add(chosen[finite], target[places][finite], predicted[places][finite], group)
 
-    def _add_segments(self, row: Row, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None) -> None:
+    def _add_segments(
+        self, row: Row, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None, group: int
+    ) -> None:
         if not self.settings.segments:
             return
         arrays = {}
         for name, values in maps.items():
             arrays[name] = values.double().cpu().numpy()
         truth = None if labels is None else labels.cpu().numpy()
-        start = {"dataset": row["dataset"], "index": row["index"]}
+        start = {"dataset": row["dataset"], "index": row["index"], "group": group}
         for segment in segments_of(prediction.cpu().numpy(), truth, arrays, self.settings.segments):
             self.segments.append({**start, **segment})
 
@@ -119,16 +128,20 @@ class PixelResults:
 
     def kept(self) -> Any:
         """Return what processes exchange."""
-        return self.images, self.segments, self.meters, self.maps
+        return self.images, self.segments, self.meters, self.maps, self._scores
 
     def join(self, parts: Sequence[Any]) -> None:
         """Replace the data by those of all processes."""
+        self._metrics = None
         self.images, self.segments, maps = [], [], []
-        for images, segments, _, own in parts:
+        meters: list[Meters] = []
+        for images, segments, measured, own, scores in parts:
             self.images += images
             self.segments += segments
+            meters.append(measured)
             maps += own
-        self.meters = joined([meters for _, _, meters, _ in parts])
+            self._scores = self._scores or scores
+        self.meters = joined(meters)
         self._take(maps)
 
     def pictures(self) -> list[Picture]:
@@ -146,21 +159,26 @@ class PixelResults:
         for name, rows in (("images", self.images), ("segments", self.segments), ("pixel_metrics", self.metrics())):
             if rows:
                 tables[name] = pa.Table.from_pylist(rows)
+        if "segments" in tables:
+            tables["segments"] = tables["segments"].drop_columns(["group"])
         return tables
 
     def metrics(self) -> list[Row]:
-        """Return the metrics of pixels: one row per data set, task, score, metric and kind of pooling."""
-        rows = []
-        for (dataset, task, score), meter in self.meters.items():
-            for row in meter.rows():
-                rows.append({"dataset": dataset, "unit": "pixel", "task": task, "score": score, **row})
-        return rows
+        """Return the metrics: one row per unit (pixel, image or segment), data set, task, score, metric and kind of pooling."""
+        if self._metrics is None:
+            scores, resamples = self._scores, self.settings.resamples
+            self._metrics = [
+                *pixel_metrics(self.meters),
+                *image_metrics(self.images, scores, resamples),
+                *segment_metrics(self.segments, scores, resamples),
+            ]
+        return self._metrics
 
     def logged(self, prefix: str) -> dict[str, float]:
         """Return the AUROC of pixels, pooled and within the predicted class, by the names of the loggers."""
         logged = {}
         for row in self.metrics():
-            if row["metric"] == "auroc" and row["within"] != "image":
+            if row["unit"] == "pixel" and row["metric"] == "auroc" and row["within"] != "image":
                 kind = "pixel" if row["within"] == "all" else "pixel_within_class"
                 logged[f"{prefix}/{row['dataset']}/{row['task']}/{row['score']}/{kind}_auroc"] = row["value"]
         return logged
@@ -184,7 +202,7 @@ class PixelResults:
             if (dataset, index) not in by_key:
                 return results
             rows.append(by_key[dataset, index])
-        added = pa.Table.from_pylist(rows).drop_columns(["dataset", "index"])
+        added = pa.Table.from_pylist(rows).drop_columns(["dataset", "index", *self._scores])
         for name in added.column_names:
             results = results.append_column(name, added[name])
         return results

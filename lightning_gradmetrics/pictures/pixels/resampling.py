@@ -1,0 +1,136 @@
+"""Intervals over images in memory that does not grow with them: histograms of groups of images, drawn with replacement."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["GROUPS", "Estimate", "GroupedCells", "group_of", "quantile_edges", "weights_of_groups"]
+
+GROUPS = 32
+"""Groups of images that the intervals resample; up to this number of images, each is a group."""
+
+CELLS = 1024
+"""Cells of a histogram."""
+
+NAN = float("nan")
+
+
+def group_of(index: int, prediction: Tensor) -> int:
+    """Return the group of an image, which does not depend on the process or the batch that has it.
+
+    Args:
+        index: The index of the image in its data set; negative if it is unknown: then its prediction decides.
+        prediction: ``(H, W)``.
+
+    Example:
+        >>> group_of(35, torch.zeros(2, 2))
+        3
+    """
+    if index >= 0:
+        return index % GROUPS
+    return zlib.crc32(prediction.cpu().contiguous().numpy().tobytes()) % GROUPS
+
+
+def weights_of_groups(resamples: int) -> Tensor:
+    """Return how often each group is drawn in each resample, ``(B, G)``: the same for all scores, so they are paired."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.poisson(torch.ones(resamples, GROUPS, dtype=torch.float64), generator=generator)
+
+
+def quantile_edges(scores: Tensor) -> Tensor:
+    """Return the inner edges of cells with equal numbers of scores, ``(CELLS - 1,)``, float64."""
+    shares = torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)[1:-1]
+    ordered = scores.double().sort().values
+    return ordered[(shares * (len(ordered) - 1)).round().long()].contiguous()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric with its values in the resamples.
+
+    Args:
+        value: The metric.
+        replicates: Its value in each resample ``(B,)``, and in the cells without resampling as the last; or ``None``.
+    """
+
+    value: float
+    replicates: Tensor | None = None
+
+    def interval(self) -> tuple[float, float]:
+        """Return the ends of the 95 % interval over images; NaN without resamples."""
+        return _ends(self.value, self.replicates)
+
+    def minus(self, other: Estimate) -> tuple[float, float, float]:
+        """Return the difference to another score's metric with the ends of its paired 95 % interval."""
+        difference = self.value - other.value
+        if self.replicates is None or other.replicates is None:
+            return difference, NAN, NAN
+        return difference, *_ends(difference, self.replicates - other.replicates)
+
+
+def _ends(value: float, replicates: Tensor | None) -> tuple[float, float]:
+    """The quantiles of the replicates, moved by what the cells change in the value."""
+    if replicates is None:
+        return NAN, NAN
+    moved = replicates[:-1] - replicates[-1] + value
+    known = moved[moved.isfinite()]
+    if not len(known):
+        return NAN, NAN
+    low, high = known.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+class GroupedCells:
+    """Histograms of negatives and positives for each group of images; several grids where processes had other edges.
+
+    Args:
+        edges: The inner edges of the cells.
+    """
+
+    def __init__(self, edges: Tensor) -> None:
+        self.edges = [edges]
+        self.counts = [torch.zeros(GROUPS, 2, len(edges) + 1, dtype=torch.int32)]
+
+    def add(self, scores: Tensor, target: Tensor, groups: int | Tensor) -> None:
+        """Add scores.
+
+        Args:
+            scores: ``(M,)``.
+            target: ``(M,)``, bool.
+            groups: The group of all, or of each ``(M,)``.
+        """
+        size = len(self.edges[0]) + 1
+        cell = torch.bucketize(scores.double(), self.edges[0]) + size * (target.long() + 2 * groups)
+        counted = torch.bincount(cell, minlength=GROUPS * 2 * size)
+        self.counts[0] += counted.view(GROUPS, 2, size).int()
+
+    def join(self, other: GroupedCells) -> None:
+        """Add the histograms of another process."""
+        self.edges += other.edges
+        self.counts += other.counts
+
+    def areas(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the AUROC of each resample, NaN without pairs, and its number of pairs, ``(B + 1,)`` each.
+
+        Args:
+            weights: From :func:`weights_of_groups`; a row of ones is added as the last.
+        """
+        every = torch.cat([weights, torch.ones(1, GROUPS, dtype=weights.dtype)])
+        counts = torch.cat(self.counts, 2)[:, :, _order(self.edges)].double()
+        negatives, positives = every @ counts[:, 0], every @ counts[:, 1]
+        below = negatives.cumsum(1) - negatives / 2
+        pairs = positives.sum(1) * negatives.sum(1)
+        return (positives * below).sum(1) / pairs, pairs
+
+
+def _order(edges: Sequence[Tensor]) -> Tensor:
+    """Return the cells of all grids in the order of their middles."""
+    middles = []
+    for one in edges:
+        middles.append(torch.cat([one[:1], (one[1:] + one[:-1]) / 2, one[-1:]]))
+    return torch.cat(middles).argsort(stable=True)
