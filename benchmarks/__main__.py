@@ -5,7 +5,19 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("callback", "engine", "gga", "gpu", "intervals", "meters", "small", "soak", "zoo")
+NAMES = (
+    "callback",
+    "engine",
+    "gga",
+    "gpu",
+    "intervals",
+    "meters",
+    "segmentation",
+    "small",
+    "soak",
+    "zoo",
+    "zoo_segmentation",
+)
 
 
 def main() -> None:

@@ -33,6 +33,11 @@ class PixelOutcome:
         """
         return self._pixels.tables().get("pixel_metrics", pa.table({}))
 
+    @property
+    def class_metrics(self) -> pa.Table:
+        """One row per data set, task, score and predicted class: its pixels, the share of positives, and the AUROC within it."""
+        return self._pixels.tables().get("class_metrics", pa.table({}))
+
     def write_maps(self, directory: Path | str) -> list[Path]:
         """Write the maps of the images that ``pixels=Pixels(maps=...)`` keeps.
 

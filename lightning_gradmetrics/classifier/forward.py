@@ -34,6 +34,9 @@ sample. A mapping may contain both: integer keys are positional arguments, other
 LOGIT_KEYS = ("logits", "out")
 """The entries of a mapping that hold logits."""
 
+MASK_CLASSES = "class_queries_logits"
+"""The entry of models that classify masks: MaskFormer, Mask2Former, OneFormer and EoMT in transformers."""
+
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """Call ``model`` with a tensor, with a mapping as keyword arguments, or with a sequence as positional arguments.
@@ -89,6 +92,11 @@ def logits_in(output: Any) -> Tensor:
         logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
+    if (isinstance(output, Mapping) and MASK_CLASSES in output) or hasattr(output, MASK_CLASSES):
+        raise TypeError(
+            f"{type(output).__name__} has masks and a class for each mask ({MASK_CLASSES}): pixels have no softmax of logits, so "
+            "no score is defined. Pass logits_fn= if your own post-processing returns logits (N, C, H, W)"
+        )
     raise TypeError(
         f"no logits in the model's output of type {type(output).__name__}; allowed: a tensor, a mapping with 'logits' or "
         "'out', or an object with .logits; for anything else, as a tuple (mask, label), pass logits_fn=, a callable from the "

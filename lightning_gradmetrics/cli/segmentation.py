@@ -30,6 +30,9 @@ PIXELS: dict[str, Key] = {
     "mean over images": ("pixel", "misclassification", "auroc", "image"),
     "within class": ("pixel", "misclassification", "auroc", "predicted class"),
 }
+WIDTH = 180
+"""Characters in a line of output that goes to a file."""
+
 OTHERS: dict[str, Key] = {
     "image: Spearman with error": ("image", "error", "spearman", "all"),
     "with 1 - mIoU": ("image", "1 - miou", "spearman", "all"),
@@ -85,7 +88,7 @@ def score_segmentation(
 
 
 def show_segmentation(results: pa.Table, metrics: pa.Table, segments: int) -> None:
-    """Print what was scored and two tables: of pixels, and of images and segments.
+    """Print the number of pixels and segments, and two tables: of pixels, and of images and segments.
 
     Args:
         results: One row per image.
@@ -93,6 +96,8 @@ def show_segmentation(results: pa.Table, metrics: pa.Table, segments: int) -> No
         segments: The number of predicted segments.
     """
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     labelled = sum(results["pixels"].to_pylist())
     wrong = 0.0
     for count, error in zip(results["pixels"].to_pylist(), results["error"].to_pylist(), strict=True):

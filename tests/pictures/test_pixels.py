@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,51 @@ def test_batches_as_people_have_them(form: str) -> None:
     assert results["label"].null_count == len(rows)
 
 
+class Wrapped(nn.Module):
+    """A model whose output is that of a library."""
+
+    def __init__(self, output: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.output = Segmenter(nn.Conv2d(4, 5, 1)), output
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.net(x))
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "torchvision": lambda z: {"out": z, "aux": z.flip(1)},
+    "transformers": lambda z: SimpleNamespace(logits=z, loss=None),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_of_libraries(kind: str) -> None:
+    torch.manual_seed(0)
+    net, rows = Wrapped(OUTPUTS[kind]).eval(), data(3, SIZE)
+    callback = lgm.GradientMetrics(SCORES)
+    run_on(callback, rows, net, lambda model, batch: model(batch[0]))
+    maps = lgm.score(net.net, torch.stack([row[0] for row in rows]), SCORES)
+    for name in SCORES:
+        np.testing.assert_allclose(callback.results[name].to_numpy(), maps[name].flatten(1).mean(1), rtol=1e-5)
+
+
+def test_a_tuple_of_masks_and_classes_needs_logits_fn() -> None:
+    """``aux_params`` of segmentation_models_pytorch."""
+    torch.manual_seed(0)
+    net, rows = Wrapped(lambda z: (z, z.mean((2, 3)))).eval(), data(3, SIZE)
+    with pytest.raises(TypeError, match=r"tuple \(mask, label\), pass logits_fn="):
+        run_on(lgm.GradientMetrics(SCORES), rows, net, lambda model, batch: model(batch[0]))
+    callback = lgm.GradientMetrics(SCORES, logits_fn=lambda output: output[0])
+    run_on(callback, rows, net, lambda model, batch: model(batch[0]))
+    assert callback.results["error"].null_count == 0
+
+
+def test_classified_masks_are_refused_with_the_reason() -> None:
+    net = Wrapped(lambda z: {"class_queries_logits": z.mean((2, 3)), "masks_queries_logits": z}).eval()
+    with pytest.raises(TypeError, match="masks and a class for each mask.*no softmax of logits"):
+        run_on(lgm.GradientMetrics(SCORES), data(2, SIZE), net, lambda model, batch: model(batch[0]))
+
+
 def test_small_logits_are_resized_to_the_labels() -> None:
     """As ``post_process_semantic_segmentation`` does; the gradient is that of the resized logits."""
     torch.manual_seed(0)
@@ -133,7 +179,9 @@ def metric(callback: lgm.GradientMetrics, **wanted: Any) -> float:
 def test_metrics_are_those_of_the_pixels(bins: int | None) -> None:
     torch.manual_seed(0)
     net, rows = HEADS["bilinear"]().eval(), data(7)
-    settings = lgm.Pixels(bins=bins, every=1, ood_labels=(7,), ignore_index=(255, 6))
+    settings = lgm.Pixels(
+        bins=bins, every=1, ood_labels=(7,), ignore_index=(255, 6), class_names=tuple("abcde"), segments=1
+    )
     for _, labels in rows:
         labels[3], labels[4] = 7, 6
     callback = lgm.GradientMetrics(SCORES, pixels=settings)
@@ -153,6 +201,17 @@ def test_metrics_are_those_of_the_pixels(bins: int | None) -> None:
         if count:
             within, pairs = within + count * roc_auc_score(wrong[inside], values[inside]), pairs + count
     assert metric(callback, **misses, within="predicted class") == pytest.approx(within / pairs)
+    by_class = {(row["task"], row["score"], row["class"]): row for row in callback.class_metrics.to_pylist()}
+    for number in range(5):
+        inside, row = known & (prediction == number), by_class.get(("misclassification", "pseudo_label", number))
+        if row is None:
+            assert not inside.any()
+            continue
+        assert (row["class_name"], row["pixels"]) == ("abcde"[number], int(inside.sum()))
+        assert row["share"] == pytest.approx(float(wrong[inside].float().mean()))
+        if 0 < row["share"] < 1:
+            assert row["auroc"] == pytest.approx(roc_auc_score(wrong[inside], values[inside]), abs=1e-6)
+    assert {row["class_name"] for row in callback.segments.to_pylist()} <= set("abcde")
     seen = known | (labels == 7)
     outliers = metric(callback, score="pseudo_label", task="ood", metric="auroc", within="all")
     assert outliers == pytest.approx(roc_auc_score(labels[seen] == 7, values[seen]))
@@ -180,6 +239,17 @@ def test_a_label_that_is_no_class_is_named() -> None:
     rows[2][1][5, 5] = 11
     with pytest.raises(ValueError, match=r"label 11, and the model has 5 classes.*ignore_index"):
         run_on(lgm.GradientMetrics(SCORES), rows, net, lambda model, batch: model(batch[0]))
+
+
+def test_class_names_are_those_of_all_classes() -> None:
+    with pytest.raises(ValueError, match="class_names has 2 names, and the model has 5 classes"):
+        run_on(
+            lgm.GradientMetrics(SCORES, pixels={"class_names": ["a", "b"]}), data(), HEADS["bilinear"]().eval(), call
+        )
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    return model(batch[0])
 
 
 @pytest.mark.parametrize("pixels", [{"maps": -1}, {"aggregates": ("median",)}, {"every": 0}, {"ood_labels": (255,)}])

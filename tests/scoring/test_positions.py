@@ -150,6 +150,30 @@ def test_a_logit_score_needs_no_head() -> None:
     assert lgm.score(model, torch.randn(2, 3, 4, 4), "entropy")["entropy"].shape == (2, 4, 4)
 
 
+class MaskClassifier(nn.Module):
+    """Queries with class probabilities, multiplied by their masks, as in MaskFormer's semantic inference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks, self.classes = nn.Conv2d(3, 6, 1), nn.Linear(3, 6 * 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        classes = self.classes(x.mean((2, 3))).unflatten(1, (6, 5)).softmax(2)
+        return torch.einsum("nqc,nqhw->nchw", classes, self.masks(x).sigmoid())
+
+
+class Refined(Segmenter):
+    """A learned layer that mixes classes behind the head, as a conditional random field does."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(4, 5, 1))
+        self.mixing = nn.Parameter(torch.eye(5) + 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        return z + torch.einsum("cd,ndhw->nchw", self.mixing, z.softmax(1))
+
+
 @pytest.mark.parametrize(
     ("score", "model", "words"),
     [
@@ -157,6 +181,9 @@ def test_a_logit_score_needs_no_head() -> None:
         ("mc_dropout", Segmenter(nn.Conv2d(4, 5, 1)), "not defined per position"),
         ("odin", Segmenter(nn.Conv2d(4, 5, 1)), "not defined per position"),
         ("gradnorm", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z + z.mean(1, keepdim=True)), "could not be found"),
+        ("gradnorm", Refined(), "could not be found.*a CRF.*no closed form.*Logit scores"),
+        ("gradnorm", MaskClassifier(), "could not be found.*masks multiplied by class scores"),
+        ("gradnorm", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z.softmax(1)), "probabilities|softmax"),
         ("entropy", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z.softmax(1)), "probabilities"),
         ("entropy", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z.flatten(2)), "not certain which axis"),
     ],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.meters.functional import auroc, spearman
+from lightning_gradmetrics.meters.functional.ranking import auroc_of_counts
 from lightning_gradmetrics.pictures.pixels.metrics import Estimates, Meters
 from lightning_gradmetrics.pictures.pixels.resampling import (
     Estimate,
@@ -18,7 +19,7 @@ from lightning_gradmetrics.pictures.pixels.resampling import (
     weights_of_groups,
 )
 
-__all__ = ["image_metrics", "pixel_metrics", "real_valued_aurc", "segment_metrics"]
+__all__ = ["class_metrics", "image_metrics", "pixel_metrics", "real_valued_aurc", "segment_metrics"]
 
 Row = dict[str, Any]
 
@@ -51,6 +52,22 @@ def pixel_metrics(meters: Meters) -> Iterator[Row]:
             yield _row("pixel", dataset, task, score, key, found, reference[key])
 
 
+def class_metrics(meters: Meters, names: Sequence[str]) -> Iterator[Row]:
+    """Yield one row per data set, task, score and predicted class: pixels, share of positives, and the AUROC within it.
+
+    Args:
+        meters: By data set, task and score.
+        names: The name of each class.
+    """
+    for (dataset, task, score), meter in meters.items():
+        for number, pool in sorted(meter.by_class.items()):
+            counts = pool.counts()
+            pixels = float(counts.positives + counts.negatives)
+            row: Row = {"dataset": dataset, "task": task, "score": score, "class": number, "class_name": names[number]}
+            row |= {"pixels": int(pixels), "share": float(counts.positives) / pixels}
+            yield row | {"auroc": float(auroc_of_counts(counts))}
+
+
 def _by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -59,7 +76,10 @@ def _by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _column(rows: Sequence[Row], name: str) -> Tensor:
-    return torch.tensor([float("nan") if row[name] is None else row[name] for row in rows], dtype=torch.float64)
+    values = []
+    for row in rows:
+        values.append(float("nan") if row[name] is None else row[name])
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def segment_metrics(segments: Sequence[Row], scores: Sequence[str], resamples: int) -> Iterator[Row]:

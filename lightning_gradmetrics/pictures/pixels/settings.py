@@ -17,12 +17,13 @@ class Pixels:
     Args:
         ignore_index: The label, or the labels, of pixels that no metric uses. Negative labels are always ignored.
         ood_labels: The labels of out-of-distribution pixels: they are positives of a separate task, and never errors.
+        class_names: The names of the classes, in their order, for segments and metrics by class.
         aggregates: What an image's row has of each score: ``"mean"``, ``"max"`` and quantiles, as ``"q95"``. The first
             is the score's column; the others are columns ``<score>/<aggregate>``.
         segments: The least number of pixels of a segment in ``callback.segments``; 0 for no segments.
         every: Metrics use every pixel (1), every n-th, or with ``"auto"`` at most 20,000 labelled pixels of an image.
         bins: Cells of the pooled metrics, with constant memory; ``None`` keeps every value and is exact.
-        resamples: Resamples of images for the intervals of the pooled AUROC; 0 for none.
+        resamples: Resamples of images for the intervals; 0 for none.
         maps: The number of images whose maps are kept: those with the largest first score.
 
     Raises:
@@ -35,6 +36,7 @@ class Pixels:
 
     ignore_index: int | Sequence[int] = 255
     ood_labels: Sequence[int] = ()
+    class_names: Sequence[str] | None = None
     aggregates: Sequence[str] = ("mean",)
     segments: int = 50
     every: int | str = "auto"
@@ -59,6 +61,25 @@ class Pixels:
             raise ValueError(
                 f"the label {min(both)} is in ignore_index and in ood_labels; a pixel can be only one of them"
             )
+
+    def class_name(self, number: int, classes: int) -> str:
+        """Return the name of a class: its number, if there are no names.
+
+        Args:
+            number: The class.
+            classes: The number of the model's classes.
+
+        Raises:
+            ValueError: If the number of names is another one.
+        """
+        if self.class_names is None:
+            return str(number)
+        if len(self.class_names) != classes:
+            raise ValueError(
+                f"class_names has {len(self.class_names)} names, and the model has {classes} classes: name all of them in their "
+                "order, those that are never a label too"
+            )
+        return self.class_names[number]
 
     @property
     def ignored(self) -> tuple[int, ...]:

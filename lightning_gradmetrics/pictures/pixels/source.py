@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, images_of
 from lightning_gradmetrics.pictures.pixels.images import columns_of
-from lightning_gradmetrics.pictures.pixels.levels import image_metrics, pixel_metrics, segment_metrics
+from lightning_gradmetrics.pictures.pixels.levels import class_metrics, image_metrics, pixel_metrics, segment_metrics
 from lightning_gradmetrics.pictures.pixels.maps import KeptMaps, figure_of, half, picture_of, write_maps
 from lightning_gradmetrics.pictures.pixels.metrics import Meters, PixelMeter, joined, sampled_pixels
 from lightning_gradmetrics.pictures.pixels.resampling import group_of
@@ -40,6 +40,7 @@ class PixelResults:
         self.meters: Meters = {}
         self.maps: list[KeptMaps] = []
         self._scores: tuple[str, ...] = ()
+        self._names: list[str] = []
         self._metrics: list[Row] | None = None
 
     def look(self, evidence: Evidence) -> None:
@@ -53,7 +54,7 @@ class PixelResults:
         prediction = evidence.given_logits.argmax(1)
         labels, classes = evidence.given_labels, evidence.given_logits.shape[1]
         columns = columns_of(batch.maps, prediction, labels, classes, self.settings.aggregates)
-        self._metrics = None
+        self._metrics, self._names = None, [self.settings.class_name(number, classes) for number in range(classes)]
         index, self._scores = batch.index.tolist(), tuple(batch.scores)
         for number, image in enumerate(index):
             if image == REPEATED:
@@ -98,7 +99,7 @@ class PixelResults:
         truth = None if labels is None else labels.cpu().numpy()
         start = {"dataset": row["dataset"], "index": row["index"], "group": group}
         for segment in segments_of(prediction.cpu().numpy(), truth, arrays, self.settings.segments):
-            self.segments.append({**start, **segment})
+            self.segments.append({**start, **segment, "class_name": self._names[segment["class"]]})
 
     def _keep_maps(
         self,
@@ -128,19 +129,20 @@ class PixelResults:
 
     def kept(self) -> Any:
         """Return what processes exchange."""
-        return self.images, self.segments, self.meters, self.maps, self._scores
+        return self.images, self.segments, self.meters, self.maps, (self._scores, self._names)
 
     def join(self, parts: Sequence[Any]) -> None:
         """Replace the data by those of all processes."""
         self._metrics = None
         self.images, self.segments, maps = [], [], []
         meters: list[Meters] = []
-        for images, segments, measured, own, scores in parts:
+        for images, segments, measured, own, names in parts:
             self.images += images
             self.segments += segments
             meters.append(measured)
             maps += own
-            self._scores = self._scores or scores
+            if names[0]:
+                self._scores, self._names = names
         self.meters = joined(meters)
         self._take(maps)
 
@@ -154,9 +156,16 @@ class PixelResults:
         return pictures
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return the tables ``images``, ``segments`` and ``pixel_metrics``, if there are any."""
+        """Return the tables ``images``, ``segments``, ``pixel_metrics`` and ``class_metrics``, if there are any."""
         tables = {}
-        for name, rows in (("images", self.images), ("segments", self.segments), ("pixel_metrics", self.metrics())):
+        by_class = list(class_metrics(self.meters, self._names))
+        found = {
+            "images": self.images,
+            "segments": self.segments,
+            "pixel_metrics": self.metrics(),
+            "class_metrics": by_class,
+        }
+        for name, rows in found.items():
             if rows:
                 tables[name] = pa.Table.from_pylist(rows)
         if "segments" in tables:

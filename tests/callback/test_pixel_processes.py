@@ -1,0 +1,60 @@
+"""Pixels in real processes: the rows, metrics and intervals of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.callback.test_processes import start
+
+SCRIPT = """
+import json, sys, warnings
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+import lightning_gradmetrics as lgm
+from tests.models import Module
+from tests.scoring.segmenters import HEADS
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+devices, out = int(sys.argv[1]), sys.argv[2]
+torch.manual_seed(0)
+net, rows = HEADS["bilinear"](), []
+for _ in range(9):
+    rows.append((torch.randn(3, 8, 9), torch.randint(5, (16, 19))))
+callback = lgm.GradientMetrics(["max_softmax", "pseudo_label"], pixels={"segments": 3, "maps": 2})
+options = {"accelerator": "cpu", "devices": devices, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+trainer = Trainer(strategy="ddp" if devices > 1 else "auto", callbacks=[callback], **options)
+trainer.test(Module(net.eval()), DataLoader(rows, 2), verbose=False)
+found = {
+    "rows": callback.results.to_pydict(),
+    "metrics": callback.pixel_metrics.to_pylist(),
+    "segments": callback.segments.num_rows,
+    "maps": sorted(picture.name for picture in callback.pictures() if picture.section == "Maps"),
+}
+with open(f"{out}.{trainer.global_rank}", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_pixels_of_one(tmp_path: Path) -> None:
+    """Nine images, so that one is repeated and counted once."""
+    (alone,) = (json.loads(text) for text in start(SCRIPT, 1, tmp_path))
+    both = json.loads(start(SCRIPT, 2, tmp_path)[0])
+    for key in ("index", "pixels", "prediction"):
+        assert both["rows"][key] == alone["rows"][key]
+    for key in ("error", "miou", "pseudo_label"):
+        assert both["rows"][key] == pytest.approx(alone["rows"][key], rel=1e-6)
+    assert both["segments"] == alone["segments"] > 0 and both["maps"] == alone["maps"]
+    names = ("unit", "task", "score", "metric", "within")
+    expected = {tuple(row[name] for name in names): row for row in alone["metrics"]}
+    assert {tuple(row[name] for name in names) for row in both["metrics"]} == expected.keys()
+    for row in both["metrics"]:
+        one = expected[tuple(row[name] for name in names)]
+        assert row["value"] == pytest.approx(one["value"], rel=1e-6, nan_ok=True)
+        for end in ("low", "high", "difference_low", "difference_high"):
+            assert row[end] == pytest.approx(one[end], abs=0.01, nan_ok=True), (row, one)
