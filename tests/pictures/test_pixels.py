@@ -141,7 +141,7 @@ def test_a_tuple_of_masks_and_classes_needs_logits_fn() -> None:
 
 def test_classified_masks_are_refused_with_the_reason() -> None:
     net = Wrapped(lambda z: {"class_queries_logits": z.mean((2, 3)), "masks_queries_logits": z}).eval()
-    with pytest.raises(TypeError, match="masks and a class for each mask.*no softmax of logits"):
+    with pytest.raises(TypeError, match=r"masks and a class for each mask.*no softmax of logits"):
         run_on(lgm.GradientMetrics(SCORES), data(2, SIZE), net, lambda model, batch: model(batch[0]))
 
 

@@ -143,6 +143,8 @@ class PixelResults:
             maps += own
             if names[0]:
                 self._scores, self._names = names
+        self.images.sort(key=_place)
+        self.segments.sort(key=_place)
         self.meters = joined(meters)
         self._take(maps)
 
@@ -222,3 +224,8 @@ class PixelResults:
         for maps in self.maps:
             paths += write_maps(maps, Path(directory))
         return paths
+
+
+def _place(row: Row) -> tuple[str, int]:
+    """The place of an image, so that tables and intervals are the same for any number of processes."""
+    return row["dataset"], -1 if row["index"] is None else row["index"]
