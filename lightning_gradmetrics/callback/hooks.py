@@ -77,7 +77,7 @@ class RunHooks(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._run is not None:
-            self._run.end_batch(batch_idx, dataloader_idx)
+            self._run.end_batch(batch_idx, dataloader_idx, batch)
             if trainer.received_sigterm:  # Lightning's prediction loop would go on to its end
                 raise SIGTERMException(128 + signal.SIGTERM)
 

@@ -20,6 +20,8 @@ from lightning_gradmetrics.classifier.batches import (
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.labels import class_numbers, described, map_numbers, token_numbers
 from lightning_gradmetrics.classifier.notices import first_time
+from lightning_gradmetrics.classifier.observation import ModelCall
+from lightning_gradmetrics.classifier.row_order import CERTAIN_BITS, row_order
 from lightning_gradmetrics.pictures.pixels.label_maps import marked_labels
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 
@@ -60,6 +62,7 @@ class BatchReader:
         self.split = split
         self.pixels = pixels or Pixels()
         self.warn = warn
+        self._bits = 0.0  # how certain it is that the last batches were passed in another order
 
     def read(self, batch: Any) -> ReadBatch:
         """Return the batch before the step.
@@ -80,6 +83,32 @@ class BatchReader:
         first = next(tensors_in(inputs), None)
         copied_labels = labels.detach().clone() if isinstance(labels, Tensor) else labels
         return ReadBatch(inputs, None, copied_labels, len(first) if first is not None and first.ndim else None)
+
+    def order(self, batch: ReadBatch, calls: Sequence[ModelCall], inputs: Inputs | None) -> Tensor | None:
+        """Return the number in the batch of each sample that the model received; ``None`` if the order is the same.
+
+        Args:
+            batch: The batch before the step.
+            calls: The calls of the model.
+            inputs: The joined inputs of the calls.
+
+        Raises:
+            ValueError: If the samples are in another order and their values were changed too.
+        """
+        if batch.copied is not None and len(calls) == 1 and batch.copied.holds(calls[0].received):
+            return None
+        given = list(tensors_in(batch.inputs)) if batch.copied is None else batch.copied.tensors()
+        found = row_order(list(tensors_in(inputs)), given)
+        if found is None:
+            return None
+        self._bits = self._bits + found.bits if found.bits else 0.0
+        if self._bits >= CERTAIN_BITS:
+            raise ValueError(
+                "the step passes the samples to the model in another order than the batch, with changed values, so labels and "
+                "index would belong to other samples. Keep the order of the batch in the step, or sort the samples in the "
+                "collate_fn and pass sample_id="
+            )
+        return found.order
 
     def labels(
         self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str

@@ -57,6 +57,11 @@ def scored_model(module: LightningModule, name: str | None = None, head: str | N
         return module.get_submodule(name)
     if not is_of_lightning(module, "forward") or (head is not None and head in dict(module.named_modules())):
         return module
+    if not children:
+        raise ValueError(
+            f"{kind} has no forward and no submodule with parameters. Register its network, as in self.net = net or "
+            "self.nets = nn.ModuleList(nets); networks in a list or a dictionary are not found"
+        )
     if len(children) != 1:
         raise ValueError(
             f"{kind} has no forward, and {len(children)} children with parameters ({', '.join(children)}): name the one to "

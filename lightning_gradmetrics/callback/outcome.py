@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 from lightning.pytorch import LightningModule, Trainer
+from torch.nn.parameter import is_lazy
 
 from lightning_gradmetrics.callback.evaluating import judged_scores
 from lightning_gradmetrics.callback.logged import plain_names
@@ -185,5 +186,7 @@ class Outcome:
 
 def model_facts(module: LightningModule) -> dict[str, Any]:
     """Return the name of a module's class and the number of its parameters."""
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    parameters = 0
+    for parameter in module.parameters():
+        parameters += 0 if is_lazy(parameter) else parameter.numel()
     return {"name": type(module).__name__, "parameters": parameters}

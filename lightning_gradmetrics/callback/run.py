@@ -50,6 +50,7 @@ class Run:
     sample_id: SampleIds | None = None
     _observer: StepObserver = field(init=False)
     _read: ReadBatch | None = None
+    _given: Any = None
     _seen: Observation | None = None
     _stepped: nn.Module | None = None
     _remove: Callable[[], None] | None = None
@@ -58,12 +59,19 @@ class Run:
         self._observer = StepObserver(self.stage.scorer, self.model)
 
     def start_batch(self, module: nn.Module, step: str, batch: Any) -> None:
-        """Read the batch, and observe the step that follows."""
+        """Read the batch, and observe the step that follows.
+
+        A step with a ``dataloader_iter`` draws its batch itself, and Lightning passes the previous batch.
+        """
         self.stop()
-        self._read = replace(self.reader.read(batch), ids=sample_ids(self.sample_id, batch))
+        self._given = batch
+        self._read = None if batch is None else self._read_batch(batch)
         self._seen = Observation()
         self._stepped = module
         self._remove = around_next_call(module, step, self._observed)
+
+    def _read_batch(self, batch: Any) -> ReadBatch:
+        return replace(self.reader.read(batch), ids=sample_ids(self.sample_id, batch))
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -71,30 +79,46 @@ class Run:
             self._seen = seen
             yield
 
-    def end_batch(self, number: int, place: int) -> None:
+    def end_batch(self, number: int, place: int, batch: Any) -> None:
         """Pass the samples of the observed step to the stage.
 
         Args:
             number: The batch's number in its dataloader.
             place: The dataloader's number.
+            batch: The batch.
         """
         self.stop()
-        assert self._read is not None and self._seen is not None
-        read, seen, self._read, self._seen = self._read, self._seen, None, None
+        read = self._read if batch is self._given else None
+        read, seen = read or self._read_batch(batch), self._seen
+        assert seen is not None
+        self._read = self._seen = self._given = None
         if read.size == 0:
             return
         check_model(self.model)
         indices = self.drawn.of_batch(place, number)
         if self.stage.skips(place, read.size if indices is None else len(indices), indices):
             return
-        with self.surroundings():
+        with self.surroundings(), seen.surroundings():
             size = read.size if indices is None else len(indices)
-            batch = self._observer.batch(seen, read.inputs, size, self._stepped)
-            batch = self._completed(batch, read, seen, place)
-            evidence = self.stage.scorer.evidence(self.model, batch)
-        self.stage.add(place, batch, evidence, indices, read.ids)
+            observed = self._observer.batch(seen, read.inputs, size, self._stepped)
+            observed = self._ordered(self._completed(observed, read, seen, place), read, seen)
+            evidence = self.stage.scorer.evidence(self.model, observed)
+        ids = read.ids
+        if observed.order is not None and ids:
+            ids = [ids[number] for number in observed.order.tolist()]
+        self.stage.add(place, observed, evidence, indices, ids)
         self._warn_of_unknown_index(place)
         self._warn_of_repeats(place)
+
+    def _ordered(self, batch: ObservedBatch, read: ReadBatch, seen: Observation) -> ObservedBatch:
+        """Return the batch with its labels in the order in which the step passed the samples to the model."""
+        if seen.called is None or batch.size < 2:
+            return batch
+        order = self.reader.order(read, seen.called[1], batch.inputs)
+        if order is None or len(order) != batch.size:
+            return batch
+        labels = batch.labels
+        return replace(batch, order=order, labels=None if labels is None else labels[order.to(labels.device)])
 
     def _completed(self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int) -> ObservedBatch:
         """Return the batch with its labels and its data set."""

@@ -70,7 +70,7 @@ class ScoreStage:
         for name, function in self.columns.items():
             vectors[name] = function(evidence)
         columns = rows.add(
-            batch.inputs, values.logits, values.labels, values.scores, seen, vectors, ids, values.of_tokens
+            batch.inputs, values.logits, values.labels, values.scores, seen, vectors, ids, values.of_tokens, batch.order
         )
         if values.of_tokens is None:
             self._read(
@@ -159,6 +159,8 @@ class FitStage:
     ) -> None:
         """Accumulate a batch of the dataloader number ``place``."""
         index = self.rows[place].index.take(batch.size, seen)
+        if batch.order is not None:
+            index = index[batch.order.to(index.device)]
         self.fitting.add(batch, evidence, index != REPEATED)
 
     def fitted(self, model: nn.Module, processes: Processes) -> dict[str, FittedScore]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +204,14 @@ class BatchCopy:
         self.size = _size(self._entries)
         """The length of the batch's first tensor, or ``None``."""
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of the batch, of those that may be labels the copies."""
+        return list(_tensors(self._entries))
+
+    def holds(self, received: Sequence[Tensor]) -> bool:
+        """Return whether one of the tensors that the model received is a tensor of the batch."""
+        return _Search(0, None, received).is_input(self._entries)
+
     def labels(
         self, size: int, classes: int | None, received: Sequence[Tensor], read: Converter = class_numbers
     ) -> Tensor | None:
@@ -259,6 +267,13 @@ def _items(entry: Any) -> list[Any]:
     return entry if isinstance(entry, list) else []
 
 
+def _tensors(entry: Any) -> Iterator[Tensor]:
+    if isinstance(entry, _Entry):
+        yield entry.kept
+    for value in _items(entry):
+        yield from _tensors(value)
+
+
 def _containers(entries: list[Any], positions: Iterable[int]) -> list[int]:
     """Return the positions whose entries are dicts or lists."""
     return [position for position in positions if isinstance(entries[position], (dict, list))]
@@ -288,6 +303,9 @@ def _labels_in_mapping(entries: dict[str, Any], search: _Search, where: str) -> 
         if isinstance(entries[key], dict):
             return _labels(entries[key], search, f"the entry {key!r} of {where}")
         return search.convert(entries[key], f"the entry {key!r} of {where}")
+    apart = _labels_apart(entries)
+    if len(apart) == 1:
+        return _labels(entries[apart[0]], search, f"the entry {apart[0]!r} of {where}")
     inner = []
     for name, value in entries.items():
         if isinstance(value, (dict, list)) and search.is_input(value):
@@ -300,6 +318,16 @@ def _labels_in_mapping(entries: dict[str, Any], search: _Search, where: str) -> 
         if holds_several or (may_be_labels and search.received):
             raise LabelsNotUnderstoodError(f"{where} have no entry {' or '.join(LABEL_KEYS)}, but an entry {name!r}")
     return None
+
+
+def _labels_apart(entries: dict[str, Any]) -> list[str]:
+    """Return the names of the mappings that hold labels and no inputs."""
+    names = []
+    for name, value in entries.items():
+        key = _label_key(value) if isinstance(value, dict) else None
+        if key is not None and all(tensor.ndim < 2 for tensor in _tensors(value)):
+            names.append(name)
+    return names
 
 
 def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tensor | None:

@@ -265,6 +265,12 @@ def head_of(model: nn.Module, call: LayerCall) -> Head:
     layer = named_layer(model, call.name)
     if isinstance(layer, nn.Linear) and _reproduces(layer.weight, layer.bias, call):
         return Head(call.name, layer.weight, layer.bias)
+    if type(layer).forward is nn.Linear.forward and not layer._forward_hooks:
+        raise HeadNotFoundError(
+            f"the weight of the layer {call.name!r} does not produce the output of its call: weights were changed or replaced "
+            "in the step, by an update or by functional_call. Change them outside the step, or choose scores of the logits, "
+            "such as max_softmax"
+        )
     made = _affine_map(layer, call.features)
     if made is None or not _reproduces(*made, call):
         raise HeadNotFoundError(

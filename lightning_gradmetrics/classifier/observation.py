@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,10 +49,12 @@ class Observation:
     Args:
         models: The calls of each module that contains all of the model's parameters, outermost first.
         layers: The calls of the observed layers, in order.
+        autocast: The device, the data type and whether it was enabled, of the autocast context of the first call.
     """
 
     models: dict[nn.Module, list[ModelCall]] = field(default_factory=dict)
     layers: list[LayerCall] = field(default_factory=list)
+    autocast: tuple[str, torch.dtype, bool] | None = None
 
     @property
     def called(self) -> tuple[nn.Module, list[ModelCall]] | None:
@@ -61,6 +63,19 @@ class Observation:
             if calls:
                 return module, calls
         return None
+
+    def note_autocast(self, values: Any) -> None:
+        """Record the autocast context of the first call with a tensor."""
+        device = next((value.device.type for value in values if isinstance(value, Tensor)), None)
+        if self.autocast is None and device in ("cpu", "cuda"):
+            self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def surroundings(self) -> AbstractContextManager[Any]:
+        """Return the autocast context in which the model was called."""
+        if self.autocast is None:
+            return nullcontext()
+        device, dtype, is_enabled = self.autocast
+        return torch.autocast(device, dtype, enabled=is_enabled)
 
     def of_layer(self, name: str) -> list[LayerCall]:
         """Return the calls of one layer."""
@@ -134,20 +149,34 @@ def observing(
         >>> len(seen.layers), seen.called[1][0].logits.shape
         (1, torch.Size([4, 2]))
     """
+    if not _has_hooks(model):
+        raise TypeError(
+            f"{type(model).__name__} is scripted, and calls of a ScriptModule cannot be observed. Score the original model, or a "
+            "module whose forward calls the scripted one"
+        )
     seen = Observation()
     with ExitStack() as stack:
         for name, layer in layers.items():
+            if not _has_hooks(layer):
+                continue
             stack.callback(_observe_layer(seen, name, layer))
-        for module in whole_modules(model):
+        for module in filter(_has_hooks, whole_modules(model)):
             seen.models[module] = []
-            for remove in _observe_model(seen.models[module], module, logits_fn):
+            for remove in _observe_model(seen, module, logits_fn):
                 stack.callback(remove)
         yield seen
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks can be registered: on any module but a scripted one."""
+    return not isinstance(module, torch.jit.RecursiveScriptModule)
 
 
 def _observe_layer(seen: Observation, name: str, layer: nn.Module) -> Callable[[], None]:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()), None)
+        if seen.autocast is None:
+            seen.note_autocast([given])
         seen.layers.append(_layer_call(name, given, output))
 
     return layer.register_forward_hook(after, with_kwargs=True).remove
@@ -166,10 +195,11 @@ def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
 
 
 def _observe_model(
-    calls: list[ModelCall], module: nn.Module, logits_fn: Callable[[Any], Tensor]
+    seen: Observation, module: nn.Module, logits_fn: Callable[[Any], Tensor]
 ) -> list[Callable[[], None]]:
     """Register hooks that record each call of a module outside its other calls; return their removers."""
     running: list[ModelCall] = []
+    calls = seen.models[module]
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = _as_tensor(module, arguments_of(args, kwargs))
@@ -180,6 +210,8 @@ def _observe_model(
             return tensor.detach().clone()
 
         running.append(ModelCall(map_tensors(inputs, copied), received))
+        if seen.autocast is None:
+            seen.note_autocast(received)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = running.pop()

@@ -107,6 +107,7 @@ class Rows:
         vectors: Mapping[str, Tensor] | None = None,
         ids: Sequence[str] = (),
         of_tokens: SequenceColumns | None = None,
+        order: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Add a batch, and return its columns: ``index``, ``prediction``, ``label`` and ``finite``, ``(N,)`` each.
 
@@ -119,6 +120,7 @@ class Rows:
             vectors: Further columns ``(N, ...)`` by name.
             ids: The id of each sample, if the rows have ids.
             of_tokens: Further columns of texts, which have no prediction.
+            order: The number in the loader's batch of each row ``(N,)``, or ``None`` if the order is the same.
 
         Raises:
             ValueError: If there are not N ids.
@@ -126,6 +128,8 @@ class Rows:
         prediction, index = logits.argmax(1), self.index.take(len(logits), seen)
         if of_tokens is not None:
             prediction, self.are_texts = torch.full_like(prediction, -1), True
+        if order is not None:
+            index = index[order.to(index.device)]
         if self.has_ids and len(ids) != len(logits):
             raise ValueError(
                 f"sample_id= returned {len(ids)} ids for a batch of {len(logits)} samples; expected one each"

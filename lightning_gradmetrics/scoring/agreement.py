@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["OTHER_LOGITS", "are_close", "check_same_logits"]
+__all__ = ["LOGITS_OF_PARTS", "OTHER_LOGITS", "are_close", "check_same_logits"]
 
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Allowed relative difference between two computations of the same logits; 0.05 in half precision."""
@@ -14,6 +14,12 @@ TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 OTHER_LOGITS = (
     "returns other logits for the inputs of the step's call than the step did. Pass submodule=, the part of the model that "
     "the step calls; or make its forward deterministic (dropout in eval mode, no state that changes)"
+)
+
+
+LOGITS_OF_PARTS = (
+    "returns other logits for the inputs in the batch than the step, which calls layers of it or its forward() directly, so the "
+    "inputs of the step are not known. Call the model itself, as in self.net(x), or pass submodule=, the part that the step calls"
 )
 
 

@@ -42,6 +42,7 @@ class ObservedBatch:
         labels: True labels ``(N,)``, or ``(N, *P)``, or ``None``.
         ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if that is not known.
         dataset: The name of the data set, for messages.
+        order: The number in the dataloader's batch of each sample ``(N,)``, or ``None`` if the order is the same.
         called: The module that was called with the inputs; ``None`` for the model itself.
         one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.
         observed: The results of the probes that were read in this forward pass.
@@ -56,6 +57,7 @@ class ObservedBatch:
     labels: Tensor | None = None
     ood: Tensor | None = None
     dataset: str | None = None
+    order: Tensor | None = None
     called: nn.Module | None = None
     one_logit: bool = False
     observed: Mapping[Probe, Tensor] = field(default_factory=dict)

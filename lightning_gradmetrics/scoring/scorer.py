@@ -25,7 +25,7 @@ from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.api import ENGINES, eager
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, Moment, result_dtype
-from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, are_close, check_same_logits
+from lightning_gradmetrics.scoring.agreement import LOGITS_OF_PARTS, OTHER_LOGITS, are_close, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence, Target, parameter_filter
@@ -150,6 +150,7 @@ class Scorer:
             ValueError: If the inputs are unknown or have no sample axis, or a second forward pass differs.
         """
         kind = type(model).__name__
+        _check_parameters(model)
         if batch.inputs is None:
             raise ValueError(
                 f"the step does not call {kind} with known inputs, which scores over more than the head need. "
@@ -177,7 +178,8 @@ class Scorer:
     def _check_forward(self, model: nn.Module, batch: ObservedBatch) -> None:
         """Refuse a model whose second forward pass on the batch returns different logits."""
         logits = self._forward(model, batch, batch.size)
-        check_same_logits(logits, batch.logits, f"{type(model).__name__} {OTHER_LOGITS}")
+        problem = LOGITS_OF_PARTS if batch.called is None else OTHER_LOGITS
+        check_same_logits(logits, batch.logits, f"{type(model).__name__} {problem}")
 
     def _is_random(self, model: nn.Module, batch: ObservedBatch) -> bool:
         """Return whether the model draws random numbers, so that its logits for a batch and for a part of it differ."""
@@ -224,6 +226,16 @@ def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: st
         raise ValueError(f"{message}fail with {type(error).__name__}: {error}; {remedy}") from error
     if not are_close(logits, expected):
         raise ValueError(f"{message}give different logits than in their batch,  {remedy}")
+
+
+def _check_parameters(model: nn.Module) -> None:
+    """Refuse parameters that can have no gradient."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"the parameter {name!r} was created in torch.inference_mode, so it has no gradient. Create the model, and call "
+                "lazy layers for the first time, outside of it, or pass Trainer(inference_mode=False)"
+            )
 
 
 def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -> str | None:

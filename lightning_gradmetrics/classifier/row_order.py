@@ -1,0 +1,114 @@
+"""Finds whether a step passed the samples of a batch to the model in another order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CERTAIN_BITS", "RowOrder", "row_order"]
+
+COLUMNS = 16
+"""Number of summaries of each sample that are compared."""
+
+CERTAIN_BITS = 30
+"""Information that summaries must contain before equal orders are no coincidence."""
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """The order of the samples that a model received.
+
+    Args:
+        order: The number in the batch of each sample ``(N,)``, or ``None`` if it is the same or not known.
+        bits: How certain it is that the order is another one, in a batch whose values were changed.
+    """
+
+    order: Tensor | None = None
+    bits: float = 0.0
+
+
+def row_order(received: Sequence[Tensor], batch: Sequence[Tensor]) -> RowOrder | None:
+    """Return the order of the samples that the model received, or ``None`` if nothing is comparable.
+
+    Only tensors of the same shape are compared.
+
+    Args:
+        received: The tensors that the model received, one row per sample.
+        batch: The tensors of the batch.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 5.0], [2.0, 4.0], [3.0, 6.0]])
+        >>> row_order([x[[2, 0, 1]]], [x]).order, row_order([x], [x]).order
+        (tensor([2, 0, 1]), None)
+    """
+    pairs = _pairs(received, batch)
+    if not pairs:
+        return None
+    for first, second in pairs:
+        if torch.equal(first, second):
+            return RowOrder()
+    for first, second in pairs:
+        order = _order_of_equal_rows(first, second)
+        if order is not None:
+            return RowOrder(order)
+    return RowOrder(bits=max(_bits_of_other_order(first, second) for first, second in pairs))
+
+
+def _pairs(received: Sequence[Tensor], batch: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    pairs = []
+    for first in received:
+        for second in batch:
+            is_pair = first.ndim > 1 and first.shape == second.shape and len(first) > 1 and first.numel() > 0
+            if is_pair and not first.is_complex() and not second.is_complex():
+                pairs.append((first, second.to(first.device)))
+    return pairs
+
+
+def _order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:
+    """Return the order in which the rows of the batch are those that were received, or ``None``."""
+    if received.dtype != batch.dtype:
+        return None
+    first, second = _entries(received), _entries(batch)
+    weights = torch.linspace(1.0, 2.0, first.shape[1], dtype=first.dtype, device=first.device).sqrt()
+    ranks, rows = (first * weights).sum(1).argsort(stable=True), (second * weights).sum(1).argsort(stable=True)
+    order = torch.empty_like(ranks)
+    order[ranks] = rows
+    return order if torch.equal(first, second[order]) and torch.equal(received, batch[order]) else None
+
+
+def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
+    """Return the information in the summaries if they all have one common order and it is not that of the batch.
+
+    An increasing function of a feature or of a channel keeps the order of its values, and a decreasing one reverses it.
+    """
+    first, second = _summaries(received), _summaries(batch)
+    ranks, rows = first.argsort(0), second.argsort(0)
+    is_strict = (first.gather(0, ranks).diff(dim=0) > 0).all(0) & (second.gather(0, rows).diff(dim=0) > 0).all(0)
+    orders = torch.empty_like(ranks).scatter_(0, ranks, rows)[:, is_strict]
+    same = torch.arange(len(orders), device=orders.device)
+    is_common = orders.shape[1] > 1 and torch.equal(orders, orders[:, :1].expand_as(orders))
+    if not is_common or torch.equal(orders[:, 0], same) or torch.equal(ranks, rows.flip(0)):
+        return 0.0
+    return (orders.shape[1] - 1) * math.lgamma(len(orders) + 1) / math.log(2)
+
+
+def _entries(values: Tensor) -> Tensor:
+    """Return some entries of each sample ``(N, K)``."""
+    flat = values.flatten(1)
+    return _wide(flat[:, :: math.ceil(flat.shape[1] / (4 * COLUMNS))])
+
+
+def _summaries(values: Tensor) -> Tensor:
+    """Return features, or means over parts of the channels, of each sample ``(N, K)``."""
+    if values.ndim == 2:
+        return _wide(values[:, :: math.ceil(values.shape[1] / COLUMNS)])
+    channels = _wide(values.flatten(2))
+    return nn.functional.adaptive_avg_pool1d(channels, min(4, channels.shape[2])).flatten(1)[:, :COLUMNS]
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.device.type == "mps" else values.double()
