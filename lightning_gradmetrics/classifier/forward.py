@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_gradmetrics.classifier.labels import MULTI_LABEL
 from lightning_gradmetrics.classifier.preservation import preserved
 
 __all__ = [
@@ -195,12 +196,14 @@ def _check_bags(model: nn.Module, inputs: Any) -> None:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model whose samples depend on each other.
+    """Refuse a model whose samples depend on each other, or whose classes do not exclude each other.
 
     Raises:
-        ValueError: If a batch norm is in train mode.
+        ValueError: If a batch norm is in train mode, or a model of transformers is declared multi-label.
     """
     for name, module in model.named_modules():
+        if getattr(vars(module).get("config"), "problem_type", None) == "multi_label_classification":
+            raise ValueError(f"{type(module).__name__} is configured as a multi-label model: {MULTI_LABEL}")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             why = "is in train mode" if module.training else "keeps no running statistics"
             raise ValueError(

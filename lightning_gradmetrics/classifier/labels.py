@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["class_numbers", "described", "is_like_labels", "map_numbers", "token_numbers"]
+__all__ = ["MULTI_LABEL", "class_numbers", "described", "is_like_labels", "map_numbers", "token_numbers"]
+
+MULTI_LABEL = (
+    "the scores are those of a softmax over classes of which one is true, and a multi-label model has a sigmoid per class. Score "
+    "one class at a time as a binary classifier, with logits_fn=lambda output: output[:, k:k + 1] and split_batch="
+)
+"""Why multi-label models are refused, and what to do."""
 
 
 def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
@@ -21,6 +27,9 @@ def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor |
         value: An entry of the batch.
         size: The number of samples ``N``.
         classes: The number of classes ``C``; ``None`` if it is unknown.
+
+    Raises:
+        ValueError: If the value is labels ``(N, C)`` of 0 and 1 with several classes of one sample.
 
     Example:
         >>> class_numbers(torch.tensor([[1.0], [0.0]]), 2), class_numbers(torch.tensor([[0, 1], [1, 0]]), 2, 2)
@@ -37,9 +46,18 @@ def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor |
         labels = labels[:, 0]
     if labels.ndim == 2 and len(labels) == size and _is_one_hot(labels, classes):
         return labels.long().argmax(1)
+    if classes is not None and classes > 1 and labels.shape == (size, classes):
+        _refuse_several_classes(labels)
     if labels.shape != (size,) or not _is_whole(labels):
         return None
     return labels.long()
+
+
+def _refuse_several_classes(labels: Tensor) -> None:
+    """Refuse rows of 0 and 1 with more than one 1."""
+    is_binary = bool(((labels == 0) | (labels == 1)).all())
+    if is_binary and bool((labels.sum(1) > 1).any()):
+        raise ValueError(f"the labels {tuple(labels.shape)} mark several classes of one sample: {MULTI_LABEL}")
 
 
 def map_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:

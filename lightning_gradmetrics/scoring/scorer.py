@@ -195,13 +195,18 @@ class Scorer:
             return tensor[:rows].clone() if _is_row_wise(tensor, batch.size) else tensor.clone()
 
         with preserved(model), torch.no_grad(), eager(), self._made_to_return_logits(model, batch):
-            return call(model, map_tensors(batch.inputs, first_rows))  # type: ignore[no-any-return]
+            logits: Tensor = call(model, map_tensors(batch.inputs, first_rows))
+        return two_columns(_unchanged)(logits) if batch.one_logit else logits
 
     @contextmanager
     def _made_to_return_logits(self, model: nn.Module, batch: ObservedBatch) -> Iterator[None]:
         """Make calls of the model inside the block repeat the observed call and return its logits."""
         with redirected(model, batch.called or model), returning_logits(model, self.head, self.logits_fn):
             yield
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _is_row_wise(tensor: Tensor, size: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_gradmetrics as lgm
-from tests.callback.runs import Stepped, batches, mlp, numbers, test_run
+from tests.callback.runs import Stepped, batches, column, mlp, numbers, test_run
 
 ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"scores": "gradnrom"}, r"unknown score 'gradnrom'; did you mean 'gradnorm'"),
@@ -120,7 +120,7 @@ LABELS: list[tuple[str, Tensor, str | None]] = [
     ("one-hot", nn.functional.one_hot(torch.arange(8) % 3), None),
     ("one-hot floats", nn.functional.one_hot(torch.arange(8) % 3).double(), None),
     ("soft", torch.full((8, 3), 1 / 3), r"a tensor \(4, 3\) of float32"),
-    ("several classes", torch.ones(8, 3).long(), r"a tensor \(4, 3\) of int64"),
+    ("numbers of each class", torch.full((8, 3), 2), r"a tensor \(4, 3\) of int64"),
     ("numbers", torch.linspace(0, 1, 8), r"a tensor \(4,\) of float32"),
     ("not finite", torch.full((8,), float("nan")), r"a tensor \(4,\) of float32"),
     ("positions", torch.arange(8), r"go up to [37], but the model has 3 classes"),
@@ -148,6 +148,51 @@ def test_a_binary_classifier_with_boolean_labels() -> None:
     callback = lgm.GradientMetrics("energy")
     test_run(callback, Stepped(mlp(5, 8, 2)), batches(numbers(8, 5), torch.arange(8) % 2 == 1))
     assert callback.results["label"].to_pylist() == [n % 2 for n in range(8)]
+
+
+def test_several_classes_of_one_sample_are_refused() -> None:
+    labels = nn.functional.one_hot(torch.arange(8) % 3)
+    labels[5] = torch.tensor([1, 0, 1])
+    for given in (labels, labels.float()):
+        with pytest.raises(
+            ValueError, match=r"several classes of one sample.*one class at a time as a binary classifier"
+        ):
+            test_run(lgm.GradientMetrics("energy"), Stepped(mlp(5, 8, 3)), batches(numbers(8, 5), given))
+
+
+def test_a_multi_label_model_of_transformers_is_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    net = mlp(5, 3)
+    net.config = transformers.PretrainedConfig(problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match=r"Sequential is configured as a multi-label model"):
+        lgm.score(net, numbers(4, 5), "energy")
+
+
+@pytest.mark.parametrize("labels", [torch.arange(8) % 2 == 1, (torch.arange(8) % 2).double()[:, None]])
+def test_a_binary_classifier_with_one_logit(labels: Tensor) -> None:
+    """Scores of the logits are those of (0, z); the head's gradient has one row, that of z."""
+    net, x = mlp(5, 8, 1), numbers(8, 5)
+    names = ["max_softmax", "entropy", "margin", "energy", "pseudo_label", "gradnorm", "grand"]
+    callback = lgm.GradientMetrics(names[:-1])
+    test_run(callback, Stepped(net), batches(x, labels))
+    z = net(x)
+    both = torch.cat([torch.zeros_like(z), z], 1)
+    assert callback.results["prediction"].to_pylist() == both.argmax(1).tolist()
+    assert callback.results["label"].to_pylist() == [n % 2 for n in range(8)]
+    plain = lgm.score(nn.Identity(), both, names[:4])
+    found = lgm.score(net, x, names, torch.arange(8) % 2)
+    for name, values in plain.items():
+        torch.testing.assert_close(column(callback, name), values)
+        torch.testing.assert_close(found[name], values)
+    for number in range(8):
+        target = both[number].argmax()[None]
+        loss = nn.functional.cross_entropy(both[number : number + 1], target)
+        (gradient,) = torch.autograd.grad(loss, net[-1].weight, retain_graph=True)
+        torch.testing.assert_close(column(callback, "pseudo_label")[number], gradient.abs().sum())
+        loss = nn.functional.cross_entropy(both[number : number + 1], torch.tensor([number % 2]))
+        gradients = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+        squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+        torch.testing.assert_close(found["grand"][number], squares.sqrt())
 
 
 class TakesFirst(Stepped):
