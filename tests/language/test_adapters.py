@@ -26,9 +26,9 @@ def adapted(kind: str = "untied") -> torch.nn.Module:
 
 def gradient_norms(model: torch.nn.Module, number: int) -> dict[str, torch.Tensor]:
     """L2 norms of the gradient of the answer's mean cross-entropy, of the adapters and of everything, by autograd."""
+    named = {name: p.requires_grad_(True) for name, p in model.named_parameters()}
     answer = torch.tensor(ANSWERS[number])
     logits = model(torch.tensor([PROMPTS[number] + ANSWERS[number]])).logits[0, -len(answer) - 1 : -1]
-    named = {name: p.requires_grad_(True) for name, p in model.named_parameters()}
     gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, answer), list(named.values()))
     squares = {name: gradient.square().sum() for name, gradient in zip(named, gradients, strict=True)}
     adapters = [value for name, value in squares.items() if "lora_" in name]
