@@ -34,11 +34,11 @@ from lightning_gradmetrics.callback.module import (
     check_sharding,
     check_split,
     is_side_by_side,
-    processes_of,
     scored_model,
 )
 from lightning_gradmetrics.callback.outcome import Outcome, model_facts
 from lightning_gradmetrics.callback.pixel_outcome import PixelOutcome
+from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.pytorch_lightning import also_callback_of_pytorch_lightning
 from lightning_gradmetrics.callback.run import Run
 from lightning_gradmetrics.callback.stage_choice import Loaders, StageNotices, check_fitted_in_fit
@@ -256,7 +256,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             self._finished = True
             self._indices.pause()
             return
-        processes, model, self._model = processes_of(trainer), self.scored_model(module), model_facts(module)
+        processes, model, self._model = self._join(trainer), self.scored_model(module), model_facts(module)
         datasets, roles = counted.names(names, stage), dataset_roles(names, counted.names(names, stage))
         check_sharding(trainer.strategy, self.scorer.scores)
         check_split(dict(zip(datasets, counted.all, strict=True)), processes)
@@ -306,7 +306,12 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             return {}
         run.stop()
         self._indices.pause()
-        processes = processes_of(trainer)
+        metrics = self._gathered(trainer, run, self._processes)
+        self._leave()
+        return metrics
+
+    def _gathered(self, trainer: Trainer, run: Run, processes: Processes) -> dict[str, float]:
+        """Gather what all processes scored, or what they accumulated for the fit."""
         if isinstance(run.stage, FitStage):
             fitted = run.stage.fitted(run.model, processes)
             self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
@@ -363,7 +368,8 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: everything but the run that is going on."""
-        return {**vars(self), "_run": None, "_fitting": None, "_indices": IndexRecording()}
+        forgotten = {"_run": None, "_fitting": None, "_processes": Processes(), "_signals": None}
+        return {**vars(self), **forgotten, "_indices": IndexRecording()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse fitted scores that would be scored while the weights change.
@@ -381,12 +387,12 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         self._logged, self._notices = set(), StageNotices()
         self._indices.watch(trainer)
 
-    def _interrupted(self, run: Run) -> str:
+    def _interrupted(self, run: Run) -> Callable[[], str] | None:
         if not isinstance(run.stage, ScoreStage):
-            return ""
-        advice = run.stage.store.interrupt()
+            return None
+        run.stage.store.interrupt()
         self._results = run.stage.store.results()
-        return advice
+        return run.stage.store.advice
 
 
 also_callback_of_pytorch_lightning(GradientMetrics)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_gradmetrics.callback.index_recording import IndexRecording
+from lightning_gradmetrics.callback.module import processes_of
+from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.run import Run
+from lightning_gradmetrics.callback.signals import note_sigterm, stop_after_sigterm
 
 __all__ = ["RunHooks"]
 
@@ -41,6 +42,10 @@ class RunHooks(Callback):
     _run: Run | None = None
     _indices: IndexRecording
     _finished = False
+    _processes = Processes()
+    """The processes of the run that is going on."""
+    _signals: Callable[[], None] | None = None
+    """Restores the handling of SIGTERM after the run."""
 
     def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:
         """Start a run over the dataloaders of a stage."""
@@ -50,9 +55,25 @@ class RunHooks(Callback):
         """End the run, and return the metrics to log."""
         raise NotImplementedError
 
-    def _interrupted(self, run: Run) -> str:
-        """Keep the scored rows after an error or a signal, and return advice for the user."""
+    def _interrupted(self, run: Run) -> Callable[[], str] | None:
+        """Keep the scored rows after an error or a signal, and return a function that returns advice for the user."""
         raise NotImplementedError
+
+    def _join(self, trainer: Trainer) -> Processes:
+        """Return the processes of a new run; from now on a failure of one ends all of them."""
+        self._leave()
+        self._processes = processes_of(trainer)
+        if self._processes.count > 1:
+            self._signals = note_sigterm(trainer)
+        return self._processes
+
+    def _leave(self) -> Processes:
+        """Forget the processes of the run, and return them."""
+        processes, self._processes = self._processes, Processes()
+        if self._signals is not None:
+            self._signals()
+            self._signals = None
+        return processes
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._start(trainer, pl_module, trainer.val_dataloaders)
@@ -78,8 +99,8 @@ class RunHooks(Callback):
     ) -> None:
         if self._run is not None:
             self._run.end_batch(batch_idx, dataloader_idx, batch)
-            if trainer.received_sigterm:  # Lightning's prediction loop would go on to its end
-                raise SIGTERMException(128 + signal.SIGTERM)
+            stop_after_sigterm(trainer)
+            self._processes.check()
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
@@ -101,20 +122,24 @@ class RunHooks(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop observing, keep the scored rows, and print how to resume."""
+        """Stop observing, tell the other processes, keep the scored rows, and print how to resume."""
         self._indices.stop()
         run, self._run = self._run, None
-        if run is None:
-            return
-        run.stop()
-        advice = self._interrupted(run)
-        if advice and trainer.is_global_zero:
-            print(f"\n{advice}", file=sys.stderr, flush=True)
+        self._processes.raise_alarm(exception)
+        advice = None
+        if run is not None:
+            run.stop()
+            advice = self._interrupted(run)
+        self._leave().wait_for_others()
+        text = advice() if advice is not None and trainer.is_global_zero else ""
+        if text:
+            print(f"\n{text}", file=sys.stderr, flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop observing, and warn about a run without samples."""
         self._indices.stop()
         run, self._run = self._run, None
+        self._leave()
         if run is not None:
             run.close()
         if stage != "fit" and not self._finished:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import count
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,17 +12,24 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from lightning_gradmetrics.callback.alarm import alarm_of
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.pytorch_lightning import is_of_lightning
+from lightning_gradmetrics.callback.signals import stop_after_sigterm
 from lightning_gradmetrics.results.sample_index import sampler_of
 from lightning_gradmetrics.scores import Score
 
 __all__ = ["check_sharding", "check_split", "evaluation_loop", "is_side_by_side", "processes_of", "scored_model"]
 
 
+RUNS = count()
+"""Numbers the runs of a process. All processes of a trainer start the same runs."""
+
+
 def processes_of(trainer: Trainer) -> Processes:
-    """Return the trainer's processes."""
-    return Processes(trainer.world_size, trainer.global_rank)
+    """Return the trainer's processes for a new run."""
+    size, rank = trainer.world_size, trainer.global_rank
+    return Processes(size, rank, alarm_of(next(RUNS), size, rank, partial(stop_after_sigterm, trainer)))
 
 
 def evaluation_loop(trainer: Trainer) -> Any:

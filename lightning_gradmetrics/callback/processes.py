@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lightning_gradmetrics.callback.alarm import Alarm
+
 __all__ = ["Processes"]
 
 T = TypeVar("T")
@@ -21,6 +23,7 @@ class Processes:
     Args:
         count: The number of processes.
         rank: The number of this process.
+        alarm: Stops every process when one of them fails, also while the others wait for it; or ``None``.
 
     Example:
         >>> alone = Processes()
@@ -30,6 +33,7 @@ class Processes:
 
     count: int = 1
     rank: int = 0
+    alarm: Alarm | None = None
 
     @property
     def is_first(self) -> bool:
@@ -41,11 +45,36 @@ class Processes:
         if self.is_first:
             warnings.warn(text, stacklevel=3)
 
+    def check(self) -> None:
+        """Raise if another process failed.
+
+        Raises:
+            RuntimeError: If another process failed; the message contains its error.
+        """
+        if self.alarm is not None:
+            self.alarm.check()
+
+    def raise_alarm(self, error: BaseException) -> None:
+        """Tell the other processes that this one failed."""
+        if self.alarm is not None:
+            self.alarm.raise_alarm(error)
+
+    def wait_for_others(self) -> None:
+        """After a failure, wait until the other processes have stopped, but not for long."""
+        if self.alarm is not None:
+            self.alarm.wait_for_others()
+
+    def _meet(self) -> None:
+        """Wait for the other processes before a collective operation, which could not be interrupted."""
+        if self.alarm is not None:
+            self.alarm.meet()
+
     def all_gather(self, value: T) -> list[T]:
         """Return every process's value in the order of the ranks, on every process."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
+        self._meet()
         torch.distributed.all_gather_object(values, value)
         return values
 
@@ -54,6 +83,7 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] | None = [None] * self.count if self.is_first else None
+        self._meet()
         torch.distributed.gather_object(value, values)
         return values or []
 
@@ -88,13 +118,16 @@ class Processes:
         try:
             value = compute()
         except Exception as error:
+            self._meet()
             torch.distributed.broadcast_object_list([None, f"{type(error).__name__}: {error}"])
             raise
+        self._meet()
         torch.distributed.broadcast_object_list([value, None])
         return value
 
     def _received(self) -> Any:
         box: list[Any] = [None, None]
+        self._meet()
         torch.distributed.broadcast_object_list(box)
         value, error = box
         if error is not None:

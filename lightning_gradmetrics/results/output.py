@@ -27,6 +27,9 @@ class Output:
     rows_per_part: int = ROWS_PER_PART
     advice: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", Path(self.directory))
+
     def how_to_resume(self) -> str:
         """Return how to resume the run."""
         name = str(self.directory)

@@ -55,8 +55,12 @@ class Store(Protocol):
         """Return the results."""
         ...
 
-    def interrupt(self) -> str:
-        """Store all rows after an error or a signal, and return advice for the user."""
+    def interrupt(self) -> None:
+        """Store all rows after an error or a signal."""
+        ...
+
+    def advice(self) -> str:
+        """Return what the user can do after an interruption."""
         ...
 
     def close(self) -> None:
@@ -99,9 +103,12 @@ class MemoryStore:
         """Return the rows that were merged last."""
         return self.complete(self.table)
 
-    def interrupt(self) -> str:
-        """Keep the rows and return no advice."""
+    def interrupt(self) -> None:
+        """Keep the rows."""
         self.share()
+
+    def advice(self) -> str:
+        """Return no advice."""
         return ""
 
     def close(self) -> None:
@@ -127,6 +134,7 @@ class DirectoryStore:
     sizes: Mapping[str, int | None]
     _last: float = field(default_factory=time.monotonic)
     _is_incomplete: bool = False
+    _problem: str = ""
 
     @classmethod
     def start(
@@ -249,17 +257,20 @@ class DirectoryStore:
             return empty_results(self.rows[0].scores if self.rows else ())
         return partial(read_results, self.output.directory, incomplete=self._is_incomplete)
 
-    def interrupt(self) -> str:
-        """Commit the scored rows, and return how to resume."""
-        problem, self._is_incomplete = "", True
+    def interrupt(self) -> None:
+        """Commit the scored rows."""
+        self._is_incomplete = True
         try:
             self._commit(self.rows)
         except OSError as error:
-            problem = f"{error.strerror}\n"
+            self._problem = f"{error.strerror}\n"
         finally:
             self.close()
+
+    def advice(self) -> str:
+        """Return how many rows all processes committed, and how to resume."""
         count = committed_rows(self.output.directory).total
-        return f"{problem}{count} rows are committed in {self.output.directory}. {self.output.how_to_resume()}"
+        return f"{self._problem}{count} rows are committed in {self.output.directory}. {self.output.how_to_resume()}"
 
     def close(self) -> None:
         """Release the directory for other runs."""

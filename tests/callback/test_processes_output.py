@@ -1,0 +1,134 @@
+"""Several processes write one results directory: each row once, and a failure of one process ends all of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import lightning_gradmetrics as lgm
+from tests.callback.forked import run_forked
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="the tests fork")]
+
+COMPLETE = """
+def work(rank):
+    callback = lgm.GradientMetrics(SCORES, datasets=ROLES, output=Output(FOLDER / f"{stage}-{count}", rows_per_part=4))
+    getattr(ddp(callback, count), stage)(Classifier(), data())
+    return callback.results.num_rows
+
+
+outcomes = []
+for stage, count in (("validate", 2), ("test", 2), ("predict", 2), ("test", 3)):
+    outcomes.append(launch(count, work)[:2])
+stage, count = "test", 1
+work(0)
+print(json.dumps(outcomes))
+"""
+
+
+def test_two_and_three_processes_write_the_rows_that_one_writes(tmp_path: Path) -> None:
+    """23 and 11 rows in batches of four: the sampler repeats rows for both numbers of processes."""
+    outcomes, _ = run_forked(COMPLETE, tmp_path)
+    assert outcomes == [[[0, 0], [34, 34]]] * 3 + [[[0, 0, 0], [34, 34, 34]]]
+    alone = lgm.read_results(tmp_path / "test-1")
+    assert alone["index"].to_pylist() == [*range(23), *range(11)]
+    for name in ("validate-2", "test-2", "predict-2", "test-3"):
+        table, keys = lgm.read_results(tmp_path / name), ["dataset", "index", "prediction", "label", "finite"]
+        assert table.select(keys).equals(alone.select(keys))
+        for score in ("energy", "gradnorm", "pseudo_label(target=all)"):
+            assert table[score].to_pylist() == pytest.approx(alone[score].to_pylist(), rel=1e-5)
+
+
+SAMPLERS = """
+rows = TensorDataset(torch.randn(23, 4), torch.arange(23) % 3)
+
+
+def work(rank):
+    if case == "distributed sampler":
+        sampler = DistributedSampler(rows, 2, rank, shuffle=True, seed=3)
+        loader = DataLoader(rows, 4, sampler=sampler)
+    elif case == "split by rank":
+        loader = DataLoader(Subset(rows, range(rank, 23, 2)), 4)
+    callback = lgm.GradientMetrics(SCORES, output=FOLDER / case)
+    ddp(callback, 2, use_distributed_sampler=False).test(Classifier(), loader, verbose=False)
+
+
+alone = lgm.GradientMetrics(SCORES, output=FOLDER / "alone")
+trainer(alone).test(Classifier(), DataLoader(rows, 4), verbose=False)
+outcomes = {}
+for case in ("distributed sampler", "split by rank"):
+    outcomes[case] = launch(2, work)
+print(json.dumps(outcomes))
+"""
+
+
+def test_a_distributed_sampler_of_the_user_works_and_data_split_by_rank_are_refused(tmp_path: Path) -> None:
+    outcomes, _ = run_forked(SAMPLERS, tmp_path)
+    assert outcomes["distributed sampler"][0] == [0, 0]
+    alone, table = lgm.read_results(tmp_path / "alone"), lgm.read_results(tmp_path / "distributed sampler")
+    assert table["energy"].to_pylist() == pytest.approx(alone["energy"].to_pylist(), rel=1e-5)
+    assert table["label"].equals(alone["label"])
+    codes, errors, seconds = outcomes["split by rank"]
+    assert codes == [1, 1] and seconds < 10
+    assert all("the same index to different rows" in error for error in errors)
+    assert not list((tmp_path / "split by rank").glob("*.parquet"))
+
+
+STOPPED = """
+class Failing(Classifier):
+    def step(self, batch):
+        time.sleep(0.0 if failing is None else 0.2)
+        if failing == self.trainer.global_rank and self.seen >= 12:
+            if how == "error":
+                raise RuntimeError(f"rank {failing} is on fire")
+            os.kill(os.getpid(), getattr(signal, how))
+        return super().step(batch)
+
+
+def work(rank):
+    callback = lgm.GradientMetrics(SCORES, datasets=ROLES, output=Output(FOLDER / name, True, rows_per_part=4))
+    left = lgm.unfinished(dict(zip(ROLES, data(size=400))), FOLDER / name)
+    getattr(ddp(callback, 2), stage)(Failing(), left)
+
+
+outcomes = {}
+for name in sys.argv[2:]:
+    stage, how, victim = name.split("-")
+    failing = int(victim)
+    outcomes[name] = *launch(2, work), lgm.read_results(FOLDER / name, incomplete=True).num_rows
+    if how in ("error", "SIGKILL"):
+        failing = None
+        assert launch(2, work)[0] == [0, 0]
+print(json.dumps(outcomes))
+"""
+
+CASES = {
+    "test-error-0": (1, "RuntimeError: rank 0 is on fire"),
+    "predict-error-1": (1, "RuntimeError: rank 1 is on fire"),
+    "predict-SIGTERM-0": (143, "SIGTERMException"),
+    "test-SIGTERM-1": (143, "SIGTERMException"),
+    "test-SIGINT-1": (1, "KeyboardInterrupt"),
+    "test-SIGKILL-0": (-9, ""),
+}
+"""The exit code of the process that fails, and what the other one reports."""
+
+
+def test_an_error_or_a_signal_on_any_rank_ends_every_process_in_seconds_and_the_run_resumes(tmp_path: Path) -> None:
+    """Without help the other process would score 50 batches, 10 seconds, and then wait for 30 minutes."""
+    outcomes, said = run_forked(STOPPED, tmp_path, *CASES)
+    for name, (code, cause) in CASES.items():
+        codes, values, seconds, kept = outcomes[name]
+        failed = int(name[-1])
+        other = 1 - failed
+        assert codes[failed] == code and codes[other] == 1, name
+        assert seconds < 5 and 16 <= kept < 100, name
+        report = (
+            f"rank {failed} failed, so rank {other} stops too. What it raised: {cause}" if cause else "rank 0 ended"
+        )
+        assert report in values[other], name
+    assert "resume=True" in said
+    for name in ("test-error-0", "predict-error-1", "test-SIGKILL-0"):
+        table = lgm.read_results(tmp_path / name)
+        assert table["index"].to_pylist() == [*range(400), *range(11)]
