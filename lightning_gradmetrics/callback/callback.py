@@ -32,6 +32,7 @@ from lightning_gradmetrics.callback.labels import BatchReader
 from lightning_gradmetrics.callback.logged import logged_metrics
 from lightning_gradmetrics.callback.module import (
     check_sharding,
+    check_spawned,
     check_split,
     is_side_by_side,
     scored_model,
@@ -261,6 +262,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         check_sharding(trainer.strategy, self.scorer.scores)
         check_split(dict(zip(datasets, counted.all, strict=True)), processes)
         is_fit = self._fitting is not None
+        check_spawned(trainer, stage, self.output is not None, is_fit)
         vectors, has_ids = ((), False) if is_fit else (list(self.columns), self.sample_id is not None)
         rows = rows_of_loaders(datasets, counted.all, self.score_names, processes, vectors, has_ids)
         made: Stage
@@ -366,11 +368,6 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         """
         self.scorer.scores = with_fitted_states(self.scorer.scores, state_dict.get("fitted", {}))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: everything but the run that is going on."""
-        forgotten = {"_run": None, "_fitting": None, "_processes": Processes(), "_signals": None}
-        return {**vars(self), **forgotten, "_indices": IndexRecording()}
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse fitted scores that would be scored while the weights change.
 
@@ -382,7 +379,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the last run, and record the indices of the next."""
-        self._results, self._finished = empty_results(self.score_names), False
+        self._results, self._finished, self._is_set_up = empty_results(self.score_names), False, True
         self.evaluation = self.token_evaluation = None
         self._logged, self._notices = set(), StageNotices()
         self._indices.watch(trainer)

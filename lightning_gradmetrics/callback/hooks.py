@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gradmetrics.callback.index_recording import IndexRecording
-from lightning_gradmetrics.callback.module import processes_of
+from lightning_gradmetrics.callback.module import processes_of_run
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.run import Run
 from lightning_gradmetrics.callback.signals import note_sigterm, stop_after_sigterm
@@ -47,6 +47,11 @@ class RunHooks(Callback):
     _signals: Callable[[], None] | None = None
     """Restores the handling of SIGTERM after the run."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: everything but the run that is going on."""
+        forgotten = {"_run": None, "_fitting": None, "_processes": Processes(), "_signals": None}
+        return {**vars(self), **forgotten, "_indices": IndexRecording()}
+
     def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:
         """Start a run over the dataloaders of a stage."""
         raise NotImplementedError
@@ -62,7 +67,7 @@ class RunHooks(Callback):
     def _join(self, trainer: Trainer) -> Processes:
         """Return the processes of a new run; from now on a failure of one ends all of them."""
         self._leave()
-        self._processes = processes_of(trainer)
+        self._processes = processes_of_run(trainer)
         if self._processes.count > 1:
             self._signals = note_sigterm(trainer)
         return self._processes

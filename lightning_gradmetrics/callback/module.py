@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
@@ -19,7 +20,16 @@ from lightning_gradmetrics.callback.signals import stop_after_sigterm
 from lightning_gradmetrics.results.sample_index import sampler_of
 from lightning_gradmetrics.scores import Score
 
-__all__ = ["check_sharding", "check_split", "evaluation_loop", "is_side_by_side", "processes_of", "scored_model"]
+__all__ = [
+    "check_sharding",
+    "check_spawned",
+    "check_split",
+    "evaluation_loop",
+    "is_side_by_side",
+    "processes_of",
+    "processes_of_run",
+    "scored_model",
+]
 
 
 RUNS = count()
@@ -27,7 +37,12 @@ RUNS = count()
 
 
 def processes_of(trainer: Trainer) -> Processes:
-    """Return the trainer's processes for a new run."""
+    """Return the trainer's processes."""
+    return Processes(trainer.world_size, trainer.global_rank)
+
+
+def processes_of_run(trainer: Trainer) -> Processes:
+    """Return the trainer's processes for a new run: a failure of one ends all of them."""
     size, rank = trainer.world_size, trainer.global_rank
     return Processes(size, rank, alarm_of(next(RUNS), size, rank, partial(stop_after_sigterm, trainer)))
 
@@ -101,6 +116,32 @@ def check_sharding(strategy: Strategy, scores: Sequence[Score]) -> None:
             "whole network, which no process has. Remove them (scores of the logits and of the head work), or use "
             "strategy='ddp' or one device"
         )
+
+
+def check_spawned(trainer: Trainer, stage: str, has_output: bool, is_fit: bool) -> None:
+    """Refuse a run in processes that the trainer starts and that end with it, if what they compute would be lost.
+
+    Args:
+        trainer: The trainer.
+        stage: What the trainer runs; the validation inside a fit is never refused, since its metrics are logged.
+        has_output: Whether the results are written to a directory, from which the calling process reads them.
+        is_fit: Whether scores are fitted, whose states would be lost.
+
+    Raises:
+        RuntimeError: If the results or the states would be lost.
+    """
+    strategy = trainer.strategy
+    is_kept = stage == "fit" or (has_output and not is_fit)
+    if is_kept or not isinstance(strategy.launcher, _MultiProcessingLauncher):
+        return
+    name = getattr(strategy, "_start_method", None)
+    started = f"processes by {name!r}" if name else "processes"
+    lost = "the fitted states" if is_fit else "the results"
+    remedy = "" if is_fit else "pass output='DIR' to write them to a directory, which callback.results reads; or "
+    raise RuntimeError(
+        f"{type(strategy).__name__} starts {started} for one call of the trainer, and {lost} would be lost with them: {remedy}use "
+        "strategy='ddp' in a script"
+    )
 
 
 def check_split(loaders: Mapping[str, Any], processes: Processes) -> None:

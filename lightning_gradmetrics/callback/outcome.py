@@ -25,6 +25,7 @@ from lightning_gradmetrics.pictures import (
     write_thumbnails,
 )
 from lightning_gradmetrics.results.output import Output
+from lightning_gradmetrics.results.reading import is_complete, read_results
 from lightning_gradmetrics.results.stores import Results
 from lightning_gradmetrics.results.table import largest_of_each
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -37,6 +38,8 @@ class Outcome:
 
     scorer: Scorer
     _results: Results
+    _is_set_up = False
+    """Whether this process took part in a run."""
     output: Output | None
     evaluation: Evaluation | None
     token_evaluation: Evaluation | None
@@ -61,6 +64,8 @@ class Outcome:
     @property
     def results(self) -> pa.Table:
         """The per-sample results of the last run. With ``output=`` they are read from the directory at the first use."""
+        if self.output is not None and not self._is_set_up and is_complete(self.output.directory):
+            return read_results(self.output.directory)  # the run was in other processes, or in another callback
         if callable(self._results):
             self._results = self._results()
         return self._results

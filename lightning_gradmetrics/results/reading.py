@@ -16,7 +16,7 @@ from lightning_gradmetrics.results.identity import IN_ORDER
 from lightning_gradmetrics.results.parts import MANIFEST, PART, RUN, UNLABELLED
 from lightning_gradmetrics.results.table import merge_results
 
-__all__ = ["IncompleteResultsError", "committed_rows", "indices_by_dataset", "read_results"]
+__all__ = ["IncompleteResultsError", "committed_rows", "indices_by_dataset", "is_complete", "read_results"]
 
 SHOWN = 10
 """Largest number of rows that an error message names."""
@@ -74,6 +74,11 @@ def read_results(directory: str | Path, *, incomplete: bool = False, columns: Se
     if not parts:
         return pa.table({})
     return _checked(directory, _read(parts, columns), sizes, incomplete)
+
+
+def is_complete(directory: Path) -> bool:
+    """Return whether a directory holds the results of a run that ended."""
+    return (directory / MANIFEST).exists()
 
 
 def _read(parts: Sequence[Path], columns: Sequence[str] | None) -> pa.Table:

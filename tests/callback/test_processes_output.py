@@ -76,6 +76,30 @@ def test_a_distributed_sampler_of_the_user_works_and_data_split_by_rank_are_refu
     assert not list((tmp_path / "split by rank").glob("*.parquet"))
 
 
+SPAWNED = """
+from tests.callback.runs import Stepped, mlp
+
+
+def scored(strategy, **options):
+    callback = lgm.GradientMetrics(["energy", "gradnorm"], **options)
+    try:
+        trainer(callback, devices=2, strategy=strategy).predict(Stepped(mlp(4, 6, 3).float()), data()[0], return_predictions=False)
+    except Exception as error:
+        return str(error)
+    return callback.results["index"].to_pylist()
+
+
+print(json.dumps([scored("ddp_notebook"), scored("ddp_notebook", output=FOLDER / "fork"), scored("ddp_spawn")]))
+"""
+
+
+def test_results_of_spawned_processes_come_back_through_a_directory_or_the_run_is_refused(tmp_path: Path) -> None:
+    (refused, rows, refused_too), _ = run_forked(SPAWNED, tmp_path)
+    assert rows == list(range(23))
+    for text in (refused, refused_too):
+        assert "the results would be lost with them: pass output='DIR'" in text
+
+
 STOPPED = """
 class Failing(Classifier):
     def step(self, batch):
