@@ -37,18 +37,21 @@ class Softmax:
         self.temperature = temperature
 
     @cached_property
+    def _largest(self) -> tuple[Tensor, Tensor]:
+        """The largest logit and the first class that has it, ``(N, *P)`` each."""
+        found = self.logits.max(1)
+        return found.values, found.indices
+
+    @property
     def top(self) -> Tensor:
         """The largest logit, ``(N, *P)``."""
-        return self.logits.amax(1)
+        return self._largest[0]
 
     @cached_property
     def is_top(self) -> Tensor:
         """Which class is predicted, the first of equal ones: ``(N, C, *P)``, bool."""
-        found = self.logits == self.top.unsqueeze(1)
-        if int(torch.count_nonzero(found)) == self.top.numel() and not bool(self.top.isnan().any()):
-            return found
-        first = self.logits.argmax(1, keepdim=True)
-        return torch.zeros_like(found).scatter(1, first, True)
+        nowhere = torch.zeros_like(self.logits, dtype=torch.bool)
+        return nowhere.scatter_(1, self._largest[1].unsqueeze(1), True)
 
     @cached_property
     def distances(self) -> Tensor:
@@ -57,17 +60,26 @@ class Softmax:
 
     @cached_property
     def _weights(self) -> Tensor:
-        return (-self.distances).exp_()
+        """``exp(z_c - z_y)``, which is 1 for the predicted class y; :attr:`probabilities` takes its memory over."""
+        return (self.logits - self.top.unsqueeze(1)).clamp_(min=-FARTHEST).exp_()
 
     @cached_property
     def odds(self) -> Tensor:
         """The odds against the predicted class, ``(1 - p_y) / p_y``: ``(N, *P)``."""
-        return self._weights.masked_fill(self.is_top, 0).sum(1)
+        # In place: fresh memory costs more than the arithmetic.
+        weights, index = self._weights, self._largest[1].unsqueeze(1)
+        own = weights.gather(1, index)
+        odds = weights.scatter_(1, index, 0).sum(1)
+        weights.scatter_(1, index, own)
+        return odds
 
     @cached_property
     def probabilities(self) -> Tensor:
         """``(N, C, *P)``."""
-        return self._weights / (1 + self.odds).unsqueeze(1)
+        size = (1 + self.odds).unsqueeze(1)
+        weights: Tensor = self._weights
+        del self.__dict__["_weights"]
+        return weights.div_(size)
 
     @cached_property
     def error(self) -> Tensor:
@@ -77,7 +89,8 @@ class Softmax:
     @cached_property
     def complements(self) -> Tensor:
         """``1 - p`` of every class, ``(N, C, *P)``."""
-        return torch.where(self.is_top, self.error.unsqueeze(1), 1 - self.probabilities)
+        complements = 1 - self.probabilities
+        return complements.scatter_(1, self._largest[1].unsqueeze(1), self.error.unsqueeze(1))
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -92,12 +105,13 @@ class Softmax:
     @cached_property
     def second(self) -> Tensor:
         """The second largest probability, ``(N, *P)``."""
-        return self.probabilities.masked_fill(self.is_top, 0).amax(1)
+        index = self._largest[1].unsqueeze(1)
+        return self.probabilities.scatter(1, index, 0).amax(1)
 
     @property
     def predicted_residual(self) -> Tensor:
         """``p - e_y`` for the predicted class y, ``(N, C, *P)``."""
-        return torch.where(self.is_top, -self.error.unsqueeze(1), self.probabilities)
+        return self.probabilities.scatter(1, self._largest[1].unsqueeze(1), -self.error.unsqueeze(1))
 
     def residual(self, classes: Tensor) -> Tensor:
         """Return ``p - e_c`` for a class per position, ``(N, C, *P)``.

@@ -132,7 +132,7 @@ class Evidence:
         """The shape of a score, ``(N, *P)``."""
         return (len(self.given_logits), *self.given_logits.shape[2:])
 
-    @property
+    @cached_property
     def logits(self) -> Tensor:
         """Logits ``(N, C, *P)``: of samples in float64 where the device has it, of positions in at least float32."""
         logits = self.given_logits.detach()
