@@ -270,6 +270,8 @@ class DirectoryStore:
     def advice(self) -> str:
         """Return how many rows all processes committed, and how to resume."""
         count = committed_rows(self.output.directory).total
+        if count == 0:
+            return f"{self._problem}no rows are committed in {self.output.directory}"
         return f"{self._problem}{count} rows are committed in {self.output.directory}. {self.output.how_to_resume()}"
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
-"""Other people's programs with the installed wheel: a Hydra app and a LightningCLI, each in a process."""
+"""Other people's programs with the installed wheel, each in a process: Hydra, LightningCLI, loggers, spawned and pickled callbacks."""
 
 from __future__ import annotations
 
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,74 @@ callback = next(each for each in cli.trainer.callbacks if type(each).__name__ ==
 print(callback.score_names, callback.stages, callback.results.num_rows)
 """
 
+FIT_AND_TEST = """
+import sys
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+import lightning_gradmetrics as lgm
+from parts import Data, Net, loader
+
+
+class Validated(Data):
+    def val_dataloader(self):
+        return loader(0)
+
+
+def extra_loggers(names):
+    if "wandb" in names:
+        from lightning.pytorch.loggers import WandbLogger
+        yield WandbLogger(save_dir=".", offline=True)
+    if "mlflow" in names:
+        from lightning.pytorch.loggers import MLFlowLogger
+        yield MLFlowLogger(tracking_uri="file:mlruns")
+
+
+def validation_step(self, batch, batch_idx):
+    self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+Net.validation_step = validation_step
+loggers = [TensorBoardLogger("board", "", ""), CSVLogger("csv", "", ""), *extra_loggers(sys.argv[1:])]
+callback = lgm.GradientMetrics(["energy", "gradnorm"], datasets={"ours": "id", "noise": "far"})
+options = dict(accelerator="cpu", max_epochs=1, enable_progress_bar=False, enable_checkpointing=False)
+trainer = Trainer(logger=loggers, callbacks=[callback], log_every_n_steps=1, **options)
+model, data = Net(), Validated()
+trainer.fit(model, datamodule=data)
+print("rows after fit:", callback.results.num_rows)
+trainer.test(model, datamodule=data, verbose=False)
+print("rows after test:", callback.results.num_rows)
+
+both = {"validate": {"held_out": "id"}, "test": {"ours": "id", "noise": "far"}}
+callback = lgm.GradientMetrics("energy", stages=("validate", "test"), datasets=both)
+trainer = Trainer(logger=False, callbacks=[callback], **options)
+trainer.validate(model, datamodule=data, verbose=False)
+print("validated:", callback.results["dataset"].unique().to_pylist())
+"""
+
+SPAWNED = """
+import pickle
+import joblib
+from lightning.pytorch import Trainer
+import lightning_gradmetrics as lgm
+from parts import Data, Net, loader
+
+quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+
+
+def rows(callback):
+    Trainer(callbacks=[callback], **quiet).test(Net(), loader(0), verbose=False)
+    return callback.results["gradnorm"].to_pylist()
+
+
+if __name__ == "__main__":
+    callback = lgm.GradientMetrics(["gradnorm(temperature=2)", "gradnorm"], print_summary=False)
+    wanted = rows(pickle.loads(pickle.dumps(callback)))
+    assert joblib.Parallel(n_jobs=2)(joblib.delayed(rows)(callback) for _ in range(2)) == [wanted, wanted]
+    spawned = lgm.GradientMetrics(["gradnorm"])
+    Trainer(callbacks=[spawned], strategy="ddp_spawn", devices=2, **quiet).test(Net(), loader(0), verbose=False)
+    print("equal:", len(wanted))
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -146,3 +215,25 @@ def test_lightning_cli_keeps_the_arguments_of_a_score(python: Path, app: Path, p
         timeout=300,
     )
     assert done.returncode != 0 and "nonsense" in done.stderr, done.stderr[-2000:]
+
+
+def test_loggers_and_stages(python: Path, app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of test sets do not disturb ``fit``; each logger has scalars and pictures in its own form."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (app / "fit_and_test.py").write_text(FIT_AND_TEST)
+    installed = [name for name in ("wandb", "mlflow") if find_spec(name)]
+    printed = run(python, "fit_and_test.py", *installed, cwd=app)
+    assert "rows after fit: 0" in printed and "rows after test: 60" in printed
+    assert "validated: ['held_out']" in printed and "far: noise" in printed
+    assert "gradmetrics/noise/gradnorm/ood_auroc" in (app / "csv" / "metrics.csv").read_text()
+    assert list((app / "board").glob("events.*"))
+    found = [path.relative_to(app) for path in app.rglob("*.png")]
+    pictures = {path.parts[0] for path in found if "roc_ood_noise" in str(path)}
+    folders = {"wandb": "wandb", "mlflow": "mlruns"}
+    assert pictures >= {"csv", *(folders[name] for name in installed)}, found
+
+
+def test_spawned_pickled_and_parallel_callbacks(python: Path, app: Path) -> None:
+    (app / "spawned.py").write_text(SPAWNED)
+    assert "equal: 30" in run(python, "spawned.py", cwd=app)
