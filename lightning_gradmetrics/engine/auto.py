@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.agreement import agree
+from lightning_gradmetrics.engine.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
 from lightning_gradmetrics.engine.guards import (
     check_alone,
@@ -19,7 +20,7 @@ from lightning_gradmetrics.engine.guards import (
     check_others,
     compare_alone,
 )
-from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, quiet_no_grad
+from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read, quiet_no_grad
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.samples import input_structure
@@ -39,6 +40,9 @@ MOST_OUTLINES = 16
 
 MOST_STRATEGIES = 4
 """Strategies kept for one kind of task; further paths through a model are handled without a plan."""
+
+MOST_KINDS = 64
+"""Kinds of task whose strategies are kept for one model; the oldest is forgotten."""
 
 _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Hashable, list[Strategy]]] = WeakKeyDictionary()
 _UNPLANNABLE: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
@@ -67,7 +71,7 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
     known = _STRATEGIES.setdefault(task.model, {})
     unplannable = _UNPLANNABLE.setdefault(task.model, set())
     state, key, shapes = ForwardState(task.model), _kind(task), _shapes(task)
-    strategies = known.setdefault(key, [])
+    strategies = known.get(key, [])
     if task.size > 2:
         strategies[:] = [strategy for strategy in strategies if not strategy.provisional]
     for strategy in sorted(strategies, key=lambda strategy: (shapes, task.size) not in strategy.times):
@@ -79,7 +83,9 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
             state.restore()
     here = (key, shapes, task.size)
     if len(strategies) < MOST_STRATEGIES and here not in unplannable:
-        strategy = make_strategy(task)
+        with reading_attributes() as read:
+            strategy = make_strategy(task)
+        note_read(task.model, read)
         strategy.shapes = shapes
         state.restore()
         try:
@@ -89,6 +95,8 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
             state.restore()
         else:
             known.setdefault(_kind(task), []).append(strategy)
+            while len(known) > MOST_KINDS:
+                del known[next(iter(known))]
             return result
     return work(task, _unplanned(task, strategies), state)
 

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.preservation import HookState, RandomState
+from lightning_gradmetrics.engine.attribute_reads import are_reads_visible
 
-__all__ = ["ForwardState", "attribute_key", "note_volatile", "quiet_no_grad"]
+__all__ = ["ForwardState", "attribute_key", "note_read", "note_volatile", "quiet_no_grad"]
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, Enum)
 
 _VOLATILE: WeakKeyDictionary[nn.Module, set[tuple[int, str]]] = WeakKeyDictionary()
 """Attributes that a forward pass changes, such as counters, by the number of the module and the name."""
+
+_READ: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""The names of the attributes that forward passes of a model read; a model without an entry may read any."""
 
 
 class ForwardState:
@@ -89,13 +93,25 @@ def quiet_no_grad(quiet: bool) -> Iterator[None]:
 
 
 def attribute_key(model: nn.Module) -> Hashable:
-    """Return the plain attributes of all modules, and of their configurations: flags that a forward pass may branch on."""
-    volatile = _VOLATILE.get(model, set())
+    """Return the plain attributes of all modules, and of their configurations: flags that a forward pass may branch on.
+
+    Attributes that no forward pass has read while a plan was made are left out, such as counters of the user's step.
+    """
+    volatile, read = _VOLATILE.get(model, set()), _READ.get(model)
     key = []
     for number, name, value in _attributes(model):
-        if (number, name) not in volatile:
+        is_read = read is None or number < 0 or name.partition(".")[0] in read
+        if is_read and (number, name) not in volatile:
             key.append((number, name, value))
     return tuple(key)
+
+
+def note_read(model: nn.Module, names: set[str]) -> None:
+    """Note the names of all attributes that the forward passes of a plan read; later keys contain them."""
+    if "__dict__" not in names and are_reads_visible(model):
+        _READ.setdefault(model, set()).update(names)
+    else:
+        _READ.pop(model, None)
 
 
 def note_volatile(model: nn.Module, before: Hashable, after: Hashable) -> None:
