@@ -27,6 +27,7 @@ from lightning_gradmetrics.engine.samples import input_structure
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast, make_strategy, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.uses import Use
+from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments
 
@@ -259,7 +260,8 @@ def _check_one_sample(table: MomentTable | UseTable, names: Any, laid_out: Task,
     if _agree_on_sample(table, number, alone, 0, state):
         return
     together = laid_out.restricted(names)
-    if _agree_on_sample(table, number, alone, 0, state, GATES) and _agree_on_sample(
+    gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
+    if _agree_on_sample(table, number, alone, 0, state, gates) and _agree_on_sample(
         table, number, together, number, state
     ):
         return
@@ -302,6 +304,6 @@ LEAST_SCALE = 2.0**-400
 """The smallest scale of a gradient whose squares keep their digits in float64; smaller ones are compared unscaled."""
 
 GATES = 0.05
-"""How far, relative to its size, a gradient may be off by gates that rounding opens or closes."""
+"""How far, relative to its size, a gradient may be off by gates that rounding opens or closes; more in low precision."""
 
 _GENERATOR = torch.Generator().manual_seed(0)
