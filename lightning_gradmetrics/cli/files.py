@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_gradmetrics.results.replacing import restore
+
 __all__ = ["RunDirectoryInUse", "reserved", "shown_path"]
 
 
@@ -17,6 +19,8 @@ class RunDirectoryInUse(RuntimeError):
 @contextmanager
 def reserved(directory: Path) -> Iterator[None]:
     """Reserve a run directory for this process; the reservation ends with the process, however it ends.
+
+    Directories that a killed run was replacing are restored.
 
     Raises:
         RunDirectoryInUse: If another process has reserved it.
@@ -36,6 +40,7 @@ def reserved(directory: Path) -> Iterator[None]:
                 f"another run is writing to {shown_path(directory)}; wait for it, or choose another directory with "
                 "hydra.run.dir=DIR"
             ) from error
+        restore(directory)
         yield
     finally:
         os.close(handle)

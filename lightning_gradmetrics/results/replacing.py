@@ -11,30 +11,62 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replaced", "write_csv", "write_text"]
+__all__ = ["replaced", "restore", "write_csv", "write_text"]
+
+
+OLD = ".old"
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``, and rename what was written there to ``path`` in the end.
 
-    A process that is killed leaves the old file or directory as it was. After an exception the temporary file is
-    deleted. A directory replaces a directory.
+    A process that is killed leaves the old file as it was. A directory replaces a directory in two steps; after a kill
+    between them, :func:`restore` or the next call brings the old directory back. After an exception the temporary file
+    is deleted.
 
     Args:
         path: The file or directory to write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _restore_one(_aside(path))
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         temporary = scratch / path.name
         yield temporary
         _flush_to_disk(temporary)
         if path.is_dir():
-            path.rename(scratch / f"{path.name}.old")
+            path.rename(_aside(path))
         temporary.replace(path)
     finally:
+        _restore_one(_aside(path))
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def restore(directory: Path) -> None:
+    """Bring back the directories that a killed process had moved aside and not replaced.
+
+    Args:
+        directory: The directory that contains them; no other process may write to it.
+    """
+    for aside in directory.glob(f".*{OLD}"):
+        _restore_one(aside)
+
+
+def _aside(path: Path) -> Path:
+    """Return the name of a directory while it is replaced."""
+    return path.with_name(f".{path.name}{OLD}")
+
+
+def _restore_one(aside: Path) -> None:
+    """Rename a directory that was moved aside to its name, or delete it if the new directory is there."""
+    if not aside.is_dir():
+        return
+    path = aside.with_name(aside.name[1 : -len(OLD)])
+    if path.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(path)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,49 @@ def test_a_directory_replaces_a_directory(tmp_path: Path) -> None:
             (folder / name).touch()
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["states"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lightning_gradmetrics.results import replacing
+
+step, real = sys.argv[2], {"rename": Path.rename, "replace": Path.replace}
+
+
+def killed(self, target):
+    if step.startswith("before"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real[step.split()[1]](self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+setattr(Path, step.split()[1], killed)
+with replacing.replaced(Path(sys.argv[1]) / "states") as folder:
+    folder.mkdir()
+    (folder / "new").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [("before rename", "old"), ("after rename", "old"), ("before replace", "old"), ("after replace", "new")],
+)
+def test_a_kill_while_a_directory_is_replaced_leaves_one_of_the_versions(
+    step: str, expected: str, tmp_path: Path
+) -> None:
+    """After the next start at the latest, and the directory can be replaced again."""
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "old").touch()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), step])
+    assert done.returncode == -signal.SIGKILL
+    with reserved(tmp_path):
+        assert [path.name for path in (tmp_path / "states").iterdir()] == [expected]
+        assert not (tmp_path / ".states.old").exists()
+    with replaced(tmp_path / "states") as folder:
+        folder.mkdir()
+        (folder / "newest").touch()
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["newest"]
 
 
 def test_csv_of_rows_with_different_keys(tmp_path: Path) -> None:
