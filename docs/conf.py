@@ -13,6 +13,8 @@ html_theme = "furo"
 html_title = "gradmetrics"
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
+html_js_files = ["numbers.js"]
+html_show_copyright = False
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 

@@ -15,6 +15,11 @@ __all__ = ["Evaluation"]
 
 Entry = dict[str, Any]
 
+ShownColumn = tuple[str, str, str, str]
+"""A task, a group, a dataset and a metric."""
+
+TASK_TITLES = {"misclassification": "errors", "ood": "{group}", "joint": "errors and {group}"}
+
 
 @dataclass(frozen=True, repr=False)
 class Evaluation:
@@ -100,9 +105,9 @@ class Evaluation:
     def _repr_html_(self) -> str:
         """Return the main table as HTML: one row per score, times 100, with intervals."""
         columns = self._shown_columns()
-        cells: dict[tuple[str, tuple[str, str, str]], str] = {}
+        cells: dict[tuple[str, ShownColumn], str] = {}
         for entry in self.metrics:
-            cells[entry["score"], (entry["task"], entry["dataset"], entry["metric"])] = _cell(entry)
+            cells[entry["score"], _column(entry)] = _cell(entry)
         head = "".join(f"<th>{_title(column)}</th>" for column in columns)
         rows = []
         for score in dict.fromkeys(entry["score"] for entry in self.metrics):
@@ -110,12 +115,13 @@ class Evaluation:
             rows.append(f"<tr><th>{escape(score)}</th>{row}</tr>")
         return f"<table><thead><tr><th>score</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
-    def _shown_columns(self) -> list[tuple[str, str, str]]:
+    def _shown_columns(self) -> list[ShownColumn]:
+        """Return the columns of the main table: errors, then each group of other datasets, then both together."""
         columns = []
         for entry in self.metrics:
             if entry["dataset"] is not None and entry["metric"] in SHOWN[entry["task"]]:
-                columns.append((entry["task"], entry["dataset"], entry["metric"]))
-        return list(dict.fromkeys(columns))
+                columns.append(_column(entry))
+        return sorted(dict.fromkeys(columns), key=lambda column: list(TASK_TITLES).index(column[0]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists, dicts, strings and numbers, ready for JSON."""
@@ -136,10 +142,15 @@ def _hint(word: Any, words: list[Any]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _title(column: tuple[str, str, str]) -> str:
-    task, dataset, metric = column
+def _column(entry: Entry) -> ShownColumn:
+    return entry["task"], entry.get("group") or "", entry["dataset"], entry["metric"]
+
+
+def _title(column: ShownColumn) -> str:
+    task, group, dataset, metric = column
     arrow = "↑" if METRICS[metric].higher_is_better else "↓"
-    return f"{escape(task)}<br>{escape(dataset)}<br>{escape(METRICS[metric].title)} {arrow}"
+    title = TASK_TITLES[task].format(group=group)
+    return f"{escape(title)}:<br>{escape(dataset)}<br>{escape(METRICS[metric].title)} {arrow}"
 
 
 def _cell(entry: Entry) -> str:

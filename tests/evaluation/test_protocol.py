@@ -392,6 +392,7 @@ def test_an_evaluation_shows_itself(evaluation):
     assert len(frame) == len(evaluation.metrics) and set(frame["score"]) == set(SCORES)
     page = evaluation._repr_html_()
     assert page.count("<tr>") == 1 + len(SCORES) and "AUROC" in page and "good" in page
+    assert page.index("<th>errors:<br>") < page.index("<th>near:<br>") < page.index("<th>errors and near:<br>")
 
 
 KINDS_OF_TABLE = {
