@@ -109,12 +109,13 @@ def gradient_metrics_seconds(model: nn.Module, x: Tensor, samples: int) -> float
 def opacus_norms(model: nn.Module, x: Tensor) -> Callable[[], Any]:
     """Opacus' ghost clipping: every sample's gradient norm, from one forward and one backward pass.
 
-    It works on a copy, because it adds hooks and attributes to the model.
+    It works on a copy, because it adds hooks and attributes to the model, and in train mode, where its hooks record. It
+    refuses batch norms, so that the mode changes nothing in a model without dropout.
     """
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
     wrapped = GradSampleModuleFastGradientClipping(
-        deepcopy(model).train(False), use_ghost_clipping=True, loss_reduction="sum", strict=False
+        deepcopy(model).train(), use_ghost_clipping=True, loss_reduction="sum", strict=False
     )
 
     def run() -> Tensor:
