@@ -11,6 +11,7 @@ NAMES = (
     "gga",
     "gpu",
     "intervals",
+    "language",
     "meters",
     "segmentation",
     "small",

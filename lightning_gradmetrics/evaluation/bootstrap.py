@@ -174,7 +174,7 @@ def _sources(rows: Rows, seed: int) -> list[_Source]:
             members = slice(int(positions[0]), int(positions[-1]) + 1)
         cluster = None
         if rows.clusters is not None:
-            names, cluster = rows.clusters[members].unique(return_inverse=True)
+            names, cluster = rows.clusters[members].unique(return_inverse=True)  # type: ignore[no-untyped-call]
             size = len(names)
         sources.append(_Source(members, size, np.random.default_rng([seed, place]), cluster))
     return sources

@@ -177,7 +177,7 @@ def _few_clusters(rows: Rows) -> list[str]:
     if rows.clusters is not None:
         for summary in rows.datasets:
             codes = torch.tensor(rows.codes_of(*KINDS, dataset=summary["name"]), dtype=torch.uint8)
-            count = len(rows.clusters[torch.isin(rows.codes, codes)].unique())
+            count = len(rows.clusters[torch.isin(rows.codes, codes)].unique())  # type: ignore[no-untyped-call]
             if 0 < count < FEWEST:
                 notes.append(f'data set "{summary["name"]}" has {count} clusters: no intervals below {FEWEST}')
     return notes

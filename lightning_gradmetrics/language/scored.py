@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.language.coloured_text import tokens_html
 from lightning_gradmetrics.language.sequences import PromptAndAnswer
 
 __all__ = ["AGGREGATES", "ScoredGeneration"]
@@ -62,6 +63,34 @@ class ScoredGeneration:
         for name, answers in self.tokens.items():
             columns[f"tokens/{name}"] = _lists(answers)
         return pa.table(columns)
+
+    def html(self, score: str, decode: Callable[[list[int]], str]) -> str:
+        """Return the answers as HTML, one paragraph each, with every token coloured by the rank of its score in the answer.
+
+        Args:
+            score: The name of a score of tokens.
+            decode: From token ids to their text, such as ``tokenizer.decode``.
+
+        Raises:
+            ValueError: If there is no such score of tokens, or a value is not finite.
+
+        Example:
+            >>> from lightning_gradmetrics.language.sequences import paired
+            >>> scored = ScoredGeneration(tuple(paired([[1]], [[2, 3]])), {"entropy": [torch.tensor([0.5, 1.5])]}, {})
+            >>> scored.html("entropy", lambda ids: f"<{ids[0]}>").count("&lt;")
+            2
+        """
+        if score not in self.tokens:
+            raise ValueError(
+                f"the answers have no token scores {score!r}; available: {', '.join(self.tokens) or 'none'}"
+            )
+        paragraphs = []
+        for sequence, values in zip(self.sequences, self.tokens[score], strict=True):
+            texts = []
+            for token in sequence.answer.tolist():
+                texts.append(decode([token]))
+            paragraphs.append(tokens_html(texts, values.tolist()))
+        return "\n".join(paragraphs)
 
     def spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> pa.Table:
         """Return a table with one row per span of an answer, such as a claim.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.language.coloured_text import tokens_html
 from lightning_gradmetrics.language.logit_map import recognised_map
 from lightning_gradmetrics.language.sequence_gradients import EmbeddingUse, SequenceFactors, sequence_moments
 from tests.language.language_models import ANSWERS, PROMPTS, language_model
@@ -162,3 +165,20 @@ def test_scores_of_answers_are_found_by_the_functions_of_samples() -> None:
         lgm.scores.make("semgard")
     with pytest.raises(AttributeError, match="score_generation"):
         lgm.scores.semgrad
+
+
+def test_tokens_are_coloured_by_rank() -> None:
+    texts, values = ["a <b>", "c\n", "d", "e"], [0.1, 1000.0, 0.2, 0.3]
+    page = tokens_html(texts, values, ["", "x & y", "", ""])
+    colours = re.findall(r"rgb\((\d+),(\d+),(\d+)\)", page)
+    assert colours == [("255", "255", "255"), ("213", "94", "0"), ("241", "201", "170"), ("227", "148", "85")]
+    assert re.sub(r"</?(span|p)[^>]*>", "", page) == "a &lt;b&gt;c<br>de"
+    assert 'title="1000, x &amp; y"' in page and 'title="0.1"' in page
+    for wrong in ([0.1], [0.1, 0.2, 0.3, float("nan")]):
+        with pytest.raises(ValueError, match="one finite value per token"):
+            tokens_html(texts, wrong)
+    scored = lgm.score_generation(language_model(), PROMPTS, ANSWERS, "entropy")
+    pages = scored.html("entropy", lambda ids: f"[{ids[0]}]").split("\n")
+    assert [re.sub("<[^>]*>", "", page) for page in pages] == ["".join(f"[{i}]" for i in row) for row in ANSWERS]
+    with pytest.raises(ValueError, match="no token scores 'nll'; available: entropy"):
+        scored.html("nll", str)
