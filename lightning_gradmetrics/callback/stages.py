@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,9 @@ from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.units import row_values
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
+from lightning_gradmetrics.results.parts import ResumeError
 from lightning_gradmetrics.results.sample_index import REPEATED
-from lightning_gradmetrics.results.stores import Store
+from lightning_gradmetrics.results.stores import MemoryStore, Store
 from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scores import FittedScore
 from lightning_gradmetrics.scoring.batch import ObservedBatch
@@ -45,6 +47,7 @@ class ScoreStage:
     sources: Sequence[PictureSource] = ()
     columns: Columns = field(default_factory=dict)
     pixels: PixelResults | None = None
+    _has_checked_images: bool = False
 
     def ood(self, place: int, size: int) -> Tensor | None:
         """Returns None: while scoring, roles are not used."""
@@ -72,6 +75,8 @@ class ScoreStage:
         columns = rows.add(
             batch.inputs, values.logits, values.labels, values.scores, seen, vectors, ids, values.of_tokens, batch.order
         )
+        if values.maps is not None:
+            self._check_images()
         if values.of_tokens is None:
             self._read(
                 ScoredBatch(
@@ -84,6 +89,26 @@ class ScoreStage:
                 )
             )
         self.store.after_batch(rows)
+
+    def _check_images(self) -> None:
+        """Refuse to resume a run over images whose pixels are not stored, and warn of what the directory lacks.
+
+        Raises:
+            ResumeError: If earlier images are committed: segments and metrics of pixels would leave them out.
+        """
+        if isinstance(self.store, MemoryStore) or self._has_checked_images:
+            return
+        self._has_checked_images = True
+        if any(rows.index.committed is not None for rows in self.rows):
+            raise ResumeError(
+                "cannot resume the run of a segmentation model: the pixels of the committed images are not stored, so the segments "
+                "and the metrics of pixels would leave them out. Score all images again in another directory, or without output="
+            )
+        warnings.warn(
+            "output= stores one row per image with its scores. The columns of images (error, IoU, further aggregates), the "
+            "segments and the metrics of pixels stay in memory, in callback.segments and callback.pixel_metrics",
+            stacklevel=2,
+        )
 
     def _read(self, scored: ScoredBatch) -> None:
         """Pass a batch to the picture sources."""

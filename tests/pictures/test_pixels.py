@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.results import ResumeError
+from lightning_gradmetrics.results.output import Output
 from tests.scoring.segmenters import HEADS, Segmenter, logits_of
 
 SCORES = ["max_softmax", "pseudo_label"]
@@ -256,3 +259,23 @@ def call(model: nn.Module, batch: Any) -> Any:
 def test_settings_are_checked(pixels: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         lgm.GradientMetrics(SCORES, pixels=pixels)
+
+
+def test_a_results_directory_of_images_warns_of_what_it_lacks_and_is_not_resumed(tmp_path: Path) -> None:
+    """The pixels of committed images are gone, so that segments and metrics of pixels would leave them out."""
+
+    def stopping(model: nn.Module, batch: Any) -> Any:
+        if model.count == 2:
+            raise RuntimeError("stopped")
+        model.count += 1
+        return model(batch[0])
+
+    Batches.count = 0  # type: ignore[attr-defined]
+    net = Segmenter(nn.Conv2d(4, 5, 1))
+    stored = Output(tmp_path, rows_per_part=2)
+    with pytest.warns(UserWarning, match="columns of images"), pytest.raises(RuntimeError, match="stopped"):
+        run_on(lgm.GradientMetrics(SCORES, output=stored), data(), net, stopping)
+    assert lgm.read_results(tmp_path, incomplete=True)["max_softmax"].length() == 4
+    Batches.count = -10  # type: ignore[attr-defined]
+    with pytest.raises(ResumeError, match="cannot resume the run of a segmentation model"):
+        run_on(lgm.GradientMetrics(SCORES, output=tmp_path, resume=True), data(), net, stopping)
