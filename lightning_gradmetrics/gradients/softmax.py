@@ -45,11 +45,43 @@ class Softmax:
     @property
     def top(self) -> Tensor:
         """The largest logit, ``(N, *P)``."""
-        return self._largest[0]
+        return self._largest[0] if self.logits.ndim == 2 else self._top_of_map
+
+    @cached_property
+    def _top_of_map(self) -> Tensor:
+        """The largest logit without its class, whose search over a strided axis takes longer than all scores."""
+        return self.logits.amax(1)
+
+    @cached_property
+    def _is_other(self) -> Tensor | None:
+        """Of a map, 0 for the predicted class and 1 for the others, ``(N, C, *P)`` in the type of the logits.
+
+        ``None`` for samples, and where classes tie or a logit is NaN: then the class is searched.
+        """
+        if self.logits.ndim == 2:
+            return None
+        others = self.distances.sign()
+        is_certain = int(torch.count_nonzero(others)) == others.numel() - self.top.numel()
+        return others if is_certain else None
+
+    @cached_property
+    def _other_weights(self) -> Tensor:
+        """The weights of a map with 0 for the predicted class."""
+        assert self._is_other is not None
+        return self._weights * self._is_other
+
+    @property
+    def _other_probabilities(self) -> Tensor:
+        """The probabilities with 0 for the predicted class, ``(N, C, *P)``."""
+        if self._is_other is None:
+            return self.probabilities.scatter(1, self._largest[1].unsqueeze(1), 0)
+        return self._other_weights / (1 + self.odds).unsqueeze(1)
 
     @cached_property
     def is_top(self) -> Tensor:
         """Which class is predicted, the first of equal ones: ``(N, C, *P)``, bool."""
+        if self._is_other is not None:
+            return self._is_other == 0
         nowhere = torch.zeros_like(self.logits, dtype=torch.bool)
         return nowhere.scatter_(1, self._largest[1].unsqueeze(1), True)
 
@@ -66,6 +98,8 @@ class Softmax:
     @cached_property
     def odds(self) -> Tensor:
         """The odds against the predicted class, ``(1 - p_y) / p_y``: ``(N, *P)``."""
+        if self._is_other is not None:
+            return self._other_weights.sum(1)
         # In place: fresh memory costs more than the arithmetic.
         weights, index = self._weights, self._largest[1].unsqueeze(1)
         own = weights.gather(1, index)
@@ -87,9 +121,16 @@ class Softmax:
         return self.odds / (1 + self.odds)
 
     @cached_property
+    def impurity(self) -> Tensor:
+        """``1 - sum_c p_c^2``, ``(N, *P)``, without the difference of numbers near 1."""
+        return self.error * (2 - self.error) - self._other_probabilities.square().sum(1)
+
+    @cached_property
     def complements(self) -> Tensor:
         """``1 - p`` of every class, ``(N, C, *P)``."""
         complements = 1 - self.probabilities
+        if self._is_other is not None:
+            return torch.where(self.is_top, self.error.unsqueeze(1), complements)
         return complements.scatter_(1, self._largest[1].unsqueeze(1), self.error.unsqueeze(1))
 
     @cached_property
@@ -105,12 +146,13 @@ class Softmax:
     @cached_property
     def second(self) -> Tensor:
         """The second largest probability, ``(N, *P)``."""
-        index = self._largest[1].unsqueeze(1)
-        return self.probabilities.scatter(1, index, 0).amax(1)
+        return self._other_probabilities.amax(1)
 
     @property
     def predicted_residual(self) -> Tensor:
         """``p - e_y`` for the predicted class y, ``(N, C, *P)``."""
+        if self._is_other is not None:
+            return torch.addcmul(self._other_probabilities, self.error.unsqueeze(1), 1 - self._is_other, value=-1)
         return self.probabilities.scatter(1, self._largest[1].unsqueeze(1), -self.error.unsqueeze(1))
 
     def residual(self, classes: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def exgrad(evidence: Evidence, *, p: Norm = 1.0, target: Target = "head", classe
         https://arxiv.org/abs/2205.10439
     """
     if target == "head" and evidence.has_product_gradient:
+        if p == 1 and classes is None:
+            return 2 * evidence.head_input.norm(1) * evidence.softmax().impurity
         return evidence.head_input.norm(p) * _mean_over_classes(
             evidence, residual_norms(evidence.softmax(), p), classes
         )
@@ -77,6 +79,8 @@ def fisher_trace(evidence: Evidence, *, target: Target = "head", classes: Count 
         https://arxiv.org/abs/2205.10439
     """
     if target == "head" and evidence.has_product_gradient:
+        if classes is None:
+            return evidence.head_input.norm(2).square() * evidence.softmax().impurity
         squares = residual_norms(evidence.softmax(), 2).square()
         return evidence.head_input.norm(2).square() * _mean_over_classes(evidence, squares, classes)
     return _expected(evidence, target, classes, lambda gradient: gradient.norm(2).square())

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.head_features import HeadFeatures
+from lightning_gradmetrics.gradients.statistics import Moment, Moments
 from lightning_gradmetrics.scoring.evidence import Evidence
 
-__all__ = ["ROWS", "as_rows", "by_rows", "made_up_maps", "sampled_rows", "works_on_maps"]
+__all__ = ["ROWS", "as_rows", "by_blocks", "by_rows", "made_up_maps", "sampled_rows", "works_on_maps"]
 
 ROWS = 2**16
 """Positions that are scored at the same time as rows."""
+
+ENTRIES = {"cpu": 2**17}
+"""Logits that are scored at the same time, by device: on a CPU their softmax stays in its cache."""
 
 SAMPLED = 1024
 """Largest number of positions of a sample that fitted scores are fitted on."""
@@ -68,6 +74,78 @@ def by_rows(function: Callable[[Evidence], Tensor], evidence: Evidence, with_fea
             parts.append(function(block))
         maps.append(torch.cat(parts).reshape(evidence.shape[1:]))
     return torch.stack(maps) if maps else evidence.given_logits.new_empty(evidence.shape)
+
+
+@dataclass(frozen=True)
+class _PartOfFeatures(HeadFeatures):
+    """The head's input at some of the positions, from what is computed for all of them once."""
+
+    whole: HeadFeatures = field(default_factory=lambda: HeadFeatures(()))
+    part: slice = field(default_factory=lambda: slice(None))
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    def block_moments(self, wanted: Iterable[Moment]) -> list[Moments]:
+        """Return moments over the features of each block, ``(N, M)``."""
+        parts = []
+        for moments in self.whole.block_moments(tuple(wanted)):
+            own: Moments = {}
+            for key, values in moments.items():
+                own[key] = values.flatten(1)[:, self.part]
+            parts.append(own)
+        return parts
+
+    def dense(self) -> Tensor:
+        """Return the features, ``(N, D', M)``."""
+        if not self.vectors:
+            self.vectors["all"] = self.whole.dense().flatten(2)
+        return self.vectors["all"][:, :, self.part]
+
+    def rows(self, keep: Tensor) -> HeadFeatures:
+        """Return the features of the samples that ``keep`` marks or lists."""
+        return replace(self, whole=self.whole.rows(keep), vectors={})
+
+    def precise(self) -> HeadFeatures:
+        """Return itself: the whole is precise."""
+        return self
+
+
+def by_blocks(functions: Sequence[Callable[[Evidence], Tensor]], evidence: Evidence) -> list[Tensor]:
+    """Return the values of scores that work on maps, ``(N, *P)`` each, computed for blocks of positions.
+
+    Args:
+        functions: The scores.
+        evidence: Evidence with positions.
+    """
+    values: list[list[Tensor]] = [[] for _ in functions]
+    for block in _position_blocks(evidence):
+        for number, function in enumerate(functions):
+            values[number].append(function(block))
+    joined = []
+    for parts in values:
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        joined.append(whole.reshape(evidence.shape))
+    return joined
+
+
+def _position_blocks(evidence: Evidence) -> Iterator[Evidence]:
+    """Yield the evidence of consecutive positions, ``(N, C, M)``; all of them together if they are few."""
+    logits = evidence.given_logits.flatten(2)
+    entries = ENTRIES.get(logits.device.type, 2**24)
+    if logits.numel() <= 2 * entries:
+        yield evidence
+        return
+    step = max(1, entries // (len(logits) * logits.shape[1]))
+    whole = None if evidence.given_features is None else evidence.head_input
+    labels = None if evidence.given_labels is None else evidence.given_labels.flatten(1)
+    vectors: dict[str, Tensor] = {}
+    for start in range(0, logits.shape[2], step):
+        part = slice(start, start + step)
+        changed: dict[str, Any] = {"given_logits": logits[:, :, part].contiguous(), "_softmax": {}}
+        if whole is not None:
+            changed["given_features"] = _PartOfFeatures(whole.blocks, whole=whole, part=part, vectors=vectors)
+        if labels is not None:
+            changed["given_labels"] = labels[:, part]
+        yield replace(evidence, **changed)
 
 
 def sampled_rows(evidence: Evidence, keep: Tensor, keys: Tensor, with_features: bool) -> tuple[Evidence, Tensor] | None:

@@ -29,7 +29,9 @@ from lightning_gradmetrics.scoring.agreement import LOGITS_OF_PARTS, OTHER_LOGIT
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence, Target, parameter_filter
+from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.logit_checks import check_logits, known_labels, not_per_position, two_columns
+from lightning_gradmetrics.scoring.positions import by_blocks
 from lightning_gradmetrics.scoring.registry import Score
 from lightning_gradmetrics.scoring.states import check_head
 
@@ -124,12 +126,21 @@ class Scorer:
     def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
         """Return the scores by name, ``(N,)`` each, or ``(N, *P)`` at positions: NaN where a score needs an unknown label."""
         dtype = result_dtype(evidence.given_logits.dtype)
-        values = {}
+        values, blocked = {}, self._by_blocks(evidence)
         for score in self.scores:
-            values[score.name] = score(evidence).to(dtype)
+            found = blocked[score.name] if score.name in blocked else score(evidence)
+            values[score.name] = found.to(dtype)
             if evidence.has_positions and score.needs.labels:
                 values[score.name] = values[score.name].masked_fill(evidence.labels < 0, torch.nan)
         return values
+
+    def _by_blocks(self, evidence: Evidence) -> dict[str, Tensor]:
+        """Return the scores that are functions of single positions, computed in blocks of them."""
+        if not evidence.has_positions:
+            return {}
+        chosen = [score for score in self.scores if not isinstance(score, FittedScore) and score.works_on_maps]
+        values = by_blocks(chosen, evidence)
+        return {score.name: found for score, found in zip(chosen, values, strict=True)}
 
     def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
         """Refuse samples without a label if a score reads labels.

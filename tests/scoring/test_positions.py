@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.classifier.head import HeadNotFoundError
 from lightning_gradmetrics.scores import RECIPES, Evidence, FittedScore
+from lightning_gradmetrics.scoring import positions
 from lightning_gradmetrics.scoring.positions import by_rows, made_up_maps
 from tests.models import assert_same_state, state_of
 from tests.scoring.segmenters import HEADS, Segmenter, gradient_of, logits_of
@@ -206,6 +207,22 @@ def test_rows_and_maps_agree_in_blocks() -> None:
     evidence = made_up_maps()
     values = by_rows(lambda rows: rows.logits.amax(1), evidence, False)
     torch.testing.assert_close(values, evidence.logits.amax(1))
+
+
+@pytest.mark.parametrize("kind", ["groups", "bilinear of 3x3", "two heads", "one logit"])
+def test_blocks_of_positions_have_the_values_of_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of an image do not depend on each other, so a block of 7 has the same scores; vectors of the head too."""
+    torch.manual_seed(0)
+    model, images = HEADS[kind]().double().eval(), torch.randn(2, 3, 8, 9).double()
+    scores = {name: name for name in REFERENCES} | {"vectors": lambda evidence: evidence.features.square().sum(1)}
+    logits = logits_of(model(images))
+    labels = torch.randint(2, (2, *logits.shape[2:]))
+    labels[0, 0] = 255
+    expected = lgm.score(model, images, scores, labels)
+    monkeypatch.setitem(positions.ENTRIES, "cpu", 7 * 2 * logits.shape[1])
+    found = lgm.score(model, images, scores, labels)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-12, atol=1e-14, equal_nan=True)
 
 
 def test_layers_on_smaller_grids_do_not_slow_the_search() -> None:
