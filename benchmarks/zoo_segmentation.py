@@ -90,7 +90,6 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "MaskFormerForInstanceSegmentation": ("MaskFormerConfig", {}),
     "Mask2FormerForUniversalSegmentation": ("Mask2FormerConfig", {}),
     "EomtForUniversalSegmentation": ("EomtConfig", {**SMALL_VIT, "patch_size": 8, "num_blocks": 2}),
-    "DetrForSegmentation": ("DetrConfig", {"use_timm_backbone": True, "use_pretrained_backbone": False}),
 }
 
 
