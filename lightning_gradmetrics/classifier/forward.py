@@ -233,7 +233,8 @@ def gradients_enabled(model: nn.Module | None = None) -> Iterator[None]:
             model has some on a CUDA device, cuDNN is off inside the block.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        if model is None or not torch.cuda.is_initialized() or not _has_recurrent_layers(model):
+        initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if model is None or not initialised or not _has_recurrent_layers(model):
             yield
             return
         before = torch.backends.cudnn.enabled

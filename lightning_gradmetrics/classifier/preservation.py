@@ -67,7 +67,7 @@ class RandomState:
 
     def __init__(self, model: nn.Module) -> None:
         devices: set[torch.device] = set()
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
         self._cpu = torch.random.get_rng_state()
