@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class Settings:
         report: Whether to write the report.
         auac_aufc: Whether to show and write the areas under the accuracy and F1 curves.
         resume: Whether to complete an interrupted run in the same directory.
+        leaderboard: ``title``, ``challengers`` and ``originals`` of the file ``leaderboard.json``; ``None`` writes none.
     """
 
     batch_size: int
@@ -59,6 +61,7 @@ class Settings:
     report: bool
     auac_aufc: bool
     resume: bool
+    leaderboard: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, config: DictConfig) -> Settings:
@@ -80,6 +83,7 @@ class Settings:
             report=_switch(config, "report"),
             auac_aufc=_switch(config, "auac_aufc"),
             resume=_switch(config, "resume"),
+            leaderboard=_mapping_or_none(config, "leaderboard"),
         )
 
 
@@ -97,6 +101,13 @@ def _whole_or_none(config: DictConfig, key: str, least: int) -> int | None:
         return _whole(config, key, least)
     except ValueError as error:
         raise ValueError(f"{error}; {key}=null switches it off") from None
+
+
+def _mapping_or_none(config: DictConfig, key: str) -> Mapping[str, Any] | None:
+    value: Any = config.get(key)
+    if value is None or isinstance(value, Mapping):
+        return value
+    raise ValueError(f"{key} must be null or a mapping, got {value!r}")
 
 
 def _switch(config: DictConfig, key: str) -> bool:

@@ -1,6 +1,7 @@
 """The leaderboard page: one JSON file per run, rendered as Markdown.
 
 ``python -m lightning_gradmetrics.cli.leaderboard docs/leaderboard`` writes ``docs/leaderboard.md`` from the files in the folder.
+A run with ``experiment=leaderboard`` writes its file, ``leaderboard.json``, to the run directory.
 """
 
 from __future__ import annotations
@@ -11,49 +12,214 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["page", "section"]
+__all__ = ["conclusions", "page", "section", "standing"]
 
-COLUMNS = {
-    "errors": "errors",
-    "near": "near",
-    "far": "far",
-    "joint near": "joint near",
-    "joint far": "joint far",
-}
+Run = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+COLUMNS = ("errors", "near", "far", "joint near", "joint far")
 """The columns of AUROC, by their key in a file."""
 
-
-def _cell(value: Sequence[float]) -> str:
-    area, low, high = value
-    return f"{100 * area:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+SINGLE_PASS, SAME_PASSES = "single-pass baseline", "baseline with as many forward passes"
 
 
-def section(run: Mapping[str, Any]) -> list[str]:
-    """Return the lines of one run: its title, its notes and its table.
+def _cell(area: Sequence[float | None] | None) -> str:
+    if area is None or area[0] is None:
+        return "–"
+    return f"{100 * area[0]:.1f}{_interval(area, 1)}"
+
+
+def _interval(values: Sequence[float | None], digits: int) -> str:
+    _, low, high = values
+    if low is None or high is None:
+        return ""
+    return f" ({_number(low, digits)} to {_number(high, digits)})"
+
+
+def _number(value: float, digits: int) -> str:
+    rounded = round(100 * value, digits) + 0.0  # no minus sign before zero
+    return f"{rounded:.{digits}f}".replace("-", "−")
+
+
+def _is_variant(row: Row) -> bool:
+    """Whether a row is trust or one of its variants, which are no baselines."""
+    return str(row["spelled"]).startswith("trust")
+
+
+def rivals(run: Run, challenger: str, same_cost: bool) -> list[Row]:
+    """Return the baselines that a challenger is compared with: those of one pass, or those with as many passes."""
+    rows = {row["score"]: row for row in run["rows"]}
+    forwards = rows[challenger]["forwards"] if same_cost else 1
+    found = []
+    for row in run["rows"]:
+        if not _is_variant(row) and row["family"] == "baseline" and row["forwards"] == forwards:
+            found.append(row)
+    return found
+
+
+def standing(run: Run, challenger: str, column: str, same_cost: bool) -> tuple[str, list[float | None], str] | None:
+    """Return a challenger's best rival on a column, the difference with its interval, and a verdict.
 
     Args:
-        run: ``title``, ``notes`` (paragraphs) and ``rows``; each row has ``score``, ``forwards``, ``fit``, and for each
-            column the AUROC with the ends of its interval.
+        run: The content of a file.
+        challenger: The score.
+        column: The column.
+        same_cost: Whether its rivals are the baselines with as many forward passes, not those with one.
+
+    Returns:
+        The verdict is ``"above all"`` if every interval against a rival is above 0, ``"above"``, ``"below"`` or
+        ``"not distinguishable"`` by the interval against the best rival; ``None`` if there is no rival.
+    """
+    known = {}
+    for entry in run["comparisons"]:
+        if entry["challenger"] == challenger and entry["column"] == column:
+            known[entry["against"]] = entry["difference"]
+    usable = [row for row in rivals(run, challenger, same_cost) if row["score"] in known and column in row]
+    if not usable:
+        return None
+    best = max(usable, key=lambda row: row[column][0])
+    difference = known[best["score"]]
+    if difference[1] is None:
+        return best["spelled"], difference, "not distinguishable"
+    if all(known[row["score"]][1] > 0 for row in usable):
+        return best["spelled"], difference, "above all"
+    if difference[1] > 0:
+        return best["spelled"], difference, "above"
+    return best["spelled"], difference, "below" if difference[2] < 0 else "not distinguishable"
+
+
+def conclusions(run: Run) -> list[str]:
+    """Return one sentence per challenger and kind of rival, from the intervals alone, and the table of differences."""
+    sentences, table = [], []
+    for challenger in dict.fromkeys(entry["challenger"] for entry in run["comparisons"]):
+        row = next(row for row in run["rows"] if row["score"] == challenger)
+        for same_cost in (False, True) if row["forwards"] != 1 else (False,):
+            group = SAME_PASSES if same_cost else SINGLE_PASS
+            cells, verdicts = [], {}
+            for column in COLUMNS:
+                found = standing(run, challenger, column, same_cost)
+                if found is None:
+                    cells.append("–")
+                    continue
+                rival, difference, verdict = found
+                verdicts.setdefault(verdict, []).append(column)
+                value = _number(difference[0] or 0.0, 2)
+                signed = value if value.startswith("−") else f"+{value}"
+                cells.append(f"{signed}{_interval(difference, 2)} `{rival}`")
+            equal = "equal" if row["forwards"] == 1 or same_cost else "not equal"
+            table.append(f"| `{row['spelled']}` | {group} | {equal} | {' | '.join(cells)} |")
+            sentences.append(_sentence(row["spelled"], group, verdicts))
+    if not table:
+        return []
+    head = [
+        f"| score | against the best | cost | {' | '.join(COLUMNS)} |",
+        "| --- | --- | --- |" + " --- |" * len(COLUMNS),
+    ]
+    return [*sentences, "", "Differences in AUROC points with 95 % paired intervals:", "", *head, *table]
+
+
+def _sentence(challenger: str, group: str, verdicts: Mapping[str, Sequence[str]]) -> str:
+    phrases = {
+        "above all": f"above every {group} on",
+        "above": f"above the best {group}, but not clearly above every one, on",
+        "not distinguishable": f"not distinguishable from the best {group} on",
+        "below": f"below the best {group} on",
+    }
+    parts = []
+    for verdict, phrase in phrases.items():
+        if verdict in verdicts:
+            parts.append(f"{phrase} {', '.join(verdicts[verdict])}")
+    return f"- `{challenger}` is {'; '.join(parts)}."
+
+
+def ablation(run: Run) -> list[str]:
+    """Return the table of trust's variants: their difference to trust, with intervals."""
+    variants = {row["score"]: row["spelled"] for row in run["rows"] if "distance=" in str(row["spelled"])}
+    lines = []
+    for name, spelled in variants.items():
+        cells = []
+        for column in COLUMNS:
+            found = [
+                c for c in run["comparisons"] if (c["challenger"], c["against"], c["column"]) == ("trust", name, column)
+            ]
+            cells.append(_negated(found[0]["difference"]) if found else "–")
+        lines.append(f"| `{spelled}` | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = [f"| variant minus `trust` | {' | '.join(COLUMNS)} |", "| --- |" + " --- |" * len(COLUMNS)]
+    return ["### Do gradient norms help beside activations?", "", *head, *lines, ""]
+
+
+def _negated(difference: Sequence[float | None]) -> str:
+    value, low, high = difference
+    text = _number(-(value or 0.0), 2)
+    signed = text if text.startswith("−") else f"+{text}"
+    return signed if low is None or high is None else f"{signed}{_interval([None, -high, -low], 2)}"
+
+
+def confound(run: Run) -> list[str]:
+    """Return the table of the columns whose data sets were also scored as the original files."""
+    originals: Mapping[str, str] = run.get("originals") or {}
+    if not originals:
+        return []
+    heads: list[str] = []
+    for column in originals:
+        heads += [f"{column}, original files", f"{column}, re-encoded", "change"]
+    lines = [f"| score | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    first = next(iter(originals))
+    for row in sorted(run["rows"], key=lambda row: row[first][0] - row[originals[first]][0]):
+        cells = []
+        for column, original in originals.items():
+            change = _number(row[column][0] - row[original][0], 1)
+            cells += [_cell(row[original]), _cell(row[column]), change if change.startswith("−") else f"+{change}"]
+        lines.append(f"| `{row['spelled']}` | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def section(run: Run) -> list[str]:
+    """Return the lines of one run: title, data, conclusions, and the table of all scores or of the confound.
+
+    Args:
+        run: The content of a file: ``title``, ``datasets``, ``rows``, ``comparisons``; see
+            :mod:`~lightning_gradmetrics.cli.leaderboard_record`.
 
     Example:
-        >>> row = {"score": "energy", "forwards": 1, "fit": "", "errors": [0.86, 0.85, 0.87]}
-        >>> section({"title": "A run", "notes": [], "rows": [row]})[-1]
-        '| `energy` | 1 |  | 86.0 (85.0–87.0) | – | – | – | – |'
+        >>> row = {"score": "energy", "spelled": "energy", "family": "baseline", "forwards": 1, "fit": "", "errors": [0.86, 0.85, 0.87]}
+        >>> section({"title": "A run", "datasets": [], "fitted_on": {}, "rows": [row], "comparisons": []})[-2]
+        '| `energy` | 1 |  | 86.0 (85.0 to 87.0) | – | – | – | – |'
     """
-    lines = [f"## {run['title']}", ""]
-    for note in run["notes"]:
-        lines += [note, ""]
-    lines.append(f"| score | forwards | fitted on | {' | '.join(COLUMNS.values())} |")
-    lines.append("| --- | --- | --- |" + " --- |" * len(COLUMNS))
-    for row in run["rows"]:
-        cells = []
-        for key in COLUMNS:
-            cells.append(_cell(row[key]) if key in row else "–")
-        lines.append(f"| `{row['score']}` | {row['forwards']} | {row['fit']} | {' | '.join(cells)} |")
-    return lines
+    lines = [f"## {run['title']}", "", *run.get("notes", []), *([""] if run.get("notes") else []), _data(run), ""]
+    if run.get("originals"):
+        return [*lines, *confound(run)]
+    found = conclusions(run)
+    lines += [*found, ""] if found else []
+    lines += ablation(run)
+    lines += [f"| score | forwards | fit | {' | '.join(COLUMNS)} |", "| --- | --- | --- |" + " --- |" * len(COLUMNS)]
+    for row in sorted(run["rows"], key=_rank):
+        cells = [_cell(row.get(column)) for column in COLUMNS]
+        passes = f"{row['forwards'] or 'unknown'}{' + backward' if row.get('backward') else ''}"
+        lines.append(f"| `{row['spelled']}` | {passes} | {row['fit']} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
-def page(runs: Sequence[Mapping[str, Any]]) -> str:
+def _rank(row: Row) -> float:
+    area = row.get("joint near") or row.get("errors") or [0.0]
+    return -float(area[0] or 0.0)
+
+
+def _data(run: Run) -> str:
+    """Return the data and the command in words."""
+    parts = []
+    for dataset in run["datasets"]:
+        accuracy = f", accuracy {100 * dataset['accuracy']:.1f} %" if dataset["accuracy"] is not None else ""
+        parts.append(f"{dataset['name']} ({dataset['role']}, {dataset['rows']} samples{accuracy})")
+    fitted = " and ".join(f"{count} samples of {name}" for name, count in run["fitted_on"].items())
+    words = f"Data: {', '.join(parts)}." if parts else ""
+    words += f" Fitted scores saw {fitted}." if fitted else ""
+    return f"{words} Command: `{run['command']}`." if run.get("command") else words
+
+
+def page(runs: Sequence[Run]) -> str:
     """Return the page of several runs as Markdown.
 
     Args:
@@ -63,13 +229,16 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
         "# Leaderboard",
         "",
         "Which scores find errors, out-of-distribution data, or both (*joint*: correct predictions against errors and OOD "
-        "data, half of the mixture OOD). AUROC × 100 with 95 % intervals; *forwards* counts the forward passes, the one that "
-        "makes the prediction included. The page is rendered from one JSON file per run by "
-        "`python -m lightning_gradmetrics.cli.leaderboard`.",
+        "data, half of the mixture OOD). AUROC × 100 with 95 % intervals. *forwards* counts the forward passes, the one that "
+        "makes the prediction included: scores with different numbers are not compared at equal cost. Sentences follow from the "
+        "paired intervals alone, which cover other test samples, not other training runs.",
+        "",
+        "`gradmetrics experiment=leaderboard root=PATH` and `gradmetrics experiment=leaderboard_digits` write `leaderboard.json`; "
+        "`python -m lightning_gradmetrics.cli.leaderboard docs/leaderboard` renders this page from the files in that folder.",
         "",
     ]
     for run in runs:
-        lines += [*section(run), ""]
+        lines += section(run)
     return "\n".join(lines)
 
 
@@ -77,8 +246,8 @@ def main(folder: Path) -> None:
     """Write the page beside the folder."""
     runs = []
     for path in sorted(folder.glob("*.json")):
-        runs.append(json.loads(path.read_text()))
-    folder.with_suffix(".md").write_text(page(runs))
+        runs.append(json.loads(path.read_text(encoding="utf-8")))
+    folder.with_suffix(".md").write_text(page(runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

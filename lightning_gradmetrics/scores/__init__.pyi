@@ -43,6 +43,7 @@ from lightning_gradmetrics.scores.prototypes import gradient_cosine as gradient_
 from lightning_gradmetrics.scores.prototypes import grood as grood
 from lightning_gradmetrics.scores.pytorch_ood_adapter.adapter import pytorch_ood as pytorch_ood
 from lightning_gradmetrics.scores.regrad import regrad as regrad
+from lightning_gradmetrics.scores.trust import channel_distance as channel_distance
 from lightning_gradmetrics.scores.trust import trust as trust
 from lightning_gradmetrics.scoring.evidence import Evidence as Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore as FittedScore

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import register_fitted
 from lightning_gradmetrics.scoring.totals import Tensors
 
-__all__ = ["ViewSums", "error_log_odds", "left_out_distances", "trust"]
+__all__ = ["ViewSums", "channel_distance", "error_log_odds", "left_out_distances", "trust"]
 
 QUANTILE = 0.95
 """Below this quantile of the in-distribution distances the distance hardly counts."""
@@ -29,8 +29,14 @@ QUANTILE = 0.95
 DISTANCE_WEIGHT = 2.0
 """The weight of the distance."""
 
+SMALLEST_NORM = 1e-12
+"""Smaller gradient norms count as this one."""
+
 CONSTANT = 1e-6
-"""A channel statistic whose deviation is at most this times the largest is left out."""
+"""A channel statistic whose deviation is at most this times its largest absolute value is left out."""
+
+SMALLEST_SHARE = 1e-6
+"""Smaller distances of fitted samples, relative to the median, count as this share of it."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,11 @@ class trust(FittedScore):
         seed: The seed of the shifts.
         flip: Whether every other view is mirrored. Set ``False`` where a mirrored input means something else, as for
             digits.
+        distance: What ``d`` is computed from: ``"channels"``; for ablations, ``"gradients"``, the logarithms of the L1 and
+            L2 norms of every layer's gradient for the pseudo-label and the uniform target, ``"both"``, or ``"none"``.
 
     Raises:
-        ValueError: If the data to fit on hold fewer than 2 samples, or all of them are the same.
+        ValueError: If there are several views and gradients, or the data to fit on hold fewer than 2 samples, or all of them are the same.
         TypeError: If there are several views and the inputs are not images ``(N, C, H, W)``.
 
     Example:
@@ -157,15 +165,30 @@ class trust(FittedScore):
     views: Count = 1
     seed: CountOrZero = 0
     flip: bool = True
+    distance: Literal["channels", "gradients", "both", "none"] = "channels"
 
     def measure(self, evidence: Evidence) -> Tensors:
         logits, classes = evidence.logits, evidence.logits.shape[1]
-        measured = _measured(logits, evidence.probe(ChannelProbe(), (8,)))
+        measured = _measured(logits, self._columns(evidence))
         if self.views > 1:
+            if self.distance != "channels":
+                raise ValueError(f"trust measures distance={self.distance!r} in one view: set views=1")
             sums = evidence.probe(ViewSums(self.views, self.seed, self.flip), (classes + 9,))
             measured = (measured + sums.to(measured)) / self.views
         log_odds = measured[:, :classes].gather(1, logits.argmax(1, keepdim=True))[:, 0]
         return {"log_odds": log_odds, "energy": measured[:, classes], "channels": measured[:, classes + 1 :]}
+
+    def _columns(self, evidence: Evidence) -> Tensor:
+        """The columns of the distance, ``(N, F)``."""
+        columns = [evidence.logits[:, :0]]
+        if self.distance in ("channels", "both"):
+            columns.append(evidence.probe(ChannelProbe(), (8,)).to(evidence.logits))
+        if self.distance in ("gradients", "both"):
+            for objective in ("pseudo_label", "uniform"):
+                gradient = evidence.gradient_per_parameter(objective, "all").by_layer()
+                norms = torch.cat([gradient.norm(1), gradient.norm(2)], 1)
+                columns.append(norms.clamp(min=SMALLEST_NORM).log().to(evidence.logits))
+        return torch.cat(columns, 1)
 
     def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:
         return {"rows/energy": measured["energy"].float(), "rows/channels": measured["channels"].float()}
@@ -173,32 +196,83 @@ class trust(FittedScore):
     def finish(self, total: Tensors) -> Tensors:
         finite = total["rows/channels"].isfinite().all(1) & total["rows/energy"].isfinite()
         channels, energy = total["rows/channels"][finite].double(), total["rows/energy"][finite].double()
-        if len(channels) < 2:
-            raise ValueError(f"trust is fitted on 2 or more finite samples, and there are {len(channels)}: give more")
-        scale = channels.std(0, correction=0)
-        scale = torch.where(scale > CONSTANT * scale.amax(), scale, torch.inf)
-        centre = channels.mean(0)
-        rows = (channels - centre) / scale
-        normal = ledoit_wolf(moment_sums(rows))
-        precision = torch.linalg.pinv(normal["covariance"], hermitian=True)
-        distances = left_out_distances(rows, normal["mean"], precision, normal["shrinkage"]).log()
-        return {
-            "energy_mean": energy.mean(),
-            "energy_spread": _spread(energy, "energies"),
-            "centre": centre,
-            "scale": scale,
-            "precision": precision,
-            "quantile": distances.quantile(QUANTILE),
-            "distance_spread": _spread(distances, "distances"),
-        }
+        if len(energy) < 2:
+            raise ValueError(f"trust is fitted on 2 or more finite samples, and there are {len(energy)}: give more")
+        state = {"energy_mean": energy.mean(), "energy_spread": _spread(energy, "energies")}
+        return state if self.distance == "none" else {**state, **_fitted_distance(channels)}
 
     def score(self, measured: Tensors, state: Tensors) -> Tensor:
         energy = (measured["energy"] - state["energy_mean"]) / state["energy_spread"]
-        rows = (measured["channels"] - state["centre"]) / state["scale"]
-        distance = mahalanobis(rows, {"mean": torch.zeros_like(state["centre"]), "precision": state["precision"]})
+        if self.distance == "none":
+            return measured["log_odds"] + energy
+        distance = _distance(measured["channels"], state)
         distance = distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
         excess = nn.functional.softplus((distance - state["quantile"]) / state["distance_spread"])
         return measured["log_odds"] + energy + DISTANCE_WEIGHT * excess
+
+
+@register_fitted("baseline", "this package; after Lee et al. 2018, arXiv:1807.03888")
+class channel_distance(FittedScore):
+    r"""Squared Mahalanobis distance of channel statistics to their mean over in-distribution data.
+
+    The means and standard deviations of the channels that every convolution and linear layer receives, under one
+    Ledoit-Wolf covariance: the distance inside ``trust``. It sees the format of images: on a CIFAR-10 ResNet-20 the AUROC
+    on near data fell from 85.2 to 65.4 after they went through the same JPEG tables. Labels are not needed.
+
+    Raises:
+        ValueError: If the data to fit on hold fewer than 2 samples, or all of them are the same.
+
+    Example:
+        >>> import lightning_gradmetrics as lgm
+        >>> model, images = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(60, 4)
+        >>> (fitted,) = lgm.fit(model, [images], channel_distance())
+        >>> bool((lgm.score(model, images, fitted)["channel_distance"] >= 0).all())
+        True
+
+    Reference:
+        K. Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
+        NeurIPS 2018, https://arxiv.org/abs/1807.03888
+    """
+
+    def measure(self, evidence: Evidence) -> Tensors:
+        return {"channels": evidence.probe(ChannelProbe(), (8,)).to(evidence.logits)}
+
+    def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:
+        return {"rows/channels": measured["channels"].float()}
+
+    def finish(self, total: Tensors) -> Tensors:
+        channels = total["rows/channels"][total["rows/channels"].isfinite().all(1)].double()
+        if len(channels) < 2:
+            raise ValueError(f"channel_distance is fitted on 2 or more finite samples, and there are {len(channels)}")
+        return _fitted_distance(channels)
+
+    def score(self, measured: Tensors, state: Tensors) -> Tensor:
+        return _distance(measured["channels"], state)
+
+
+def _fitted_distance(columns: Tensor) -> Tensors:
+    """The distance of rows ``(N, F)``: centre, scale and precision, and the distribution of the log distance."""
+    scale = columns.std(0, correction=0)
+    scale = torch.where(scale > CONSTANT * columns.abs().amax(0), scale, torch.inf)
+    centre = columns.mean(0)
+    rows = (columns - centre) / scale
+    normal = ledoit_wolf(moment_sums(rows))
+    precision = torch.linalg.pinv(normal["covariance"], hermitian=True)
+    distances = left_out_distances(rows, normal["mean"], precision, normal["shrinkage"])
+    logarithms = distances.clamp(min=SMALLEST_SHARE * distances.median()).log()
+    return {
+        "centre": centre,
+        "scale": scale,
+        "precision": precision,
+        "quantile": logarithms.quantile(QUANTILE),
+        "distance_spread": _spread(logarithms, "distances"),
+    }
+
+
+def _distance(columns: Tensor, state: Tensors) -> Tensor:
+    """The squared Mahalanobis distance, ``(N,)``."""
+    rows = (columns - state["centre"]) / state["scale"]
+    return mahalanobis(rows, {"mean": torch.zeros_like(state["centre"]), "precision": state["precision"]})
 
 
 def _spread(values: Tensor, name: str) -> Tensor:

@@ -88,6 +88,14 @@ def trust(model: nn.Sequential, x: Tensor, state: Tensors) -> Tensor:
     return error + energy + 2 * (1 + ((distance - state["quantile"]) / state["distance_spread"]).exp()).log()
 
 
+def from_channels(model: nn.Sequential, x: Tensor, state: Tensors) -> Tensor:
+    columns = []
+    for given in layer_inputs(model, x):
+        columns += [given.mean(1), given.std(1, correction=0)]
+    row = (torch.cat(columns) - state["centre"]) / state["scale"]
+    return quadratic(row, torch.zeros_like(row), state["precision"])
+
+
 def to_prototype(model: nn.Module, x: Tensor, state: Tensors) -> Tensor:
     """GROOD by autograd: the gradient of the loss of negative distances with respect to the last prototype."""
     noise = state["noise"].clone().requires_grad_()
@@ -150,6 +158,7 @@ FITTED = {
     "grood": to_prototype,
     "gradient_cosine": to_mean_gradient,
     "trust": trust,
+    "channel_distance": from_channels,
     "vim": virtual_logit,
     "vim(dimensions=2)": virtual_logit,
     "sirc": sirc(lambda p: 1 - p.max(), lambda h, state: h.norm(1)),
