@@ -65,6 +65,7 @@ def read_run(directory: Path) -> Run:
         comparisons=_records(Comparison, content, "comparisons"),
         pictures=_pictures(directory, content),
         notes=_sentences(content, "notes"),
+        answers=_sentences(content, "answers"),
         model=_mapping(content, "model"),
         environment=_mapping(content, "environment"),
         timing=_mapping(content, "timing"),

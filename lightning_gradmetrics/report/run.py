@@ -171,6 +171,7 @@ class Run:
     comparisons: tuple[Comparison, ...] = ()
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)

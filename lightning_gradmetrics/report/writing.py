@@ -71,6 +71,7 @@ def write_run(
     figures: Sequence[Mapping[str, str]] = (),
     command: str = "",
     timing: Mapping[str, float] | None = None,
+    answers: Sequence[str] = (),
 ) -> Path:
     """Write ``results.parquet`` and ``metrics.json`` to a run directory.
 
@@ -84,6 +85,7 @@ def write_run(
         figures: Pictures in the directory: ``file``, ``title`` and ``caption`` of each.
         command: The command line of the run.
         timing: Seconds per step.
+        answers: Sentences that the report shows first.
 
     Returns:
         The path of ``metrics.json``.
@@ -108,6 +110,7 @@ def write_run(
         "scores": [_score(score) for score in scores],
         "figures": [dict(figure) for figure in figures],
         "timing": dict(timing or {}),
+        "answers": list(answers),
         **evaluation.to_dict(),
         "datasets": datasets,
     }

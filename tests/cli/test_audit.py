@@ -206,6 +206,8 @@ def test_the_audit_finds_planted_labels(tmp_path: Path, command: Command) -> Non
         assert marked == shown & wrong
     assert "network.12" in (run / "profile.csv").read_text()
     page = (run / "report.html").read_text()
+    answer = page[page.index('<ul class="advice">') :]
+    assert answer.index("of the 12 planted labels in train") < answer.index("</li>")
     assert "Examples with the largest scores</h2>" in page and "Gradient norms by layer</h2>" in page
 
 

@@ -60,6 +60,7 @@ def write(
         figures=figures,
         command=shlex.join(["gradmetrics", *sys.argv[1:]]),
         timing=seconds,
+        answers=evaluated.planted,
     )
     write_metrics_tables(evaluated.evaluation, evaluated.detectors, directory)
     if evaluated.fitted_comparison:
