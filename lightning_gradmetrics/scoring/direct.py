@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_in, tensors_in
+from lightning_gradmetrics.scoring.direct_checks import check_call, given_labels
 from lightning_gradmetrics.scoring.padding import padding_of, without_padding
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -52,7 +53,7 @@ def score(
     Raises:
         ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, the head
             cannot be found, or texts are padded on the left without ``position_ids``.
-        TypeError: If the inputs contain no tensor.
+        TypeError: If the model is not a module, the inputs contain no tensor, or the model cannot be called with them.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -62,34 +63,15 @@ def score(
         {'gradnorm': (5,), 'entropy': (5,)}
     """
     scorer = Scorer(resolve(scores), head, logits_fn, engine)
+    check_call(model, inputs, any("dropout" in s.name for s in scorer.scores))
     check_model(model)
-    _check_inputs(inputs)
     check_fitted(scorer.scores, model)
     if _is_empty(inputs):
         return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
-    batch = observed(scorer, model, inputs, targets)
+    batch = observed(scorer, model, inputs)
+    batch = replace(batch, labels=given_labels(targets, batch.logits))
     values = scorer(scorer.evidence(model, batch))
     return without_padding(values, padding_of(inputs)) if batch.logits.ndim == 3 else values
-
-
-def _check_inputs(inputs: Any) -> None:
-    """Refuse inputs that are often passed instead of tensors."""
-    if isinstance(inputs, PackedSequence):  # a tuple, which would be taken apart
-        raise TypeError(
-            "the inputs are a PackedSequence; pass it as the only positional argument, (inputs,), or padded"
-        )
-    if isinstance(inputs, (Tensor, Mapping)):
-        return
-    if hasattr(inputs, "__array__"):
-        raise TypeError(
-            f"the inputs are a {type(inputs).__name__}; expected a tensor: pass torch.as_tensor(inputs), in the type that the "
-            "model takes"
-        )
-    if not isinstance(inputs, (list, tuple)):
-        raise TypeError(
-            f"the inputs are a {type(inputs).__name__}; expected a tensor (N, ...), a mapping or a sequence of tensors. For a "
-            "dataloader call score for each batch, or use lightning_gradmetrics.GradientMetrics with a Trainer"
-        )
 
 
 def _is_empty(inputs: Inputs) -> bool:

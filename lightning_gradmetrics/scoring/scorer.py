@@ -199,13 +199,13 @@ class Scorer:
             logits = self._forward(model, batch, batch.size)
         return not are_close(logits, batch.logits)
 
-    def _forward(self, model: nn.Module, batch: ObservedBatch, rows: int) -> Tensor:
+    def _forward(self, model: nn.Module, batch: ObservedBatch, rows: int, with_graph: bool = False) -> Tensor:
         """Return the logits of the first rows of the batch, by a forward pass on them alone."""
 
         def first_rows(tensor: Tensor) -> Tensor:
             return tensor[:rows].clone() if _is_row_wise(tensor, batch.size) else tensor.clone()
 
-        with preserved(model), torch.no_grad(), eager(), self._made_to_return_logits(model, batch):
+        with preserved(model), torch.set_grad_enabled(with_graph), eager(), self._made_to_return_logits(model, batch):
             logits: Tensor = call(model, map_tensors(batch.inputs, first_rows))
         return two_columns(_unchanged)(logits) if batch.one_logit else logits
 
@@ -298,6 +298,11 @@ def _gradients(
             logits=witness,
             engine=scorer.engine,
         )
+    if witness.seen is not None and not witness.seen.requires_grad and not _has_graph(scorer, model, batch):
+        raise ValueError(
+            f"the logits of {type(model).__name__} have no gradient: its forward runs under torch.no_grad, or detaches its output. "
+            "Remove that, or choose scores of the logits and of the head"
+        )
     if witness.seen is None or not are_close(
         witness.seen.detach(), batch.logits
     ):  # the logits may come from another pass
@@ -313,6 +318,19 @@ def _gradients(
         for objective in needs.gradients[target]:
             gradients[target, objective] = by_objective[objective].select(accepts)
     return gradients
+
+
+def _has_graph(scorer: Scorer, model: nn.Module, batch: ObservedBatch) -> bool:
+    """Return whether the logits of the first sample depend on the parameters."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(parameter.is_floating_point())
+        with gradients_enabled():
+            return scorer._forward(model, batch, 1, with_graph=True).requires_grad
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @dataclass

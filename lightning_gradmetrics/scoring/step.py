@@ -25,7 +25,7 @@ from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import ObservableProbe, Probe
-from lightning_gradmetrics.scoring.logit_checks import with_two_columns
+from lightning_gradmetrics.scoring.logit_checks import check_logits, with_two_columns
 from lightning_gradmetrics.scoring.position_step import PositionReader
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.text_step import TextReader, not_in_batches_of_texts, token_ids
@@ -145,6 +145,8 @@ class StepObserver:
         assert seen.called is not None
         module, calls = seen.called
         inputs, logits = self._joined(calls, size)
+        if logits is not None and logits.ndim < 2:
+            check_logits(logits)
         if logits is not None and logits.ndim > 2:
             return self._of_positions(seen, inputs, logits)
         if not self._needs_head:
