@@ -13,6 +13,12 @@ DEFAULT_METRICS = ("auroc", "fpr95", "aurc")
 """The metrics that are logged."""
 
 
+def _kind(value: Any) -> str:
+    """Return the name of a value's type with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def check_name(argument: str, value: Any, example: str) -> str | None:
     """The name of a module, or ``None``.
 
@@ -22,7 +28,7 @@ def check_name(argument: str, value: Any, example: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise TypeError(
-        f"{argument}= is a {type(value).__name__}; expected the name of a module in the model, as in {argument}={example!r}"
+        f"{argument}= is {_kind(value)}; expected the name of a module in the model, as in {argument}={example!r}"
     )
 
 
@@ -34,7 +40,7 @@ def check_callable(argument: str, value: Any, signature: str) -> Callable[..., A
     """
     if callable(value):
         return value  # type: ignore[no-any-return]
-    raise TypeError(f"{argument}= is a {type(value).__name__}; expected a callable {signature}")
+    raise TypeError(f"{argument}= is {_kind(value)}; expected a callable {signature}")
 
 
 def check_prefix(value: Any) -> str:
@@ -70,7 +76,7 @@ def check_thresholds(value: Any) -> Thresholds | None:
     if value is None or isinstance(value, Thresholds):
         return value
     raise TypeError(
-        f"thresholds= is a {type(value).__name__}; expected the result of lightning_gradmetrics.evaluation.fit_thresholds"
+        f"thresholds= is {_kind(value)}; expected the result of lightning_gradmetrics.evaluation.fit_thresholds"
     )
 
 

@@ -95,6 +95,11 @@ class Profile:
         """
         if asked is None or asked is False:
             return None
+        if not isinstance(asked, (bool, str, Mapping, Profile)):
+            raise ValueError(
+                f"profile={asked!r}; expected True, the name of an objective, such as 'uniform', or a mapping, as in "
+                "profile={'objective': 'uniform', 'norm': 1.0}"
+            )
         if isinstance(asked, Mapping) and (unknown := set(asked) - {"objective", "norm"}):
             raise ValueError(f"a profile has no argument {min(unknown)!r}; its arguments are: objective, norm")
         if isinstance(asked, Profile):
