@@ -47,7 +47,7 @@ def test_a_label_outside_of_the_classes_is_refused(case: str, value: int) -> Non
         lgm.score(cnn(), images(4), case, torch.tensor([0, value, 2, 3]))
 
 
-@pytest.mark.parametrize("targets", [torch.zeros(3).long(), torch.zeros(4, 1).long(), torch.zeros(4)])
+@pytest.mark.parametrize("targets", [torch.zeros(3).long(), torch.zeros(4, 2).long(), torch.full((4,), 0.5)])
 def test_labels_of_another_shape_or_kind_are_refused(targets: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"needs true labels \(4,\), integers"):
         lgm.score(cnn(), images(4), "el2n", targets)
