@@ -169,7 +169,7 @@ def observing(
 
 def _has_hooks(module: nn.Module) -> bool:
     """Return whether hooks can be registered: on any module but a scripted one."""
-    return not isinstance(module, torch.jit.RecursiveScriptModule)
+    return not isinstance(module, torch.jit.RecursiveScriptModule)  # type: ignore[attr-defined]
 
 
 def _observe_layer(seen: Observation, name: str, layer: nn.Module) -> Callable[[], None]:

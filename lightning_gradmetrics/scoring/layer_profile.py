@@ -107,7 +107,7 @@ class Profile:
         elif isinstance(asked, str):
             made = cls(asked)
         else:
-            made = cls() if asked is True else cls(**asked)
+            made = cls(**asked) if isinstance(asked, Mapping) else cls()
         if not made.norm > 0:
             raise ValueError(f"norm={made.norm!r}; the p of a p-norm must be above 0, as in profile={{'norm': 1.0}}")
         Objective.of(made.objective)
