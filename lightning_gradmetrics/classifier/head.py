@@ -263,8 +263,10 @@ def head_of(model: nn.Module, call: LayerCall) -> Head:
             f"(N, D). Take its gradient by a backward pass, as in gradnorm(target='{call.name}.weight')"
         )
     layer = named_layer(model, call.name)
-    if isinstance(layer, nn.Linear) and _reproduces(layer.weight, layer.bias, call):
-        return Head(call.name, layer.weight, layer.bias)
+    if isinstance(layer, nn.Linear):
+        weight, bias = _whole(layer.weight), None if layer.bias is None else _whole(layer.bias)
+        if _reproduces(weight, bias, call):
+            return Head(call.name, weight, bias)
     if type(layer).forward is nn.Linear.forward and not layer._forward_hooks:
         raise HeadNotFoundError(
             f"the weight of the layer {call.name!r} does not produce the output of its call: weights were changed or replaced "
@@ -310,6 +312,12 @@ def _reproduces(weight: Tensor, bias: Tensor | None, call: LayerCall) -> bool:
         rounding = 1e-3  # TF32
     error = (made - output.to(made.dtype)).abs()
     return bool((error <= ROUNDING * rounding * size + 1e-30)[known].all())
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """Return a parameter, gathered from all processes if they share it (a ``DTensor``)."""
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather().detach()  # type: ignore[no-any-return]
 
 
 def _product(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -100,6 +100,51 @@ def test_results_of_spawned_processes_come_back_through_a_directory_or_the_run_i
         assert "the results would be lost with them: pass output='DIR'" in text
 
 
+SHARDED = """
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from tests.callback.runs import Stepped, mlp
+
+
+class Sharded(Stepped):
+    def configure_model(self):
+        if not hasattr(self, "is_sharded"):
+            self.is_sharded = True
+            for layer in (self.net[0], self.net[-1], self.net):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def network():
+    torch.manual_seed(0)
+    return mlp(4, 6, 3).float()
+
+
+def work(rank):
+    callback = lgm.GradientMetrics(names, output=FOLDER / str(len(names)))
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    trainer(callback, devices=2, strategy=strategy).test(Sharded(network()), data()[0], verbose=False)
+
+
+outcomes = []
+for names in (["energy", "gradnorm"], ["pseudo_label(target=all)"]):
+    outcomes.append(launch(2, work)[:2])
+alone = lgm.GradientMetrics(["energy", "gradnorm"], output=FOLDER / "alone")
+trainer(alone).test(Stepped(network()), data()[0], verbose=False)
+print(json.dumps(outcomes))
+"""
+
+
+def test_logit_and_head_scores_of_a_sharded_model_are_right_and_others_are_refused(tmp_path: Path) -> None:
+    """FSDP2 (``fully_shard``) on two processes; Lightning refuses ``FSDPStrategy`` on a CPU."""
+    outcomes, _ = run_forked(SHARDED, tmp_path)
+    assert outcomes[0][0] == [0, 0] and outcomes[1][0] == [1, 1]
+    assert all("shards the parameters, and the scores" in error for error in outcomes[1][1])
+    alone, sharded = lgm.read_results(tmp_path / "alone"), lgm.read_results(tmp_path / "2")
+    assert sharded["index"].equals(alone["index"])
+    for score in ("energy", "gradnorm"):
+        assert sharded[score].to_pylist() == pytest.approx(alone[score].to_pylist(), rel=1e-5)
+
+
 STOPPED = """
 class Failing(Classifier):
     def step(self, batch):
