@@ -95,7 +95,8 @@ def conclusions(run: Run) -> list[str]:
         row = next(row for row in run["rows"] if row["score"] == challenger)
         for same_cost in (False, True) if row["forwards"] != 1 else (False,):
             group = SAME_PASSES if same_cost else SINGLE_PASS
-            cells, verdicts = [], {}
+            cells: list[str] = []
+            verdicts: dict[str, list[str]] = {}
             for column in COLUMNS:
                 found = standing(run, challenger, column, same_cost)
                 if found is None:

@@ -66,8 +66,9 @@ def views(
     arguments = {"score": score, "n": n, "seed": seed, "transforms": transforms}
     given = {key: value for key, value in arguments.items() if value != RECIPE.defaults[key]}
     inner = make(score)
-    is_unfitted = isinstance(inner, FittedScore) and inner.state is None
-    return (FittedViews if is_unfitted else ViewsScore)(inner, given, name)
+    if isinstance(inner, FittedScore) and inner.state is None:
+        return FittedViews(inner, given, name)
+    return ViewsScore(inner, given, name)
 
 
 class ViewsRecipe(Recipe):
