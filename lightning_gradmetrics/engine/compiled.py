@@ -92,6 +92,7 @@ def compiled_moments(task: Task) -> list[Moments]:
             programs[key] = None
             _warn_eager(task, str(error))
     expected = auto_moments(task)
+    key = _key(task)  # the first batch shows which attributes the model reads, and the key has those only
     is_new = key not in programs or (program is not None and program.size < task.size)
     if is_new and task.size > 0 and len(programs) < MOST_PROGRAMS:
         programs[key] = _checked_program(task, expected)
