@@ -140,4 +140,5 @@ def alarm_of(run: int, count: int, rank: int, check_signal: Callable[[], None]) 
     if count == 1 or not distributed.is_available() or not distributed.is_initialized():
         return None
     store = distributed.distributed_c10d._get_default_store()
-    return Alarm(distributed.PrefixStore(f"gradmetrics {run}", store), count, rank, check_signal)
+    of_run = distributed.PrefixStore(f"gradmetrics {run}", store)  # type: ignore[attr-defined]
+    return Alarm(of_run, count, rank, check_signal)
