@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
@@ -34,7 +34,7 @@ def build_scores(config: DictConfig, every: bool = False) -> tuple[Score, ...]:
     chosen = list(config.get("score") or {})
     if every:
         shipped = _shipped_scores()
-        config = OmegaConf.merge({"score": shipped}, config)
+        config = cast(DictConfig, OmegaConf.merge({"score": shipped}, config))
         chosen += [name for name in shipped if name not in chosen]
     made: dict[str, Any] = {}
     for name in chosen:
@@ -50,7 +50,7 @@ def _shipped_scores() -> dict[Any, Any]:
     shipped = {}
     for name in option_names("score"):
         for key, node in OmegaConf.load(configuration_directory() / "score" / f"{name}.yaml").items():
-            if "???" not in OmegaConf.to_container(node, resolve=False).values():
+            if not any(OmegaConf.is_missing(node, argument) for argument in node):
                 shipped[key] = node
     return shipped
 
