@@ -72,6 +72,13 @@ class RandomState:
         self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
         self._cpu = torch.random.get_rng_state()
 
+    def is_current(self) -> bool:
+        """Return whether the generators are still in the recorded state: nothing has drawn from them."""
+        for device, state in self._cuda:
+            if not torch.equal(torch.cuda.get_rng_state(device), state):
+                return False
+        return torch.equal(torch.random.get_rng_state(), self._cpu)
+
     def restore(self) -> None:
         """Set the generators to the recorded state."""
         for device, state in self._cuda:

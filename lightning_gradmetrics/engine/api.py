@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, overload
 
@@ -23,6 +23,7 @@ from lightning_gradmetrics.classifier.forward import (
     preserved,
 )
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
 from lightning_gradmetrics.engine.auto import auto_moments, sample_uses
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
@@ -140,6 +141,7 @@ def gradient_statistics(  # type: ignore[misc]
     engine: str = "auto",
     memory: int | None = None,
     compile: bool = False,
+    sample_axis: SampleAxis = 0,
 ) -> GradientStatistics | list[GradientStatistics]:
     r"""Return statistics of every sample's gradient of a per-sample loss: ``stat(d L_n / d theta)``.
 
@@ -162,6 +164,8 @@ def gradient_statistics(  # type: ignore[misc]
             its result. Smaller batches run eagerly, and so do models that cannot be compiled, with a warning. In every
             batch the compiled plan's logits are compared with those of the model; where they differ, the batch and the
             following ones run eagerly.
+        sample_axis: The axis of the samples in the inputs, such as 1 for ``(T, N, D)``; or a mapping from names or
+            positions of arguments to axes, with 0 for the others.
 
     Returns:
         A :class:`GradientStatistics`, or a list with one per objective.
@@ -191,7 +195,7 @@ def gradient_statistics(  # type: ignore[misc]
     objectives = list(map(Objective.of, several))
     wanted = moments_for(statistics)
     norms_only = wanted.isdisjoint({"sum", "max", "min"})
-    with _task(model, inputs, objectives, parameters, targets, logits, norms_only) as task:
+    with _task(model, inputs, objectives, parameters, targets, logits, norms_only, sample_axis) as task:
         if engine not in ("auto", "compiled"):
             check_rows(task)
         moments = ENGINES[engine](replace(task, wanted=wanted, memory=memory))
@@ -220,12 +224,17 @@ def _task(
     targets: Tensor | None,
     logits: Callable[[Any], Tensor],
     norms_only: bool = False,
+    sample_axis: SampleAxis = 0,
 ) -> Iterator[Task]:
     """Yield the task with gradients enabled; the model is restored afterwards."""
     check_model(model)
     check_inputs(model, inputs)
     chosen = select_parameters(model, parameters, norms_only)
-    with preserved(model), gradients_enabled(model), eager(), _parametrizations_computed():
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        inputs = stack.enter_context(samples_first(model, inputs, sample_axis))
+        for context in (gradients_enabled(model), eager(), _parametrizations_computed()):
+            stack.enter_context(context)
         check_differentiable(model, inputs, chosen.values())
         task = Task(
             model=model,

@@ -24,7 +24,7 @@ from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.samples import input_structure
-from lightning_gradmetrics.engine.strategy import Strategy, collect_fast, make_strategy, warn_slow
+from lightning_gradmetrics.engine.strategy import Checks, Strategy, collect_fast, make_strategy, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.precision import rounding
@@ -169,15 +169,19 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     new_shape = (_shapes(task), task.size) not in strategy.times
     new_size = strategy.plan is not None and all(task.size != size for _, size in strategy.times)
     alone = max(strategy.alone, ALONE_IF_NEW if new_shape and not new_size else 0)
+    if strategy.proven and not strategy.times:  # no sample was replaced in the probe
+        alone = max(alone, 3)
 
-    def checks(logits: Tensor) -> None:
+    def checks(logits: Tensor, path: int) -> None:
         seen.append(logits.detach())
         check_objectives(task, logits)
+        if strategy.keeps_apart(path):
+            return
         if strategy.random:
             if new_size and strategy.alone:
                 check_others(task, logits, state, strategy.quiet)
             return
-        if new_size and alone < task.size:
+        if (new_size or strategy.plan is None) and alone < task.size:
             check_halves(task, logits, state, strategy.quiet)
         check_alone(task, logits, alone, state, strategy.quiet)
 
@@ -191,7 +195,7 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     state.restore()
     if not seen:
         with quiet_no_grad(strategy.quiet):
-            checks(task.forward())
+            checks(task.forward(), 0)
         state.restore()
     check = None
     if not strategy.random:
@@ -204,20 +208,20 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
 
 
-def _fill_by_plan(
-    table: MomentTable | UseTable, strategy: Strategy, checks: Callable[[Tensor], None], state: ForwardState
-) -> None:
+def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Checks, state: ForwardState) -> None:
     """Fill a table by the plan; the first batch of each size and sequence of calls is compared with autograd on one sample."""
     task, shapes = table.task, _shapes(table.task)
     laid_out = task.channels_last() if strategy.channels_last else task
     free = shapes != strategy.shapes
-    times, outline = collect_fast(table, laid_out.restricted(strategy.fast), strategy.plan, checks, free=free)
+    times, outline, path = collect_fast(table, laid_out.restricted(strategy.fast), strategy.plan, checks, free=free)
     here = (shapes, task.size)
     verified = strategy.times.get(here, {})
     if outline not in verified:
-        if not strategy.random:
+        is_proven = strategy.is_proven(path)
+        if not strategy.random and not (is_proven and strategy.settled):
             _check_one_sample(table, strategy.fast, laid_out, state)
-        elif verified:
+            strategy.settled = strategy.settled or is_proven
+        elif strategy.random and verified:
             raise PlanError("the model makes other calls than in earlier batches of this size")
         kept = verified if len(verified) < MOST_OUTLINES else {}
         strategy.times[here] = {**kept, outline: times}
@@ -225,9 +229,7 @@ def _fill_by_plan(
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
 
 
-def _fill_by_owners(
-    table: MomentTable | UseTable, strategy: Strategy, checks: Callable[[Tensor], None]
-) -> dict[str, str]:
+def _fill_by_owners(table: MomentTable | UseTable, strategy: Strategy, checks: Checks) -> dict[str, str]:
     """Fill a table by recovered owners; return the parameters for which that is impossible, with reasons."""
     task, state = table.task, ForwardState(table.task.model)
     names, lost = list(strategy.fast), {}

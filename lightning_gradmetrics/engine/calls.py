@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OpeningMode", "Silence", "has_tensors", "map_arguments", "opened", "tensors_in"]
+__all__ = ["OpeningMode", "Silence", "extended_outline", "has_tensors", "map_arguments", "opened", "tensors_in"]
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 """For a fused function, an equivalent function written in calls that have rules."""
@@ -57,6 +57,42 @@ def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if type(value) is dict:
         return {key: map_arguments(function, item) for key, item in value.items()}
     return value
+
+
+_VIEWS = "view reshape expand unflatten flatten split chunk narrow repeat tile as_strided select __getitem__"
+_NEW = "new_zeros new_ones new_full zeros ones full empty arange"
+SHAPING = frozenset([*_VIEWS.split(), *_NEW.split(), "_assert"])
+"""Functions whose integers, or messages, may follow the sizes of the inputs."""
+
+
+def extended_outline(
+    outline: int, path: int, function: Any, values: Iterable[Any], names: Iterable[str]
+) -> tuple[int, int]:
+    """Return the outline and the path of a forward pass with one more call.
+
+    The outline depends on the functions and on their integer and text arguments. The path depends on all numbers, but not on
+    the integers of functions that set a shape: it is the same for all sizes of a batch and all lengths, unless the model
+    branches on them.
+
+    Args:
+        outline: The outline before the call.
+        path: The path before the call.
+        function: The function.
+        values: Its arguments.
+        names: The names of its keyword arguments.
+    """
+    sizes: list[Any] = [outline, function, *names]
+    constants: list[Any] = [path, function, *names]
+    is_shaping = getattr(function, "__name__", "") in SHAPING
+    for value in values:
+        kind = type(value)
+        if kind in (int, bool, str):
+            sizes.append(value)
+        elif kind is tuple:
+            sizes += [entry for entry in value if type(entry) is int]
+        if kind in (float, bool) or (kind in (int, str) and not is_shaping):
+            constants.append(value)
+    return hash(tuple(sizes)), hash(tuple(constants))
 
 
 def _never(*_: Any) -> bool:

@@ -208,7 +208,11 @@ def _program(task: Task, strategy: Strategy) -> Program:
             )
             table = MomentTable(batch)
             logits: list[Tensor] = []
-            collect_fast(table, batch.restricted(strategy.fast), strategy.plan, logits.append, free=True)
+
+            def keep(found: Tensor, path: int) -> None:
+                logits.append(found)
+
+            collect_fast(table, batch.restricted(strategy.fast), strategy.plan, keep, free=True)
         results: list[Tensor] = []
         for moments in table.moments:
             results += map(moments.__getitem__, keys)

@@ -65,7 +65,6 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, samples: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
-        self.random = False
         self._bits: dict[int, int] = {}
         self._alive: list[Any] = []
         self._serials: dict[int, int] = {}
@@ -110,7 +109,6 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bits = self.depends(tensors)
         if torch.Tag.nondeterministic_seeded in func.tags:
             bits |= SAMPLES
-            self.random = True
         shapes = _shapes(tensors)
         chosen, by_data, read = self._choices(func, bits, arguments, tensors)
         result = func(*args, **kwargs)

@@ -49,11 +49,12 @@ def _chosen(logits: Tensor, count: int) -> list[int]:
     numbers = list(range(len(logits)))
     if count >= len(numbers):
         return numbers
-    chosen = _CHOICE.sample(numbers, count)
-    if count > 2:
-        confidence = logits.detach().softmax(1).amax(1).nan_to_num(0.0)
-        chosen[:2] = [int(confidence.argmax()), int(confidence.argmin())]
-    return chosen
+    if count < 3:
+        return _CHOICE.sample(numbers, count)
+    confidence = logits.detach().softmax(1).amax(1).nan_to_num(0.0)
+    extremes = {int(confidence.argmax()), int(confidence.argmin())}
+    others = [number for number in numbers if number not in extremes]
+    return [*extremes, *_CHOICE.sample(others, count - len(extremes))]
 
 
 def check_halves(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
@@ -108,7 +109,7 @@ def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor,
     if close_rows(torch.cat([repeated, alone]), expected.expand(task.size + 1, -1), tolerance):
         return True
     others = [other for other in range(task.size) if other != number]
-    compared = _CHOICE.sample(others, min(3, len(others)))
+    compared = _CHOICE.sample(others, min(8, len(others)))
     for other in compared:
         if not close_rows(_logits(task, [other], state, True), logits[other : other + 1].detach()):
             return False

@@ -64,6 +64,10 @@ class ForwardState:
         self.restore_attributes()
         self._generators.restore()
 
+    def random_numbers_drawn(self) -> bool:
+        """Return whether a forward pass has drawn random numbers since."""
+        return not self._generators.is_current()
+
     def restore_attributes(self) -> None:
         """Set attributes, hooks and buffers to this state, but not the random number generators."""
         self._hooks.restore()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,12 @@ from lightning_gradmetrics.engine.dependence import (
     reads_activations,
     selection_of_samples,
 )
+from lightning_gradmetrics.engine.layouts import Layout
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.refusals import coupled_model
 from lightning_gradmetrics.engine.samples import close_rows
-from lightning_gradmetrics.engine.separability import keeps_samples_apart
+from lightning_gradmetrics.engine.separability import layouts_apart
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 
@@ -38,6 +39,7 @@ class Probe:
         reason: Why there is no plan.
         reads_activations: Whether Python reads values that depend on samples and parameters.
         separable: Whether every operation is known to keep the samples apart.
+        proven: Whether that holds as long as Python reads the same numbers, so that the layouts are known.
         random: Whether it draws random numbers.
         pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
         bytes: Approximate memory of one sample's activations.
@@ -49,6 +51,7 @@ class Probe:
     reason: str
     reads_activations: bool
     separable: bool
+    proven: bool
     random: bool
     pauses_gradients: bool
     bytes: int
@@ -64,19 +67,25 @@ def probe_model(task: Task) -> Probe:
     three = _three_samples(task)
     small, _, few = _traced(three.picked([0, 1]), state)
     large, logits, many = _traced(three, state)
+    random = state.random_numbers_drawn()
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
     selection = selection_of_samples(few.operations, many.operations)
     if selection:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
     reason = choice_by_data(few.operations, many.operations)
-    apart = not reason and keeps_samples_apart(few.operations, many.operations, many.samples, many.serial(logits))
+    proof = None if reason else layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
+    layouts, reads_numbers = proof or (None, False)
+    apart = layouts is not None and not reads_numbers
     losses = [three.unit_losses(index, logits) for index in range(len(three.losses))]
     plan: Plan | None = None
     changes: Changes = ()
-    if not (apart and _one_position_each(small, large)):
-        changes, moved = _changes_by_sample(_Runs(three, small, large, state), logits, reason)
-        reason = reason or moved
+    if layouts is None or not _one_position_each(small, large):
+        known = None if layouts is None else _changes_by_layout(small, large, many, layouts)
+        if known is None:
+            known, moved = _changes_by_sample(_Runs(three, small, large, state), logits, reason)
+            reason = reason or moved
+        changes = known
     if not reason:
         try:
             plan = make_plan(small, large, losses[0][0][0], changes)
@@ -87,7 +96,9 @@ def probe_model(task: Task) -> Probe:
     if plan is not None:
         plan = replace(plan, reads=tuple(read.value for read in large.reads))
     activations, size = reads_activations(many.operations), large.bytes() // 3 + 1
-    return Probe(three, losses, plan, reason, activations, apart, many.random, large.pauses_gradients, size)
+    return Probe(
+        three, losses, plan, reason, activations, apart, layouts is not None, random, large.pauses_gradients, size
+    )
 
 
 def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
@@ -186,6 +197,38 @@ def with_others_replaced(task: Task) -> Task:
 
 
 # -- replacing each sample --------------------------------------------------------------------------------------------
+
+
+def _changes_by_layout(
+    small: CallTrace, large: CallTrace, operations: DependenceTrace, layouts: Mapping[int, Layout]
+) -> Changes | None:
+    """Return the positions that change with each sample, from proven layouts; ``None`` if some call has none.
+
+    A call whose tensors all have one position per sample needs none.
+    """
+    changes: list[Sequence[Tensor | None]] = [()] * len(large.calls)
+    for number in _meeting_parameters(small, large):
+        before, after = small.calls[number], large.calls[number]
+        tensors = [*tensors_in((after.args, after.kwargs)), *tensors_in(after.result)]
+        shapes = [state.shape for state in (*before.inputs, *before.outputs)]
+        if [tuple(tensor.shape) for tensor in tensors] != [state.shape for state in (*after.inputs, *after.outputs)]:
+            return None  # an axis was moved in place
+        rows: list[Tensor | None] = []
+        several = 0
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            layout = layouts.get(operations.serial(tensor))
+            rows.append(None if layout is None else _changed_by(layout, tensor))
+            several += not _has_one_position(shape, tensor.shape)
+        if several and all(row is None for row in rows):
+            return None
+        changes[number] = rows
+    return changes
+
+
+def _changed_by(layout: Layout, tensor: Tensor) -> Tensor:
+    """Return the positions ``(3, L)`` of each of three samples on the sample axis."""
+    positions = torch.arange(tensor.shape[layout.dim], device=tensor.device)
+    return positions // layout.inner % 3 == torch.arange(3, device=tensor.device)[:, None]
 
 
 @dataclass(frozen=True)

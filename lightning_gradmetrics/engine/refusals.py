@@ -56,8 +56,9 @@ def not_without_others(model: object, count: int, samples: int, error: Exception
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return SampleAxisError(
         f"{type(model).__name__} runs on the batch of {samples} samples but not on {count} of them ({reason[:200]}). Every "
-        "tensor of the inputs must have the samples on its first axis or be shared by all samples: wrap a model that takes "
-        "another layout, such as a hidden state (L, N, H), in a module whose forward transposes it"
+        "tensor of the inputs must have the samples on its first axis or be shared by all samples. For another layout, such as a "
+        "hidden state (L, N, H), pass sample_axis= to score or gradient_statistics, an axis or a mapping from arguments to axes, "
+        "as {1: 1}; or wrap the model in a module whose forward transposes its inputs"
     )
 
 
@@ -65,8 +66,9 @@ def rows_not_samples(shape: tuple[int, ...], samples: int) -> SampleAxisError:
     """Return the error for logits whose rows are not the samples of the inputs."""
     return SampleAxisError(
         f"the model returned logits of shape {shape} for {samples} samples; expected one row per sample, in their order. "
-        "The first axis of the inputs must be the sample axis: wrap a model that takes time first (T, N, ...) in a module "
-        "whose forward transposes its input, and pass logits= to reduce several rows per sample to one"
+        "The first axis of the inputs must be the sample axis; for a model that takes time first (T, N, ...) pass "
+        "sample_axis=1 to score or gradient_statistics, or wrap it in a module whose forward transposes its input. Pass logits= to "
+        "reduce several rows per sample to one"
     )
 
 

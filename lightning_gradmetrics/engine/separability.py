@@ -7,92 +7,64 @@ operations of a model are listed, no batch can couple its samples, and batches n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from lightning_gradmetrics.engine.dependence import SAMPLES, Operation
+from lightning_gradmetrics.engine.layouts import Layout, Step, UnprovenError
 
-__all__ = ["Layout", "keeps_samples_apart"]
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the samples are in a tensor: index ``(o N + n) inner + i`` on an axis.
-
-    Args:
-        dim: The axis.
-        outer: Positions before the sample's index.
-        inner: Positions after it.
-    """
-
-    dim: int
-    outer: int = 1
-    inner: int = 1
-
-    def moved(self, dim: int) -> Layout:
-        """Return the layout on another axis."""
-        return Layout(dim, self.outer, self.inner)
+__all__ = ["layouts_apart"]
 
 
-class _UnprovenError(Exception):
-    """An operation may mix samples."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """An operation with the layouts of its tensor arguments; ``None`` for those that do not depend on the samples."""
-
-    operation: Operation
-    layouts: Sequence[Layout | None]
-
-    @property
-    def first(self) -> Layout:
-        layout = self.layouts[0]
-        if layout is None or any(other is not None for other in self.layouts[1:]):
-            raise _UnprovenError
-        return layout
-
-    @property
-    def shape(self) -> Shape:
-        return self.operation.inputs[0]
-
-    def dims(self, name: str = "dim") -> set[int]:
-        """Return the axes that an argument names."""
-        value = self.operation.arguments.get(name)
-        if value is None or value == []:
-            raise _UnprovenError
-        axes = [value] if isinstance(value, int) else value
-        return {axis % len(self.shape) for axis in axes}
-
-
-def keeps_samples_apart(
+def layouts_apart(
     two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int], logits: int
-) -> bool:
-    """Return whether every operation keeps the samples apart, and the logits are ``(N, C)``.
+) -> tuple[dict[int, Layout], bool] | None:
+    """Return the layout of each tensor with samples, if every operation keeps the samples apart and the logits are ``(N, C)``.
+
+    A number that is computed from all samples may only be read by Python. A plan compares what is read in each batch, but
+    such a number may still be different for one sample alone, as the length of the longest text is.
 
     Args:
         two: The operations with two samples.
         three: The operations with three samples.
         inputs: The serial numbers of the tensors with samples, in ``three``.
         logits: The serial number of the logits, in ``three``.
+
+    Returns:
+        The layouts by serial number, and whether Python reads a number of all samples; ``None`` if that is not proven.
     """
     layouts: dict[int, Layout] = dict.fromkeys(inputs, Layout(0))
     uniform: set[int] = set()
+    numbers: set[int] = set()
     for small, large in zip(two, three, strict=True):
         if large.name in _CONSTANT:
             uniform.update(large.output_serials)
+        elif numbers.intersection(large.input_serials) or _is_number_of_all(large):
+            if not _stays_a_number(large, numbers | layouts.keys()):
+                return None
+            numbers.update(large.output_serials)
         elif large.depends & SAMPLES and not uniform.issuperset(large.input_serials):
             try:
                 found = _layouts_of(small, large, layouts, uniform)
-            except (_UnprovenError, IndexError, TypeError):
-                return False
+            except (UnprovenError, IndexError, TypeError):
+                return None
             layouts.update(zip(large.output_serials, found, strict=True))
         elif _stays_uniform(small, large, uniform):
             uniform.update(large.output_serials)
-    return layouts.get(logits) == Layout(0)
+    return (layouts, bool(numbers)) if layouts.get(logits) == Layout(0) else None
+
+
+_REDUCING = frozenset(["all", "any", "max", "min", "amax", "amin", "sum", "count_nonzero"])
+
+
+def _is_number_of_all(operation: Operation) -> bool:
+    """Return whether an operation computes one number from all samples."""
+    return operation.name in _REDUCING and operation.outputs == ((),) and bool(operation.depends & SAMPLES)
+
+
+def _stays_a_number(operation: Operation, known: Set[int]) -> bool:
+    """Return whether numbers of all samples are read by Python, or lead to other numbers only."""
+    return known >= set(operation.input_serials) and all(shape == () for shape in operation.outputs)
 
 
 _CONSTANT = frozenset(
@@ -101,7 +73,7 @@ _CONSTANT = frozenset(
 """Operations whose results are the same at all positions."""
 
 _SAME = "expand view _unsafe_view unsqueeze squeeze transpose t permute select slice clone detach alias _to_copy"
-_UNIFORM = frozenset([*_SAME.split(), "embedding", "mm", "addmm", "linear", "lift_fresh"])
+_UNIFORM = frozenset([*_SAME.split(), "embedding", "gather", "mm", "addmm", "linear", "lift_fresh"])
 """Operations whose results are the same for all samples if their arguments are."""
 
 
@@ -122,35 +94,36 @@ def _layouts_of(small: Operation, large: Operation, layouts: Mapping[int, Layout
     for number, serial in enumerate(large.input_serials):
         layout = layouts.get(serial)
         grown = small.inputs[number] != large.inputs[number]
-        if layout is None and grown and serial not in uniform:
-            raise _UnprovenError
+        counts_up = large.name == "index" and number == 1 and len(large.inputs) == 3  # checked by the rule
+        if layout is None and grown and serial not in uniform and not counts_up:
+            raise UnprovenError
         known.append(layout)
-    step = _Step(large, known)
+    step = Step(large, known)
     name = large.name.rstrip("_") if large.name not in _RULES else large.name
     if name in _RULES:
         found = _RULES[name](step)
     elif large.pointwise:
         found = _aligned(step)
     else:
-        raise _UnprovenError
+        raise UnprovenError
     return [found] * len(large.outputs) if isinstance(found, Layout) else found
 
 
 # -- operations by family ---------------------------------------------------------------------------------------------
 
 
-def _aligned(step: _Step) -> Layout:
+def _aligned(step: Step) -> Layout:
     """Element by element: the axes of all arguments are aligned at the end."""
     ndim, places = len(step.operation.outputs[0]), set()
     for layout, shape in zip(step.layouts, step.operation.inputs, strict=True):
         if layout is not None:
             places.add(layout.moved(layout.dim + ndim - len(shape)))
     if len(places) != 1:
-        raise _UnprovenError
+        raise UnprovenError
     return places.pop()
 
 
-def _reshaped(step: _Step) -> Layout:
+def _reshaped(step: Step) -> Layout:
     """Reshape: the order of all entries stays, and the axes are split differently."""
     layout, old, new = step.first, step.shape, step.operation.outputs[0]
     before = math.prod(old[: layout.dim]) * layout.outer
@@ -160,16 +133,16 @@ def _reshaped(step: _Step) -> Layout:
         inner, right = divmod(after, math.prod(new[dim + 1 :]) or 1)
         if not left and not right and size == 3 * outer * inner and size:
             return Layout(dim, outer, inner)
-    raise _UnprovenError
+    raise UnprovenError
 
 
-def _permuted(step: _Step) -> Layout:
+def _permuted(step: Step) -> Layout:
     ndim = len(step.shape)
     order = [dim % ndim for dim in step.operation.arguments["dims"]]
     return step.first.moved(order.index(step.first.dim))
 
 
-def _transposed(step: _Step) -> Layout:
+def _transposed(step: Step) -> Layout:
     ndim, arguments = len(step.shape), step.operation.arguments
     pair = [arguments.get("dim0", 0) % ndim, arguments.get("dim1", 1) % ndim]
     if step.first.dim in pair and ndim > 1:
@@ -177,141 +150,176 @@ def _transposed(step: _Step) -> Layout:
     return step.first
 
 
-def _expanded(step: _Step) -> Layout:
+def _expanded(step: Step) -> Layout:
     return step.first.moved(step.first.dim + len(step.operation.outputs[0]) - len(step.shape))
 
 
-def _along(step: _Step) -> Layout:
+def _along(step: Step) -> Layout:
     """Return the operation works along other axes and keeps them."""
     if step.first.dim in step.dims():
-        raise _UnprovenError
+        raise UnprovenError
     return step.first
 
 
-def _along_dims(step: _Step) -> Layout:
+def _along_dims(step: Step) -> Layout:
     if step.first.dim in step.dims("dims"):
-        raise _UnprovenError
+        raise UnprovenError
     return step.first
 
 
-def _removed(step: _Step) -> Layout:
+def _removed(step: Step) -> Layout:
     """Return the operation removes other axes."""
     dims = step.dims()
     if step.first.dim in dims:
-        raise _UnprovenError
+        raise UnprovenError
     return step.first.moved(step.first.dim - sum(dim < step.first.dim for dim in dims))
 
 
-def _reduced(step: _Step) -> Layout:
+def _reduced(step: Step) -> Layout:
     removed = _removed(step)
     return step.first if step.operation.arguments.get("keepdim") else removed
 
 
-def _sliced(step: _Step) -> Layout:
+def _sliced(step: Step) -> Layout:
     dim = step.operation.arguments.get("dim", 0) % len(step.shape)
     if dim == step.first.dim and step.operation.outputs[0] != step.shape:
-        raise _UnprovenError
+        raise UnprovenError
     return step.first
 
 
-def _unfolded(step: _Step) -> Layout:
+def _unfolded(step: Step) -> Layout:
     if step.first.dim == step.operation.arguments["dimension"] % len(step.shape):
-        raise _UnprovenError
+        raise UnprovenError
     return step.first
 
 
-def _rows(step: _Step) -> Layout:
+def _rows(step: Step) -> Layout:
     """Return the operation works on each position of the first axis separately."""
     if step.first.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
-        raise _UnprovenError
+        raise UnprovenError
     return step.first
 
 
-def _batch_norm(step: _Step) -> Layout:
+def _batch_norm(step: Step) -> Layout:
     if step.operation.arguments.get("training", False) or step.operation.arguments.get("train", False):
-        raise _UnprovenError
+        raise UnprovenError
     return _rows(step)
 
 
-def _before_shape(step: _Step) -> Layout:
+def _before_shape(step: Step) -> Layout:
     if step.first.dim >= len(step.shape) - len(step.operation.arguments["normalized_shape"]):
-        raise _UnprovenError
+        raise UnprovenError
     return step.first
 
 
-def _joined(step: _Step) -> Layout:
+def _joined(step: Step) -> Layout:
     """Concatenated along another axis."""
     dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
     places = {layout for layout in step.layouts if layout is not None}
     if len(places) != 1 or next(iter(places)).dim == dim:
-        raise _UnprovenError
+        raise UnprovenError
     for shape in step.operation.inputs:
-        if len(shape) != len(step.operation.outputs[0]):
-            raise _UnprovenError
+        if len(shape) != len(step.operation.outputs[0]) and shape != (0,):
+            raise UnprovenError
     return places.pop()
 
 
-def _stacked(step: _Step) -> Layout:
+def _gathered(step: Step) -> Layout:
+    """Gather along another axis; the values may be the same for all samples."""
+    source, index = step.layouts
+    if index is None or source not in (None, index) or index.dim == step.operation.arguments["dim"] % len(step.shape):
+        raise UnprovenError
+    return index
+
+
+def _picked(step: Step) -> Layout:
+    """Index: some positions of another axis, or positions of it for each sample, ``x[arange(N), positions]``."""
+    layout, chosen = step.layouts[0], {dim for _, dim in step.operation.chosen}
+    indices = step.operation.inputs[1:]
+    if layout is None or layout.dim in chosen or step.layouts[1] is not None:
+        raise UnprovenError
+    if len(indices) == 1 and len(indices[0]) == 1 and len(chosen) == 1:
+        return layout
+    if len(indices) != 2 or layout != Layout(0) or not chosen <= {1}:
+        raise UnprovenError
+    return _along_first_index(step)
+
+
+def _along_first_index(step: Step) -> Layout:
+    """Return the layout of ``x[samples, positions]``, where the first index counts up and both are broadcast."""
+    _, samples, positions = step.operation.inputs
+    ndim = max(len(samples), len(positions))
+    long = [dim for dim, size in enumerate(samples) if size != 1]
+    if len(long) != 1:
+        raise UnprovenError
+    found = Layout(long[0] + ndim - len(samples))
+    other = step.layouts[2]
+    if other is not None and other.moved(other.dim + ndim - len(positions)) != found:
+        raise UnprovenError
+    return found
+
+
+def _stacked(step: Step) -> Layout:
     """Stacked along a new axis."""
     dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
     places = set(step.layouts)
     layout = places.pop()
     if places or layout is None:
-        raise _UnprovenError
+        raise UnprovenError
     return layout.moved(layout.dim + (dim <= layout.dim))
 
 
-def _strided_rows(step: _Step) -> Layout:
+def _strided_rows(step: Step) -> Layout:
     """As strided: the shape stays, and the strides keep each sample in one piece."""
     arguments, shape = step.operation.arguments, step.shape
     in_one_piece = arguments["stride"][0] == math.prod(shape[1:]) and not arguments.get("storage_offset")
     if step.first != Layout(0) or list(arguments["size"]) != list(shape) or not in_one_piece:
-        raise _UnprovenError
+        raise UnprovenError
     return step.first
 
 
-def _product(step: _Step, skip: int = 0) -> Layout:
+def _product(step: Step, skip: int = 0) -> Layout:
     """Matrix product, after ``skip`` summands: the contracted axis is not the sample axis."""
     left, right = step.layouts[skip], step.layouts[skip + 1]
     ndim = len(step.operation.inputs[skip])
     if any(layout is not None for layout in step.layouts[:skip]):
-        raise _UnprovenError
+        raise UnprovenError
     if left is not None and right is not None:
         if left == right and left.dim == 0 and ndim == 3:
             return left
-        raise _UnprovenError
+        raise UnprovenError
     layout, summed = (left, ndim - 1) if left is not None else (right, ndim - 2)
     if layout is None or layout.dim == summed:
-        raise _UnprovenError
+        raise UnprovenError
     return layout
 
 
-def _shifted_product(step: _Step) -> Layout:
+def _shifted_product(step: Step) -> Layout:
     return _product(step, 1)
 
 
-def _looked_up(step: _Step) -> Layout:
+def _looked_up(step: Step) -> Layout:
     """Embedding: a table and indices."""
     table, indices = step.layouts
     if table is not None or indices is None:
-        raise _UnprovenError
+        raise UnprovenError
     return indices
 
 
-def _attention(step: _Step) -> list[Layout]:
+def _attention(step: Step) -> list[Layout]:
     """Attention: queries, keys and values of the same sample, and possibly a mask."""
     for layout in step.layouts[:3]:
         if layout is None or layout.dim != 0 or layout != step.layouts[0]:
-            raise _UnprovenError
+            raise UnprovenError
     for layout, shape in zip(step.layouts[3:], step.operation.inputs[3:], strict=True):
         if layout is not None and layout.moved(layout.dim + len(step.shape) - len(shape)) != step.layouts[0]:
-            raise _UnprovenError
+            raise UnprovenError
     first = step.layouts[0]
     assert first is not None
     return [first] * len(step.operation.outputs)
 
 
-_FAMILIES: dict[Callable[[_Step], Any], str] = {
+_FAMILIES: dict[Callable[[Step], Any], str] = {
     _reshaped: "view _unsafe_view reshape _reshape_alias unsqueeze squeeze alias clone detach _to_copy lift_fresh "
     "contiguous flatten",
     _permuted: "permute",
@@ -339,10 +347,12 @@ _FAMILIES: dict[Callable[[_Step], Any], str] = {
     _product: "mm bmm matmul mv linear",
     _shifted_product: "addmm baddbmm",
     _looked_up: "embedding",
+    _gathered: "gather",
+    _picked: "index",
     _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "scaled_dot_product_attention _scaled_dot_product_fused_attention_overrideable",
 }
-_RULES: dict[str, Callable[[_Step], Any]] = {}
+_RULES: dict[str, Callable[[Step], Any]] = {}
 for _family, _names in _FAMILIES.items():
     _RULES.update(dict.fromkeys(_names.split(), _family))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,12 +31,13 @@ from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.gradients.precision import full_float32, rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["Strategy", "collect_fast", "make_strategy", "warn_slow"]
+__all__ = ["Checks", "Strategy", "collect_fast", "make_strategy", "warn_slow"]
 
 ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
 """How many samples of each batch are also run alone, to find samples that depend on each other."""
 
-Checks = Callable[[Tensor], None]
+Checks = Callable[[Tensor, int], None]
+"""Gets the logits of a batch, and a number for the path of the forward pass."""
 
 
 @dataclass
@@ -57,6 +58,9 @@ class Strategy:
         random: Whether the model draws random numbers, which differ for a sample alone.
         provisional: Whether it was planned on fewer than three different samples.
         channels_last: Whether images use the channels-last layout.
+        proven: Whether every operation is known to keep the samples apart while Python reads the same numbers.
+        path: A number for the path of the probe's forward pass.
+        settled: Whether gradients on that path were compared with autograd in a batch, and need no further comparison.
     """
 
     plan: Plan | None
@@ -71,6 +75,17 @@ class Strategy:
     random: bool = False
     provisional: bool = False
     channels_last: bool = False
+    proven: bool = False
+    path: int = 0
+    settled: bool = False
+
+    def is_proven(self, path: int) -> bool:
+        """Return whether the plan is proven for a forward pass on this path, as for the probe's."""
+        return self.plan is not None and self.proven and path == self.path
+
+    def keeps_apart(self, path: int) -> bool:
+        """Return whether a forward pass on this path is proven to keep the samples apart, as the probe's was."""
+        return self.alone == 0 and self.is_proven(path)
 
 
 def make_strategy(task: Task) -> Strategy:
@@ -141,19 +156,19 @@ def collect_fast(
     checks: Checks,
     notes: VerificationNotes | None = None,
     free: bool = False,
-) -> tuple[tuple[int, ...], int]:
+) -> tuple[tuple[int, ...], int, int]:
     """Fill a table by one forward pass and one backward pass per objective (two without a plan).
 
     Args:
         table: The table to fill.
         task: The batch, restricted to the parameters to collect for.
         plan: The plan; ``None`` recovers the owners of rows.
-        checks: Gets the logits before any gradient is computed.
+        checks: Gets the logits and the path before any gradient is computed.
         notes: Filled in a run that verifies a plan.
         free: Whether axes may have a different number of positions per sample than planned.
 
     Returns:
-        The positions of a sample on each axis, and a number for the sequence of calls.
+        The positions of a sample on each axis, a number for the sequence of calls, and one for the path.
 
     Raises:
         PlanError: If the model does not follow the plan, or rows have no single owner.
@@ -172,13 +187,13 @@ def collect_fast(
             logits = task.forward()
     else:
         logits = _forward_with_notes(task, tracer, notes)
-    checks(logits)
+    checks(logits, tracer.path)
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
         tracer.collect(logits, gradient, last=index == len(scaled) - 1)
     table.finish()
-    return tuple(tracer.times), tracer.outline
+    return tuple(tracer.times), tracer.outline, tracer.path
 
 
 def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
@@ -215,9 +230,9 @@ def _verified(task: Task) -> Strategy:
     If the plan leaves parameters to slower ways, recovered owners are tried too.
     """
     state, probe = ForwardState(task.model), probe_model(task)
-    plan, slow = _covered(probe, probe.plan, state)
+    plan, slow, path = _covered(probe, probe.plan, state)
     if plan is not None and slow:
-        _, others = _covered(probe, None, state)
+        _, others, _ = _covered(probe, None, state)
         if len(others) < len(slow):
             plan, slow = None, others
     state.restore()
@@ -236,20 +251,22 @@ def _verified(task: Task) -> Strategy:
         quiet=probe.pauses_gradients,
         random=probe.random,
         provisional=task.size < 3,
+        proven=probe.proven,
+        path=path,
     )
 
 
-def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str]]:
-    """Return the plan without steps that fail, and the parameters with wrong results, with reasons."""
+def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str], int]:
+    """Return the plan without steps that fail, the parameters with wrong results, with reasons, and the path."""
     slow: dict[str, str] = {} if plan is None else dict(plan.uncovered)
     while True:
         names = [name for name in probe.task.parameters if name not in slow]
         if not names:
-            return plan, slow
+            return plan, slow, 0
         state.restore()
         table, notes = MomentTable(probe.task.restricted(names), scaled=True), VerificationNotes()
         try:
-            collect_fast(table, table.task, plan, _unchecked, notes)
+            _, _, path = collect_fast(table, table.task, plan, _unchecked, notes)
             break
         except PlanError as error:
             plan = _without_failed_step(plan, slow, error, names)
@@ -259,19 +276,22 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
         if name in names:
             wrong[name] = reason
     wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
-    return plan, {**slow, **wrong}
+    return plan, {**slow, **wrong}, path
 
 
-def _unchecked(logits: Tensor) -> None:
+def _unchecked(logits: Tensor, path: int) -> None:
     """Accept the logits: the probe has been checked."""
 
 
 def _alone(probe: Probe, plan: Plan | None) -> int:
+    """Return how many samples of each batch are run alone: more if Python reads sizes, such as the longest length."""
     if probe.separable:
         return 0
     if probe.reads_activations:
         return 10**9
-    return ALONE_IF_UNPLANNED if plan is None else ALONE_IF_PLANNED
+    reads = () if plan is None else plan.reads or ()
+    few = plan is not None and all(isinstance(value, bool) for value in reads)
+    return ALONE_IF_PLANNED if few else ALONE_IF_UNPLANNED
 
 
 def _without_failed_step(
@@ -287,37 +307,42 @@ def _without_failed_step(
     return plan
 
 
-def _gradients(probe: Probe, names: Collection[str]) -> Iterator[tuple[int, int, Tensor, dict[str, Tensor]]]:
-    """Yield objective, sample, undoing factor and autograd's gradients, with one sample in memory at a time.
+def _gradients(probe: Probe, names: Collection[str], objective: int, number: int) -> dict[str, Tensor]:
+    """Return autograd's gradients of one sample's loss, for one objective.
 
     The losses are shrunk first. A backward pass that is not linear, such as one that clips, then gives other gradients than
     the fast way, which needs linearity.
     """
     parameters = probe.task.restricted(names).parameters
-    if not parameters:
-        return
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    for objective, (losses, undo) in enumerate(probe.losses):
-        shrunk = 2.0**-3 if losses.dtype == torch.float16 else 2.0**-10
-        for number in range(len(losses)):
-            gradients = loss_gradients(losses[number] * shrunk, list(parameters.values()))
-            for place, gradient in enumerate(gradients):
-                gradients[place] = gradient / shrunk
-            yield objective, number, undo[number], dict(zip(parameters, gradients, strict=True))
+    losses = probe.losses[objective][0]
+    shrunk = 2.0**-3 if losses.dtype == torch.float16 else 2.0**-10
+    gradients = loss_gradients(losses[number] * shrunk, list(parameters.values()))
+    for place, gradient in enumerate(gradients):
+        gradients[place] = gradient / shrunk
+    return dict(zip(parameters, gradients, strict=True))
 
 
 def _disagreements(
     probe: Probe, table: MomentTable, scales: Mapping[str, float], names: Collection[str]
 ) -> dict[str, str]:
-    """Return the parameters whose moments disagree with autograd's gradients."""
+    """Return the parameters whose moments disagree with autograd's gradients.
+
+    The sample in the middle shows a wrong order of rows; the others are compared too while a gradient was zero.
+    """
     wrong: dict[str, str] = {}
-    for objective, number, _, gradients in _gradients(probe, names):
-        while gradients:
-            name, gradient = gradients.popitem()
-            moments = table.of_sample(number, name, objective)
-            if name not in wrong and not agree(moments, gradient[None], scales[name]):
-                wrong[name] = "its fast rule disagrees with autograd on a probe"
+    for objective in range(len(probe.losses)):
+        unseen = set(names)
+        for number in (1, 0, 2):
+            gradients = _gradients(probe, names, objective, number) if unseen else {}
+            while gradients:
+                name, gradient = gradients.popitem()
+                moments = table.of_sample(number, name, objective)
+                if name not in wrong and not agree(moments, gradient[None], scales[name]):
+                    wrong[name] = "its fast rule disagrees with autograd on a probe"
+                if bool(gradient.any()):
+                    unseen.discard(name)
     return wrong
 
 
@@ -358,14 +383,16 @@ def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:
         return False
     columns = {name: column for column, name in enumerate(task.parameters)}
     compared: set[str] = set()
-    for objective, number, undo, gradients in _gradients(probe, slow):
-        scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
-        for name, gradient in gradients.items():
-            moments = {}
-            for key, value in mapped[objective].items():
-                moments[key] = value[number : number + 1, columns[name]]
-            if not agree(rescaled_moments(moments, 1 / undo[None]), gradient[None], scale):
-                return False
-            if bool(gradient.any()):
-                compared.add(name)
+    for objective, (_, undo) in enumerate(probe.losses):
+        for number in range(probe.task.size):
+            gradients = _gradients(probe, slow, objective, number)
+            scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
+            for name, gradient in gradients.items():
+                moments = {}
+                for key, value in mapped[objective].items():
+                    moments[key] = value[number : number + 1, columns[name]]
+                if not agree(rescaled_moments(moments, 1 / undo[number : number + 1]), gradient[None], scale):
+                    return False
+                if bool(gradient.any()):
+                    compared.add(name)
     return len(compared) == len(columns)

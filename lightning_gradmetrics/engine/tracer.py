@@ -16,7 +16,15 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.axes import Axis
-from lightning_gradmetrics.engine.calls import OpeningMode, Silence, has_tensors, map_arguments, opened, tensors_in
+from lightning_gradmetrics.engine.calls import (
+    OpeningMode,
+    Silence,
+    extended_outline,
+    has_tensors,
+    map_arguments,
+    opened,
+    tensors_in,
+)
 from lightning_gradmetrics.engine.graph import Copies, Root
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
@@ -51,7 +59,7 @@ class Tracer(OpeningMode):
         super().__init__()
         self.plan, self.size, self.sink, self.free = plan, size, sink, free
         self.times: list[int] = []
-        self.outline = 0
+        self.outline = self.path = 0
         self._reads = 0
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
@@ -77,7 +85,7 @@ class Tracer(OpeningMode):
         # An operator of the dispatcher is no call of the model: a TorchDispatchMode such as FlopCounterMode repeats it.
         outside = self._silence.depth or type(func) is torch._ops.OpOverload
         if not outside and not self._backward:
-            self._note_call(func, args, kwargs)
+            self.outline, self.path = extended_outline(self.outline, self.path, func, (*args, *kwargs.values()), kwargs)
         sources = () if outside else self._sources(args, kwargs)
         if sources and not self._recomputes:
             # Checkpoints that are not reentrant store no tensors, and repeat their calls in the backward pass.
@@ -102,16 +110,6 @@ class Tracer(OpeningMode):
                 number = self.plan.steps.index(step)
                 raise PlanError(f"{getattr(func, '__name__', func)}: {error}", number) from error
             raise
-
-    def _note_call(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Add a call to the outline: its function, and its integer and text arguments."""
-        plain: list[Any] = [self.outline, func, *kwargs]
-        for value in (*args, *kwargs.values()):
-            if type(value) in (int, bool, str):
-                plain.append(value)
-            elif type(value) is tuple:
-                plain += [entry for entry in value if type(entry) is int]
-        self.outline = hash(tuple(plain))
 
     def _check_read(self, args: Any, kwargs: Any, result: Any) -> None:
         """Compare a value that Python reads with the planned one: the model may branch on it."""
@@ -388,6 +386,8 @@ class Tracer(OpeningMode):
                 self.notes.scales[name] += factor * (g.abs() if g.is_complex() else g).double().norm().item()
 
     def _arrive(self, source: Source, use: Use) -> None:
+        if not self._backward:
+            raise PlanError("the model computes gradients in its forward pass")
         for name in self._roots[source]:
             derived = self._derived.get(source)
             self._pending[name].append(use if derived is None else DerivedUse(use, derived, self._leaves[name]))

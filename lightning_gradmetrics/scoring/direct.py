@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, check_model, logits_in, tensors_in
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
 from lightning_gradmetrics.scoring.direct_checks import check_call, given_labels
 from lightning_gradmetrics.scoring.padding import padding_of, without_padding
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
@@ -29,6 +30,7 @@ def score(
     head: str | None = None,
     logits_fn: Callable[[Any], Tensor] = logits_in,
     engine: str = "auto",
+    sample_axis: SampleAxis = 0,
 ) -> dict[str, Tensor]:
     """Return uncertainty scores of every sample, pixel or token, higher = more uncertain; plain torch, no Trainer.
 
@@ -45,6 +47,8 @@ def score(
             what the model returns, at positions also after resizing, cropping or averaging over flips.
         logits_fn: Returns the logits ``(N, C, *P)`` from the model's output, with the classes on axis 1.
         engine: The engine of the scores that need a backward pass.
+        sample_axis: The axis of the samples in the inputs, such as 1 for ``(T, N, D)``; or a mapping from names or
+            positions of arguments to axes, with 0 for the others.
 
     Returns:
         Each score ``(N, *P)`` by name, on the model's device; NaN at positions whose label a score needs and is
@@ -68,9 +72,10 @@ def score(
     check_fitted(scorer.scores, model)
     if _is_empty(inputs):
         return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
-    batch = observed(scorer, model, inputs)
-    batch = replace(batch, labels=given_labels(targets, batch.logits))
-    values = scorer(scorer.evidence(model, batch))
+    with samples_first(model, inputs, sample_axis) as placed:
+        batch = observed(scorer, model, placed)
+        batch = replace(batch, labels=given_labels(targets, batch.logits))
+        values = scorer(scorer.evidence(model, batch))
     return without_padding(values, padding_of(inputs)) if batch.logits.ndim == 3 else values
 
 

@@ -1,0 +1,64 @@
+"""Where the samples are in the tensors of a traced forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_gradmetrics.engine.dependence import Operation
+
+__all__ = ["Layout", "Shape", "Step", "UnprovenError"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples are in a tensor: index ``(o N + n) inner + i`` on an axis.
+
+    Args:
+        dim: The axis.
+        outer: Positions before the sample's index.
+        inner: Positions after it.
+    """
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+    def moved(self, dim: int) -> Layout:
+        """Return the layout on another axis."""
+        return Layout(dim, self.outer, self.inner)
+
+
+class UnprovenError(Exception):
+    """An operation may mix samples."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation with the layouts of its tensor arguments; ``None`` for those that do not depend on the samples."""
+
+    operation: Operation
+    layouts: Sequence[Layout | None]
+
+    @property
+    def first(self) -> Layout:
+        """The layout of the first argument, which must be the only one with samples."""
+        layout = self.layouts[0]
+        if layout is None or any(other is not None for other in self.layouts[1:]):
+            raise UnprovenError
+        return layout
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the first argument."""
+        return self.operation.inputs[0]
+
+    def dims(self, name: str = "dim") -> set[int]:
+        """Return the axes that an argument names."""
+        value = self.operation.arguments.get(name)
+        if value is None or value == []:
+            raise UnprovenError
+        axes = [value] if isinstance(value, int) else value
+        return {axis % len(self.shape) for axis in axes}

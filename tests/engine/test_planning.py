@@ -1,0 +1,68 @@
+"""What the first batch, a new batch size and a new length cost: the number of forward passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError
+from tests.engine.kinds import WIDTH, Net, error_of, numbers
+
+
+class _Texts(nn.Module):
+    """Attention over tokens with positions that are gathered, and the last real token picked by an index."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(20, 8), nn.Embedding(12, 8), nn.Linear(8, 3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.1)
+        self.register_buffer("numbers", torch.arange(12)[None])
+
+    def forward(self, ids):
+        counts = torch.arange(ids.shape[1]).expand(ids.shape)
+        places = self.numbers.expand(len(ids), -1).gather(1, counts)
+        hidden = self.layer(self.tokens(ids) + self.positions(places))
+        return self.head(hidden[torch.arange(len(ids)), (ids > 0).sum(1) - 1])
+
+
+def _passes(model, batch):
+    seen = []
+    handle = model.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    try:
+        gradient_statistics(model, batch, "pseudo_label")
+    finally:
+        handle.remove()
+    return seen
+
+
+def test_proven_models_run_once_for_a_new_size_and_a_new_length():
+    torch.manual_seed(0)
+    model = _Texts().double().eval()
+    first = _passes(model, torch.randint(1, 20, (5, 6)))
+    # Two and three samples are traced, the plan is verified on three, then come the batch and one of its samples alone.
+    assert first == [2, 3, 3, 5, 1]
+    (known,) = auto._STRATEGIES[model].values()
+    assert (known[0].alone, known[0].random, known[0].proven) == (0, False, True)
+    for shape in ((5, 6), (4, 6), (5, 9), (7, 3)):
+        batch = torch.randint(1, 20, shape)
+        assert _passes(model, batch) == [shape[0]]
+        assert error_of(model, (batch,)) < 1e-8
+
+
+def test_a_branch_on_the_size_of_the_batch_is_not_covered_by_the_proof():
+    torch.manual_seed(0)
+    model = Net(lambda net, x: net.head(torch.tanh(net.a(x)) * (2.0 if len(x) > 3 else 1.0))).double()
+    gradient_statistics(model, numbers(3, WIDTH), "pseudo_label")
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, numbers(6, WIDTH), "pseudo_label")
+
+
+def test_a_number_of_all_samples_that_python_reads_is_checked_in_every_batch():
+    """The length of the longest text decides how many tokens the others are averaged over."""
+    torch.manual_seed(0)
+    model = Net(lambda net, x, lengths: net.head(torch.tanh(net.a(x[:, : int(lengths.max())])).mean(1))).double()
+    gradient_statistics(model, (numbers(3, 6, WIDTH), torch.tensor([4, 4, 4])), "pseudo_label")
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, (numbers(3, 6, WIDTH), torch.tensor([1, 4, 2])), "pseudo_label")

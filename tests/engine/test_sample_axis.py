@@ -1,0 +1,80 @@
+"""``sample_axis=``: models whose samples are not on the first axis of their inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.refusals import SampleAxisError
+
+
+class _TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.GRU(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x, state=None, scale=None):
+        last = self.layer(x, state)[0][-1]
+        return self.head(last if scale is None else last * scale[:, None])
+
+
+def _alone(model, x, number, state=None, scale=None):
+    one = slice(number, number + 1)
+    logits = model(x[:, one], None if state is None else state[:, one], None if scale is None else scale[one])
+    gradients = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), list(model.parameters()))
+    return torch.stack([gradient.norm() for gradient in gradients])
+
+
+@pytest.mark.parametrize("times", [3, 4, 5])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_time_first_inputs_have_the_gradients_of_each_sample_alone(engine, times):
+    torch.manual_seed(0)
+    model = _TimeFirst().double()
+    for size in (4, 5, 1):
+        x = torch.randn(times, size, 6).double()
+        kept = x.clone()
+        found = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine=engine, sample_axis=1)
+        expected = torch.stack([_alone(model, x, number) for number in range(size)])
+        torch.testing.assert_close(found.norm(2), expected)
+        assert torch.equal(x, kept) and "forward" not in vars(model)
+
+
+def test_a_mapping_names_the_axes_of_single_arguments():
+    torch.manual_seed(0)
+    model = _TimeFirst().double()
+    x, state, scale = torch.randn(4, 4, 6).double(), torch.randn(1, 4, 4).double(), torch.rand(4).double()
+    expected = torch.stack([_alone(model, x, number, state, scale) for number in range(4)])
+    for inputs, axes in (
+        ((x, state, scale), {0: 1, 1: 1}),
+        ({"x": x, "state": state, "scale": scale}, {"x": 1, "state": 1}),
+    ):
+        found = gradient_statistics(model, inputs, "pseudo_label", per_parameter=True, sample_axis=axes)
+        torch.testing.assert_close(found.norm(2), expected)
+
+
+def test_score_takes_a_sample_axis():
+    torch.manual_seed(0)
+    model, x = _TimeFirst().double(), torch.randn(5, 5, 6).double()
+    scores = ["gradnorm", "max_softmax", "pseudo_label(target='all', statistic='l2')"]
+    found = lgm.score(model, x, scores, sample_axis=1)
+    expected = torch.stack([_alone(model, x, number).norm() for number in range(5)])
+    torch.testing.assert_close(list(found.values())[2], expected)
+    torch.testing.assert_close(found["max_softmax"], 1 - model(x).softmax(1).amax(1))
+    assert "forward" not in vars(model)
+
+
+def test_wrong_sample_axes_are_refused_in_words():
+    model, x = _TimeFirst(), torch.randn(5, 4, 6)
+    with pytest.raises(SampleAxisError, match="sample_axis=1"):
+        gradient_statistics(model, x, "pseudo_label")
+    with pytest.raises(ValueError, match="no axis 3; pass a mapping"):
+        gradient_statistics(model, x, "pseudo_label", sample_axis=3)
+    with pytest.raises(ValueError, match=r"names \['y'\]; the arguments in the inputs are \['x'\]"):
+        lgm.score(model, {"x": x}, ["max_softmax"], sample_axis={"y": 1})
+    with pytest.raises(ValueError, match="different numbers of samples"):
+        gradient_statistics(model, (x, torch.zeros(1, 3, 4)), "pseudo_label", sample_axis=1)
+    assert "forward" not in vars(model)
