@@ -55,7 +55,7 @@ def views(
 
     Example:
         >>> import lightning_gradmetrics as lgm
-        >>> model, images = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), torch.randn(2, 3, 4, 4)
+        >>> model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3)), torch.randn(2, 3, 4, 4)
         >>> lgm.score(model, images, views("energy", n=4))["views(score=energy,n=4)"].shape
         torch.Size([2])
 
