@@ -186,10 +186,11 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     lines += [
         "",
         *_wrapped(
-            "How exact the engine is on published architectures: random weights, float64, four samples, the statistics of the "
-            "gradients of up to 12 parameters per model, in a first and in a second call, against autograd on one sample at a "
-            f"time (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). Exact means a largest relative "
-            f"error below {BOUND:g}. Logits beyond a range of 10 are divided by a temperature, since their gradients vanish."
+            "The engine is compared with autograd on one sample at a time, on published architectures with random weights, in "
+            "float64: four samples, the statistics of the gradients of up to 12 parameters per model, in a first and in a second "
+            f"call (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). Exact means a largest relative "
+            f'error below {BOUND:g}; "slow way" means that some parameters have no fast rule. '
+            "Logits beyond a range of 10 are divided by a temperature, since their gradients vanish."
         ),
     ]
     lines += ["", "| library | models | exact | exact, slow way | refused | wrong | crash | worst error | not run |"]
