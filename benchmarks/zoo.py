@@ -189,7 +189,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
             "The engine is compared with autograd on one sample at a time, on published architectures with random weights, in "
             "float64: four samples, the statistics of the gradients of up to 12 parameters per model, in a first and in a second "
             f"call (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). Exact means a largest relative "
-            f'error below {BOUND:g}; "slow way" means that some parameters have no fast rule. '
+            f'error below {BOUND:g}; "slow way" means that the fast rules could not be used for some parameters. '
             "Logits beyond a range of 10 are divided by a temperature, since their gradients vanish."
         ),
     ]
