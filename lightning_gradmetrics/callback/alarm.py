@@ -18,6 +18,9 @@ SECONDS_BETWEEN_CHECKS = 0.5
 SECONDS_FOR_OTHERS = 5.0
 """How long a failed process waits until the others have stopped: while it runs, they can read its error."""
 
+SECONDS_FOR_A_MEETING = 1800.0
+"""How long a process waits for the others, as long as the process groups of torch by default."""
+
 FAILURE = "failure"
 STOPPED = "stopped"
 
@@ -99,7 +102,12 @@ class Alarm:
         self._meetings += 1
         key, pause = f"meeting {self._meetings}", 0.001
         arrived = self._ask(lambda: self.store.add(key, 1))
+        end = time.monotonic() + SECONDS_FOR_A_MEETING
         while arrived < self.count:
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"rank {self.rank} waited {SECONDS_FOR_A_MEETING:.0f} s for the other processes: one of them was killed or hangs"
+                )
             self.check_signal()
             self.check()
             time.sleep(pause)

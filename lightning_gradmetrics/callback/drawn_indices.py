@@ -274,7 +274,9 @@ def _whole_numbers(draw: Any, loader: Any) -> Indices | None:
         return None
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         return None
+    has_size = hasattr(loader.dataset, "__len__")
+    if has_size and int(numbers.max()) >= len(loader.dataset):
+        return None  # keys
     if int(numbers.min()) >= 0:
         return numbers
-    has_size = hasattr(loader.dataset, "__len__")
     return np.where(numbers >= 0, numbers, numbers + len(loader.dataset) if has_size else UNKNOWN)

@@ -95,7 +95,8 @@ class BatchReader:
         Raises:
             ValueError: If the samples are in another order and their values were changed too.
         """
-        if batch.copied is not None and len(calls) == 1 and batch.copied.holds(calls[0].received):
+        copied = batch.copied
+        if copied is not None and len(calls) == 1 and all(copied.holds([tensor]) for tensor in calls[0].received):
             return None
         given = list(tensors_in(batch.inputs)) if batch.copied is None else batch.copied.tensors()
         found = row_order(list(tensors_in(inputs)), given)

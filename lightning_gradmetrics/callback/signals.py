@@ -30,7 +30,7 @@ def note_sigterm(trainer: Trainer) -> Callable[[], None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         connector.received_sigterm = True
-        for handler in getattr(previous, "signal_handlers", ()):
+        for handler in getattr(previous, "signal_handlers", (previous,)):
             if callable(handler) and getattr(handler, "__self__", None) is not connector:
                 handler(number, frame)
 

@@ -18,7 +18,15 @@ __all__ = ["HookState", "RandomState", "preserved"]
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes of every module."""
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 """Attributes of a module that contain its hooks."""
 
 CONTAINERS = (dict, OrderedDict, list, set)
@@ -106,8 +114,12 @@ class HookState:
         """Remove new hooks, and register removed ones again."""
         for hooks, before in self._hooks:
             if hooks.keys() != before.keys():
+                kept = {}
+                for key, hook in before.items():
+                    if key in hooks or getattr(hook, "__name__", "") != "_infer_parameters":
+                        kept[key] = hook  # a lazy layer that has its parameters needs that hook no more
                 hooks.clear()
-                hooks.update(before)
+                hooks.update(kept)
 
 
 def _lock_of(model: nn.Module) -> threading.RLock:

@@ -48,10 +48,11 @@ def row_order(received: Sequence[Tensor], batch: Sequence[Tensor]) -> RowOrder |
     pairs = _pairs(received, batch)
     if not pairs:
         return None
+    if len(pairs) > 1:  # tensors with many equal rows, such as masks, do not tell the order
+        pairs.sort(key=_distinct_rows, reverse=True)
     for first, second in pairs:
         if torch.equal(first, second):
             return RowOrder()
-    for first, second in pairs:
         order = _order_of_equal_rows(first, second)
         if order is not None:
             return RowOrder(order)
@@ -66,6 +67,11 @@ def _pairs(received: Sequence[Tensor], batch: Sequence[Tensor]) -> list[tuple[Te
             if is_pair and not first.is_complex() and not second.is_complex():
                 pairs.append((first, second.to(first.device)))
     return pairs
+
+
+def _distinct_rows(pair: tuple[Tensor, Tensor]) -> int:
+    """Return the number of different rows in the batch's tensor, judged by some of the entries."""
+    return len(_entries(pair[1]).unique(dim=0))
 
 
 def _order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:

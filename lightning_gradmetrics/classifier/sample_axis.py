@@ -44,6 +44,11 @@ def samples_first(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> 
         raise ValueError(
             "sample_axis= is not available for a scripted model; call it in a module whose forward transposes"
         )
+    if model._forward_pre_hooks:
+        raise ValueError(
+            "sample_axis= is not available for a model with forward pre-hooks, which would see the samples on the first axis; "
+            "call it in a module whose forward transposes"
+        )
     moved = _moved(inputs, sample_axis)
     with preserved(model):  # removes the forward again
         model.forward = partial(_forward_with_axes, model.forward, sample_axis)

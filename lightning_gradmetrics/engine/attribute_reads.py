@@ -6,6 +6,7 @@ the user's step reads must not be one of them: every batch would be planned agai
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from lightning_gradmetrics.classifier.forward import has_compiled_parts
 
 __all__ = ["are_reads_visible", "reading_attributes"]
 
-_SILENT = (str(Path(__file__).parents[1]), str(Path(nn.modules.module.__file__)))
+_SILENT = (f"{Path(__file__).parents[1]}{os.sep}", str(Path(nn.modules.module.__file__)))
 """Files that read the dictionary of a module without regard to its entries: this package and ``nn.Module`` itself."""
 
 _ACTIVE: list[set[str]] = []
@@ -42,6 +43,9 @@ def reading_attributes() -> Iterator[set[str]]:
     The name ``__dict__`` means that any attribute may have been read.
     """
     names: set[str] = set()
+    if "__getattribute__" in vars(nn.Module) and not _ACTIVE:  # somebody else watches
+        yield {"__dict__"}
+        return
     with _LOCK:
         _ACTIVE.append(names)
         nn.Module.__getattribute__ = _recorded  # type: ignore[method-assign, assignment]

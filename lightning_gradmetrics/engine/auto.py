@@ -175,7 +175,7 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     def checks(logits: Tensor, path: int) -> None:
         seen.append(logits.detach())
         check_objectives(task, logits)
-        if strategy.keeps_apart(path):
+        if strategy.keeps_apart(path) and not new_shape:
             return
         if strategy.random:
             if new_size and strategy.alone:

@@ -92,6 +92,8 @@ def extended_outline(
             sizes += [entry for entry in value if type(entry) is int]
         if kind in (float, bool) or (kind in (int, str) and not is_shaping):
             constants.append(value)
+        elif kind in (tuple, list) and not is_shaping:
+            constants.append(repr([entry for entry in value if type(entry) in (int, float, bool)]))
     return hash(tuple(sizes)), hash(tuple(constants))
 
 

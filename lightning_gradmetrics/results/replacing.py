@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["replaced", "restore", "write_csv", "write_text"]
 
 
-OLD = ".old"
+OLD = ".gradmetrics-old"
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def score(
         batch = observed(scorer, model, placed)
         batch = replace(batch, labels=given_labels(targets, batch.logits))
         values = scorer(scorer.evidence(model, batch))
-    return without_padding(values, padding_of(inputs)) if batch.logits.ndim == 3 else values
+        return without_padding(values, padding_of(placed)) if batch.logits.ndim == 3 else values
 
 
 def _is_empty(inputs: Inputs) -> bool:

@@ -109,6 +109,7 @@ class TextReader:
         known = ids if labels is None else labels
         known = known.long().masked_fill((known < 0) | padding, IGNORED)
         if labels is not None and not self._aligned(ids, known):
+            known[:, :-1] = known[:, :-1].masked_fill(padding[:, 1:], IGNORED)
             return known
         following = torch.full_like(known, IGNORED)
         following[:, :-1] = known[:, 1:]
