@@ -142,8 +142,9 @@ if __name__ == "__main__":
     callback = lgm.GradientMetrics(["gradnorm(temperature=2)", "gradnorm"], print_summary=False)
     wanted = rows(pickle.loads(pickle.dumps(callback)))
     assert joblib.Parallel(n_jobs=2)(joblib.delayed(rows)(callback) for _ in range(2)) == [wanted, wanted]
-    spawned = lgm.GradientMetrics(["gradnorm"])
+    spawned = lgm.GradientMetrics(["gradnorm"], output="scored")
     Trainer(callbacks=[spawned], strategy="ddp_spawn", devices=2, **quiet).test(Net(), loader(0), verbose=False)
+    assert len(spawned.results) == len(wanted)
     print("equal:", len(wanted))
 """
 
