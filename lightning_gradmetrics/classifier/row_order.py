@@ -71,7 +71,7 @@ def _pairs(received: Sequence[Tensor], batch: Sequence[Tensor]) -> list[tuple[Te
 
 def _distinct_rows(pair: tuple[Tensor, Tensor]) -> int:
     """Return the number of different rows in the batch's tensor, judged by some of the entries."""
-    return len(_entries(pair[1]).unique(dim=0))
+    return len(torch.unique(_entries(pair[1]), dim=0))
 
 
 def _order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:
