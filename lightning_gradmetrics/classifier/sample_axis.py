@@ -37,6 +37,9 @@ def samples_first(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> 
         ...     inputs.shape, model(inputs)[0].shape
         (torch.Size([4, 5, 3]), torch.Size([5, 4, 2]))
     """
+    axes = sample_axis.values() if isinstance(sample_axis, Mapping) else [sample_axis]
+    if not all(type(axis) is int for axis in axes):
+        raise TypeError(f"sample_axis={sample_axis!r}: expected an axis, or a mapping from arguments to axes")
     if sample_axis == 0 or sample_axis == {}:
         yield inputs
         return
@@ -98,7 +101,7 @@ def _moved(inputs: Inputs, sample_axis: SampleAxis) -> Inputs:
 def _first(tensor: Tensor, axis: int, argument: Any) -> Tensor:
     if not 0 <= axis < max(1, tensor.ndim):
         raise ValueError(
-            f"the argument {argument!r} has shape {tuple(tensor.shape)} and no axis {axis}; pass a mapping from names or "
-            "positions of arguments to axes as sample_axis="
+            f"the argument {argument!r} has shape {tuple(tensor.shape)} and no axis {axis}: allowed are 0 to {max(0, tensor.ndim - 1)}; "
+            "pass a mapping from names or positions of arguments to axes as sample_axis= if arguments differ"
         )
     return tensor.movedim(axis, 0) if axis else tensor

@@ -92,6 +92,8 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
         try:
             result = work(task, strategy, state)
         except PlanError:
+            if len(unplannable) >= MOST_KINDS:
+                unplannable.clear()
             unplannable.add(here)
             state.restore()
         else:

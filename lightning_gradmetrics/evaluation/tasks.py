@@ -153,8 +153,17 @@ def rows_of(
     columns = {}
     for score in scores:
         columns[score] = torch.from_numpy(np.ascontiguousarray(score_column(table, score)[keep]))
-    numbers = None if cluster is None else torch.from_numpy(table[cluster].to_numpy()[keep].astype(np.int64))
+    numbers = None if cluster is None else torch.from_numpy(_clusters(table, cluster)[keep])
     return Rows(columns, torch.from_numpy(codes[keep]), tuple(classes), datasets, numbers), notes
+
+
+def _clusters(table: pa.Table, name: str) -> Any:
+    """Return the number of each row's cluster ``(N,)``."""
+    column = table[name].combine_chunks()
+    missing = pc.sum(column.is_null(nan_is_null=True)).as_py() or 0
+    if missing:
+        raise ValueError(f"{missing} rows have no value in the column {name!r}, which names their clusters: fill it")
+    return pc.dictionary_encode(column).indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _datasets(table: pa.Table) -> tuple[list[str], Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.head import linear_layers
+from lightning_gradmetrics.classifier.preservation import HookState
 
 __all__ = ["HeadCall", "LanguageModel", "LanguageModelError"]
 
@@ -106,8 +107,12 @@ class LanguageModel:
             LanguageModelError: If the model returns no logits ``(N, T, V)``, or its head cannot be found.
         """
         options = self._options(mask, last, hidden_states)
-        with _hooks_restored(self.module), self._watching() as seen:
-            output = self.module(ids, **options)
+        hooks = HookState(self.module)
+        try:
+            with self._watching() as seen:
+                output = self.module(ids, **options)
+        finally:
+            hooks.restore()  # transformers adds some to return hidden states
         logits = _logits(output, self.module)
         if logits.ndim != 3 or len(logits) != len(ids):
             raise LanguageModelError(
@@ -178,18 +183,6 @@ class LanguageModel:
                 f"{': ' * bool(equal)}{', '.join(equal)}. Pass head=, the name of the layer whose output becomes the logits"
             )
         return equal[0]
-
-
-@contextmanager
-def _hooks_restored(module: nn.Module) -> Iterator[None]:
-    """Remove the hooks that a forward pass adds: transformers adds some to return hidden states, and never removes them."""
-    before = {part: list(part._forward_hooks) for part in module.modules()}
-    try:
-        yield
-    finally:
-        for part, keys in before.items():
-            for key in set(part._forward_hooks) - set(keys):
-                del part._forward_hooks[key]
 
 
 def _declared(module: nn.Module, method: str) -> nn.Module | None:

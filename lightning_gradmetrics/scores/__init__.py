@@ -23,7 +23,7 @@ from lightning_gradmetrics.scoring.registry import (
     register_fitted,
     resolve,
 )
-from lightning_gradmetrics.scoring.states import check_fitted, load_fitted, save_fitted
+from lightning_gradmetrics.scoring.states import load_fitted, save_fitted
 
 for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
     importlib.import_module(_module.name)
@@ -41,7 +41,6 @@ __all__ = [
     "Recipe",
     "Score",
     "ScoreLike",
-    "check_fitted",
     "load_fitted",
     "make",
     "register",

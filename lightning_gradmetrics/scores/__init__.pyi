@@ -55,7 +55,6 @@ from lightning_gradmetrics.scoring.registry import make as make
 from lightning_gradmetrics.scoring.registry import register as register
 from lightning_gradmetrics.scoring.registry import register_fitted as register_fitted
 from lightning_gradmetrics.scoring.registry import resolve as resolve
-from lightning_gradmetrics.scoring.states import check_fitted as check_fitted
 from lightning_gradmetrics.scoring.states import load_fitted as load_fitted
 from lightning_gradmetrics.scoring.states import save_fitted as save_fitted
 

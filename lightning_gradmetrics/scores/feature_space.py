@@ -20,6 +20,9 @@ __all__ = ["knn", "mahalanobis", "rmds", "sirc", "vim"]
 RIDGE = 1e-6
 """This times its mean eigenvalue is added to a covariance, so that it can be inverted."""
 
+CONSTANT = 1e-12
+"""A second moment that is a smaller share of its total than this is a rounding error."""
+
 
 def _unit(features: Tensor) -> Tensor:
     """Return each row divided by its L2 norm."""
@@ -29,7 +32,12 @@ def _unit(features: Tensor) -> Tensor:
 
 def _class_sums(features: Tensor, labels: Tensor, classes: int) -> Tensors:
     """Counts, sums and second moments of the labelled rows; sums of batches add up."""
-    known = (labels >= 0) & (labels < classes)
+    if bool((labels >= classes).any()):
+        raise ValueError(
+            f"the data to fit on have the label {int(labels.max())}, and the model has {classes} classes: allowed are 0 to "
+            f"{classes - 1}, and negative numbers for samples without a label"
+        )
+    known = labels >= 0
     rows = features[known]
     members = torch.nn.functional.one_hot(labels[known].long(), classes).to(rows)
     return {"counts": members.sum(0), "sums": members.T @ rows, "products": rows.T @ rows}
@@ -51,6 +59,11 @@ def _class_gaussians(total: Tensors, name: str) -> Tensors:
         raise ValueError(f"the data to fit {name!r} on has no labelled sample: give batches (inputs, labels)")
     means = sums[present] / counts[present, None]
     scatter = total["products"] - (means * counts[present, None]).T @ means
+    if not scatter.trace() > CONSTANT * total["products"].trace():
+        raise ValueError(
+            f"the features of the data to fit {name!r} on do not vary within the classes: give several samples of each class, "
+            "whose features differ"
+        )
     return {"means": means, "precision": _precision(scatter, counts.sum())}
 
 
@@ -204,7 +217,12 @@ def _null_space(rows: Tensor, weight: Tensor, bias: Tensor, dimensions: int | No
     if not 0 < kept < size:
         raise ValueError(f"dimensions={kept}; the head's input has {size} numbers: allowed are 1 to {size - 1}")
     centred = rows.double() - origin
-    _, directions = torch.linalg.eigh(centred.T @ centred)
+    moments, directions = torch.linalg.eigh(centred.T @ centred)
+    if not moments[: size - kept].sum() > CONSTANT * moments.sum():
+        raise ValueError(
+            f"all {len(rows)} samples to fit on are inside the principal subspace of {kept} dimensions: give more than {kept} "
+            "samples, or lower dimensions="
+        )
     return {"origin": origin, "null_space": directions[:, : size - kept].contiguous()}
 
 

@@ -279,5 +279,7 @@ def _spread(values: Tensor, name: str) -> Tensor:
     """The standard deviation."""
     spread = values.std(correction=0)
     if not spread > 0:
-        raise ValueError(f"trust: the {name} of all {len(values)} samples to fit on are the same")
+        raise ValueError(
+            f"the {name} of all {len(values)} samples to fit on are the same: give more, and different ones"
+        )
     return spread

@@ -234,14 +234,15 @@ def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: st
     message = f"the first {len(expected)} rows of the inputs of {kind}, passed alone, "
     remedy = (
         "so the rows of the first axis are not the samples, or samples depend on each other. Scores over more than the head "
-        "need inputs with one row per sample on the first axis; logit and head scores work with any inputs"
+        "need inputs with one row per sample on the first axis: pass sample_axis= to lightning_gradmetrics.score if it is another "
+        "one; logit and head scores work with any inputs"
     )
     try:
         logits = forward()
     except Exception as error:
         raise ValueError(f"{message}fail with {type(error).__name__}: {error}; {remedy}") from error
     if not are_close(logits, expected):
-        raise ValueError(f"{message}give different logits than in their batch,  {remedy}")
+        raise ValueError(f"{message}give different logits than in their batch, {remedy}")
 
 
 def _check_parameters(model: nn.Module) -> None:

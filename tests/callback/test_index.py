@@ -298,11 +298,17 @@ class Keys(Numbered):
         return super().__getitem__(ord(index) - ord("a"))
 
 
+class NumberedKeys(Numbered):
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index - 900)
+
+
 UNKNOWN: dict[str, Callable[[], Any]] = {
     "iterable": lambda: DataLoader(Stream(), 3),
     "own order": lambda: Backwards(Numbered(), 4),
     "out of order": lambda: DataLoader(Numbered(), 4, num_workers=2, in_order=False),
     "keys": lambda: DataLoader(Keys(), 4, sampler=list("cab")),
+    "keys that are numbers": lambda: DataLoader(NumberedKeys(), 4, sampler=[902, 900, 901]),
     "no DataLoader": Batches,
     "filtered": lambda: DataLoader(Numbered(), 4, collate_fn=lambda rows: torch.utils.data.default_collate(rows[1:])),
 }

@@ -1,4 +1,4 @@
-"""What steps do to the samples of a batch: other orders, other contexts, other sources; every score is that of its own sample."""
+"""Steps that reorder the samples of a batch, run in another context or draw the batch themselves: each row keeps its own score."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.scoring.text_step import TextReader
 from tests.callback.runs import Stepped, column, test_run
 from tests.language.language_models import language_model
 
@@ -107,6 +108,13 @@ def test_shifted_labels_and_no_labels_are_the_same_tokens() -> None:
         for name, answers in expected.tokens.items():
             found = torch.tensor(callback.results[f"tokens/{name}"].to_pylist(), dtype=torch.float64)
             torch.testing.assert_close(found, torch.stack(list(answers)), rtol=1e-9, atol=1e-12)
+
+
+def test_padding_after_a_text_is_not_scored_with_shifted_labels() -> None:
+    ids, labels = torch.tensor([[5, 6, 7, 0, 0]]), torch.tensor([[6, 7, 0, 0, 0]])
+    padding = torch.tensor([[False, False, False, True, True]])
+    reader = TextReader(nn.Identity(), lambda output: output)
+    assert reader._next_tokens(ids, padding, labels).tolist() == [[6, 7, -100, -100, -100]]
 
 
 def test_padding_on_the_left_needs_positions() -> None:

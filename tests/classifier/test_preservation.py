@@ -203,3 +203,26 @@ def test_cudnn_is_off_for_recurrent_layers_in_eval_mode(
     with gradients_enabled(model):
         assert torch.backends.cudnn.enabled is expected
     assert torch.backends.cudnn.enabled
+
+
+def test_a_hook_that_removes_itself_still_gets_its_keyword_arguments() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).eval(), torch.randn(4, 5)
+    calls: list[dict[str, Any]] = []
+
+    def once(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs)
+        handle.remove()
+
+    handle = model.register_forward_pre_hook(once, with_kwargs=True)
+    lgm.score(model, x, "entropy")
+    assert model._forward_pre_hooks.keys() == model._forward_pre_hooks_with_kwargs.keys() == {handle.id}
+    scored = len(calls)
+    model(x)
+    assert len(calls) == scored + 1 and not model._forward_pre_hooks
+
+
+def test_a_lazy_layer_that_scoring_initialises_can_be_called_again() -> None:
+    model, x = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 3)).eval(), torch.randn(4, 5)
+    scores = lgm.score(model, x, "entropy")["entropy"]
+    logits = model(x)
+    torch.testing.assert_close(scores, torch.distributions.Categorical(logits=logits).entropy(), check_dtype=False)

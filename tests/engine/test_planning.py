@@ -41,13 +41,15 @@ def test_proven_models_run_once_for_a_known_size_and_are_checked_at_a_new_one():
     torch.manual_seed(0)
     model = _Texts().double().eval()
     first = _passes(model, torch.randint(1, 20, (5, 6)))
-    # Two and three samples are traced, and the plan is verified on three; the batch and its checks follow.
-    assert first[:4] == [2, 3, 3, 5]
+    # Two and three samples are traced, and the plan is verified on three. Then come the batch, its halves, three of its
+    # samples alone, and one that is compared with autograd.
+    assert first == [2, 3, 3, 5, 2, 3, 1, 1, 1, 1]
     (known,) = auto._STRATEGIES[model].values()
     assert (known[0].alone, known[0].random, known[0].proven) == (0, False, True)
-    for shape in ((5, 6), (4, 6), (5, 9), (7, 3)):
+    checks = {(5, 6): [], (4, 6): [2, 2], (5, 9): [1, 1], (7, 3): [3, 4]}
+    for shape, checked in checks.items():
         batch = torch.randint(1, 20, shape)
-        assert _passes(model, batch)[0] == shape[0]
+        assert _passes(model, batch) == [shape[0], *checked]
         assert _passes(model, batch) == [shape[0]]
         assert error_of(model, (batch,)) < 1e-8
 

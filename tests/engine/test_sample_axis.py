@@ -71,10 +71,42 @@ def test_wrong_sample_axes_are_refused_in_words():
     model, x = _TimeFirst(), torch.randn(5, 4, 6)
     with pytest.raises(SampleAxisError, match="sample_axis=1"):
         gradient_statistics(model, x, "pseudo_label")
-    with pytest.raises(ValueError, match="no axis 3; pass a mapping"):
+    with pytest.raises(ValueError, match="no axis 3: allowed are 0 to 2; pass a mapping"):
         gradient_statistics(model, x, "pseudo_label", sample_axis=3)
     with pytest.raises(ValueError, match=r"names \['y'\]; the arguments in the inputs are \['x'\]"):
         lgm.score(model, {"x": x}, ["max_softmax"], sample_axis={"y": 1})
     with pytest.raises(ValueError, match="different numbers of samples"):
         gradient_statistics(model, (x, torch.zeros(1, 3, 4)), "pseudo_label", sample_axis=1)
     assert "forward" not in vars(model)
+
+
+class _Tokens(nn.Module):
+    """Logits of each token, from inputs with the tokens first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.layer(input_ids.T).tanh())
+
+
+def test_padding_is_that_of_the_samples():
+    torch.manual_seed(0)
+    ids, mask = torch.randint(9, (5, 3)), torch.ones(5, 3, dtype=torch.long)
+    mask[3:, 2] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    found = lgm.score(_Tokens().eval(), inputs, "entropy", sample_axis=1)["entropy"]
+    assert torch.equal(found.isnan(), mask.T == 0)
+
+
+def test_other_axes_and_hooks_are_refused():
+    model, x = _TimeFirst(), torch.randn(5, 4, 6)
+    for wrong in (True, 1.0, {0: None}):
+        with pytest.raises(TypeError, match="expected an axis, or a mapping"):
+            lgm.score(model, x, "entropy", sample_axis=wrong)
+    with pytest.raises(ValueError, match="no axis -2: allowed are 0 to 2"):
+        lgm.score(model, x, "entropy", sample_axis=-2)
+    model.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(ValueError, match="forward pre-hooks"):
+        lgm.score(model, x, "entropy", sample_axis=1)

@@ -46,3 +46,17 @@ def test_few_clusters_have_no_intervals() -> None:
     evaluation = evaluate(table(20, clusters=9), ["score"], {"a": "id"}, resamples=20, cluster="text")
     assert evaluation.find(metric="auroc")[0]["low"] is None
     assert 'data set "a" has 9 clusters: no intervals below 10' in evaluation.notes
+
+
+def test_clusters_may_be_text_or_fractions_and_none_may_be_missing() -> None:
+    whole = table(3)
+    numbers = whole["text"].to_numpy()
+    wanted = evaluate(whole, ["score"], {"a": "id"}, resamples=20, cluster="text").find(metric="auroc")
+    for values in ([f"text {number}" for number in numbers], numbers / 100):
+        named = whole.set_column(whole.column_names.index("text"), "text", pa.array(values))
+        assert evaluate(named, ["score"], {"a": "id"}, resamples=20, cluster="text").find(metric="auroc") == wanted
+    for missing in (None, float("nan")):
+        values = [missing, *(numbers[1:] / 100)]
+        broken = whole.set_column(whole.column_names.index("text"), "text", pa.array(values, pa.float64()))
+        with pytest.raises(ValueError, match="1 rows have no value in the column 'text'"):
+            evaluate(broken, ["score"], {"a": "id"}, cluster="text")

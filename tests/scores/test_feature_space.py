@@ -93,3 +93,21 @@ def test_data_that_cannot_be_fitted_is_refused(data: tuple, score: str, labelled
     model, inputs, labels, _ = data
     with pytest.raises(ValueError, match=message):
         lgm.fit(model, [(inputs, labels if labelled else labels - 100)], score)
+
+
+@pytest.mark.parametrize("score", ["vim", "sirc(secondary=residual)"])
+def test_too_few_samples_for_the_principal_subspace_are_refused(score: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 3)).double()
+    with pytest.raises(ValueError, match="all 15 samples to fit on are inside the principal subspace of 20"):
+        lgm.fit(model, [torch.randn(15, 5).double()], score)
+
+
+@pytest.mark.parametrize("score", ["mahalanobis", "rmds"])
+def test_classes_without_spread_and_labels_outside_the_classes_are_refused(score: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 3).double(), torch.randn(12, 5).double()
+    with pytest.raises(ValueError, match="do not vary within the classes"):
+        lgm.fit(model, [(x[:3], torch.arange(3))], score)
+    with pytest.raises(ValueError, match="have the label 3, and the model has 3 classes"):
+        lgm.fit(model, [(x, torch.arange(12) % 4)], score)
