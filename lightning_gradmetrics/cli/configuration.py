@@ -47,7 +47,7 @@ class Settings:
         report: Whether to write the report.
         auac_aufc: Whether to show and write the areas under the accuracy and F1 curves.
         resume: Whether to complete an interrupted run in the same directory.
-        leaderboard: ``title``, ``challengers`` and ``originals`` of the file ``leaderboard.json``; ``None`` writes none.
+        leaderboard: ``title``, ``notes``, ``challengers`` and ``originals`` of the file ``leaderboard.json``; ``None`` writes none.
     """
 
     batch_size: int

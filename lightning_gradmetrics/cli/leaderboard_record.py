@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_gradmetrics.cli.steps.evaluate import Evaluated
@@ -15,7 +16,7 @@ from lightning_gradmetrics.report.tables.marks import kind_of
 from lightning_gradmetrics.report.writing import describe_environment
 from lightning_gradmetrics.scores import Score
 
-__all__ = ["areas_of", "differences_of", "leaderboard_record"]
+__all__ = ["areas_of", "differences_of", "leaderboard_record", "shown_command"]
 
 Record = dict[str, Any]
 
@@ -97,17 +98,33 @@ def leaderboard_record(experiment: Experiment, scored: Scored, evaluated: Evalua
         comparisons += differences_of(_compared(experiment, scored, evaluated.detectors, challenger))
     return {
         "title": options.get("title") or experiment.description["name"],
+        "notes": list(options.get("notes") or []),
         "originals": dict(options.get("originals") or {}),
         "model": {key: experiment.description[key] for key in ("name", "checkpoint", "parameters", "classes")},
         "datasets": _datasets(evaluated.evaluation),
         "fitted_on": _fitted_on(experiment),
         "resamples": settings.resamples,
         "seed": settings.seed,
-        "command": shlex.join(["gradmetrics", *sys.argv[1:]]),
+        "command": shown_command(sys.argv[1:]),
         "environment": describe_environment(),
         "rows": [_row(evaluated.evaluation, score) for score in evaluated.detectors],
         "comparisons": comparisons,
     }
+
+
+def shown_command(arguments: Sequence[str]) -> str:
+    """Return the command for another machine: absolute paths become ``PATH``, and Hydra's own settings are left out.
+
+    Example:
+        >>> shown_command(["experiment=leaderboard", "root=/home/me/data", "hydra.run.dir=out"])
+        'gradmetrics experiment=leaderboard root=PATH'
+    """
+    shown = ["gradmetrics"]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not key.startswith("hydra"):
+            shown.append(f"{key}=PATH" if equals and Path(value).is_absolute() else argument)
+    return shlex.join(shown)
 
 
 def _compared(experiment: Experiment, scored: Scored, scores: Sequence[Score], challenger: str) -> Evaluation:

@@ -132,12 +132,10 @@ def _cell(row: Mapping[str, Any] | None, is_first: bool) -> str:
     if row is None:
         return "–"
     is_correlation = row["metric"] == "spearman"
-    factor, digits = (1, 3) if is_correlation else (100, 3)
-    text = f"{factor * row['value']:.{digits}f}"
+    factor = 1 if is_correlation else 100
+    text = f"{factor * row['value']:.3f}"
     if row["metric"] not in ("auroc", "spearman") or row["low"] != row["low"]:
         return text
     if is_first:
-        return f"{text} [{factor * row['low']:.{digits - 1}f}, {factor * row['high']:.{digits - 1}f}]"
-    return (
-        f"{text} ({factor * row['difference_low']:+.{digits - 1}f}, {factor * row['difference_high']:+.{digits - 1}f})"
-    )
+        return f"{text} [{factor * row['low']:.2f}, {factor * row['high']:.2f}]"
+    return f"{text} ({factor * row['difference_low']:+.2f}, {factor * row['difference_high']:+.2f})"

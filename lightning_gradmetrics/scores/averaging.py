@@ -35,8 +35,7 @@ def views(
     much. Compare it with other scores at equal cost.
 
     Views help where shifts and flips keep the meaning. They do not on digits of 8 x 8 pixels, where a shift of one pixel is
-    an eighth of the image: ``trust(views=10, flip=False)`` is 15 points of AUROC below ``margin`` on errors. Pass
-    ``transforms=`` there.
+    an eighth of the image: the leaderboard's page has the figures. Pass ``transforms=`` there.
 
     Args:
         score: The score: a name, a score, or a function of the evidence. A fitted score without a state is fitted on

@@ -117,4 +117,5 @@ def test_the_command_writes_the_file_that_the_page_reads(command, tmp_path: Path
     assert found.returncode == 0, found.stderr
     content = json.loads((tmp_path / "leaderboard.json").read_text())
     assert {entry["challenger"] for entry in content["comparisons"]} == {"trust", "trust_views"}
+    assert content["notes"] and content["command"].startswith("gradmetrics experiment=leaderboard_digits logger=none")
     assert "### Do gradient norms help" in page([content])
