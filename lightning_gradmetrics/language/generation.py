@@ -16,7 +16,14 @@ from lightning_gradmetrics.language.model import HeadCall, LanguageModel, Langua
 from lightning_gradmetrics.language.plan import GenerationScores, LanguageScoreLike, planned
 from lightning_gradmetrics.language.scored import AGGREGATES, ScoredGeneration
 from lightning_gradmetrics.language.sequence_evidence import sequence_evidence
-from lightning_gradmetrics.language.sequences import Padded, Padding, PromptAndAnswer, paired, right_padded
+from lightning_gradmetrics.language.sequences import (
+    Padded,
+    Padding,
+    PromptAndAnswer,
+    check_vocabulary,
+    paired,
+    right_padded,
+)
 from lightning_gradmetrics.language.token_rows import TokenRows, answer_rows
 from lightning_gradmetrics.scoring.agreement import are_close
 from lightning_gradmetrics.scoring.states import check_fitted, check_head
@@ -69,8 +76,8 @@ def score_generation(
         ``.spans(...)`` makes one row per span of tokens.
 
     Raises:
-        ValueError: If a score is not defined for text, a prompt or an answer is empty, the model is in train mode, or
-            padding changes its logits.
+        ValueError: If a score is not defined for text, a prompt or an answer is empty, a token id is outside the vocabulary,
+            the model is in train mode, or padding changes its logits.
         TypeError: If the prompts or answers are not token ids.
 
     Example:
@@ -85,6 +92,8 @@ def score_generation(
     check_fitted([*plan.tokens, *plan.sequences], model)
     language_model = LanguageModel(model, head)
     sequences = paired(prompts, answers, padding_of(model, pad_token_id))
+    if language_model.vocabulary is not None:
+        check_vocabulary(sequences, language_model.vocabulary)
     parts = []
     for start in range(0, len(sequences), batch_size):
         batch = right_padded(sequences[start : start + batch_size], language_model.device)

@@ -94,6 +94,14 @@ class LanguageModel:
             found = _only_embedding(self.module)
         return found
 
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of token ids of the input embedding; ``None`` if it is not known which layer that is."""
+        try:
+            return self.embedding.num_embeddings
+        except LanguageModelError:
+            return None
+
     def __call__(self, ids: Tensor, mask: Tensor, last: int | None = None, hidden_states: bool = False) -> HeadCall:
         """Run the model on a right-padded batch.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NO_PADDING", "Padded", "Padding", "PromptAndAnswer", "paired", "right_padded"]
+__all__ = ["NO_PADDING", "Padded", "Padding", "PromptAndAnswer", "check_vocabulary", "paired", "right_padded"]
 
 IGNORED = -100
 """The id of padding in label tensors."""
@@ -151,6 +151,30 @@ def paired(prompts: Any, answers: Any, padding: Padding = NO_PADDING) -> list[Pr
             raise ValueError(f"answer {number} has no tokens: remove it and its prompt")
         sequences.append(PromptAndAnswer(torch.cat([prompt, answer]), len(prompt)))
     return sequences
+
+
+def check_vocabulary(sequences: Sequence[PromptAndAnswer], size: int) -> None:
+    """Refuse token ids that the model's input embedding does not have.
+
+    Args:
+        sequences: The sequences.
+        size: The number of tokens of the input embedding.
+
+    Raises:
+        ValueError: If an id is negative or not below ``size``.
+
+    Example:
+        >>> check_vocabulary(paired([[1]], [[2]]), 3)
+    """
+    for number, sequence in enumerate(sequences):
+        outside = (sequence.ids < 0) | (sequence.ids >= size)
+        if bool(outside.any()):
+            place = int(outside.nonzero()[0])
+            part = f"prompt {number}" if place < sequence.prompt else f"answer {number}"
+            raise ValueError(
+                f"{part} has the token id {int(sequence.ids[place])}, and the model's input embedding has the ids 0 to {size - 1}: "
+                "use the tokenizer of this model, or resize the embedding after adding tokens to the tokenizer"
+            )
 
 
 def _rows(given: Any, what: str) -> Iterator[Tensor]:

@@ -148,4 +148,9 @@ def answer_rows(call: HeadCall, batch: Padded) -> TokenRows:
             "head is unknown. Pass head=, the linear layer whose output becomes the logits"
         )
     answers = torch.cat(labels).to(logits.device)
+    if len(answers) and int(answers.max()) >= logits.shape[1]:
+        raise LanguageModelError(
+            f"an answer has the token id {int(answers.max())}, and the model's logits have {logits.shape[1]} columns: the model "
+            "cannot predict this token"
+        )
     return TokenRows(logits, call.features[index], output, answers, tuple(lengths), logit_map)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import IGNORED
 from lightning_gradmetrics.scoring.batch import ObservedBatch
+from lightning_gradmetrics.scoring.recipes import Score
 
 __all__ = ["OUTLIER", "VOID", "check_logits", "known_labels", "not_per_position", "two_columns", "with_two_columns"]
 
@@ -46,16 +47,49 @@ def with_two_columns(batch: ObservedBatch) -> ObservedBatch:
     return replace(batch, logits=logits, head=head, one_logit=True)
 
 
-def not_per_position(names: Sequence[str], shape: tuple[int, ...]) -> str:
-    """Return why scores that need the whole network have no value per position."""
+def not_per_position(scores: Sequence[Score], shape: tuple[int, ...]) -> str:
+    """Return why scores that need the whole network have no value per position.
+
+    Args:
+        scores: The scores of the run; only those that need the whole network are named.
+        shape: The shape of the positions of a sample.
+    """
+    of_gradients, of_probes = [], []
+    for score in scores:
+        if score.needs.gradients:
+            of_gradients.append(score)
+        elif score.needs.probes:
+            of_probes.append(score)
+    reasons = []
+    if of_gradients or not of_probes:
+        reasons.append(_shared_parameters(of_gradients, shape))
+    if of_probes:
+        reasons.append(
+            f"{_named(of_probes)} not defined per position: other passes through the model, or its inner layers, have one "
+            "value for each sample"
+        )
+    return f"{'; '.join(reasons)}. Per position there are scores of the logits and of the head, such as entropy and pseudo_label"
+
+
+def _shared_parameters(scores: Sequence[Score], shape: tuple[int, ...]) -> str:
+    """Return why gradients of parameters before the head have no value per position."""
     count = 1
     for size in shape:
         count *= size
-    return (
-        f"the scores {', '.join(names)} are not defined per position: the {count} positions {shape} of a sample share all "
-        "parameters before the head, so each position would need a separate backward pass or separate passes through the "
-        "model. Scores of the logits and of the head work per position: target='head', or leave the score out"
+    reason = (
+        f"{_named(scores)} not defined per position: the {count} positions {shape} of a sample share all parameters before "
+        "the head, so each position would need a separate backward pass"
     )
+    if any("target" in score.recipe.defaults for score in scores):
+        reason += "; target='head' takes the head's gradient, which each position has"
+    return reason
+
+
+def _named(scores: Sequence[Score]) -> str:
+    names = ", ".join(score.name for score in scores)
+    if not names:
+        return "the profile is"
+    return f"the score {names} is" if len(scores) == 1 else f"the scores {names} are"
 
 
 def known_labels(labels: Tensor, logits: Tensor) -> Tensor:

@@ -113,8 +113,7 @@ class Scorer:
             ValueError: If a score is not defined per position, or needs labels and there are none.
         """
         if needs.gradients or needs.probes:
-            names = [score.name for score in self.scores if score.needs.gradients or score.needs.probes]
-            raise ValueError(not_per_position(names or ["profile"], tuple(batch.logits.shape[2:])))
+            raise ValueError(not_per_position(self.scores, tuple(batch.logits.shape[2:])))
         known = None if labels is None else known_labels(labels, batch.logits)
         if needs.labels and known is None:
             raise ValueError(

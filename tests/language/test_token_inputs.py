@@ -81,6 +81,14 @@ REFUSED = {
     "a text": (lambda m: lgm.score_generation(m, ["a"], [[1]], "nll"), "tokenize texts first"),
     "an empty prompt": (lambda m: lgm.score_generation(m, [[]], [[1]], "nll"), "prompt 0 has no tokens"),
     "an empty answer": (lambda m: lgm.score_generation(m, [[1]], [[]], "nll"), "answer 0 has no tokens"),
+    "a token that the model does not have": (
+        lambda m: lgm.score_generation(m, [[1]], [[1, 29]], "nll"),
+        "answer 0 has the token id 29, and the model's input embedding has the ids 0 to 28",
+    ),
+    "a negative token": (
+        lambda m: lgm.score_generation(m, [[1], [-1]], [[1], [2]], "nll"),
+        "prompt 1 has the token id -1",
+    ),
     "other numbers": (lambda m: lgm.score_generation(m, [[1]], [[1], [2]], "nll"), "1 prompts and 2 answers"),
     "padding without a mask": (
         lambda m: lgm.score_generation(m, torch.tensor([[0, 1], [1, 3]]), [[1], [2]], "nll"),

@@ -64,6 +64,36 @@ def test_intervals_are_those_of_drawn_images() -> None:
     assert found["auroc", "image"].interval() == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-9)
 
 
+def few_errors(rows: dict[int, Image], errors: int) -> dict[int, Image]:
+    """The images with this number of wrong pixels, at most one in each."""
+    changed = {}
+    for number, (scores, _, predicted) in rows.items():
+        target = torch.zeros(len(scores), dtype=torch.bool)
+        target[0] = number < errors
+        changed[number] = (scores, target, predicted)
+    return changed
+
+
+@pytest.mark.parametrize(("count", "errors", "expected"), [(20, 9, False), (20, 10, True), (9, 9, False)])
+def test_no_intervals_with_fewer_than_ten_errors_or_images(count: int, errors: int, expected: bool) -> None:
+    found = measured(few_errors(dict(enumerate(images(count))), errors)).estimates()
+    assert found["auroc", "all"].value == found["auroc", "all"].value
+    for key in (("auroc", "all"), ("auroc", "image"), ("auroc", "predicted class")):
+        assert (found[key].interval()[0] == found[key].interval()[0]) is expected, key
+
+
+@pytest.mark.parametrize("count", [9, 10])
+def test_no_intervals_with_fewer_than_ten_images_or_segments(count: int) -> None:
+    rows = []
+    for index in range(2 * count):
+        image = {"dataset": "a", "index": index, "group": index, "size": 10, "score": float(index % 7)}
+        rows.append({**image, "error": index % 2, "miou": index / 30, "iou": 1 - index % 2})
+    of_images, of_segments = image_metrics(rows[:count], ["score"], 50), segment_metrics(rows, ["score"], 50)
+    for row in [*of_images, *of_segments]:
+        if row["metric"] != "aurc":
+            assert (row["low"] == row["low"]) is (count == 10), row
+
+
 @pytest.mark.parametrize("bins", [None, 16384])
 def test_processes_together_have_the_metrics_of_one(bins: int | None) -> None:
     """The images of two processes that begin with very different ones."""

@@ -181,6 +181,8 @@ class Refined(Segmenter):
         ("gradnorm(target=all)", Segmenter(nn.Conv2d(4, 5, 1)), "not defined per position.*separate backward pass"),
         ("mc_dropout", Segmenter(nn.Conv2d(4, 5, 1)), "not defined per position"),
         ("odin", Segmenter(nn.Conv2d(4, 5, 1)), "not defined per position"),
+        ("views", Segmenter(nn.Conv2d(4, 5, 1)), "views is not defined per position: other passes(?!.*target=)"),
+        ("purview", Segmenter(nn.Conv2d(4, 5, 1)), "separate backward pass(?!.*target=)"),
         ("gradnorm", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z + z.mean(1, keepdim=True)), "could not be found"),
         ("gradnorm", Refined(), "could not be found.*a CRF.*no closed form.*Logit scores"),
         ("gradnorm", MaskClassifier(), "could not be found.*masks multiplied by class scores"),
@@ -192,6 +194,12 @@ class Refined(Segmenter):
 def test_what_has_no_value_is_refused_with_the_reason(score: str, model: nn.Module, words: str) -> None:
     with pytest.raises((ValueError, HeadNotFoundError), match=words):
         lgm.score(model.eval(), torch.randn(2, 3, 4, 4), score)
+
+
+def test_a_fit_of_scores_of_inner_layers_is_refused_with_the_reason() -> None:
+    data = [(torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4).long())]
+    with pytest.raises(ValueError, match=r"trust is not defined per position: .*inner layers"):
+        lgm.fit(Segmenter(nn.Conv2d(4, 5, 1)).eval(), data, "trust")
 
 
 def test_an_unknown_label_has_no_score() -> None:

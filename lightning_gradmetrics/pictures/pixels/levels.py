@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.evaluation.intervals import FEWEST
 from lightning_gradmetrics.meters.functional import auroc, spearman
 from lightning_gradmetrics.meters.functional.ranking import auroc_of_counts
 from lightning_gradmetrics.pictures.pixels.metrics import Estimates, Meters
@@ -112,7 +113,7 @@ def _area(values: Tensor, target: Tensor, groups: Tensor, weights: Tensor) -> Es
     if len(weights):
         cells = GroupedCells(quantile_edges(values))
         cells.add(values, target, groups)
-        replicates = cells.areas(weights)[0]
+        replicates = cells.areas(weights)[0] if cells.has_interval else None
     return Estimate(float(auroc(values, target.long())), replicates)
 
 
@@ -157,7 +158,7 @@ def image_metrics(images: Sequence[Row], scores: Sequence[str], resamples: int) 
 
 def _image_estimates(values: Tensor, risk: Tensor, resamples: int) -> Mapping[str, Estimate]:
     area = Estimate(real_valued_aurc(values, risk))
-    if not resamples:
+    if not resamples or len(values) < FEWEST:
         return {"spearman": Estimate(_correlation(values, risk)), "aurc": area}
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)

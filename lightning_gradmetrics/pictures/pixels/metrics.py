@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.evaluation.intervals import FEWEST
 from lightning_gradmetrics.meters.functional.counts import Counts, count
 from lightning_gradmetrics.meters.functional.histogram import append, counts_of_table, empty_table, merge_tables
 from lightning_gradmetrics.meters.functional.ranking import (
@@ -167,7 +168,7 @@ class PixelMeter:
         if not self.by_class:
             return {}
         counts, weights = self.pool.counts(), weights_of_groups(self.resamples)
-        areas = None if self.cells is None else self.cells.areas(weights)[0]
+        areas = self.cells.areas(weights)[0] if self.cells is not None and self._has_interval else None
         return {
             ("auroc", "all"): Estimate(float(auroc_of_counts(counts)), areas),
             ("aupr", "all"): Estimate(float(average_precision_of_counts(counts))),
@@ -177,12 +178,18 @@ class PixelMeter:
             ("auroc", "predicted class"): self._within_class(weights),
         }
 
+    @property
+    def _has_interval(self) -> bool:
+        return self.cells is not None and self.cells.has_interval
+
     def _mean_over_images(self, weights: Tensor) -> Estimate:
         total, number = self.images.sum(0).tolist()
         if not number:
             return Estimate(float("nan"))
+        if number < FEWEST or not self._has_interval:
+            return Estimate(total / number)
         every = torch.cat([weights, torch.ones(1, GROUPS, dtype=torch.float64)]) @ self.images
-        return Estimate(total / number, every[:, 0] / every[:, 1] if self.resamples else None)
+        return Estimate(total / number, every[:, 0] / every[:, 1])
 
     def _within_class(self, weights: Tensor) -> Estimate:
         """The mean of the AUROCs within each predicted class, weighted by the number of pairs."""
@@ -194,11 +201,13 @@ class PixelMeter:
                 total, pairs = total + number * float(auroc_of_counts(counts)), pairs + number
         if not pairs:
             return Estimate(float("nan"))
+        if not self._has_interval:
+            return Estimate(total / pairs)
         totals = torch.zeros(2, self.resamples + 1, dtype=torch.float64)
         for cells in self.class_cells.values():
             areas, weight = cells.areas(weights)
             totals += torch.stack([(areas * weight).nan_to_num(), weight])
-        return Estimate(total / pairs, totals[0] / totals[1] if self.resamples else None)
+        return Estimate(total / pairs, totals[0] / totals[1])
 
 
 Meters = dict[tuple[str, str, str], PixelMeter]

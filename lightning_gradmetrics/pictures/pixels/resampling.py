@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.evaluation.intervals import FEWEST
+
 __all__ = ["GROUPS", "Estimate", "GroupedCells", "group_of", "quantile_edges", "weights_of_groups"]
 
 GROUPS = 32
@@ -113,6 +115,13 @@ class GroupedCells:
         """Add the histograms of another process."""
         self.edges += other.edges
         self.counts += other.counts
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there are enough positives, negatives and groups for an interval: 10 of each."""
+        by_kind = torch.cat(self.counts, 2).sum(2)
+        groups = int((by_kind.sum(1) > 0).sum())
+        return min(groups, int(by_kind.sum(0).min())) >= FEWEST
 
     def areas(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the AUROC of each resample, NaN without pairs, and its number of pairs, ``(B + 1,)`` each.

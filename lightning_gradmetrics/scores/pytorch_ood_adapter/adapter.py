@@ -14,6 +14,7 @@ from lightning_gradmetrics.scores.pytorch_ood_adapter.detectors import build, fi
 from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import KNN, PARTS, REQUIRED, Spec, spec_of
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore, not_fitted
+from lightning_gradmetrics.scoring.positions import by_rows
 from lightning_gradmetrics.scoring.registry import RECIPES, Recipe, Score, add_recipe
 from lightning_gradmetrics.scoring.totals import Tensors
 
@@ -209,6 +210,8 @@ class FittedDetectorScore(FittedScore):
     def _values(self, evidence: Evidence) -> Tensor:
         if self.state is None:
             raise ValueError(not_fitted(self.name))
+        if evidence.has_positions:
+            return by_rows(self._values, evidence, self.needs.features)
         return _scores(self, evidence)
 
     def measure(self, evidence: Evidence) -> Tensors:
