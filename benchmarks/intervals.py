@@ -105,9 +105,9 @@ def measure(rows: int, scores: int, resamples: int) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     """Run the simulation, or one measurement of time and memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks intervals", description=__doc__)
-    parser.add_argument("--runs", type=int, default=200, help="simulated data sets per row")
+    parser.add_argument("--runs", type=int, default=200, help="simulated datasets per row")
     parser.add_argument("--resamples", type=int, default=200)
-    parser.add_argument("--size", type=int, help="time evaluate with this number of rows, two data sets")
+    parser.add_argument("--size", type=int, help="time evaluate with this number of rows, two datasets")
     parser.add_argument("--scores", type=int, default=10)
     options = parser.parse_args(arguments)
     if options.size:

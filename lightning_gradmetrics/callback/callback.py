@@ -97,7 +97,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         profile: Whether to compute the gradient norm of every layer: true, an objective's name, or the arguments
             ``objective`` and ``norm`` by name. It costs a forward pass, and a backward pass unless a score takes the
             same.
-        top_k: How many samples with the largest scores to list of each data set, by score, as
+        top_k: How many samples with the largest scores to list of each dataset, by score, as
             ``{"pseudo_label": 20}``; with their pictures if the inputs are images.
         output: A directory. Results of ``validate``, ``test`` and ``predict`` are written there as Parquet files while
             the run goes on, at most 100,000 rows or a minute later, and not kept in memory;
@@ -120,7 +120,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
     Attributes:
         results: After a run, a ``pyarrow.Table`` with one row per sample: dataset, index, prediction, label, one column
             per score, and ``finite``, which is false where the input, the logits or a score hold NaN or Inf: such a row
-            is kept and never enters a metric. ``index`` is the index in the data set that the dataloader was given (of
+            is kept and never enters a metric. ``index`` is the index in the dataset that the dataloader was given (of
             a ``Subset``, the position in the subset), or null if the dataloader does not show it. A run that
             is interrupted keeps the rows scored so far. Under several processes rank 0 has all rows, each once, and
             the other ranks have their own.

@@ -1,4 +1,4 @@
-"""The dataloaders of a run: the names and roles of their data sets, and the rows of each."""
+"""The dataloaders of a run: the names and roles of their datasets, and the rows of each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MISSPELT_ID = ("ID", "Id", "iD", "in", "ind", "idd", "iid", "i.d.", "in-distribu
 """Words that are refused as names of groups of out-of-distribution sets."""
 
 Names = Sequence[str] | Mapping[str, str] | None
-"""The names of data sets, their roles by name, or ``None``."""
+"""The names of datasets, their roles by name, or ``None``."""
 
 Datasets = Names | Mapping[str, Sequence[str] | Mapping[str, str]]
 """The argument ``datasets``: names for every stage, or names by stage."""
@@ -59,7 +59,7 @@ def check_stages(stages: Any) -> tuple[str, ...] | None:
 
 
 def check_datasets(datasets: Any) -> Datasets:
-    """Return the names and roles of data sets, checked.
+    """Return the names and roles of datasets, checked.
 
     Raises:
         TypeError: If they are neither a sequence nor a mapping of words.
@@ -95,10 +95,10 @@ def _checked_names(names: Any, argument: str) -> Any:
         )
     for name in names:
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"{argument}= has the name {name!r}; expected a word for each data set")
+            raise ValueError(f"{argument}= has the name {name!r}; expected a word for each dataset")
     if len(set(names)) != len(names):
         raise ValueError(
-            f"{argument}= has the same name twice ({', '.join(names)}); give each data set a different name"
+            f"{argument}= has the same name twice ({', '.join(names)}); give each dataset a different name"
         )
     if not names:
         raise ValueError(f"{argument}= is empty; expected one name per dataloader, or None")
@@ -119,7 +119,7 @@ def _check_roles(roles: Mapping[str, Any], argument: str) -> None:
             raise ValueError(f"{argument}[{name!r}]={role!r}; in-distribution data has the role 'id'")
         if role != ID and role in roles and roles[role] != role:
             raise ValueError(
-                f"{argument}= has a data set {role!r} and a group of that name, whose metrics would have one name: rename one"
+                f"{argument}= has a dataset {role!r} and a group of that name, whose metrics would have one name: rename one"
             )
 
 
@@ -154,7 +154,7 @@ def loader_list(dataloaders: Any, is_sequential: bool = True) -> list[Any]:
 
 
 def dataset_names(names: Names, dataloaders: Any, is_sequential: bool = True, stage: str = "the run") -> list[str]:
-    """Return the names of the data sets, in the order of the dataloaders.
+    """Return the names of the datasets, in the order of the dataloaders.
 
     Raises:
         ValueError: If their number differs from that of the dataloaders.
@@ -173,7 +173,7 @@ def dataset_names(names: Names, dataloaders: Any, is_sequential: bool = True, st
     if len(given) != count:
         have = "1 dataloader" if count == 1 else f"{count} dataloaders"
         raise ValueError(
-            f"datasets= names {len(given)} data sets ({', '.join(given)}), but {stage} has {have}"
+            f"datasets= names {len(given)} datasets ({', '.join(given)}), but {stage} has {have}"
             + (f" ({', '.join(keys)})" if keys else "")
             + ". Pass one name per dataloader, in order; names by stage, as in datasets={'test': {...}}; or stages=, the "
             "stages to score"
@@ -182,7 +182,7 @@ def dataset_names(names: Names, dataloaders: Any, is_sequential: bool = True, st
 
 
 def dataset_roles(names: Names, dataset_list: Sequence[str]) -> dict[str, str]:
-    """Return the role of each data set; without roles all are in-distribution.
+    """Return the role of each dataset; without roles all are in-distribution.
 
     Example:
         >>> dataset_roles(["a", "b"], ["a", "b"])
@@ -202,7 +202,7 @@ def rows_of_loaders(
     """Return an empty table for the rows of each dataloader.
 
     Args:
-        datasets: The names of the data sets.
+        datasets: The names of the datasets.
         loaders: Their dataloaders.
         scores: The names of the score columns.
         processes: The processes of the run.

@@ -33,8 +33,8 @@ def describe_run(
     Args:
         scorer: Computes the scores.
         model: The scored model.
-        loaders: The dataloaders by the names of their data sets.
-        roles: The role of each data set.
+        loaders: The dataloaders by the names of their datasets.
+        roles: The role of each dataset.
         thresholds: The thresholds, or ``None``.
         callables: Other arguments that change the results: functions and names.
     """
@@ -95,7 +95,7 @@ def describe_circumstances(loaders: Mapping[str, Any], processes: int) -> dict[s
     """Return the facts that may differ in a resumed run and change scores by rounding at most.
 
     Args:
-        loaders: The dataloaders by the names of their data sets.
+        loaders: The dataloaders by the names of their datasets.
         processes: The number of processes.
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -262,7 +262,7 @@ def noted_indices(loader: Any, batch: int) -> Indices | None:
 
 
 def _whole_numbers(draw: Any, loader: Any) -> Indices | None:
-    """Return the indices of a draw ``(N,)``, counted from the start of the data set.
+    """Return the indices of a draw ``(N,)``, counted from the start of the dataset.
 
     Returns None if the draw holds anything else, such as keys or pairs.
     """

@@ -35,7 +35,7 @@ def evaluate_detectors(
     Args:
         results: The per-sample table.
         scores: All scores of the run.
-        roles: The role of each data set.
+        roles: The role of each dataset.
         resamples: Bootstrap resamples for the intervals.
         seed: The seed of the resamples.
         cluster: The column of rows that are resampled together, or ``None``.

@@ -121,7 +121,7 @@ class BatchReader:
             size: The number of samples ``N``.
             classes: The number of classes.
             received: The tensors that the model received.
-            dataset: The name of the data set.
+            dataset: The name of the dataset.
 
         Raises:
             ValueError: If the user's ``split_batch`` returned labels that are not one class per sample.
@@ -136,7 +136,7 @@ class BatchReader:
             batch: The batch before the step.
             size: The number of texts ``N``.
             received: The tensors that the model received.
-            dataset: The name of the data set.
+            dataset: The name of the dataset.
 
         Raises:
             ValueError: If the user's ``split_batch`` returned labels that are not one number per token.
@@ -164,7 +164,7 @@ class BatchReader:
             return batch.copied.labels(size, classes, received, read)
         except LabelsNotUnderstoodError as problem:
             self.warn_once(
-                dataset, f"no labels are used for the data set {dataset!r}: {problem}. To use labels {REMEDY}"
+                dataset, f"no labels are used for the dataset {dataset!r}: {problem}. To use labels {REMEDY}"
             )
             return None
 
@@ -178,7 +178,7 @@ class BatchReader:
             size: The number of images ``N``.
             classes: The number of classes.
             received: The tensors that the model received.
-            dataset: The name of the data set.
+            dataset: The name of the dataset.
 
         Raises:
             ValueError: If a label is not one of the classes and not ignored.

@@ -37,7 +37,7 @@ def logged_metrics(
 ) -> dict[str, float]:
     """The metrics by their logged names, ``prefix/dataset/score/task_metric``, NaN where a metric is undefined.
 
-    The mean over a group of data sets has the group's name in place of a data set's.
+    The mean over a group of datasets has the group's name in place of a dataset's.
 
     Args:
         records: The metrics of an :class:`~lightning_gradmetrics.evaluation.Evaluation`.

@@ -148,18 +148,18 @@ def check_split(loaders: Mapping[str, Any], processes: Processes) -> None:
     """Refuse dataloaders that several processes read without a distributed sampler: rows would have the same index.
 
     Args:
-        loaders: The dataloaders by the names of their data sets.
+        loaders: The dataloaders by the names of their datasets.
         processes: The processes of the run.
 
     Raises:
-        ValueError: If a dataloader reads a whole data set on each process.
+        ValueError: If a dataloader reads a whole dataset on each process.
     """
     if processes.count == 1:
         return
     for name, loader in loaders.items():
         if isinstance(loader, DataLoader) and isinstance(sampler_of(loader), (SequentialSampler, RandomSampler)):
             raise ValueError(
-                f"each of the {processes.count} processes reads the data set {name!r} from its first row to its last, so "
-                "the processes give the same index to different rows. Pass the whole data set with "
-                "Trainer(use_distributed_sampler=True), or a dataloader whose sampler is a DistributedSampler of the whole data set"
+                f"each of the {processes.count} processes reads the dataset {name!r} from its first row to its last, so "
+                "the processes give the same index to different rows. Pass the whole dataset with "
+                "Trainer(use_distributed_sampler=True), or a dataloader whose sampler is a DistributedSampler of the whole dataset"
             )

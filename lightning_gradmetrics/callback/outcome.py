@@ -107,7 +107,7 @@ class Outcome:
 
         Args:
             path: The file to write.
-            data: Data sets or dataloaders by name, whose images are shown as thumbnails of the listed samples.
+            data: Datasets or dataloaders by name, whose images are shown as thumbnails of the listed samples.
 
         Returns:
             The path of the file.
@@ -156,7 +156,7 @@ class Outcome:
         return pictures
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return the tables behind the pictures: ``profile``, one row per data set and layer, and ``largest``, one row per sample."""
+        """Return the tables behind the pictures: ``profile``, one row per dataset and layer, and ``largest``, one row per sample."""
         tables = {}
         for source in self.sources:
             tables.update(source.tables())

@@ -26,7 +26,7 @@ class PixelOutcome:
 
     @property
     def pixel_metrics(self) -> pa.Table:
-        """The metrics of pixels, images and segments: one row per unit, data set, task, score, metric and kind of pooling.
+        """The metrics of pixels, images and segments: one row per unit, dataset, task, score, metric and kind of pooling.
 
         ``low`` and ``high`` are the ends of the 95 % interval over images; ``difference`` is that to the first score, with its
         paired interval.
@@ -35,7 +35,7 @@ class PixelOutcome:
 
     @property
     def class_metrics(self) -> pa.Table:
-        """One row per data set, task, score and predicted class: its pixels, the share of positives, and the AUROC within it."""
+        """One row per dataset, task, score and predicted class: its pixels, the share of positives, and the AUROC within it."""
         return self._pixels.tables().get("class_metrics", pa.table({}))
 
     def write_maps(self, directory: Path | str) -> list[Path]:

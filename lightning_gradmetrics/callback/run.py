@@ -35,7 +35,7 @@ class Run:
         stage: Takes each batch.
         model: The model that is scored.
         drawn: The indices that the dataloaders draw.
-        roles: The role of each data set.
+        roles: The role of each dataset.
         reader: Reads inputs and labels.
         surroundings: The context of the model's forward passes.
         sample_id: Returns the id of each sample of a batch, or ``None``.
@@ -121,7 +121,7 @@ class Run:
         return replace(batch, order=order, labels=None if labels is None else labels[order.to(labels.device)])
 
     def _completed(self, batch: ObservedBatch, read: ReadBatch, seen: Observation, place: int) -> ObservedBatch:
-        """Return the batch with its labels and its data set."""
+        """Return the batch with its labels and its dataset."""
         dataset = self.stage.rows[place].dataset
         received: list[Tensor] = []
         if seen.called is not None:
@@ -149,7 +149,7 @@ class Run:
         rows.forget_labels = True
         self.reader.warn_once(
             rows.dataset,
-            f"no labels are used for the data set {rows.dataset!r}: they go up to {int(labels.max())}, but the model has "
+            f"no labels are used for the dataset {rows.dataset!r}: they go up to {int(labels.max())}, but the model has "
             f"{classes} classes, 0 to {classes - 1}. Pass split_batch=, a callable from the batch to (inputs, labels), with -1 "
             "for an unknown label; or datasets= with a role other than 'id'",
         )
@@ -162,9 +162,9 @@ class Run:
         self.reader.warn_once(
             f"index of {rows.dataset}",
             f"the index of the rows of {rows.dataset!r} is unknown and stays null: its dataloader does not show which samples a "
-            "batch contains (an iterable data set, several loaders side by side, workers with in_order=False, a loader that "
+            "batch contains (an iterable dataset, several loaders side by side, workers with in_order=False, a loader that "
             "overrides __iter__, a sampler of keys), or the number of rows differs from the number of samples. Use a "
-            "DataLoader of a data set with __getitem__, or name the samples with sample_id=",
+            "DataLoader of a dataset with __getitem__, or name the samples with sample_id=",
         )
 
     def _warn_of_repeats(self, place: int) -> None:

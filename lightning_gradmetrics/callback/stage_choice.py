@@ -20,7 +20,7 @@ class Loaders:
 
     Args:
         given: One dataloader or several, as Lightning stores them.
-        is_sequential: Whether they run one after the other; otherwise they run side by side, and are one data set.
+        is_sequential: Whether they run one after the other; otherwise they run side by side, and are one dataset.
 
     Example:
         >>> Loaders({"a": [1], "b": [2]}).names(None, "test"), Loaders({"a": [1], "b": [2]}, False).names(None, "test")
@@ -36,7 +36,7 @@ class Loaders:
         return loader_list(self.given, self.is_sequential)
 
     def names(self, names: Names, stage: str) -> Sequence[str]:
-        """Return the names of the data sets.
+        """Return the names of the datasets.
 
         Raises:
             ValueError: If their number differs from that of the dataloaders.
@@ -55,14 +55,14 @@ class StageNotices:
     ) -> bool:
         """Return whether to score a stage.
 
-        By default every stage is scored, but the validation inside a fit only if the names of the data sets are for its
+        By default every stage is scored, but the validation inside a fit only if the names of the datasets are for its
         dataloaders and no score is fitted: a fitted score is valid for fixed weights only.
 
         Args:
             stage: The stage.
             stages: The stages to score, or ``None`` for the default.
             is_fitted: Whether a score is fitted.
-            names: The names of the data sets.
+            names: The names of the datasets.
             loaders: The dataloaders.
         """
         if stages is not None:
@@ -80,7 +80,7 @@ class StageNotices:
         return True
 
     def of_roles(self, datasets: Sequence[str]) -> None:
-        """Warn about several data sets without roles."""
+        """Warn about several datasets without roles."""
         if len(datasets) > 1:
             self._say(
                 f"{len(datasets)} dataloaders and no roles: all are treated as in-distribution. Pass datasets= with a role for "

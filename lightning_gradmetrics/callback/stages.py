@@ -122,7 +122,7 @@ class ScoreStage:
 
     @property
     def names(self) -> list[str]:
-        """The names of the data sets, in the order of the dataloaders."""
+        """The names of the datasets, in the order of the dataloaders."""
         return [rows.dataset for rows in self.rows]
 
     def kept(self) -> list[Any]:
@@ -135,7 +135,7 @@ class ScoreStage:
             source.join([part[number] for part in parts])
 
     def warn_of_empty(self, processes: Processes) -> None:
-        """Warn about each data set without a sample."""
+        """Warn about each dataset without a sample."""
         for rows in self.rows:
             if not rows.added and rows.index.committed is None:
                 processes.warn(f"the dataloader {rows.dataset!r} returned no samples: it is not in the results")
@@ -152,7 +152,7 @@ class FitStage:
     Args:
         fitting: Accumulates the data of the fit.
         rows: The rows of each dataloader, of which only the index is used.
-        roles: The role of each data set by name, where scores are fitted on in- and out-of-distribution samples.
+        roles: The role of each dataset by name, where scores are fitted on in- and out-of-distribution samples.
     """
 
     fitting: Fitting

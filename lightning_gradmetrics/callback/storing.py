@@ -42,7 +42,7 @@ def store_of(
         thresholds: The thresholds, or ``None``.
         scorer: Computes the scores.
         model: The scored model.
-        roles: The role of each data set.
+        roles: The role of each dataset.
         others: Other arguments that change the results.
         processes: The processes of the run.
         limited: Whether only some of the batches are scored.

@@ -14,12 +14,12 @@ __all__ = ["planted_statements", "top_samples_grid", "with_planted"]
 
 
 def planted_statements(results: pa.Table, scores: Sequence[str], planted: Mapping[str, frozenset[int]]) -> list[str]:
-    """Return one sentence per data set and score: how many planted labels are among the largest scores.
+    """Return one sentence per dataset and score: how many planted labels are among the largest scores.
 
     Args:
         results: The per-sample results.
         scores: The scores whose largest samples are searched for planted labels.
-        planted: The indices of the planted labels, by data set.
+        planted: The indices of the planted labels, by dataset.
     """
     statements = []
     for dataset, indices in planted.items():
@@ -40,7 +40,7 @@ def with_planted(top_samples: pa.Table, planted: Mapping[str, frozenset[int]]) -
 
     Args:
         top_samples: Made by :func:`lightning_gradmetrics.results.table.largest_of_each`.
-        planted: The indices of the planted labels, by data set.
+        planted: The indices of the planted labels, by dataset.
     """
     flags = []
     for dataset, index in zip(top_samples["dataset"].to_pylist(), top_samples["index"].to_pylist(), strict=True):
@@ -49,7 +49,7 @@ def with_planted(top_samples: pa.Table, planted: Mapping[str, frozenset[int]]) -
 
 
 def top_samples_grid(top_samples: pa.Table) -> Grid:
-    """Return the samples with the largest scores as a grid, an empty line between data sets and scores.
+    """Return the samples with the largest scores as a grid, an empty line between datasets and scores.
 
     Args:
         top_samples: Made by :func:`lightning_gradmetrics.results.table.largest_of_each`, maybe with ``planted``.
@@ -60,7 +60,7 @@ def top_samples_grid(top_samples: pa.Table) -> Grid:
         this, following = rows[number], rows[number + 1]
         if (this["score"], this["dataset"]) != (following["score"], following["dataset"]):
             ends.add(number)
-    columns = [Column("data set", _texts(rows, "dataset"), left=True)]
+    columns = [Column("dataset", _texts(rows, "dataset"), left=True)]
     for key in ("index", "label", "prediction", "value"):
         columns.append(Column(key, _texts(rows, key)))
     if "planted" in top_samples.column_names:

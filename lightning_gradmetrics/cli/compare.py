@@ -140,7 +140,7 @@ def summary_rows(runs: Sequence[Sequence[Row]]) -> list[dict[str, object]]:
 
 
 def comparison_grid(rows: Sequence[Mapping[str, object]], runs: int) -> Grid:
-    """Return the table of AUROCs: mean ± standard deviation over the runs, one column per data set and group mean.
+    """Return the table of AUROCs: mean ± standard deviation over the runs, one column per dataset and group mean.
 
     Args:
         rows: Made by :func:`summary_rows`.
@@ -172,7 +172,7 @@ def comparison_grid(rows: Sequence[Mapping[str, object]], runs: int) -> Grid:
 
 
 def _order(place: tuple[str, str]) -> tuple[bool, bool]:
-    """Errors first, and means after the data sets of their group; else the order of the rows."""
+    """Errors first, and means after the datasets of their group; else the order of the rows."""
     question, dataset = place
     return question != "errors", dataset == "mean"
 

@@ -61,7 +61,7 @@ def build_data(node: DictConfig) -> EvaluationData:
     Args:
         node: ``_target_``, a function or class, and its arguments. It returns an
             :class:`~lightning_gradmetrics.cli.data.EvaluationData`, a ``LightningDataModule``, or a mapping from role to
-            data set, such as ``{"id": test_set, "far": {"svhn": svhn}}``.
+            dataset, such as ``{"id": test_set, "far": {"svhn": svhn}}``.
 
     Raises:
         ValueError: If the target is missing or cannot be imported.

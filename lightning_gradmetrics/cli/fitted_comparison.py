@@ -45,13 +45,13 @@ def compare_fitted(
     Args:
         results: Per-sample results, of scores whose fits did not include the row.
         scores: The scores of its columns.
-        roles: The role of each data set.
-        without: For a column, the data set that all of its fits left out: it is evaluated on that set alone.
+        roles: The role of each dataset.
+        without: For a column, the dataset that all of its fits left out: it is evaluated on that set alone.
         resamples: Bootstrap resamples.
         seed: The seed of the resamples.
 
     Returns:
-        One dict per task, data set and candidate: ``task``, ``dataset``, ``group`` (its role), ``score``,
+        One dict per task, dataset and candidate: ``task``, ``dataset``, ``group`` (its role), ``score``,
         ``fitted_on``, ``auroc``, ``low``, ``high``; for ``single`` and ``baseline`` the best one's name, as ``single``,
         and ``single_auroc``, ``single_difference``, ``single_low``, ``single_high`` and ``single_verdict`` (``better``,
         ``worse`` or ``cannot tell``), which are missing without resamples.
@@ -89,7 +89,7 @@ def _is_candidate(score: Score) -> bool:
 
 
 def _candidates(scores: Sequence[Score], without: Mapping[str, str | None], dataset: str) -> list[FittedScore]:
-    """Return the candidates whose fits may be evaluated on a data set."""
+    """Return the candidates whose fits may be evaluated on a dataset."""
     candidates = []
     for score in scores:
         if isinstance(score, FittedScore) and _is_candidate(score) and without.get(score.name) in (None, dataset):
@@ -166,7 +166,7 @@ NOTES = (
 
 
 def fitted_comparison_grids(records: Sequence[Record]) -> list[Grid]:
-    """Return one grid per task and data set.
+    """Return one grid per task and dataset.
 
     Args:
         records: Made by :func:`compare_fitted`.

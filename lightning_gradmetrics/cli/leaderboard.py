@@ -159,7 +159,7 @@ def _negated(difference: Sequence[float | None]) -> str:
 
 
 def confound(run: Run) -> list[str]:
-    """Return the table of the columns whose data sets were also scored as the original files."""
+    """Return the table of the columns whose datasets were also scored as the original files."""
     originals: Mapping[str, str] = run.get("originals") or {}
     if not originals:
         return []

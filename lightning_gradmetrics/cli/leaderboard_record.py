@@ -39,7 +39,7 @@ def column_of(entry: Mapping[str, Any]) -> str:
 
 
 def areas_of(evaluation: Evaluation, score: str) -> dict[str, list[float | None]]:
-    """Return the AUROC of a score with the ends of its interval, by column; of a group with several data sets, the mean."""
+    """Return the AUROC of a score with the ends of its interval, by column; of a group with several datasets, the mean."""
     areas: dict[str, list[float | None]] = {}
     for entry in evaluation.find(score=score, metric=UNIT):
         column = column_of(entry)
@@ -143,7 +143,7 @@ def _datasets(evaluation: Evaluation) -> list[Record]:
 
 
 def _fitted_on(experiment: Experiment) -> dict[str, int]:
-    """The number of samples of each in-distribution data set that scores are fitted on."""
+    """The number of samples of each in-distribution dataset that scores are fitted on."""
     sizes = {}
     for name, data in experiment.data.fit.items():
         if experiment.data.fit_roles.get(name, "id") == "id":

@@ -75,7 +75,7 @@ def score_segmentation(
         scores: The scores; differences are those to the first.
         pixels: The arguments of :class:`~lightning_gradmetrics.Pixels`.
         batch_size: Images in one forward pass.
-        name: The name of the data set.
+        name: The name of the dataset.
     """
     callback = GradientMetrics(list(scores), datasets={name: "id"}, pixels=pixels, print_summary=False)
     progress = trainer_progress()

@@ -27,14 +27,14 @@ NOTES = (
 
 
 def selective_areas(results: pa.Table, scores: Sequence[str]) -> list[dict[str, Any]]:
-    """Return AUAC and AUFC of every labelled data set and score, over coverage and over a threshold.
+    """Return AUAC and AUFC of every labelled dataset and score, over coverage and over a threshold.
 
     Args:
         results: A run's per-sample results.
         scores: Names of its score columns.
 
     Returns:
-        One record per data set and score: ``dataset``, ``score``, ``<auac or aufc>_<mode>``; NaN where all scores are
+        One record per dataset and score: ``dataset``, ``score``, ``<auac or aufc>_<mode>``; NaN where all scores are
         equal.
     """
     known = results.filter(pc.and_(results["finite"], pc.is_valid(results["label"])))

@@ -17,13 +17,13 @@ from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows
 __all__ = ["EXACT_ROWS", "Key", "Replicates", "method_of", "most_cells", "replicate"]
 
 Key = tuple[str, str | None, str, str, str]
-"""Task, data set (``None`` for the mean over a group), group, score, metric."""
+"""Task, dataset (``None`` for the mean over a group), group, score, metric."""
 
 Replicates = dict[Key, Tensor]
 """A metric's value in each resample, ``(B,)`` in float64."""
 
 EXACT_ROWS = 5_000
-"""Up to this number of rows, each data set is resampled with replacement; above it, rows get Poisson weights."""
+"""Up to this number of rows, each dataset is resampled with replacement; above it, rows get Poisson weights."""
 
 CELLS = 2048
 """The number of cells of equal size of a score above ``EXACT_ROWS`` rows; each task adds finer cells near its threshold."""
@@ -71,8 +71,8 @@ def replicate(
 ) -> Replicates:
     """Compute every metric in ``B`` resamples.
 
-    All scores and all tasks share the same resamples, so differences between scores and means over data sets are
-    paired. Up to ``EXACT_ROWS`` rows each data set is resampled with replacement, to its own size, and every distinct
+    All scores and all tasks share the same resamples, so differences between scores and means over datasets are
+    paired. Up to ``EXACT_ROWS`` rows each dataset is resampled with replacement, to its own size, and every distinct
     score is a cell. Above that each row gets a Poisson weight of mean 1, and a score is cut into ``CELLS`` cells of
     equal size; the replicates are shifted by the difference between the exact value and that of the cells. Apart from
     the replicates, memory does not grow with ``B``. Rows with clusters are drawn by whole clusters, by the same rule for
@@ -138,7 +138,7 @@ def weight_blocks(rows: Rows, resamples: int, seed: int) -> Iterator[tuple[int, 
 
 @dataclass(frozen=True)
 class _Source:
-    """The rows of one data set, and the source of its random numbers.
+    """The rows of one dataset, and the source of its random numbers.
 
     Args:
         members: The positions of the rows.
@@ -153,7 +153,7 @@ class _Source:
     cluster: Tensor | None = None
 
     def weights(self, width: int, number: int) -> Tensor:
-        """Return the weights of the rows in ``width`` resamples; ``number`` is the number of rows of all data sets."""
+        """Return the weights of the rows in ``width`` resamples; ``number`` is the number of rows of all datasets."""
         if self.cluster is None:
             draw = _drawn if method_of(number) == "exact" else _poisson
             return draw(self.size, width, self.generator)
@@ -162,7 +162,7 @@ class _Source:
 
 
 def _sources(rows: Rows, seed: int) -> list[_Source]:
-    """Return the source of the weights of each data set."""
+    """Return the source of the weights of each dataset."""
     sources: list[_Source] = []
     for place, summary in enumerate(rows.datasets):
         chosen = torch.zeros(256, dtype=torch.bool)

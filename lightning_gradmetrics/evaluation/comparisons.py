@@ -26,7 +26,7 @@ def compare(
     level: float,
     rate: float,
 ) -> list[dict[str, Any]]:
-    """Compare every other score with the baseline, for every task, data set or group, and metric.
+    """Compare every other score with the baseline, for every task, dataset or group, and metric.
 
     The interval is computed from the paired differences in the resamples. Intervals are not corrected for the number of
     scores. A second, *max-adjusted* verdict compares each score that is not a baseline with the best of all baselines

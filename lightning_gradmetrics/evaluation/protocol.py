@@ -50,10 +50,10 @@ def evaluate(
 ) -> Evaluation:
     """Judge scores on a per-sample results table.
 
-    Three tasks are judged. *Misclassification*, on each in-distribution data set: incorrect rows (positive) against
-    correct ones. *OOD*, on every other data set: its rows (positive) against all in-distribution rows. *Joint*, on every
-    other data set: incorrect in-distribution rows and its rows (positive) against correct in-distribution rows, in a
-    mixture with the share ``ood_share`` of out-of-distribution rows. A group of several data sets also gets the mean
+    Three tasks are judged. *Misclassification*, on each in-distribution dataset: incorrect rows (positive) against
+    correct ones. *OOD*, on every other dataset: its rows (positive) against all in-distribution rows. *Joint*, on every
+    other dataset: incorrect in-distribution rows and its rows (positive) against correct in-distribution rows, in a
+    mixture with the share ``ood_share`` of out-of-distribution rows. A group of several datasets also gets the mean
     over them, each set weighted equally. Labels of out-of-distribution data are ignored.
 
     Intervals show how much the numbers would vary with other test samples, not with another training run. AUROC has
@@ -64,10 +64,10 @@ def evaluate(
 
     Args:
         results: Columns ``dataset``, ``index``, ``prediction``, ``label`` (null where unknown), one per score, and
-            ``finite`` (rows where it is false enter no metric), as an Arrow table, record batches or data set, or a
+            ``finite`` (rows where it is false enter no metric), as an Arrow table, record batches or dataset, or a
             pandas or Polars data frame.
         scores: The columns to judge, higher = more uncertain.
-        roles: Each data set's role: ``"id"`` for in-distribution data, any other word for a group of
+        roles: Each dataset's role: ``"id"`` for in-distribution data, any other word for a group of
             out-of-distribution data.
         baselines: Those of ``scores`` that use no gradient.
         baseline: The score that all others are compared with; by default ``max_softmax`` where it is among the scores,
@@ -80,7 +80,7 @@ def evaluate(
         progress: Called with the share of the resamples that is done.
 
     Returns:
-        Metrics, comparisons, statements, data sets and notes.
+        Metrics, comparisons, statements, datasets and notes.
 
     Raises:
         TypeError: If the results are of an unknown kind.
@@ -172,22 +172,22 @@ def _baseline(scores: Sequence[str], baselines: Sequence[str], baseline: str | N
 
 
 def _few_clusters(rows: Rows) -> list[str]:
-    """Return notes on the data sets that have too few clusters for intervals."""
+    """Return notes on the datasets that have too few clusters for intervals."""
     notes = []
     if rows.clusters is not None:
         for summary in rows.datasets:
             codes = torch.tensor(rows.codes_of(*KINDS, dataset=summary["name"]), dtype=torch.uint8)
             count = len(rows.clusters[torch.isin(rows.codes, codes)].unique())  # type: ignore[no-untyped-call]
             if 0 < count < FEWEST:
-                notes.append(f'data set "{summary["name"]}" has {count} clusters: no intervals below {FEWEST}')
+                notes.append(f'dataset "{summary["name"]}" has {count} clusters: no intervals below {FEWEST}')
     return notes
 
 
 def _bootstrap(rows: int, cluster: str | None) -> str:
     if cluster is not None:
-        return f"clusters: whole clusters ({cluster}) of each data set resampled"
+        return f"clusters: whole clusters ({cluster}) of each dataset resampled"
     if method_of(rows) == "exact":
-        return "exact: each data set resampled with replacement"
+        return "exact: each dataset resampled with replacement"
     return f"poisson: Poisson weights of the rows, scores cut into {CELLS} cells"
 
 
@@ -302,7 +302,7 @@ def _few_rows_notes(task: DetectionTask, rate: float) -> list[str]:
 
 
 def _with_groups(metrics: Sequence[Entry], replicates: Replicates, rate: float) -> tuple[list[Entry], Replicates]:
-    """The mean over the data sets of each group that has several: its metrics, and all replicates with its own."""
+    """The mean over the datasets of each group that has several: its metrics, and all replicates with its own."""
     groups: dict[tuple[str, str, str, str], list[Entry]] = {}
     for entry in metrics:
         groups.setdefault((entry["task"], entry["group"], entry["score"], entry["metric"]), []).append(entry)

@@ -16,7 +16,7 @@ def as_table(results: Any, columns: Sequence[str] | None = None, optional: Seque
     """Return results as an Arrow table.
 
     Args:
-        results: An Arrow table, record batch, iterable of record batches, record batch reader or data set, a pandas or
+        results: An Arrow table, record batch, iterable of record batches, record batch reader or dataset, a pandas or
             Polars data frame, or any other object with the Arrow C stream interface.
         columns: The columns that are needed; by default all.
         optional: Columns that are read where they exist.
@@ -51,7 +51,7 @@ def _whole_table(results: Any) -> pa.Table:
         if batches and all(isinstance(batch, pa.RecordBatch) for batch in batches):
             return pa.Table.from_batches(batches)
     raise TypeError(
-        "results must be an Arrow table, record batches or data set, or a pandas or Polars data frame, got "
+        "results must be an Arrow table, record batches or dataset, or a pandas or Polars data frame, got "
         f"{type(results).__name__}; lgm.read_results reads the folder of a run"
     )
 

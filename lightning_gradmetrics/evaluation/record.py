@@ -33,8 +33,8 @@ class Evaluation:
         comparisons: One dict per score, place and metric: the difference to the baseline with its interval and
             ``verdict``, and the max-adjusted verdict against the best baseline; see
             :func:`~lightning_gradmetrics.evaluation.comparisons.compare`.
-        statements: For each task and data set or group, a sentence on which scores are better than the baseline.
-        datasets: One dict per data set: ``name``, ``role``, ``rows``, ``not_finite``, ``labelled``, ``accuracy``.
+        statements: For each task and dataset or group, a sentence on which scores are better than the baseline.
+        datasets: One dict per dataset: ``name``, ``role``, ``rows``, ``not_finite``, ``labelled``, ``accuracy``.
         notes: Sentences on what was dropped or is undefined, and why.
         settings: The arguments that the numbers depend on, and how the bootstrap was computed.
 
@@ -42,7 +42,7 @@ class Evaluation:
         >>> entry = {"score": "entropy", "task": "ood", "dataset": "svhn", "metric": "auroc", "value": 0.9}
         >>> evaluation = Evaluation([entry], [], [], [], [], {})
         >>> evaluation
-        Evaluation(1 scores, 0 data sets, 1 metrics, 0 comparisons)
+        Evaluation(1 scores, 0 datasets, 1 metrics, 0 comparisons)
         >>> evaluation.find(score="entropy", metric="auroc")[0]["value"]
         0.9
     """
@@ -58,7 +58,7 @@ class Evaluation:
         """Return one line with the numbers of entries."""
         scores = len({entry["score"] for entry in self.metrics})
         return (
-            f"Evaluation({scores} scores, {len(self.datasets)} data sets, {len(self.metrics)} metrics, "
+            f"Evaluation({scores} scores, {len(self.datasets)} datasets, {len(self.metrics)} metrics, "
             f"{len(self.comparisons)} comparisons)"
         )
 

@@ -19,7 +19,7 @@ LISTED = 6
 
 
 def statements_of(comparisons: Sequence[Comparison], level: float) -> list[str]:
-    """Return one statement for each task and data set or group: which scores are better than the baseline, and which worse.
+    """Return one statement for each task and dataset or group: which scores are better than the baseline, and which worse.
 
     Judged by AUROC; differences are in points of 100.
 

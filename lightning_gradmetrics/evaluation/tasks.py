@@ -27,10 +27,10 @@ MOST_CLASSES = 255
 
 @dataclass(frozen=True)
 class RowClass:
-    """Rows of one data set that all tasks treat alike.
+    """Rows of one dataset that all tasks treat alike.
 
     Args:
-        dataset: The data set.
+        dataset: The dataset.
         role: ``"id"``, or the name of an out-of-distribution group.
         kind: ``"correct"``, ``"incorrect"`` or ``"unlabelled"`` in-distribution rows, or ``"out"``.
         rows: The number of rows.
@@ -50,7 +50,7 @@ class Rows:
         scores: Each score, ``(N,)`` in float32 or float64.
         codes: ``(N,)`` in uint8, the class of each row, an index into ``classes``.
         classes: The classes of rows.
-        datasets: For each data set its ``name``, ``role``, ``rows``, ``not_finite``, ``labelled`` and ``accuracy``.
+        datasets: For each dataset its ``name``, ``role``, ``rows``, ``not_finite``, ``labelled`` and ``accuracy``.
         clusters: The cluster of each row ``(N,)``, which is resampled as a whole; ``None`` if rows are resampled.
     """
 
@@ -61,7 +61,7 @@ class Rows:
     clusters: Tensor | None = None
 
     def codes_of(self, *kinds: str, dataset: str | None = None) -> tuple[int, ...]:
-        """Return the codes of the classes of these kinds, of one data set or of all."""
+        """Return the codes of the classes of these kinds, of one dataset or of all."""
         codes = []
         for code, row_class in enumerate(self.classes):
             if row_class.kind in kinds and dataset in (None, row_class.dataset):
@@ -79,7 +79,7 @@ class DetectionTask:
 
     Args:
         task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
-        dataset: The data set that is judged.
+        dataset: The dataset that is judged.
         group: Its role.
         negative: The codes of the negative row classes.
         positive: The codes of the positive row classes.
@@ -111,7 +111,7 @@ def rows_of(
     Args:
         results: The per-sample table, of any kind that :func:`~lightning_gradmetrics.evaluation.evaluate` accepts.
         scores: The columns to judge.
-        roles: The role of each data set.
+        roles: The role of each dataset.
         cluster: The column of whole numbers that names the cluster of each row, or ``None``.
 
     Returns:
@@ -119,13 +119,13 @@ def rows_of(
 
     Raises:
         TypeError: If the results are of an unknown kind.
-        ValueError: If a column is missing, a data set has no role, or a row appears twice.
+        ValueError: If a column is missing, a dataset has no role, or a row appears twice.
     """
     clusters = [] if cluster is None else [cluster]
     table = as_table(results, ["dataset", "index", "prediction", "label", *scores, *clusters], optional=["finite"])
     names, places = _datasets(table)
     if unknown := sorted(set(names) - set(roles)):
-        raise ValueError(f"no role for the data sets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
+        raise ValueError(f"no role for the datasets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
     _check_repeats(table, places)
     keep = finite_rows(table, scores)
     label, prediction = float_column(table, "label"), float_column(table, "prediction")
@@ -143,7 +143,7 @@ def rows_of(
             chosen = members & here & keep
             sizes[kind] = int(chosen.sum())
             if len(classes) == MOST_CLASSES:
-                raise ValueError(f"at most {MOST_CLASSES // 3} data sets can be judged together: judge some of them")
+                raise ValueError(f"at most {MOST_CLASSES // 3} datasets can be judged together: judge some of them")
             codes[chosen] = len(classes)
             classes.append(RowClass(dataset, role, kind, sizes[kind]))
         labels = sizes.get(CORRECT, 0) + sizes.get(INCORRECT, 0) if role == ID else int((here & keep & labelled).sum())
@@ -167,12 +167,12 @@ def _clusters(table: pa.Table, name: str) -> Any:
 
 
 def _datasets(table: pa.Table) -> tuple[list[str], Any]:
-    """The names of the data sets, and the position ``(N,)`` of each row's data set among them."""
+    """The names of the datasets, and the position ``(N,)`` of each row's dataset among them."""
     column = table["dataset"].combine_chunks()
     if not pa.types.is_dictionary(column.type):
         column = pc.dictionary_encode(column)
     if column.null_count:
-        raise ValueError(f"{column.null_count} rows have no data set: fill the column 'dataset'")
+        raise ValueError(f"{column.null_count} rows have no dataset: fill the column 'dataset'")
     return column.dictionary.to_pylist(), column.indices.to_numpy(zero_copy_only=False)
 
 
@@ -211,10 +211,10 @@ def _row_notes(summary: Mapping[str, Any]) -> list[str]:
     kept = total - dropped
     unlabelled = kept - summary["labelled"]
     if not total:
-        return [f"data set {name} has no rows and is not judged"]
+        return [f"dataset {name} has no rows and is not judged"]
     notes = [f"{dropped} of {total} rows of {name} are not finite and were dropped"] if dropped else []
     if summary["role"] == ID and kept and unlabelled == kept:
-        notes.append(f"data set {name} has no labels: misclassification is not judged")
+        notes.append(f"dataset {name} has no labels: misclassification is not judged")
     elif summary["role"] == ID and unlabelled:
         notes.append(f"{unlabelled} of {kept} rows of {name} have no label: misclassification ignores them")
     return notes
@@ -223,9 +223,9 @@ def _row_notes(summary: Mapping[str, Any]) -> list[str]:
 def tasks_of(rows: Rows, ood_share: float = 0.5) -> tuple[list[DetectionTask], list[str]]:
     """List the tasks that the rows allow, and notes on those that they do not.
 
-    Joint: correct in-distribution rows against incorrect ones and the rows of an out-of-distribution data set, weighted
-    so that they make up ``ood_share`` of the mixture. Misclassification: the incorrect rows of an in-distribution data
-    set against the correct ones. Out-of-distribution: the rows of a data set against all in-distribution rows.
+    Joint: correct in-distribution rows against incorrect ones and the rows of an out-of-distribution dataset, weighted
+    so that they make up ``ood_share`` of the mixture. Misclassification: the incorrect rows of an in-distribution
+    dataset against the correct ones. Out-of-distribution: the rows of a dataset against all in-distribution rows.
 
     Args:
         rows: From :func:`rows_of`.
@@ -241,7 +241,7 @@ def tasks_of(rows: Rows, ood_share: float = 0.5) -> tuple[list[DetectionTask], l
             misclassification.append(task)
             notes += _one_class_notes(task)
     if others and not has_inside:
-        notes.append("no in-distribution rows: OOD detection is not judged; give a data set the role 'id'")
+        notes.append("no in-distribution rows: OOD detection is not judged; give a dataset the role 'id'")
     elif not others:
         notes.append("no out-of-distribution rows: OOD detection is not judged")
     joint, ood = [], []

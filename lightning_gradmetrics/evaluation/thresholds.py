@@ -80,7 +80,7 @@ def fit_thresholds(
             OOD score.
         tpr: The share of in-distribution rows to accept, in (0, 1], where no rule is given.
         rule: ``TruePositiveRate``, ``Coverage``, ``Conformal``, ``SelectiveRisk``, ``LearnThenTest`` or ``JointRisk``.
-        roles: The role of each data set; without roles all rows are in-distribution.
+        roles: The role of each dataset; without roles all rows are in-distribution.
 
     Returns:
         The thresholds with their guarantee and coverage.
@@ -127,7 +127,7 @@ def _is_ood(table: pa.Table, roles: Mapping[str, str] | None) -> Any:
         return np.zeros(len(table), dtype=bool)
     names = as_table(table, ["dataset"])["dataset"].to_pylist()
     if unknown := sorted(set(names) - set(roles)):
-        raise ValueError(f"no role for the data sets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
+        raise ValueError(f"no role for the datasets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
     outside = [name for name, role in roles.items() if role != "id"]
     return np.isin(np.asarray(names), outside)
 

@@ -55,8 +55,8 @@ class ScoredBatch:
     """A scored batch, as passed to picture sources.
 
     Args:
-        dataset: Name of the data set.
-        index: Index of each sample in the data set ``(N,)``; -1 for a sample that a distributed sampler repeats.
+        dataset: Name of the dataset.
+        index: Index of each sample in the dataset ``(N,)``; -1 for a sample that a distributed sampler repeats.
         prediction: Predicted classes ``(N,)``.
         label: True labels ``(N,)``, -1 where unknown.
         finite: Whether a sample's input, logits and scores are free of NaN and Inf ``(N,)``.

@@ -21,7 +21,7 @@ MOST_SCORES = 4
 MOST_DISTRIBUTIONS = 3
 
 Place = tuple[str, str]
-"""A task and a data set."""
+"""A task and a dataset."""
 
 
 def curve_pictures(
@@ -79,7 +79,7 @@ def _picture(
 
 
 def _ranked(evaluation: Evaluation, tasks: Sequence[str]) -> dict[Place, list[str]]:
-    """Max softmax and the scores with the highest AUROC, for each task on each data set."""
+    """Max softmax and the scores with the highest AUROC, for each task on each dataset."""
     values: dict[Place, dict[str, float]] = {}
     for entry in evaluation.metrics:
         is_defined = entry["metric"] == "auroc" and entry["value"] is not None and entry["dataset"] is not None

@@ -58,7 +58,7 @@ def displayed(image: Tensor) -> NDArray[np.uint8]:
 
 @dataclass
 class _Top:
-    """Samples of one data set in descending order of one score; images may differ in size."""
+    """Samples of one dataset in descending order of one score; images may differ in size."""
 
     images: list[Tensor]
     value: Tensor
@@ -92,7 +92,7 @@ def _merge(parts: Sequence[_Top], count: int) -> _Top:
 
 @dataclass
 class ExampleGallery:
-    """Thumbnails of the samples with the largest scores of each data set; requires images as inputs.
+    """Thumbnails of the samples with the largest scores of each dataset; requires images as inputs.
 
     Args:
         counts: Number of samples to keep, by score.
@@ -117,7 +117,7 @@ class ExampleGallery:
             self.seen[key] = largest
 
     def kept(self) -> dict[tuple[str, str], _Top]:
-        """Return the largest of each data set and score."""
+        """Return the largest of each dataset and score."""
         return self.seen
 
     def join(self, parts: Sequence[dict[tuple[str, str], _Top]]) -> None:
@@ -127,7 +127,7 @@ class ExampleGallery:
             self.seen[dataset, score] = _merge(tops, self.counts[score])
 
     def rows(self) -> Iterator[tuple[str, str, float, int, int, int, Tensor]]:
-        """Yield data set, score, value, index, label, prediction and image of each sample."""
+        """Yield dataset, score, value, index, label, prediction and image of each sample."""
         for (dataset, score), top in self.seen.items():
             for place, image in enumerate(top.images):
                 numbers = int(top.index[place]), int(top.label[place]), int(top.prediction[place])
@@ -138,7 +138,7 @@ class ExampleGallery:
         return {}
 
     def pictures(self) -> list[Picture]:
-        """Return one figure per data set and score."""
+        """Return one figure per dataset and score."""
         pictures = []
         for (dataset, score), top in self.seen.items():
             pictures.append(_picture(dataset, score, top))

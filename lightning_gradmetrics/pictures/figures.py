@@ -22,10 +22,10 @@ _COLOURS = ("#0067b1", "#c94f00", "#00805c", "#9b3f85", "#a67c00", "#2f97d0", "#
 
 
 def profile_figure(quartiles: Mapping[str, Tensor], layers: Sequence[str], label: str) -> Figure:
-    """Draw one line and one band per data set over the layers, on a logarithmic scale.
+    """Draw one line and one band per dataset over the layers, on a logarithmic scale.
 
     Args:
-        quartiles: Lower quartile, median and upper quartile of every layer, ``(3, L)``, by data set.
+        quartiles: Lower quartile, median and upper quartile of every layer, ``(3, L)``, by dataset.
         layers: L names of layers.
         label: Label of the vertical axis.
 
@@ -65,7 +65,7 @@ def examples_figure(
     Args:
         images: At least one image ``(1 or 3, H, W)``.
         values: Scores ``(N,)``.
-        index: Indices in the data set ``(N,)``.
+        index: Indices in the dataset ``(N,)``.
         label: True classes ``(N,)``, -1 where unknown.
         prediction: Predicted classes ``(N,)``.
         columns: Number of images per row.

@@ -103,7 +103,7 @@ def log_samples(
 
 
 def _columns(results: pa.Table, scores: Mapping[str, str]) -> Iterator[tuple[str, str, NDArray[Any]]]:
-    """The finite values of each score on each data set that has any."""
+    """The finite values of each score on each dataset that has any."""
     for dataset in pc.unique(results["dataset"]).to_pylist():
         rows = results.filter(pc.equal(results["dataset"], dataset))
         for column in scores:

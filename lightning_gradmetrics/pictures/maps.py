@@ -1,4 +1,4 @@
-"""Cosine similarity maps of a run: the mean of each data set, and a few of its samples."""
+"""Cosine similarity maps of a run: the mean of each dataset, and a few of its samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["MapGallery"]
 
 @dataclass
 class _Seen:
-    """Maps of one data set: the number of samples, the sum of their maps, and the retained samples."""
+    """Maps of one dataset: the number of samples, the sum of their maps, and the retained samples."""
 
     count: int
     total: Tensor
@@ -61,7 +61,7 @@ class MapGallery:
     Args:
         score: The score that ranks the samples.
         probe: The computation of its maps.
-        each: Number of samples kept from each end of the ranking, per data set.
+        each: Number of samples kept from each end of the ranking, per dataset.
     """
 
     score: Score
@@ -96,7 +96,7 @@ class MapGallery:
         self.seen[batch.dataset] = seen.extremes(self.each)
 
     def kept(self) -> dict[str, _Seen]:
-        """Return the retained maps of each data set."""
+        """Return the retained maps of each dataset."""
         return self.seen
 
     def join(self, parts: Sequence[dict[str, _Seen]]) -> None:
@@ -110,7 +110,7 @@ class MapGallery:
         return {}
 
     def pictures(self) -> list[Picture]:
-        """Return one figure with the mean map of each data set, and one figure per data set with its extreme samples."""
+        """Return one figure with the mean map of each dataset, and one figure per dataset with its extreme samples."""
         if not self.seen:
             return []
         pictures = [self._means()]
@@ -123,7 +123,7 @@ class MapGallery:
 
         means = torch.stack([seen.total / seen.count for seen in self.seen.values()])
         titles = [f"{name} ({seen.count})" for name, seen in self.seen.items()]
-        caption = f"{self._axes()} Each map is the mean over a data set; the number of samples is in brackets."
+        caption = f"{self._axes()} Each map is the mean over a dataset; the number of samples is in brackets."
         return Picture("mean_maps", "Mean cosine similarity maps", caption, csm_figure(means, titles=titles))
 
     def _samples(self, name: str, seen: _Seen) -> Picture:

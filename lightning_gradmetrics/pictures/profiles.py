@@ -1,4 +1,4 @@
-"""Median and quartiles of each layer's gradient norm over each data set of a run."""
+"""Median and quartiles of each layer's gradient norm over each dataset of a run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_gradmetrics.scoring.totals import row_keys
 __all__ = ["ProfileGallery"]
 
 MAX_SAMPLES = 5000
-"""Largest number of samples behind the quartiles of a data set; a larger data set is sampled uniformly."""
+"""Largest number of samples behind the quartiles of a dataset; a larger dataset is sampled uniformly."""
 
 QUARTILES = {"lower_quartile": 0.25, "median": 0.5, "upper_quartile": 0.75}
 
 
 @dataclass
 class _Sample:
-    """A uniform sample of one data set's norms: the rows with the smallest keys, which are hashes of the indices."""
+    """A uniform sample of one dataset's norms: the rows with the smallest keys, which are hashes of the indices."""
 
     count: int
     keys: Tensor
@@ -39,14 +39,14 @@ class _Sample:
 
 
 def _merge(one: _Sample, other: _Sample) -> _Sample:
-    """Return a uniform sample of both data sets' rows."""
+    """Return a uniform sample of both datasets' rows."""
     keys, norms = torch.cat([one.keys, other.keys]), torch.cat([one.norms, other.norms])
     return _Sample(one.count + other.count, keys, norms).smallest_keys()
 
 
 @dataclass
 class ProfileGallery:
-    """The layer profile of each data set, from a bounded sample of it.
+    """The layer profile of each dataset, from a bounded sample of it.
 
     Args:
         profile: The objective and the norm.
@@ -73,7 +73,7 @@ class ProfileGallery:
         self.seen[batch.dataset] = sample.smallest_keys()
 
     def kept(self) -> tuple[tuple[str, ...], dict[str, _Sample]]:
-        """Return the layers, and the sample of each data set."""
+        """Return the layers, and the sample of each dataset."""
         return self.layers, self.seen
 
     def join(self, parts: Sequence[tuple[tuple[str, ...], dict[str, _Sample]]]) -> None:
@@ -88,12 +88,12 @@ class ProfileGallery:
             self.seen[name] = reduce(_merge, samples_of_name)
 
     def quartiles(self) -> dict[str, Tensor]:
-        """Return lower quartile, median and upper quartile of every layer's norm ``(3, L)``, by data set."""
+        """Return lower quartile, median and upper quartile of every layer's norm ``(3, L)``, by dataset."""
         levels = torch.tensor(list(QUARTILES.values()))
         return {name: sample.norms.quantile(levels, dim=0) for name, sample in self.seen.items()}
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return ``profile``: one row per data set and layer."""
+        """Return ``profile``: one row per dataset and layer."""
         if not self.seen:
             return {}
         columns: dict[str, list[object]] = {"dataset": [], "layer": [], "samples": []}
@@ -107,7 +107,7 @@ class ProfileGallery:
         return {"profile": pa.table(columns)}
 
     def pictures(self) -> list[Picture]:
-        """Return one figure with the profiles of all data sets."""
+        """Return one figure with the profiles of all datasets."""
         if not self.seen:
             return []
         from lightning_gradmetrics.pictures.figures import profile_figure
@@ -115,11 +115,11 @@ class ProfileGallery:
         objective = Objective.of(self.profile.objective).name
         figure = profile_figure(self.quartiles(), self.layers, f"{self.profile.norm:g}-norm of the gradient")
         largest_count = max(sample.count for sample in self.seen.values())
-        sampled = f" Larger data sets: {MAX_SAMPLES} random samples." if largest_count > MAX_SAMPLES else ""
+        sampled = f" Larger datasets: {MAX_SAMPLES} random samples." if largest_count > MAX_SAMPLES else ""
         caption = (
             f"The {self.profile.norm:g}-norm of each layer's gradient of the objective {objective}, from the input to the "
-            "output. Line: median over the samples of a data set; band: from the lower to the upper quartile. A layer with "
-            "more parameters has a larger norm when its entries are equally large, so compare data sets within a layer."
+            "output. Line: median over the samples of a dataset; band: from the lower to the upper quartile. A layer with "
+            "more parameters has a larger norm when its entries are equally large, so compare datasets within a layer."
             f"{sampled}"
         )
         return [Picture("profile", "Gradient norm of every layer", caption, figure, "Gradient norms by layer")]

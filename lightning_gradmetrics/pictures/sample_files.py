@@ -1,4 +1,4 @@
-"""Thumbnails of chosen samples, read again from their data sets, as files of a run directory."""
+"""Thumbnails of chosen samples, read again from their datasets, as files of a run directory."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def write_thumbnails(
 
     Args:
         directory: The run directory.
-        datasets: The data sets by name. A data set without ``__getitem__`` is skipped; one that fails is skipped with a warning.
-        indices: The chosen samples of each data set.
+        datasets: The datasets by name. A dataset without ``__getitem__`` is skipped; one that fails is skipped with a warning.
+        indices: The chosen samples of each dataset.
         split_batch: Returns the inputs and labels of a batch.
 
     Returns:
-        The file of each sample, by data set and index.
+        The file of each sample, by dataset and index.
     """
     files: dict[str, dict[str, str]] = {}
     for name, chosen in indices.items():
@@ -79,10 +79,10 @@ def _write_set(
 
 
 def sample_paths(dataset: Any) -> list[str] | None:
-    """Return the path of each sample, for data sets that list their files in ``files``, ``samples`` or ``imgs``.
+    """Return the path of each sample, for datasets that list their files in ``files``, ``samples`` or ``imgs``.
 
     Args:
-        dataset: A data set or a dataloader.
+        dataset: A dataset or a dataloader.
 
     Example:
         >>> from types import SimpleNamespace

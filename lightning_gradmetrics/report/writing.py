@@ -81,7 +81,7 @@ def write_run(
         evaluation: Its evaluation.
         scores: The scores, for their families and papers.
         model: The scored model: ``name``, ``checkpoint``, ``parameters``, ``classes``.
-        descriptions: A few words on each data set.
+        descriptions: A few words on each dataset.
         figures: Pictures in the directory: ``file``, ``title`` and ``caption`` of each.
         command: The command line of the run.
         timing: Seconds per step.

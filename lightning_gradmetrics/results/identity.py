@@ -56,10 +56,10 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 
 def describe_loader(loader: Any) -> dict[str, Any]:
-    """Return what must be the same in a resumed run: the data set's kind, number of rows and content, and the order.
+    """Return what must be the same in a resumed run: the dataset's kind, number of rows and content, and the order.
 
     Args:
-        loader: A dataloader. The content is known for data sets in memory and lists of files, otherwise ``None``.
+        loader: A dataloader. The content is known for datasets in memory and lists of files, otherwise ``None``.
     """
     dataset = getattr(loader, "dataset", loader)
     if isinstance(dataset, RestOfStream):
@@ -78,7 +78,7 @@ def batch_size_of(loader: Any) -> int | None:
 
 
 def expected_rows(loader: Any) -> int | None:
-    """Return the number of rows of one pass over a dataloader, if the pass returns each row of the data set once."""
+    """Return the number of rows of one pass over a dataloader, if the pass returns each row of the dataset once."""
     described = describe_loader(loader)
     dropping = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
     drops = any(getattr(one, "drop_last", False) for one in dropping)
@@ -99,7 +99,7 @@ def _order(loader: DataLoader[Any]) -> str:
 
 
 def _content(dataset: Any) -> str | None:
-    """Return a hash of a data set's content in memory; ``None`` for an unknown kind of data set."""
+    """Return a hash of a dataset's content in memory; ``None`` for an unknown kind of dataset."""
     if isinstance(dataset, Subset):
         inner = _content(dataset.dataset)
         return None if inner is None else _hash([inner, _value(dataset.indices)])
@@ -110,7 +110,7 @@ def _content(dataset: Any) -> str | None:
     if isinstance(getattr(dataset, "_fingerprint", None), str):  # of the library datasets
         return str(dataset._fingerprint)
     values = []
-    for name in ("data", "samples", "targets", "labels"):  # of torchvision's data sets
+    for name in ("data", "samples", "targets", "labels"):  # of torchvision's datasets
         value = getattr(dataset, name, None)
         if isinstance(value, (Tensor, np.ndarray, list)):
             values.append(_value(value))

@@ -41,7 +41,7 @@ ABOUT = b"lightning_gradmetrics.about"
 """Key in the schema of every part for facts that may differ in a resumed run, such as package versions."""
 
 UNLABELLED = b"lightning_gradmetrics.unlabelled"
-"""Key in the schema of a part for data sets whose labels are not classes, in earlier parts too."""
+"""Key in the schema of a part for datasets whose labels are not classes, in earlier parts too."""
 
 ROWS_PER_PART = 100_000
 SECONDS_FOR_LOCK = 8.0
@@ -57,7 +57,7 @@ class ResultsWriter:
 
     Args:
         directory: The results directory; created if it is missing.
-        run: Everything that the results depend on (scores, model, data sets), as plain JSON values. It is stored in the schema of
+        run: Everything that the results depend on (scores, model, datasets), as plain JSON values. It is stored in the schema of
             every part, and a resumed run must have the same.
         about: Facts that may differ in a resumed run (package versions), as plain JSON values; also stored in the schema.
         rank: The number of this process; each process writes parts with its own names.
@@ -195,7 +195,7 @@ class ResultsWriter:
         """Commit the remaining rows and write the manifest, which marks the results as complete.
 
         Args:
-            sizes: Number of samples of each data set, in the order of the results; ``None`` where it is unknown.
+            sizes: Number of samples of each dataset, in the order of the results; ``None`` where it is unknown.
         """
         self.commit()
         rows: dict[str, int] = {}

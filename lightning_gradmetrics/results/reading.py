@@ -29,7 +29,7 @@ class IncompleteResultsError(ValueError):
 
 
 def read_results(directory: str | Path, *, incomplete: bool = False, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the results of a run as one table, in the order of the data sets and of their indices.
+    """Read the results of a run as one table, in the order of the datasets and of their indices.
 
     Args:
         directory: A results directory that a run wrote (``output=``).
@@ -92,7 +92,7 @@ def _read(parts: Sequence[Path], columns: Sequence[str] | None) -> pa.Table:
 
 
 def _without_labels(table: pa.Table, datasets: set[str]) -> pa.Table:
-    """Return the table with null for the labels of some data sets."""
+    """Return the table with null for the labels of some datasets."""
     if not datasets or "label" not in table.column_names:
         return table
     hidden = pc.is_in(table["dataset"], pa.array(sorted(datasets)))
@@ -112,7 +112,7 @@ def _checked(directory: Path, table: pa.Table, sizes: Mapping[str, int | None], 
 
 
 def _sizes_of_run(part: Path) -> dict[str, int | None]:
-    """Return the number of samples of each data set, from the metadata of an interrupted run."""
+    """Return the number of samples of each dataset, from the metadata of an interrupted run."""
     run = json.loads((pq.read_schema(part).metadata or {}).get(RUN, b"{}"))
     sizes: dict[str, int | None] = {}
     for name, dataset in run.get("datasets", {}).items():
@@ -140,8 +140,8 @@ class CommittedRows:
     """The rows that are committed in a results directory.
 
     Attributes:
-        indices: The sorted indices of the rows of each data set.
-        unknown: The number of rows of each data set that have no index.
+        indices: The sorted indices of the rows of each dataset.
+        unknown: The number of rows of each dataset that have no index.
     """
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ def committed_rows(directory: str | Path) -> CommittedRows:
 
 
 def indices_by_dataset(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    """Yield the name of each data set in a results table, and the indices of its rows."""
+    """Yield the name of each dataset in a results table, and the indices of its rows."""
     for name in pc.unique(table["dataset"]).to_pylist():
         yield name, table.filter(pc.equal(table["dataset"], name))["index"]
 

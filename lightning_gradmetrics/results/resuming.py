@@ -31,14 +31,14 @@ def unfinished(dataloader: Any, directory: str | Path, dataset: str | None = Non
         dataloader: The dataloader of the interrupted run; or a list or a mapping of all its dataloaders.
         directory: The results directory (``output=``). If it is missing or empty, the dataloader is returned unchanged,
             so that one script starts and resumes.
-        dataset: The data set's name, for one of several dataloaders.
+        dataset: The dataset's name, for one of several dataloaders.
 
     Returns:
         A dataloader, list or mapping, like ``dataloader``. If nothing is left it has one batch, which the callback does
         not score again.
 
     Raises:
-        ResumeError: If the directory has results of another data set or order, or of one whose order is not known; the
+        ResumeError: If the directory has results of another dataset or order, or of one whose order is not known; the
             message names the difference.
 
     Example:
@@ -62,7 +62,7 @@ def unfinished(dataloader: Any, directory: str | Path, dataset: str | None = Non
         return {name: rest(loader, name) for name, loader in dataloader.items()}
     if isinstance(dataloader, (list, tuple)):
         if len(dataloader) != len(stored):
-            raise ResumeError(f"{directory} has {len(stored)} data sets, but there are {len(dataloader)} dataloaders")
+            raise ResumeError(f"{directory} has {len(stored)} datasets, but there are {len(dataloader)} dataloaders")
         return [rest(loader, name) for loader, name in zip(dataloader, stored, strict=True)]
     return rest(dataloader, dataset)
 
@@ -73,8 +73,8 @@ def _name_of(name: str | None, stored: Mapping[str, Any], directory: Path) -> st
     if name is None and len(stored) == 1:
         return next(iter(stored))
     names = ", ".join(map(repr, stored)) or "none"
-    wanted = "one of several data sets is meant: pass dataset=" if name is None else f"no data set {name!r}"
-    raise ResumeError(f"{directory}: {wanted}; it has the data sets {names}")
+    wanted = "one of several datasets is meant: pass dataset=" if name is None else f"no dataset {name!r}"
+    raise ResumeError(f"{directory}: {wanted}; it has the datasets {names}")
 
 
 def _rest(
@@ -109,10 +109,10 @@ def _replaced(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
 
 
 def check_resumable(name: str, described: Mapping[str, Any], unknown: int) -> None:
-    """Refuse a data set whose remaining samples are unknown.
+    """Refuse a dataset whose remaining samples are unknown.
 
     Args:
-        name: The data set's name.
+        name: The dataset's name.
         described: From :func:`describe_loader`.
         unknown: The number of its committed rows that have no index.
 
@@ -121,12 +121,12 @@ def check_resumable(name: str, described: Mapping[str, Any], unknown: int) -> No
     """
     if described["order"] == UNKNOWN_ORDER:
         raise ResumeError(
-            f"cannot resume the data set {name!r}: the order of its dataloader is random in each run (shuffle=True or a "
+            f"cannot resume the dataset {name!r}: the order of its dataloader is random in each run (shuffle=True or a "
             "custom sampler). Use shuffle=False, or score it again in another directory"
         )
     if unknown:
         raise ResumeError(
-            f"cannot resume the data set {name!r}: {unknown} of its committed rows have no index, so the samples that are "
+            f"cannot resume the dataset {name!r}: {unknown} of its committed rows have no index, so the samples that are "
             "left are unknown; score it again in another directory"
         )
 
@@ -135,13 +135,13 @@ def check_stream(loader: DataLoader[Any], name: str, rows: int, is_skipped: bool
     """Refuse a stream that cannot skip its first rows.
 
     Args:
-        loader: A dataloader of an iterable data set, or of its rows after the first ones.
-        name: The data set's name.
+        loader: A dataloader of an iterable dataset, or of its rows after the first ones.
+        name: The dataset's name.
         rows: The number of committed rows.
         is_skipped: Whether the dataloader must have skipped them already.
 
     Raises:
-        ResumeError: If the data set has no method ``skip(rows)``, or several worker processes read it.
+        ResumeError: If the dataset has no method ``skip(rows)``, or several worker processes read it.
     """
     dataset = loader.dataset
     if isinstance(dataset, RestOfStream):
@@ -151,28 +151,28 @@ def check_stream(loader: DataLoader[Any], name: str, rows: int, is_skipped: bool
     kind = type(dataset).__name__
     if is_skipped and callable(getattr(dataset, "skip", None)):
         raise ResumeError(
-            f"{rows} rows of the data set {name!r} are committed, and its dataloader starts at the first row: pass "
+            f"{rows} rows of the dataset {name!r} are committed, and its dataloader starts at the first row: pass "
             "lightning_gradmetrics.unfinished(dataloader, directory) to the trainer"
         )
     if not callable(getattr(dataset, "skip", None)):
         raise ResumeError(
-            f"cannot resume the data set {name!r}: {kind} is iterable and cannot skip the {rows} rows that are committed. Give "
-            "it a method skip(rows) that returns the data set without its first rows, or score it again in another directory"
+            f"cannot resume the dataset {name!r}: {kind} is iterable and cannot skip the {rows} rows that are committed. Give "
+            "it a method skip(rows) that returns the dataset without its first rows, or score it again in another directory"
         )
     if loader.num_workers > 1:
         raise ResumeError(
-            f"cannot resume the data set {name!r}: {loader.num_workers} worker processes read the {kind}, so its rows have no "
+            f"cannot resume the dataset {name!r}: {loader.num_workers} worker processes read the {kind}, so its rows have no "
             "certain order; use num_workers=0 or 1"
         )
 
 
 def committed_mask(name: str, committed: CommittedRows, rows: int) -> np.ndarray[Any, Any]:
-    """Return which rows ``(N,)``, bool, of a data set are committed.
+    """Return which rows ``(N,)``, bool, of a dataset are committed.
 
     Args:
-        name: The data set's name.
+        name: The dataset's name.
         committed: From :func:`committed_rows`.
-        rows: The number of rows N of the data set.
+        rows: The number of rows N of the dataset.
     """
     mask = np.zeros(rows, dtype=bool)
     mask[committed.indices.get(name, np.array([], dtype=np.int64))] = True

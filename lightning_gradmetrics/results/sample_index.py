@@ -1,4 +1,4 @@
-"""The index of each row in its data set, as far as the dataloader shows it."""
+"""The index of each row in its dataset, as far as the dataloader shows it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPEATED = -1
 """The index of a row that is left out, because a distributed sampler repeats it or it is already committed."""
 
 UNKNOWN = -2
-"""The index of a row whose position in the data set is unknown."""
+"""The index of a row whose position in the dataset is unknown."""
 
 Indices = Sequence[int] | np.ndarray[Any, Any]
 
@@ -48,13 +48,13 @@ def keeps_order(loader: Any) -> bool:
 
 
 def known_order(loader: Any) -> Indices | None:
-    """Return the order in which one process reads a data set, if it is known in advance and always the same.
+    """Return the order in which one process reads a dataset, if it is known in advance and always the same.
 
     Args:
         loader: A dataloader.
 
     Returns:
-        The data set's indices in the order of the sampler or of the list of batches, or ``None``.
+        The dataset's indices in the order of the sampler or of the list of batches, or ``None``.
     """
     if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__") or not keeps_order(loader):
         return None
@@ -73,7 +73,7 @@ def known_order(loader: Any) -> Indices | None:
 
 
 def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> Indices | None:
-    """Return the data set's index of each row that this process will receive, in order; ``None`` if it is unknown.
+    """Return the dataset's index of each row that this process will receive, in order; ``None`` if it is unknown.
 
     A distributed sampler repeats rows so that all processes receive the same number: a repeated row has the index -1.
     """

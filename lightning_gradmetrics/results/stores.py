@@ -124,7 +124,7 @@ class DirectoryStore:
         output: Where the results are stored.
         rows: The rows of each dataloader.
         complete: Adds columns computed from others.
-        sizes: The number of rows of each data set, ``None`` where it is unknown.
+        sizes: The number of rows of each dataset, ``None`` where it is unknown.
     """
 
     writer: ResultsWriter

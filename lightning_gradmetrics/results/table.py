@@ -69,12 +69,12 @@ class SequenceColumns:
 
 @dataclass
 class Rows:
-    """The rows of one data set, kept on the device until they are read.
+    """The rows of one dataset, kept on the device until they are read.
 
     Args:
-        dataset: The data set's name.
+        dataset: The dataset's name.
         scores: The names of the score columns.
-        index: The data set's index of the rows.
+        index: The dataset's index of the rows.
         forget_labels: Whether labels are left out of the table.
         vectors: The names of further columns, whose values are lists of numbers.
         has_ids: Whether each row has a sample id.
@@ -216,7 +216,7 @@ def empty_results(scores: Sequence[str]) -> pa.Table:
 
 
 def merge_results(tables: Sequence[pa.Table], datasets: Sequence[str]) -> pa.Table:
-    """Return the tables of several processes or data sets as one, in the order of the data sets and of their indices."""
+    """Return the tables of several processes or datasets as one, in the order of the datasets and of their indices."""
     filled = [table for table in tables if table.num_rows]
     merged = pa.concat_tables(filled or tables[:1])
     if not merged.num_rows:
@@ -270,13 +270,13 @@ def largest(results: pa.Table, score: str, n: int = 20, dataset: str | None = No
         results: A per-sample table, as ``callback.results``.
         score: The name of the score's column.
         n: The largest number of samples.
-        dataset: The data set; by default all data sets, one after the other.
+        dataset: The dataset; by default all datasets, one after the other.
 
     Returns:
         The columns ``dataset``, ``index``, ``label``, ``prediction``, and the score under its name.
 
     Raises:
-        ValueError: If there is no such column or data set, or ``n`` is below 1.
+        ValueError: If there is no such column or dataset, or ``n`` is below 1.
 
     Example:
         >>> columns = {"dataset": ["train"] * 3, "index": [0, 1, 2], "prediction": [0, 1, 1], "label": [0, 1, 0]}
@@ -289,7 +289,7 @@ def largest(results: pa.Table, score: str, n: int = 20, dataset: str | None = No
     if score not in fields:
         raise ValueError(f"the results have no score {score!r}; available: {', '.join(fields) or 'none'}")
     if dataset is not None and dataset not in names:
-        raise ValueError(f"the results have no data set {dataset!r}; available: {', '.join(names) or 'none'}")
+        raise ValueError(f"the results have no dataset {dataset!r}; available: {', '.join(names) or 'none'}")
     if n < 1:
         raise ValueError(f"n is {n}; expected at least 1 sample")
     known = results.filter(results["finite"]).select(["dataset", "index", "label", "prediction", score])
@@ -305,7 +305,7 @@ def largest_of_each(results: pa.Table, counts: Mapping[str, int]) -> pa.Table:
 
     Args:
         results: A per-sample table.
-        counts: The number of samples of each data set, by score.
+        counts: The number of samples of each dataset, by score.
     """
     parts = []
     for score, count in counts.items():

@@ -31,7 +31,7 @@ def token_table(results: pa.Table) -> pa.Table:
             ``tokens/<score>``, as ``callback.results`` or :func:`lightning_gradmetrics.read_results` return them.
 
     Returns:
-        The columns ``dataset``; ``index``, the text's index in the data set; ``sequence``, the number of the text's row;
+        The columns ``dataset``; ``index``, the text's index in the dataset; ``sequence``, the number of the text's row;
         ``position``, the token's position in the text; ``label``, the token; ``prediction``, the most probable token; one
         column per score; and ``finite``.
 

@@ -61,7 +61,7 @@ def unfinished_batches(sampler: Sampler[int], batch_size: int, drop_last: bool, 
         sampler: A sampler whose order is always the same.
         batch_size: The number of rows of a batch.
         drop_last: Whether a smaller last batch is left out.
-        committed: Which rows ``(N,)`` of the data set are committed, bool.
+        committed: Which rows ``(N,)`` of the dataset are committed, bool.
 
     Example:
         >>> from torch.utils.data import SequentialSampler
@@ -88,7 +88,7 @@ def unfinished_list(batches: Sequence[Sequence[int]], committed: Mask) -> Unfini
 
     Args:
         batches: The indices of each batch.
-        committed: Which rows ``(N,)`` of the data set are committed, bool.
+        committed: Which rows ``(N,)`` of the dataset are committed, bool.
     """
     whole = [list(batch) for batch in batches]
     left = [batch for batch in whole if not committed[batch].all()]
@@ -98,11 +98,11 @@ def unfinished_list(batches: Sequence[Sequence[int]], committed: Mask) -> Unfini
 
 
 class RestOfStream(IterableDataset[Any]):
-    """The samples of an iterable data set after its first rows.
+    """The samples of an iterable dataset after its first rows.
 
     Args:
-        whole: A data set with a method ``skip(rows)`` that returns the data set without its first rows, such as the data
-            sets of the library ``datasets``.
+        whole: A dataset with a method ``skip(rows)`` that returns the dataset without its first rows, such as those
+            of the library ``datasets``.
         rows: The number of rows that are skipped.
     """
 

@@ -41,7 +41,7 @@ class ObservedBatch:
         head: The head; ``None`` where nobody needs it.
         labels: True labels ``(N,)``, or ``(N, *P)``, or ``None``.
         ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if that is not known.
-        dataset: The name of the data set, for messages.
+        dataset: The name of the dataset, for messages.
         order: The number in the dataloader's batch of each sample ``(N,)``, or ``None`` if the order is the same.
         called: The module that was called with the inputs; ``None`` for the model itself.
         one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.

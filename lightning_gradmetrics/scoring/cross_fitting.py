@@ -54,7 +54,7 @@ class HeldOutColumn:
 
     Args:
         score: The score.
-        without: The data set that is left out of all its fits, if any.
+        without: The dataset that is left out of all its fits, if any.
     """
 
     score: FittedScore
@@ -75,7 +75,7 @@ def held_out_columns(scores: Iterable[Score], roles: Mapping[str, str]) -> list[
 
     Args:
         scores: Scores; those that need no fit are skipped.
-        roles: The role of each data set.
+        roles: The role of each dataset.
     """
     ood_sets = [name for name, role in roles.items() if role != ID]
     columns = []
@@ -121,12 +121,12 @@ def held_out_scores(
     template: Scorer,
     progress: Progress = lambda share: None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return every row's scores by fits on the other folds, ``(N,)`` for each data set and column.
+    """Return every row's scores by fits on the other folds, ``(N,)`` for each dataset and column.
 
     Args:
         model: The model.
-        parts: The evidence of each data set.
-        folds: The fold of each row, by data set.
+        parts: The evidence of each dataset.
+        folds: The fold of each row, by dataset.
         columns: The columns.
         template: The scorer that gathered the evidence.
         progress: Called with the completed share.
@@ -164,7 +164,7 @@ def _cells(
     template: Scorer,
     count: int,
 ) -> dict[tuple[str, int], Fitting]:
-    """Return the contribution of each fold of each data set; a fit adds up the cells that it may use."""
+    """Return the contribution of each fold of each dataset; a fit adds up the cells that it may use."""
     cells = {}
     for name in parts:
         for fold in range(count):
@@ -217,7 +217,7 @@ def cross_fit(
 ) -> pa.Table:
     """Return out-of-fold scores: fitted scores evaluated on their own data by cross-validation.
 
-    The evidence of every row is gathered once. The rows of each data set are split into folds, errors and correct
+    The evidence of every row is gathered once. The rows of each dataset are split into folds, errors and correct
     predictions evenly. A row's fold depends on its input, not on its position, so copies of an image share a fold. Each
     fold is scored by a fit on the others. A score that is fitted on out-of-distribution samples has several columns:
     ``<score>`` is fitted on samples of all sets, ``<score> without <set>`` on none of that set. Use the latter to assess
@@ -225,9 +225,9 @@ def cross_fit(
 
     Args:
         model: A classifier in eval mode.
-        batches: Batches ``(inputs, labels)`` of each data set, as a dataloader yields them.
+        batches: Batches ``(inputs, labels)`` of each dataset, as a dataloader yields them.
         scores: The scores; those that need no fit are computed as usual.
-        roles: The role of each data set: ``"id"``, or a group of out-of-distribution sets. The model must not have been
+        roles: The role of each dataset: ``"id"``, or a group of out-of-distribution sets. The model must not have been
             trained on the data.
         folds: The number of folds.
         seed: The seed of the folds.
@@ -238,7 +238,7 @@ def cross_fit(
         A results table: ``dataset``, ``index``, ``prediction``, ``label``, the scores, ``finite``.
 
     Raises:
-        ValueError: If a data set has no role or fewer rows than folds, or a score learns errors and there are fewer
+        ValueError: If a dataset has no role or fewer rows than folds, or a score learns errors and there are fewer
             errors, or correct predictions, than folds.
 
     Example:
@@ -254,7 +254,7 @@ def cross_fit(
     check_model(model)
     for name in batches:
         if name not in roles:
-            raise ValueError(f"no role for the data set {name!r}: add it to roles, as in {{{name!r}: 'id'}}")
+            raise ValueError(f"no role for the dataset {name!r}: add it to roles, as in {{{name!r}: 'id'}}")
     scorer = FittingScorer(wanted, **options)
     columns = held_out_columns(wanted, {name: roles[name] for name in batches})
     parts, tables = {}, {}
@@ -274,13 +274,11 @@ def cross_fit(
 def _gather(
     model: nn.Module, name: str, batches: Iterable[Any], scorer: Scorer, ood: bool
 ) -> tuple[list[Part], pa.Table]:
-    """Return the evidence of a data set, and its rows without scores."""
+    """Return the evidence of a dataset, and its rows without scores."""
     rows, parts = Rows(name, (), SampleIndex.of(batches)), []
     for batch, evidence in gathered(model, batches, scorer, ood):
         if batch.tokens is not None:
-            raise ValueError(
-                f"cross_fit takes classifiers of samples, and the data set {name!r} has texts: use lgm.fit"
-            )
+            raise ValueError(f"cross_fit takes classifiers of samples, and the dataset {name!r} has texts: use lgm.fit")
         rows.add(batch.inputs, batch.logits, batch.labels, {})
         finite = finite_rows(batch.inputs, [batch.logits], batch.size).cpu()
         parts.append(Part(evidence, keys_of(batch), finite))
@@ -294,12 +292,12 @@ def _folds_of(
     folds: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Return the fold of each row of every data set, after a check that there are enough rows."""
+    """Return the fold of each row of every dataset, after a check that there are enough rows."""
     learns_errors = any(column.score.fit_needs.labels for column in columns)
     fold_of_rows, not_finite = {}, 0
     for name, batches in parts.items():
         if not batches:
-            raise ValueError(f"the data set {name!r} has no samples: leave it out")
+            raise ValueError(f"the dataset {name!r} has no samples: leave it out")
         incorrect, keys = _incorrect_and_keys(batches)
         for batch in batches:
             not_finite += int((~batch.finite).sum())

@@ -17,7 +17,7 @@ from lightning_gradmetrics.scoring.recipes import Score
 __all__ = ["OUTLIER", "VOID", "check_logits", "known_labels", "not_per_position", "two_columns", "with_two_columns"]
 
 VOID = 255
-"""The label of positions without a class in most segmentation data sets."""
+"""The label of positions without a class in most segmentation datasets."""
 
 OUTLIER = -200
 """The label that marks an out-of-distribution pixel; like every negative label, it is not a class."""

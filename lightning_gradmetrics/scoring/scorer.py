@@ -147,7 +147,7 @@ class Scorer:
         Raises:
             ValueError: If a label is missing or is not one of the logits' classes.
         """
-        place = f" in the data set {dataset!r}" if dataset else ""
+        place = f" in the dataset {dataset!r}" if dataset else ""
         problem = _label_problem(labels, len(logits), logits.shape[1], place)
         if problem is not None:
             names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)

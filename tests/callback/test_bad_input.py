@@ -34,7 +34,7 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"datasets": {"a": "id", "b": 1}}, r"datasets\['b'\]=1; a role is a word: 'id'"),
     ({"datasets": {"a": "ID", "b": "far"}}, r"datasets\['a'\]='ID'; in-distribution data has the role 'id'"),
     ({"datasets": {"a": "in-distribution"}}, r"in-distribution data has the role 'id'"),
-    ({"datasets": {"a": "id", "far": "near", "b": "far"}}, r"a data set 'far' and a group of that name.*rename one"),
+    ({"datasets": {"a": "id", "far": "near", "b": "far"}}, r"a dataset 'far' and a group of that name.*rename one"),
     ({"datasets": {"testing": {"a": "id"}}}, r"the stage 'testing'; the stages are fit, validate, test, predict"),
     ({"datasets": {"test": {"a": "id"}, "predict": ["b", "b"]}}, r"datasets\['predict'\]= has the same name twice"),
     ({"head": 3}, r"head= is an int; expected the name of a module.*head='fc'"),
@@ -100,7 +100,7 @@ OUTPUTS: list[tuple[Callable[[Tensor], Any], dict[str, Any], str]] = [
     (lambda z: z, {"split_batch": lambda b: (b[0], b[0])}, r"split_batch returned labels.*one class number per sample"),
     (lambda z: z, {"head": "fc"}, r"no linear layer 'fc'"),
     (lambda z: z, {"submodule": "network"}, r"no submodule 'network'; its children are: net"),
-    (lambda z: z, {"datasets": ["a", "b"]}, r"names 2 data sets \(a, b\), but test has 1 dataloader"),
+    (lambda z: z, {"datasets": ["a", "b"]}, r"names 2 datasets \(a, b\), but test has 1 dataloader"),
 ]
 
 
@@ -222,7 +222,7 @@ def test_places_of_labels(kind: str, step: type[Stepped], tensors: tuple[Any, ..
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         test_run(callback, step(mlp(5, 8, 3)), batches(*tensors))
-    warned = any("no labels are used for the data set 'dataloader_0'" in str(one.message) for one in heard)
+    warned = any("no labels are used for the dataset 'dataloader_0'" in str(one.message) for one in heard)
     assert warned == (not clear)
     expected = Y.tolist() if clear and len(tensors) > 1 else [None] * 8
     assert callback.results["label"].to_pylist() == expected

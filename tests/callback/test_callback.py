@@ -140,12 +140,12 @@ def test_names_from_a_mapping_of_dataloaders() -> None:
 
 
 def test_wrong_number_of_names() -> None:
-    with pytest.raises(ValueError, match=r"names 1 data sets \(one\), but test has 2 dataloaders"):
+    with pytest.raises(ValueError, match=r"names 1 datasets \(one\), but test has 2 dataloaders"):
         run("test", lgm.GradientMetrics("energy", datasets=["one"]), Module(), [loader(3), loader(2)])
 
 
 class Samples(Dataset):
-    """A data set whose samples are what a function makes of an image and a label."""
+    """A dataset whose samples are what a function makes of an image and a label."""
 
     def __init__(self, make, n: int = 6) -> None:
         self.x, self.make = images(n), make

@@ -1,4 +1,4 @@
-"""The column ``index``: the index in the data set of each row, or null with one warning; checked by a data set that returns it."""
+"""The column ``index``: the index in the dataset of each row, or null with one warning; checked by a dataset that returns it."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ assert callback.results.num_rows == 6
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
-# Stages and data sets
+# Stages and datasets
 
 
 def test_one_callback_for_all_stages() -> None:
@@ -193,7 +193,7 @@ def test_names_for_the_test_do_not_stop_a_fit() -> None:
     assert sum("not scored" in str(one.message) for one in heard) == 1 and callback.results.num_rows == 0
     used.test(Stepped(net), [batches(x, y), batches(x, y)], verbose=False)
     assert callback.results.num_rows == 16
-    with pytest.raises(ValueError, match=r"names 2 data sets \(mine, other\), but fit has 1 dataloader"):
+    with pytest.raises(ValueError, match=r"names 2 datasets \(mine, other\), but fit has 1 dataloader"):
         trainer(lgm.GradientMetrics("energy", datasets=roles, stages="fit"), max_epochs=1).fit(
             Stepped(net), batches(x, y), batches(x, y)
         )

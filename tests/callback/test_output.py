@@ -260,7 +260,7 @@ def test_labels_beyond_the_classes_are_forgotten_in_parts_that_were_written_befo
 
 
 class Files(Dataset[Any]):
-    """A data set of one's own."""
+    """A dataset of one's own."""
 
     def __len__(self) -> int:
         return 5

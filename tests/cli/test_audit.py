@@ -56,7 +56,7 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
         (("t",), "no score 't'; available: s"),
         (("index",), "no score 'index'"),
         (("s", 0), "n is 0"),
-        (("s", 2, "c"), "no data set 'c'; available: a, b"),
+        (("s", 2, "c"), "no dataset 'c'; available: a, b"),
     ],
 )
 def test_mistakes_are_explained(arguments: tuple, words: str) -> None:

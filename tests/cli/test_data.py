@@ -91,7 +91,7 @@ def test_classes_in_the_models_order(folders: Path) -> None:
         ({"id": "outside"}, "no class folders"),
         ({"id": "inside", "far": "empty"}, "no image below"),
         ({"id": "inside", "classes": ["cat"]}, "is in no class folder; the classes are: cat"),
-        ({"id": "inside", "far": "inside"}, "two data sets are called 'inside'"),
+        ({"id": "inside", "far": "inside"}, "two datasets are called 'inside'"),
         ({"id": "inside", "interpolation": "cubist"}, "unknown interpolation 'cubist'; did you mean 'bicubic'"),
     ],
 )

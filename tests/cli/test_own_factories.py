@@ -1,4 +1,4 @@
-"""A data set and a model of one's own, used through the command as a user would."""
+"""A dataset and a model of one's own, used through the command as a user would."""
 
 from __future__ import annotations
 
@@ -158,8 +158,8 @@ def test_custom_targets_do_not_inherit_arguments() -> None:
     [
         (nn.Linear(1, 1), TypeError, "must return an EvaluationData"),
         ({"far": [1]}, ValueError, "has no in-distribution data"),
-        ({"id": {"a": [1]}, "far": {"a": [2]}}, ValueError, "two data sets named 'a'"),
-        ({"id": 3}, TypeError, "'id' must be a data set, got int"),
+        ({"id": {"a": [1]}, "far": {"a": [2]}}, ValueError, "two datasets named 'a'"),
+        ({"id": 3}, TypeError, "'id' must be a dataset, got int"),
     ],
 )
 def test_wrong_data(made: object, error: type[Exception], words: str) -> None:

@@ -47,7 +47,7 @@ def test_torchvision_data(mnist: tuple[Path, np.ndarray]) -> None:
     assert label == -1 and pixels.shape == (3, 28, 28) and len(data.sets["noise"]) == 3
     loaders, _ = data.fit_loaders(4)
     assert len(loaders["train"].dataset) == 2
-    with pytest.raises(ValueError, match=r"unknown torchvision data set 'MNISST'; did you mean 'MNIST'"):
+    with pytest.raises(ValueError, match=r"unknown torchvision dataset 'MNISST'; did you mean 'MNIST'"):
         torchvision_data("MNISST", 28)
 
 

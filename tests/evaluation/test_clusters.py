@@ -45,7 +45,7 @@ def test_all_rows_of_a_cluster_have_one_weight_and_clusters_are_drawn_with_repla
 def test_few_clusters_have_no_intervals() -> None:
     evaluation = evaluate(table(20, clusters=9), ["score"], {"a": "id"}, resamples=20, cluster="text")
     assert evaluation.find(metric="auroc")[0]["low"] is None
-    assert 'data set "a" has 9 clusters: no intervals below 10' in evaluation.notes
+    assert 'dataset "a" has 9 clusters: no intervals below 10' in evaluation.notes
 
 
 def test_clusters_may_be_text_or_fractions_and_none_may_be_missing() -> None:

@@ -349,7 +349,7 @@ def test_notes_name_what_was_left_out():
 def test_no_labels_and_one_class():
     nothing = pa.array([None] * len(table()), pa.int64())
     found = evaluate(table().set_column(3, "label", nothing), ["good"], ROLES, resamples=0)
-    assert 'data set "test" has no labels: misclassification is not judged' in found.notes
+    assert 'dataset "test" has no labels: misclassification is not judged' in found.notes
     assert {record["task"] for record in found.metrics} == {"ood"}
     assert found.datasets[0]["accuracy"] is None
     right = table().set_column(2, "prediction", pa.array([0] * len(table())))
@@ -369,7 +369,7 @@ def test_few_positives_and_missing_roles_are_noted():
     assert 'joint on "mnist" has 5 out-of-distribution samples: no intervals below 10' in found.notes
     assert all(entry["low"] is None for entry in found.find(task="ood", dataset="mnist"))
     assert all(c["verdict"] == "cannot tell" for c in found.comparisons if c["task"] == "ood")
-    assert 'data set "letters" has no rows and is not judged' in found.notes
+    assert 'dataset "letters" has no rows and is not judged' in found.notes
     only = evaluate(small.slice(0, 300), ["good"], {"test": "id"}, resamples=0)
     assert any("no out-of-distribution rows" in note for note in only.notes)
     outside = evaluate(small.slice(300), ["good"], {"mnist": "far"}, resamples=0)
@@ -400,7 +400,7 @@ KINDS_OF_TABLE = {
     "record batches": lambda results, folder: results.to_batches(max_chunksize=50),
     "reader": lambda results, folder: results.to_reader(max_chunksize=50),
     "record batch": lambda results, folder: results.combine_chunks().to_batches()[0],
-    "data set": lambda results, folder: (pq.write_table(results, folder / "a.parquet"), ds.dataset(folder))[1],
+    "dataset": lambda results, folder: (pq.write_table(results, folder / "a.parquet"), ds.dataset(folder))[1],
     "dictionary": lambda results, folder: results.set_column(0, "dataset", results["dataset"].dictionary_encode()),
     "float32": lambda results, folder: results.set_column(5, "fair", results["fair"].cast(pa.float64())),
 }
@@ -455,7 +455,7 @@ def test_json_round_trip(evaluation):
         ({"scores": ["good", "bad"]}, "no column 'bad'"),
         ({"scores": []}, "at least one column"),
         ({"scores": "good"}, "must be a list"),
-        ({"roles": {"test": "id"}}, r"no role for the data sets \['letters', 'mnist', 'textures'\]"),
+        ({"roles": {"test": "id"}}, r"no role for the datasets \['letters', 'mnist', 'textures'\]"),
         ({"baselines": ["noise"]}, "not among the scores"),
         ({"baseline": "noise"}, "not among the scores"),
         ({"ood_share": 1}, "ood_share must be between"),

@@ -74,7 +74,7 @@ def test_scores_of_true_labels_are_refused(export) -> None:
 
 
 class OpenOODData(Dataset):
-    """Items as OpenOOD's data sets return them."""
+    """Items as OpenOOD's datasets return them."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.x, self.y = x, y

@@ -27,7 +27,7 @@ def gallery(callback: lgm.GradientMetrics) -> MapGallery | None:
 
 
 def batch(inputs: torch.Tensor, scores: dict[str, torch.Tensor], evidence: Evidence | None = None) -> ScoredBatch:
-    """A batch of the data set a, whose samples are all finite."""
+    """A batch of the dataset a, whose samples are all finite."""
     index = torch.arange(len(inputs))
     evidence = evidence or Evidence(torch.zeros(len(inputs), 3))
     return ScoredBatch("a", index, index.clone(), index.clone(), index >= 0, inputs, evidence, scores)

@@ -15,7 +15,7 @@ ROLES = {"test": "id", "near": "near", "far": "far"}
 
 @pytest.fixture(scope="module")
 def results() -> pa.Table:
-    """Return 100 rows per data set, a fifth of the in-distribution predictions incorrect; values repeat."""
+    """Return 100 rows per dataset, a fifth of the in-distribution predictions incorrect; values repeat."""
     random = np.random.default_rng(0)
     labels = (random.random(300) < 0.2).astype(int)
     return pa.table(

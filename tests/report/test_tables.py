@@ -37,7 +37,7 @@ SCORES += [make("gradnorm").named(f"gradnorm_{number}") for number in range(27)]
 
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
-    """Seven data sets and 31 scores; the long-named one ranks perfectly, so its AUROC is 100.0."""
+    """Seven datasets and 31 scores; the long-named one ranks perfectly, so its AUROC is 100.0."""
     rows, generator = 20, torch.Generator().manual_seed(0)
     outside = torch.tensor([role != "id" for role in ROLES.values()]).repeat_interleave(rows)
     scores = {}
@@ -91,11 +91,11 @@ def test_columns_are_dropped_in_the_stated_order(evaluation: Evaluation) -> None
     narrow = metrics_grids(evaluation, SCORES, 64)
     assert [len(block.columns) - 1 for block in narrow] == [2, 2, 2, 2, 2]
     assert narrow[-1].notes == (
-        "errors: 2 more data sets in metrics.csv.",
-        "near: 2 more data sets in metrics.csv.",
-        "far: 3 more data sets in metrics.csv.",
-        "errors and near: 2 more data sets in metrics.csv.",
-        "errors and far: 3 more data sets in metrics.csv.",
+        "errors: 2 more datasets in metrics.csv.",
+        "near: 2 more datasets in metrics.csv.",
+        "far: 3 more datasets in metrics.csv.",
+        "errors and near: 2 more datasets in metrics.csv.",
+        "errors and far: 3 more datasets in metrics.csv.",
     )
 
 

@@ -180,7 +180,7 @@ def test_wrong_cross_validations_are_explained() -> None:
         cross_fit(model, {"mine": [(x, few)]}, ERRORS, {"mine": "id"})
     with pytest.raises(ValueError, match=r"of 'combination.*': combination.detector=ood. is fitted on 2 or more"):
         cross_fit(model, {"mine": [(x, y)]}, OUTSIDE, {"mine": "id"})
-    with pytest.raises(ValueError, match="no role for the data set 'mine'"):
+    with pytest.raises(ValueError, match="no role for the dataset 'mine'"):
         cross_fit(model, {"mine": [(x, y)]}, INSIDE, {"other": "id"})
     with pytest.raises(ValueError, match="'mine' has no samples"):
         cross_fit(model, {"mine": []}, INSIDE, {"mine": "id"})

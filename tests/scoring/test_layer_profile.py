@@ -90,7 +90,7 @@ def test_a_profile_shares_the_forward_and_the_backward_of_a_score(tmp_path: Path
 
 
 def test_a_bounded_uniform_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As many as the bound, spread over the whole data set, and the same ones whichever process saw them."""
+    """As many as the bound, spread over the whole dataset, and the same ones whichever process saw them."""
     monkeypatch.setattr(profiles, "MAX_SAMPLES", 40)
     callback, _, _ = run(tmp_path, "energy", sizes=(400,))
     source = callback.sources[0]

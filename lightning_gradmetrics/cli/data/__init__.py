@@ -1,4 +1,4 @@
-"""Data of the command: named data sets with roles."""
+"""Data of the command: named datasets with roles."""
 
 from lightning_gradmetrics.cli.data.arrays import npz_data
 from lightning_gradmetrics.cli.data.datamodule import datamodule

@@ -28,7 +28,7 @@ def npz_data(
     inputs: str = "inputs",
     labels: str = "labels",
 ) -> EvaluationData:
-    """Return arrays of ``.npz`` files as data sets with roles.
+    """Return arrays of ``.npz`` files as datasets with roles.
 
     Args:
         id: The in-distribution file: a path, or ``{name: path}``.

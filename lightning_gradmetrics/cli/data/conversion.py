@@ -20,8 +20,8 @@ def evaluation_data(made: Any, source: str) -> EvaluationData:
     """Return the data that a factory made, in the form that the command uses.
 
     Args:
-        made: An :class:`EvaluationData`; a ``LightningDataModule``; or a mapping from role to a data set, or from role to
-            ``{name: data set}``, with the optional keys ``train`` and ``fit``.
+        made: An :class:`EvaluationData`; a ``LightningDataModule``; or a mapping from role to a dataset, or from role to
+            ``{name: dataset}``, with the optional keys ``train`` and ``fit``.
         source: The name of the factory, for error messages.
 
     Raises:
@@ -43,7 +43,7 @@ def evaluation_data(made: Any, source: str) -> EvaluationData:
             f"set, such as {{'id': test_set, 'far': {{'svhn': svhn}}}}; got {type(made).__name__}"
         )
     if "id" not in made.roles.values():
-        raise ValueError(f"{source} has no in-distribution data: give one data set the role 'id'")
+        raise ValueError(f"{source} has no in-distribution data: give one dataset the role 'id'")
     return made
 
 
@@ -55,9 +55,9 @@ def _data_of_mapping(made: Mapping[str, Any], source: str) -> EvaluationData:
             continue
         for name, dataset in _by_name(role, members).items():
             if name in sets:
-                raise ValueError(f"{source} has two data sets named {name!r}: rename one")
+                raise ValueError(f"{source} has two datasets named {name!r}: rename one")
             if not hasattr(dataset, "__getitem__") and not hasattr(dataset, "__iter__"):
-                raise TypeError(f"{source}: {name!r} must be a data set, got {type(dataset).__name__}")
+                raise TypeError(f"{source}: {name!r} must be a dataset, got {type(dataset).__name__}")
             sets[name], roles[name] = dataset, role
     fit = _by_name(FIT, made[FIT]) if FIT in made else {}
     return EvaluationData(sets, roles, train=made.get(TRAIN), fit=fit)

@@ -14,7 +14,7 @@ __all__ = ["data_of_module", "datamodule"]
 
 
 def datamodule(module: LightningDataModule, roles: Mapping[str, str] | None = None) -> EvaluationData:
-    """Return the test dataloaders of a data module as data sets; fitted scores are fitted on its validation data.
+    """Return the test dataloaders of a data module as datasets; fitted scores are fitted on its validation data.
 
     Args:
         module: The data module.

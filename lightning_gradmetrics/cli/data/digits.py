@@ -28,7 +28,7 @@ def digits(train: int = 120, fit: int = 250, patches: int = 400, seed: int = 0) 
         seed: The seed of the split and of the patches.
 
     Returns:
-        Data sets ``digits`` (``id``), ``digits_8_9`` (``near``) and ``photos`` (``far``): grey images ``(1, 8, 8)`` in
+        Datasets ``digits`` (``id``), ``digits_8_9`` (``near``) and ``photos`` (``far``): grey images ``(1, 8, 8)`` in
         [0, 1].
 
     Example:

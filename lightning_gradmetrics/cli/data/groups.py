@@ -41,16 +41,16 @@ def check_names(groups: Iterable[Mapping[str, Any]]) -> None:
     known: set[str] = set()
     for group in groups:
         if double := sorted(known & group.keys()):
-            raise ValueError(f"two data sets are called {double[0]!r}: name them yourself, as in near={{name: path}}")
+            raise ValueError(f"two datasets are called {double[0]!r}: name them yourself, as in near={{name: path}}")
         known |= group.keys()
 
 
 def open_groups(groups: Groups, open_member: Callable[[Any, bool], Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the data sets and their roles, by name.
+    """Return the datasets and their roles, by name.
 
     Args:
         groups: The members of every role.
-        open_member: Makes a data set of a member; the second argument is whether it is in-distribution.
+        open_member: Makes a dataset of a member; the second argument is whether it is in-distribution.
     """
     sets, roles = {}, {}
     for role, members in groups.items():

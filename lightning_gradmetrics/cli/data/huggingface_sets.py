@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face by name or folder: images, or texts with a tokeniser."""
+"""Datasets of Hugging Face by name or folder: images, or texts with a tokeniser."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Encode = Callable[[Mapping[str, Any]], Any]
 
 
 class HuggingFaceRows(Dataset[Any]):
-    """Rows of a Hugging Face data set as the model's inputs and a label.
+    """Rows of a Hugging Face dataset as the model's inputs and a label.
 
     Args:
-        dataset: A map-style data set with named columns.
+        dataset: A map-style dataset with named columns.
         encode: From a row to the model's inputs: a tensor, or a mapping of tensors.
         label: The column of labels; ``None`` makes every label -1, unknown.
     """
@@ -61,7 +61,7 @@ def huggingface_data(
     tokenizer: str | None = None,
     max_length: int = 128,
 ) -> EvaluationData:
-    """Return data sets of Hugging Face with roles.
+    """Return datasets of Hugging Face with roles.
 
     Args:
         id: The in-distribution data: a name on the hub such as ``cifar10``, a folder written by ``save_to_disk``, or
@@ -148,14 +148,14 @@ def _text_encoder(column: str, tokenizer: str | None, max_length: int) -> Encode
 
 
 def _open(member: Member, split: str) -> Any:
-    """Return the data set of a name, of a folder, or of a mapping with the key ``path``."""
+    """Return the dataset of a name, of a folder, or of a mapping with the key ``path``."""
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("data=huggingface needs the package datasets: pip install datasets") from error
     arguments = {"path": member} if isinstance(member, str) else dict(member)
     if "path" not in arguments:
-        raise ValueError(f"{member!r} has no key 'path': the name or the folder of a data set")
+        raise ValueError(f"{member!r} has no key 'path': the name or the folder of a dataset")
     path, chosen = str(arguments.pop("path")), str(arguments.pop("split", split))
     if not (Path(path) / "dataset_info.json").is_file() and not (Path(path) / "dataset_dict.json").is_file():
         return datasets.load_dataset(path, split=chosen, **arguments)

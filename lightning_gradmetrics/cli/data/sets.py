@@ -1,4 +1,4 @@
-"""The data of a run: named data sets with roles."""
+"""The data of a run: named datasets with roles."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["EvaluationData"]
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Named data sets with roles, and the training data if it is available.
+    """Named datasets with roles, and the training data if it is available.
 
     Args:
-        sets: The data sets to score, by name. A dataloader is used unmodified.
+        sets: The datasets to score, by name. A dataloader is used unmodified.
         roles: The role of each: ``"id"``, or a group of out-of-distribution sets such as ``"near"``.
         classes: The names of the classes, in the order of the labels; empty if they are unknown.
         train: Training data, for models that the command trains. Fitted scores use it if there is no ``fit``.
-        descriptions: A few words on each data set.
-        fit: The data sets that scores are fitted on, by name: neither trained on nor scored.
+        descriptions: A few words on each dataset.
+        fit: The datasets that scores are fitted on, by name: neither trained on nor scored.
         fit_roles: The role of each of them, as in ``roles``; by default all are in-distribution.
-        planted: The indices of samples whose label was made wrong on purpose, by data set.
+        planted: The indices of samples whose label was made wrong on purpose, by dataset.
     """
 
     sets: Mapping[str, Dataset[Any] | DataLoader[Any]]
@@ -36,7 +36,7 @@ class EvaluationData:
     planted: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def loaders(self, batch_size: int, num_workers: int = 0) -> dict[str, DataLoader[Any]]:
-        """Return a dataloader for each data set, in order and without shuffling."""
+        """Return a dataloader for each dataset, in order and without shuffling."""
         return _loaders(self.sets, batch_size, num_workers)
 
     def fit_loaders(

@@ -1,4 +1,4 @@
-"""Data sets of torchvision by name."""
+"""Datasets of torchvision by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Members = str | Mapping[str, Member] | None
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """A data set of images and labels, with the images as tensors.
+    """A dataset of images and labels, with the images as tensors.
 
     Args:
         dataset: Returns ``(image, label)``.
@@ -55,7 +55,7 @@ def torchvision_data(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> EvaluationData:
-    """Return the test sets of torchvision's data sets, with roles.
+    """Return the test sets of torchvision's datasets, with roles.
 
     Args:
         id: The in-distribution data: a name such as ``CIFAR10``, or ``{name: CIFAR10}``, or, with arguments of the class,
@@ -91,7 +91,7 @@ def torchvision_data(
 
 
 def _open(member: Member, root: str, download: bool, train: bool) -> Dataset[Any]:
-    """Return the data set of a name, or of a name with arguments; the test split unless ``train`` or an argument selects another."""
+    """Return the dataset of a name, or of a name with arguments; the test split unless ``train`` or an argument selects another."""
     arguments = {"dataset": member} if isinstance(member, str) else dict(member)
     kind = _class_of(str(arguments.pop("dataset", "")))
     accepted = inspect.signature(kind).parameters
@@ -114,5 +114,5 @@ def _class_of(name: str) -> Any:
     except ImportError as error:
         raise ImportError("data=torchvision needs torchvision: pip install 'lightning-gradmetrics[vision]'") from error
     if name not in datasets.__all__:
-        raise ValueError(unknown_name("torchvision data set", name, datasets.__all__))
+        raise ValueError(unknown_name("torchvision dataset", name, datasets.__all__))
     return getattr(datasets, name)

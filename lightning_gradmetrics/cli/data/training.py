@@ -14,7 +14,7 @@ __all__ = ["Relabelled", "training_data"]
 
 
 class Relabelled(Dataset[tuple[Any, int]]):
-    """A data set of inputs and labels, with some labels replaced.
+    """A dataset of inputs and labels, with some labels replaced.
 
     Args:
         dataset: Returns ``(input, label)``.
@@ -34,7 +34,7 @@ class Relabelled(Dataset[tuple[Any, int]]):
 
 
 def training_data(source: EvaluationData, mislabelled: int = 0, seed: int = 0) -> EvaluationData:
-    """Return the training data as the only data set to score, to find odd and mislabelled samples.
+    """Return the training data as the only dataset to score, to find odd and mislabelled samples.
 
     Args:
         source: Data with training samples.

@@ -119,7 +119,7 @@ def _scored_by_callback(scores: tuple[Score, ...], settings: Settings) -> list[S
 
 
 def _check_model(callback: GradientMetrics, model: LightningModule, data: EvaluationData, target: str) -> None:
-    """Run the model on the first sample of every data set.
+    """Run the model on the first sample of every dataset.
 
     Raises:
         ValueError: If the model fails on it, or returns no logits ``(1, C)``.

@@ -25,7 +25,7 @@ class Scored:
     Args:
         results: The per-sample table.
         scores: The scores of its columns.
-        without: For cross-validated columns, the data set that all fits left out, or ``None``.
+        without: For cross-validated columns, the dataset that all fits left out, or ``None``.
     """
 
     results: pa.Table

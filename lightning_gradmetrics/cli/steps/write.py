@@ -84,7 +84,7 @@ def write(
 
 
 def _with_paths(results: pa.Table, datasets: Mapping[str, Any]) -> pa.Table:
-    """Return the results with a column ``path``, if a data set lists its files."""
+    """Return the results with a column ``path``, if a dataset lists its files."""
     column: list[str | None] = [None] * results.num_rows
     names, indices = results["dataset"].to_pylist(), results["index"].to_pylist()
     known = {}

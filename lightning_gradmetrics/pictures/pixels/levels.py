@@ -38,12 +38,12 @@ def _row(unit: str, dataset: str, task: str, score: str, key: tuple[str, str], f
 
 
 def pixel_metrics(meters: Meters) -> Iterator[Row]:
-    """Yield one row per data set, task, score, metric and kind of pooling.
+    """Yield one row per dataset, task, score, metric and kind of pooling.
 
     ``difference`` is that to the first score, with its paired interval over images.
 
     Args:
-        meters: By data set, task and score.
+        meters: By dataset, task and score.
     """
     first: dict[tuple[str, str], Estimates] = {}
     for (dataset, task, score), meter in meters.items():
@@ -54,10 +54,10 @@ def pixel_metrics(meters: Meters) -> Iterator[Row]:
 
 
 def class_metrics(meters: Meters, names: Sequence[str]) -> Iterator[Row]:
-    """Yield one row per data set, task, score and predicted class: pixels, share of positives, and the AUROC within it.
+    """Yield one row per dataset, task, score and predicted class: pixels, share of positives, and the AUROC within it.
 
     Args:
-        meters: By data set, task and score.
+        meters: By dataset, task and score.
         names: The name of each class.
     """
     for (dataset, task, score), meter in meters.items():

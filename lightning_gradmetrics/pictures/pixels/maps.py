@@ -22,7 +22,7 @@ class KeptMaps:
     """The maps of one image.
 
     Args:
-        dataset: The name of the data set.
+        dataset: The name of the dataset.
         index: The index of the image in it.
         value: What the image was chosen by.
         prediction: ``(H, W)``.

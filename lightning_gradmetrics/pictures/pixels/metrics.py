@@ -85,7 +85,7 @@ Estimates = dict[tuple[str, str], Estimate]
 
 @dataclass
 class PixelMeter:
-    """The metrics of one score on one data set, for one binary target per pixel.
+    """The metrics of one score on one dataset, for one binary target per pixel.
 
     Args:
         bins: Cells of the pooled metrics; ``None`` keeps every value.
@@ -211,7 +211,7 @@ class PixelMeter:
 
 
 Meters = dict[tuple[str, str, str], PixelMeter]
-"""By data set, task and score."""
+"""By dataset, task and score."""
 
 
 def joined(parts: Sequence[Meters]) -> Meters:

@@ -26,7 +26,7 @@ def group_of(index: int, prediction: Tensor) -> int:
     """Return the group of an image, which does not depend on the process or the batch that has it.
 
     Args:
-        index: The index of the image in its data set; negative if it is unknown: then its prediction decides.
+        index: The index of the image in its dataset; negative if it is unknown: then its prediction decides.
         prediction: ``(H, W)``.
 
     Example:

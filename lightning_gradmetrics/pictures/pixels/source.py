@@ -175,7 +175,7 @@ class PixelResults:
         return tables
 
     def metrics(self) -> list[Row]:
-        """Return the metrics: one row per unit (pixel, image or segment), data set, task, score, metric and kind of pooling."""
+        """Return the metrics: one row per unit (pixel, image or segment), dataset, task, score, metric and kind of pooling."""
         if self._metrics is None:
             scores, resamples = self._scores, self.settings.resamples
             self._metrics = [
@@ -195,7 +195,7 @@ class PixelResults:
         return logged
 
     def with_images(self, results: pa.Table) -> pa.Table:
-        """Return the results with the columns of the images, matched by data set and index; unchanged if that fails.
+        """Return the results with the columns of the images, matched by dataset and index; unchanged if that fails.
 
         Args:
             results: One row per image.

@@ -45,9 +45,9 @@ def roc(
 
     Args:
         results: A per-sample table, of any kind that :func:`lightning_gradmetrics.evaluation.evaluate` accepts.
-        roles: The role of each data set; ``callback.evaluation.settings["roles"]`` after a run.
+        roles: The role of each dataset; ``callback.evaluation.settings["roles"]`` after a run.
         scores: The columns to plot; by default every score.
-        dataset: The data set that is judged. It may be left out if there is only one task.
+        dataset: The dataset that is judged. It may be left out if there is only one task.
         task: ``"misclassification"``, ``"ood"`` or ``"joint"``; by default the first for in-distribution data, else the
             second.
         ood_share: The share of out-of-distribution samples in the mixture of the joint task.
@@ -57,7 +57,7 @@ def roc(
         The axes, and the line of each score by its name.
 
     Raises:
-        ValueError: If a column, a data set or a task does not exist, or the choice is not unique.
+        ValueError: If a column, a dataset or a task does not exist, or the choice is not unique.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -98,9 +98,9 @@ def risk_coverage(
 
     Args:
         results: A per-sample table, of any kind that :func:`lightning_gradmetrics.evaluation.evaluate` accepts.
-        roles: The role of each data set; ``callback.evaluation.settings["roles"]`` after a run.
+        roles: The role of each dataset; ``callback.evaluation.settings["roles"]`` after a run.
         scores: The columns to plot; by default every score.
-        dataset: The data set that is judged. It may be left out if there is only one.
+        dataset: The dataset that is judged. It may be left out if there is only one.
         task: ``"misclassification"``, or ``"joint"``: an accepted out-of-distribution sample is an error too.
         ood_share: The share of out-of-distribution samples in the mixture of the joint task.
         ax: Where to draw; by default on a new pyplot figure.
@@ -109,7 +109,7 @@ def risk_coverage(
         The axes, and the line of each score by its name.
 
     Raises:
-        ValueError: If a column, a data set or a task does not exist, or the choice is not unique.
+        ValueError: If a column, a dataset or a task does not exist, or the choice is not unique.
 
     Example:
         >>> from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Histograms of a score over correct and incorrect predictions, and over each out-of-distribution data set."""
+"""Histograms of a score over correct and incorrect predictions, and over each out-of-distribution dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def distributions(
 
     Args:
         results: A per-sample table, of any kind that :func:`lightning_gradmetrics.evaluation.evaluate` accepts.
-        roles: The role of each data set; ``callback.evaluation.settings["roles"]`` after a run.
+        roles: The role of each dataset; ``callback.evaluation.settings["roles"]`` after a run.
         score: The column to plot.
         bins: The number of bins.
         ax: Where to draw; by default on a new pyplot figure.

@@ -23,7 +23,7 @@ TOGETHER = ("joint",)
 UNDEFINED = "–"
 
 Place = tuple[str, str, str | None]
-"""A task, a group, and a data set; ``None`` is the mean over the group's data sets."""
+"""A task, a group, and a dataset; ``None`` is the mean over the group's datasets."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Question:
 
     Args:
         task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
-        group: The role of the data sets.
+        group: The role of the datasets.
         datasets: Their names; with several of them there is a mean as well.
     """
 
@@ -47,7 +47,7 @@ class Question:
 
     @property
     def places(self) -> list[Place]:
-        """Each data set, and the mean over several."""
+        """Each dataset, and the mean over several."""
         places: list[Place] = []
         for dataset in self.datasets:
             places.append((self.task, self.group, dataset))
@@ -57,12 +57,12 @@ class Question:
 
     @property
     def mean(self) -> list[Place]:
-        """The mean over the data sets, or the only data set."""
+        """The mean over the datasets, or the only dataset."""
         return self.places[-1:]
 
 
 def questions_of(evaluation: Evaluation) -> list[Question]:
-    """Return the questions with at least one defined metric: errors, each group in the order of the data sets, then both together."""
+    """Return the questions with at least one defined metric: errors, each group in the order of the datasets, then both together."""
     defined = set()
     for metric in evaluation.metrics:
         if metric["value"] is not None:
@@ -88,7 +88,7 @@ class Selection:
 
 
 def metrics_grid(evaluation: Evaluation, scores: Sequence[Score]) -> Grid:
-    """Return the whole table: all data sets, all means, all metrics that the protocol shows."""
+    """Return the whole table: all datasets, all means, all metrics that the protocol shows."""
     return _grid(_everything(questions_of(evaluation), all_metrics=True), evaluation, scores)
 
 
@@ -97,7 +97,7 @@ def metrics_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -
 
     If the whole table is too wide, errors and OOD detection are one part, and both together are another. A part that is
     too wide first loses FPR95 and AURC. Then it becomes one grid per question. A grid that is still too wide loses FPR95
-    and AURC, then every column except the mean over its data sets. The last grid has a note on what was left out, and on the
+    and AURC, then every column except the mean over its datasets. The last grid has a note on what was left out, and on the
     file that has it.
 
     Args:
@@ -163,7 +163,7 @@ def _narrowing(question: Question) -> Iterator[Selection]:
 
 
 def _left_out(selections: Sequence[Selection], questions: Sequence[Question]) -> list[str]:
-    """Return the metrics and data sets that the selections lack, and the file that has them."""
+    """Return the metrics and datasets that the selections lack, and the file that has them."""
     shown: set[Any] = set()
     notes, is_complete = [], True
     for selection in selections:
@@ -174,7 +174,7 @@ def _left_out(selections: Sequence[Selection], questions: Sequence[Question]) ->
     for question in questions:
         missing = len(set(question.places) - shown)
         if missing:
-            notes.append(f"{question.name}: {missing} more data sets in metrics.csv.")
+            notes.append(f"{question.name}: {missing} more datasets in metrics.csv.")
     return notes
 
 
@@ -236,7 +236,7 @@ class _Values:
 
 
 def notes_of(evaluation: Evaluation, scores: Sequence[Score]) -> list[str]:
-    """Return notes on the numbers, the data sets, the marks of the scores, and the evaluation."""
+    """Return notes on the numbers, the datasets, the marks of the scores, and the evaluation."""
     datasets = "; ".join(map(_dataset_text, evaluation.datasets))
     meaning = "Metrics times 100. Bold: the best of its column. errors: misclassified against correct samples."
     return [meaning, *_joint_notes(evaluation), f"{datasets}.", *mark_notes(scores), *evaluation.notes]
