@@ -24,6 +24,9 @@ __all__ = ["check_alone", "check_halves", "check_objectives", "check_others", "c
 _CHOICE = random.Random(0)
 """Chooses the samples to check, without use of the user's generators."""
 
+_ALONE = 4
+"""How many samples of each batch an objective is computed on alone."""
+
 
 def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, quiet: bool) -> None:
     """Compare the logits of some samples, each alone in a batch, with their logits in this batch.
@@ -158,7 +161,7 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool) ->
 
 
 def check_objectives(task: Task, logits: Tensor) -> None:
-    """Compare each of the user's objectives on two random halves of a batch with the whole batch, gradients included.
+    """Compare each of the user's objectives on random halves and on samples alone with the batch, gradients included.
 
     The objectives of this package treat each sample separately and are not checked.
 
@@ -178,16 +181,18 @@ def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
     _require_equal(objective, weighted[:, 1:], everything[:, 1:] * weights.to(everything.dtype)[:, None], everything)
     order = list(range(task.size))
     _CHOICE.shuffle(order)
-    for half in (order[: task.size // 2], order[task.size // 2 :]):
-        targets = None if task.targets is None else task.targets[half]
+    # Two halves can agree with the whole batch by chance, for example where a median decides: samples alone rarely do.
+    alone = [[number] for number in order[:_ALONE]] if task.size > 2 else []
+    for rows in (order[: task.size // 2], order[task.size // 2 :], *alone):
+        targets = None if task.targets is None else task.targets[rows]
         try:
-            part = _values_and_gradients(objective, logits[half], targets)
+            part = _values_and_gradients(objective, logits[rows], targets)
         except Exception as error:
             raise ValueError(
-                f"the objective {objective.name!r} cannot be computed on {len(half)} of {task.size} samples "
+                f"the objective {objective.name!r} cannot be computed on {len(rows)} of {task.size} samples "
                 f"({type(error).__name__}: {error}). It must accept any number of rows; pass true labels as targets="
             ) from error
-        _require_equal(objective, part, everything[half], everything)
+        _require_equal(objective, part, everything[rows], everything)
 
 
 def _require_equal(objective: Objective, found: Tensor, expected: Tensor, everything: Tensor) -> None:

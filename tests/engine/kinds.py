@@ -409,10 +409,16 @@ def _pairs(logits: Tensor) -> Tensor:
     return losses + losses.roll(1).detach()
 
 
+def _hard_samples(logits: Tensor) -> Tensor:
+    losses = pseudo_label(logits)
+    return losses * (losses >= losses.median())
+
+
 COUPLING_OBJECTIVES: dict[str, Callable[[Tensor], Tensor]] = {
     "centred": lambda z: pseudo_label(z) - pseudo_label(z).mean(),
     "weighted by rank": lambda z: pseudo_label(z) * (1 + pseudo_label(z).detach().argsort().argsort()),
     "a neighbour as a constant": _pairs,
+    "the larger half of the losses": _hard_samples,
     "equal in value": lambda z: pseudo_label(z) + pseudo_label(z).mean() - pseudo_label(z).mean().detach(),
     "contrastive": lambda z: F.cross_entropy(z @ z.roll(1, 1).T, torch.arange(len(z)), reduction="none"),
 }
