@@ -316,7 +316,9 @@ class Tracer(OpeningMode):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop")
             mapped = torch.func.vmap(one, tuple(dims), axis.dim + axis.minor, randomness="same")(*tensors)
-        return mapped.flatten(axis.dim, axis.dim + 1)
+        result = mapped.flatten(axis.dim, axis.dim + 1)
+        self._fitted(axis, result.shape)
+        return result
 
     # -- backward -----------------------------------------------------------------------------------------------------
 

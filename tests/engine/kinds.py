@@ -188,6 +188,11 @@ def _pieces(net: Net, x: Tensor) -> Tensor:
     return net.head(torch.cat([torch.tanh(net.a(part)) for part in x.split(4)]))
 
 
+def _padded_to_four(net: Net, x: Tensor) -> Tensor:
+    padded = F.pad(x, (0, 0, 0, -len(x) % 4))
+    return net.head(torch.tanh(net.a(padded)))[: len(x)]
+
+
 def _in_place(net: Net, x: Tensor) -> Tensor:
     x.mul_(2).add_(1)
     return net.head(torch.tanh(net.a(x)))
@@ -326,6 +331,7 @@ EXACT: dict[str, Kind] = {
         lambda: [(_time_first(flag), numbers(5, 5, WIDTH)) for flag in (True, False, True)],
     ),
     "pieces of large batches": Kind(_of(_pieces), _rows(3, 9, 3, 4)),
+    "a batch padded to a multiple of four": Kind(_of(_padded_to_four), _rows(3, 4, 6)),
     "input changed in place": Kind(_of(_in_place), _rows(4, 4)),
     "a cache made from a parameter": Kind(_of(_cached), _rows(4, 4, 5)),
     "a scripted function": Kind(_of(_through_script), _rows(4, 5)),
