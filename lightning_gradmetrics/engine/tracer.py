@@ -199,24 +199,23 @@ class Tracer(OpeningMode):
         if any(named[name].requires_grad for name in slots):
             args, kwargs = self._cut(args), self._cut(kwargs)
             named = bind(found, args, kwargs) or {}
-        values = named
         axis = None
         for tensor, known in zip(tensors_in((args, kwargs)), step.inputs, strict=True):
-            if tensor is values["input"]:
+            if tensor is named["input"]:
                 axis = known
                 break
         assert axis is not None and step.output is not None
-        if found.dense and values["input"].ndim > 2:
-            args, kwargs = map_arguments(partial(_made_contiguous, values["input"]), (args, kwargs))
-        run = None if found.run is None or not self._constant(values) else found.run
-        result = self._rooted(step, run(values) if run else step.function(*args, **kwargs))
-        axis, out = self._fitted(axis, values["input"].shape), self._fitted(step.output, result.shape)
+        if found.dense and named["input"].ndim > 2:
+            args, kwargs = map_arguments(partial(_made_contiguous, named["input"]), (args, kwargs))
+        run = None if found.run is None or not self._constant(named) else found.run
+        result = self._rooted(step, run(named) if run else step.function(*args, **kwargs))
+        axis, out = self._fitted(axis, named["input"].shape), self._fitted(step.output, result.shape)
         if not self._collecting:
             return result
         for source in slots.values():
             self._expect(source)
-        call = Call(values, axis, out, frozenset(slots))
-        hook = partial(self._rule_gradient, found, call, slots, values["input"]._version)
+        call = Call(named, axis, out, frozenset(slots))
+        hook = partial(self._rule_gradient, found, call, slots, named["input"]._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
 
