@@ -199,11 +199,8 @@ class Tracer(OpeningMode):
         if any(named[name].requires_grad for name in slots):
             args, kwargs = self._cut(args), self._cut(kwargs)
             named = bind(found, args, kwargs) or {}
-        axis = None
-        for tensor, known in zip(tensors_in((args, kwargs)), step.inputs, strict=True):
-            if tensor is named["input"]:
-                axis = known
-                break
+        pairs = zip(tensors_in((args, kwargs)), step.inputs, strict=True)
+        axis = next(known for tensor, known in pairs if tensor is named["input"])
         assert axis is not None and step.output is not None
         if found.dense and named["input"].ndim > 2:
             args, kwargs = map_arguments(partial(_made_contiguous, named["input"]), (args, kwargs))
