@@ -182,8 +182,10 @@ def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
     order = list(range(task.size))
     _CHOICE.shuffle(order)
     # Two halves can agree with the whole batch by chance, for example where a median decides: samples alone rarely do.
-    alone = [[number] for number in order[:_ALONE]]
-    for rows in (order[: task.size // 2], order[task.size // 2 :], *alone):
+    pieces = [order[: task.size // 2], order[task.size // 2 :]]
+    for number in order[:_ALONE]:
+        pieces.append([number])
+    for rows in pieces:
         targets = None if task.targets is None else task.targets[rows]
         try:
             part = _values_and_gradients(objective, logits[rows], targets)
