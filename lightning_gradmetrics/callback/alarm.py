@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_CHECKS = 0.5
 SECONDS_FOR_OTHERS = 5.0
-"""How long a failed process waits until the others have stopped: while it runs, they can read its error."""
+"""How long a failed process waits for the others to stop, so that they can still read its error."""
 
 SECONDS_FOR_A_MEETING = 1800.0
-"""How long a process waits for the others, as long as the process groups of torch by default."""
+"""How long a process waits for the others: the default timeout of torch's process groups."""
 
 FAILURE = "failure"
 STOPPED = "stopped"
@@ -50,7 +50,7 @@ class Alarm:
         >>> first.check(now=True)
         Traceback (most recent call last):
         ...
-        RuntimeError: rank 1 failed, so rank 0 stops too. What it raised: ValueError: no such file
+        RuntimeError: rank 1 failed, so rank 0 stops too. Its error: ValueError: no such file
     """
 
     store: Any
@@ -65,11 +65,11 @@ class Alarm:
         """Tell the other processes that this one failed.
 
         Args:
-            error: What it raised.
+            error: The error of this process.
         """
         if self._has_stopped:
             return
-        with contextlib.suppress(RuntimeError):  # rank 0 has the store: without it nobody can be told
+        with contextlib.suppress(RuntimeError):  # rank 0 hosts the store, and may have ended
             if not self.store.check([FAILURE]):
                 self.store.set(FAILURE, f"{self.rank} {type(error).__name__}: {error}".rstrip(": "))
             self._stop()
@@ -78,7 +78,7 @@ class Alarm:
         """Raise if another process failed.
 
         Args:
-            now: Whether to read the store although it was read less than half a second ago.
+            now: Whether to read the store even if it was read less than half a second ago.
 
         Raises:
             RuntimeError: If another process failed, or rank 0 ended; the message contains its error.
@@ -91,7 +91,7 @@ class Alarm:
         failure = self._ask(lambda: self.store.get(FAILURE)).decode()
         rank, _, problem = failure.partition(" ")
         self._ask(self._stop)
-        raise RuntimeError(f"rank {rank} failed, so rank {self.rank} stops too. What it raised: {problem}")
+        raise RuntimeError(f"rank {rank} failed, so rank {self.rank} stops too. Its error: {problem}")
 
     def meet(self) -> None:
         """Wait until every process calls this.
@@ -115,20 +115,20 @@ class Alarm:
             arrived = self._ask(lambda: self.store.add(key, 0))
 
     def wait_for_others(self) -> None:
-        """Wait until the other processes have stopped, but not for long."""
+        """Wait until the other processes have stopped, for ``SECONDS_FOR_OTHERS`` at most."""
         end = time.monotonic() + SECONDS_FOR_OTHERS
         with contextlib.suppress(RuntimeError):  # rank 0 ended already
             while self.store.add(STOPPED, 0) < self.count and time.monotonic() < end:
                 time.sleep(0.05)
 
     def _stop(self) -> None:
-        """Note that this process stops."""
+        """Record in the store that this process stops."""
         if not self._has_stopped:
             self._has_stopped = True
             self.store.add(STOPPED, 1)
 
     def _ask(self, question: Callable[[], T]) -> T:
-        """Return what the store answers."""
+        """Return the result of a query of the store; raise if rank 0, which hosts it, has ended."""
         try:
             return question()
         except RuntimeError as error:
@@ -136,7 +136,7 @@ class Alarm:
 
 
 def alarm_of(run: int, count: int, rank: int, check_signal: Callable[[], None]) -> Alarm | None:
-    """Return the alarm of a run; ``None`` for one process, or if its processes have no store.
+    """Return the alarm of a run; ``None`` for a single process, or if the processes share no store.
 
     Args:
         run: The number of the run, the same on every process.

@@ -14,16 +14,16 @@ DEFAULT_METRICS = ("auroc", "fpr95", "aurc")
 
 
 def _kind(value: Any) -> str:
-    """Return the name of a value's type with its article."""
+    """Return the name of a value's type with the article "a" or "an"."""
     name = type(value).__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def check_name(argument: str, value: Any, example: str) -> str | None:
-    """The name of a module, or ``None``.
+    """Return the name of a module, checked, or ``None``.
 
     Raises:
-        TypeError: If it is not a text.
+        TypeError: If it is not a string.
     """
     if value is None or isinstance(value, str):
         return value
@@ -33,7 +33,7 @@ def check_name(argument: str, value: Any, example: str) -> str | None:
 
 
 def check_callable(argument: str, value: Any, signature: str) -> Callable[..., Any]:
-    """The callable.
+    """Return the callable, checked.
 
     Raises:
         TypeError: If it is not a callable.
@@ -44,7 +44,7 @@ def check_callable(argument: str, value: Any, signature: str) -> Callable[..., A
 
 
 def check_prefix(value: Any) -> str:
-    """The prefix of the logged names.
+    """Return the prefix of the logged names, checked.
 
     Raises:
         ValueError: If it is not a word.
@@ -57,7 +57,7 @@ def check_prefix(value: Any) -> str:
 
 
 def check_resamples(value: Any) -> int:
-    """The number of bootstrap resamples.
+    """Return the number of bootstrap resamples, checked.
 
     Raises:
         ValueError: If it is not a whole number of at least 0.
@@ -68,7 +68,7 @@ def check_resamples(value: Any) -> int:
 
 
 def check_thresholds(value: Any) -> Thresholds | None:
-    """The thresholds, or ``None``.
+    """Return the thresholds, checked, or ``None``.
 
     Raises:
         TypeError: If they are not thresholds.
@@ -81,7 +81,7 @@ def check_thresholds(value: Any) -> Thresholds | None:
 
 
 def check_metrics(value: str | Iterable[str]) -> tuple[str, ...]:
-    """The names of the metrics to log.
+    """Return the names of the metrics to log, checked.
 
     Raises:
         ValueError: If one is unknown.
@@ -93,7 +93,7 @@ def check_metrics(value: str | Iterable[str]) -> tuple[str, ...]:
         task, _, metric = name.partition("_") if name.startswith(tuple(TASKS)) else ("", "", name)
         if metric not in (TASKS[task] if task else HIGHER_IS_BETTER):
             raise ValueError(
-                f"metrics= names {name!r}; available: {', '.join(HIGHER_IS_BETTER)}, each also of one task alone, as in "
+                f"metrics= names {name!r}; available: {', '.join(HIGHER_IS_BETTER)}, each also for a single task, as in "
                 "'joint_auroc' or 'ood_fpr95'"
             )
     return names

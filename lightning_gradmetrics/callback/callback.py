@@ -68,71 +68,71 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
     """Scores every sample at validate, test and predict time, and evaluates the scores.
 
     Logit and head scores reuse the forward pass that Lightning runs; all other scores share one further forward pass.
-    The scores belong to the call of the model in the step: its arguments and its logits. The model is left
-    unchanged.
+    Scores are computed for the model call inside the step, with its arguments and logits. The model is left unchanged.
 
     Args:
-        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or ``Score`` objects, or a mapping that
-            names them.
-        datasets: Names of the dataloaders, in their order; or a mapping from name to role: ``"id"`` is
-            in-distribution, any other word names a group of out-of-distribution sets, as ``"near"`` or ``"far"``; or
-            either of them by stage, as ``{"test": {"mine": "id", "other": "far"}}``. A mapping of dataloaders brings
-            its own names.
+        scores: Names such as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, ``Score`` objects, or a mapping from
+        column name to either.
+        datasets: Names of the dataloaders, in order, or a mapping from name to role: ``"id"`` is in-distribution; any
+            other word names a group of out-of-distribution sets, such as ``"near"`` or ``"far"``. Either form can be
+            given by stage, as in ``{"test": {"mine": "id", "other": "far"}}``. If the dataloaders are a mapping, its
+            keys are the names.
         head: The name of the classification head, a linear layer; found automatically if its output is what the model
             returns.
         submodule: The name of the submodule to score, if that is not the ``LightningModule`` itself.
-        split_batch: From a batch to ``(inputs, labels or None)``.
-        logits_fn: From the model's output to its logits ``(N, C)``.
-        engine: The engine of the scores that need a backward pass.
+        split_batch: A function from a batch to ``(inputs, labels or None)``.
+        logits_fn: A function from the model's output to its logits ``(N, C)``.
+        engine: The engine of the scores that need a backward pass, as in
+            :func:`lightning_gradmetrics.gradient_statistics`.
         prefix: The start of the names of the logged metrics.
-        metrics: The metrics that are logged: of ``"auroc"``, ``"fpr95"``, ``"aurc"``, ``"e_aurc"``, ``"augrc"``,
-            ``"aupr"`` and ``"aupr_in"``; or of one task alone, as ``"joint_auroc"``, which the plain names leave out. A
-            metric is logged in every epoch, as NaN where it is undefined.
-        stages: What to score: of ``"fit"`` (the validation inside a fit), ``"validate"`` (that, and
-            ``trainer.validate``), ``"test"`` and ``"predict"``. By default all; the validation inside a fit only if
-            ``datasets`` fits its dataloaders.
+        metrics: The metrics to log: any of ``"auroc"``, ``"fpr95"``, ``"aurc"``, ``"e_aurc"``, ``"augrc"``, ``"aupr"``
+            and ``"aupr_in"``. These names cover every task except the joint one; a name such as ``"joint_auroc"`` or
+            ``"ood_fpr95"`` selects one task. Every metric is logged in every epoch, as NaN where it is undefined.
+        stages: The stages to score: any of ``"fit"`` (validation during a fit), ``"validate"`` (that and
+            ``trainer.validate``), ``"test"`` and ``"predict"``. By default all; validation during a fit only if
+            ``datasets`` matches its dataloaders.
         resamples: Bootstrap resamples for the intervals in ``evaluation``; 0, the default, for none.
-        thresholds: From :func:`lightning_gradmetrics.evaluation.fit_thresholds`: each adds a column ``<score>_accept``
-            to the results.
-        profile: Whether to compute the gradient norm of every layer: true, an objective's name, or the arguments
-            ``objective`` and ``norm`` by name. It costs a forward pass, and a backward pass unless a score takes the
-            same.
-        top_k: How many samples with the largest scores to list of each dataset, by score, as
-            ``{"pseudo_label": 20}``; with their pictures if the inputs are images.
-        output: A directory. Results of ``validate``, ``test`` and ``predict`` are written there as Parquet files while
-            the run goes on, at most 100,000 rows or a minute later, and not kept in memory;
+        thresholds: The result of :func:`lightning_gradmetrics.evaluation.fit_thresholds`; each threshold adds a column
+            ``<score>_accept`` to the results.
+        profile: Whether to compute the gradient norm of every layer: true, the name of an objective, or a mapping with
+            ``objective`` and ``norm``. It costs one more forward pass, and one more backward pass unless a score uses
+            the same objective.
+        top_k: How many of the highest-scoring samples of each dataset to list, by score, as in ``{"pseudo_label":
+            20}``; with thumbnails if the inputs are images.
+        output: A directory. Results of ``validate``, ``test`` and ``predict`` are written there as Parquet files during
+            the run, every 100,000 rows or every minute, and are not kept in memory;
             :func:`lightning_gradmetrics.read_results` reads them. ``metrics=()`` also skips the evaluation at the end,
             which reads the scores of all samples.
-        resume: Whether to complete the results of an interrupted run in ``output``: committed rows are not scored again.
-            With :func:`lightning_gradmetrics.unfinished` the model does not run on them either.
-        columns: Further columns of the results: ``"features"``, the head's input, ``"cosine_maps"``, or a mapping from
-            name to a function of :class:`~lightning_gradmetrics.scoring.evidence.Evidence` that returns ``(N, ...)``.
-        sample_id: The entry of a batch that names its samples, as ``"path"``, or a callable from the batch to one id
-            per sample: the column ``sample_id``.
+        resume: Whether to complete the results of an interrupted run in ``output``: rows that are already stored are
+            not scored again. With :func:`lightning_gradmetrics.unfinished` the model does not run on them either.
+        columns: Further columns of the results: ``"features"`` (the head's input) and ``"cosine_maps"``, or a mapping
+            from name to a function of :class:`~lightning_gradmetrics.scoring.evidence.Evidence` that returns ``(N,
+            ...)``.
+        sample_id: The entry of a batch that names its samples, such as ``"path"``, or a callable from the batch to one
+            id per sample. The ids become the column ``sample_id``.
         print_summary: Whether to print the main table after ``validate``, ``test`` and ``predict``.
-        fit_on: ``"train"`` or ``"val"``: the dataloader that fitted scores are fitted on before they first score: that
-            of an earlier fit, of the data module, or of the module. Call :meth:`fit` to choose the data yourself.
-        fitted: The folder of states that :func:`lightning_gradmetrics.scores.save_fitted` wrote.
+        fit_on: ``"train"`` or ``"val"``: the dataloader on which fitted scores are fitted before their first use. It is
+            taken from an earlier fit, the data module or the module. Call :meth:`fit` to choose other data.
+        fitted: A folder of states written by :func:`lightning_gradmetrics.scores.save_fitted`.
 
-        pixels: For segmentation models: ignored labels, aggregates, segments, metrics and maps, as
-            ``lightning_gradmetrics.Pixels(ignore_index=255)`` or a mapping of its arguments.
+        pixels: Settings for segmentation models (ignored labels, aggregates, segments, metrics and maps), such as
+            ``lightning_gradmetrics.Pixels(ignore_index=255)``, or a mapping of its arguments.
 
     Attributes:
         results: After a run, a ``pyarrow.Table`` with one row per sample: dataset, index, prediction, label, one column
-            per score, and ``finite``, which is false where the input, the logits or a score hold NaN or Inf: such a row
-            is kept and never enters a metric. ``index`` is the index in the dataset that the dataloader was given (of
-            a ``Subset``, the position in the subset), or null if the dataloader does not show it. A run that
-            is interrupted keeps the rows scored so far. Under several processes rank 0 has all rows, each once, and
-            the other ranks have their own.
-        sources: What made pictures in the run; the loggers receive them, and :meth:`pictures` returns them. Under
-            several processes rank 0 has those of all samples.
-        evaluation: The metrics, as :func:`lightning_gradmetrics.evaluation.evaluate` returns them.
+            per score, and ``finite``, which is false if the input, the logits or a score contain NaN or Inf; such a row
+            is kept but excluded from every metric. ``index`` is the position in the dataloader's dataset (for a
+            ``Subset``, the position in the subset), or null if it is unknown. An interrupted run keeps the rows scored
+            so far. With several processes, rank 0 has all rows, each once; every other rank has only its own.
+        sources: The picture sources of the run. The loggers receive their pictures, and :meth:`pictures` returns them.
+            With several processes, rank 0 has the pictures of all samples.
+        evaluation: The metrics, as returned by :func:`lightning_gradmetrics.evaluation.evaluate`.
         tokens: After a run over texts, a ``pyarrow.Table`` with one row per scored token.
         token_evaluation: The metrics of wrong tokens after a run over texts; intervals resample texts.
 
     Raises:
-        ValueError: If a score or an objective is unknown, or an argument is not usable.
-        TypeError: If an argument has another type.
+        ValueError: If a score or an objective is unknown, or an argument is invalid.
+        TypeError: If an argument has the wrong type.
         FileExistsError: When a run starts, if ``output`` holds results and ``resume`` is false.
         ResumeError: When a run starts, if ``output`` holds the results of another model, other scores, arguments, data
             or another order; the message names the difference.
@@ -211,30 +211,30 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         also_callback_of_pytorch_lightning(GradientMetrics)
 
     def scored_model(self, model: LightningModule) -> nn.Module:
-        """The part of a module that is scored: the one named in ``submodule=``, or the one that has the forward."""
+        """Return the part of a module that is scored: the one named by ``submodule=``, or the one that defines the forward."""
         return scored_model(model, self.submodule, self.scorer.head)
 
     def fit(
         self, trainer: Trainer, model: LightningModule, dataloaders: Any, datasets: Mapping[str, str] | None = None
     ) -> None:
-        """Fit the scores that need it, on in-distribution data, before they score.
+        """Fit the fitted scores on in-distribution data, before they are used.
 
-        It runs ``trainer.predict`` over the data. A module without a ``predict_step`` runs its ``test_step`` or
+        This runs ``trainer.predict`` over the data. A module without a ``predict_step`` runs its ``test_step`` or
         ``validation_step``, without logging. Scores that need no fit are left unchanged.
 
         Args:
             trainer: A trainer that this callback belongs to.
             model: The model.
-            dataloaders: One dataloader or several, of data that is not scored later.
-            datasets: Names and roles of the dataloaders, where scores are fitted on in- (``"id"``) and
+            dataloaders: One or more dataloaders, of data that is not scored later.
+            datasets: Names and roles of the dataloaders, if scores are fitted on both in-distribution (``"id"``) and
                 out-of-distribution data.
 
         Raises:
-            ValueError: If the callback is not one of the trainer's.
+            ValueError: If the trainer does not have this callback.
         """
         wanted = [score for score in self.scorer.scores if isinstance(score, FittedScore)]
         if self not in trainer.callbacks:  # type: ignore[attr-defined]
-            raise ValueError("this callback is not one of the trainer's: make it as Trainer(callbacks=[callback])")
+            raise ValueError("the trainer does not have this callback: pass Trainer(callbacks=[callback])")
         if not wanted:
             rank_zero_warn("none of the scores needs a fit: nothing was done")
             return
@@ -297,12 +297,12 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         self._run = Run(made, model, drawn, roles, reader, context, None if is_fit else self.sample_id)
 
     def _described(self, stage: str) -> dict[str, Any]:
-        """Arguments that change the results, beside the scores and the model."""
+        """Return the arguments that change the results, besides the scores and the model."""
         names = ("submodule", "split_batch", "columns", "sample_id")
         return {"stage": stage, **{name: getattr(self, name) for name in names}, "logits_fn": self.scorer.logits_fn}
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
-        """Keep the fitted scores, or gather the rows and evaluate them. The logged metrics are the same on every rank."""
+        """Store the fitted scores, or gather the rows and evaluate them. The logged metrics are the same on every rank."""
         run, self._run, self._finished = self._run, None, True
         if run is None:
             return {}
@@ -313,7 +313,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         return metrics
 
     def _gathered(self, trainer: Trainer, run: Run, processes: Processes) -> dict[str, float]:
-        """Gather what all processes scored, or what they accumulated for the fit."""
+        """Gather the rows of all processes and return the metrics to log, or finish a fit."""
         if isinstance(run.stage, FitStage):
             fitted = run.stage.fitted(run.model, processes)
             self.scorer.scores = tuple(fitted.get(score.name, score) for score in self.scorer.scores)
@@ -353,15 +353,15 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
 
     @property
     def state_key(self) -> str:
-        """The key of the fitted states in a checkpoint."""
+        """Return the key of the fitted states in a checkpoint."""
         return self._generate_state_key(prefix=self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the fitted scores, as tensors and text."""
+        """Return the states of the fitted scores, as tensors and strings."""
         return {"fitted": fitted_states(self.scorer.scores)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the states of the fitted scores from a checkpoint.
+        """Load the states of the fitted scores from a checkpoint.
 
         Raises:
             ValueError: If a state was made for another score or other arguments.
@@ -369,16 +369,16 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         self.scorer.scores = with_fitted_states(self.scorer.scores, state_dict.get("fitted", {}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse fitted scores that would be scored while the weights change.
+        """Refuse to score fitted scores during a fit, while the weights change.
 
         Raises:
-            ValueError: If ``stages`` asks for it.
+            ValueError: If ``stages`` contains ``"fit"`` and a score is fitted.
         """
         if trainer.enable_validation:
             check_fitted_in_fit(self.scorer.scores, self.stages)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last run, and record the indices of the next."""
+        """Discard the last run's results, and record the indices of the next run."""
         self._results, self._finished, self._is_set_up = empty_results(self.score_names), False, True
         self.evaluation = self.token_evaluation = None
         self._logged, self._notices = set(), StageNotices()

@@ -1,4 +1,4 @@
-"""Further columns of the results: feature vectors, maps, and functions of the evidence."""
+"""Optional columns of the results: feature vectors, cosine similarity maps, and functions of the evidence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_columns(value: Any, taken: Sequence[str]) -> Columns:
         if not callable(function):
             raise ValueError(f"columns= names {name!r}; available: {', '.join(KNOWN)}, or a mapping to functions")
         if name in (*taken, "dataset", "index", "prediction", "label", "sample_id", "finite"):
-            raise ValueError(f"columns= names {name!r}, which is another column of the results: rename it")
+            raise ValueError(f"columns= names {name!r}, which is already a column of the results: rename it")
         columns[name] = function
     return columns
 
@@ -62,7 +62,7 @@ def check_sample_id(value: Any) -> SampleIds | None:
         value: A key of a batch that is a mapping, a position in a batch that is a sequence, a function, or ``None``.
 
     Raises:
-        TypeError: If it is of another type.
+        TypeError: If it is of any other type.
     """
     if value is None or callable(value):
         return value  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Fitted scores of a configuration: their states come from a folder, or from a fit on the trainer's own data."""
+"""Gives fitted scores their states: from a folder, or from a fit on the trainer's own data."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def with_configured_states(
         model: The model that is scored.
         module: The user's module.
         trainer: The trainer.
-        split: From a batch to its inputs and labels.
+        split: Returns the inputs and labels of a batch.
         fit_on: ``"train"``, ``"val"``, or ``None`` for no fit.
         fitted: A folder of states, or ``None``.
 
@@ -88,14 +88,14 @@ def missing_places(scores: Sequence[Score]) -> list[int]:
 
 
 def _batches(loader: Any, split: SplitBatch, trainer: Trainer, module: LightningModule) -> Iterator[tuple[Any, Any]]:
-    """The inputs and labels of each batch, on the device of the module."""
+    """Yield the inputs and labels of each batch, on the device of the module."""
     for part in loader_list(loader, True):
         for batch in part:
             yield split(trainer.strategy.batch_to_device(batch, module.device))
 
 
 def _loader(trainer: Trainer, module: LightningModule, name: str) -> Any:
-    """The training or validation dataloader of an earlier fit, of the data module, or of the module.
+    """Return the training or validation dataloader of an earlier fit, the data module or the module.
 
     Raises:
         ValueError: If there is none.

@@ -23,13 +23,13 @@ __all__ = [
 ]
 
 STAGES = ("fit", "validate", "test", "predict")
-"""Runs that may be scored: the validation inside a fit, and the three others."""
+"""Stages that may be scored; ``fit`` is the validation during a fit."""
 
 ID = "id"
 """The role of in-distribution data."""
 
 MISSPELT_ID = ("ID", "Id", "iD", "in", "ind", "idd", "iid", "i.d.", "in-distribution", "in_distribution")
-"""Words that are refused as names of groups of out-of-distribution sets."""
+"""Spellings of ``id`` that are refused as names of groups of out-of-distribution sets."""
 
 Names = Sequence[str] | Mapping[str, str] | None
 """The names of datasets, their roles by name, or ``None``."""
@@ -42,7 +42,7 @@ def check_stages(stages: Any) -> tuple[str, ...] | None:
     """Return the stages to score, checked; ``None`` for all.
 
     Raises:
-        ValueError: If there is none, or one is unknown.
+        ValueError: If the list is empty, or a stage is unknown.
     """
     if stages is None:
         return None
@@ -62,8 +62,8 @@ def check_datasets(datasets: Any) -> Datasets:
     """Return the names and roles of datasets, checked.
 
     Raises:
-        TypeError: If they are neither a sequence nor a mapping of words.
-        ValueError: If a name or a role is not usable.
+        TypeError: If they are neither a sequence nor a mapping of strings.
+        ValueError: If a name or a role is invalid.
     """
     if datasets is None:
         return None
@@ -140,7 +140,7 @@ def names_of_stage(datasets: Datasets, stage: str) -> Names:
 
 
 def loader_list(dataloaders: Any, is_sequential: bool = True) -> list[Any]:
-    """Return one dataloader or several, a list or a mapping, as a list; loaders that run side by side are one.
+    """Return the dataloaders as a list; loaders that run side by side count as one.
 
     Example:
         >>> loader_list({"a": [1], "b": [2]}), loader_list({"a": [1], "b": [2]}, is_sequential=False)

@@ -69,9 +69,9 @@ def describe_score(score: Score) -> dict[str, Any]:
 
 
 def described(value: Any) -> Any:
-    """Return a value in a form for JSON; functions and objects by name, because addresses differ between runs.
+    """Return a value as JSON can store it; functions and objects by name, because addresses differ between runs.
 
-    Two lambdas of a function have the same name, so a lambda's code is added.
+    All lambdas in a function have the same name, so a hash of a lambda's code is added.
     """
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
@@ -92,7 +92,7 @@ def _is_plain(constant: Any) -> bool:
 
 
 def describe_circumstances(loaders: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """Return the facts that may differ in a resumed run and change scores by rounding at most.
+    """Return settings that may differ in a resumed run: they change scores by rounding errors at most.
 
     Args:
         loaders: The dataloaders by the names of their datasets.

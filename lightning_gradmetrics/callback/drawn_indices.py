@@ -26,10 +26,10 @@ __all__ = ["DrawnIndices", "LoaderRecorder", "RecordedSampler", "noted_indices"]
 
 @dataclass
 class Pass:
-    """The draws of one pass over a sampler that were not read yet.
+    """The draws of one pass over a sampler that have not been read yet.
 
     Args:
-        draws: What the sampler yielded for each batch.
+        draws: The indices that the sampler yielded for each batch.
         batch: The number of the first batch in ``draws``.
         rows: The number of rows before that batch.
     """
@@ -39,7 +39,7 @@ class Pass:
     rows: int = 0
 
     def take(self, batch: int) -> tuple[Any, int]:
-        """Return the draw of a batch, or ``None``, and the number of rows before it; forget it and all earlier ones."""
+        """Return the draw of a batch, or ``None``, and the number of rows before it; remove it and all earlier draws."""
         draw, before = None, self.rows
         while self.draws and self.batch <= batch:
             draw, before = self.draws.popleft(), self.rows
@@ -49,7 +49,7 @@ class Pass:
 
 
 class RecordedIterator(Iterator[Any]):
-    """Yields what an iterator yields, and adds it to passes."""
+    """Yields the items of an iterator, and appends each to the recorded passes."""
 
     def __init__(self, iterator: Iterator[Any], passes: Sequence[Pass]) -> None:
         self._iterator, self._passes = iterator, passes
@@ -64,7 +64,7 @@ class RecordedIterator(Iterator[Any]):
 
 
 class RecordedSampler:
-    """Replaces a sampler or a batch sampler and records each pass over it; everything else is that of the original.
+    """Wraps a sampler or a batch sampler and records each pass over it; attributes are those of the original.
 
     Args:
         original: The sampler.
@@ -83,7 +83,7 @@ class RecordedSampler:
         vars(self).update(_batch_sampler=original, _recorders=[])
 
     def __iter__(self) -> Iterator[Any]:
-        """Start a pass; the original's random numbers are drawn at the same time as without the recorder."""
+        """Start a pass; random numbers are drawn at the same moment as without the recorder."""
         iterator = iter(self._batch_sampler)
         return RecordedIterator(iterator, [recorder.new_pass() for recorder in self._recorders])
 
@@ -125,7 +125,7 @@ class LoaderRecorder:
         if not is_read or not keeps_order(self.loader) or sample_indices(self.loader) is not None:
             return
         sampler = getattr(self.loader, self._key)
-        if hasattr(sampler, "seen_batch_indices"):  # Lightning notes them
+        if hasattr(sampler, "seen_batch_indices"):  # Lightning records them
             return
         if not isinstance(sampler, RecordedSampler):
             sampler = RecordedSampler(sampler)
@@ -148,7 +148,7 @@ class LoaderRecorder:
             iterator._index_sampler = sampler
 
     def new_pass(self) -> Pass:
-        """Return the record of a new pass."""
+        """Start the record of a new pass and return it."""
         self.passes.append(Pass())
         return self.passes[-1]
 
@@ -162,7 +162,7 @@ class LoaderRecorder:
         if not self._is_decided:
             drawn = [
                 each for each in self.passes if each.draws
-            ]  # a loader with workers starts a pass that it never reads
+            ]  # a loader with workers starts one pass that it never reads
             if drawn and (is_first or len(drawn) == 1):
                 self._read = drawn[0]
             self._is_decided = True
@@ -171,7 +171,7 @@ class LoaderRecorder:
 
 
 class DrawnOnce:
-    """Finds the samples that were drawn before.
+    """Identifies samples that were drawn before.
 
     Example:
         >>> drawn = DrawnOnce()
@@ -242,7 +242,7 @@ class DrawnIndices:
         return self._drawn[place].repeated > 0
 
     def _without_added(self, indices: Indices, before: int, loader: Any) -> Indices | None:
-        """Return the indices with -1 for the rows that a distributed sampler adds; ``None`` behind another sampler."""
+        """Return the indices, -1 for rows that a distributed sampler adds as padding; ``None`` for any other wrapping sampler."""
         sampler = sampler_of(loader)
         if not isinstance(sampler, DistributedSampler):
             return None
@@ -252,7 +252,7 @@ class DrawnIndices:
 
 
 def noted_indices(loader: Any, batch: int) -> Indices | None:
-    """Return the indices of a batch if Lightning notes them, which it does in ``predict``."""
+    """Return the indices of a batch if Lightning records them, as it does in ``predict``."""
     noted = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
     if not isinstance(noted, list) or batch >= len(noted):
         return None
@@ -264,13 +264,13 @@ def noted_indices(loader: Any, batch: int) -> Indices | None:
 def _whole_numbers(draw: Any, loader: Any) -> Indices | None:
     """Return the indices of a draw ``(N,)``, counted from the start of the dataset.
 
-    Returns None if the draw holds anything else, such as keys or pairs.
+    Returns None if the draw contains anything else, such as keys or pairs.
     """
     if not isinstance(draw, (list, tuple)) or not draw:
         return None
     try:
         numbers = np.asarray(draw)
-    except (TypeError, ValueError):  # entries of several lengths
+    except (TypeError, ValueError):  # entries of different lengths
         return None
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         return None

@@ -1,4 +1,4 @@
-"""Evaluates the scores of a run: those that may know the answer are left out."""
+"""Evaluates the scores of a run, except those that read the true label."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["evaluate_detectors", "judged_scores"]
 
 
 def judged_scores(evaluation: Evaluation, scores: Sequence[Score]) -> list[Score]:
-    """Return the scores that an evaluation judged."""
+    """Return the scores that appear in an evaluation."""
     names = evaluation.settings.get("scores", ())
     return [score for score in scores if score.name in names]
 
@@ -30,7 +30,7 @@ def evaluate_detectors(
     labels_are_inputs: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
-    """Evaluate the scores that do not read the true label: the others know the answer.
+    """Evaluate the scores that do not read the true label; the others would be judged by their own input.
 
     Args:
         results: The per-sample table.
@@ -39,8 +39,9 @@ def evaluate_detectors(
         resamples: Bootstrap resamples for the intervals.
         seed: The seed of the resamples.
         cluster: The column of rows that are resampled together, or ``None``.
-        labels_are_inputs: Whether scores that read labels are judged too: the labels of texts are their tokens.
-        progress: Called with the share of the resamples that is done.
+        labels_are_inputs: Whether scores that read labels are evaluated too, as for texts, whose labels are their
+            tokens.
+        progress: Called with the fraction of the resamples that is done.
     """
     detectors = [score for score in scores if labels_are_inputs or not score.needs.labels]
     if not detectors:

@@ -20,15 +20,15 @@ __all__ = ["fitting_step"]
 
 @contextmanager
 def fitting_step(module: LightningModule, split: SplitBatch) -> Iterator[None]:
-    """Make ``predict_step`` a step that the module defines, inside the block.
+    """Make ``predict_step`` run a step that the module defines, inside the block.
 
-    That is its own ``predict_step``; else its ``test_step`` or ``validation_step``, which prepare the batch as they do
-    when it is scored, without logging and without a trace in its torchmetrics; else a call of the module with the
-    inputs of the batch.
+    This is the module's ``predict_step`` if it has one; otherwise its ``test_step`` or ``validation_step``, which
+    prepare the batch as they do during scoring, without logging and without updating its torchmetrics; otherwise a call
+    of the module with the inputs of the batch.
 
     Args:
         module: The user's module.
-        split: From a batch to its inputs and labels.
+        split: Returns the inputs and labels of a batch.
     """
     if not is_of_lightning(module, "predict_step"):
         yield
@@ -49,7 +49,7 @@ def fitting_step(module: LightningModule, split: SplitBatch) -> Iterator[None]:
 
 
 def _state(metric: Metric) -> dict[str, Any]:
-    """Return the state that an update of a metric changes."""
+    """Return a copy of the state that an update of a metric changes."""
     names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
     return {name: copy.deepcopy(vars(metric)[name]) for name in names if name in vars(metric)}
 
@@ -66,7 +66,7 @@ def _step_of(module: LightningModule, split: SplitBatch) -> Callable[..., Any]:
 
 
 def _accepting(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the step with Lightning's arguments, of which it receives those that it has."""
+    """Return the step as a function of Lightning's arguments; it receives those that it accepts."""
     names = list(inspect.signature(step).parameters)
 
     def predict_step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:

@@ -20,7 +20,7 @@ __all__ = ["RunHooks"]
 
 
 def _before(step: str) -> Callable[..., None]:
-    """Return the hook before a batch of a step."""
+    """Return the hook that runs before each batch of a step."""
 
     def hook(
         self: RunHooks,
@@ -43,12 +43,12 @@ class RunHooks(Callback):
     _indices: IndexRecording
     _finished = False
     _processes = Processes()
-    """The processes of the run that is going on."""
+    """The processes of the current run."""
     _signals: Callable[[], None] | None = None
     """Restores the handling of SIGTERM after the run."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: everything but the run that is going on."""
+        """Return the state to pickle: everything except the current run."""
         forgotten = {"_run": None, "_fitting": None, "_processes": Processes(), "_signals": None}
         return {**vars(self), **forgotten, "_indices": IndexRecording()}
 
@@ -65,7 +65,7 @@ class RunHooks(Callback):
         raise NotImplementedError
 
     def _join(self, trainer: Trainer) -> Processes:
-        """Return the processes of a new run; from now on a failure of one ends all of them."""
+        """Return the processes of a new run; from now on a failure in one ends all of them."""
         self._leave()
         self._processes = processes_of_run(trainer)
         if self._processes.count > 1:
@@ -73,7 +73,7 @@ class RunHooks(Callback):
         return self._processes
 
     def _leave(self) -> Processes:
-        """Forget the processes of the run, and return them."""
+        """Clear the processes of the run, and return them."""
         processes, self._processes = self._processes, Processes()
         if self._signals is not None:
             self._signals()
@@ -127,7 +127,7 @@ class RunHooks(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop observing, tell the other processes, keep the scored rows, and print how to resume."""
+        """Stop observing, notify the other processes, keep the scored rows, and print how to resume."""
         self._indices.stop()
         run, self._run = self._run, None
         self._processes.raise_alarm(exception)

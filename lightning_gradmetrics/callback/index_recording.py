@@ -16,7 +16,7 @@ __all__ = ["IndexRecording", "after_each_call"]
 
 
 class IndexRecording:
-    """Records the indices that the dataloaders of a trainer's evaluation loop draw, from before they are first read."""
+    """Records the indices that the dataloaders of a trainer's evaluation loop draw, starting before their first batch."""
 
     def __init__(self) -> None:
         self._drawn: DrawnIndices | None = None
@@ -29,7 +29,7 @@ class IndexRecording:
         self._undo = after_each_call(evaluation_loop(trainer), "setup_data", renew)
 
     def _renew(self, trainer: Trainer) -> None:
-        """Record the dataloaders that a loop has set up, which it reads next."""
+        """Record the dataloaders that a loop has set up and will read next."""
         self.pause()
         combined = getattr(evaluation_loop(trainer), "_combined_loader", None)
         if combined is None:

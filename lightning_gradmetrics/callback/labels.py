@@ -1,4 +1,4 @@
-"""Inputs and labels of the batches of a run, read before each step."""
+"""Reads the inputs and labels of each batch before the step that may change them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class BatchReader:
         self.split = split
         self.pixels = pixels or Pixels()
         self.warn = warn
-        self._bits = 0.0  # how certain it is that the last batches were passed in another order
+        self._bits = 0.0  # evidence, in bits, that the last batches were passed in a different order
 
     def read(self, batch: Any) -> ReadBatch:
         """Return the batch before the step.
@@ -85,7 +85,7 @@ class BatchReader:
         return ReadBatch(inputs, None, copied_labels, len(first) if first is not None and first.ndim else None)
 
     def order(self, batch: ReadBatch, calls: Sequence[ModelCall], inputs: Inputs | None) -> Tensor | None:
-        """Return the number in the batch of each sample that the model received; ``None`` if the order is the same.
+        """Return the position in the batch of each sample that the model received; ``None`` if the order is the same.
 
         Args:
             batch: The batch before the step.
@@ -93,7 +93,7 @@ class BatchReader:
             inputs: The joined inputs of the calls.
 
         Raises:
-            ValueError: If the samples are in another order and their values were changed too.
+            ValueError: If the samples are in a different order and their values were changed too.
         """
         copied = batch.copied
         if copied is not None and len(calls) == 1 and all(copied.holds([tensor]) for tensor in calls[0].received):
@@ -105,7 +105,7 @@ class BatchReader:
         self._bits = self._bits + found.bits if found.bits else 0.0
         if self._bits >= CERTAIN_BITS:
             raise ValueError(
-                "the step passes the samples to the model in another order than the batch, with changed values, so labels and "
+                "the step passes the samples to the model in a different order than the batch, with changed values, so labels and "
                 "index would belong to other samples. Keep the order of the batch in the step, or sort the samples in the "
                 "collate_fn and pass sample_id="
             )
@@ -114,7 +114,7 @@ class BatchReader:
     def labels(
         self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str
     ) -> Tensor | None:
-        """Return the labels of a batch ``(N,)``; ``None`` if it has none, or with one warning if they are not certain.
+        """Return the labels of a batch ``(N,)``; ``None`` if it has none, or, with one warning, if they are ambiguous.
 
         Args:
             batch: The batch before the step.
@@ -153,7 +153,7 @@ class BatchReader:
         dataset: str,
         wanted: tuple[Converter, str],
     ) -> Tensor | None:
-        """Return the labels that a converter reads; ``wanted`` is the converter, and its result in words."""
+        """Return the labels that a converter finds; ``wanted`` is the converter, and a description of its result."""
         read, kind = wanted
         if batch.copied is None:
             labels = None if batch.labels is None else read(batch.labels, size, classes)
@@ -171,17 +171,17 @@ class BatchReader:
     def label_maps(
         self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str
     ) -> Tensor | None:
-        """The label maps of a batch ``(N, H, W)``, -100 where ignored and -200 where out-of-distribution; or ``None``.
+        """Return the label maps of a batch ``(N, H, W)``: -100 is ignored, -200 is out-of-distribution; or ``None``.
 
         Args:
-            batch: What the batch held before the step.
+            batch: The batch before the step.
             size: The number of images ``N``.
             classes: The number of classes.
             received: The tensors that the model received.
             dataset: The name of the dataset.
 
         Raises:
-            ValueError: If a label is not one of the classes and not ignored.
+            ValueError: If a label is neither a class nor ignored.
         """
         kind = f"a map of class numbers per image, shape ({size}, H, W)"
         labels = self._converted(batch, size, classes, received, dataset, (map_numbers, kind))

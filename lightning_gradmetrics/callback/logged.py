@@ -1,4 +1,4 @@
-"""The metrics that a run logs: few, with names that every logger accepts, and the same names in every epoch."""
+"""Selects and names the metrics that a run logs: short names that every logger accepts, the same in every epoch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["logged_metrics", "plain_name", "plain_names"]
 
 
 def plain_name(name: str) -> str:
-    """A name without brackets, quotes and equals signs, which not every logger accepts.
+    """Return a name without brackets, quotes and equals signs, which some loggers refuse.
 
     Example:
         >>> plain_name("pseudo_label(target=all,statistic='l2')"), plain_name("energy")
@@ -22,7 +22,7 @@ def plain_name(name: str) -> str:
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The plain form of each name; where two have the same, a number follows."""
+    """Return the plain form of each name; duplicates get a number."""
     plain: dict[str, str] = {}
     for name in names:
         made, number = plain_name(name), 2
@@ -35,15 +35,15 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 def logged_metrics(
     records: Iterable[Mapping[str, Any]], prefix: str, metrics: Sequence[str], before: Iterable[str] = ()
 ) -> dict[str, float]:
-    """The metrics by their logged names, ``prefix/dataset/score/task_metric``, NaN where a metric is undefined.
+    """Return the metrics by their logged names, ``prefix/dataset/score/task_metric``, NaN where a metric is undefined.
 
-    The mean over a group of datasets has the group's name in place of a dataset's.
+    The mean over a group of datasets has the name of the group instead of a dataset's.
 
     Args:
         records: The metrics of an :class:`~lightning_gradmetrics.evaluation.Evaluation`.
         prefix: The start of the names.
-        metrics: The metrics to log: ``"auroc"`` of every task but the joint one, or ``"joint_auroc"`` of one task.
-        before: Names that were logged before, and are logged again.
+        metrics: The metrics to log: ``"auroc"`` for every task except the joint one, or ``"joint_auroc"`` for one task.
+        before: Names that were logged in earlier epochs and must be logged again.
 
     Example:
         >>> record = {"dataset": "test", "group": "id", "score": "energy", "task": "ood", "metric": "auroc", "value": None}

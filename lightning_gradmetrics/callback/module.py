@@ -42,13 +42,13 @@ def processes_of(trainer: Trainer) -> Processes:
 
 
 def processes_of_run(trainer: Trainer) -> Processes:
-    """Return the trainer's processes for a new run: a failure of one ends all of them."""
+    """Return the trainer's processes for a new run: a failure in one ends all of them."""
     size, rank = trainer.world_size, trainer.global_rank
     return Processes(size, rank, alarm_of(next(RUNS), size, rank, partial(stop_after_sigterm, trainer)))
 
 
 def evaluation_loop(trainer: Trainer) -> Any:
-    """Return the loop that validates, tests or predicts; inside a fit, that of its validation."""
+    """Return the loop that validates, tests or predicts; during a fit, the validation loop."""
     loop: Any = trainer._active_loop
     return loop.epoch_loop.val_loop if hasattr(loop, "epoch_loop") else loop
 
@@ -68,7 +68,7 @@ def scored_model(module: LightningModule, name: str | None = None, head: str | N
         head: The name of the head in the module, or ``None``.
 
     Raises:
-        ValueError: If there is no such submodule, or the choice is not clear.
+        ValueError: If there is no such submodule, or the choice is ambiguous.
     """
     children = []
     for key, child in module.named_children():
@@ -112,20 +112,20 @@ def check_sharding(strategy: Strategy, scores: Sequence[Score]) -> None:
             refused.append(score.name)
     if refused:
         raise ValueError(
-            f"{type(strategy).__name__} shards the parameters, and the scores {', '.join(map(repr, refused))} take gradients of the "
+            f"{type(strategy).__name__} shards the parameters, and the scores {', '.join(map(repr, refused))} need gradients of the "
             "whole network, which no process has. Remove them (scores of the logits and of the head work), or use "
             "strategy='ddp' or one device"
         )
 
 
 def check_spawned(trainer: Trainer, stage: str, has_output: bool, is_fit: bool) -> None:
-    """Refuse a run in processes that the trainer starts and that end with it, if what they compute would be lost.
+    """Refuse a run in processes that end with the trainer's call, if their results would be lost.
 
     Args:
         trainer: The trainer.
-        stage: What the trainer runs; the validation inside a fit is never refused, since its metrics are logged.
-        has_output: Whether the results are written to a directory, from which the calling process reads them.
-        is_fit: Whether scores are fitted, whose states would be lost.
+        stage: The stage. Validation during a fit is never refused, because its metrics are logged.
+        has_output: Whether the results are written to a directory, where the calling process can read them.
+        is_fit: Whether scores are fitted; their states would be lost.
 
     Raises:
         RuntimeError: If the results or the states would be lost.
@@ -145,7 +145,7 @@ def check_spawned(trainer: Trainer, stage: str, has_output: bool, is_fit: bool) 
 
 
 def check_split(loaders: Mapping[str, Any], processes: Processes) -> None:
-    """Refuse dataloaders that several processes read without a distributed sampler: rows would have the same index.
+    """Refuse dataloaders that several processes read without a distributed sampler: rows would share an index.
 
     Args:
         loaders: The dataloaders by the names of their datasets.

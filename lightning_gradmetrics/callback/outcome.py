@@ -1,4 +1,4 @@
-"""The output of a run: the summary, the report, the pictures and the tables behind them."""
+"""Outputs of a run: the summary, the report, the pictures and their tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Outcome", "model_facts"]
 
 
 class Outcome:
-    """The part of the callback that shows the outcome of a run."""
+    """The part of the callback that presents the results of a run."""
 
     scorer: Scorer
     _results: Results
@@ -63,9 +63,9 @@ class Outcome:
 
     @property
     def results(self) -> pa.Table:
-        """The per-sample results of the last run. With ``output=`` they are read from the directory at the first use."""
+        """The per-sample results of the last run. With ``output=`` they are read from the directory on first use."""
         if self.output is not None and not self._is_set_up and is_complete(self.output.directory):
-            return read_results(self.output.directory)  # the run was in other processes, or in another callback
+            return read_results(self.output.directory)  # another process or callback ran
         if callable(self._results):
             self._results = self._results()
         return self._results
@@ -80,13 +80,13 @@ class Outcome:
         return f"<code>{escape(repr(self))}</code>" if self.evaluation is None else self.evaluation._repr_html_()
 
     def summary(self, width: int | None = None) -> str:
-        """Return the main table of the last run as text; of a run over texts also that of wrong tokens.
+        """Return the main table of the last run as text; after a run over texts, also the table of wrong tokens.
 
         Args:
             width: The number of characters in a line; by default that of the terminal.
 
         Raises:
-            RuntimeError: If there was no run yet.
+            RuntimeError: If no run has finished yet.
         """
         from rich.console import Console
 
@@ -103,17 +103,17 @@ class Outcome:
         return grids_text(summary_grids(evaluation, judged_scores(evaluation, self.scorer.scores), width), width)
 
     def report(self, path: Path | str = "report.html", data: Mapping[str, Any] | None = None) -> Path:
-        """Write the HTML report of the last run: one file that needs no network.
+        """Write the HTML report of the last run: a single file that works offline.
 
         Args:
             path: The file to write.
-            data: Datasets or dataloaders by name, whose images are shown as thumbnails of the listed samples.
+            data: Datasets or dataloaders by name; the listed samples are shown as thumbnails of their images.
 
         Returns:
             The path of the file.
 
         Raises:
-            RuntimeError: If there was no run yet.
+            RuntimeError: If no run has finished yet.
         """
         from lightning_gradmetrics.report import listed_samples, write_report
 
@@ -124,7 +124,7 @@ class Outcome:
             return write_report(folder, path)
 
     def save(self, directory: Path | str) -> Path:
-        """Write the outcome of the last run to a directory, like the command.
+        """Write the results of the last run to a directory, as the command does.
 
         It contains ``results.parquet``, ``metrics.json``, ``metrics.csv``, ``table.md``, ``table.tex`` and ``figures``.
         ``gradmetrics compare`` and ``gradmetrics report`` read it.
@@ -136,7 +136,7 @@ class Outcome:
             The path of the directory.
 
         Raises:
-            RuntimeError: If there was no run yet.
+            RuntimeError: If no run has finished yet.
         """
         from lightning_gradmetrics.report import write_metrics_tables, write_run
 
@@ -165,7 +165,7 @@ class Outcome:
         return tables
 
     def _log(self, trainer: Trainer) -> None:
-        """Pass the pictures to the loggers; outside a fit, if the results are in memory, also the curves and the scores of every sample."""
+        """Pass the pictures to the loggers; outside a fit, also the curves and per-sample scores if they are in memory."""
         if not trainer.loggers or self.evaluation is None:
             return
         pictures, step = self.pictures(), trainer.global_step

@@ -1,4 +1,4 @@
-"""What a user reads after a run of a segmentation model, beside the rows of its images."""
+"""Results of a segmentation model besides the rows of its images: segments, pixel metrics and maps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["PixelOutcome"]
 
 
 class PixelOutcome:
-    """The part of the callback that shows segments, metrics of pixels, and maps."""
+    """The part of the callback that presents segments, pixel metrics and maps."""
 
     pixels: Pixels
     _pixels: PixelResults
@@ -28,8 +28,8 @@ class PixelOutcome:
     def pixel_metrics(self) -> pa.Table:
         """The metrics of pixels, images and segments: one row per unit, dataset, task, score, metric and kind of pooling.
 
-        ``low`` and ``high`` are the ends of the 95 % interval over images; ``difference`` is that to the first score, with its
-        paired interval.
+        ``low`` and ``high`` are the ends of the 95 % interval over images. ``difference`` is the difference to the
+        first score, with its paired interval.
         """
         return self._pixels.tables().get("pixel_metrics", pa.table({}))
 
@@ -42,7 +42,7 @@ class PixelOutcome:
         """Write the maps of the images that ``pixels=Pixels(maps=...)`` keeps.
 
         Args:
-            directory: The directory; it is made if it is missing.
+            directory: The directory; it is created if it is missing.
 
         Returns:
             For each image a ``.npz`` file with its arrays, and a PNG with all maps, scores coloured by rank.
@@ -50,5 +50,5 @@ class PixelOutcome:
         return self._pixels.write_maps(directory)
 
     def _with_images(self, results: Results) -> Results:
-        """The results with the columns of images, of a segmentation model whose results are in memory."""
+        """Return the results with the columns of images added, for a segmentation model whose results are in memory."""
         return results if callable(results) else self._pixels.with_images(results)

@@ -23,7 +23,7 @@ class Processes:
     Args:
         count: The number of processes.
         rank: The number of this process.
-        alarm: Stops every process when one of them fails, also while the others wait for it; or ``None``.
+        alarm: Stops every process when one of them fails, even while the others wait for it; or ``None``.
 
     Example:
         >>> alone = Processes()
@@ -60,7 +60,7 @@ class Processes:
             self.alarm.raise_alarm(error)
 
     def wait_for_others(self) -> None:
-        """After a failure, wait until the other processes have stopped, but not for long."""
+        """After a failure, wait a few seconds for the other processes to stop."""
         if self.alarm is not None:
             self.alarm.wait_for_others()
 
@@ -102,11 +102,11 @@ class Processes:
             raise
         for rank, problem in enumerate(self.all_gather("")):
             if problem:
-                raise RuntimeError(f"rank {rank} failed, so rank {self.rank} stops too. What it raised: {problem}")
+                raise RuntimeError(f"rank {rank} failed, so rank {self.rank} stops too. Its error: {problem}")
         return value
 
     def from_first(self, compute: Callable[[], T]) -> T:
-        """Compute a value on rank 0 and return it on every process; an error is raised on every process, so none waits.
+        """Compute a value on rank 0 and return it on every process; an error is raised on every process.
 
         Raises:
             RuntimeError: On the other processes, if ``compute`` raises on rank 0; the message contains its error.
@@ -131,5 +131,5 @@ class Processes:
         torch.distributed.broadcast_object_list(box)
         value, error = box
         if error is not None:
-            raise RuntimeError(f"rank 0 failed, so rank {self.rank} stops too. What rank 0 raised: {error}")
+            raise RuntimeError(f"rank 0 failed, so rank {self.rank} stops too. Its error: {error}")
         return value

@@ -1,4 +1,4 @@
-"""One pass over the dataloaders of a stage: each step is observed, and its samples are passed to the stage."""
+"""One pass over the dataloaders of a stage: observes each step and passes its samples to the stage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Run:
     """One pass over the dataloaders of a stage.
 
     Args:
-        stage: Takes each batch.
+        stage: Scores each batch, or accumulates it for a fit.
         model: The model that is scored.
         drawn: The indices that the dataloaders draw.
         roles: The role of each dataset.
@@ -61,7 +61,7 @@ class Run:
     def start_batch(self, module: nn.Module, step: str, batch: Any) -> None:
         """Read the batch, and observe the step that follows.
 
-        A step with a ``dataloader_iter`` draws its batch itself, and Lightning passes the previous batch.
+        A step with a ``dataloader_iter`` draws its own batch, so Lightning passes the previous one here.
         """
         self.stop()
         self._given = batch
@@ -142,7 +142,7 @@ class Run:
         return replace(batch, labels=labels, ood=ood, dataset=dataset)
 
     def _checked(self, labels: Tensor | None, classes: int, place: int) -> Tensor | None:
-        """Return the labels; ``None`` for in-distribution data with a label outside of the classes."""
+        """Return the labels; ``None`` for in-distribution data with a label outside the classes."""
         rows = self.stage.rows[place]
         if labels is None or self.roles.get(rows.dataset, ID) != ID or not bool((labels >= classes).any()):
             return labels

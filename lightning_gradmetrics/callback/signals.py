@@ -15,10 +15,10 @@ __all__ = ["note_sigterm", "stop_after_sigterm"]
 
 
 def note_sigterm(trainer: Trainer) -> Callable[[], None]:
-    """Let SIGTERM set ``trainer.received_sigterm`` and nothing else; returns a function that undoes this.
+    """Make SIGTERM only set ``trainer.received_sigterm``; return a function that undoes this.
 
-    Lightning's handler also starts a broadcast, which never ends if only one process received the signal. Handlers of the
-    user are called as before.
+    Lightning's handler also starts a broadcast, which never ends if only one process received the signal. The user's
+    handlers are still called.
 
     Args:
         trainer: The trainer.
@@ -47,10 +47,10 @@ def _nothing() -> None:
 
 
 def stop_after_sigterm(trainer: Trainer) -> None:
-    """Raise if the process received SIGTERM: Lightning's prediction loop would continue to its end.
+    """Raise if the process received SIGTERM, because Lightning's prediction loop would run to its end.
 
     Raises:
-        SIGTERMException: If it did.
+        SIGTERMException: If the process received SIGTERM.
     """
     if trainer.received_sigterm:
         raise SIGTERMException(128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Chooses the stages to score, and warns about those that are not."""
+"""Chooses the stages to score, and warns about those that are left out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Loaders:
     """The dataloaders of a stage.
 
     Args:
-        given: One dataloader or several, as Lightning stores them.
-        is_sequential: Whether they run one after the other; otherwise they run side by side, and are one dataset.
+        given: One or more dataloaders, as Lightning stores them.
+        is_sequential: Whether they run one after the other; if they run side by side, they count as one dataset.
 
     Example:
         >>> Loaders({"a": [1], "b": [2]}).names(None, "test"), Loaders({"a": [1], "b": [2]}, False).names(None, "test")
@@ -55,8 +55,8 @@ class StageNotices:
     ) -> bool:
         """Return whether to score a stage.
 
-        By default every stage is scored, but the validation inside a fit only if the names of the datasets are for its
-        dataloaders and no score is fitted: a fitted score is valid for fixed weights only.
+        By default every stage is scored. Validation during a fit is scored only if the names of the datasets match its
+        dataloaders and no score is fitted, because a fitted score is valid for fixed weights only.
 
         Args:
             stage: The stage.
@@ -70,7 +70,7 @@ class StageNotices:
         if stage != "fit":
             return True
         if is_fitted:
-            self._say("fitted scores hold for fixed weights, so the validation inside fit is not scored")
+            self._say("fitted scores are valid for fixed weights only, so the validation inside fit is not scored")
             return False
         try:
             loaders.names(names, stage)
@@ -80,7 +80,7 @@ class StageNotices:
         return True
 
     def of_roles(self, datasets: Sequence[str]) -> None:
-        """Warn about several datasets without roles."""
+        """Warn if several datasets have no roles."""
         if len(datasets) > 1:
             self._say(
                 f"{len(datasets)} dataloaders and no roles: all are treated as in-distribution. Pass datasets= with a role for "
@@ -94,7 +94,7 @@ class StageNotices:
 
 
 def check_fitted_in_fit(scores: Sequence[Score], stages: Sequence[str] | None) -> None:
-    """Refuse fitted scores in the validation of a fit, if the user requests them there.
+    """Refuse fitted scores in the validation of a fit, if the user requested that stage.
 
     Raises:
         ValueError: If ``stages`` names that validation and a score is fitted.
@@ -103,6 +103,6 @@ def check_fitted_in_fit(scores: Sequence[Score], stages: Sequence[str] | None) -
     if fitted and stages is not None and ("fit" in stages or "validate" in stages):
         raise ValueError(
             f"the fitted scores {', '.join(fitted)} cannot be scored in the validation of a fit: its weights change, and a "
-            "fitted score holds for fixed weights. Pass stages=('test', 'predict'), or use a second callback for the scores "
+            "fitted score is valid for fixed weights only. Pass stages=('test', 'predict'), or use a second callback for the scores "
             "that need no fit"
         )

@@ -1,4 +1,4 @@
-"""The stages of a run: they score the samples of each batch, or fit scores on them."""
+"""The stages of a run: one scores the samples of each batch, the other fits scores on them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class ScoreStage:
         rows: The results of each dataloader.
         sources: The picture sources, which also read the batches.
         columns: The functions of further columns, by name.
-        store: Takes the rows.
-        pixels: Keeps the pixels of segmentation models; one of the sources.
+        store: Stores the rows.
+        pixels: Collects the pixels of segmentation models; one of the sources.
     """
 
     scorer: Scorer
@@ -54,7 +54,7 @@ class ScoreStage:
         return None
 
     def skips(self, place: int, size: int | None, seen: Sequence[int] | None) -> bool:
-        """Whether an earlier run committed all rows of the next batch of the dataloader number ``place``."""
+        """Return whether an earlier run stored all rows of the next batch of dataloader number ``place``."""
         return size is not None and self.rows[place].index.skip(size, seen)
 
     def add(
@@ -91,7 +91,7 @@ class ScoreStage:
         self.store.after_batch(rows)
 
     def _check_images(self) -> None:
-        """Refuse to resume a run over images whose pixels are not stored, and warn of what the directory lacks.
+        """Refuse to resume a segmentation run, because its pixels are not stored; warn about what is not stored.
 
         Raises:
             ResumeError: If earlier images are committed: segments and metrics of pixels would leave them out.
@@ -152,7 +152,7 @@ class FitStage:
     Args:
         fitting: Accumulates the data of the fit.
         rows: The rows of each dataloader, of which only the index is used.
-        roles: The role of each dataset by name, where scores are fitted on in- and out-of-distribution samples.
+        roles: The role of each dataset by name, if scores are fitted on both in- and out-of-distribution samples.
     """
 
     fitting: Fitting
@@ -165,7 +165,7 @@ class FitStage:
         return self.fitting.scorer
 
     def ood(self, place: int, size: int) -> Tensor | None:
-        """Which samples are out-of-distribution ``(N,)``, by the role of the dataloader."""
+        """Return which samples are out-of-distribution ``(N,)``, by the role of the dataloader."""
         if self.roles is None:
             return None
         return torch.full((size,), self.roles[self.rows[place].dataset] != "id")
@@ -189,7 +189,7 @@ class FitStage:
         self.fitting.add(batch, evidence, index != REPEATED)
 
     def fitted(self, model: nn.Module, processes: Processes) -> dict[str, FittedScore]:
-        """The fitted scores by name, from what all processes accumulated."""
+        """Return the fitted scores by name, from the accumulated data of all processes."""
         return self.fitting.finish(model, processes.all_gather(self.fitting.seen))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs code around the next call of a module's step only."""
+"""Runs code around the next call of a module's step, and only that call."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Context = Callable[[], AbstractContextManager[Any]]
 def around_next_call(module: nn.Module, name: str, context: Context) -> Callable[[], None]:
     """Enter a context around the next call of a method, for that call only.
 
-    Several callbacks may do so at the same time. The module's method is restored before it runs.
+    Several callbacks may do this at the same time. The module's method is restored before it runs.
 
     Args:
         module: The module.
         name: The name of its method.
-        context: Makes the context.
+        context: Creates the context.
 
     Returns:
         A function that undoes this if the method was not called; it may be called at any time.

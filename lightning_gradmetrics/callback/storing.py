@@ -45,7 +45,7 @@ def store_of(
         roles: The role of each dataset.
         others: Other arguments that change the results.
         processes: The processes of the run.
-        limited: Whether only some of the batches are scored.
+        limited: Whether only part of the batches is scored.
 
     Raises:
         FileExistsError: If the directory contains results and the run does not resume them.

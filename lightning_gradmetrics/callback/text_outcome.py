@@ -1,4 +1,4 @@
-"""What a user reads after a run over texts, beside the rows of the texts."""
+"""Results of a run over texts besides the rows of the texts: the scored tokens and their metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ID = "id"
 
 
 class TextOutcome:
-    """The part of the callback that shows the tokens of texts."""
+    """The part of the callback that presents the tokens of texts."""
 
     token_evaluation: Evaluation | None
     results: pa.Table
@@ -36,9 +36,9 @@ class TextOutcome:
 
 
 def evaluate_tokens(results: Results, scores: Sequence[Score], resamples: int) -> Evaluation | None:
-    """Return the metrics of wrong tokens; ``None`` for other results than those of texts.
+    """Return the metrics of wrong tokens; ``None`` if the results are not of texts.
 
-    The positive tokens are those that the model did not predict as the most probable ones. Intervals resample texts.
+    Positive are the tokens that are not the model's most probable prediction. Intervals resample texts.
 
     Args:
         results: The results, or a function that reads them.
@@ -57,7 +57,7 @@ def evaluate_tokens(results: Results, scores: Sequence[Score], resamples: int) -
 
 
 def logged_of_tokens(evaluation: Evaluation | None, prefix: str, metrics: Sequence[str]) -> dict[str, float]:
-    """Return the metrics of tokens by their logged names, ``prefix/dataset/score/token_task_metric``."""
+    """Return the token metrics by their logged names, ``prefix/dataset/score/token_task_metric``."""
     if evaluation is None:
         return {}
     logged = {}

@@ -1,4 +1,4 @@
-"""The values of the rows of a batch: of samples, of images from their pixels, of texts from their tokens."""
+"""Computes the row values of a batch: per sample, per image from its pixels, or per text from its tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_gradmetrics.scoring.text_step import sequence_values, token_value
 __all__ = ["RowValues", "row_values"]
 
 FURTHER_AGGREGATES = ("sum", "max")
-"""Aggregates of the tokens of a text in further columns; the score's column has the mean."""
+"""Token aggregates that get a column each; the score's own column has the mean."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class RowValues:
     """The values of the rows of a batch.
 
     Args:
-        logits: ``(N, C)``: whose largest column is the prediction, and which are checked for NaN and Inf.
+        logits: ``(N, C)``. The largest column is the prediction; NaN and Inf mark the row as not finite.
         labels: ``(N,)``, or ``None``.
         scores: ``(N,)`` by name.
-        maps: The scores of positions, ``(N, H, W)`` by name; ``None`` for other models than those of pixels.
+        maps: The scores of positions, ``(N, H, W)`` by name; ``None`` if the model does not classify pixels.
         of_tokens: Further columns of texts.
     """
 
@@ -49,11 +49,11 @@ def row_values(
         scorer: Computes the scores.
         batch: The batch.
         evidence: Its evidence.
-        aggregate: How an image's score is made of those of its pixels.
+        aggregate: How the scores of an image's pixels are combined into the image's score.
         columns: The names of further columns, which are defined for samples only.
 
     Raises:
-        ValueError: If further columns are asked for and the rows are not samples.
+        ValueError: If further columns are requested and the rows are not samples.
     """
     if batch.tokens is not None:
         return _of_texts(scorer, evidence, batch.tokens, columns)

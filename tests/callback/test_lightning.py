@@ -216,7 +216,7 @@ def test_fitted_scores_inside_a_fit() -> None:
         trainer(fitted_callback(net, x, stages=["validate", "test"]), max_epochs=1).fit(
             Stepped(net), batches(x, y), batches(x, y)
         )
-    with pytest.warns(UserWarning, match="fitted scores hold for fixed weights"):
+    with pytest.warns(UserWarning, match="fitted scores are valid for fixed weights"):
         trainer(fitted_callback(net, x), max_epochs=1).fit(Stepped(net), batches(x, y), batches(x, y))
 
 

@@ -133,5 +133,5 @@ def test_a_failure_on_rank_0_ends_every_process(tmp_path: Path) -> None:
         "OSError: the disk is full",
     ]
     assert ranks[0] == expected
-    stopped = "RuntimeError: rank 0 failed, so rank 1 stops too. What rank 0 raised: "
+    stopped = "RuntimeError: rank 0 failed, so rank 1 stops too. Its error: "
     assert ranks[1] == [f"{stopped}{error}" for error in expected]

@@ -193,9 +193,7 @@ def test_an_error_or_a_signal_on_any_rank_ends_every_process_in_seconds_and_the_
         other = 1 - failed
         assert codes[failed] == code and codes[other] == 1, name
         assert seconds < 5 and 16 <= kept < 100, name
-        report = (
-            f"rank {failed} failed, so rank {other} stops too. What it raised: {cause}" if cause else "rank 0 ended"
-        )
+        report = f"rank {failed} failed, so rank {other} stops too. Its error: {cause}" if cause else "rank 0 ended"
         assert report in values[other], name
     assert "resume=True" in said
     for name in ("test-error-0", "predict-error-1", "test-SIGKILL-0"):
