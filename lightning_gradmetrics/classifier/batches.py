@@ -1,4 +1,4 @@
-"""Taking a dataloader's batch apart: inputs and labels."""
+"""Splits a dataloader's batch into inputs and labels."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 """Names of mapping entries and object attributes that contain labels."""
 
 MASK_KEYS = ("mask", "masks", "segmentation")
-"""The entries of a mapping that hold label maps, beside images."""
+"""Entries of a mapping that hold label maps if another entry holds images."""
 
 REMEDY = "pass split_batch=, a callable from the batch to (inputs, labels or None)"
 
 
 class LabelsNotUnderstoodError(ValueError):
-    """The batch may contain labels, but their position or their meaning is not certain."""
+    """The batch may contain labels, but it is ambiguous which entry they are or what they mean."""
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
     """Return inputs and true labels of a batch.
 
-    A tensor is the inputs. In a sequence the first entry is the inputs and the second the labels; in ``(index, inputs,
-    labels)`` the second and the third. In a mapping the labels are the entry ``label``, ``labels``, ``target``,
-    ``targets`` or ``y``, or a ``mask`` beside images; the remaining entries are the inputs: keyword arguments,
-    or a tensor if one remains.
+    A tensor is taken as the inputs. In a sequence the first entry is the inputs and the second the labels; in ``(index,
+    inputs, labels)`` they are the second and the third. In a mapping the labels are the entry ``label``, ``labels``,
+    ``target``, ``targets`` or ``y``, or ``mask`` if there are images. The remaining entries are the inputs: keyword
+    arguments, or a tensor if only one remains.
 
     Args:
         batch: A batch of the dataloader.
 
     Returns:
-        The inputs, and the labels ``(N,)`` or ``(N, H, W)``, or ``None`` where the batch has none that are certain.
+        The inputs, and the labels ``(N,)`` or ``(N, H, W)``, or ``None`` if the batch has none or they are ambiguous.
 
     Raises:
         TypeError: If the inputs cannot be found.
@@ -132,7 +132,7 @@ def _begins_with_index(batch: Sequence[Any]) -> bool:
 
 
 Converter = Callable[[Any, int, "int | None"], "Tensor | None"]
-"""From what a batch holds, N and C to class numbers, or ``None``."""
+"""Converts a value, given N and C, to class numbers, or returns ``None``."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _label_attributes(value: Any) -> dict[str, Any]:
 
 
 def _may_be_labels(value: Tensor) -> bool:
-    """Whether a tensor may hold labels of samples or of pixels, so that the step must not change them."""
+    """Return whether a tensor may hold labels of samples or of pixels; if so, it is copied before the step."""
     is_map = value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1)
     return value.ndim <= 2 or is_map or not value.is_floating_point()
 
@@ -185,7 +185,7 @@ def _value(entry: Any) -> Any:
 
 
 class BatchCopy:
-    """A copy of a batch before the step: of its containers, and of the tensors that may be labels.
+    """A copy of a batch made before the step: its containers, and the tensors that may be labels.
 
     Args:
         batch: A batch of the dataloader.
@@ -205,7 +205,7 @@ class BatchCopy:
         """The length of the batch's first tensor, or ``None``."""
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors of the batch, of those that may be labels the copies."""
+        """Return the tensors of the batch; for those that may be labels, their copies."""
         return list(_tensors(self._entries))
 
     def holds(self, received: Sequence[Tensor]) -> bool:
@@ -220,17 +220,17 @@ class BatchCopy:
         Args:
             size: The number of samples ``N``.
             classes: The number of classes, or ``None`` if it is unknown.
-            received: The tensors that the model received, which show the entries that are inputs.
+            received: The tensors that the model received, which identify the entries that are inputs.
 
         Raises:
-            LabelsNotUnderstoodError: If an entry may be labels, but that is not certain.
+            LabelsNotUnderstoodError: If it is ambiguous whether an entry is the labels.
         """
         return _labels(self._entries, _Search(size, classes, received, read), "the batches")
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The number of samples and classes, and the inputs, for a search for labels."""
+    """A search for labels: the number of samples and classes, and the inputs."""
 
     size: int
     classes: int | None
@@ -349,7 +349,7 @@ def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tens
 
 
 def _position_of_labels(entries: list[Any], inputs: list[int]) -> int:
-    """Return the position of the labels: after the entries that the model received, or by the kinds of the entries."""
+    """Return the position of the labels: after the entries that the model received, or from the types of the entries."""
     if inputs:
         return max(inputs) + 1
     return 2 if _begins_with_index(list(map(_value, entries))) else 1
@@ -367,5 +367,5 @@ def _labels_before(entries: list[Any], inputs: list[int], search: _Search, where
 
 
 def shallow_copy(batch: Any) -> Any:
-    """Return the batch in a new container, so that a callable may pop entries."""
+    """Return the batch in a new container, so that a callable may pop entries from it."""
     return copy.copy(batch) if isinstance(batch, (list, Mapping)) else batch

@@ -1,4 +1,4 @@
-"""Linear maps from the grid of a head's output to the grid of the logits, the same for every channel."""
+"""Linear maps from a head's output to the logits of a segmentation model: reflecting, resizing and cropping."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["IDENTITY", "Carry", "difference_of", "find_carry"]
 
 LINEAR_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 FACTORS = (2, 4, 8, 16, 32)
-"""Factors of an enlargement that is cropped after it."""
+"""Enlargement factors that are tried for maps that are cropped afterwards."""
 
 
 @dataclass(frozen=True)
 class Carry:
-    """Reflect, resize and crop: the map of every channel from the head's grid to the logits' grid.
+    """Reflects, resizes and crops maps from the head's grid to the logits' grid, each channel alike.
 
     Args:
         flips: The axes that are reflected first.
@@ -26,7 +26,7 @@ class Carry:
         mode: The mode of :func:`torch.nn.functional.interpolate`.
         align_corners: As in that function.
         antialias: As in that function.
-        crop: The offset and the size of the part that is kept, for every axis; ``None`` keeps all.
+        crop: For every axis the offset and the size of the kept region; ``None`` keeps all.
 
     Example:
         >>> Carry(size=(4, 4), mode="bilinear", align_corners=False)(torch.zeros(2, 3, 2, 2)).shape
@@ -65,7 +65,7 @@ IDENTITY = Carry()
 
 
 def difference_of(first: Tensor, second: Tensor) -> float:
-    """Return the largest difference of two maps, in units of what rounding explains; infinite for other shapes.
+    """Return the largest difference of two maps relative to the expected rounding error; infinite if shapes differ.
 
     NaN and Inf are equal to themselves.
     """
@@ -88,12 +88,12 @@ def _digits(dtype: torch.dtype) -> float:
 
 
 def find_carry(z: Tensor, logits: Tensor, hint: Carry | None = None) -> Carry | None:
-    """Return the map that turns a head's output into the logits, found by comparison; ``None`` if there is none.
+    """Return the map that turns a head's output into the logits, found by trying; ``None`` if there is none.
 
     Args:
         z: The head's output ``(N, C, *Q)``.
         logits: The logits that the model returned ``(N, C, *P)``.
-        hint: The map of another batch, which is tried first.
+        hint: The map found for an earlier batch, which is tried first.
 
     Example:
         >>> z = torch.randn(1, 3, 4, 4)
@@ -168,7 +168,7 @@ def _resizes(axes: int) -> Iterator[Carry]:
 
 
 def _crops(carry: Carry, z: Tensor, logits: Tensor) -> Iterator[Carry]:
-    """The crops of a larger map that have the first values of the logits at their corner."""
+    """Yield the crops of a larger map whose first values are those of the logits."""
     have, wanted = z.shape[2:], logits.shape[2:]
     if z.ndim != logits.ndim or not _contains(tuple(have), tuple(wanted)):
         return
@@ -177,7 +177,7 @@ def _crops(carry: Carry, z: Tensor, logits: Tensor) -> Iterator[Carry]:
 
 
 def _matching_offsets(z: Tensor, logits: Tensor) -> Tensor:
-    """Return which offsets of a crop agree with the logits at their corners and in their middle, up to rounding.
+    """Return the crop offsets at which the map agrees with the logits at the corners and in the middle, up to rounding.
 
     Args:
         z: The larger map ``(C, *Q)``.

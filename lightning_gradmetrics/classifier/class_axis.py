@@ -1,4 +1,4 @@
-"""Which axis of the logits at positions holds the classes: taken from the layers and the inputs, never guessed."""
+"""Finds the class axis of logits with positions, from the layers and the inputs; it is never guessed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def class_axis(logits: Tensor, model: nn.Module, calls: Sequence[LayerCall], inp
         model: The model.
         calls: The calls of its layers.
         inputs: The inputs of its call.
-        is_default: Whether the logits were found without a callable from the user, who returns classes on axis 1.
+        is_default: Whether the logits were found automatically; a user's ``logits_fn`` must return the classes on axis
+            1.
 
     Raises:
-        ValueError: If it is not certain.
+        ValueError: If the axis is ambiguous.
 
     Example:
         >>> import torch
@@ -45,7 +46,7 @@ def class_axis(logits: Tensor, model: nn.Module, calls: Sequence[LayerCall], inp
     if (logits.ndim > 3 and not linear) or not is_default:
         return 1
     raise ValueError(
-        f"the logits have shape {tuple(logits.shape)}, and it is not certain which axis holds the classes: no layer returned "
+        f"the logits have shape {tuple(logits.shape)}, and it is ambiguous which axis holds the classes: no layer returned "
         "them. Pass logits_fn=, a callable from the model's output to logits (N, C) of samples, or (N, C, ...) of positions, "
         "with the classes on axis 1; for one logit per pixel, lambda z: z.unsqueeze(1)"
     )

@@ -1,4 +1,4 @@
-"""How the logits at positions are made of the outputs of heads: found by comparing, never assumed."""
+"""Finds how the logits of a segmentation model are composed of the outputs of heads, by comparing values."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_gradmetrics.classifier.patches import Patches
 __all__ = ["Composition", "Part", "compose", "recompose", "reproduces"]
 
 MOST_CALLS = 4
-"""Calls of one layer whose outputs may be averaged."""
+"""Largest number of calls of one layer whose average is tried."""
 
 MOST_CANDIDATES = 8
-"""The last layers of the forward pass whose outputs may be added."""
+"""Number of layers, at the end of the forward pass, whose sums are tried."""
 
 CHECKED = 64
-"""Positions at which a layer's output is compared with its weight."""
+"""Number of positions at which a layer's output is compared with its weight."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Part:
     Args:
         name: The layer's name.
         call: The number of the call among those of the layer.
-        carry: The map of its output before all parts are added.
+        carry: The map that is applied to its output before all parts are added.
         share: Its factor in the sum.
     """
 
@@ -44,11 +44,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Composition:
-    """The logits as a sum of heads, carried to the logits' grid.
+    """The logits as a sum of heads, mapped to the logits' grid.
 
     Args:
-        parts: The calls that are added.
-        carry: The map of their sum.
+        parts: The summands: calls of heads.
+        carry: The map that is applied to their sum.
     """
 
     parts: tuple[Part, ...]
@@ -61,10 +61,10 @@ class Composition:
 
 
 def compose(calls: Sequence[LayerCall], logits: Tensor) -> list[Composition]:
-    """Return all ways in which the outputs of layers make the logits, the simplest kind first; empty if none is found.
+    """Return every composition of layer outputs that equals the logits, the simplest kind first; empty if none is found.
 
-    Tried are one layer; the average of several calls of one layer on reflected inputs; the sum of two or three layers.
-    Every sum may be resized and cropped.
+    Three kinds are tried: one layer; the average of several calls of one layer on reflected inputs; the sum of two or
+    three layers. Every sum may be resized and cropped.
 
     Args:
         calls: Calls of the layers that may be heads, with their outputs ``(N, C, *Q)``.
@@ -96,7 +96,7 @@ def _numbered(calls: Sequence[LayerCall]) -> dict[str, list[LayerCall]]:
 
 
 def _unchanged(calls: Sequence[LayerCall], logits: Tensor) -> Iterator[Composition]:
-    """The layers that return the logits: found without resizing anything."""
+    """Yield the layers that return the logits without resizing."""
     for name, own in _numbered(calls).items():
         for number, call in enumerate(own):
             if torch.equal(_output(call), logits):
@@ -143,7 +143,7 @@ def _added(calls: Sequence[LayerCall], logits: Tensor) -> Iterator[Composition]:
 
 
 def _resized_parts(calls: Sequence[LayerCall]) -> Iterator[list[Part]]:
-    """The parts, those on smaller grids resized to the largest in every way that is common."""
+    """Yield the parts with smaller outputs resized to the largest, for every common kind of resizing."""
     outputs = [_output(call) for call in calls]
     size = _largest_size(outputs)
     ways: list[list[Carry]] = []
@@ -180,7 +180,7 @@ def _sum(parts: Sequence[Part], calls: Sequence[LayerCall]) -> Tensor:
 
 
 def recompose(known: Composition, calls: Sequence[LayerCall], logits: Tensor) -> Composition | None:
-    """Return the same composition for another batch, whose positions may have another shape; ``None`` if it differs.
+    """Return the composition adapted to another batch, which may have another size; ``None`` if it does not hold there.
 
     Args:
         known: The composition of an earlier batch.
@@ -208,12 +208,12 @@ def recompose(known: Composition, calls: Sequence[LayerCall], logits: Tensor) ->
 
 @torch.no_grad()
 def reproduces(layer: nn.Module, patches: Patches, call: LayerCall) -> bool:
-    """Return whether a layer's weight and bias give its output at some positions, up to rounding.
+    """Return whether a layer's weight and bias reproduce its output at some positions, up to rounding.
 
     Args:
         layer: The layer.
         patches: Its geometry.
-        call: A call of it, with the class axis at 1.
+        call: A call of the layer, with the classes on axis 1.
     """
     features, output = call.features, call.output
     assert features is not None and output is not None

@@ -80,7 +80,7 @@ def logits_in(output: Any) -> Tensor:
     The entries are ``logits``, and ``out`` as in torchvision's segmentation models.
 
     Raises:
-        TypeError: If there are none to be found.
+        TypeError: If the output contains no logits.
 
     Example:
         >>> logits_in({"out": torch.zeros(1, 3, 4, 4), "aux": torch.zeros(1, 3, 4, 4)}).shape
@@ -150,7 +150,7 @@ def check_inputs(model: nn.Module, inputs: Inputs) -> None:
     """Refuse inputs that have no sample axis.
 
     Raises:
-        TypeError: If an input is packed, nested or sparse, or a row of indices with offsets.
+        TypeError: If an input is packed, nested or sparse, or consists of flat indices with offsets.
     """
     _check_layouts(inputs)
     _check_bags(model, inputs)
@@ -179,7 +179,7 @@ def _check_layouts(inputs: Any) -> None:
 
 
 def _check_bags(model: nn.Module, inputs: Any) -> None:
-    """Refuse bags of several samples in one row of indices, with offsets."""
+    """Refuse inputs of an EmbeddingBag that are flat indices with offsets."""
     shapes = []
     for tensor in tensors_in(inputs):
         if not tensor.is_floating_point():
@@ -189,8 +189,8 @@ def _check_bags(model: nn.Module, inputs: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.EmbeddingBag):
             raise TypeError(
-                f"the inputs {shapes} of the EmbeddingBag {name!r} are indices in one row "
-                "with offsets, which have no sample axis; pass bags padded to one length, (N, T), and give the EmbeddingBag "
+                f"the inputs {shapes} of the EmbeddingBag {name!r} are flat indices with "
+                "offsets, which have no sample axis; pass bags padded to one length, (N, T), and give the EmbeddingBag "
                 "the padding_idx"
             )
 

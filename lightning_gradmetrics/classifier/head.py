@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 CHECKED_ROWS = 16
-"""Number of rows on which a layer is compared with its weight."""
+"""Number of rows on which a layer's output is compared with the product with its weight."""
 
 ROUNDING = 32
 """Number of rounding errors by which a layer's output may differ from the product with its weight."""
@@ -97,7 +97,7 @@ def _layers(model: nn.Module) -> str:
 def find_head(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> str:
     """Return the name of the layer whose output is the model's logits.
 
-    A layer that wraps a linear layer and adds to its output (LoRA) is found instead of the layer inside it.
+    A layer that wraps a linear layer and adds to its output, such as LoRA, is preferred to the layer inside it.
 
     Args:
         model: The model.
@@ -138,7 +138,7 @@ def _linear_names(model: nn.Module, equal: Sequence[LayerCall]) -> list[str]:
 
 
 def _outermost(model: nn.Module, call: LayerCall, equal: Sequence[LayerCall]) -> str:
-    """Return the outermost layer around a call that has the same input and output and further parameters."""
+    """Return the outermost layer with the same input and output as a call, and with additional parameters."""
     found, around = call.name, call.name
     while "." in around:
         around = around.rpartition(".")[0]
@@ -166,7 +166,7 @@ def _wrapper_names(model: nn.Module, equal: Sequence[LayerCall], calls: Sequence
 
 
 def _custom_names(model: nn.Module, equal: Sequence[LayerCall], logits: Tensor) -> list[str]:
-    """Return layers that are linear without being an ``nn.Linear``, such as quantised and custom layers."""
+    """Return layers that compute a linear map but are not ``nn.Linear``, such as quantised and custom layers."""
     names: dict[str, None] = {}
     for call in equal:
         is_leaf = next(model.get_submodule(call.name).children(), None) is None
@@ -201,7 +201,7 @@ def _is_affine(model: nn.Module, call: LayerCall) -> bool:
 
 
 def _not_found(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> str:
-    """Return why no layer was found and how to proceed; a layer is proposed only if its output becomes the logits."""
+    """Return why no layer was found and what to do; a layer is proposed only if its output turns into the logits."""
     start = f"the head of {type(model).__name__} could not be found: "
     hidden, columns, everywhere = None, None, None
     classes, linear = logits.shape[1], linear_layers(model)
@@ -250,9 +250,9 @@ def _becomes(output: Tensor, logits: Tensor) -> bool:
 
 
 def head_of(model: nn.Module, call: LayerCall) -> Head:
-    """Return the head that a call went through, with the weight and bias that reproduce the call.
+    """Return the head of a call, with the weight and bias that reproduce its output.
 
-    The weight is that of the layer, or of the affine map that the layer computes (LoRA, a merged layer).
+    They are the layer's own parameters, or those of the affine map that the layer computes (such as LoRA).
 
     Raises:
         HeadNotFoundError: If the call is not an affine map of features ``(N, D)``.
@@ -299,7 +299,7 @@ def _affine_map(layer: nn.Module, features: Tensor) -> tuple[Tensor, Tensor] | N
 
 @torch.no_grad()
 def _reproduces(weight: Tensor, bias: Tensor | None, call: LayerCall) -> bool:
-    """Return whether a weight and a bias give the call's output, up to rounding."""
+    """Return whether a weight and a bias reproduce the call's output, up to rounding."""
     assert call.features is not None and call.output is not None
     features, output = call.features[:CHECKED_ROWS], call.output[:CHECKED_ROWS]
     if weight.shape != (output.shape[1], features.shape[1]):
@@ -328,11 +328,11 @@ def _product(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def returning_logits(model: nn.Module, head: str | None, logits: Callable[[Any], Tensor]) -> Iterator[None]:
-    """Make the model return its logits ``(N, C)`` inside the block, whatever its output is otherwise.
+    """Make the model return its logits ``(N, C)`` inside the block in place of its usual output.
 
     Args:
         model: The model.
-        head: The name of the layer whose output they are, or ``None``.
+        head: The name of the layer whose output is the logits, or ``None``.
         logits: Returns the logits from the model's output; used if ``head`` is ``None``.
     """
     seen: list[Tensor] = []

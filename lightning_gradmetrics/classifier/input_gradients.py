@@ -16,7 +16,7 @@ def check_floats(inputs: Any, who: str) -> None:
 
     Args:
         inputs: The model's inputs.
-        who: The subject of the error message, in the plural.
+        who: The subject of the error message, a plural such as ``"the scores"``.
 
     Raises:
         TypeError: If the inputs are not a tensor of floats.
@@ -31,12 +31,14 @@ def check_floats(inputs: Any, who: str) -> None:
 
 
 def differentiable_logits(model: nn.Module, inputs: Tensor, who: str) -> tuple[Tensor, Tensor]:
-    """Return a leaf with the inputs' values, and the logits as a function of it. The model may modify its input in place.
+    """Return a leaf tensor with the values of the inputs, and the logits as a function of it.
+
+    The model may modify its input in place.
 
     Args:
         model: A classifier, within :func:`lightning_gradmetrics.classifier.forward.gradients_enabled`.
         inputs: Inputs ``(N, ...)``, floats.
-        who: The subject of the error message, in the plural.
+        who: The subject of the error message, a plural such as ``"the scores"``.
 
     Returns:
         The leaf ``(N, ...)`` and the logits ``(N, C)``.

@@ -1,4 +1,4 @@
-"""Converts the labels of a batch to one class number per sample, if their meaning is certain."""
+"""Converts the labels of a batch to one class number per sample, if their meaning is unambiguous."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def class_numbers(value: Any, size: int, classes: int | None = None) -> Tensor |
         classes: The number of classes ``C``; ``None`` if it is unknown.
 
     Raises:
-        ValueError: If the value is labels ``(N, C)`` of 0 and 1 with several classes of one sample.
+        ValueError: If the value is multi-label: rows ``(N, C)`` of 0 and 1 with several ones.
 
     Example:
         >>> class_numbers(torch.tensor([[1.0], [0.0]]), 2), class_numbers(torch.tensor([[0, 1], [1, 0]]), 2, 2)
@@ -61,12 +61,12 @@ def _refuse_several_classes(labels: Tensor) -> None:
 
 
 def map_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
-    """The class number of every pixel, ``(N, H, W)``, int64; ``None`` if the value is not certain to hold label maps.
+    """Return the class number of every pixel, ``(N, H, W)``, int64; ``None`` if the value may be something else.
 
-    Converted are whole numbers of any type ``(N, H, W)`` or ``(N, 1, H, W)``, and one-hot maps ``(N, C, H, W)``.
+    Accepts integers of any type ``(N, H, W)`` or ``(N, 1, H, W)``, and one-hot maps ``(N, C, H, W)``.
 
     Args:
-        value: What the batch holds.
+        value: An entry of the batch.
         size: The number of images ``N``.
         classes: The number of classes ``C``; ``None`` if it is unknown.
 
@@ -88,12 +88,12 @@ def map_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | N
 
 
 def token_numbers(value: Any, size: int, classes: int | None = None) -> Tensor | None:
-    """Return the label of every token ``(N, T)``, int64; ``None`` if the value is not certain to hold labels of tokens.
+    """Return the label of every token ``(N, T)``, int64; ``None`` if the value may be something else.
 
     Args:
         value: An entry of the batch.
         size: The number of texts ``N``.
-        classes: Not used: labels of tokens are compared with the tokens.
+        classes: Unused; labels of tokens are compared with the tokens instead.
 
     Example:
         >>> token_numbers(torch.tensor([[5, 7], [3, -100]]), 2)

@@ -1,4 +1,4 @@
-"""Warnings that are given once."""
+"""Warnings that are issued once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def first_time(owner: Any, key: Hashable) -> bool:
 
 
 def warn_once(owner: Any, text: str, stacklevel: int = 2) -> None:
-    """Warn, unless the same text was given for this owner before.
+    """Warn, unless the same warning was issued for this owner before.
 
     Args:
         owner: The object that the warning is about, such as a model.

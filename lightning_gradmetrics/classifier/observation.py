@@ -33,7 +33,7 @@ class ModelCall:
         inputs: Its arguments, tensors copied before the model could change them.
         received: The tensors among its arguments, not copied.
         logits: A copy of its logits ``(N, C)``, or ``None`` if its output has none.
-        problem: The error that explains why there are none.
+        problem: The error that explains why there are no logits.
     """
 
     inputs: Inputs
@@ -58,7 +58,7 @@ class Observation:
 
     @property
     def called(self) -> tuple[nn.Module, list[ModelCall]] | None:
-        """The outermost module that was called as a whole, with its calls; ``None`` if none was."""
+        """The outermost module that was called as a whole, with its calls; ``None`` if none was called."""
         for module, calls in self.models.items():
             if calls:
                 return module, calls
@@ -83,7 +83,7 @@ class Observation:
 
 
 def whole_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the model, and inside it the modules that contain all of its parameters, outermost first.
+    """Return the model and the modules inside it that contain all of its parameters, outermost first.
 
     Example:
         >>> inner = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
@@ -120,7 +120,7 @@ def arguments_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
 
 
 def _as_tensor(module: nn.Module, inputs: Inputs) -> Inputs:
-    """Return the tensor if it is the only argument and the module's first parameter, otherwise the inputs."""
+    """Return the tensor if it is the only argument and fills the forward's first parameter, otherwise the inputs."""
     if not isinstance(inputs, Mapping) or len(inputs) != 1:
         return inputs
     ((name, value),) = inputs.items()
@@ -168,7 +168,7 @@ def observing(
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Return whether hooks can be registered: on any module but a scripted one."""
+    """Return whether hooks can be registered, which scripted modules do not allow."""
     return not isinstance(module, torch.jit.RecursiveScriptModule)  # type: ignore[attr-defined]
 
 
@@ -197,7 +197,7 @@ def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
 def _observe_model(
     seen: Observation, module: nn.Module, logits_fn: Callable[[Any], Tensor]
 ) -> list[Callable[[], None]]:
-    """Register hooks that record each call of a module outside its other calls; return their removers."""
+    """Register hooks that record each call of a module except nested ones; return functions that remove them."""
     running: list[ModelCall] = []
     calls = seen.models[module]
 

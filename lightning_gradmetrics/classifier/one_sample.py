@@ -1,4 +1,4 @@
-"""Correct gradients of eval-mode batch norms in batches of one sample, for which torch's backward pass may be wrong."""
+"""Works around wrong gradients of torch's batch norm in eval mode for batches of one sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["contiguous_batch_norm_gradients"]
 class _ContiguousGradients(TorchFunctionMode):
     """Makes the gradient that enters a batch norm contiguous.
 
-    torch takes a transposed gradient of one sample for a contiguous one, and reads its entries in the wrong order.
+    For one sample, torch mistakes a transposed gradient for a contiguous one and reads its entries in the wrong order.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,7 +32,7 @@ def _contiguous(gradient: Tensor) -> Tensor:
 
 @contextmanager
 def contiguous_batch_norm_gradients(size: int) -> Iterator[None]:
-    """Give batch norms in a batch of one sample correct gradients, inside the block.
+    """Make the gradients of batch norms correct for a batch of one sample, inside the block.
 
     Args:
         size: The number of samples; does nothing for more than one.

@@ -1,4 +1,4 @@
-"""Patches of a head over positions: the inputs that each weight multiplies at every output position."""
+"""Patches of a convolutional head: the inputs that each weight multiplies at every output position."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class Patches:
     """The geometry of a convolution, a transposed convolution, or a linear layer over the last axis.
 
-    A *tap* is one place of the kernel. It maps the layer's input to the inputs that meet the weight of that place, for
-    every output position, with zeros where none does.
+    A *tap* is one kernel position. It maps the layer's input to the values that the weight at this position multiplies,
+    one per output position, with zeros outside the input.
 
     Args:
         kernel: The size of the kernel along every spatial axis; ``()`` for a linear layer.

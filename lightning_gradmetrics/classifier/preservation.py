@@ -49,8 +49,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     - attributes that a forward pass sets, replaces or deletes, including the entries of lists, dictionaries and sets and
       the values of tensors;
     - the weights of embeddings with ``max_norm``, which a forward pass rescales; other parameters are not copied;
-    - hooks of modules: transformers adds some in a forward pass that returns hidden states, and an attribute that says that
-      it did;
+    - hooks of modules, because transformers adds some in a forward pass that returns hidden states;
     - the random number generators, see :class:`RandomState`.
 
     A second thread that enters with the same model waits for the first one.
@@ -81,7 +80,7 @@ class RandomState:
         self._cpu = torch.random.get_rng_state()
 
     def is_current(self) -> bool:
-        """Return whether the generators are still in the recorded state: nothing has drawn from them."""
+        """Return whether the generators are still in the recorded state, so nothing has drawn from them."""
         for device, state in self._cuda:
             if not torch.equal(torch.cuda.get_rng_state(device), state):
                 return False
@@ -117,7 +116,7 @@ class HookState:
                 kept = {}
                 for key, hook in before.items():
                     if key in hooks or getattr(hook, "__name__", "") != "_infer_parameters":
-                        kept[key] = hook  # a lazy layer that has its parameters needs that hook no more
+                        kept[key] = hook  # except the hook of a lazy layer whose parameters exist by now
                 hooks.clear()
                 hooks.update(kept)
 
@@ -161,7 +160,7 @@ def _module_state(model: nn.Module) -> Iterator[Undo]:
         for buffer in module._buffers.values():
             if buffer is not None:
                 yield _tensor_undo(buffer)
-        weight = dict(module._parameters.items()).get("weight")  # of a scripted module no dictionary
+        weight = dict(module._parameters.items()).get("weight")  # a scripted module's is not a dictionary
         if weight is not None and attributes.get("max_norm") is not None:  # an embedding that rescales it in place
             yield _tensor_undo(weight)
     yield partial(_clear_all, empty)
@@ -203,7 +202,7 @@ def _container_undo(container: Any) -> Undo:
 
 
 def _tensor_undo(tensor: Tensor) -> Undo:
-    """Return a function that restores the values without a new version, so that graphs with the tensor stay valid."""
+    """Return a function that restores the values without a version bump, so that graphs with the tensor stay valid."""
     requires_grad, value = tensor.requires_grad, tensor.detach().clone()
 
     def restore() -> None:

@@ -18,7 +18,7 @@ QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.
 
 
 def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False) -> None:
-    """Refuse parameters whose gradient does not exist or has no such statistics.
+    """Refuse parameters whose gradient does not exist, or for which the statistics are undefined.
 
     Args:
         parameters: The chosen parameters by name.

@@ -1,4 +1,4 @@
-"""Finds whether a step passed the samples of a batch to the model in another order."""
+"""Detects whether a step passed the samples of a batch to the model in a different order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = 16
 """Number of summaries of each sample that are compared."""
 
 CERTAIN_BITS = 30
-"""Information that summaries must contain before equal orders are no coincidence."""
+"""Bits of information that summaries must contain before equal orders count as proof."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class RowOrder:
     """The order of the samples that a model received.
 
     Args:
-        order: The number in the batch of each sample ``(N,)``, or ``None`` if it is the same or not known.
-        bits: How certain it is that the order is another one, in a batch whose values were changed.
+        order: The position of each sample in the batch ``(N,)``, or ``None`` if the order is the same or unknown.
+        bits: Evidence for a different order, in bits, if the values of the batch were changed.
     """
 
     order: Tensor | None = None
@@ -48,7 +48,7 @@ def row_order(received: Sequence[Tensor], batch: Sequence[Tensor]) -> RowOrder |
     pairs = _pairs(received, batch)
     if not pairs:
         return None
-    if len(pairs) > 1:  # tensors with many equal rows, such as masks, do not tell the order
+    if len(pairs) > 1:  # many equal rows, as in masks, do not determine the order
         pairs.sort(key=_distinct_rows, reverse=True)
     for first, second in pairs:
         if torch.equal(first, second):
@@ -70,12 +70,12 @@ def _pairs(received: Sequence[Tensor], batch: Sequence[Tensor]) -> list[tuple[Te
 
 
 def _distinct_rows(pair: tuple[Tensor, Tensor]) -> int:
-    """Return the number of different rows in the batch's tensor, judged by some of the entries."""
+    """Return the number of distinct rows in the batch's tensor, estimated from some of the entries."""
     return len(torch.unique(_entries(pair[1]), dim=0))
 
 
 def _order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:
-    """Return the order in which the rows of the batch are those that were received, or ``None``."""
+    """Return the permutation that turns the rows of the batch into those received, or ``None``."""
     if received.dtype != batch.dtype:
         return None
     first, second = _entries(received), _entries(batch)
@@ -87,7 +87,7 @@ def _order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:
 
 
 def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
-    """Return the information in the summaries if they all have one common order and it is not that of the batch.
+    """Return the information in the summaries if they agree on one order that differs from the batch's.
 
     An increasing function of a feature or of a channel keeps the order of its values, and a decreasing one reverses it.
     """

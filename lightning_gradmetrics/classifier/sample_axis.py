@@ -1,4 +1,4 @@
-"""Inputs whose samples are not on the first axis: they are moved there, and back before the model sees them."""
+"""Moves the sample axis of inputs to the front, and back inside the model's forward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_gradmetrics.classifier.preservation import preserved
 __all__ = ["SampleAxis", "samples_first"]
 
 SampleAxis = int | Mapping[Any, int]
-"""The axis of the samples in every tensor of the inputs, or in those of single arguments, by name or position."""
+"""The axis of the samples: one for all tensors, or a mapping from argument names or positions to axes."""
 
 
 @contextmanager
@@ -26,10 +26,10 @@ def samples_first(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> 
     Args:
         model: The model; its ``forward`` is replaced inside the block.
         inputs: Its inputs.
-        sample_axis: The axis of the samples; arguments that a mapping does not name have them on the first axis.
+        sample_axis: The axis of the samples; for arguments missing in a mapping it is the first axis.
 
     Raises:
-        ValueError: If the inputs have no such axis or argument, or numbers of samples differ.
+        ValueError: If the inputs have no such axis or argument, or the numbers of samples differ.
 
     Example:
         >>> model = nn.GRU(3, 2)
@@ -49,17 +49,17 @@ def samples_first(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> 
         )
     if model._forward_pre_hooks:
         raise ValueError(
-            "sample_axis= is not available for a model with forward pre-hooks, which would see the samples on the first axis; "
+            "sample_axis= is not available for a model with forward pre-hooks, which would receive the samples on the first axis; "
             "call it in a module whose forward transposes"
         )
     moved = _moved(inputs, sample_axis)
-    with preserved(model):  # removes the forward again
+    with preserved(model):  # restores the forward
         model.forward = partial(_forward_with_axes, model.forward, sample_axis)
         yield moved
 
 
 def _forward_with_axes(forward: Callable[..., Any], sample_axis: SampleAxis, *args: Any, **kwargs: Any) -> Any:
-    """Call a model's forward with the samples on their own axes."""
+    """Call a model's forward with the samples on their original axes."""
     placed = []
     for position, value in enumerate(args):
         placed.append(map_tensors(value, partial(_back, axis=_axis_of(sample_axis, position))))

@@ -112,8 +112,8 @@ def test_bags_take_the_fast_way():
 
 
 @pytest.mark.parametrize("flat", [torch.randint(9, (7,)), torch.randint(9, (2,))])
-def test_bags_in_one_row_are_refused(flat):
-    with pytest.raises(TypeError, match="EmbeddingBag 'bag' are indices in one row with offsets"):
+def test_flat_bags_with_offsets_are_refused(flat):
+    with pytest.raises(TypeError, match="EmbeddingBag 'bag' are flat indices with offsets"):
         gradient_statistics(Bags(), (flat, torch.tensor([0, 1])), "pseudo_label")
 
 

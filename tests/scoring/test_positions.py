@@ -188,7 +188,7 @@ class Refined(Segmenter):
         ("gradnorm", MaskClassifier(), "could not be found.*masks multiplied by class scores"),
         ("gradnorm", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z.softmax(1)), "probabilities|softmax"),
         ("entropy", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z.softmax(1)), "probabilities"),
-        ("entropy", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z.flatten(2)), "not certain which axis"),
+        ("entropy", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z.flatten(2)), "ambiguous which axis"),
     ],
 )
 def test_what_has_no_value_is_refused_with_the_reason(score: str, model: nn.Module, words: str) -> None:
