@@ -12,13 +12,13 @@ TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
 OTHER_LOGITS = (
-    "returns other logits for the inputs of the step's call than the step did. Pass submodule=, the part of the model that "
+    "returns different logits for the inputs of the step's call than the step did. Pass submodule=, the part of the model that "
     "the step calls; or make its forward deterministic (dropout in eval mode, no state that changes)"
 )
 
 
 LOGITS_OF_PARTS = (
-    "returns other logits for the inputs in the batch than the step, which calls layers of it or its forward() directly, so the "
+    "returns different logits for the inputs in the batch than the step, which calls its layers or its forward() directly, so the "
     "inputs of the step are not known. Call the model itself, as in self.net(x), or pass submodule=, the part that the step calls"
 )
 
@@ -34,7 +34,7 @@ def are_close(first: Tensor, second: Tensor) -> bool:
 
 
 def difference(first: Tensor, second: Tensor) -> float:
-    """Return the largest difference of finite entries, in units of the tolerance."""
+    """Return the largest difference between finite entries, divided by the tolerance."""
     dtypes = (first.dtype, second.dtype)
     tolerance = max(TOLERANCES.get(dtype, 0.05) for dtype in dtypes)
     known = first.isfinite() & second.isfinite()

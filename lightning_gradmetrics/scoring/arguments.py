@@ -1,4 +1,4 @@
-"""The kinds of arguments that scores take, and the checks of given values against their annotations."""
+"""Types of the arguments of scores, and checks of values against their annotations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Allowed:
     """The values that an argument may take, for ``typing.Annotated``.
 
     Args:
-        text: The allowed values in words, as ``"a number above 0"``.
+        text: A description of the allowed values, such as ``"a number above 0"``.
         accepts: Whether a value of the right type is allowed.
 
     Example:
@@ -106,7 +106,7 @@ def _limits(extras: Iterable[Any]) -> list[Allowed]:
 
 
 def _words(annotation: Any) -> list[str]:
-    """Return the allowed values in words, one entry per alternative."""
+    """Return a description of the allowed values, one entry per alternative."""
     words: list[str] = []
     for member in _members(annotation):
         if get_origin(member) is Annotated:

@@ -1,4 +1,4 @@
-"""Scores of NumPy arrays by a model that is loaded once: what batch engines such as Ray and Spark call."""
+"""Scores NumPy arrays with a model that is loaded once per process, for batch engines such as Ray and Spark."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ArrayScorer:
 
         Args:
             inputs: Tensors or arrays, in the types that the model takes.
-            labels: True labels ``(N,)``, for the scores that need them.
+            labels: True labels ``(N,)``, for scores that need them.
         """
         placed = map_tensors(inputs, lambda tensor: tensor.to(self.device))
         with torch.no_grad():

@@ -17,12 +17,12 @@ __all__ = ["ObservedBatch", "ScoredTokens"]
 
 @dataclass(frozen=True)
 class ScoredTokens:
-    """The tokens of a batch of texts that are scored, one sequence after the other.
+    """The scored tokens of a batch of texts, one sequence after the other.
 
     Args:
-        ids: The tokens that came ``(M,)``.
+        ids: The token ids ``(M,)``.
         positions: The position of each token in its text ``(M,)``; the logits one position earlier predict it.
-        lengths: The number of scored tokens of each sequence ``(N,)``; 0 where a text has none.
+        lengths: The number of scored tokens of each sequence ``(N,)``, possibly 0.
     """
 
     ids: Tensor
@@ -35,17 +35,18 @@ class ObservedBatch:
     """One batch, as the model received it.
 
     Args:
-        inputs: The arguments of the model's call, copied before it ran; ``None`` if they are not known.
-        logits: What the call returned, copied: ``(N, C)``, or ``(N, C, *P)`` with one prediction per position.
-        features: The head's input ``(N, D)``, or at positions, copied; ``None`` where nobody needs it.
-        head: The head; ``None`` where nobody needs it.
+        inputs: The arguments of the model's call, copied before it ran; ``None`` if they are unknown.
+        logits: A copy of the logits of the call: ``(N, C)``, or ``(N, C, *P)`` with one prediction per position.
+        features: A copy of the head's input ``(N, D)``, or of its inputs at the positions; ``None`` if no score needs
+            it.
+        head: The head; ``None`` if no score needs it.
         labels: True labels ``(N,)``, or ``(N, *P)``, or ``None``.
-        ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if that is not known.
+        ood: Which samples are out-of-distribution ``(N,)``, bool, or ``None`` if unknown.
         dataset: The name of the dataset, for messages.
-        order: The number in the dataloader's batch of each sample ``(N,)``, or ``None`` if the order is the same.
+        order: The position of each sample in the dataloader's batch ``(N,)``, or ``None`` if the order is the same.
         called: The module that was called with the inputs; ``None`` for the model itself.
         one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.
-        observed: The results of the probes that were read in this forward pass.
+        observed: The results of the probes that were evaluated during this forward pass.
         tokens: The scored tokens of a batch of texts, whose logits and features are rows ``(M, V)`` and ``(M, D)``, one
             per token; otherwise ``None``.
     """

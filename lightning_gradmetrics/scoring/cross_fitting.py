@@ -54,7 +54,7 @@ class HeldOutColumn:
 
     Args:
         score: The score.
-        without: The dataset that is left out of all its fits, if any.
+        without: The dataset that all fits of the column leave out, if any.
     """
 
     score: FittedScore
@@ -121,7 +121,7 @@ def held_out_scores(
     template: Scorer,
     progress: Progress = lambda share: None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return every row's scores by fits on the other folds, ``(N,)`` for each dataset and column.
+    """Score every row with fits on the other folds; returns ``(N,)`` for each dataset and column.
 
     Args:
         model: The model.
@@ -129,7 +129,7 @@ def held_out_scores(
         folds: The fold of each row, by dataset.
         columns: The columns.
         template: The scorer that gathered the evidence.
-        progress: Called with the completed share.
+        progress: Called with the completed fraction.
     """
     count = 1 + int(torch.cat(list(folds.values())).max())
     scores_by_name = {column.score.name: column.score for column in columns}
@@ -149,7 +149,7 @@ def held_out_scores(
 
 
 def _seen_by(column: HeldOutColumn, fold: int, cells: Mapping[tuple[str, int], Fitting]) -> list[Any]:
-    """Return the totals that the column's fit for one fold may use: of the other folds and the allowed sets."""
+    """Return the totals for the column's fit for one fold: those of the other folds and the allowed sets."""
     seen = []
     for (name, fold_of_cell), fitting in cells.items():
         if fold_of_cell != fold and name != column.without:
@@ -164,7 +164,7 @@ def _cells(
     template: Scorer,
     count: int,
 ) -> dict[tuple[str, int], Fitting]:
-    """Return the contribution of each fold of each dataset; a fit adds up the cells that it may use."""
+    """Return the contribution of each fold of each dataset to a fit; a fit adds up some of them."""
     cells = {}
     for name in parts:
         for fold in range(count):
@@ -217,11 +217,12 @@ def cross_fit(
 ) -> pa.Table:
     """Return out-of-fold scores: fitted scores evaluated on their own data by cross-validation.
 
-    The evidence of every row is gathered once. The rows of each dataset are split into folds, errors and correct
-    predictions evenly. A row's fold depends on its input, not on its position, so copies of an image share a fold. Each
+    The evidence of every row is gathered once. The rows of each dataset are split into folds, with errors and correct
+    predictions spread evenly. A row's fold depends on its input, not on its position, so copies of an image share a
+    fold. Each
     fold is scored by a fit on the others. A score that is fitted on out-of-distribution samples has several columns:
-    ``<score>`` is fitted on samples of all sets, ``<score> without <set>`` on none of that set. Use the latter to assess
-    the score on that set.
+    ``<score>`` is fitted on samples of all sets, ``<score> without <set>`` on none of that set. Use the latter to
+    evaluate the score on that set.
 
     Args:
         model: A classifier in eval mode.
@@ -231,15 +232,15 @@ def cross_fit(
             trained on the data.
         folds: The number of folds.
         seed: The seed of the folds.
-        progress: Called with the completed share of the fits.
+        progress: Called with the completed fraction of the fits.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Returns:
         A results table: ``dataset``, ``index``, ``prediction``, ``label``, the scores, ``finite``.
 
     Raises:
-        ValueError: If a dataset has no role or fewer rows than folds, or a score learns errors and there are fewer
-            errors, or correct predictions, than folds.
+        ValueError: If a dataset has no role or fewer rows than folds, or if a score learns errors and there are fewer
+            errors or fewer correct predictions than folds.
 
     Example:
         >>> _ = torch.manual_seed(0)

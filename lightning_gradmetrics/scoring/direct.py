@@ -1,4 +1,4 @@
-"""Scores of one batch without a Trainer."""
+"""Scores one batch without a Trainer."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ def score(
     engine: str = "auto",
     sample_axis: SampleAxis = 0,
 ) -> dict[str, Tensor]:
-    """Return uncertainty scores of every sample, pixel or token, higher = more uncertain; plain torch, no Trainer.
+    """Return uncertainty scores of every sample, pixel or token, higher = more uncertain. Needs no Trainer.
 
-    The unit follows from the logits: ``(N, C)`` are samples, ``(N, C, H, W)`` pixels, and ``(N, T, V)`` the tokens of a
-    language model. Below, ``*P`` is ``()``, ``(H, W)`` or ``(T,)``.
+    The shape of the logits determines the unit: ``(N, C)`` are samples, ``(N, C, H, W)`` pixels, and ``(N, T, V)`` the
+    tokens of a language model. Below, ``*P`` is ``()``, ``(H, W)`` or ``(T,)``.
 
     Args:
         model: A classifier; batch norms must be in eval mode. It is left unchanged.
         inputs: A tensor ``(N, ...)``, a mapping (keyword arguments) or a sequence (positional arguments) of them.
-        scores: Names, as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, or :class:`Score` objects, or a mapping
-            that names them.
-        targets: True labels ``(N, *P)``, for the scores that need them; of positions, 255 and negative labels are unknown.
+        scores: Names such as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, :class:`Score` objects, or a mapping
+            from column name to either.
+        targets: True labels ``(N, *P)``, for scores that need them; at positions, 255 and negative labels mean unknown.
         head: The name of the classification head, a linear layer or a convolution; found automatically if its output is
             what the model returns, at positions also after resizing, cropping or averaging over flips.
         logits_fn: Returns the logits ``(N, C, *P)`` from the model's output, with the classes on axis 1.
-        engine: The engine of the scores that need a backward pass.
+        engine: The engine of the scores that need a backward pass, as in
+            :func:`lightning_gradmetrics.gradient_statistics`.
         sample_axis: The axis of the samples in the inputs, such as 1 for ``(T, N, D)``; or a mapping from names or
             positions of arguments to axes, with 0 for the others.
 
     Returns:
-        Each score ``(N, *P)`` by name, on the model's device; NaN at positions whose label a score needs and is
-        unknown, and at tokens that ``attention_mask`` marks as padding.
+        Each score ``(N, *P)`` by name, on the model's device; NaN where a score needs a label that is unknown, and at
+        tokens that ``attention_mask`` marks as padding.
 
     Raises:
         ValueError: If a score is unknown or not fitted for this model, a batch norm is in train mode, the head

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a call without a Trainer, before anything runs."""
+"""Checks the arguments of ``score`` before the model runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["check_call", "given_labels"]
 
 
 def check_call(model: Any, inputs: Any, expects_dropout: bool = False) -> None:
-    """Refuse a model or inputs of another type, and inputs that do not fit the model's forward; warn about active dropout.
+    """Refuse a model or inputs of the wrong type, and inputs that do not fit the forward; warn about active dropout.
 
     Args:
         model: The model.
         inputs: Its inputs.
-        expects_dropout: Whether the scores are those of active dropout.
+        expects_dropout: Whether the scores require active dropout.
 
     Raises:
         TypeError: If the model is not a module, or it cannot be called with the inputs.
@@ -38,7 +38,7 @@ def check_call(model: Any, inputs: Any, expects_dropout: bool = False) -> None:
 
 def _check_inputs(inputs: Any) -> None:
     """Refuse inputs that are often passed instead of tensors."""
-    if isinstance(inputs, PackedSequence):  # a tuple, which would be taken apart
+    if isinstance(inputs, PackedSequence):  # a tuple, which would be read as positional arguments
         raise TypeError(
             "the inputs are a PackedSequence; pass it as the only positional argument, (inputs,), or padded"
         )
@@ -99,7 +99,7 @@ def _warn_of_dropout(model: nn.Module) -> None:
 
 
 def given_labels(targets: Any, logits: Tensor) -> Any:
-    """Return the labels of samples as class numbers ``(N,)`` if that is certain, otherwise unchanged.
+    """Return the labels of samples as class numbers ``(N,)`` if they are unambiguous, otherwise unchanged.
 
     Example:
         >>> given_labels([2, 0], torch.zeros(2, 3)), given_labels(torch.eye(3)[:2], torch.zeros(2, 3))

@@ -1,4 +1,4 @@
-"""The dry run: a call on two synthetic samples shows which evidence a score needs."""
+"""The dry run: calls a score on two synthetic samples to record which evidence it needs."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def _no_targets() -> Requests:
 
 @dataclass
 class Needs:
-    """The evidence that scores ask for.
+    """The evidence that scores request.
 
     Args:
-        features: Whether the head's input.
-        labels: Whether true labels.
-        ood: Whether which samples are out-of-distribution.
-        head_gradient: Whether a gradient of the head, which needs no backward pass.
+        features: Whether they need the head's input.
+        labels: Whether they need true labels.
+        ood: Whether they need to know which samples are out-of-distribution.
+        head_gradient: Whether they need a gradient of the head, which takes no backward pass.
         gradients: For each other target, the objectives and the moments of their gradients.
         probes: The scores' own computations on the model.
     """
@@ -57,14 +57,14 @@ class Needs:
 
     @property
     def backward(self) -> bool:
-        """Whether a backward pass through the network: a probe takes one, unless its ``backward`` is false."""
+        """Whether a backward pass through the network is needed. A probe takes one unless its ``backward`` is false."""
         return bool(self.gradients) or any(getattr(probe, "backward", True) for probe in self.probes)
 
     @property
     def forwards(self) -> int | None:
-        """The number of forward passes, the one that makes the prediction included; ``None`` if it is unknown.
+        """The number of forward passes, including the one for the prediction; ``None`` if it is unknown.
 
-        A gradient of parameters before the head takes one. A probe takes one, or its ``forwards``.
+        A gradient of parameters before the head takes one more. A probe takes one, or the number in its ``forwards``.
         """
         total = 1 + bool(self.gradients)
         for probe in self.reruns:
@@ -76,7 +76,7 @@ class Needs:
 
     @property
     def observable(self) -> list[ObservableProbe]:
-        """The probes that hooks can read in the forward pass that makes the prediction."""
+        """The probes whose results hooks can compute during the forward pass of the prediction."""
         return [probe for probe in self.probes if isinstance(probe, ObservableProbe)]
 
     @property
@@ -167,9 +167,9 @@ class _Recorder(Evidence):
 
 
 def needs_of(scores: Iterable[Callable[[Evidence], Any]], classes: int = 3) -> Needs:
-    """Return the evidence that scores ask for, found by a dry run of each on two synthetic samples.
+    """Return the evidence that scores request, recorded in a dry run of each score on two synthetic samples.
 
-    Scores do not declare their needs. A fitted score's dry run is its ``look``, which needs no state.
+    Scores do not declare their needs. The dry run of a fitted score calls its ``look``, which needs no state.
 
     Args:
         scores: Scores, or other functions of the evidence.

@@ -41,9 +41,9 @@ Probe = Callable[[Any, Any], Tensor]
 
 @runtime_checkable
 class ObservableProbe(Protocol):
-    """A probe whose result hooks can read in the forward pass that makes the prediction, without another pass.
+    """A probe that hooks can evaluate during the forward pass of the prediction, without another pass.
 
-    The call is the fallback: it runs where the step does not call the model exactly once, or where the model is compiled.
+    Calling it is the fallback for a compiled model, and for a step that does not call the model exactly once.
     """
 
     def observing(self, model: nn.Module) -> AbstractContextManager[Callable[[int], Tensor | None]]:
@@ -63,12 +63,12 @@ def parameter_filter(target: Target) -> Callable[[str], bool] | None:
 
 
 class MissingEvidenceError(ValueError):
-    """A score asked for evidence that was not gathered for this batch."""
+    """A score requested evidence that was not collected for this batch."""
 
 
 @dataclass
 class Evidence:
-    """What one batch offers to the scores: the contract between observing a model and scoring it.
+    """Everything that scores can read about one batch: the interface between observing a model and scoring it.
 
     **Units.** A batch holds N samples. Every sample has one score, or one score per position: per pixel of a
     segmentation model, per token of a language model. Below, ``*P`` is the shape of the positions: ``()`` for samples,
@@ -78,21 +78,21 @@ class Evidence:
     **Writing a score.** Reduce over axis 1, as in ``evidence.logits.amax(1)``, and never over the last axis: the same
     function then scores samples, pixels and tokens. A score that reads ``evidence.logits``, ``evidence.softmax()``,
     ``evidence.head_input`` or a head's ``evidence.gradient(...)`` works at every position. Before the first batch with
-    positions a score is compared on synthetic evidence with its values for the positions as rows ``(M, C)``; if they
-    differ, it receives the rows. So a score of rows is correct everywhere, but slower for maps.
+    positions, the score is tested on synthetic maps: if its values differ from those for the same positions as rows
+    ``(M, C)``, it always receives rows. Such a score is still correct, but slower for maps.
 
-    **What a position does not have.** Gradients of parameters before the head, and computations on the model
-    (``probe``), mix all positions of a sample: they would take one backward pass per position. They are refused.
+    **Not available per position.** Gradients of parameters before the head, and computations on the model (``probe``),
+    mix all positions of a sample and would take one backward pass per position. They are refused.
 
     **Precision.** Samples are in float64 where the device has it; positions in the logits' type, at least float32.
 
-    **One logit.** A binary model with one logit z per position offers the logits ``(0, z)``; the gradient of its head
+    **One logit.** For a binary model with one logit z, the evidence has the logits ``(0, z)``; the gradient of its head
     has one row, that of z.
 
     Args:
         given_logits: ``(N, C, *P)``.
-        given_features: The head's input: ``(N, D, *P)``, or patches of it that are carried to the positions.
-        given_labels: True labels ``(N, *P)``; at positions -100 is unknown.
+        given_features: The head's input: ``(N, D, *P)``, or patches of it that are mapped to the positions.
+        given_labels: True labels ``(N, *P)``; at positions, -100 means unknown.
         given_ood: Which samples are out-of-distribution ``(N,)``, bool; known when a detector is fitted.
         gradients: Statistics of gradients by target and objective, per parameter; for samples only.
         probes: Results of the scores' own computations; for samples only.
@@ -100,7 +100,7 @@ class Evidence:
         one_logit: Whether the logits are ``(0, z)`` of a head with one row.
 
     Raises:
-        MissingEvidenceError: From every property and method, if the batch lacks what is asked for.
+        MissingEvidenceError: From every property and method, if the batch does not have the requested evidence.
 
     Example:
         >>> import torch
@@ -146,7 +146,7 @@ class Evidence:
 
     @property
     def features(self) -> Tensor:
-        """The head's input as vectors ``(N, D, *P)``. Norms of it come from :attr:`head_input`, which stores no vectors."""
+        """The head's input as vectors ``(N, D, *P)``. For norms use :attr:`head_input`, which does not store the vectors."""
         if isinstance(self.given_features, Tensor):
             features = self.given_features.detach()
             return at_least_float32(features) if features.ndim > 2 else features.to(accumulator(features))
@@ -166,12 +166,12 @@ class Evidence:
 
     @property
     def has_product_gradient(self) -> bool:
-        """Whether the gradient of the head is one outer product with all logits: no groups of channels, no single logit."""
+        """Whether the head's gradient is one outer product with all logits; false for grouped channels and a single logit."""
         return self.head_input.is_product and not self.one_logit
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
-        """The head's weight ``(C, D)`` and bias ``(C,)``, zero where it has none."""
+        """The head's weight ``(C, D)`` and bias ``(C,)``, zero if it has none."""
         if self.given_head is None:
             _missing("the head's weight")
         weight, bias = self.given_head
@@ -202,9 +202,9 @@ class Evidence:
         """Return the gradient of an objective with respect to a target: statistics ``(N, *P)``.
 
         Args:
-            objective: A name, as ``"pseudo_label"``, or a loss from logits ``(N, C)`` to ``(N,)``.
+            objective: A name such as ``"pseudo_label"``, or a loss from logits ``(N, C)`` to ``(N,)``.
             target: The parameters.
-            **arguments: Of the objective, as ``temperature``.
+            **arguments: Arguments of the objective, such as ``temperature``.
         """
         objective = Objective.of(objective, **arguments)
         if target == "head":
@@ -217,9 +217,9 @@ class Evidence:
         """Return the gradient of an objective with respect to each parameter of a target: statistics ``(N, K, *P)``.
 
         Args:
-            objective: A name, as ``"pseudo_label"``, or a loss from logits ``(N, C)`` to ``(N,)``.
+            objective: A name such as ``"pseudo_label"``, or a loss from logits ``(N, C)`` to ``(N,)``.
             target: The parameters.
-            **arguments: Of the objective, as ``temperature``.
+            **arguments: Arguments of the objective, such as ``temperature``.
         """
         objective = Objective.of(objective, **arguments)
         if target == "head":
@@ -264,6 +264,6 @@ class Evidence:
 
 def _missing(what: str) -> NoReturn:
     raise MissingEvidenceError(
-        f"requested {what}, which it did not request in its dry run on synthetic samples: a score must request the same "
+        f"requests {what}, but did not in its dry run on synthetic samples: a score must request the same "
         "evidence for any data. Compute all cases and choose between them with torch.where"
     )

@@ -81,7 +81,7 @@ def gradient_features(
     statistics: Sequence[str] = FEATURES,
     **options: Any,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    r"""Return a feature vector of every sample's gradients, to train a meta-classifier of errors.
+    r"""Return one vector of gradient statistics per sample, as features for a meta-classifier of errors.
 
     All objectives share one forward pass; each takes one backward pass.
 
@@ -92,7 +92,7 @@ def gradient_features(
             ``"pseudo_label+uniform"``, or a sequence of names and callables.
         parameters: ``None`` for all, or a predicate on the parameter's name.
         levels: ``"all"`` (all parameters together), ``"layer"`` (the parameters of each layer together),
-            ``"parameter"`` (each separately), or several, as ``"all+layer"``.
+            ``"parameter"`` (each separately), or several, such as ``"all+layer"``.
         statistics: Names of statistics.
         **options: ``targets``, ``logits``, ``engine`` and ``memory``, as in
             :func:`lightning_gradmetrics.gradient_statistics`.

@@ -1,4 +1,4 @@
-"""Fitted scores: measured, accumulated over a dataloader in bounded memory, and finished before they can score."""
+"""The base class of scores that are fitted on held-out data, in one pass and bounded memory, before they can score."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ RESERVED = ("name", "recipe", "arguments", "state", "model", "head", "needs", "f
 
 @dataclass_transform(kw_only_default=True)
 class FittedScore(Score):
-    """The base of fitted scores. A subclass declares its arguments as fields with defaults, and four methods.
+    """The base class of fitted scores. A subclass declares its arguments as fields with defaults, and four methods.
 
-    ``accumulate`` returns tensors by name. Those of several batches and processes are added up, except two kinds:
+    ``accumulate`` returns tensors by name. They are summed over batches and processes, except two kinds:
 
     - ``rows/...``, ``(N, ...)``, one row per sample, are collected: a uniform sample of at most
       :data:`~lightning_gradmetrics.scoring.totals.MAX_ROWS` samples, in an order that does not depend on batches or
       processes;
-    - ``model/...`` belong to the model, are equal in every batch, and are taken once.
+    - ``model/...`` depend only on the model, are equal in every batch, and are stored once.
 
     A score whose ``accumulate`` reads ``evidence.ood`` is fitted on in- and out-of-distribution samples. All others are
     fitted on the in-distribution samples only.
@@ -92,7 +92,7 @@ class FittedScore(Score):
         super().__init__(name or recipe.name_of(arguments), recipe, arguments)
 
     def measure(self, evidence: Evidence) -> Tensors:
-        """Return the values that the score reads, ``{name: (N, ...)}``: the same when it is fitted and when it scores."""
+        """Return the values that both the fit and the score are computed from, ``{name: (N, ...)}``."""
         raise NotImplementedError(_lacking(type(self), "measure"))
 
     def accumulate(self, evidence: Evidence, measured: Tensors) -> Tensors:
@@ -100,7 +100,7 @@ class FittedScore(Score):
         raise NotImplementedError(_lacking(type(self), "accumulate"))
 
     def finish(self, total: Tensors) -> Tensors:
-        """Return the state, ``{name: tensor}``, from the total of all contributions."""
+        """Compute the state, ``{name: tensor}``, from the total of all contributions."""
         raise NotImplementedError(_lacking(type(self), "finish"))
 
     def score(self, measured: Tensors, state: Tensors) -> Tensor:
@@ -127,11 +127,11 @@ class FittedScore(Score):
         return needs_of([self.contribution])
 
     def look(self, evidence: Evidence) -> None:
-        """Request all evidence that scoring needs; a dry run of this method needs no state."""
+        """Request all evidence that scoring needs, for the dry run; needs no state."""
         self.measure(evidence)
 
     def contribution(self, evidence: Evidence, keys: Tensor | None = None) -> Tensors:
-        """Return one batch's contribution to the fit; ``keys`` ``(N,)`` order the rows."""
+        """Return one batch's contribution to the fit; ``keys`` ``(N,)`` determine the order of the rows."""
         contribution, with_rows = {}, False
         for key, value in self.accumulate(evidence, self.measure(evidence)).items():
             with_rows = with_rows or is_rows(key)
@@ -190,7 +190,7 @@ def fitted_scores(scores: Iterable[Score]) -> list[FittedScore]:
 
 
 def averaged(score: Score) -> Score:
-    """Return the score that a score averages over views; any other score itself."""
+    """Return the score that is averaged over views; for any other score, the score itself."""
     inner: Score = getattr(score, "inner", score)
     return inner
 
@@ -201,7 +201,7 @@ def plain_scores(scores: Iterable[Score]) -> list[Score]:
 
 
 def not_fitted(name: str) -> str:
-    """Return the message about a fitted score without a state."""
+    """Return the error message for a fitted score without a state."""
     return (
         f"the score {name!r} is not fitted: call GradientMetrics.fit(trainer, model, dataloader) first, pass "
         "GradientMetrics(fit_on='train') or fitted=FOLDER, or use lightning_gradmetrics.fit without a Trainer"

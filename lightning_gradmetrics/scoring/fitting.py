@@ -1,4 +1,4 @@
-"""Fitting scores over a stream of batches, in bounded memory."""
+"""Fits scores on a stream of batches, in bounded memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["Fitting", "FittingScorer", "fit", "gathered"]
 
 @dataclass
 class FittingScorer(Scorer):
-    """Collects the evidence that fits need, labels included, and that scores without a fit need."""
+    """Collects the evidence, including labels, that fits and unfitted scores need."""
 
     def needs(self, classes: int) -> Needs:
         """Return the needs of the scores for this number of classes."""
@@ -41,7 +41,7 @@ class FittingScorer(Scorer):
         return self._needs[classes]
 
     def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
-        """Accept any labels: each score skips the samples without a label when it is fitted, or refuses them."""
+        """Accept any labels; each score skips or refuses unlabelled samples in its fit."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Fitting:
     Args:
         scores: The scores to fit.
         template: The scorer whose settings (head, logits_fn, engine) are used.
-        left_out: Number of samples with NaN or Inf, which are left out.
+        left_out: The number of samples left out because of NaN or Inf.
     """
 
     scores: Sequence[FittedScore]
@@ -74,7 +74,7 @@ class Fitting:
         Args:
             batch: The batch.
             evidence: The evidence that the scores need.
-            keep: The samples to use ``(N,)``, bool, since a distributed sampler repeats some.
+            keep: The samples to use ``(N,)``, bool; repeats of a distributed sampler are not used.
         """
         finite = finite_rows(batch.inputs, [batch.logits], batch.size).to(batch.logits.device)
         keep = torch.ones_like(finite) if keep is None else keep.to(finite.device)
@@ -100,7 +100,7 @@ class Fitting:
         self.add_rows(evidence, kept & finite, row_keys(batch.logits))
 
     def add_rows(self, evidence: Evidence, known: Tensor, keys: Tensor) -> None:
-        """Add the rows of a batch where ``known`` ``(N,)`` is true; ``keys`` ``(N,)`` order the rows."""
+        """Add the rows of a batch where ``known`` ``(N,)`` is true; ``keys`` ``(N,)`` determine their order."""
         for score in self.scores:
             wanted = known
             if evidence.given_ood is not None and not self._needs[score.name].ood:
@@ -123,7 +123,7 @@ class Fitting:
             seen: The totals of all processes; ``None`` for those of this process.
 
         Raises:
-            ValueError: If a score saw no sample.
+            ValueError: If a score received no sample.
         """
         parts = [self.seen] if seen is None else seen
         counts, contributions = zip(*parts, strict=True)
@@ -195,7 +195,7 @@ def fit(
 def gathered(
     model: nn.Module, batches: Iterable[Any], scorer: Scorer, ood: bool
 ) -> Iterator[tuple[ObservedBatch, Evidence]]:
-    """Yield each batch, observed in a separate forward pass on the model's device, and its evidence.
+    """Yield each batch with its evidence, observed in a forward pass on the model's device.
 
     Args:
         model: A classifier in eval mode.

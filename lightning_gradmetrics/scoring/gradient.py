@@ -1,4 +1,4 @@
-"""The gradient that a score reads: statistics of its entries, and the head's gradient by its two factors."""
+"""Gradients as scores read them: statistics of the entries, and the head's gradient from its two factors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ParameterGradients(Gradient, Protocol):
 
 @dataclass(frozen=True)
 class HeadGradient(Gradient):
-    """The gradient of the head's weight, ``g h^T``, by its factors: no backward pass and no gradient tensor.
+    """The gradient of the head's weight, ``g h^T``, from its factors: no backward pass and no gradient tensor.
 
     Args:
         output: The gradient of the logits ``g``, ``(N, C, *P)``.

@@ -38,8 +38,8 @@ def gradient_profile(
 ) -> LayerNorms:
     r"""Return the gradient norm of every layer, for each sample: ``|d L_n / d theta_l|_p``.
 
-    A layer is a module that has parameters directly; its weight and its bias are taken together. A layer with more
-    parameters has a larger norm when the entries are equally large.
+    A layer is a module that has parameters directly; its weight and its bias are combined. With entries of equal size,
+    a layer with more parameters has a larger norm.
 
     Args:
         model: A classifier; batch norms must be in eval mode. The model is left unchanged.
@@ -88,7 +88,7 @@ class Profile:
 
     @classmethod
     def of(cls, asked: bool | str | Mapping[str, Any] | Profile | None) -> Profile | None:
-        """Return the profile that a user describes by true or false, an objective's name, or arguments by name.
+        """Return the profile for a boolean, the name of an objective, or a mapping of arguments.
 
         Raises:
             ValueError: If an objective or an argument is unknown, or the norm is not a positive number.
@@ -114,6 +114,6 @@ class Profile:
         return made
 
     def __call__(self, evidence: Evidence) -> LayerNorms:
-        """Return the norms of a batch; a dry run records the needs."""
+        """Return the norms of a batch."""
         layers = evidence.gradient_per_parameter(self.objective, "all").by_layer()
         return LayerNorms(layers.names, layers.norm(self.norm))

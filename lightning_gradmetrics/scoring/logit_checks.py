@@ -1,4 +1,4 @@
-"""Checks of logits and of labels at positions, before anything is scored."""
+"""Checks of logits, and of labels at positions, before scoring."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTLIER = -200
 """The label that marks an out-of-distribution pixel; like every negative label, it is not a class."""
 
 LOOKED_AT = 4096
-"""Positions of a batch whose logits are checked for being probabilities."""
+"""Number of positions of a batch at which logits are checked for being probabilities."""
 
 
 def two_columns(logits_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
@@ -37,7 +37,7 @@ def two_columns(logits_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
 
 
 def with_two_columns(batch: ObservedBatch) -> ObservedBatch:
-    """Return the batch of a model with one logit z per sample or position with the logits ``(0, z)``."""
+    """Return the batch of a model with one logit z, with the logits ``(0, z)`` instead."""
     if batch.logits.ndim < 2 or batch.logits.shape[1] != 1 or not batch.logits.is_floating_point():
         return batch
     logits, head = two_columns(lambda logit: logit)(batch.logits), batch.head
@@ -100,7 +100,7 @@ def known_labels(labels: Tensor, logits: Tensor) -> Tensor:
         logits: ``(N, C, *P)``.
 
     Raises:
-        ValueError: If the labels have another shape, or one is not a class.
+        ValueError: If the labels have a different shape, or one is not a class.
     """
     shape, classes = (len(logits), *logits.shape[2:]), logits.shape[1]
     if labels.shape == (len(logits), 1, *logits.shape[2:]):
@@ -155,7 +155,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def _some_rows(logits: Tensor) -> Tensor:
-    """Return the logits as rows ``(M, C)``: all of samples, some of positions."""
+    """Return the logits as rows ``(M, C)``: those of all samples, or of some positions."""
     if logits.ndim == 2:
         return logits.detach().float()
     flat = logits.detach().flatten(2)

@@ -1,4 +1,4 @@
-"""Padded texts: the positions that hold no token."""
+"""Finds the padding of texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def padding_of(inputs: Any) -> Tensor | None:
 
 
 def without_padding(scores: Mapping[str, Tensor], padding: Tensor | None) -> dict[str, Tensor]:
-    """Return the scores with NaN at padding, where they have one value per token ``(N, T)``."""
+    """Return the scores with NaN at padding, if they have one value per token ``(N, T)``."""
     cleaned = dict(scores)
     for name, values in scores.items():
         if padding is not None and values.shape == padding.shape:

@@ -1,4 +1,4 @@
-"""From a model with one prediction per position to one batch: its logits, and its heads, found by comparing outputs."""
+"""Reads batches of models with one prediction per position, and finds their heads by comparing outputs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["PositionReader"]
 
 
 class PositionReader:
-    """Reads the batches of a model with one prediction per position, and finds its heads in the first.
+    """Reads the batches of a model with one prediction per position, and finds its heads in the first batch.
 
     Args:
         model: The model that is scored.
         head: The name of the layer whose output is scored, or ``None`` to find the heads of the model's logits.
-        logits_fn: From the model's output to its logits.
+        logits_fn: Returns the logits from the model's output.
     """
 
     def __init__(self, model: nn.Module, head: str | None, logits_fn: Callable[[Any], Tensor]) -> None:
@@ -60,13 +60,13 @@ class PositionReader:
         """Return a batch with the input of its heads.
 
         Args:
-            logits: What the step's call returned, with the classes on axis 1.
+            logits: The logits of the step's call, with the classes on axis 1.
             inputs: The arguments of that call.
             called: The module that was called.
-            calls: The calls of the heads in the step; without them a forward pass runs beside the step.
+            calls: The calls of the heads in the step; without them an additional forward pass runs.
 
         Raises:
-            HeadNotFoundError: If the heads are not certain.
+            HeadNotFoundError: If the heads cannot be determined.
         """
         if self.composition is None:
             self._find(logits, self._known(inputs), called)
@@ -80,8 +80,8 @@ class PositionReader:
         made = recompose(self.composition, calls, own)
         if made is None:
             raise HeadNotFoundError(
-                f"the output of {' + '.join(self.composition.names)} made the model's logits in an earlier batch, and in this "
-                "batch it does not. Pass head=, the layer whose output is the logits, or submodule=, the part to score"
+                f"the output of {' + '.join(self.composition.names)} produced the model's logits in an earlier batch, but not in this "
+                "batch. Pass head=, the layer whose output is the logits, or submodule=, the part to score"
             )
         features, head = self._features(made, calls)
         return ObservedBatch(inputs, logits, features, head, called=called)
@@ -89,7 +89,7 @@ class PositionReader:
     def _known(self, inputs: Inputs | None) -> Inputs:
         if inputs is None:
             raise HeadNotFoundError(
-                f"the inputs of {type(self.model).__name__} are not known, and head scores of positions need its head's input: "
+                f"the inputs of {type(self.model).__name__} are unknown, and head scores of positions need its head's input: "
                 "pass submodule=, the part of the model that the step calls"
             )
         return inputs
@@ -141,7 +141,7 @@ class PositionReader:
         return calls, classes_second(output.detach(), self.axis)
 
     def _certain(self, found: Sequence[Composition], calls: Sequence[LayerCall], logits: Tensor) -> Composition:
-        """Return the only composition, of layers that are the linear functions of their weights."""
+        """Return the only composition whose layers are linear functions given by their weights."""
         if len(found) > 1:
             names = ", ".join(" + ".join(one.names) for one in found)
             raise HeadNotFoundError(
@@ -160,7 +160,7 @@ class PositionReader:
         assert patches is not None
         if not reproduces(layer, patches, one):
             raise HeadNotFoundError(
-                f"the layer {name!r} is not the linear function of its input that its weight and bias give, so it cannot be "
+                f"the layer {name!r} does not compute the linear function given by its weight and bias, so it cannot be "
                 "the head of the closed forms"
             )
 

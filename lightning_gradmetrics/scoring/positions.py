@@ -1,4 +1,4 @@
-"""Scores at positions: tests whether a score works on maps, and computes its values for positions as rows."""
+"""Computes scores at positions: directly on maps if the score supports it, otherwise with positions as rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_gradmetrics.scoring.evidence import Evidence
 __all__ = ["ROWS", "as_rows", "by_blocks", "by_rows", "made_up_maps", "sampled_rows", "works_on_maps"]
 
 ROWS = 2**16
-"""Positions that are scored at the same time as rows."""
+"""Number of positions per block when they are scored as rows."""
 
 ENTRIES = {"cpu": 2**17}
-"""Logits that are scored at the same time, by device: on a CPU their softmax stays in its cache."""
+"""Number of logits per block, by device; on a CPU the softmax of a block fits in the cache."""
 
 SAMPLED = 1024
-"""Largest number of positions of a sample that fitted scores are fitted on."""
+"""Largest number of positions per sample that fitted scores are fitted on."""
 
 
 def as_rows(evidence: Evidence, with_features: bool) -> Evidence:
@@ -59,7 +59,7 @@ def _blocks(rows: Evidence) -> Iterator[Evidence]:
 
 
 def by_rows(function: Callable[[Evidence], Tensor], evidence: Evidence, with_features: bool) -> Tensor:
-    """Return a score's values for the positions as rows, ``(N, *P)``; one sample after the other, in blocks.
+    """Return a score computed with the positions as rows, ``(N, *P)``: one sample after the other, in blocks.
 
     Args:
         function: A score of rows.
@@ -78,7 +78,7 @@ def by_rows(function: Callable[[Evidence], Tensor], evidence: Evidence, with_fea
 
 @dataclass(frozen=True)
 class _PartOfFeatures(HeadFeatures):
-    """The head's input at some of the positions, from what is computed for all of them once."""
+    """The head's input at some of the positions, from moments computed once for all of them."""
 
     whole: HeadFeatures = field(default_factory=lambda: HeadFeatures(()))
     part: slice = field(default_factory=lambda: slice(None))
@@ -105,7 +105,7 @@ class _PartOfFeatures(HeadFeatures):
         return replace(self, whole=self.whole.rows(keep), vectors={})
 
     def precise(self) -> HeadFeatures:
-        """Return itself: the whole is precise."""
+        """Return itself, because the whole input is precise already."""
         return self
 
 
@@ -128,7 +128,7 @@ def by_blocks(functions: Sequence[Callable[[Evidence], Tensor]], evidence: Evide
 
 
 def _position_blocks(evidence: Evidence) -> Iterator[Evidence]:
-    """Yield the evidence of consecutive positions, ``(N, C, M)``; all of them together if they are few."""
+    """Yield the evidence of consecutive positions, ``(N, C, M)``, in one block if they are few."""
     logits = evidence.given_logits.flatten(2)
     entries = ENTRIES.get(logits.device.type, 2**24)
     if logits.numel() <= 2 * entries:
@@ -151,7 +151,7 @@ def _position_blocks(evidence: Evidence) -> Iterator[Evidence]:
 def sampled_rows(evidence: Evidence, keep: Tensor, keys: Tensor, with_features: bool) -> tuple[Evidence, Tensor] | None:
     """Return a bounded sample of the positions as rows ``(M, C)``, and a key for each; ``None`` if there are none.
 
-    The sample depends only on the keys, not on the batch. Where labels are given, positions without one are left out.
+    The sample depends only on the keys, not on the batch. If labels are given, positions without a label are left out.
 
     Args:
         evidence: Evidence with positions.
@@ -189,7 +189,7 @@ def _joined(parts: Sequence[Evidence]) -> Evidence:
 
 
 def made_up_maps() -> Evidence:
-    """Return evidence of maps of equal height, width and number of classes, on which a wrong axis is noticed by value."""
+    """Return synthetic maps whose height, width and number of classes are equal, so that a wrong axis changes values, not shapes."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 3, 3, 3, generator=generator, dtype=torch.float64)
     features = torch.rand(3, 3, 3, 3, generator=generator, dtype=torch.float64)
@@ -199,7 +199,7 @@ def made_up_maps() -> Evidence:
 
 
 def works_on_maps(function: Callable[[Evidence], Tensor]) -> bool:
-    """Return whether a score has the same values for maps as for their positions as rows.
+    """Return whether a score has the same values for maps as for the same positions as rows.
 
     Args:
         function: A score.

@@ -1,4 +1,4 @@
-"""Scores and their recipes: from evidence to an uncertainty ``(N,)``, higher = more uncertain."""
+"""Scores, which map evidence to an uncertainty ``(N,)``, higher = more uncertain, and the recipes that make them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ S = TypeVar("S", bound="Score")
 class Score:
     """A named method with its arguments: a callable from evidence to uncertainties ``(N,)``, higher = more uncertain.
 
-    Scores are made by the functions and classes in :mod:`lightning_gradmetrics.scores`, as ``gradnorm(temperature=2)``.
+    Scores are created by the functions and classes in :mod:`lightning_gradmetrics.scores`, as in
+    ``gradnorm(temperature=2)``.
 
     Args:
         name: The column in the results and the row in the tables.
@@ -53,7 +54,7 @@ class Score:
         """Return the uncertainty of every sample, ``(N,)``, or of every position, ``(N, *P)``.
 
         Raises:
-            ValueError: If the evidence lacks what the score asks for, or the result does not have that shape.
+            ValueError: If the evidence lacks what the score requests, or the result has the wrong shape.
         """
         try:
             values = self._values(evidence)
@@ -73,7 +74,7 @@ class Score:
 
     @property
     def works_on_maps(self) -> bool:
-        """Whether it has the same values for maps ``(N, C, *P)`` as for their positions as rows ``(M, C)``."""
+        """Whether the score has the same values for maps ``(N, C, *P)`` as for the same positions as rows ``(M, C)``."""
         known = vars(self).get("_works_on_maps")
         if known is None:
             known = self._works_on_maps = works_on_maps(self._method)
@@ -100,13 +101,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A score's method with its name and its source. Calling it with arguments makes a :class:`Score`.
+    """The method of a score with its name and paper. Calling it with arguments returns a :class:`Score`.
 
     Args:
         name: The score's name.
         method: The function from evidence and keyword arguments to ``(N,)``, or the class of a fitted score.
         family: ``"baseline"`` or ``"gradient"``.
-        paper: The score's source.
+        paper: The paper that proposed the score.
         alias_of: The name of another score that equals this one at its default arguments.
 
     Example:
@@ -137,7 +138,7 @@ class Recipe:
 
     @property
     def documentation(self) -> str:
-        """The method's docstring; its first line begins with "Negative" where the paper's quantity is a confidence."""
+        """The method's docstring; its first line begins with "Negative" if the paper's quantity is a confidence."""
         return inspect.getdoc(self.method) or ""
 
     @property
@@ -167,7 +168,7 @@ class Recipe:
         return annotations_of(self.method)
 
     def described(self) -> Score:
-        """Return the score with its default arguments, for tables; packages that it needs may be missing."""
+        """Return the score with its default arguments, for tables, even if packages that it needs are missing."""
         return self()
 
     def name_of(self, arguments: Mapping[str, Any]) -> str:
@@ -204,7 +205,7 @@ class Recipe:
         return Score(name or self.name_of(arguments), self, arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by name, so that a score reaches spawned processes."""
+        """Pickle by name, so that scores can be sent to spawned processes."""
         if RECIPES.get(self.name) is self:
             return _registered, (self.method.__module__, self.name)
         return _unregistered, (self.method, self.name)
@@ -226,7 +227,7 @@ def _unregistered(method: Callable[..., Any], name: str) -> Recipe:
 
 
 def _shown(value: Any) -> str:
-    """Return an argument in a score's name that ``make`` can read back: identifiers bare, other text in quotes."""
+    """Return an argument as text that ``make`` can parse: identifiers without quotes, other strings in quotes."""
     if isinstance(value, str):
         return value if value.isidentifier() else repr(value)
     return str(getattr(value, "__name__", value))
@@ -245,7 +246,7 @@ def _check_values(name: str, values: Any, shape: tuple[int, ...]) -> None:
 
 
 def _dry_run(name: str, function: Callable[[Evidence], Any]) -> Needs:
-    """Run a score on synthetic samples, so that mistakes are found before a run."""
+    """Call a score on synthetic samples to find mistakes before a run."""
     try:
         return needs_of([function])
     except MissingEvidenceError as error:

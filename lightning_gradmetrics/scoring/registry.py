@@ -1,4 +1,4 @@
-"""The registry of scores: registration, and scores from names, functions, mappings and configurations."""
+"""The registry of scores: registers them, and makes scores from names, functions, mappings and configurations."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 BUILT_IN = "lightning_gradmetrics.scores"
-"""The package whose import registers the scores of this library; it imports this module, so it is imported by name."""
+"""The package whose import registers the built-in scores; imported by name, because it imports this module."""
 
 OF_ANSWERS = ("semgrad", "hybridgrad")
-"""Names of scores of whole answers, which :func:`lightning_gradmetrics.score_generation` computes."""
+"""Names of scores of whole answers; :func:`lightning_gradmetrics.score_generation` computes them."""
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=type[FittedScore])
@@ -43,7 +43,7 @@ class ScoreFunction(Protocol):
     """A function of the evidence, or a function or class that makes a score."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the uncertainties, or the score."""
+        """Return the uncertainties, or a :class:`Score`."""
         ...
 
 
@@ -64,7 +64,7 @@ def register(
 
     Args:
         family: ``"baseline"`` for scores of the logits and the features, ``"gradient"`` for scores of gradients.
-        paper: The source.
+        paper: The paper that proposed the score, or another source.
         alias_of: The name of another score that equals this one at its default arguments; tables then show only that one.
 
     Returns:
@@ -125,7 +125,7 @@ def register_fitted(family: Family, paper: str) -> Callable[[F], F]:
 
     Args:
         family: ``"baseline"`` or ``"gradient"``, as in :func:`register`.
-        paper: The source.
+        paper: The paper that proposed the score, or another source.
 
     Returns:
         A decorator that returns the class unchanged.
@@ -174,7 +174,7 @@ def _check_family(family: str) -> None:
 
 
 def add_recipe(recipe: Recipe) -> None:
-    """Add a recipe; a module that is reloaded, or a notebook cell that runs again, replaces its earlier recipe."""
+    """Add a recipe; a reloaded module or a notebook cell that runs again replaces its earlier recipe."""
     importlib.import_module(BUILT_IN)
     other = RECIPES.get(recipe.name)
     if other is not None and other.method.__module__ != recipe.method.__module__:
@@ -192,7 +192,7 @@ def make(score: ScoreLike, *, name: str | None = None, **arguments: Any) -> Scor
     """Return a score from its name, from ``"name(argument=value)"``, or from any other :data:`ScoreLike`.
 
     Args:
-        score: The score. A name with dots, as ``"my_package.my_score"``, is imported.
+        score: The score. A name with dots, such as ``"my_package.my_score"``, is imported.
         name: Another name for it.
         **arguments: Its arguments, if they are not in ``score``.
 
@@ -200,7 +200,7 @@ def make(score: ScoreLike, *, name: str | None = None, **arguments: Any) -> Scor
         The score.
 
     Raises:
-        ValueError: If the name is unknown; the nearest names are in the message. If an argument is not allowed.
+        ValueError: If the name is unknown (the message lists similar names), or an argument is not allowed.
         TypeError: If ``score`` is not a :data:`ScoreLike`, or an argument is unknown.
 
     Example:
@@ -214,7 +214,7 @@ def make(score: ScoreLike, *, name: str | None = None, **arguments: Any) -> Scor
 def _made(score: Any, arguments: Mapping[str, Any]) -> Score:
     if isinstance(score, Score):
         if arguments:
-            raise TypeError(f"the score {score.name!r} is an object already; it takes no more arguments")
+            raise TypeError(f"the score {score.name!r} is a Score object already and takes no further arguments")
         return score
     if isinstance(score, str):
         name, given = _parse(score)
@@ -268,7 +268,7 @@ def _imported(path: str) -> Callable[..., Any]:
 
 
 def _from_mapping(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Score:
-    """Return a score from ``{name: arguments}``, or from a LightningCLI or Hydra node that is not instantiated."""
+    """Return a score from ``{name: arguments}``, or from a LightningCLI or Hydra node that is not instantiated yet."""
     if "class_path" in node:
         given = node.get("init_args") or node.get("dict_kwargs") or {}
         return _known(str(node["class_path"]))(**given, **arguments)

@@ -1,4 +1,4 @@
-"""The batch of a segmentation model whose logits are smaller than its labels, at the size of the labels."""
+"""Resizes the logits of a segmentation model to the size of its labels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["at_size"]
 def at_size(batch: ObservedBatch, size: tuple[int, ...]) -> ObservedBatch:
     """Return the batch with its logits resized bilinearly to a size, as ``post_process_semantic_segmentation`` does.
 
-    The features of the head are carried by the same map, so gradients stay exact: those of the resized logits.
+    The same resizing is applied to the head's features, so gradients are exactly those of the resized logits.
 
     Args:
-        batch: Of pixels.
+        batch: A batch of a segmentation model.
         size: Height and width.
     """
     if tuple(batch.logits.shape[2:]) == size:

@@ -52,8 +52,8 @@ class Scorer:
         head: The name of the classification head, or ``None`` to find it.
         logits_fn: Returns the logits ``(N, C)`` from the model's output.
         engine: The engine of the scores that need a backward pass.
-        looks: Other functions of the evidence, besides the scores.
-        found_head: The name of the head that the last evidence came from, or ``None``.
+        looks: Functions other than the scores that also need evidence.
+        found_head: The name of the head in the last evidence, or ``None``.
     """
 
     scores: tuple[Score, ...]
@@ -72,7 +72,7 @@ class Scorer:
 
     def needs(self, classes: int) -> Needs:
         """Return the needs of the scores and of ``looks`` for this number of classes."""
-        if self._needs_of[0] is not self.scores or self._needs_of[1] is not self.looks:  # a fit replaces scores
+        if self._needs_of[0] is not self.scores or self._needs_of[1] is not self.looks:  # a fit replaces the scores
             self._needs, self._needs_of = {}, (self.scores, self.looks)
         if classes not in self._needs:
             self._needs[classes] = needs_of([*self.scores, *self.looks], classes)
@@ -134,7 +134,7 @@ class Scorer:
         return values
 
     def _by_blocks(self, evidence: Evidence) -> dict[str, Tensor]:
-        """Return the scores that are functions of single positions, computed in blocks of them."""
+        """Return the scores that depend on single positions only, computed in blocks."""
         if not evidence.has_positions:
             return {}
         chosen = [score for score in self.scores if not isinstance(score, FittedScore) and score.works_on_maps]
@@ -154,7 +154,7 @@ class Scorer:
             raise ValueError(f"{f'the score {names}' if names else 'the profile'} needs {problem}")
 
     def _check_repeatable(self, model: nn.Module, batch: ObservedBatch) -> None:
-        """Check once, before the first gradient, that the forward pass can be repeated, also for single samples.
+        """Check once, before the first gradient, that the forward pass can be repeated, even for single samples.
 
         Raises:
             ValueError: If the inputs are unknown or have no sample axis, or a second forward pass differs.
@@ -192,7 +192,7 @@ class Scorer:
         check_same_logits(logits, batch.logits, f"{type(model).__name__} {problem}")
 
     def _is_random(self, model: nn.Module, batch: ObservedBatch) -> bool:
-        """Return whether the model draws random numbers, so that its logits for a batch and for a part of it differ."""
+        """Return whether the model draws random numbers, so that logits of a batch and of part of it differ."""
         with preserved(model):
             torch.rand((), device=batch.logits.device)
             logits = self._forward(model, batch, batch.size)
@@ -224,12 +224,12 @@ def _is_row_wise(tensor: Tensor, size: int) -> bool:
 
 
 def _has_two_sample_axes(tensor: Tensor) -> bool:
-    """Return whether the second axis is as long as the first, so that its length does not tell which one is the samples."""
+    """Return whether the first two axes have equal lengths, so that the shape does not show which one is the samples."""
     return tensor.ndim > 1 and tensor.shape[0] == tensor.shape[1]
 
 
 def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: str) -> None:
-    """Refuse inputs whose first rows alone have different logits than in the batch."""
+    """Refuse inputs whose first rows have different logits alone than in the batch."""
     message = f"the first {len(expected)} rows of the inputs of {kind}, passed alone, "
     remedy = (
         "so the rows of the first axis are not the samples, or samples depend on each other. Scores over more than the head "
@@ -255,7 +255,7 @@ def _check_parameters(model: nn.Module) -> None:
 
 
 def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -> str | None:
-    """Return the problem with the labels of a batch in words, or ``None``."""
+    """Return a description of the problem with the labels of a batch, or ``None``."""
     remedy = "remove the score, or score labelled data only: pass targets=, or return batches (inputs, labels)"
     if labels is None:
         return f"true labels, but there are none{place}: {remedy}"
@@ -284,7 +284,7 @@ def _gradients(
     def chosen(name: str) -> bool:
         return any(accepts is None or accepts(name) for accepts in filters.values())
 
-    # A softmax or a scaling may follow a named head; the model then has to return the head's output.
+    # A softmax or a scaling may follow a named head; then the model must return the head's output.
     named = returning_logits(model, scorer.head, logits_of) if scorer.head is not None else nullcontext()
     with redirected(model, batch.called or model), named:
         results = gradient_statistics(
@@ -335,7 +335,7 @@ def _has_graph(scorer: Scorer, model: nn.Module, batch: ObservedBatch) -> bool:
 
 @dataclass
 class _Witness:
-    """Returns the logits in the model's output, and keeps the logits of the whole batch for comparison."""
+    """Returns the logits in the model's output, and stores the logits of the whole batch for comparison."""
 
     expected: Tensor
     logits_fn: Callable[[Any], Tensor]
@@ -371,7 +371,7 @@ def _statistic_names(moments: Iterable[Moment]) -> list[str]:
 
 
 def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch) -> dict[Any, Tensor]:
-    """Return the results of the probes: those observed in the step, and those that run the model, which returns logits."""
+    """Return the results of the probes, both those observed in the step and those that run the model again."""
     results = dict(batch.observed)
     missing = [probe for probe in needs.probes if probe not in results]
     if not missing:

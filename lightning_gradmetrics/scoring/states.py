@@ -1,4 +1,4 @@
-"""The states of fitted scores: the model that they belong to, and their files."""
+"""Saves and loads the states of fitted scores, and checks that they belong to the model."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ CHUNK = 2**22
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of a model: of the shapes and values of its parameters and buffers.
+    """Return a hash of the shapes and values of a model's parameters and buffers.
 
-    It is the same on every device, for a network and for a module that wraps it, and after a change of precision: values
-    count to the precision of bfloat16.
+    It does not depend on the device, on a module that wraps the network, or on the precision, because values are
+    rounded to bfloat16.
     """
     digest = hashlib.sha256()
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _hash(tensor: Tensor) -> int:
-    """Return an integer hash of the values, which is exact on any device and in any order of summation."""
+    """Return an integer hash of the values that does not depend on the device or the order of summation."""
     bits = tensor.reshape(-1).to(torch.bfloat16).view(torch.int16)
     total = 0
     for start in range(0, len(bits), CHUNK):
@@ -62,7 +62,7 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
         None.
 
     Raises:
-        ValueError: If a fitted score has no state, or one that was fitted for another model.
+        ValueError: If a fitted score has no state, or its state was fitted for another model.
 
     Example:
         >>> from lightning_gradmetrics.scores import resolve
@@ -110,7 +110,7 @@ def _same_module(first: str, second: str) -> bool:
 def save_fitted(scores: Iterable[Score], directory: str | Path) -> list[Path]:
     """Write the state of each fitted score to ``directory/<name>.safetensors``.
 
-    The files contain only tensors and text, no code.
+    The files contain only tensors and strings, no code.
 
     Args:
         scores: Scores; those that need no fit are skipped.
@@ -230,7 +230,7 @@ def _check_about(score: FittedScore, about: Mapping[str, str], place: str) -> No
 
 
 def fitted_states(scores: Iterable[Score]) -> dict[str, dict[str, Any]]:
-    """Return the states of the fitted scores by name, as tensors and text, which a checkpoint stores without pickled code.
+    """Return the states of the fitted scores by name, as tensors and strings, which checkpoints store without pickled code.
 
     Args:
         scores: Scores; those that need no fit, or are not fitted, are skipped.

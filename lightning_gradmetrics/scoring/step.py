@@ -1,4 +1,4 @@
-"""Observes a step that Lightning runs, and returns its batch: the model's inputs, its logits and its head."""
+"""Observes a step and returns its batch: the model's inputs, its logits and its head."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["StepObserver", "observed"]
 
 
 def observed(scorer: Scorer, model: nn.Module, inputs: Inputs, labels: Tensor | None = None) -> ObservedBatch:
-    """Return one batch, observed in a forward pass that is run for it.
+    """Run a forward pass and return the observed batch.
 
     Args:
         scorer: The scorer that needs the batch.
@@ -53,7 +53,7 @@ def observed(scorer: Scorer, model: nn.Module, inputs: Inputs, labels: Tensor | 
 
 
 class StepObserver:
-    """Observes the steps of one run of one model, and finds the model's head in the first.
+    """Observes the steps of one run of one model, and finds the model's head in the first step.
 
     Args:
         scorer: The scorer that needs the batches.
@@ -83,7 +83,7 @@ class StepObserver:
             yield self._entered(stack, self._layers)
 
     def _entered(self, stack: ExitStack, layers: dict[str, nn.Module]) -> Observation:
-        """Start to observe the calls of the model and of layers, and what the probes read."""
+        """Start to observe the calls of the model and of its layers, and start the observable probes."""
         seen = stack.enter_context(observing(self.model, layers, self.scorer.logits_fn))
         self._readers = {}
         for probe in self._probes:
@@ -91,7 +91,7 @@ class StepObserver:
         return seen
 
     def own(self, inputs: Inputs) -> ObservedBatch:
-        """Return one batch, observed in a forward pass that is run for it."""
+        """Run a forward pass on the inputs and return the observed batch."""
         return self.batch(self._run(inputs), inputs)
 
     def batch(
@@ -101,13 +101,13 @@ class StepObserver:
 
         Args:
             seen: The observed calls.
-            given: The inputs in the batch, for a step that does not call the model as a whole.
-            size: The number of samples in the batch, for a step that calls the model several times.
+            given: The inputs in the batch; used if the step does not call the model as a whole.
+            size: The number of samples in the batch; used if the step calls the model several times.
             stepped: The module whose step was observed; ``None`` for the model.
 
         Raises:
-            HeadNotFoundError: If the head is needed and it is not certain which layer it is.
-            ValueError: If it is not certain which calls of the step belong to the samples.
+            HeadNotFoundError: If the head is needed and cannot be determined.
+            ValueError: If it is ambiguous which calls of the step belong to the samples.
         """
         if not seen.layers and seen.called is None:
             seen = self._unseen(given, stepped or self.model)
@@ -127,10 +127,10 @@ class StepObserver:
         Args:
             batch: An observed batch for which :func:`~lightning_gradmetrics.scoring.text_step.token_ids` finds token ids.
             labels: The labels ``(N, T)``, or ``None``.
-            others: The inputs in the dataloader's batch, which may hold the ``attention_mask`` if the call does not.
+            others: The inputs in the dataloader's batch, which may contain the ``attention_mask`` if the call does not.
 
         Raises:
-            ValueError: If it is not certain which logits predict which tokens, or a score is not defined per token.
+            ValueError: If it is ambiguous which logits predict which tokens, or a score is not defined per token.
         """
         needs = self.scorer.needs(batch.logits.shape[1])
         if needs.gradients or needs.probes:
@@ -175,7 +175,7 @@ class StepObserver:
         return self._positions.batch(logits, inputs, module, head_calls if len(calls) == 1 else ())
 
     def _from_own_forward(self, inputs: Inputs | None, logits: Tensor | None) -> ObservedBatch:
-        """Return the batch of a step that ran a compiled model, whose layers run no hooks."""
+        """Return the batch of a step with a compiled model, whose layers run no hooks."""
         batch = self._from_calls(self._run(inputs), None, may_run=False)
         if logits is not None and self.scorer.head is None:
             check_same_logits(batch.logits, logits, f"{type(self.model).__name__} {OTHER_LOGITS}")
@@ -188,7 +188,7 @@ class StepObserver:
         return not any(call.name in heads for call in calls)
 
     def _joined(self, calls: Sequence[ModelCall], size: int | None) -> tuple[Inputs | None, Tensor | None]:
-        """Return inputs and logits of the samples; of consecutive parts of the batch, or of repeated equal calls."""
+        """Return inputs and logits of the samples, from calls with consecutive parts of the batch or from equal calls."""
         if len(calls) == 1:
             return calls[0].inputs, calls[0].logits
         logits = [_existing(call.logits, [call]) for call in calls]
@@ -217,7 +217,7 @@ class StepObserver:
         return ObservedBatch(given, output, features, self._head)
 
     def _name_of_parts(self, seen: Observation, given: Inputs | None) -> str:
-        """Return the head of a model whose parts were called: the layer whose output ``forward`` returns, or the only one."""
+        """Return the head if only parts of the model were called: the layer whose output ``forward`` returns, or the only one."""
         name = None if given is None else self._name_by_forward(given)
         if name is not None and seen.of_layer(name):
             return name
@@ -249,7 +249,7 @@ class StepObserver:
             return None
 
     def _unseen(self, given: Inputs | None, stepped: nn.Module) -> Observation:
-        """Run a forward pass for a step of a compiled model, in which no call was observed."""
+        """Run a forward pass because no call was observed in the step, as happens for compiled models."""
         kind = type(self.model).__name__
         if given is None or not (has_compiled_parts(stepped) or has_compiled_parts(self.model)):
             raise ValueError(
@@ -263,10 +263,10 @@ class StepObserver:
         )
         return self._run(given)
 
-    # Parts of both
+    # Helpers of both kinds of step
 
     def _run(self, inputs: Inputs | None) -> Observation:
-        """Observe a forward pass that is run for these inputs."""
+        """Run a forward pass on these inputs and return the observed calls."""
         assert inputs is not None
         layers = self._layers or dict(self.model.named_modules())
         with preserved(self.model), torch.no_grad(), eager():
@@ -277,7 +277,7 @@ class StepObserver:
         return seen
 
     def _observed(self, calls: Sequence[ModelCall], size: int) -> dict[Probe, Tensor]:
-        """Return what the probes read in the only call of the model."""
+        """Return the results of the observable probes if the model was called once."""
         results: dict[Probe, Tensor] = {}
         if len(calls) != 1:
             return results
@@ -315,7 +315,7 @@ def _joined_layer(calls: Sequence[LayerCall], size: int | None) -> tuple[Tensor,
 
 
 def _are_equal(parts: Sequence[Tensor]) -> bool:
-    """Return whether all calls returned the same."""
+    """Return whether all calls returned equal tensors."""
     first = parts[0]
     return all(part.shape == first.shape and torch.equal(part, first) for part in parts[1:])
 
@@ -326,8 +326,8 @@ def _rows_of_all(parts: Sequence[Tensor], size: int | None, who: str) -> Tensor:
     if rows != size:
         samples = "an unknown number of samples" if size is None else f"{size} samples"
         raise ValueError(
-            f"{who} returned {rows} rows in {len(parts)} calls during a step of {samples}, so it is not known which rows are "
-            "the samples'. Call the model once for the batch, or for consecutive parts of it"
+            f"{who} returned {rows} rows in {len(parts)} calls during a step of {samples}, so it is unknown which rows belong to "
+            "the samples. Call the model once for the batch, or for consecutive parts of it"
         )
     return torch.cat(list(parts))
 

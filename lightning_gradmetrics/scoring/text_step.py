@@ -1,4 +1,4 @@
-"""From an observed batch of a causal language model to its scored tokens; the shift between logits and labels is here."""
+"""Turns a batch of a causal language model into scored tokens; handles the shift between logits and labels."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from lightning_gradmetrics.scoring.scorer import Scorer
 __all__ = ["TextReader", "not_in_batches_of_texts", "sequence_values", "token_ids", "token_values"]
 
 BLOCK_LOGITS = 2**22
-"""Logits of tokens that are scored at once: 32 MiB in float64."""
+"""Number of logits per block of tokens: 32 MiB in float64."""
 
 
 def token_ids(batch: ObservedBatch) -> Tensor | None:
-    """Return the token ids ``(N, T)`` that made logits ``(N, V, T)``; ``None`` if the batch is no batch of texts."""
+    """Return the token ids ``(N, T)`` behind logits ``(N, V, T)``; ``None`` if the batch does not contain texts."""
     if batch.logits.ndim != 3 or batch.inputs is None:
         return None
     named = _named(batch)
@@ -40,7 +40,7 @@ def token_ids(batch: ObservedBatch) -> Tensor | None:
 
 
 def _named(batch: ObservedBatch) -> dict[Any, Any]:
-    """Return the arguments of the observed call by name; positional ones by the names in the signature."""
+    """Return the arguments of the observed call by name; positional ones get their names from the signature."""
     inputs: Any = (batch.inputs,) if isinstance(batch.inputs, Tensor) else batch.inputs
     if isinstance(inputs, tuple) and len(inputs) == 1 and isinstance(inputs[0], Mapping):
         return dict(inputs[0])
@@ -53,25 +53,25 @@ def _named(batch: ObservedBatch) -> dict[Any, Any]:
 
 
 def not_in_batches_of_texts(scores: Sequence[Score]) -> str:
-    """Return why scores of the whole network have no value in a batch of texts, and what to call."""
+    """Return why scores of the whole network are undefined in a batch of texts, and what to call instead."""
     names = [score.name for score in scores if score.needs.gradients or score.needs.probes] or ["profile"]
     return (
-        f"the scores {', '.join(names)} need gradients of the whole network, which a run has no value of per token. Scores of "
+        f"the scores {', '.join(names)} need gradients of the whole network, which are not defined per token. Scores of "
         "the logits and of the head work per token; lightning_gradmetrics.score_generation(model, prompts, answers, scores) "
         "returns scores of whole sequences"
     )
 
 
 class TextReader:
-    """Reads the batches of a causal language model: which logits predict which tokens.
+    """Reads the batches of a causal language model and determines which logits predict which tokens.
 
     The logits at position t predict the token at t + 1. Labels are either aligned with ``input_ids``, as Hugging Face
-    models take them, or already shifted by one, ``labels[t] = input_ids[t + 1]``; comparing them with the ids shows
+    models take them, or already shifted by one, ``labels[t] = input_ids[t + 1]``; a comparison with the ids shows
     which. A negative label, such as -100, and padding are not scored. The first token of a text has no prediction.
 
     Args:
         model: The model that is scored.
-        logits_of: From the model's output to its logits ``(N, V, T)``.
+        logits_of: Returns the logits ``(N, V, T)`` from the model's output.
     """
 
     def __init__(self, model: nn.Module, logits_of: Callable[[Any], Tensor]) -> None:
@@ -87,7 +87,7 @@ class TextReader:
             batch: An observed batch with logits ``(N, V, T)``.
             ids: The token ids ``(N, T)``.
             labels: The labels ``(N, T)``, or ``None`` to score every token that is not padding.
-            others: The batch's other entries, which may hold the ``attention_mask`` if the call does not.
+            others: The other entries of the batch, which may contain the ``attention_mask`` if the call does not.
 
         Raises:
             ValueError: If the model is not causal, the labels are not those of next tokens, or texts are padded on the left
@@ -116,7 +116,7 @@ class TextReader:
         return following.masked_fill(padding, IGNORED)
 
     def _aligned(self, ids: Tensor, labels: Tensor) -> bool:
-        """Return whether labels are aligned with the ids; otherwise they are shifted by one."""
+        """Return true if the labels are aligned with the ids, false if they are shifted by one."""
         known = labels != IGNORED
         fits = {
             True: bool((labels == ids)[known].all()),
@@ -134,7 +134,7 @@ class TextReader:
         return chosen
 
     def _check_causal(self, batch: ObservedBatch, ids: Tensor, padding: Tensor) -> None:
-        """Refuse a model whose logits change with a later token, by one forward pass of the first text that has two tokens."""
+        """Refuse a model whose logits depend on later tokens; tested by one forward pass on the first text with two tokens."""
         long = ((~padding).sum(1) > 1).nonzero().flatten()
         if not len(long):
             return
@@ -143,13 +143,13 @@ class TextReader:
         logits = self._with_other_token(batch, ids, row, last)
         if not are_close(logits[0, :, :last], batch.logits[row, :, :last]):
             raise ValueError(
-                f"the logits of {type(self.model).__name__} change with a later token, so it is not a causal language model, and "
+                f"the logits of {type(self.model).__name__} depend on later tokens, so it is not a causal language model, and "
                 "no position predicts its next token. Scores of tokens of other models come from lightning_gradmetrics.score"
             )
         self._is_causal = True
 
     def _with_other_token(self, batch: ObservedBatch, ids: Tensor, row: int, place: int) -> Tensor:
-        """Return the logits ``(1, V, T)`` of one text with another token at one place."""
+        """Return the logits ``(1, V, T)`` of one text with one token replaced."""
 
         def changed(tensor: Tensor) -> Tensor:
             has_rows = tensor.ndim > 0 and len(tensor) == len(ids)
@@ -169,12 +169,12 @@ def _check_shapes(batch: ObservedBatch, ids: Tensor, labels: Tensor | None) -> N
     if tuple(ids.shape) != shape or (labels is not None and labels.shape != ids.shape):
         told = "none" if labels is None else str(tuple(labels.shape))
         raise ValueError(
-            f"the logits are of {shape[1]} positions (N = {shape[0]}), the token ids {tuple(ids.shape)} and the labels {told}; "
+            f"the logits have {shape[1]} positions (N = {shape[0]}), the token ids {tuple(ids.shape)} and the labels {told}; "
             "expected one position per token: a model must not add or drop positions (prompt tuning, logits_to_keep)"
         )
     if int(ids.max()) >= batch.logits.shape[1]:
         raise ValueError(
-            f"the logits have {batch.logits.shape[1]} columns and a token id is {int(ids.max())}, so they are not logits of the "
+            f"the logits have {batch.logits.shape[1]} columns but a token id is {int(ids.max())}, so they are not logits of the "
             "vocabulary; scores of other models of tokens come from lightning_gradmetrics.score"
         )
 

@@ -1,4 +1,4 @@
-"""Totals of the contributions to a fit: sums, and uniform samples of rows. The order of the batches does not matter."""
+"""Totals of the contributions to a fit: sums, and uniform samples of rows; independent of the order of the batches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["KEY", "MAX_ENTRIES", "MAX_ROWS", "RunningTotal", "Tensors", "add", "
 Tensors = dict[str, Tensor]
 
 MAX_ROWS = 50_000
-"""Largest number of samples in ``rows/...``, a uniform sample of all samples."""
+"""Largest number of rows in ``rows/...``, which are a uniform sample of all rows."""
 
 MAX_ENTRIES = 2**25
-"""Largest number of entries in ``rows/...``: fewer samples are kept if their rows are wide."""
+"""Largest number of entries in ``rows/...``; wide rows reduce the number of rows that are kept."""
 
 KEY = "rows/key"
-"""The key by which rows are ordered and sampled: a hash of each sample's input."""
+"""The name of the keys that order and sample the rows: hashes of each sample's input."""
 
 
 def is_rows(key: str) -> bool:
@@ -36,7 +36,7 @@ def _is_models(key: str) -> bool:
 def row_keys(inputs: Inputs) -> Tensor:
     """Return a hash of each sample's input: ``(N,)``, int64, CPU.
 
-    It does not depend on the batch or the device, and so neither does the choice or the order of rows.
+    The hash does not depend on the batch or the device, so the choice and the order of rows do not either.
 
     Args:
         inputs: The model's inputs ``(N, ...)``.
@@ -55,7 +55,7 @@ def row_keys(inputs: Inputs) -> Tensor:
 
 
 def _hashed(tensor: Tensor, seed: int) -> Tensor:
-    """Return sums of each row's bits with random odd weights; a long row contributes 4096 of its entries."""
+    """Return each row's bits summed with random odd weights; of a long row only 4096 entries are used."""
     flat = tensor.reshape(len(tensor), -1)
     if flat.shape[1] > 4096:
         flat = flat[:, torch.linspace(0, flat.shape[1] - 1, 4096, device=flat.device).long()]
@@ -68,7 +68,7 @@ def _hashed(tensor: Tensor, seed: int) -> Tensor:
 
 
 def add(totals: Sequence[Tensors]) -> Tensors:
-    """Return the total of contributions: sums, and a uniform sample of rows, for any order and grouping."""
+    """Return the total of contributions, sums and a uniform sample of rows; their order and grouping do not matter."""
     values: dict[str, list[Tensor]] = {}
     for total in totals:
         for key, value in total.items():
