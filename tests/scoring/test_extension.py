@@ -162,7 +162,7 @@ def test_a_score_that_branches_on_data() -> None:
 
     with pytest.raises(
         ValueError,
-        match=r"the score 'branches' requested the gradient of the objective 'uniform' with respect to 'all'",
+        match=r"the score 'branches' requests the gradient of the objective 'uniform' with respect to 'all'",
     ):
         lgm.score(nn.Linear(4, 3), 100 * torch.randn(2, 4), branches)
 
@@ -170,7 +170,7 @@ def test_a_score_that_branches_on_data() -> None:
 def test_missing_evidence_is_an_error() -> None:
     with pytest.raises(ValueError, match="the score 'el2n' needs true labels: pass targets="):
         make("el2n")(Evidence(torch.zeros(2, 3)))
-    with pytest.raises(ValueError, match="the score 'gradnorm' requested the head's input"):
+    with pytest.raises(ValueError, match="the score 'gradnorm' requests the head's input"):
         make("gradnorm")(Evidence(torch.zeros(2, 3)))
 
 
