@@ -20,8 +20,8 @@ class VerificationNotes:
     """Notes of a run that verifies a plan.
 
     Args:
-        scales: For each parameter, the size of the terms that its gradient is a sum of.
-        failures: Parameters whose gradients the run cannot collect, with reasons.
+        scales: For each parameter, the magnitude of the terms whose sum is its gradient.
+        failures: Parameters whose gradients could not be collected, with reasons.
     """
 
     scales: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
@@ -29,13 +29,13 @@ class VerificationNotes:
 
 
 def agree(moments: Moments, gradient: Tensor, scale: float, tolerance: float | None = None) -> bool:
-    """Return whether moments ``(N,)`` belong to a gradient, up to rounding.
+    """Return whether moments ``(N,)`` are those of a gradient, up to rounding.
 
     Args:
         moments: The moments, of ``N`` samples.
         gradient: ``(N, ...)``.
-        scale: Size of the terms that the gradient is a sum of; rounding errors are relative to it.
-        tolerance: The largest relative difference; ``None`` for that of rounding.
+        scale: The magnitude of the terms whose sum is the gradient; rounding errors are relative to it.
+        tolerance: The largest relative difference; by default that of rounding.
     """
     if tolerance is None:
         tolerance = rounding(gradient)

@@ -43,7 +43,7 @@ __all__ = ["ENGINES", "eager", "gradient_statistics", "per_sample_gradients", "s
 
 
 def _compiled_moments(task: Task) -> list[Moments]:
-    # The import takes seconds and is left to those who compile.
+    # Imported here because it takes seconds and only compiled calls need it.
     from lightning_gradmetrics.engine.compiled import compiled_moments
 
     return compiled_moments(task)
@@ -69,7 +69,7 @@ def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool
         norms_only: Whether only norms are computed, which complex parameters allow.
 
     Raises:
-        ValueError: If no parameter is chosen, or one has no such statistics.
+        ValueError: If no parameter is chosen, or a parameter's gradient has no such statistics.
     """
     named = dict(model.named_parameters())
     chosen = {}
@@ -97,7 +97,7 @@ def eager() -> Iterator[None]:
 
 @contextmanager
 def _parametrizations_computed() -> Iterator[None]:
-    """Compute parametrised weights in each forward pass, also inside the caller's ``parametrize.cached()``."""
+    """Compute parametrised weights in each forward pass, even inside the caller's ``parametrize.cached()``."""
     before = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
@@ -157,13 +157,13 @@ def gradient_statistics(  # type: ignore[misc]
         logits: Returns the logits ``(N, C)`` from the model's output.
         engine: ``"auto"`` (fast); ``"compiled"``, which is ``"auto"`` with ``compile=True``; ``"vmap"``
             (``torch.func``); or ``"reference"`` (one sample at a time, slow).
-        memory: Memory limit in bytes, beyond the model and the inputs, kept by splitting the batch; ``None`` for no
-            limit.
-        compile: Whether to compile the planned batch with ``torch.compile``, which pays for small models and many
-            batches of one size. The first batch takes seconds to minutes longer, and the compiled plan is compared with
-            its result. Smaller batches run eagerly, and so do models that cannot be compiled, with a warning. In every
-            batch the compiled plan's logits are compared with those of the model; where they differ, the batch and the
-            following ones run eagerly.
+        memory: Memory limit in bytes, in addition to the model and the inputs; the batch is split to stay below it.
+            ``None`` for no limit.
+        compile: Whether to compile the computation with ``torch.compile``, which pays off for small models and many
+            batches of one size. Compiling adds seconds to minutes to the first batch, whose eager result is compared
+            with the compiled one. Smaller batches run eagerly, and so do models that cannot be compiled, with a
+            warning. In every batch the compiled logits are compared with those of the model; if they differ, this batch
+            and all later ones run eagerly.
         sample_axis: The axis of the samples in the inputs, such as 1 for ``(T, N, D)``; or a mapping from names or
             positions of arguments to axes, with 0 for the others.
 
@@ -171,7 +171,7 @@ def gradient_statistics(  # type: ignore[misc]
         A :class:`GradientStatistics`, or a list with one per objective.
 
     Raises:
-        ValueError: If batch norm is in train mode, or a name is unknown.
+        ValueError: If a batch norm is in train mode, or a name is unknown.
         TypeError: If the inputs have no sample axis.
 
     Example:
@@ -265,7 +265,7 @@ def per_sample_gradients(
     Args:
         model: A classifier; batch norms must be in eval mode. The model is left unchanged.
         inputs: As in :func:`gradient_statistics`.
-        objective: As in :func:`gradient_statistics`, one only.
+        objective: A single objective, as in :func:`gradient_statistics`.
         parameters: ``None`` for all parameters, or a predicate on the parameter's name.
         targets: True labels ``(N,)``, for the objective ``"label"``.
         logits: Returns the logits ``(N, C)`` from the model's output.

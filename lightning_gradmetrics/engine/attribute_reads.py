@@ -1,7 +1,7 @@
-"""Which attributes of modules a forward pass reads.
+"""Records which attributes of modules a forward pass reads.
 
-A plan depends on the plain attributes that the model's forward pass reads, such as a flag it branches on. A counter that only
-the user's step reads must not be one of them: every batch would be planned again.
+A plan depends on the plain attributes that the model's forward pass reads, such as a flag that it branches on. A
+counter that only the user's step reads must not count, or every batch would be planned again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lightning_gradmetrics.classifier.forward import has_compiled_parts
 __all__ = ["are_reads_visible", "reading_attributes"]
 
 _SILENT = (f"{Path(__file__).parents[1]}{os.sep}", str(Path(nn.modules.module.__file__)))
-"""Files that read the dictionary of a module without regard to its entries: this package and ``nn.Module`` itself."""
+"""Files whose reads of a module's ``__dict__`` do not count: this package and ``nn.Module``."""
 
 _ACTIVE: list[set[str]] = []
 _LOCK = Lock()
 
 
 def _recorded(module: nn.Module, name: str) -> Any:
-    """Read an attribute of a module and note its name."""
+    """Read an attribute of a module and record its name."""
     if name != "__dict__" or not sys._getframe(1).f_code.co_filename.startswith(_SILENT):
         for names in list(_ACTIVE):
             names.add(name)
@@ -38,12 +38,12 @@ def _recorded(module: nn.Module, name: str) -> Any:
 
 @contextmanager
 def reading_attributes() -> Iterator[set[str]]:
-    """Collect the names of the attributes that code reads from modules inside the block, also of missing ones.
+    """Collect the names of the attributes that are read from modules inside the block, including missing ones.
 
     The name ``__dict__`` means that any attribute may have been read.
     """
     names: set[str] = set()
-    if "__getattribute__" in vars(nn.Module) and not _ACTIVE:  # somebody else watches
+    if "__getattribute__" in vars(nn.Module) and not _ACTIVE:  # another tool intercepts reads
         yield {"__dict__"}
         return
     with _LOCK:
@@ -59,9 +59,9 @@ def reading_attributes() -> Iterator[set[str]]:
 
 
 def are_reads_visible(model: nn.Module) -> bool:
-    """Return whether every read of a module's attribute passes through Python's attribute access.
+    """Return whether every read of a module's attribute goes through Python's attribute access.
 
-    Compiled and scripted modules read in other ways, and a class may replace the access.
+    Compiled and scripted modules read attributes in other ways, and a class may override the access.
     """
     if has_compiled_parts(model):
         return False

@@ -34,20 +34,20 @@ from lightning_gradmetrics.gradients.statistics import Moments
 __all__ = ["auto_moments", "sample_uses", "verified_strategy"]
 
 ALONE_IF_NEW = 2
-"""Number of samples that run alone in the first batch of each shape, since the model may branch on the shape."""
+"""Number of samples that also run alone in the first batch of each shape, because the model may branch on the shape."""
 
 MOST_OUTLINES = 16
-"""Largest number of stored sequences of calls for one batch size."""
+"""Largest number of call sequences that are stored for one batch size."""
 
 MOST_STRATEGIES = 4
-"""Strategies kept for one kind of task; further paths through a model are handled without a plan."""
+"""Largest number of strategies for one kind of task; further paths through a model are handled without a plan."""
 
 MOST_KINDS = 64
-"""Kinds of task whose strategies are kept for one model; the oldest is forgotten."""
+"""Largest number of kinds of task for one model; the oldest is dropped."""
 
 _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Hashable, list[Strategy]]] = WeakKeyDictionary()
 _UNPLANNABLE: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
-"""Kinds and sizes of batches that no plan made for them fits."""
+"""Kinds and sizes of batches for which planning has failed."""
 
 Result = TypeVar("Result")
 Work = Callable[[Task, Strategy, ForwardState], Result]
@@ -61,14 +61,14 @@ def auto_moments(task: Task) -> list[Moments]:
 
 
 def sample_uses(task: Task) -> dict[str, Use]:
-    """Return the uses of each parameter that the first objective depends on; its gradients follow from them."""
+    """Return the uses of each parameter that the first objective depends on, from which the gradients can be built."""
     if task.size == 0:
         return {}
     return _by_strategy(task, _uses)
 
 
 def _by_strategy(task: Task, work: Work[Result]) -> Result:
-    """Do the work by a known strategy, by a new one if none fits, or without a plan for this batch only."""
+    """Do the work with a known strategy, with a new one if none fits, or without a plan for this batch only."""
     known = _STRATEGIES.setdefault(task.model, {})
     unplannable = _UNPLANNABLE.setdefault(task.model, set())
     state, key, shapes = ForwardState(task.model), _kind(task), _shapes(task)
@@ -113,7 +113,7 @@ def verified_strategy(task: Task) -> Strategy | None:
 
 
 def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:
-    """Return a strategy without a plan, as careful as the known strategies."""
+    """Return a strategy without a plan that makes all checks of the known strategies."""
     unplanned = Strategy(None, tuple(task.parameters), alone=0 if strategies else 3)
     for strategy in strategies:
         unplanned.alone = max(unplanned.alone, strategy.alone)
@@ -142,7 +142,7 @@ def _shapes(task: Task) -> Hashable:
 
 
 def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moments]:
-    """Return the moments, in pieces of the batch if the memory is bounded."""
+    """Return the moments, computed in parts of the batch if memory is limited."""
     step = task.size if task.memory is None else max(1, task.memory // strategy.bytes)
     parts = []
     for start in range(0, task.size, step):
@@ -211,7 +211,7 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
 
 
 def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Checks, state: ForwardState) -> None:
-    """Fill a table by the plan; the first batch of each size and sequence of calls is compared with autograd on one sample."""
+    """Fill a table by the plan; for each new size or sequence of calls, compare one sample with autograd."""
     task, shapes = table.task, _shapes(table.task)
     laid_out = task.channels_last() if strategy.channels_last else task
     free = shapes != strategy.shapes
@@ -232,7 +232,7 @@ def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Che
 
 
 def _fill_by_owners(table: MomentTable | UseTable, strategy: Strategy, checks: Checks) -> dict[str, str]:
-    """Fill a table by recovered owners; return the parameters for which that is impossible, with reasons."""
+    """Fill a table by assigning rows to samples; return the parameters for which that is impossible, with reasons."""
     task, state = table.task, ForwardState(table.task.model)
     names, lost = list(strategy.fast), {}
     while names:
@@ -253,8 +253,8 @@ def _fill_by_owners(table: MomentTable | UseTable, strategy: Strategy, checks: C
 def _check_one_sample(table: MomentTable | UseTable, names: Any, laid_out: Task, state: ForwardState) -> None:
     """Compare one sample's moments with autograd on that sample alone.
 
-    Rounding differs between one sample and a batch, and may open or close a ReLU's gate. Where the two are close and
-    do not agree, autograd on the batch's own forward pass decides: its gates are those of the table.
+    Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
+    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table.
 
     Raises:
         PlanError: If they differ.
@@ -280,7 +280,7 @@ def _agree_on_sample(
     state: ForwardState,
     tolerance: float | None = None,
 ) -> bool:
-    """Return whether a sample's moments are those of autograd, where the sample is a row of a task."""
+    """Return whether a sample's moments agree with autograd's; the sample is one row of a task."""
     parameters = list(task.parameters.values())
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -305,9 +305,9 @@ def _agree_on_sample(
 
 
 LEAST_SCALE = 2.0**-400
-"""The smallest scale of a gradient whose squares keep their digits in float64; smaller ones are compared unscaled."""
+"""The smallest gradient scale whose squares are exact enough in float64; smaller gradients are compared unscaled."""
 
 GATES = 0.05
-"""How far, relative to its size, a gradient may be off by gates that rounding opens or closes; more in low precision."""
+"""Largest relative error that ReLUs switched by rounding may explain; larger in low precision."""
 
 _GENERATOR = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Finds the sample axis of a tensor, by comparing the shapes of runs with two and with three samples."""
+"""Finds the sample axis of a tensor by comparing shapes for two and for three samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Axis:
     Args:
         dim: The axis.
         times: Number of positions of one sample.
-        minor: Whether the sample is the fast index, position ``t N + n``, instead of ``n times + t``.
+        minor: Whether the sample index varies fastest (position ``t N + n`` instead of ``n times + t``).
     """
 
     dim: int
@@ -25,7 +25,7 @@ class Axis:
     minor: bool = False
 
     def size(self, tensor: Tensor) -> int | None:
-        """Return the number of samples in ``tensor``, or ``None`` if it does not fit."""
+        """Return the number of samples in ``tensor``, or ``None`` if its axis is not a multiple of ``times``."""
         if tensor.ndim <= self.dim or tensor.shape[self.dim] % self.times:
             return None
         return tensor.shape[self.dim] // self.times

@@ -1,4 +1,4 @@
-"""Reading and rewriting the arguments of intercepted calls."""
+"""Reads and rewrites the arguments of intercepted calls."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["OpeningMode", "Silence", "extended_outline", "has_tensors", "map_arguments", "opened", "tensors_in"]
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
-"""For a fused function, an equivalent function written in calls that have rules."""
+"""Replacements of fused functions: equivalent functions made of calls that have rules."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Iterate over every tensor in a nest of tuples, lists and mappings, in order and with repeats."""
+    """Iterate over every tensor in nested tuples, lists and mappings, in order and with repeats."""
     found: list[Tensor] = []
     _collect_tensors(value, found)
     return iter(found)
@@ -29,7 +29,7 @@ _PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.
 
 
 def _collect_tensors(value: Any, found: list[Tensor]) -> None:
-    """Append every tensor in a nest to a list, which is faster than nested generators."""
+    """Append every tensor in a nested value to a list, which is faster than nested generators."""
     if isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, (tuple, list)):
@@ -42,12 +42,12 @@ def _collect_tensors(value: Any, found: list[Tensor]) -> None:
 
 
 def has_tensors(value: Any) -> bool:
-    """Return whether there is a tensor in a nest of tuples, lists and mappings."""
+    """Return whether there is a tensor in nested tuples, lists and mappings."""
     return next(tensors_in(value), None) is not None
 
 
 def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return the nest ``value`` with ``function`` applied to each tensor."""
+    """Return the nested value with ``function`` applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     is_plain = type(value) in (tuple, list)
@@ -62,16 +62,16 @@ def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 _VIEWS = "view reshape expand unflatten flatten split chunk narrow repeat tile as_strided select __getitem__"
 _NEW = "new_zeros new_ones new_full zeros ones full empty arange"
 SHAPING = frozenset([*_VIEWS.split(), *_NEW.split(), "_assert"])
-"""Functions whose integers, or messages, may follow the sizes of the inputs."""
+"""Functions whose integer or text arguments may depend on the sizes of the inputs."""
 
 
 def extended_outline(
     outline: int, path: int, function: Any, values: Iterable[Any], names: Iterable[str]
 ) -> tuple[int, int]:
-    """Return the outline and the path of a forward pass with one more call.
+    """Return hashes of a forward pass, its outline and its path, extended by one call.
 
-    The outline depends on the functions and on their integer and text arguments. The path depends on all numbers, but not on
-    the integers of functions that set a shape: it is the same for all sizes of a batch and all lengths, unless the model
+    The outline depends on the functions and on their integer and text arguments. The path depends on all numbers except
+    the integers of functions that set a shape, so it is the same for all batch sizes and lengths unless the model
     branches on them.
 
     Args:
@@ -103,10 +103,10 @@ def _never(*_: Any) -> bool:
 
 @lru_cache(maxsize=512)
 def opened(function: Any) -> Callable[..., Any]:
-    """Return a composite torch function without its own check for overrides, so that only the calls inside it are intercepted.
+    """Return a composite torch function without its override check, so that the calls inside it are intercepted.
 
-    A torch function mode is inactive while it handles a call. Entering it again and calling the function would only
-        intercept the same call; the copy made here skips the check and runs its body.
+    A torch function mode is inactive while it handles a call. Calling the function with the mode active again would
+        intercept the same call forever; the copy made here runs the body directly.
     """
     checks = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     scope = {**function.__globals__, **dict.fromkeys(checks, _never)}
@@ -119,7 +119,7 @@ class OpeningMode(TorchFunctionMode):
     """A torch function mode that also intercepts the calls inside Python functions and decomposed functions."""
 
     active: ClassVar[int] = 0
-    """How many such modes are active."""
+    """The number of active modes of this kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class OpeningMode(TorchFunctionMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _opens(self, function: Any) -> bool:
-        """Return whether to intercept the calls inside a function; a dispatcher calls itself, so its second call is not opened."""
+        """Return whether to intercept the calls inside a function; not inside the second call of one that calls itself."""
         return (isinstance(function, FunctionType) or function in DECOMPOSED) and function not in self._open
 
     def _inside(self, function: Any, args: Any, kwargs: Any) -> Any:
@@ -148,9 +148,9 @@ class OpeningMode(TorchFunctionMode):
 
 
 class Silence:
-    """Switches the interception of calls, gradients and autocast off while the engine computes; blocks may be nested.
+    """Disables call interception, gradients and autocast while the engine computes; blocks may be nested.
 
-    While a mode is active, even reading a shape goes through it.
+    While a mode is active, it intercepts even the reading of a shape.
 
     Args:
         device: The type of the device.

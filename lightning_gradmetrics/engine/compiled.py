@@ -1,4 +1,4 @@
-"""Compiled plans: a planned batch is flattened once into a graph of torch operators, which inductor compiles."""
+"""Compiled plans: a planned batch is traced once into a graph of torch operators, which inductor compiles."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_gradmetrics.gradients.statistics import Moments
 __all__ = ["compiled_moments"]
 
 MOST_PROGRAMS = 8
-"""Programs kept for one model."""
+"""Largest number of programs that are stored for one model."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Program:
     """A compiled plan.
 
     Args:
-        run: From parameters, buffers, inputs and labels to the moments of all objectives, in the order of ``keys``, and
-            the logits.
+        run: A function from parameters, buffers, inputs and labels to the moments of all objectives, in the order of
+            ``keys``, and the logits.
         keys: The moments of one objective.
         size: The number of samples in the batch.
         logits: The function from the model's output to the logits.
@@ -50,18 +50,18 @@ class Program:
     logits: Callable[[Any], Tensor]
 
     def fits(self, task: Task) -> bool:
-        """Return whether it was made for batches of this size."""
+        """Return whether the program was made for batches of this size."""
         return self.size == task.size and self.logits == _logits_function(task)
 
     def moments(self, task: Task) -> list[Moments]:
         """Return the moments ``(N, P)`` of each objective.
 
         Raises:
-            PlanError: If the model's own forward pass has other logits than the graph.
+            PlanError: If the model's own forward pass returns different logits than the graph.
         """
         with torch.no_grad(), torch.compiler.set_stance("default"):
             *values, logits = self.run(*_tensors(task))
-        if hasattr(task.logits, "seen"):  # an observer, which compares them with the logits of another forward pass
+        if hasattr(task.logits, "seen"):  # an observer that compares them with the logits of another forward pass
             task.logits.seen = logits
         else:
             _check_forward(task, logits)
@@ -73,13 +73,13 @@ class Program:
 
 
 _PROGRAMS: WeakKeyDictionary[nn.Module, dict[Hashable, Program | None]] = WeakKeyDictionary()
-"""The program of each kind of batch; ``None`` where there is none and the engine runs eagerly."""
+"""The program of each kind of batch; ``None`` if the engine runs eagerly."""
 
 
 def compiled_moments(task: Task) -> list[Moments]:
     """Return the moments ``(N, P)`` of each objective's gradient by a compiled plan.
 
-    The first batch runs eagerly, is compiled, and is compared with the result of the compiled plan. Smaller batches, and
+    The first batch runs eagerly, and its result is compared with that of the newly compiled plan. Smaller batches, and
     models that cannot be compiled, run eagerly.
     """
     programs = _PROGRAMS.setdefault(task.model, {})
@@ -92,7 +92,7 @@ def compiled_moments(task: Task) -> list[Moments]:
             programs[key] = None
             _warn_eager(task, str(error))
     expected = auto_moments(task)
-    key = _key(task)  # the first batch shows which attributes the model reads, and the key has those only
+    key = _key(task)  # the first batch shows which attributes the model reads; only those are in the key
     is_new = key not in programs or (program is not None and program.size < task.size)
     if is_new and task.size > 0 and len(programs) < MOST_PROGRAMS:
         programs[key] = _checked_program(task, expected)
@@ -117,7 +117,7 @@ def _device(task: Task) -> torch.device:
 
 
 def _logits_function(task: Task) -> Callable[[Any], Tensor]:
-    """Return the function from outputs to logits; an object that observes it has it as an attribute."""
+    """Return the function from outputs to logits, unwrapped if an observer wraps it."""
     function: Callable[[Any], Tensor] = getattr(task.logits, "logits_fn", task.logits)
     return function
 
@@ -136,7 +136,7 @@ def _tensors(task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Ten
 
 
 def _checked_program(task: Task, expected: Sequence[Moments]) -> Program | None:
-    """Return the program of a batch, or ``None`` with a warning that says why there is none."""
+    """Return the program of a batch, or ``None`` with a warning that gives the reason."""
     strategy = verified_strategy(task)
     program, reason = None, _obstacle(task, strategy)
     if strategy is not None and not reason:
@@ -151,7 +151,7 @@ def _warn_eager(task: Task, reason: str) -> None:
 
 
 def _check_forward(task: Task, logits: Tensor) -> None:
-    """Compare the graph's logits with those of the model's forward pass, which may depend on more than the graph does.
+    """Compare the graph's logits with the model's, which may depend on state that the graph does not read.
 
     Raises:
         PlanError: If they differ.
@@ -180,7 +180,7 @@ def _compared_program(task: Task, strategy: Strategy, expected: Sequence[Moments
 
 
 def _obstacle(task: Task, strategy: Strategy | None) -> str:
-    """Return why a batch cannot be compiled; empty if nothing is known to prevent it."""
+    """Return why a batch cannot be compiled, or an empty string."""
     if strategy is None or strategy.plan is None or strategy.slow:
         return "some of its parameters have no fast rule"
     if strategy.random or strategy.alone:
@@ -251,7 +251,7 @@ def _agree(found: Moments, expected: Moments, tolerance: float, entries: Tensor)
 
 
 def _size_of_terms(moments: Moments, key: str, entries: Tensor) -> Tensor:
-    """Return what rounding errors of an extreme or a sum are relative to: a sum of terms that cancel may be zero."""
+    """Return the scale of rounding errors of an extreme or a sum; the sum may be zero because its terms cancel."""
     if 2.0 in moments:
         norm = moments[2.0].sqrt()
         return norm * entries.sqrt() if key == "sum" else norm

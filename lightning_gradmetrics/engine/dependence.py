@@ -1,4 +1,4 @@
-"""Traces the basic operations of a forward pass and their dependences, to find out whether data decide its course."""
+"""Traces the basic operations of a forward pass and their dependences, to detect control flow that depends on data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
 __all__ = ["DependenceTrace", "Operation", "choice_by_data", "reads_activations", "selection_of_samples"]
 
 SAMPLES, WEIGHTS = 1, 2
-"""Bits for the dependences of a tensor: on samples or random numbers, and on parameters."""
+"""Bits that mark what a tensor depends on: samples or random numbers, and parameters."""
 
 _INDEXING = frozenset(["index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put", "_index_put_impl_"])
 _ORDERING = ("sort", "argsort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode", "cummax", "cummin")
@@ -75,7 +75,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._add(tensor, bit)
 
     def _key(self, tensor: Tensor) -> int:
-        """Return the identity of a tensor's memory, which views share."""
+        """Return the identity of a tensor's storage, which views share."""
         try:
             storage: Any = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):
@@ -88,7 +88,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bits[key] = self._bits.get(key, 0) | bits
 
     def depends(self, value: Any) -> int:
-        """Return the bits of all tensors in a nest."""
+        """Return the combined bits of all tensors in a nested value."""
         bits = 0
         for tensor in tensors_in(value):
             bits |= self._bits.get(self._key(tensor), 0)
@@ -133,7 +133,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def serial(self, tensor: Tensor) -> int:
-        """Return the number of a tensor."""
+        """Return the serial number of a tensor."""
         if id(tensor) not in self._serials:
             self._serials[id(tensor)] = len(self._serials)
             self._alive.append(tensor)
@@ -232,7 +232,7 @@ def _written(func: Any, arguments: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def _counts_up(index: Tensor, length: int) -> bool:
-    """Return whether an index is ``0, 1, ..., length - 1`` and so keeps the order."""
+    """Return whether an index is ``0, 1, ..., length - 1`` and therefore keeps the order."""
     flat = index.reshape(-1)
     return len(flat) == length and bool((flat == torch.arange(length, device=flat.device)).all())
 
@@ -242,7 +242,7 @@ def _names(operations: Sequence[Operation]) -> list[str]:
 
 
 def choice_by_data(two: Sequence[Operation], three: Sequence[Operation]) -> str:
-    """Return why the rows of a batch may be laid out differently from batch to batch; ``""`` if they cannot be.
+    """Return why the layout of a batch's rows may depend on the data; ``""`` if it cannot.
 
     Args:
         two: The operations with two samples.
@@ -272,7 +272,7 @@ _SELECTING = ("topk", "kthvalue", "median", "nanmedian", "mode")
 def selection_of_samples(two: Sequence[Operation], three: Sequence[Operation]) -> str:
     """Return the operation that selects some samples of a batch by comparing them with the others; ``""`` if there is none.
 
-    The choice may be empty in a small batch, as with ``topk(len(x) // 8)``, so that no result shows it.
+    In a small batch the selection may be empty, as in ``topk(len(x) // 8)``, so comparing results would not reveal it.
     """
     for small, large in zip(two, three, strict=False):
         if not large.name.startswith(_SELECTING) or not large.depends & SAMPLES:

@@ -1,4 +1,4 @@
-"""Collects the results of one call: a table of moments, or gradients in unevaluated form."""
+"""Collects the results of one batch: a table of moments, or gradients in unevaluated form."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class MomentTable:
         self._segments: list[Segments] = []
 
     def begin(self, objective: int, undo: Tensor) -> None:
-        """Begin an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
+        """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
         self._undo.append(undo)
         self._waiting.append({})
         self._small.append({})
@@ -163,7 +163,7 @@ class UseTable:
         self._undo: Tensor | None = None
 
     def begin(self, objective: int, undo: Tensor) -> None:
-        """Begin an objective; ``undo`` ``(N,)`` undoes the scale of its gradients."""
+        """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
         self._undo = undo
 
     def add(self, name: str, use: Use) -> None:

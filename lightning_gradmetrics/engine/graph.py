@@ -1,4 +1,4 @@
-"""Nodes that the engine adds to autograd graphs, and the parameters that a graph depends on."""
+"""Nodes that the engine inserts into autograd graphs, and a function that finds the parameters of a graph."""
 
 from __future__ import annotations
 

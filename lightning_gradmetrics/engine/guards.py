@@ -1,4 +1,4 @@
-"""Cheap checks of each batch for samples that depend on each other, in the model or in an objective."""
+"""Cheap checks in each batch that samples do not depend on each other, in the model or in an objective."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
 __all__ = ["check_alone", "check_halves", "check_objectives", "check_others", "compare_alone"]
 
 _CHOICE = random.Random(0)
-"""Chooses the samples to check, without use of the user's generators."""
+"""Chooses the samples to check, without advancing the user's generators."""
 
 _ALONE = 4
 """How many samples of each batch an objective is computed on alone."""
@@ -36,7 +36,7 @@ def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, qui
         logits: Its logits ``(N, C)``.
         count: The number of samples to run alone.
         state: The state of the model before the batch.
-        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+        quiet: Whether to silence the warning of reentrant checkpoints about running without gradients.
 
     Raises:
         CoupledSamplesError: If they differ.
@@ -48,7 +48,7 @@ def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, qui
 
 
 def _chosen(logits: Tensor, count: int) -> list[int]:
-    """Return random samples; of three and more, the most and the least confident one, which models single out."""
+    """Return random samples; if three or more, including the most and the least confident one."""
     numbers = list(range(len(logits)))
     if count >= len(numbers):
         return numbers
@@ -61,13 +61,13 @@ def _chosen(logits: Tensor, count: int) -> list[int]:
 
 
 def check_halves(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
-    """Compare the logits of two random halves of a batch with those in the batch: the model may branch on its size.
+    """Compare the logits of two random halves of a batch with those in the batch, because the model may branch on its size.
 
     Args:
         task: The batch.
         logits: Its logits ``(N, C)``.
         state: The state of the model before the batch.
-        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+        quiet: Whether to silence the warning of reentrant checkpoints about running without gradients.
 
     Raises:
         CoupledSamplesError: If they differ.
@@ -98,10 +98,11 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
 
 
 def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> bool:
-    """Return whether only the rounding of another batch size explains that a sample alone has other logits.
+    """Return whether rounding at a different batch size explains why a sample has different logits alone.
 
-    A batch of the same size that repeats the sample must give its logits. A model that depends on the size of the batch or
-    on positions in it passes that, so the difference must be small, or be missing for other samples.
+    A batch of the same size that repeats the sample must reproduce its logits in the batch. A model that depends on the
+    batch size or on positions in the batch would pass this test too, so the difference must also be small, or absent
+    for other samples.
     """
     expected = logits[number : number + 1].detach()
     repeated = _logits(task, [number] * task.size, state, True)
@@ -120,17 +121,17 @@ def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor,
 
 
 MANY_ROUNDINGS = 100
-"""How many times the usual rounding may separate two sizes of a batch in a model that amplifies rounding."""
+"""Allowed difference between two batch sizes, in multiples of the usual rounding, for models that amplify rounding."""
 
 
 def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
-    """Compare half of a batch's logits with those after the other half was replaced, with the same random numbers.
+    """Compare half of a batch's logits with those after replacing the other half, with the same random numbers.
 
     Args:
         task: The batch.
         logits: Its logits ``(N, C)``.
         state: The state of the model before the batch, with its random number generators.
-        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+        quiet: Whether to silence the warning of reentrant checkpoints about running without gradients.
 
     Raises:
         CoupledSamplesError: If they differ.
@@ -167,7 +168,7 @@ def check_objectives(task: Task, logits: Tensor) -> None:
 
     Raises:
         CoupledSamplesError: If they differ.
-        ValueError: If an objective cannot be computed on a part of the batch.
+        ValueError: If an objective cannot be computed on part of the batch.
     """
     for objective in task.objectives:
         if objective.function is not None and task.size > 1:

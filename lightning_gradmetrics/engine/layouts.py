@@ -1,4 +1,4 @@
-"""Where the samples are in the tensors of a traced forward pass."""
+"""Describes the positions of the samples in the tensors of a traced forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the samples are in a tensor: index ``(o N + n) inner + i`` on an axis.
+    """The positions of the samples in a tensor: sample ``n`` has the indices ``(o N + n) inner + i`` on an axis.
 
     Args:
         dim: The axis.

@@ -21,7 +21,7 @@ _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, Enum)
 
 _VOLATILE: WeakKeyDictionary[nn.Module, set[tuple[int, str]]] = WeakKeyDictionary()
-"""Attributes that a forward pass changes, such as counters, by the number of the module and the name."""
+"""Attributes that a forward pass changes, such as counters, as pairs of module number and name."""
 
 _READ: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 """The names of the attributes that forward passes of a model read; a model without an entry may read any."""
@@ -30,8 +30,8 @@ _READ: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 class ForwardState:
     """The generators, attributes and buffers of a model before a forward pass.
 
-    Restoring it lets several forward passes of one call draw the same numbers, and start without a cache that an earlier
-    one of them has filled.
+    Restoring the state makes several forward passes draw the same random numbers, and start without caches that an
+    earlier pass has filled.
 
     Args:
         model: The model.
@@ -60,7 +60,7 @@ class ForwardState:
 
     def restore(self) -> None:
         """Set generators, attributes and buffers to this state."""
-        torch.clear_autocast_cache()  # autocast must cast the weights again
+        torch.clear_autocast_cache()  # so that autocast casts the weights again
         self.restore_attributes()
         self._generators.restore()
 
@@ -81,12 +81,12 @@ class ForwardState:
                 container.extend(entries) if isinstance(container, list) else container.update(entries)
         for buffer, version, value in self._buffers:
             if version >= 0 and buffer._version != version:
-                buffer.data.copy_(value)  # without a new version, because a graph may contain the buffer
+                buffer.data.copy_(value)  # without a version bump, because a graph may contain the buffer
 
 
 @contextmanager
 def quiet_no_grad(quiet: bool) -> Iterator[None]:
-    """Disable gradients; if ``quiet``, also the warning of reentrant activation checkpoints about it."""
+    """Disable gradients; if ``quiet``, also silence the warning of reentrant checkpoints about that."""
     with torch.no_grad():
         if not quiet:
             yield
@@ -97,9 +97,9 @@ def quiet_no_grad(quiet: bool) -> Iterator[None]:
 
 
 def attribute_key(model: nn.Module) -> Hashable:
-    """Return the plain attributes of all modules, and of their configurations: flags that a forward pass may branch on.
+    """Return the plain attributes of all modules and of their configurations, which a forward pass may branch on.
 
-    Attributes that no forward pass has read while a plan was made are left out, such as counters of the user's step.
+    Attributes that no forward pass read during planning, such as counters of the user's step, are left out.
     """
     volatile, read = _VOLATILE.get(model, set()), _READ.get(model)
     key = []
@@ -111,7 +111,7 @@ def attribute_key(model: nn.Module) -> Hashable:
 
 
 def note_read(model: nn.Module, names: set[str]) -> None:
-    """Note the names of all attributes that the forward passes of a plan read; later keys contain them."""
+    """Record the names of all attributes that the forward passes of a plan read; later keys contain them."""
     if "__dict__" not in names and are_reads_visible(model):
         _READ.setdefault(model, set()).update(names)
     else:

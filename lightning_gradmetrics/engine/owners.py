@@ -1,7 +1,7 @@
-"""Finds the sample that each row of a call belongs to, from two backward passes instead of a plan.
+"""Finds the sample that each row of a call belongs to, its owner, by two backward passes instead of a plan.
 
-The first backward pass weights the losses with a number per sample. Each row of an output's gradient arrives multiplied by
-its sample's number. The ratio of a row's two gradients therefore identifies its owner, in any order of rows.
+The first backward pass multiplies each sample's loss by a different weight; the second uses the plain losses. The ratio
+of a row's two gradients is the weight of its sample, so it identifies the owner whatever the order of the rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_gradmetrics.engine.uses import RowsUse
 __all__ = ["OwnershipPass", "grouped_rows", "owners_of_rows"]
 
 PROJECTIONS = 4
-"""Size to which a row's gradient is reduced for the comparison."""
+"""Number of values to which a row's gradient is reduced for the comparison."""
 
 _FLAT = frozenset(
     [
@@ -65,7 +65,7 @@ _FLAT = frozenset(
 
 
 class OwnershipPass(Tracer):
-    """A forward pass without a plan: the rows of each call are grouped by the owners that two backward passes show.
+    """A forward pass without a plan: two backward passes identify the owner of each row, and rows are grouped by owner.
 
     Args:
         parameters: The chosen parameters by name.
@@ -106,7 +106,7 @@ class OwnershipPass(Tracer):
         return self._with_parameters(func, sources, args, kwargs)
 
     def _note_constants(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Record results of constant arguments as constants; a constant that is written to loses this status."""
+        """Record results of constant arguments as constants; a constant that is changed in place is one no longer."""
         if self._constants.issuperset(map(id, tensors_in((args, kwargs)))):
             for tensor in tensors_in(result):
                 self._constants.add(id(tensor))
@@ -126,7 +126,7 @@ class OwnershipPass(Tracer):
         values = bind(found, args, kwargs) if found else None
         fits = found is not None and values is not None and self._suits(found, values)
         others = set(map(id, tensors_in((args, kwargs)))) - self._tracked.keys()
-        # A constant as long as the batch, such as a first hidden state of zeros, also has one row per sample.
+        # A constant as long as the batch, such as an initial hidden state of zeros, also has one row per sample.
         shared = not fits or self.size not in (values or {})["input"].shape
         if shared and others <= self._constants:
             return self._derived_result(func, sources, args, kwargs)
@@ -234,7 +234,7 @@ class OwnershipPass(Tracer):
     # -- backward -----------------------------------------------------------------------------------------------------
 
     def collect(self, logits: Tensor, gradient: Tensor, last: bool) -> None:
-        """Send the weighted gradient back, then the gradient; the second pass collects."""
+        """Run the backward pass with the weighted gradient, then with the plain one; the second collects."""
         self._weighted, self._largest = True, 1.0
         self._weighted_rows.clear()
         try:
@@ -301,7 +301,7 @@ class OwnershipPass(Tracer):
         size = projected.norm(dim=1)
         finite = size[size.isfinite()]
         self._largest = max(self._largest, float(finite.max()) if len(finite) else 0.0)
-        # In half precision the rounding of a ratio is too large to tell noise from a row of several samples.
+        # In half precision the rounding of a ratio is too large to distinguish noise from a row of several samples.
         noise = 0.0 if rows.element_size() < 4 else 64 * torch.finfo(rows.dtype).eps * self._largest
         if bool((unclear & ~(size <= noise)).any()):
             raise self._refused(sources, "a row belongs to several samples")
@@ -326,10 +326,10 @@ def owners_of_rows(weighted: Tensor, plain: Tensor, weights: Tensor, sample_of: 
         weighted: The rows ``(R, K)`` where the loss of sample ``n`` was multiplied by ``weights[n]``.
         plain: The rows ``(R, K)`` with weights of one.
         weights: ``(N,)``, the numbers ``1 + (k + 0.5) / N`` in some order.
-        sample_of: ``(N,)``, the sample that has the ``k``-th of these numbers.
+        sample_of: ``(N,)``, the sample that has the ``k``-th smallest weight.
 
     Returns:
-        Owners ``(R,)``, -1 for a row that is zero or unclear, and ``(R,)`` whether a row is unclear.
+        Owners ``(R,)``, -1 for a row that is zero or ambiguous, and ``(R,)`` whether a row is ambiguous.
 
     Example:
         >>> weights, sample_of = torch.tensor([1.75, 1.25]), torch.tensor([1, 0])
@@ -350,7 +350,7 @@ def owners_of_rows(weighted: Tensor, plain: Tensor, weights: Tensor, sample_of: 
 
 
 def grouped_rows(owners: Tensor, size: int) -> Tensor:
-    """Return the numbers of each sample's rows, ``(N, T)``, filled up with -1.
+    """Return the row numbers of each sample, ``(N, T)``, padded with -1.
 
     Example:
         >>> grouped_rows(torch.tensor([1, -1, 0, 1]), 3)
@@ -381,6 +381,6 @@ def _regrouped(call: Call, g: Tensor, index: Tensor) -> tuple[Call, Tensor]:
     gradient = g[kept] if rows else g.new_zeros(len(flat), *g.shape[1:])
     gradient = gradient.masked_fill((flat < 0).reshape(-1, *[1] * (g.ndim - 1)), 0)
     inputs = x[kept] if rows else x.new_zeros(len(flat), *x.shape[1:])
-    if inputs.is_floating_point():  # a row that is not finite would spoil the sums of other samples
+    if inputs.is_floating_point():  # a row with NaN or Inf would affect the sums of other samples
         inputs = inputs.masked_fill((flat < 0).reshape(-1, *[1] * (x.ndim - 1)), 0)
     return replace(call, values={**call.values, "input": inputs}, axis=axis, out=axis), gradient

@@ -1,4 +1,4 @@
-"""Plans each call with a chosen parameter, from recordings of runs with two and with three samples."""
+"""Plans each call that involves a chosen parameter, from traces with two and with three samples."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Source = str | tuple[int, int]
 
 
 Changes = Sequence[Sequence[Tensor | None]]
-"""For each call and each of its tensors, which positions on the sample axis change with each sample."""
+"""For each call and each of its tensors, the positions on the sample axis that change with each sample."""
 
 
 class PlanError(Exception):
-    """The model did not do what the plan expects, or a step failed.
+    """The model did not follow the plan, or a step failed.
 
     Args:
         message: The reason.
-        step: The number of the step that failed, if it is one.
-        names: The parameters that the failed step concerns, where it has no number.
+        step: The number of the failed step, or ``None``.
+        names: The parameters concerned, if the failed step has no number.
     """
 
     def __init__(self, message: str, step: int | None = None, names: frozenset[str] = frozenset()) -> None:
@@ -83,7 +83,7 @@ class Plan:
     reads: tuple[Any, ...] | None = None
 
     def without(self, number: int, reason: str) -> Plan:
-        """Return the plan with one step given up, its parameters left to other engines."""
+        """Return the plan without one step, whose parameters are left to other engines."""
         step = self.steps[number]
         names: frozenset[str] = frozenset().union(*map(self.roots.__getitem__, step.sources))
         steps = (*self.steps[:number], replace(step, kind="uncovered"), *self.steps[number + 1 :])
@@ -116,7 +116,7 @@ def make_plan(two: CallTrace, three: CallTrace, loss: Tensor | None, changes: Ch
     Args:
         two: The trace with two samples.
         three: The trace with three samples, with its graph.
-        loss: The loss of the first of the three samples, for layouts that no change of a sample shows.
+        loss: The loss of the first sample, for layouts that replacing samples does not reveal.
         changes: For each call with three samples, and each of its tensor arguments and results: which positions on the
             sample axis change with each sample, ``(3, L)``; ``None`` where it is not known.
 
@@ -137,7 +137,7 @@ def _functions(trace: CallTrace) -> list[Any]:
 
 
 class _Builder:
-    """Follows parameters and tensors derived from them through the calls."""
+    """Builds the steps by following parameters, and tensors derived from them, through the calls."""
 
     def __init__(self, names: dict[int, str]) -> None:
         self.sources: dict[int, Source] = dict(names)
@@ -241,7 +241,7 @@ def _rule_covers(record: TracedCall, step: Step, tracked: Set[int]) -> bool:
 
 
 def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], bool]:
-    """Return the steps with ``minor`` set where the sample is the fast index, and whether a layout could not be decided."""
+    """Return the steps with ``minor`` set where the sample index varies fastest, and whether a layout is undecided."""
     steps, open_steps, undecided = list(builder.steps), [], False
     for number, step in enumerate(steps):
         changes = builder.changes[number]
@@ -276,7 +276,7 @@ def _laid_out(step: Step, minors: Sequence[bool | None], default: bool) -> Step:
 
 
 def layout(changed: Tensor, times: int) -> bool | None:
-    """Return whether the sample is the fast index of an axis, from the positions that change with each sample.
+    """Return whether the sample index varies fastest on an axis, from the positions that change with each sample.
 
     Args:
         changed: ``(3, 3 * times)``.
@@ -323,7 +323,7 @@ def _minors_by_gradient(
 
 
 def _minor_by_gradient(gradient: Tensor, axis: Axis) -> bool | None:
-    """Return whether the gradient of the first sample's loss vanishes for the others only in the layout ``t N + n``."""
+    """Return whether only in the layout ``t N + n`` the gradient of the first sample's loss is zero for other samples."""
     foreign = {}
     for minor in (False, True):
         rows = replace(axis, minor=minor).split(gradient)

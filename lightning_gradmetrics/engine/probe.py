@@ -1,4 +1,4 @@
-"""Probes a model before the first batch: runs on two and three samples, and with each sample replaced in turn."""
+"""Probes a model before the first batch: runs it on two and on three samples, and with each sample replaced in turn."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Probe:
         reason: Why there is no plan.
         reads_activations: Whether Python reads values that depend on samples and parameters.
         separable: Whether every operation is known to keep the samples apart.
-        proven: Whether that holds as long as Python reads the same numbers, so that the layouts are known.
-        random: Whether it draws random numbers.
-        pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
+        proven: Whether this is proven as long as Python reads the same numbers, so that the layouts are known.
+        random: Whether the model draws random numbers.
+        pauses_gradients: Whether part of the model runs without gradients, as reentrant activation checkpoints do.
         bytes: Approximate memory of one sample's activations.
     """
 
@@ -102,7 +102,7 @@ def probe_model(task: Task) -> Probe:
 
 
 def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
-    """Return whether every tensor at a call with parameters has one position per sample, so that their order is clear."""
+    """Return whether every tensor at a call with parameters has one position per sample, so that the order is unambiguous."""
     if len(small.calls) != len(large.calls):
         return False
     for number in _meeting_parameters(small, large):
@@ -133,7 +133,7 @@ def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
 
 
 def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace]:
-    """Return a traced forward pass with its graph, its logits, and the operations in it."""
+    """Run a forward pass; return its trace, its logits with their graph, and its operations."""
     _require_gradients(task)
     state.restore()
     samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
@@ -170,7 +170,7 @@ def _three_samples(task: Task) -> Task:
 def _with_row(task: Task, number: int, source: int, noise: float) -> Task:
     """Return the task with one sample replaced by another, whose floating-point numbers are scaled at random.
 
-    Integers stay valid: they come from the other sample, or from the same sample in another order.
+    Integers stay valid: they are taken from the other sample, or from the same sample in a different order.
     """
     generator = torch.Generator().manual_seed(number)
     flags = iter(task.per_sample)
@@ -202,9 +202,9 @@ def with_others_replaced(task: Task) -> Task:
 def _changes_by_layout(
     small: CallTrace, large: CallTrace, operations: DependenceTrace, layouts: Mapping[int, Layout]
 ) -> Changes | None:
-    """Return the positions that change with each sample, from proven layouts; ``None`` if some call has none.
+    """Return the positions that change with each sample, from proven layouts; ``None`` if a call has no proven layout.
 
-    A call whose tensors all have one position per sample needs none.
+    Calls whose tensors all have one position per sample need no layout.
     """
     changes: list[Sequence[Tensor | None]] = [()] * len(large.calls)
     for number in _meeting_parameters(small, large):
@@ -262,7 +262,7 @@ class _Runs:
         return trace if same_calls else None, logits
 
     def coupling(self, other: Task, number: int) -> str:
-        """Return the first call whose result has rows of other samples that change with one sample, and its module."""
+        """Return the first call in which replacing one sample changes rows of other samples, and its module."""
         base, _ = self.run(self.task, None)
         trace, _ = self.run(other, None)
         if base is None or trace is None:
@@ -319,7 +319,7 @@ def _first_foreign(changed: Tensor) -> int:
 def _replaced(
     runs: _Runs, number: int, logits: Tensor, only: Collection[int], irregular: bool
 ) -> tuple[CallTrace | None, Task]:
-    """Return the trace of a run with one sample replaced, by another sample or a similar one that leads to the same calls."""
+    """Return the trace of a run with one sample replaced by another, or by a similar one if that changes the calls."""
     rest = [(number + 1) % 3, (number + 2) % 3]
     trace, task = None, runs.task
     for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
@@ -344,7 +344,7 @@ def _call_outline(call: TracedCall) -> tuple[Any, ...]:
 
 
 def _same_rows(found: Tensor, expected: Tensor, tight: bool) -> bool:
-    """Return whether logits are equal: up to the rounding of one kernel, or of several."""
+    """Return whether logits are equal up to the rounding of one kernel (``tight``) or of several."""
     if not tight:
         return close_rows(found, expected)
     step = 16 * torch.finfo(expected.dtype).eps
@@ -379,7 +379,7 @@ def _differences(marks: Tensor, others: Sequence[Tensor | None]) -> Tensor | Non
 
 
 def _foreign(changed: Tensor, first: int) -> bool:
-    """Return whether rows change with samples that they do not belong to, in either order of rows."""
+    """Return whether rows change with samples that they do not belong to, whichever layout they have."""
     positions = torch.arange(changed.shape[1], device=changed.device)
     samples = torch.arange(first, first + len(changed), device=changed.device)[:, None]
     times = max(1, changed.shape[1] // 3)

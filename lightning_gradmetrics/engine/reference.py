@@ -1,4 +1,4 @@
-"""The slow reference, ``torch.autograd.grad`` on one sample at a time; every faster rule is tested against it."""
+"""The slow reference, ``torch.autograd.grad`` on one sample at a time, against which every faster rule is tested."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def forward_alone(task: Task, number: int) -> Tensor:
     """Return the logits ``(1, C)`` of one sample alone, with their graph.
 
     Raises:
-        SampleAxisError: If the model runs on the batch and not on one sample.
+        SampleAxisError: If the model runs on the batch but not on one sample.
     """
     try:
         return task.rows(number, number + 1).forward()

@@ -45,7 +45,7 @@ def coupled_objective(name: str) -> CoupledSamplesError:
 
 
 def not_without_others(model: object, count: int, samples: int, error: Exception) -> SampleAxisError:
-    """Return the error for a model that runs on a batch and not on some of its samples.
+    """Return the error for a model that runs on a batch but not on some of its samples.
 
     Args:
         model: The model.
@@ -75,16 +75,16 @@ def rows_not_samples(shape: tuple[int, ...], samples: int) -> SampleAxisError:
 def list_as_long_as_the_batch(kind: str, samples: int) -> SampleAxisError:
     """Return the error for an input without a sample axis that has one entry per sample."""
     return SampleAxisError(
-        f"an input is a {kind} of {samples} entries, as long as the batch, and the model gives its samples other logits in parts of "
-        "the batch: only tensors are cut into samples. Pass it as a tensor with the samples on its first axis"
+        f"an input is a {kind} of {samples} entries, as long as the batch, and the model returns different logits in parts of "
+        "the batch: only tensors are split into samples. Pass it as a tensor with the samples on its first axis"
     )
 
 
 def raise_if_out_of_memory(error: Exception) -> None:
-    """Raise an error again if memory ran out: a slower plan for all later batches would hide it.
+    """Raise an error again if memory ran out, because a slower plan for all later batches would hide it.
 
     Args:
-        error: An error of a probe.
+        error: An error raised during a probe.
     """
     is_of_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
     if is_of_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -41,10 +41,10 @@ def with_sample_axes(task: Task) -> Task:
     """Return the task with ``per_sample`` filled in.
 
     A tensor that is as long as the batch may nevertheless be shared: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
-    ``N = T``. A run of the model on parts of the batch decides, once for each structure of the inputs.
+    ``N = T``. Running the model on parts of the batch decides, once for each structure of the inputs.
 
     Raises:
-        SampleAxisError: If the model runs under no reading of the inputs.
+        SampleAxisError: If the model does not run, whichever tensors are taken as shared.
     """
     tensors = list(tensors_in(task.inputs))
     flags = [tensor.ndim > 0 and len(tensor) == task.size for tensor in tensors]
@@ -53,7 +53,7 @@ def with_sample_axes(task: Task) -> Task:
     for number, tensor in enumerate(tensors):
         shared = not flags[number] and tensor.ndim > 0 and len(tensor) != 1
         if shared and decided.get(number, False):
-            del decided[number]  # shared here and not there: decided by a run wherever it is ambiguous
+            del decided[number]  # shared in some batches only: decide by a run whenever it is ambiguous
         elif shared:
             decided[number] = False
     ambiguous = []
@@ -70,17 +70,17 @@ def with_sample_axes(task: Task) -> Task:
 
 
 def check_rows(task: Task) -> None:
-    """Refuse a model whose logits for the batch have other rows than its samples.
+    """Refuse a model whose logits for the batch do not have one row per sample.
 
     Raises:
-        SampleAxisError: If it is one.
+        SampleAxisError: If the rows are not the samples.
     """
     if task.size:
         _logits(task)
 
 
 def _by_runs(task: Task, flags: Sequence[bool], ambiguous: Sequence[int]) -> list[bool]:
-    """Return the reading that gives parts of the batch the same logits as the whole batch, or the only reading that runs."""
+    """Return which tensors have samples: the choice with equal logits in parts of the batch, or the only one that runs."""
     everything = _logits(replace(task, per_sample=tuple(flags)))
     runnable = []
     for choice in _choices(len(ambiguous)):
@@ -94,8 +94,8 @@ def _by_runs(task: Task, flags: Sequence[bool], ambiguous: Sequence[int]) -> lis
             runnable.append(reading)
     if not runnable:
         raise SampleAxisError(
-            f"{type(task.model).__name__} runs on the whole batch and not on 2 or 3 of its {task.size} samples, whichever of the "
-            "inputs are cut. The first axis of the first input must be the sample axis; inputs that all samples share must "
+            f"{type(task.model).__name__} runs on the whole batch but not on 2 or 3 of its {task.size} samples, whichever "
+            "inputs are split. The first axis of the first input must be the sample axis; inputs that all samples share must "
             "not depend on the size of the batch"
         )
     return runnable[0]
@@ -108,13 +108,13 @@ def _choices(count: int) -> Sequence[tuple[bool, ...]]:
 
 
 def _tried(task: Task, everything: Tensor) -> tuple[bool, bool]:
-    """Return whether two and three samples run through the model, and whether their logits are those in the whole batch."""
+    """Return whether the model runs on two and on three samples, and whether their logits equal those in the whole batch."""
     runs, agrees = True, True
     for count in (2, 3):
         samples = [number % task.size for number in range(count)]
         try:
             logits = _logits(task.picked(samples))
-        except Exception:  # any error of the model means that the inputs were cut in the wrong way
+        except Exception:  # any error of the model means that the inputs were split in the wrong way
             return False, False
         runs = runs and logits.ndim > 0 and len(logits) == count
         agrees = agrees and runs and logits.shape[1:] == everything.shape[1:] and len(everything) == task.size
@@ -134,7 +134,7 @@ def _logits(task: Task) -> Tensor:
 def shared_list(task: Task) -> SampleAxisError | None:
     """Return the error for a list or an array that is as long as the batch, or ``None`` if the inputs contain none.
 
-    Only tensors are cut into samples. A list is passed unchanged, also with a part of the batch.
+    Only tensors are split into samples. A list is passed unchanged, even with part of the batch.
     """
     waiting: list[Any] = [task.inputs]
     while waiting:
@@ -154,7 +154,7 @@ def close_rows(found: Tensor, expected: Tensor, tolerance: float | None = None) 
     Args:
         found: The first tensor.
         expected: The second tensor.
-        tolerance: The largest relative difference; ``None`` for that of rounding.
+        tolerance: The largest relative difference; by default that of rounding.
     """
     return not different_rows(found, expected, tolerance)
 

@@ -21,8 +21,8 @@ def layouts_apart(
 ) -> tuple[dict[int, Layout], bool] | None:
     """Return the layout of each tensor with samples, if every operation keeps the samples apart and the logits are ``(N, C)``.
 
-    A number that is computed from all samples may only be read by Python. A plan compares what is read in each batch, but
-    such a number may still be different for one sample alone, as the length of the longest text is.
+    A number computed from all samples may only be read by Python. A plan compares these numbers in each batch, but such
+    a number, like the length of the longest text, may still differ for one sample alone.
 
     Args:
         two: The operations with two samples.
@@ -31,7 +31,8 @@ def layouts_apart(
         logits: The serial number of the logits, in ``three``.
 
     Returns:
-        The layouts by serial number, and whether Python reads a number of all samples; ``None`` if that is not proven.
+        The layouts by serial number, and whether Python reads a number computed from all samples; ``None`` without a
+        proof.
     """
     layouts: dict[int, Layout] = dict.fromkeys(inputs, Layout(0))
     uniform: set[int] = set()
@@ -63,7 +64,7 @@ def _is_number_of_all(operation: Operation) -> bool:
 
 
 def _stays_a_number(operation: Operation, known: Set[int]) -> bool:
-    """Return whether numbers of all samples are read by Python, or lead to other numbers only."""
+    """Return whether numbers computed from all samples are only read by Python, or only lead to other such numbers."""
     return known >= set(operation.input_serials) and all(shape == () for shape in operation.outputs)
 
 
@@ -124,7 +125,7 @@ def _aligned(step: Step) -> Layout:
 
 
 def _reshaped(step: Step) -> Layout:
-    """Reshape: the order of all entries stays, and the axes are split differently."""
+    """Reshape: keeps the order of all entries and splits the axes differently."""
     layout, old, new = step.first, step.shape, step.operation.outputs[0]
     before = math.prod(old[: layout.dim]) * layout.outer
     after = math.prod(old[layout.dim + 1 :]) * layout.inner
@@ -155,7 +156,7 @@ def _expanded(step: Step) -> Layout:
 
 
 def _along(step: Step) -> Layout:
-    """Return the operation works along other axes and keeps them."""
+    """Operations along other axes, which keep these axes."""
     if step.first.dim in step.dims():
         raise UnprovenError
     return step.first
@@ -168,7 +169,7 @@ def _along_dims(step: Step) -> Layout:
 
 
 def _removed(step: Step) -> Layout:
-    """Return the operation removes other axes."""
+    """Operations that remove other axes."""
     dims = step.dims()
     if step.first.dim in dims:
         raise UnprovenError
@@ -194,7 +195,7 @@ def _unfolded(step: Step) -> Layout:
 
 
 def _rows(step: Step) -> Layout:
-    """Return the operation works on each position of the first axis separately."""
+    """Operations that treat each position of the first axis separately."""
     if step.first.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
         raise UnprovenError
     return step.first
@@ -213,7 +214,7 @@ def _before_shape(step: Step) -> Layout:
 
 
 def _joined(step: Step) -> Layout:
-    """Concatenated along another axis."""
+    """Concatenation along another axis."""
     dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
     places = {layout for layout in step.layouts if layout is not None}
     if len(places) != 1 or next(iter(places)).dim == dim:
@@ -233,7 +234,7 @@ def _gathered(step: Step) -> Layout:
 
 
 def _picked(step: Step) -> Layout:
-    """Index: some positions of another axis, or positions of it for each sample, ``x[arange(N), positions]``."""
+    """Indexing: positions of another axis, the same for all samples or one per sample, ``x[arange(N), positions]``."""
     layout, chosen = step.layouts[0], {dim for _, dim in step.operation.chosen}
     indices = step.operation.inputs[1:]
     if layout is None or layout.dim in chosen or step.layouts[1] is not None:
@@ -260,7 +261,7 @@ def _along_first_index(step: Step) -> Layout:
 
 
 def _stacked(step: Step) -> Layout:
-    """Stacked along a new axis."""
+    """Stacking along a new axis."""
     dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
     places = set(step.layouts)
     layout = places.pop()
@@ -270,7 +271,7 @@ def _stacked(step: Step) -> Layout:
 
 
 def _strided_rows(step: Step) -> Layout:
-    """As strided: the shape stays, and the strides keep each sample in one piece."""
+    """``as_strided``: keeps the shape, with strides that keep each sample contiguous."""
     arguments, shape = step.operation.arguments, step.shape
     in_one_piece = arguments["stride"][0] == math.prod(shape[1:]) and not arguments.get("storage_offset")
     if step.first != Layout(0) or list(arguments["size"]) != list(shape) or not in_one_piece:

@@ -1,4 +1,4 @@
-"""Chooses how to handle a model: plans on a probe, verifies against autograd, and uses slower ways for the rest."""
+"""Chooses how to handle a model: plans on a probe, verifies against autograd, and falls back to slower methods."""
 
 from __future__ import annotations
 
@@ -34,33 +34,32 @@ from lightning_gradmetrics.gradients.scaling import rescaled_moments
 __all__ = ["Checks", "Strategy", "collect_fast", "make_strategy", "warn_slow"]
 
 ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
-"""How many samples of each batch are also run alone, to find samples that depend on each other."""
+"""Number of samples of each batch that also run alone, to detect samples that depend on each other."""
 
 Checks = Callable[[Tensor, int], None]
-"""Gets the logits of a batch, and a number for the path of the forward pass."""
+"""Receives the logits of a batch, and a number that identifies the path of the forward pass."""
 
 
 @dataclass
 class Strategy:
-    """How a model is handled.
+    """How the engine handles a model.
 
     Args:
-        plan: The plan; ``None`` recovers the owners of rows in every batch.
+        plan: The plan; ``None`` identifies the owners of rows in every batch.
         fast: The parameters that the plan or the owners handle, verified on the probe.
         slow: The other parameters, with reasons.
         mapped: Whether the slow parameters can be mapped over the samples, verified on the probe.
-        alone: How many samples of each batch are also run alone.
+        alone: The number of samples of each batch that also run alone.
         bytes: Approximate memory of a sample's activations, to split batches by.
         shapes: The shapes of the inputs that it was planned for.
-        times: For the shapes and batch sizes that it has run on, and each sequence of calls, the positions of a sample on
-            each axis.
-        quiet: Whether runs without gradients make torch's checkpoints warn.
-        random: Whether the model draws random numbers, which differ for a sample alone.
+        times: The number of positions of a sample on each axis, by shapes, batch size and sequence of calls.
+        quiet: Whether to silence the warnings of torch's checkpoints in runs without gradients.
+        random: Whether the model draws random numbers, so that a sample alone gets different ones.
         provisional: Whether it was planned on fewer than three different samples.
         channels_last: Whether images use the channels-last layout.
         proven: Whether every operation is known to keep the samples apart while Python reads the same numbers.
-        path: A number for the path of the probe's forward pass.
-        settled: Whether gradients on that path were compared with autograd in a batch, and need no further comparison.
+        path: A number that identifies the path of the probe's forward pass.
+        settled: Whether gradients on that path have been compared with autograd in a batch, which is done once.
     """
 
     plan: Plan | None
@@ -106,7 +105,7 @@ def _make_strategy(task: Task) -> Strategy:
             strategy = replace(_verified(task.channels_last()), channels_last=True)
             if not strategy.slow:
                 return strategy
-        except Exception as error:  # a model may insist on another layout, with views of its tensors
+        except Exception as error:  # the model's views may require the other layout
             raise_if_out_of_memory(error)
         state.restore()
     try:
@@ -146,7 +145,7 @@ def warn_slow(task: Task, strategy: Strategy) -> None:
         )
 
 
-# -- running the fast ways --------------------------------------------------------------------------------------------
+# -- running the fast methods -----------------------------------------------------------------------------------------
 
 
 def collect_fast(
@@ -162,13 +161,13 @@ def collect_fast(
     Args:
         table: The table to fill.
         task: The batch, restricted to the parameters to collect for.
-        plan: The plan; ``None`` recovers the owners of rows.
-        checks: Gets the logits and the path before any gradient is computed.
+        plan: The plan; ``None`` identifies the owners of rows.
+        checks: Called with the logits and the path before any gradient is computed.
         notes: Filled in a run that verifies a plan.
         free: Whether axes may have a different number of positions per sample than planned.
 
     Returns:
-        The positions of a sample on each axis, a number for the sequence of calls, and one for the path.
+        The positions of a sample on each axis, and the numbers that identify the sequence of calls and the path.
 
     Raises:
         PlanError: If the model does not follow the plan, or rows have no single owner.
@@ -197,9 +196,9 @@ def collect_fast(
 
 
 def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
-    """Return the logits, and notes on parameters that are used where no call of a torch function shows it.
+    """Return the logits, and record parameters that are used outside of calls of torch functions.
 
-    The tracer replaces every parameter that it sees. A graph that reaches a parameter has a use that it does not see.
+    The tracer replaces parameters in every call that it intercepts; a graph that still reaches one has a use it missed.
     """
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)
@@ -227,7 +226,7 @@ def _known_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
 def _verified(task: Task) -> Strategy:
     """Plan on a probe, and compare every parameter's moments with autograd's.
 
-    If the plan leaves parameters to slower ways, recovered owners are tried too.
+    If the plan leaves parameters to slower methods, identifying the owners of rows is tried too.
     """
     state, probe = ForwardState(task.model), probe_model(task)
     plan, slow, path = _covered(probe, probe.plan, state)
@@ -257,7 +256,7 @@ def _verified(task: Task) -> Strategy:
 
 
 def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str], int]:
-    """Return the plan without steps that fail, the parameters with wrong results, with reasons, and the path."""
+    """Return the plan without failing steps, the parameters with wrong results and the reasons, and the path."""
     slow: dict[str, str] = {} if plan is None else dict(plan.uncovered)
     while True:
         names = [name for name in probe.task.parameters if name not in slow]
@@ -280,11 +279,11 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
 
 
 def _unchecked(logits: Tensor, path: int) -> None:
-    """Accept the logits: the probe has been checked."""
+    """Accept the logits, because the probe has been checked."""
 
 
 def _alone(probe: Probe, plan: Plan | None) -> int:
-    """Return how many samples of each batch are run alone: more if Python reads sizes, such as the longest length."""
+    """Return how many samples of each batch run alone: more if Python reads sizes, such as the longest length."""
     if probe.separable:
         return 0
     if probe.reads_activations:
@@ -297,7 +296,7 @@ def _alone(probe: Probe, plan: Plan | None) -> int:
 def _without_failed_step(
     plan: Plan | None, slow: dict[str, str], error: PlanError, names: Sequence[str]
 ) -> Plan | None:
-    """Use slower ways for the parameters of a failed step."""
+    """Use slower methods for the parameters of a failed step."""
     if plan is not None and error.step is not None and plan.steps[error.step].kind != "uncovered":
         plan = plan.without(error.step, str(error))
         slow.update(plan.uncovered)
@@ -310,8 +309,8 @@ def _without_failed_step(
 def _gradients(probe: Probe, names: Collection[str], objective: int, number: int) -> dict[str, Tensor]:
     """Return autograd's gradients of one sample's loss, for one objective.
 
-    The losses are shrunk first. A backward pass that is not linear, such as one that clips, then gives other gradients than
-    the fast way, which needs linearity.
+    The losses are scaled down first, so that a nonlinear backward pass, such as one that clips, disagrees with the fast
+    methods, which need linearity.
     """
     parameters = probe.task.restricted(names).parameters
     for parameter in parameters.values():
@@ -329,7 +328,7 @@ def _disagreements(
 ) -> dict[str, str]:
     """Return the parameters whose moments disagree with autograd's gradients.
 
-    The sample in the middle shows a wrong order of rows; the others are compared too while a gradient was zero.
+    The middle sample reveals a wrong order of rows; the others are compared too if its gradient is zero.
     """
     wrong: dict[str, str] = {}
     for objective in range(len(probe.losses)):
@@ -349,10 +348,10 @@ def _disagreements(
 def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -> None:
     """Refuse a model whose gradients of one sample change when the other samples of the probe are replaced.
 
-    Its logits are each sample's own, but its backward pass is not, as in a custom function that centres the gradient.
+    Its logits treat samples separately, but its backward pass does not, as in a custom function that centres gradients.
 
     Raises:
-        CoupledSamplesError: If it is one.
+        CoupledSamplesError: If gradients change.
     """
     parameters = list(probe.task.restricted(names).parameters.values())
     for parameter in parameters:

@@ -22,7 +22,7 @@ __all__ = ["Task", "empty_moments", "joined"]
 
 @dataclass(frozen=True)
 class Task:
-    """The work for one batch; gradients are enabled, no tensor is an inference tensor, and the model is preserved.
+    """One batch to compute; gradients are enabled, no tensor is an inference tensor, and the model is preserved.
 
     Args:
         model: The model.
@@ -90,7 +90,7 @@ class Task:
         """Return the model's logits ``(N, C)``.
 
         Raises:
-            SampleAxisError: If there is not one row per sample.
+            SampleAxisError: If the logits do not have one row per sample.
         """
         with contiguous_batch_norm_gradients(self.size):
             logits = self.logits(call(self.model, self.inputs))

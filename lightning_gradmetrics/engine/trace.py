@@ -1,4 +1,4 @@
-"""Traces every torch call of a forward pass, to find out how the model uses its parameters."""
+"""Traces every torch call of a forward pass, to determine how the model uses its parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOST_READS = frozenset(
         "allclose",
     ]
 )
-"""Names of functions that return values of a tensor to Python, where the model may branch on them."""
+"""Names of functions that return values of a tensor to Python, so that the model may branch on them."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class TracedCall:
         kwargs: Its keyword arguments.
         result: The returned value.
         differentiable: Whether a gradient flows through it.
-        marks: For each tensor argument and then each output, one number for each position on its sample axis that changes
-            with the values there; ``None`` without a sample axis, or where no guide was given.
+        marks: For each tensor argument and then each output, a checksum of each position on its sample axis; ``None``
+            if there is no sample axis or no guide.
     """
 
     function: Callable[..., Any]
@@ -85,10 +85,11 @@ class CallTrace(OpeningMode):
 
     Args:
         parameters: The parameters by name.
-        guide: A trace with a different number of samples, which shows the sample axes; calls are marked if it is given.
+        guide: A trace with a different number of samples, which reveals the sample axes; calls are marked only with a
+            guide.
         only: The numbers of the calls to mark; ``None`` marks all.
         keep: Whether to keep arguments and results.
-        on_read: Gets each tensor whose values Python reads.
+        on_read: Called with each tensor whose values Python reads.
     """
 
     def __init__(

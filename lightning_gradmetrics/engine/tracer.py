@@ -41,10 +41,10 @@ def _made_contiguous(chosen: Tensor, tensor: Tensor) -> Tensor:
 
 
 class Tracer(OpeningMode):
-    """A forward pass whose chosen parameters' per-sample gradients reach ``sink`` during each backward pass.
+    """A forward pass that passes the per-sample gradients of chosen parameters to ``sink`` in each backward pass.
 
-    The parameters must not require gradients. Active during the forward and, for activation checkpoints, the backward
-    pass.
+    The parameters must not require gradients. The mode is active during the forward pass and, for activation
+    checkpoints, the backward pass.
 
     Args:
         plan: The plan of the calls.
@@ -82,7 +82,7 @@ class Tracer(OpeningMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call, as planned if it involves chosen parameters."""
         kwargs = kwargs or {}
-        # An operator of the dispatcher is no call of the model: a TorchDispatchMode such as FlopCounterMode repeats it.
+        # A dispatcher operator is not a call of the model; a TorchDispatchMode such as FlopCounterMode calls it again.
         outside = self._silence.depth or type(func) is torch._ops.OpOverload
         if not outside and not self._backward:
             self.outline, self.path = extended_outline(self.outline, self.path, func, (*args, *kwargs.values()), kwargs)
@@ -112,7 +112,7 @@ class Tracer(OpeningMode):
             raise
 
     def _check_read(self, args: Any, kwargs: Any, result: Any) -> None:
-        """Compare a value that Python reads with the planned one: the model may branch on it."""
+        """Compare a value that Python reads with the planned one, because the model may branch on it."""
         planned = self.plan.reads or ()
         if not has_tensors((args, kwargs)):
             return
@@ -165,7 +165,7 @@ class Tracer(OpeningMode):
         return tensor.detach() if id(tensor) in self._tracked and tensor.requires_grad else tensor
 
     def _derive(self, step: Step, args: Any, kwargs: Any) -> Any:
-        """Run on leaves, and remember which parameters the outputs depend on."""
+        """Run on leaves, and record which parameters the outputs depend on."""
         index = self._position - 1
         args, kwargs = map_arguments(self._leaf, args), map_arguments(self._leaf, kwargs)
         result = step.function(*args, **kwargs)
@@ -326,7 +326,7 @@ class Tracer(OpeningMode):
         self.backward(logits, last, gradient)
 
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
-        """Send a gradient, 1 for a scalar, back through the graph; every reached parameter goes to the sink once."""
+        """Run the backward pass with a gradient (1 for a scalar); the sink receives every reached parameter once."""
         self._backward, self._last, delayed = True, last, list(self._delayed)
         intercepted = self if self._intercepts_backward() else nullcontext()
         try:
@@ -354,11 +354,11 @@ class Tracer(OpeningMode):
                 self._scale(slots.values(), call.values["input"], g)
             for slot, use in found.uses(call, call.out.split(g)):
                 self._arrive(slots[slot], use)
-        if self._last:  # the graph keeps this hook, and with it the layer's input, until the whole pass is over
+        if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
             call.values.clear()
 
     def _guarded(self, sources: Iterable[Source]) -> AbstractContextManager[None]:
-        """While a plan is verified, limit an error to the parameters that it concerns."""
+        """During verification, attribute an error to the parameters that it concerns."""
         return nullcontext() if self.notes is None else self._noting(sources)
 
     @contextmanager
@@ -377,7 +377,7 @@ class Tracer(OpeningMode):
             self._arrive(source, RowsUse(g))
 
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
-        """Record the size of a gradient's terms, because rounding errors are relative to them and not to their sum."""
+        """Record the magnitude of a gradient's terms, because rounding errors are relative to the terms, not to their sum."""
         if self.notes is not None:
             factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
             for name in {name for source in sources for name in self._roots[source]}:

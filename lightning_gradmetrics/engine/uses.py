@@ -1,4 +1,4 @@
-"""Uses: the contribution of one call to every sample's gradient of a parameter, unevaluated while that is cheaper."""
+"""Uses: the contribution of one call to every sample's gradient of a parameter, kept in factors where possible."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class Use(Protocol):
-    """The gradients ``(N, *shape)`` of one parameter, in a form that does not require building them."""
+    """The gradients ``(N, *shape)`` of one parameter, in a form that avoids computing them in full."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def merge_rows(parts: Sequence[Moments]) -> Moments:
 
 
 def chunked_moments(use: Use, wanted: Iterable[Moment]) -> Moments:
-    """Return the moments of a use through its gradients, a bounded number of entries at a time."""
+    """Return the moments of a use from its gradients, a limited number of entries at a time."""
     keys, step = frozenset(wanted), max(1, CHUNK_ENTRIES // max(1, math.prod(use.shape)))
     parts = []
     for start in range(0, max(1, len(use)), step):
@@ -221,7 +221,7 @@ class EmbeddingUse:
 class DerivedUse:
     """A use of a tensor that was computed from the parameter alone, pulled back through that computation.
 
-    If the computation only changes the order of the parameter's entries, the moments of the use are returned.
+    If the computation only reorders the parameter's entries, the moments are those of the use.
 
     Args:
         use: The use of the derived tensor.
@@ -271,7 +271,7 @@ _ORDERS = frozenset(
         "View",
     )
 )
-"""Nodes of autograd graphs that keep every entry, in another shape or order."""
+"""Nodes of autograd graphs that keep every entry and change only the shape or the order."""
 
 
 def _rearranges(derived: Tensor, parameter: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Pure functions from a layer's input and the gradient of its output to moments of each sample's weight gradient."""
+"""Kernels: from a layer's input and the gradient of its output to moments of each sample's weight gradient."""
 
 from lightning_gradmetrics.engine.kernels.convolution import conv_gradient, conv_moments
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry

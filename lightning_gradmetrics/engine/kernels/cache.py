@@ -1,7 +1,7 @@
-"""Folders for compiled kernels: the user owns them and nobody else can write to them.
+"""Cache folders for compiled kernels, which belong to the user and which nobody else can write to.
 
-A library is code that this process runs. It is loaded only if nobody except the user and the administrator could have
-written it, and if its content matches the digest in its name.
+A library is executable code, so it is loaded only if nobody except the user and the administrator can have written it,
+and if its content matches the digest in its name.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ BUILD_PREFIX = "build-"
 """Prefix of the folders of running compilations."""
 
 OWN_PREFIX = f"{NAME}-own-"
-"""Prefix of folders that one process uses."""
+"""Prefix of folders that are used by a single process."""
 
 STALE_SECONDS = 600
-"""Age in seconds above which a compilation's folder is a leftover."""
+"""Age in seconds above which a compilation's folder counts as left over from a killed process."""
 
 MOST_LINKS = 40
-"""Largest number of symbolic links on the path to a folder, as in the operating system."""
+"""Largest number of symbolic links on the path to a folder, the same limit as the operating system's."""
 
 _OTHERS_CAN_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -37,8 +37,8 @@ def cache_folders() -> Iterator[Path]:
     """Yield the folders for compiled kernels in order of preference; missing folders are created.
 
     ``$XDG_CACHE_HOME`` if it is an absolute path, the user's ``~/.cache``, the temporary folder, and finally a new folder
-    that is deleted when the iteration ends, because a loaded library no longer needs its file. Folders that others can write to,
-    or from which no code may run, are left out.
+    that is deleted when the iteration ends, because a loaded library no longer needs its file. Folders that others can
+    write to, or that are mounted ``noexec``, are left out.
     """
     for folder in _candidates():
         if _created(folder) and _is_usable(folder):
@@ -58,7 +58,7 @@ def _candidates() -> Iterator[Path]:
         yield configured / NAME
     try:
         home = Path.home()
-    except RuntimeError:  # no HOME, and no entry for the user
+    except RuntimeError:  # neither HOME nor a user entry exists
         home = Path()
     if home.is_absolute():
         yield home / ".cache" / NAME
@@ -86,10 +86,10 @@ def _is_usable(folder: Path) -> bool:
 
 
 def is_private(folder: Path) -> bool:
-    """Return whether nobody except the user and the administrator can change the folder's content.
+    """Return whether only the user and the administrator can change the folder's content.
 
-    Every folder and symbolic link on the way must belong to one of the two, and no folder may be writable for others
-    unless its sticky bit protects the entries.
+    Every folder and symbolic link on the path must belong to one of the two. A folder that others can write to must
+    have the sticky bit, which protects its entries.
     """
     owners = {os.geteuid(), 0, Path("/").stat().st_uid}  # in a user namespace the administrator has a different number
     try:

@@ -57,7 +57,7 @@ def _is_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
 
 
 def _covers(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
-    """Return whether ``g`` covers every output position of ``x`` (swapped roles may not), in a type every backend supports."""
+    """Return whether ``g`` has all output positions of ``x`` (not always so if roles are swapped), in a supported type."""
     full = geometry.output_size(x.shape[2:])
     return g.numel() > 0 and full == tuple(g.shape[2:]) and g.dtype in (torch.float32, torch.float64)
 

@@ -2,7 +2,8 @@
 
 A program computes one tile of one sample's gradient in registers and reduces it there to its sum, sum of squares, sum
 of magnitudes, largest and smallest entry. Half precision is multiplied on the tensor cores and added in float32.
-float32 is multiplied as TF32 where torch is set to do so, otherwise in three TF32 parts, which keeps float32's digits.
+float32 is multiplied as TF32 if torch allows that, otherwise as three TF32 products, which keep the precision of
+float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROW_PIECE = 4096
 """Number of columns that one program reduces."""
 
 SWITCH = "LIGHTNING_GRADMETRICS_TRITON"
-"""Environment variable; the value ``0`` switches these kernels off."""
+"""Environment variable that switches these kernels off with the value ``0``."""
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def _available() -> bool:
 
 
 def _interpreted() -> bool:
-    """Return whether Triton interprets its kernels on the CPU, which the tests do."""
+    """Return whether Triton interprets its kernels on the CPU, as in the tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -126,7 +127,7 @@ def fused_products(
         g: The gradient of its output, ``(N, C_out, *S')``, of the same type, with at least one position.
         geometry: Kernel size, stride, padding, dilation and groups.
         wanted: The moments to compute.
-        convolution: Whether TF32 follows torch's setting for convolutions instead of that for matrix products.
+        convolution: Whether to use torch's TF32 setting for convolutions instead of that for matrix products.
 
     Returns:
         Each moment of the weight's entries, ``(N,)``, float64.

@@ -29,12 +29,12 @@ class ConvGeometry:
     Args:
         kernel_size: One integer per spatial dimension.
         stride: The same.
-        padding: The same: zeros added on both sides.
+        padding: The same; the number of zeros added on each side.
         dilation: The same.
         groups: Number of groups.
 
     Raises:
-        ValueError: If the four differ in length, or the length is not 1, 2 or 3.
+        ValueError: If the four sequences differ in length, or their length is not 1, 2 or 3.
 
     Example:
         >>> ConvGeometry((3, 3), (2, 2), (1, 1), (1, 1)).output_size((8, 8))

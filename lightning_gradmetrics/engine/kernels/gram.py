@@ -1,4 +1,4 @@
-"""Sums of squares from Gram matrices over positions, without weight gradients; cheap for few positions.
+"""Sums of squares of weight gradients from Gram matrices over positions; cheap if there are few positions.
 
 For ``G = sum_p g_p a_p^T``: ``|G|_2^2 = sum_{p,q} (g_p . g_q)(a_p . a_q)``.
 """
@@ -20,16 +20,16 @@ from lightning_gradmetrics.gradients.statistics import Moments, accumulator
 __all__ = ["conv_gram_pays", "conv_square", "linear_gram_pays", "linear_square"]
 
 CANCELLED = 1e-3
-"""A Gram sum below this fraction of its upper bound has lost digits to cancellation and is computed directly."""
+"""A Gram sum below this fraction of its upper bound has lost precision to cancellation and is computed directly."""
 
 GAIN = 2.8
-"""Required ratio of multiplications, fused product over plain Gram form; measured."""
+"""Ratio of multiplications (fused product to plain Gram form) above which the Gram form is faster; measured."""
 
 COMPILED_GAIN = 1.2
-"""The same ratio for the compiled form, which computes half of each symmetric matrix and no border."""
+"""The same ratio for the compiled Gram form, which computes half of each symmetric matrix and no border."""
 
 TILE_WASTE = 1.3
-"""Multiplications of the compiled form's tiles beyond that half; measured."""
+"""Extra multiplications of the compiled form, because its tiles cover more than half of the matrix; measured."""
 
 PAIR_COST = 12.0
 """Cost of one kernel entry for a pair of positions in the compiled form, in multiplications; measured."""
@@ -38,7 +38,7 @@ MOST_ENTRIES = 64
 """Kernel entries that the compiled form supports: ``ENTRIES_MAX`` of ``gram.c``."""
 
 MOST_PADDING = 256
-"""Largest padding that the compiled form supports, the size of its guard zone."""
+"""Largest padding that the compiled form supports: the width of its border of zeros."""
 
 
 def linear_gram_pays(a: Tensor, g: Tensor) -> bool:
@@ -101,7 +101,7 @@ def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor])
 
 
 def linear_square(a: Tensor, g: Tensor) -> Moments:
-    """Return sums of squares of a linear layer's per-sample weight gradients, and their sums if those are free.
+    """Return sums of squares of a linear layer's per-sample weight gradients, and their sums if those cost nothing extra.
 
     Args:
         a: ``(N, T, I)``.
@@ -120,7 +120,7 @@ def linear_square(a: Tensor, g: Tensor) -> Moments:
 
 
 def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
-    """Return sums of squares of a convolution's per-sample weight gradients, and their sums if those are free.
+    """Return sums of squares of a convolution's per-sample weight gradients, and their sums if those cost nothing extra.
 
     The Gram matrix of the patches is a sum of the pixels' Gram matrix, shifted by each kernel entry.
 
@@ -128,7 +128,7 @@ def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[
         x: ``(N, C_in, *S)``.
         g: ``(N, C_out, *S')``.
         geometry: Kernel size, stride, padding, dilation and groups.
-        direct: The sums of squares of the samples that a mask ``(N,)`` selects, by products.
+        direct: Computes the sums of squares by products for the samples that a mask ``(N,)`` selects.
 
     Returns:
         ``(N,)`` each.
@@ -148,7 +148,7 @@ def _patch_gram(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
     volume = math.prod(size)
     pixels = _gram(x.reshape(len(x) * groups, x.shape[1] // groups, volume))
     pitch = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
-    # Both axes of the pixels' Gram matrix move with the output positions, and along its diagonal with the kernel entry.
+    # A kernel entry shifts both axes of the pixels' Gram matrix, which is a shift along its diagonal.
     steps = list(map(operator.mul, pitch, geometry.stride))
     strides = (volume**2, *(step * volume for step in steps), *steps)
     patches = torch.zeros(len(pixels), *out_size, *out_size, dtype=x.dtype, device=x.device)

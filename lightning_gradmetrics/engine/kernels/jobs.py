@@ -1,6 +1,6 @@
-"""The arguments of the compiled kernels: C structs of ``csrc``, mirrored field by field.
+"""The arguments of the compiled kernels, as ctypes copies of the C structs in ``csrc``.
 
-Their sizes are compared when a library is loaded.
+The sizes of the structs are compared with those in C when a library is loaded.
 """
 
 from __future__ import annotations

@@ -43,10 +43,10 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-w")
 DEFINES = {torch.float32: ("-DREAL=float", "-DSINGLE"), torch.float64: ("-DREAL=double",)}
 COMPILE_SECONDS = 120
 JOBS = ("products", "row_statistics", "segment_statistics", "position_statistics", "squares", "depthwise")
-"""The functions with the arguments job, thread runner and number of threads."""
+"""The kernel functions; each takes a job, a thread runner and a number of threads."""
 
 SCRATCH_SIZES = ("scratch_bytes", "gram_scratch_bytes", "depthwise_scratch_bytes")
-"""The functions that return the memory of one thread for packed operands."""
+"""The functions that return the memory that one thread needs for packed operands."""
 
 
 class Kernels(NamedTuple):
@@ -80,7 +80,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 def describe_kernels(dtype: torch.dtype = torch.float32) -> str:
-    """Says whether the kernels for a floating type are compiled, and if not, why.
+    """Return whether the kernels for a floating type are compiled, and if not, why.
 
     Compiles them if that has not happened yet.
 
@@ -111,7 +111,7 @@ def _kernels(dtype: torch.dtype) -> Kernels:
 
 
 def _why_off(dtype: torch.dtype) -> str:
-    """Return why no library can exist, or an empty text."""
+    """Return why no library can be built, or an empty string."""
     if os.environ.get(SWITCH) == "0":
         return f"switched off by {SWITCH}=0"
     if dtype not in DEFINES:
@@ -134,7 +134,8 @@ def _compiler() -> list[str]:
 
 def _first_loadable(compiler: Sequence[str], dtype: torch.dtype) -> tuple[Any, Path]:
     """Return the library from the first folder where one can be loaded, or built and loaded."""
-    stem, failure = _stem(compiler, dtype), "no folder that only you can write to allows running code"
+    stem = _stem(compiler, dtype)
+    failure = "there is no folder that only you can write to and that may contain executable code"
     for folder in cache_folders():
         for path in intact_libraries(folder, stem):
             library = _loaded(path)
@@ -191,7 +192,7 @@ def _run(command: Sequence[str], scratch: str) -> None:
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_SECONDS, env=environment)
     except subprocess.TimeoutExpired as error:
         raise _BuildError(f"{command[0]} took more than {COMPILE_SECONDS} seconds") from error
-    except subprocess.CalledProcessError as error:  # perhaps only in this folder, whose disk may be full
+    except subprocess.CalledProcessError as error:  # another folder may work, for example if this disk is full
         lines = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {error.returncode}"]
         raise OSError(f"{command[0]} failed: {lines[-1]}") from error
 
@@ -212,7 +213,7 @@ def _loaded(path: Path) -> Any:
 
 
 def _declare(library: Any) -> None:
-    """Tell ctypes the types of the functions."""
+    """Declare the types of the functions for ctypes."""
     for name in SCRATCH_SIZES:
         function = getattr(library, name)
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 3
@@ -223,7 +224,7 @@ def _declare(library: Any) -> None:
 
 @functools.cache
 def parallel_runner() -> int | None:
-    """Return the address of ``GOMP_parallel`` in torch's OpenMP runtime, so that both share one pool of threads."""
+    """Return the address of ``GOMP_parallel`` in torch's OpenMP runtime, so that the kernels share torch's thread pool."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():

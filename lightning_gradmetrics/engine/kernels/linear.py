@@ -83,7 +83,7 @@ def embedding_moments(
         indices: Rows of the table ``(N, T)``.
         g: The gradient of the layer's output, ``(N, T, D)``.
         num_embeddings: Number of rows ``V`` of the table. Rows that a sample does not touch count as zeros.
-        padding_idx: The row that gets no gradient, if there is one.
+        padding_idx: The row without a gradient, or ``None``.
         wanted: The moments to compute.
 
     Returns:
@@ -108,7 +108,7 @@ def embedding_moments(
     if indices.shape[1]:
         full = slot.amax(1) + 1 == num_embeddings
     # Unused slots are zero, like untouched rows. They matter only if a sample touches every row and some rows twice.
-    may_be_full = indices.shape[1] >= num_embeddings  # known without reading the data
+    may_be_full = indices.shape[1] >= num_embeddings  # needs no read of the data
     if ("max" in keys or "min" in keys) and may_be_full and bool(full.any()):
         spare = torch.arange(g.shape[1], device=g.device) > slot.amax(1, keepdim=True)
         low = touched.masked_fill(spare.unsqueeze(-1), -torch.inf).flatten(1)

@@ -1,4 +1,4 @@
-"""Calls of the compiled kernels; the results equal those of plain torch."""
+"""Calls the compiled kernels; the results equal those of plain torch."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ORDER: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
 """The moments in the order in which the kernels return them."""
 
 TASKS = 4
-"""Smallest number of pieces of work per thread, for few samples."""
+"""Smallest number of work pieces per thread when there are few samples."""
 
 TILE_MULTIPLE = 12
-"""A multiple of the number of rows of a tile on every machine."""
+"""A common multiple of the tile heights of all machines."""
 
 ONE_THREAD_ENTRIES = 16384
 """Largest number of entries that one thread handles alone."""
 
 ROW_PIECE = 4096
-"""Smallest number of columns of a piece of a row."""
+"""Smallest number of columns when a row is split into pieces."""
 
 ALIGNMENT = 64
-"""Alignment in bytes: a cache line, and the widest vector."""
+"""Alignment in bytes: the size of a cache line and of the widest vector."""
 
 Sizes = tuple[int, ...]
 _local = threading.local()
@@ -61,7 +61,7 @@ def _run(job: ctypes.Structure, function: object, threads: int) -> None:
 
 
 def _scratch(size: int) -> int:
-    """Return the aligned address of memory for packed operands; it is reused, because fresh pages cost more than packing."""
+    """Return the aligned address of scratch memory for packed operands; reused, because new pages cost more than packing."""
     memory: Tensor | None = getattr(_local, "scratch", None)
     if memory is None or len(memory) < size + ALIGNMENT:
         _local.scratch = memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
@@ -125,7 +125,7 @@ def native_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _share_unit_stride(g: Tensor, x: Tensor) -> bool:
-    """Return whether channels, or positions, are neighbours in the memory of both ``(N, C, P)``."""
+    """Return whether channels, or positions, are adjacent in the memory of both ``(N, C, P)``."""
     return any(_has_unit_stride(g, dim) and _has_unit_stride(x, dim) for dim in (1, 2))
 
 
@@ -134,7 +134,7 @@ def _has_unit_stride(t: Tensor, dim: int) -> bool:
 
 
 def _strides(t: Tensor) -> tuple[int, int, int]:
-    """Of ``(N, C, P)``; a single position counts as a neighbour of the next one."""
+    """Return the strides of ``(N, C, P)``; a single position gets stride one."""
     return t.stride(0), t.stride(1), 1 if t.shape[2] == 1 else t.stride(2)
 
 
@@ -147,7 +147,7 @@ def _offsets(channels: int, lanes: int, size: Sizes, out_size: Sizes, geometry: 
         lanes: Channels that are interleaved.
         size: The input's spatial size, in three dimensions.
         out_size: The output's.
-        geometry: The same.
+        geometry: The convolution.
     """
     plane = geometry.padded_size(size)
     entries = lanes * _grid(geometry.kernel_size, geometry.dilation, plane)
@@ -168,7 +168,7 @@ def _grid(size: Sizes, step: Sizes, plane: Sizes) -> Tensor:
 
 
 def _layout(x: Tensor, padded: bool) -> int:
-    """Return the layout: 0 for the unchanged input, 1 for one plane per channel, 2 for planes of several interleaved channels."""
+    """Return the layout: 0 for the input as given, 1 for one plane per channel, 2 for planes of interleaved channels."""
     if x.is_contiguous() and not padded:
         return 0
     return 2 if x.stride(1) == 1 and x.shape[2:].numel() > 1 else 1
@@ -262,10 +262,10 @@ def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Itera
 
 
 def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a convolution's per-sample weight gradients by Gram matrices: sum, sum of squares, and its largest possible value.
+    """Return sum, sum of squares, and an upper bound of the sum of squares of a convolution's weight gradients, by Gram matrices.
 
-    The arguments are those of :func:`native_products`. The last result is ``(sum_p |g_p| |x_p|)^2`` for each sample and
-    group, the sum of squares if no two positions cancelled. Each is ``(N, groups)``.
+    The arguments are those of :func:`native_products`. The bound is ``(sum_p |g_p| |x_p|)^2`` for each sample and
+    group, which would be reached without any cancellation. Each result is ``(N, groups)``.
     """
     library, threads, solid, groups = library_for(g.dtype), _threads(), geometry.in_three_dimensions(), geometry.groups
     pixels, gradients = _neighbours(x.flatten(2)), _neighbours(g.flatten(2))

@@ -18,7 +18,7 @@ CHUNK_ENTRIES = 1_500_000
 """Number of gradient entries computed at a time, so that they stay in the cache for the reductions."""
 
 DEVICE_CHUNK_ENTRIES = 2**26
-"""The same number on other devices, which need larger pieces of work."""
+"""The same number for other devices, which need larger pieces of work."""
 
 
 def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
@@ -47,7 +47,7 @@ def row_moments(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
 def chunked_moments(
     gradients: Callable[[slice], Tensor], samples: Tensor, entries: int, wanted: Iterable[Moment]
 ) -> Moments:
-    """Return moments of gradients that are materialised for a cache-sized chunk of samples at a time.
+    """Return moments of gradients that are computed for a cache-sized chunk of samples at a time.
 
     Args:
         gradients: The gradients ``(n, ...)`` of a slice of samples.

@@ -19,7 +19,7 @@ from lightning_gradmetrics.gradients.statistics import Moment, Moments
 __all__ = ["Factors", "Segments"]
 
 LARGEST = 2**18
-"""Largest number of entries of a matrix that is kept until all are reduced."""
+"""Largest number of entries of a matrix that is collected; larger ones are reduced immediately."""
 
 MOST = 512
 """Largest number of matrices in one call."""

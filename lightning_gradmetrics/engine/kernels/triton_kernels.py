@@ -1,7 +1,7 @@
-"""Triton kernels for CUDA devices: per-sample weight gradients live in registers and are reduced there.
+"""Triton kernels for CUDA devices: per-sample weight gradients are computed and reduced in registers.
 
-Imported only where Triton is installed. :mod:`lightning_gradmetrics.engine.kernels.fused` calls these kernels; all
-layouts and shapes are decided there.
+Imported only where Triton is installed. :mod:`lightning_gradmetrics.engine.kernels.fused` calls these kernels; it
+chooses all layouts and shapes.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def products_kernel(
 ):
     """Statistics of one tile of one sample's weight gradient, ``sum_p g[o, p] x[r, p]``.
 
-    The grid is (tiles of a group, samples x groups). ``ADJACENT``: a tile's rows are neighbouring channels under one
-    kernel entry, whose first offset is in ``row_offsets``; otherwise ``row_offsets`` contains the offset of every row.
+    The grid is (tiles of a group, samples x groups). With ``ADJACENT``, a tile's rows are adjacent channels of one
+    kernel entry, and ``row_offsets`` contains the offset of the first; otherwise it contains the offset of every row.
     """
     tile = tl.program_id(0)
     member = tl.program_id(1).to(tl.int64)

@@ -1,6 +1,6 @@
 """Rules for layer families, one small file each, registered by the torch function that a layer calls.
 
-Every module of this package is imported, so a new file is all that a new rule takes.
+Every module of this package is imported, so adding a rule takes only a new file.
 """
 
 import importlib

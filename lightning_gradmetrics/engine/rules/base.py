@@ -1,4 +1,4 @@
-"""The interface of rules: a rule maps one call of a layer and its output gradient to the uses of its parameters."""
+"""The interface of rules, which map a layer's call and the gradient of its output to the uses of its parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Call:
     """One call of a function that has a rule.
 
     Args:
-        values: Its arguments by name; those left out are missing.
+        values: Its arguments by name, without those that were not given.
         axis: The sample axis of its input.
         out: The sample axis of its output.
         slots: The names of the arguments whose gradients are wanted.
@@ -69,11 +69,12 @@ class Rule:
         arguments: The function's arguments in order.
         weights: Those that may be parameters.
         accepts: Whether the rule covers a call.
-        dense: Whether to run on a contiguous input. With a frozen weight, torch multiplies a strided one slice by
+        dense: Whether to make the input contiguous. With a frozen weight, torch multiplies a strided input slice by
             slice.
-        run: From the call's arguments by name to its result, where constant parameters make the backward cheaper than
-            the function's own.
-        row_axes: From the arguments to the number of leading axes of input and output whose positions are independent.
+        run: Computes the call from its arguments by name; used where constant parameters allow a cheaper backward pass
+            than the function's own.
+        row_axes: Returns, for the arguments, the number of leading axes of input and output whose positions are
+            independent.
     """
 
     uses: Function
@@ -108,7 +109,7 @@ def rule(
     run: Callable[[dict[str, Any]], Tensor] | None = None,
     row_axes: Callable[[dict[str, Any]], int] = one_axis,
 ) -> Callable[[Function], Function]:
-    """Register a rule for torch functions; ``arguments`` and ``weights`` are names with spaces between."""
+    """Register a rule for torch functions; ``arguments`` and ``weights`` are names separated by spaces."""
 
     def register(uses: Function) -> Function:
         for function in functions:

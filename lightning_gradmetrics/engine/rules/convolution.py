@@ -28,7 +28,7 @@ def _batched(call: Call) -> bool:
 def _padded(
     call: Call, x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the input and its padding as integers; if the padding is wider on the right, that part is added to the input."""
+    """Return the input and its padding as integers; asymmetric padding on the right is added to the input."""
     padding = call.get("padding", 0)
     if padding == "valid":
         return x, (0,) * len(kernel)
@@ -60,7 +60,7 @@ def _bias(g: Tensor) -> RowsUse:
     accepts=_batched,
 )
 def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """``y = x * W + b``: a kernel entry meets a shift of the input, and its gradient is that shift times ``g``."""
+    """``y = x * W + b``: a kernel entry multiplies a shifted input, and its gradient is that input times ``g``."""
     if "bias" in call.slots:
         yield "bias", _bias(g)
     if "weight" in call.slots:

@@ -39,7 +39,7 @@ class _Labels:
         return "".join(label for label in labels if label not in self.contracted)
 
     def linear(self) -> bool:
-        """Return whether it is a linear layer: labels are unique in a factor, and each is either contracted or in the output."""
+        """Return whether the product is a linear layer: labels are unique in each factor, and either contracted or in the output."""
         factors = (self.input, self.weight, self.output)
         if not self.contracted or any(len(set(labels)) < len(labels) for labels in factors):
             return False
@@ -65,7 +65,7 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 
 def _parsed(equation: str, order: int) -> _Labels | None:
-    """Return the labels of an explicit equation of two factors; of the second one first if ``order`` is -1."""
+    """Return the labels of an explicit equation of two factors, with the second factor first if ``order`` is -1."""
     factors, arrow, output = equation.replace(" ", "").partition("->")
     labels = factors.split(",")[::order]
     if not arrow or len(labels) != 2 or "." in equation:

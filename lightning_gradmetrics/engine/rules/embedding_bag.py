@@ -28,7 +28,8 @@ def embedding_bag(
 ) -> Tensor:
     """Bags of equal size ``(N, T)``, with the arguments and the result of :func:`torch.nn.functional.embedding_bag`.
 
-    The fused function handles bags with offsets and gradients scaled by frequency, whose rows belong to no sample.
+    Bags with offsets and gradients scaled by frequency go to the fused function, because their rows belong to no
+    sample.
     """
     if input.ndim != 2 or offsets is not None or scale_grad_by_freq:
         fused: Any = opened(F.embedding_bag)

@@ -60,7 +60,7 @@ def _run_frozen(values: dict[str, Any]) -> Tensor:
     run=_run_frozen,
 )
 def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """``sum (x - m) g / sqrt(v + eps)``, by two sums over the positions that need no normalised input."""
+    """``sum (x - m) g / sqrt(v + eps)``, from two sums over the positions, without the normalised input."""
     if g.ndim == 3 and g.shape[1] == 1:
         yield from _without_positions(call, g[:, 0])
         return

@@ -86,7 +86,7 @@ def layers(
 ) -> Any:
     """Return a stack of recurrent layers, with the arguments and the result of the fused function.
 
-    Packed sequences have a tensor of batch sizes as a further second argument; they go to the fused function itself.
+    Packed sequences, recognised by a tensor of batch sizes as second argument, go to the fused function.
     """
     if isinstance(has_biases, (tuple, list)):
         return fused(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
