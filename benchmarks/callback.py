@@ -98,10 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", module="lightning")
     facts, rows = environment("cpu"), []
     for name, case in CASES.items():
-        functions = {"predict": _run(case, []), "callback": _run(case, [lgm.GradientMetrics(SCORES)])}
+        functions = {
+            "predict": _run(case, []),
+            "callback": _run(case, [lgm.GradientMetrics(SCORES, print_summary=False)]),
+        }
         times = interleaved(functions, options.rounds)
         ratio, low, high = summary(times, "predict")["callback"]["ratio"]
         extra = sorted(b - a for a, b in zip(times["predict"], times["callback"], strict=True))[options.rounds // 2]

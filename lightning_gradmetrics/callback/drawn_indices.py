@@ -188,6 +188,10 @@ class DrawnOnce:
         size = max(int(numbers.max()) + 1, 1)
         if size > len(self._is_drawn):
             self._is_drawn = np.append(self._is_drawn, np.zeros(size, dtype=bool))
+        is_rising = numbers[0] >= 0 and bool((numbers[1:] > numbers[:-1]).all())
+        if is_rising and not self._is_drawn[numbers].any():
+            self._is_drawn[numbers] = True
+            return numbers.tolist()  # type: ignore[no-any-return]
         is_first = np.zeros(len(numbers), dtype=bool)
         is_first[np.unique(numbers, return_index=True)[1]] = True
         is_known = numbers >= 0

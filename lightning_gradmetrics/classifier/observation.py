@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -133,7 +134,10 @@ def _as_tensor(module: nn.Module, inputs: Inputs) -> Inputs:
 
 @contextmanager
 def observing(
-    model: nn.Module, layers: Mapping[str, nn.Module], logits_fn: Callable[[Any], Tensor]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    logits_fn: Callable[[Any], Tensor],
+    whole: Sequence[nn.Module] | None = None,
 ) -> Iterator[Observation]:
     """Observe the model inside the block; every hook is removed after it.
 
@@ -141,6 +145,7 @@ def observing(
         model: The model.
         layers: The layers to observe, by name.
         logits_fn: Returns the logits ``(N, C)`` from the model's output.
+        whole: The result of :func:`whole_modules`, if it is known.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 2))
@@ -160,9 +165,10 @@ def observing(
             if not _has_hooks(layer):
                 continue
             stack.callback(_observe_layer(seen, name, layer))
-        for module in filter(_has_hooks, whole_modules(model)):
+        running: list[_RunningCall] = []
+        for module in filter(_has_hooks, whole_modules(model) if whole is None else whole):
             seen.models[module] = []
-            for remove in _observe_model(seen, module, logits_fn):
+            for remove in _observe_model(seen, module, logits_fn, running):
                 stack.callback(remove)
         yield seen
 
@@ -184,48 +190,68 @@ def _observe_layer(seen: Observation, name: str, layer: nn.Module) -> Callable[[
 
 def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
     shapes: list[tuple[int, ...] | None] = []
-    copies: list[Tensor | None] = []
     for value in (given, output):
         shapes.append(tuple(value.shape) if isinstance(value, Tensor) else None)
-        is_matrix = isinstance(value, Tensor) and value.ndim == 2
-        copies.append(value.detach().clone() if is_matrix else None)
-    if None in copies:
-        copies = [None, None]
-    return LayerCall(name, *copies, *shapes)  # type: ignore[arg-type]
+    if any(shape is None or len(shape) != 2 for shape in shapes):
+        return LayerCall(name, None, None, *shapes)
+    return LayerCall(name, given.detach().clone(), output.detach().clone(), *shapes)
+
+
+@dataclass(frozen=True)
+class _RunningCall:
+    """A call that has not returned yet.
+
+    Args:
+        call: The call, or ``None`` inside another call of the model, which is recorded instead.
+        handled: The exception that was being handled when it began.
+    """
+
+    call: ModelCall | None
+    handled: BaseException | None
 
 
 def _observe_model(
-    seen: Observation, module: nn.Module, logits_fn: Callable[[Any], Tensor]
+    seen: Observation, module: nn.Module, logits_fn: Callable[[Any], Tensor], running: list[_RunningCall]
 ) -> list[Callable[[], None]]:
-    """Register hooks that record each call of a module except nested ones; return functions that remove them."""
-    running: list[ModelCall] = []
+    """Register hooks that record each call of a module except nested ones; return functions that remove them.
+
+    A call that raises is forgotten: the step may catch the error and call the model again.
+    """
     calls = seen.models[module]
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = _as_tensor(module, arguments_of(args, kwargs))
-        received: list[Tensor] = []
-
-        def copied(tensor: Tensor) -> Tensor:
-            received.append(tensor)
-            return tensor.detach().clone()
-
-        running.append(ModelCall(map_tensors(inputs, copied), received))
-        if seen.autocast is None:
-            seen.note_autocast(received)
+        call = None if running else _copied_call(seen, module, args, kwargs)
+        running.append(_RunningCall(call, sys.exc_info()[1]))
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call = running.pop()
+        ended = running.pop()
+        has_raised = sys.exc_info()[1] is not ended.handled
+        if ended.call is None or has_raised:
+            return
         try:
-            call.logits = _copied_logits(logits_fn(output))
+            ended.call.logits = _copied_logits(logits_fn(output))
         except Exception as problem:  # raised later, if these logits are needed
-            call.problem = problem
-        if not running:
-            calls.append(call)
+            ended.call.problem = problem
+        calls.append(ended.call)
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True).remove,
-        module.register_forward_hook(after, with_kwargs=True).remove,
+        module.register_forward_hook(after, with_kwargs=True, always_call=True).remove,
     ]
+
+
+def _copied_call(seen: Observation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+    """Return the arguments of a call, copied before the model can change them."""
+    received: list[Tensor] = []
+
+    def copied(tensor: Tensor) -> Tensor:
+        received.append(tensor)
+        return tensor.detach().clone()
+
+    inputs = map_tensors(_as_tensor(module, arguments_of(args, kwargs)), copied)
+    if seen.autocast is None:
+        seen.note_autocast(received)
+    return ModelCall(inputs, received)
 
 
 def _copied_logits(logits: Any) -> Tensor:

@@ -36,11 +36,23 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
         others: Further tensors ``(N, ...)``.
         size: The number of samples ``N``.
     """
-    flags = []
+    flags, columns = [], []
     for tensor in (*tensors_in(inputs), *others):
-        if tensor.is_floating_point() and tensor.ndim and len(tensor) == size:
-            flags.append(tensor.detach().isfinite().reshape(size, -1).all(1))
+        if not tensor.is_floating_point() or not tensor.ndim or len(tensor) != size:
+            continue
+        if tensor.ndim == 1:
+            columns.append(tensor.detach())
+        else:
+            flags.append(_rows_without_nan(tensor.detach().reshape(size, -1)))
+    if columns:
+        flags.append(torch.stack(columns).isfinite().all(0))
     return torch.stack(flags).all(0) if flags else torch.ones(size, dtype=torch.bool)
+
+
+def _rows_without_nan(rows: Tensor) -> Tensor:
+    """Return which rows are free of NaN and Inf. A finite sum shows it in one pass; a sum may overflow without one."""
+    is_finite = rows.sum(1).isfinite()
+    return is_finite if bool(is_finite.all()) else rows.isfinite().all(1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -139,14 +140,17 @@ def check_logits(logits: Tensor) -> None:
     if logits.shape[1] < 2:
         raise ValueError(f"the logits have shape {tuple(logits.shape)}, and a classifier has at least one column")
     rows = _some_rows(logits)
-    if not rows.numel() or not rows.isfinite().all():
+    if not rows.numel():
         return
-    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+    smallest, largest = torch.stack(rows.aminmax()).tolist()
+    if not math.isfinite(smallest) or not math.isfinite(largest):
+        return
+    if smallest >= 0 and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
         raise ValueError(
             "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is "
             "taken, or pass logits_fn=, a callable from the model's output to its logits"
         )
-    if bool((rows.logsumexp(1).abs() < 1e-4).all()):
+    if largest < 1e-4 and bool((rows.logsumexp(1).abs() < 1e-4).all()):
         warnings.warn(
             "the model seems to return log-probabilities; energy, max_logit and gradtrust need the raw logits: name the head, "
             "as in head='fc'",

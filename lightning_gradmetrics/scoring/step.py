@@ -20,7 +20,7 @@ from lightning_gradmetrics.classifier.head import (
     linear_layers,
     named_layer,
 )
-from lightning_gradmetrics.classifier.observation import ModelCall, Observation, joined_inputs, observing
+from lightning_gradmetrics.classifier.observation import ModelCall, Observation, joined_inputs, observing, whole_modules
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
@@ -66,6 +66,7 @@ class StepObserver:
         self._needs_head = scorer.needs(3).features or scorer.head is not None
         self._name = scorer.head
         self._head: Head | None = None
+        self._whole = whole_modules(model)
         self._layers = dict(model.named_modules()) if scorer.head is None else {}
         if scorer.head is not None:
             self._layers[scorer.head] = named_layer(model, scorer.head)
@@ -84,7 +85,7 @@ class StepObserver:
 
     def _entered(self, stack: ExitStack, layers: dict[str, nn.Module]) -> Observation:
         """Start to observe the calls of the model and of its layers, and start the observable probes."""
-        seen = stack.enter_context(observing(self.model, layers, self.scorer.logits_fn))
+        seen = stack.enter_context(observing(self.model, layers, self.scorer.logits_fn, self._whole))
         self._readers = {}
         for probe in self._probes:
             self._readers[probe] = stack.enter_context(probe.observing(self.model))

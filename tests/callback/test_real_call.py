@@ -291,3 +291,32 @@ def test_arguments_by_name_and_by_position(kind: type[Stepped]) -> None:
     expected = lgm.score(net, (x, shift, scale), SCORES[2])[SCORES[2]]
     torch.testing.assert_close(column(callback, SCORES[2]), expected)
     assert callback.results["label"].to_pylist() == [n % 3 for n in range(8)]
+
+
+class RetriesInHalves(Stepped):
+    """Halves a batch that its network refuses, as after running out of memory."""
+
+    def step(self, batch: Any) -> Any:
+        try:
+            return self(batch[0])
+        except RuntimeError:
+            return [self(half) for half in batch[0].chunk(2)]
+
+
+class SmallOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(5, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 2:
+            raise RuntimeError("out of memory")
+        return self.net(x)
+
+
+def test_a_call_that_raises_is_not_a_call() -> None:
+    net, x = SmallOnly(), numbers(8, 5)
+    callback = lgm.GradientMetrics(LOGIT_AND_HEAD)
+    test_run(callback, RetriesInHalves(net), batches(x, torch.arange(8) % 3))
+    assert_scores(callback, net.net, x, LOGIT_AND_HEAD)
+    assert callback.results["label"].to_pylist() == [n % 3 for n in range(8)]
