@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning_gradmetrics
 
 project = "lightning_gradmetrics"
 author = "the lightning_gradmetrics developers"
 version = release = lightning_gradmetrics.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
+]
 html_theme = "furo"
 html_title = "gradmetrics"
 html_static_path = ["static"]
@@ -17,6 +25,31 @@ html_js_files = ["numbers.js"]
 html_show_copyright = False
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+
+RUN = (
+    "callback",
+    "cosine_maps",
+    "label_audit",
+    "meta_classifier",
+    "own_score",
+    "predict_with_threshold",
+    "segmentation",
+    "without_trainer",
+)
+"""The examples that run in the build, for their output and pictures; the tests run all."""
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": rf"/({'|'.join(RUN)})\.py$",
+    "within_subsection_order": "ExampleTitleSortKey",
+    "default_thumb_file": str(Path(__file__).parent / "images" / "thumbnail.png"),
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "min_reported_time": 1e9,
+}
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

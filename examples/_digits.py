@@ -1,4 +1,9 @@
-"""What the examples share: handwritten digits, and a small classifier of digits 0 to 7 in Lightning."""
+"""
+What the examples share
+=======================
+
+Handwritten digits, and a small Lightning classifier of the digits 0 to 7.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-warnings.filterwarnings("ignore", ".*does not have many workers.*")
+for message in ("does not have many workers", "isinstance\\(treespec", "You defined a `validation_step`"):
+    warnings.filterwarnings("ignore", f".*{message}.*")
 
 
 def digit_loaders() -> dict[str, DataLoader[tuple[Tensor, ...]]]:

@@ -1,4 +1,9 @@
-"""The callback in a Trainer: an unchanged LightningModule, named dataloaders, scores beside baselines."""
+"""
+The callback in a Trainer
+=========================
+
+Score an unchanged LightningModule with named dataloaders: gradient scores beside baselines, a summary, a report and a plot.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +31,7 @@ def main() -> None:
     print(f"gradnorm finds unknown digits with AUROC {100 * found['value']:.1f}")
     least_certain = callback.results.sort_by([("max_softmax", "descending")]).slice(0, 5)
     print("The five least certain samples:", least_certain.select(["dataset", "index", "prediction"]).to_pylist())
+    lgm.plot.roc(callback.results, callback.datasets, dataset="unknown").figure.savefig("roc.png")
 
 
 if __name__ == "__main__":

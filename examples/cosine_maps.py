@@ -1,18 +1,25 @@
-"""Cosine similarity maps of input gradients (GGA, Schwinn et al. 2021), and the score made from them."""
+"""
+Cosine similarity maps
+======================
+
+Compute cosine similarity maps of input gradients (GGA, Schwinn et al. 2021), and the score that is based on them.
+"""
 
 from __future__ import annotations
 
 import torch
 from _digits import digit_loaders, trained_classifier
+from matplotlib import pyplot
 
 import lightning_gradmetrics as lgm
 
 
 def main() -> None:
-    """Print the mean similarity between classes for known and for unknown digits."""
+    """Print and draw the mean similarity between classes for known and for unknown digits."""
     loaders = digit_loaders()
     model = trained_classifier(loaders).eval()
-    for name in ("test", "unknown"):
+    figure, axes = pyplot.subplots(1, 2, figsize=(7, 3.4), layout="constrained")
+    for name, axis in zip(("test", "unknown"), axes, strict=True):
         images = next(iter(loaders[name]))[0]
         maps = lgm.cosine_similarity_maps(model, images)  # (N, C, C)
         others = ~torch.eye(maps.shape[1], dtype=torch.bool)
@@ -21,6 +28,10 @@ def main() -> None:
             f"{name:8} maps {tuple(maps.shape)}, mean similarity {maps[:, others].mean():.3f}, "
             f"mean gga {scores['gga'].mean():.3f}, mean gradnorm {scores['gradnorm'].mean():.1f}"
         )
+        image = axis.imshow(maps.mean(0), vmin=-1, vmax=1, cmap="RdBu_r")
+        axis.set(title=f"{name} digits", xlabel="class", ylabel="class")
+    figure.colorbar(image, ax=axes, label="mean cosine similarity")
+    figure.savefig("maps.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""A Hugging Face text classifier: mappings as batches, outputs with ``.logits``. Random weights, so no download."""
+"""
+A Hugging Face text classifier
+==============================
+
+Score batches that are mappings and outputs that have ``.logits``. The weights are random, so nothing is downloaded.
+"""
 
 from __future__ import annotations
 

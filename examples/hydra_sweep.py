@@ -1,4 +1,9 @@
-"""A Hydra sweep of the command: two temperatures of GradNorm, then one table over both runs."""
+"""
+A Hydra sweep
+=============
+
+Run the command with two temperatures of GradNorm, and print one table for both runs.
+"""
 
 from __future__ import annotations
 

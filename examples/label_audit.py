@@ -1,4 +1,9 @@
-"""Find wrong labels in training data: the samples with the largest gradient of the labelled loss (GraNd)."""
+"""
+Audit labels
+============
+
+Find wrong labels in training data: the samples with the largest gradient of the labelled loss (GraNd).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Score a language model's answers while they are generated, and again as text.
+"""
+A language model
+================
 
-Run ``python examples/language_model.py``.
+Score a language model's answers while they are generated, and again as text.
 
 The model has random weights, so that nothing is downloaded. Put a model and its tokenizer in place of them with
 AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained.

@@ -1,7 +1,11 @@
-"""LightningCLI: the callback is added on the command line; the program does not mention it.
+r"""
+LightningCLI
+============
 
-``python lightning_cli.py test --trainer.callbacks+=lightning_gradmetrics.GradientMetrics
-'--trainer.callbacks.scores=["max_softmax","gradnorm(temperature=2)"]'``
+Add the callback on the command line of a program that does not mention it::
+
+    python lightning_cli.py test --trainer.callbacks+=lightning_gradmetrics.GradientMetrics \
+      '--trainer.callbacks.scores=["max_softmax","gradnorm(temperature=2)"]'
 """
 
 from __future__ import annotations

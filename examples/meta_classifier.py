@@ -1,4 +1,9 @@
-"""A meta-classifier of errors (Oberdiek et al. 2018): fitted on gradients of held-out labelled samples."""
+"""
+A meta-classifier of errors
+===========================
+
+Fit a meta-classifier of errors (Oberdiek et al. 2018) on gradients of held-out labelled samples.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,8 @@ def main() -> None:
     trainer.test(model, loaders["test"], verbose=False)
     for metric in callback.evaluation.find(metric="auroc", task="misclassification"):
         print(f"{metric['score']:12} finds {metric['count_positive']} errors with AUROC {100 * metric['value']:.1f}")
+    roles = callback.evaluation.settings["roles"]
+    lgm.plot.risk_coverage(callback.results, roles).figure.savefig("risk_coverage.png")
 
 
 if __name__ == "__main__":

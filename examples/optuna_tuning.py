@@ -1,4 +1,9 @@
-"""Tune a score's arguments with Optuna on validation data, and report the result on test data (``pip install optuna``)."""
+"""
+Tune a score with Optuna
+========================
+
+Tune a score's arguments on validation data, and report the result on test data (``pip install optuna``).
+"""
 
 from __future__ import annotations
 

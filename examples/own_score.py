@@ -1,4 +1,9 @@
-"""Your own score: a function of the evidence, usable wherever a score's name is."""
+"""
+Your own score
+==============
+
+Write a score as a function of the evidence, and use it wherever a score's name is accepted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Reject uncertain predictions: fit a threshold on held-out digits, then predict with it."""
+"""
+Predict with a threshold
+========================
+
+Reject uncertain predictions: fit a threshold on held-out digits, then predict with it.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,10 @@ def main() -> None:
     for dataset, rows in callback.results.to_pandas().groupby("dataset"):
         for score in ("gradnorm", "energy"):
             print(f"{dataset:10} {score:10} accepted {100 * rows[f'{score}_accept'].mean():.1f} %")
+    plot = lgm.plot.distributions(callback.results, callback.datasets, "energy")
+    plot.axes.axvline(thresholds.values["energy"], color="black", label="threshold")
+    plot.axes.legend()
+    plot.figure.savefig("threshold.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Ray Data: score Parquet files and image files in worker processes (``pip install 'lightning-gradmetrics[ray]'``)."""
+"""
+Ray Data
+========
+
+Score Parquet files and image files in worker processes (``pip install 'lightning-gradmetrics[ray]'``).
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,16 @@
-"""Score every pixel of a segmentation model, and find wrong pixels, wrong segments and objects of unknown classes.
+"""
+Segmentation
+============
 
-Run ``python examples/segmentation.py``. It writes ``maps/*.png``.
+Score every pixel of a segmentation model, and find wrong pixels, wrong segments and objects of unknown classes.
 
 The images show handwritten digits on noise. The model knows the digits 0 to 7; 8 and 9 are objects that it has never seen.
+The maps are written to ``maps/*.png``.
 """
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from matplotlib import pyplot
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -101,7 +105,11 @@ def main() -> None:
             print(
                 f"{row['unit']:7} {row['task']:17} within {row['within']:15} {row['score']:12} {100 * row['value']:5.1f} ({interval})"
             )
-    print(*callback.write_maps("maps"), sep="\n")
+    paths = callback.write_maps("maps")
+    print(*paths, sep="\n")
+    figure, axes = pyplot.subplots(figsize=(12, 2), layout="constrained")
+    axes.imshow(pyplot.imread(next(path for path in paths if path.suffix == ".png")))
+    axes.axis("off")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Watch a score while the model trains: metrics of every validation epoch go to the TensorBoard log."""
+"""
+Validate during training
+========================
+
+Watch a score while the model trains: metrics of every validation epoch go to the TensorBoard log.
+"""
 
 from __future__ import annotations
 

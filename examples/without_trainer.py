@@ -1,4 +1,9 @@
-"""Scores and gradient statistics in plain torch, for any classifier."""
+"""
+Without a Trainer
+=================
+
+Scores and gradient statistics in plain torch, for any classifier.
+"""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +24,27 @@ OPTIONAL = {
 STARTS_PROCESSES = ("hydra_sweep", "lightning_cli", "ray_data")
 
 
-def test_every_example_is_on_the_page_of_examples() -> None:
-    page = (FOLDER.parent / "docs" / "examples.md").read_text()
-    assert set(re.findall(r"\.\./examples/(\w+)\.py", page)) == {path.stem for path in EXAMPLES} | {"_digits"}
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_begins_with_the_title_of_its_page(path: Path) -> None:
+    lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+    assert lines[1] == "=" * len(lines[0]) and not lines[2] and lines[3].endswith((".", "::"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_code_of_the_quickstart_runs_and_has_the_stated_result(tmp_path: Path, monkeypatch, capsys) -> None:
+    page = (FOLDER.parent / "docs" / "quickstart.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, names)
+    assert {"roc.png", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    stated = re.search(r"\*\*energy finds .* AUROC of ([\d.]+) .*, max softmax with ([\d.]+)", page, flags=re.DOTALL)
+    assert stated
+    measured = names["callback"].evaluation
+    for score, value in zip(("energy", "max_softmax"), stated.groups(), strict=True):
+        (found,) = measured.find(score=score, task="ood", dataset="unknown", metric="auroc")
+        assert found["value"] * 100 == pytest.approx(float(value), abs=2)  # the training differs between processors
 
 
 @pytest.mark.slow
