@@ -28,7 +28,7 @@ def main() -> None:
             f"{name:8} maps {tuple(maps.shape)}, mean similarity {maps[:, others].mean():.3f}, "
             f"mean gga {scores['gga'].mean():.3f}, mean gradnorm {scores['gradnorm'].mean():.1f}"
         )
-        image = axis.imshow(maps.mean(0), vmin=-1, vmax=1, cmap="RdBu_r")
+        image = axis.imshow(maps.mean(0).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=f"{name} digits", xlabel="class", ylabel="class")
     figure.colorbar(image, ax=axes, label="mean cosine similarity")
     figure.savefig("maps.png")

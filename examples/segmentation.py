@@ -107,7 +107,7 @@ def main() -> None:
             )
     paths = callback.write_maps("maps")
     print(*paths, sep="\n")
-    figure, axes = pyplot.subplots(figsize=(12, 2), layout="constrained")
+    axes = pyplot.figure(figsize=(12, 2), layout="constrained").subplots()
     axes.imshow(pyplot.imread(next(path for path in paths if path.suffix == ".png")))
     axes.axis("off")
 

@@ -35,7 +35,7 @@ def test_an_example_begins_with_the_title_of_its_page(path: Path) -> None:
 def test_the_code_of_the_quickstart_runs_and_has_the_stated_result(tmp_path: Path, monkeypatch, capsys) -> None:
     page = (FOLDER.parent / "docs" / "quickstart.md").read_text()
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "quickstart"}
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         exec(block, names)
     assert {"roc.png", "report.html"} <= {path.name for path in tmp_path.iterdir()}
