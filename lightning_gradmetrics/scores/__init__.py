@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Raise the error that names what to call instead."""
+    """Raise an error that names the function to call instead."""
     if name in OF_ANSWERS:
         raise AttributeError(
             f"{name!r} is a score of whole answers of language models: call lightning_gradmetrics.score_generation(model, "

@@ -1,4 +1,4 @@
-"""GAIA: abnormal attributions of the prediction to the activations inside a network."""
+"""GAIA: detects abnormal attributions of the prediction to the activations inside a network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attributed_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _gradients_of_outputs(layers: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """The gradients of the layers' first outputs, filled in by a backward pass inside the block."""
+    """Yield a mapping that a backward pass inside the block fills with the gradients of the layers' first outputs."""
     gradients: dict[nn.Module, Tensor] = {}
     called: set[nn.Module] = set()
 
@@ -62,7 +62,7 @@ def _keep(gradients: dict[nn.Module, Tensor], module: nn.Module) -> Callable[[Te
 
 
 def density(layer: nn.Module, gradient: Tensor, size: int) -> Tensor | None:
-    """Return the share of entries that are not zero in each channel, ``(N, C)``; ``None`` without a sample axis.
+    """Return the fraction of non-zero entries in each channel, ``(N, C)``; ``None`` without a sample axis.
 
     Example:
         >>> density(nn.BatchNorm2d(2), torch.tensor([[[[0.0, 1.0]], [[2.0, 1.0]]]]), 1)
@@ -77,7 +77,7 @@ def density(layer: nn.Module, gradient: Tensor, size: int) -> Tensor | None:
 
 @dataclass(frozen=True)
 class AttributionDensity:
-    """A probe: the mean over all channels of the squared share of non-zero attribution gradients, ``(N,)``."""
+    """A probe: the mean over all channels of the squared fraction of non-zero attribution gradients, ``(N,)``."""
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the means."""
@@ -97,10 +97,10 @@ class AttributionDensity:
 def gaia(evidence: Evidence) -> Tensor:
     r"""GAIA-Z: how few of the attributions inside the network are exactly zero.
 
-    The attributions are the gradients of the largest logit with respect to the output of every normalisation layer (of
-    every convolution and linear layer, if there is none). The score is the mean over all channels of the squared share of
-    non-zero entries: in-distribution samples leave more units inactive. It costs a forward and a backward pass. A network
-    without units that switch off, such as ReLU, has no zeros, and all its samples score 1.
+    The attributions are the gradients of the largest logit with respect to the output of every normalisation layer, or
+    of every convolution and linear layer if there is none. The score is the mean over all channels of the squared
+    fraction of non-zero entries: in-distribution samples leave more units inactive. It costs a forward and a backward
+    pass. A network without units that can be inactive, such as ReLUs, has no zeros, and all its samples score 1.
 
     The paper's other variant, GAIA-A, is not included.
 

@@ -28,21 +28,23 @@ def views(
 ) -> Score:
     r"""A score averaged over n views of the input: ``mean_v s(x_v)``.
 
-    The views are the input itself and ``n - 1`` shifted copies, every other one flipped: the same shifts for every
-    sample, so that a score does not depend on its batch. The prediction in the results is that of the plain input; so
-    ``max_softmax`` averages the probability of the class that is predicted for the plain input. It takes n forwards, the
-    one that makes the prediction included; scores of logits and the head's input share them. Other scores cost n times as
-    much. Compare it with other scores at equal cost.
+    The views are the input itself and ``n - 1`` shifted copies, every other one flipped. The shifts are the same for
+    every sample, so that a score does not depend on its batch. The prediction in the results is that of the plain
+    input, so ``max_softmax`` averages the probability of the class that is predicted for the plain input. It takes n
+    forward passes, including the one for the prediction; scores of logits and of the head's input share them. Other
+    scores cost n times as much. Compare it with other scores at equal cost.
 
-    Views help where shifts and flips keep the meaning. They do not on digits of 8 x 8 pixels, where a shift of one pixel is
-    an eighth of the image: the leaderboard's page has the figures. Pass ``transforms=`` there.
+    Views help if shifts and flips preserve the meaning of an image. They do not on digits of 8 x 8 pixels, where a
+    shift of one pixel is an eighth of the image (the leaderboard's page has the figures); pass ``transforms=`` for such
+    data.
 
     Args:
-        score: The score: a name, a score, or a function of the evidence. A fitted score without a state is fitted on
-            the plain inputs, as usual.
+        score: The score to average: a name, a score, or a function of the evidence. A fitted score without a state is
+            fitted on the plain inputs, as usual.
         n: The number of views; 1 is the score itself.
         seed: The seed of the shifts.
-        transforms: From inputs ``(N, ...)`` to a sequence of views of the same shape, in place of the default and of n.
+        transforms: A function from inputs ``(N, ...)`` to a sequence of views of the same shape, which replaces the
+            default views and n.
         name: Another name for the score.
 
     Returns:
@@ -71,7 +73,7 @@ def views(
 
 
 class ViewsRecipe(Recipe):
-    """The recipe of views; a call makes the score that is averaged."""
+    """The recipe of ``views``; calling it also makes the score that is averaged."""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class ViewsScore(Score):
         return plain if self.n == 1 else (plain + (self.n - 1) * evidence.probe(self.means).to(plain)) / self.n
 
     def _of_view(self, view: Evidence, evidence: Evidence) -> Tensor:
-        """The score of one view; of the softmax, the probability of the classes other than the plain prediction."""
+        """Return the score of one view; for the softmax, the probability of all classes but the plain prediction."""
         if self.inner.recipe.name != "max_softmax":
             return self.inner(view)
         p = torch.softmax(view.logits / self.inner.arguments.get("temperature", 1.0), 1)
@@ -172,7 +174,7 @@ class FittedViews(FittedScore):
         return measured
 
     def contribution(self, evidence: Evidence, keys: Tensor | None = None) -> Tensors:
-        """Return one batch's contribution to the fit, from the plain inputs alone."""
+        """Return one batch's contribution to the fit, from the plain inputs only."""
         return self.unfitted.contribution(evidence, keys)
 
     def finish(self, total: Tensors) -> Tensors:

@@ -1,4 +1,4 @@
-"""Channel statistics of a forward pass: mean and deviation of what every convolution and linear layer receives."""
+"""Channel statistics of a forward pass: mean and deviation of the inputs of every convolution and linear layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_gradmetrics.gradients.precision import at_least_float32
 __all__ = ["WIDTH", "ChannelProbe", "ChannelStatistics", "channels_of", "observing_channels"]
 
 WIDTH = 2048
-"""The most statistics per sample: wider models are sketched, layer by layer."""
+"""Largest number of statistics per sample; those of wider models are reduced by random sums in each layer."""
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -28,11 +28,11 @@ def channels_of(layer: nn.Module, x: Tensor, size: int) -> Tensor | None:
 
     Args:
         layer: A convolution, whose channels are the second axis, or a linear layer, whose channels are the last.
-        x: Its input; the first axis is the samples, or several rows of each sample, one after the other.
+        x: Its input; the first axis holds the samples, or several consecutive rows per sample.
         size: The number of samples ``N``.
 
     Returns:
-        The statistics; ``None`` if the first axis does not hold the samples.
+        The statistics; ``None`` if the first axis is not a multiple of the number of samples.
 
     Example:
         >>> channels_of(nn.Linear(2, 3), torch.tensor([[[1.0, 0.0], [3.0, 0.0]]]), 1)
@@ -46,7 +46,7 @@ def channels_of(layer: nn.Module, x: Tensor, size: int) -> Tensor | None:
 
 
 def _sketched(statistics: Tensor, width: int) -> Tensor:
-    """At most ``width`` random sums with signs of the columns, the same for every sample."""
+    """Return at most ``width`` sums of the columns with random signs, the same for every sample."""
     columns = statistics.shape[1]
     if columns <= width:
         return statistics
@@ -68,7 +68,7 @@ class ChannelStatistics:
         self.by_layer: dict[nn.Module, Tensor] = {}
 
     def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the first call of a layer."""
+        """Record the statistics of a layer's first call."""
         given = args[0] if args else next(iter(kwargs.values()), None)
         if layer in self.by_layer or not isinstance(given, Tensor) or not given.is_floating_point():
             return
@@ -123,7 +123,7 @@ def observing_channels(model: nn.Module, size: int) -> Iterator[ChannelStatistic
 
 @dataclass
 class _Call:
-    """The channel statistics of the only call of a model, started and ended by hooks."""
+    """The channel statistics of a model that is called once; hooks start and end the recording."""
 
     running: int = 0
     calls: list[ChannelStatistics] = field(default_factory=list)
@@ -141,7 +141,7 @@ class _Call:
         self.running -= 1
 
     def columns(self, size: int) -> Tensor | None:
-        """The statistics ``(N, F)``; ``None`` unless there was one call, with this number of samples and some channel."""
+        """Return the statistics ``(N, F)``; ``None`` unless there was exactly one call, with this number of samples."""
         is_complete = len(self.calls) == 1 and not self.running
         if not is_complete or self.calls[0].size != size or not self.calls[0].by_layer:
             return None
@@ -150,7 +150,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class ChannelProbe:
-    """A probe: the channel statistics ``(N, F)`` of the forward pass that makes the prediction."""
+    """A probe: the channel statistics ``(N, F)`` of the forward pass of the prediction."""
 
     backward: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""Classifiers of standardised features as tensors, for the fitted scores that learn two classes."""
+"""Classifiers of standardised features, stored as tensors, for fitted scores that learn two classes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = [
 ]
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""scikit-learn's ``C``, one over the weight of the penalty, that the inner cross-validation chooses from."""
+"""The values of scikit-learn's ``C`` (one over the penalty's weight) that the inner cross-validation tries."""
 
 SPLITS = 5
-"""Parts of the inner cross-validation; fewer where the smaller class has fewer samples."""
+"""Number of folds of the inner cross-validation; fewer if the smaller class has fewer samples."""
 
 
 def column_scale(features: Tensor, least: float = 0.0) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def column_scale(features: Tensor, least: float = 0.0) -> dict[str, Tensor]:
 
     Args:
         features: ``(M, F)``.
-        least: A standard deviation of at most this is rounding: the column's scale is then 1.
+        least: A standard deviation up to this value counts as rounding; the column's scale is then 1.
     """
     scale = features.std(0, correction=0)
     return {"mean": features.mean(0), "scale": torch.where(scale > least, scale, 1.0)}
@@ -49,7 +49,7 @@ def classified(features: Tensor, state: dict[str, Tensor]) -> Tensor:
 
     Args:
         features: ``(N, F)``.
-        state: ``mean``, ``scale``, ``weight`` and ``bias``; perhaps ``weight1`` ``(F, H)`` and ``bias1``.
+        state: ``mean``, ``scale``, ``weight`` and ``bias``; optionally ``weight1`` ``(F, H)`` and ``bias1``.
     """
     hidden = standardised(features, state)
     if "weight1" in state:
@@ -90,7 +90,7 @@ def two_layers(
         features: ``(M, F)``, standardised.
         target: ``(M,)``, 0 or 1.
         hidden: The width H of the hidden layer.
-        epochs: Passes over the samples, at most: it stops when the loss no longer falls.
+        epochs: The largest number of passes over the samples; training stops when the loss no longer falls.
         penalty: The weight of the L2 penalty.
         learning_rate: Adam's learning rate.
         batch_size: Samples in a batch.
@@ -116,8 +116,8 @@ def two_layers(
         max_iter=epochs,
         random_state=seed,
     )
-    with warnings.catch_warnings(), threadpool_limits(1):  # threads would only wait for each other
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the number of epochs is a setting here
+    with warnings.catch_warnings(), threadpool_limits(1):  # more threads would be slower
+        warnings.simplefilter("ignore", ConvergenceWarning)  # stopping early is intended
         network.fit(features.numpy(), target.numpy())
     (weight1, weight), (bias1, bias) = network.coefs_, network.intercepts_
     return _tensors(weight1=weight1, bias1=bias1, weight=weight[:, 0], bias=bias[0])
@@ -136,7 +136,7 @@ def cross_validated_auroc(
         features: ``(M, F)``, standardised.
         target: ``(M,)``, 0 or 1.
         folds: The number of folds.
-        fit: From features and target to the classifier's tensors.
+        fit: A function from features and target to the classifier's tensors.
         seed: The seed of the folds.
 
     Raises:
@@ -163,7 +163,7 @@ def regularised_logistic(features: Tensor, target: Tensor, seed: int = 0) -> dic
 
     Args:
         features: ``(M, F)``, standardised.
-        target: ``(M,)``, 0 or 1, two or more samples of each.
+        target: ``(M,)``, 0 or 1, with two or more samples of each.
         seed: The seed of the cross-validation.
 
     Returns:
@@ -178,7 +178,7 @@ def regularised_logistic(features: Tensor, target: Tensor, seed: int = 0) -> dic
     from threadpoolctl import threadpool_limits
 
     x, y = features.numpy(), target.numpy()
-    with threadpool_limits(1):  # the problems are so small that threads only wait for each other
+    with threadpool_limits(1):  # the problems are so small that more threads would be slower
         losses = sum(_losses(x, y, *part) for part in _parts(x, y, seed))
         fitted = LogisticRegression(C=STRENGTHS[int(losses.argmin())], max_iter=2000).fit(x, y)  # type: ignore[union-attr]
     return _tensors(weight=fitted.coef_[0], bias=fitted.intercept_[0], strength=fitted.C)

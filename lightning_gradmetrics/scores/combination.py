@@ -1,4 +1,4 @@
-"""A fitted combination of the logits' scores, the head's factors and every layer's gradient norms, from one pass."""
+"""A fitted combination of logit scores, factors of the head's gradient and gradient norms of every layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_gradmetrics.scoring.totals import Tensors
 __all__ = ["COLUMNS", "NORMS", "OBJECTIVES", "combination"]
 
 FLOOR = 1e-20
-"""Added before a logarithm: norms and probabilities below it carry no information."""
+"""Added before a logarithm; norms and probabilities below it carry no information."""
 
 CONSTANT = 1e-4
 """A feature whose standard deviation is at most this is constant up to rounding."""
@@ -63,7 +63,7 @@ COLUMNS: dict[str, Callable[[Evidence], Tensor]] = {
     "log |p - e_y|_2": _log_of(pseudo_label(statistic="l2", factor="output")),
     "log |p - 1/C|_2": _log_of(gradnorm(p=2.0, factor="output"), -1.0),
 }
-"""The features that need no backward pass: the scores of the logits, and the two factors of the head's gradients."""
+"""The features that need no backward pass: scores of the logits, and the two factors of the head's gradients."""
 
 OBJECTIVES = ("pseudo_label", "uniform")
 NORMS = ("l1", "l2", "linf")
@@ -92,7 +92,7 @@ CLASSIFIERS = {
 
 @register_fitted("gradient", "this package; after Oberdiek et al. 2018, arXiv:1805.08440")
 class combination(FittedScore):
-    r"""A detector or a classifier of many scores and gradient norms together, standardised.
+    r"""A detector or a classifier on many standardised scores and gradient norms together.
 
     The features, with ``z`` the logits, ``p`` their softmax, ``h`` the head's input and ``y`` the prediction:
     ``log(1 - p_y)``, ``log H(p)``, ``z_(2) - z_(1)``, ``-log sum_c exp(z_c)``, ``-max_c z_c``; the factors of the
@@ -100,7 +100,7 @@ class combination(FittedScore):
     ``target`` the logarithms of the L1 norm, the L2 norm and the largest absolute entry of its gradient, for the
     cross-entropy to the predicted class and to the uniform distribution. 1e-20 is added before a logarithm.
 
-    Whether it beats a single score depends on the data: see ``docs/combination.md``.
+    Whether it beats a single score depends on the data; see ``docs/combination.md``.
 
     Args:
         detector: ``"mahalanobis"`` and ``"lof"`` are fitted on in-distribution samples without labels: the Mahalanobis
@@ -149,7 +149,7 @@ class combination(FittedScore):
             _check_classes(self.detector, total["rows/positive"][known])
         elif len(features) < 2:
             raise ValueError(
-                f"combination(detector={self.detector}) needs 2 or more samples, and there are {len(features)}"
+                f"combination(detector={self.detector}) needs 2 or more samples, but there are {len(features)}"
             )
         scale = column_scale(features, CONSTANT)
         features = standardised(features, scale)
@@ -179,6 +179,6 @@ def _check_classes(detector: str, positive: Tensor) -> None:
     counts = int(positive.sum()), int((1 - positive).sum())
     if min(counts) < 2:
         raise ValueError(
-            f"combination(detector={detector}) is fitted on 2 or more {first} and 2 or more {second}, and the data have "
+            f"combination(detector={detector}) is fitted on 2 or more {first} and 2 or more {second}, but the data have "
             f"{counts[0]} and {counts[1]}: give {advice}"
         )

@@ -1,4 +1,4 @@
-"""Gradients against a confounding label of ones (Lee & AlRegib): the sum, the halves, and the trained detector."""
+"""Gradients towards a confounding label of ones (Lee & AlRegib): two norms and the trained detector."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_gradmetrics.scoring.totals import Tensors
 __all__ = ["confounding", "confounding_detector", "purview"]
 
 FLOOR = 1e-12
-"""Added before a logarithm: squared norms below it carry no information."""
+"""Added before a logarithm; squared norms below it carry no information."""
 
 
 def _objective(logits: bool) -> str:
@@ -38,12 +38,12 @@ def confounding(evidence: Evidence, *, logits: bool = False, target: Target = "a
     The loss is the binary cross-entropy of the softmax to ones, ``-sum_c log p_c``. On the head's weight the score is
     ``C^2 |h|_2^2 |p - 1/C|_2^2``; with ``logits=True`` it is ``|h|_2^2 sum_c sigmoid(-z_c)^2``.
 
-    The direction is disputed. A large gradient counts as uncertain here, as in pytorch-ood before 0.4; pytorch-ood has
-    taken the negative since. With the softmax the gradient is small for an undecided prediction. The paper trains a
+    The direction is disputed. Here a large gradient counts as uncertain, as in pytorch-ood before version 0.4; later
+    versions use the negative. With the softmax, the gradient is small for an undecided prediction. The paper trains a
     detector on the norms, which learns the direction: ``confounding_detector``.
 
     Args:
-        logits: Whether to take the paper's binary cross-entropy with logits, ``-sum_c log sigmoid(z_c)``.
+        logits: Whether to use the paper's binary cross-entropy with logits, ``-sum_c log sigmoid(z_c)``.
         target: The parameters: ``"head"``, ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name.
 
     Returns:
@@ -102,12 +102,12 @@ class confounding_detector(FittedScore):
     samples.
 
     Args:
-        logits: Whether to take the paper's binary cross-entropy with logits, or the one of the softmax.
+        logits: Whether to use the paper's binary cross-entropy with logits instead of the one of the softmax.
         target: The parameters: ``"head"``, ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name.
         hidden: The width of the hidden layer.
         epochs: Passes over the samples.
-        folds: With two or more, the detector is also cross-validated with this number of folds; the AUROC of each fold
-            is in the state, as ``cross_validated_auroc``. 0 does not.
+        folds: If 2 or more, the detector is also cross-validated with this number of folds, and the AUROC of each fold
+            is stored in the state as ``cross_validated_auroc``. 0 skips this.
         seed: The seed of the weights and the folds.
 
     Example:
@@ -171,7 +171,7 @@ class confounding_detector(FittedScore):
 
 
 def _check_both(ood: int, count: int) -> None:
-    """Refuse data of one kind."""
+    """Refuse data without both kinds of samples."""
     if ood in (0, count):
         missing = "out-of-distribution" if not ood else "in-distribution"
         raise ValueError(

@@ -16,11 +16,11 @@ __all__ = [
 ]
 
 CHUNK = 2**22
-"""Distances computed at a time."""
+"""Number of distances computed at a time."""
 
 
 def moment_sums(x: Tensor) -> dict[str, Tensor]:
-    """Return the sums over rows that :func:`mahalanobis_state` needs; sums of batches add up.
+    """Return the sums over rows that :func:`mahalanobis_state` needs; sums of several batches may be added.
 
     Args:
         x: ``(N, D)``.
@@ -36,34 +36,34 @@ def moment_sums(x: Tensor) -> dict[str, Tensor]:
 
 
 def mahalanobis_state(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mean and shrunk precision of the rows behind the sums, in constant memory.
+    """Return mean and shrunk precision of the rows behind the sums, in constant memory.
 
     Args:
-        sums: Of :func:`moment_sums`, of 2 or more rows.
+        sums: The result of :func:`moment_sums` for 2 or more rows.
 
     Returns:
         ``mean`` ``(D,)`` and ``precision`` ``(D, D)``, the inverse of the covariance of :func:`ledoit_wolf`.
 
     Raises:
-        ValueError: If there are fewer than 2 rows, or all rows are alike.
+        ValueError: If there are fewer than 2 rows, or all rows are equal.
     """
     normal = ledoit_wolf(sums)
     return {"mean": normal["mean"], "precision": torch.linalg.pinv(normal["covariance"], hermitian=True)}
 
 
 def ledoit_wolf(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    r"""Mean and shrunk covariance of the rows behind the sums.
+    r"""Return mean and shrunk covariance of the rows behind the sums.
 
     The covariance is ``(1 - s) S + s tr(S)/D I`` with Ledoit and Wolf's shrinkage ``s``.
 
     Args:
-        sums: Of :func:`moment_sums`, of 2 or more rows.
+        sums: The result of :func:`moment_sums` for 2 or more rows.
 
     Returns:
         ``mean`` ``(D,)``, ``covariance`` ``(D, D)`` and ``shrinkage``, from 0 to 1.
 
     Raises:
-        ValueError: If there are fewer than 2 rows, or all rows are alike.
+        ValueError: If there are fewer than 2 rows, or all rows are equal.
 
     Reference:
         O. Ledoit and M. Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
@@ -71,7 +71,7 @@ def ledoit_wolf(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     count, mean = sums["count"], sums["sum"] / sums["count"]
     if count < 2:
-        raise ValueError(f"a covariance needs 2 or more samples, and there are {int(count)}")
+        raise ValueError(f"a covariance needs 2 or more samples, but there are {int(count)}")
     covariance = sums["products"] / count - torch.outer(mean, mean)
     size, trace = len(mean), covariance.trace()
     if not trace > 1e-12 * sums["products"].trace() / count:
@@ -85,7 +85,7 @@ def ledoit_wolf(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _centred_fourth(sums: dict[str, Tensor], mean: Tensor) -> Tensor:
-    """``sum |x - m|^4`` from the sums about zero."""
+    """Return ``sum |x - m|^4`` from the raw sums."""
     square = mean @ mean
     return (
         sums["fourth"]
@@ -97,7 +97,7 @@ def _centred_fourth(sums: dict[str, Tensor], mean: Tensor) -> Tensor:
 
 
 def mahalanobis(x: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Squared Mahalanobis distance of rows ``(N, D)`` to the mean, ``(N,)``."""
+    """Return the squared Mahalanobis distance of rows ``(N, D)`` to the mean, ``(N,)``."""
     centred = x - state["mean"]
     return (centred @ state["precision"] * centred).sum(1)
 
@@ -117,11 +117,11 @@ def lof_state(rows: Tensor, neighbours: int) -> dict[str, Tensor]:
         ValueError: If there are fewer than 2 rows.
     """
     if len(rows) < 2:
-        raise ValueError(f"the local outlier factor needs 2 or more samples to be fitted on, and there are {len(rows)}")
+        raise ValueError(f"the local outlier factor needs 2 or more samples to be fitted on, but there are {len(rows)}")
     count = min(neighbours, len(rows) - 1)
     distances, nearest = nearest_rows(rows, rows, count + 1)
     own = nearest == torch.arange(len(rows), device=rows.device)[:, None]
-    own |= (~own.any(1))[:, None] & (torch.arange(count + 1, device=rows.device) == count)  # among many twins
+    own |= (~own.any(1))[:, None] & (torch.arange(count + 1, device=rows.device) == count)  # among many identical rows
     distances, nearest = distances[~own].view(-1, count), nearest[~own].view(-1, count)
     reach = distances[:, -1].contiguous()
     return {"rows": rows, "reach": reach, "density": _density(distances, nearest, reach)}
@@ -150,7 +150,7 @@ def _density(distances: Tensor, nearest: Tensor, reach: Tensor) -> Tensor:
 
 
 def local_outlier_factor(x: Tensor, state: dict[str, Tensor], neighbours: int) -> Tensor:
-    """Return the local outlier factor of rows ``(N, D)``: their neighbours' mean density over their own, ``(N,)``.
+    """Return the local outlier factor of rows ``(N, D)``: the mean density of their neighbours over their own, ``(N,)``.
 
     Reference:
         M. Breunig et al., "LOF: identifying density-based local outliers", SIGMOD 2000.

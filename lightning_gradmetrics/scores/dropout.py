@@ -23,7 +23,7 @@ __all__ = ["MeanPrediction", "mc_dropout"]
 _WHOLE_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 _ALPHA = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPPED = -1.7580993408473766
-"""The value of a unit that alpha dropout drops: SELU's limit for large negative inputs."""
+"""The value that alpha dropout gives to dropped units: SELU's limit for large negative inputs."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class MeanPrediction:
 
 @contextmanager
 def _dropping(dropouts: list[nn.modules.dropout._DropoutNd], size: int, generator: torch.Generator) -> Iterator[None]:
-    """Every call of the dropout modules drops units, the same ones of each of the ``size`` samples."""
+    """Make the dropout modules drop units inside the block, the same units for each of the ``size`` samples."""
 
     def dropped(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return _drop(module, output, size, generator)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def _dropping(dropouts: list[nn.modules.dropout._DropoutNd], size: int, generato
 
 
 def _drop(module: nn.modules.dropout._DropoutNd, x: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Dropout of ``x``: its first axis is the samples, or some rows (windows, say) of each one after the other."""
+    """Apply dropout to ``x``, whose first axis holds the samples, or several consecutive rows (such as windows) per sample."""
     rows = len(x) // size if len(x) % size == 0 else len(x)
     channels = isinstance(module, _WHOLE_CHANNELS)
     shape = (rows, x.shape[1], *[1] * (x.ndim - 2)) if channels else (rows, *x.shape[1:])
@@ -98,7 +98,7 @@ def mc_dropout(evidence: Evidence, *, passes: Count = 10, seed: CountOrZero = 0)
 
     Only ``nn.Dropout`` modules are enabled; dropout built into attention and recurrent layers stays off. Each pass has
     one set of masks, the same for every sample. For a model without dropout the score is the entropy, with a warning.
-    GradTrust's demo means this quantity, but its code keeps only the last of the passes.
+    GradTrust's demo intends this quantity, but its code keeps only the last pass.
 
     Args:
         passes: The number of forward passes.

@@ -1,4 +1,4 @@
-"""Scores that average over the classes that a sample could have: ExGrad, and the trace of the Fisher information."""
+"""Scores that average over the possible classes of a sample: ExGrad, and the trace of the Fisher information."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_gradmetrics.scoring.registry import register
 __all__ = ["class_objectives", "class_order", "exgrad", "fisher_trace", "residual_norms"]
 
 MOST_CLASSES = 1000
-"""The engine computes all classes' gradients of the logits together: ``(N, C, C)``."""
+"""Largest number of classes, because the engine stores gradients of the logits of all classes, ``(N, C, C)``."""
 
 
 @register("gradient", "Igoe et al. 2022, arXiv:2205.10439")
@@ -29,10 +29,10 @@ def exgrad(evidence: Evidence, *, p: Norm = 1.0, target: Target = "head", classe
     Args:
         p: The p of the norm.
         target: The parameters: ``"head"``, ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name.
-        classes: Only each sample's k likeliest classes, in k backward passes: the expectation given that the class is
-            one of them, ``sum_{c in top k} p_c |grad -log p_c| / sum_{c in top k} p_c``. Without the division the
+        classes: Use only each sample's k likeliest classes, in k backward passes: the expectation given that the class
+            is one of them, ``sum_{c in top k} p_c |grad -log p_c| / sum_{c in top k} p_c``. Without the division, the
             top-k probability would cap the score, and the most spread-out predictions would look the most certain.
-            ``classes=1`` is ``pseudo_label``; ``None`` takes all classes.
+            ``classes=1`` is ``pseudo_label``; ``None`` uses all classes.
 
     Returns:
         A score with values ``(N,)``, at least 0.
@@ -63,7 +63,7 @@ def fisher_trace(evidence: Evidence, *, target: Target = "head", classes: Count 
 
     Args:
         target: The parameters: ``"head"``, ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name.
-        classes: Only each sample's k likeliest classes, in k backward passes, as in ``exgrad``:
+        classes: Use only each sample's k likeliest classes, in k backward passes, as in ``exgrad``:
             ``sum_{c in top k} p_c |grad -log p_c|_2^2 / sum_{c in top k} p_c``.
 
     Returns:
@@ -141,7 +141,7 @@ def residual_norms(softmax: Softmax, p: float) -> Tensor:
 
 
 def _sums_of_others(powers: Tensor, softmax: Softmax) -> Tensor:
-    """For each class, the sum of the other classes' powers: that of the predicted class is added up, not subtracted."""
+    """Return, for each class, the sum of the other classes' powers, computed without cancellation."""
     differences = (powers.sum(1, keepdim=True) - powers).clamp(min=0)
     rest = powers.masked_fill(softmax.is_top, 0).sum(1, keepdim=True)
     return torch.where(softmax.is_top, rest, differences)

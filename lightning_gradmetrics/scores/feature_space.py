@@ -1,4 +1,4 @@
-"""Distances in the space of the head's input: Mahalanobis, relative Mahalanobis, nearest neighbours, ViM and SIRC."""
+"""Scores in the space of the head's input: Mahalanobis, relative Mahalanobis, nearest neighbours, ViM and SIRC."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RIDGE = 1e-6
 """This times its mean eigenvalue is added to a covariance, so that it can be inverted."""
 
 CONSTANT = 1e-12
-"""A second moment that is a smaller share of its total than this is a rounding error."""
+"""A second moment below this fraction of the total counts as rounding error."""
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def _class_sums(features: Tensor, labels: Tensor, classes: int) -> Tensors:
-    """Counts, sums and second moments of the labelled rows; sums of batches add up."""
+    """Return counts, sums and second moments of the labelled rows, which may be added over batches."""
     if bool((labels >= classes).any()):
         raise ValueError(
             f"the data to fit on have the label {int(labels.max())}, and the model has {classes} classes: allowed are 0 to "
@@ -68,7 +68,7 @@ def _class_gaussians(total: Tensors, name: str) -> Tensors:
 
 
 def _distances(features: Tensor, means: Tensor, precision: Tensor) -> Tensor:
-    """Squared Mahalanobis distances of rows to means, ``(N, K)``."""
+    """Return the squared Mahalanobis distances of rows to means, ``(N, K)``."""
     columns = []
     for mean in means:
         centred = features - mean
@@ -80,8 +80,8 @@ def _distances(features: Tensor, means: Tensor, precision: Tensor) -> Tensor:
 class mahalanobis(FittedScore):
     r"""Squared Mahalanobis distance of the head's input to the nearest class mean, on L2-normalised features.
 
-    ``min_c (x - m_c)^T S^-1 (x - m_c)`` with ``x = h / |h|_2``, the class means ``m_c`` and one covariance ``S`` within
-    the classes, of labelled in-distribution data. The fit streams sums in memory of D x D.
+    ``min_c (x - m_c)^T S^-1 (x - m_c)`` with ``x = h / |h|_2``, the class means ``m_c`` and one within-class covariance
+    ``S``, of labelled in-distribution data. The fit is streaming and needs memory for D x D numbers.
 
     Args:
         normalise: Whether to divide the features by their L2 norm, as Mueller and Hein do ("Mahalanobis++"). ``False`` is
@@ -119,9 +119,9 @@ class mahalanobis(FittedScore):
 class rmds(FittedScore):
     r"""Relative Mahalanobis distance: that to the nearest class, minus that to all in-distribution data.
 
-    ``min_c MD_c(h) - MD_0(h)`` with ``MD_c`` the squared Mahalanobis distance to the mean of class ``c`` under the
-    covariance within the classes, and ``MD_0`` the one to the overall mean under the overall covariance, of labelled
-    in-distribution data. The fit streams sums in memory of D x D.
+    ``min_c MD_c(h) - MD_0(h)``, where ``MD_c`` is the squared Mahalanobis distance to the mean of class ``c`` under the
+    within-class covariance, and ``MD_0`` the distance to the overall mean under the overall covariance, of labelled
+    in-distribution data. The fit is streaming and needs memory for D x D numbers.
 
     Example:
         >>> import lightning_gradmetrics as lgm
@@ -158,12 +158,12 @@ class rmds(FittedScore):
 class knn(FittedScore):
     r"""Distance of the head's input to its k-th nearest neighbour among in-distribution samples.
 
-    ``|x - x_(k)|_2`` with ``x = h / |h|_2``. The state is the features: a uniform sample of at most 50,000 samples and 34
-    million numbers. Labels are not needed.
+    ``|x - x_(k)|_2`` with ``x = h / |h|_2``. The state consists of features: a uniform sample of at most 50,000 rows
+    and 34 million numbers. Labels are not needed.
 
     Args:
-        k: The neighbour. The paper takes 50 for CIFAR-10 and 1000 for ImageNet; with k above the number of samples of a
-            class the score ranks in reverse.
+        k: The rank of the neighbour. The paper uses 50 for CIFAR-10 and 1000 for ImageNet. If k exceeds the number of
+            samples of a class, the score ranks in reverse.
         normalise: Whether to divide the features by their L2 norm, as the paper does.
 
     Example:
@@ -192,7 +192,7 @@ class knn(FittedScore):
         rows = rows[rows.isfinite().all(1)]
         if len(rows) < self.k:
             raise ValueError(
-                f"knn(k={self.k}) is fitted on {self.k} or more samples, and there are {len(rows)}: lower k"
+                f"knn(k={self.k}) is fitted on {self.k} or more samples, but there are {len(rows)}: lower k"
             )
         return {"rows": rows}
 
@@ -204,7 +204,7 @@ class knn(FittedScore):
 
 
 def _residual(features: Tensor, state: Tensors) -> Tensor:
-    """Return the norm of the part of the features outside the principal subspace, ``(N,)``."""
+    """Return the norm of the features' component outside the principal subspace, ``(N,)``."""
     norm: Tensor = torch.linalg.vector_norm((features - state["origin"]) @ state["null_space"], 2, 1)
     return norm
 
@@ -237,12 +237,12 @@ class vim(FittedScore):
 
     ``alpha |R^T (h - o)|_2 - log sum_c exp(z_c)`` with the origin ``o = -W^+ b`` of the head's weight and bias, ``R`` the
     directions outside the principal subspace of in-distribution features about ``o``, and ``alpha`` the ratio of the
-    mean largest logit to the mean norm. The state is these three; the fit keeps a uniform sample of at most 50,000
-    samples. Labels are not needed.
+    mean largest logit to the mean norm. The state consists of these three; the fit uses a uniform sample of at most
+    50,000 samples. Labels are not needed.
 
     Args:
-        dimensions: The dimensions of the principal subspace; ``None`` is half of the head's input. The paper takes 512 of
-            768 or 1000 of 2048.
+        dimensions: The dimensions of the principal subspace; ``None`` is half of the head's input. The paper uses 512
+            of 768, or 1000 of 2048.
 
     Example:
         >>> import lightning_gradmetrics as lgm
@@ -280,17 +280,18 @@ PRIMARY = {"max_softmax": max_softmax(), "entropy": entropy()}
 
 @register_fitted("baseline", "Xia & Bouganis 2022, arXiv:2207.07517")
 class sirc(FittedScore):
-    r"""SIRC: an error score, raised where a second score finds a sample out-of-distribution.
+    r"""SIRC: an error score that increases if a second score marks the sample as out-of-distribution.
 
     ``log S + log(1 + exp(-b (s - a)))`` with the error score ``S`` (``1 - p_y`` or the entropy) and a secondary
-    confidence ``s``; ``a = mean(s) - 3 sd(s)`` and ``b = 1 / sd(s)`` over in-distribution data. For ordinary samples the
-    second term is near constant, so the ranking of errors survives. As in the authors' code, the score is the logarithm
+    confidence ``s``; ``a = mean(s) - 3 sd(s)`` and ``b = 1 / sd(s)`` over in-distribution data. For ordinary samples
+    the second term is nearly constant, so the ranking of errors is preserved. As in the authors' code, the score is the
+    logarithm
     of the paper's quantity. Labels are not needed.
 
     Args:
         primary: The error score: ``"max_softmax"`` or ``"entropy"``.
         secondary: The confidence: ``"feature_norm"``, the L1 norm of the head's input, or ``"residual"``, the negative
-            norm of its part outside the principal subspace, as in ``vim``.
+            norm of its component outside the principal subspace, as in ``vim``.
         dimensions: The dimensions of the principal subspace; ``None`` is half of the head's input.
 
     Example:

@@ -1,4 +1,4 @@
-"""A sample's influence on itself, in the metric of the Fisher information."""
+"""The influence of a sample on itself, measured with the Fisher information."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class kfac_influence(FittedScore):
 
     ``g`` is the gradient of the cross-entropy to the predicted class with respect to the logits, ``h`` the head's input
     with a one for the bias. ``G`` is the mean of ``diag(p) - p p^T`` and ``A`` the mean of ``h h^T`` over in-distribution
-    data. The fit needs no labels, and memory for the two matrices.
+    data. The fit needs no labels; its memory is that of the two matrices.
 
     Args:
-        damping: This times its mean eigenvalue is added to each factor. ``G`` has an eigenvalue 0 by construction.
+        damping: This multiple of its mean eigenvalue is added to each factor, because ``G`` has an eigenvalue 0 by
+            construction.
 
     Example:
         >>> import lightning_gradmetrics as lgm

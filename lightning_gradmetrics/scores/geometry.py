@@ -1,4 +1,4 @@
-"""Geometric gradient analysis: scores of the cosine similarity maps of a sample's class saliency maps."""
+"""Geometric gradient analysis: scores from the cosine similarity maps of a sample's saliency maps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["SUMMARIES", "ClassCosines", "gga", "gga_detector"]
 PAPER = "Schwinn et al. 2021, arXiv:2102.12196"
 
 MANY = 100
-"""The number of classes from which the user is warned of their cost."""
+"""Number of classes from which on a warning about the cost is given."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def gga(
 ) -> Tensor:
     r"""A summary of the cosine similarity map: the mean cosine of two different classes' saliency maps.
 
-    The directions of the summaries are empirical. On a CIFAR-10 ResNet-20 (500, 250 and 250 images), AUROC x 100 for
+    Whether a summary rises or falls with uncertainty is an empirical finding. On a CIFAR-10 ResNet-20 (500, 250 and 250
+    images), AUROC x 100 for
     errors, near and far data was 81, 74 and 50 with ``mean_cosine``, 84, 70 and 68 with ``max_cosine``, and 93, 75 and
     80 with ``max_softmax``; ``min_cosine`` and ``least_row_cosine`` were near chance. The paper fits a detector:
     ``gga_detector``.
@@ -87,10 +88,10 @@ def gga(
     Args:
         summary: ``mean_cosine``, ``std_cosine``, ``min_cosine``, ``max_cosine``, ``least_row_cosine`` or
             ``effective_rank``, functions of :mod:`lightning_gradmetrics.gradients.cosine_map_summaries`. The effective
-            rank falls as uncertainty grows: the score is its negative.
-        classes: Only the k classes of each sample's largest logits: one backward pass per class makes all classes of a
-            large model costly. ``None`` takes all.
-        sign: Whether to take the signs of the saliency maps, as in :func:`lightning_gradmetrics.cosine_similarity_maps`.
+            rank falls as uncertainty grows, so the score is its negative.
+        classes: Use only the k classes with the largest logits of each sample, because each class takes a backward
+            pass. ``None`` uses all.
+        sign: Whether to use the signs of the saliency maps, as in :func:`lightning_gradmetrics.cosine_similarity_maps`.
         rescale: Whether to rescale the logits, as in :func:`lightning_gradmetrics.cosine_similarity_maps`.
 
     Returns:
@@ -110,7 +111,7 @@ def gga(
 
 
 LOF_ROWS = 10_000
-"""Samples that the local outlier factor compares with: a uniform sample of those it was fitted on."""
+"""Largest number of fitted samples that the local outlier factor compares with, chosen uniformly."""
 
 
 @register_fitted("gradient", PAPER)
@@ -124,8 +125,8 @@ class gga_detector(FittedScore):
         method: ``lof``, the local outlier factor; or ``mahalanobis``, the squared distance to the mean under a
             Ledoit-Wolf covariance, fitted in constant memory.
         neighbours: The number of neighbours of the local outlier factor.
-        classes: Only the k classes of each sample's largest logits, as in ``gga``.
-        sign: Whether to take the signs of the saliency maps, as in :func:`lightning_gradmetrics.cosine_similarity_maps`.
+        classes: Use only the k classes with the largest logits of each sample, as in ``gga``.
+        sign: Whether to use the signs of the saliency maps, as in :func:`lightning_gradmetrics.cosine_similarity_maps`.
         rescale: Whether to rescale the logits, as in :func:`lightning_gradmetrics.cosine_similarity_maps`.
 
     Example:

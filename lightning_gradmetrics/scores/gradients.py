@@ -1,4 +1,4 @@
-"""Gradient scores: of the head in closed form, or of any parameters by the engine, from the same few lines."""
+"""Gradient norm scores, of the head in closed form or of any parameters by the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["feature_norm", "gradnorm", "gradnorm_kl", "pseudo_label", "uniform"]
 
 
 def _is_statistic(name: str) -> bool:
-    """Return whether it is the name of a statistic."""
+    """Return whether a string is the name of a statistic."""
     try:
         moments_for([name])
     except ValueError:
@@ -83,8 +83,8 @@ def uniform(
 ) -> Tensor:
     r"""Negative statistic of the gradient of the cross-entropy to the uniform distribution: ``gradnorm`` for ``l1``.
 
-    The gradient falls as the prediction gets less certain, so the score is the statistic's negative. Only of ``min``,
-    which rises, it is the statistic itself. ``pseudo_label`` takes the same statistics of the other objective.
+    The gradient shrinks as the prediction gets less certain, so the score is the negative of the statistic; only
+    ``min``, which rises, is not negated. ``pseudo_label`` uses the same statistics of another objective.
 
     Args:
         statistic: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``.
@@ -130,7 +130,7 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
     """
     softmax = evidence.softmax()
     p = softmax.probabilities
-    # log p + H, with both logarithms from the distances to the largest logit: the log-partition cancels.
+    # log p + H, both computed from the distances to the largest logit, so that the log-partition cancels.
     shifted = (p * softmax.distances).sum(1, keepdim=True) - softmax.distances
     output = p * shifted / p.shape[1]
     rows = output[:, 1:] if evidence.one_logit else output
@@ -144,7 +144,7 @@ def pseudo_label(
     r"""A statistic of the gradient of the cross-entropy to the predicted class.
 
     On the head's weight ``l1`` is ``|h|_1 |p - e_y|_1`` with the softmax ``p``, the prediction ``y`` and the head's
-    input ``h``. Of ``min``, which falls as the gradient grows, the score is the negative.
+    input ``h``. ``min``, which falls as the gradient grows, is negated.
 
     Args:
         statistic: ``max``, ``min``, ``mean``, ``std``, ``l1``, ``l2``, ``linf`` or any ``l<p>``.

@@ -1,4 +1,4 @@
-"""GradOrth: the gradient's part in the subspace of the in-distribution features."""
+"""GradOrth: the gradient projected onto the subspace of the in-distribution features."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ class gradorth(FittedScore):
 
     ``-|G M|_2`` with ``G = g h^T`` the gradient of the head's weight and ``M`` the leading right singular vectors of
     the matrix of in-distribution features ``h`` (not centred). In closed form it is ``-|g|_2 |M^T h|_2``. The loss is the
-    cross-entropy to the uniform distribution, ``g = p - 1/C``, as in ``gradnorm``. The fit needs no labels; it streams
-    the second moment ``sum h h^T`` in memory of D x D.
+    cross-entropy to the uniform distribution, ``g = p - 1/C``, as in ``gradnorm``. The fit needs no labels. It is
+    streaming and accumulates the second moment ``sum h h^T``, D x D numbers.
 
     The paper's abstract states the projection and its sign. The loss and the default of ``energy`` follow another
     implementation and were not checked in the paper itself.
 
     Args:
-        energy: M has the fewest vectors whose squared singular values reach this share of their sum. ``energy=1`` is
+        energy: ``M`` has the fewest vectors whose squared singular values reach this fraction of their sum.
+            ``energy=1`` is
             ``gradnorm(p=2)`` on data within the span of the features.
 
     Example:
@@ -61,11 +62,11 @@ class gradorth(FittedScore):
 
 
 def leading_directions(moment: Tensor, energy: float) -> Tensor:
-    """Return the fewest eigenvectors whose eigenvalues reach a share of their sum: ``(D, R)``.
+    """Return the fewest eigenvectors whose eigenvalues reach a fraction of their sum: ``(D, R)``.
 
     Args:
         moment: A second moment ``(D, D)``.
-        energy: The share.
+        energy: The fraction.
 
     Raises:
         ValueError: If the moment is zero.
@@ -74,6 +75,6 @@ def leading_directions(moment: Tensor, energy: float) -> Tensor:
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if not values[0] > 0:
         raise ValueError("the head's inputs to fit 'gradorth' on are all zero: there is no subspace to project onto")
-    reached = values.cumsum(0) / values.sum() >= energy - 1e-12  # the sums round: 1 must be within reach
+    reached = values.cumsum(0) / values.sum() >= energy - 1e-12  # so that rounding does not make 1 unreachable
     leading: Tensor = vectors[:, : int(reached.long().argmax()) + 1]
     return leading

@@ -17,12 +17,13 @@ __all__ = ["el2n", "grand", "nll"]
 def grand(evidence: Evidence, *, p: Norm = 2.0, target: Target = "all") -> Tensor:
     r"""GraNd: norm of the gradient of the cross-entropy to the true label, ``|grad -log p_y|``.
 
-    It needs the label of every sample, and finds hard and mislabelled ones. The paper averages over models early in
+    It needs the label of every sample, and identifies hard and mislabelled samples. The paper averages over models
+    early in
     training; this is the value of one model, so average the columns of several. On the head's weight
     (``target="head"``) it is ``|h|_p |softmax(z) - e_y|_p``.
 
     Args:
-        p: The p of the norm; the paper takes 2.
+        p: The p of the norm; the paper uses 2.
         target: The parameters: ``"all"``, as in the paper, ``"head"``, a pattern such as ``"layer4.*"``, or a predicate
             on the name.
 
@@ -47,7 +48,7 @@ def el2n(evidence: Evidence) -> Tensor:
     r"""EL2N: norm of the error of the prediction, ``|p - e_y|_2`` with the true label ``y``.
 
     It needs the label of every sample. The paper averages over models early in training; this is the value of one
-    model. It equals GraNd on the head without the feature norm.
+    model. It equals GraNd on the head divided by the feature norm.
 
     Returns:
         A score with values ``(N,)`` in ``[0, sqrt(2)]``.

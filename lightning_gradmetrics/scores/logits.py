@@ -1,4 +1,4 @@
-"""Scores of the logits alone: the baselines, and GradTrust, whose gradient is a function of the logits."""
+"""Scores of the logits only: the baselines, and GradTrust, whose gradient is a function of the logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["doctor", "energy", "entropy", "gradtrust", "log_likelihood", "margin
 def max_softmax(evidence: Evidence, *, temperature: Positive = 1.0) -> Tensor:
     r"""One minus the largest softmax probability, ``1 - max_c p_c``.
 
-    It is computed as the sum of all other probabilities, which keeps its digits for confident samples.
+    It is computed as the sum of all other probabilities, which stays accurate for confident samples.
 
     Args:
         temperature: Divides the logits.
@@ -154,8 +154,8 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
     computed, and no power overflows. The trust changes if a constant is added to the logits.
 
     Args:
-        k: Only the k classes with the largest logits count as counterfactual classes; the trust is then in ``[1, k]``.
-            ``None`` takes all C classes, as the paper's demo does.
+        k: Use only the k classes with the largest logits as counterfactual classes; the trust is then in ``[1, k]``.
+            ``None`` uses all C classes, as the paper's demo does.
 
     Returns:
         A score with values ``(N,)`` in ``[-C, -1]``.
@@ -172,7 +172,8 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
     a = evidence.logits - 1 / evidence.logits.shape[1]
     if k is not None and k < a.shape[1]:
         a = a.topk(k, 1).values
-    # Divided by the largest entry, the fourth power stays in range; an all-zero sample has equal rows: trust 1.
+    # Division by the largest entry keeps the fourth power in range; an all-zero sample has equal rows, so its trust is
+    # 1.
     largest = a.abs().amax(1, keepdim=True)
     scaled = torch.where(largest == 0, torch.ones_like(a), a / largest)
     return -1 / scaled.square().square().mean(1)
@@ -184,7 +185,7 @@ def doctor(evidence: Evidence, *, form: Literal["alpha", "beta"] = "alpha") -> T
 
     With ``g = sum_c p_c^2``, ``alpha`` is ``(1 - g) / g``: the odds that a label drawn from the softmax differs from
     another draw. ``beta`` is ``p_err / (1 - p_err)`` with ``p_err = 1 - max_c p_c``. ``1 - g`` and ``p_err`` are
-    computed from the sum of the other probabilities, which keeps its digits for confident samples. The paper's variants
+    computed from the sum of the other probabilities, which stays accurate for confident samples. The paper's variants
     with a temperature and a perturbed input are not included.
 
     Args:
@@ -206,4 +207,4 @@ def doctor(evidence: Evidence, *, form: Literal["alpha", "beta"] = "alpha") -> T
     if form == "beta":
         return softmax.odds
     p = softmax.probabilities
-    return (p * softmax.complements).sum(1) / p.square().sum(1)  # 1 - sum p^2 without a difference of numbers near 1
+    return (p * softmax.complements).sum(1) / p.square().sum(1)  # 1 - sum p^2 without cancellation

@@ -1,4 +1,4 @@
-"""The meta-classifier of Oberdiek et al.: errors predicted from statistics of the gradient."""
+"""The meta-classifier of Oberdiek et al., which predicts errors from statistics of the gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class oberdiek(FittedScore):
 
     The features are max, min, mean, standard deviation, L1 and L2 norm of the gradient's entries, standardised. The
     classifier is fitted with scikit-learn on labelled data that the model was not trained on, to predict the model's
-    errors. Its state is tensors, applied in plain torch.
+    errors. Its state consists of tensors, which are applied in plain torch.
 
     Args:
         classifier: ``"logistic"`` (logistic regression) or ``"network"`` (one hidden layer of 32).
@@ -81,7 +81,7 @@ class oberdiek(FittedScore):
 
 
 def _features(gradient: ParameterGradients, levels: tuple[str, ...]) -> Tensor:
-    """Return the features; a mean within rounding is zero, as of a softmax layer's gradient, whose entries sum to zero."""
+    """Return the features; a mean that is zero up to rounding, as for a softmax layer's gradient, is set to zero."""
     columns = feature_columns(gradient, levels)
     columns = columns.reshape(len(columns), columns.shape[1] // len(FEATURES), len(FEATURES)).clone()
     mean, std = columns[..., FEATURES.index("mean")], columns[..., FEATURES.index("std")]
@@ -98,6 +98,6 @@ def _check_errors(errors: int, count: int) -> None:
     if errors in (0, count):
         kind = "no error" if not errors else "only errors"
         raise ValueError(
-            f"the model makes {kind} on the {count} samples to fit 'oberdiek' on, but it learns to separate errors from "
+            f"the model makes {kind} on the {count} samples to fit 'oberdiek' on, but the fit must separate errors from "
             "correct predictions: give labelled data that the model was not trained on, or more of it"
         )

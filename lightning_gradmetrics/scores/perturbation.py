@@ -1,4 +1,4 @@
-"""ODIN: the softmax after a small step of the input against the gradient of the predicted class's loss."""
+"""ODIN: the softmax after a small step of the input that lowers the loss of the predicted class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PerturbedLogits:
     """A probe: the logits ``(N, C)`` of ``x - epsilon sign(grad_x -log softmax(z / T)_y)``, ``y`` the predicted class.
 
     Args:
-        temperature: T; it weighs the other classes in the gradient.
+        temperature: The temperature ``T``, which weights the other classes in the gradient.
         epsilon: The step, in the units of the model's input.
     """
 
@@ -38,7 +38,7 @@ class PerturbedLogits:
             model.requires_grad_(False)
             leaf, logits = differentiable_logits(model, inputs, "perturbed inputs")
             predicted = logits.detach().argmax(1, keepdim=True)
-            # The gradient of the loss up to a positive factor, which keeps its digits where the softmax saturates.
+            # The gradient of the loss up to a positive factor; stays accurate if the softmax saturates.
             covector = class_covectors(logits.detach() / self.temperature, predicted, rescale=False)[:, 0]
             (gradient,) = torch.autograd.grad(logits, leaf, covector.to(logits.dtype))
             with torch.no_grad():
@@ -50,8 +50,8 @@ def odin(evidence: Evidence, *, temperature: Positive = 100.0, epsilon: NonNegat
     r"""One minus ODIN, the largest softmax probability of the perturbed input at a temperature.
 
     ``1 - max_c softmax(z(x') / T)_c`` with ``x' = x - epsilon sign(grad_x -log softmax(z(x) / T)_y)`` and ``y`` the
-    predicted class, computed as the sum of all other probabilities. It takes two forwards and a backward. An entry
-    whose gradient is exactly 0 is not moved (the official code moves it).
+    predicted class, computed as the sum of all other probabilities. It takes two forward passes and one backward pass.
+    Entries whose gradient is exactly 0 are not moved (the official code moves them).
 
     Args:
         temperature: The temperature ``T``. The default is that of GradTrust's demo; the paper tunes it on data.

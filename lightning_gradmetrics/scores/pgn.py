@@ -1,4 +1,4 @@
-"""Pixel-wise gradient norms as their code computes them: two factors, of which the first is not that of the gradient."""
+"""Pixel-wise gradient norms as the published code computes them, which are not norms of the gradient."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def pgn(evidence: Evidence, *, p: Norm = 0.5, label: Literal["uniform", "one_hot
     - for the uniform label ``(C - 1) / C |s|_p |h|_p``; the gradient has ``|s - 1/C|_p |h|_p``. At ``p = 1`` the score is
       a constant times the feature norm. At ``p = 0.5`` the first factor grows with the entropy, as ``exp`` of the Renyi
       entropy of order 1/2, while that of the gradient falls.
-    - for the one-hot label ``|s (1 - e_y)|_p |h|_p``: entry ``y`` is 0, and that of the gradient is ``s_y - 1``. At
-      ``p = 1`` the score is half of the gradient's norm; at any other ``p`` it ranks differently.
+    - for the one-hot label ``|s (1 - e_y)|_p |h|_p``: entry ``y`` is 0, but in the gradient it is ``s_y - 1``. At ``p =
+      1`` the score is half of the gradient's norm; at any other ``p`` it ranks differently.
 
-    The gradient's norms are ``gradnorm(p=p)`` (negated) and ``pseudo_label(statistic="l<p>")``. Behind a head that is
-    resized, the score is computed from the resized logits; the published code resizes the scores. On samples and tokens
-    the same formula applies.
+    The gradient's norms are ``gradnorm(p=p)`` (negated) and ``pseudo_label(statistic="l<p>")``. If the head's
+    output is resized, the score is computed from the resized logits; the published code resizes the scores instead.
+    On samples and tokens the same formula applies.
 
     Args:
         p: The p of both norms; the paper uses 0.5 to find out-of-distribution objects.

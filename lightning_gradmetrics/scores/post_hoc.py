@@ -1,4 +1,4 @@
-"""Post-hoc scores of the logits with a parameter: generalised entropy, and the largest logit of normalised logits."""
+"""Post-hoc scores of the logits with a parameter: generalised entropy, and the largest of the normalised logits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ __all__ = ["gen", "max_logit_pnorm"]
 def gen(evidence: Evidence, *, gamma: Share = 0.1, top: Count | None = None) -> Tensor:
     r"""GEN: generalised entropy of the softmax, ``sum_c p_c^gamma (1 - p_c)^gamma``.
 
-    ``1 - p`` of the likeliest class is the sum of the others, which keeps its digits for confident samples. pytorch-ood
+    ``1 - p`` of the likeliest class is computed as the sum of the others, which stays accurate for confident samples.
+    pytorch-ood
     returns the mean over the classes, which ranks the same.
 
     Args:
         gamma: The exponent.
-        top: Only the largest probabilities, this many; the paper takes 100 for ImageNet. ``None`` takes all.
+        top: Use only this number of largest probabilities; the paper uses 100 for ImageNet. ``None`` uses all.
 
     Returns:
         A score with values ``(N,)``, at least 0.
@@ -48,7 +49,7 @@ def max_logit_pnorm(evidence: Evidence, *, p: Norm = 5.0) -> Tensor:
     r"""Negative largest logit of the logits divided by their p-norm, ``-max_c z_c / |z|_p``.
 
     It ranks errors of classifiers whose softmax ranks them badly. The paper chooses p on held-out data, and falls back
-    to the softmax where that is better.
+    to the softmax if that is better.
 
     Args:
         p: The p of the norm.

@@ -1,4 +1,4 @@
-"""Gradients compared with those of in-distribution data: GROOD, and the cosine to the mean gradient of the class."""
+"""Compares gradients with those of in-distribution data: GROOD, and the cosine to the mean gradient of the class."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_gradmetrics.scoring.totals import Tensors
 __all__ = ["gradient_cosine", "grood"]
 
 MOST_ENTRIES = 2**27
-"""The most entries of the mean gradients of all classes."""
+"""Largest number of entries in the mean gradients of all classes."""
 
 
 def _noise_gradients(features: Tensor, prototypes: Tensor, noise: Tensor) -> Tensor:
-    """GROOD's gradients ``(N, D)``: ``p_o (h - m_o) / |h - m_o|`` with ``p`` the softmax of negative distances."""
+    """Return GROOD's gradients ``(N, D)``: ``p_o (h - m_o) / |h - m_o|`` with ``p`` the softmax of negative distances."""
     to_classes = torch.cdist(features, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     away = features - noise
     to_noise: Tensor = torch.linalg.vector_norm(away, 2, 1, keepdim=True)
@@ -38,7 +38,7 @@ class grood(FittedScore):
 
     The authors' other out-of-distribution prototypes, of noise, of mixed features or of out-of-distribution data, are not
     included. The public OpenOOD code takes the softmax in its option ``use_direct_grad`` over an axis of length one, so
-    that ``p_o`` is 1; this is the gradient that its autograd path computes.
+    that ``p_o`` is 1 there; this score is the gradient that its autograd path computes.
 
     Example:
         >>> import lightning_gradmetrics as lgm
@@ -67,7 +67,7 @@ class grood(FittedScore):
         usable = (labels >= 0) & features.isfinite().all(1)
         correct = usable & ~total["rows/incorrect"]
         if not correct.any():
-            raise ValueError("grood is fitted on correctly predicted samples with labels, and there are none")
+            raise ValueError("grood is fitted on correctly predicted samples with labels, but there are none")
         means = []
         for label in torch.unique(labels[usable]):
             means.append(features[usable & (labels == label)].mean(0))
@@ -87,7 +87,7 @@ class grood(FittedScore):
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Each row divided by its L2 norm; rows far below the smallest square are scaled first."""
+    """Return each row divided by its L2 norm; rows whose squares would underflow are scaled first."""
     rows = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
     norms: Tensor = torch.linalg.vector_norm(rows, 2, 1, keepdim=True)
     return rows / norms.clamp(min=torch.finfo(rows.dtype).tiny)
@@ -99,11 +99,11 @@ class gradient_cosine(FittedScore):
 
     The gradient is that of the cross-entropy to the predicted class with respect to the head's weight, ``G = g h^T``. With
     ``R_y`` the mean gradient of the in-distribution samples that are predicted as ``y``, the cosine is the contraction
-    ``g^T R_y h / (|g| |h| |R_y|)``: no gradient tensor of a sample is formed. The fit streams sums in memory of
-    C x C x D. Labels are not needed.
+    ``g^T R_y h / (|g| |h| |R_y|)``: no sample's gradient tensor is computed. The fit is streaming and needs memory for
+    C x C x D numbers. Labels are not needed.
 
-    GradSafe compares the gradients of prompts with a mean gradient by cosines of slices of parameters; one cosine of the
-    head's whole gradient, and one reference per class, are choices of this package.
+    GradSafe compares the gradients of prompts with a mean gradient by cosines of slices of parameters. Using one cosine
+    of the head's whole gradient, and one reference per class, is this package's choice.
 
     Raises:
         ValueError: If C x C x D exceeds 134 million.
@@ -133,7 +133,7 @@ class gradient_cosine(FittedScore):
         classes, size = output.shape[1], features.shape[1]
         if classes**2 * size > MOST_ENTRIES:
             raise ValueError(
-                f"gradient_cosine keeps {classes} mean gradients of {classes} x {size} numbers, more than {MOST_ENTRIES}: "
+                f"gradient_cosine stores {classes} mean gradients of {classes} x {size} numbers, more than {MOST_ENTRIES}: "
                 "use gradnorm or grood for models with many classes"
             )
         members = torch.nn.functional.one_hot(measured["predicted"], classes).to(output)

@@ -1,4 +1,4 @@
-"""REGrad: class-weighted gradient norms with weights of the layers, of gradients averaged over perturbed inputs."""
+"""REGrad: gradient norms weighted by class and by layer, of gradients averaged over perturbed inputs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["SmoothedNorms", "regrad"]
 
 
 class _MeanLogLikelihood(nn.Module):
-    """From inputs and classes ``(N, K)`` to each class's log-likelihood, averaged over perturbed inputs, ``(N, K)``."""
+    """Maps inputs and classes ``(N, K)`` to the log-likelihood of each class, averaged over perturbed inputs, ``(N, K)``."""
 
     def __init__(self, model: nn.Module, noise: Tensor) -> None:
         super().__init__()
         self.model, self.noise = model, noise
 
     def forward(self, inputs: Tensor, classes: Tensor) -> Tensor:
-        """Return the average; the gradient of it is the average of the gradients."""
+        """Return the average; its gradient is the average of the gradients."""
         perturbed = (inputs[:, None] + self.noise).flatten(0, 1)
         log_p = log_probabilities(logits_of(call(self.model, perturbed)))
         return log_p.view(len(inputs), len(self.noise), -1).mean(1).gather(1, classes)
@@ -40,7 +40,7 @@ def _negative(log_likelihoods: Tensor, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SmoothedNorms:
-    """A probe: L2 norms ``(N, K, L)`` of each likeliest class's gradient, averaged over perturbed inputs, in each layer.
+    """A probe: L2 norms ``(N, K, L)`` of the likeliest classes' gradients in each layer, averaged over perturbed inputs.
 
     Args:
         target: The parameters.
@@ -62,7 +62,7 @@ class SmoothedNorms:
         return 1 + self.perturbations
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        """Return the norms; at most as many perturbed inputs at a time as there are samples."""
+        """Return the norms; the perturbed inputs are processed in chunks no larger than the batch."""
         check_floats(inputs, "perturbed inputs")
         with torch.no_grad():
             order = class_order(logits_of(call(model, inputs)), self.classes)
@@ -110,20 +110,22 @@ def regrad(
     smooths the gradient; the noise is the same for every sample.
 
     The paper's abstract and summaries of it state the roots of probabilities as class weights, the exponential growth
-    with depth, and the averages over perturbed inputs. These were not checked in the paper itself: whether the class
-    weights sum to one, the norm, and the values of ``growth``, ``perturbations`` and ``sigma``, which are choices of
-    this package. On the default digits (mean of three seeds), AUROC x 100 for errors, near and far data was 81, 70 and
+    with depth, and the averages over perturbed inputs. The following were not checked in the paper itself and are
+    choices of this package: whether the class weights sum to one, the norm, and the values of ``growth``,
+    ``perturbations`` and ``sigma``. On the default digits (mean of three seeds), AUROC x 100 for errors, near and far
+    data was 81, 70 and
     37; with ``normalise=False`` 92, 83 and 49; of ``exgrad`` on all parameters 92, 83 and 39, of ``max_softmax`` 94,
     84 and 67.
 
     Args:
         target: The parameters: ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name. ``"head"`` has
             one layer and requires ``perturbations=0``.
-        classes: Only each sample's k likeliest classes, their weights summing to one: k backward passes instead of C,
-            each over ``perturbations`` times the samples. ``None`` takes all.
-        normalise: ``False`` takes ``w_c = sqrt(p_c)``, whose sum grows with the uncertainty.
+        classes: Use only each sample's k likeliest classes, with weights that sum to one: k backward passes instead of
+            C, each over ``perturbations`` times the samples. ``None`` uses all.
+        normalise: Whether the class weights sum to one. ``False`` uses ``w_c = sqrt(p_c)``, whose sum grows with the
+            uncertainty.
         growth: The last layer counts ``exp(growth)`` times the first.
-        perturbations: The number of perturbed inputs; 0 takes the gradient at the input itself.
+        perturbations: The number of perturbed inputs; 0 uses the gradient at the input itself.
         sigma: The standard deviation of the noise, in the units of the model's input, after any normalisation.
         seed: The seed of the noise.
 

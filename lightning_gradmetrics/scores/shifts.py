@@ -9,7 +9,7 @@ from torch.nn import functional as F
 __all__ = ["shifted_views", "views_of", "with_two_columns"]
 
 SHIFT = 16
-"""Images are shifted by up to their size divided by this, and at least by one pixel."""
+"""Images are shifted by up to their size divided by this number, or by one pixel if that is larger."""
 
 
 def shifted_views(images: Tensor, n: int, seed: int = 0, flip: bool = True) -> list[Tensor]:

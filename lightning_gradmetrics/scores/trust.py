@@ -24,26 +24,27 @@ from lightning_gradmetrics.scoring.totals import Tensors
 __all__ = ["ViewSums", "channel_distance", "error_log_odds", "left_out_distances", "trust"]
 
 QUANTILE = 0.95
-"""Below this quantile of the in-distribution distances the distance hardly counts."""
+"""The distance contributes little below this quantile of the in-distribution distances."""
 
 DISTANCE_WEIGHT = 2.0
 """The weight of the distance."""
 
 SMALLEST_NORM = 1e-12
-"""Smaller gradient norms count as this one."""
+"""Smaller gradient norms are replaced by this value."""
 
 CONSTANT = 1e-6
-"""A channel statistic whose deviation is at most this times its largest absolute value is left out."""
+"""A channel statistic is left out if its deviation is at most this fraction of its largest absolute value."""
 
 SMALLEST_SHARE = 1e-6
-"""Smaller distances of fitted samples, relative to the median, count as this share of it."""
+"""Distances of fitted samples below this fraction of the median are replaced by it."""
 
 
 @dataclass(frozen=True)
 class ViewSums:
     """A probe: sums over the shifted views of each class's log odds, the energy and the channel statistics.
 
-    The first view, the input itself, is left out: the forward pass that makes the prediction is observed.
+    The first view, the input itself, is left out, because its forward pass is that of the prediction, which is
+        observed.
 
     Args:
         views: The number of views, one more than the number of forward passes.
@@ -76,7 +77,7 @@ class ViewSums:
 
 
 def _measured(logits: Tensor, channels: Tensor) -> Tensor:
-    """The log odds of an error for each class, the energy, and the channel statistics, side by side ``(N, C + 1 + F)``."""
+    """Return the log odds of an error for each class, the energy, and the channel statistics, ``(N, C + 1 + F)``."""
     energy = -logits.logsumexp(1, keepdim=True)
     return torch.cat([error_log_odds(logits), energy, channels.to(logits)], 1)
 
@@ -101,14 +102,14 @@ def error_log_odds(logits: Tensor) -> Tensor:
 def left_out_distances(rows: Tensor, mean: Tensor, precision: Tensor, shrinkage: Tensor) -> Tensor:
     """Return the squared Mahalanobis distance of each fitted row to a fit without it, ``(N,)``.
 
-    By the formula of Sherman and Morrison, at the shrinkage and its target of all rows: the distances of fitted rows to
-    their own fit are too small where the number of rows is not far above the number of columns.
+    Computed by the Sherman-Morrison formula, with the shrinkage and its target of all rows. Distances of fitted rows to
+    a fit that includes them are too small unless there are far more rows than columns.
 
     Args:
         rows: ``(N, F)``, N at least 2.
         mean: ``(F,)``, their mean.
         precision: ``(F, F)``, the inverse of their shrunk covariance.
-        shrinkage: How much it is shrunk, from 0 to 1.
+        shrinkage: The amount of shrinkage, from 0 to 1.
     """
     size = len(rows)
     inside = mahalanobis(rows, {"mean": mean, "precision": precision})
@@ -118,29 +119,29 @@ def left_out_distances(rows: Tensor, mean: Tensor, precision: Tensor, shrinkage:
 
 @register_fitted("baseline", "this package; after Xia & Bouganis 2022, arXiv:2207.07517")
 class trust(FittedScore):
-    r"""An error score, raised where energy or activations say out-of-distribution; fitted on in-distribution data alone.
+    r"""An error score that increases if energy or activations indicate out-of-distribution data; fitted on in-distribution data.
 
     ``log((1 - p_y) / p_y) + (E - mean(E)) / sd(E) + 2 log(1 + exp((log d - q) / sd(log d)))``
 
     with the probability ``p_y`` of the predicted class, the free energy ``E``, and the squared Mahalanobis distance ``d``
     of the means and standard deviations of the channels that every convolution and linear layer receives, under one
     Ledoit-Wolf covariance. Means, deviations and ``q``, the 95 % quantile of ``log d``, are those of in-distribution data;
-    for ``log d`` each fitted sample is compared with a fit without it. The last term is near constant for ordinary
-    samples, so the ranking of errors survives. With several views, the log odds, ``E`` and the channel statistics
+    for ``log d`` each fitted sample is compared with a fit without it. The last term is nearly constant for ordinary
+    samples, so the ranking of errors is preserved. With several views, the log odds, ``E`` and the channel statistics
     are averaged over them; ``y`` is the prediction for the plain input. Labels are not needed.
 
-    The form is SIRC's, with log odds that add up. The weight of the energy is one and ``q`` is the usual 95 %. The weight
+    The form is that of SIRC, with log odds. The weight of the energy is one, and ``q`` is the usual 95 %. The weight
     of the distance is the largest power of two at which the errors among 2,000 training images of a CIFAR-10 ResNet-20
     stay within 1.5 points of AUROC of the log odds alone. These images and scikit-learn's digits also settled log odds
-    instead of the entropy, and the size of the shifts. The rule replaced a weight of one after that version had been
-    judged on the sets of the leaderboard; no value was fitted to them.
-    A model with more than 2,048 channel statistics is sketched by random sums in each layer.
+    instead of the entropy, and the size of the shifts. This rule replaced a weight of one after that version had been
+    evaluated on the datasets of the leaderboard; no value was fitted to them.
+    If a model has more than 2,048 channel statistics, they are reduced by random sums in each layer.
 
     Args:
-        views: The number of views, and of forward passes: 1 is the input itself, whose pass makes the prediction; 10 adds
-            nine shifted and flipped copies, as in ``views``.
+        views: The number of views, and of forward passes. 1 is the input itself and needs no extra pass; 10 adds nine
+            shifted and flipped copies, as in ``views``.
         seed: The seed of the shifts.
-        flip: Whether every other view is mirrored. Set ``False`` where a mirrored input means something else, as for
+        flip: Whether every other view is mirrored. Set ``False`` if mirroring changes the meaning of an input, as for
             digits.
         distance: What ``d`` is computed from: ``"channels"``; for ablations, ``"gradients"``, the logarithms of the L1 and
             L2 norms of every layer's gradient for the pseudo-label and the uniform target, ``"both"``, or ``"none"``.
@@ -179,7 +180,7 @@ class trust(FittedScore):
         return {"log_odds": log_odds, "energy": measured[:, classes], "channels": measured[:, classes + 1 :]}
 
     def _columns(self, evidence: Evidence) -> Tensor:
-        """The columns of the distance, ``(N, F)``."""
+        """Return the features from which the distance is computed, ``(N, F)``."""
         columns = [evidence.logits[:, :0]]
         if self.distance in ("channels", "both"):
             columns.append(evidence.probe(ChannelProbe(), (8,)).to(evidence.logits))
@@ -197,7 +198,7 @@ class trust(FittedScore):
         finite = total["rows/channels"].isfinite().all(1) & total["rows/energy"].isfinite()
         channels, energy = total["rows/channels"][finite].double(), total["rows/energy"][finite].double()
         if len(energy) < 2:
-            raise ValueError(f"trust is fitted on 2 or more finite samples, and there are {len(energy)}: give more")
+            raise ValueError(f"trust is fitted on 2 or more finite samples, but there are {len(energy)}: give more")
         state = {"energy_mean": energy.mean(), "energy_spread": _spread(energy, "energies")}
         return state if self.distance == "none" else {**state, **_fitted_distance(channels)}
 
@@ -216,8 +217,9 @@ class channel_distance(FittedScore):
     r"""Squared Mahalanobis distance of channel statistics to their mean over in-distribution data.
 
     The means and standard deviations of the channels that every convolution and linear layer receives, under one
-    Ledoit-Wolf covariance: the distance inside ``trust``. It sees the format of images: on a CIFAR-10 ResNet-20 the AUROC
-    on near data fell from 85.2 to 65.4 after they went through the same JPEG tables. Labels are not needed.
+    Ledoit-Wolf covariance: the distance inside ``trust``. It responds to the file format of images: on a CIFAR-10
+    ResNet-20, the AUROC on near data fell from 85.2 to 65.4 after all images were compressed with the same JPEG tables.
+    Labels are not needed.
 
     Raises:
         ValueError: If the data to fit on hold fewer than 2 samples, or all of them are the same.
@@ -243,7 +245,7 @@ class channel_distance(FittedScore):
     def finish(self, total: Tensors) -> Tensors:
         channels = total["rows/channels"][total["rows/channels"].isfinite().all(1)].double()
         if len(channels) < 2:
-            raise ValueError(f"channel_distance is fitted on 2 or more finite samples, and there are {len(channels)}")
+            raise ValueError(f"channel_distance is fitted on 2 or more finite samples, but there are {len(channels)}")
         return _fitted_distance(channels)
 
     def score(self, measured: Tensors, state: Tensors) -> Tensor:
@@ -251,7 +253,7 @@ class channel_distance(FittedScore):
 
 
 def _fitted_distance(columns: Tensor) -> Tensors:
-    """The distance of rows ``(N, F)``: centre, scale and precision, and the distribution of the log distance."""
+    """Return the fitted state of the distance: centre, scale and precision, and the distribution of the log distance."""
     scale = columns.std(0, correction=0)
     scale = torch.where(scale > CONSTANT * columns.abs().amax(0), scale, torch.inf)
     centre = columns.mean(0)
@@ -270,13 +272,13 @@ def _fitted_distance(columns: Tensor) -> Tensors:
 
 
 def _distance(columns: Tensor, state: Tensors) -> Tensor:
-    """The squared Mahalanobis distance, ``(N,)``."""
+    """Return the squared Mahalanobis distance, ``(N,)``."""
     rows = (columns - state["centre"]) / state["scale"]
     return mahalanobis(rows, {"mean": torch.zeros_like(state["centre"]), "precision": state["precision"]})
 
 
 def _spread(values: Tensor, name: str) -> Tensor:
-    """The standard deviation."""
+    """Return the standard deviation; raise if it is zero."""
     spread = values.std(correction=0)
     if not spread > 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Probes that run a model on views: its outputs, which several scores share, or the mean of one score."""
+"""Probes that run a model on views and return its outputs, which several scores share, or the mean of one score."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_gradmetrics.scoring.step import observed
 __all__ = ["ViewMeans", "ViewOutputs", "Views", "reads_outputs", "view_evidence"]
 
 Views = Callable[[Tensor], Sequence[Tensor]]
-"""From inputs ``(N, ...)`` to views of the same shape."""
+"""A function from inputs ``(N, ...)`` to views of the same shape."""
 
 
 def reads_outputs(score: Score) -> bool:
@@ -33,15 +33,16 @@ def reads_outputs(score: Score) -> bool:
 
 @dataclass(frozen=True)
 class ViewOutputs:
-    """A probe: the logits and, if asked for, the head's input of views, ``(N, V, C)`` or ``(N, V, C + D)``.
+    """A probe: the logits and, if requested, the head's input of views, ``(N, V, C)`` or ``(N, V, C + D)``.
 
-    The first of the default views, the input itself, is left out: the forward pass that makes the prediction is observed.
+    The first of the default views, the input itself, is left out, because the forward pass of the prediction is
+    observed.
 
     Args:
         n: The number of views.
         seed: The seed of the shifts.
         features: Whether to return the head's input.
-        transforms: From inputs to views, or ``None`` for shifts and flips.
+        transforms: A function from inputs to views, or ``None`` for shifts and flips.
     """
 
     backward: ClassVar[bool] = False
@@ -67,7 +68,7 @@ class ViewOutputs:
 
 
 def view_evidence(probe: ViewOutputs, evidence: Evidence) -> list[Evidence]:
-    """Return the evidence of each view: without transforms, the plain input's first."""
+    """Return the evidence of each view; without transforms, that of the plain input first."""
     views = [evidence] if probe.transforms is None else []
     if probe.transforms is None and probe.n == 1:
         return views
@@ -82,20 +83,20 @@ def view_evidence(probe: ViewOutputs, evidence: Evidence) -> list[Evidence]:
 
 
 def _views(inputs: Any, n: int, seed: int, transforms: Views | None) -> Sequence[Tensor]:
-    """The views that a probe runs."""
+    """Return the views that a probe runs."""
     check_floats(inputs, "augmented views")
     return views_of(inputs, n, seed)[1:] if transforms is None else transforms(inputs)
 
 
 @dataclass(frozen=True, eq=False)
 class ViewMeans:
-    """A probe: the mean of a score over views ``(N,)``, without the plain input where there are no transforms.
+    """A probe: the mean of a score over views ``(N,)``; without transforms, excluding the plain input.
 
     Args:
         score: The score.
         n: The number of views.
         seed: The seed of the shifts.
-        transforms: From inputs to views, or ``None`` for shifts and flips.
+        transforms: A function from inputs to views, or ``None`` for shifts and flips.
     """
 
     score: Score

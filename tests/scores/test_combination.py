@@ -92,7 +92,7 @@ def test_too_few_of_a_class_is_explained() -> None:
         lgm.fit(model, [(x, torch.full((20,), -1))], "combination(detector=errors)")
     with pytest.raises(ValueError, match=r"out-of-distribution samples.*have 0 and 20: give both kinds"):
         lgm.fit(model, [(x, labels)], "combination(detector=ood)")
-    with pytest.raises(ValueError, match="needs 2 or more samples, and there are 1"):
+    with pytest.raises(ValueError, match="needs 2 or more samples, but there are 1"):
         lgm.fit(model, [x[:1]], "combination")
     with pytest.raises(ValueError, match=r"detector=.svm.; allowed: .mahalanobis., .lof., .errors., .ood."):
         lgm.fit(model, [x], "combination(detector=svm)")

@@ -85,7 +85,7 @@ def test_sirc_keeps_the_ranking_of_ordinary_samples(data: tuple) -> None:
     [
         ("mahalanobis", False, "has no labelled sample: give batches"),
         ("rmds", False, "has no labelled sample: give batches"),
-        ("knn(k=100)", True, r"knn.k=100. is fitted on 100 or more samples, and there are 60: lower k"),
+        ("knn(k=100)", True, r"knn.k=100. is fitted on 100 or more samples, but there are 60: lower k"),
         ("vim(dimensions=8)", True, "dimensions=8; the head's input has 8 numbers: allowed are 1 to 7"),
     ],
 )

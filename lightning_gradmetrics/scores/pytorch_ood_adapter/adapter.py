@@ -26,31 +26,31 @@ def pytorch_ood(*, detector: str = "KNN", **arguments: Any) -> Score:
 
     Install it with ``pip install "lightning-gradmetrics[pytorch-ood]"``. ``conf/score/`` has one file for each of eight
     detectors: ``pytorch_ood_knn``, ``_vim``, ``_mahalanobis``, ``_react``, ``_ash``, ``_gen``, ``_nnguide`` and
-    ``_nacue``. All others run too, except Gram, MultiMahalanobis, RankFeat and MahalanobisODIN.
+    ``_nacue``. All other detectors run too, except Gram, MultiMahalanobis, RankFeat and MahalanobisODIN.
 
-    Detectors of logits and of the head's input cost no forward. They get logits in float64, and the head's input in
-    float32, as their own code expects; those that act on feature maps (ReAct, ASH, SCALE, VRA) get the head's input as
-    maps of size 1 x 1. Detectors that run the model (NAC-UE, GradNorm, ODIN, MC dropout) take one input tensor. Those
-    that take gradients count as gradient scores.
+    Detectors of logits and of the head's input need no extra forward pass. They receive logits in float64 and the
+    head's input in float32, as their own code expects. Detectors of feature maps (ReAct, ASH, SCALE, VRA) receive the
+    head's input as maps of size 1 x 1. Detectors that run the model (NAC-UE, GradNorm, ODIN, MC dropout) accept one
+    input tensor. Detectors that use gradients count as gradient scores.
 
-    Fitting is pytorch-ood's own ``fit`` on a uniform sample of the data: all of them up to 50,000 samples or 34 million
+    The fit calls pytorch-ood's own ``fit`` on a uniform sample of the data of at most 50,000 samples and 34 million
     numbers. The state is that sample: the logits, the head's input or, for detectors that run the model, the model's
-    inputs. The detector is rebuilt from it when it is first needed. Labels are needed only if the detector needs classes
-    (as Mahalanobis does). Random numbers are drawn from a fixed seed.
+    inputs. The detector is rebuilt from the state on first use. Labels are needed only if the detector needs classes,
+    as Mahalanobis does. Random numbers come from a fixed seed.
 
     Args:
         detector: The name of the detector's class.
-        **arguments: The detector's own arguments, with pytorch-ood's defaults. Two have none there: ``d`` of ViM is half
-            of the head's input, and ``layers`` of NAC-UE (names, as in ``layers='layer3+layer4'``) are the model's
-            blocks or else its layers, without the head. The defaults suit large data: KNN with k=50 looks past a class
-            with fewer samples in the fit, and then ranks in reverse.
+        **arguments: The detector's own arguments, with pytorch-ood's defaults. For two arguments without a default,
+            this package sets one: ``d`` of ViM is half of the head's input, and ``layers`` of NAC-UE (names, as in
+            ``layers='layer3+layer4'``) are the model's blocks, or else its layers, without the head. The defaults suit
+            large data: KNN with k=50 ranks in reverse if a class has fewer than 50 samples in the fit.
 
     Returns:
-        A score with values ``(N,)``, higher = more of an outlier; fitted or not as the detector is.
+        A score with values ``(N,)``, higher = more of an outlier. It needs a fit if the detector does.
 
     Raises:
         ImportError: If pytorch-ood is not installed.
-        TypeError: If the detector has no such argument, or one that it needs is missing.
+        TypeError: If the detector has no such argument, or a required one is missing.
         ValueError: If there is no such detector, or it cannot be run.
 
     Example:
@@ -66,7 +66,7 @@ def pytorch_ood(*, detector: str = "KNN", **arguments: Any) -> Score:
 
 @dataclass(frozen=True)
 class DetectorRecipe(Recipe):
-    """The recipe of all detectors. A call first binds the recipe to the named detector, then makes its score.
+    """The recipe of all detectors. Calling it binds the recipe to the named detector and makes its score.
 
     Args:
         spec: The detector's specification; ``None`` before a detector is named.
@@ -91,7 +91,7 @@ class DetectorRecipe(Recipe):
 
     @property
     def annotations(self) -> dict[str, Any]:
-        """None: the detectors check their arguments."""
+        """Return no annotations, because the detectors check their own arguments."""
         return {}
 
     def described(self) -> Score:
@@ -103,7 +103,7 @@ class DetectorRecipe(Recipe):
 
         Raises:
             ImportError: If pytorch-ood is not installed.
-            TypeError: If the detector has no such argument, or one that it needs is missing.
+            TypeError: If the detector has no such argument, or a required one is missing.
             ValueError: If there is no such detector, or it cannot be run.
         """
         given = super().defaults
@@ -142,7 +142,7 @@ pytorch_ood.recipe = RECIPE  # type: ignore[attr-defined]
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and sequences as lists, which a state's file can name."""
+    """Return tensors and sequences as lists, which the file of a state can store."""
     if isinstance(value, Tensor):
         return value.tolist()
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
@@ -230,7 +230,7 @@ class FittedDetectorScore(FittedScore):
         return parts
 
     def finish(self, total: Tensors) -> Tensors:
-        """Return the rows; a detector that cannot be fitted on them, or has no finite score, is an error."""
+        """Return the rows; raise if the detector cannot be fitted on them, or returns no finite score."""
         state, spec = {key.partition("/")[2]: value for key, value in total.items()}, _spec(self)
         if spec.takes == "model":
             return state
@@ -285,18 +285,18 @@ class Prediction:
 
     @property
     def backward(self) -> bool:
-        """Whether it takes a backward pass."""
+        """Whether the detector takes a backward pass."""
         return self.score.recipe.family == "gradient"
 
     @property
     def forwards(self) -> int:
-        """The number of forward passes: ODIN takes one at the input and one at the moved input, the others one."""
+        """The number of forward passes: two for ODIN (the input and the perturbed input), one for all others."""
         return 2 if _spec(self.score).name == "ODIN" else 1
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the scores of the inputs."""
         rows = inputs_of(model, inputs)
-        if self.backward:  # of frozen layers too; the caller of a probe restores the model
+        if self.backward:  # including frozen layers; the caller of a probe restores the model
             model.requires_grad_(True)
         return predict(_spec(self.score), self.score.detector_on(model, rows), rows)
 
@@ -330,7 +330,7 @@ def _rows(score: Any, evidence: Evidence) -> Tensor:
 
 
 def _read(spec: Spec, evidence: Evidence) -> Tensor:
-    """Return logits in the precision of all scores, or the head's input in float32, which the detectors' own code has."""
+    """Return logits in the precision of the evidence, or the head's input in float32, as the detectors' code expects."""
     return evidence.logits if spec.takes == "logits" else evidence.features.float()
 
 

@@ -1,4 +1,4 @@
-"""Detectors of pytorch-ood: how they are built, fitted and run, by their spec."""
+"""Builds, fits and runs detectors of pytorch-ood according to their specification."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import Spec, detecto
 __all__ = ["build", "fit", "predict", "stages"]
 
 BATCH = 128
-"""Samples in a batch when a detector that runs the model is fitted."""
+"""Batch size for fitting a detector that runs the model."""
 
 
 def build(
@@ -25,13 +25,13 @@ def build(
     head: tuple[Tensor, Tensor] | None = None,
     model: nn.Module | None = None,
 ) -> Any:
-    """Return the detector, not fitted.
+    """Return a new detector that is not fitted yet.
 
     Args:
         spec: Its specification.
         arguments: Its own arguments.
-        head: The head's weight ``(C, D)`` and bias ``(C,)``, where it takes the head's input.
-        model: The model, where it takes that.
+        head: The head's weight ``(C, D)`` and bias ``(C,)``, for a detector of the head's input.
+        model: The model, for a detector that runs it.
     """
     kind = detector_class(spec.name)
     taken = inspect.signature(kind.__init__).parameters
@@ -57,7 +57,7 @@ def _head_parts(weight: Tensor, bias: Tensor, flat: bool) -> dict[str, Any]:
 
 
 def _tensor(value: Any, parameter: inspect.Parameter | None) -> Any:
-    """Numbers as a tensor where the detector takes one."""
+    """Return numbers as a tensor if the detector expects one."""
     return torch.tensor(value) if parameter is not None and parameter.annotation in (Tensor, "Tensor") else value
 
 
@@ -82,7 +82,7 @@ def _layers(model: nn.Module, names: Any) -> list[nn.Module]:
 
 
 def stages(model: nn.Module) -> list[str]:
-    """Return names of the model's stages: its blocks, or where it has none its layers with a weight matrix, without the head.
+    """Return names of the model's stages without the head: its blocks, or if it has none its layers with a weight matrix.
 
     Example:
         >>> stages(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2)))
@@ -123,13 +123,13 @@ def _steady(device: torch.device) -> Iterator[None]:
 
 
 def fit(spec: Spec, detector: Any, rows: Tensor, labels: Tensor) -> Any:
-    """Return the detector, fitted.
+    """Fit the detector and return it.
 
     Args:
         spec: Its specification.
         detector: The detector that :func:`build` returned.
         rows: Logits, features or inputs ``(N, ...)``.
-        labels: True labels ``(N,)``; zeros where the detector needs none.
+        labels: True labels ``(N,)``; zeros if the detector needs none.
 
     Raises:
         ValueError: If it cannot be fitted on them.

@@ -1,4 +1,4 @@
-"""The specifications of pytorch-ood's detectors: their input and the data of their fit."""
+"""Specifications of pytorch-ood's detectors: their input and the data that they are fitted on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Takes = Literal["logits", "features", "maps", "model"]
 
 
 class Required(Enum):
-    """The default of an argument that has none; pickling keeps its identity."""
+    """Marks an argument without a default value; pickling preserves its identity."""
 
     REQUIRED = "required"
 
@@ -28,13 +28,13 @@ class Required(Enum):
 REQUIRED = Required.REQUIRED
 
 PARTS = ("self", "model", "encoder", "backbone", "head", "w", "b", "device", "detector")
-"""Parameters of detectors that are not arguments of the score: they are filled in here, or keep their default."""
+"""Parameters of detectors that are not arguments of the score: they are set here or keep their default."""
 
 FILLED = ("layers", "d")
-"""Parameters that are filled in if they are not given."""
+"""Parameters that get a value here if they are not given."""
 
 NO_CLASSES = ("KNN", "ViM", "NNGuide", "ReAct", "VRA", "DICE", "fDBD", "NCI", "PNML", "KLMatching", "NACUE")
-"""Detectors that use labels only to leave out-of-distribution samples aside: they are fitted without labels."""
+"""Detectors that use labels only to skip out-of-distribution samples; they are fitted without labels."""
 
 APART = "it needs the network as a list of consecutive pieces, which a model does not provide"
 REFUSED = {
@@ -43,7 +43,7 @@ REFUSED = {
     "RankFeat": "it needs feature maps with a width and a height, and the head's input has neither",
     "MahalanobisODIN": "it differentiates through an encoder, and a score has only the head's input",
 }
-"""Detectors that cannot be run, and why."""
+"""Detectors that cannot be run, with reasons."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Spec:
     Args:
         name: Its class's name.
         takes: ``"logits"``, the head's input (``"features"``, or as ``"maps"`` of size 1 x 1), or the ``"model"``.
-        fitted: Whether it is fitted.
+        fitted: Whether it needs a fit.
         classes: Whether the fit needs true labels.
         family: ``"gradient"`` if it takes gradients.
         defaults: Its own arguments with their default values.
-        more: Whether it takes arguments beyond them.
-        paper: Where it comes from.
+        more: Whether it takes further arguments.
+        paper: The paper that proposed it.
     """
 
     name: str
