@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["HookState", "RandomState", "preserved"]
+__all__ = ["HookState", "ModelRecord", "RandomState", "preserved"]
 
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes of every module."""
@@ -31,14 +30,12 @@ HOOKS = (
 
 CONTAINERS = (dict, OrderedDict, list, set)
 
-Undo = Callable[[], None]
-
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _GUARD = threading.Lock()
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module) -> Iterator[ModelRecord]:
     """Restore the model and the random number generators at the end of the block, also after an exception.
 
     Restored are:
@@ -52,17 +49,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
     - hooks of modules, because transformers adds some in a forward pass that returns hidden states;
     - the random number generators, see :class:`RandomState`.
 
-    A second thread that enters with the same model waits for the first one.
+    A second thread that enters with the same model waits for the first one. The block gets the record of that state.
     """
     with _lock_of(model):
-        undo = [*_parameter_state(model), *_module_state(model), HookState(model).restore]
-        generators = RandomState(model)
+        record = ModelRecord(model)
         try:
-            yield
+            yield record
         finally:
-            for restore in undo:
-                restore()
-            generators.restore()
+            record.restore()
 
 
 class RandomState:
@@ -98,19 +92,24 @@ class HookState:
 
     Args:
         model: The model.
+        modules: Its modules, if they are known.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
-        for module in model.modules():
+        self._empty: list[dict[int, Any]] = []
+        for module in model.modules() if modules is None else modules:
             attributes = vars(module)
             for name in HOOKS:
                 hooks = attributes.get(name)
-                if hooks is not None:
+                if hooks:
                     self._hooks.append((hooks, dict(hooks)))
+                elif hooks is not None:
+                    self._empty.append(hooks)
 
     def restore(self) -> None:
         """Remove new hooks, and register removed ones again."""
+        _clear_all(self._empty)
         for hooks, before in self._hooks:
             if hooks.keys() != before.keys():
                 kept = {}
@@ -126,86 +125,119 @@ def _lock_of(model: nn.Module) -> threading.RLock:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
-def _parameter_state(model: nn.Module) -> Iterator[Undo]:
-    for parameter in model.parameters():
-        yield _parameter_undo(parameter)
+class ModelRecord:
+    """The state of a model and of the random number generators at one moment, recorded in one pass over the modules.
 
+    Args:
+        model: The model.
+        complete: Whether :meth:`restore` will be called, which needs the parameters and the tensors among the attributes;
+            :meth:`restore_for_forward` needs neither.
+    """
 
-def _parameter_undo(parameter: nn.Parameter) -> Undo:
-    requires_grad, gradient = parameter.requires_grad, parameter.grad
+    def __init__(self, model: nn.Module, complete: bool = True) -> None:
+        self.modules = tuple(model.modules())
+        self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        """For each module its attributes, and a copy of its mode and of the attributes that not all modules have."""
+        self._sizes: list[int] = []
+        self.parameters: list[nn.Parameter] = []
+        self._requirements: list[tuple[bool, Tensor | None]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._registers: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []
+        self._buffers: list[_TensorRecord] = []
+        self._tensors: list[_TensorRecord] = []
+        for module in self.modules:
+            self._record_attributes(vars(module), complete)
+            self._record_buffers(module)
+            if complete:
+                self._record_parameters(module)
+        self._hooks = HookState(model, self.modules)
+        self.generators = RandomState(model)
 
-    def restore() -> None:
-        if parameter.requires_grad != requires_grad:
-            parameter.requires_grad_(requires_grad)
-        parameter.grad = gradient
-
-    return restore
-
-
-def _module_state(model: nn.Module) -> Iterator[Undo]:
-    """Yield the undo functions of each module's mode, tensors and other attributes."""
-    empty: list[Any] = []
-    for module in model.modules():
-        attributes = vars(module)
-        names = attributes.keys() - INTERNAL
-        yield _attribute_undo(attributes, names)
-        for value in (module._parameters, module._buffers, *map(attributes.__getitem__, names)):
+    def _record_attributes(self, attributes: dict[str, Any], complete: bool) -> None:
+        before = {name: attributes[name] for name in attributes.keys() - INTERNAL}
+        for value in before.values():
             if type(value) in CONTAINERS:
-                if value:
-                    yield _container_undo(value)
-                else:
-                    empty.append(value)
-            elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                yield _tensor_undo(value)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                yield _tensor_undo(buffer)
-        weight = dict(module._parameters.items()).get("weight")  # a scripted module's is not a dictionary
-        if weight is not None and attributes.get("max_norm") is not None:  # an embedding that rescales it in place
-            yield _tensor_undo(weight)
-    yield partial(_clear_all, empty)
+                self._record_container(value, self._containers)
+            elif complete and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self._tensors.append(_TensorRecord(value))
+        if "training" in attributes:  # a compiled module does not have it
+            before["training"] = attributes["training"]
+        self.attributes.append((attributes, before))
+        self._sizes.append(len(attributes))
 
-
-def _clear_all(containers: Sequence[Any]) -> None:
-    for container in containers:
+    def _record_container(self, container: Any, records: list[tuple[Any, Any]]) -> None:
         if container:
-            container.clear()
-
-
-def _attribute_undo(attributes: dict[str, Any], names: Set[str]) -> Undo:
-    before = {name: attributes[name] for name in names}
-    if "training" in attributes:  # a compiled module does not have it
-        before["training"] = attributes["training"]
-    size = len(attributes)
-
-    def restore() -> None:
-        attributes.update(before)
-        if len(attributes) != size:
-            for name in attributes.keys() - INTERNAL - names:
-                del attributes[name]
-
-    return restore
-
-
-def _container_undo(container: Any) -> Undo:
-    """Return a function that restores the entries of a dictionary, a list or a set in place."""
-    entries = container.copy()
-
-    def restore() -> None:
-        container.clear()
-        if isinstance(container, list):
-            container.extend(entries)
+            records.append((container, container.copy()))
         else:
-            container.update(entries)
+            self._empty.append(container)
 
-    return restore
+    def _record_parameters(self, module: nn.Module) -> None:
+        registered = module._parameters
+        if type(registered) in CONTAINERS:  # a scripted module's is not a dictionary
+            self._record_container(registered, self._registers)
+        for parameter in registered.values():
+            if parameter is not None:
+                self.parameters.append(parameter)
+                self._requirements.append((parameter.requires_grad, parameter.grad))
+        if vars(module).get("max_norm") is not None:  # an embedding that rescales its weight in place
+            weight = dict(registered.items()).get("weight")
+            if weight is not None:
+                self._tensors.append(_TensorRecord(weight))
+
+    def _record_buffers(self, module: nn.Module) -> None:
+        registered = module._buffers
+        if type(registered) in CONTAINERS:
+            self._record_container(registered, self._containers)
+        for buffer in registered.values():
+            if buffer is not None:
+                self._buffers.append(_TensorRecord(buffer))
+
+    def restore(self) -> None:
+        """Set everything to this state."""
+        for parameter, (requires_grad, gradient) in zip(self.parameters, self._requirements, strict=True):
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        for container, entries in self._registers:
+            _refill(container, entries)
+        self._restore_attributes()
+        for tensor in (*self._buffers, *self._tensors):
+            tensor.restore()
+        self._hooks.restore()
+        self.generators.restore()
+
+    def restore_for_forward(self) -> None:
+        """Set the attributes, hooks and changed buffers to this state, but not the parameters and the generators."""
+        self._hooks.restore()
+        self._restore_attributes()
+        for buffer in self._buffers:
+            buffer.restore_if_changed()
+
+    def _restore_attributes(self) -> None:
+        for (attributes, before), size in zip(self.attributes, self._sizes, strict=True):
+            attributes.update(before)
+            if len(attributes) != size:
+                for name in attributes.keys() - INTERNAL - before.keys():
+                    del attributes[name]
+        _clear_all(self._empty)
+        for container, entries in self._containers:
+            _refill(container, entries)
 
 
-def _tensor_undo(tensor: Tensor) -> Undo:
-    """Return a function that restores the values without a version bump, so that graphs with the tensor stay valid."""
-    requires_grad, value = tensor.requires_grad, tensor.detach().clone()
+class _TensorRecord:
+    """The values of a tensor, which are restored without a version bump, so that graphs with the tensor stay valid."""
 
-    def restore() -> None:
+    __slots__ = ("_requires_grad", "_tensor", "_value", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._requires_grad = tensor, tensor.requires_grad
+        self._version = -1 if tensor.is_inference() else tensor._version
+        self._value = tensor.detach().clone()
+
+    def restore(self) -> None:
+        tensor, value = self._tensor, self._value
         if tensor.is_inference():
             with torch.inference_mode():
                 tensor.copy_(value)
@@ -213,7 +245,25 @@ def _tensor_undo(tensor: Tensor) -> Undo:
             tensor.data.copy_(value)
         else:
             tensor.data = value
-        if tensor.requires_grad != requires_grad and tensor.is_leaf:
-            tensor.requires_grad_(requires_grad)
+        if tensor.requires_grad != self._requires_grad and tensor.is_leaf:
+            tensor.requires_grad_(self._requires_grad)
 
-    return restore
+    def restore_if_changed(self) -> None:
+        """Restore the values if the tensor has a new version."""
+        if self._version >= 0 and self._tensor._version != self._version:
+            self._tensor.data.copy_(self._value)
+
+
+def _clear_all(containers: Iterable[Any]) -> None:
+    for container in containers:
+        if container:
+            container.clear()
+
+
+def _refill(container: Any, entries: Any) -> None:
+    """Restore the entries of a dictionary, a list or a set in place."""
+    container.clear()
+    if isinstance(container, list):
+        container.extend(entries)
+    else:
+        container.update(entries)

@@ -50,12 +50,10 @@ def check_differentiable(model: nn.Module, inputs: Inputs, parameters: Iterable[
     Raises:
         ValueError: If a quantised layer's input depends on a chosen parameter.
     """
-    layers = []
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith(QUANTISED):
-            layers.append((name, module))
-    if not layers:
+    kinds = tuple(kind for kind in set(map(type, model.modules())) if kind.__module__.startswith(QUANTISED))
+    if not kinds:
         return
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)

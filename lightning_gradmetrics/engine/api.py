@@ -231,7 +231,7 @@ def _task(
     check_inputs(model, inputs)
     chosen = select_parameters(model, parameters, norms_only)
     with ExitStack() as stack:
-        stack.enter_context(preserved(model))
+        record = stack.enter_context(preserved(model))
         inputs = stack.enter_context(samples_first(model, inputs, sample_axis))
         for context in (gradients_enabled(model), eager(), _parametrizations_computed()):
             stack.enter_context(context)
@@ -245,6 +245,7 @@ def _task(
             parameters=chosen,
             wanted=moments_for(STATISTICS),
             logits=logits,
+            record=record if sample_axis == 0 else None,
         )
         yield with_sample_axes(task)
 

@@ -71,7 +71,7 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
     """Do the work with a known strategy, with a new one if none fits, or without a plan for this batch only."""
     known = _STRATEGIES.setdefault(task.model, {})
     unplannable = _UNPLANNABLE.setdefault(task.model, set())
-    state, key, shapes = ForwardState(task.model), _kind(task), _shapes(task)
+    state, key, shapes = ForwardState(task.model, task.record), _kind(task), _shapes(task)
     strategies = known.get(key, [])
     if task.size > 2:
         strategies[:] = [strategy for strategy in strategies if not strategy.provisional]
@@ -128,7 +128,7 @@ def _kind(task: Task) -> Hashable:
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     names = tuple((name, p.shape, p.dtype) for name, p in task.parameters.items())
     structure = (type(task.inputs).__name__, input_structure(task.inputs), task.per_sample)
-    return structure, names, attribute_key(task.model), autocast, task.wanted
+    return structure, names, attribute_key(task.model, task.record), autocast, task.wanted
 
 
 def _shapes(task: Task) -> Hashable:
@@ -148,7 +148,7 @@ def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moment
     for start in range(0, task.size, step):
         if start:
             state.restore_attributes()
-        table = MomentTable(task.rows(start, start + step))
+        table = MomentTable(task if step >= task.size else task.rows(start, start + step))
         _fill(table, strategy, state)
         parts.append(table)
     return MomentTable.join(parts)

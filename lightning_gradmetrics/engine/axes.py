@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Axis", "axis_between"]
+from lightning_gradmetrics.engine.calls import tensors_in
+
+__all__ = ["Axis", "axis_between", "axis_of"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Axis:
 
     def split(self, tensor: Tensor) -> Tensor:
         """Return ``(N, times, *others)``: samples, their positions, then the other axes in order."""
+        if self.times == 1 and self.dim == 0:
+            return tensor.unsqueeze(1)
         if self.times == 1:
             return tensor.movedim(self.dim, 0).unsqueeze(1)
         cut, sample = self.unflatten(tensor)
@@ -61,3 +66,13 @@ def axis_between(two: Sequence[int], three: Sequence[int]) -> Axis | None:
     if len(two) != len(three) or len(grown) != 1 or two[grown[0]] * 3 != three[grown[0]] * 2:
         raise ValueError(f"a shape changes from {tuple(two)} to {tuple(three)} between two and three samples")
     return Axis(grown[0], two[grown[0]] // 2)
+
+
+def axis_of(chosen: Tensor, axes: Sequence[Axis | None], args: Any, kwargs: Any) -> Axis | None:
+    """Return the axis of one of a call's arguments, from those of all its tensors."""
+    if args and args[0] is chosen:
+        return axes[0]
+    for tensor, axis in zip(tensors_in((args, kwargs)), axes, strict=True):
+        if tensor is chosen:
+            return axis
+    return None

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OpeningMode", "Silence", "extended_outline", "has_tensors", "map_arguments", "opened", "tensors_in"]
+__all__ = [
+    "NEVER_NESTED",
+    "OpeningMode",
+    "Outline",
+    "Silence",
+    "has_tensors",
+    "made_contiguous",
+    "map_arguments",
+    "opened",
+    "tensors_in",
+]
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 """Replacements of fused functions: equivalent functions made of calls that have rules."""
@@ -26,6 +36,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 _PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
 """Types of values without tensors, which most arguments have."""
+
+
+NEVER_NESTED = _PLAIN_TYPES | {Tensor, nn.Parameter}
+"""Types of values that contain no other tensors."""
 
 
 def _collect_tensors(value: Any, found: list[Tensor]) -> None:
@@ -59,42 +73,61 @@ def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
+def made_contiguous(chosen: Tensor, tensor: Tensor) -> Tensor:
+    """Return a contiguous copy of one chosen argument, and any other argument unchanged."""
+    return tensor.contiguous() if tensor is chosen else tensor
+
+
 _VIEWS = "view reshape expand unflatten flatten split chunk narrow repeat tile as_strided select __getitem__"
 _NEW = "new_zeros new_ones new_full zeros ones full empty arange"
 SHAPING = frozenset([*_VIEWS.split(), *_NEW.split(), "_assert"])
 """Functions whose integer or text arguments may depend on the sizes of the inputs."""
 
 
-def extended_outline(
-    outline: int, path: int, function: Any, values: Iterable[Any], names: Iterable[str]
-) -> tuple[int, int]:
-    """Return hashes of a forward pass, its outline and its path, extended by one call.
+class Outline:
+    """Hashes of the calls of a forward pass: its outline and its path.
 
     The outline depends on the functions and on their integer and text arguments. The path depends on all numbers except
     the integers of functions that set a shape, so it is the same for all batch sizes and lengths unless the model
     branches on them.
-
-    Args:
-        outline: The outline before the call.
-        path: The path before the call.
-        function: The function.
-        values: Its arguments.
-        names: The names of its keyword arguments.
     """
-    sizes: list[Any] = [outline, function, *names]
-    constants: list[Any] = [path, function, *names]
-    is_shaping = getattr(function, "__name__", "") in SHAPING
-    for value in values:
+
+    def __init__(self) -> None:
+        self._calls: list[Any] = []
+        self._constants: list[Any] = []
+
+    @property
+    def outline(self) -> int:
+        """The number for the functions and their sizes."""
+        return hash(tuple(self._calls))
+
+    @property
+    def path(self) -> int:
+        """The number for the functions and their constants."""
+        return hash(tuple(self._constants))
+
+    def add(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Add one call."""
+        self._calls += (function, *kwargs)
+        self._constants += (function, *kwargs)
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if type(value) not in _WITHOUT_CONSTANTS:
+                self._add_constant(value, getattr(function, "__name__", "") in SHAPING)
+
+    def _add_constant(self, value: Any, is_size: bool) -> None:
         kind = type(value)
         if kind in (int, bool, str):
-            sizes.append(value)
+            self._calls.append(value)
         elif kind is tuple:
-            sizes += [entry for entry in value if type(entry) is int]
-        if kind in (float, bool) or (kind in (int, str) and not is_shaping):
-            constants.append(value)
-        elif kind in (tuple, list) and not is_shaping:
-            constants.append(repr([entry for entry in value if type(entry) in (int, float, bool)]))
-    return hash(tuple(sizes)), hash(tuple(constants))
+            self._calls += [entry for entry in value if type(entry) is int]
+        if kind in (float, bool) or (kind in (int, str) and not is_size):
+            self._constants.append(value)
+        elif kind in (tuple, list) and not is_size:
+            self._constants.append(repr([entry for entry in value if type(entry) in (int, float, bool)]))
+
+
+_WITHOUT_CONSTANTS = frozenset({Tensor, nn.Parameter, type(None)})
+"""The types of most arguments."""
 
 
 def _never(*_: Any) -> bool:

@@ -204,7 +204,11 @@ def _program(task: Task, strategy: Strategy) -> Program:
         chosen: Any = {name: parameters[name] for name in task.parameters}
         with _holding(task.model, {**parameters, **buffers}), plain_kernels(), torch.enable_grad():
             batch = replace(
-                task, inputs=map_tensors(task.inputs, lambda _: next(given)), targets=labels, parameters=chosen
+                task,
+                inputs=map_tensors(task.inputs, lambda _: next(given)),
+                targets=labels,
+                parameters=chosen,
+                record=None,
             )
             table = MomentTable(batch)
             logits: list[Tensor] = []

@@ -34,11 +34,23 @@ class MomentTable:
     def __init__(self, task: Task, scaled: bool = False) -> None:
         self.task, self._scaled = task, scaled
         self._columns = {name: index for index, name in enumerate(task.parameters)}
-        self.moments = empty_moments(task, task.size)
+        self._moments: list[Moments | None] = [None] * len(task.objectives)
         self._undo: list[Tensor] = []
         self._waiting: list[dict[str, Moments]] = []
         self._small: list[dict[str, Tensor]] = []
         self._segments: list[Segments] = []
+
+    @property
+    def moments(self) -> list[Moments]:
+        """The moments of each objective, zero for parameters that were not added."""
+        return list(map(self._table, range(len(self._moments))))
+
+    def _table(self, index: int) -> Moments:
+        table = self._moments[index]
+        if table is None:
+            only = replace(self.task, objectives=self.task.objectives[index : index + 1])
+            self._moments[index] = table = empty_moments(only, self.task.size)[0]
+        return table
 
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
@@ -61,31 +73,33 @@ class MomentTable:
 
     def finish(self) -> None:
         """Write all parameters' moments into the table and undo the scales."""
-        for index, (waiting, small) in enumerate(zip(self._waiting, self._small, strict=True)):
-            waiting.update(_segment_moments(small, self.task.wanted))
-            _fill_columns(self.moments[index], waiting, self._columns)
-            self._fill_segments(self.moments[index], self._segments[index])
-        self._waiting, self._small, self._segments = [], [], []
-        if not self._scaled and self._undo:
-            pairs = zip(self.moments, self._undo, strict=True)
-            self.moments = [rescaled_moments(moments, undo) for moments, undo in pairs]
+        for index, undo in enumerate(self._undo):
+            factors = None if self._scaled else undo
+            waiting = self._waiting[index]
+            waiting.update(_segment_moments(self._small[index], self.task.wanted))
+            if waiting:
+                _fill_columns(self._table(index), waiting, self._columns, factors)
+            self._fill_segments(index, factors)
+        self._waiting, self._small, self._segments, self._undo = [], [], [], []
 
-    def _fill_segments(self, moments: Moments, segments: Segments) -> None:
+    def _fill_segments(self, index: int, undo: Tensor | None) -> None:
+        segments = self._segments[index]
         if not segments.names:
             return
         if not segments.unchanged():
             raise PlanError("a layer's input or gradient was changed in place after its use")
-        where = list(map(self._columns.__getitem__, segments.names))
-        every = where == list(range(len(self._columns)))
-        for key, values in segments.moments().items():
-            if every:
-                moments[key] = values
-            else:
-                moments[key][:, where] = values
+        names = sorted(segments.names, key=self._columns.__getitem__)
+        moments = segments.moments(names, undo)
+        if len(names) == len(self._columns):
+            self._moments[index] = moments
+            return
+        where = list(map(self._columns.__getitem__, names))
+        for key, table in self._table(index).items():
+            table[:, where] = moments[key]
 
     def clear(self) -> None:
         """Delete all values."""
-        self.moments = empty_moments(self.task, self.task.size)
+        self._moments = [None] * len(self.task.objectives)
         self._undo, self._waiting, self._small, self._segments = [], [], [], []
 
     def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
@@ -110,6 +124,8 @@ class MomentTable:
     @staticmethod
     def join(parts: list[MomentTable]) -> list[Moments]:
         """Return the moments of all samples, from consecutive groups of them."""
+        if len(parts) == 1:
+            return parts[0].moments
         return joined([part.moments for part in parts])
 
 
@@ -125,18 +141,22 @@ def _segment_moments(rows: Mapping[str, Tensor], wanted: Collection[Moment]) -> 
     return moments
 
 
-def _fill_columns(moments: Moments, parts: Mapping[str, Moments], columns: Mapping[str, int]) -> None:
+def _fill_columns(
+    moments: Moments, parts: Mapping[str, Moments], columns: Mapping[str, int], undo: Tensor | None
+) -> None:
     """Write moments ``(N,)`` of parameters into their columns of ``(N, P)``: one copy per moment, not per parameter."""
-    if not parts:
-        return
     names = sorted(parts, key=columns.__getitem__)
     where = list(map(columns.__getitem__, names))
+    filled: Moments = {}
     for key, table in moments.items():
-        values = torch.stack([_as_type(parts[name][key], table.dtype) for name in names], 1)
-        if len(names) == table.shape[1]:
+        filled[key] = torch.stack([_as_type(parts[name][key], table.dtype) for name in names], 1)
+    if undo is not None:
+        filled = rescaled_moments(filled, undo)
+    for key, values in filled.items():
+        if len(names) == moments[key].shape[1]:
             moments[key] = values
         else:
-            table[:, where] = values
+            moments[key][:, where] = values
 
 
 def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:

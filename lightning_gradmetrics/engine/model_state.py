@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -12,12 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.preservation import HookState, RandomState
+from lightning_gradmetrics.classifier.preservation import INTERNAL, ModelRecord
 from lightning_gradmetrics.engine.attribute_reads import are_reads_visible
 
 __all__ = ["ForwardState", "attribute_key", "note_read", "note_volatile", "quiet_no_grad"]
 
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_INTERNAL = INTERNAL - {"training"}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, Enum)
 
 _VOLATILE: WeakKeyDictionary[nn.Module, set[tuple[int, str]]] = WeakKeyDictionary()
@@ -35,53 +35,25 @@ class ForwardState:
 
     Args:
         model: The model.
+        record: The record of its state, if there is one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._containers: list[tuple[Any, Any]] = []
-        self._buffers: list[tuple[Tensor, int, Tensor]] = []
-        for module in model.modules():
-            attributes = vars(module)
-            before = {}
-            for name in attributes.keys() - _INTERNAL:
-                before[name] = value = attributes[name]
-                if type(value) in (dict, list, set):
-                    self._containers.append((value, value.copy()))
-            self._attributes.append((attributes, before))
-            if isinstance(module._buffers, dict) and module._buffers:
-                self._containers.append((module._buffers, module._buffers.copy()))
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    version = -1 if buffer.is_inference() else buffer._version
-                    self._buffers.append((buffer, version, buffer.detach().clone()))
-        self._hooks = HookState(model)
-        self._generators = RandomState(model)
+    def __init__(self, model: nn.Module, record: ModelRecord | None = None) -> None:
+        self._record = ModelRecord(model, complete=False) if record is None else record
 
     def restore(self) -> None:
         """Set generators, attributes and buffers to this state."""
         torch.clear_autocast_cache()  # so that autocast casts the weights again
         self.restore_attributes()
-        self._generators.restore()
+        self._record.generators.restore()
 
     def random_numbers_drawn(self) -> bool:
         """Return whether a forward pass has drawn random numbers since."""
-        return not self._generators.is_current()
+        return not self._record.generators.is_current()
 
     def restore_attributes(self) -> None:
         """Set attributes, hooks and buffers to this state, but not the random number generators."""
-        self._hooks.restore()
-        for attributes, before in self._attributes:
-            for name in attributes.keys() - _INTERNAL - before.keys():
-                del attributes[name]
-            attributes.update(before)
-        for container, entries in self._containers:
-            if container or entries:
-                container.clear()
-                container.extend(entries) if isinstance(container, list) else container.update(entries)
-        for buffer, version, value in self._buffers:
-            if version >= 0 and buffer._version != version:
-                buffer.data.copy_(value)  # without a version bump, because a graph may contain the buffer
+        self._record.restore_for_forward()
 
 
 @contextmanager
@@ -96,17 +68,20 @@ def quiet_no_grad(quiet: bool) -> Iterator[None]:
             yield
 
 
-def attribute_key(model: nn.Module) -> Hashable:
+def attribute_key(model: nn.Module, record: ModelRecord | None = None) -> Hashable:
     """Return the plain attributes of all modules and of their configurations, which a forward pass may branch on.
 
     Attributes that no forward pass read during planning, such as counters of the user's step, are left out.
+
+    Args:
+        model: The model.
+        record: The record of its present state, if there is one.
     """
     volatile, read = _VOLATILE.get(model, set()), _READ.get(model)
     key = []
-    for number, name, value in _attributes(model):
-        is_read = read is None or number < 0 or name.partition(".")[0] in read
-        if is_read and (number, name) not in volatile:
-            key.append((number, name, value))
+    for entry in _attributes(model, record, read):
+        if not volatile or entry[:2] not in volatile:
+            key.append(entry)
     return tuple(key)
 
 
@@ -126,27 +101,42 @@ def note_volatile(model: nn.Module, before: Hashable, after: Hashable) -> None:
         volatile.add((number, name))
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[int, str, Hashable]]:
-    """Yield the number of the module, the name and the value of every plain attribute."""
+def _attributes(
+    model: nn.Module, record: ModelRecord | None = None, read: set[str] | None = None
+) -> Iterator[tuple[int, str, Hashable]]:
+    """Yield the number of the module, the name and the value of every plain attribute whose name is read."""
     configurations: set[int] = set()
-    classes: dict[type, None] = {}
-    for number, module in enumerate(model.modules()):
-        classes.update(dict.fromkeys(type(module).__mro__))
-        for name, value in vars(module).items():
-            if name in _INTERNAL:
-                continue
-            if isinstance(value, _PLAIN):
-                yield number, name, value
-            elif type(value) in (tuple, list) and len(value) <= 16 and all(isinstance(v, _PLAIN) for v in value):
-                yield number, name, tuple(value)
-            elif type(value) is dict:
-                yield from _plain_entries(number, name, value)
-            elif _is_configuration(value) and id(value) not in configurations:
-                configurations.add(id(value))
-                yield from _plain_entries(number, name, vars(value))
-    for number, kind in enumerate(classes):
-        if kind is not object and not kind.__module__.startswith("torch."):
+    modules = tuple(model.modules()) if record is None else record.modules
+    for number, module in enumerate(modules):
+        attributes = vars(module)
+        names = (attributes.keys() if read is None else read & attributes.keys()) - _INTERNAL
+        for name in sorted(names):
+            yield from _plain_parts(number, name, attributes[name], configurations)
+    for number, kind in enumerate(_classes(modules)):
+        if not kind.__module__.startswith("torch."):
             yield from _plain_entries(-1 - number, kind.__name__, vars(kind))
+
+
+def _plain_parts(number: int, name: str, value: Any, configurations: set[int]) -> Iterator[tuple[int, str, Hashable]]:
+    """Yield the plain values in an attribute; each configuration once."""
+    if isinstance(value, _PLAIN):
+        yield number, name, value
+    elif type(value) in (tuple, list) and len(value) <= 16 and all(isinstance(v, _PLAIN) for v in value):
+        yield number, name, tuple(value)
+    elif type(value) is dict:
+        yield from _plain_entries(number, name, value)
+    elif _is_configuration(value) and id(value) not in configurations:
+        configurations.add(id(value))
+        yield from _plain_entries(number, name, vars(value))
+
+
+def _classes(modules: Sequence[nn.Module]) -> dict[type, None]:
+    """Return the classes of modules and their bases, in order, without ``object``."""
+    classes: dict[type, None] = {}
+    for kind in dict.fromkeys(map(type, modules)):
+        classes.update(dict.fromkeys(kind.__mro__))
+    classes.pop(object, None)
+    return classes
 
 
 def _plain_entries(number: int, name: str, entries: Mapping[Any, Any]) -> Iterator[tuple[int, str, Hashable]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gradmetrics.engine.axes import Axis, axis_between
 from lightning_gradmetrics.engine.calls import tensors_in
@@ -81,6 +82,22 @@ class Plan:
     roots: Mapping[Source, frozenset[str]] = field(default_factory=dict)
     undecided: bool = False
     reads: tuple[Any, ...] | None = None
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        """The names of the parameters that it was made for."""
+        alone = [root for root in self.roots.values() if len(root) == 1]
+        return frozenset().union(*alone)
+
+    def known_parameters(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """Return the parameters of a model that the plan was made for, by name, which may be the chosen ones."""
+        if self._names == chosen.keys():
+            return chosen
+        known = {}
+        for name, parameter in model.named_parameters():
+            if name in self._names:
+                known[name] = parameter
+        return known
 
     def without(self, number: int, reason: str) -> Plan:
         """Return the plan without one step, whose parameters are left to other engines."""

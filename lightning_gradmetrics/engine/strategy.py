@@ -172,27 +172,28 @@ def collect_fast(
     Raises:
         PlanError: If the model does not follow the plan, or rows have no single owner.
     """
-    for parameter in task.model.parameters():
+    for parameter in task.model.parameters() if task.record is None else task.record.parameters:
         if parameter.requires_grad:
             parameter.requires_grad_(False)
     tracer: Tracer
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
     else:
-        tracer = Tracer(plan, _known_parameters(task.model, plan), task.size, table.add, free)
+        tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
     tracer.notes = notes
     if notes is None:
         with tracer:
             logits = task.forward()
     else:
         logits = _forward_with_notes(task, tracer, notes)
-    checks(logits, tracer.path)
+    path = tracer.outline.path
+    checks(logits, path)
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
         tracer.collect(logits, gradient, last=index == len(scaled) - 1)
     table.finish()
-    return tuple(tracer.times), tracer.outline, tracer.path
+    return tuple(tracer.times), tracer.outline.outline, path
 
 
 def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
@@ -209,15 +210,6 @@ def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) ->
     for parameter in task.parameters.values():
         parameter.requires_grad_(False)
     return logits
-
-
-def _known_parameters(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
-    """Return the parameters that the plan was made for, by name."""
-    roots, known = set(plan.roots.values()), {}
-    for name, parameter in model.named_parameters():
-        if frozenset([name]) in roots:
-            known[name] = parameter
-    return known
 
 
 # -- verification -----------------------------------------------------------------------------------------------------

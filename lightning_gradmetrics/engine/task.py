@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors
 from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gradients
+from lightning_gradmetrics.classifier.preservation import ModelRecord
+from lightning_gradmetrics.engine.kernels import class_residuals
 from lightning_gradmetrics.engine.refusals import rows_not_samples
 from lightning_gradmetrics.engine.uses import merge_rows
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
@@ -35,6 +37,7 @@ class Task:
         logits: Returns the logits ``(N, C)`` from the model's output.
         memory: Memory limit in bytes, beyond the model and the inputs; ``None`` for no limit.
         per_sample: For each tensor of the inputs, whether its first axis is the sample; other tensors are shared.
+        record: The model's state when the task was made, if the model is still in it.
     """
 
     model: nn.Module
@@ -47,6 +50,7 @@ class Task:
     logits: Callable[[Any], Tensor]
     memory: int | None = None
     per_sample: tuple[bool, ...] = ()
+    record: ModelRecord | None = None
 
     @property
     def losses(self) -> tuple[Callable[[Tensor | None], Loss], ...]:
@@ -104,7 +108,15 @@ class Task:
 
     def unit_gradient(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of :meth:`unit_losses` with respect to the logits, ``(N, C)``, and the undoing factors."""
-        return unit_gradient(self.objectives[index], self.targets, logits)
+        objective, labels = self.objectives[index], None
+        is_plain = objective.function is None and not objective.arguments
+        if objective.name == "label":
+            labels = self.targets
+        if is_plain and (objective.name == "pseudo_label" or labels is not None):
+            residuals = class_residuals(logits.detach(), labels)
+            if residuals is not None:
+                return residuals
+        return unit_gradient(objective, self.targets, logits)
 
     def unit_losses(self, index: int, logits: Tensor, only_tiny: bool = False) -> tuple[Tensor, Tensor]:
         """Return losses ``(N,)`` whose gradients are scaled by a power of two per sample, and the factors that undo it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,17 +14,20 @@ from torch import Tensor
 from torch.utils.checkpoint import _StopRecomputationError
 
 from lightning_gradmetrics.engine.agreement import VerificationNotes
-from lightning_gradmetrics.engine.axes import Axis
+from lightning_gradmetrics.engine.axes import Axis, axis_of
 from lightning_gradmetrics.engine.calls import (
+    NEVER_NESTED,
     OpeningMode,
+    Outline,
     Silence,
-    extended_outline,
     has_tensors,
+    made_contiguous,
     map_arguments,
     opened,
     tensors_in,
 )
 from lightning_gradmetrics.engine.graph import Copies, Root
+from lightning_gradmetrics.engine.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.trace import HOST_READS, host_value
@@ -36,8 +38,7 @@ __all__ = ["Tracer"]
 Sink = Callable[[str, Use], None]
 
 
-def _made_contiguous(chosen: Tensor, tensor: Tensor) -> Tensor:
-    return tensor.contiguous() if tensor is chosen else tensor
+_UNGUARDED = nullcontext()
 
 
 class Tracer(OpeningMode):
@@ -59,7 +60,7 @@ class Tracer(OpeningMode):
         super().__init__()
         self.plan, self.size, self.sink, self.free = plan, size, sink, free
         self.times: list[int] = []
-        self.outline = self.path = 0
+        self.outline = Outline()
         self._reads = 0
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
@@ -83,18 +84,19 @@ class Tracer(OpeningMode):
         """Run one call, as planned if it involves chosen parameters."""
         kwargs = kwargs or {}
         # A dispatcher operator is not a call of the model; a TorchDispatchMode such as FlopCounterMode calls it again.
-        outside = self._silence.depth or type(func) is torch._ops.OpOverload
-        if not outside and not self._backward:
-            self.outline, self.path = extended_outline(self.outline, self.path, func, (*args, *kwargs.values()), kwargs)
-        sources = () if outside else self._sources(args, kwargs)
-        if sources and not self._recomputes:
-            # Checkpoints that are not reentrant store no tensors, and repeat their calls in the backward pass.
-            self._recomputes = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        if self._silence.depth or type(func) is torch._ops.OpOverload:
+            return func(*args, **kwargs)
+        if not self._backward:
+            self.outline.add(func, args, kwargs)
+        sources = self._sources(args, kwargs)
         if not sources:
             result = func(*args, **kwargs)
             if self.plan.reads is not None and getattr(func, "__name__", "") in HOST_READS and not self._backward:
                 self._check_read(args, kwargs, result)
             return result
+        if not self._recomputes:
+            # Checkpoints that are not reentrant store no tensors, and repeat their calls in the backward pass.
+            self._recomputes = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if self._opens(func):
             return self._inside(func, args, kwargs)
         step = self._next_step(func, sources)
@@ -148,8 +150,15 @@ class Tracer(OpeningMode):
         return next((s for s in self.plan.steps if s.function == function and s.sources == sources), None)
 
     def _sources(self, args: Any, kwargs: Any) -> tuple[Source, ...]:
-        tracked = self._tracked
-        return tuple(tracked[id(t)] for t in tensors_in((args, kwargs)) if id(t) in tracked)
+        """Return the chosen parameters and derived tensors among the arguments, in order."""
+        tracked, sources = self._tracked, []
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            source = tracked.get(id(value))
+            if source is not None:
+                sources.append(source)
+            elif type(value) not in NEVER_NESTED:
+                sources += [tracked[id(t)] for t in tensors_in(value) if id(t) in tracked]
+        return tuple(sources)
 
     def _plain(self, step: Step, args: Any, kwargs: Any) -> Any:
         return step.function(*args, **kwargs)
@@ -194,27 +203,36 @@ class Tracer(OpeningMode):
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run the call unchanged and register a hook on the output."""
         found = RULES[step.function]
-        named, tracked = bind(found, args, kwargs) or {}, self._tracked
-        slots = {name: tracked[id(value)] for name, value in named.items() if id(value) in tracked}
-        if any(named[name].requires_grad for name in slots):
+        values = bind(found, args, kwargs) or {}
+        slots = self._slots(values)
+        if any(values[name].requires_grad for name in slots):
             args, kwargs = self._cut(args), self._cut(kwargs)
-            named = bind(found, args, kwargs) or {}
-        pairs = zip(tensors_in((args, kwargs)), step.inputs, strict=True)
-        axis = next(known for tensor, known in pairs if tensor is named["input"])
+            values = bind(found, args, kwargs) or {}
+        x = values["input"]
+        axis = axis_of(x, step.inputs, args, kwargs)
         assert axis is not None and step.output is not None
-        if found.dense and named["input"].ndim > 2:
-            args, kwargs = map_arguments(partial(_made_contiguous, named["input"]), (args, kwargs))
-        run = None if found.run is None or not self._constant(named) else found.run
-        result = self._rooted(step, run(named) if run else step.function(*args, **kwargs))
-        axis, out = self._fitted(axis, named["input"].shape), self._fitted(step.output, result.shape)
+        if found.dense and x.ndim > 2 and not x.is_contiguous():
+            args, kwargs = map_arguments(partial(made_contiguous, x), (args, kwargs))
+        run = None if found.run is None or not self._constant(values) else found.run
+        result = self._rooted(step, run(values) if run else step.function(*args, **kwargs))
+        axis, out = self._fitted(axis, x.shape), self._fitted(step.output, result.shape)
         if not self._collecting:
             return result
         for source in slots.values():
             self._expect(source)
-        call = Call(named, axis, out, frozenset(slots))
-        hook = partial(self._rule_gradient, found, call, slots, named["input"]._version)
+        call = Call(values, axis, out, frozenset(slots))
+        hook = partial(self._rule_gradient, found, call, slots, x._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
+
+    def _slots(self, values: Mapping[str, Any]) -> dict[str, Source]:
+        """Return the chosen parameters and derived tensors among a rule's arguments by their names."""
+        slots = {}
+        for name, value in values.items():
+            source = self._tracked.get(id(value))
+            if source is not None:
+                slots[name] = source
+        return slots
 
     def _constant(self, values: Mapping[str, Any]) -> bool:
         """Return whether the input is the call's only tensor with a graph."""
@@ -285,35 +303,16 @@ class Tracer(OpeningMode):
     def _vmap(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Map the function over the samples, with a copy of the parameters for each."""
         assert step.output is not None
-        tensors: list[Tensor] = []
-        dims: list[int] = []
-        places: dict[int, int] = {}
+        entries: dict[int, tuple[Tensor, int]] = {}
         for tensor, axis in zip(tensors_in((args, kwargs)), step.inputs, strict=True):
-            if id(tensor) in places:
+            if id(tensor) in entries:
                 continue
             if id(tensor) in self._tracked:
-                entry, dim = self._copies(tensor), 0
+                entries[id(tensor)] = self._copies(tensor), 0
             elif axis is not None:
-                entry, dim = self._fitted(axis, tensor.shape).unflatten(tensor)
-            else:
-                continue
-            places[id(tensor)] = len(tensors)
-            tensors.append(entry)
-            dims.append(dim)
-
-        def one(*entries: Tensor) -> Tensor:
-            def of_sample(tensor: Tensor) -> Tensor:
-                return entries[places[id(tensor)]] if id(tensor) in places else tensor
-
-            new_args, new_kwargs = map_arguments(of_sample, (args, kwargs))
-            return step.function(*new_args, **new_kwargs)  # type: ignore[no-any-return]
-
-        axis = step.output
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            mapped = torch.func.vmap(one, tuple(dims), axis.dim + axis.minor, randomness="same")(*tensors)
-        result = mapped.flatten(axis.dim, axis.dim + 1)
-        self._fitted(axis, result.shape)
+                entries[id(tensor)] = self._fitted(axis, tensor.shape).unflatten(tensor)
+        result = mapped_call(step.function, args, kwargs, entries, step.output)
+        self._fitted(step.output, result.shape)
         return result
 
     # -- backward -----------------------------------------------------------------------------------------------------
@@ -359,7 +358,7 @@ class Tracer(OpeningMode):
 
     def _guarded(self, sources: Iterable[Source]) -> AbstractContextManager[None]:
         """During verification, attribute an error to the parameters that it concerns."""
-        return nullcontext() if self.notes is None else self._noting(sources)
+        return _UNGUARDED if self.notes is None else self._noting(sources)
 
     @contextmanager
     def _noting(self, sources: Iterable[Source]) -> Iterator[None]:
@@ -393,5 +392,8 @@ class Tracer(OpeningMode):
                 self._finish(name)
 
     def _finish(self, name: str) -> None:
+        if self._silence.depth and self.notes is None:
+            self.sink(name, combined(self._pending.pop(name)))
+            return
         with self._silence, self._guarded([name]):
             self.sink(name, combined(self._pending.pop(name)))

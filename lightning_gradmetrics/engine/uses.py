@@ -146,7 +146,7 @@ class LinearUse:
         """Return the factors of the gradients, which are outer products if a sample has one position."""
         if self.a.shape[1] != 1:
             return None
-        return at_least_float32(self.g[:, 0]), at_least_float32(self.a[:, 0])
+        return at_least_float32(self.g.squeeze(1)), at_least_float32(self.a.squeeze(1))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return a half-precision tensor in float32, any other tensor unchanged."""
-    return tensor.to(wide_dtype(tensor.dtype))
+    return tensor.to(torch.float32) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:

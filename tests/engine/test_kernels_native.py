@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lightning_gradmetrics.engine import kernels
-from lightning_gradmetrics.engine.kernels import ConvGeometry, gram, library, native, segments
+from lightning_gradmetrics.engine.kernels import ConvGeometry, class_residuals, gram, library, native, segments
+from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.scaling import rescaled_moments, unit_gradient
 from lightning_gradmetrics.gradients.statistics import factor_moments, gradient_moments
 
 ALL = frozenset({"sum", "max", "min", 1.0, 2.0})
@@ -91,11 +93,44 @@ def test_many_small_matrices_have_the_moments_of_torch(dtype, wanted):
         expected[f"rows{number}"] = gradient_moments(rows, wanted)
         expected[f"product{number}"] = factor_moments(rows, last, wanted)
         last = rows
-    found = together.moments()
+    undo = 2.0 ** torch.randint(-3, 3, (19,)).double()
+    names = sorted(expected)
+    found = together.moments(names, undo)
     for key in wanted:
-        truth = torch.stack([moments[key] for moments in expected.values()], 1)
+        truth = torch.stack([rescaled_moments(expected[name], undo)[key] for name in names], 1)
         bound = 1e-12 if dtype == torch.float64 else 1e-4
         torch.testing.assert_close(found[key], truth, rtol=bound, atol=bound, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [0.0, 1.0, 12.0, 60.0, 95.0, 800.0])
+def test_residuals_are_those_of_torch(dtype, gap):
+    """Near and far logits, equal ones, strided rows, true labels and ignored ones."""
+    torch.manual_seed(0)
+    logits = torch.randn(23, 9, dtype=dtype)[:, :7]
+    logits[::2, 3] += gap
+    logits[5] = 2.0
+    labels = torch.randint(7, (23,))
+    labels[4] = -100
+    for objective, targets in ((Objective.of("pseudo_label"), None), (Objective.of("label"), labels)):
+        found, undo = class_residuals(logits, targets)
+        expected, right = unit_gradient(objective, targets, logits)
+        tiny = torch.finfo(dtype).tiny
+        assert torch.equal(undo, right) or gap > 80
+        torch.testing.assert_close(found * undo[:, None], expected * right[:, None], rtol=1e-5, atol=tiny)
+
+
+@needs_compiler
+def test_unusual_logits_and_labels_are_left_to_torch():
+    logits = torch.randn(4, 3)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert class_residuals(logits.index_fill(0, torch.tensor(2), bad), None) is None
+    assert class_residuals(logits, torch.tensor([0, 1, 3, 0])) is None
+    assert class_residuals(logits, torch.tensor([0, 1, -1, 0])) is None
+    assert class_residuals(logits.bfloat16(), None) is None
+    assert class_residuals(logits[:, :1], None) is None
+    assert class_residuals(logits, torch.tensor([0.0, 1, 2, 0])) is None
 
 
 @needs_compiler

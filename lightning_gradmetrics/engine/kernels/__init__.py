@@ -5,9 +5,11 @@ from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
 from lightning_gradmetrics.engine.kernels.library import describe_kernels
 from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments
 from lightning_gradmetrics.engine.kernels.reduction import position_sums, row_moments
+from lightning_gradmetrics.engine.kernels.residuals import class_residuals
 
 __all__ = [
     "ConvGeometry",
+    "class_residuals",
     "conv_gradient",
     "conv_moments",
     "describe_kernels",

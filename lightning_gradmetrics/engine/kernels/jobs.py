@@ -7,7 +7,17 @@ from __future__ import annotations
 
 import ctypes
 
-__all__ = ["JOB_SIZES", "DepthwiseJob", "GramJob", "ProductJob", "RowJob", "SegmentJob", "SumJob", "Triple"]
+__all__ = [
+    "JOB_SIZES",
+    "DepthwiseJob",
+    "GramJob",
+    "ProductJob",
+    "ResidualJob",
+    "RowJob",
+    "SegmentJob",
+    "SumJob",
+    "Triple",
+]
 
 Triple = ctypes.c_int64 * 3
 """One integer per spatial dimension."""
@@ -60,7 +70,7 @@ class SegmentJob(ctypes.Structure):
     """``segment_job`` of ``rows.c``."""
 
     _fields_ = (
-        _pointers("x columns step left right out") + _integers("samples segments outputs mode") + _counters("next")
+        _pointers("x columns step left right undo out") + _integers("samples segments outputs mode") + _counters("next")
     )
 
 
@@ -102,6 +112,14 @@ class GramJob(ctypes.Structure):
     )
 
 
+class ResidualJob(ctypes.Structure):
+    """``residual_job`` of ``residuals.c``."""
+
+    _fields_ = (
+        _pointers("logits labels gradient undo") + _integers("samples classes step ignored") + _counters("unusual")
+    )
+
+
 JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "product_job_bytes": ProductJob,
     "row_job_bytes": RowJob,
@@ -109,5 +127,6 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "sum_job_bytes": SumJob,
     "gram_job_bytes": GramJob,
     "depthwise_job_bytes": DepthwiseJob,
+    "residual_job_bytes": ResidualJob,
 }
 """The C function that returns each struct's size."""

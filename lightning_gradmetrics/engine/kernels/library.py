@@ -42,7 +42,15 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-w")
 DEFINES = {torch.float32: ("-DREAL=float", "-DSINGLE"), torch.float64: ("-DREAL=double",)}
 COMPILE_SECONDS = 120
-JOBS = ("products", "row_statistics", "segment_statistics", "position_statistics", "squares", "depthwise")
+JOBS = (
+    "products",
+    "row_statistics",
+    "segment_statistics",
+    "position_statistics",
+    "squares",
+    "depthwise",
+    "class_residuals",
+)
 """The kernel functions; each takes a job, a thread runner and a number of threads."""
 
 SCRATCH_SIZES = ("scratch_bytes", "gram_scratch_bytes", "depthwise_scratch_bytes")

@@ -6,7 +6,7 @@ The parameters of small networks have few entries each. One call for all of them
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Segments:
 
     def __init__(self, wanted: Iterable[Moment]) -> None:
         self._wanted = frozenset(wanted)
+        self._are_known = self._wanted <= set(ORDER)
         self._matrices: list[Tensor] = []
         self._versions: list[int] = []
         self._numbers: dict[tuple[int, int, int], int] = {}
@@ -56,9 +57,14 @@ class Segments:
         return True
 
     def _takes(self, matrix: Tensor) -> bool:
-        first = self._matrices[0] if self._matrices else matrix
-        fits = matrix.dtype == first.dtype and 0 < matrix.numel() <= LARGEST and len(self._matrices) < MOST - 1
-        return fits and (matrix.stride(1) == 1 or matrix.shape[1] == 1) and supports(matrix, self._wanted)
+        matrices = self._matrices
+        if matrices:
+            is_supported = matrix.dtype == matrices[0].dtype and matrix.device.type == "cpu"
+        else:
+            is_supported = self._are_known and supports(matrix, self._wanted)
+        if not is_supported or len(matrices) >= MOST - 1 or not 0 < matrix.numel() <= LARGEST:
+            return False
+        return matrix.stride(1) == 1 or matrix.shape[1] == 1
 
     def _number(self, matrix: Tensor) -> int:
         """Return a matrix's number; a layer's weight and bias share the gradient of its output."""
@@ -73,8 +79,15 @@ class Segments:
         """Return whether no matrix was changed in place since it was added."""
         return self._versions == [matrix._version for matrix in self._matrices]
 
-    def moments(self) -> Moments:
-        """Return each moment, ``(N, P)``, with the parameters in the order in which they were added."""
+    def moments(self, names: Sequence[str], undo: Tensor | None = None) -> Moments:
+        """Return each moment, ``(N, P)``.
+
+        Args:
+            names: The parameters that were added, in the order of the columns.
+            undo: Factors of the gradients, ``(N,)``.
+        """
+        order = list(map(self.names.index, names))
+        undo = None if undo is None else undo.to(torch.float64).contiguous()
         matrices, samples, outputs = self._matrices, len(self._matrices[0]), len(self.names)
         out = torch.empty(len(ORDER), samples, outputs, dtype=torch.float64)
         total = sum(map(Tensor.numel, matrices))
@@ -83,8 +96,8 @@ class Segments:
             [matrix.data_ptr() for matrix in matrices],
             [matrix.shape[1] for matrix in matrices],
             [matrix.stride(0) for matrix in matrices],
-            self._left,
-            self._right,
+            [self._left[number] for number in order],
+            [self._right[number] for number in order],
         )
         arrays = [(ctypes.c_int64 * len(values))(*values) for values in lists]  # alive until the call returns
         x, columns, step, left, right = map(ctypes.addressof, arrays)
@@ -94,6 +107,7 @@ class Segments:
             step=step,
             left=left,
             right=right,
+            undo=None if undo is None else undo.data_ptr(),
             out=out.data_ptr(),
             samples=samples,
             segments=len(matrices),

@@ -123,6 +123,8 @@ def rule(
 
 def bind(found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """Return a call's arguments by the names of its rule; ``None`` if they do not fit."""
-    if len(args) > len(found.arguments) or not set(kwargs) <= set(found.arguments):
+    if len(args) > len(found.arguments) or not kwargs.keys() <= set(found.arguments):
         return None
-    return {**dict(zip(found.arguments, args, strict=False)), **kwargs}
+    values = dict(zip(found.arguments, args, strict=False))
+    values.update(kwargs)
+    return values

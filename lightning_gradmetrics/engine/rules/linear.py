@@ -16,6 +16,8 @@ __all__ = ["linear", "product"]
 
 def _sequence(tensor: Tensor) -> Tensor:
     """Return ``(N, times, *others, D)`` as ``(N, T, D)``."""
+    if tensor.ndim == 3:
+        return tensor
     return tensor.reshape(tensor.shape[0], tensor.shape[1:-1].numel(), tensor.shape[-1])
 
 
@@ -37,7 +39,7 @@ def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W^T + b``: the weight's gradient is ``sum_t g_t a_t^T``, the bias' ``sum_t g_t``."""
     g = _sequence(g)
     if "bias" in call.slots:
-        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else summed(g.mT))
+        yield "bias", RowsUse(g.squeeze(1) if g.shape[1] == 1 else summed(g.mT))
     if "weight" in call.slots:
         yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g)
 
@@ -76,6 +78,6 @@ def affine(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = b + a W``."""
     g = _sequence(g)
     if "bias" in call.slots:
-        yield "bias", RowsUse(g[:, 0] if g.shape[1] == 1 else summed(g.mT))
+        yield "bias", RowsUse(g.squeeze(1) if g.shape[1] == 1 else summed(g.mT))
     if "weight" in call.slots:
         yield "weight", LinearUse(_sequence(call.x).to(g.dtype), g, transposed=True)

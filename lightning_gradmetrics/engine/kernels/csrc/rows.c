@@ -54,6 +54,7 @@ typedef struct {
   const REAL *const *x;                 /* (segments): matrices with a row for each sample */
   const int64_t *columns, *step;        /* (segments) */
   const int64_t *left, *right;          /* (outputs): the segments of an outer product; right < 0: of left alone */
+  const double *undo;                   /* (samples): factors of the entries, or NULL */
   double *out;                          /* (STATISTICS, samples, outputs) */
   int64_t samples, segments, outputs, mode;
   atomic_int next;
@@ -135,12 +136,16 @@ static void segment_work(void *data) {
   for (int64_t block; (block = atomic_fetch_add(&j->next, 1)) < blocks;) {
     const int64_t end = (block + 1) * BLOCK_OF_SAMPLES < j->samples ? (block + 1) * BLOCK_OF_SAMPLES : j->samples;
     for (int64_t n = block * BLOCK_OF_SAMPLES; n < end; n++) {
+      const double factor = j->undo ? j->undo[n] : 1;
       for (int64_t s = 0; s < j->segments; s++)
         segment_row(j->x[s] + n * j->step[s], j->columns[s], found[s], (int)j->mode);
       for (int64_t o = 0; o < j->outputs; o++) {
         const double *value = found[j->left[o]];
         if (j->right[o] >= 0) product_row(value, found[j->right[o]], entry, (int)j->mode), value = entry;
-        for (int k = 0; k < kept; k++) j->out[(k * j->samples + n) * j->outputs + o] = value[k];
+        for (int k = 0; k < kept; k++) {
+          const double scaled = value[k] * factor;
+          j->out[(k * j->samples + n) * j->outputs + o] = k == SQUARE ? scaled * factor : scaled;
+        }
       }
     }
   }
