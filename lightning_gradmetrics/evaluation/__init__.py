@@ -1,4 +1,4 @@
-"""Judge a table of per-sample scores: metrics, intervals, comparisons, and thresholds."""
+"""Evaluates a table of per-sample scores: metrics, intervals, comparisons and thresholds."""
 
 from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER, METRICS, TASKS, Metric, register_metric
 from lightning_gradmetrics.evaluation.protocol import evaluate

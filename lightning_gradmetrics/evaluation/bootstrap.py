@@ -1,4 +1,4 @@
-"""Bootstrap: every metric on resampled rows, all scores on the same resamples."""
+"""The bootstrap: computes every metric on resampled rows, with the same resamples for all scores."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ EXACT_ROWS = 5_000
 """Up to this number of rows, each dataset is resampled with replacement; above it, rows get Poisson weights."""
 
 CELLS = 2048
-"""The number of cells of equal size of a score above ``EXACT_ROWS`` rows; each task adds finer cells near its threshold."""
+"""The number of equal-sized cells that replace the scores above ``EXACT_ROWS`` rows; thresholds add finer cells."""
 
 ELEMENTS = 2**24
-"""The largest number of weights that are in memory together."""
+"""The largest number of weights in memory at the same time."""
 
 
 def _poisson_table() -> Any:
-    """The Poisson(1) weight of each 16-bit random number; mean 1 exactly, variance 1 within 1e-3."""
+    """Return the Poisson(1) weight of each 16-bit random number, with mean exactly 1 and variance within 1e-3 of 1."""
     probability = [np.exp(-1.0)]
     for number in range(1, 9):
         probability.append(probability[-1] / number)
     ends = np.round(np.cumsum(probability) * 2**16).astype(int)
     table = np.searchsorted(ends, np.arange(2**16), side="right").astype(np.float32)
     excess = int(table.sum()) - 2**16
-    # Rounding leaves the mean off by a few in 65,536: exchange some ones for zeros, or zeros for ones.
+    # Rounding leaves the sum off by a few in 65,536: turn some ones into zeros, or zeros into ones.
     ones = np.flatnonzero(table == (1.0 if excess > 0 else 0.0))
     table[ones[: abs(excess)]] = 0.0 if excess > 0 else 1.0
     return table
@@ -72,11 +72,11 @@ def replicate(
     """Compute every metric in ``B`` resamples.
 
     All scores and all tasks share the same resamples, so differences between scores and means over datasets are
-    paired. Up to ``EXACT_ROWS`` rows each dataset is resampled with replacement, to its own size, and every distinct
-    score is a cell. Above that each row gets a Poisson weight of mean 1, and a score is cut into ``CELLS`` cells of
-    equal size; the replicates are shifted by the difference between the exact value and that of the cells. Apart from
-    the replicates, memory does not grow with ``B``. Rows with clusters are drawn by whole clusters, by the same rule for
-    the number of clusters.
+    paired. Up to ``EXACT_ROWS`` rows, each dataset is resampled with replacement to its original size, and every
+    distinct score is a cell. Above that, each row gets a Poisson weight of mean 1, and a score is grouped into
+    ``CELLS`` cells of equal size; the replicates are shifted by the difference between the exact value and the value of
+    the cells. Apart from the replicates, memory does not grow with ``B``. With clusters, whole clusters are drawn, and
+    the limit applies to the number of clusters.
 
     Args:
         rows: The rows.
@@ -85,8 +85,8 @@ def replicate(
         rate: The true-positive rate of ``fpr95``.
         resamples: ``B``.
         seed: The seed of the resamples; the global random state is neither used nor changed.
-        exact: The exact value of every metric that is defined.
-        progress: Called with the share that is done.
+        exact: The exact value of every defined metric.
+        progress: Called with the fraction that is done.
 
     Returns:
         The value of every metric in each resample.
@@ -138,12 +138,12 @@ def weight_blocks(rows: Rows, resamples: int, seed: int) -> Iterator[tuple[int, 
 
 @dataclass(frozen=True)
 class _Source:
-    """The rows of one dataset, and the source of its random numbers.
+    """The rows of one dataset and the generator of their weights.
 
     Args:
         members: The positions of the rows.
-        size: What is drawn: the number of rows, or of clusters.
-        generator: The random numbers.
+        size: The number of rows, or of clusters, that are drawn.
+        generator: The random number generator.
         cluster: The number of each row's cluster, from 0; ``None`` if rows are drawn.
     """
 
@@ -181,12 +181,12 @@ def _sources(rows: Rows, seed: int) -> list[_Source]:
 
 
 def _poisson(size: int, width: int, generator: np.random.Generator) -> Tensor:
-    """Poisson weights of mean 1, ``(size, width)``."""
+    """Return Poisson weights of mean 1, ``(size, width)``."""
     return torch.from_numpy(POISSON[generator.integers(2**16, size=(size, width), dtype=np.uint16)])
 
 
 def _drawn(size: int, width: int, generator: np.random.Generator) -> Tensor:
-    """How often each of ``size`` rows is drawn in each resample, ``(size, width)``."""
+    """Return how often each of ``size`` rows is drawn in each resample, ``(size, width)``."""
     if not size:
         return torch.zeros(0, width)
     drawn = generator.integers(size, size=(size, width), dtype=np.int64) * width + np.arange(width)

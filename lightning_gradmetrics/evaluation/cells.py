@@ -1,4 +1,4 @@
-"""Scores sorted once for all tasks and all resamples."""
+"""Sorts and groups scores once for all tasks and all resamples."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["Cells", "RankedRows", "counts_of_task", "exact_counts", "make_cells"
 
 
 FEWEST_FINE = 64
-"""The fewest fine cells around the threshold of a task."""
+"""The smallest number of fine cells around the threshold of a task."""
 
 
 @dataclass(frozen=True)
 class RankedRows:
-    """The rows of one score in the order of the score, sorted once for all tasks.
+    """The rows in ascending order of one score, sorted once for all tasks.
 
     Args:
         ranked: The order of the rows.
         codes: ``(N,)`` in uint8, the class of each row, in the order of the score.
-        sums: For each class that has rows, the number ``(G,)`` of its rows at or below each distinct score.
+        sums: For each class with rows, the number ``(G,)`` of its rows at or below each distinct score.
         classes: ``C``, the number of row classes.
     """
 
@@ -37,7 +37,7 @@ class RankedRows:
     classes: int
 
     def sums_of(self, task: DetectionTask, codes: Sequence[int]) -> Tensor:
-        """Return the rows of these classes up to each distinct score, ``(G,)``, weighted as in the task."""
+        """Return the weighted number of rows of these classes at or below each distinct score, ``(G,)``."""
         present = [code for code in codes if code in self.sums]
         if not present:
             return torch.zeros_like(self.ranked.ends)
@@ -64,7 +64,7 @@ def rank_rows(rows: Rows, score: str) -> RankedRows:
 
 @dataclass(frozen=True)
 class Cells:
-    """The rows of one score, grouped by row class and by cells of neighbouring scores.
+    """The rows of one score, grouped by row class and by cells of adjacent scores.
 
     Args:
         scores: ``(K,)``, the lowest score of each cell, ascending.
@@ -92,9 +92,10 @@ class Cells:
 
 
 def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (), rate: float = 0.95) -> Cells:
-    """Group rows into about ``most`` cells of equal size, and finer cells where thresholds at a TPR vary.
+    """Group rows into about ``most`` cells of equal size, with finer cells around the thresholds at the TPR.
 
-    Tied rows stay together. With no more than ``most`` distinct scores, each is one cell and metrics of cells are exact.
+    Tied rows share a cell. With at most ``most`` distinct scores, each score is a cell, and the metrics of cells are
+    exact.
 
     Args:
         rows: The rows of one score.
@@ -123,14 +124,14 @@ def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (),
 
 
 def _changes(values: Tensor) -> Tensor:
-    """Whether each value differs from the one before it; true for the first."""
+    """Return whether each value differs from the one before it; true for the first."""
     changes = torch.ones(len(values), dtype=torch.bool)
     torch.ne(values[1:], values[:-1], out=changes[1:])
     return changes
 
 
 def _threshold_window(task: DetectionTask, rows: RankedRows, rate: float) -> slice:
-    """The distinct scores among which the threshold of nearly every resample is: six standard deviations each way."""
+    """Return the distinct scores within six standard deviations of the threshold, which nearly every resample uses."""
     positives_to = rows.sums_of(task, task.positive).double()
     total = positives_to[-1]
     share, spread = 1 - rate, 6 * math.sqrt(rate * (1 - rate) / max(task.count_positive, 1))

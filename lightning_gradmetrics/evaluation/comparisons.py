@@ -1,4 +1,4 @@
-"""Compare every score with one baseline that is named beforehand, by paired intervals."""
+"""Compares every score with one baseline, chosen in advance, by paired intervals."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def compare(
 
     The interval is computed from the paired differences in the resamples. Intervals are not corrected for the number of
     scores. A second, *max-adjusted* verdict compares each score that is not a baseline with the best of all baselines
-    in each resample. It is biased against the score, more strongly with more baselines: with 12
-    equally good baselines it calls an equally good score worse in half of all runs.
+    in each resample. It is biased against the score, and more so with more baselines: with 12 equally good baselines,
+    it calls an equally good score worse in half of all runs.
 
     Args:
-        metrics: The metrics of all scores.
+        metrics: The metrics of all scores, as in :class:`~lightning_gradmetrics.evaluation.record.Evaluation`.
         replicates: Their values in each resample.
         baseline: The score to compare with.
         baselines: All baselines, for the max-adjusted verdict.
@@ -82,7 +82,7 @@ def _max_adjusted(
     level: float,
     rate: float,
 ) -> dict[str, Any]:
-    """Compare with the best of the baselines in each resample."""
+    """Return the comparison with the best of the baselines in each resample."""
     sign = 1 if HIGHER_IS_BETTER[entry["metric"]] else -1
     rivals = {}
     for name in baselines:
@@ -105,7 +105,7 @@ def _max_adjusted(
 def _difference(
     entry: Entry, replicates: Replicates, key: Key, others: Sequence[Key], level: float, rate: float
 ) -> tuple[float | None, float | None]:
-    """The interval of the difference to the best of the others; ``None`` with too few rows."""
+    """Return the interval of the difference to the best of the others; ``None`` with too few rows."""
     if key not in replicates or not enough_rows(entry, rate):
         return None, None
     sign = 1 if HIGHER_IS_BETTER[entry["metric"]] else -1
@@ -116,7 +116,7 @@ def _difference(
 
 
 def key_of(entry: Entry) -> Key:
-    """Return the key of a metric's replicates."""
+    """Return the key of a metric in the replicates."""
     return entry["task"], entry["dataset"], entry["group"], entry["score"], entry["metric"]
 
 

@@ -19,10 +19,10 @@ __all__ = ["FEWEST", "FEWEST_SPARE", "auroc_interval", "enough_rows", "fpr_inter
 Interval = tuple[float | None, float | None]
 
 FEWEST = 10
-"""No interval is computed with fewer positives or fewer negatives: it would cover too rarely."""
+"""No interval is computed with fewer positives or negatives, because its coverage would be too low."""
 
 FEWEST_SPARE = 3
-"""An interval of FPR at TPR needs this number of positives below the threshold: 60 positives at 95 %."""
+"""An interval of the FPR at a TPR needs this number of positives below the threshold, which is 60 positives at 95 %."""
 
 DRAWS = 4000
 
@@ -48,7 +48,7 @@ def enough_rows(entry: Mapping[str, Any], rate: float) -> bool:
 
 
 def percentile_interval(values: Tensor, level: float) -> Interval:
-    """Return the percentile interval of replicates ``(B,)``; ``None`` where fewer than half of them are defined.
+    """Return the percentile interval of replicates ``(B,)``; ``None`` if fewer than half of them are defined.
 
     Example:
         >>> percentile_interval(torch.arange(101.0), 0.5)
@@ -65,15 +65,15 @@ def percentile_interval(values: Tensor, level: float) -> Interval:
 def auroc_interval(counts: Counts, level: float) -> Interval:
     """Return DeLong's interval of the AUROC on the logit scale.
 
-    Where the classes do not overlap the variance is 0. The lower end is then the AUROC at which ``min(n_1, n_0)``
-    independent pairs are all in order with the probability ``(1 - level) / 2``.
+    If the classes do not overlap, the variance is 0. The lower end is then the AUROC at which ``min(n_1, n_0)``
+    independent pairs are all ranked correctly with probability ``(1 - level) / 2``.
 
     Args:
         counts: Counts ``(G,)``.
         level: The level of the interval.
 
     Returns:
-        The ends, or ``None`` where the AUROC is undefined.
+        The ends, or ``None`` if the AUROC is undefined.
 
     Example:
         >>> from lightning_gradmetrics.meters.functional.counts import count
@@ -108,7 +108,7 @@ def delong_variance(counts: Counts) -> float:
 
 
 def _variance(values: Tensor, number: Tensor) -> Tensor:
-    """The unbiased variance of values that occur a number of times each."""
+    """Return the unbiased variance of values, given how often each occurs."""
     total = number.sum()
     mean = dot(values, number) / total
     return dot((values - mean).square(), number) / (total - 1).clamp(min=1)
@@ -131,7 +131,7 @@ def fpr_interval(counts: Counts, rate: float, level: float, seed: int) -> Interv
         seed: The seed of the draws.
 
     Returns:
-        The ends, or ``None`` where a class is missing.
+        The ends, or ``None`` if a class is missing.
 
     Example:
         >>> from lightning_gradmetrics.meters.functional.counts import count

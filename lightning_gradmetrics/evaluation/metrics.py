@@ -1,4 +1,4 @@
-"""The metrics of each task: the one place for their names, directions and functions."""
+"""The metrics of each task, with their names, directions and functions."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Metric:
         name: Its name in tables and files, such as ``"auroc"``.
         title: Its name for readers, such as ``"AUROC"``.
         meaning: One line that explains it.
-        meter: The meter of the same metric; its ``higher_is_better`` is the metric's direction.
-        of_counts: The metric of :class:`~lightning_gradmetrics.meters.functional.counts.Counts` with leading dimensions
-            ``(...)``, given the true-positive rate of ``fpr95``; it returns ``(...)``, NaN where it is undefined.
-        tasks: The tasks that it judges: ``"joint"``, ``"misclassification"``, ``"ood"``.
+        meter: The meter of the same metric; its ``higher_is_better`` is the direction.
+        of_counts: Computes the metric from :class:`~lightning_gradmetrics.meters.functional.counts.Counts` with leading
+            dimensions ``(...)`` and the true-positive rate of ``fpr95``; returns ``(...)``, NaN where undefined.
+        tasks: The tasks that it is computed for: any of ``"joint"``, ``"misclassification"`` and ``"ood"``.
         shown: The tasks whose main table shows it.
-        digits: The decimals of a figure that is multiplied by 100.
+        digits: The number of decimals of the value times 100.
 
     Example:
         >>> METRICS["fpr95"].higher_is_better, METRICS["fpr95"].title
@@ -183,7 +183,7 @@ for _metric in (
     Metric(
         "augrc",
         "AUGRC",
-        "share of undetected errors among all samples, averaged over all coverages",
+        "fraction of all samples that are undetected errors, averaged over all coverages",
         meters.AUGRC,
         _augrc,
         SELECTIVE,
@@ -192,7 +192,7 @@ for _metric in (
     Metric(
         "fpr95",
         "FPR95",
-        "share of negatives flagged at a threshold that flags 95 % of the positives",
+        "fraction of negatives flagged at a threshold that flags 95 % of the positives",
         meters.FPRAtTPR,
         _fpr,
         ALL,

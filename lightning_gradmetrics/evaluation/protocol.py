@@ -28,7 +28,7 @@ from lightning_gradmetrics.meters.functional.counts import Counts, check_rate
 __all__ = ["evaluate"]
 
 BASELINE = "max_softmax"
-"""The baseline that scores are compared with where none is named."""
+"""The default baseline that scores are compared with."""
 
 Entry = dict[str, Any]
 
@@ -48,36 +48,37 @@ def evaluate(
     cluster: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
-    """Judge scores on a per-sample results table.
+    """Evaluate scores on a per-sample results table: metrics, intervals and comparisons.
 
-    Three tasks are judged. *Misclassification*, on each in-distribution dataset: incorrect rows (positive) against
+    There are three tasks. *Misclassification*, on each in-distribution dataset: incorrect rows (positive) against
     correct ones. *OOD*, on every other dataset: its rows (positive) against all in-distribution rows. *Joint*, on every
-    other dataset: incorrect in-distribution rows and its rows (positive) against correct in-distribution rows, in a
-    mixture with the share ``ood_share`` of out-of-distribution rows. A group of several datasets also gets the mean
-    over them, each set weighted equally. Labels of out-of-distribution data are ignored.
+    other dataset: its rows and the incorrect in-distribution rows (positive) against correct in-distribution rows, in a
+    mixture with the fraction ``ood_share`` of out-of-distribution rows. A group of several datasets also gets the mean
+    over them, with equal weights. Labels of out-of-distribution data are ignored.
 
     Intervals show how much the numbers would vary with other test samples, not with another training run. AUROC has
-    DeLong's interval on the logit scale, ``fpr95`` one from order statistics, everything else percentiles of bootstrap
-    resamples; all scores share the resamples. With too few rows no interval is computed. Up to 5,000 rows the bootstrap
-    is exact; above, rows get Poisson weights and scores are cut into cells, as ``settings["bootstrap"]`` states. Nothing
-    is corrected for the number of comparisons.
+    DeLong's interval on the logit scale, ``fpr95`` an interval from order statistics, and everything else percentiles
+    of bootstrap resamples, which all scores share. With too few rows, no interval is computed. Up to 5,000 rows the
+    bootstrap is exact; above, rows get Poisson weights and scores are grouped into cells, as ``settings["bootstrap"]``
+    states. There is no correction for the number of comparisons.
 
     Args:
         results: Columns ``dataset``, ``index``, ``prediction``, ``label`` (null where unknown), one per score, and
-            ``finite`` (rows where it is false enter no metric), as an Arrow table, record batches or dataset, or a
+            ``finite`` (rows where it is false are left out of all metrics), as an Arrow table, record batches or
+            dataset, or a
             pandas or Polars data frame.
-        scores: The columns to judge, higher = more uncertain.
+        scores: The columns to evaluate, higher = more uncertain.
         roles: Each dataset's role: ``"id"`` for in-distribution data, any other word for a group of
             out-of-distribution data.
-        baselines: Those of ``scores`` that use no gradient.
-        baseline: The score that all others are compared with; by default ``max_softmax`` where it is among the scores,
+        baselines: The elements of ``scores`` that use no gradient.
+        baseline: The score that all others are compared with; by default ``max_softmax`` if it is among the scores,
             else the first of ``baselines``.
         rate: The true-positive rate of ``fpr95``.
-        ood_share: The share of out-of-distribution rows in the mixture of the joint task, in (0, 1).
+        ood_share: The fraction of out-of-distribution rows in the mixture of the joint task, in (0, 1).
         resamples: The number of bootstrap resamples; 0 for no intervals and no comparisons.
         level: The level of the intervals.
         seed: The seed of the resamples.
-        progress: Called with the share of the resamples that is done.
+        progress: Called with the fraction of the resamples that is done.
 
     Returns:
         Metrics, comparisons, statements, datasets and notes.
@@ -163,7 +164,7 @@ def _check(
 
 
 def _baseline(scores: Sequence[str], baselines: Sequence[str], baseline: str | None) -> str | None:
-    """The score that all others are compared with."""
+    """Return the score that all others are compared with."""
     if baseline is not None:
         return baseline
     if BASELINE in scores:
@@ -188,13 +189,13 @@ def _bootstrap(rows: int, cluster: str | None) -> str:
         return f"clusters: whole clusters ({cluster}) of each dataset resampled"
     if method_of(rows) == "exact":
         return "exact: each dataset resampled with replacement"
-    return f"poisson: Poisson weights of the rows, scores cut into {CELLS} cells"
+    return f"poisson: Poisson weights of the rows, scores grouped into {CELLS} cells"
 
 
 def _metrics(
     rows: Rows, tasks: Sequence[DetectionTask], rate: float, level: float | None, seed: int
 ) -> tuple[list[Entry], dict[str, Cells]]:
-    """Every metric's exact value with the intervals that need no resamples; with a level, the cells of each score."""
+    """Return the exact metrics with the intervals that need no resamples, and, given a level, each score's cells."""
     entries: dict[tuple[int, str], list[Entry]] = {}
     cells = {}
     most = most_cells(len(rows.codes))
@@ -256,7 +257,7 @@ def _exact_interval(
 
 
 def _fill_interval(entry: Entry, replicates: Replicates, level: float, rate: float) -> None:
-    """Fill an interval from the resamples, unless there is one already."""
+    """Fill in the interval from the resamples, unless there is one already."""
     if entry["low"] is None and key_of(entry) in replicates and _has_interval(entry, rate):
         entry["low"], entry["high"] = percentile_interval(replicates[key_of(entry)], level)
 
@@ -283,7 +284,7 @@ def _protocol_notes(
 
 
 def _few_rows_notes(task: DetectionTask, rate: float) -> list[str]:
-    """Notes on the intervals that a task has too few rows for."""
+    """Return notes on the intervals for which a task has too few rows."""
     positives, negatives = task.count_positive, task.count_negative
     side = "positive"
     if task.count_ood is not None and task.count_ood < positives:
@@ -302,7 +303,7 @@ def _few_rows_notes(task: DetectionTask, rate: float) -> list[str]:
 
 
 def _with_groups(metrics: Sequence[Entry], replicates: Replicates, rate: float) -> tuple[list[Entry], Replicates]:
-    """The mean over the datasets of each group that has several: its metrics, and all replicates with its own."""
+    """Add the mean over the datasets of each group of several to the metrics and to the replicates."""
     groups: dict[tuple[str, str, str, str], list[Entry]] = {}
     for entry in metrics:
         groups.setdefault((entry["task"], entry["group"], entry["score"], entry["metric"]), []).append(entry)

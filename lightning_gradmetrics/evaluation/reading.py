@@ -1,4 +1,4 @@
-"""Read a results table of any common kind into columns."""
+"""Reads results tables of any common type."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def as_table(results: Any, columns: Sequence[str] | None = None, optional: Seque
         results: An Arrow table, record batch, iterable of record batches, record batch reader or dataset, a pandas or
             Polars data frame, or any other object with the Arrow C stream interface.
         columns: The columns that are needed; by default all.
-        optional: Columns that are read where they exist.
+        optional: Columns that are read if they exist.
 
     Returns:
-        The table, with the needed columns alone.
+        The table, with the needed columns only.
 
     Raises:
-        TypeError: If the results are of another kind.
+        TypeError: If the results are of an unsupported type.
         ValueError: If a column is missing.
     """
     if isinstance(results, ds.Dataset):

@@ -30,12 +30,12 @@ class Evaluation:
             ``dataset`` (``None`` for the mean over a group), ``group`` (the role), ``metric``, ``value`` (``None`` where
             undefined), ``low`` and ``high`` (its interval, or ``None``), ``count_positive``,
             ``count_negative`` and ``count_ood`` (the out-of-distribution rows among the positives, or ``None``).
-        comparisons: One dict per score, place and metric: the difference to the baseline with its interval and
-            ``verdict``, and the max-adjusted verdict against the best baseline; see
+        comparisons: One dict per score, task, dataset or group, and metric: the difference to the baseline with its
+            interval and ``verdict``, and the max-adjusted verdict against the best baseline; see
             :func:`~lightning_gradmetrics.evaluation.comparisons.compare`.
         statements: For each task and dataset or group, a sentence on which scores are better than the baseline.
         datasets: One dict per dataset: ``name``, ``role``, ``rows``, ``not_finite``, ``labelled``, ``accuracy``.
-        notes: Sentences on what was dropped or is undefined, and why.
+        notes: Sentences about rows that were dropped and metrics that are undefined, with reasons.
         settings: The arguments that the numbers depend on, and how the bootstrap was computed.
 
     Example:
@@ -69,7 +69,7 @@ class Evaluation:
             where: Keys of a metric and the wanted values; ``dataset=None`` finds the means over groups.
 
         Returns:
-            The matching entries of ``metrics``; empty where the known values do not occur together.
+            The matching entries of ``metrics``; empty if the values are known but do not occur together.
 
         Raises:
             KeyError: If a key is unknown.
@@ -133,7 +133,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
-        """Return the evaluation that :meth:`to_dict` wrote."""
+        """Return the evaluation from the result of :meth:`to_dict`."""
         return cls(**values)
 
 

@@ -1,4 +1,4 @@
-"""Rules that bound the error rate among the accepted samples, with confidence."""
+"""Rules that bound the error rate among the accepted samples with a given confidence."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LARGEST = float(np.finfo(np.float64).max)
 """The threshold that accepts every finite score."""
 
 LEVELS = 100
-"""The number of thresholds that are tested one after the other."""
+"""The number of thresholds that are tested in sequence."""
 
 GRID = np.linspace(0.3, 1.0, 8)
-"""The levels of each of two thresholds that are tested together."""
+"""The number of candidates for each of two thresholds that are tested together."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class SelectiveRisk(Rule):
 
 @dataclass(frozen=True)
 class LearnThenTest(Rule):
-    """The guarantee of :class:`SelectiveRisk`, by tests of one threshold after the other.
+    """The same guarantee as :class:`SelectiveRisk`, from a sequence of tests.
 
     One half of the rows, drawn by ``seed``, proposes 100 thresholds. On the other half they are tested from the lowest
     to the highest by an exact binomial test at the level ``delta``, up to the first that fails.
@@ -132,14 +132,15 @@ class LearnThenTest(Rule):
 class JointRisk(Rule):
     """Accept a sample if both its error score and its OOD score pass, with bounded joint risk.
 
-    The joint risk is the share of accepted samples that are incorrect or out-of-distribution, in a mixture with the share
-    ``ood_share`` of out-of-distribution samples. One half of the rows proposes 8 x 8 pairs of thresholds. The other half
+    The joint risk is the fraction of accepted samples that are incorrect or out-of-distribution, in a mixture with the
+    fraction ``ood_share`` of out-of-distribution samples. One half of the rows proposes 8 x 8 pairs of thresholds. The
+    other half
     bounds the risk of each pair by Clopper and Pearson's bounds, which hold together with confidence ``1 - delta``.
 
     Args:
         risk: The largest joint risk, in (0, 1).
         delta: The probability that the guarantee fails.
-        ood_share: The share of out-of-distribution samples in the mixture.
+        ood_share: The fraction of out-of-distribution samples in the mixture.
         seed: The seed of the split.
 
     Example:
@@ -160,7 +161,7 @@ class JointRisk(Rule):
         check_open(risk=self.risk, delta=self.delta, ood_share=self.ood_share)
 
     def fit_pair(self, scores: Sequence[Any], incorrect: Any, is_ood: Any) -> tuple[Fit, Fit]:
-        """Return the pair of thresholds that accepts most correct rows among those whose bound is below the risk.
+        """Return the pair of thresholds that accepts the most correct rows, among those whose bound is below the risk.
 
         Args:
             scores: The error score and the OOD score, ``(N,)`` each.
@@ -191,7 +192,7 @@ class JointRisk(Rule):
         return pair[0], pair[1]
 
     def _bound(self, accepted: Any, correct: Any, incorrect: Any, is_ood: Any, tested: Any) -> float:
-        """An upper bound of the joint risk of one pair."""
+        """Return an upper bound of the joint risk of one pair."""
         level = self.delta / (3 * len(GRID) ** 2)
         inside = int((~is_ood & tested).sum())
         wrong = error_bounds(int((accepted & ~is_ood & incorrect).sum()), inside, level)[1]
@@ -221,19 +222,19 @@ def error_bounds(errors: int, number: int, level: float) -> tuple[float, float]:
 
 
 def _half(number: int, seed: int) -> Any:
-    """A random half of the rows, ``(N,)`` bool."""
+    """Return a random half of the rows, ``(N,)`` bool."""
     return np.random.default_rng(seed).permutation(number) < number // 2
 
 
 def _before_ties(ordered: Any, number: int) -> int:
-    """The number of rows below the score that follows the first ``number`` rows; all rows if none follows."""
+    """Return the number of rows below the score of row ``number``; all rows if there is no such row."""
     if number == len(ordered):
         return number
     return int(np.searchsorted(ordered, ordered[number], side="left"))
 
 
 def _below(ordered: Any, accepted: int) -> Fit:
-    """The threshold just below the first rejected score."""
+    """Return the threshold just below the first rejected score."""
     coverage = accepted / len(ordered)
     if accepted == len(ordered):
         return Fit(LARGEST, coverage)
@@ -245,7 +246,7 @@ def _risk_guarantee(risk: float, delta: float) -> str:
 
 
 def _unsupported(rule: SelectiveRisk | LearnThenTest, errors: Any, level: float, split: int = 1) -> str:
-    """Say why no threshold qualifies, and how many rows would be enough if they were like these."""
+    """Return why no threshold qualifies, and how many similar rows would be enough."""
     number = np.arange(1, len(errors) + 1)
     rates = errors / number
     if not (rates < rule.risk).any():

@@ -1,4 +1,4 @@
-"""Rules that fit a threshold on held-out rows, with their guarantees: shares of accepted samples."""
+"""Rules that fit a threshold on held-out rows, with guarantees on the fraction of accepted samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Fit:
 
     Args:
         threshold: A row is accepted if its score does not exceed it.
-        coverage: The share of the fitted in-distribution rows that it accepts.
+        coverage: The fraction of the fitted in-distribution rows that it accepts.
     """
 
     threshold: float
@@ -38,7 +38,7 @@ class Rule:
     needs_labels = False
 
     def fit(self, scores: Any, incorrect: Any) -> Fit:
-        """Fit a threshold to scores ``(N,)`` and, where the rule needs them, which predictions are incorrect ``(N,)``."""
+        """Fit a threshold to scores ``(N,)`` and, if the rule needs it, to which predictions are incorrect ``(N,)``."""
         raise NotImplementedError
 
     def guarantee(self) -> str:
@@ -51,17 +51,17 @@ class Rule:
 
 
 def _at_rank(scores: Any, rank: int) -> Fit:
-    """The threshold at the ``rank``-th lowest score, counted from 1."""
+    """Return the threshold at the ``rank``-th lowest score, counted from 1."""
     threshold = float(np.partition(scores, rank - 1)[rank - 1])
     return Fit(threshold, float((scores <= threshold).mean()))
 
 
 @dataclass(frozen=True)
 class TruePositiveRate(Rule):
-    """Accept at least a share of the fitted in-distribution rows, without a guarantee for other rows.
+    """Accept at least a given fraction of the fitted in-distribution rows, without a guarantee for other rows.
 
     Args:
-        tpr: The share to accept, in (0, 1].
+        tpr: The fraction to accept, in (0, 1].
 
     Example:
         >>> TruePositiveRate(0.75).fit(np.array([0.1, 0.2, 0.3, 9.0]), None).threshold
@@ -74,7 +74,7 @@ class TruePositiveRate(Rule):
         check_rate(self.tpr, "tpr")
 
     def fit(self, scores: Any, incorrect: Any = None) -> Fit:
-        """Return the lowest score that accepts the share."""
+        """Return the lowest threshold that accepts the fraction."""
         return _at_rank(scores, max(math.ceil(self.tpr * len(scores) * (1 - 1e-12)), 1))
 
     def guarantee(self) -> str:
@@ -84,12 +84,12 @@ class TruePositiveRate(Rule):
 
 @dataclass(frozen=True)
 class Coverage(Rule):
-    """Accept at least a share of all in-distribution samples, with confidence ``1 - delta``.
+    """Accept at least a given fraction of all in-distribution samples, with confidence ``1 - delta``.
 
     The coverage of the ``k``-th lowest of ``n`` scores has the distribution ``Beta(k, n - k + 1)``.
 
     Args:
-        coverage: The share to accept, in (0, 1).
+        coverage: The fraction to accept, in (0, 1).
         delta: The probability that the guarantee fails.
 
     Example:
@@ -107,7 +107,7 @@ class Coverage(Rule):
         check_open(coverage=self.coverage, delta=self.delta)
 
     def fit(self, scores: Any, incorrect: Any = None) -> Fit:
-        """Return the lowest score with the guarantee."""
+        """Return the lowest threshold with the guarantee."""
         rank = int(binom.ppf(1 - self.delta, len(scores), self.coverage)) + 1
         if rank > len(scores):
             needed = math.ceil(math.log(self.delta) / math.log(self.coverage))
@@ -124,10 +124,10 @@ class Coverage(Rule):
 
 @dataclass(frozen=True)
 class Conformal(Rule):
-    """Reject a new in-distribution sample with probability at most ``alpha``: its conformal p-value exceeds ``alpha``.
+    """Reject a new in-distribution sample with probability at most ``alpha``, by its conformal p-value.
 
     Args:
-        alpha: The largest probability of rejecting an in-distribution sample, over the fit and the sample.
+        alpha: The largest probability of rejecting an in-distribution sample, over the random fit data and the sample.
 
     Example:
         >>> Conformal(0.1).fit(np.arange(99.0), None).threshold
@@ -143,7 +143,7 @@ class Conformal(Rule):
         check_open(alpha=self.alpha)
 
     def fit(self, scores: Any, incorrect: Any = None) -> Fit:
-        """Return the largest score whose p-value exceeds ``alpha``."""
+        """Return the largest threshold whose p-value exceeds ``alpha``."""
         rejected = math.floor(self.alpha * (len(scores) + 1) + 1e-9)
         if not rejected:
             needed = math.ceil(1 / self.alpha - 1 - 1e-9)

@@ -1,4 +1,4 @@
-"""Sentences on what the comparisons show."""
+"""Writes sentences about the comparisons."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LISTED = 6
 
 
 def statements_of(comparisons: Sequence[Comparison], level: float) -> list[str]:
-    """Return one statement for each task and dataset or group: which scores are better than the baseline, and which worse.
+    """Return one sentence per task and dataset or group, on the scores that are better or worse than the baseline.
 
-    Judged by AUROC; differences are in points of 100.
+    The metric is AUROC; differences are in points (AUROC times 100).
 
     Args:
-        comparisons: Those of :func:`~lightning_gradmetrics.evaluation.comparisons.compare`.
+        comparisons: The result of :func:`~lightning_gradmetrics.evaluation.comparisons.compare`.
         level: The level of the intervals.
     """
     places: dict[tuple[str, str | None, str], list[Comparison]] = {}
@@ -59,7 +59,7 @@ def _more(names: Sequence[str]) -> str:
 
 
 def _listed(members: Sequence[Comparison]) -> str:
-    """The scores with their differences; of many the first few, the number of the rest, and the last one."""
+    """Return the scores with their differences; if there are many, the first few, the number of the rest, and the last."""
     ordered = sorted(members, key=lambda member: -member["difference"])
     if len(ordered) <= LISTED + 1:
         return ", ".join(map(_named, ordered))

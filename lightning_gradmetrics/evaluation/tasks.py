@@ -1,4 +1,4 @@
-"""The detection tasks that a results table allows, as sets of row classes."""
+"""The detection tasks of a results table, as sets of row classes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ID = "id"
 
 CORRECT, INCORRECT, UNLABELLED, OUT = KINDS = ("correct", "incorrect", "unlabelled", "out")
 MOST_CLASSES = 255
-"""The class of a row is stored in one byte."""
+"""The class of a row is stored in one byte, which limits the number of classes."""
 
 
 @dataclass(frozen=True)
 class RowClass:
-    """Rows of one dataset that all tasks treat alike.
+    """Rows of one dataset that every task treats in the same way.
 
     Args:
         dataset: The dataset.
@@ -44,7 +44,7 @@ class RowClass:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that enter metrics.
+    """The rows that metrics are computed from.
 
     Args:
         scores: Each score, ``(N,)`` in float32 or float64.
@@ -75,15 +75,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class DetectionTask:
-    """One question that every score is judged on: does it rank the positives above the negatives?
+    """One question for every score: does it rank the positives above the negatives?
 
     Args:
         task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
-        dataset: The dataset that is judged.
+        dataset: The dataset that the scores are evaluated on.
         group: Its role.
         negative: The codes of the negative row classes.
         positive: The codes of the positive row classes.
-        weights: The weight of each row of a class, by code; 1 where it is not given.
+        weights: The weight of each row of a class, by code; 1 by default.
         count_negative: The number of negative rows.
         count_positive: The number of positive rows.
         count_ood: The number of out-of-distribution rows; ``None`` for misclassification.
@@ -106,11 +106,11 @@ def rows_of(
     """Sort the rows of a results table into classes, and drop rows that cannot be ranked.
 
     A row is dropped for every score if it is flagged as not finite, or if any of the chosen scores is missing, NaN or
-    infinite, so that all scores are judged on the same rows.
+    infinite, so that all scores are evaluated on the same rows.
 
     Args:
         results: The per-sample table, of any kind that :func:`~lightning_gradmetrics.evaluation.evaluate` accepts.
-        scores: The columns to judge.
+        scores: The columns to evaluate.
         roles: The role of each dataset.
         cluster: The column of whole numbers that names the cluster of each row, or ``None``.
 
@@ -118,7 +118,7 @@ def rows_of(
         The rows, and notes on what was dropped.
 
     Raises:
-        TypeError: If the results are of an unknown kind.
+        TypeError: If the results are of an unsupported type.
         ValueError: If a column is missing, a dataset has no role, or a row appears twice.
     """
     clusters = [] if cluster is None else [cluster]
@@ -143,7 +143,9 @@ def rows_of(
             chosen = members & here & keep
             sizes[kind] = int(chosen.sum())
             if len(classes) == MOST_CLASSES:
-                raise ValueError(f"at most {MOST_CLASSES // 3} datasets can be judged together: judge some of them")
+                raise ValueError(
+                    f"at most {MOST_CLASSES // 3} datasets can be evaluated together: evaluate some of them"
+                )
             codes[chosen] = len(classes)
             classes.append(RowClass(dataset, role, kind, sizes[kind]))
         labels = sizes.get(CORRECT, 0) + sizes.get(INCORRECT, 0) if role == ID else int((here & keep & labelled).sum())
@@ -167,7 +169,7 @@ def _clusters(table: pa.Table, name: str) -> Any:
 
 
 def _datasets(table: pa.Table) -> tuple[list[str], Any]:
-    """The names of the datasets, and the position ``(N,)`` of each row's dataset among them."""
+    """Return the names of the datasets, and the position ``(N,)`` of each row's dataset among them."""
     column = table["dataset"].combine_chunks()
     if not pa.types.is_dictionary(column.type):
         column = pc.dictionary_encode(column)
@@ -211,25 +213,26 @@ def _row_notes(summary: Mapping[str, Any]) -> list[str]:
     kept = total - dropped
     unlabelled = kept - summary["labelled"]
     if not total:
-        return [f"dataset {name} has no rows and is not judged"]
+        return [f"dataset {name} has no rows and is not evaluated"]
     notes = [f"{dropped} of {total} rows of {name} are not finite and were dropped"] if dropped else []
     if summary["role"] == ID and kept and unlabelled == kept:
-        notes.append(f"dataset {name} has no labels: misclassification is not judged")
+        notes.append(f"dataset {name} has no labels: misclassification is not evaluated")
     elif summary["role"] == ID and unlabelled:
         notes.append(f"{unlabelled} of {kept} rows of {name} have no label: misclassification ignores them")
     return notes
 
 
 def tasks_of(rows: Rows, ood_share: float = 0.5) -> tuple[list[DetectionTask], list[str]]:
-    """List the tasks that the rows allow, and notes on those that they do not.
+    """Return the tasks that the rows allow, and notes on those that they do not allow.
 
     Joint: correct in-distribution rows against incorrect ones and the rows of an out-of-distribution dataset, weighted
-    so that they make up ``ood_share`` of the mixture. Misclassification: the incorrect rows of an in-distribution
+    so that out-of-distribution rows are the fraction ``ood_share`` of the mixture. Misclassification: the incorrect
+    rows of an in-distribution
     dataset against the correct ones. Out-of-distribution: the rows of a dataset against all in-distribution rows.
 
     Args:
-        rows: From :func:`rows_of`.
-        ood_share: The share of out-of-distribution rows in the mixture of the joint task, in (0, 1).
+        rows: The result of :func:`rows_of`.
+        ood_share: The fraction of out-of-distribution rows in the mixture of the joint task, in (0, 1).
     """
     inside, notes = rows.codes_of(CORRECT, INCORRECT, UNLABELLED), []
     has_inside = rows.number(inside) > 0
@@ -241,9 +244,9 @@ def tasks_of(rows: Rows, ood_share: float = 0.5) -> tuple[list[DetectionTask], l
             misclassification.append(task)
             notes += _one_class_notes(task)
     if others and not has_inside:
-        notes.append("no in-distribution rows: OOD detection is not judged; give a dataset the role 'id'")
+        notes.append("no in-distribution rows: OOD detection is not evaluated; give a dataset the role 'id'")
     elif not others:
-        notes.append("no out-of-distribution rows: OOD detection is not judged")
+        notes.append("no out-of-distribution rows: OOD detection is not evaluated")
     joint, ood = [], []
     for row_class in others if has_inside else []:
         ood.append(_ood(rows, row_class, inside))

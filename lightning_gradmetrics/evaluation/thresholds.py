@@ -1,4 +1,4 @@
-"""Thresholds fitted on held-out rows, and the decisions to accept or reject that they make."""
+"""Fits thresholds on held-out rows, and accepts or rejects samples with them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Thresholds:
 
     Args:
         values: The threshold of each score.
-        rows: The number of rows that it was fitted on.
+        rows: The number of rows that the thresholds were fitted on.
         rule: The rule's name and arguments.
         guarantee: The guarantee in one sentence; it holds for each score separately, unless ``together``.
-        coverage: The share of the fitted in-distribution rows that each threshold accepts.
+        coverage: The fraction of the fitted in-distribution rows that each threshold accepts.
         together: Whether the guarantee holds for samples that all thresholds accept.
 
     Example:
@@ -50,7 +50,7 @@ class Thresholds:
 
     @classmethod
     def from_json(cls, text: str) -> Thresholds:
-        """Return the thresholds that :meth:`to_json` wrote.
+        """Return the thresholds from the result of :meth:`to_json`.
 
         Raises:
             ValueError: If the text is something else.
@@ -78,7 +78,7 @@ def fit_thresholds(
             :func:`~lightning_gradmetrics.evaluation.evaluate` accepts.
         scores: The columns to fit; for :class:`~lightning_gradmetrics.evaluation.JointRisk` the error score and the
             OOD score.
-        tpr: The share of in-distribution rows to accept, in (0, 1], where no rule is given.
+        tpr: The fraction of in-distribution rows to accept, in (0, 1]; used if no rule is given.
         rule: ``TruePositiveRate``, ``Coverage``, ``Conformal``, ``SelectiveRisk``, ``LearnThenTest`` or ``JointRisk``.
         roles: The role of each dataset; without roles all rows are in-distribution.
 
@@ -86,8 +86,8 @@ def fit_thresholds(
         The thresholds with their guarantee and coverage.
 
     Raises:
-        ValueError: If a column or label is missing, no row is finite, or the data cannot support the rule; the message
-            then states how many rows would.
+        ValueError: If a column or label is missing, no row is finite, or there are too few rows for the rule; the
+            message then states how many rows are needed.
 
     Example:
         >>> table = pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]})
@@ -122,7 +122,7 @@ def fit_thresholds(
 
 
 def _is_ood(table: pa.Table, roles: Mapping[str, str] | None) -> Any:
-    """Which rows ``(N,)`` are out-of-distribution."""
+    """Return which rows ``(N,)`` are out-of-distribution."""
     if roles is None:
         return np.zeros(len(table), dtype=bool)
     names = as_table(table, ["dataset"])["dataset"].to_pylist()
@@ -135,12 +135,12 @@ def _is_ood(table: pa.Table, roles: Mapping[str, str] | None) -> Any:
 def apply_thresholds(results: Any, thresholds: Thresholds) -> pa.Table:
     """Add a column ``<score>_accept`` for each threshold: true where the score does not exceed the threshold.
 
-    Thresholds whose guarantee holds for them together also add ``accept``: true where all of them accept. A row whose
+    Thresholds with a joint guarantee also add ``accept``, which is true where all of them accept. A row whose
     score is missing or NaN, or that is flagged as not finite, is rejected.
 
     Args:
         results: A results table.
-        thresholds: From :func:`fit_thresholds`.
+        thresholds: The result of :func:`fit_thresholds`.
 
     Returns:
         The table with the added columns.
@@ -170,7 +170,7 @@ def _with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
 
 
 def conformal_p_values(calibration: Any, scores: Any) -> Any:
-    """Return conformal p-values of scores: the share of calibration scores that are at least as large.
+    """Return conformal p-values of scores: the fraction of calibration scores that are at least as large.
 
     ``p = (1 + #{calibration >= score}) / (n + 1)``. For a new in-distribution sample ``P(p <= alpha) <= alpha``.
 

@@ -1,4 +1,4 @@
-"""Cosines of vectors, and features and summaries of cosine similarity maps (CSMs)."""
+"""Cosine similarities, and features and summaries of cosine similarity maps (CSMs)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def cosine_similarity(maps: Tensor) -> Tensor:
-    """Compute the cosine similarity of every two vectors of a sample.
+    """Compute the cosine similarity of every pair of vectors of a sample.
 
     A zero vector has cosine 0 with every vector, including itself.
 
@@ -40,7 +40,7 @@ def cosine_similarity(maps: Tensor) -> Tensor:
     """
     maps = at_least_float32(maps)
     largest = maps.abs().amax(-1, keepdim=True)
-    maps = maps / torch.where(largest == 0, 1, largest)  # squares neither overflow nor underflow
+    maps = maps / torch.where(largest == 0, 1, largest)  # so that squares neither overflow nor underflow
     gram = maps @ maps.mT
     norm = gram.diagonal(dim1=1, dim2=2).sqrt()
     norm = torch.where(norm == 0, 1, norm)
@@ -49,7 +49,7 @@ def cosine_similarity(maps: Tensor) -> Tensor:
 
 
 def zero_saliency(csm: Tensor) -> Tensor:
-    """Find the classes whose saliency map is zero everywhere: their cosine with themselves is 0.
+    """Return which classes have a saliency map that is zero everywhere, so that their cosine with themselves is 0.
 
     Args:
         csm: ``(N, K, K)``.
@@ -94,8 +94,8 @@ def _check_maps(csm: Tensor) -> None:
 def mean_cosine(csm: Tensor) -> Tensor:
     """Return the mean cosine of two different classes, ``(N,)``: higher = more uncertain.
 
-    The direction is empirical. It held for misclassifications and near out-of-distribution data. On far data (digits
-    shown to a classifier of photographs) the mean did not separate.
+    The direction is an empirical finding. It held for misclassifications and near out-of-distribution data. On far data
+    (digits shown to a classifier of photographs), the mean did not separate the two kinds.
 
     Example:
         >>> mean_cosine(torch.tensor([[[1.0, -0.5], [-0.5, 1.0]]]))

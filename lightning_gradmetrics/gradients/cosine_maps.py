@@ -1,4 +1,4 @@
-"""Geometric gradient analysis: cosine similarity maps (CSMs) of the input gradients of the class losses."""
+"""Geometric gradient analysis: cosine similarity maps (CSMs) of the input gradients of the losses of all classes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["class_covectors", "cosine_similarity_maps"]
 _WHO = "cosine similarity maps"
 
 BUDGET = 2**28
-"""Bytes of saliency maps kept at a time. A batch that needs more is split into chunks of samples, one forward each."""
+"""Memory limit in bytes for saliency maps. A batch that needs more is split into chunks, with one forward pass each."""
 
 ROWS = {"cpu": 4, "cuda": 512}
-"""Samples times classes in one backward pass. A small batch takes several classes at once, since every operation has a fixed cost."""
+"""Largest number of samples times classes in one backward pass. Small batches process several classes at once."""
 
 
 def cosine_similarity_maps(
     model: nn.Module, inputs: Tensor, *, sign: bool = True, rescale: bool = True, classes: int | None = None
 ) -> Tensor:
-    r"""Compute the cosine similarity of every two classes' saliency maps, for each sample.
+    r"""Compute the cosine similarity of the saliency maps of every pair of classes, for each sample.
 
     With logits :math:`z(x)` and :math:`z' = 10 z / \max_j |z_j|` (``rescale``), the saliency map of class :math:`c` is
 
@@ -118,15 +118,15 @@ def class_covectors(logits: Tensor, classes: Tensor, *, rescale: bool = True) ->
     r"""Compute the gradient of each class's loss with respect to the logits, up to a positive factor.
 
     The gradient of :math:`\mathrm{CE}(z', c)` is :math:`p - e_c`. This function returns it divided by :math:`1 - p_c`,
-    which is :math:`q - e_c` with q the softmax over the other classes: it keeps its digits where :math:`p_c` rounds to 1.
+    which is :math:`q - e_c` with q the softmax over the other classes: it stays accurate even if :math:`p_c` rounds to
+    1.
     With ``rescale`` the gradient is propagated through :math:`z' = 10 z / \max_j |z_j|`, without the factor
     :math:`10 / \max_j |z_j|`.
 
     Args:
         logits: ``(N, C)``.
         classes: ``(N, K)``, class indices.
-        rescale: Whether the loss takes the rescaled logits. Logits that are all zero cannot be rescaled: their gradient
-            is zero.
+        rescale: Whether the loss uses the rescaled logits. All-zero logits cannot be rescaled; their gradient is zero.
 
     Returns:
         ``(N, K, C)``, in float32 or float64.
@@ -152,7 +152,7 @@ def _rescaled(logits: Tensor) -> Tensor:
 
 
 def _through_rescaling(covectors: Tensor, logits: Tensor) -> Tensor:
-    """Multiply by the transposed Jacobian of the rescaling, times ``max|z| / 10``: only the largest logit's component changes."""
+    """Multiply by the transposed Jacobian of the rescaling times ``max|z| / 10``, which changes one component."""
     largest, index = logits.abs().max(1, keepdim=True)
     unit = logits / torch.where(largest == 0, 1, largest)
     at_largest = F.one_hot(index, logits.shape[1]).bool()  # (N, 1, C)
@@ -180,7 +180,7 @@ def _saliency(leaf: Tensor, logits: Tensor, order: Tensor, sign: bool, rescale: 
 
 
 def _weights_of_others(logits: Tensor, order: Tensor, rescale: bool) -> Tensor:
-    """Return the weights ``(N, C - 1)`` with which minus the average of the other gradients is the likeliest class's gradient.
+    """Return weights ``(N, C - 1)`` of the other gradients whose negative mean is the likeliest class's gradient.
 
     They follow from ``sum_c p_c grad_c = 0``, with gradients divided by ``1 - p_c`` as in :func:`class_covectors`.
     """
@@ -190,7 +190,7 @@ def _weights_of_others(logits: Tensor, order: Tensor, rescale: bool) -> Tensor:
 
 
 def _gradients(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Iterator[Tensor]:
-    """The input gradients ``(N, G, ...)`` of groups of covectors ``(N, K, C)``; :data:`ROWS` bounds a group."""
+    """Yield the input gradients ``(N, G, ...)`` of groups of covectors ``(N, K, C)``; :data:`ROWS` limits a group."""
     rows = len(leaf) * covectors.shape[1]
     groups = max(1, math.ceil(rows / max(ROWS.get(leaf.device.type, 1), len(leaf))))
     for group in covectors.transpose(0, 1).tensor_split(groups):
@@ -198,7 +198,7 @@ def _gradients(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Iterator[Tens
 
 
 def _vector_jacobian(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Tensor:
-    """Backpropagate covectors ``(G, N, C)`` of the logits to the inputs, ``(G, N, ...)``: together, or else in a loop."""
+    """Backpropagate covectors ``(G, N, C)`` of the logits to the inputs, ``(G, N, ...)``, batched if possible."""
     if len(covectors) > 1:
         try:
             with warnings.catch_warnings():
@@ -206,7 +206,7 @@ def _vector_jacobian(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Tensor:
                 return torch.autograd.grad(logits, leaf, covectors, retain_graph=True, is_grads_batched=True)[0]
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # an operation without a rule for batched gradients
+        except RuntimeError:  # an operation does not support batched gradients
             pass
     return torch.stack([torch.autograd.grad(logits, leaf, row, retain_graph=True)[0] for row in covectors])
 

@@ -1,8 +1,8 @@
-"""The head's input at every position, as moments and as vectors: patches of its layers, carried to the logits' grid.
+"""The head's input at every position, as moments and as vectors: patches of its layers, mapped to the logits' grid.
 
-If what follows the head is linear, spatial and the same for every class, the gradient of one position's loss with respect
-to the head's weight is the outer product ``g_u psi_u^T``: ``g_u`` the gradient of the logits at the position, ``psi_u`` the
-head's patches carried by the same map.
+If the operations after the head are linear, spatial and the same for every class, the gradient of one position's loss
+with respect to the head's weight is the outer product ``g_u psi_u^T``. Here ``g_u`` is the gradient of the logits at
+the position, and ``psi_u`` are the head's patches after the same operations.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lightning_gradmetrics.gradients.statistics import Moment, Moments, axis_mom
 __all__ = ["Block", "HeadFeatures", "Term"]
 
 BUDGET = 2**24
-"""Entries of the carried features that exist at the same time."""
+"""Largest number of entries of mapped features in memory at the same time."""
 
 MOST_ENTRIES = 2**29
-"""Largest number of entries of the vectors of all positions."""
+"""Largest number of entries of the feature vectors of all positions together."""
 
 
 LINEAR = Patches()
@@ -39,7 +39,7 @@ class Term:
     Args:
         input: ``(N, D, *Q)``.
         patches: The geometry of the layer.
-        carries: The maps to the logits' grid, in their order.
+        carries: The maps to the logits' grid, in order.
         share: The factor of the call in the logits.
     """
 
@@ -49,24 +49,24 @@ class Term:
     share: float = 1.0
 
     def carried(self, maps: Tensor) -> Tensor:
-        """Return maps on the layer's output grid on the logits' grid, ``(N, K, *P)``."""
+        """Map tensors from the layer's output grid to the logits' grid, ``(N, K, *P)``."""
         for carry in self.carries:
             maps = carry(maps)
         return maps
 
     def vectors(self, channels: slice) -> Tensor:
-        """Return the carried patches of some of the input's channels, ``(N, K, *P)``."""
+        """Return the mapped patches of some of the input's channels, ``(N, K, *P)``."""
         carried = self.carried(self.patches.stacked(self.input[:, channels]))
         return carried if self.share == 1 else self.share * carried
 
     @property
     def selects(self) -> bool:
-        """Whether every position has one patch, unchanged."""
+        """Whether the features of every position are one unchanged patch."""
         return self.share == 1 and all(carry.selects for carry in self.carries)
 
     @property
     def is_nonnegative(self) -> bool:
-        """Whether no input and no weight of the maps is below zero."""
+        """Whether all inputs and all weights of the maps are at least zero."""
         if not all(carry.is_nonnegative for carry in self.carries):
             return False
         return self.share >= 0 and bool((self.input >= 0).all())
@@ -99,7 +99,7 @@ class Block:
     group: tuple[int, int] | None = None
 
     def of_output(self, output: Tensor) -> Tensor:
-        """Return the part of the logits' gradient ``(N, C, *P)`` that belongs to the weight."""
+        """Return the channels of the logits' gradient ``(N, C, *P)`` that belong to the weight."""
         if self.group is None:
             return output
         number, groups = self.group
@@ -133,7 +133,7 @@ class Block:
         return total[:, 0].to(accumulator(total))
 
     def _moments_of_vectors(self, wanted: Iterable[Moment]) -> Moments:
-        """Return moments of carried patches, in blocks of channels."""
+        """Return moments of mapped patches, in blocks of channels."""
         totals: Moments = {}
         for vectors in self.vectors():
             for key, value in axis_moments(vectors, wanted).items():
@@ -164,7 +164,7 @@ class HeadFeatures:
     """The features that multiply the head's weight at every position, ``psi`` ``(N, D', *P)``, without storing it.
 
     Args:
-        blocks: One for each weight, or for each group of a grouped convolution.
+        blocks: One block per weight, or per group of a grouped convolution.
 
     Example:
         >>> features = HeadFeatures.of(torch.tensor([[3.0, -4.0]]))
@@ -226,9 +226,9 @@ class HeadFeatures:
             count = one.numel() // max(1, one.shape[1]) * self.width
             if count > MOST_ENTRIES:
                 raise ValueError(
-                    f"the features of every position are {count:.1e} numbers ({self.width} for each position), too many to "
-                    "keep at once. Scores that read directions need smaller batches or smaller images; scores that read "
-                    "norms, as gradnorm and pseudo_label, do not"
+                    f"the features of all positions are {count:.1e} numbers ({self.width} per position), too many to "
+                    "store at once. Scores that use directions need smaller batches or smaller images; scores that use "
+                    "norms, such as gradnorm and pseudo_label, do not"
                 )
             parts += list(block.vectors())
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -238,7 +238,7 @@ class HeadFeatures:
         return self._with_inputs(lambda tensor: tensor[keep])
 
     def carried(self, carry: Carry) -> HeadFeatures:
-        """Return them behind one more map of every channel."""
+        """Return the features after one more map of every channel."""
         blocks = []
         for block in self.blocks:
             terms = [replace(term, carries=(*term.carries, carry)) for term in block.terms]
@@ -263,7 +263,7 @@ class HeadFeatures:
 
 
 def merged_moments(parts: list[Moments]) -> Moments:
-    """Return the moments of several sets of entries together."""
+    """Merge the moments of several sets of entries."""
     total = dict(parts[0])
     for part in parts[1:]:
         for key, value in part.items():

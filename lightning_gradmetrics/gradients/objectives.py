@@ -1,10 +1,11 @@
 """Objectives: the per-sample losses that are differentiated.
 
-An objective maps logits ``(N, C)`` to one loss per sample, ``(N,)``. It never averages over the batch: a mean would put a
-hidden ``1/N`` on every gradient.
+An objective maps logits ``(N, C)`` to one loss per sample, ``(N,)``. It never averages over the batch, because a mean
+would multiply every gradient by a hidden ``1/N``.
 
-No objective computes ``1 - p``. The difference loses all digits where the softmax rounds to 1, which in float32 begins
-at a logit gap of 15. The cross-entropy to a class ``c`` is computed as ``softplus(logsumexp of the other logits - z_c)``.
+No objective computes ``1 - p``. The difference loses all precision if the softmax rounds to 1, which in float32 begins
+at a logit gap of 15. The cross-entropy to a class ``c`` is computed as ``softplus(logsumexp of the other logits -
+z_c)``.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ __all__ = [
 ]
 
 Loss = Callable[[Tensor], Tensor]
-"""Logits ``(N, C)`` to losses ``(N,)``."""
+"""A function from logits ``(N, C)`` to losses ``(N,)``."""
 
 IGNORED = -100
 """The label of samples without a loss, as in :func:`torch.nn.functional.cross_entropy`."""
 
 LINEAR = 40.0
-"""Where ``softplus(x)`` becomes ``x``: ``exp(-40)`` is below the precision of float64, ``exp(40)`` within float32."""
+"""Above this, ``softplus(x)`` is ``x``: ``exp(-40)`` is below float64's precision, and ``exp(40)`` fits float32."""
 
 OF_CLASSES = frozenset({"pseudo_label", "uniform", "confounding", "label", "class", "ranked_class"})
-"""Objectives of the softmax, which is constant for a single class."""
+"""Objectives that use the softmax, which is constant for a single class."""
 
 
 def pseudo_label(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -78,9 +79,9 @@ def label(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def class_loss(logits: Tensor, index: int | Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Cross-entropy to a class ``c``: one class for all samples, or one per sample ``(N,)``; ``(N, C) -> (N,)``. Positions may trail.
+    """Cross-entropy to a class ``c``, the same for all samples or one per sample ``(N,)``; ``(N, C, *P) -> (N, *P)``.
 
-    Computed as ``softplus(logsumexp_{j != c} z_j / T - z_c / T)``: value and gradient keep their digits at any logit gap.
+    Computed as ``softplus(logsumexp_{j != c} z_j / T - z_c / T)``: value and gradient stay accurate at any logit gap.
     """
     scaled = at_least_float32(logits) / temperature
     classes = torch.as_tensor(index, device=logits.device).long().expand(logits[:, 0].shape)[:, None]
@@ -121,7 +122,7 @@ def class_gradient(logits: Tensor, index: int | Tensor, *, temperature: float = 
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """``log softmax(z)``, ``(N, C)``, with all digits for the likeliest class too, whose logarithm is close to zero.
+    """Return ``log softmax(z)``, ``(N, C)``, accurate even for the likeliest class, whose logarithm is close to zero.
 
     Example:
         >>> log_probabilities(torch.tensor([[50.0, 0.0]]))
@@ -145,12 +146,12 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """A named objective with its arguments. It is hashable: scores with the same objective share its backward pass.
+    """A named objective with its arguments. It is hashable, so that scores with the same objective share its backward pass.
 
     Args:
         name: A key of :data:`OBJECTIVES`, or any name if ``function`` is given.
         arguments: Keyword arguments, as a sorted tuple of pairs.
-        function: A callable ``(N, C) -> (N,)``; ``None`` uses the registered one.
+        function: A callable ``(N, C) -> (N,)``; ``None`` uses the built-in objective of that name.
 
     Raises:
         ValueError: If the name is unknown.
@@ -239,7 +240,7 @@ class Objective:
 
 
 def _precise(function: Callable[..., Tensor], logits: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Return a user's losses on float64 logits; on logits of a narrower type if the function contains tensors of that type."""
+    """Return a user's losses on float64 logits, or on narrower ones if the function contains tensors of that type."""
     try:
         return function(logits.to(accumulator(logits)), **arguments)
     except RuntimeError:

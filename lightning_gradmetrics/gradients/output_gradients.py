@@ -1,4 +1,4 @@
-"""Gradients of objectives with respect to the logits, in closed form where the objective is built in."""
+"""Gradients of objectives with respect to the logits, in closed form for built-in objectives."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ Softmaxes = Callable[[float], Softmax]
 def output_gradient(objective: Objective, logits: Tensor, softmax: Softmaxes, targets: Tensor | None = None) -> Tensor:
     """Return the gradient of each position's loss with respect to its logits, ``(N, C, *P)``.
 
-    A custom objective is a function of rows ``(M, C)``: it receives the positions as rows, and autograd differentiates it.
+    A custom objective is a function of rows ``(M, C)``, so it receives the positions as rows and is differentiated by
+    autograd.
 
     Args:
         objective: The objective.
         logits: ``(N, C, *P)``.
-        softmax: From a temperature to the softmax of the logits.
-        targets: True labels ``(N, *P)``, for the objectives that need them; a negative one has the gradient zero.
+        softmax: A function from a temperature to the softmax of the logits.
+        targets: True labels ``(N, *P)``, for objectives that need them; negative labels have the gradient zero.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0]])

@@ -12,7 +12,7 @@ __all__ = ["accumulator", "at_least_float32", "full_float32", "result_dtype", "r
 
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF, TF32 = 0.1, 0.05
-"""Rounding of half precision, and of float32 whose products are computed as TF32 (10 bits of mantissa)."""
+"""Relative rounding error of half precision, and of float32 products in TF32 (10 bits of mantissa)."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,12 +31,12 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the type of results for gradients of ``dtype``: float64 stays, every other type becomes float32."""
+    """Return the type of results for gradients of ``dtype``: float64 for float64, float32 for every other type."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def rounding(tensor: Tensor) -> float:
-    """Return how far two ways of computing such a tensor may differ by rounding, relative to its largest entries.
+    """Return how far two computations of such a tensor may differ by rounding, relative to its largest entries.
 
     Args:
         tensor: A result of a model's forward or backward pass.
@@ -55,10 +55,10 @@ def _tf32() -> bool:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute float32 products on CUDA devices with all digits inside the block, whatever torch's settings are.
+    """Compute float32 products on CUDA devices in full precision inside the block, regardless of torch's settings.
 
-    torch computes float32 convolutions as TF32 by default. Two correct computations of one gradient then differ in
-    the third digit, so a comparison would prove little.
+    torch computes float32 convolutions as TF32 by default. Two correct computations of one gradient then differ in the
+    third digit, which makes comparisons meaningless.
     """
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -1,7 +1,8 @@
 """Loss scales: one power of two per sample, so that squares of small gradient entries do not underflow.
 
 The gradient of a confident sample has entries around ``exp(-gap)``; at a logit gap of 60 their squares are zero in float32.
-A power of two changes no digit of a floating-point number, so scaling the loss and the moments back is exact.
+Multiplying a floating-point number by a power of two is exact, so scaling the loss and undoing it in the moments is
+too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def logit_gradient(loss: Loss, logits: Tensor) -> Tensor:
 
     Args:
         loss: The objective.
-        logits: ``(N, C)``; no gradient flows into their graph.
+        logits: ``(N, C)``; their graph is not used.
     """
     leaf = at_least_float32(logits.detach()).detach().requires_grad_()
     losses = loss(leaf)
@@ -33,7 +34,7 @@ def logit_gradient(loss: Loss, logits: Tensor) -> Tensor:
 
 
 def unit_scale(gradient: Tensor) -> Tensor:
-    """Return the power of two ``(N,)`` that brings each row's largest absolute entry into [1/2, 1); 1 for zero and for NaN."""
+    """Return the power of two ``(N,)`` that scales each row's largest absolute entry to [1/2, 1); 1 for zero and NaN."""
     largest = gradient.detach().abs().amax(1)
     usable = largest.isfinite() & (largest > 0)
     largest = torch.where(usable, largest, 0.5)
@@ -41,17 +42,17 @@ def unit_scale(gradient: Tensor) -> Tensor:
 
 
 def unit_losses(loss: Loss, logits: Tensor, only_tiny: bool = False) -> tuple[Tensor, Tensor]:
-    """Losses with the objective's gradient, scaled for each sample by a power of two to a largest entry in [1/2, 1).
+    """Return losses with the objective's gradient, scaled per sample by a power of two to a largest entry in [1/2, 1).
 
     Args:
         loss: The objective.
         logits: ``(N, C)``, with a graph.
-        only_tiny: Whether to scale only samples whose gradient might underflow, so that the backward pass of all others is
-            the objective's own: a hook or a custom function may clip it.
+        only_tiny: Whether to scale only samples whose gradient might underflow. The backward pass of all others then
+            has its original scale, which matters if a hook or a custom function clips it.
 
     Returns:
-        Losses ``(N,)``, linear in the logits, whose gradient is the scaled one; and ``(N,)`` the factors that undo the
-        scale: the objective's gradient is the factor times the gradient of these losses.
+        Losses ``(N,)``, linear in the logits, with the scaled gradient; and factors ``(N,)``. The factor times the
+        gradient of these losses is the objective's gradient.
 
     Example:
         >>> logits = torch.tensor([[60.0, 0.0]], requires_grad=True)

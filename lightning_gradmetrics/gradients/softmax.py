@@ -1,4 +1,4 @@
-"""The softmax of logits in parts that keep their digits, for samples and for maps of positions."""
+"""Quantities of the softmax that stay accurate for confident predictions, for samples and for maps of positions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_gradmetrics.gradients.precision import at_least_float32
 __all__ = ["Softmax"]
 
 FARTHEST = 1e4
-"""Distances of logits beyond this have weight zero in every precision."""
+"""Logits further than this below the largest have weight zero in every precision."""
 
 
 class Softmax:
     """The softmax over axis 1 of logits ``(N, C, *P)``, computed once and shared by all scores of a batch.
 
-    Nothing is computed as ``1 - p`` where ``p`` may round to 1: the error probability is the sum of all other
-    probabilities. Each part is computed on first use.
+    Nothing is computed as ``1 - p`` if ``p`` may round to 1; the error probability is the sum of all other
+    probabilities. Each quantity is computed on first use.
 
     Args:
         logits: ``(N, C, *P)``.
@@ -38,7 +38,7 @@ class Softmax:
 
     @cached_property
     def _largest(self) -> tuple[Tensor, Tensor]:
-        """The largest logit and the first class that has it, ``(N, *P)`` each."""
+        """The largest logit and the first class with that logit, ``(N, *P)`` each."""
         found = self.logits.max(1)
         return found.values, found.indices
 
@@ -49,14 +49,14 @@ class Softmax:
 
     @cached_property
     def _top_of_map(self) -> Tensor:
-        """The largest logit without its class, whose search over a strided axis takes longer than all scores."""
+        """The largest logit without its class, because the argmax over a strided axis takes longer than all scores."""
         return self.logits.amax(1)
 
     @cached_property
     def _is_other(self) -> Tensor | None:
-        """Of a map, 0 for the predicted class and 1 for the others, ``(N, C, *P)`` in the type of the logits.
+        """For maps, 0 for the predicted class and 1 for the others, ``(N, C, *P)`` in the type of the logits.
 
-        ``None`` for samples, and where classes tie or a logit is NaN: then the class is searched.
+        ``None`` for samples, and if classes tie or a logit is NaN, which requires an argmax.
         """
         if self.logits.ndim == 2:
             return None
@@ -79,7 +79,7 @@ class Softmax:
 
     @cached_property
     def is_top(self) -> Tensor:
-        """Which class is predicted, the first of equal ones: ``(N, C, *P)``, bool."""
+        """Which class is predicted (the first one if several tie), ``(N, C, *P)``, bool."""
         if self._is_other is not None:
             return self._is_other == 0
         nowhere = torch.zeros_like(self.logits, dtype=torch.bool)
@@ -87,12 +87,12 @@ class Softmax:
 
     @cached_property
     def distances(self) -> Tensor:
-        """How far each logit is below the largest, ``(N, C, *P)``."""
+        """The difference between the largest logit and each logit, ``(N, C, *P)``."""
         return (self.top.unsqueeze(1) - self.logits).clamp_(max=FARTHEST)
 
     @cached_property
     def _weights(self) -> Tensor:
-        """``exp(z_c - z_y)``, which is 1 for the predicted class y; :attr:`probabilities` takes its memory over."""
+        """``exp(z_c - z_y)``, which is 1 for the predicted class y; :attr:`probabilities` reuses its memory."""
         return (self.logits - self.top.unsqueeze(1)).clamp_(min=-FARTHEST).exp_()
 
     @cached_property
@@ -100,7 +100,7 @@ class Softmax:
         """The odds against the predicted class, ``(1 - p_y) / p_y``: ``(N, *P)``."""
         if self._is_other is not None:
             return self._other_weights.sum(1)
-        # In place: fresh memory costs more than the arithmetic.
+        # In place, because allocating memory costs more than the arithmetic.
         weights, index = self._weights, self._largest[1].unsqueeze(1)
         own = weights.gather(1, index)
         odds = weights.scatter_(1, index, 0).sum(1)
@@ -109,7 +109,7 @@ class Softmax:
 
     @cached_property
     def probabilities(self) -> Tensor:
-        """``(N, C, *P)``."""
+        """The probabilities, ``(N, C, *P)``."""
         size = (1 + self.odds).unsqueeze(1)
         weights: Tensor = self._weights
         del self.__dict__["_weights"]
@@ -122,7 +122,7 @@ class Softmax:
 
     @cached_property
     def impurity(self) -> Tensor:
-        """``1 - sum_c p_c^2``, ``(N, *P)``, without the difference of numbers near 1."""
+        """``1 - sum_c p_c^2``, ``(N, *P)``, computed without cancellation."""
         return self.error * (2 - self.error) - self._other_probabilities.square().sum(1)
 
     @cached_property
@@ -135,7 +135,7 @@ class Softmax:
 
     @cached_property
     def entropy(self) -> Tensor:
-        """The entropy in nats, ``(N, *P)``: a sum of terms that are not negative."""
+        """The entropy in nats, ``(N, *P)``, as a sum of non-negative terms."""
         return self.odds.log1p() + (self.probabilities * self.distances).sum(1)
 
     @cached_property

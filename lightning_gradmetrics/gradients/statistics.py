@@ -39,10 +39,10 @@ STATISTICS = ("max", "min", "mean", "std", "l1", "l2", "linf")
 """The named statistics. ``l<p>`` with any other ``p > 0``, such as ``l3`` or ``l0.5``, is a p-norm too."""
 
 EXTREMES: frozenset[Moment] = frozenset({"max", "min"})
-"""The moments that are products of both factors' extremes."""
+"""The moments of an outer product that follow from the extremes of its factors."""
 
 SPREAD = 1e-16
-"""The least standard deviation, relative to the root mean square of the entries."""
+"""The smallest standard deviation, relative to the root mean square of the entries."""
 
 
 def moments_for(statistics: Iterable[str]) -> frozenset[Moment]:
@@ -81,7 +81,7 @@ def _norm_moments(name: str) -> set[Moment]:
 
 
 def gradient_moments(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Compute moments of materialised per-sample gradients.
+    """Compute moments of per-sample gradients that are given as tensors.
 
     Args:
         gradient: ``(N, ...)``, one gradient per sample.
@@ -98,7 +98,7 @@ def gradient_moments(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
 
 
 def axis_moments(entries: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Compute moments over axis 1 alone: the positions behind it keep their own moments.
+    """Compute moments over axis 1 only, separately for each position of the axes after it.
 
     Args:
         entries: ``(N, A, *P)``.
@@ -130,7 +130,7 @@ def _moment(flat: Tensor, key: Moment) -> Tensor:
 
 
 def factor_moments(left: Tensor, right: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Compute moments of the outer products ``left_n right_n^T`` without forming them.
+    """Compute moments of the outer products ``left_n right_n^T`` without computing the products.
 
     Every moment factorises: the sum and the sums of powers are products of the factors' moments, and the extremes are
     products of the factors' extremes.
@@ -158,7 +158,7 @@ def product_moments(a: Moments, b: Moments, wanted: Iterable[Moment]) -> Moments
 
     Args:
         a: Moments of the left factor, each of the same shape.
-        b: Those of the right factor.
+        b: Moments of the right factor.
         wanted: The moments to compute.
     """
     keys, extremes = set(wanted), EXTREMES
@@ -194,7 +194,7 @@ class GradientStatistics:
         dtype: The type of the statistics.
 
     Raises:
-        ValueError: By an attribute or ``norm``, if the statistic was not among those asked for.
+        ValueError: From an attribute or ``norm``, if the statistic was not requested.
 
     Example:
         >>> stats = GradientStatistics.of({"w": torch.tensor([[1.0, -3.0]])})
@@ -211,12 +211,12 @@ class GradientStatistics:
     def of(
         cls, gradients: Mapping[str, Tensor], statistics: Iterable[str] = STATISTICS, per_parameter: bool = False
     ) -> GradientStatistics:
-        """Compute the statistics of materialised per-sample gradients ``{name: (N, ...)}``.
+        """Compute the statistics of per-sample gradients that are given as tensors, ``{name: (N, ...)}``.
 
         Args:
             gradients: The gradients by parameter name.
             statistics: Names of the statistics.
-            per_parameter: Whether to keep the parameters apart.
+            per_parameter: Whether to compute the statistics separately for each parameter.
         """
         wanted, columns, counts = moments_for(statistics), [], []
         for gradient in gradients.values():
@@ -227,7 +227,7 @@ class GradientStatistics:
         return result if per_parameter else result.merged()
 
     def merged(self) -> GradientStatistics:
-        """Merge statistics for each parameter to those over all of them together."""
+        """Merge statistics per parameter into statistics over all parameters."""
         moments: Moments = {}
         for key, value in self.moments.items():
             if key == "max":
@@ -237,7 +237,7 @@ class GradientStatistics:
         return GradientStatistics(self.names, self.count.sum(), moments, self.dtype)
 
     def select(self, parameters: Callable[[str], bool] | None) -> GradientStatistics:
-        """Select columns of statistics for each parameter.
+        """Select some of the parameters of statistics per parameter.
 
         Args:
             parameters: A predicate on the parameter's name; ``None`` selects all.
@@ -250,7 +250,7 @@ class GradientStatistics:
         return GradientStatistics(names, self.count[columns], moments, self.dtype)
 
     def by_layer(self) -> GradientStatistics:
-        """Merge statistics for each parameter to those for each layer: a module's weight and bias together."""
+        """Merge statistics per parameter into statistics per layer (a module's weight and bias together)."""
         layers: dict[str, set[str]] = {}
         for name in self.names:
             layers.setdefault(name.rpartition(".")[0] or name, set()).add(name)
@@ -295,9 +295,9 @@ class GradientStatistics:
         """The unbiased standard deviation of the entries.
 
         The result is at least :data:`SPREAD` times the root mean square of the entries. This floor is below rounding and
-        keeps the standard deviation of equal entries, and of a single entry, above zero. It is relative because confident
-        samples have small gradients: below a constant floor all of them would have the same standard deviation. A zero
-        gradient has the standard deviation ``SPREAD``.
+        keeps the standard deviation of equal entries, and of a single entry, above zero. It is relative because
+        confident samples have small gradients; with a constant floor they would all have the same standard deviation. A
+        zero gradient has the standard deviation ``SPREAD``.
         """
         total, square = self._moment("sum", "std"), self._moment(2.0, "std")
         count = self.count.to(total.device)

@@ -349,7 +349,7 @@ def test_notes_name_what_was_left_out():
 def test_no_labels_and_one_class():
     nothing = pa.array([None] * len(table()), pa.int64())
     found = evaluate(table().set_column(3, "label", nothing), ["good"], ROLES, resamples=0)
-    assert 'dataset "test" has no labels: misclassification is not judged' in found.notes
+    assert 'dataset "test" has no labels: misclassification is not evaluated' in found.notes
     assert {record["task"] for record in found.metrics} == {"ood"}
     assert found.datasets[0]["accuracy"] is None
     right = table().set_column(2, "prediction", pa.array([0] * len(table())))
@@ -369,7 +369,7 @@ def test_few_positives_and_missing_roles_are_noted():
     assert 'joint on "mnist" has 5 out-of-distribution samples: no intervals below 10' in found.notes
     assert all(entry["low"] is None for entry in found.find(task="ood", dataset="mnist"))
     assert all(c["verdict"] == "cannot tell" for c in found.comparisons if c["task"] == "ood")
-    assert 'dataset "letters" has no rows and is not judged' in found.notes
+    assert 'dataset "letters" has no rows and is not evaluated' in found.notes
     only = evaluate(small.slice(0, 300), ["good"], {"test": "id"}, resamples=0)
     assert any("no out-of-distribution rows" in note for note in only.notes)
     outside = evaluate(small.slice(300), ["good"], {"mnist": "far"}, resamples=0)
