@@ -56,7 +56,10 @@ def describe_run(
 
 
 def describe_score(score: Score) -> dict[str, Any]:
-    """Return the method, arguments and fitted state of a score."""
+    """Return the method, arguments and fitted state of a score.
+
+    The tensors of a state are hashed in the order of their names, since a file of states does not keep another order.
+    """
     arguments = {}
     for name, value in {**score.recipe.defaults, **score.arguments}.items():
         arguments[name] = described(value)
@@ -64,7 +67,7 @@ def describe_score(score: Score) -> dict[str, Any]:
     return {
         "method": score.recipe.name,
         "arguments": arguments,
-        "state": tensors_hash(score.state.items()) if is_fitted else None,  # type: ignore[attr-defined]
+        "state": tensors_hash(sorted(score.state.items())) if is_fitted else None,  # type: ignore[attr-defined]
     }
 
 

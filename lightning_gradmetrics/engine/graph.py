@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Copies", "Root", "reached_parameters"]
+__all__ = ["Copies", "Root", "reached_parameters", "saves_through_hooks"]
 
 
 class Root(torch.autograd.Function):
@@ -63,3 +63,9 @@ def reached_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list
             reached[names[leaf]] = None
         waiting += [following for following, _ in node.next_functions]
     return list(reached)
+
+
+def saves_through_hooks() -> bool:
+    """Return whether hooks decide what autograd stores, as in a checkpoint; true where torch, before 2.8, cannot tell."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None

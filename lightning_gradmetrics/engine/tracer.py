@@ -26,7 +26,7 @@ from lightning_gradmetrics.engine.calls import (
     opened,
     tensors_in,
 )
-from lightning_gradmetrics.engine.graph import Copies, Root
+from lightning_gradmetrics.engine.graph import Copies, Root, saves_through_hooks
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
@@ -96,7 +96,7 @@ class Tracer(OpeningMode):
             return result
         if not self._recomputes:
             # Checkpoints that are not reentrant store no tensors, and repeat their calls in the backward pass.
-            self._recomputes = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            self._recomputes = saves_through_hooks()
         if self._opens(func):
             return self._inside(func, args, kwargs)
         step = self._next_step(func, sources)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from lightning_gradmetrics.evaluation.cells import Cells, counts_of_task
 from lightning_gradmetrics.evaluation.metrics import metrics_of
 from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows
 
-__all__ = ["EXACT_ROWS", "Key", "Replicates", "method_of", "most_cells", "replicate"]
+__all__ = ["EXACT_ROWS", "Key", "Replicates", "collect", "drawn", "method_of", "most_cells", "replicate", "shift"]
 
 Key = tuple[str, str | None, str, str, str]
 """Task, dataset (``None`` for the mean over a group), group, score, metric."""
@@ -92,26 +92,82 @@ def replicate(
         The value of every metric in each resample.
     """
     number = len(rows.codes)
+    replicates = collect(cells, tasks, rate, weight_blocks(rows, resamples, seed), resamples, progress)
+    if method_of(number) == "poisson":
+        shift(replicates, cells, tasks, rate, torch.ones(number, 1), exact)
+    return replicates
+
+
+class CountedCells(Protocol):
+    """The rows of one score, grouped by row class and by cells of neighbouring scores."""
+
+    @property
+    def scores(self) -> Tensor:
+        """The lowest score of each cell ``(K,)``."""
+        ...
+
+    def counts(self, weights: Tensor) -> Tensor:
+        """Return the weighted counts ``(C, B, K)``."""
+        ...
+
+
+def collect(
+    cells: Mapping[str, CountedCells],
+    tasks: Sequence[DetectionTask],
+    rate: float,
+    draws: Iterable[tuple[int, Tensor]],
+    resamples: int,
+    progress: Callable[[float], None] | None = None,
+) -> Replicates:
+    """Return the value of every metric in each resample.
+
+    Args:
+        cells: The cells of each score.
+        tasks: The tasks.
+        rate: The true-positive rate of ``fpr95``.
+        draws: The number of the first resample of a block, and the weights ``(..., b)`` that the cells take.
+        resamples: ``B``.
+        progress: Called with the share that is done.
+    """
     replicates: Replicates = {}
-    for start, weights in weight_blocks(rows, resamples, seed):
-        stop = start + weights.shape[1]
+    for start, weights in draws:
+        stop = start + weights.shape[-1]
         for key, values in _values(cells, tasks, rate, weights):
             if key not in replicates:
                 replicates[key] = torch.empty(resamples, dtype=torch.float64)
             replicates[key][start:stop] = values
         if progress is not None:
             progress(stop / resamples)
-    if method_of(number) == "poisson":
-        for key, values in _values(cells, tasks, rate, torch.ones(number, 1)):
-            if key in exact:
-                replicates[key] += exact[key] - values
     return replicates
 
 
+def shift(
+    replicates: Replicates,
+    cells: Mapping[str, CountedCells],
+    tasks: Sequence[DetectionTask],
+    rate: float,
+    ones: Tensor,
+    exact: Mapping[Key, float],
+) -> None:
+    """Shift replicates by the difference between the exact value and that of the cells.
+
+    Args:
+        replicates: They are changed in place.
+        cells: The cells of each score.
+        tasks: The tasks.
+        rate: The true-positive rate of ``fpr95``.
+        ones: The weights of one resample that draws each row once.
+        exact: The exact value of every metric that is defined.
+    """
+    for key, values in _values(cells, tasks, rate, ones):
+        if key in exact:
+            replicates[key] += exact[key] - values
+
+
 def _values(
-    cells: Mapping[str, Cells], tasks: Sequence[DetectionTask], rate: float, weights: Tensor
+    cells: Mapping[str, CountedCells], tasks: Sequence[DetectionTask], rate: float, weights: Tensor
 ) -> Iterator[tuple[Key, Tensor]]:
-    """Yield the value ``(b,)`` of every metric with the rows weighted by ``(N, b)``."""
+    """Yield the value ``(b,)`` of every metric with weighted rows."""
     for score, grouped in cells.items():
         counts = grouped.counts(weights)
         for task in tasks:
@@ -155,9 +211,9 @@ class _Source:
     def weights(self, width: int, number: int) -> Tensor:
         """Return the weights of the rows in ``width`` resamples; ``number`` is the number of rows of all datasets."""
         if self.cluster is None:
-            draw = _drawn if method_of(number) == "exact" else _poisson
+            draw = drawn if method_of(number) == "exact" else _poisson
             return draw(self.size, width, self.generator)
-        draw = _drawn if method_of(self.size) == "exact" else _poisson
+        draw = drawn if method_of(self.size) == "exact" else _poisson
         return draw(self.size, width, self.generator)[self.cluster]
 
 
@@ -185,7 +241,7 @@ def _poisson(size: int, width: int, generator: np.random.Generator) -> Tensor:
     return torch.from_numpy(POISSON[generator.integers(2**16, size=(size, width), dtype=np.uint16)])
 
 
-def _drawn(size: int, width: int, generator: np.random.Generator) -> Tensor:
+def drawn(size: int, width: int, generator: np.random.Generator) -> Tensor:
     """Return how often each of ``size`` rows is drawn in each resample, ``(size, width)``."""
     if not size:
         return torch.zeros(0, width)

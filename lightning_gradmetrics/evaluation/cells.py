@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,16 @@ from lightning_gradmetrics.evaluation.tasks import DetectionTask, Rows
 from lightning_gradmetrics.meters.functional.counts import Counts
 from lightning_gradmetrics.meters.functional.sorting import Ranked, positions, rank
 
-__all__ = ["Cells", "RankedRows", "counts_of_task", "exact_counts", "make_cells", "rank_rows"]
+__all__ = [
+    "Cells",
+    "RankedRows",
+    "chosen_cells",
+    "counts_of_task",
+    "exact_counts",
+    "make_cells",
+    "rank_rows",
+    "weighted_counts",
+]
 
 
 FEWEST_FINE = 64
@@ -103,15 +112,12 @@ def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (),
         tasks: The tasks, for their thresholds.
         rate: The true-positive rate of the thresholds.
     """
-    starts, number = rows.ranked.starts, len(rows.codes)
-    first = torch.ones(len(starts), dtype=torch.bool)
-    if len(starts) > most:
-        first = _changes(starts * most // number)
-        for task in tasks:
-            window = _threshold_window(task, rows, rate)
-            inside = starts[window] - starts[window.start]
-            fine = max(FEWEST_FINE, most // (2 * len(tasks)))
-            first[window] |= _changes(inside * fine // (inside[-1] + 1))
+    starts = rows.ranked.starts
+
+    def positives_to(task: DetectionTask) -> Tensor:
+        return rows.sums_of(task, task.positive).double()
+
+    first = chosen_cells(starts, len(rows.codes), most, tasks, positives_to, rate)
     cell_starts = starts[first]
     members, class_starts, number = [], [], 0
     for code in range(rows.classes):
@@ -123,6 +129,36 @@ def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (),
     return Cells(rows.ranked.scores[first], order, torch.cat(class_starts).to(order.dtype), rows.classes)
 
 
+def chosen_cells(
+    starts: Tensor,
+    number: int,
+    most: int,
+    tasks: Sequence[DetectionTask],
+    positives_to: Callable[[DetectionTask], Tensor],
+    rate: float,
+) -> Tensor:
+    """Return which of the distinct scores ``(G,)`` start a cell, bool.
+
+    Args:
+        starts: The number of rows below each distinct score ``(G,)``.
+        number: The number of rows.
+        most: The number of cells of equal size.
+        tasks: The tasks, for finer cells near their thresholds.
+        positives_to: From a task to its positives at or below each distinct score ``(G,)``, float64.
+        rate: The true-positive rate of the thresholds.
+    """
+    first = torch.ones(len(starts), dtype=torch.bool)
+    if len(starts) <= most:
+        return first
+    first = _changes(starts * most // number)
+    for task in tasks:
+        window = _threshold_window(task, positives_to(task), rate)
+        inside = starts[window] - starts[window.start]
+        fine = max(FEWEST_FINE, most // (2 * len(tasks)))
+        first[window] |= _changes(inside * fine // (inside[-1] + 1))
+    return first
+
+
 def _changes(values: Tensor) -> Tensor:
     """Return whether each value differs from the one before it; true for the first."""
     changes = torch.ones(len(values), dtype=torch.bool)
@@ -130,9 +166,8 @@ def _changes(values: Tensor) -> Tensor:
     return changes
 
 
-def _threshold_window(task: DetectionTask, rows: RankedRows, rate: float) -> slice:
+def _threshold_window(task: DetectionTask, positives_to: Tensor, rate: float) -> slice:
     """Return the distinct scores within six standard deviations of the threshold, which nearly every resample uses."""
-    positives_to = rows.sums_of(task, task.positive).double()
     total = positives_to[-1]
     share, spread = 1 - rate, 6 * math.sqrt(rate * (1 - rate) / max(task.count_positive, 1))
     bounds = torch.stack([(share - spread) * total, (share + spread) * total])
@@ -141,11 +176,12 @@ def _threshold_window(task: DetectionTask, rows: RankedRows, rate: float) -> sli
 
 
 def counts_of_task(task: DetectionTask, scores: Tensor, counts: Tensor) -> Counts:
-    """Return the counts ``(B, K)`` of one task from the counts ``(C, B, K)`` of all row classes."""
-    return Counts.of(scores, _weighted(task, counts, task.negative), _weighted(task, counts, task.positive))
+    """Return the counts ``(..., K)`` of one task from the counts ``(C, ..., K)`` of all row classes."""
+    return Counts.of(scores, weighted_counts(task, counts, task.negative), weighted_counts(task, counts, task.positive))
 
 
-def _weighted(task: DetectionTask, counts: Tensor, codes: Sequence[int]) -> Tensor:
+def weighted_counts(task: DetectionTask, counts: Tensor, codes: Sequence[int]) -> Tensor:
+    """Return the sum ``(..., K)`` of the counts ``(C, ..., K)`` of some classes, weighted as in the task."""
     total = torch.zeros_like(counts[0])
     for code in codes:
         total.add_(counts[code], alpha=task.weights.get(code, 1.0))

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
+import pyarrow.dataset as ds
 
-from lightning_gradmetrics.evaluation.bootstrap import CELLS, Replicates, method_of, most_cells, replicate
-from lightning_gradmetrics.evaluation.cells import Cells, RankedRows, exact_counts, make_cells, rank_rows
-from lightning_gradmetrics.evaluation.comparisons import compare, key_of
-from lightning_gradmetrics.evaluation.intervals import (
-    FEWEST,
-    FEWEST_SPARE,
-    auroc_interval,
-    enough_rows,
-    fpr_interval,
-    percentile_interval,
-)
-from lightning_gradmetrics.evaluation.metrics import MISCLASSIFICATION, metrics_of
+from lightning_gradmetrics.evaluation.comparisons import compare
+from lightning_gradmetrics.evaluation.entries import fill_interval, with_groups
+from lightning_gradmetrics.evaluation.intervals import FEWEST, FEWEST_SPARE
+from lightning_gradmetrics.evaluation.judging import Judged, Question, judge_rows, judge_stream
+from lightning_gradmetrics.evaluation.reading import chosen_columns
 from lightning_gradmetrics.evaluation.record import Evaluation
 from lightning_gradmetrics.evaluation.statements import statements_of
-from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows, rows_of, tasks_of
-from lightning_gradmetrics.meters.functional.counts import Counts, check_rate
+from lightning_gradmetrics.evaluation.streams import COLUMNS, stream_of
+from lightning_gradmetrics.evaluation.tasks import DetectionTask
+from lightning_gradmetrics.meters.functional.counts import check_rate
+from lightning_gradmetrics.meters.functional.histogram import check_bins
+from lightning_gradmetrics.results.reading import read_results
 
 __all__ = ["evaluate"]
 
 BASELINE = "max_softmax"
 """The default baseline that scores are compared with."""
 
-Entry = dict[str, Any]
+MOST_EXACT_ROWS = 2_000_000
+"""Up to this number of rows, a results directory is read into memory and its values are exact."""
+
+BINS = 16_384
+"""The number of bins of each score above that."""
 
 
 def evaluate(
@@ -46,6 +47,7 @@ def evaluate(
     level: float = 0.95,
     seed: int = 0,
     cluster: str | None = None,
+    bins: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
     """Evaluate scores on a per-sample results table: metrics, intervals and comparisons.
@@ -62,11 +64,13 @@ def evaluate(
     bootstrap is exact; above, rows get Poisson weights and scores are grouped into cells, as ``settings["bootstrap"]``
     states. There is no correction for the number of comparisons.
 
+    A results directory or an Arrow dataset with more than 2 million rows is read batch by batch in constant memory:
+    scores go into bins, a note states how far an AUROC can be off, and random blocks of rows are resampled.
+
     Args:
         results: Columns ``dataset``, ``index``, ``prediction``, ``label`` (null where unknown), one per score, and
             ``finite`` (rows where it is false are left out of all metrics), as an Arrow table, record batches or
-            dataset, or a
-            pandas or Polars data frame.
+            dataset, a pandas or Polars data frame, the results directory of a run (``output=``), or a Parquet file.
         scores: The columns to evaluate, higher = more uncertain.
         roles: Each dataset's role: ``"id"`` for in-distribution data, any other word for a group of
             out-of-distribution data.
@@ -78,14 +82,19 @@ def evaluate(
         resamples: The number of bootstrap resamples; 0 for no intervals and no comparisons.
         level: The level of the intervals.
         seed: The seed of the resamples.
+        cluster: The column that names the cluster of each row; clusters are resampled as a whole.
+        bins: The number of bins of each score, at least 1,024, for constant memory at any number of rows; by default
+            16,384 above 2 million rows of a directory or an Arrow dataset, and exact values otherwise.
         progress: Called with the fraction of the resamples that is done.
 
     Returns:
         Metrics, comparisons, statements, datasets and notes.
 
     Raises:
+        FileNotFoundError: If a directory contains no results.
         TypeError: If the results are of an unknown kind.
-        ValueError: If a column, a role or a score is missing, an argument is out of range, or a row appears twice.
+        ValueError: If a column, a role or a score is missing, an argument is out of range, a row appears twice, or a
+            directory lacks rows.
 
     Example:
         >>> import pyarrow as pa
@@ -100,23 +109,16 @@ def evaluate(
         ICLR 2023.
     """
     _check(scores, baselines, baseline, rate, ood_share, resamples, level)
-    rows, notes = rows_of(results, list(scores), roles, cluster)
-    tasks, more_notes = tasks_of(rows, ood_share)
-    few = _few_clusters(rows)
-    if few and resamples:
-        resamples, more_notes = 0, [*more_notes, *few]
-    metrics, cells = _metrics(rows, tasks, rate, level if resamples else None, seed)
-    replicates: Replicates = {}
-    if resamples:
-        exact = _defined(metrics)
-        replicates = replicate(rows, cells, tasks, rate, resamples, seed, exact, progress)
-    means, replicates = _with_groups(metrics, replicates, rate)
+    question = Question(list(scores), roles, rate, ood_share, resamples, level, seed, cluster, progress)
+    judged = _judged(results, question, check_bins(bins))
+    metrics = judged.metrics
+    means, replicates = with_groups(metrics, judged.replicates, rate)
     metrics += means
     for entry in metrics:
-        _fill_interval(entry, replicates, level, rate)
+        fill_interval(entry, replicates, level, rate)
     named = _baseline(scores, baselines, baseline)
     comparisons = []
-    if resamples and named is not None:
+    if judged.resamples and named is not None:
         comparisons = compare(metrics, replicates, named, baselines, level, rate)
     settings = {
         "scores": list(scores),
@@ -125,19 +127,45 @@ def evaluate(
         "roles": dict(roles),
         "rate": rate,
         "ood_share": ood_share,
-        "resamples": resamples,
+        "resamples": judged.resamples,
         "level": level,
         "seed": seed,
-        "bootstrap": _bootstrap(len(rows.codes), cluster) if resamples else None,
+        "bootstrap": judged.bootstrap,
+        "bins": judged.bins,
     }
     return Evaluation(
         metrics=metrics,
         comparisons=comparisons,
         statements=statements_of(comparisons, level),
-        datasets=rows.datasets,
-        notes=notes + more_notes + _protocol_notes(tasks, scores, named, resamples, rate),
+        datasets=judged.datasets,
+        notes=judged.notes + _protocol_notes(judged.tasks, scores, named, judged.resamples, rate),
         settings=settings,
     )
+
+
+def _judged(results: Any, question: Question, bins: int | None) -> Judged:
+    """Judge in memory or in a stream, by the size and kind of the results."""
+    if question.cluster is not None:
+        if bins is not None:
+            raise ValueError("cluster= and bins= exclude each other: clusters are resampled in memory")
+        return judge_rows(_in_memory(results, question), question)
+    if bins is None and not isinstance(results, (str, Path, ds.Dataset)):
+        return judge_rows(results, question)
+    stream = stream_of(results)
+    if bins is None and stream.rows <= MOST_EXACT_ROWS:
+        return judge_rows(_in_memory(results, question), question)
+    return judge_stream(stream, question, BINS if bins is None else bins)
+
+
+def _in_memory(results: Any, question: Question) -> Any:
+    """Return the results; those of a file as a dataset, and those of a directory as a table of the judged columns."""
+    if not isinstance(results, (str, Path)):
+        return results
+    if Path(results).is_file():
+        return ds.dataset(results)
+    clusters = [] if question.cluster is None else [question.cluster]
+    wanted = chosen_columns(stream_of(results).columns, [*COLUMNS, *question.scores, *clusters], ["finite"])
+    return read_results(results, columns=wanted)
 
 
 def _check(
@@ -172,104 +200,6 @@ def _baseline(scores: Sequence[str], baselines: Sequence[str], baseline: str | N
     return baselines[0] if baselines else None
 
 
-def _few_clusters(rows: Rows) -> list[str]:
-    """Return notes on the datasets that have too few clusters for intervals."""
-    notes = []
-    if rows.clusters is not None:
-        for summary in rows.datasets:
-            codes = torch.tensor(rows.codes_of(*KINDS, dataset=summary["name"]), dtype=torch.uint8)
-            count = len(rows.clusters[torch.isin(rows.codes, codes)].unique())  # type: ignore[no-untyped-call]
-            if 0 < count < FEWEST:
-                notes.append(f'dataset "{summary["name"]}" has {count} clusters: no intervals below {FEWEST}')
-    return notes
-
-
-def _bootstrap(rows: int, cluster: str | None) -> str:
-    if cluster is not None:
-        return f"clusters: whole clusters ({cluster}) of each dataset resampled"
-    if method_of(rows) == "exact":
-        return "exact: each dataset resampled with replacement"
-    return f"poisson: Poisson weights of the rows, scores grouped into {CELLS} cells"
-
-
-def _metrics(
-    rows: Rows, tasks: Sequence[DetectionTask], rate: float, level: float | None, seed: int
-) -> tuple[list[Entry], dict[str, Cells]]:
-    """Return the exact metrics with the intervals that need no resamples, and, given a level, each score's cells."""
-    entries: dict[tuple[int, str], list[Entry]] = {}
-    cells = {}
-    most = most_cells(len(rows.codes))
-    for score in rows.scores:
-        ranked = rank_rows(rows, score)
-        for number, task in enumerate(tasks):
-            own_level = level if rows.clusters is None else None
-            entries[number, score] = _exact_entries(ranked, task, score, rate, own_level, seed)
-        if level is not None:
-            cells[score] = make_cells(ranked, most, tasks, rate)
-    ordered_entries = []
-    for number in range(len(tasks)):
-        for score in rows.scores:
-            ordered_entries += entries[number, score]
-    return ordered_entries, cells
-
-
-def _exact_entries(
-    ranked: RankedRows, task: DetectionTask, score: str, rate: float, level: float | None, seed: int
-) -> list[Entry]:
-    counts = exact_counts(ranked, task)
-    members = []
-    for metric, value in metrics_of(task.task, counts, rate).items():
-        entry = _entry(task, score, metric, float(value))
-        if level is not None and not task.weights and _has_interval(entry, rate):
-            entry["low"], entry["high"] = _exact_interval(metric, counts, rate, level, seed)
-        members.append(entry)
-    return members
-
-
-def _entry(task: DetectionTask, score: str, metric: str, value: float) -> Entry:
-    return {
-        "score": score,
-        "task": task.task,
-        "dataset": task.dataset,
-        "group": task.group,
-        "metric": metric,
-        "value": None if math.isnan(value) else value,
-        "low": None,
-        "high": None,
-        "count_positive": task.count_positive,
-        "count_negative": task.count_negative,
-        "count_ood": task.count_ood,
-    }
-
-
-def _has_interval(entry: Entry, rate: float) -> bool:
-    return entry["value"] is not None and enough_rows(entry, rate)
-
-
-def _exact_interval(
-    metric: str, counts: Counts, rate: float, level: float, seed: int
-) -> tuple[float | None, float | None]:
-    if metric == "auroc":
-        return auroc_interval(counts, level)
-    if metric == "fpr95":
-        return fpr_interval(counts, rate, level, seed)
-    return None, None
-
-
-def _fill_interval(entry: Entry, replicates: Replicates, level: float, rate: float) -> None:
-    """Fill in the interval from the resamples, unless there is one already."""
-    if entry["low"] is None and key_of(entry) in replicates and _has_interval(entry, rate):
-        entry["low"], entry["high"] = percentile_interval(replicates[key_of(entry)], level)
-
-
-def _defined(metrics: Sequence[Entry]) -> dict[Any, float]:
-    values = {}
-    for entry in metrics:
-        if entry["value"] is not None:
-            values[key_of(entry)] = entry["value"]
-    return values
-
-
 def _protocol_notes(
     tasks: Sequence[DetectionTask], scores: Sequence[str], baseline: str | None, resamples: int, rate: float
 ) -> list[str]:
@@ -300,35 +230,3 @@ def _few_rows_notes(task: DetectionTask, rate: float) -> list[str]:
     if positives < needed:
         return [f"{where} has {positives} {side} samples: no interval of fpr95 below {needed}"]
     return []
-
-
-def _with_groups(metrics: Sequence[Entry], replicates: Replicates, rate: float) -> tuple[list[Entry], Replicates]:
-    """Add the mean over the datasets of each group of several to the metrics and to the replicates."""
-    groups: dict[tuple[str, str, str, str], list[Entry]] = {}
-    for entry in metrics:
-        groups.setdefault((entry["task"], entry["group"], entry["score"], entry["metric"]), []).append(entry)
-    means, all_replicates = [], dict(replicates)
-    for members in groups.values():
-        if len(members) > 1:
-            mean = _mean_entry(members)
-            means.append(mean)
-            if replicates and all(enough_rows(member, rate) for member in members):
-                total = torch.stack([replicates[key_of(member)] for member in members])
-                all_replicates[key_of(mean)] = total.mean(0)
-    return means, all_replicates
-
-
-def _mean_entry(members: Sequence[Entry]) -> Entry:
-    first, values = members[0], [member["value"] for member in members]
-    negatives = [member["count_negative"] for member in members]
-    ood = sum(member["count_ood"] or 0 for member in members) or None
-    return {
-        **first,
-        "dataset": None,
-        "value": None if None in values else sum(values) / len(values),
-        "low": None,
-        "high": None,
-        "count_positive": sum(member["count_positive"] for member in members),
-        "count_negative": sum(negatives) if first["task"] == MISCLASSIFICATION else negatives[0],
-        "count_ood": ood,
-    }

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-__all__ = ["as_table", "finite_rows", "float_column"]
+__all__ = ["as_table", "chosen_columns", "finite_rows", "float_column", "score_column"]
 
 
 def as_table(results: Any, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
@@ -29,10 +29,10 @@ def as_table(results: Any, columns: Sequence[str] | None = None, optional: Seque
         ValueError: If a column is missing.
     """
     if isinstance(results, ds.Dataset):
-        names = _chosen(results.schema.names, columns, optional)
+        names = chosen_columns(results.schema.names, columns, optional)
         return results.to_table(columns=names)
     table = _whole_table(results)
-    return table.select(_chosen(table.column_names, columns, optional))
+    return table.select(chosen_columns(table.column_names, columns, optional))
 
 
 def _whole_table(results: Any) -> pa.Table:
@@ -51,12 +51,22 @@ def _whole_table(results: Any) -> pa.Table:
         if batches and all(isinstance(batch, pa.RecordBatch) for batch in batches):
             return pa.Table.from_batches(batches)
     raise TypeError(
-        "results must be an Arrow table, record batches or dataset, or a pandas or Polars data frame, got "
-        f"{type(results).__name__}; lgm.read_results reads the folder of a run"
+        "results must be an Arrow table, record batches or dataset, a pandas or Polars data frame, or a results directory, "
+        f"got {type(results).__name__}"
     )
 
 
-def _chosen(names: Sequence[str], columns: Sequence[str] | None, optional: Sequence[str]) -> list[str]:
+def chosen_columns(names: Sequence[str], columns: Sequence[str] | None, optional: Sequence[str]) -> list[str]:
+    """Return the needed columns, and the optional ones that exist.
+
+    Args:
+        names: The columns of the results.
+        columns: The columns that are needed; ``None`` for all.
+        optional: Columns that are read where they exist.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
     if columns is None:
         return list(names)
     for name in columns:

@@ -13,33 +13,19 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.evaluation.metrics import JOINT, MISCLASSIFICATION, OOD
-from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column, score_column
+from lightning_gradmetrics.evaluation.reading import as_table, score_column
+from lightning_gradmetrics.evaluation.row_classes import (
+    CORRECT,
+    ID,
+    INCORRECT,
+    KINDS,
+    OUT,
+    UNLABELLED,
+    RowClass,
+    RowSorter,
+)
 
 __all__ = ["ID", "KINDS", "DetectionTask", "Rows", "rows_of", "tasks_of"]
-
-ID = "id"
-"""The role of in-distribution data. Any other word names a group of out-of-distribution data."""
-
-CORRECT, INCORRECT, UNLABELLED, OUT = KINDS = ("correct", "incorrect", "unlabelled", "out")
-MOST_CLASSES = 255
-"""The class of a row is stored in one byte, which limits the number of classes."""
-
-
-@dataclass(frozen=True)
-class RowClass:
-    """Rows of one dataset that every task treats in the same way.
-
-    Args:
-        dataset: The dataset.
-        role: ``"id"``, or the name of an out-of-distribution group.
-        kind: ``"correct"``, ``"incorrect"`` or ``"unlabelled"`` in-distribution rows, or ``"out"``.
-        rows: The number of rows.
-    """
-
-    dataset: str
-    role: str
-    kind: str
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -123,40 +109,15 @@ def rows_of(
     """
     clusters = [] if cluster is None else [cluster]
     table = as_table(results, ["dataset", "index", "prediction", "label", *scores, *clusters], optional=["finite"])
-    names, places = _datasets(table)
-    if unknown := sorted(set(names) - set(roles)):
-        raise ValueError(f"no role for the datasets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
-    _check_repeats(table, places)
-    keep = finite_rows(table, scores)
-    label, prediction = float_column(table, "label"), float_column(table, "prediction")
-    labelled, incorrect = ~np.isnan(label) & ~np.isnan(prediction), label != prediction
-    codes = np.zeros(len(table), dtype=np.uint8)
-    classes: list[RowClass] = []
-    datasets, notes = [], []
-    for dataset, role in roles.items():
-        here = places == (names.index(dataset) if dataset in names else -1)
-        kinds = {OUT: here & keep}
-        if role == ID:
-            kinds = {CORRECT: labelled & ~incorrect, INCORRECT: labelled & incorrect, UNLABELLED: ~labelled}
-        sizes = {}
-        for kind, members in kinds.items():
-            chosen = members & here & keep
-            sizes[kind] = int(chosen.sum())
-            if len(classes) == MOST_CLASSES:
-                raise ValueError(
-                    f"at most {MOST_CLASSES // 3} datasets can be evaluated together: evaluate some of them"
-                )
-            codes[chosen] = len(classes)
-            classes.append(RowClass(dataset, role, kind, sizes[kind]))
-        labels = sizes.get(CORRECT, 0) + sizes.get(INCORRECT, 0) if role == ID else int((here & keep & labelled).sum())
-        summary = _summary(dataset, role, int(here.sum()), sizes, labels)
-        datasets.append(summary)
-        notes += _row_notes(summary)
+    sorter = RowSorter(roles)
+    _check_repeats(table, sorter.places(table))
+    codes, keep = sorter.sort(table, scores)
     columns = {}
     for score in scores:
         columns[score] = torch.from_numpy(np.ascontiguousarray(score_column(table, score)[keep]))
     numbers = None if cluster is None else torch.from_numpy(_clusters(table, cluster)[keep])
-    return Rows(columns, torch.from_numpy(codes[keep]), tuple(classes), datasets, numbers), notes
+    rows = Rows(columns, torch.from_numpy(codes[keep]), sorter.classes(), sorter.summaries(), numbers)
+    return rows, sorter.notes()
 
 
 def _clusters(table: pa.Table, name: str) -> Any:
@@ -166,16 +127,6 @@ def _clusters(table: pa.Table, name: str) -> Any:
     if missing:
         raise ValueError(f"{missing} rows have no value in the column {name!r}, which names their clusters: fill it")
     return pc.dictionary_encode(column).indices.to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _datasets(table: pa.Table) -> tuple[list[str], Any]:
-    """Return the names of the datasets, and the position ``(N,)`` of each row's dataset among them."""
-    column = table["dataset"].combine_chunks()
-    if not pa.types.is_dictionary(column.type):
-        column = pc.dictionary_encode(column)
-    if column.null_count:
-        raise ValueError(f"{column.null_count} rows have no dataset: fill the column 'dataset'")
-    return column.dictionary.to_pylist(), column.indices.to_numpy(zero_copy_only=False)
 
 
 def _check_repeats(table: pa.Table, places: Any) -> None:
@@ -196,39 +147,13 @@ def _check_repeats(table: pa.Table, places: Any) -> None:
         raise ValueError(f"{repeats} rows repeat a (dataset, index): keep one row per sample, or it counts twice")
 
 
-def _summary(dataset: str, role: str, total: int, sizes: Mapping[str, int], labelled: int) -> dict[str, Any]:
-    known = role == ID and labelled
-    return {
-        "name": dataset,
-        "role": role,
-        "rows": total,
-        "not_finite": total - sum(sizes.values()),
-        "labelled": labelled,
-        "accuracy": sizes[CORRECT] / labelled if known else None,
-    }
-
-
-def _row_notes(summary: Mapping[str, Any]) -> list[str]:
-    name, total, dropped = f'"{summary["name"]}"', summary["rows"], summary["not_finite"]
-    kept = total - dropped
-    unlabelled = kept - summary["labelled"]
-    if not total:
-        return [f"dataset {name} has no rows and is not evaluated"]
-    notes = [f"{dropped} of {total} rows of {name} are not finite and were dropped"] if dropped else []
-    if summary["role"] == ID and kept and unlabelled == kept:
-        notes.append(f"dataset {name} has no labels: misclassification is not evaluated")
-    elif summary["role"] == ID and unlabelled:
-        notes.append(f"{unlabelled} of {kept} rows of {name} have no label: misclassification ignores them")
-    return notes
-
-
 def tasks_of(rows: Rows, ood_share: float = 0.5) -> tuple[list[DetectionTask], list[str]]:
     """Return the tasks that the rows allow, and notes on those that they do not allow.
 
     Joint: correct in-distribution rows against incorrect ones and the rows of an out-of-distribution dataset, weighted
     so that out-of-distribution rows are the fraction ``ood_share`` of the mixture. Misclassification: the incorrect
-    rows of an in-distribution
-    dataset against the correct ones. Out-of-distribution: the rows of a dataset against all in-distribution rows.
+    rows of an in-distribution dataset against the correct ones. Out-of-distribution: the rows of a dataset against all
+    in-distribution rows.
 
     Args:
         rows: The result of :func:`rows_of`.

@@ -16,7 +16,19 @@ from lightning_gradmetrics.results.identity import IN_ORDER
 from lightning_gradmetrics.results.parts import MANIFEST, PART, RUN, UNLABELLED
 from lightning_gradmetrics.results.table import merge_results
 
-__all__ = ["IncompleteResultsError", "committed_rows", "indices_by_dataset", "is_complete", "read_results"]
+__all__ = [
+    "IncompleteResultsError",
+    "check_parts",
+    "committed_rows",
+    "indices_by_dataset",
+    "interrupted",
+    "is_complete",
+    "named_indices",
+    "read_results",
+    "sizes_of_run",
+    "unlabelled_datasets",
+    "without_labels",
+]
 
 SHOWN = 10
 """Largest number of rows that an error message names."""
@@ -65,12 +77,12 @@ def read_results(directory: str | Path, *, incomplete: bool = False, columns: Se
     rows = {part.name: pq.read_metadata(part).num_rows for part in parts}
     if manifest.exists():
         content = json.loads(manifest.read_text())
-        _check_parts(directory, content["parts"], rows)
+        check_parts(directory, content["parts"], rows)
         sizes: dict[str, int | None] = content["datasets"]
     else:
-        sizes = _sizes_of_run(parts[0])
+        sizes = sizes_of_run(parts[0])
         if not incomplete:
-            raise _interrupted(directory, sum(rows.values()), sizes)
+            raise interrupted(directory, sum(rows.values()), sizes)
     if not parts:
         return pa.table({})
     return _checked(directory, _read(parts, columns), sizes, incomplete)
@@ -83,15 +95,22 @@ def is_complete(directory: Path) -> bool:
 
 def _read(parts: Sequence[Path], columns: Sequence[str] | None) -> pa.Table:
     names = None if columns is None else list(dict.fromkeys([*KEYS, *columns]))
-    tables, unlabelled = [], set[str]()
+    tables = []
     for part in parts:
         tables.append(pq.read_table(part, columns=names))
+    return without_labels(pa.concat_tables(tables), unlabelled_datasets(parts))
+
+
+def unlabelled_datasets(parts: Sequence[Path]) -> set[str]:
+    """Return the names of the datasets whose labels are not classes."""
+    datasets = set[str]()
+    for part in parts:
         metadata = pq.read_schema(part).metadata or {}
-        unlabelled.update(json.loads(metadata.get(UNLABELLED, b"[]")))
-    return _without_labels(pa.concat_tables(tables), unlabelled)
+        datasets.update(json.loads(metadata.get(UNLABELLED, b"[]")))
+    return datasets
 
 
-def _without_labels(table: pa.Table, datasets: set[str]) -> pa.Table:
+def without_labels(table: pa.Table, datasets: set[str]) -> pa.Table:
     """Return the table with null for the labels of some datasets."""
     if not datasets or "label" not in table.column_names:
         return table
@@ -111,7 +130,7 @@ def _checked(directory: Path, table: pa.Table, sizes: Mapping[str, int | None], 
     return merge_results([table], names)
 
 
-def _sizes_of_run(part: Path) -> dict[str, int | None]:
+def sizes_of_run(part: Path) -> dict[str, int | None]:
     """Return the number of samples of each dataset, from the metadata of an interrupted run."""
     run = json.loads((pq.read_schema(part).metadata or {}).get(RUN, b"{}"))
     sizes: dict[str, int | None] = {}
@@ -120,7 +139,8 @@ def _sizes_of_run(part: Path) -> dict[str, int | None]:
     return sizes
 
 
-def _interrupted(directory: Path, rows: int, sizes: Mapping[str, int | None]) -> IncompleteResultsError:
+def interrupted(directory: Path, rows: int, sizes: Mapping[str, int | None]) -> IncompleteResultsError:
+    """Return the error for a directory without a manifest, which names the missing rows."""
     missing = []
     done = committed_rows(directory)
     for name, size in sizes.items():
@@ -128,7 +148,7 @@ def _interrupted(directory: Path, rows: int, sizes: Mapping[str, int | None]) ->
             continue
         left = np.setdiff1d(np.arange(size), done.indices.get(name, np.array([], dtype=np.int64)))
         if len(left):
-            missing.append(f"{name!r} lacks {_named(left)}")
+            missing.append(f"{name!r} lacks {named_indices(left)}")
     details = f" ({'; '.join(missing)})" if missing else ""
     return IncompleteResultsError(
         f"the run that wrote {directory} was interrupted after {rows} row{'s' * (rows != 1)}{details}; resume it, or pass "
@@ -177,7 +197,17 @@ def indices_by_dataset(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]
         yield name, table.filter(pc.equal(table["dataset"], name))["index"]
 
 
-def _check_parts(directory: Path, expected: Mapping[str, int], present: Mapping[str, int]) -> None:
+def check_parts(directory: Path, expected: Mapping[str, int], present: Mapping[str, int]) -> None:
+    """Refuse a directory whose parts are not those of its manifest.
+
+    Args:
+        directory: The results directory.
+        expected: The number of rows of each part in the manifest.
+        present: The number of rows of each part in the directory.
+
+    Raises:
+        IncompleteResultsError: If they differ.
+    """
     for name in sorted(expected.keys() | present.keys()):
         if expected.get(name) != present.get(name):
             raise IncompleteResultsError(
@@ -190,7 +220,7 @@ def _check_repeated(directory: Path, dataset: str, indices: pa.ChunkedArray) -> 
     unique, counts = np.unique(indices.drop_null().to_numpy(), return_counts=True)
     repeated = unique[counts > 1]
     if len(repeated):
-        raise IncompleteResultsError(f"{directory} has rows of {dataset!r} more than once: {_named(repeated)}")
+        raise IncompleteResultsError(f"{directory} has rows of {dataset!r} more than once: {named_indices(repeated)}")
 
 
 def _check_missing(directory: Path, dataset: str, indices: pa.ChunkedArray, size: int | None) -> None:
@@ -198,10 +228,11 @@ def _check_missing(directory: Path, dataset: str, indices: pa.ChunkedArray, size
         return
     missing = np.setdiff1d(np.arange(size), indices.to_numpy())
     if len(missing):
-        raise IncompleteResultsError(f"{directory} lacks rows of {dataset!r}: {_named(missing)}")
+        raise IncompleteResultsError(f"{directory} lacks rows of {dataset!r}: {named_indices(missing)}")
 
 
-def _named(indices: np.ndarray[Any, Any]) -> str:
+def named_indices(indices: np.ndarray[Any, Any]) -> str:
+    """Return the first indices in words, and the number of the others."""
     shown = ", ".join(map(str, indices[:SHOWN]))
     more = len(indices) - SHOWN
     return f"indices {shown}" + (f" and {more} more" if more > 0 else "")

@@ -18,9 +18,9 @@ from lightning_gradmetrics.evaluation import (
     Evaluation,
     Metric,
     bootstrap,
+    entries,
     evaluate,
     metrics,
-    protocol,
 )
 from lightning_gradmetrics.evaluation.cells import counts_of_task, make_cells, rank_rows
 from lightning_gradmetrics.evaluation.metrics import TASKS, metrics_of
@@ -412,7 +412,7 @@ def test_every_common_kind_of_table_is_evaluated_alike(kind, tmp_path):
     assert evaluate(KINDS_OF_TABLE[kind](table(), tmp_path), SCORES, ROLES, ["fair"], resamples=10) == wanted
 
 
-@pytest.mark.parametrize("results", ["results.parquet", {"dataset": []}, [1, 2], 3])
+@pytest.mark.parametrize("results", [b"results.parquet", {"dataset": []}, [1, 2], 3])
 def test_other_kinds_of_table_are_refused(results):
     with pytest.raises(TypeError, match="must be an Arrow table"):
         evaluate(results, ["good"], ROLES)
@@ -432,7 +432,7 @@ def test_repeated_rows_are_counted_in_any_order():
 def test_a_metric_is_registered_once_for_all_places(monkeypatch):
     for name in ("METRICS", "TASKS", "SHOWN", "HIGHER_IS_BETTER"):
         monkeypatch.setattr(metrics, name, dict(getattr(metrics, name)))
-    monkeypatch.setattr(protocol, "metrics_of", metrics.metrics_of)
+    monkeypatch.setattr(entries, "metrics_of", metrics.metrics_of)
     added = Metric(
         "aufc", "AUFC", "area", meters.AUFC, lambda counts, rate: counts.positives * 0 + 0.5, ("ood",), ("ood",)
     )

@@ -16,7 +16,7 @@ ROOMS = {
     "meters": set(),
     "gradients": {"classifier"},
     "results": {"classifier"},
-    "evaluation": {"meters"},
+    "evaluation": {"meters", "results"},
     "engine": {"classifier", "gradients"},
     "scoring": {"classifier", "gradients", "results", "evaluation", "engine"},
     "scores": {"classifier", "gradients", "engine", "scoring"},

@@ -2,8 +2,8 @@
 
 The bit pattern of a float64 score, with the lower bits of negative numbers inverted, is an integer in the same order as
 the score. The histogram is a table of cells. A cell covers all scores whose integers start with the same bits, its
-``4 * level`` low bits being free, and stores the number of negatives and positives. A level-0 cell covers one score, so
-its samples are true ties.
+``4 * level`` low bits being free, and stores the number of samples of each class: negatives and positives, or more
+classes. A level-0 cell covers one score, so its samples are true ties.
 
 New samples are appended as level-0 cells. When the table is full, the counts of equal cells are added. If more than
 half of the table is then still in use, the lightest families of neighbouring cells are folded, each into the shortest
@@ -45,6 +45,7 @@ __all__ = [
     "auroc_bounds",
     "cells_of",
     "check_bins",
+    "class_counts",
     "counts_of_table",
     "empty_table",
     "folded_share",
@@ -88,23 +89,23 @@ def score_of_key(key: Tensor) -> Tensor:
     return (key ^ ((key >> 63) & (2**63 - 1))).view(torch.float64)
 
 
-def empty_table(bins: int) -> Tensor:
-    """Return a table ``(4, 8 * bins)`` without samples; each column is a cell: key, level, negatives, positives."""
-    return torch.zeros(4, COLUMNS * bins, dtype=torch.int64)
+def empty_table(bins: int, classes: int = 2) -> Tensor:
+    """Return a table ``(2 + C, 8 * bins)`` without samples; each column is a cell: key, level, and the samples of each class."""
+    return torch.zeros(NEGATIVE + classes, COLUMNS * bins, dtype=torch.int64)
 
 
 def cells_of(table: Tensor) -> Tensor:
-    """The cells in use, ``(4, R)``."""
-    return table[:, : int((table[NEGATIVE] + table[POSITIVE] > 0).sum())]
+    """The cells in use, ``(2 + C, R)``."""
+    return table[:, : int((table[NEGATIVE:].sum(0) > 0).sum())]
 
 
 def append(table: Tensor, scores: Tensor, target: Tensor) -> Tensor:
     """The table with a batch added.
 
     Args:
-        table: ``(4, 8 * bins)``; it is changed in place where there is room.
+        table: ``(2 + C, 8 * bins)``; it is changed in place where there is room.
         scores: ``(N,)`` without NaN.
-        target: ``(N,)`` bool.
+        target: The class of each sample ``(N,)``: bool, or a whole number below C.
 
     Returns:
         The table, of the same size.
@@ -124,18 +125,18 @@ def _write(free: Tensor, scores: Tensor, target: Tensor) -> None:
     size = len(scores)
     free[KEY, :size] = sorted_key(scores)
     free[LEVEL, :size] = 0
-    free[POSITIVE, :size] = target
-    free[NEGATIVE, :size] = ~target
+    for number, counts in enumerate(free[NEGATIVE:]):
+        counts[:size] = target == number
 
 
 def merge_tables(tables: Tensor) -> Tensor:
     """One table from several: counts of equal cells are added.
 
     Args:
-        tables: ``(W, 4, 8 * bins)``.
+        tables: ``(W, 2 + C, 8 * bins)``.
 
     Returns:
-        ``(4, 8 * bins)``.
+        ``(2 + C, 8 * bins)``.
     """
     return _fitted(torch.cat([cells_of(table) for table in tables], 1), tables.shape[2])[0]
 
@@ -145,28 +146,30 @@ def _fitted(cells: Tensor, size: int) -> tuple[Tensor, int]:
     fitted = _added(cells.cpu().numpy())
     if fitted.shape[1] > size // 2:
         fitted = _folded(fitted, size // COLUMNS)
-    table = cells.new_zeros(4, size)
+    table = cells.new_zeros(len(cells), size)
     table[:, : fitted.shape[1]] = torch.from_numpy(fitted)
     return table, fitted.shape[1]
 
 
 def _added(cells: Array) -> Array:
     """Cells sorted by key, longer spans first, with equal ones added."""
-    alone = (cells[LEVEL] == 0) & (cells[NEGATIVE] + cells[POSITIVE] == 1)
+    alone = (cells[LEVEL] == 0) & (cells[NEGATIVE:].sum(0) == 1)
     old = cells.compress(~alone, axis=1)
     old = old.take(np.lexsort((-old[LEVEL], old[KEY])), axis=1)
-    new = [_singles(cells[KEY, alone & (cells[side] == 1)], side) for side in (NEGATIVE, POSITIVE)]
+    new = []
+    for side in range(NEGATIVE, len(cells)):
+        new.append(_singles(cells[KEY, alone & (cells[side] == 1)], side, len(cells)))
     cells = np.concatenate([old, *new], 1)
     cells = cells.take(np.argsort(cells[KEY], kind="stable"), axis=1)
     first = np.flatnonzero(_changes(cells[KEY]) | _changes(cells[LEVEL]))
     return _merged(cells, first)
 
 
-def _singles(keys: Array, side: int) -> Array:
+def _singles(keys: Array, side: int, height: int) -> Array:
     """Make cells of single scores of one class, sorted and added; sorting keys is much faster than sorting cells."""
     keys = np.sort(keys)
     first = np.flatnonzero(_changes(keys))
-    cells = np.zeros((4, len(first)), dtype=np.int64)
+    cells = np.zeros((height, len(first)), dtype=np.int64)
     cells[KEY], cells[side] = keys[first], np.diff(first, append=len(keys))
     return cells
 
@@ -207,8 +210,9 @@ def _join_levels(cells: Array) -> Array:
 
 
 def _family_shares(cells: Array, join: Array) -> Array:
-    """The larger of the shares of the two classes in the smallest family of each pair of neighbours, ``(R - 1,)``."""
-    below = np.concatenate([np.zeros((2, 1)), cells[NEGATIVE:].cumsum(1)], 1)
+    """The largest share of a class in the smallest family of each pair of neighbours, ``(R - 1,)``."""
+    counts = cells[NEGATIVE:]
+    below = np.concatenate([np.zeros((len(counts), 1)), counts.cumsum(1)], 1)
     below /= np.maximum(below[:, -1:], 1)
     shares = np.full(len(join), np.inf)
     pair = np.arange(len(join))
@@ -216,7 +220,7 @@ def _family_shares(cells: Array, join: Array) -> Array:
         # What joined on a finer level is one piece by now, so the work shrinks from level to level.
         apart = join > level
         ends = np.concatenate([[0], pair[apart] + 1, [cells.shape[1]]])
-        share = np.maximum(np.diff(below[0].take(ends)), np.diff(below[1].take(ends)))
+        share = np.diff(below.take(ends, axis=1)).max(0)
         shares[pair[~apart]] = share.take(np.cumsum(apart)[~apart])
         pair, join = pair[apart], join[apart]
     return shares
@@ -232,7 +236,7 @@ def _span(cells: Tensor) -> Tensor:
 
 
 def folded_share(table: Tensor) -> float:
-    """The largest share of either class in a folded cell; 0 where every metric is exact."""
+    """The largest share of a class in a folded cell; 0 where every metric is exact."""
     cells = _sorted_cells(table)
     share = cells[NEGATIVE:] / cells[NEGATIVE:].sum(1, keepdim=True).clamp(min=1)
     return float(share[:, cells[LEVEL] > 0].max()) if bool((cells[LEVEL] > 0).any()) else 0.0
@@ -244,28 +248,52 @@ def counts_of_table(table: Tensor) -> Counts:
     Args:
         table: ``(4, 8 * bins)``.
     """
+    scores, sums = class_counts(table)
+    return Counts.of(scores, sums[0], sums[1])
+
+
+def class_counts(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the score in the middle of each cell ``(K,)``, and the number of samples of each class there ``(C, K)``.
+
+    Args:
+        table: ``(2 + C, 8 * bins)``.
+    """
     cells = _sorted_cells(table)
     middle = cells[KEY] + _span(cells) // 2
     keys, cell = torch.unique(middle, return_inverse=True)
-    sums = cells.new_zeros(2, len(keys)).index_add_(1, cell, cells[NEGATIVE:])
-    return Counts.of(score_of_key(keys), sums[0], sums[1])
+    sums = cells.new_zeros(len(cells) - NEGATIVE, len(keys)).index_add_(1, cell, cells[NEGATIVE:])
+    return score_of_key(keys), sums
 
 
-def auroc_bounds(table: Tensor) -> tuple[Tensor, Tensor]:
+def auroc_bounds(
+    table: Tensor, negative: Tensor | None = None, positive: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest AUROC that the samples in a table can have, in float64.
 
     All positives at the low end of their cells and all negatives at the high end give the lowest; the opposite the
     highest.
+
+    Args:
+        table: ``(2 + C, 8 * bins)``.
+        negative: The weight of a sample of each class among the negatives ``(C,)``; by default class 0 is negative.
+        positive: The same among the positives; by default class 1 is positive.
     """
-    cells = cells_of(table)
+    cells = _sorted_cells(table)
+    counts = cells[NEGATIVE:]
+    sides = []
+    for weights, number in ((negative, 0), (positive, 1)):
+        sides.append(counts[number] if weights is None else weights.double() @ counts.double())
     low, high = cells[KEY], cells[KEY] + _span(cells)
-    return _auroc_at(low, high, cells), _auroc_at(high, low, cells)
+    return _auroc_at(low, high, *sides), _auroc_at(high, low, *sides)
 
 
-def _auroc_at(positive_at: Tensor, negative_at: Tensor, cells: Tensor) -> Tensor:
+def _auroc_at(positive_at: Tensor, negative_at: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
     keys, place = torch.unique(torch.cat([negative_at, positive_at]), return_inverse=True)
-    nothing = torch.zeros_like(cells[NEGATIVE])
-    negative = torch.cat([cells[NEGATIVE], nothing])
-    positive = torch.cat([nothing, cells[POSITIVE]])
-    sums = cells.new_zeros(2, len(keys)).index_add_(1, place, torch.stack([negative, positive]))
+    counts = torch.stack(
+        [
+            torch.cat([negative, torch.zeros_like(negative)]),
+            torch.cat([torch.zeros_like(positive), positive]),
+        ]
+    )
+    sums = counts.new_zeros(2, len(keys)).index_add_(1, place, counts)
     return auroc_of_counts(Counts.of(score_of_key(keys), sums[0], sums[1]))

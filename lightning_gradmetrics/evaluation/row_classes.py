@@ -1,0 +1,168 @@
+"""The class of each row of a results table: what it counts as in the detection tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lightning_gradmetrics.evaluation.reading import finite_rows, float_column
+
+__all__ = ["CORRECT", "ID", "INCORRECT", "KINDS", "OUT", "UNLABELLED", "RowClass", "RowSorter", "dataset_numbers"]
+
+ID = "id"
+"""The role of in-distribution data. Any other word names a group of out-of-distribution data."""
+
+CORRECT, INCORRECT, UNLABELLED, OUT = KINDS = ("correct", "incorrect", "unlabelled", "out")
+KINDS_OF_ID = (CORRECT, INCORRECT, UNLABELLED)
+MOST_CLASSES = 255
+"""The class of a row is stored in one byte, which limits the number of classes."""
+
+
+@dataclass(frozen=True)
+class RowClass:
+    """Rows of one dataset that every task treats in the same way.
+
+    Args:
+        dataset: The dataset.
+        role: ``"id"``, or the name of an out-of-distribution group.
+        kind: ``"correct"``, ``"incorrect"`` or ``"unlabelled"`` in-distribution rows, or ``"out"``.
+        rows: The number of rows.
+    """
+
+    dataset: str
+    role: str
+    kind: str
+    rows: int
+
+
+class RowSorter:
+    """Sorts the rows of one table or several into classes, and counts them.
+
+    Args:
+        roles: The role of each dataset.
+
+    Raises:
+        ValueError: If there are more classes than a byte can number.
+    """
+
+    def __init__(self, roles: Mapping[str, str]) -> None:
+        self.roles = dict(roles)
+        self.names = list(roles)
+        self.starts: list[int] = []
+        self.kinds: list[tuple[str, str]] = []
+        for dataset, role in roles.items():
+            self.starts.append(len(self.kinds))
+            for kind in KINDS_OF_ID if role == ID else (OUT,):
+                self.kinds.append((dataset, kind))
+        if len(self.kinds) > MOST_CLASSES:
+            raise ValueError(f"at most {MOST_CLASSES // 3} datasets can be evaluated together: evaluate some of them")
+        self.sizes = np.zeros(len(self.kinds), dtype=np.int64)
+        self.totals = np.zeros(len(self.names), dtype=np.int64)
+        self.labelled = np.zeros(len(self.names), dtype=np.int64)
+
+    def sort(self, table: pa.Table, scores: Sequence[str]) -> tuple[Any, Any]:
+        """Return the class of each row ``(N,)``, uint8, and whether it can be ranked ``(N,)``, bool; count the rows.
+
+        A row is not ranked for any score if it is flagged as not finite, or if any of the scores is missing, NaN or
+        infinite, so that all scores are judged on the same rows.
+
+        Args:
+            table: With the columns ``dataset``, ``prediction``, ``label`` and the scores.
+            scores: The columns to judge.
+
+        Raises:
+            ValueError: If a dataset has no role.
+        """
+        places = self.places(table)
+        keep = finite_rows(table, scores)
+        label, prediction = float_column(table, "label"), float_column(table, "prediction")
+        is_labelled = ~np.isnan(label) & ~np.isnan(prediction)
+        kind = np.where(is_labelled, label != prediction, len(KINDS_OF_ID) - 1).astype(np.uint8)
+        is_id = np.array([role == ID for role in self.roles.values()], dtype=bool)
+        starts = np.array(self.starts, dtype=np.uint8)
+        codes = starts[places] + kind * is_id[places]
+        self.sizes += np.bincount(codes[keep], minlength=len(self.sizes))
+        self.totals += np.bincount(places, minlength=len(self.names))
+        self.labelled += np.bincount(places[keep & is_labelled], minlength=len(self.names))
+        return codes, keep
+
+    def places(self, table: pa.Table) -> Any:
+        """Return the number ``(N,)`` of each row's dataset among the roles.
+
+        Raises:
+            ValueError: If a dataset has no role.
+        """
+        names, numbers = dataset_numbers(table)
+        if unknown := sorted(set(names) - set(self.names)):
+            raise ValueError(f"no role for the datasets {unknown}: add each to roles, as in {{'{unknown[0]}': 'id'}}")
+        if not len(numbers):
+            return np.zeros(0, dtype=np.int64)
+        return np.array(list(map(self.names.index, names)), dtype=np.int64)[numbers]
+
+    def classes(self) -> tuple[RowClass, ...]:
+        """Return the classes in the order of their numbers."""
+        classes = []
+        for (dataset, kind), size in zip(self.kinds, self.sizes, strict=True):
+            classes.append(RowClass(dataset, self.roles[dataset], kind, int(size)))
+        return tuple(classes)
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """Return for each dataset its ``name``, ``role``, ``rows``, ``not_finite``, ``labelled`` and ``accuracy``."""
+        summaries = []
+        for number, (dataset, role) in enumerate(self.roles.items()):
+            sizes: dict[str, int] = {}
+            for row_class in self.classes():
+                if row_class.dataset == dataset:
+                    sizes[row_class.kind] = row_class.rows
+            labelled, total = int(self.labelled[number]), int(self.totals[number])
+            summaries.append(
+                {
+                    "name": dataset,
+                    "role": role,
+                    "rows": total,
+                    "not_finite": total - sum(sizes.values()),
+                    "labelled": labelled,
+                    "accuracy": sizes[CORRECT] / labelled if role == ID and labelled else None,
+                }
+            )
+        return summaries
+
+    def notes(self) -> list[str]:
+        """Return sentences on empty datasets, dropped rows and missing labels."""
+        notes = []
+        for summary in self.summaries():
+            notes += _row_notes(summary)
+        return notes
+
+
+def dataset_numbers(table: pa.Table) -> tuple[list[str], Any]:
+    """Return the names of the datasets, and the position ``(N,)`` of each row's dataset among them.
+
+    Raises:
+        ValueError: If a row has no dataset.
+    """
+    column = table["dataset"].combine_chunks()
+    if not pa.types.is_dictionary(column.type):
+        column = pc.dictionary_encode(column)
+    if column.null_count:
+        raise ValueError(f"{column.null_count} rows have no dataset: fill the column 'dataset'")
+    return column.dictionary.to_pylist(), column.indices.to_numpy(zero_copy_only=False)
+
+
+def _row_notes(summary: Mapping[str, Any]) -> list[str]:
+    name, total, dropped = f'"{summary["name"]}"', summary["rows"], summary["not_finite"]
+    kept = total - dropped
+    unlabelled = kept - summary["labelled"]
+    if not total:
+        return [f"dataset {name} has no rows and is not evaluated"]
+    notes = [f"{dropped} of {total} rows of {name} are not finite and were dropped"] if dropped else []
+    if summary["role"] == ID and kept and unlabelled == kept:
+        notes.append(f"dataset {name} has no labels: misclassification is not evaluated")
+    elif summary["role"] == ID and unlabelled:
+        notes.append(f"{unlabelled} of {kept} rows of {name} have no label: misclassification ignores them")
+    return notes

@@ -1,0 +1,67 @@
+"""Reads a results directory batch by batch, so that memory does not grow with the number of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_gradmetrics.results.parts import MANIFEST, PART
+from lightning_gradmetrics.results.reading import (
+    check_parts,
+    interrupted,
+    sizes_of_run,
+    unlabelled_datasets,
+    without_labels,
+)
+
+__all__ = ["StoredResults"]
+
+ROWS_PER_BATCH = 2**18
+
+
+class StoredResults:
+    """The results of a run in a directory.
+
+    Args:
+        directory: A results directory that a run wrote (``output=``).
+
+    Attributes:
+        rows: The number of rows.
+        columns: The names of the columns.
+        sizes: The number of samples of each dataset, ``None`` where it is unknown.
+
+    Raises:
+        FileNotFoundError: If the directory contains no results.
+        IncompleteResultsError: If the run was interrupted, or a part is missing or was changed.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.parts = sorted(self.directory.glob(PART))
+        manifest = self.directory / MANIFEST
+        if not self.parts:
+            raise FileNotFoundError(f"{self.directory} holds no results; expected the folder that output= named")
+        rows = {part.name: pq.read_metadata(part).num_rows for part in self.parts}
+        self.rows = sum(rows.values())
+        if not manifest.exists():
+            raise interrupted(self.directory, self.rows, sizes_of_run(self.parts[0]))
+        content = json.loads(manifest.read_text())
+        check_parts(self.directory, content["parts"], rows)
+        self.sizes: dict[str, int | None] = content["datasets"]
+        self.columns = pq.read_schema(self.parts[0]).names
+        self._unlabelled = unlabelled_datasets(self.parts)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield the rows of all parts in tables of a bounded number of rows.
+
+        Args:
+            columns: The columns to read, ``dataset`` among them.
+        """
+        for part in self.parts:
+            with pq.ParquetFile(part) as file:
+                for batch in file.iter_batches(ROWS_PER_BATCH, columns=list(columns)):
+                    yield without_labels(pa.Table.from_batches([batch]), self._unlabelled)

@@ -1,0 +1,166 @@
+"""Results that are evaluated batch by batch, in constant memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from lightning_gradmetrics.evaluation import Evaluation, evaluate, streams
+from lightning_gradmetrics.evaluation.binned import bin_scores
+from lightning_gradmetrics.results import IncompleteResultsError, read_results
+from lightning_gradmetrics.results.parts import ResultsWriter
+
+SIZES = {"test": 12_000, "other": 5_000, "far": 4_000, "near": 3_000}
+ROLES = {"test": "id", "other": "id", "far": "far", "near": "near"}
+SCORES = ["max_softmax", "better", "few"]
+
+
+def table(seed: int = 0, scale: float = 1.0) -> pa.Table:
+    """Results with errors, unlabelled rows and rows that are not finite; "few" has 300 distinct values."""
+    rng = np.random.default_rng(seed)
+    sizes = {name: int(size * scale) for name, size in SIZES.items()}
+    dataset = np.repeat(list(sizes), list(sizes.values()))
+    size = len(dataset)
+    wrong = (rng.random(size) < 0.15) & np.isin(dataset, ["test", "other"])
+    signal = wrong + 1.5 * np.isin(dataset, ["far", "near"]) + rng.normal(size=size)
+    better = signal + 0.3 * rng.normal(size=size)
+    better[:5] = np.nan
+    columns = {
+        "dataset": dataset,
+        "index": np.concatenate([rng.permutation(count) for count in sizes.values()]),
+        "prediction": wrong.astype(int),
+        "label": pa.array(np.zeros(size, dtype=int), mask=(dataset == "other") & (rng.random(size) < 0.2)),
+        "max_softmax": signal + rng.normal(size=size),
+        "better": better,
+        "few": np.round(np.clip(signal + rng.normal(size=size), -1, 2), 2),
+        "finite": np.isfinite(better),
+    }
+    return pa.table(columns)
+
+
+def judged(results: Any, scores: list[str] = SCORES, **options: Any) -> Evaluation:
+    return evaluate(results, scores, ROLES, ["max_softmax"], **options)
+
+
+def write(directory: Path, results: pa.Table, sizes: dict[str, int] = SIZES) -> Path:
+    with ResultsWriter(directory, {}, rows_per_part=5_000) as writer:
+        for start in range(0, results.num_rows, 4_000):
+            writer.add(results.slice(start, 4_000))
+        writer.finish(sizes)
+    return directory
+
+
+def test_up_to_four_distinct_scores_per_bin_every_value_is_exact() -> None:
+    few = ["max_softmax", "few"]
+    results = table()
+    results = results.set_column(4, "max_softmax", pc.round(results["max_softmax"], 1))
+    wanted, found = judged(results, few, resamples=0), judged(results, few, resamples=0, bins=1024)
+    assert len(found.metrics) == len(wanted.metrics) > 20 and found.datasets == wanted.datasets
+    for one, other in zip(found.metrics, wanted.metrics, strict=True):
+        assert one == {**other, "value": pytest.approx(other["value"], rel=1e-12)}
+    assert "scores are in 1024 bins: each AUROC is within 0 of its exact value" in found.notes
+    assert found.settings["bins"] == 1024 and wanted.settings["bins"] is None
+
+
+def test_values_of_many_distinct_scores_are_within_the_stated_bound() -> None:
+    wanted, found = judged(table(), resamples=0), judged(table(), resamples=0, bins=1024)
+    (note,) = [note for note in found.notes if "bins" in note]
+    bound = float(note.partition("within ")[2].partition(" ")[0])
+    assert 0 < bound < 0.02
+    for one, other in zip(found.metrics, wanted.metrics, strict=True):
+        limit = bound if one["metric"] == "auroc" else 0.01
+        assert one["value"] == pytest.approx(other["value"], abs=limit), one
+
+
+@pytest.mark.slow
+def test_intervals_from_blocks_are_as_wide_as_those_from_rows() -> None:
+    scores = ["max_softmax", "better"]
+    wanted = judged(table(), scores, resamples=400)
+    found = judged(table(), scores, resamples=400, bins=4096)
+    assert found.settings["bootstrap"].startswith("blocks")
+    ratios = []
+    pairs = [*zip(found.metrics, wanted.metrics, strict=True), *zip(found.comparisons, wanted.comparisons, strict=True)]
+    for one, other in pairs:
+        assert one["low"] is not None and other["low"] is not None
+        ratios.append((one["high"] - one["low"]) / (other["high"] - other["low"]))
+    assert 0.9 < np.mean(ratios) < 1.1 and min(ratios) > 0.7 and max(ratios) < 1.4  # 256 blocks: 4 % noise of a width
+    for one, other in zip(found.comparisons, wanted.comparisons, strict=True):
+        assert one["difference"] == pytest.approx(other["difference"], abs=0.005)
+
+
+@pytest.mark.parametrize("kind", ["directory", "dataset", "file"])
+def test_every_kind_of_stream_is_evaluated_alike(kind: str, tmp_path: Path) -> None:
+    pq.write_table(table(), tmp_path / "all.parquet")
+    given = {
+        "directory": write(tmp_path / "results", table()),
+        "dataset": ds.dataset(tmp_path / "all.parquet"),
+        "file": tmp_path / "all.parquet",
+    }
+    wanted, found = judged(table(), resamples=20, bins=1024), judged(given[kind], resamples=20, bins=1024)
+    for one, other in zip(found.metrics, wanted.metrics, strict=True):
+        assert one["value"] == pytest.approx(other["value"], abs=2e-3) and one["dataset"] == other["dataset"]
+    assert found.datasets == wanted.datasets
+
+
+def test_a_small_directory_is_exact_and_a_large_one_is_binned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write(tmp_path / "results", table())
+    assert judged(directory, resamples=5) == judged(read_results(directory), resamples=5)
+    monkeypatch.setattr("lightning_gradmetrics.evaluation.protocol.MOST_EXACT_ROWS", 20_000)
+    assert judged(str(directory), resamples=0).settings["bins"] == 16_384
+
+
+def test_no_more_than_one_batch_of_rows_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state after the first pass has the same size for four times the rows."""
+    monkeypatch.setattr("lightning_gradmetrics.results.stored.ROWS_PER_BATCH", 1_000)
+    sizes = []
+    for scale in (1.0, 4.0):
+        wanted = {name: int(size * scale) for name, size in SIZES.items()}
+        stream = streams.stream_of(write(tmp_path / str(scale), table(scale=scale), wanted))
+        assert max(batch.num_rows for batch in stream.batches(SCORES)) == 1_000
+        binned, _ = bin_scores(stream, SCORES, ROLES, 1024)
+        sizes.append([one.table.numel() for one in binned.values()])
+    assert sizes[0] == sizes[1]
+
+
+def test_gaps_repetitions_and_interrupted_runs_are_refused(tmp_path: Path) -> None:
+    results = table()
+    repeated = pa.concat_tables([results, results.slice(9_000, 2)])
+    with pytest.raises(IncompleteResultsError, match="has rows of 'test' more than once"):
+        judged(write(tmp_path / "repeated", repeated), bins=1024)
+    with pytest.raises(IncompleteResultsError, match="lacks rows of 'near'"):
+        judged(write(tmp_path / "gap", results.slice(0, results.num_rows - 3)), bins=1024)
+    directory = write(tmp_path / "interrupted", results)
+    (directory / "_manifest.json").unlink()
+    with pytest.raises(IncompleteResultsError, match="was interrupted after 24000 rows"):
+        judged(directory, bins=1024)
+    with pytest.raises(FileNotFoundError, match="holds no results"):
+        judged(tmp_path / "nothing")
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    directory = write(tmp_path / "results", table())
+    for bins in (None, 1024):
+        with pytest.raises(ValueError, match="no column 'entropy'; columns: dataset"):
+            judged(directory, ["max_softmax", "entropy"], bins=bins)
+        with pytest.raises(ValueError, match="no role for the datasets \\['near'\\]"):
+            evaluate(directory, SCORES, {"test": "id", "other": "id", "far": "far"}, bins=bins)
+    with pytest.raises(ValueError, match="bins must be None"):
+        judged(directory, bins=3)
+    with pytest.raises(ValueError, match="cluster= and bins= exclude each other"):
+        judged(directory, bins=1024, cluster="index")
+
+
+def test_rows_without_an_index_are_judged(tmp_path: Path) -> None:
+    results = table()
+    hidden = results.set_column(1, "index", pa.nulls(results.num_rows, pa.int64()))
+    directory = write(tmp_path / "results", hidden, dict.fromkeys(SIZES))
+    wanted, found = judged(results, bins=1024, resamples=50), judged(directory, bins=1024, resamples=50)
+    assert [one["value"] for one in found.metrics] == pytest.approx([one["value"] for one in wanted.metrics], abs=0.01)
+    assert found.metrics[2]["low"] is not None
