@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from lightning_gradmetrics.classifier.forward import gradients_enabled
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
+from lightning_gradmetrics.gradients.precision import accumulator
 from lightning_gradmetrics.gradients.softmax import Softmax
+from lightning_gradmetrics.gradients.statistics import Moment, Moments, axis_moments
 
-__all__ = ["output_gradient"]
+__all__ = ["OutputGradient", "output_gradient"]
 
 Softmaxes = Callable[[float], Softmax]
 """A function from a temperature to the softmax of the logits."""
@@ -43,6 +47,67 @@ def output_gradient(objective: Objective, logits: Tensor, softmax: Softmaxes, ta
         objective.loss(targets)  # raises without targets
         arguments["targets"] = targets
     return CLOSED_FORMS[objective.name](logits, softmax, **arguments)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class OutputGradient:
+    """The gradient of each position's loss with respect to its logits; computed only where its moments are not known.
+
+    Args:
+        objective: The objective.
+        logits: ``(N, C, *P)``.
+        softmax: From a temperature to the softmax of the logits.
+        targets: True labels ``(N, *P)``, for the objectives that need them.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0], [0.0]]])
+        >>> gradient = OutputGradient(Objective.of("uniform"), logits, lambda temperature: Softmax(logits, temperature))
+        >>> gradient.moments([1.0])[1.0]
+        tensor([[0.7616]], dtype=torch.float64)
+    """
+
+    objective: Objective
+    logits: Tensor
+    softmax: Softmaxes
+    targets: Tensor | None = None
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The gradient ``(N, C, *P)``."""
+        return output_gradient(self.objective, self.logits, self.softmax, self.targets)
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:
+        """Return moments over the classes, ``(N, *P)``.
+
+        Args:
+            wanted: The moments.
+        """
+        known = self._known()
+        moments: Moments = {}
+        for key in wanted:
+            if key in known:
+                moments[key] = known[key]().to(accumulator(self.logits))
+            else:
+                moments |= axis_moments(self.tensor, [key])
+        return moments
+
+    def _known(self) -> dict[Moment, Callable[[], Tensor]]:
+        """Return the moments of maps that are functions of few numbers of each position's softmax."""
+        if self.objective.function is not None or self.logits.ndim == 2:
+            return {}
+        arguments = dict(self.objective.arguments)
+        temperature = arguments.get("temperature", 1.0)
+        softmax = self.softmax(temperature)
+        if self.objective.name == "uniform":
+            return {1.0: lambda: softmax.distance_to_uniform / temperature}
+        if self.objective.name != "pseudo_label":
+            return {}
+        return {
+            1.0: lambda: 2 * softmax.error / temperature,
+            2.0: lambda: (softmax.error.square() + softmax.other_squares) / temperature**2,
+            "max": lambda: softmax.second / temperature,
+            "min": lambda: -softmax.error / temperature,
+        }
 
 
 def _rows_of_map(values: Tensor) -> Tensor:

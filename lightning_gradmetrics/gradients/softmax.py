@@ -121,9 +121,19 @@ class Softmax:
         return self.odds / (1 + self.odds)
 
     @cached_property
+    def other_squares(self) -> Tensor:
+        """The sum of the squared probabilities of all classes but the predicted one, ``(N, *P)``."""
+        return self._other_probabilities.square().sum(1)
+
+    @cached_property
     def impurity(self) -> Tensor:
         """``1 - sum_c p_c^2``, ``(N, *P)``, computed without cancellation."""
-        return self.error * (2 - self.error) - self._other_probabilities.square().sum(1)
+        return self.error * (2 - self.error) - self.other_squares
+
+    @cached_property
+    def distance_to_uniform(self) -> Tensor:
+        """``sum_c |p_c - 1/C|``, ``(N, *P)``."""
+        return (self.probabilities - 1 / self.logits.shape[1]).abs_().sum(1)
 
     @cached_property
     def complements(self) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from lightning_gradmetrics.engine.kernels.softmax import softmax_of
 from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
-from lightning_gradmetrics.gradients.output_gradients import output_gradient
+from lightning_gradmetrics.gradients.output_gradients import OutputGradient
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.softmax import Softmax
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, accumulator
@@ -141,7 +142,7 @@ class Evidence:
     def softmax(self, temperature: float = 1.0) -> Softmax:
         """Return the softmax of the logits divided by a temperature, computed once for all scores."""
         if temperature not in self._softmax:
-            self._softmax[temperature] = Softmax(self.logits, temperature)
+            self._softmax[temperature] = softmax_of(self.logits, temperature)
         return self._softmax[temperature]
 
     @property
@@ -258,8 +259,8 @@ class Evidence:
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         targets = self.labels if objective.needs_targets else None
-        output = output_gradient(objective, self.logits, self.softmax, targets)
-        return HeadGradient(output[:, 1:] if self.one_logit else output, self.head_input)
+        output = OutputGradient(objective, self.logits, self.softmax, targets)
+        return HeadGradient(output.tensor[:, 1:] if self.one_logit else output, self.head_input)
 
 
 def _missing(what: str) -> NoReturn:

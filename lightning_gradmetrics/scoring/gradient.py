@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.head_features import HeadFeatures, merged_moments
+from lightning_gradmetrics.gradients.head_features import Block, HeadFeatures, merged_moments
+from lightning_gradmetrics.gradients.output_gradients import OutputGradient
 from lightning_gradmetrics.gradients.statistics import (
     GradientStatistics,
     Moment,
@@ -78,12 +79,17 @@ class HeadGradient(Gradient):
     """The gradient of the head's weight, ``g h^T``, from its factors: no backward pass and no gradient tensor.
 
     Args:
-        output: The gradient of the logits ``g``, ``(N, C, *P)``.
+        given: The gradient of the logits ``g``, ``(N, C, *P)``, or an object that computes it or its moments.
         features: The head's input ``h``, ``(N, D, *P)``.
     """
 
-    output: Tensor
+    given: Tensor | OutputGradient
     features: Tensor | HeadFeatures
+
+    @property
+    def output(self) -> Tensor:
+        """The gradient of the logits, ``(N, C, *P)``."""
+        return self.given if isinstance(self.given, Tensor) else self.given.tensor
 
     def moments(self, wanted: Iterable[Moment]) -> GradientStatistics:
         """Return the statistics that can be computed from the wanted moments."""
@@ -92,11 +98,23 @@ class HeadGradient(Gradient):
         parts: list[Moments] = []
         count = 0
         for block, right in zip(features.blocks, features.block_moments(needed), strict=True):
-            output = block.of_output(self.output)
-            parts.append(product_moments(axis_moments(output, needed), right, wanted))
-            count += output.shape[1] * block.width
-        dtype = result_dtype(self.output.dtype)
+            left, classes = self._left(block, needed)
+            parts.append(product_moments(left, right, wanted))
+            count += classes * block.width
+        dtype = result_dtype(self._logits.dtype)
         return GradientStatistics(("head",), torch.tensor(count), merged_moments(parts), dtype)
+
+    def _left(self, block: Block, needed: Iterable[Moment]) -> tuple[Moments, int]:
+        """Return the moments of the block's part of the logits' gradient, and its number of classes."""
+        if block.group is None and not isinstance(self.given, Tensor):
+            return self.given.moments(needed), self._logits.shape[1]
+        output = block.of_output(self.output)
+        return axis_moments(output, needed), output.shape[1]
+
+    @property
+    def _logits(self) -> Tensor:
+        """A tensor with the shape and the type of the logits."""
+        return self.given if isinstance(self.given, Tensor) else self.given.logits
 
     def statistic(self, name: str) -> Tensor:
         """Return a statistic by name, ``(N, *P)``."""

@@ -18,8 +18,8 @@ __all__ = ["ROWS", "as_rows", "by_blocks", "by_rows", "made_up_maps", "sampled_r
 ROWS = 2**16
 """Number of positions per block when they are scored as rows."""
 
-ENTRIES = {"cpu": 2**17}
-"""Number of logits per block, by device; on a CPU the softmax of a block fits in the cache."""
+ENTRIES = {"cpu": 2**19}
+"""Logits that are scored at the same time, by device: on a CPU more of them would leave its cache."""
 
 SAMPLED = 1024
 """Largest number of positions per sample that fitted scores are fitted on."""

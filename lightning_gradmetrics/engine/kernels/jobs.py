@@ -15,6 +15,7 @@ __all__ = [
     "ResidualJob",
     "RowJob",
     "SegmentJob",
+    "SoftmaxJob",
     "SumJob",
     "Triple",
 ]
@@ -85,6 +86,12 @@ class SumJob(ctypes.Structure):
     )
 
 
+class SoftmaxJob(ctypes.Structure):
+    """``softmax_job`` of ``softmax.c``."""
+
+    _fields_ = _pointers("z out") + _integers("samples classes positions z_sample z_class") + _counters("next")
+
+
 class DepthwiseJob(ctypes.Structure):
     """``depthwise_job`` of ``depthwise.c``."""
 
@@ -125,6 +132,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "row_job_bytes": RowJob,
     "segment_job_bytes": SegmentJob,
     "sum_job_bytes": SumJob,
+    "softmax_job_bytes": SoftmaxJob,
     "gram_job_bytes": GramJob,
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,

@@ -50,6 +50,7 @@ JOBS = (
     "squares",
     "depthwise",
     "class_residuals",
+    "softmax_maps",
 )
 """The kernel functions; each takes a job, a thread runner and a number of threads."""
 

@@ -1,0 +1,100 @@
+"""The compiled softmax of maps against plain torch in float64, and where it does not apply."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.engine.kernels.library import plain_kernels
+from lightning_gradmetrics.engine.kernels.softmax import MOST_CLASSES, softmax_of
+from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.output_gradients import OutputGradient
+from lightning_gradmetrics.gradients.softmax import Softmax
+from lightning_gradmetrics.gradients.statistics import axis_moments
+
+pytestmark = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("cc", "gcc", "clang")), reason="no C compiler on this machine"
+)
+
+PARTS = ("top", "odds", "error", "entropy", "second", "impurity", "distance_to_uniform", "log_partition")
+
+
+def maps(dtype: torch.dtype, scale: float) -> Tensor:
+    """Logits with a tie, equal logits and a masked class; the number of positions is no multiple of a vector."""
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(2, 13, 97, 101, generator=generator, dtype=torch.float64)
+    logits[0, :, 0, 0] = 1.0
+    logits[0, 3, 1, 1] = -torch.inf
+    logits[1, 2, 96, 100] = logits[1, 7, 96, 100] = logits[1, :, 96, 100].amax() + 1
+    return logits.to(dtype)
+
+
+def is_compiled(softmax: Softmax) -> bool:
+    return type(softmax) is not Softmax
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 6e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 50.0])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_part_is_that_of_plain_torch(dtype: torch.dtype, bound: float, scale: float, threads: int) -> None:
+    logits, before = maps(dtype, scale), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = softmax_of(logits, 2.0)
+    finally:
+        torch.set_num_threads(before)
+    expected = Softmax(logits.double(), 2.0)
+    assert is_compiled(found)
+    assert torch.equal(found.is_top, Softmax(logits, 2.0).is_top)
+    for name in PARTS:
+        value, reference = getattr(found, name).double(), getattr(expected, name)
+        error = (value - reference).abs() / reference.abs().clamp_min(1e-30)
+        assert float(error.max()) <= bound, name
+
+
+def test_channels_last_and_slices_have_the_same_parts() -> None:
+    logits = maps(torch.float32, 3.0)
+    expected = softmax_of(logits).entropy
+    wide = torch.stack([logits, logits], -1)[..., 0]
+    for other in (logits.contiguous(memory_format=torch.channels_last), wide):
+        assert torch.equal(softmax_of(other).entropy, expected)
+
+
+def test_other_logits_take_plain_torch() -> None:
+    logits = maps(torch.float32, 3.0)
+    unknown = logits.clone()
+    unknown[0, 4, 5, 6] = torch.nan
+    many = torch.zeros(1, MOST_CLASSES + 1, 20, 20)
+    for other in (unknown, logits[:, :, :9, :9], many, logits.flatten(1)):
+        assert not is_compiled(softmax_of(other))
+    with plain_kernels():
+        assert not is_compiled(softmax_of(logits))
+    assert softmax_of(unknown).entropy[0, 5, 6].isnan() and int(softmax_of(unknown).entropy.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("name", ["pseudo_label", "uniform"])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 50.0])
+def test_moments_that_need_no_gradient_of_the_logits_are_those_of_the_gradient(name: str, scale: float) -> None:
+    logits = maps(torch.float64, scale)[:, :, :9, :9]
+    objective = Objective.of(name, temperature=3.0)
+    gradient = OutputGradient(objective, logits, lambda temperature: Softmax(logits, temperature))
+    wanted = (0.5, 1.0, 2.0, "max", "min", "sum")
+    found, expected = gradient.moments(wanted), axis_moments(gradient.tensor, wanted)
+    for key in wanted:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-12, atol=1e-15)
+
+
+def test_scores_of_large_maps_do_not_depend_on_the_compiler() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 12, 3, padding=1)).eval()
+    images = 5 * torch.randn(1, 3, 250, 230)
+    scores = ["max_softmax", "entropy", "margin", "energy", "gradnorm", "pseudo_label", "exgrad", "fisher_trace", "pgn"]
+    found = lgm.score(model, images, scores)
+    with plain_kernels():
+        expected = lgm.score(model.double(), images.double(), scores)
+    for name in scores:
+        torch.testing.assert_close(found[name].double(), expected[name], rtol=2e-4, atol=1e-6)
