@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -114,9 +115,12 @@ class Outcome:
 
         Raises:
             RuntimeError: If no run has finished yet.
+            ValueError: If ``data`` names a dataset that is not in the run.
         """
         from lightning_gradmetrics.report import listed_samples, write_report
 
+        self._evaluated_run()
+        _check_datasets(data or {}, self.results["dataset"].unique().to_pylist())
         with TemporaryDirectory() as folder:
             self.save(folder)
             if data:
@@ -195,3 +199,14 @@ def model_facts(module: LightningModule) -> dict[str, Any]:
     for parameter in module.parameters():
         parameters += 0 if is_lazy(parameter) else parameter.numel()
     return {"name": type(module).__name__, "parameters": parameters}
+
+
+def _check_datasets(data: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse datasets that are not in the run."""
+    for name in data:
+        if name not in known:
+            near = get_close_matches(str(name), known, 1)
+            hint = f" did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"data names a dataset {name!r} that is not in the run;{hint} available: {', '.join(known)}"
+            )

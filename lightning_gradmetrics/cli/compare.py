@@ -14,6 +14,7 @@ from rich.console import Console
 from lightning_gradmetrics.cli.errors import UsageError
 from lightning_gradmetrics.cli.files import shown_path
 from lightning_gradmetrics.cli.progress import notice
+from lightning_gradmetrics.cli.score_settings import with_settings
 from lightning_gradmetrics.report.comparison import write_comparison
 from lightning_gradmetrics.report.tables.documents import latex, markdown
 from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
@@ -92,6 +93,8 @@ def _parsed(arguments: Sequence[str]) -> tuple[list[Path], Path]:
 def read_runs(folders: Sequence[Path]) -> dict[Path, list[Row]]:
     """Return the rows of ``metrics.csv`` of every run, by its directory.
 
+    A score whose arguments differ between the runs has them in its name.
+
     Args:
         folders: Run directories, or directories that contain run directories, such as those of a sweep.
 
@@ -108,7 +111,7 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Row]]:
                 runs[file.parent] = list(csv.DictReader(lines))
     if len(runs) < 2:
         raise UsageError(f"found {len(runs)} run, and a comparison needs at least 2; {USAGE}")
-    return runs
+    return with_settings(runs)
 
 
 def summary_rows(runs: Sequence[Sequence[Row]]) -> list[dict[str, object]]:

@@ -47,6 +47,7 @@ class Settings:
         report: Whether to write the report.
         auac_aufc: Whether to show and write the areas under the accuracy and F1 curves.
         resume: Whether to complete an interrupted run in the same directory.
+        share_scores: Whether the jobs of a sweep read scores and fits that another job has computed.
         leaderboard: ``title``, ``notes``, ``challengers`` and ``originals`` of the file ``leaderboard.json``; ``None`` writes none.
     """
 
@@ -61,6 +62,7 @@ class Settings:
     report: bool
     auac_aufc: bool
     resume: bool
+    share_scores: bool
     leaderboard: Mapping[str, Any] | None = None
 
     @classmethod
@@ -83,6 +85,7 @@ class Settings:
             report=_switch(config, "report"),
             auac_aufc=_switch(config, "auac_aufc"),
             resume=_switch(config, "resume"),
+            share_scores=_switch(config, "share_scores"),
             leaderboard=_mapping_or_none(config, "leaderboard"),
         )
 

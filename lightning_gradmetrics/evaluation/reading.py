@@ -80,11 +80,18 @@ def float_column(results: pa.Table, name: str) -> Any:
     """Return a column as a float64 array, with NaN for null.
 
     Raises:
-        ValueError: If there is no such column.
+        ValueError: If there is no such column, or it has no numbers.
     """
     if name not in results.column_names:
         raise ValueError(f"the results have no column {name!r}; columns: {', '.join(results.column_names)}")
-    return results[name].cast(pa.float64()).to_numpy()
+    try:
+        return results[name].cast(pa.float64()).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        example = next((value for value in results[name].to_pylist() if value is not None), None)
+        raise ValueError(
+            f"the column {name!r} must have numbers, got {example!r} ({results[name].type}); give each class a number, the same "
+            "for predictions and labels, as in classes.index(name)"
+        ) from error
 
 
 def score_column(results: pa.Table, name: str) -> Any:

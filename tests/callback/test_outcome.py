@@ -46,6 +46,12 @@ def test_the_report_is_one_file_of_the_run(run: lgm.GradientMetrics, tmp_path) -
     assert "Gradient uncertainty report: Module" in text and "energy" in text and "far OOD: noise" in text
 
 
+def test_a_report_with_data_of_an_unknown_name_is_refused(run: lgm.GradientMetrics, tmp_path) -> None:
+    with pytest.raises(ValueError, match="dataset 'our' that is not in the run; did you mean 'ours'"):
+        run.report(tmp_path / "report.html", {"our": loaders()[0].dataset})
+    assert not [*tmp_path.iterdir()]
+
+
 def test_saved_files_hold_the_results(run: lgm.GradientMetrics, tmp_path) -> None:
     folder = run.save(tmp_path / "run")
     assert pq.read_table(folder / "results.parquet").equals(run.results)

@@ -97,3 +97,16 @@ def test_an_ambiguous_or_unknown_choice_is_refused(results: pa.Table) -> None:
         lgm.plot.roc(results, ROLES, ["gradnorm"], dataset="far")
     with pytest.raises(ValueError, match="has no risk"):
         lgm.plot.risk_coverage(results, ROLES, task="ood")
+
+
+def test_a_curve_without_errors_says_what_is_missing(results: pa.Table) -> None:
+    correct = results.set_column(results.column_names.index("label"), "label", results["prediction"])
+    with pytest.raises(ValueError, match=r"misclassification on '\w+' has 0 samples to find and \d+ others"):
+        lgm.plot.risk_coverage(correct, ROLES)
+
+
+def test_labels_as_text_are_explained(results: pa.Table) -> None:
+    text = pa.array(["cat"] * results.num_rows)
+    named = results.set_column(results.column_names.index("label"), "label", text)
+    with pytest.raises(ValueError, match="column 'label' must have numbers, got 'cat'"):
+        lgm.evaluation.evaluate(named, ["energy"], ROLES)

@@ -20,6 +20,7 @@ from lightning_gradmetrics.cli.data.sets import EvaluationData
 from lightning_gradmetrics.cli.factories import build_data, build_model, build_scores
 from lightning_gradmetrics.cli.interrupted import check_directory, output_of
 from lightning_gradmetrics.cli.progress import notice, trainer_progress
+from lightning_gradmetrics.cli.sharing import SharedFolder, shared_folder
 from lightning_gradmetrics.scores import FittedScore, Score
 
 __all__ = ["Experiment", "prepare"]
@@ -38,6 +39,7 @@ class Experiment:
         trainer: Runs the model.
         directory: The run directory.
         description: The model in words and numbers, for the report.
+        shared: What the jobs of a sweep share, or ``None``.
     """
 
     settings: Settings
@@ -48,6 +50,7 @@ class Experiment:
     trainer: Trainer
     directory: Path
     description: dict[str, Any]
+    shared: SharedFolder | None = None
 
     @property
     def fitted_scores(self) -> list[FittedScore]:
@@ -85,7 +88,8 @@ def prepare(config: DictConfig) -> Experiment:
         callbacks=callbacks, logger=instantiate(config.logger) or False, **progress
     )
     description = _description(config.model, model, data)
-    return Experiment(settings, scores, data, model, callback, trainer, directory, description)
+    shared = shared_folder(settings, callback, callback.scored_model(model), trainer)
+    return Experiment(settings, scores, data, model, callback, trainer, directory, description, shared)
 
 
 def _check_top_k(top_k: Any) -> None:

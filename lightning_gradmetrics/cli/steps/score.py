@@ -43,7 +43,12 @@ def score(experiment: Experiment) -> Scored:
     loaders = experiment.data.loaders(settings.batch_size, settings.num_workers)
     if settings.resume:
         loaders = unfinished(loaders, parts_directory(experiment.directory))
+    callback, shared = experiment.callback, experiment.shared
+    sharing = None if shared is None else shared.scorer(callback.scorer)
+    callback.scorer = sharing or callback.scorer
     experiment.trainer.test(experiment.model, loaders, verbose=False)
+    if shared is not None and sharing is not None:
+        shared.store(sharing)
     if settings.cross_validation_folds is None or not experiment.fitted_scores:
         return Scored(experiment.callback.results, experiment.callback.scorer.scores)
     return _with_held_out_scores(experiment, settings.cross_validation_folds)

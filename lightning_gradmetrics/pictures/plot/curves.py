@@ -186,4 +186,14 @@ def _chosen(tasks: Sequence[DetectionTask], dataset: str | None, task: str | Non
         return matching[0]
     choices = ", ".join(f"dataset={each.dataset!r} ({each.task})" for each in possible) or "none"
     problem = "no task matches" if not matching else f"{len(matching)} tasks match"
-    raise ValueError(f"{problem} dataset={dataset!r}, task={task!r}; available: {choices}")
+    empty = [each for each in tasks if each.task in names and dataset in (None, each.dataset) and each not in possible]
+    raise ValueError(f"{problem} dataset={dataset!r}, task={task!r}; available: {choices}{_reason(empty)}")
+
+
+def _reason(empty: Sequence[DetectionTask]) -> str:
+    """Return why tasks have no curve, in words."""
+    reasons = []
+    for each in empty:
+        counts = f"{each.count_positive} samples to find and {each.count_negative} others"
+        reasons.append(f"{each.task} on {each.dataset!r} has {counts}")
+    return f". A curve needs samples of both kinds, but {'; '.join(reasons)}" if reasons else ""
