@@ -19,16 +19,24 @@ def with_settings(runs: Mapping[Path, Sequence[Row]]) -> dict[Path, list[Row]]:
     Args:
         runs: The rows of ``metrics.csv`` by run directory; ``metrics.json`` beside it has the arguments.
     """
-    arguments = {folder: _arguments(folder) for folder in runs}
+    arguments = dict(zip(runs, map(_arguments, runs), strict=True))
     differing = _differing(list(arguments.values()))
-    named = {}
+    named: dict[Path, list[Row]] = {}
     for folder, rows in runs.items():
-        names = {}
-        for score, given in arguments[folder].items():
-            chosen = [f"{key}={given.get(key)}" for key in differing[score]]
-            names[score] = f"{score}({','.join(chosen)})" if chosen else score
-        named[folder] = [{**row, "score": names.get(row["score"], row["score"])} for row in rows]
+        named[folder] = []
+        for row in rows:
+            score = row["score"]
+            name = _name(score, arguments[folder].get(score, {}), differing)
+            named[folder].append({**row, "score": name})
     return named
+
+
+def _name(score: str, arguments: Arguments, differing: Mapping[str, Sequence[str]]) -> str:
+    """Return the name of a score with those of its arguments that differ between the runs."""
+    chosen = []
+    for key in differing.get(score, ()):
+        chosen.append(f"{key}={arguments.get(key)}")
+    return f"{score}({','.join(chosen)})" if chosen else score
 
 
 def _arguments(folder: Path) -> dict[str, Arguments]:
@@ -36,8 +44,10 @@ def _arguments(folder: Path) -> dict[str, Arguments]:
     path = folder / "metrics.json"
     if not path.is_file():
         return {}
-    scores = json.loads(path.read_text(encoding="utf-8")).get("scores", [])
-    return {score["name"]: dict(score.get("arguments") or {}) for score in scores}
+    arguments = {}
+    for score in json.loads(path.read_text(encoding="utf-8")).get("scores", []):
+        arguments[score["name"]] = dict(score.get("arguments") or {})
+    return arguments
 
 
 def _differing(runs: Sequence[Mapping[str, Arguments]]) -> dict[str, list[str]]:
@@ -48,7 +58,8 @@ def _differing(runs: Sequence[Mapping[str, Arguments]]) -> dict[str, list[str]]:
             for key, value in arguments.items():
                 values.setdefault(score, {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
     differing: dict[str, list[str]] = {}
-    for run in runs:
-        for score in run:
-            differing[score] = [key for key, seen in values.get(score, {}).items() if len(seen) > 1]
+    for score, by_key in values.items():
+        for key, seen in by_key.items():
+            if len(seen) > 1:
+                differing.setdefault(score, []).append(key)
     return differing

@@ -77,6 +77,9 @@ class SharedScorer(Scorer):
     def _part(self, names: frozenset[str]) -> Scorer:
         """Return the scorer of some of the scores; ``looks`` are always computed."""
         if names not in self._parts:
-            scores = tuple(score for score in self.scores if score.name in names)
-            self._parts[names] = Scorer(scores, self.head, self.logits_fn, self.engine, self.looks)
+            scores = []
+            for score in self.scores:
+                if score.name in names:
+                    scores.append(score)
+            self._parts[names] = Scorer(tuple(scores), self.head, self.logits_fn, self.engine, self.looks)
         return self._parts[names]

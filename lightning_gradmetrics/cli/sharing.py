@@ -15,7 +15,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_gradmetrics.callback import GradientMetrics
@@ -53,7 +53,7 @@ def shared_folder(
     is_sweep = hydra.mode == RunMode.MULTIRUN
     if not is_sweep or not settings.share_scores or settings.resume or trainer.world_size > 1:
         return None
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = list(map(importlib.metadata.version, PACKAGES))
     about = {
         "model": [type(model).__qualname__, weights_hash(model)],
         "head": callback.scorer.head,
@@ -125,13 +125,12 @@ class SharedFolder:
                 found[score.name] = loaded
         return found  # type: ignore[return-value]
 
-    def store_fits(self, scores: Iterable[FittedScore], data: str) -> None:
-        """Store states that were fitted on data with this key."""
-        for score in scores:
-            folder = self._fit_folder(score.with_state(None, None, None), data)
-            if folder is not None and not folder.is_dir():
-                with replaced(folder) as temporary:
-                    save_fitted([score], temporary)
+    def store_fit(self, score: FittedScore, data: str) -> None:
+        """Store a state that was fitted on data with this key."""
+        folder = self._fit_folder(score.with_state(None, None, None), data)
+        if folder is not None and not folder.is_dir():
+            with replaced(folder) as temporary:
+                save_fitted([score], temporary)
 
     def _path(self, score: Score) -> Path | None:
         key = _score_key(score)
@@ -184,9 +183,6 @@ def fit_data_key(
             for batch in loader:
                 inputs, labels = callback.split_batch(batch)
                 tensors = list(tensors_in([inputs, [] if labels is None else labels]))
-                digest.update(tensors_hash(_numbered(tensors)).encode())
+                names = map(str, range(len(tensors)))
+                digest.update(tensors_hash(zip(names, tensors, strict=True)).encode())
     return digest.hexdigest()
-
-
-def _numbered(tensors: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
-    return [(str(number), tensor) for number, tensor in enumerate(tensors)]

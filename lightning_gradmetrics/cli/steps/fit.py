@@ -52,7 +52,8 @@ def _fit_missing(experiment: Experiment, names: list[str]) -> None:
     if missing:
         scorer.scores = missing
         callback.fit(experiment.trainer, experiment.model, loaders, roles)
-        fitted = [score for score in scorer.scores if isinstance(score, FittedScore)]
-        shared.store_fits(fitted, key)
-        states.update({score.name: score for score in fitted})
+        for score in scorer.scores:
+            assert isinstance(score, FittedScore)
+            shared.store_fit(score, key)
+            states[score.name] = score
     scorer.scores = tuple(states.get(score.name, score) for score in chosen)
