@@ -1,4 +1,4 @@
-"""A score bound to a model: fitted on batches, and computed on inputs. What all exports share."""
+"""The common part of all exports: a score that is fitted on batches and computed on inputs of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["BoundScore"]
 
 
 class BoundScore:
-    """A score for models: the state is that of the model it was last fitted for.
+    """A score for models; its state belongs to the model that it was last fitted for.
 
     Args:
         score: The score.
@@ -33,7 +33,7 @@ class BoundScore:
     def __init__(self, score: ScoreLike, options: dict[str, Any]) -> None:
         self.score = make(score)
         if self.score.needs.labels:
-            raise ValueError(f"{self.score.name!r} needs true labels: other libraries pass none to a detector")
+            raise ValueError(f"{self.score.name!r} needs true labels, which other libraries do not pass to a detector")
         self.options = options
 
     @property

@@ -22,10 +22,11 @@ def openood(score: ScoreLike, **options: Any) -> type[Any]:
     ``Evaluator(net, id_name="cifar10", postprocessor=lgm.export.openood("trust")())``. ``setup`` fits a fitted score on
     ``id_loader_dict["train"]``; the out-of-distribution loaders are not read. ``postprocess`` returns the predictions and
     the confidences, which are the negative scores. If OpenOOD is installed, the class is derived from its
-    ``BasePostprocessor``, as its evaluator demands. There is no parameter to search: ``APS_mode`` is false.
+    ``BasePostprocessor``, as its evaluator requires. There are no hyperparameters to search, so ``APS_mode`` is false.
 
     Args:
-        score: A name, as ``"gradnorm"``, a score, or any other :data:`~lightning_gradmetrics.scores.ScoreLike` that needs
+        score: A name such as ``"gradnorm"``, a score, or any other :data:`~lightning_gradmetrics.scores.ScoreLike` that
+            needs
             no labels.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
@@ -47,7 +48,7 @@ def openood(score: ScoreLike, **options: Any) -> type[Any]:
         J. Zhang et al., "OpenOOD v1.5: Enhanced Benchmark for Out-of-Distribution Detection", 2023,
         https://arxiv.org/abs/2306.09301
     """
-    BoundScore(score, options)  # raises now if the score cannot be exported
+    BoundScore(score, options)  # raises early if the score cannot be exported
     return type("ScorePostprocessor", (_Postprocessor, *_bases()), {"exported": score, "options": options})
 
 
@@ -104,6 +105,6 @@ def _device(net: nn.Module) -> torch.device:
 
 
 def _batches(loader: Iterable[Any], net: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """OpenOOD's batches, mappings with ``data`` and ``label``, as inputs and labels."""
+    """Yield inputs and labels from OpenOOD's batches, which are mappings with ``data`` and ``label``."""
     for batch in loader:
         yield batch["data"].to(_device(net)), torch.as_tensor(batch["label"]).to(_device(net))

@@ -17,12 +17,13 @@ def pytorch_ood(score: ScoreLike, model: nn.Module | None = None, **options: Any
     """Return a score as a ``pytorch_ood.api.Detector``, for pytorch-ood's benchmarks and pipelines.
 
     ``fit(loader)`` fits a fitted score on batches ``(inputs, labels)``, and ``predict(inputs)`` returns the score
-    ``(N,)``; higher = more of an outlier, in both libraries. Rows with a negative label, pytorch-ood's sign of an outlier,
-    are left out of the fit. The model must be in eval mode; it is left unchanged.
+    ``(N,)``; higher = more of an outlier, in both libraries. Rows with a negative label, which marks outliers in
+    pytorch-ood, are left out of the fit. The model must be in eval mode; it is left unchanged.
 
     Args:
-        score: A name, as ``"gradnorm"``, a score, or any other :data:`~lightning_gradmetrics.scores.ScoreLike` that needs
-            no labels. A fitted score may have a state already.
+        score: A name such as ``"gradnorm"``, a score, or any other :data:`~lightning_gradmetrics.scores.ScoreLike` that
+            needs
+            no labels. A fitted score may already have a state.
         model: The classifier. It may also be given later: calling the detector with a model returns a detector of that
             model.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
@@ -48,7 +49,7 @@ def pytorch_ood(score: ScoreLike, model: nn.Module | None = None, **options: Any
 
 
 def _detector_class() -> type[Any]:
-    """The class of the detectors; pytorch-ood is imported when the first is made."""
+    """Return the class of the detectors; pytorch-ood is imported on first use."""
     try:
         from pytorch_ood.api import Detector, ModelNotSetException, RequiresFittingException
     except ImportError as error:
@@ -96,7 +97,7 @@ def _detector_class() -> type[Any]:
 
 
 def _inside(loader: Iterable[Any]) -> Iterable[Any]:
-    """The rows of each batch without a negative label."""
+    """Yield the rows of each batch that have no negative label."""
     for batch in loader:
         if isinstance(batch, Tensor):
             yield batch

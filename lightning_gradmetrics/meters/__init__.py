@@ -1,4 +1,4 @@
-"""Meters: torchmetrics over raw uncertainty scores, and the same as plain functions in ``meters.functional``."""
+"""Meters: torchmetrics of raw uncertainty scores; ``meters.functional`` has them as plain functions."""
 
 from lightning_gradmetrics.meters import functional
 from lightning_gradmetrics.meters.ranking import AUROC, OSCR, ROC, AveragePrecision, FPRAtTPR, PrecisionRecallCurve

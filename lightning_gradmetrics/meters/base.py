@@ -1,4 +1,4 @@
-"""The base of all meters: the samples seen so far, kept exactly or in constant memory, and gathered over processes."""
+"""The base class of meters: stores samples exactly or in constant memory, and gathers them over processes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ _BOOKKEEPING = (
     "_enable_grad",
     "compute_on_cpu",
 )
-"""Attributes that torchmetrics' forward changes during a batch."""
+"""Attributes that torchmetrics' forward changes temporarily."""
 
 
 class ScoreMeter(Metric):
     """A meter of scores ``(N,)`` against targets ``(N,)``.
 
     Args:
-        bins: ``None`` keeps every score (exact). A number keeps a histogram of ``256 * bins`` bytes, whatever the range
-            and the number of the scores: exact up to ``4 * bins`` distinct scores, and close above that; see
-            :mod:`lightning_gradmetrics.meters.functional.histogram`. 16384 bins (4 MiB) suited every stream in our tests.
+        bins: ``None`` keeps every score (exact). A number keeps a histogram of ``256 * bins`` bytes for any range and
+            any number of scores. It is exact up to ``4 * bins`` distinct scores and approximate above; see
+            :mod:`lightning_gradmetrics.meters.functional.histogram`. 16384 bins (4 MiB) were enough for every stream in
+            our tests.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -71,7 +72,8 @@ class ScoreMeter(Metric):
         """Add a batch.
 
         Args:
-            preds: The scores ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+            preds: The scores ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is
+                refused.
             target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
 
         Raises:
@@ -95,7 +97,7 @@ class ScoreMeter(Metric):
             raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        """Move the states to a device; their types stay, because a narrower type would merge distinct scores."""
+        """Move the states to a device without changing their types, because a narrower type would merge distinct scores."""
 
         def move(state: Tensor) -> Tensor:
             moved = fn(state)
@@ -123,17 +125,17 @@ class ScoreMeter(Metric):
         self.target.append(target.to(torch.uint8))
 
     def _samples(self) -> tuple[Tensor, Tensor]:
-        """All scores and targets so far; empty tensors before the first batch."""
+        """Return all scores and targets so far; empty tensors before the first batch."""
         if not isinstance(self.scores, Tensor) and not self.scores:
             return torch.zeros(0, device=self.device), torch.zeros(0, dtype=torch.bool, device=self.device)
         return dim_zero_cat(self.scores), dim_zero_cat(self.target).bool()
 
     def _counts(self) -> Counts:
-        """Counts per distinct score, in either mode."""
+        """Return counts per distinct score, in either mode."""
         return count(*self._samples()) if self.bins is None else counts_of_table(self.table)
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        """Gather the samples of all ranks, each written once into one tensor."""
+        """Gather the samples of all ranks in one tensor, without intermediate copies."""
         if self.bins is not None or dist_sync_fn is not gather_all_tensors:
             super()._sync_dist(dist_sync_fn, process_group)
             return
@@ -142,7 +144,7 @@ class ScoreMeter(Metric):
             setattr(self, name, _gather_state(getattr(self, name), self.device, group))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot the value, or the values given, as torchmetrics' meters do.
+        """Plot the value or the given values, as torchmetrics' meters do.
 
         Args:
             val: A result, or a list of results over time; by default that of ``compute()``.
@@ -164,7 +166,7 @@ class CurveMeter(ScoreMeter):
 
         Args:
             curve: A result of ``compute()``; by default computed now.
-            score: A number for the legend; by default what the meter itself adds, such as the area under the curve.
+            score: A number for the legend; by default that of the meter, such as the area under the curve.
             ax: A matplotlib axis; by default a new figure.
 
         Returns:
@@ -178,11 +180,11 @@ class CurveMeter(ScoreMeter):
         return ax.get_figure(), ax
 
     def _area(self) -> Tensor | None:
-        """The number that the legend shows beside the meter's own curve."""
+        """Return the number that the legend shows with the meter's curve."""
         return None
 
     def _decorate(self, ax: Any) -> None:
-        """Draw the parts that belong to the axis instead of the curve."""
+        """Draw the parts that belong to the axis rather than to the curve."""
 
     def _drawn(self, curve: Any) -> Any:
         """Return x, y and thresholds of a result of ``compute()``."""
@@ -203,9 +205,9 @@ _TYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def gather_rows(pieces: list[Tensor] | Tensor, device: torch.device, group: Any = None) -> Tensor:
-    """Gather the rows of all ranks, in the order of the ranks, without a second copy.
+    """Gather the rows of all ranks, in the order of the ranks, without copying them twice.
 
-    Each rank's rows are broadcast into their place in the result. Ranks may have different numbers of rows, or none.
+    Each rank's rows are broadcast directly into the result. Ranks may have different numbers of rows, or none.
 
     Args:
         pieces: This rank's tensors, each ``(n, ...)`` in uint8, float32 or float64.

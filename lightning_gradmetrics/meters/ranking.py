@@ -1,4 +1,4 @@
-"""Meters of how well scores rank positives above negatives."""
+"""Meters that measure how well scores rank positives above negatives."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["AUROC", "OSCR", "ROC", "AveragePrecision", "FPRAtTPR", "PrecisionRec
 
 
 class AUROC(ScoreMeter):
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half.
+    """Area under the ROC curve: the probability that a positive scores above a negative, with ties counted as one half.
 
-    Raw scores of any scale and sign are ranked; none is squashed into [0, 1]. The functional form is
+    Raw scores of any scale and sign are ranked as given, not squashed into [0, 1]. The functional form is
     :func:`~lightning_gradmetrics.meters.functional.auroc`.
 
     Args:
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -52,7 +52,7 @@ class AUROC(ScoreMeter):
         return announce_undefined(ranking.auroc_of_counts(self._counts()), "AUROC", ranking.BOTH)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Return the lowest and the highest AUROC that the samples so far can have; equal in the exact mode."""
+        """Return the lowest and the highest AUROC that the samples so far can have; they are equal in the exact mode."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             if self.bins is not None:
                 return auroc_bounds(self.table)
@@ -67,7 +67,7 @@ class AveragePrecision(ScoreMeter):
 
     Args:
         positive: ``"out"`` (target 1 is positive) or ``"in"`` (target 0 is positive).
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -100,14 +100,14 @@ class AveragePrecision(ScoreMeter):
 
 
 class FPRAtTPR(ScoreMeter):
-    """False-positive rate of the best threshold whose true-positive rate is at least ``rate``.
+    """Lowest false-positive rate of all thresholds whose true-positive rate is at least ``rate``.
 
     FPR95 is ``FPRAtTPR(0.95)``. The functional form is :func:`~lightning_gradmetrics.meters.functional.fpr_at_tpr`.
 
     Args:
         rate: The true-positive rate, in (0, 1].
         positive: ``"out"`` (target 1 is positive) or ``"in"`` (target 0 is positive).
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -147,7 +147,7 @@ class OSCR(ScoreMeter):
     :func:`~lightning_gradmetrics.meters.functional.oscr`.
 
     Args:
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -179,9 +179,10 @@ class OSCR(ScoreMeter):
         """Add a batch.
 
         Args:
-            preds: The scores ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+            preds: The scores ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is
+                refused.
             target: ``(N,)``, 1 = out-of-distribution, 0 = in-distribution.
-            correct: ``(N,)``, 1 = the prediction is correct; ignored where the target is 1.
+            correct: ``(N,)``, 1 = the prediction is correct; ignored if the target is 1.
         """
         check_tensor(preds, "preds")
         kept, is_ood, incorrect = F.oscr_samples(preds, target, correct)
@@ -194,12 +195,12 @@ class OSCR(ScoreMeter):
 
 
 class ROC(CurveMeter):
-    """The ROC curve: one point per distinct score, in the scores' own unit.
+    """The ROC curve: one point per distinct score, in the unit of the scores.
 
     The functional form is :func:`~lightning_gradmetrics.meters.functional.roc`.
 
     Args:
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -231,7 +232,7 @@ class ROC(CurveMeter):
         return ranking.auroc_of_counts(self._counts())
 
     def _decorate(self, ax: Any) -> None:
-        """Draw the diagonal, the curve of a score that guesses."""
+        """Draw the diagonal, which is the curve of random guessing."""
         ax.plot([0, 1], [0, 1], linestyle=":", color="0.5", linewidth=1)
 
 
@@ -242,7 +243,7 @@ class PrecisionRecallCurve(CurveMeter):
 
     Args:
         positive: ``"out"`` (target 1 is positive) or ``"in"`` (target 0 is positive).
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:

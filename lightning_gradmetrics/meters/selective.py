@@ -20,7 +20,7 @@ class AURC(ScoreMeter):
     The functional form is :func:`~lightning_gradmetrics.meters.functional.aurc`.
 
     Args:
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -53,7 +53,7 @@ class EAURC(ScoreMeter):
     The functional form is :func:`~lightning_gradmetrics.meters.functional.e_aurc`.
 
     Args:
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -86,7 +86,7 @@ class AUGRC(ScoreMeter):
     The functional form is :func:`~lightning_gradmetrics.meters.functional.augrc`.
 
     Args:
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -120,8 +120,8 @@ class AccuracyAtCoverage(ScoreMeter):
     The functional form is :func:`~lightning_gradmetrics.meters.functional.accuracy_at_coverage`.
 
     Args:
-        coverage: The share of samples to accept, in (0, 1].
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        coverage: The fraction of samples to accept, in (0, 1].
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -154,13 +154,13 @@ class AccuracyAtCoverage(ScoreMeter):
 
 
 class CoverageAtRisk(ScoreMeter):
-    """Largest share of samples that a threshold accepts at a bounded error rate.
+    """Largest fraction of samples that a threshold accepts with a bounded error rate.
 
     The functional form is :func:`~lightning_gradmetrics.meters.functional.coverage_at_risk`.
 
     Args:
         risk: The largest error rate among the accepted samples, in (0, 1].
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -199,7 +199,7 @@ class AUAC(ScoreMeter):
 
     Args:
         mode: The x-axis: ``"coverage"``, or ``"threshold"`` on scores scaled to [0, 1] by minimum and maximum.
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -238,7 +238,7 @@ class AUFC(ScoreMeter):
 
     Args:
         mode: The x-axis: ``"coverage"``, or ``"threshold"`` on scores scaled to [0, 1] by minimum and maximum.
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -271,12 +271,12 @@ class AUFC(ScoreMeter):
 
 
 class RiskCoverageCurve(CurveMeter):
-    """The risk-coverage curve: one point per distinct score, in the scores' own unit.
+    """The risk-coverage curve: one point per distinct score, in the unit of the scores.
 
     The functional form is :func:`~lightning_gradmetrics.meters.functional.risk_coverage_curve`.
 
     Args:
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:

@@ -31,8 +31,8 @@ class ScoreDistribution(ScoreMeter):
 
     Args:
         quantiles: The quantiles to compute, in [0, 1].
-        bins: ``None`` keeps every score (exact); a number of at least 1024 bounds the memory, and each score counts as
-            the middle of its cell.
+        bins: ``None`` keeps every score (exact); a number of at least 1024 limits the memory, and each score is
+            replaced by the middle of its cell.
         kwargs: Arguments of :class:`torchmetrics.Metric`.
 
     Returns:
@@ -63,7 +63,7 @@ class ScoreDistribution(ScoreMeter):
         """Add a batch.
 
         Args:
-            preds: The scores ``(N,)``; NaN and infinities are counted as ``non_finite`` and enter nothing else.
+            preds: The scores ``(N,)``; NaN and infinities are counted as ``non_finite`` and otherwise ignored.
         """
         check_tensor(preds, "preds")
         finite = torch.isfinite(preds)
@@ -72,7 +72,7 @@ class ScoreDistribution(ScoreMeter):
         self.non_finite = self.non_finite + (~finite).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the numbers of all scores so far; NaN with a UserWarning where they are undefined."""
+        """Return the distribution of all scores so far; undefined numbers are NaN with a UserWarning."""
         counts = self._counts()
         return distribution_of_counts(counts.scores, counts.negative, self.non_finite, self.quantiles)
 
@@ -80,7 +80,7 @@ class ScoreDistribution(ScoreMeter):
         """Plot a histogram of the scores so far, or the range and quantiles of a given result.
 
         Args:
-            val: A result of ``compute()``; by default the scores themselves are drawn.
+            val: A result of ``compute()``; by default, the stored scores.
             ax: A matplotlib axis; by default a new figure.
 
         Returns:
@@ -157,9 +157,9 @@ class CalibrationError(ScoreMeter):
 
 
 class SpearmanCorrelation(ScoreMeter):
-    """Spearman's rank correlation between every two scores.
+    """Spearman's rank correlation of every pair of scores.
 
-    It keeps every row and has no constant-memory mode, because pairs of scores need their joint ranks. The functional
+    It stores every row and has no constant-memory mode, because pairs of scores need their joint ranks. The functional
     form is :func:`~lightning_gradmetrics.meters.functional.spearman`.
 
     Args:
@@ -170,7 +170,7 @@ class SpearmanCorrelation(ScoreMeter):
         ``compute()`` returns ``(S, S)`` in [-1, 1]; NaN with a UserWarning for a constant score.
 
     Raises:
-        ValueError: If a batch has a NaN, or a different number of columns than the names or an earlier batch.
+        ValueError: If a batch contains NaN, or a different number of columns than the names or an earlier batch.
 
     Example:
         >>> meter = SpearmanCorrelation(["entropy", "gradnorm"])
@@ -207,7 +207,7 @@ class SpearmanCorrelation(ScoreMeter):
         return self.scores[0].shape[1] if len(self.scores) else None
 
     def compute(self) -> Tensor:
-        """Return the correlations ``(S, S)`` of all rows so far; NaN with a UserWarning where they are undefined."""
+        """Return the correlations ``(S, S)`` of all rows so far; undefined ones are NaN with a UserWarning."""
         width = len(self.names or [])
         return F.spearman(dim_zero_cat(self.scores) if len(self.scores) else torch.zeros(0, width))
 

@@ -14,7 +14,7 @@ def to_array(column: pa.ChunkedArray | pa.Array) -> np.ndarray[Any, Any]:
     """Return an Arrow column as an array ``(N, ...)``.
 
     Args:
-        column: Numbers, text, lists of one length, tensors, or nested lists of these.
+        column: Numbers, strings, lists of equal length, tensors, or nested lists of these.
 
     Raises:
         ValueError: If the lists of a column have different lengths, or a value is null.
@@ -24,7 +24,7 @@ def to_array(column: pa.ChunkedArray | pa.Array) -> np.ndarray[Any, Any]:
         (2, 1, 2)
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):  # of an extension type, or without rows
+    if isinstance(array, pa.ChunkedArray):  # an extension type, or no rows
         array = array.chunk(0) if array.num_chunks else pa.array([], column.type)
     if isinstance(array, pa.ExtensionArray):
         return _of_extension(array)
@@ -34,7 +34,7 @@ def to_array(column: pa.ChunkedArray | pa.Array) -> np.ndarray[Any, Any]:
     lengths = np.diff(array.offsets.to_numpy())
     if len(lengths) and bool((lengths != lengths[0]).any()):
         raise ValueError(
-            f"the lists of an input column have {lengths.min()} to {lengths.max()} values; expected one length: pad them, or pass "
+            f"the lists of an input column have {lengths.min()} to {lengths.max()} values; expected equal lengths: pad them, or pass "
             "inputs=, a function from the batch to the model's inputs"
         )
     inner = to_array(array.flatten())
@@ -48,7 +48,7 @@ def _of_fixed_size(array: pa.FixedSizeListArray) -> np.ndarray[Any, Any]:
 
 
 def _of_extension(array: pa.ExtensionArray) -> np.ndarray[Any, Any]:
-    """Tensors of Arrow (``fixed_shape_tensor``) and of Ray."""
+    """Convert tensor columns of Arrow (``fixed_shape_tensor``) and of Ray."""
     if hasattr(array, "to_numpy_ndarray"):
         return np.asarray(array.to_numpy_ndarray())
     return np.asarray(array.to_numpy(zero_copy_only=False))

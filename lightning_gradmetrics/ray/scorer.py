@@ -31,11 +31,10 @@ class Scorer:
     Args:
         make_model: Returns the model; each actor calls it once.
         scores: As in :func:`lightning_gradmetrics.score`.
-        inputs: The column with the model's inputs, or several, passed in that order; or a function from a batch, a
-            mapping from column name to array, to the model's inputs.
-        labels: The column with the true labels, for the scores that need them.
-        drop: Columns that the result does not have; by default the input columns. All others, such as an id, pass
-            through.
+        inputs: The column with the model's inputs, or several columns, passed in that order; or a function from a batch
+            (a mapping from column name to array) to the model's inputs.
+        labels: The column with the true labels, for scores that need them.
+        drop: Columns to leave out of the result; by default the input columns. All others, such as an id, are kept.
         options: ``device``, ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Raises:
@@ -78,7 +77,7 @@ class Scorer:
 
         Raises:
             KeyError: If a column is missing.
-            ValueError: If the batch has a column of a new column's name.
+            ValueError: If the batch already has a column with the name of a new one.
         """
         names = batch.column_names if isinstance(batch, pa.Table) else list(batch)
         arrays = _Columns(batch)
@@ -87,7 +86,7 @@ class Scorer:
         kept = list(filter(self._is_kept, names))
         for name in new:
             if name in kept:
-                raise ValueError(f"the batch has a column {name!r} already: rename it, or add it to drop=")
+                raise ValueError(f"the batch already has a column {name!r}: rename it, or add it to drop=")
         if not isinstance(batch, pa.Table):
             return {**dict(zip(kept, map(batch.__getitem__, kept), strict=True)), **new}
         table = batch.select(kept)
@@ -118,7 +117,7 @@ class _Columns(Mapping[str, Any]):
         """Return a column ``(N, ...)``.
 
         Raises:
-            KeyError: If there is none of that name.
+            KeyError: If there is no such column.
         """
         if name not in self._names:
             raise KeyError(f"the batch has no column {name!r}; columns: {', '.join(self._names)}")

@@ -1,4 +1,4 @@
-"""The same scores on Spark: the function that ``pyspark.ml.functions.predict_batch_udf`` takes."""
+"""Scores on Spark, as a function for ``pyspark.ml.functions.predict_batch_udf``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_predict(
     columns: Sequence[str] | None = None,
     **options: Any,
 ) -> Callable[[], Predict]:
-    """Return the argument of Spark's ``predict_batch_udf``: each Python worker loads the model once.
+    """Return the argument for Spark's ``predict_batch_udf``; each Python worker loads the model once.
 
     ``predict_batch_udf(make_predict(make_model, ["gradnorm"]), return_type=StructType().add("prediction",
     "long").add("gradnorm", "double"), batch_size=256, input_tensor_shapes=[[3, 32, 32]])``

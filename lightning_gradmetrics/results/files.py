@@ -1,4 +1,4 @@
-"""Writes files atomically: after an interruption a file has its old or its new content."""
+"""Writes files atomically: after an interruption, a file has either its old or its new content."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def temporary_files(directory: Path, pattern: str) -> list[Path]:
 
 
 def _sync_directory(directory: Path) -> None:
-    if os.name == "nt":  # directories cannot be opened there
+    if os.name == "nt":  # Windows cannot open directories
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:

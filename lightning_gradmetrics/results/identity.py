@@ -1,4 +1,4 @@
-"""Describes the weights, the data and their order, so that two runs can be compared."""
+"""Describes the weights, the data and their order, to compare two runs."""
 
 from __future__ import annotations
 
@@ -56,10 +56,11 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 
 def describe_loader(loader: Any) -> dict[str, Any]:
-    """Return what must be the same in a resumed run: the dataset's kind, number of rows and content, and the order.
+    """Return the facts that must be equal in a resumed run: the dataset's type, number of rows and content, and the order.
 
     Args:
-        loader: A dataloader. The content is known for datasets in memory and lists of files, otherwise ``None``.
+        loader: A dataloader. The content is known for datasets in memory and for lists of files; otherwise it is
+            ``None``.
     """
     dataset = getattr(loader, "dataset", loader)
     if isinstance(dataset, RestOfStream):
@@ -99,7 +100,7 @@ def _order(loader: DataLoader[Any]) -> str:
 
 
 def _content(dataset: Any) -> str | None:
-    """Return a hash of a dataset's content in memory; ``None`` for an unknown kind of dataset."""
+    """Return a hash of a dataset's content in memory; ``None`` for an unknown type of dataset."""
     if isinstance(dataset, Subset):
         inner = _content(dataset.dataset)
         return None if inner is None else _hash([inner, _value(dataset.indices)])

@@ -1,4 +1,4 @@
-"""The place where a run stores its results."""
+"""Where and how a run stores its results."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Output:
     Args:
         directory: The results directory.
         resume: Whether to complete the results of an interrupted run.
-        rows_per_part: The largest number of rows that are not committed.
-        advice: How to resume the run, in one sentence; by default how to do so with the callback.
+        rows_per_part: The largest number of rows in memory before they are written.
+        advice: One sentence on how to resume the run; by default, with the callback.
     """
 
     directory: Path
@@ -40,14 +40,14 @@ class Output:
 
 
 def check_output(output: Any, resume: Any) -> Output | None:
-    """Return where a run stores its results; ``None`` if it keeps them in memory.
+    """Return where a run stores its results, checked; ``None`` for memory.
 
     Args:
         output: A directory, an :class:`Output`, or ``None``.
         resume: Whether to resume.
 
     Raises:
-        TypeError: If ``output`` is neither, or ``resume`` is not a bool.
+        TypeError: If ``output`` is of any other type, or ``resume`` is not a bool.
         ValueError: If ``resume`` is true without a directory.
     """
     if not isinstance(resume, bool):
@@ -64,7 +64,7 @@ def check_output(output: Any, resume: Any) -> Output | None:
 
 
 def check_limits(output: Output, is_limited: bool) -> None:
-    """Refuse to resume a run that reads only some of the batches.
+    """Refuse to resume a run that is limited to some of the batches.
 
     Raises:
         ResumeError: If the trainer limits the number of batches.

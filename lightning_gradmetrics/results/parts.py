@@ -1,7 +1,7 @@
-"""Results on disk: a directory of Parquet parts that survives a kill at any moment.
+"""Results on disk: a directory of Parquet parts that stays valid if the process is killed at any moment.
 
-A part holds a bounded number of rows. It is written to a temporary file, flushed to the disk and renamed, so that a
-directory never holds half a part. A manifest is written last and lists every part.
+A part contains a limited number of rows. To *commit* a part, it is written to a temporary file, flushed to the disk and
+renamed, so that a directory never contains half a part. The manifest, which lists every part, is written last.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ MANIFEST = "_manifest.json"
 LOCK = ".lock"
 PART = "part-*.parquet"
 RUN = b"lightning_gradmetrics"
-"""Key in the schema of every part for the description of everything that the results depend on."""
+"""Key in the schema of every part: the description of everything that the results depend on."""
 
 ABOUT = b"lightning_gradmetrics.about"
-"""Key in the schema of every part for facts that may differ in a resumed run, such as package versions."""
+"""Key in the schema of every part: facts that may differ in a resumed run, such as package versions."""
 
 UNLABELLED = b"lightning_gradmetrics.unlabelled"
-"""Key in the schema of a part for datasets whose labels are not classes, in earlier parts too."""
+"""Key in the schema of a part: datasets whose labels turned out not to be classes, also in earlier parts."""
 
 ROWS_PER_PART = 100_000
 SECONDS_FOR_LOCK = 8.0
-"""Seconds to wait for a lock: worker processes of a killed run keep it until they notice, after 5 seconds."""
+"""Seconds to wait for a lock, because worker processes of a killed run hold it for up to 5 seconds."""
 
 
 class ResumeError(ValueError):
@@ -57,12 +57,12 @@ class ResultsWriter:
 
     Args:
         directory: The results directory; created if it is missing.
-        run: Everything that the results depend on (scores, model, datasets), as plain JSON values. It is stored in the schema of
-            every part, and a resumed run must have the same.
+        run: Everything that the results depend on (scores, model, datasets), as plain JSON values. It is stored in the
+            schema of every part and must be equal in a resumed run.
         about: Facts that may differ in a resumed run (package versions), as plain JSON values; also stored in the schema.
-        rank: The number of this process; each process writes parts with its own names.
-        rows_per_part: Rows that are kept in memory before a part is committed.
-        resume: Whether to add to the committed parts of an interrupted run.
+        rank: The number of this process, which is part of the file names.
+        rows_per_part: Number of rows in memory that triggers a commit.
+        resume: Whether to continue an interrupted run by adding to its parts.
 
     Raises:
         FileExistsError: If the directory contains results and ``resume`` is false.
@@ -119,7 +119,7 @@ class ResultsWriter:
         manifest = self.directory / MANIFEST
         if (parts or manifest.exists()) and not resume:
             raise FileExistsError(
-                f"{self.directory} holds results already; pass resume=True to complete them or choose another directory"
+                f"{self.directory} already contains results; pass resume=True to complete them or choose another directory"
             )
         for part in parts:
             check_run(part, self.run)
@@ -128,7 +128,7 @@ class ResultsWriter:
         self._number = len(list(self.directory.glob(f"part-{self.rank:04d}-*.parquet")))
 
     def __enter__(self) -> ResultsWriter:
-        """Return the writer; at the end of the block its rows are committed, also after an error."""
+        """Return the writer; at the end of the block its rows are committed, even after an error."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -138,7 +138,7 @@ class ResultsWriter:
             self.close()
 
     def add(self, rows: pa.Table) -> None:
-        """Add rows; once there are enough of them, commit a part.
+        """Add rows, and commit a part once there are enough.
 
         Args:
             rows: A results table with the columns ``dataset`` and ``index``.
@@ -169,8 +169,8 @@ class ResultsWriter:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"could not write {self._waiting_rows} rows to {path}: {error.strerror}. The parts written before are "
-                "intact: make room and resume the run",
+                f"could not write {self._waiting_rows} rows to {path}: {error.strerror}. Earlier parts are "
+                "intact: free some space and resume the run",
             ) from error
         self._number += 1
         self._waiting, self._waiting_rows = [], 0
@@ -183,19 +183,19 @@ class ResultsWriter:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the directory has no part of any process."""
+        """Whether the directory contains no part of any process."""
         return not any(self.directory.glob(PART))
 
     @property
     def parts(self) -> list[str]:
-        """The names of the parts that this process committed, in this run or the runs before."""
+        """The names of the parts that this process committed, in this run or earlier ones."""
         return [f"part-{self.rank:04d}-{number:06d}.parquet" for number in range(self._number)]
 
     def finish(self, sizes: Mapping[str, int | None]) -> None:
         """Commit the remaining rows and write the manifest, which marks the results as complete.
 
         Args:
-            sizes: Number of samples of each dataset, in the order of the results; ``None`` where it is unknown.
+            sizes: Number of samples of each dataset, in the order of the results; ``None`` if unknown.
         """
         self.commit()
         rows: dict[str, int] = {}
@@ -230,7 +230,7 @@ def check_run(part: Path, run: Mapping[str, Any]) -> None:
 
 
 def difference(name: str, stored: Any, wanted: Any) -> str | None:
-    """Return the first value that differs between two descriptions, in words; ``None`` if there is none.
+    """Return a sentence about the first difference between two descriptions; ``None`` if they are equal.
 
     Example:
         >>> difference("", {"model": "a", "scores": {"energy": 1}}, {"model": "a", "scores": {"energy": 2}})

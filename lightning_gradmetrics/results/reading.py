@@ -1,4 +1,4 @@
-"""Reads a results directory and checks that no row is missing or repeated."""
+"""Reads a results directory, and checks that no row is missing or repeated."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class IncompleteResultsError(ValueError):
 
 
 def read_results(directory: str | Path, *, incomplete: bool = False, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the results of a run as one table, in the order of the datasets and of their indices.
+    """Read the results of a run as one table, ordered by dataset and index.
 
     Args:
         directory: A results directory that a run wrote (``output=``).
         incomplete: Whether to accept the results of an interrupted run. Repeated rows are always refused.
-        columns: Further columns to read next to ``dataset`` and ``index``; by default all.
+        columns: The columns to read in addition to ``dataset`` and ``index``; by default all.
 
     Returns:
         One row per sample: ``dataset``, ``index``, ``prediction``, ``label``, one column per score, ``finite``. The
@@ -73,7 +73,7 @@ def read_results(directory: str | Path, *, incomplete: bool = False, columns: Se
     parts = sorted(directory.glob(PART))
     manifest = directory / MANIFEST
     if not parts and not manifest.exists():
-        raise FileNotFoundError(f"{directory} holds no results; expected the folder that output= named")
+        raise FileNotFoundError(f"{directory} contains no results; expected the directory that was passed as output=")
     rows = {part.name: pq.read_metadata(part).num_rows for part in parts}
     if manifest.exists():
         content = json.loads(manifest.read_text())
@@ -89,7 +89,7 @@ def read_results(directory: str | Path, *, incomplete: bool = False, columns: Se
 
 
 def is_complete(directory: Path) -> bool:
-    """Return whether a directory holds the results of a run that ended."""
+    """Return whether a directory contains the results of a completed run."""
     return (directory / MANIFEST).exists()
 
 
@@ -111,7 +111,7 @@ def unlabelled_datasets(parts: Sequence[Path]) -> set[str]:
 
 
 def without_labels(table: pa.Table, datasets: set[str]) -> pa.Table:
-    """Return the table with null for the labels of some datasets."""
+    """Return the table with the labels of some datasets replaced by null."""
     if not datasets or "label" not in table.column_names:
         return table
     hidden = pc.is_in(table["dataset"], pa.array(sorted(datasets)))
@@ -120,7 +120,7 @@ def without_labels(table: pa.Table, datasets: set[str]) -> pa.Table:
 
 
 def _checked(directory: Path, table: pa.Table, sizes: Mapping[str, int | None], incomplete: bool) -> pa.Table:
-    """Return the table in order; refuse missing and repeated rows."""
+    """Return the table sorted; refuse missing and repeated rows."""
     present = pc.unique(table["dataset"]).to_pylist()
     for name, indices in indices_by_dataset(table):
         _check_repeated(directory, name, indices)
@@ -152,7 +152,7 @@ def interrupted(directory: Path, rows: int, sizes: Mapping[str, int | None]) -> 
     details = f" ({'; '.join(missing)})" if missing else ""
     return IncompleteResultsError(
         f"the run that wrote {directory} was interrupted after {rows} row{'s' * (rows != 1)}{details}; resume it, or pass "
-        "incomplete=True to read what there is"
+        "incomplete=True to read the existing rows"
     )
 
 
@@ -175,7 +175,7 @@ class CommittedRows:
 
 
 def committed_rows(directory: str | Path) -> CommittedRows:
-    """Return the rows that are committed in a results directory, complete or not.
+    """Return the committed rows of a results directory, whether or not the run is complete.
 
     Args:
         directory: A results directory; it may be missing or empty.
@@ -211,7 +211,7 @@ def check_parts(directory: Path, expected: Mapping[str, int], present: Mapping[s
     for name in sorted(expected.keys() | present.keys()):
         if expected.get(name) != present.get(name):
             raise IncompleteResultsError(
-                f"{directory / name} has {present.get(name, 0)} rows and the manifest lists {expected.get(name, 0)}; the "
+                f"{directory / name} has {present.get(name, 0)} rows, but the manifest lists {expected.get(name, 0)}; the "
                 "directory was changed after the run: score the data again"
             )
 

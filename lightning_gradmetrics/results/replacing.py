@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written to a temporary name and renamed."""
+"""Replaces files and directories atomically: they are written under a temporary name and renamed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ OLD = ".gradmetrics-old"
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``, and rename what was written there to ``path`` in the end.
+    """Yield a temporary path next to ``path``; at the end of the block, rename its content to ``path``.
 
-    A process that is killed leaves the old file as it was. A directory replaces a directory in two steps; after a kill
-    between them, :func:`restore` or the next call brings the old directory back. After an exception the temporary file
-    is deleted.
+    If the process is killed, the old file is unchanged. Replacing a directory takes two steps; after a kill between
+    them, :func:`restore` or the next call restores the old directory. After an exception, the temporary file is
+    deleted.
 
     Args:
         path: The file or directory to write.
@@ -44,7 +44,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def restore(directory: Path) -> None:
-    """Bring back the directories that a killed process had moved aside and not replaced.
+    """Restore directories that a killed process had moved aside but not replaced.
 
     Args:
         directory: The directory that contains them; no other process may write to it.
@@ -54,12 +54,12 @@ def restore(directory: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    """Return the name of a directory while it is replaced."""
+    """Return the temporary name of a directory that is being replaced."""
     return path.with_name(f".{path.name}{OLD}")
 
 
 def _restore_one(aside: Path) -> None:
-    """Rename a directory that was moved aside to its name, or delete it if the new directory is there."""
+    """Restore the name of a directory that was moved aside, or delete it if the new directory exists."""
     if not aside.is_dir():
         return
     path = aside.with_name(aside.name[1 : -len(OLD)])
@@ -70,7 +70,7 @@ def _restore_one(aside: Path) -> None:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Make sure that a file's bytes are on the disk before it gets its name."""
+    """Flush a file to the disk before it gets its final name."""
     if path.is_file():
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""The remaining work of an interrupted run: samples that are not committed, and dataloaders that return them."""
+"""Resumes an interrupted run: finds the samples that are not committed, and makes dataloaders of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["check_resumable", "committed_mask", "unfinished"]
 
 
 def unfinished(dataloader: Any, directory: str | Path, dataset: str | None = None) -> Any:
-    """Return the dataloader of the samples that an interrupted run has not committed.
+    """Return a dataloader of the samples that an interrupted run did not store.
 
     The remaining batches equal those of an uninterrupted run, so all scores are the same to the last bit. Pass the
     loader to a trainer whose callback is ``GradientMetrics(..., output=directory, resume=True)``.
@@ -30,16 +30,16 @@ def unfinished(dataloader: Any, directory: str | Path, dataset: str | None = Non
     Args:
         dataloader: The dataloader of the interrupted run; or a list or a mapping of all its dataloaders.
         directory: The results directory (``output=``). If it is missing or empty, the dataloader is returned unchanged,
-            so that one script starts and resumes.
-        dataset: The dataset's name, for one of several dataloaders.
+            so that the same script can start and resume a run.
+        dataset: The dataset's name, if ``dataloader`` is one of several.
 
     Returns:
-        A dataloader, list or mapping, like ``dataloader``. If nothing is left it has one batch, which the callback does
-        not score again.
+        A dataloader, list or mapping, like ``dataloader``. If no sample is left, it has one batch, which the callback
+        does not score again.
 
     Raises:
-        ResumeError: If the directory has results of another dataset or order, or of one whose order is not known; the
-            message names the difference.
+        ResumeError: If the directory contains results of another dataset or order, or the order is unknown; the message
+            names the difference.
 
     Example:
         >>> import tempfile, torch
@@ -73,7 +73,7 @@ def _name_of(name: str | None, stored: Mapping[str, Any], directory: Path) -> st
     if name is None and len(stored) == 1:
         return next(iter(stored))
     names = ", ".join(map(repr, stored)) or "none"
-    wanted = "one of several datasets is meant: pass dataset=" if name is None else f"no dataset {name!r}"
+    wanted = "there are several datasets: pass dataset=" if name is None else f"no dataset {name!r}"
     raise ResumeError(f"{directory}: {wanted}; it has the datasets {names}")
 
 
@@ -113,11 +113,11 @@ def check_resumable(name: str, described: Mapping[str, Any], unknown: int) -> No
 
     Args:
         name: The dataset's name.
-        described: From :func:`describe_loader`.
+        described: The result of :func:`describe_loader`.
         unknown: The number of its committed rows that have no index.
 
     Raises:
-        ResumeError: If its order is not known, or committed rows have no index.
+        ResumeError: If its order is unknown, or committed rows have no index.
     """
     if described["order"] == UNKNOWN_ORDER:
         raise ResumeError(
@@ -132,13 +132,13 @@ def check_resumable(name: str, described: Mapping[str, Any], unknown: int) -> No
 
 
 def check_stream(loader: DataLoader[Any], name: str, rows: int, is_skipped: bool = False) -> None:
-    """Refuse a stream that cannot skip its first rows.
+    """Refuse an iterable dataset that cannot skip its first rows.
 
     Args:
         loader: A dataloader of an iterable dataset, or of its rows after the first ones.
         name: The dataset's name.
         rows: The number of committed rows.
-        is_skipped: Whether the dataloader must have skipped them already.
+        is_skipped: Whether the dataloader is expected to have skipped them already.
 
     Raises:
         ResumeError: If the dataset has no method ``skip(rows)``, or several worker processes read it.
@@ -146,12 +146,12 @@ def check_stream(loader: DataLoader[Any], name: str, rows: int, is_skipped: bool
     dataset = loader.dataset
     if isinstance(dataset, RestOfStream):
         if dataset.rows != rows:
-            raise ResumeError(f"{rows} rows of {name!r} are committed, and its dataloader skips {dataset.rows}")
+            raise ResumeError(f"{rows} rows of {name!r} are committed, but its dataloader skips {dataset.rows}")
         return
     kind = type(dataset).__name__
     if is_skipped and callable(getattr(dataset, "skip", None)):
         raise ResumeError(
-            f"{rows} rows of the dataset {name!r} are committed, and its dataloader starts at the first row: pass "
+            f"{rows} rows of the dataset {name!r} are committed, but its dataloader starts at the first row: pass "
             "lightning_gradmetrics.unfinished(dataloader, directory) to the trainer"
         )
     if not callable(getattr(dataset, "skip", None)):
@@ -161,8 +161,8 @@ def check_stream(loader: DataLoader[Any], name: str, rows: int, is_skipped: bool
         )
     if loader.num_workers > 1:
         raise ResumeError(
-            f"cannot resume the dataset {name!r}: {loader.num_workers} worker processes read the {kind}, so its rows have no "
-            "certain order; use num_workers=0 or 1"
+            f"cannot resume the dataset {name!r}: {loader.num_workers} worker processes read the {kind}, so the order of its rows "
+            "is uncertain; use num_workers=0 or 1"
         )
 
 
@@ -171,7 +171,7 @@ def committed_mask(name: str, committed: CommittedRows, rows: int) -> np.ndarray
 
     Args:
         name: The dataset's name.
-        committed: From :func:`committed_rows`.
+        committed: The result of :func:`committed_rows`.
         rows: The number of rows N of the dataset.
     """
     mask = np.zeros(rows, dtype=bool)

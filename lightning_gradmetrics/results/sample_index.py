@@ -1,4 +1,4 @@
-"""The index of each row in its dataset, as far as the dataloader shows it."""
+"""Determines the index of each row in its dataset from the dataloader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_gradmetrics.results.unfinished import UnfinishedBatches
 __all__ = ["REPEATED", "UNKNOWN", "SampleIndex", "keeps_order", "known_order", "sample_indices"]
 
 REPEATED = -1
-"""The index of a row that is left out, because a distributed sampler repeats it or it is already committed."""
+"""The index of a row that is left out because a distributed sampler repeats it or it is already committed."""
 
 UNKNOWN = -2
 """The index of a row whose position in the dataset is unknown."""
@@ -26,13 +26,13 @@ Indices = Sequence[int] | np.ndarray[Any, Any]
 
 
 def batch_sampler_of(loader: Any) -> Any:
-    """Return the loader's own batch sampler, without the wrapper that Lightning puts around it for ``predict``."""
+    """Return the loader's batch sampler, without the wrapper that Lightning adds for ``predict``."""
     batches = getattr(loader, "batch_sampler", None)
     return getattr(batches, "_batch_sampler", batches)
 
 
 def sampler_of(loader: DataLoader[Any]) -> Any:
-    """Return the sampler whose order the loader follows; ``None`` behind a batch sampler with another order."""
+    """Return the sampler whose order the loader follows; ``None`` if a batch sampler changes the order."""
     batches = batch_sampler_of(loader)
     follows = type(batches) is BatchSampler or isinstance(batches, UnfinishedBatches)
     return batches.sampler if follows else None
@@ -41,7 +41,7 @@ def sampler_of(loader: DataLoader[Any]) -> Any:
 def keeps_order(loader: Any) -> bool:
     """Return whether a dataloader returns its batches in the order in which its sampler draws them.
 
-    Workers with ``in_order=False`` do not, and a class that overrides ``__iter__`` may not.
+    Workers with ``in_order=False`` do not keep the order, and a class that overrides ``__iter__`` may not.
     """
     is_unordered = getattr(loader, "num_workers", 0) > 0 and not getattr(loader, "in_order", True)
     return type(loader).__iter__ is DataLoader.__iter__ and not is_unordered
@@ -54,7 +54,7 @@ def known_order(loader: Any) -> Indices | None:
         loader: A dataloader.
 
     Returns:
-        The dataset's indices in the order of the sampler or of the list of batches, or ``None``.
+        The indices in the dataset, in the order of the sampler or of the list of batches, or ``None``.
     """
     if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__len__") or not keeps_order(loader):
         return None
@@ -64,7 +64,7 @@ def known_order(loader: Any) -> Indices | None:
     sampler = sampler_of(loader)
     if isinstance(sampler, SequentialSampler):
         return range(len(sampler))
-    # Lightning wraps the user's own sampler; only a sequential one returns the same order when it is read twice.
+    # Lightning wraps the user's sampler; only a sequential sampler returns the same order when it is read twice.
     wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", None)
     in_order = wrapped is None or isinstance(wrapped, SequentialSampler)
     if not isinstance(sampler, DistributedSampler) or not in_order:
@@ -73,9 +73,9 @@ def known_order(loader: Any) -> Indices | None:
 
 
 def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> Indices | None:
-    """Return the dataset's index of each row that this process will receive, in order; ``None`` if it is unknown.
+    """Return the dataset index of each row that this process will receive, in order; ``None`` if unknown.
 
-    A distributed sampler repeats rows so that all processes receive the same number: a repeated row has the index -1.
+    A distributed sampler repeats rows so that all processes receive the same number; repeated rows get the index -1.
     """
     order = known_order(loader)
     if order is None:
@@ -99,7 +99,7 @@ class SampleIndex:
     Args:
         known: The index of each row in order, or ``None``.
         batch_size: Rows of each batch except the last; ``None`` if unknown.
-        position: Number of rows returned so far.
+        position: The number of rows returned so far.
         committed: Whether an earlier run committed each index ``(N,)``, bool, or ``None``; committed rows are left out.
 
     Example:
@@ -123,7 +123,7 @@ class SampleIndex:
         return cls(sample_indices(loader, rank, world_size), size)
 
     def take(self, rows: int, seen: Sequence[int] | None = None) -> Tensor:
-        """Return the indices of the next batch ``(rows,)``: -1 for a row that is left out, -2 for an unknown one.
+        """Return the indices of the next batch ``(rows,)``: -1 for a row that is left out, -2 for an unknown index.
 
         Args:
             rows: The number of rows that the model returned.

@@ -23,7 +23,7 @@ __all__ = ["DirectoryStore", "MemoryStore", "Results", "Store"]
 
 BYTES_PER_PART = 2**26
 SECONDS_PER_PART = 60.0
-"""Seconds between commits; a kill loses at most the rows of this time."""
+"""Seconds between commits; if the process is killed, at most the rows of this period are lost."""
 
 Results: TypeAlias = pa.Table | Callable[[], pa.Table]
 """A results table, or a function that reads it."""
@@ -36,11 +36,11 @@ class Store(Protocol):
     """Receives the rows of a run."""
 
     def after_batch(self, rows: Rows) -> None:
-        """Store rows after a batch of their dataloader, if it is time to."""
+        """Called after each batch of a dataloader; stores rows if it is time."""
         ...
 
     def share(self) -> Any:
-        """Store all rows, and return what rank 0 needs from this process."""
+        """Store all rows, and return the value that rank 0 needs from this process."""
         ...
 
     def join(self, shared: Sequence[Any]) -> None:
@@ -48,7 +48,7 @@ class Store(Protocol):
         ...
 
     def judged(self, scores: Sequence[str]) -> pa.Table:
-        """Return the columns that the evaluation reads, of all processes."""
+        """Return the columns that the evaluation reads, with the rows of all processes."""
         ...
 
     def results(self) -> Results:
@@ -60,7 +60,7 @@ class Store(Protocol):
         ...
 
     def advice(self) -> str:
-        """Return what the user can do after an interruption."""
+        """Return advice for the user after an interruption."""
         ...
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class MemoryStore:
         return self.table
 
     def results(self) -> pa.Table:
-        """Return the rows that were merged last."""
+        """Return the merged rows of the last run."""
         return self.complete(self.table)
 
     def interrupt(self) -> None:
@@ -117,7 +117,7 @@ class MemoryStore:
 
 @dataclass
 class DirectoryStore:
-    """Commits the rows to a results directory and keeps few of them in memory.
+    """Commits the rows to a results directory, and keeps only a few of them in memory.
 
     Args:
         writer: Writes the parts.
@@ -149,7 +149,7 @@ class DirectoryStore:
         rank: int = 0,
         is_limited: bool = False,
     ) -> DirectoryStore:
-        """Open the directory, and leave out the rows that an interrupted run committed.
+        """Open the directory, and skip the rows that an interrupted run committed.
 
         Args:
             output: Where the results are stored.
@@ -159,11 +159,11 @@ class DirectoryStore:
             about: Facts that may differ in a resumed run.
             complete: Adds columns computed from others.
             rank: The number of this process.
-            is_limited: Whether only some of the batches are scored.
+            is_limited: Whether only part of the batches is scored.
 
         Raises:
             FileExistsError: If the directory contains results and the run does not resume them.
-            ResumeError: If it holds the results of another run, or the rows of a dataloader are unknown.
+            ResumeError: If it contains the results of another run, or the rows of a dataloader are unknown.
             RuntimeError: If another process writes to it.
         """
         sizes: dict[str, int | None] = {}
@@ -195,7 +195,7 @@ class DirectoryStore:
             table.index.committed = committed_mask(name, committed, described["rows"])
 
     def changes(self) -> str | None:
-        """Return, in words, the differences from the interrupted run that change scores by rounding at most."""
+        """Return a description of the differences from the interrupted run that change scores by rounding at most."""
         parts = sorted(self.output.directory.glob(PART))
         if not parts:
             return None
@@ -203,7 +203,7 @@ class DirectoryStore:
         return difference("", stored, self.writer.about)
 
     def after_batch(self, rows: Rows) -> None:
-        """Commit rows once there are many of them or a minute has passed.
+        """Commit rows once there are enough or a minute has passed.
 
         Raises:
             OSError: If the part cannot be written; committed parts are intact.
@@ -234,7 +234,7 @@ class DirectoryStore:
         """Write the manifest, which marks the results as complete.
 
         Raises:
-            RuntimeError: If the parts of other processes are not in the directory.
+            RuntimeError: If parts of other processes are missing in the directory.
         """
         for names in shared:
             for name in names:

@@ -29,7 +29,7 @@ __all__ = [
 
 
 def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> Tensor:
-    """Return which samples are free of NaN and Inf, in their inputs and in ``others``: ``(N,)``, bool.
+    """Return which samples have no NaN or Inf in their inputs and in ``others``: ``(N,)``, bool.
 
     Args:
         inputs: The model's inputs; tensors without one row per sample are ignored.
@@ -57,11 +57,11 @@ def _rows_without_nan(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SequenceColumns:
-    """Further columns of texts, which have one value per token.
+    """Additional columns of texts, with one value per text or per token.
 
     Args:
         lengths: The number of tokens of each text ``(N,)``.
-        lists: Values of tokens ``(M,)`` by column, one text after the other.
+        lists: One value per token ``(M,)`` by column, one text after the other.
         values: One value per text ``(N,)`` by column.
     """
 
@@ -81,14 +81,14 @@ class SequenceColumns:
 
 @dataclass
 class Rows:
-    """The rows of one dataset, kept on the device until they are read.
+    """The rows of one dataset, which stay on the device until they are read.
 
     Args:
         dataset: The dataset's name.
         scores: The names of the score columns.
-        index: The dataset's index of the rows.
-        forget_labels: Whether labels are left out of the table.
-        vectors: The names of further columns, whose values are lists of numbers.
+        index: Yields the index of each row in the dataset.
+        forget_labels: Whether to leave labels out of the table.
+        vectors: The names of additional columns, whose values are lists of numbers.
         has_ids: Whether each row has a sample id.
     """
 
@@ -105,7 +105,7 @@ class Rows:
     waiting: int = 0
     """The number of rows in memory."""
     size: int = 0
-    """The number of bytes of the rows in memory, ids not counted."""
+    """The number of bytes of the rows in memory, excluding ids."""
     are_texts: bool = False
     """Whether the rows are texts with columns of their tokens."""
 
@@ -129,13 +129,13 @@ class Rows:
             labels: True labels ``(N,)``, or ``None``.
             scores: The scores by name, ``(N,)`` each.
             seen: The indices that the loader drew for this batch, if it recorded them.
-            vectors: Further columns ``(N, ...)`` by name.
+            vectors: Additional columns ``(N, ...)`` by name.
             ids: The id of each sample, if the rows have ids.
-            of_tokens: Further columns of texts, which have no prediction.
-            order: The number in the loader's batch of each row ``(N,)``, or ``None`` if the order is the same.
+            of_tokens: Additional columns of texts, which have no prediction.
+            order: The position of each row in the loader's batch ``(N,)``, or ``None`` if the order is the same.
 
         Raises:
-            ValueError: If there are not N ids.
+            ValueError: If the number of ids is not N.
         """
         prediction, index = logits.argmax(1), self.index.take(len(logits), seen)
         if of_tokens is not None:
@@ -144,7 +144,7 @@ class Rows:
             index = index[order.to(index.device)]
         if self.has_ids and len(ids) != len(logits):
             raise ValueError(
-                f"sample_id= returned {len(ids)} ids for a batch of {len(logits)} samples; expected one each"
+                f"sample_id= returned {len(ids)} ids for a batch of {len(logits)} samples; expected one id per sample"
             )
         known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
         finite = finite_rows(inputs, (logits, *scores.values()), len(logits)).to(prediction.device)
@@ -199,13 +199,13 @@ def _joined(batches: Sequence[Mapping[str, Tensor]], key: str) -> Any:
 
 
 def _lists(values: Any) -> pa.Array:
-    """Return a column of lists of one length, from an array ``(N, ...)``."""
+    """Return an array ``(N, ...)`` as a column of fixed-length lists."""
     width = values[0].size
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
 
 
 def _columns_of_texts(columns: Mapping[str, Any]) -> dict[str, pa.Array]:
-    """Return the further columns of texts: one value per text, or a list of one value per token."""
+    """Return the additional columns of texts: one value per text, or a list with one value per token."""
     arrays = {}
     for key, values in columns.items():
         kind, _, name = key.partition("/")
@@ -228,7 +228,7 @@ def empty_results(scores: Sequence[str]) -> pa.Table:
 
 
 def merge_results(tables: Sequence[pa.Table], datasets: Sequence[str]) -> pa.Table:
-    """Return the tables of several processes or datasets as one, in the order of the datasets and of their indices."""
+    """Merge the tables of several processes or datasets, ordered by dataset and index."""
     filled = [table for table in tables if table.num_rows]
     merged = pa.concat_tables(filled or tables[:1])
     if not merged.num_rows:
@@ -242,18 +242,18 @@ KEYS = ("dataset", "index", "prediction", "label", "sample_id")
 
 
 def with_scores(results: pa.Table, columns: Mapping[str, Tensor]) -> pa.Table:
-    """Return the table with further scores ``(N,)`` before ``finite``, which is false where one of them is not.
+    """Return the table with additional scores ``(N,)`` before ``finite``, which becomes false where one is not finite.
 
     Args:
         results: A results table.
-        columns: The scores by name, in the order of its rows.
+        columns: The scores by name, in the order of the rows.
 
     Raises:
         ValueError: If the table has a column of that name.
     """
     for name, values in columns.items():
         if name in results.column_names:
-            raise ValueError(f"the results have a column {name!r} already: give the score another name")
+            raise ValueError(f"the results already have a column {name!r}: rename the score")
         values = values.detach().cpu().double()
         finite = pc.and_(results["finite"], pa.array(values.isfinite().numpy()))
         results = results.drop_columns(["finite"]).append_column(name, pa.array(values.numpy()))
@@ -265,7 +265,7 @@ def join_scores(first: pa.Table, second: pa.Table) -> pa.Table:
     """Return the first table with the scores of a second table of the same samples in the same order.
 
     Raises:
-        ValueError: If the samples are not the same.
+        ValueError: If the samples differ.
     """
     if not first.select(["dataset", "index"]).equals(second.select(["dataset", "index"])):
         raise ValueError("the two results tables are not of the same samples in the same order")
@@ -279,7 +279,7 @@ def largest(results: pa.Table, score: str, n: int = 20, dataset: str | None = No
     Rows with NaN or Inf are left out. Among equal values, the sample with the lower index comes first.
 
     Args:
-        results: A per-sample table, as ``callback.results``.
+        results: A per-sample table, such as ``callback.results``.
         score: The name of the score's column.
         n: The largest number of samples.
         dataset: The dataset; by default all datasets, one after the other.
@@ -313,7 +313,7 @@ def largest(results: pa.Table, score: str, n: int = 20, dataset: str | None = No
 
 
 def largest_of_each(results: pa.Table, counts: Mapping[str, int]) -> pa.Table:
-    """Return :func:`largest` of several scores in one table, with the columns ``score`` and ``value``.
+    """Return the results of :func:`largest` for several scores in one table, with the columns ``score`` and ``value``.
 
     Args:
         results: A per-sample table.

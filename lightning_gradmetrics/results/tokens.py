@@ -1,4 +1,4 @@
-"""The tokens of a results table of texts, one row per token."""
+"""Converts a results table of texts to one row per token."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pyarrow.compute as pc
 __all__ = ["LIST_PREFIX", "SEQUENCE", "has_tokens", "token_table"]
 
 LIST_PREFIX = "tokens/"
-"""The start of the names of list columns that hold a score of every token."""
+"""Prefix of list columns with a score for every token."""
 
 SEQUENCE = "sequence"
 """The column of :func:`token_table` that numbers the texts."""
 
 RENAMED = {"positions": "position", "predicted_ids": "prediction", "token_ids": "label"}
-"""List columns that are not scores, and the columns of the tokens that they become."""
+"""List columns that are not scores, and the names of the token columns that they become."""
 
 
 def has_tokens(results: pa.Table) -> bool:
-    """Return whether a results table is of texts, with lists of values of their tokens."""
+    """Return whether a results table is of texts, with lists of token values."""
     return "token_ids" in results.column_names
 
 
@@ -28,7 +28,8 @@ def token_table(results: pa.Table) -> pa.Table:
 
     Args:
         results: The results of a run over texts, with the columns ``token_ids``, ``predicted_ids``, ``positions`` and
-            ``tokens/<score>``, as ``callback.results`` or :func:`lightning_gradmetrics.read_results` return them.
+            ``tokens/<score>``, such as ``callback.results`` or the result of
+            :func:`lightning_gradmetrics.read_results`.
 
     Returns:
         The columns ``dataset``; ``index``, the text's index in the dataset; ``sequence``, the number of the text's row;

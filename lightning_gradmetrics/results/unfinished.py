@@ -60,7 +60,7 @@ def unfinished_batches(sampler: Sampler[int], batch_size: int, drop_last: bool, 
     Args:
         sampler: A sampler whose order is always the same.
         batch_size: The number of rows of a batch.
-        drop_last: Whether a smaller last batch is left out.
+        drop_last: Whether an incomplete last batch is dropped.
         committed: Which rows ``(N,)`` of the dataset are committed, bool.
 
     Example:
@@ -84,7 +84,7 @@ class UnfinishedList(list[list[int]]):
 
 
 def unfinished_list(batches: Sequence[Sequence[int]], committed: Mask) -> UnfinishedList:
-    """Return the batches of a list with rows that are not committed; at least one batch.
+    """Return the batches of a list that contain rows that are not committed; at least one batch.
 
     Args:
         batches: The indices of each batch.
@@ -101,9 +101,9 @@ class RestOfStream(IterableDataset[Any]):
     """The samples of an iterable dataset after its first rows.
 
     Args:
-        whole: A dataset with a method ``skip(rows)`` that returns the dataset without its first rows, such as those
-            of the library ``datasets``.
-        rows: The number of rows that are skipped.
+        whole: A dataset with a method ``skip(rows)`` that returns the dataset without its first rows, as in the library
+            ``datasets``.
+        rows: The number of rows to skip.
     """
 
     def __init__(self, whole: Any, rows: int) -> None:

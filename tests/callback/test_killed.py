@@ -152,7 +152,9 @@ def test_a_full_disk_is_reported_and_the_run_resumes(
     expected = score(None).results
     with monkeypatch.context() as patched:
         full_disk(patched, parts=2)
-        with pytest.raises(OSError, match=r"could not write 8 rows to .*No space left.*make room and resume") as raised:
+        with pytest.raises(
+            OSError, match=r"could not write 8 rows to .*No space left.*free some space and resume"
+        ) as raised:
             score(Output(tmp_path, rows_per_part=8))
     assert raised.value.errno == errno.ENOSPC
     assert "16 rows are committed" in capsys.readouterr().err

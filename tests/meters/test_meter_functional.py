@@ -243,7 +243,7 @@ def test_calibration_error():
     target = torch.cat([torch.arange(100) < 25, torch.arange(100) < 45])
     assert F.calibration_error(probability, target, n_bins=10).item() == pytest.approx(0.2, abs=1e-6)
     assert F.calibration_error(probability, target, n_bins=10, norm="max").item() == pytest.approx(0.4, abs=1e-6)
-    with pytest.raises(ValueError, match="raw score has no calibration"):
+    with pytest.raises(ValueError, match="raw scores are not calibrated"):
         F.calibration_error(torch.tensor([0.5, 1.5]), torch.tensor([0, 1]))
 
 

@@ -60,9 +60,9 @@ def test_mistakes_are_named() -> None:
     scorer = lgm.ray.Scorer(make_model, SCORES, inputs="image")
     with pytest.raises(KeyError, match="no column 'image'; columns: id"):
         scorer(pa.table({"id": [1]}))
-    with pytest.raises(ValueError, match="column 'entropy' already"):
+    with pytest.raises(ValueError, match="already has a column 'entropy'"):
         scorer(pa.table({"image": list(vectors()[:1]), "entropy": [0.0]}))
-    with pytest.raises(ValueError, match="have 1 to 2 values; expected one length"):
+    with pytest.raises(ValueError, match="have 1 to 2 values; expected equal lengths"):
         to_array(pa.array([[1], [1, 2]]))
     with pytest.raises(ValueError, match="1 of 2 values of an input column are null"):
         to_array(pa.array([[1], None]))

@@ -71,10 +71,10 @@ def test_a_part_that_was_removed_or_changed_is_refused(tmp_path: Path) -> None:
         writer.finish({"val": None})
     last = sorted(tmp_path.glob("part-*.parquet"))[-1]
     pq.write_table(rows([2]), last)
-    with pytest.raises(IncompleteResultsError, match="has 1 rows and the manifest lists 2"):
+    with pytest.raises(IncompleteResultsError, match="has 1 rows, but the manifest lists 2"):
         read_results(tmp_path)
     last.unlink()
-    with pytest.raises(IncompleteResultsError, match="has 0 rows and the manifest lists 2"):
+    with pytest.raises(IncompleteResultsError, match="has 0 rows, but the manifest lists 2"):
         read_results(tmp_path)
 
 
@@ -120,7 +120,7 @@ def test_two_writers_cannot_share_a_directory(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_is_no_result(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no results"):
+    with pytest.raises(FileNotFoundError, match="contains no results"):
         read_results(tmp_path)
 
 
@@ -199,6 +199,6 @@ def test_a_disk_that_is_full_leaves_the_committed_parts(tmp_path: Path) -> None:
     """A limit on file sizes stands for a full disk: the write fails in the same place."""
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "could not write 5000 rows" in done.stderr
-    assert "make room and resume the run" in done.stderr
+    assert "free some space and resume the run" in done.stderr
     assert read_results(tmp_path, incomplete=True).num_rows == 10
     assert not list(tmp_path.glob(".tmp-*"))

@@ -1,8 +1,8 @@
 """Metrics as plain functions of scores ``(N,)`` and targets ``(N,)``.
 
-Scores are raw: any scale, any sign, higher = more uncertain; infinities rank, NaN is refused. Target 1 is the
-positive class: an error, or out-of-distribution. A metric that is undefined, because a class or all samples are
-missing, is NaN with one ``UserWarning``.
+Scores are raw: any scale and sign, including infinities, higher = more uncertain; NaN is refused. Target 1 is the
+positive class: an error, or out-of-distribution. A metric that is undefined because a class or all samples are missing
+is NaN, with one ``UserWarning``.
 """
 
 from lightning_gradmetrics.meters.functional.areas import auac, aufc

@@ -13,13 +13,13 @@ from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, ha
 __all__ = ["Mode", "auac", "auac_of_counts", "aufc", "aufc_of_counts", "check_mode"]
 
 Mode = Literal["coverage", "threshold"]
-"""The x-axis: the share of samples accepted, or the threshold on scores scaled to [0, 1] by minimum and maximum."""
+"""The x-axis: the fraction of accepted samples, or the threshold on scores scaled to [0, 1] by minimum and maximum."""
 
 NEEDS = {"coverage": "at least one sample", "threshold": "at least two distinct scores"}
 
 
 def check_mode(mode: Mode) -> Mode:
-    """A mode.
+    """Return a mode, checked.
 
     Raises:
         ValueError: If it is neither ``"coverage"`` nor ``"threshold"``.
@@ -30,12 +30,12 @@ def check_mode(mode: Mode) -> Mode:
 
 
 def auac(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
-    """Area under the accuracy curve: the accuracy among the accepted samples, over all coverages or all thresholds.
+    """Area under the accuracy curve: the accuracy of the accepted samples, over all coverages or all thresholds.
 
-    Over coverage it is the mean over ``k`` of the accuracy of the ``k`` most certain samples, ``1 - AURC``, and
-    depends on the order of the scores only. Over thresholds it rewards the scale too: the scores are scaled to [0, 1]
-    by their minimum and maximum, so a score that keeps its errors far from the rest beats another score of the same
-    order. The published table of the reference does not state its x-axis.
+    Over coverage, it is the mean over ``k`` of the accuracy of the ``k`` most certain samples, ``1 - AURC``, and
+    depends only on the order of the scores. Over thresholds, the scores are scaled to [0, 1] by their minimum and
+    maximum, so of two scores with the same order, the one that separates errors further from the rest is better. The
+    published table of the reference does not state its x-axis.
 
     Args:
         scores: ``(N,)``, higher = more uncertain; in threshold mode finite.
@@ -62,14 +62,14 @@ def auac(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
 
 
 def auac_of_counts(counts: Counts, mode: Mode = "coverage") -> Tensor:
-    """AUAC of counts ``(G,)``, in float64; NaN where it is undefined."""
+    """Return the AUAC of counts ``(G,)``, in float64; NaN if undefined."""
     if check_mode(mode) == "coverage":
         return 1 - aurc_of_counts(counts)
     return _over_threshold(counts, counts.negatives_to / counts.samples_to)
 
 
 def aufc(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
-    r"""Area under the F1 curve, where accepting is the positive decision and a correct prediction the positive class.
+    r"""Area under the F1 curve, with acceptance as the positive decision and correct predictions as the positive class.
 
     With ``c`` correct predictions among ``k`` accepted, and ``C`` correct ones in all, ``F1 = 2 c / (k + C)``. Over
     coverage: the mean over ``k = 1..N``. Over thresholds: as for :func:`auac`.
@@ -97,9 +97,9 @@ def aufc(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
 
 
 def aufc_of_counts(counts: Counts, mode: Mode = "coverage") -> Tensor:
-    r"""AUFC of counts ``(G,)``, in float64; NaN where it is undefined.
+    r"""Return the AUFC of counts ``(G,)``, in float64; NaN if undefined.
 
-    Within a group of ``m`` ties, a share ``q`` of them correct, after ``k`` samples with ``c`` correct ones, the group adds
+    A group of ``m`` ties, of which the fraction ``q`` is correct, after ``k`` samples of which ``c`` are correct, adds
     ``sum_{j<=m} 2 (c + j q) / (k + j + C) = 2 (m q + (c - q (k + C)) (H_{k+C+m} - H_{k+C}))``.
     """
     correct, all_correct, ends = counts.negative, counts.negatives, counts.samples_to
@@ -113,7 +113,7 @@ def aufc_of_counts(counts: Counts, mode: Mode = "coverage") -> Tensor:
 
 
 def _over_threshold(counts: Counts, heights: Tensor) -> Tensor:
-    """The area under a step curve over the threshold, scores being scaled to [0, 1]."""
+    """Return the area under a step curve over the threshold, with scores scaled to [0, 1]."""
     scores = counts.scores.double()
     if bool(torch.isinf(scores).any()):
         raise ValueError(

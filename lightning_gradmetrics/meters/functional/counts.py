@@ -1,8 +1,8 @@
-"""Counts per distinct score, from which every ranking metric is computed.
+"""Counts per distinct score, the input of every ranking metric.
 
-A ranking metric needs the order of the scores and their ties, nothing else. So the scores are sorted once and grouped:
-the distinct scores in ascending order, and the number of negatives and positives of each. Metrics of counts accept
-leading batch dimensions, one per bootstrap resample, and accept a histogram as well as exact groups.
+A ranking metric depends only on the order of the scores and their ties. So the scores are sorted once and grouped into
+distinct scores in ascending order, with the number of negatives and positives of each. Metrics of counts accept leading
+batch dimensions, such as bootstrap resamples, and work on histograms as well as on exact groups.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ class Counts:
 
     Args:
         scores: ``(G,)``, ascending and distinct.
-        negatives_to: ``(..., G)``, samples with target 0 at or below each score; a weight where samples have weights.
-        positives_to: ``(..., G)``, samples with target 1 at or below each score.
+        negatives_to: ``(..., G)``, the number (or total weight) of samples with target 0 at or below each score.
+        positives_to: ``(..., G)``, the number (or total weight) of samples with target 1 at or below each score.
     """
 
     scores: Tensor
     negatives_to: Tensor
     positives_to: Tensor
     known: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """What has been computed already: the numbers at each score, and metrics that other metrics need."""
+    """Cached results: the counts at each score, and metrics that other metrics use."""
 
     @classmethod
     def of(cls, scores: Tensor, negative: Tensor, positive: Tensor) -> Counts:
-        """Make counts from the numbers of negatives and positives at each score, ``(..., G)`` each."""
+        """Return counts from the numbers of negatives and positives at each score, ``(..., G)`` each."""
         known = {"negative": negative, "positive": positive}
         return cls(scores, negative.cumsum(-1), positive.cumsum(-1), known)
 
@@ -112,7 +112,7 @@ class Counts:
 
     @cached_property
     def at_positives(self) -> Sums:
-        """The sums at the scores that positives have; at all scores where there are batch dimensions."""
+        """The sums at the scores of positives; at all scores if there are batch dimensions."""
         if self.positives_to.ndim > 1:
             return self._all_sums()
         chosen = _steps_up(self.positives_to)
@@ -122,7 +122,7 @@ class Counts:
 
     @cached_property
     def at_negatives(self) -> Sums:
-        """The sums at the scores that negatives have; at all scores where there are batch dimensions."""
+        """The sums at the scores of negatives; at all scores if there are batch dimensions."""
         if self.negatives_to.ndim > 1:
             return self._all_sums()
         chosen = _steps_up(self.negatives_to)
@@ -143,7 +143,7 @@ class Counts:
 
 
 def _steps_up(sums: Tensor) -> Tensor:
-    """The positions ``(M,)`` at which cumulative sums ``(G,)`` are larger than before, the first from 0."""
+    """Return the positions ``(M,)`` at which cumulative sums ``(G,)`` increase, starting from 0."""
     changes = torch.ones(len(sums), dtype=torch.bool, device=sums.device)
     torch.ne(sums[1:], sums[:-1], out=changes[1:])
     changes[:1] = sums[:1] != 0
@@ -151,7 +151,7 @@ def _steps_up(sums: Tensor) -> Tensor:
 
 
 def _steps_at(sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Of cumulative sums ``(G,)`` those at the chosen positions ``(M,)``, and by how much each exceeds the one before."""
+    """Return the cumulative sums at the chosen positions ``(M,)``, and the increase of each over the one before."""
     here = real(sums.index_select(0, chosen))
     before = real(sums.index_select(0, (chosen - 1).clamp(min=0)))
     before[:1] *= chosen[:1] != 0
@@ -159,7 +159,7 @@ def _steps_at(sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _steps(sums: Tensor) -> Tensor:
-    """The differences of cumulative sums ``(..., G)``, the first from 0."""
+    """Return the differences of cumulative sums ``(..., G)``, starting from 0."""
     steps = sums.clone()
     steps[..., 1:] -= sums[..., :-1]
     return steps
@@ -173,7 +173,7 @@ def check_tensor(values: Any, name: str) -> None:
     """Check that an argument is a tensor.
 
     Raises:
-        TypeError: If it is something else; the message says how to convert it.
+        TypeError: If it is not a tensor; the message states how to convert it.
     """
     if isinstance(values, Tensor):
         return
@@ -185,18 +185,18 @@ def check_tensor(values: Any, name: str) -> None:
 def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     """Return scores as a floating ``(N,)`` tensor that can be ranked.
 
-    Plus and minus infinity rank above and below everything else; NaN has no rank and is refused.
+    Infinities rank above or below everything else; NaN has no rank and is refused.
 
     Args:
         scores: ``(N,)``, any real type.
-        name: What to call them in a message.
+        name: The name of the scores in error messages.
 
     Returns:
         ``(N,)`` in float32 or float64 (half precision becomes float32, integers float64), detached.
 
     Raises:
         TypeError: If it is not a tensor of real numbers.
-        ValueError: If it is not one-dimensional, or has a NaN.
+        ValueError: If it is not one-dimensional or contains NaN.
     """
     check_tensor(scores, name)
     if scores.is_complex() or scores.dtype == torch.bool:
@@ -206,7 +206,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     scores = scores.detach()
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.to(torch.float32 if scores.is_floating_point() else torch.float64)
-    # The maximum is NaN if any value is, and takes a fifth of the time of isnan().
+    # The maximum is NaN if any value is NaN, and is five times faster than isnan().
     if len(scores) and bool(torch.isnan(scores.max())):
         number = int(torch.isnan(scores).sum())
         raise ValueError(
@@ -250,10 +250,10 @@ def _is_binary(target: Tensor) -> bool:
 
 
 def check_rate(value: float, name: str) -> float:
-    """A number in (0, 1].
+    """Return a number in (0, 1], checked.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the number is not in (0, 1].
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
         raise ValueError(f"{name} must be a number above 0 and at most 1, got {value!r}")
@@ -288,18 +288,18 @@ def count(scores: Tensor, target: Tensor) -> Counts:
 
 
 def real(number: Tensor) -> Tensor:
-    """Counts in float64."""
+    """Return counts in float64."""
     return number.double()
 
 
 def dot(one: Tensor, other: Tensor) -> Tensor:
-    """The sum ``(...)`` over the last dimension of the product of two tensors ``(..., G)``."""
+    """Return the sum ``(...)`` over the last dimension of the product of two tensors ``(..., G)``."""
     product: Tensor = torch.linalg.vecdot(one, other)
     return product
 
 
 def flip(counts: Counts) -> Counts:
-    """The counts of negated scores with the classes exchanged, so that target 0 becomes the positive class."""
+    """Return the counts of negated scores with the classes exchanged, so that target 0 is the positive class."""
     return Counts.of(-counts.scores.flip(-1), counts.positive.flip(-1), counts.negative.flip(-1))
 
 

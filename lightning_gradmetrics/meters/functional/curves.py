@@ -12,10 +12,10 @@ __all__ = ["precision_recall_curve", "precision_recall_curve_of_counts", "roc", 
 
 
 def roc(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ROC curve: a point for each distinct score, a sample being flagged where its score is at least the threshold.
+    """Return the ROC curve, one point per distinct score; a sample is flagged if its score is at least the threshold.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
 
     Returns:
@@ -33,7 +33,7 @@ def roc(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def roc_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
-    """The ROC curve of counts, in float32; the same points as :func:`roc`."""
+    """Return the ROC curve of counts, in float32; the same points as :func:`roc`."""
     if not bool((counts.negatives > 0) & (counts.positives > 0)):
         announce_undefined(torch.tensor(torch.nan), "the ROC curve", BOTH)
     fpr = _descending(counts.negatives_from / counts.negatives)
@@ -43,23 +43,23 @@ def roc_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _descending(rates: Tensor) -> Tensor:
-    """Rates from the highest threshold down, with a 0 for the threshold that flags nothing."""
+    """Return rates from the highest threshold to the lowest, starting with 0 for the threshold that flags nothing."""
     start = rates[:1] * 0 if len(rates) else rates.new_full((1,), torch.nan)
     return torch.cat([start, rates.flip(0)]).float()
 
 
 def precision_recall_curve(scores: Tensor, target: Tensor, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
-    """The precision-recall curve: a point for each distinct score, and the end point (1, 0) that has no threshold.
+    """Return the precision-recall curve: one point per distinct score, and the end point (1, 0) without a threshold.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
-        positive: ``"out"``: flagged where the score is at least the threshold; ``"in"``: accepted where it is at most
-            the threshold.
+        positive: ``"out"``: samples are flagged if their score is at least the threshold; ``"in"``: samples are
+            accepted if their score is at most the threshold.
 
     Returns:
-        Precision and recall, ``(G + 1,)`` each, and thresholds in the scores' own unit, ``(G,)``, from all flagged to
-        few. Without a positive the recall is NaN, with a UserWarning.
+        Precision and recall, ``(G + 1,)`` each, and thresholds in the unit of the scores, ``(G,)``, starting with all
+        samples flagged. Without a positive the recall is NaN, with a UserWarning.
 
     Raises:
         ValueError: If a shape or a value is wrong.
@@ -72,7 +72,7 @@ def precision_recall_curve(scores: Tensor, target: Tensor, positive: Positive = 
 
 
 def precision_recall_curve_of_counts(counts: Counts, positive: Positive = "out") -> tuple[Tensor, Tensor, Tensor]:
-    """The precision-recall curve of counts, in float32; the same points as :func:`precision_recall_curve`."""
+    """Return the precision-recall curve of counts, in float32; the same points as :func:`precision_recall_curve`."""
     if positive == "in":
         precision, recall, thresholds = precision_recall_curve_of_counts(flip(counts))
         return precision, recall, -thresholds

@@ -1,4 +1,4 @@
-"""A histogram of fixed size over scores of any scale: constant memory for streams of any length.
+"""A histogram of fixed size for scores of any scale: constant memory for streams of any length.
 
 The bit pattern of a float64 score, with the lower bits of negative numbers inverted, is an integer in the same order as
 the score. The histogram is a table of cells. A cell covers all scores whose integers start with the same bits, its
@@ -6,15 +6,16 @@ the score. The histogram is a table of cells. A cell covers all scores whose int
 classes. A level-0 cell covers one score, so its samples are true ties.
 
 New samples are appended as level-0 cells. When the table is full, the counts of equal cells are added. If more than
-half of the table is then still in use, the lightest families of neighbouring cells are folded, each into the shortest
-prefix that its cells share, until ``bins`` cells are left. This has three consequences:
+half of the table is still in use, the lightest groups of adjacent cells are merged ("folded") into one cell that covers
+their common prefix, until ``bins`` cells are left. This has three consequences:
 
-- No range is needed beforehand. Cells are fine where the scores are, whether in [9, 10], within 1e-9 of 1, or spread
-  over 600 decades.
-- With at most ``4 * bins`` distinct scores nothing is ever folded: every metric is exact, and merging is addition.
+- No range is needed in advance. Cells are fine wherever there are scores, whether in [9, 10], within 1e-9 of 1, or
+  spread over 600 decades.
+- With at most ``4 * bins`` distinct scores, nothing is folded: every metric is exact, and merging is addition.
 - Above that, counts are still only added, never sampled or dropped. Only the order of a positive and a negative in
-  equal or nested cells is lost. If no folded cell holds more than a share ``f`` of either class, the AUROC is off by at
-  most ``29 f``, because a chain of nested folded cells has at most 15 links. ``f`` is a few times ``1 / bins``;
+  equal or nested cells is lost. If no folded cell holds more than the fraction ``f`` of either class, the error of the
+  AUROC is at most ``29 f``, because a chain of nested folded cells has at most 15 links. ``f`` is a few times ``1 /
+  bins``;
   :func:`folded_share` returns it. :func:`auroc_bounds` returns the lowest and the highest AUROC that the cells allow,
   which is a much tighter bound.
 
@@ -22,10 +23,10 @@ On a million scores of thirteen kinds (in the tests: normal, energies in [9, 10]
 slightly above 1e8, hundreds of decades, mixtures, sorted, drifting), 16384 bins return the AUROC within 0.001 points,
 with bounds less than 0.1 points apart.
 
-The folding depends on the order of the batches. A summary that is always exactly additive has to choose its cells
-before it sees the data, as a fixed range or a fixed number of leading bits, and a stream that falls into one cell then
-loses everything; softmax confidences near 1 do. Here the cells follow the data, and two orders differ by less than the
-bounds.
+The folding depends on the order of the batches. A summary that is always exactly additive must choose its cells in
+advance, by a fixed range or a fixed number of leading bits. If a whole stream then falls into one cell, as softmax
+confidences near 1 do, all information is lost. Here the cells follow the data, and results for two orders differ by
+less than the bounds.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ Array = npt.NDArray[Any]
 
 
 def check_bins(bins: int | None) -> int | None:
-    """A number of bins, or ``None`` for the exact mode.
+    """Return a number of bins, checked, or ``None`` for the exact mode.
 
     Raises:
         ValueError: If it is neither ``None`` nor a whole number of at least 1024.
@@ -85,7 +86,7 @@ def sorted_key(scores: Tensor) -> Tensor:
 
 
 def score_of_key(key: Tensor) -> Tensor:
-    """The float64 score of each key: the inverse of :func:`sorted_key`."""
+    """Return the float64 score of each key, the inverse of :func:`sorted_key`."""
     return (key ^ ((key >> 63) & (2**63 - 1))).view(torch.float64)
 
 
@@ -100,7 +101,7 @@ def cells_of(table: Tensor) -> Tensor:
 
 
 def append(table: Tensor, scores: Tensor, target: Tensor) -> Tensor:
-    """The table with a batch added.
+    """Return the table with a batch added.
 
     Args:
         table: ``(2 + C, 8 * bins)``; it is changed in place where there is room.
@@ -130,7 +131,7 @@ def _write(free: Tensor, scores: Tensor, target: Tensor) -> None:
 
 
 def merge_tables(tables: Tensor) -> Tensor:
-    """One table from several: counts of equal cells are added.
+    """Merge several tables into one by adding the counts of equal cells.
 
     Args:
         tables: ``(W, 2 + C, 8 * bins)``.
@@ -142,7 +143,7 @@ def merge_tables(tables: Tensor) -> Tensor:
 
 
 def _fitted(cells: Tensor, size: int) -> tuple[Tensor, int]:
-    """Put cells of any order into a table of ``size`` columns, at most half of it used; computed on the CPU in NumPy."""
+    """Put cells into a table of ``size`` columns, folding them until at most half of it is used; runs on the CPU in NumPy."""
     fitted = _added(cells.cpu().numpy())
     if fitted.shape[1] > size // 2:
         fitted = _folded(fitted, size // COLUMNS)
@@ -152,7 +153,7 @@ def _fitted(cells: Tensor, size: int) -> tuple[Tensor, int]:
 
 
 def _added(cells: Array) -> Array:
-    """Cells sorted by key, longer spans first, with equal ones added."""
+    """Return cells sorted by key, wider cells first, with equal cells added."""
     alone = (cells[LEVEL] == 0) & (cells[NEGATIVE:].sum(0) == 1)
     old = cells.compress(~alone, axis=1)
     old = old.take(np.lexsort((-old[LEVEL], old[KEY])), axis=1)
@@ -166,7 +167,7 @@ def _added(cells: Array) -> Array:
 
 
 def _singles(keys: Array, side: int, height: int) -> Array:
-    """Make cells of single scores of one class, sorted and added; sorting keys is much faster than sorting cells."""
+    """Return sorted cells of single scores of one class; sorting keys is much faster than sorting cells."""
     keys = np.sort(keys)
     first = np.flatnonzero(_changes(keys))
     cells = np.zeros((height, len(first)), dtype=np.int64)
@@ -175,19 +176,19 @@ def _singles(keys: Array, side: int, height: int) -> Array:
 
 
 def _changes(values: Array) -> Array:
-    """Whether each value differs from the one before it; the first does."""
+    """Return whether each value differs from the one before it; true for the first."""
     return np.concatenate([np.ones(min(len(values), 1), dtype=bool), values[1:] != values[:-1]])
 
 
 def _merged(cells: Array, first: Array) -> Array:
-    """Runs of cells added up, each with the key and level of its first cell."""
+    """Return the sums of runs of cells, each with the key and level of its first cell."""
     if not len(first):
         return cells
     return np.concatenate([cells[:NEGATIVE].take(first, axis=1), np.add.reduceat(cells[NEGATIVE:], first, axis=1)])
 
 
 def _folded(cells: Array, room: int) -> Array:
-    """Fold the lightest families of cells until the cells fit the room."""
+    """Fold the lightest groups of cells until the cells fit into ``room`` columns."""
     excess = cells.shape[1] - room
     join = _join_levels(cells)
     share = _family_shares(cells, join)
@@ -201,7 +202,7 @@ def _folded(cells: Array, room: int) -> Array:
 
 
 def _join_levels(cells: Array) -> Array:
-    """The level of the smallest family that holds each pair of neighbours, ``(R - 1,)``."""
+    """Return the level of the smallest cell that would cover each pair of adjacent cells, ``(R - 1,)``."""
     differ = (cells[KEY, 1:] ^ cells[KEY, :-1]).view(np.uint64)
     # The bit below the highest is cleared, so that the conversion to float64 cannot round up to the next power of two.
     bits = np.frexp((differ & ~(differ >> np.uint64(1))).astype(np.float64))[1]
@@ -217,7 +218,7 @@ def _family_shares(cells: Array, join: Array) -> Array:
     shares = np.full(len(join), np.inf)
     pair = np.arange(len(join))
     for level in np.flatnonzero(np.bincount(join)[: LEVELS + 1]):
-        # What joined on a finer level is one piece by now, so the work shrinks from level to level.
+        # Cells that joined at a finer level count as one from here on, so the work shrinks from level to level.
         apart = join > level
         ends = np.concatenate([[0], pair[apart] + 1, [cells.shape[1]]])
         share = np.diff(below.take(ends, axis=1)).max(0)
@@ -231,7 +232,7 @@ def _sorted_cells(table: Tensor) -> Tensor:
 
 
 def _span(cells: Tensor) -> Tensor:
-    """The number of keys that each cell covers, minus one."""
+    """Return the number of keys that each cell covers, minus one."""
     return (torch.ones_like(cells[LEVEL]) << (STEP * cells[LEVEL])) - 1
 
 
@@ -243,7 +244,7 @@ def folded_share(table: Tensor) -> float:
 
 
 def counts_of_table(table: Tensor) -> Counts:
-    """The cells as counts per score, each cell at the middle of its keys.
+    """Return the cells as counts per score, with each cell at the middle of its keys.
 
     Args:
         table: ``(4, 8 * bins)``.
@@ -270,8 +271,8 @@ def auroc_bounds(
 ) -> tuple[Tensor, Tensor]:
     """Return the lowest and the highest AUROC that the samples in a table can have, in float64.
 
-    All positives at the low end of their cells and all negatives at the high end give the lowest; the opposite the
-    highest.
+    The lowest AUROC has all positives at the low end of their cells and all negatives at the high end; the highest is
+    the opposite.
 
     Args:
         table: ``(2 + C, 8 * bins)``.

@@ -1,4 +1,4 @@
-"""Metrics of how well scores rank positives above negatives."""
+"""Metrics that measure how well scores rank positives above negatives."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 def check_positive(positive: Positive) -> Positive:
-    """A word for the positive class.
+    """Return the name of the positive class, checked.
 
     Raises:
         ValueError: If it is neither ``"out"`` nor ``"in"``.
@@ -51,10 +51,10 @@ def check_positive(positive: Positive) -> Positive:
 
 
 def auroc(scores: Tensor, target: Tensor) -> Tensor:
-    r"""Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half.
+    r"""Area under the ROC curve: the probability that a positive scores above a negative, with ties counted as one half.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
 
     Returns:
@@ -71,7 +71,7 @@ def auroc(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def auroc_of_counts(counts: Counts) -> Tensor:
-    """AUROC of counts, ``(...)``; NaN where a class is missing."""
+    """Return the AUROC of counts, ``(...)``; NaN if a class is missing."""
     sums = counts.at_positives
     below = sums.negatives_to - sums.negative / 2
     return dot(sums.positive, below) / (counts.positives * counts.negatives)
@@ -81,10 +81,10 @@ def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out"
     r"""Average precision: ``sum_k (R_k - R_{k-1}) P_k`` over the distinct thresholds.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
-        positive: ``"out"``: target 1 is positive and high scores find it; ``"in"``: target 0 is positive and low
-            scores find it.
+        positive: ``"out"``: target 1 is positive and is detected by high scores; ``"in"``: target 0 is positive and is
+            detected by low scores.
 
     Returns:
         A scalar in [0, 1]. NaN with a UserWarning if there is no positive.
@@ -102,7 +102,7 @@ def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out"
 
 
 def average_precision_of_counts(counts: Counts, positive: Positive = "out") -> Tensor:
-    """Average precision of counts, ``(...)``; NaN without a positive."""
+    """Return the average precision of counts, ``(...)``; NaN without a positive."""
     if positive == "in":
         sums = counts.at_negatives
         precision = sums.negatives_to / (sums.negatives_to + sums.positives_to).clamp(min=TINY)
@@ -115,14 +115,14 @@ def average_precision_of_counts(counts: Counts, positive: Positive = "out") -> T
 
 
 def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Positive = "out") -> Tensor:
-    """The lowest false-positive rate of a threshold whose true-positive rate is at least ``rate``.
+    """Return the lowest false-positive rate of all thresholds whose true-positive rate is at least ``rate``.
 
-    Others differ in which class is positive: OpenOOD, pytorch-ood and torch-uncertainty take out-of-distribution, as
-    the default here does; the original GradNorm code takes in-distribution, ``positive="in"``. A threshold is a score
-    that occurs; there is no interpolation between them.
+    Libraries differ in the positive class: OpenOOD, pytorch-ood and torch-uncertainty use out-of-distribution, like the
+    default here; the original GradNorm code uses in-distribution, ``positive="in"``. Thresholds are scores of samples,
+    without interpolation.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
         rate: The true-positive rate, in (0, 1].
         positive: ``"out"``: target 1 is positive, flagged from above; ``"in"``: target 0 is positive, accepted from
@@ -144,13 +144,13 @@ def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Pos
 
 
 def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive = "out") -> Tensor:
-    """FPR at a TPR of counts, ``(...)``; NaN where a class is missing."""
+    """Return the FPR at a TPR of counts, ``(...)``; NaN if a class is missing."""
     check_rate(rate, "rate")
     if not len(counts.scores):
         return counts.negatives * torch.nan
     if positive == "in":
         counts = flip(counts)
-    # The highest threshold with enough positives at or above it: no more than the spare positives are below it.
+    # The highest threshold with enough positives at or above it, so with at most the surplus of positives below it.
     spare = counts.positives * (1 - rate * (1 - _rounding(counts.positives)))
     index = torch.searchsorted(counts.positives_to, spare[..., None], right=True).clamp(max=len(counts.scores) - 1)
     value = counts.negatives_above(index).squeeze(-1) / counts.negatives
@@ -158,21 +158,22 @@ def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive 
 
 
 def _rounding(numbers: Tensor) -> float:
-    """A relative error of the wanted rate that is no more than rounding."""
+    """Return the relative error of the requested rate that counts as rounding."""
     return 8 * torch.finfo(numbers.dtype).eps
 
 
 def oscr(scores: Tensor, target: Tensor, correct: Tensor) -> Tensor:
     r"""Open-set classification rate: area under the correct-classification rate over the false-positive rate.
 
-    At a threshold, the correct-classification rate is the share of in-distribution samples that are accepted and
-    correct, the false-positive rate the share of out-of-distribution samples that are accepted. The area is the
+    At a threshold, the correct-classification rate is the fraction of in-distribution samples that are accepted and
+    correct, and the false-positive rate is the fraction of out-of-distribution samples that are accepted. The area is
+    the
     accuracy times the AUROC of out-of-distribution samples against correct in-distribution samples.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = out-of-distribution, 0 = in-distribution.
-        correct: ``(N,)``, 1 = the prediction is correct; ignored where the target is 1.
+        correct: ``(N,)``, 1 = the prediction is correct; ignored if the target is 1.
 
     Returns:
         A scalar in [0, 1], higher is better, at most the accuracy. 0 if no prediction is correct; NaN with a
@@ -198,7 +199,7 @@ def oscr_samples(scores: Tensor, target: Tensor, correct: Tensor) -> tuple[Tenso
     Args:
         scores: ``(N,)``, raw scores.
         target: ``(N,)``, 1 = out-of-distribution, 0 = in-distribution.
-        correct: ``(N,)``, 1 = the prediction is correct; ignored where the target is 1.
+        correct: ``(N,)``, 1 = the prediction is correct; ignored if the target is 1.
 
     Returns:
         The scores ``(M,)`` and targets ``(M,)`` of the other samples, and the number of dropped samples.
@@ -214,7 +215,7 @@ def oscr_samples(scores: Tensor, target: Tensor, correct: Tensor) -> tuple[Tenso
 
 
 def oscr_of_counts(counts: Counts, incorrect: Tensor) -> Tensor:
-    """OSCR from counts of correct (negative) and out-of-distribution (positive) samples and the number of the rest."""
+    """Return OSCR from counts of correct (negative) and out-of-distribution (positive) samples and the number of incorrect ones."""
     correct = counts.negatives
     area = auroc_of_counts(counts) * correct / (correct + incorrect)
     none_correct = (correct == 0) & (incorrect > 0) & (counts.positives > 0)

@@ -1,7 +1,7 @@
 """Metrics of selective prediction: the errors that remain when the most uncertain samples are rejected.
 
-Samples are accepted in ascending order of their score; target 1 is an error. Every metric takes the mean over all
-orders of tied samples, so that the result does not depend on the order in which the samples are stored.
+Samples are accepted in ascending order of their score; target 1 is an error. Every metric is averaged over all orders
+of tied samples, so it does not depend on the order in which the samples are stored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EULER = 0.5772156649015329
 
 
 def harmonic(number: Tensor) -> Tensor:
-    """Harmonic numbers ``H_n = sum_{k<=n} 1/k`` in float64, interpolated linearly between whole numbers.
+    """Return harmonic numbers ``H_n = sum_{k<=n} 1/k`` in float64, interpolated linearly between whole numbers.
 
     Args:
         number: ``(...)``, at least 0.
@@ -57,7 +57,7 @@ def harmonic(number: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _harmonic_table(size: int, device: torch.device) -> Tensor:
-    """The harmonic numbers below ``size``, a power of two, so that few tables serve all numbers of samples."""
+    """Return the harmonic numbers below ``size``; sizes are powers of two so that few tables are cached."""
     table = torch.arange(size, device=device, dtype=torch.float64)
     table[1:] = table[1:].reciprocal()
     return table.cumsum(0)
@@ -66,11 +66,11 @@ def _harmonic_table(size: int, device: torch.device) -> Tensor:
 def aurc(scores: Tensor, target: Tensor) -> Tensor:
     r"""Area under the risk-coverage curve: the mean over ``k`` of the error rate among the ``k`` most certain samples.
 
-    ``AURC = 1/N sum_k E_k / k``, where ``E_k`` counts the errors among the ``k`` lowest scores, in the mean over all
+    ``AURC = 1/N sum_k E_k / k``, where ``E_k`` is the number of errors among the ``k`` lowest scores, averaged over all
     orders of ties.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
 
     Returns:
@@ -90,7 +90,7 @@ def aurc(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def aurc_of_counts(counts: Counts) -> Tensor:
-    r"""AURC of counts, ``(...)`` in float64; NaN without samples.
+    r"""Return the AURC of counts, ``(...)`` in float64; NaN without samples.
 
     An error that is the ``k``-th accepted sample counts in the risk at ``k`` and at every larger coverage, so it adds
     ``H_N - H_{k-1}`` to the sum. In a group of ``m`` ties that ends at the ``b``-th sample, the mean of ``H_{k-1}`` over
@@ -114,7 +114,7 @@ def _aurc(counts: Counts) -> Tensor:
 
 
 def oracle_counts(counts: Counts) -> Counts:
-    """The counts of a perfect score: all correct predictions below all errors."""
+    """Return the counts of a perfect score, which ranks all correct predictions below all errors."""
     none = torch.zeros_like(counts.negatives)
     order = torch.arange(2, dtype=counts.scores.dtype, device=counts.scores.device)
     return Counts.of(order, torch.stack([counts.negatives, none], -1), torch.stack([none, counts.positives], -1))
@@ -124,7 +124,7 @@ def e_aurc(scores: Tensor, target: Tensor) -> Tensor:
     """Excess AURC: the AURC minus that of a perfect score with the same number of errors.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
 
     Returns:
@@ -144,7 +144,7 @@ def e_aurc(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def e_aurc_of_counts(counts: Counts, area: Tensor | None = None) -> Tensor:
-    """Excess AURC of counts, ``(...)``, from their AURC where that is known; NaN without samples."""
+    """Return the excess AURC of counts, ``(...)``, from their AURC if it is known; NaN without samples."""
     area = aurc_of_counts(counts) if area is None else area
     return (area - aurc_of_counts(oracle_counts(counts))).clamp(min=0)
 
@@ -152,11 +152,12 @@ def e_aurc_of_counts(counts: Counts, area: Tensor | None = None) -> Tensor:
 def augrc(scores: Tensor, target: Tensor) -> Tensor:
     r"""Area under the generalised risk-coverage curve: the mean rate of undetected errors over all coverages.
 
-    The generalised risk at a coverage is the share of *all* samples that are accepted and incorrect. With error rate ``r``,
+    The generalised risk at a coverage is the fraction of *all* samples that are accepted and incorrect. With error rate
+    ``r``,
     ``AUGRC = r (1 - r) (1 - AUROC) + r^2 / 2``.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
 
     Returns:
@@ -176,9 +177,9 @@ def augrc(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def augrc_of_counts(counts: Counts) -> Tensor:
-    """AUGRC of counts, ``(...)`` in float64; NaN without samples.
+    """Return the AUGRC of counts, ``(...)`` in float64; NaN without samples.
 
-    Each error adds the share of samples accepted after it, its ties by half.
+    Each error adds the fraction of samples accepted after it, with ties counted as one half.
     """
     sums = counts.at_positives
     samples = counts.positives + counts.negatives
@@ -187,16 +188,17 @@ def augrc_of_counts(counts: Counts) -> Tensor:
 
 
 def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The risk-coverage curve: a point for each distinct score.
+    """Return the risk-coverage curve, one point per distinct score.
 
-    A sample is accepted where its score is at most the threshold.
+    A sample is accepted if its score is at most the threshold.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
 
     Returns:
-        Coverage (the share accepted), risk (the error rate among the accepted) and thresholds, ``(G,)`` each, in
+        Coverage (the fraction accepted), risk (the error rate of the accepted samples) and thresholds, ``(G,)`` each,
+        in
         ascending order; empty with a UserWarning without samples.
 
     Raises:
@@ -210,7 +212,7 @@ def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor,
 
 
 def risk_coverage_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tensor]:
-    """The risk-coverage curve of counts, in float32."""
+    """Return the risk-coverage curve of counts, in float32."""
     if not len(counts.scores):
         announce_undefined(torch.tensor(torch.nan), "the risk-coverage curve", SOME)
     coverage = counts.samples_to / counts.samples_to[-1:]
@@ -218,12 +220,12 @@ def risk_coverage_curve_of_counts(counts: Counts) -> tuple[Tensor, Tensor, Tenso
 
 
 def accuracy_at_coverage(scores: Tensor, target: Tensor, coverage: float = 0.9) -> Tensor:
-    """The accuracy on the ``ceil(coverage * N)`` lowest scores, in the mean over all orders of ties.
+    """Return the accuracy on the ``ceil(coverage * N)`` lowest scores, averaged over all orders of ties.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
-        coverage: The share of samples that is accepted, in (0, 1].
+        coverage: The fraction of samples to accept, in (0, 1].
 
     Returns:
         A scalar in [0, 1], higher is better. NaN with a UserWarning if there is no sample.
@@ -240,7 +242,7 @@ def accuracy_at_coverage(scores: Tensor, target: Tensor, coverage: float = 0.9) 
 
 
 def accuracy_at_coverage_of_counts(counts: Counts, coverage: float = 0.9) -> Tensor:
-    """Accuracy at a coverage of counts ``(G,)``, in float64; NaN without samples."""
+    """Return the accuracy at a coverage of counts ``(G,)``, in float64; NaN without samples."""
     check_rate(coverage, "coverage")
     size = real(counts.positive + counts.negative)
     wanted = torch.ceil(size.sum() * coverage * (1 - 1e-12))
@@ -249,14 +251,14 @@ def accuracy_at_coverage_of_counts(counts: Counts, coverage: float = 0.9) -> Ten
 
 
 def coverage_at_risk(scores: Tensor, target: Tensor, risk: float = 0.05) -> Tensor:
-    """The largest share of samples that a threshold accepts at an error rate of at most ``risk``.
+    """Return the largest fraction of samples that a threshold accepts with an error rate of at most ``risk``.
 
     A threshold accepts or rejects tied samples together.
 
     Args:
-        scores: ``(N,)``, higher = more uncertain, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
         target: ``(N,)``, 1 = the prediction is incorrect, 0 = it is correct.
-        risk: The error rate among the accepted that is allowed, in (0, 1].
+        risk: The largest allowed error rate of the accepted samples, in (0, 1].
 
     Returns:
         A scalar in [0, 1], higher is better; 0 if no threshold is good enough. NaN with a UserWarning if there is no
@@ -273,7 +275,7 @@ def coverage_at_risk(scores: Tensor, target: Tensor, risk: float = 0.05) -> Tens
 
 
 def coverage_at_risk_of_counts(counts: Counts, risk: float = 0.05) -> Tensor:
-    """Coverage at a risk of counts ``(G,)``, in float64; NaN without samples."""
+    """Return the coverage at a risk of counts ``(G,)``, in float64; NaN without samples."""
     check_rate(risk, "risk")
     accepted = counts.samples_to
     good = counts.positives_to <= risk * accepted * (1 + 1e-12)

@@ -1,4 +1,4 @@
-"""Samples sorted by score: on a CPU by NumPy's vectorised sort of integers, several times faster than torch.sort."""
+"""Sorts samples by score; on a CPU with NumPy's vectorised integer sort, which is several times faster than torch.sort."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["Ranked", "positions", "rank", "sort_with", "sums_at"]
 
 MOST_POSITIONS = 2**31
-"""Up to this number of samples a position has 31 bits."""
+"""Up to this number of samples, a position fits into 31 bits."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def rank(scores: Tensor) -> Ranked:
 
 
 def sort_with(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort samples by score, each with a number that it carries along.
+    """Sort samples by score, together with a number per sample.
 
     Args:
         scores: ``(N,)`` in float32 or float64, without NaN.
@@ -96,7 +96,7 @@ def _sorted(ordered: Tensor, order: Tensor, numbers: Tensor) -> tuple[Tensor, Te
 
 def _sort_bits(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sort integers whose upper half is the bits of a float32 score and whose lower half is the number."""
-    # Adding 0 turns -0.0 into 0.0, which is equal to it but has other bits.
+    # Adding 0 turns -0.0 into 0.0, which is equal but has different bits.
     bits = (scores + 0.0).numpy().view(np.int32)
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
     keys <<= 32
@@ -112,7 +112,7 @@ def _sort_bits(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _run_ends(ordered: Tensor) -> Tensor:
-    """The position of the last sample of each run of equal scores."""
+    """Return the position of the last sample of each run of equal scores."""
     changes = torch.ones(len(ordered), dtype=torch.bool, device=ordered.device)
     torch.ne(ordered[1:], ordered[:-1], out=changes[:-1])
     return positions(changes)

@@ -27,7 +27,7 @@ Norm = Literal["l1", "l2", "max"]
 
 
 def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
-    """Quantiles.
+    """Return quantiles, checked.
 
     Raises:
         ValueError: If one is outside [0, 1].
@@ -38,16 +38,16 @@ def check_quantiles(quantiles: Sequence[float]) -> tuple[float, ...]:
 
 
 def distribution(scores: Tensor, quantiles: Sequence[float] = QUANTILES) -> dict[str, Tensor]:
-    """Count, non-finite count, mean, standard deviation, minimum, maximum and quantiles of a score.
+    """Return count, non-finite count, mean, standard deviation, minimum, maximum and quantiles of a score.
 
     Args:
-        scores: ``(N,)``; NaN and infinities are counted as ``non_finite`` and enter nothing else.
+        scores: ``(N,)``; NaN and infinities are counted as ``non_finite`` and otherwise ignored.
         quantiles: The quantiles to compute, in [0, 1], interpolated between two scores.
 
     Returns:
-        ``count`` (of the finite), ``non_finite``, ``mean``, ``std`` (unbiased), ``min``, ``max``, and ``q<percent>``
-        for each quantile, as scalars. Without a finite score all but the counts are NaN, with a UserWarning; so is
-        ``std`` of one score.
+        ``count`` (of finite scores), ``non_finite``, ``mean``, ``std`` (unbiased), ``min``, ``max``, and ``q<percent>``
+        for each quantile, as scalars. Without a finite score, everything but the counts is NaN, with a UserWarning; so
+        is ``std`` of a single score.
 
     Raises:
         TypeError: If the scores are not a tensor of real numbers.
@@ -67,11 +67,11 @@ def distribution(scores: Tensor, quantiles: Sequence[float] = QUANTILES) -> dict
 def distribution_of_counts(
     distinct: Tensor, number: Tensor, non_finite: Tensor, quantiles: Sequence[float] = QUANTILES
 ) -> dict[str, Tensor]:
-    """Describe distinct finite scores in ascending order, given the number of samples that have each."""
+    """Return the distribution of distinct finite scores in ascending order, given the number of samples with each."""
     values, total = distinct.double(), number.sum()
     largest = values.abs().amax() if len(values) else values.new_zeros(())
     exponent = 2.0 ** torch.frexp(largest).exponent.clamp(-1000, 1000).double()
-    # Scaled by a power of two, so that squares of very large or small scores neither overflow nor vanish.
+    # Scaled by a power of two, so that squares of very large or small scores neither overflow nor underflow.
     scaled = values / exponent
     mean = (scaled * number).sum() / total
     variance = ((scaled - mean).square() * number).sum() / (total - 1).clamp(min=0)
@@ -96,10 +96,10 @@ def _quantile(values: Tensor, number: Tensor, quantile: float) -> Tensor:
 
 
 def spearman(scores: Tensor) -> Tensor:
-    """Spearman's rank correlation between every two scores: Pearson's of the ranks, tied scores sharing their mean rank.
+    """Return Spearman's rank correlation of every pair of scores: Pearson's correlation of the ranks; ties share a mean rank.
 
     Args:
-        scores: ``(N, S)``, one column per score, any scale and sign; infinities rank, NaN is refused.
+        scores: ``(N, S)``, one column per score, any scale and sign, including infinities; NaN is refused.
 
     Returns:
         ``(S, S)`` in [-1, 1]. NaN with a UserWarning for a score that is constant, or if there are fewer than two
@@ -134,7 +134,7 @@ def _mean_ranks(scores: Tensor) -> Tensor:
 
 
 def check_norm(norm: Norm) -> Norm:
-    """A norm of the calibration error.
+    """Return the norm of the calibration error, checked.
 
     Raises:
         ValueError: If it is none of ``"l1"``, ``"l2"`` and ``"max"``.
@@ -145,7 +145,7 @@ def check_norm(norm: Norm) -> Norm:
 
 
 def check_n_bins(n_bins: int) -> int:
-    """A number of bins.
+    """Return a number of bins, checked.
 
     Raises:
         ValueError: If it is not a whole number of at least 1.
@@ -156,7 +156,7 @@ def check_n_bins(n_bins: int) -> int:
 
 
 def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, norm: Norm = "l1") -> Tensor:
-    """Expected calibration error: how far a probability is from the rate of positives, over equal-width bins.
+    """Return the expected calibration error: the distance of probabilities to the rate of positives, over equal-width bins.
 
     Args:
         probability: ``(N,)`` in [0, 1], the probability that the sample is positive. Scores outside [0, 1] are
@@ -185,6 +185,8 @@ def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, nor
     if not len(probability):
         return announce_undefined(probability.new_tensor(torch.nan), "calibration error", "at least one sample")
     if bool((probability < 0).any() | (probability > 1).any()):
-        raise ValueError("probabilities must be in [0, 1]: a raw score has no calibration, a fitted detector has")
+        raise ValueError(
+            "probabilities must be in [0, 1]: raw scores are not calibrated, but fitted detectors return probabilities"
+        )
     value: Tensor = binary_calibration_error(probability, target.long(), n_bins=n_bins, norm=norm, validate_args=False)
     return value
