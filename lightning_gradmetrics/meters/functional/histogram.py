@@ -14,10 +14,9 @@ their common prefix, until ``bins`` cells are left. This has three consequences:
 - With at most ``4 * bins`` distinct scores, nothing is folded: every metric is exact, and merging is addition.
 - Above that, counts are still only added, never sampled or dropped. Only the order of a positive and a negative in
   equal or nested cells is lost. If no folded cell holds more than the fraction ``f`` of either class, the error of the
-  AUROC is at most ``29 f``, because a chain of nested folded cells has at most 15 links. ``f`` is a few times ``1 /
-  bins``;
-  :func:`folded_share` returns it. :func:`auroc_bounds` returns the lowest and the highest AUROC that the cells allow,
-  which is a much tighter bound.
+  AUROC is at most ``29 f``, because a chain of nested folded cells has at most 15 links. ``f`` is a few times
+  ``1 / bins``; :func:`folded_share` returns it. :func:`auroc_bounds` returns the lowest and the highest AUROC that the
+  cells allow, which is a much tighter bound.
 
 On a million scores of thirteen kinds (in the tests: normal, energies in [9, 10], confidences within 1e-4 of 1, values
 slightly above 1e8, hundreds of decades, mixtures, sorted, drifting), 16384 bins return the AUROC within 0.001 points,
