@@ -1,4 +1,4 @@
-"""Pictures of a run: sources read each batch after it is scored; the pictures go to loggers, files and the report."""
+"""Pictures of a run: sources read each scored batch; their pictures go to loggers, files and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: the interface of their sources, and how they are logged and written."""
+"""Pictures of a run: the interface of picture sources, and functions that write pictures."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class ScoredBatch:
         dataset: Name of the dataset.
         index: Index of each sample in the dataset ``(N,)``; -1 for a sample that a distributed sampler repeats.
         prediction: Predicted classes ``(N,)``.
-        label: True labels ``(N,)``, -1 where unknown.
-        finite: Whether a sample's input, logits and scores are free of NaN and Inf ``(N,)``.
+        label: True labels ``(N,)``, -1 if unknown.
+        finite: Whether a sample has no NaN or Inf in its input, logits and scores ``(N,)``.
         inputs: The model's inputs.
         evidence: The evidence that the scores were computed from.
         scores: Values of each score ``(N,)``, by name.
-        maps: Values of each score at every position ``(N, *P)``, or ``None`` for a model of samples.
+        maps: Values of each score at every position ``(N, *P)``, or ``None`` if the model has no positions.
     """
 
     dataset: str
@@ -104,10 +104,10 @@ class ScoredBatch:
 
 
 class PictureSource(Protocol):
-    """Reads every scored batch, keeps a bounded part of it, and draws pictures at the end."""
+    """Reads every scored batch, stores a limited amount of data, and draws pictures at the end."""
 
     def look(self, evidence: Evidence) -> Any:
-        """Request from the evidence everything that :meth:`add` reads; a dry run of this method declares the needs."""
+        """Request all evidence that :meth:`add` reads; the dry run of this method determines the needs."""
 
     def add(self, batch: ScoredBatch) -> None:
         """Read a batch, which contains no repeated samples."""
@@ -116,7 +116,7 @@ class PictureSource(Protocol):
         """Return the retained data, which processes exchange."""
 
     def join(self, parts: Sequence[Any]) -> None:
-        """Replace the retained data by that of all processes."""
+        """Replace the retained data by the data of all processes."""
 
     def pictures(self) -> list[Picture]:
         """Return the pictures."""
@@ -153,7 +153,7 @@ def images_of(inputs: Inputs | None) -> Tensor | None:
 
 
 def file_name(text: str) -> str:
-    """Return the text with all characters replaced that do not belong in a file name.
+    """Return the text with underscores instead of characters that are unsafe in a file name.
 
     Example:
         >>> file_name("photos/far (2)")
@@ -163,12 +163,12 @@ def file_name(text: str) -> str:
 
 
 def write_pictures(pictures: Iterable[Picture], directory: Path, pdf: bool = False) -> list[dict[str, str]]:
-    """Write each picture to ``directory/figures/<name>.svg``, equal pictures give equal files.
+    """Write each picture to ``directory/figures/<name>.svg``; equal pictures result in equal files.
 
     Args:
         pictures: The pictures.
         directory: The run directory.
-        pdf: Whether to write each picture as PDF too.
+        pdf: Whether to write each picture also as PDF.
 
     Returns:
         ``file`` (relative to the directory), ``title``, ``caption`` and ``section`` of each, for ``metrics.json``.

@@ -16,7 +16,7 @@ from lightning_gradmetrics.gradients.cosine_map_summaries import zero_saliency
 __all__ = ["csm_figure", "draw_image", "literal"]
 
 _LABELLED = 12
-"""With at most this number of classes, each has a tick; above, matplotlib chooses the ticks."""
+"""Up to this number of classes, each has a tick; above, matplotlib chooses the ticks."""
 
 
 def csm_figure(
@@ -27,7 +27,9 @@ def csm_figure(
     class_names: Sequence[str] | None = None,
     columns: int = 6,
 ) -> Figure:
-    """Draw a grid of the samples' maps, each below its image if given; a class without a saliency map is hatched, NaN is grey.
+    """Draw the maps of samples in a grid, each below its image if given.
+
+    A class without a saliency map is hatched; NaN is grey.
 
     Args:
         csm: Maps ``(N, K, K)``, N at least 1.
@@ -95,7 +97,7 @@ def _check_counts(
 
 
 def literal(text: str) -> str:
-    """Return the text with dollar signs escaped, which matplotlib would read as mathematics."""
+    """Return the text with dollar signs escaped, because matplotlib would parse them as mathematics."""
     return text.replace("$", r"\$")
 
 

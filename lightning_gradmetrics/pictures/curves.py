@@ -14,7 +14,7 @@ from lightning_gradmetrics.pictures.base import Picture, file_name
 __all__ = ["curve_pictures"]
 
 REFERENCE = "max_softmax"
-"""Drawn in every picture, beside the best scores."""
+"""The score that is drawn in every picture in addition to the best scores."""
 
 SECTION = "Curves"
 MOST_SCORES = 4
@@ -27,7 +27,7 @@ Place = tuple[str, str]
 def curve_pictures(
     results: pa.Table, evaluation: Evaluation, tasks: Sequence[str] = ("misclassification", "ood", "joint")
 ) -> list[Picture]:
-    """Draw the curves of max softmax and of the best scores of each task, and the distributions of the best of all.
+    """Draw the curves of max softmax and of the best scores of each task, and the distributions of the best scores overall.
 
     Args:
         results: The per-sample table.
@@ -79,7 +79,7 @@ def _picture(
 
 
 def _ranked(evaluation: Evaluation, tasks: Sequence[str]) -> dict[Place, list[str]]:
-    """Max softmax and the scores with the highest AUROC, for each task on each dataset."""
+    """Return max softmax and the scores with the highest AUROC, for each task on each dataset."""
     values: dict[Place, dict[str, float]] = {}
     for entry in evaluation.metrics:
         is_defined = entry["metric"] == "auroc" and entry["value"] is not None and entry["dataset"] is not None
@@ -95,7 +95,7 @@ def _ranked(evaluation: Evaluation, tasks: Sequence[str]) -> dict[Place, list[st
 
 
 def _best_of_all(ranked: dict[Place, list[str]]) -> list[str]:
-    """Return a few scores: the first of every task, then the second of every task, and so on."""
+    """Return a few scores: the best of every task, then the second best of every task, and so on."""
     chosen: dict[str, None] = {}
     for rank in range(MOST_SCORES):
         for scores in ranked.values():

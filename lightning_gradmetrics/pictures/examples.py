@@ -22,7 +22,7 @@ SIDE = 96
 
 
 def thumbnails(images: Tensor, side: int = SIDE) -> Tensor:
-    """Return images shrunk by averaging to at most ``side`` pixels per side, on the CPU; smaller images keep their size.
+    """Return images on the CPU, reduced by averaging to at most ``side`` pixels per side; smaller images keep their size.
 
     Args:
         images: Images ``(N, C, H, W)``.
@@ -40,7 +40,7 @@ def thumbnails(images: Tensor, side: int = SIDE) -> Tensor:
 
 
 def displayed(image: Tensor) -> NDArray[np.uint8]:
-    """Return an image ``(1 or 3, H, W)`` as bytes ``(H, W)`` or ``(H, W, 3)``, stretched to its own range of values.
+    """Return an image ``(1 or 3, H, W)`` as bytes ``(H, W)`` or ``(H, W, 3)``, with its range of values stretched to 0–255.
 
     Args:
         image: The image.
@@ -75,7 +75,7 @@ class _Top:
 
 
 def _merge_two(one: _Top, other: _Top) -> _Top:
-    """Return the samples of both, not sorted."""
+    """Return the samples of both, unsorted."""
     return _Top(
         one.images + other.images,
         torch.cat([one.value, other.value]),
@@ -102,7 +102,7 @@ class ExampleGallery:
     seen: dict[tuple[str, str], _Top] = field(default_factory=dict)
 
     def look(self, evidence: Evidence) -> None:
-        """Request nothing: the batch contains the scores."""
+        """Request nothing, because the batch contains the scores."""
 
     def add(self, batch: ScoredBatch) -> None:
         """Read a batch; samples with NaN or Inf are left out, as in the evaluation."""
@@ -121,7 +121,7 @@ class ExampleGallery:
         return self.seen
 
     def join(self, parts: Sequence[dict[tuple[str, str], _Top]]) -> None:
-        """Keep the largest of all processes."""
+        """Keep the largest samples of all processes."""
         self.seen = {}
         for (dataset, score), tops in grouped(parts).items():
             self.seen[dataset, score] = _merge(tops, self.counts[score])

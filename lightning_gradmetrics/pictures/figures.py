@@ -14,7 +14,7 @@ from lightning_gradmetrics.pictures.cosine_map_figure import draw_image, literal
 __all__ = ["examples_figure", "profile_figure"]
 
 _LABELLED = 40
-"""Largest number of layer names on the axis; with more layers, every second, third, ... is named."""
+"""Largest number of layer names on the axis; with more layers, only every second, third, ... is named."""
 
 _INCORRECT, _PLAIN = "#b03a00", "#16181d"
 _COLOURS = ("#0067b1", "#c94f00", "#00805c", "#9b3f85", "#a67c00", "#2f97d0", "#16181d")
@@ -60,7 +60,7 @@ def profile_figure(quartiles: Mapping[str, Tensor], layers: Sequence[str], label
 def examples_figure(
     images: Sequence[Tensor], values: Tensor, index: Tensor, label: Tensor, prediction: Tensor, columns: int = 5
 ) -> Figure:
-    """Draw a grid of images: above each, its index and score; below, its label, and an incorrect prediction in red.
+    """Draw a grid of images, with index and score above each, and below its label, or the incorrect prediction in red.
 
     Args:
         images: At least one image ``(1 or 3, H, W)``.
@@ -97,7 +97,7 @@ def examples_figure(
 
 
 def _outcome(label: int, prediction: int) -> tuple[str, str]:
-    """Return the words below an image and their colour."""
+    """Return the text below an image and its colour."""
     if label < 0:
         return f"predicted {prediction}", _PLAIN
     if label == prediction:

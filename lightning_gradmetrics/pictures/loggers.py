@@ -1,4 +1,4 @@
-"""Pictures and per-sample scores for the loggers of a Trainer, each in the form that it takes."""
+"""Sends pictures and per-sample scores to the loggers of a Trainer, in a form that each supports."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 __all__ = ["log_pictures", "log_samples"]
 
 MOST_ROWS = 10_000
-"""The rows of the results that a logger with tables gets."""
+"""Largest number of rows in a table that is sent to a logger."""
 
 
 def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: str, step: int) -> None:
-    """Pass pictures to every logger, and warn of a logger that takes none.
+    """Send pictures to every logger, and warn about loggers that support none.
 
-    W&B takes images, TensorBoard images, MLflow figures as artifacts; a logger with a local folder, such as
-    ``CSVLogger``, gets PNG files in ``figures`` there.
+    W&B and TensorBoard receive images, and MLflow receives figures as artifacts. For a logger with a local folder, such
+    as ``CSVLogger``, PNG files are written to its folder ``figures``.
 
     Args:
         loggers: The loggers.
         pictures: The pictures.
-        prefix: The start of their names.
+        prefix: The prefix of their names.
         step: The global step.
     """
     drawn = list(pictures)
@@ -48,7 +48,7 @@ def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: st
 
 
 def _log_picture(logger: Any, picture: Picture, prefix: str, step: int) -> bool:
-    """Log a picture, and return whether the logger takes pictures."""
+    """Log a picture, and return whether the logger supports pictures."""
     experiment: Any = getattr(logger, "experiment", None)
     tag = f"{prefix}/{picture.name}"
     if hasattr(logger, "log_image"):
@@ -67,7 +67,7 @@ def _log_picture(logger: Any, picture: Picture, prefix: str, step: int) -> bool:
 
 
 def _pixels(figure: Figure) -> NDArray[np.uint8]:
-    """``(height, width, 3)``, bytes."""
+    """Return the pixels of a figure ``(height, width, 3)``, bytes."""
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 
@@ -81,14 +81,14 @@ def _png(figure: Figure) -> bytes:
 def log_samples(
     loggers: Sequence[Any], results: pa.Table, scores: Mapping[str, str], sources: Sequence[Any], prefix: str, step: int
 ) -> None:
-    """Log the per-sample scores: histograms in TensorBoard, tables in W&B. Other loggers have no form for them.
+    """Log the per-sample scores as histograms in TensorBoard and as tables in W&B; other loggers support neither.
 
     Args:
         loggers: The loggers.
         results: The per-sample table.
         scores: The name of each score in the logger, by its column.
-        sources: The picture sources; the examples in them become a table with images.
-        prefix: The start of the names.
+        sources: The picture sources; their examples become a table with images.
+        prefix: The prefix of the names.
         step: The global step.
     """
     for logger in loggers:
@@ -103,7 +103,7 @@ def log_samples(
 
 
 def _columns(results: pa.Table, scores: Mapping[str, str]) -> Iterator[tuple[str, str, NDArray[Any]]]:
-    """The finite values of each score on each dataset that has any."""
+    """Yield the finite values of each score on each dataset with such values."""
     for dataset in pc.unique(results["dataset"]).to_pylist():
         rows = results.filter(pc.equal(results["dataset"], dataset))
         for column in scores:

@@ -106,7 +106,7 @@ class MapGallery:
             self.seen[name] = _merge(seen, self.each)
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return no table: the results contain the scores."""
+        """Return no table, because the results contain the scores."""
         return {}
 
     def pictures(self) -> list[Picture]:

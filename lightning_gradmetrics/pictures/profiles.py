@@ -19,14 +19,14 @@ from lightning_gradmetrics.scoring.totals import row_keys
 __all__ = ["ProfileGallery"]
 
 MAX_SAMPLES = 5000
-"""Largest number of samples behind the quartiles of a dataset; a larger dataset is sampled uniformly."""
+"""Largest number of samples that the quartiles of a dataset use; larger datasets are sampled uniformly."""
 
 QUARTILES = {"lower_quartile": 0.25, "median": 0.5, "upper_quartile": 0.75}
 
 
 @dataclass
 class _Sample:
-    """A uniform sample of one dataset's norms: the rows with the smallest keys, which are hashes of the indices."""
+    """A uniform sample of one dataset's norms: the rows with the smallest keys, which are hashes of their indices."""
 
     count: int
     keys: Tensor
@@ -77,7 +77,7 @@ class ProfileGallery:
         return self.layers, self.seen
 
     def join(self, parts: Sequence[tuple[tuple[str, ...], dict[str, _Sample]]]) -> None:
-        """Keep samples of all processes."""
+        """Merge the samples of all processes."""
         samples_of_processes = []
         for layers, samples in parts:
             samples_of_processes.append(samples)
@@ -119,7 +119,7 @@ class ProfileGallery:
         caption = (
             f"The {self.profile.norm:g}-norm of each layer's gradient of the objective {objective}, from the input to the "
             "output. Line: median over the samples of a dataset; band: from the lower to the upper quartile. A layer with "
-            "more parameters has a larger norm when its entries are equally large, so compare datasets within a layer."
+            "more parameters has a larger norm if its entries are equally large, so compare datasets within a layer."
             f"{sampled}"
         )
         return [Picture("profile", "Gradient norm of every layer", caption, figure, "Gradient norms by layer")]

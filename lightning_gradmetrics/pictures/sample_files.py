@@ -1,4 +1,4 @@
-"""Thumbnails of chosen samples, read again from their datasets, as files of a run directory."""
+"""Writes thumbnails of chosen samples, read from their datasets, to a run directory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _write_set(
         file = Path(FOLDER) / f"{file_name(name)}_{index}.png"
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(displayed(thumbnails(images, SIDE)[0]))
-        scale = max(1, SIDE // max(picture.size))  # a browser would blur so few pixels
+        scale = max(1, SIDE // max(picture.size))  # browsers blur very small images
         size = (scale * picture.width, scale * picture.height)
         picture.resize(size, Image.Resampling.NEAREST).save(directory / file, optimize=True)
         files[str(index)] = file.as_posix()
@@ -100,6 +100,6 @@ def sample_paths(dataset: Any) -> list[str] | None:
 
 
 def _path_of(entry: Any) -> str | None:
-    """Return the path in an entry, which is a path or begins with one."""
+    """Return the path in an entry that is a path or begins with one, otherwise None."""
     first = entry[0] if isinstance(entry, (list, tuple)) else entry
     return str(first) if isinstance(first, (str, Path)) else None

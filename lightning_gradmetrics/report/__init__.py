@@ -1,6 +1,6 @@
-"""The HTML report of a run: one self-contained file, made from the files of a run directory.
+"""The HTML report of a run: a single self-contained file made from a run directory.
 
-It reads ``metrics.json`` and ``results.parquet``, so a report can be made again later or on another machine:
+It reads ``metrics.json`` and ``results.parquet``, so a report can be recreated later or on another machine:
 ``python -m lightning_gradmetrics.report RUN_DIRECTORY``.
 """
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def listed_samples(run_directory: Path | str) -> dict[str, list[int]]:
-    """Return the indices of the samples that the report of a run lists, by dataset: those that need thumbnails.
+    """Return the indices of the samples listed in the report of a run, by dataset; these need thumbnails.
 
     Args:
         run_directory: Contains ``metrics.json`` and ``results.parquet``.
@@ -41,7 +41,7 @@ def listed_samples(run_directory: Path | str) -> dict[str, list[int]]:
 
 
 def write_report(run_directory: Path | str, output: Path | str | None = None) -> Path:
-    """Write the report of a run as one HTML file that needs no network.
+    """Write the report of a run as a single HTML file that works offline.
 
     Args:
         run_directory: Contains ``metrics.json`` and ``results.parquet``.
@@ -51,7 +51,7 @@ def write_report(run_directory: Path | str, output: Path | str | None = None) ->
         The path of the written file.
 
     Raises:
-        ReportError: If a file is missing, cannot be read, has another version, or the two files do not match.
+        ReportError: If a file is missing, unreadable or of another version, or if the two files do not match.
     """
     run = read_run(Path(run_directory))
     path = run.directory / "report.html" if output is None else Path(output)

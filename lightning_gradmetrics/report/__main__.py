@@ -1,4 +1,4 @@
-"""``python -m lightning_gradmetrics.report RUN_DIRECTORY [-o FILE]``: write the report of a finished run again."""
+"""``python -m lightning_gradmetrics.report RUN_DIRECTORY [-o FILE]``: rewrite the report of a finished run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_gradmetrics.report import ReportError, write_report
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report, print its path, and return the exit status: 0, or 2 if the run cannot be read."""
-    description = "Write the report of a run as one HTML file that needs no network."
+    description = "Write the report of a run as a single HTML file that works offline."
     parser = argparse.ArgumentParser(prog="python -m lightning_gradmetrics.report", description=description)
     parser.add_argument("run_directory", type=Path, help="contains metrics.json and results.parquet")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The answer to each question: the best score, what it gains over baselines, and one sentence of advice."""
+"""Answers each question: the best score, its gain over the baselines, and one sentence of advice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Answer", "Difference", "answers", "differences_of"]
 
 @dataclass(frozen=True)
 class Difference:
-    """A score's value minus a baseline's, with its interval and verdict (empty without an interval)."""
+    """The value of a score minus that of a baseline, with its interval and verdict (empty without an interval)."""
 
     baseline: str
     value: float | None
@@ -25,7 +25,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with the differences of its best score, and the score that is advised."""
+    """A question with the differences of its best score to the baselines, and a sentence of advice."""
 
     question: Question
     differences: tuple[Difference, ...]
@@ -33,11 +33,11 @@ class Answer:
 
 
 Differences = dict[tuple[str, str, str, str | None, str], Difference]
-"""By score, baseline, task, dataset and group."""
+"""Differences by score, baseline, task, dataset and group."""
 
 
 def differences_of(run: Run) -> Differences:
-    """Return the differences in AUROC: to the named baseline, and to the best baseline on the data."""
+    """Return the differences in AUROC to the named baseline and to the best baseline on the data."""
     found: Differences = {}
     for entry in run.comparisons:
         if entry.metric == "auroc":
@@ -58,10 +58,10 @@ def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
 
     Args:
         run: The run.
-        questions: From :func:`~lightning_gradmetrics.report.questions.find_questions`.
+        questions: The result of :func:`~lightning_gradmetrics.report.questions.find_questions`.
 
     Returns:
-        One answer per question, in their order.
+        One answer per question, in the same order.
     """
     found = differences_of(run)
     given = []
@@ -102,7 +102,7 @@ def _value(question: Question, score: str) -> float:
 
 
 def _advice(question: Question, found: Differences) -> str:
-    """Return a sentence that advises the simplest score with a measurable gain over simpler ones."""
+    """Return a sentence that recommends the simplest score with a measurable gain over simpler ones."""
     best, baseline, title = question.best, question.best_baseline, question.title
     if baseline is None:
         return f"{title}: {best} has the highest AUROC; the run has no baseline to compare with."

@@ -1,4 +1,4 @@
-"""The report over several runs: each question's best score with its spread over the runs, and every value."""
+"""The report over several runs: the best score of each question with its spread over the runs, and all values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_gradmetrics.report.wording import percent, question_title, signed
 __all__ = ["Spread", "render_comparison", "write_comparison"]
 
 MOST_DOTS = 12
-"""The number of scores in a picture."""
+"""Largest number of scores in a picture."""
 
 Row = Mapping[str, str]
 """A row of ``metrics.csv``."""
@@ -28,7 +28,7 @@ Row = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Spread:
-    """The values of one number over the runs that have it.
+    """The values of one metric in all runs that have it.
 
     Example:
         >>> Spread((0.9, 0.92)).text(1), Spread((0.9,)).text(1)
@@ -53,7 +53,7 @@ class Spread:
         return mean if self.deviation is None else f"{mean} ± {percent(self.deviation, digits)}"
 
     def extent(self, digits: int) -> str:
-        """Return the least and the largest value, times 100."""
+        """Return the smallest and the largest value, times 100."""
         return f"{percent(min(self.values), digits)} to {percent(max(self.values), digits)}"
 
 
@@ -74,7 +74,7 @@ class ComparedQuestion:
 
 
 Values = dict[Column, dict[str, dict[str, float]]]
-"""By column, score and run."""
+"""Values by column, score and run."""
 
 
 def render_comparison(runs: Mapping[str, Sequence[Row]], notes: Mapping[str, str] | None = None) -> str:
@@ -82,7 +82,7 @@ def render_comparison(runs: Mapping[str, Sequence[Row]], notes: Mapping[str, str
 
     Args:
         runs: The rows of each run's ``metrics.csv``, by the name of the run.
-        notes: A few words on each run, such as its overrides.
+        notes: A short description of each run, such as its overrides.
     """
     values, fits = _values(runs)
     table = _table(values)
@@ -100,7 +100,7 @@ def render_comparison(runs: Mapping[str, Sequence[Row]], notes: Mapping[str, str
 
 
 def _values(runs: Mapping[str, Sequence[Row]]) -> tuple[Values, dict[str, str]]:
-    """Return every value, and what each score was fitted on."""
+    """Return every value, and a description of the data that each score was fitted on."""
     values: Values = {}
     fits = {}
     for name, rows in runs.items():
@@ -149,7 +149,7 @@ def _cell(column: Column, by_score: Mapping[str, Mapping[str, float]], score: st
 
 
 def _questions(values: Values) -> list[ComparedQuestion]:
-    """Return the questions: one per task and group, judged by the mean over the datasets of a group if there is one."""
+    """Return the questions: one per task and group, evaluated by the mean over the datasets of a group if there is one."""
     chosen: dict[tuple[str, str], Column] = {}
     for column in values:
         task, dataset, group = column.place
@@ -182,7 +182,7 @@ def _question(column: Column, by_score: Mapping[str, Mapping[str, float]], numbe
 
 
 def _against_reference(by_score: Mapping[str, Mapping[str, float]], best: str) -> str:
-    """Return how the best score compares with max softmax on the runs that have both."""
+    """Return a comparison of the best score with max softmax in the runs that have both."""
     if best == REFERENCE or REFERENCE not in by_score:
         return ""
     differences = []
@@ -198,7 +198,7 @@ def _against_reference(by_score: Mapping[str, Mapping[str, float]], best: str) -
 
 
 def write_comparison(runs: Mapping[str, Sequence[Row]], path: Path, notes: Mapping[str, str] | None = None) -> Path:
-    """Write the report over several runs as one HTML file that needs no network, and return its path."""
+    """Write the report over several runs as a single HTML file that works offline, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render_comparison(runs, notes), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Points of the curves that are drawn, from ``meters.functional``."""
+"""Computes the points of curves with ``meters.functional``."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def mean_roc(curves: Sequence[Points]) -> Points:
 
 
 def risk_coverage(rows: Rows, score: str) -> Points | None:
-    """Return coverage and error rate of labelled rows, the least uncertain retained first; None without finite rows."""
+    """Return coverage and error rate of labelled rows, accepted in order of uncertainty; None without finite rows."""
     known = rows.labelled & np.isfinite(rows.scores[score])
     if not known.any():
         return None
@@ -111,7 +111,7 @@ def spearman(rows: Sequence[Rows], names: Sequence[str]) -> Mapping[tuple[str, s
 
 
 def clustered(names: Sequence[str], correlations: Mapping[tuple[str, str], float]) -> list[str]:
-    """Return the names with similar scores next to each other."""
+    """Return the names in an order that puts similar scores next to each other."""
     known = [name for name in names if (name, name) in correlations]
     if len(known) < 3:
         return known

@@ -1,4 +1,4 @@
-"""The main table and the table of paired differences: columns by task and dataset, one row per score."""
+"""The main table and the table of paired differences: one column per task, dataset and metric, one row per score."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Column:
 
     @property
     def words(self) -> MetricWords:
-        """How the metric is written."""
+        """The wording of the metric."""
         return metric_words(self.metric)
 
     @property
     def heading(self) -> str:
-        """The heading over the metrics of a place, as in 'near OOD: digits_8_9'."""
+        """The heading over the metrics of a dataset or group, such as 'near OOD: digits_8_9'."""
         task, dataset, group = self.place
         what = "errors" if task == "misclassification" else role_title(group)
         what = f"errors and {what}" if task == "joint" else what
@@ -56,7 +56,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """Columns, grouped under headings, the cells of each score, and the baseline of each column if there is one."""
+    """Columns grouped under headings, the cells of each score, and the baseline of each column if there is one."""
 
     headings: list[tuple[str, int]] = field(default_factory=list)
     columns: list[Column] = field(default_factory=list)
@@ -65,14 +65,14 @@ class Table:
 
 
 def marks(score: Score) -> list[str]:
-    """Return what a reader must know about a score: its family, what it was fitted on, and its cost if not one pass."""
+    """Return the marks of a score: its family, the data it was fitted on, and its cost if it takes more than one pass."""
     fit = "" if score.fit == "none" else score.fit
     passes = "" if score.forwards == 1 else f"{score.forwards or 'unknown'} forwards"
     return list(filter(None, (score.family, fit, passes)))
 
 
 def main_table(run: Run) -> Table:
-    """Return the metrics of every score, the best score of the first column first."""
+    """Return the metrics of every score, sorted by the first column with the best score first."""
     by_column: dict[Column, dict[str, Metric]] = {}
     for metric in run.metrics:
         if metric.score in run.detectors:
@@ -133,7 +133,7 @@ def all_metrics(run: Run) -> list[tuple[str, str, str, str]]:
 
 
 def _ordered(run: Run, columns: Sequence[Column]) -> list[Column]:
-    """Return the columns that are shown: errors, each dataset, then groups with several datasets."""
+    """Return the columns of the table: errors, each dataset, then groups of several datasets."""
     shown = [column for column in columns if _is_shown(run, column, columns)]
     return sorted(shown, key=lambda column: _position(run, column))
 
@@ -163,7 +163,7 @@ def _headings(columns: Sequence[Column]) -> list[tuple[str, int]]:
 
 
 def _best(column: Column, metrics: Mapping[str, Metric]) -> set[str]:
-    """Return the scores that are best as far as the shown decimals tell; none for one score or an unknown direction."""
+    """Return the scores that are best at the shown precision; none if there is one score or the direction is unknown."""
     digits, higher = column.words.digits, column.words.higher
     rounded = {}
     for name, metric in metrics.items():
@@ -183,7 +183,7 @@ def _cell(column: Column, metric: Metric | None, best: bool) -> Cell:
 
 
 def _paired_cell(column: Column, differences: Sequence[Difference], baseline: str) -> Cell:
-    """Return the difference to the best baseline, and which one that is unless the heading names it."""
+    """Return the difference to the best baseline, with the name of the baseline unless the heading names it."""
     if not differences:
         return Cell("–")
     first, digits = differences[0], column.words.digits

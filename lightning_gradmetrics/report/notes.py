@@ -1,4 +1,4 @@
-"""Notes on what a report lacks, and the details of a run without absolute paths."""
+"""Notes on missing parts of a report, and the details of a run without absolute paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ABSOLUTE = re.compile(r"(?<![\w/])(?:/[^\s/'\",:=(){}\[\]]+){3,}")
 
 
 def shortened(text: str) -> str:
-    """Return a text in which absolute paths are cut to their last two parts.
+    """Return the text with absolute paths shortened to their last two parts.
 
     Example:
         >>> shortened("data.id={mine:/home/ada/photos/test} url=https://a.org/b/c/d")
@@ -40,7 +40,7 @@ def notes(run: Run) -> list[str]:
 
 
 def _gaps(run: Run) -> list[tuple[str, str]]:
-    """Return what the tables lack, each with a word that a note of the run on the same subject contains."""
+    """Return notes on gaps in the tables, each with a keyword that identifies a note of the run on the same subject."""
     found = []
     not_finite = []
     labelled, groups = set(), set()

@@ -1,4 +1,4 @@
-"""The page: what the template shows, in the order in which a reader needs it."""
+"""Renders the page of the report from the template."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def source_of(name: str) -> str:
 
 
 def leaders_of(questions: Sequence[Question], names: Sequence[str], most: int = 7) -> list[str]:
-    """Return max softmax, then the best scores of the questions in turn."""
+    """Return max softmax, then the best score of each question, the second best of each, and so on."""
     chosen = [REFERENCE] if REFERENCE in names else []
     for place in range(3):
         for question in questions:
@@ -108,12 +108,12 @@ def leaders_of(questions: Sequence[Question], names: Sequence[str], most: int = 
 
 
 def _audited(run: Run, leaders: Sequence[str]) -> list[str]:
-    """Return the scores whose extreme samples are listed: the leaders, and those that read the true label."""
+    """Return the scores whose extreme samples are listed: the leaders, and scores that read the true label."""
     return [*run.label_readers, *leaders] if run.finite_rows() else []
 
 
 def _operating(run: Run, names: Sequence[str]) -> dict[str, Any]:
-    """Return the accuracies of each labelled in-distribution dataset, and what a threshold rejects."""
+    """Return the accuracies of each labelled in-distribution dataset, and the rejection rates at a threshold."""
     kept = {}
     for name, rows in run.finite_rows().items():
         if run.role_of(name) == "id" and rows.incorrect.any():
@@ -123,7 +123,7 @@ def _operating(run: Run, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _agreement(run: Run, names: Sequence[str]) -> dict[str, Any]:
-    """Return the rank correlations over the in-distribution rows, similar scores side by side."""
+    """Return the rank correlations over the in-distribution rows, with similar scores next to each other."""
     rows = drawn_rows(run)
     inside = list(run.split_by_role(rows)[0].values()) or list(rows.values())
     correlations: Mapping[tuple[str, str], float] = spearman(inside, names) if inside and len(names) > 1 else {}

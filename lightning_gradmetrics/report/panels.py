@@ -29,10 +29,10 @@ ROC_LABELS = {
     "ood": ("in-distribution", "{group}"),
     "joint": ("correct", "incorrect or {group}"),
 }
-"""What a curve's axes count: the negatives and the positives of each task."""
+"""Names of the negatives and the positives of each task, for the axes of curves."""
 
 MAX_ROWS = 50_000
-"""Plots show at most about this many rows, shared evenly among the datasets."""
+"""Approximate limit of rows in plots, divided evenly among the datasets."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LegendLine:
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with its title and its legend; ``others`` counts the grey curves."""
+    """A picture with its title and its legend; ``others`` is the number of grey curves."""
 
     title: str
     picture: Markup
@@ -57,7 +57,7 @@ class Panel:
 
 
 def drawn_rows(run: Run) -> dict[str, Rows]:
-    """Return the finite rows that are drawn: a fixed random part of a large dataset."""
+    """Return the finite rows to draw: all, or a fixed random subset of a large dataset."""
     finite = run.finite_rows()
     share = max(200, MAX_ROWS // max(1, len(finite)))
     random = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def drawn_rows(run: Run) -> dict[str, Rows]:
 
 
 def _lines(points: dict[str, Points], leaders: Sequence[str]) -> list[Line]:
-    """Return the curves; the leaders are highlighted, max softmax always in the first style."""
+    """Return the curves, with the leaders highlighted and max softmax always in the first style."""
     order = leaders if REFERENCE in leaders else ["", *leaders]
     lines = []
     for name, (x, y) in points.items():
@@ -211,7 +211,7 @@ def groups_of(run: Run, rows: dict[str, Rows], score: str) -> dict[str, Floats]:
 
 
 def distribution_panels(run: Run, names: Sequence[str]) -> list[Panel]:
-    """Return the distribution of each score over the kinds of samples."""
+    """Return the distribution of each score for each kind of sample."""
     rows = drawn_rows(run)
     panels: list[Panel] = []
     for number, name in enumerate(names):

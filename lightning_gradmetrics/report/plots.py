@@ -1,6 +1,6 @@
 """Matplotlib figures as inline SVG in the colours of the page, light or dark.
 
-A figure is drawn in stand-in colours; each is replaced by a CSS variable of the page. Text stays text.
+A figure is drawn in placeholder colours, which are replaced by CSS variables of the page. Text remains text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", FAINT: "--faint"}
 DASHES = ("", "6 2", "2 1.5", "7 2 2 2", "9 2 2 2 2 2")
 PANEL_SIZE = (4.0, 3.0)
 CARD_SIZE = (2.8, 2.3)
-"""Inches; a card is narrower than a panel."""
+"""Size of a picture in a card, in inches; cards are narrower than panels."""
 SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -49,7 +49,7 @@ SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its points ``(P,)``, and the place of its style (None: a grey background curve)."""
+    """A curve: its points ``(P,)`` and the number of its style (None: a grey background curve)."""
 
     name: str
     x: Floats
@@ -58,7 +58,7 @@ class Line:
 
 
 def line_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return the CSS colour and the dashes of each highlighted curve: max softmax, the first name, is in ink."""
+    """Return the CSS colour and the dashes of each highlighted curve; max softmax, the first, has the text colour."""
     styles = {}
     for place, name in enumerate(names):
         colour = "var(--ink)" if place == 0 else f"var(--s{place})"
@@ -76,16 +76,16 @@ def curves_svg(
     key: str,
     size: tuple[float, float] = PANEL_SIZE,
 ) -> Markup:
-    """Return curves over the unit interval, the highlighted ones on top.
+    """Return a drawing of curves over the unit interval, with the highlighted ones on top.
 
     Args:
         lines: The curves.
         labels: The labels of both axes.
-        top: The upper end of the vertical axis; curves may leave the frame.
+        top: The upper end of the vertical axis; curves may exceed it.
         dotted: Reference lines, such as chance.
         title: The text alternative.
         key: Makes the ids of the drawing unique on the page.
-        size: The width and height in inches; in a narrow column, letters of a smaller drawing are larger.
+        size: The width and height in inches; in a narrow column, text in a smaller drawing appears larger.
     """
     width, height = size
     with matplotlib.rc_context(SETTINGS):
@@ -112,7 +112,7 @@ def _draw(axes: Axes, line: Line) -> None:
 
 
 def _thinned(x: Floats, y: Floats, steps: int) -> tuple[Floats, Floats]:
-    """Drop points that differ from the previous one by less than a step of a grid."""
+    """Drop points that differ from the previous one by less than a grid step."""
     cells = np.round(np.stack([x, y]) * steps)
     keep = np.append(True, np.any(np.diff(cells, axis=1) != 0, axis=0))
     keep[-1] = True
@@ -120,7 +120,7 @@ def _thinned(x: Floats, y: Floats, steps: int) -> tuple[Floats, Floats]:
 
 
 def histogram_svg(groups: Mapping[str, Floats], *, title: str, key: str) -> Markup:
-    """Return the distributions of groups ``(N,)``, one below the other over one axis, each scaled to its highest bin.
+    """Return the histograms of groups ``(N,)`` below each other on one axis, each scaled to its highest bin.
 
     Args:
         groups: Finite values by group.
@@ -153,7 +153,7 @@ def histogram_svg(groups: Mapping[str, Floats], *, title: str, key: str) -> Mark
 
 
 def strip_svg(values: Mapping[str, Floats], *, label: str, title: str, key: str) -> Markup:
-    """Return the values ``(R,)`` of each name as dots on one line, the first name on top, with a mark at the mean.
+    """Return the values ``(R,)`` of each name as dots on a line, with a mark at the mean and the first name on top.
 
     Args:
         values: Values in [0, 1] by name.
@@ -187,7 +187,7 @@ def _svg(figure: Figure, title: str, key: str) -> Markup:
     buffer = StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": key}):
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser has its own fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser uses other fonts
         figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace("xlink:href", "href")
@@ -197,6 +197,6 @@ def _svg(figure: Figure, title: str, key: str) -> Markup:
         text = text.replace(colour, f"var(--s{number})")
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{key}-", text)
     text = re.sub(r"(\d\.\d)\d+", r"\1", text)
-    text = re.sub(r" font-family: [^;\"]*;", "", text)  # that of the page
+    text = re.sub(r" font-family: [^;\"]*;", "", text)  # the page sets the font
     text = re.sub(r"\s*\n\s*", " ", text)
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))

@@ -14,7 +14,7 @@ REFERENCE = "max_softmax"
 """The baseline that every paper compares with."""
 
 TASK_ORDER = ("misclassification", "ood", "joint")
-"""The order of the cards: joint questions follow their parts."""
+"""The order of the cards; joint questions come last."""
 
 Place = tuple[str, str | None, str]
 """A task, a dataset (None for the mean over a group), and a group."""
@@ -33,17 +33,17 @@ class Question:
 
     @property
     def title(self) -> str:
-        """The title, as in 'Far OOD'."""
+        """The title, such as 'Far OOD'."""
         return question_title(self.task, self.group)
 
     @property
     def place(self) -> Place:
-        """The task, the dataset and the group that its metrics have."""
+        """The task, dataset and group of its metrics."""
         return self.task, self.dataset, self.group
 
     @property
     def description(self) -> str:
-        """What is detected, with the number of samples."""
+        """A description of what is detected, with the number of samples."""
         first = next(iter(self.metrics.values()))
         positive, negative = whole(first.count_positive), whole(first.count_negative)
         names = ", ".join(self.datasets)
@@ -67,7 +67,7 @@ class Question:
         return next((name for name in self.metrics if name in self.baselines), None)
 
     def leaders(self, count: int = 3) -> list[str]:
-        """Return max softmax and the best scores: what curves highlight."""
+        """Return max softmax and the best scores, which curves highlight."""
         names = list(self.metrics)
         if REFERENCE not in names:
             return names[:count]
@@ -76,20 +76,20 @@ class Question:
 
 
 def group_of(run: Run, metric: Metric) -> str:
-    """Return the group of a metric: as stored, or the role of its dataset."""
+    """Return the stored group of a metric, or else the role of its dataset."""
     return metric.group or run.role_of(metric.dataset or "")
 
 
 def place_of(run: Run, metric: Metric) -> Place:
-    """Return the task, dataset and group of a metric; a dataset that is not described counts as a group."""
+    """Return the task, dataset and group of a metric; a dataset without a description counts as a group."""
     dataset = metric.dataset if metric.dataset in run.roles else None
     return metric.task, dataset, group_of(run, metric)
 
 
 def find_questions(run: Run) -> list[Question]:
-    """Return the questions that have a defined AUROC: errors first, then the groups in the order of the datasets.
+    """Return the questions with a defined AUROC: errors first, then the groups in the order of the datasets.
 
-    A group with several datasets is judged by the mean over them.
+    A group of several datasets is evaluated by the mean over them.
     """
     by_place: dict[Place, list[Metric]] = {}
     for metric in run.metrics:

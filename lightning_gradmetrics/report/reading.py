@@ -45,7 +45,7 @@ def read_run(directory: Path) -> Run:
         The run.
 
     Raises:
-        ReportError: If a file is missing, cannot be read, has another version, or the two files do not match.
+        ReportError: If a file is missing, unreadable or of another version, or if the two files do not match.
     """
     if not directory.is_dir():
         raise ReportError(
@@ -77,7 +77,7 @@ def read_run(directory: Path) -> Run:
 
 
 def _pictures(directory: Path, content: Mapping[str, Any]) -> tuple[Picture, ...]:
-    """Return the pictures, each a file inside the run directory."""
+    """Return the pictures, after checking that each is a file inside the run directory."""
     pictures = _records(Picture, content, "figures")
     for picture in pictures:
         path = directory / picture.file

@@ -1,4 +1,4 @@
-"""The content of a run directory as frozen records, and the rows of each dataset as numpy columns."""
+"""The content of a run directory: frozen records, and the rows of each dataset as NumPy columns."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ VERSION = 1
 IMAGE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 THUMBNAILS_FILE = "samples/index.json"
-"""Thumbnails of samples: by dataset, the file of each index, relative to the run directory."""
+"""The thumbnail file of each sample by dataset and index, relative to the run directory."""
 
 READS_LABELS = "reads labels"
-"""The fit of a score that reads the true label."""
+"""The value of ``fit`` for a score that reads the true label."""
 
 Floats = NDArray[np.float64]
 
 
 class ReportError(ValueError):
-    """A run directory cannot be reported; the message names the file, the reason, and what to do."""
+    """A report cannot be made from a run directory; the message names the file, the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A scored dataset; the role ``id`` is in-distribution, every other role names a group."""
+    """A scored dataset; the role ``id`` is in-distribution, and any other role names a group."""
 
     name: str
     role: str = ""
@@ -95,7 +95,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired difference to the named baseline with its verdict, and the interval of that to the best baseline."""
+    """A paired difference to the named baseline with its verdict, and the interval of the difference to the best baseline."""
 
     score: str
     baseline: str
@@ -182,7 +182,7 @@ class Run:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """The role of each described dataset, in their order."""
+        """The role of each described dataset, in order."""
         return {dataset.name: dataset.role for dataset in self.datasets}
 
     @cached_property
@@ -214,7 +214,7 @@ class Run:
         return {score.name: score for score in self.scores}[name]
 
     def class_name(self, label: int) -> str:
-        """Return the name of a class; its number if the run does not store names, and a dash if it is unknown."""
+        """Return the name of a class, its number if the run stores no names, or a dash if the class is unknown."""
         names = self.model.get("class_names") or ()
         if label < 0:
             return "–"
@@ -230,7 +230,7 @@ class Run:
         return {row["index"]: "/".join((row["path"] or "").split("/")[-2:]) for row in rows}
 
     def role_of(self, dataset: str) -> str:
-        """Return the role of a dataset; empty if it is not described."""
+        """Return the role of a dataset; empty if the dataset is not described."""
         return self.roles.get(dataset, "")
 
     def split_by_role(self, rows: Mapping[str, Rows]) -> tuple[dict[str, Rows], dict[str, Rows]]:

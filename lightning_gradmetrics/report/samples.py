@@ -1,4 +1,4 @@
-"""What to do with a score: accuracy at a coverage, thresholds, and the most and least trusted samples."""
+"""Uses of a score: accuracy at a coverage, thresholds, and the most and least uncertain samples."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ KEPT = (1.0, 0.95, 0.9, 0.8)
 NO_PICTURE = Markup("")
 
 SHOWN = 5
-"""How many samples of each end are listed."""
+"""Number of samples listed at each end."""
 
 ACCEPTED = 0.95
-"""The share of in-distribution samples that a threshold accepts."""
+"""The fraction of in-distribution samples that the threshold accepts."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample as the report shows it; ``incorrect`` if its label is known and differs from the prediction."""
+    """A sample as shown in the report; ``incorrect`` if its label is known and differs from the prediction."""
 
     index: int
     prediction: str
@@ -58,7 +58,7 @@ class SampleTable:
 
 
 def accuracies(rows: Rows, names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the accuracy of each score among the retained samples, for each coverage of ``KEPT``."""
+    """Return the accuracy of the retained samples for each score and each coverage in ``KEPT``."""
     table: dict[str, list[str]] = {}
     for name in names:
         known = rows.labelled & np.isfinite(rows.scores[name])
@@ -72,14 +72,14 @@ def accuracies(rows: Rows, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def thresholds(run: Run, names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return what a threshold that accepts 95 % of the in-distribution samples rejects.
+    """Return the fractions of samples rejected by a threshold that accepts 95 % of the in-distribution samples.
 
     Args:
         run: The run.
         names: The scores.
 
     Returns:
-        The headings of the columns, and for each score its threshold and the share of rejected samples in each.
+        The headings of the columns, and for each score its threshold and the rejected fraction in each column.
     """
     finite = run.finite_rows()
     inside, outside = run.split_by_role(finite)

@@ -1,4 +1,4 @@
-"""How the report writes numbers and names tasks, metrics and roles."""
+"""The report's wording of numbers, tasks, metrics and roles."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ARXIV = re.compile(r"arXiv:\s*(\d{4}\.\d{4,5})", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MetricWords:
-    """A metric's title, its decimals when multiplied by 100, its direction (None: unknown) and its meaning."""
+    """A metric's title, decimals when multiplied by 100, direction (None: unknown) and meaning."""
 
     title: str
     digits: int = 1
@@ -40,12 +40,12 @@ class MetricWords:
 
     @property
     def arrow(self) -> str:
-        """An arrow in the better direction, or nothing if it is unknown."""
+        """An arrow in the better direction, or an empty string if it is unknown."""
         return {True: "↑", False: "↓", None: ""}[self.higher]
 
 
 def metric_words(metric: str) -> MetricWords:
-    """Return how a metric is written; an unknown metric keeps its name."""
+    """Return the wording of a metric; an unknown metric keeps its name."""
     if metric not in METRICS:
         return MetricWords(metric)
     known = METRICS[metric]
@@ -53,19 +53,19 @@ def metric_words(metric: str) -> MetricWords:
 
 
 def role_title(role: str) -> str:
-    """Return a role in words."""
+    """Return a role as the report names it."""
     return ROLES.get(role, role or "–")
 
 
 def question_title(task: str, group: str) -> str:
-    """Return the title of a question, as in 'Far OOD'."""
+    """Return the title of a question, such as 'Far OOD'."""
     if task == "joint":
         return f"Errors and {role_title(group)}"
     return QUESTIONS.get((task, group), group if task == "ood" else task)
 
 
 def number(value: float | None) -> bool:
-    """Return whether a value is a finite number."""
+    """Return true if the value is a finite number."""
     return value is not None and math.isfinite(value)
 
 
@@ -95,14 +95,14 @@ def signed(value: float | None, digits: int = 1) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int = 1) -> str:
-    """Return both ends times 100, as in '88.1 to 92.3'; empty if an end is missing."""
+    """Return both ends times 100, such as '88.1 to 92.3'; empty if an end is missing."""
     if not (number(low) and number(high)):
         return ""
     return f"{percent(low, digits)} to {percent(high, digits)}"
 
 
 def whole(value: int | None) -> str:
-    """Return a count with a separator of thousands; a dash if there is none."""
+    """Return a count with thousands separators; a dash if there is none."""
     return "–" if value is None else f"{value:,}"
 
 
@@ -120,7 +120,7 @@ def counted(value: object, noun: str) -> str:
 
 
 def paper_link(paper: str | None) -> str:
-    """Return the address of a paper whose text contains an arXiv number; else an empty string.
+    """Return the address of a paper if its citation contains an arXiv number, otherwise an empty string.
 
     Example:
         >>> paper_link("Huang et al. 2021, arXiv:2110.00218")

@@ -1,4 +1,4 @@
-"""The files of a run: ``results.parquet``, ``metrics.json``, and the metrics as CSV, Markdown and LaTeX tables."""
+"""Writes the files of a run: ``results.parquet``, ``metrics.json``, and the metrics as CSV, Markdown and LaTeX tables."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def write_run(
         evaluation: Its evaluation.
         scores: The scores, for their families and papers.
         model: The scored model: ``name``, ``checkpoint``, ``parameters``, ``classes``.
-        descriptions: A few words on each dataset.
+        descriptions: A short description of each dataset.
         figures: Pictures in the directory: ``file``, ``title`` and ``caption`` of each.
         command: The command line of the run.
         timing: Seconds per step.
@@ -134,7 +134,7 @@ def _score(score: Score) -> dict[str, Any]:
 
 
 def _target(score: Score) -> str:
-    """What the score takes gradients with respect to."""
+    """Return the parameters that the score takes gradients with respect to."""
     needs = score.needs
     if needs.probes:
         return "model"

@@ -245,7 +245,7 @@ def test_a_label_that_is_no_class_is_named() -> None:
 
 
 def test_class_names_are_those_of_all_classes() -> None:
-    with pytest.raises(ValueError, match="class_names has 2 names, and the model has 5 classes"):
+    with pytest.raises(ValueError, match="class_names has 2 names, but the model has 5 classes"):
         run_on(
             lgm.GradientMetrics(SCORES, pixels={"class_names": ["a", "b"]}), data(), HEADS["bilinear"]().eval(), call
         )

@@ -1,4 +1,4 @@
-"""Values of an image from those of its pixels: aggregates of scores, share of wrong pixels, and mean IoU."""
+"""Values of images computed from their pixels: aggregated scores, the fraction of wrong pixels, and mean IoU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def aggregate(maps: Tensor, name: str) -> Tensor:
 
 
 def _quantile(rows: Tensor, percent: float) -> Tensor:
-    """The quantile without interpolation, of rows that are too long for ``torch.quantile``."""
+    """Return the quantile without interpolation, for rows that are too long for ``torch.quantile``."""
     known = rows.isfinite().sum(1)
     place = ((known - 1).clamp(min=0) * percent / 100).round().long()
     return rows.sort(1).values.gather(1, place[:, None])[:, 0]
@@ -49,7 +49,7 @@ def image_scores(maps: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def class_shares(prediction: Tensor, classes: int) -> Tensor:
-    """Return the share of pixels that are predicted to be of each class, ``(N, C)``.
+    """Return the fraction of pixels predicted as each class, ``(N, C)``.
 
     Args:
         prediction: ``(N, H, W)``, class numbers.
@@ -62,11 +62,11 @@ def class_shares(prediction: Tensor, classes: int) -> Tensor:
 
 
 def image_errors(prediction: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of labelled pixels of each image, and the share of them that is wrong, ``(N,)`` each.
+    """Return the number of labelled pixels of each image, and the fraction of them that is wrong, ``(N,)`` each.
 
     Args:
         prediction: ``(N, H, W)``.
-        labels: ``(N, H, W)``; negative where unknown.
+        labels: ``(N, H, W)``; negative if unknown.
     """
     known = (labels >= 0).flatten(1)
     wrong = (prediction != labels).flatten(1) & known
@@ -79,7 +79,7 @@ def mean_iou(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
 
     Args:
         prediction: ``(N, H, W)``.
-        labels: ``(N, H, W)``; negative where unknown.
+        labels: ``(N, H, W)``; negative if unknown.
         classes: The number of classes.
     """
     values = []
@@ -97,7 +97,7 @@ def mean_iou(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
 def columns_of(
     maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None, classes: int, aggregates: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return the further columns of the rows of images, ``(N,)`` each."""
+    """Return the additional columns of the rows of images, ``(N,)`` each."""
     count, height, width = prediction.shape
     columns = {"height": torch.full((count,), height), "width": torch.full((count,), width)}
     known = torch.full_like(prediction, -1) if labels is None else labels
@@ -112,16 +112,16 @@ def columns_of(
 def image_level(
     evidence: Evidence, maps: Mapping[str, Tensor], name: str, columns: Sequence[str] = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the values of images from those of their pixels: the shares of the predicted classes, and the scores.
+    """Return the values of images computed from their pixels: the fractions of the predicted classes, and the scores.
 
     Args:
-        evidence: Of the pixels.
+        evidence: The evidence of the pixels.
         maps: The scores ``(N, H, W)``.
-        name: The aggregate.
-        columns: Further columns of the results, which are defined for samples only.
+        name: The name of the aggregate.
+        columns: Additional columns of the results, which are defined for samples only.
 
     Raises:
-        ValueError: If the positions are not pixels, or further columns are asked for.
+        ValueError: If the positions are not pixels, or additional columns are requested.
     """
     if evidence.given_logits.ndim != 4:
         raise ValueError(

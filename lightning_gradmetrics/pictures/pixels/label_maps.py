@@ -1,4 +1,4 @@
-"""Label maps: from what a batch holds to one class per pixel, with ignored and out-of-distribution pixels marked."""
+"""Converts label maps to one class per pixel, with ignored and out-of-distribution pixels marked."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def marked_labels(labels: Tensor, classes: int, ignored: Sequence[int], ood: Seq
     Args:
         labels: ``(N, H, W)``, int64.
         classes: The number of classes.
-        ignored: The ignored labels; negative ones always are.
+        ignored: The ignored labels; negative labels are always ignored.
         ood: The labels of out-of-distribution pixels.
 
     Raises:
-        ValueError: If a label is not a class, not ignored and not out-of-distribution.
+        ValueError: If a label is neither a class nor ignored nor out-of-distribution.
 
     Example:
         >>> marked_labels(torch.tensor([[[0, 255, 3]]]), 2, (255,), (3,))

@@ -1,4 +1,4 @@
-"""The metrics of a run of a segmentation model as rows: of pixels, of images, and of predicted segments."""
+"""The metrics of a segmentation model as rows: metrics of pixels, of images, and of predicted segments."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["class_metrics", "image_metrics", "pixel_metrics", "real_valued_aurc"
 Row = dict[str, Any]
 
 SIZE = "size"
-"""The baseline of segments: small ones are more uncertain."""
+"""The baseline score of segments, by which small segments are more uncertain."""
 
 
 def _row(unit: str, dataset: str, task: str, score: str, key: tuple[str, str], found: Estimate, first: Estimate) -> Row:
-    """A row, with the difference to the run's first score."""
+    """Return a row, with the difference to the run's first score."""
     low, high = found.interval()
     difference, below, above = found.minus(first)
     row: Row = {"dataset": dataset, "unit": unit, "task": task, "score": score, "metric": key[0], "within": key[1]}
@@ -40,10 +40,10 @@ def _row(unit: str, dataset: str, task: str, score: str, key: tuple[str, str], f
 def pixel_metrics(meters: Meters) -> Iterator[Row]:
     """Yield one row per dataset, task, score, metric and kind of pooling.
 
-    ``difference`` is that to the first score, with its paired interval over images.
+    ``difference`` is the difference to the first score, with its paired interval over images.
 
     Args:
-        meters: By dataset, task and score.
+        meters: The meters by dataset, task and score.
     """
     first: dict[tuple[str, str], Estimates] = {}
     for (dataset, task, score), meter in meters.items():
@@ -54,10 +54,10 @@ def pixel_metrics(meters: Meters) -> Iterator[Row]:
 
 
 def class_metrics(meters: Meters, names: Sequence[str]) -> Iterator[Row]:
-    """Yield one row per dataset, task, score and predicted class: pixels, share of positives, and the AUROC within it.
+    """Yield one row per dataset, task, score and predicted class: pixels, fraction of positives, and AUROC in the class.
 
     Args:
-        meters: By dataset, task and score.
+        meters: The meters by dataset, task and score.
         names: The name of each class.
     """
     for (dataset, task, score), meter in meters.items():
@@ -84,14 +84,14 @@ def _column(rows: Sequence[Row], name: str) -> Tensor:
 
 
 def segment_metrics(segments: Sequence[Row], scores: Sequence[str], resamples: int) -> Iterator[Row]:
-    """Yield the AUROC of two targets of predicted segments: an IoU of 0, and more than half of the pixels wrong.
+    """Yield the AUROC for two targets of predicted segments: an IoU of 0, and more than half of the pixels wrong.
 
     ``size`` is a baseline: minus the number of pixels.
 
     Args:
-        segments: One row per segment, with labels or without.
+        segments: One row per segment, with or without labels.
         scores: The names of the scores.
-        resamples: Resamples of images.
+        resamples: The number of bootstrap resamples of images.
     """
     weights = weights_of_groups(resamples)
     for dataset, rows in _by_dataset(segments).items():
@@ -118,7 +118,7 @@ def _area(values: Tensor, target: Tensor, groups: Tensor, weights: Tensor) -> Es
 
 
 def real_valued_aurc(scores: Tensor, risks: Tensor) -> float:
-    """Return the mean over k of the mean risk of the k most certain samples, in the mean over all orders of ties.
+    """Return the mean over k of the mean risk of the k most certain samples, averaged over all orders of ties.
 
     Args:
         scores: ``(N,)``, higher = more uncertain.
@@ -135,12 +135,12 @@ def real_valued_aurc(scores: Tensor, risks: Tensor) -> float:
 
 
 def image_metrics(images: Sequence[Row], scores: Sequence[str], resamples: int) -> Iterator[Row]:
-    """Yield how well an image's score follows its error and its mIoU: Spearman's correlation, and AURC of the error.
+    """Yield rows on the relation of an image's score to its error and mIoU: Spearman's correlation, and AURC of the error.
 
     Args:
         images: One row per image.
         scores: The names of the scores.
-        resamples: Resamples of images.
+        resamples: The number of bootstrap resamples of images.
     """
     for dataset, rows in _by_dataset(images).items():
         risks = {"error": _column(rows, "error"), "1 - miou": 1 - _column(rows, "miou")}
@@ -169,5 +169,5 @@ def _image_estimates(values: Tensor, risk: Tensor, resamples: int) -> Mapping[st
 
 def _correlation(values: Tensor, risk: Tensor) -> float:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # NaN where all values are equal
+        warnings.simplefilter("ignore", UserWarning)  # NaN if all values are equal
         return float(spearman(torch.stack([values, risk], 1))[0, 1])

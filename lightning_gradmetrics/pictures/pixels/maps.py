@@ -1,4 +1,4 @@
-"""Maps of a bounded number of images: kept while a run goes on, and written as arrays and as pictures by rank."""
+"""Maps of a limited number of images, stored during a run and written as arrays and as pictures by rank."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class KeptMaps:
 
     Args:
         dataset: The name of the dataset.
-        index: The index of the image in it.
-        value: What the image was chosen by.
+        index: The index of the image in the dataset.
+        value: The score of the image, by which it was chosen.
         prediction: ``(H, W)``.
-        labels: ``(H, W)``, negative where unknown, or ``None``.
+        labels: ``(H, W)``, negative if unknown, or ``None``.
         scores: ``(H, W)`` each, float16.
         image: ``(3, H, W)``, or ``None``.
     """
@@ -41,7 +41,7 @@ class KeptMaps:
 
 
 def by_rank(values: Array) -> Array:
-    """Return the share of pixels with a lower value, ``(H, W)`` in [0, 1]: equal steps of colour for equal areas.
+    """Return the fraction of pixels with a lower value, ``(H, W)`` in [0, 1], so that every colour covers an equal area.
 
     Example:
         >>> by_rank(np.array([[1.0, 100.0], [2.0, 3.0]])).tolist()
@@ -56,11 +56,11 @@ def by_rank(values: Array) -> Array:
 def write_maps(maps: KeptMaps, directory: Path) -> list[Path]:
     """Write the maps of one image: ``<dataset>_<index>.npz``, and one PNG with all maps side by side.
 
-    The arrays are ``prediction``, ``labels`` where known, and each score in float16.
+    The arrays are ``prediction``, ``labels`` if known, and each score in float16.
 
     Args:
         maps: The maps.
-        directory: Where to write; it is made if it is missing.
+        directory: The directory to write to; it is created if it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stem = f"{maps.dataset}_{maps.index}".replace("/", "_")
@@ -76,7 +76,7 @@ def write_maps(maps: KeptMaps, directory: Path) -> list[Path]:
 
 
 def figure_of(maps: KeptMaps) -> Any:
-    """Return a figure of one image: the image, the prediction, the wrong pixels, and each score by rank."""
+    """Return a figure with the image, the prediction, the wrong pixels, and each score by rank."""
     from matplotlib.figure import Figure
 
     panels = list(_panels(maps))

@@ -29,15 +29,15 @@ from lightning_gradmetrics.pictures.pixels.resampling import (
 __all__ = ["Meters", "PixelMeter", "joined", "sampled_pixels"]
 
 MOST_PIXELS = 20_000
-"""Labelled pixels of an image that the metrics use with ``every="auto"``."""
+"""Largest number of labelled pixels per image that the metrics use with ``every="auto"``."""
 
 
 def sampled_pixels(known: Tensor, every: int | str) -> Tensor:
-    """Return the places of the pixels that the metrics use, in row order, ``(M,)``.
+    """Return the flat indices of the pixels that the metrics use, in row order, ``(M,)``.
 
     Args:
         known: Which pixels of an image are used, flat, bool.
-        every: Every n-th of them, or ``"auto"``: at most 20,000, by a step that is prime to the number.
+        every: Use every n-th of them, or ``"auto"`` for at most 20,000, with a prime step.
     """
     places = known.nonzero().flatten()
     step = every if isinstance(every, int) else -(-len(places) // MOST_PIXELS)
@@ -47,14 +47,14 @@ def sampled_pixels(known: Tensor, every: int | str) -> Tensor:
 
 
 def _next_prime(number: int) -> int:
-    """Return the smallest prime that is at least the number: it rarely divides the width of an image."""
+    """Return the smallest prime that is at least the number; a prime step rarely divides the width of an image."""
     while any(number % divisor == 0 for divisor in range(2, math.isqrt(number) + 1)):
         number += 1
     return number
 
 
 class _Pool:
-    """Scores and targets of many pixels: a table of fixed size, or all of them."""
+    """Scores and targets of many pixels, in a table of fixed size or in full."""
 
     def __init__(self, bins: int | None) -> None:
         self.table = None if bins is None else empty_table(bins)
@@ -80,7 +80,7 @@ class _Pool:
 
 
 Estimates = dict[tuple[str, str], Estimate]
-"""By metric and by what the pairs of pixels have in common: ``"all"``, ``"image"`` or ``"predicted class"``."""
+"""Estimates by metric and by pooling: over ``"all"`` pixels, within an ``"image"``, or within a ``"predicted class"``."""
 
 
 @dataclass
@@ -88,8 +88,8 @@ class PixelMeter:
     """The metrics of one score on one dataset, for one binary target per pixel.
 
     Args:
-        bins: Cells of the pooled metrics; ``None`` keeps every value.
-        resamples: Resamples of images; 0 for no intervals.
+        bins: The number of cells for the pooled metrics; ``None`` keeps every value.
+        resamples: The number of bootstrap resamples of images; 0 for no intervals.
 
     Example:
         >>> meter = PixelMeter(None, 0)
@@ -164,7 +164,7 @@ class PixelMeter:
                 self.class_cells[number] = cells
 
     def estimates(self) -> Estimates:
-        """Return all metrics; AUROCs with their resamples."""
+        """Return all metrics; AUROCs include their values in the resamples."""
         if not self.by_class:
             return {}
         counts, weights = self.pool.counts(), weights_of_groups(self.resamples)
@@ -192,7 +192,7 @@ class PixelMeter:
         return Estimate(total / number, every[:, 0] / every[:, 1])
 
     def _within_class(self, weights: Tensor) -> Estimate:
-        """The mean of the AUROCs within each predicted class, weighted by the number of pairs."""
+        """Return the mean of the AUROCs within each predicted class, weighted by the number of pairs."""
         total = pairs = 0.0
         for pool in self.by_class.values():
             counts = pool.counts()
@@ -211,11 +211,11 @@ class PixelMeter:
 
 
 Meters = dict[tuple[str, str, str], PixelMeter]
-"""By dataset, task and score."""
+"""Meters by dataset, task and score."""
 
 
 def joined(parts: Sequence[Meters]) -> Meters:
-    """Return the meters of all processes together."""
+    """Merge the meters of all processes."""
     total: Meters = {}
     for part in parts:
         for key, meter in part.items():

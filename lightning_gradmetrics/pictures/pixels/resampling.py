@@ -1,4 +1,4 @@
-"""Intervals over images in memory that does not grow with them: histograms of groups of images, drawn with replacement."""
+"""Bootstrap intervals over images in constant memory: groups of images, as histograms, are drawn with replacement."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning_gradmetrics.evaluation.intervals import FEWEST
 __all__ = ["GROUPS", "Estimate", "GroupedCells", "group_of", "quantile_edges", "weights_of_groups"]
 
 GROUPS = 32
-"""Groups of images that the intervals resample; up to this number of images, each is a group."""
+"""Number of groups of images that are resampled; up to this number of images, each image is a group."""
 
 CELLS = 1024
-"""Cells of a histogram."""
+"""Number of cells of a histogram."""
 
 NAN = float("nan")
 
 
 def group_of(index: int, prediction: Tensor) -> int:
-    """Return the group of an image, which does not depend on the process or the batch that has it.
+    """Return the group of an image, which does not depend on its process or batch.
 
     Args:
-        index: The index of the image in its dataset; negative if it is unknown: then its prediction decides.
+        index: The index of the image in its dataset; if it is negative (unknown), the prediction determines the group.
         prediction: ``(H, W)``.
 
     Example:
@@ -39,7 +39,7 @@ def group_of(index: int, prediction: Tensor) -> int:
 
 
 def weights_of_groups(resamples: int) -> Tensor:
-    """Return how often each group is drawn in each resample, ``(B, G)``: the same for all scores, so they are paired."""
+    """Return how often each group is drawn in each resample, ``(B, G)``; equal for all scores, so differences are paired."""
     generator = torch.Generator().manual_seed(0)
     return torch.poisson(torch.ones(resamples, GROUPS, dtype=torch.float64), generator=generator)
 
@@ -53,11 +53,12 @@ def quantile_edges(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric with its values in the resamples.
+    """A metric and its values in the resamples.
 
     Args:
         value: The metric.
-        replicates: Its value in each resample ``(B,)``, and in the cells without resampling as the last; or ``None``.
+        replicates: Its value in each resample, followed by its value in the cells without resampling, ``(B + 1,)``; or
+            ``None``.
     """
 
     value: float
@@ -76,7 +77,7 @@ class Estimate:
 
 
 def _ends(value: float, replicates: Tensor | None) -> tuple[float, float]:
-    """The quantiles of the replicates, moved by what the cells change in the value."""
+    """Return the quantiles of the replicates, shifted by the difference between the exact value and that of the cells."""
     if replicates is None:
         return NAN, NAN
     moved = replicates[:-1] - replicates[-1] + value
@@ -88,7 +89,7 @@ def _ends(value: float, replicates: Tensor | None) -> tuple[float, float]:
 
 
 class GroupedCells:
-    """Histograms of negatives and positives for each group of images; several grids where processes had other edges.
+    """Histograms of negatives and positives for each group of images, with several grids if processes used different edges.
 
     Args:
         edges: The inner edges of the cells.
@@ -104,7 +105,7 @@ class GroupedCells:
         Args:
             scores: ``(M,)``.
             target: ``(M,)``, bool.
-            groups: The group of all, or of each ``(M,)``.
+            groups: One group for all scores, or the group of each ``(M,)``.
         """
         size = len(self.edges[0]) + 1
         cell = torch.bucketize(scores.double(), self.edges[0]) + size * (target.long() + 2 * groups)
@@ -127,7 +128,7 @@ class GroupedCells:
         """Return the AUROC of each resample, NaN without pairs, and its number of pairs, ``(B + 1,)`` each.
 
         Args:
-            weights: From :func:`weights_of_groups`; a row of ones is added as the last.
+            weights: The result of :func:`weights_of_groups`; a row of ones is appended.
         """
         every = torch.cat([weights, torch.ones(1, GROUPS, dtype=weights.dtype)])
         counts = torch.cat(self.counts, 2)[:, :, _order(self.edges)].double()
@@ -138,7 +139,7 @@ class GroupedCells:
 
 
 def _order(edges: Sequence[Tensor]) -> Tensor:
-    """Return the cells of all grids in the order of their middles."""
+    """Return the cells of all grids in the order of their midpoints."""
     middles = []
     for one in edges:
         middles.append(torch.cat([one[:1], (one[1:] + one[:-1]) / 2, one[-1:]]))

@@ -1,4 +1,4 @@
-"""Predicted segments: connected components of the prediction, their scores, and how well they fit the labels."""
+"""Predicted segments: connected components of the prediction, with their scores and their overlap with the labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = npt.NDArray[Any]
 
 
 def components(prediction: Array) -> tuple[Array, Array]:
-    """Return the 8-connected components of equal class, and the class of each.
+    """Return the 8-connected components of pixels of equal class, and the class of each.
 
     Args:
         prediction: ``(H, W)``, class numbers; negative pixels belong to no component.
@@ -41,16 +41,16 @@ def components(prediction: Array) -> tuple[Array, Array]:
 def segments_of(
     prediction: Array, labels: Array | None, maps: Mapping[str, Array], least: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row per predicted segment of an image: class, size, box, IoU, share of wrong pixels, mean scores.
+    """Yield one row per predicted segment of an image: class, size, box, IoU, fraction of wrong pixels, mean scores.
 
-    Pixels without a label cut segments, as in MetaSeg. The IoU is that of the segment with the union of the true
-    components of its class that it touches. Without labels, IoU and error are ``None``.
+    Pixels without a label split segments, as in MetaSeg. The IoU is computed between the segment and the union of all
+    true components of its class that overlap it. Without labels, IoU and error are ``None``.
 
     Args:
         prediction: ``(H, W)``.
         labels: ``(H, W)``, negative where unknown; or ``None``.
         maps: The scores ``(H, W)`` by name.
-        least: The least number of pixels.
+        least: The smallest number of pixels of a segment.
     """
     cut = prediction if labels is None else np.where(labels < 0, -1, prediction)
     numbers, classes = components(cut)
@@ -73,7 +73,7 @@ def segments_of(
 
 
 def _boxes(numbers: Array) -> list[list[int]]:
-    """Top, left, bottom and right of each component; the last two are excluded."""
+    """Return top, left, bottom and right of each component; bottom and right are exclusive."""
     from scipy.ndimage import find_objects
 
     boxes = []

@@ -1,4 +1,4 @@
-"""What a run does with pixels: labels, aggregates, segments, metrics and maps."""
+"""The settings for segmentation models: labels, aggregates, segments, metrics and maps."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ __all__ = ["Pixels"]
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a run does with the pixels of a segmentation model.
+    """Settings for the pixels of a segmentation model.
 
     Args:
         ignore_index: The label, or the labels, of pixels that no metric uses. Negative labels are always ignored.
-        ood_labels: The labels of out-of-distribution pixels: they are positives of a separate task, and never errors.
-        class_names: The names of the classes, in their order, for segments and metrics by class.
-        aggregates: What an image's row has of each score: ``"mean"``, ``"max"`` and quantiles, as ``"q95"``. The first
-            is the score's column; the others are columns ``<score>/<aggregate>``.
-        segments: The least number of pixels of a segment in ``callback.segments``; 0 for no segments.
-        every: Metrics use every pixel (1), every n-th, or with ``"auto"`` at most 20,000 labelled pixels of an image.
-        bins: Cells of the pooled metrics, with constant memory; ``None`` keeps every value and is exact.
-        resamples: Resamples of images for the intervals; 0 for none.
-        maps: The number of images whose maps are kept: those with the largest first score.
+        ood_labels: The labels of out-of-distribution pixels, which are positives of a separate task and never count as
+            errors.
+        class_names: The names of the classes, in order, for segments and metrics by class.
+        aggregates: The aggregates of each score over the pixels of an image: ``"mean"``, ``"max"`` and quantiles such
+            as ``"q95"``. The first becomes the score's column; the others become columns ``<score>/<aggregate>``.
+        segments: The smallest number of pixels of a segment in ``callback.segments``; 0 for no segments.
+        every: Metrics use every pixel (1), every n-th pixel, or at most 20,000 labelled pixels of an image
+            (``"auto"``).
+        bins: The number of cells for the pooled metrics, which then take constant memory; ``None`` keeps every value
+            and is exact.
+        resamples: The number of bootstrap resamples of images for the intervals; 0 for none.
+        maps: The number of images whose maps are kept, chosen by the largest value of the first score.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -63,21 +66,21 @@ class Pixels:
             )
 
     def class_name(self, number: int, classes: int) -> str:
-        """Return the name of a class: its number, if there are no names.
+        """Return the name of a class, or its number if there are no names.
 
         Args:
             number: The class.
             classes: The number of the model's classes.
 
         Raises:
-            ValueError: If the number of names is another one.
+            ValueError: If the number of names differs from the number of classes.
         """
         if self.class_names is None:
             return str(number)
         if len(self.class_names) != classes:
             raise ValueError(
-                f"class_names has {len(self.class_names)} names, and the model has {classes} classes: name all of them in their "
-                "order, those that are never a label too"
+                f"class_names has {len(self.class_names)} names, but the model has {classes} classes: name all of them in "
+                "order, including those that are never a label"
             )
         return self.class_names[number]
 
@@ -91,7 +94,7 @@ class Pixels:
         """Return the settings from an object, a mapping of its arguments, or ``None`` for the defaults.
 
         Raises:
-            TypeError: If it is something else.
+            TypeError: If it is of any other type.
         """
         if value is None:
             return cls()

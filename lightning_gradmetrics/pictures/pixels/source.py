@@ -1,4 +1,4 @@
-"""What a run keeps of pixels: rows of images and segments, metrics, and maps, in bounded memory."""
+"""Collects the results of pixels in bounded memory: rows of images and segments, metrics, and maps."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Row = dict[str, Any]
 
 
 class PixelResults:
-    """Reads the batches of a segmentation model, and keeps what the settings ask for; other models leave it empty.
+    """Reads the batches of a segmentation model, and stores what the settings request; for other models it stays empty.
 
     Args:
-        settings: What to keep.
+        settings: What to store.
     """
 
     def __init__(self, settings: Pixels) -> None:
@@ -44,7 +44,7 @@ class PixelResults:
         self._metrics: list[Row] | None = None
 
     def look(self, evidence: Evidence) -> None:
-        """Read nothing that scores do not read."""
+        """Request nothing, because only scores are read."""
 
     def add(self, batch: ScoredBatch) -> None:
         """Read a batch; does nothing without maps of pixels."""
@@ -128,11 +128,11 @@ class PixelResults:
         self.maps = ordered[: self.settings.maps]
 
     def kept(self) -> Any:
-        """Return what processes exchange."""
+        """Return the data that processes exchange."""
         return self.images, self.segments, self.meters, self.maps, (self._scores, self._names)
 
     def join(self, parts: Sequence[Any]) -> None:
-        """Replace the data by those of all processes."""
+        """Replace the data by the data of all processes."""
         self._metrics = None
         self.images, self.segments, maps = [], [], []
         meters: list[Meters] = []
@@ -186,7 +186,7 @@ class PixelResults:
         return self._metrics
 
     def logged(self, prefix: str) -> dict[str, float]:
-        """Return the AUROC of pixels, pooled and within the predicted class, by the names of the loggers."""
+        """Return the AUROC of pixels, pooled and within the predicted class, by logged name."""
         logged = {}
         for row in self.metrics():
             if row["unit"] == "pixel" and row["metric"] == "auroc" and row["within"] != "image":
@@ -227,5 +227,5 @@ class PixelResults:
 
 
 def _place(row: Row) -> tuple[str, int]:
-    """The place of an image, so that tables and intervals are the same for any number of processes."""
+    """Return the sort key of an image; sorting makes results independent of the number of processes."""
     return row["dataset"], -1 if row["index"] is None else row["index"]

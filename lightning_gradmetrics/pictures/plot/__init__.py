@@ -1,4 +1,4 @@
-"""Plots of a results table with Matplotlib, on your axes or on new ones, as objects that you can restyle."""
+"""Matplotlib plots of a results table, on given or new axes, returned as objects that can be restyled."""
 
 from lightning_gradmetrics.pictures.plot.curves import risk_coverage, roc
 from lightning_gradmetrics.pictures.plot.distributions import distributions

@@ -1,4 +1,4 @@
-"""ROC and risk-coverage curves of the tasks that an evaluation judges."""
+"""ROC and risk-coverage curves of the tasks of an evaluation."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def roc(
         results: A per-sample table, of any kind that :func:`lightning_gradmetrics.evaluation.evaluate` accepts.
         roles: The role of each dataset; ``callback.evaluation.settings["roles"]`` after a run.
         scores: The columns to plot; by default every score.
-        dataset: The dataset that is judged. It may be left out if there is only one task.
-        task: ``"misclassification"``, ``"ood"`` or ``"joint"``; by default the first for in-distribution data, else the
-            second.
-        ood_share: The share of out-of-distribution samples in the mixture of the joint task.
+        dataset: The dataset to plot. It may be omitted if there is only one task.
+        task: ``"misclassification"``, ``"ood"`` or ``"joint"``; by default ``"misclassification"`` for in-distribution
+            data, and ``"ood"`` otherwise.
+        ood_share: The fraction of out-of-distribution samples in the mixture of the joint task.
         ax: Where to draw; by default on a new pyplot figure.
 
     Returns:
@@ -92,7 +92,7 @@ def risk_coverage(
     ood_share: float = 0.5,
     ax: Axes | None = None,
 ) -> Plot:
-    """Plot the error rate among the accepted samples over the share that is accepted; the legend lists the areas.
+    """Plot the error rate of the accepted samples over the fraction that is accepted; the legend lists the areas.
 
     The vertical axis ends at 1.3 times the error rate without rejection.
 
@@ -100,9 +100,9 @@ def risk_coverage(
         results: A per-sample table, of any kind that :func:`lightning_gradmetrics.evaluation.evaluate` accepts.
         roles: The role of each dataset; ``callback.evaluation.settings["roles"]`` after a run.
         scores: The columns to plot; by default every score.
-        dataset: The dataset that is judged. It may be left out if there is only one.
-        task: ``"misclassification"``, or ``"joint"``: an accepted out-of-distribution sample is an error too.
-        ood_share: The share of out-of-distribution samples in the mixture of the joint task.
+        dataset: The dataset to plot. It may be omitted if there is only one.
+        task: ``"misclassification"``, or ``"joint"``, in which accepted out-of-distribution samples count as errors.
+        ood_share: The fraction of out-of-distribution samples in the mixture of the joint task.
         ax: Where to draw; by default on a new pyplot figure.
 
     Returns:
@@ -129,7 +129,7 @@ def risk_coverage(
         coverage, risk, _ = risk_coverage_curve_of_counts(counts)
         base = float(risk[-1])
         label = f"{name} {100 * float(aurc_of_counts(counts)):.2f}"
-        is_point = coverage > 0  # at lower scores there are rows of other tasks only
+        is_point = coverage > 0  # lower scores belong to rows of other tasks only
         points = _distinct(coverage[is_point], risk[is_point])
         (artists[name],) = axes.plot(*points, label=label, **styles[name])
     axes.axhline(base, color="0.6", linewidth=0.8, linestyle=":")
@@ -160,14 +160,14 @@ def _counts(
 
 
 def _distinct(x: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the points of a curve ``(P,)`` without repeated points, which come from rows of other tasks."""
+    """Return the points of a curve ``(P,)`` without repeated points, which rows of other tasks cause."""
     changes = (x[1:] != x[:-1]) | (y[1:] != y[:-1])
     keep = torch.cat([changes.new_ones(1), changes])
     return x[keep].numpy(), y[keep].numpy()
 
 
 def score_columns(table: pa.Table) -> Iterator[str]:
-    """Yield the names of the score columns: those of floating-point numbers."""
+    """Yield the names of the score columns, which contain floating-point numbers."""
     for item in table.schema:
         if pa.types.is_floating(item.type) and item.name not in ("label", "prediction"):
             yield item.name

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["distributions"]
 
 SHOWN_RANGE = (0.005, 0.995)
-"""The quantiles of all values at which the horizontal axis ends; values beyond count in the end bins."""
+"""The quantiles of all values at which the horizontal axis ends; values beyond are counted in the outer bins."""
 
 
 def distributions(
@@ -65,7 +65,7 @@ def distributions(
 
 
 def _groups(rows: Rows, score: str) -> dict[str, NDArray[Any]]:
-    """Return the values of each class of rows that has any."""
+    """Return the values of each non-empty class of rows."""
     values, codes = rows.scores[score].numpy(), rows.codes.numpy()
     groups = {}
     for code, row_class in enumerate(rows.classes):

@@ -57,7 +57,7 @@ def new_axes(axes: Axes | None) -> Axes:
 
 
 def score_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the colour and dashes of each score's line: no two of the first 24 are the same."""
+    """Return the colour and dashes of each score's line; the first 24 are all different."""
     styles: dict[str, dict[str, Any]] = {}
     others = [name for name in names if name != REFERENCE]
     for number, name in enumerate(others):

@@ -1,4 +1,4 @@
-"""Tables: built as plain grids, then printed or written as Markdown, LaTeX or CSV."""
+"""Tables as plain grids that can be printed, or written as Markdown, LaTeX or CSV."""
 
 from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
 from lightning_gradmetrics.report.tables.metrics import metrics_grid, metrics_grids, summary_grids

@@ -30,7 +30,7 @@ LATEX_ESCAPES = str.maketrans(LATEX_SPECIAL)
 
 
 def markdown(grid: Grid) -> str:
-    """Return the grid as a Markdown table with its notes below; a column's heading includes its group's heading."""
+    """Return the grid as a Markdown table with its notes below; group headings become part of the column headings."""
     headings = [_markdown_text(grid.names.heading)]
     for group, column in grid.columns:
         headings.append(_markdown_text(f"{group} {column.heading}".strip()))
@@ -45,7 +45,7 @@ def markdown(grid: Grid) -> str:
 
 
 def _rows(columns: Sequence[Column], text_of: Callable[[Column, int], str]) -> Iterator[list[str]]:
-    """The texts of every row."""
+    """Yield the texts of each row."""
     for row in range(len(columns[0].cells)):
         yield [text_of(column, row) for column in columns]
 

@@ -1,4 +1,4 @@
-"""A table as plain data: rows, and groups of columns under two-level headings. It never shortens a text."""
+"""A table as plain data: rows, and groups of columns under two-level headings. Text is never shortened."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Column", "Grid", "Group"]
 COLUMN_GAP = 2
 GROUP_GAP = 3
 LONGEST_GROUP_LINE = 18
-"""Group headings longer than this, and wider than their columns, are folded."""
+"""Group headings that are longer than this and wider than their columns are folded."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Column:
     Args:
         heading: The heading; several lines are separated by newlines.
         cells: One text per row; several lines are separated by newlines.
-        best: The rows in bold.
+        best: The rows to print in bold.
         left: Whether the texts are aligned to the left.
     """
 
@@ -40,14 +40,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring columns under one heading; an empty heading shows none."""
+    """Adjacent columns under one heading, which may be empty."""
 
     heading: str
     columns: tuple[Column, ...]
 
     @property
     def columns_width(self) -> int:
-        """The width of the columns with the gaps between them."""
+        """The width of the columns, including the gaps between them."""
         width = COLUMN_GAP * (len(self.columns) - 1)
         for column in self.columns:
             width += column.width
@@ -55,7 +55,7 @@ class Group:
 
     @property
     def heading_lines(self) -> list[str]:
-        """The heading, folded if it is longer than the columns are wide; no letter is lost."""
+        """The lines of the heading, which is folded if it is wider than the columns; no letter is lost."""
         return fold(self.heading, max(self.columns_width, LONGEST_GROUP_LINE))
 
     @property
@@ -66,7 +66,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table with a column of row names and groups of further columns.
+    """A table with a column of row names and groups of other columns.
 
     Args:
         title: A line above the table.
@@ -84,7 +84,7 @@ class Grid:
 
     @property
     def width(self) -> int:
-        """The number of characters that a line of the table takes."""
+        """The width of the table in characters."""
         width = self.names.width
         for group in self.groups:
             width += GROUP_GAP + group.width
@@ -132,7 +132,7 @@ def fold(text: str, width: int) -> list[str]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text cut after every place where a line may break."""
+    """Yield the pieces of a text between possible line breaks."""
     start = 0
     for position, letter in enumerate(text):
         if letter in " _-./":

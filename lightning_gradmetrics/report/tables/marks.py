@@ -1,4 +1,4 @@
-"""Marks of scores that used a fit, labels, or out-of-distribution samples besides the model."""
+"""Marks for scores that use a fit, labels or out-of-distribution samples in addition to the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKS = {
     "fitted on OOD samples": "fo",
     "reads labels": "L",
 }
-"""The mark of each kind of score; all other scores have none."""
+"""The mark of each kind of score; other scores have none."""
 
 MEANINGS = {
     "f": "fitted on held-out samples",
@@ -25,7 +25,7 @@ MEANINGS = {
 
 
 def kind_of(score: Score) -> str:
-    """Return the kind of a score by the data that it used besides the model: a key of :data:`MARKS`, or ``""``."""
+    """Return the kind of a score by the data that it uses in addition to the model: a key of :data:`MARKS`, or ``""``."""
     if score.needs.labels:
         return "reads labels"
     if not isinstance(score, FittedScore):
@@ -37,12 +37,12 @@ def kind_of(score: Score) -> str:
 
 
 def detects(score: Score) -> bool:
-    """Return whether a score can be judged as a detector: it must not read the label of the sample it scores."""
+    """Return whether a score can be evaluated as a detector, which must not read the label of the sample it scores."""
     return not score.needs.labels
 
 
 def mark_of(score: Score) -> str:
-    """Return the mark of a score in the tables, or ``""``: the data that it used, and its forward passes if not one.
+    """Return the mark of a score in tables: the data that it uses, and its forward passes if not one; ``""`` for none.
 
     Example:
         >>> from lightning_gradmetrics.scores import make
@@ -61,7 +61,7 @@ def passes_of(score: Score) -> str:
 
 
 def mark_notes(scores: Iterable[Score]) -> list[str]:
-    """Return one sentence that explains the marks in use; no sentence if there are none."""
+    """Return a list with one sentence that explains the marks in use, or an empty list."""
     listed = list(scores)
     used = {MARKS.get(kind_of(score), "") for score in listed}
     meanings = []
@@ -69,5 +69,5 @@ def mark_notes(scores: Iterable[Score]) -> list[str]:
         if mark in used:
             meanings.append(f"{mark}: {meaning}")
     if any(map(passes_of, listed)):
-        meanings.append("×n: n forward passes instead of one, so a comparison with it is not at equal cost")
+        meanings.append("×n: n forward passes instead of one, so comparisons are not at equal cost")
     return ["; ".join(meanings) + "."] if meanings else []

@@ -1,4 +1,4 @@
-"""The main table: every score's detection metrics, in a layout that never cuts a number on a console of any width."""
+"""The main table: the detection metrics of every score, in a layout that never truncates a number at any width."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEPARATE = ("misclassification", "ood")
 """The tasks of the first grid."""
 
 TOGETHER = ("joint",)
-"""The tasks of a second grid, if not all fit in one: errors and OOD samples together."""
+"""The tasks of a second grid if one is too narrow: errors and OOD samples together."""
 
 UNDEFINED = "–"
 
@@ -33,7 +33,7 @@ class Question:
     Args:
         task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
         group: The role of the datasets.
-        datasets: Their names; with several of them there is a mean as well.
+        datasets: The names of the datasets; several also have a mean.
     """
 
     task: str
@@ -42,12 +42,12 @@ class Question:
 
     @property
     def name(self) -> str:
-        """``errors``, the name of the group, or ``errors and`` that name."""
+        """The name: ``errors``, the name of the group, or ``errors and`` the name of the group."""
         return {"misclassification": "errors", "joint": f"errors and {self.group}"}.get(self.task, self.group)
 
     @property
     def places(self) -> list[Place]:
-        """Each dataset, and the mean over several."""
+        """The places of each dataset, and of the mean over several."""
         places: list[Place] = []
         for dataset in self.datasets:
             places.append((self.task, self.group, dataset))
@@ -57,12 +57,12 @@ class Question:
 
     @property
     def mean(self) -> list[Place]:
-        """The mean over the datasets, or the only dataset."""
+        """The place of the mean over the datasets, or of the only dataset."""
         return self.places[-1:]
 
 
 def questions_of(evaluation: Evaluation) -> list[Question]:
-    """Return the questions with at least one defined metric: errors, each group in the order of the datasets, then both together."""
+    """Return the questions with a defined metric: errors, each group in the order of the datasets, then both together."""
     defined = set()
     for metric in evaluation.metrics:
         if metric["value"] is not None:
@@ -80,7 +80,7 @@ def questions_of(evaluation: Evaluation) -> list[Question]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The columns of one grid: some places, with all metrics of their task or only the first."""
+    """The columns of one grid: some places, with all metrics of their task or only the first one."""
 
     title: str
     places: tuple[Place, ...]
@@ -88,21 +88,21 @@ class Selection:
 
 
 def metrics_grid(evaluation: Evaluation, scores: Sequence[Score]) -> Grid:
-    """Return the whole table: all datasets, all means, all metrics that the protocol shows."""
+    """Return the whole table: all datasets, all means, and all metrics that the protocol shows."""
     return _grid(_everything(questions_of(evaluation), all_metrics=True), evaluation, scores)
 
 
 def metrics_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -> list[Grid]:
     """Return the table for a console of a width: one grid, or one per question.
 
-    If the whole table is too wide, errors and OOD detection are one part, and both together are another. A part that is
-    too wide first loses FPR95 and AURC. Then it becomes one grid per question. A grid that is still too wide loses FPR95
-    and AURC, then every column except the mean over its datasets. The last grid has a note on what was left out, and on the
-    file that has it.
+    If the whole table is too wide, it is split into two parts: errors and OOD detection, and both together. A part that
+    is too wide is first shown without FPR95 and AURC, and then as one grid per question. A grid that is still too wide
+    is shown without FPR95 and AURC, and then with only the mean over its datasets. The last grid has a note on what was
+    left out and where to find it.
 
     Args:
         evaluation: The evaluation.
-        scores: The scores, which become the rows, baselines first.
+        scores: The scores; each is a row, with baselines first.
         width: The number of characters in a line.
     """
     questions = questions_of(evaluation)
@@ -120,7 +120,7 @@ def metrics_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -
 
 
 def summary_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -> list[Grid]:
-    """:func:`metrics_grids` with all notes below the last grid; one empty grid with the notes if nothing was evaluated."""
+    """Return :func:`metrics_grids` with all notes below the last grid, or an empty grid with notes if nothing was evaluated."""
     grids = metrics_grids(evaluation, scores, width) if scores else [Grid("", Column("score", ()), ())]
     notes = (*grids[-1].notes, *notes_of(evaluation, scores))
     return [*grids[:-1], replace(grids[-1], notes=notes)]
@@ -156,14 +156,14 @@ def _first_that_fits(question: Question, evaluation: Evaluation, scores: Sequenc
 
 
 def _narrowing(question: Question) -> Iterator[Selection]:
-    """The selections of one question, from the widest to the narrowest."""
+    """Yield the selections of one question, from the widest to the narrowest."""
     for places in (question.places, question.mean):
         for all_metrics in (True, False):
             yield Selection(question.name, tuple(places), all_metrics)
 
 
 def _left_out(selections: Sequence[Selection], questions: Sequence[Question]) -> list[str]:
-    """Return the metrics and datasets that the selections lack, and the file that has them."""
+    """Return notes on the metrics and datasets that the selections leave out, and the file that contains them."""
     shown: set[Any] = set()
     notes, is_complete = [], True
     for selection in selections:
@@ -208,7 +208,7 @@ class _Values:
             self.values[place, metric["score"], metric["metric"]] = metric["value"]
 
     def groups(self, selection: Selection) -> list[Group]:
-        """Return one group per place; its heading names the question unless the title does."""
+        """Return one group per place; its heading names the question unless the title does so."""
         groups = []
         for place in selection.places:
             task, _, dataset = place
@@ -243,13 +243,11 @@ def notes_of(evaluation: Evaluation, scores: Sequence[Score]) -> list[str]:
 
 
 def _joint_notes(evaluation: Evaluation) -> list[str]:
-    """Return what the joint columns are, if there are any."""
+    """Return an explanation of the joint columns, if there are any."""
     joint = [question for question in questions_of(evaluation) if question.task in TOGETHER]
     share = 100 * evaluation.settings.get("ood_share", 0.5)
     first = (
-        f"{joint[0].name}: what a threshold has to reject, with {share:g} % OOD samples in the mixture."
-        if joint
-        else ""
+        f"{joint[0].name}: what a threshold must reject, with {share:g} % OOD samples in the mixture." if joint else ""
     )
     return [first] if first else []
 

@@ -1,4 +1,4 @@
-"""Grids on the terminal: one place where tables become text."""
+"""Prints grids on the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["grids_text", "print_grid", "print_line"]
 
 
 def print_grid(console: Console, grid: Grid) -> None:
-    """Print a grid. A line that is wider than the console runs on: nothing is shortened."""
+    """Print a grid. Lines that are wider than the console are not shortened."""
     console.print()
     if grid.title:
         console.print(Text(grid.title, "italic"))
@@ -28,7 +28,7 @@ def print_grid(console: Console, grid: Grid) -> None:
 
 
 def grids_text(grids: Sequence[Grid], width: int) -> str:
-    """Return grids as plain text, as they are printed.
+    """Return grids as the text that would be printed.
 
     Args:
         grids: The grids.
@@ -47,7 +47,7 @@ def print_line(console: Console, line: str | Text) -> None:
 
 
 def grid_lines(grid: Grid) -> Iterator[Text]:
-    """The lines of a grid: group headings with a rule below each, column headings, a rule, and the rows."""
+    """Yield the lines of a grid: group headings with a rule below each, column headings, a rule, and the rows."""
     yield from _group_heading_lines(grid)
     yield from _block(grid, lambda column: (column.heading, False))
     yield Text("─" * grid.width, "dim")
@@ -79,7 +79,7 @@ def _group_heading_lines(grid: Grid) -> Iterator[Text]:
 
 
 def _block(grid: Grid, text_of: Callable[[Column], tuple[str, bool]]) -> Iterator[Text]:
-    """The lines of one row, or of the column headings."""
+    """Yield the lines of one row, or of the column headings."""
     height = max(text_of(column)[0].count("\n") + 1 for column in grid.all_columns)
     for number in range(height):
         line = _aligned(grid.names, text_of, number)
