@@ -1,4 +1,4 @@
-"""The command line before Hydra reads it: quick checks, and the user's factories."""
+"""Checks the command line before Hydra reads it, and adds options for the user's factories."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLAGS_WITH_VALUE = {
     "--experimental-rerun",
 }
 OWN_CONFIGURATION = ("--config-dir", "-cd", "--config-path", "-cp", "hydra.searchpath")
-"""Arguments that add options to the configuration groups."""
+"""Arguments that add a directory of configuration groups."""
 
 FACTORY_GROUPS = ("data", "model")
 
@@ -73,8 +73,7 @@ def _check_scores(arguments: Sequence[str]) -> None:
 def own_factories(arguments: Sequence[str]) -> list[str]:
     """Return the command line with ``data=custom`` or ``model=custom`` added if their ``_target_`` is given.
 
-    The option ``custom`` is empty, so the user's factory receives only its own arguments, not
-    those of the default factory.
+    The option ``custom`` is empty, so the user's factory does not receive the arguments of the default factory.
 
     Args:
         arguments: The command line.
@@ -91,7 +90,7 @@ def own_factories(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_custom_option(group: str, arguments: Sequence[str]) -> list[str]:
-    """The option stands next to the group's first key: flags such as ``-m`` must not separate the overrides."""
+    """Insert the option next to the group's first key, because flags such as ``-m`` must not separate the overrides."""
     rewritten, chosen = [], [f"{group}=custom"]
     for argument in arguments:
         forced = _forced(group, argument)
@@ -119,7 +118,7 @@ def _chooses_option(group: str, arguments: Sequence[str]) -> bool:
 
 
 def _forced(group: str, argument: str) -> str:
-    """Return an override of the group's keys in a form for keys that may not exist."""
+    """Return an override of one of the group's keys in the form ``++key=value``, which also adds missing keys."""
     key = argument.partition("=")[0].lstrip("+")
     if key == group or key.startswith(f"{group}."):
         return f"++{argument.lstrip('+')}"

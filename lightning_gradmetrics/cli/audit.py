@@ -39,7 +39,7 @@ def with_planted(top_samples: pa.Table, planted: Mapping[str, frozenset[int]]) -
     """Return the table with a column ``planted``: whether the sample's label was planted.
 
     Args:
-        top_samples: Made by :func:`lightning_gradmetrics.results.table.largest_of_each`.
+        top_samples: The result of :func:`lightning_gradmetrics.results.table.largest_of_each`.
         planted: The indices of the planted labels, by dataset.
     """
     flags = []
@@ -49,10 +49,11 @@ def with_planted(top_samples: pa.Table, planted: Mapping[str, frozenset[int]]) -
 
 
 def top_samples_grid(top_samples: pa.Table) -> Grid:
-    """Return the samples with the largest scores as a grid, an empty line between datasets and scores.
+    """Return the samples with the largest scores as a grid, with an empty line between datasets and scores.
 
     Args:
-        top_samples: Made by :func:`lightning_gradmetrics.results.table.largest_of_each`, maybe with ``planted``.
+        top_samples: The result of :func:`lightning_gradmetrics.results.table.largest_of_each`, optionally with the
+            column ``planted``.
     """
     rows = top_samples.to_pylist()
     ends = set()

@@ -1,4 +1,4 @@
-"""The entry point of ``gradmetrics``: reads the arguments first, and imports torch only when there is something to run."""
+"""The entry point of ``gradmetrics``; it imports torch only if something is to be run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["configuration_directory", "main"]
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 ONE_LINE = "GRADMETRICS_ONE_LINE_ERRORS"
-"""Set for child processes, whose environment has :data:`FULL_ERROR` although the user did not set it."""
+"""Tells child processes that :data:`FULL_ERROR` in their environment was not set by the user."""
 
 
 def main() -> None:
-    """Run a subcommand, or else the Hydra command line; an error is one line, and the exit status is 1."""
+    """Run a subcommand, or otherwise the Hydra command line; errors print one line and exit with status 1."""
     arguments = sys.argv[1:]
     wants_traceback = os.environ.get(FULL_ERROR) == "1" and ONE_LINE not in os.environ
     try:
@@ -51,7 +51,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def _run_hydra(arguments: Sequence[str]) -> None:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's profiler warns about memory of earlier calls
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # silences a warning of torch's profiler about earlier memory
     if os.environ.get(FULL_ERROR) != "1":
         os.environ[ONE_LINE] = os.environ[FULL_ERROR] = "1"  # Hydra raises, and main prints one line
     folder = str(Path.cwd())
@@ -64,7 +64,7 @@ def _run_hydra(arguments: Sequence[str]) -> None:
 
 
 def _job(config: DictConfig) -> None:
-    """Run one job of Hydra. In this process, an error ends it at once: Hydra would print a second line."""
+    """Run one job of Hydra. In this process, an error exits immediately, because Hydra would print a second line."""
     from hydra.core.hydra_config import HydraConfig
 
     from lightning_gradmetrics.cli.run import run
@@ -95,9 +95,9 @@ def _scores(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    """Write the report of a run again."""
+    """Rewrite the report of a run."""
     if not arguments or arguments[0].startswith("-"):
-        raise UsageError("usage: gradmetrics report DIR, where DIR has metrics.json and results.parquet")
+        raise UsageError("usage: gradmetrics report DIR, where DIR contains metrics.json and results.parquet")
     from lightning_gradmetrics.report import write_report
     from lightning_gradmetrics.results.replacing import replaced
 
@@ -138,7 +138,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "help": _help,
     "version": _version,
 }
-"""The subcommands; every other command line is Hydra's."""
+"""The subcommands; Hydra handles every other command line."""
 
 if __name__ == "__main__":
     main()

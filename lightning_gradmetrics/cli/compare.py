@@ -1,4 +1,4 @@
-"""Several runs in one table: every metric, and its mean and spread over seeds."""
+"""Compares several runs in one table: every metric with its mean and standard deviation over the runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["comparison_grid", "main", "read_runs", "summary_rows"]
 
 USAGE = "usage: gradmetrics compare DIR DIR [DIR ...] [--output DIR], where each DIR is a run or contains runs"
 KEYS = ("score", "task", "group", "dataset", "metric")
-"""What identifies a number in ``metrics.csv``."""
+"""The columns that identify a number in ``metrics.csv``."""
 
 Key = tuple[str, ...]
 Row = Mapping[str, str]
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: Run directories, or directories that contain them, and ``--output DIR``.
 
     Raises:
-        UsageError: If there are fewer than two runs, or a directory has none.
+        UsageError: If there are fewer than two runs, or a directory contains no run.
     """
     folders, output = _parsed(arguments)
     runs = read_runs(folders)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
-    """Return a name of each run: the last parts of its path, at least two, so that all names differ."""
+    """Return a name for each run: the last parts of its path, at least two, and enough to make all names differ."""
     names: dict[Path, str] = {}
     for parts in range(2, 20):
         for folder in folders:
@@ -69,7 +69,7 @@ def _names_of(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _overrides(folder: Path) -> str:
-    """Return the overrides of a run of the command, or nothing."""
+    """Return the overrides of a run of the command, or an empty string."""
     path = folder / ".hydra" / "overrides.yaml"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return " ".join(map(str, yaml.safe_load(text) or []))
@@ -99,23 +99,23 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, list[Row]]:
         folders: Run directories, or directories that contain run directories, such as those of a sweep.
 
     Raises:
-        UsageError: If a directory has no run, or there are fewer than two runs.
+        UsageError: If a directory contains no run, or there are fewer than two runs.
     """
     runs: dict[Path, list[Row]] = {}
     for folder in folders:
         files = sorted(folder.rglob("metrics.csv"))
         if not files:
-            raise UsageError(f"no run in {str(folder)!r}: a run directory has a file metrics.csv")
+            raise UsageError(f"no run in {str(folder)!r}: a run directory contains metrics.csv")
         for file in files:
             with file.open(newline="", encoding="utf-8") as lines:
                 runs[file.parent] = list(csv.DictReader(lines))
     if len(runs) < 2:
-        raise UsageError(f"found {len(runs)} run, and a comparison needs at least 2; {USAGE}")
+        raise UsageError(f"found {len(runs)} run, but a comparison needs at least 2; {USAGE}")
     return with_settings(runs)
 
 
 def summary_rows(runs: Sequence[Sequence[Row]]) -> list[dict[str, object]]:
-    """Return one row per number: its mean, standard deviation, minimum and maximum over the runs that have it.
+    """Return one row per metric: its mean, standard deviation, minimum and maximum over the runs that have it.
 
     Args:
         runs: The rows of each run's ``metrics.csv``.
@@ -146,7 +146,7 @@ def comparison_grid(rows: Sequence[Mapping[str, object]], runs: int) -> Grid:
     """Return the table of AUROCs: mean ± standard deviation over the runs, one column per dataset and group mean.
 
     Args:
-        rows: Made by :func:`summary_rows`.
+        rows: The result of :func:`summary_rows`.
         runs: The number of runs.
     """
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -170,12 +170,12 @@ def comparison_grid(rows: Sequence[Mapping[str, object]], runs: int) -> Grid:
         title=f"AUROC times 100: mean ± standard deviation over {runs} runs",
         names=Column("score", tuple(names), left=True),
         groups=tuple(Group(question, tuple(columns)) for question, columns in groups.items()),
-        notes=("A number in brackets counts the runs that have the score, if not all do. Bold: the largest mean.",),
+        notes=("A number in brackets is the number of runs that have the score, if not all. Bold: the largest mean.",),
     )
 
 
 def _order(place: tuple[str, str]) -> tuple[bool, bool]:
-    """Errors first, and means after the datasets of their group; else the order of the rows."""
+    """Return a sort key: errors come first, and means after the datasets of their group."""
     question, dataset = place
     return question != "errors", dataset == "mean"
 
@@ -188,7 +188,7 @@ def _text(row: Mapping[str, object], runs: int) -> str:
 
 
 def _fitting(grid: Grid, width: int) -> Grid:
-    """Return the grid without its last columns, if it is too wide; a note names the file that has them."""
+    """Return the grid without its last columns if it is too wide; a note names the files that contain them."""
     left_out = 0
     while grid.width > width and len(grid.columns) > 1:
         left_out += 1

@@ -1,4 +1,4 @@
-"""The configuration: where it is, and the settings of a run as checked values."""
+"""Finds the configuration, and reads the settings of a run as checked values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def configuration_directory() -> Path:
     """Return ``conf/``: inside the installed package, or next to it in a source checkout.
 
     Raises:
-        FileNotFoundError: If it is in neither place.
+        FileNotFoundError: If it is in neither location.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
@@ -41,9 +41,10 @@ class Settings:
         seed: The seed of every random choice.
         every_score: Whether to compute every score of ``conf/score``.
         resamples: Bootstrap resamples for the intervals; 0 for none.
-        cross_validation_folds: Folds that fitted scores are cross-validated with; ``None`` fits them once.
-        cost_batch_size: Samples that every score's time and memory are measured on; ``None`` measures nothing.
-        fitted_folder: A folder of fitted states that an earlier run wrote; ``None`` fits.
+        cross_validation_folds: The number of folds for the cross-validation of fitted scores; ``None`` fits them once.
+        cost_batch_size: The number of samples on which time and memory of every score are measured; ``None`` skips
+            this.
+        fitted_folder: A folder with the fitted states of an earlier run; ``None`` fits the scores.
         report: Whether to write the report.
         auac_aufc: Whether to show and write the areas under the accuracy and F1 curves.
         resume: Whether to complete an interrupted run in the same directory.

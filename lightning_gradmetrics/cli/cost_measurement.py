@@ -1,4 +1,4 @@
-"""The time and memory of every score on one batch."""
+"""Measures the time and memory of every score on one batch."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def score_costs(
 ) -> list[Record]:
     """Return the time and memory of each score on one batch, compared with a plain prediction of that batch.
 
-    A score is timed together with the prediction that it needs. Every repeat times a plain prediction and then the
-    score, and takes their ratio, so that other load on the machine affects both. The first call, which plans and
-    compiles, is not timed.
+    A score is timed together with the prediction that it needs. Each repeat times a plain prediction, then the score,
+    and computes their ratio, so that other load on the machine affects both. The first call, which plans and compiles,
+    is not timed.
 
     Args:
         model: A classifier in eval mode; it is left unchanged.
         inputs: A batch ``(N, ...)`` on the model's device.
-        labels: Its true labels ``(N,)``, for the scores that need them.
+        labels: Its true labels ``(N,)``, for scores that need them.
         scores: The scores; fitted scores need their state.
         repeats: The number of timed calls; the result is their median.
         progress: Called with each score's name before it is measured.
@@ -111,7 +111,7 @@ def _seconds(run: Callable[[], None], model: nn.Module) -> float:
 
 
 def _peak(run: Callable[[], None], model: nn.Module) -> int:
-    """Return the peak of the memory that torch allocates during a call, in bytes above that before the call."""
+    """Return the peak of the memory that torch allocates during a call, in bytes above the level before the call."""
     if _device(model).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

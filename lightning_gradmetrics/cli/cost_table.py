@@ -1,4 +1,4 @@
-"""All scores in one table: how well each detects, what it costs, and what it needs."""
+"""A table of all scores: their detection performance, costs and needs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def cost_records(evaluation: Evaluation, scores: Sequence[Score], costs: Sequenc
     Args:
         evaluation: The evaluation of the run; a score that is not in it has no AUROC.
         scores: The scores.
-        costs: Made by :func:`lightning_gradmetrics.cli.cost_measurement.score_costs`.
+        costs: The result of :func:`lightning_gradmetrics.cli.cost_measurement.score_costs`.
 
     Returns:
         ``score``, ``family``, ``kind`` (its fit, see :func:`~lightning_gradmetrics.report.tables.marks.kind_of`), ``mark``;
-        ``aurocs``, from a question (``"errors"``, or the role of out-of-distribution sets, over which it is the mean) to
-        ``(value, low, high)``; the costs; ``backward``, whether it needs a backward pass.
+        ``aurocs``, a mapping from a question (``"errors"``, or the role of out-of-distribution sets, for which it is
+        the mean) to ``(value, low, high)``; the costs; ``backward``, whether it needs a backward pass.
     """
     measured = {cost["score"]: cost for cost in costs}
     records = []
@@ -55,7 +55,7 @@ def cost_records(evaluation: Evaluation, scores: Sequence[Score], costs: Sequenc
 
 
 def _aurocs(evaluation: Evaluation, score: Score) -> dict[str, Area]:
-    """AUROCs by question; for a role with several sets, their mean. A score that reads labels has none."""
+    """Return the AUROC by question, for a role with several sets their mean; empty for a score that reads labels."""
     aurocs: dict[str, Area] = {}
     if not detects(score):
         return aurocs
@@ -76,10 +76,10 @@ def _questions(records: Sequence[Record]) -> list[str]:
 
 
 def cost_grid_of_width(records: Sequence[Record], scores: Sequence[Score], width: int) -> Grid:
-    """Return the table for a console of a width: it first loses the intervals, then the questions, from the last one.
+    """Return the table for a console of a given width: if too wide, without intervals, then without the last questions.
 
     Args:
-        records: Made by :func:`cost_records`.
+        records: The result of :func:`cost_records`.
         scores: The scores, for the notes.
         width: The number of characters in a line.
     """
@@ -121,7 +121,7 @@ def _cells(records: Sequence[Record], key: str, digits: int | None = None) -> tu
 
 
 def _marks(records: Sequence[Record]) -> tuple[str, ...]:
-    """Return the marks of the scores, with ``B`` where a backward pass is needed."""
+    """Return the marks of the scores, with ``B`` if a backward pass is needed."""
     marks = []
     for record in records:
         marks.append(f"{record['mark']:<2} B" if record["backward"] else record["mark"])
@@ -154,7 +154,7 @@ def write_costs(records: Sequence[Record], scores: Sequence[Score], directory: P
     """Write ``costs.csv``, with unrounded numbers, and ``costs.md``, the table as Markdown.
 
     Args:
-        records: Made by :func:`cost_records`.
+        records: The result of :func:`cost_records`.
         scores: The scores, for the notes.
         directory: The run directory.
     """

@@ -1,4 +1,4 @@
-"""Errors as one line."""
+"""Formats errors as one line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["UsageError", "one_line", "unknown_name"]
 
 TRACEBACK = "HYDRA_FULL_ERROR=1 shows the traceback"
 EXPLAINED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
-"""Errors whose message is enough; other types are named, with a hint to the traceback."""
+"""Errors whose message is sufficient; for others, the type is printed with a hint to the traceback."""
 
 
 class UsageError(ValueError):
-    """A command line that cannot be run; the message says what to write instead."""
+    """An invalid command line; the message states what to write instead."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return a sentence on an unknown name, with the nearest known names, or with all of them.
+    """Return a message about an unknown name, with similar names and all known names.
 
     Example:
         >>> unknown_name("score", "gradnrom", ["gradnorm", "energy"])
@@ -33,7 +33,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message in one line, without the words that Hydra adds."""
+    """Return an error's message in one line, without Hydra's additions."""
     error = _cause(error)
     name = type(error).__name__
     if name == "MissingConfigException":
@@ -47,7 +47,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the error below Hydra's wrapper around a factory that failed."""
+    """Return the original error of a factory that failed, which Hydra wraps."""
     while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -62,7 +62,7 @@ def _missing_option(error: BaseException) -> str:
 
 
 def _wrong_key(error: BaseException) -> str:
-    """Return a sentence on an unknown key, with the nearest known keys."""
+    """Return a message about an unknown key, with similar known keys."""
     text = " ".join(str(error).split())
     match = re.search(r"Could not override '([^']+)'", text) or re.search(r"[Kk]ey '([^']+)' is not in struct", text)
     if match is None:
@@ -76,7 +76,7 @@ def _wrong_key(error: BaseException) -> str:
 
 
 def _known_keys() -> list[str]:
-    """Return the keys of the configuration with the options of the command line, with dots."""
+    """Return the dotted keys of the configuration, given the options of the command line."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException

@@ -1,4 +1,4 @@
-"""Builds data, model and scores from the configuration; the user's are plain functions or classes."""
+"""Builds data, model and scores from the configuration, including the user's functions and classes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def build_scores(config: DictConfig, every: bool = False) -> tuple[Score, ...]:
 
     Args:
         config: The composed configuration; ``score`` has the chosen scores by name.
-        every: Whether to add the scores of ``conf/score`` that were not chosen.
+        every: Whether to add all other scores of ``conf/score``.
 
     Raises:
-        ValueError: If there is none, or one of them cannot be built from its arguments.
+        ValueError: If no score is chosen, or one cannot be built from its arguments.
     """
     chosen = list(config.get("score") or {})
     if every:
@@ -56,7 +56,7 @@ def _shipped_scores() -> dict[Any, Any]:
 
 
 def build_data(node: DictConfig) -> EvaluationData:
-    """Return the data that ``data._target_`` makes.
+    """Return the data made by ``data._target_``.
 
     Args:
         node: ``_target_``, a function or class, and its arguments. It returns an
@@ -65,7 +65,7 @@ def build_data(node: DictConfig) -> EvaluationData:
 
     Raises:
         ValueError: If the target is missing or cannot be imported.
-        TypeError: If it returns something else.
+        TypeError: If it returns any other type.
     """
     _target_of(node, "data")
     made = instantiate(node, _convert_="all")
@@ -73,20 +73,20 @@ def build_data(node: DictConfig) -> EvaluationData:
 
 
 def build_model(node: DictConfig, data: EvaluationData) -> LightningModule:
-    """Return the model that ``model._target_`` makes, as a module that a ``Trainer`` can test.
+    """Return the model made by ``model._target_``, as a module that a ``Trainer`` can test.
 
     Args:
         node: ``_target_``, a function or class, and its arguments. It returns an ``nn.Module`` from inputs to logits
-            ``(N, C)``. If it has an argument named ``data``, it gets the run's data.
+            ``(N, C)``. If it has an argument named ``data``, the run's data is passed to it.
         data: The run's data.
 
     Returns:
-        A ``LightningModule`` in eval mode. A ``LightningModule`` without a ``forward`` method is used unmodified, with
-        its own ``test_step``; every other module is called with the inputs of each batch.
+        A ``LightningModule`` in eval mode. A ``LightningModule`` without a ``forward`` method is used unmodified,
+        including its ``test_step``; any other module is called with the inputs of each batch.
 
     Raises:
         ValueError: If the target is missing or cannot be imported.
-        TypeError: If it returns something that is not an ``nn.Module``.
+        TypeError: If it does not return an ``nn.Module``.
     """
     target = _target_of(node, "model")
     extra = {"data": data} if "data" in _parameters(target) else {}
@@ -120,7 +120,7 @@ def _target_of(node: DictConfig, key: str) -> Any:
 
 
 def _located(path: str) -> Any:
-    """Return the object at a dotted path: attributes first, as Hydra does, then submodules."""
+    """Return the object at a dotted path; attributes take precedence over submodules, as in Hydra."""
     names = path.split(".")
     found = importlib.import_module(names[0])
     for end, name in enumerate(names[1:], 2):

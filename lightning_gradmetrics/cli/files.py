@@ -1,4 +1,4 @@
-"""Run directories: each belongs to one run at a time."""
+"""Run directories, each of which is used by one run at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RunDirectoryInUse(RuntimeError):
 
 @contextmanager
 def reserved(directory: Path) -> Iterator[None]:
-    """Reserve a run directory for this process; the reservation ends with the process, however it ends.
+    """Reserve a run directory for this process; the reservation ends when the process ends, even if it is killed.
 
     Directories that a killed run was replacing are restored.
 
@@ -47,5 +47,5 @@ def reserved(directory: Path) -> Iterator[None]:
 
 
 def shown_path(path: Path) -> str:
-    """Return the path relative to the working directory if it is below it, else the full path."""
+    """Return the path relative to the working directory if it is inside, otherwise the full path."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

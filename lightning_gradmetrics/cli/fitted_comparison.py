@@ -1,4 +1,4 @@
-"""Scores fitted on many features, labels or out-of-distribution samples, against the best score that is not."""
+"""Compares scores fitted on many features, labels or out-of-distribution samples with the best other score."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_gradmetrics.scores import FittedScore, Score
 __all__ = ["compare_fitted", "fitted_comparison_grids", "write_fitted_comparison"]
 
 REFERENCES = ("single", "baseline")
-"""What candidates are compared with: the best score that is no candidate, and the best of those without a gradient."""
+"""The references of candidates: the best score that is not a candidate, and the best of those without gradients."""
 
 Record = dict[str, Any]
 
@@ -35,25 +35,26 @@ def compare_fitted(
 ) -> list[Record]:
     """Return the AUROC of every candidate, and its differences to the best single score and to the best baseline.
 
-    Candidates are the scores made of ``combination``, and all that are fitted on labels or on out-of-distribution
-    samples. All other scores that do not read the label of the row they score are single scores. The best single score
-    is the one with the largest AUROC on the evaluated rows, which favours it: a candidate that is better than that one
-    is better than any single score chosen beforehand. Intervals are those of
-    :func:`lightning_gradmetrics.evaluation.evaluate`: they include the variation of the rows, not that of the fits, and
-    are not corrected for the number of candidates.
+    Candidates are the ``combination`` scores, and all scores that are fitted on labels or on out-of-distribution
+    samples. All other scores are single scores, unless they read the label of the row they score. The best single score
+    is the one with the largest AUROC on the evaluated rows, which favours it: a candidate that beats it would beat any
+    single score chosen in advance. Intervals are those of :func:`lightning_gradmetrics.evaluation.evaluate`: they
+    include the variation of the rows but not of the fits, and are not corrected for the number of candidates.
 
     Args:
-        results: Per-sample results, of scores whose fits did not include the row.
+        results: Per-sample results, with scores from fits that did not include the row.
         scores: The scores of its columns.
         roles: The role of each dataset.
-        without: For a column, the dataset that all of its fits left out: it is evaluated on that set alone.
+        without: For each column, the dataset that all of its fits left out, if any; the column is evaluated on that set
+            only.
         resamples: Bootstrap resamples.
         seed: The seed of the resamples.
 
     Returns:
         One dict per task, dataset and candidate: ``task``, ``dataset``, ``group`` (its role), ``score``,
-        ``fitted_on``, ``auroc``, ``low``, ``high``; for ``single`` and ``baseline`` the best one's name, as ``single``,
-        and ``single_auroc``, ``single_difference``, ``single_low``, ``single_high`` and ``single_verdict`` (``better``,
+        ``fitted_on``, ``auroc``, ``low``, ``high``; for each of ``single`` and ``baseline`` the name of the best one,
+        such as ``single``, and ``single_auroc``, ``single_difference``, ``single_low``, ``single_high`` and
+        ``single_verdict`` (``better``,
         ``worse`` or ``cannot tell``), which are missing without resamples.
     """
     names = [score.name for score in scores]
@@ -111,7 +112,7 @@ def _best_references(scores: Sequence[Score], values: Mapping[str, float]) -> di
 
 
 def _fitted_on(score: FittedScore, without: str | None) -> str:
-    """Return the data of its fits, in words."""
+    """Return a description of the data that the score was fitted on."""
     needs = score.fit_needs
     if needs.ood:
         return "all sets" if without is None else "the other sets"
@@ -119,7 +120,7 @@ def _fitted_on(score: FittedScore, without: str | None) -> str:
 
 
 def _rows_of(results: pa.Table, roles: Mapping[str, str], task: str, dataset: str) -> pa.Table:
-    """Return the rows that a question is about."""
+    """Return the rows of one task on one dataset."""
     wanted = [dataset]
     if task != "misclassification":
         wanted += [name for name, role in roles.items() if role == ID]
@@ -161,7 +162,7 @@ def _difference(kind: str, reference: str, comparison: Record) -> Record:
 
 NOTES = (
     "AUROC times 100 with its 95 % interval, and the difference to a reference with the paired interval.",
-    "The reference is the best on the evaluated rows, which favours the reference. No fit included a row it scores.",
+    "The reference is the best on the evaluated rows, which favours it. No score was fitted on a row that it scores.",
 )
 
 
@@ -169,7 +170,7 @@ def fitted_comparison_grids(records: Sequence[Record]) -> list[Grid]:
     """Return one grid per task and dataset.
 
     Args:
-        records: Made by :func:`compare_fitted`.
+        records: The result of :func:`compare_fitted`.
     """
     places: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
@@ -207,7 +208,7 @@ def write_fitted_comparison(records: Sequence[Record], directory: Path) -> list[
     """Write the records as ``fitted_comparison.csv`` and ``fitted_comparison.json``.
 
     Args:
-        records: Made by :func:`compare_fitted`.
+        records: The result of :func:`compare_fitted`.
         directory: The run directory.
     """
     text = json.dumps(list(records), indent=1, allow_nan=False) + "\n"

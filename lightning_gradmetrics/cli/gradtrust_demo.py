@@ -1,4 +1,4 @@
-"""GradTrust's demo for one image."""
+"""Reproduces GradTrust's demo for one image."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ LINES: dict[str, tuple[str, Turn]] = {
     "Purview (Final layers)": ("purview(part=final)", _negative),
     "Grad Norm": ("gradnorm_kl", _negative),
 }
-"""The lines of the demo: a score, and the function from the score to the confidence that the demo prints."""
+"""The lines of the demo: a score, and the function that turns it into the printed confidence."""
 
 BRACKETED = ("Softmax Confidence", "Entropy", "Margin", "MC-Dropout")
-"""The demo prints these as arrays of one sample."""
+"""The lines that the demo prints as arrays of one sample."""
 
 
 def read_image(path: str | Path, size: int = 224) -> Tensor:
-    """Return an image as the demo reads it: stretched to a square by bilinear interpolation, normalised as for ImageNet.
+    """Return an image as the demo reads it: resized to a square by bilinear interpolation and normalised as for ImageNet.
 
     Args:
         path: The image.
@@ -74,7 +74,7 @@ def read_image(path: str | Path, size: int = 224) -> Tensor:
 
 
 def demo_values(model: nn.Module, image: Tensor) -> tuple[int, dict[str, float]]:
-    """Return the prediction for one image, and the values of the demo with its signs: higher = more trust.
+    """Return the prediction for one image, and the values of the demo with the demo's signs: higher = more trust.
 
     Args:
         model: A classifier in eval mode.
@@ -83,7 +83,7 @@ def demo_values(model: nn.Module, image: Tensor) -> tuple[int, dict[str, float]]
     scorer = Scorer(resolve({line: score for line, (score, _) in LINES.items()}))
     check_model(model)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*has no dropout module")  # a note below the block
+        warnings.filterwarnings("ignore", message=".*has no dropout module")  # the block ends with a note about this
         evidence = scorer.evidence(model, observed(scorer, model, image))
     values = {}
     for score in scorer.scores:
@@ -98,7 +98,7 @@ def demo_block(model: nn.Module, image: Tensor, notes: Sequence[str] = ()) -> st
     Args:
         model: A classifier in eval mode.
         image: ``(1, ...)``.
-        notes: Further lines below.
+        notes: Additional lines at the end.
     """
     prediction, values = demo_values(model, image)
     lines = [f"The prediction is : [{prediction}] with GradTrust: {values.pop('GradTrust'):.7g}", "Comparison Metrics:"]

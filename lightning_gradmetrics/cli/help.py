@@ -1,4 +1,4 @@
-"""The help text of the command, made without any heavy import."""
+"""The help text of the command, which needs no heavy imports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ gradmetrics: score the predictions of a classifier, and show which scores detect
 usage: gradmetrics [KEY=VALUE ...]       score data with a model; without arguments, handwritten digits
        gradmetrics scores                list all scores with paper, needs, cost and arguments
        gradmetrics compare DIR...        compare runs, with mean and spread over seeds
-       gradmetrics report DIR            write the report of a finished run again
+       gradmetrics report DIR            rewrite the report of a finished run
        gradmetrics --help | --version
 
 examples:

@@ -1,4 +1,4 @@
-"""Interrupted runs of the command: what they leave in the run directory, and how they are completed."""
+"""Detects interrupted runs of the command, and completes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_gradmetrics.results.output import Output
 __all__ = ["advice", "check_directory", "delete_parts", "is_complete", "output_of", "parts_directory"]
 
 FOLDER = "results"
-"""The folder of the committed rows while a run scores; a run that ends writes one file and deletes it."""
+"""The folder of the committed rows during scoring; a completed run writes one file and deletes the folder."""
 
 
 def parts_directory(directory: Path) -> Path:
@@ -23,34 +23,34 @@ def parts_directory(directory: Path) -> Path:
 
 
 def has_parts(directory: Path) -> bool:
-    """Whether a run directory has rows of a run that did not end."""
+    """Return whether a run directory contains rows of an unfinished run."""
     return any(parts_directory(directory).glob("*.parquet"))
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a run directory has the files of a run that ended."""
+    """Return whether a run directory contains the files of a completed run."""
     return (directory / "metrics.json").exists() and not has_parts(directory)
 
 
 def check_directory(directory: Path, resume: bool) -> None:
-    """Refuse to start a run where an interrupted one left rows.
+    """Refuse to start a run in the directory of an interrupted run.
 
     Args:
         directory: The run directory.
-        resume: Whether the interrupted run is to be completed.
+        resume: Whether to complete the interrupted run.
 
     Raises:
         FileExistsError: If there are rows and ``resume`` is false.
     """
     if has_parts(directory) and not resume:
         raise FileExistsError(
-            f"{shown_path(directory)} has the rows of an interrupted run: add resume=true to complete it, or choose another "
+            f"{shown_path(directory)} contains rows of an interrupted run: add resume=true to complete it, or choose another "
             "directory with hydra.run.dir=DIR"
         )
 
 
 def advice(directory: Path) -> str:
-    """Return the command line that completes the run of this process.
+    """Return the command line that completes the current run.
 
     Args:
         directory: The run directory.
@@ -65,7 +65,7 @@ def advice(directory: Path) -> str:
 
 
 def output_of(directory: Path, resume: bool) -> Output:
-    """Return where a run commits its rows while it scores.
+    """Return where a run commits its rows during scoring.
 
     Args:
         directory: The run directory.
@@ -75,5 +75,5 @@ def output_of(directory: Path, resume: bool) -> Output:
 
 
 def delete_parts(directory: Path) -> None:
-    """Delete the committed rows of a run whose files are written."""
+    """Delete the committed rows of a run after its files are written."""
     shutil.rmtree(parts_directory(directory), ignore_errors=True)

@@ -1,7 +1,7 @@
-"""The leaderboard page: one JSON file per run, rendered as Markdown.
+"""Renders the leaderboard page from one JSON file per run.
 
 ``python -m lightning_gradmetrics.cli.leaderboard docs/leaderboard`` writes ``docs/leaderboard.md`` from the files in the folder.
-A run with ``experiment=leaderboard`` writes its file, ``leaderboard.json``, to the run directory.
+A run with ``experiment=leaderboard`` writes its file ``leaderboard.json`` to the run directory.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def _interval(values: Sequence[float | None], digits: int) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    rounded = round(100 * value, digits) + 0.0  # no minus sign before zero
+    rounded = round(100 * value, digits) + 0.0  # avoids a minus sign before zero
     return f"{rounded:.{digits}f}".replace("-", "−")
 
 
 def _is_variant(row: Row) -> bool:
-    """Whether a row is trust or one of its variants, which are no baselines."""
+    """Return whether a row is trust or one of its variants, which do not count as baselines."""
     return str(row["spelled"]).startswith("trust")
 
 
 def rivals(run: Run, challenger: str, same_cost: bool) -> list[Row]:
-    """Return the baselines that a challenger is compared with: those of one pass, or those with as many passes."""
+    """Return the baselines for a challenger: those with one forward pass, or those with as many passes as it takes."""
     rows = {row["score"]: row for row in run["rows"]}
     forwards = rows[challenger]["forwards"] if same_cost else 1
     found = []
@@ -64,7 +64,7 @@ def standing(run: Run, challenger: str, column: str, same_cost: bool) -> tuple[s
         run: The content of a file.
         challenger: The score.
         column: The column.
-        same_cost: Whether its rivals are the baselines with as many forward passes, not those with one.
+        same_cost: Whether to compare with baselines of as many forward passes, instead of those with one.
 
     Returns:
         The verdict is ``"above all"`` if every interval against a rival is above 0, ``"above"``, ``"below"`` or
@@ -89,7 +89,7 @@ def standing(run: Run, challenger: str, column: str, same_cost: bool) -> tuple[s
 
 
 def conclusions(run: Run) -> list[str]:
-    """Return one sentence per challenger and kind of rival, from the intervals alone, and the table of differences."""
+    """Return one sentence per challenger and kind of rival, based on the intervals only, and the table of differences."""
     sentences, table = [], []
     for challenger in dict.fromkeys(entry["challenger"] for entry in run["comparisons"]):
         row = next(row for row in run["rows"] if row["score"] == challenger)
@@ -134,7 +134,7 @@ def _sentence(challenger: str, group: str, verdicts: Mapping[str, Sequence[str]]
 
 
 def ablation(run: Run) -> list[str]:
-    """Return the table of trust's variants: their difference to trust, with intervals."""
+    """Return the table of the differences between the variants of trust and trust, with intervals."""
     variants = {row["score"]: row["spelled"] for row in run["rows"] if "distance=" in str(row["spelled"])}
     lines = []
     for name, spelled in variants.items():
@@ -159,7 +159,7 @@ def _negated(difference: Sequence[float | None]) -> str:
 
 
 def confound(run: Run) -> list[str]:
-    """Return the table of the columns whose datasets were also scored as the original files."""
+    """Return the table of the columns whose datasets were also scored from the original files."""
     originals: Mapping[str, str] = run.get("originals") or {}
     if not originals:
         return []
@@ -178,7 +178,7 @@ def confound(run: Run) -> list[str]:
 
 
 def section(run: Run) -> list[str]:
-    """Return the lines of one run: title, data, conclusions, and the table of all scores or of the confound.
+    """Return the lines of one run: title, data, conclusions, and the table of all scores or of re-encoded files.
 
     Args:
         run: The content of a file: ``title``, ``datasets``, ``rows``, ``comparisons``; see
@@ -209,7 +209,7 @@ def _rank(row: Row) -> float:
 
 
 def _data(run: Run) -> str:
-    """Return the data and the command in words."""
+    """Return a sentence about the data and the command."""
     parts = []
     for dataset in run["datasets"]:
         accuracy = f", accuracy {100 * dataset['accuracy']:.1f} %" if dataset["accuracy"] is not None else ""
@@ -224,7 +224,7 @@ def page(runs: Sequence[Run]) -> str:
     """Return the page of several runs as Markdown.
 
     Args:
-        runs: What the files contain, as for :func:`section`.
+        runs: The contents of the files, as for :func:`section`.
     """
     lines = [
         "# Leaderboard",
@@ -244,7 +244,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def main(folder: Path) -> None:
-    """Write the page beside the folder."""
+    """Write the page next to the folder."""
     runs = []
     for path in sorted(folder.glob("*.json")):
         runs.append(json.loads(path.read_text(encoding="utf-8")))

@@ -21,7 +21,7 @@ __all__ = ["areas_of", "differences_of", "leaderboard_record", "shown_command"]
 Record = dict[str, Any]
 
 DIGITS = 5
-"""The digits of a number in a file."""
+"""Number of decimals in a file."""
 
 UNIT = "auroc"
 
@@ -39,7 +39,7 @@ def column_of(entry: Mapping[str, Any]) -> str:
 
 
 def areas_of(evaluation: Evaluation, score: str) -> dict[str, list[float | None]]:
-    """Return the AUROC of a score with the ends of its interval, by column; of a group with several datasets, the mean."""
+    """Return the AUROC of a score with its interval, by column; for a group of several datasets, the mean."""
     areas: dict[str, list[float | None]] = {}
     for entry in evaluation.find(score=score, metric=UNIT):
         column = column_of(entry)
@@ -49,7 +49,7 @@ def areas_of(evaluation: Evaluation, score: str) -> dict[str, list[float | None]
 
 
 def differences_of(evaluation: Evaluation) -> list[Record]:
-    """Return by how much the evaluation's baseline exceeds each other score, in AUROC with the interval, by column."""
+    """Return the AUROC of the evaluation's baseline minus that of each other score, with the interval, by column."""
     by_place: dict[tuple[str, str], Record] = {}
     for entry in evaluation.comparisons:
         place = (entry["score"], column_of(entry))
@@ -113,7 +113,7 @@ def leaderboard_record(experiment: Experiment, scored: Scored, evaluated: Evalua
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """Return the command for another machine: absolute paths become ``PATH``, and Hydra's own settings are left out.
+    """Return the command as it is published: absolute paths become ``PATH``, and Hydra's settings are left out.
 
     Example:
         >>> shown_command(["experiment=leaderboard", "root=/home/me/data", "hydra.run.dir=out"])
@@ -143,7 +143,7 @@ def _datasets(evaluation: Evaluation) -> list[Record]:
 
 
 def _fitted_on(experiment: Experiment) -> dict[str, int]:
-    """The number of samples of each in-distribution dataset that scores are fitted on."""
+    """Return the number of samples of each in-distribution dataset that scores are fitted on."""
     sizes = {}
     for name, data in experiment.data.fit.items():
         if experiment.data.fit_roles.get(name, "id") == "id":

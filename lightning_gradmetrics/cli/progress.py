@@ -1,4 +1,4 @@
-"""Progress and notices on the standard error stream: bars only on a terminal, so that redirected output is clean."""
+"""Prints notices and progress bars to the standard error stream; bars are shown on terminals only."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def notice(text: str) -> None:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar while a block runs, if the standard error stream is a terminal.
+    """Show a progress bar inside the block, if the standard error stream is a terminal.
 
     Args:
         label: The text before the bar.
 
     Returns:
-        A function of the completed share, from 0 to 1.
+        A function that receives the completed fraction, from 0 to 1.
     """
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(label, total=1.0)
@@ -34,7 +34,7 @@ def progress_bar(label: str) -> Iterator[Callable[[float], None]]:
 
 
 def trainer_progress() -> dict[str, Any]:
-    """Return the arguments of a ``Trainer`` that put its progress bar on the standard error stream, or switch it off."""
+    """Return arguments of a ``Trainer`` that print its progress bar to the standard error stream, or disable it."""
     from lightning.pytorch.callbacks import RichProgressBar
 
     if not sys.stderr.isatty():

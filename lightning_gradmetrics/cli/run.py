@@ -28,7 +28,7 @@ HINTS = (
 
 
 def run(config: DictConfig) -> None:
-    """Run what the configuration says: evaluate scores, GradTrust's demo, a segmentation model, or a language model's text.
+    """Run the task of the configuration: score evaluation, GradTrust's demo, segmentation, or language model text.
 
     Args:
         config: The composed configuration.
@@ -62,7 +62,7 @@ def _check_nothing_is_missing(config: DictConfig) -> None:
 
 
 def _missing_keys(prefix: str, node: Any) -> Iterator[str]:
-    """The keys below a node whose value is ``???``."""
+    """Yield the keys below a node whose value is ``???``."""
     if isinstance(node, dict):
         for key, value in node.items():
             if value == "???":
@@ -98,7 +98,7 @@ def _run_steps(experiment: Experiment, clock: _Clock) -> None:
     clock.note("fit_seconds")
     scored = score(experiment)
     clock.note("score_seconds")
-    if not experiment.trainer.is_global_zero:  # rank 0 has the rows of all processes
+    if not experiment.trainer.is_global_zero:  # rank 0 continues with the rows of all processes
         return
     evaluated = evaluate(experiment, scored)
     clock.note("evaluate_seconds")
@@ -164,7 +164,7 @@ def _segmentation(config: DictConfig) -> None:
 
 
 def _quiet_lightning() -> None:
-    """Silence Lightning's start-up messages and hints; warnings about the user's data stay."""
+    """Silence Lightning's start-up messages and hints, but not warnings about the user's data."""
     import lightning.pytorch  # noqa: F401  # its import sets the levels of its loggers
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):

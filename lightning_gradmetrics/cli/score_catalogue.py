@@ -45,17 +45,17 @@ ARGUMENT = re.compile(r"^(\**\w+): ", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Line:
-    """A score's line in the tables, in words.
+    """The texts of a score's row in the tables.
 
     Args:
         name: The name.
         arguments: The arguments with their defaults.
         summary: The first line of the documentation.
-        paper: The source.
+        paper: The paper or other source.
         needs: The evidence that it needs.
-        cost: The cost in addition to the forward that runs anyway.
-        sign: How the paper's quantity follows from the score.
-        aliases: Other names for it.
+        cost: The cost in addition to the forward pass of the prediction.
+        sign: The paper's quantity as a function of the score.
+        aliases: Other names of the score.
     """
 
     name: str
@@ -95,7 +95,7 @@ def _arguments(recipe: Recipe) -> str:
 
 
 def _needs(score: Score) -> list[str]:
-    """Return the needs of a score in words."""
+    """Return the needs of a score as phrases."""
     needs = score.needs
     needed = {
         "head": needs.features,
@@ -160,7 +160,7 @@ def _sign(summary: str) -> str:
 
 
 def markdown() -> str:
-    """Return the documentation's page of scores."""
+    """Return the documentation page of all scores."""
     head = ["score", "what it is", "paper", "needs", "cost", "paper's quantity"]
     table = [head, ["---"] * len(head)]
     for line in lines():
@@ -205,7 +205,7 @@ def _plain(text: str) -> str:
 
 
 def stub() -> str:
-    """Return the stub of the package of scores: the names that its discovery finds, for type checkers and editors."""
+    """Return the stub of the package of scores, which lists the discovered names for type checkers and editors."""
     imports = []
     for name in package.__all__:
         home = RECIPES[name].method.__module__ if name in package.NAMES else _home(name)
@@ -221,7 +221,7 @@ def _home(name: str) -> str:
 
 
 def main() -> None:
-    """Write the page and the stub into the checkout."""
+    """Write the page and the stub to the source checkout."""
     root = Path(__file__).parents[2]
     (root / "docs" / "scores.md").write_text(markdown(), encoding="utf-8")
     (Path(package.__file__).parent / "__init__.pyi").write_text(stub(), encoding="utf-8")

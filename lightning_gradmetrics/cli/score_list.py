@@ -12,7 +12,7 @@ __all__ = ["scores_table"]
 
 
 def scores_table() -> Table:
-    """Return all registered scores: summary, paper, needs, cost, sign and arguments; texts are wrapped."""
+    """Return all registered scores: summary, paper, needs, cost, sign and arguments; long texts are wrapped."""
     table = Table(title="Scores: every one is an uncertainty, higher = more uncertain", title_justify="left")
     table.box, table.pad_edge = box.SIMPLE_HEAD, False
     table.add_column("score", no_wrap=True)

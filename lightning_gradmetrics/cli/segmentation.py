@@ -1,4 +1,4 @@
-"""The experiment on a segmentation model: which pixels, images and segments its scores find to be wrong."""
+"""The experiment on a segmentation model: evaluates scores on wrong pixels, images and segments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_gradmetrics.cli.progress import trainer_progress
 __all__ = ["find_code", "score_segmentation", "show_segmentation"]
 
 Key = tuple[str, str, str, str]
-"""Unit, task, metric, and what the pairs have in common."""
+"""Unit, task, metric and pooling of each column."""
 
 PIXELS: dict[str, Key] = {
     "AUROC": ("pixel", "misclassification", "auroc", "all"),
@@ -31,7 +31,7 @@ PIXELS: dict[str, Key] = {
     "within class": ("pixel", "misclassification", "auroc", "predicted class"),
 }
 WIDTH = 180
-"""Characters in a line of output that goes to a file."""
+"""Width of the output in characters if it is not a terminal."""
 
 OTHERS: dict[str, Key] = {
     "image: Spearman with error": ("image", "error", "spearman", "all"),
@@ -48,13 +48,13 @@ def find_code(folder: str | None) -> None:
         folder: The folder; ``None`` does nothing.
 
     Raises:
-        FileNotFoundError: If it is missing.
+        FileNotFoundError: If the folder is missing.
     """
     if folder is None:
         return
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(f"no folder {folder!r}: code= is the folder with the file that model._target_ names")
+        raise FileNotFoundError(f"no folder {folder!r}: code= is the folder with the file named in model._target_")
     if str(path) not in sys.path:
         sys.path.append(str(path))
 
@@ -67,12 +67,12 @@ def score_segmentation(
     batch_size: int = 1,
     name: str = "images",
 ) -> GradientMetrics:
-    """Return the callback after a run over labelled images.
+    """Score labelled images and return the callback.
 
     Args:
         model: A module whose ``test_step`` calls a segmentation model with the images.
         data: The images.
-        scores: The scores; differences are those to the first.
+        scores: The scores; differences are computed to the first one.
         pixels: The arguments of :class:`~lightning_gradmetrics.Pixels`.
         batch_size: Images in one forward pass.
         name: The name of the dataset.
@@ -92,7 +92,7 @@ def show_segmentation(results: pa.Table, metrics: pa.Table, segments: int) -> No
 
     Args:
         results: One row per image.
-        metrics: From ``callback.pixel_metrics``.
+        metrics: The table ``callback.pixel_metrics``.
         segments: The number of predicted segments.
     """
     console = Console()
@@ -128,7 +128,7 @@ def _table(title: str, columns: Mapping[str, Key], rows: Sequence[Mapping[str, A
 
 
 def _cell(row: Mapping[str, Any] | None, is_first: bool) -> str:
-    """The value, with its interval for the first score and with the interval of the difference for the others."""
+    """Return the value, for the first score with its interval, for others with the interval of the difference."""
     if row is None:
         return "–"
     is_correlation = row["metric"] == "spearman"

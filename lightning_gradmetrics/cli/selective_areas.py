@@ -1,4 +1,4 @@
-"""Areas under the accuracy and F1 curves of the accepted samples: GradTrust's table of AUAC and AUFC."""
+"""Areas under the accuracy and F1 curves of the accepted samples (AUAC and AUFC), as in GradTrust's table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODES = ("coverage", "threshold")
 NOTES = (
     "Areas under the accuracy (AUAC) and the F1 curve (AUFC) of the accepted samples, times 100. Higher is better.",
     "Over coverage, only the order of the scores counts. Over a threshold between the smallest and the largest score, the "
-    "scale is rewarded too: a rescaling that keeps the order changes the area. The paper does not say which one it used.",
+    "scale matters too: a rescaling that keeps the order changes the area. The paper does not state which one it used.",
 )
 
 
@@ -34,7 +34,7 @@ def selective_areas(results: pa.Table, scores: Sequence[str]) -> list[dict[str, 
         scores: Names of its score columns.
 
     Returns:
-        One record per dataset and score: ``dataset``, ``score``, ``<auac or aufc>_<mode>``; NaN where all scores are
+        One record per dataset and score: ``dataset``, ``score``, ``<auac or aufc>_<mode>``; NaN if all scores are
         equal.
     """
     known = results.filter(pc.and_(results["finite"], pc.is_valid(results["label"])))
@@ -62,7 +62,7 @@ def areas_grid(records: Sequence[dict[str, Any]]) -> Grid:
     """Return the table for the terminal.
 
     Args:
-        records: Made by :func:`selective_areas`.
+        records: The result of :func:`selective_areas`.
     """
     several = len({record["dataset"] for record in records}) > 1
     names = []

@@ -1,4 +1,4 @@
-"""The experiment on generated and other text: wrong tokens, and texts of other kinds than the model was trained on."""
+"""The experiment on generated and other text: detects wrong tokens, and texts unlike the model's training text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INCORRECT = "incorrect"
 
 
 def incorrect(evidence: Evidence) -> Tensor:
-    """Return 1 where the predicted token is not the one that follows, and 0 elsewhere, ``(N,)``."""
+    """Return 1 if the predicted token differs from the next token, else 0, ``(N,)``."""
     return evidence.incorrect.double()
 
 
@@ -37,8 +37,8 @@ class Stories:
         model: The model.
         sequences: Token ids ``(N, T)`` by kind; the first token of each is the start of the text.
         batch_size: The number of sequences in one forward pass.
-        prefix: The number of predicted tokens of the sequences whose kinds are compared.
-        prompt: The number of prompt tokens of these, for SemGrad and HybridGrad.
+        prefix: The number of predicted tokens per sequence in the comparison of kinds of text.
+        prompt: The number of prompt tokens of these sequences, for SemGrad and HybridGrad.
     """
 
     model: nn.Module
@@ -57,7 +57,7 @@ def read_sequences(root: str | Path, rows: str = "all") -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If ``rows`` is none of these.
+        ValueError: If ``rows`` is any other word.
     """
     steps = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
     if rows not in steps:
@@ -78,7 +78,7 @@ def _scored(stories: Stories, ids: Tensor, prompt: int, scores: Sequence[object]
 
 
 def token_rows(stories: Stories, scores: Sequence[str]) -> list[dict[str, str | float]]:
-    """Return how well each score finds wrong next tokens, one row per score and kind.
+    """Return the performance of each score at detecting wrong next tokens, one row per score and kind.
 
     Args:
         stories: Model and text.
@@ -99,11 +99,11 @@ def token_rows(stories: Stories, scores: Sequence[str]) -> list[dict[str, str | 
 
 
 def sequence_rows(stories: Stories, scores: Sequence[str], semantic: Sequence[str]) -> list[dict[str, str | float]]:
-    """Return how well each score tells text of other kinds from generated text, one row per score and kind.
+    """Return the performance of each score at separating other text from generated text, one row per score and kind.
 
     Args:
         stories: Model and text.
-        scores: Scores of tokens, whose mean is taken, and scores of sequences.
+        scores: Scores of tokens, which are averaged, and scores of sequences.
         semantic: Scores of hidden states of the prompt.
     """
     length = stories.prefix + 1
@@ -134,8 +134,8 @@ def show_stories(tokens: Sequence[Mapping[str, str | float]], sequences: Sequenc
     """Print both tables: one row per score, one column per kind of text.
 
     Args:
-        tokens: From :func:`token_rows`.
-        sequences: From :func:`sequence_rows`.
+        tokens: The result of :func:`token_rows`.
+        sequences: The result of :func:`sequence_rows`.
     """
     console = Console()
     shares = {}

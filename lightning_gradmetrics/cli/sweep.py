@@ -12,7 +12,7 @@ __all__ = ["CompareRuns"]
 
 
 class CompareRuns(Callback):
-    """Compares the runs of a sweep in one table when it ends, as ``gradmetrics compare SWEEP_DIRECTORY`` does."""
+    """Compares the runs of a sweep in one table at its end, like ``gradmetrics compare SWEEP_DIRECTORY``."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the comparison if there are at least two runs.

@@ -90,7 +90,7 @@ def test_classes_in_the_models_order(folders: Path) -> None:
         ({"id": "missing"}, "no folder"),
         ({"id": "outside"}, "no class folders"),
         ({"id": "inside", "far": "empty"}, "no image below"),
-        ({"id": "inside", "classes": ["cat"]}, "is in no class folder; the classes are: cat"),
+        ({"id": "inside", "classes": ["cat"]}, "is not in a class folder; the classes are: cat"),
         ({"id": "inside", "far": "inside"}, "two datasets are called 'inside'"),
         ({"id": "inside", "interpolation": "cubist"}, "unknown interpolation 'cubist'; did you mean 'bicubic'"),
     ],

@@ -105,7 +105,7 @@ def test_areas_equal_those_of_the_meters_on_labelled_rows() -> None:
     console = Console(width=100, file=io.StringIO())
     print_grid(console, areas_grid([first, flat]))
     shown = " ".join(console.file.getvalue().split())
-    assert "scale is rewarded" in shown and "–" in shown and shown.index("coverage") < shown.index("threshold")
+    assert "scale matters" in shown and "–" in shown and shown.index("coverage") < shown.index("threshold")
 
 
 def test_demo_command(tmp_path: Path, command: Command) -> None:

@@ -25,7 +25,7 @@ def evaluation_data(made: Any, source: str) -> EvaluationData:
         source: The name of the factory, for error messages.
 
     Raises:
-        TypeError: If it is of another type.
+        TypeError: If it is of any other type.
         ValueError: If there is no in-distribution data, or a name appears twice.
 
     Example:

@@ -19,12 +19,13 @@ SIZE = 8
 def digits(train: int = 120, fit: int = 250, patches: int = 400, seed: int = 0) -> EvaluationData:
     """Return digits 0 to 7 to classify, digits 8 and 9 as near OOD data and patches of photographs as far OOD data.
 
-    Fitted scores get further digits, and a fifth of the number of scored patches.
+    Scores are fitted on further digits and, as OOD data, a fifth as many patches as are scored.
 
     Args:
-        train: Images of digits 0 to 7 to train on: few, so that the model makes errors. The rest is scored.
-        fit: Images of digits 0 to 7 to fit scores on: neither trained on nor scored.
-        patches: Number of patches of scikit-learn's two photographs.
+        train: The number of images of digits 0 to 7 to train on, small so that the model makes errors. The rest is
+            scored.
+        fit: The number of images of digits 0 to 7 to fit scores on, which are neither trained on nor scored.
+        patches: The number of patches from scikit-learn's two photographs.
         seed: The seed of the split and of the patches.
 
     Returns:
@@ -72,7 +73,7 @@ def digits(train: int = 120, fit: int = 250, patches: int = 400, seed: int = 0) 
 
 
 def _patches(count: int, generator: np.random.Generator) -> Tensor:
-    """Grey square patches of the photographs, at random positions and sizes, shrunk to ``(count, 1, 8, 8)``."""
+    """Return grey square patches of the photographs at random positions and sizes, shrunk to ``(count, 1, 8, 8)``."""
     photographs = []
     for photograph in load_sample_images().images:
         photographs.append(torch.tensor(photograph, dtype=torch.float32).mean(2) / 255)

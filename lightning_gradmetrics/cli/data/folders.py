@@ -26,13 +26,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     """The images below a folder, in the order of their paths, as tensors and their class.
 
     Args:
-        folder: The folder. With ``classes``, an image's class is the name of the folder just below it.
-        classes: The names of the classes in the order of their labels; ``None`` makes every label -1, unknown.
+        folder: The folder. With ``classes``, an image's class is the name of the first subfolder on its path.
+        classes: The names of the classes in the order of their labels; ``None`` sets every label to -1, unknown.
         transform: Turns an image into a tensor.
 
     Raises:
         FileNotFoundError: If the folder does not exist or contains no image.
-        ValueError: If an image is in no class folder.
+        ValueError: If an image is not in a class folder.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     def _label(self, path: Path, classes: Sequence[str]) -> int:
         name = path.relative_to(self.folder).parts[0]
         if name not in classes:
-            raise ValueError(f"{str(path)!r} is in no class folder; the classes are: {', '.join(classes)}")
+            raise ValueError(f"{str(path)!r} is not in a class folder; the classes are: {', '.join(classes)}")
         return list(classes).index(name)
 
     def __len__(self) -> int:
@@ -86,14 +86,13 @@ def image_folders(
         id: The in-distribution folder, with one subfolder per class: a path, or ``{name: path}``.
         size: Width and height of the model's input.
         near: Near out-of-distribution folders: a path, or ``{name: path}``.
-        far: Far out-of-distribution folders, likewise.
-        other: Further groups of them, ``{group: {name: path}}``.
+        far: Far out-of-distribution folders, in the same form.
+        other: Further out-of-distribution groups, ``{group: {name: path}}``.
         train: A folder of training data, with one subfolder per class. Fitted scores use it if there is no ``fit``.
-        fit: Folders to fit scores on, with one subfolder per class: neither trained on nor scored.
+        fit: Folders to fit scores on, with one subfolder per class, which are neither trained on nor scored.
         fit_ood: Folders of out-of-distribution images, for detectors that are fitted on both kinds.
-        classes: Names of the class folders in the order of the model's classes; ``None`` takes them in alphabetical
-            order.
-        resize: The length of the shorter side before the crop; ``None`` takes ``size``.
+        classes: Names of the class folders in the order of the model's classes; ``None`` sorts them alphabetically.
+        resize: The length of the shorter side before the crop; ``None`` uses ``size``.
         interpolation: One of Pillow's filters: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
         mean: Subtracted from each RGB channel, which is in [0, 1].
         std: Each channel is divided by it.

@@ -1,4 +1,4 @@
-"""Named members of groups in data configurations: a single member, or a mapping from name to member."""
+"""Names the members of groups in data configurations, which are a single member or a mapping from name to member."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 __all__ = ["Groups", "check_names", "named", "open_groups", "role_groups"]
 
 Groups = Mapping[str, Mapping[str, Any]]
-"""From role to the members of the role, by name."""
+"""A mapping from role to the members of the role, by name."""
 
 
 def named(members: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return members by name; a single path or word is named by its last part, without ``.npz``.
+    """Return members by name; the name of a single path or word is its last part, without ``.npz``.
 
     Example:
         >>> named("data/svhn.npz"), named({"mine": "x"}), named(None)
@@ -36,7 +36,7 @@ def check_names(groups: Iterable[Mapping[str, Any]]) -> None:
     """Check that no name appears twice.
 
     Raises:
-        ValueError: If one does.
+        ValueError: If a name appears twice.
     """
     known: set[str] = set()
     for group in groups:

@@ -26,8 +26,8 @@ class HuggingFaceRows(Dataset[Any]):
 
     Args:
         dataset: A map-style dataset with named columns.
-        encode: From a row to the model's inputs: a tensor, or a mapping of tensors.
-        label: The column of labels; ``None`` makes every label -1, unknown.
+        encode: A function from a row to the model's inputs: a tensor, or a mapping of tensors.
+        label: The column of labels; ``None`` sets every label to -1, unknown.
     """
 
     def __init__(self, dataset: Any, encode: Encode, label: str | None) -> None:
@@ -66,7 +66,7 @@ def huggingface_data(
     Args:
         id: The in-distribution data: a name on the hub such as ``cifar10``, a folder written by ``save_to_disk``, or
             ``{name: member}``. A member with arguments is a mapping, ``{name: {path: glue, name: sst2, split:
-            validation}}``, whose other keys go to ``load_dataset``.
+            validation}}``, whose other keys are passed to ``load_dataset``.
         near: Near out-of-distribution data, in the same form.
         far: Far out-of-distribution data, in the same form.
         other: Further groups, ``{group: members}``.
@@ -75,13 +75,13 @@ def huggingface_data(
         label: The column of labels.
         image: The column of images.
         size: Width and height of the model's input; images need it.
-        resize: The length of the shorter side before the crop; ``None`` takes ``size``.
+        resize: The length of the shorter side before the crop; ``None`` uses ``size``.
         interpolation: One of Pillow's filters.
         mean: Subtracted from each RGB channel, which is in [0, 1].
         std: Each channel is divided by it.
-        text: The column of texts; ``None`` takes images.
+        text: The column of texts; ``None`` for images.
         tokenizer: The tokeniser of texts: a name on the hub, or a folder.
-        max_length: The number of tokens that a text is cut or padded to.
+        max_length: The number of tokens to which texts are truncated or padded.
 
     Raises:
         ImportError: If the package ``datasets`` is not installed, or ``transformers`` for texts.

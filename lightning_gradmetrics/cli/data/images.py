@@ -1,4 +1,4 @@
-"""From an image to a model's input: resize, crop, normalise."""
+"""Converts an image to a model's input: resizes, crops, normalises."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ImageTransform:
 
     Args:
         size: Width and height of the result.
-        resize: The length of the shorter side before the crop; ``None`` takes ``size``.
+        resize: The length of the shorter side before the crop; ``None`` uses ``size``.
         interpolation: One of Pillow's filters: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
         mean: Subtracted from each RGB channel, which is in [0, 1].
         std: Each channel is divided by it.

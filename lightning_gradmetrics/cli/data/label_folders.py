@@ -1,4 +1,4 @@
-"""Images with label maps in two folders, paired by their names."""
+"""Images and their label maps in two folders, paired by file name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ ROWS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
 def chosen_rows(rows: str) -> slice:
-    """Return the slice that ``all``, ``even`` or ``odd`` names.
+    """Return the slice for ``all``, ``even`` or ``odd`` rows.
 
     Raises:
-        ValueError: If it is another word.
+        ValueError: If it is any other word.
 
     Example:
         >>> [10, 11, 12][chosen_rows("even")]
@@ -40,15 +40,15 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
     Args:
         images: The folder of the images.
         labels: The folder of the label maps: images of one channel, whose values are classes, under the same names.
-        channels: The order of the channels that the model takes: ``"rgb"`` or ``"bgr"``.
-        largest: The value of a full channel: 255, or 1.
+        channels: The order of channels that the model expects: ``"rgb"`` or ``"bgr"``.
+        largest: The largest value of a channel: 255 or 1.
         mean: Subtracted from each channel.
         std: Each channel is divided by it.
-        rows: ``"all"``, or the ``"even"`` or ``"odd"`` of the sorted files.
+        rows: ``"all"``, ``"even"`` or ``"odd"`` positions of the sorted files.
 
     Raises:
         FileNotFoundError: If a folder is missing or has no image, or an image has no label map.
-        ValueError: If ``channels`` or ``rows`` is another word.
+        ValueError: If ``channels`` or ``rows`` is any other word.
     """
 
     def __init__(

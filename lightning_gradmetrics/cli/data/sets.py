@@ -20,10 +20,10 @@ class EvaluationData:
         roles: The role of each: ``"id"``, or a group of out-of-distribution sets such as ``"near"``.
         classes: The names of the classes, in the order of the labels; empty if they are unknown.
         train: Training data, for models that the command trains. Fitted scores use it if there is no ``fit``.
-        descriptions: A few words on each dataset.
-        fit: The datasets that scores are fitted on, by name: neither trained on nor scored.
-        fit_roles: The role of each of them, as in ``roles``; by default all are in-distribution.
-        planted: The indices of samples whose label was made wrong on purpose, by dataset.
+        descriptions: A short description of each dataset.
+        fit: The datasets that scores are fitted on, by name; they are neither trained on nor scored.
+        fit_roles: The roles of the datasets in ``fit``, as in ``roles``; by default all are in-distribution.
+        planted: The indices of samples that were mislabelled on purpose, by dataset.
     """
 
     sets: Mapping[str, Dataset[Any] | DataLoader[Any]]
@@ -42,15 +42,15 @@ class EvaluationData:
     def fit_loaders(
         self, batch_size: int, num_workers: int = 0, scores: Sequence[str] = ()
     ) -> tuple[dict[str, DataLoader[Any]], dict[str, str]]:
-        """Return dataloaders of the data that scores are fitted on, or otherwise of the training data, and their roles.
+        """Return dataloaders of the data that scores are fitted on (or else of the training data), and their roles.
 
         Args:
             batch_size: Samples per batch.
             num_workers: Worker processes of each dataloader.
-            scores: The names of the scores, for the error.
+            scores: The names of the scores, for the error message.
 
         Raises:
-            ValueError: If there is neither.
+            ValueError: If there is neither fit data nor training data.
         """
         sets = dict(self.fit) or ({} if self.train is None else {"train": self.train})
         if not sets:

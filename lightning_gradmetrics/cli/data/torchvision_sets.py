@@ -58,7 +58,7 @@ def torchvision_data(
     """Return the test sets of torchvision's datasets, with roles.
 
     Args:
-        id: The in-distribution data: a name such as ``CIFAR10``, or ``{name: CIFAR10}``, or, with arguments of the class,
+        id: The in-distribution data: a name such as ``CIFAR10``, ``{name: CIFAR10}``, or, with arguments of the class,
             ``{name: {dataset: ImageNet, split: val}}``.
         size: Width and height of the model's input.
         near: Near out-of-distribution data, in the same form.
@@ -67,7 +67,7 @@ def torchvision_data(
         root: The folder of the files.
         download: Whether to download files that are missing.
         fit_on_train: Whether fitted scores are fitted on the training set of ``id``.
-        resize: The length of the shorter side before the crop; ``None`` takes ``size``.
+        resize: The length of the shorter side before the crop; ``None`` uses ``size``.
         interpolation: One of Pillow's filters.
         mean: Subtracted from each RGB channel, which is in [0, 1].
         std: Each channel is divided by it.
@@ -91,7 +91,7 @@ def torchvision_data(
 
 
 def _open(member: Member, root: str, download: bool, train: bool) -> Dataset[Any]:
-    """Return the dataset of a name, or of a name with arguments; the test split unless ``train`` or an argument selects another."""
+    """Return the dataset of a name with optional arguments; the test split unless ``train`` or an argument says otherwise."""
     arguments = {"dataset": member} if isinstance(member, str) else dict(member)
     kind = _class_of(str(arguments.pop("dataset", "")))
     accepted = inspect.signature(kind).parameters

@@ -1,4 +1,4 @@
-"""The training data as the data to score, for an audit."""
+"""Makes the training data the data to score, for an audit."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def training_data(source: EvaluationData, mislabelled: int = 0, seed: int = 0) -
 
     Args:
         source: Data with training samples.
-        mislabelled: The number of samples, chosen at random, that get a wrong label before a model is trained on them:
-            an audit should find them.
-        seed: The seed of that choice.
+        mislabelled: The number of randomly chosen samples that get a wrong label before the model is trained; the audit
+            should find them.
+        seed: The seed of the random choice.
 
     Raises:
         ValueError: If there is no training data, or it has fewer than ``mislabelled`` samples.

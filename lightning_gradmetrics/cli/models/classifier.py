@@ -19,7 +19,7 @@ class Classifier(LightningModule):
     """A classifier: cross-entropy in training, logits in prediction.
 
     Args:
-        network: Returns logits ``(N, C)`` for inputs ``(N, ...)``, which may be named.
+        network: Returns logits ``(N, C)`` for inputs ``(N, ...)``, which may be keyword arguments.
         learning_rate: The learning rate of Adam.
     """
 
@@ -29,7 +29,7 @@ class Classifier(LightningModule):
         self.learning_rate = learning_rate
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Return what the network returns: the logits ``(N, C)``, or an output that has them."""
+        """Return the output of the network: the logits ``(N, C)``, or an output that contains them."""
         return self.network(*inputs, **named)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -38,11 +38,11 @@ class Classifier(LightningModule):
         return nn.functional.cross_entropy(self(inputs), labels)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Compute the logits only: callbacks score them."""
+        """Compute the logits, which callbacks score."""
         call(self, split_batch(batch)[0])
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Return what the network returns for the inputs of a batch."""
+        """Return the output of the network for the inputs of a batch."""
         return call(self, split_batch(batch)[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -51,7 +51,7 @@ class Classifier(LightningModule):
 
 
 def load_weights(network: nn.Module, checkpoint: str | Path) -> None:
-    """Load a state dict, also from ``{"state_dict": ...}``; prefixes such as ``module.`` or ``model.`` are removed.
+    """Load a state dict, possibly inside ``{"state_dict": ...}``; prefixes such as ``module.`` or ``model.`` are removed.
 
     Raises:
         FileNotFoundError: If the file does not exist.

@@ -1,4 +1,4 @@
-"""The small convolutional network of the default run: its weights come with the package, other settings are trained."""
+"""The small convolutional network of the default run; weights for the default settings come with the package."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def digits_cnn(
 ) -> Classifier:
     """Return the network with weights for ``data.train``: from the package, from an earlier run, or newly trained.
 
-    Weights belong to one fingerprint of the settings and the training data. With the default settings they come with
-    the package, so that the results do not depend on the CPU that trains.
+    Weights are identified by a fingerprint of the settings and the training data. For the default settings they come
+    with the package, so that the results do not depend on the CPU used for training.
 
     Args:
         data: Data with training images.
-        checkpoint_folder: The folder where trained weights are kept, one file per fingerprint; ``None`` keeps none.
+        checkpoint_folder: The folder where trained weights are stored, one file per fingerprint; ``None`` stores none.
         retrain: Train even if weights are available.
         width: The number of channels of the first convolution.
         epochs: The number of passes over the training data, at least 1.
@@ -96,7 +96,7 @@ def digits_cnn(
 
 
 def _load(module: nn.Module, path: Path, fingerprint: str) -> bool:
-    """Load the weights of a file if their fingerprint matches; a damaged file is reported and not used."""
+    """Load the weights of a file if their fingerprint matches; a damaged file is reported and ignored."""
     if not path.is_file():
         return False
     try:

@@ -24,7 +24,7 @@ def timm_model(
     """Return a model of timm by name.
 
     Args:
-        name: A name that ``timm.list_models()`` lists, such as ``resnet18``.
+        name: One of ``timm.list_models()``, such as ``resnet18``.
         checkpoint: A state dict on disk.
         pretrained: Whether to download published weights.
         classes: The number of classes; ``None`` keeps the model's.
@@ -62,12 +62,12 @@ def huggingface_model(name: str, kind: str = "image") -> nn.Module:
 
 
 def lightning_model(class_path: str, checkpoint: str, arguments: Mapping[str, Any] | None = None) -> LightningModule:
-    """Return a LightningModule with the weights of a checkpoint that a ``Trainer`` wrote.
+    """Return a LightningModule with the weights of a checkpoint written by a ``Trainer``.
 
     Args:
         class_path: The dotted path of the class, such as ``mine.Model``.
         checkpoint: The ``.ckpt`` file.
-        arguments: Arguments of the class that the checkpoint does not contain.
+        arguments: Arguments of the class that are not in the checkpoint.
 
     Raises:
         ValueError: If the class cannot be imported, or is not a LightningModule.

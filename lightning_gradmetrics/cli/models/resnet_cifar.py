@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.stride, self.new_channels = stride, channels - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)``."""
+        """Return the output of the block, ``(N, channels_in, H, W) -> (N, channels, H / stride, W / stride)``."""
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         before = self.new_channels // 2

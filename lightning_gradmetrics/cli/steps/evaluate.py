@@ -1,4 +1,4 @@
-"""Step 4: evaluate the scores, and measure what else was asked for."""
+"""Step 4: evaluate the scores, and compute the other requested tables."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The outcome of a run.
+    """The evaluated run.
 
     Args:
-        evaluation: The metrics of all scores that do not read labels.
-        detectors: These scores.
-        fitted_comparison: Cross-validated scores against the others; empty without cross-validation.
+        evaluation: The metrics of the detectors.
+        detectors: The scores that do not read labels.
+        fitted_comparison: The comparison of cross-validated scores with others; empty without cross-validation.
         costs: Costs and needs of every score; empty if no costs were measured.
-        areas: AUAC and AUFC; empty if they were not asked for.
+        areas: AUAC and AUFC; empty if they were not requested.
         planted: Sentences on planted labels; empty if no label was planted.
     """
 
@@ -85,7 +85,7 @@ def _evaluation(experiment: Experiment, scored: Scored) -> Evaluation:
 
 
 def _costs(experiment: Experiment, evaluation: Evaluation, size: int) -> list[Record]:
-    """Costs and needs of every score, measured on one batch of in-distribution samples."""
+    """Return costs and needs of every score, measured on one batch of in-distribution samples."""
     callback, data = experiment.callback, experiment.data
     first_id = next(name for name, role in data.roles.items() if role == "id")
     loader = data.loaders(size, experiment.settings.num_workers)[first_id]
@@ -108,6 +108,6 @@ def _costs(experiment: Experiment, evaluation: Evaluation, size: int) -> list[Re
 
 
 def _planted(experiment: Experiment, scored: Scored) -> list[str]:
-    """Return the number of planted labels that each score finds: scores that read labels, or otherwise all with top samples."""
+    """Return sentences on the planted labels found by scores that read labels, or else by all scores with top samples."""
     names = [score.name for score in scored.scores if not detects(score)] or list(experiment.callback.top_k)
     return planted_statements(scored.results, names, experiment.data.planted)

@@ -1,4 +1,4 @@
-"""Step 2: fit the scores that need it, or load states that an earlier run wrote."""
+"""Step 2: fit the scores that need it, or load the states of an earlier run."""
 
 from __future__ import annotations
 

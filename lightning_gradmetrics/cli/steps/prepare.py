@@ -1,4 +1,4 @@
-"""Step 1: build scores, data, model, callback and trainer from the configuration, and check that they fit together."""
+"""Step 1: build scores, data, model, callback and trainer from the configuration, and check their compatibility."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Experiment:
         callback: Scores the samples; with cross-validation it has no fitted scores.
         trainer: Runs the model.
         directory: The run directory.
-        description: The model in words and numbers, for the report.
+        description: A description of the model for the report.
         shared: What the jobs of a sweep share, or ``None``.
     """
 
@@ -100,8 +100,8 @@ def _check_top_k(top_k: Any) -> None:
 def _scored_by_callback(scores: tuple[Score, ...], settings: Settings) -> list[Score]:
     """Return the scores that the callback computes.
 
-    Cross-validated scores are computed after the run. If costs are measured, scores that read labels are only timed:
-    out-of-distribution data has no labels.
+    Cross-validated scores are computed after the run. If costs are measured, scores that read labels are only timed,
+    because out-of-distribution data has no labels.
     """
     if settings.fitted_folder is not None and settings.cross_validation_folds is not None:
         raise ValueError("cross_validation_folds and fitted_folder exclude each other: set one of them to null")

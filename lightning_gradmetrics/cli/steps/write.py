@@ -33,13 +33,13 @@ __all__ = ["write"]
 def write(
     experiment: Experiment, scored: Scored, evaluated: Evaluated, seconds: Mapping[str, float]
 ) -> dict[str, pa.Table]:
-    """Write everything that a run made to its directory.
+    """Write all results of a run to its directory.
 
     Args:
         experiment: The run.
         scored: Its results.
         evaluated: Its metrics.
-        seconds: How long each step took.
+        seconds: The duration of each step.
 
     Returns:
         The tables of the callback, such as the samples with the largest scores.
