@@ -1,1 +1,1 @@
-"""The interfaces of other packages on this package's engine."""
+"""Interfaces of other packages, implemented on this package's engine."""

@@ -1,4 +1,4 @@
-"""Text coloured by the rank of its tokens' scores, as HTML."""
+"""Renders text as HTML with each token coloured by the rank of its score."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ LIGHT, DARK = (255, 255, 255), (213, 94, 0)
 
 
 def tokens_html(texts: Sequence[str], values: Any, notes: Sequence[str] = ()) -> str:
-    """Return a text as HTML whose tokens are coloured by rank: white for the lowest score, vermilion for the highest.
+    """Return a text as HTML, its tokens coloured by the rank of their score: white for the lowest, vermilion for the highest.
 
-    Equal steps of colour are equal numbers of tokens. A linear scale would show the few largest values alone.
+    Every colour covers the same number of tokens. On a linear scale, only the few largest values would stand out.
 
     Args:
         texts: The text of each token, as ``tokenizer.decode([id])`` returns it; a line feed starts a new line.
         values: The score of each token ``(T,)``: a tensor, an array or a list.
-        notes: What to show beside the score while the pointer is on a token, such as the runner-up.
+        notes: Text to show with the score when the pointer is over a token, such as the runner-up.
 
     Returns:
         One ``<p>`` element with a ``<span>`` for each token; it can be part of any page or notebook.
 
     Raises:
-        ValueError: If there is not one finite value, or not one note, per token.
+        ValueError: If the number of values or notes differs from that of tokens, or a value is not finite.
 
     Example:
         >>> page = tokens_html(["Lily ", "ate", "."], [0.2, 3.1, 0.5], ["", "runner-up: saw", ""])
@@ -51,7 +51,7 @@ def tokens_html(texts: Sequence[str], values: Any, notes: Sequence[str] = ()) ->
 
 
 def _ranks(values: Any) -> Any:
-    """Return the share of the other tokens with a lower value, ``(T,)`` in [0, 1]."""
+    """Return the fraction of the other tokens with a lower value, ``(T,)`` in [0, 1]."""
     return np.searchsorted(np.sort(values), values) / max(1, len(values) - 1)
 
 

@@ -1,4 +1,4 @@
-"""One backward pass for a batch of sequences, from their losses to the embeddings and the hidden states."""
+"""Backward passes from the losses of a batch of sequences to the embeddings and the hidden states."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ __all__ = [
 ]
 
 PROBED_ROWS = 64
-"""Number of rows of the embedding's weight that are compared with its output."""
+"""Number of rows of the embedding's weight to compare with its output."""
 
 
 @dataclass(frozen=True)
 class DifferentiableCall:
-    """A forward pass whose results can be differentiated down to the embedding's output.
+    """A forward pass that can be differentiated with respect to the embedding's output.
 
     Args:
         call: The forward pass.
-        rows: The rows of the answers' tokens, part of the graph.
+        rows: The rows of the answers' tokens, with their graph.
         embedded: The embedding's output ``(N, T, D)``, a leaf.
     """
 
@@ -81,7 +81,7 @@ def differentiable_call(
 
 
 def row_losses(objective: Objective, rows: TokenRows) -> Tensor:
-    """Return the losses of the tokens ``(M,)``, in float64 where the device has it."""
+    """Return the losses of the tokens ``(M,)``, in float64 if the device supports it."""
     logits = rows.logits if rows.logits.device.type == "mps" else rows.logits.double()
     return objective.loss(rows.labels)(logits)
 
@@ -107,12 +107,12 @@ def embedding_uses(model: LanguageModel, batch: Padded, objectives: list[Objecti
 
 
 def uses_by_sequence(delta: Tensor, batch: Padded, padding_idx: int | None) -> list[EmbeddingUse]:
-    """Return the embedding's use of each sequence, without padding.
+    """Return the gradient of each sequence through the embedding, without padding.
 
     Args:
         delta: The gradient of the embedded rows of the weight ``(N, T, D)``.
         batch: The sequences.
-        padding_idx: The token whose embedding gets no gradient, or ``None``.
+        padding_idx: The token whose embedding has no gradient, or ``None``.
     """
     uses = []
     for row, sequence in enumerate(batch.sequences):
@@ -134,7 +134,7 @@ def tied_scale(model: LanguageModel) -> float:
     kind, embedding = type(model.module).__name__, model.embedding
     if getattr(model.head, "weight", None) is not embedding.weight:
         raise LanguageModelError(
-            f"target='tied' is for models whose head and input embedding share one weight; those of {kind} are two: use "
+            f"target='tied' is for models whose head and input embedding share one weight; {kind} has separate weights: use "
             "target='head' or a pattern of parameter names"
         )
     some = torch.arange(min(PROBED_ROWS, embedding.num_embeddings), device=embedding.weight.device)

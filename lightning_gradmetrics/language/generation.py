@@ -1,4 +1,4 @@
-"""Scores of answers to prompts: a second, teacher-forced pass of the model over the text."""
+"""Scores answers to prompts by a separate, teacher-forced pass of the model over the text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lightning_gradmetrics.scoring.states import check_fitted, check_head
 __all__ = ["score_generation"]
 
 HEAD_GRADIENT = "gradient"
-"""The aggregate that is the score of the head's gradient of the sequence's mean loss."""
+"""The name of the aggregate that is computed from the head's gradient of the sequence's mean loss."""
 
 
 def score_generation(
@@ -48,11 +48,11 @@ def score_generation(
 ) -> ScoredGeneration:
     r"""Score answers of a causal language model, token by token and as sequences; higher = more uncertain.
 
-    The text may come from anywhere: it is passed through the model once, padded on the right. The score of a token is
-    computed from the logits that predict it, so a score named ``max_softmax`` is ``1 - max_v p(v)`` of that prediction.
+    The text may have any source; it is passed through the model once, padded on the right. The score of a token is
+    computed from the logits that predict it; for example, ``max_softmax`` is ``1 - max_v p(v)`` of that prediction.
 
     - Scores of the logits, the labels (the tokens themselves) and the head: one value per token. The gradient of the
-      head's weight is that of its use as the head, also if the weight is tied to the input embedding.
+      head's weight covers its use as the head only, even if the weight is tied to the input embedding.
     - Scores with ``target="tied"`` (both uses of a tied weight), ``"all"`` or a pattern: one value per sequence, of the
       gradient of the mean loss over the answer's tokens.
     - ``"semgrad"`` and ``"hybridgrad"``: one value per sequence, from one more forward and backward pass.
@@ -60,20 +60,20 @@ def score_generation(
     Args:
         model: A causal language model: of transformers, a peft model around one, or any module from token ids ``(N, T)``
             to logits ``(N, T, V)``. It is left unchanged.
-        prompts: Token ids: lists of lists, lists of tensors, a tensor ``(N, P)``, or what a tokenizer returned
-            (``input_ids`` and ``attention_mask``, padded on either side). At least one token each.
+        prompts: Token ids: lists of lists, lists of tensors, a tensor ``(N, P)``, or the output of a tokenizer
+            (``input_ids`` and ``attention_mask``, padded on either side). Each needs at least one token.
         answers: Token ids in the same forms, one answer per prompt. In a tensor, -100 is padding.
         scores: Names, objects or a mapping, as in :func:`lightning_gradmetrics.score`.
         batch_size: The number of sequences in one forward pass.
-        aggregates: How the table summarises the tokens of an answer: ``mean``, ``sum``, ``max``, ``min``. With
-            ``gradient`` also scores of the head's gradient of the sequence's mean loss.
+        aggregates: The summaries of an answer's tokens in the table: ``mean``, ``sum``, ``max``, ``min``. ``gradient``
+            adds scores of the head's gradient of the sequence's mean loss.
         head: The name of the head; found automatically if the model names it or its output is the logits.
         pad_token_id: The padding of a tensor of answers; by default that of the model's ``generate``.
         engine: The engine of scores with other targets than the head.
 
     Returns:
-        The scores: ``.table`` has one row per sequence, ``.tokens[name]`` one tensor ``(T_i,)`` per answer, and
-        ``.spans(...)`` makes one row per span of tokens.
+        The scores: ``.table`` has one row per sequence, ``.tokens[name]`` has one tensor ``(T_i,)`` per answer, and
+        ``.spans(...)`` returns one row per span of tokens.
 
     Raises:
         ValueError: If a score is not defined for text, a prompt or an answer is empty, a token id is outside the vocabulary,
@@ -120,7 +120,7 @@ def _check_arguments(model: nn.Module, batch_size: int, aggregates: Sequence[str
 
 
 def padding_of(model: Any, pad_token_id: int | None) -> Padding:
-    """Return the padding of answers that the model generated, from its configuration for ``generate``.
+    """Return the padding of generated answers, from the model's configuration for ``generate``.
 
     Args:
         model: The model, or a configuration for ``generate``.
@@ -131,7 +131,7 @@ def padding_of(model: Any, pad_token_id: int | None) -> Padding:
     end_ids = [] if ends is None else list(torch.tensor([ends]).flatten().tolist())
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
     if pad is None and end_ids:
-        pad = end_ids[0]  # the padding of generate
+        pad = end_ids[0]  # generate pads with it
     return Padding(pad, frozenset(end_ids))
 
 
@@ -182,7 +182,7 @@ def token_scores(model: LanguageModel, plan: GenerationScores, rows: TokenRows) 
 
 
 def _head(model: LanguageModel, plan: GenerationScores, rows: TokenRows) -> tuple[Tensor, Tensor | None] | None:
-    """Return the head's weight and bias, if a score reads the head or its input; of a layer that wraps one, as it computes."""
+    """Return the head's effective weight and bias, if a score reads the head or its input."""
     if not any(score.needs.features for score in plan.tokens):
         return None
     assert model.head_name is not None
@@ -197,10 +197,10 @@ def _head(model: LanguageModel, plan: GenerationScores, rows: TokenRows) -> tupl
 
 
 def _check_padding(model: LanguageModel, batch: Padded, call: HeadCall) -> None:
-    """Refuse a model whose logits for the shortest sequence depend on the padding behind it.
+    """Refuse a model whose logits for the shortest sequence depend on the padding after it.
 
     Raises:
-        LanguageModelError: If they do.
+        LanguageModelError: If the logits depend on the padding.
     """
     lengths = batch.mask.sum(1)
     row = int(lengths.argmin())
@@ -212,8 +212,8 @@ def _check_padding(model: LanguageModel, batch: Padded, call: HeadCall) -> None:
     padded = call.logits[row, : length - offset]
     if not are_close(padded, alone.logits[0, offset:]):
         raise LanguageModelError(
-            f"the logits of {type(model.module).__name__} change when its input is padded on the right: its tokens see what "
-            "follows them, so it is not a causal language model. Pass batch_size=1"
+            f"the logits of {type(model.module).__name__} change when its input is padded on the right: its tokens depend on "
+            "later ones, so it is not a causal language model. Pass batch_size=1"
         )
 
 
@@ -223,13 +223,13 @@ def joined(
     parts: Sequence[tuple[dict[str, list[Tensor]], dict[str, Tensor]]],
     aggregates: tuple[str, ...] = ("mean", "max"),
 ) -> ScoredGeneration:
-    """Return the scores of all batches together.
+    """Join the scores of all batches.
 
     Args:
         sequences: The sequences of all batches.
         plan: The scores.
         parts: The scores of each batch.
-        aggregates: How the table summarises the tokens.
+        aggregates: The summaries of the tokens in the table.
     """
     tokens: dict[str, list[Tensor]] = {}
     values: dict[str, list[Tensor]] = {}

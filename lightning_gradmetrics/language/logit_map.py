@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["IDENTITY", "LogitMap", "recognised_map"]
 
 ROUNDINGS = 16
-"""Rounding errors, relative to the largest logit, that a recognised map may differ by from the model's logits."""
+"""Largest difference between a recognised map and the model's logits, in rounding errors of the largest logit."""
 
 
 @dataclass(frozen=True)

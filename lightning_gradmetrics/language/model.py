@@ -20,7 +20,7 @@ TOKENS_FIRST = "the logits must be (N, T, V): one row per sequence, one column p
 
 
 class LanguageModelError(ValueError):
-    """The model is not a causal language model whose head is known."""
+    """The model is not a causal language model with a known head."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class HeadCall:
         features: ``(N, K, D)`` for the last K of T positions.
         output: ``(N, K, V)``.
         logits: ``(N, K, V)``.
-        hidden_states: The hidden states ``(N, T, D)``, if they were asked for.
+        hidden_states: The hidden states ``(N, T, D)``, if they were requested.
     """
 
     features: Tensor
@@ -42,7 +42,7 @@ class HeadCall:
 
 @dataclass
 class LanguageModel:
-    """A causal language model that takes token ids ``(N, T)`` and returns logits ``(N, T, V)``.
+    """A causal language model from token ids ``(N, T)`` to logits ``(N, T, V)``.
 
     Args:
         module: The model: of transformers, a peft model around one, or any module with such a forward.
@@ -78,7 +78,7 @@ class LanguageModel:
 
     @property
     def head(self) -> nn.Module:
-        """The head; known after the first call."""
+        """The head; available after the first call."""
         assert self.head_name is not None
         return self._candidates[self.head_name]
 
@@ -87,7 +87,7 @@ class LanguageModel:
         """The input embedding.
 
         Raises:
-            LanguageModelError: If it is not known.
+            LanguageModelError: If it is unknown.
         """
         found = _declared(self.module, "get_input_embeddings")
         if not isinstance(found, nn.Embedding):
@@ -120,7 +120,7 @@ class LanguageModel:
             with self._watching() as seen:
                 output = self.module(ids, **options)
         finally:
-            hooks.restore()  # transformers adds some to return hidden states
+            hooks.restore()  # transformers adds hooks to return hidden states
         logits = _logits(output, self.module)
         if logits.ndim != 3 or len(logits) != len(ids):
             raise LanguageModelError(
@@ -149,14 +149,14 @@ class LanguageModel:
 
     @property
     def parameters(self) -> frozenset[str]:
-        """The names of the arguments of the model's forward; of a peft model, of the model inside it."""
+        """The names of the arguments of the model's forward; for a peft model, those of the model inside it."""
         inner = getattr(self.module, "get_base_model", None)
         module = inner() if callable(inner) else self.module
         return frozenset(inspect.signature(module.forward).parameters)
 
     @contextmanager
     def _watching(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Keep the input and the output of each candidate for the head."""
+        """Record the input and the output of each candidate for the head inside the block."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         with ExitStack() as stack:
             for name, candidate in self._candidates.items():
@@ -174,8 +174,8 @@ class LanguageModel:
         features, output = seen[self.head_name]
         if output.shape != logits.shape:
             raise LanguageModelError(
-                f"the head {self.head_name!r} returned {tuple(output.shape)}, and the model's logits are "
-                f"{tuple(logits.shape)}: what lies between them is not elementwise. Pass head=, another linear layer"
+                f"the head {self.head_name!r} returned {tuple(output.shape)}, but the model's logits are "
+                f"{tuple(logits.shape)}: the operations between them are not elementwise. Pass head=, another linear layer"
             )
         return features, output
 
@@ -194,7 +194,7 @@ class LanguageModel:
 
 
 def _declared(module: nn.Module, method: str) -> nn.Module | None:
-    """Return the part of a model of transformers that it names itself."""
+    """Return the submodule that a transformers model returns from a method such as ``get_output_embeddings``."""
     function = getattr(module, method, None)
     if not callable(function):
         return None
@@ -212,7 +212,7 @@ def _only_embedding(module: nn.Module) -> nn.Embedding:
             found.append(part)
     if len(found) != 1:
         raise LanguageModelError(
-            f"{type(module).__name__} has {len(found)} embeddings, and does not say by get_input_embeddings() which one takes "
+            f"{type(module).__name__} has {len(found)} embeddings, but no get_input_embeddings() that returns the one for "
             "the token ids"
         )
     return found[0]

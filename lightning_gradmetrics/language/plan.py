@@ -1,4 +1,4 @@
-"""Sorts scores by their unit: tokens, sequences, or hidden states of the prompt."""
+"""Sorts scores by unit: tokens, sequences, or hidden states of the prompt."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 __all__ = ["GenerationScores", "LanguageScoreLike", "planned"]
 
 LanguageScoreLike = ScoreLike | SemanticScore
-"""A score, or ``"semgrad"``, ``"hybridgrad"``, or one of their objects."""
+"""A score; or ``"semgrad"`` or ``"hybridgrad"``, by name or as an object."""
 
 
 @dataclass(frozen=True)
 class GenerationScores:
-    """The scores of a generation by their unit.
+    """The scores of a generation by unit.
 
     Args:
         tokens: Scores of each token.
         sequences: Scores of a gradient of the sequence's mean loss.
-        of_head: Scores of the head's gradient of the sequence's mean loss, by the name of their column.
+        of_head: Scores of the head's gradient of the sequence's mean loss, by column name.
         semantic: Scores of hidden states, by name.
     """
 
@@ -41,15 +41,15 @@ class GenerationScores:
 
     @property
     def needs_backward(self) -> bool:
-        """Whether a score needs more than the head's input and output."""
+        """Whether a score needs more than the input and output of the head."""
         return bool(self.sequences or self.semantic)
 
 
 def planned(scores: Any, *, head_gradient: bool = False) -> GenerationScores:
-    """Return the scores by their unit.
+    """Return the scores by unit.
 
     Args:
-        scores: One score or several: anything that ``lgm.score`` takes, and ``"semgrad"`` and ``"hybridgrad"``.
+        scores: One or more scores: anything that ``lgm.score`` accepts, and ``"semgrad"`` and ``"hybridgrad"``.
         head_gradient: Whether to add scores of the head's gradient of the sequence's mean loss.
 
     Raises:
@@ -121,7 +121,7 @@ def _name_of(score: Any, made: SemanticScore) -> str:
 
 
 def _is_of_sequences(score: Score) -> bool:
-    """Return whether a score is one of sequences.
+    """Return whether a score is defined for sequences instead of tokens.
 
     Raises:
         ValueError: If it is not defined for generated text.

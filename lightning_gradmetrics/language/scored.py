@@ -16,7 +16,7 @@ from lightning_gradmetrics.language.sequences import PromptAndAnswer
 __all__ = ["AGGREGATES", "ScoredGeneration"]
 
 AGGREGATES = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax, "min": torch.amin}
-"""From the tokens' scores ``(T,)`` to one number of the sequence, by name."""
+"""Functions from the tokens' scores ``(T,)`` to one number per sequence, by name."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class ScoredGeneration:
     """Scores of answers: higher = more uncertain.
 
     Args:
-        sequences: The sequences, in the order in which they were given.
+        sequences: The sequences, in the given order.
         tokens: For each score of tokens, one tensor ``(T_i,)`` per answer.
         values: Scores of whole sequences ``(N,)``.
-        aggregates: How the table summarises the tokens of an answer.
+        aggregates: The summaries of an answer's tokens in the table.
 
     Example:
         >>> from lightning_gradmetrics.language.sequences import paired
@@ -69,7 +69,7 @@ class ScoredGeneration:
 
         Args:
             score: The name of a score of tokens.
-            decode: From token ids to their text, such as ``tokenizer.decode``.
+            decode: A function from token ids to text, such as ``tokenizer.decode``.
 
         Raises:
             ValueError: If there is no such score of tokens, or a value is not finite.
@@ -96,15 +96,14 @@ class ScoredGeneration:
         """Return a table with one row per span of an answer, such as a claim.
 
         Args:
-            spans: For each answer its spans ``(start, end)`` in tokens of the answer: from ``start`` up to and without
-                ``end``.
+            spans: For each answer its spans ``(start, end)`` in tokens of the answer; ``end`` is exclusive.
 
         Raises:
-            ValueError: If there is not one list per answer, or a span is empty or outside its answer.
+            ValueError: If the number of lists differs from that of answers, or a span is empty or outside its answer.
         """
         if len(spans) != len(self.sequences):
             raise ValueError(
-                f"there are {len(self.sequences)} answers and spans of {len(spans)}; give one list per answer"
+                f"there are {len(self.sequences)} answers but {len(spans)} lists of spans; give one list per answer"
             )
         places = []
         for number, (sequence, ranges) in enumerate(zip(self.sequences, spans, strict=True)):

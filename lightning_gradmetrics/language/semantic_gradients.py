@@ -29,12 +29,13 @@ class SemGrad:
     r"""Mean absolute gradient of the answer's loss at the hidden states of one prompt token.
 
     The loss is the mean over the answer's tokens of ``H_t CE_t``: the entropy of the prediction, held constant, times
-    the cross-entropy of the token. The mean runs over the width and over the upper half of the hidden states without the
-    last one, ``l = L - floor(L / 2) ... L - 1`` for L layers. One backward pass serves the whole batch.
+    the cross-entropy of the token. The mean is taken over the width and over the upper half of the hidden states except
+    the last one, ``l = L - floor(L / 2) ... L - 1`` for L layers. The whole batch takes one backward pass.
 
     Args:
-        semantic_token: The prompt token, counted from the end of the prompt: -1 is the last one. The paper takes the last
-            token of the question, which a chat template may follow: -4 for Llama-3, -3 for Qwen, -2 for Mistral.
+        semantic_token: The prompt token, counted from the end of the prompt: -1 is the last one. The paper uses the
+            last token of the question; with a chat template after it, that is -4 for Llama-3, -3 for Qwen, -2 for
+            Mistral.
 
     Reference:
         The method and its code: https://github.com/mingdali6717/SemGrad

@@ -1,4 +1,4 @@
-"""Evidence of whole sequences: gradients of the mean loss of the answer, one per sequence."""
+"""Evidence of whole sequences: the gradient of the answer's mean loss, one per sequence."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def output_gradients(objective: Objective, rows: TokenRows) -> Tensor:
 
 @dataclass
 class SequenceEvidence(Evidence):
-    """Evidence of N sequences, each a sample: the gradients of its mean loss.
+    """Evidence of N sequences as samples, with the gradients of their mean losses.
 
     Args:
         rows: The tokens of the sequences.
@@ -75,12 +75,12 @@ class SequenceEvidence(Evidence):
 
     @property
     def logits(self) -> Tensor:
-        """Raise an error: a sequence has none."""
+        """Raise an error, because a sequence has none."""
         _undefined("the logits")
 
     @property
     def features(self) -> Tensor:
-        """Raise an error: a sequence has none."""
+        """Raise an error, because a sequence has none."""
         _undefined("the head's input")
 
 
@@ -99,7 +99,7 @@ def sequence_evidence(
         model: The model.
         batch: The batch.
         rows: The tokens of its answers.
-        requests: The gradients that scores ask for, by target and objective.
+        requests: The gradients that scores request, by target and objective.
         engine: The engine.
     """
     gradients: dict[tuple[Target, Objective], GradientStatistics] = {}

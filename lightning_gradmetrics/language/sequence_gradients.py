@@ -27,7 +27,7 @@ from lightning_gradmetrics.gradients.statistics import (
 __all__ = ["EmbeddingUse", "SequenceFactors", "SequenceGradient", "sequence_moments"]
 
 BLOCK_ENTRIES = 2**21
-"""Entries of the gradient that are computed at once: 16 MiB in float64."""
+"""Number of gradient entries that are computed at a time: 16 MiB in float64."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ class SequenceFactors:
 def sequence_moments(factors: SequenceFactors, wanted: Iterable[Moment]) -> Moments:
     """Return moments of the entries of one sequence's head gradient.
 
-    The sum and the sum of squares take the Gram matrices of the factors, ``(T, T)``, if that is cheaper. All other
-    moments take the gradient in blocks of rows.
+    The sum and the sum of squares are computed from the Gram matrices of the factors, ``(T, T)``, if that is cheaper.
+    All other moments are computed from the gradient in blocks of rows.
 
     Args:
         factors: The factors.
         wanted: The moments to compute.
 
     Returns:
-        Each moment, ``()``, in float64 where the device has it.
+        Each moment, ``()``, in float64 if the device supports it.
 
     Example:
         >>> factors = SequenceFactors(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 3.0]]))
@@ -132,7 +132,7 @@ def _merged(key: Moment, total: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _blocks(factors: SequenceFactors) -> Iterator[Tensor]:
-    """Yield a bounded number of rows of the gradient at a time."""
+    """Yield the gradient in blocks with a limited number of rows."""
     vocabulary, width = factors.output.shape[1], factors.features.shape[1]
     rows = max(1, BLOCK_ENTRIES // width)
     for start in range(0, vocabulary, rows):

@@ -28,7 +28,7 @@ class Padding:
     ends: frozenset[int] = frozenset()
 
     def cut(self, answer: Tensor) -> Tensor:
-        """Return an answer without the padding at its end; one end token is kept if padding and end are the same id."""
+        """Return an answer without the padding at its end; if padding and end token have the same id, one is kept."""
         if self.pad is None:
             return answer
         is_token = answer != self.pad
@@ -36,10 +36,10 @@ class Padding:
         return answer[: length + 1] if self.pad in self.ends else answer[:length]
 
     def check_prompt(self, prompt: Tensor, number: int) -> None:
-        """Refuse a row of a tensor that begins or ends with the id of the padding."""
+        """Refuse a row of a tensor that begins or ends with the padding id, because it may be padding or a token."""
         if self.pad is not None and len(prompt) and self.pad in (int(prompt[0]), int(prompt[-1])):
             raise ValueError(
-                f"prompt {number} begins or ends with {self.pad}, the id of the padding, and a tensor does not tell padding "
+                f"prompt {number} begins or ends with {self.pad}, the padding id, and in a tensor padding is indistinguishable "
                 "from tokens: pass the mapping with input_ids and attention_mask that the tokenizer returned, or lists"
             )
 
@@ -66,7 +66,7 @@ class PromptAndAnswer:
 
     @property
     def positions(self) -> Tensor:
-        """The positions whose logits predict the answer's tokens, ``(A,)``: each is one before its token."""
+        """The positions whose logits predict the answer's tokens, ``(A,)``: one before each token."""
         return torch.arange(self.prompt - 1, len(self.ids) - 1)
 
 
@@ -86,7 +86,7 @@ class Padded:
 
     @property
     def needed(self) -> int:
-        """The number of positions, counted from the end, that contain every position that predicts an answer token."""
+        """The number of final positions that include every position that predicts an answer token."""
         first = min(sequence.prompt for sequence in self.sequences) - 1
         return self.ids.shape[1] - first
 
@@ -115,8 +115,8 @@ def paired(prompts: Any, answers: Any, padding: Padding = NO_PADDING) -> list[Pr
 
     Args:
         prompts: Token ids: a list of lists or of tensors ``(P,)``, a tensor ``(N, P)``, or a mapping with ``input_ids``
-            ``(N, P)`` and ``attention_mask``, as a tokenizer returns it.
-        answers: Token ids, in the same forms. In a tensor ``(N, A)`` ids of -100 are padding.
+            ``(N, P)`` and ``attention_mask``, as returned by a tokenizer.
+        answers: Token ids, in the same forms. In a tensor ``(N, A)``, the id -100 is padding.
         padding: The padding of tensors ``(N, A)`` of answers. Lists and mappings have none.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The answer tokens of a batch as rows: logits, features and labels, without prompts and padding."""
+"""The answer tokens of a batch as rows of logits, features and labels, without prompts and padding."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_gradmetrics.scoring.recipes import Score
 __all__ = ["TokenRows", "answer_rows"]
 
 BLOCK_LOGITS = 2**22
-"""Logits that are scored at once: 32 MiB in float64."""
+"""Number of logits that are scored at a time: 32 MiB in float64."""
 
 
 @dataclass
 class CappedEvidence(Evidence):
-    """Evidence of a head whose output is capped before it becomes the logits.
+    """Evidence of a head whose capped output is the logits.
 
     Args:
         slope: The derivative of the logits with respect to the head's output ``(M, V)``.
@@ -34,7 +34,7 @@ class CappedEvidence(Evidence):
 
     @property
     def head_input(self) -> HeadFeatures:
-        """Refuse the head's input to closed forms that do not hold for this head."""
+        """Raise an error, because closed forms with the head's input are wrong for a capped head."""
         raise MissingEvidenceError(
             "uses a closed form for heads whose output is the logits; this model caps its logits, so it would not be exact. "
             "Use gradnorm, uniform, pseudo_label, grand, feature_norm or scores of the logits"
@@ -42,7 +42,7 @@ class CappedEvidence(Evidence):
 
     @property
     def features(self) -> Tensor:
-        """As :attr:`head_input`."""
+        """Raise an error, as :attr:`head_input` does."""
         return self.head_input.dense()
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
@@ -52,7 +52,7 @@ class CappedEvidence(Evidence):
 
 @dataclass(frozen=True)
 class TokenRows:
-    """The answer tokens of a batch, one row per token, the sequences one after the other.
+    """The answer tokens of a batch, one row per token, one sequence after the other.
 
     Args:
         logits: The logits that predict each token ``(M, V)``.
@@ -60,7 +60,7 @@ class TokenRows:
         output: The head's output ``(M, V)``.
         labels: The tokens ``(M,)``.
         lengths: The number of tokens of each sequence.
-        logit_map: From the head's output to the logits.
+        logit_map: The map from the head's output to the logits.
     """
 
     logits: Tensor
@@ -72,13 +72,13 @@ class TokenRows:
 
     @property
     def slope(self) -> Tensor | None:
-        """The derivative of the logits with respect to the head's output ``(M, V)``; ``None`` where it is one."""
+        """The derivative of the logits with respect to the head's output ``(M, V)``; ``None`` if it is one."""
         return None if self.logit_map.is_identity else self.logit_map.slope(self.output.double())
 
     def evidence(self, head: tuple[Tensor, Tensor | None] | None = None) -> Evidence:
         """Return the evidence of these tokens: each is one sample with V classes.
 
-        A scaled head is the head of scaled features: ``c (W h + b) = W (c h) + c b``.
+        A scaled head equals a head with scaled features: ``c (W h + b) = W (c h) + c b``.
 
         Args:
             head: The head's weight and bias, for scores that read them.
@@ -99,18 +99,18 @@ class TokenRows:
             score: The score.
             head: The head's weight and bias, for scores that read them.
         """
-        if score.recipe.name == "feature_norm":  # the input of the head itself, unscaled
+        if score.recipe.name == "feature_norm":  # uses the unscaled input of the head
             return score(Evidence(self.logits, self.features))
         return score(self.evidence(head))
 
     def blocks(self) -> Iterator[TokenRows]:
-        """Yield parts with a bounded number of logits, for scores that need several copies of them."""
+        """Yield blocks with a limited number of logits, because some scores need several copies of them."""
         rows = max(1, BLOCK_LOGITS // self.logits.shape[1])
         for start in range(0, len(self.labels), rows):
             yield self._part(slice(start, start + rows), ())
 
     def sequences(self) -> Iterator[TokenRows]:
-        """The rows of each sequence."""
+        """Yield the rows of each sequence."""
         start = 0
         for length in self.lengths:
             yield self._part(slice(start, start + length), (length,))

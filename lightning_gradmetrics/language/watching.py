@@ -1,4 +1,4 @@
-"""Scores of tokens while ``generate`` draws them: no second pass, and no logits kept."""
+"""Scores tokens while ``generate`` draws them, without a second pass and without storing logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_gradmetrics.scoring.states import check_fitted
 __all__ = ["WatchedGeneration", "watching_generation"]
 
 SEVERAL_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
-"""Arguments of ``generate`` with which one call of the model is not one token."""
+"""Arguments of ``generate`` with which one call of the model draws more or less than one token."""
 
 
 @contextmanager
@@ -33,9 +33,9 @@ def watching_generation(
 ) -> Iterator[WatchedGeneration]:
     r"""Score the tokens that ``model.generate`` draws inside the block, from the logits before any sampling rule.
 
-    Hooks read the input and the output of the head at the last position of each call, and compute the scores at once:
-    there is no second pass, and the logits of one step alone are kept. Greedy search and all kinds of sampling work, several
-    answers per prompt included. Beam search needs ``return_dict_in_generate=True``.
+    Hooks read the input and the output of the head at the last position of each call, and compute the scores
+    immediately. There is no second pass, and only the logits of one step are stored. Greedy search and all kinds of
+    sampling work, including several answers per prompt. Beam search needs ``return_dict_in_generate=True``.
 
     Args:
         model: A causal language model with ``generate``: of transformers, or a peft model around one.
@@ -46,7 +46,7 @@ def watching_generation(
         A context whose value is a :class:`WatchedGeneration`; after the block ``watch.result(ids)`` returns the scores.
 
     Raises:
-        ValueError: If a score is not one of tokens, or ``generate`` draws several tokens in one call of the model.
+        ValueError: If a score is not defined for tokens, or ``generate`` draws several tokens in one call of the model.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -68,7 +68,7 @@ def watching_generation(
 
 
 class WatchedGeneration:
-    """What was seen of one call of ``generate``.
+    """The recorded scores of one call of ``generate``.
 
     Args:
         model: The model.
@@ -91,7 +91,7 @@ class WatchedGeneration:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Watch the model inside the block; hooks and the watched ``generate`` are removed after it."""
+        """Watch the model inside the block; hooks and the replaced ``generate`` are removed after it."""
         module, owner = self.model.module, self._owner()
         with ExitStack() as stack:
             stack.callback(self.model.embedding.register_forward_pre_hook(self._embedding_called).remove)
@@ -101,7 +101,7 @@ class WatchedGeneration:
             yield
 
     def _owner(self) -> nn.Module:
-        """The module that turns the head's output into the logits: the one that contains the head."""
+        """Return the module that contains the head and turns its output into the logits."""
         assert self.model.head_name is not None
         return self.model.module.get_submodule(self.model.head_name.rpartition(".")[0])
 
@@ -157,7 +157,7 @@ class WatchedGeneration:
         self._head_call = None
 
     def _score_pending(self, tokens: Tensor) -> None:
-        """Score the last step, whose tokens are known now."""
+        """Score the previous step, whose tokens are now known."""
         rows = self._pending
         if rows is None:
             return
@@ -174,13 +174,13 @@ class WatchedGeneration:
     # The result
 
     def result(self, output: Any) -> ScoredGeneration:
-        """Return the scores of the answers, each up to its first end token, which is included.
+        """Return the scores of the answers, each up to and including its first end token.
 
         Args:
-            output: What ``generate`` returned: the ids ``(N, P + T)``, or its output with ``sequences``.
+            output: The result of ``generate``: the ids ``(N, P + T)``, or an output with ``sequences``.
 
         Raises:
-            ValueError: If the output is not that of the watched call.
+            ValueError: If the output does not come from the watched call.
         """
         sequences = output if isinstance(output, Tensor) else output.sequences
         if self._arguments is None or not self._inputs:
@@ -190,8 +190,8 @@ class WatchedGeneration:
         self._score_pending(sequences[:, -1])
         if len(self._steps) != answers.shape[1]:
             raise ValueError(
-                f"generate called the model {len(self._steps)} times for {answers.shape[1]} tokens, and one call per token was "
-                "expected: use score_generation"
+                f"generate called the model {len(self._steps)} times for {answers.shape[1]} tokens; expected one call per "
+                "token: use score_generation"
             )
         beams = None
         if self._beams > 1:
@@ -225,7 +225,7 @@ class WatchedGeneration:
         return joined(sequences, self.plan, [(tokens, {})])
 
     def _length(self, answer: Tensor) -> int:
-        """The number of tokens up to the first end token, itself included."""
+        """Return the number of tokens up to and including the first end token."""
         assert self._arguments is not None
         config = self._arguments.get("generation_config") or self.model.module
         ends = set(padding_of(config, None).ends)
@@ -238,7 +238,7 @@ class WatchedGeneration:
         return int(is_end.nonzero()[0]) + 1 if is_end.any() else len(answer)
 
     def _is_prompt(self, number: int, rows: int, width: int) -> Tensor:
-        """Which ids of a row's prompt are tokens and not padding."""
+        """Return which ids of a row's prompt are tokens instead of padding."""
         assert self._arguments is not None
         mask = self._arguments.get("attention_mask")
         if mask is None:
@@ -248,7 +248,7 @@ class WatchedGeneration:
 
 
 def _replace_generate(module: nn.Module, before: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
-    """Let ``generate`` show its arguments to a function first; returns the function that undoes it."""
+    """Make ``generate`` call a function with its arguments first; return a function that undoes this."""
     own = module.__dict__.get("generate")
     generate: Callable[..., Any] = module.generate  # type: ignore[assignment]
 

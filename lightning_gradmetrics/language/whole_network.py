@@ -19,14 +19,14 @@ __all__ = ["answer_weights", "network_statistics", "token_objective"]
 PREFIX = "model."
 
 PER_TOKEN = ("pseudo_label", "uniform", "label", "confounding", "confounding_logits")
-"""Objectives whose mean over the tokens is a loss of the sequence."""
+"""Objectives whose mean over the tokens is used as the loss of the sequence."""
 
 
 def token_objective(objective: Objective) -> Objective:
-    """Return the objective if it has a mean over the tokens of a sequence.
+    """Return the objective, after checking that its mean over the tokens of a sequence is defined.
 
     Raises:
-        ValueError: If it is the objective of one class.
+        ValueError: If it is the loss of a single class.
     """
     if objective.function is None and objective.name not in PER_TOKEN:
         raise ValueError(
@@ -54,7 +54,7 @@ def answer_weights(batch: Padded) -> tuple[Tensor, Tensor]:
 
 
 class SequenceLosses(nn.Module):
-    """Returns the losses of each sequence ``(N, K)``, one column per objective: the mean over its answer's tokens."""
+    """Returns the mean losses of each sequence's answer tokens ``(N, K)``, one column per objective."""
 
     def __init__(self, model: LanguageModel, objectives: Sequence[Objective]) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def network_statistics(
     Args:
         model: The model.
         batch: The sequences.
-        wanted: The objectives of a token and the moments of their gradients.
+        wanted: The objectives per token and the moments of their gradients to compute.
         accepts: A predicate on parameter names; ``None`` accepts all.
         engine: The engine.
     """

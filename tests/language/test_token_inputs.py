@@ -92,7 +92,7 @@ REFUSED = {
     "other numbers": (lambda m: lgm.score_generation(m, [[1]], [[1], [2]], "nll"), "1 prompts and 2 answers"),
     "padding without a mask": (
         lambda m: lgm.score_generation(m, torch.tensor([[0, 1], [1, 3]]), [[1], [2]], "nll"),
-        "does not tell padding",
+        "padding is indistinguishable",
     ),
     "a prompt token that is not there": (
         lambda m: lgm.score_generation(m, [[1]], [[1]], "semgrad(semantic_token=-2)"),

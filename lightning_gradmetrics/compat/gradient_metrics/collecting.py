@@ -1,4 +1,4 @@
-"""Collects every sample's gradients from the graph of the losses."""
+"""Collects the gradients of all samples from the graph of the losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_gradmetrics.engine.uses import Use, combined
 __all__ = ["collect"]
 
 Sink = Callable[[int, Use, Tensor], None]
-"""A function of a parameter's identity, its use, and the loss of each sample of the use (-1 for none)."""
+"""A function that receives a parameter's identity, its use, and the loss of each sample of the use (-1 for none)."""
 
 UNSEEN = "the forward pass was not watched; build the collector with layers, before the forward pass"
 UNSEEN_PARAMETER = "a target is not a parameter of a layer whose forward pass was watched"
@@ -36,7 +36,7 @@ UNSEEN_PARAMETER = "a target is not a parameter of a layer whose forward pass wa
 def collect(
     loss: Tensor, parameters: Mapping[int, Tensor], sink: Sink, retain_graph: bool, why_unseen: str = ""
 ) -> str:
-    """Collect every reached parameter's use from one backward pass.
+    """Collect the uses of all parameters that the losses depend on, in one backward pass.
 
     Args:
         loss: Losses ``(M,)``.
@@ -46,7 +46,7 @@ def collect(
         why_unseen: Why the last forward pass was not recorded, if known.
 
     Returns:
-        The reason why nothing was collected; empty if something was.
+        The reason why nothing was collected, or an empty string.
 
     Raises:
         PlanError: If the collected gradients are wrong. The graph is kept.
@@ -105,7 +105,7 @@ def _identities(listener: Listener) -> set[int]:
 
 
 def _record(listeners: Sequence[Listener], entries: int) -> Record:
-    """Return the comparisons with autograd of forward passes seen together; their parameters enter the graph ``entries`` times."""
+    """Return the record of comparisons for forward passes that occur together; parameters enter the graph ``entries`` times."""
     key: tuple[Any, ...] = (entries,)
     for listener in listeners:
         key += (_Identity(listener.module_plan),)
@@ -122,7 +122,7 @@ def _reached(graph: Graph, parameters: Mapping[int, Tensor]) -> list[Listener]:
 
 
 class _Collection:
-    """Collects from all listeners; uses of one parameter in forward passes of the same samples are joined."""
+    """Collects from all listeners, and joins uses of one parameter in several forward passes of the same samples."""
 
     def __init__(
         self, parameters: Mapping[int, Tensor], groups: Sequence[_Group], sink: Sink, check: Verification | None
@@ -165,7 +165,7 @@ class _Collection:
 
 @dataclass(frozen=True)
 class _Identity:
-    """An object as part of a key, compared by identity and kept alive by the key."""
+    """Wraps an object for use in a key: it is compared by identity, and the key keeps it alive."""
 
     value: Any
 
@@ -178,7 +178,7 @@ class _Identity:
 
 @dataclass
 class _Group:
-    """Listeners whose samples belong to the same losses.
+    """Listeners of forward passes whose samples belong to the same losses.
 
     Args:
         numbers: The loss of each sample, ``(N,)``.

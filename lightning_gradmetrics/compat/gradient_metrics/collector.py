@@ -1,4 +1,4 @@
-"""The gradient metrics of a batch of losses, by one backward pass through the user's own graph."""
+"""Computes the gradient metrics of a batch of losses by one backward pass through the user's graph."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class GradientMetricCollector:
     Build it before the forward pass. Hooks on the target layers record the forward pass, so that one backward pass serves
     all samples. They are removed when the collector is deleted.
 
-    Otherwise each loss needs one backward pass: the values are the same, and a warning names the reason. This happens for
-    losses whose forward pass was not recorded, losses that share samples or depend on several of them, targets that are
-    single tensors, modules whose samples depend on each other (batch norm in train mode), and layers without a rule.
+    If that is impossible, each loss takes one backward pass; the values are the same, and a warning names the reason.
+    This happens if the forward pass of a loss was not recorded, if losses share samples or depend on several of them,
+    if a target is a single tensor, if samples depend on each other (batch norm in train mode), or if a layer has no
+    rule.
 
     Args:
         metrics: A gradient metric, or a sequence of them.
@@ -62,7 +63,7 @@ class GradientMetricCollector:
         """Compute the metrics of every loss.
 
         Args:
-            loss: Losses ``(N,)`` with their graph, usually one per sample.
+            loss: Losses ``(N,)`` with their graph, normally one per sample.
             retain_graph: Whether to keep the graph for further backward passes.
 
         Returns:
@@ -116,7 +117,7 @@ class GradientMetricCollector:
         return torch.cat([columns[id(metric)] for metric in self._metrics], 1)
 
     def _by_rows(self, metrics: Sequence[GradientMetric], collected: _Collected) -> dict[int, Tensor]:
-        """Return metrics ``(N, k)`` that need each gradient, a bounded number of samples at a time."""
+        """Return metrics ``(N, k)`` that need the full gradients, for a limited number of samples at a time."""
         parameters = _parameters_of(metrics)
         step = max(1, 16 * CHUNK_ENTRIES // max(1, _entries(parameters.values())))
         values: dict[int, list[Tensor]] = {}
@@ -185,7 +186,7 @@ def _rows_of(metric: GradientMetric, gradients: Mapping[int, Tensor], number: in
 
 
 class _Collected:
-    """The moments of every loss's gradients of each parameter, and for other metrics the uses to compute gradients from.
+    """The moments of each parameter's gradients for every loss, and the uses for metrics that need full gradients.
 
     Args:
         size: The number of losses.
@@ -208,7 +209,7 @@ class _Collected:
         self._uses: dict[int, list[tuple[Use, Tensor]]] = {}
 
     def add(self, key: int, use: Use, numbers: Tensor) -> None:
-        """Add one use of a parameter; its sample ``n`` belongs to the loss ``numbers[n]``, or to none (-1)."""
+        """Add one use of a parameter; sample ``n`` belongs to the loss ``numbers[n]``, or to none (-1)."""
         if key in self._kept:
             self._uses.setdefault(key, []).append((use, numbers))
         wanted = self._wanted.get(key)
@@ -259,7 +260,7 @@ def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def _by_moments(metric: GradientMetric) -> bool:
-    """Return whether a metric is a function of moments: one of this package's, unmodified and without a transform."""
+    """Return whether a metric can be computed from moments: it is this package's, unmodified and without a transform."""
     if metric.grad_transform is not None or not isinstance(metric, _MomentMetric) or not metric.target_parameters:
         return False
     names = ("__call__", "_collect", "_get_metric", "data", "reset")

@@ -1,4 +1,4 @@
-"""Collects per-sample gradients from the user's forward pass and leaves the user's graph intact."""
+"""Records the user's forward pass to collect per-sample gradients later; the user's graph stays intact."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class _Through(torch.autograd.Function):
 
 
 class Listener(Tracer):
-    """A tracer in the user's forward pass: parameters keep their gradients, and collecting starts on request.
+    """A tracer for the user's forward pass: parameters keep their gradients, and collecting starts on request.
 
-    The recorded graph keeps it alive.
+    The recorded graph keeps the listener alive.
 
     Args:
-        module_plan: The plan of the module's calls, which has one.
+        module_plan: The plan of the module's calls.
         parameters: The chosen parameters by name.
         size: The number of samples.
     """
@@ -55,7 +55,7 @@ class Listener(Tracer):
         self.broken = ""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one call; an unplanned call ends the recording without an effect on the user's forward pass."""
+        """Run one call; an unplanned call ends the recording but does not affect the user's forward pass."""
         if self.broken:
             return func(*args, **(kwargs or {}))
         try:
@@ -98,7 +98,7 @@ class Listener(Tracer):
         self._listening, self.sink = False, self._drop
 
     def begin_backward(self) -> None:
-        """Treat the following calls as calls of activation checkpoints in a backward pass."""
+        """Treat the following calls as repeated by activation checkpoints in a backward pass."""
         self._backward = True
 
     def end_backward(self) -> None:
@@ -115,7 +115,7 @@ class Listener(Tracer):
 
 
 HEARD: WeakSet[Listener] = WeakSet()
-"""The listeners of forward passes whose graphs are alive."""
+"""The listeners of forward passes whose graphs still exist."""
 
 
 def listen(
@@ -124,7 +124,7 @@ def listen(
     """Backpropagate all losses ``(M,)`` at once; each sink receives its listener's uses.
 
     Raises:
-        PlanError: If the losses do not come from the forward passes listened to.
+        PlanError: If the losses do not come from the recorded forward passes.
     """
     for listener in listeners:
         if listener.broken:

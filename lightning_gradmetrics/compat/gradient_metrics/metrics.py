@@ -1,7 +1,7 @@
-"""Metrics of gradient entries: the largest, the smallest, the mean, the standard deviation, a norm.
+"""Metrics of gradient entries: maximum, minimum, mean, standard deviation and norm.
 
-A metric collects gradients one at a time and stores the value of all of them. The metrics here also compute their values
-for a whole batch of samples from the moments of the gradients, which :class:`GradientMetricCollector` uses.
+A metric collects gradients one at a time and stores their value. The metrics here can also be computed for a whole
+batch from the moments of the gradients, which :class:`GradientMetricCollector` does.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class GradientMetric:
     """The base class of all gradient metrics: subclasses define ``_collect``, ``_get_metric`` and ``reset``.
 
     Args:
-        target_layers: Layers or tensors whose gradients are measured; of a layer, all its parameters.
-        grad_transform: Applied to each gradient before it is collected.
+        target_layers: Layers or tensors whose gradients are measured; for a layer, all its parameters.
+        grad_transform: A function that is applied to each gradient before it is collected.
 
     Example:
         >>> class Entries(GradientMetric):
@@ -53,7 +53,7 @@ class GradientMetric:
         self._register_parameters()
 
     def __call__(self, grad: Tensor | Sequence[Tensor]) -> None:
-        """Collect a gradient, or several.
+        """Collect one or more gradients.
 
         Args:
             grad: The gradient of a parameter, or a sequence of them.
@@ -85,7 +85,7 @@ class GradientMetric:
 
 
 class _MomentMetric(GradientMetric):
-    """A metric that is a function of moments, which merge across gradients."""
+    """A metric that is a function of moments, which can be merged over gradients."""
 
     moments: frozenset[Moment] = frozenset()
     """The moments that the metric is computed from."""
@@ -150,8 +150,8 @@ class Max(_MomentMetric):
     """The largest gradient entry.
 
     Args:
-        target_layers: Layers or tensors whose gradients are measured; of a layer, all its parameters.
-        grad_transform: Applied to each gradient before it is collected.
+        target_layers: Layers or tensors whose gradients are measured; for a layer, all its parameters.
+        grad_transform: A function that is applied to each gradient before it is collected.
 
     Example:
         >>> metric = Max(nn.Linear(2, 3))
@@ -171,8 +171,8 @@ class Min(_MomentMetric):
     """The smallest gradient entry.
 
     Args:
-        target_layers: Layers or tensors whose gradients are measured; of a layer, all its parameters.
-        grad_transform: Applied to each gradient before it is collected.
+        target_layers: Layers or tensors whose gradients are measured; for a layer, all its parameters.
+        grad_transform: A function that is applied to each gradient before it is collected.
     """
 
     moments = frozenset({"min"})
@@ -186,8 +186,8 @@ class Mean(_MomentMetric):
     """The mean of the gradient entries.
 
     Args:
-        target_layers: Layers or tensors whose gradients are measured; of a layer, all its parameters.
-        grad_transform: Applied to each gradient before it is collected.
+        target_layers: Layers or tensors whose gradients are measured; for a layer, all its parameters.
+        grad_transform: A function that is applied to each gradient before it is collected.
     """
 
     moments = frozenset({"sum"})
@@ -200,8 +200,8 @@ class MeanStd(_MomentMetric):
     """The mean and the unbiased standard deviation of the entries, ``sqrt(var + eps^2)``; ``eps`` for a single entry.
 
     Args:
-        target_layers: Layers or tensors whose gradients are measured; of a layer, all its parameters.
-        grad_transform: Applied to each gradient before it is collected.
+        target_layers: Layers or tensors whose gradients are measured; for a layer, all its parameters.
+        grad_transform: A function that is applied to each gradient before it is collected.
         return_mean: Whether to return the mean too, before the standard deviation.
         eps: Lower bound of the standard deviation.
 
@@ -237,8 +237,8 @@ class PNorm(_MomentMetric):
     r"""The p-norm of the gradient entries, ``(sum |x|^p)^(1/p)``.
 
     Args:
-        target_layers: Layers or tensors whose gradients are measured; of a layer, all its parameters.
-        grad_transform: Applied to each gradient before it is collected.
+        target_layers: Layers or tensors whose gradients are measured; for a layer, all its parameters.
+        grad_transform: A function that is applied to each gradient before it is collected.
         p: The power, in ``(0, inf]``; infinity also as the string ``"inf"``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Finds the sample and the forward pass of each loss, from the graph and two backward passes to the outputs."""
+"""Finds the sample and the forward pass of each loss from the graph and from backward passes to the outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARK = "lightning_gradmetrics outputs"
 """The key in a graph node's metadata for the outputs of watched modules."""
 
 WIDEST = 1024
-"""Largest number of entries of a sample's output gradient that are compared one by one."""
+"""Largest number of entries of a sample's output gradient that are compared individually."""
 
 
 class OwnershipError(Exception):
@@ -62,9 +62,9 @@ class Graph:
 
     Args:
         loss: The losses, ``(M,)``.
-        leaves: For each leaf tensor, by identity, the number of places where it enters the graph.
-        passed: For each leaf, the listeners whose outputs are on every path to it.
-        edges: For each listener, where the outputs of its module enter the graph, with their descriptions.
+        leaves: For each leaf tensor, by identity, the number of times it enters the graph.
+        passed: For each leaf, the listeners whose outputs are on all paths to it.
+        edges: For each listener, the edges at which the outputs of its module enter the graph, with their descriptions.
     """
 
     loss: Tensor
@@ -87,7 +87,7 @@ class Graph:
                     self.passed[id(child.variable)] = passed[child]
 
     def _outputs(self, node: Node, index: int) -> frozenset[Listener]:
-        """Return the listeners that this node is an output of."""
+        """Return the listeners whose module returned this output of the node."""
         listeners = []
         for entry in _outputs_at(node, index):
             listener = entry.listener()
@@ -99,17 +99,17 @@ class Graph:
         return frozenset(listeners)
 
     def check_reached(self, listener: Listener) -> None:
-        """Check that the losses depend on a forward pass through its outputs only.
+        """Check that the losses depend on a forward pass only through its outputs.
 
         Raises:
-            OwnershipError: If they do not.
+            OwnershipError: If the losses use anything else of it.
         """
         if listener not in self.passed[id(listener.anchor)]:
             raise OwnershipError("the losses use more of the watched module than its outputs")
 
 
 def _from_loss_to_leaves(root: Node) -> list[Node]:
-    """Return all nodes in an order in which each comes before the nodes that it depends on."""
+    """Return all nodes ordered so that each comes before the nodes that it depends on."""
     order: list[Node] = []
     seen: set[Node] = {root}
     waiting: list[tuple[Node, Any]] = [(root, iter(root.next_functions))]
@@ -130,12 +130,12 @@ def _from_loss_to_leaves(root: Node) -> list[Node]:
 class LossWeights:
     """Weights that identify the losses in backward passes.
 
-    A loss is multiplied by a random number between 1 and 2 in the first pass, and additionally by powers of two in the
-    others. Powers of two scale a gradient without rounding, so the gradients show the powers exactly.
+    The first pass multiplies each loss by a random number between 1 and 2; the other passes also multiply it by powers
+    of two. Scaling by powers of two is exact, so the powers can be read from the gradients.
 
     Args:
         base: The weights ``(M,)`` of the first pass.
-        exponents: The powers of two of the other passes, ``(passes, M)``; no two losses have the same ones.
+        exponents: The powers of two of the other passes, ``(passes, M)``, different for every loss.
     """
 
     base: Tensor
@@ -166,7 +166,7 @@ _GENERATOR = torch.Generator().manual_seed(0)
 
 @dataclass(frozen=True)
 class Resolution:
-    """The precision of scaling by powers of two for a floating type, and the number of powers that fit."""
+    """The precision of scaling by powers of two for a floating type, and the number of usable powers."""
 
     tolerance: float
     levels: int
@@ -189,10 +189,10 @@ def owners(
     size: int,
     tolerance: float,
 ) -> Tensor:
-    """Return the loss that each sample of a forward pass belongs to, ``(N,)``; -1 for samples without a gradient.
+    """Return the loss of each sample of a forward pass, ``(N,)``; -1 for samples without a gradient.
 
     Args:
-        first: The gradients of the first weighted sum of the losses for each output; ``None`` where there is none.
+        first: The gradients of the first weighted sum of the losses for each output, or ``None``.
         others: The gradients of the other weighted sums.
         axes: The sample axis of each output.
         weights: The weights of the losses.
@@ -231,9 +231,9 @@ def _looked_up(exponents: Tensor, weights: LossWeights) -> Tensor:
 
 
 def _checked(numbers: Tensor, left: Tensor, finite: Tensor, count: int) -> Tensor:
-    """Return the owners if some samples have no gradient or a gradient that is not finite.
+    """Return the losses of the samples, resolving samples whose gradient is missing or not finite.
 
-    If there are as many losses as samples, a sample with such a gradient belongs to the loss of the same number.
+    If there are as many losses as samples, such a sample is assigned to the loss with the same number.
     """
     size = len(numbers)
     numbers = torch.where(finite & ~left.any(1), -1, numbers)
@@ -254,7 +254,7 @@ def _checked(numbers: Tensor, left: Tensor, finite: Tensor, count: int) -> Tenso
 def _rows(
     gradients: Sequence[Tensor | None], axes: Sequence[Axis | None], size: int, signs: dict[int, Tensor]
 ) -> Tensor | None:
-    """Return the gradients of all outputs, ``(N, entries)`` in float64 on the CPU; wide ones as random signed sums."""
+    """Return the gradients of all outputs, ``(N, entries)`` in float64 on the CPU; wide ones reduced by random signed sums."""
     rows = []
     for gradient, axis in zip(gradients, axes, strict=True):
         if gradient is None:

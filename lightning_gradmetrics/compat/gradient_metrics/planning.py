@@ -1,4 +1,4 @@
-"""Plans the calls of a watched module from trial runs on a few samples, without side effects."""
+"""Plans the calls of a watched module by trial runs on a few samples, without side effects."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ ROUNDING = 64
 
 @dataclass
 class ModulePlan:
-    """The plan of a module's calls with arguments of a certain form.
+    """The plan of a module's calls, for one structure of arguments.
 
     Args:
-        plan: The plan of each call of a torch function; ``None`` if there is no fast way.
+        plan: The plan of each call of a torch function; ``None`` if there is no fast method.
         outputs: The sample axis of each tensor in the module's output.
-        reason: The reason if there is no fast way.
-        records: For each set of forward passes seen together, which gradients have agreed with autograd's.
+        reason: The reason if there is no fast method.
+        records: For each set of forward passes that occur together, the parameters whose gradients agreed with
+            autograd.
         autocast: Whether the calls run under autocast.
     """
 
@@ -47,7 +48,7 @@ class ModulePlan:
 
 
 def samples_in(arguments: Any) -> int | None:
-    """Return the length of the first axis of the first tensor in a module's arguments, if there is one."""
+    """Return the length of the first axis of the first tensor in a module's arguments; ``None`` without one."""
     first = next(tensors_in(arguments), None)
     return None if first is None or first.ndim == 0 else len(first)
 
@@ -55,12 +56,12 @@ def samples_in(arguments: Any) -> int | None:
 def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, Tensor]) -> ModulePlan:
     """Plan calls of a module with such arguments.
 
-    Two runs, on two and on three samples, show where the samples are; three more, with one sample replaced in each,
-    show which positions of the output belong to it, and whether the samples depend on each other.
+    Two runs, on two and on three samples, reveal the sample axes. Three more, each with one sample replaced, reveal
+    which positions of the output belong to which sample, and whether samples depend on each other.
 
     Args:
         module: The module.
-        args: Its positional arguments, the samples along the first axis of each tensor.
+        args: Its positional arguments, with the samples along the first axis of each tensor.
         kwargs: Its keyword arguments.
         parameters: The chosen parameters of the module, by name.
     """
@@ -103,7 +104,7 @@ class _Runs:
         return _Run(trace, list(tensors_in(output)), dependence)
 
     def replaced(self, number: int, guide: CallTrace) -> _Run:
-        """Run on three samples, one of which is replaced."""
+        """Run on three samples with one of them replaced."""
         arguments, _ = self._batch(3, number)
         trace = CallTrace(self._parameters, guide.calls, keep=False)
         with trace:
@@ -145,7 +146,7 @@ class _Run:
 
 
 def _another(sample: Tensor) -> Tensor:
-    """Return the sample with different numbers: rescaled by up to a tenth, or integers in reverse order."""
+    """Return a changed sample: floating-point numbers rescaled by up to a tenth, integers in reverse order."""
     if sample.is_floating_point() or sample.is_complex():
         factors = torch.linspace(0.9, 1.1, max(1, sample.numel()), device=sample.device)
         return sample * factors.reshape(sample.shape).to(sample.dtype)
@@ -156,7 +157,7 @@ def _planned(runs: _Runs) -> ModulePlan:
     """Return the plan.
 
     Raises:
-        PlanError: If there is none.
+        PlanError: If there is no fast method.
     """
     small = runs.traced(2)
     large = runs.traced(3, small.trace)
@@ -206,7 +207,7 @@ def _first_sample(outputs: Sequence[Tensor], axes: Sequence[Axis | None]) -> Ten
 
 
 def _layout(output: Tensor, changed: Sequence[Tensor], axis: Axis) -> Axis:
-    """Return the axis with the order of its positions: each sample changes its positions only.
+    """Return the axis with the order of its positions, in which each sample changes only its own positions.
 
     Raises:
         PlanError: If a sample changes another sample's positions, or the order cannot be determined.

@@ -1,4 +1,4 @@
-"""Compares collected gradients with autograd when a parameter occurs for the first time."""
+"""Compares collected gradients with autograd the first time that a parameter occurs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["DisagreementError", "Record", "Verification"]
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3}
 HALF_TOLERANCE = 5e-2
 FLOOR = 1e-3
-"""Errors below this fraction of the largest gradient, times the tolerance, may be rounding."""
+"""Errors below this fraction of the largest gradient, times the tolerance, count as rounding."""
 
 TRIALS = 3
-"""Comparisons after which a gradient that is only rounding errors counts as compared."""
+"""Number of comparisons after which a gradient that consists of rounding errors counts as verified."""
 
 
 class DisagreementError(PlanError):
-    """Collected gradients differ from autograd's."""
+    """Raised if collected gradients differ from autograd's."""
 
 
 class Record:
@@ -37,14 +37,14 @@ class Record:
         self._trials: Counter[int] = Counter()
 
     def open(self, keys: Iterable[int]) -> set[int]:
-        """Return the parameters to compare, and the one with the largest gradient as a scale; empty if all have agreed."""
+        """Return the parameters to compare, plus the one with the largest gradient as a scale; empty if all have agreed."""
         missing = set(keys) - self._norms.keys()
         if missing and self._norms:
             missing.add(max(self._norms, key=self._norms.__getitem__))
         return missing
 
     def note(self, key: int, norm: float, exact: bool) -> None:
-        """Record a comparison; ``exact`` unless the gradient consisted of rounding errors."""
+        """Record a comparison; ``exact`` is false if the gradient consisted of rounding errors."""
         if not norm:
             return
         self._trials[key] += 1
@@ -101,5 +101,5 @@ class Verification:
             tolerance = HALF_TOLERANCE if self._half else TOLERANCES.get(reference.dtype, HALF_TOLERANCE)
             error = float((total.double() - reference.double()).norm())
             if not error <= tolerance * max(level, FLOOR * largest):
-                raise DisagreementError("the fast way disagrees with autograd")
+                raise DisagreementError("the fast method disagrees with autograd")
             self._record.note(key, norms[key], error <= tolerance * level)

@@ -1,4 +1,4 @@
-"""Watches the forward passes of the user's modules, to collect gradients from their graphs later."""
+"""Watches the forward passes of the user's modules, so that gradients can be collected from their graphs later."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _current = _Current()
 
 
 class Watch:
-    """Hooks on modules that start a :class:`Listener` in each forward pass and keep nothing else.
+    """Hooks on modules that start a :class:`Listener` in each forward pass and store nothing else.
 
     All watches share their listeners: one listener per forward pass collects for every watch.
 
     Args:
-        modules: The modules to watch. Modules that run inside another watched module belong to it.
+        modules: The modules to watch. Modules that run inside another watched module count as part of it.
         parameters: The parameters to collect for, by identity.
     """
 
@@ -67,7 +67,7 @@ class Watch:
         _watches.add(self)
 
     def __reduce__(self) -> Any:
-        """Make a copy without hooks: a copied module is not watched."""
+        """Copy without hooks, because a copied module is not watched."""
         return Watch, ((), {})
 
     def remove(self) -> None:
@@ -118,7 +118,7 @@ class Watch:
             HEARD.add(listener)
 
     def tell(self, reason: str) -> None:
-        """Warn once per reason that each loss takes one backward pass."""
+        """Warn once per reason that each loss takes a separate backward pass."""
         text = (
             f"gradient metrics take one backward pass per loss here, which is slow: {reason}. The values are the same"
         )
@@ -168,7 +168,7 @@ def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn
 
 
 def _key(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.Parameter]) -> Hashable:
-    """Return everything that a plan depends on, as a key."""
+    """Return a key of everything that a plan depends on."""
     tensor_keys: list[Hashable] = []
     for tensor in tensors_in((args, kwargs)):
         autocast = torch.is_autocast_enabled(tensor.device.type)
