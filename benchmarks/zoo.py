@@ -71,17 +71,23 @@ def temperature_of(model: nn.Module, inputs: Any) -> float:
 
 
 def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str], temperature: float) -> dict[str, Tensor]:
-    """Each statistic ``(N, P)`` of each sample's gradient, from a batch of that sample alone."""
+    """Each statistic ``(N, P)`` of each sample's gradient, from a batch of that sample alone.
+
+    Models with batch norms get the sample twice, and the first loss is differentiated: torch returns a wrong gradient for a single
+    sample if the gradient that enters a batch norm is transposed, as in LeViT.
+    """
     parameters = [model.get_parameter(name).requires_grad_() for name in names]
     size = len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
     rows: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
+    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     for n in range(size):
+        sample = [n, n] if has_norms else [n]
         if isinstance(inputs, Mapping):
-            output = model(**{key: value[n : n + 1] for key, value in inputs.items()})
+            output = model(**{key: value[sample] for key, value in inputs.items()})
         else:
-            output = model(inputs[n : n + 1])
+            output = model(inputs[sample])
         logits = logits_of(output)
-        found = torch.autograd.grad(pseudo_label_loss(logits / temperature).sum(), parameters, allow_unused=True)
+        found = torch.autograd.grad(pseudo_label_loss(logits / temperature)[0], parameters, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         for name in STATISTICS:
             rows[name].append(torch.stack([statistic(gradient, name) for gradient in gradients]))

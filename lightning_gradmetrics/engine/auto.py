@@ -9,32 +9,36 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.agreement import agree
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
 from lightning_gradmetrics.engine.guards import (
     check_alone,
     check_halves,
+    check_new_shapes,
     check_objectives,
     check_others,
+    check_samples,
     compare_alone,
 )
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read, quiet_no_grad
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
-from lightning_gradmetrics.engine.samples import input_structure
-from lightning_gradmetrics.engine.strategy import Checks, Strategy, collect_fast, make_strategy, warn_slow
+from lightning_gradmetrics.engine.samples import input_shapes, input_structure
+from lightning_gradmetrics.engine.size_trace import SizeTrace
+from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
+from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.uses import Use
+from lightning_gradmetrics.engine.verification import make_strategy
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "sample_uses", "verified_strategy"]
 
-ALONE_IF_NEW = 2
-"""Number of samples that also run alone in the first batch of each shape, because the model may branch on the shape."""
+ALONE_IF_NEW = 3
+"""Number of samples that run alone in the first batch of each shape, since the model may branch on the shape."""
 
 MOST_OUTLINES = 16
 """Largest number of call sequences that are stored for one batch size."""
@@ -113,10 +117,10 @@ def verified_strategy(task: Task) -> Strategy | None:
 
 
 def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:
-    """Return a strategy without a plan that makes all checks of the known strategies."""
-    unplanned = Strategy(None, tuple(task.parameters), alone=0 if strategies else 3)
+    """Return a strategy without a plan, as careful as the known strategies."""
+    unplanned = Strategy(None, tuple(task.parameters))
     for strategy in strategies:
-        unplanned.alone = max(unplanned.alone, strategy.alone)
+        unplanned.alone = max(unplanned.alone, EVERY_SAMPLE if strategy.reads_numbers else strategy.alone)
         unplanned.quiet = unplanned.quiet or strategy.quiet
         unplanned.random = unplanned.random or strategy.random
     return unplanned
@@ -132,10 +136,7 @@ def _kind(task: Task) -> Hashable:
 
 
 def _shapes(task: Task) -> Hashable:
-    shapes = []
-    for tensor, per_sample in zip(tensors_in(task.inputs), task.per_sample, strict=True):
-        shapes.append(tuple(tensor.shape[1:] if per_sample else tensor.shape))
-    return tuple(shapes)
+    return input_shapes(task.inputs, task.per_sample)
 
 
 # -- one batch --------------------------------------------------------------------------------------------------------
@@ -160,33 +161,80 @@ def _uses(task: Task, strategy: Strategy, state: ForwardState) -> dict[str, Use]
     return table.uses
 
 
+class _BatchChecks:
+    """The checks of one batch for samples that depend on each other.
+
+    Args:
+        task: The batch.
+        strategy: How the model is handled.
+        state: The state of the model before the batch.
+
+    Attributes:
+        logits: The logits of the forward passes so far.
+        sizes: The sizes in the forward pass of a batch of new shapes or a new size.
+        is_covered: Whether the proof that samples are kept apart covers the batch.
+    """
+
+    def __init__(self, task: Task, strategy: Strategy, state: ForwardState) -> None:
+        self.task, self.strategy, self.state = task, strategy, state
+        self.here = (_shapes(task), task.size)
+        self.is_new = self.here not in strategy.times
+        self.logits: list[Tensor] = []
+        self.sizes = SizeTrace() if self.is_new and strategy.sizes is not None else None
+        self.is_covered = False
+
+    def __call__(self, logits: Tensor, tracer: Tracer | None = None) -> None:
+        """Check the logits of the batch.
+
+        Raises:
+            CoupledSamplesError: If samples depend on each other.
+        """
+        task, strategy = self.task, self.strategy
+        self.logits.append(logits.detach())
+        check_objectives(task, logits)
+        readers = [] if tracer is None else tracer.reads.differing()
+        if tracer is not None:
+            self.is_covered = self._covers(logits, tracer, readers)
+        if not self.is_covered:
+            self._check_unproven(logits)
+        if not strategy.random:
+            check_samples(task, logits, readers, self.state, strategy.quiet)
+
+    def _covers(self, logits: Tensor, tracer: Tracer, readers: Sequence[int]) -> bool:
+        """Return whether the proof covers the batch."""
+        strategy = self.strategy
+        if self.sizes is None or strategy.sizes is None:
+            return self.here in strategy.covered and tracer.outline.path == strategy.path
+        shapes, size = self.here
+        if shapes in strategy.sizes.units:
+            return strategy.sizes.covers(self.sizes, size, shapes)
+        if strategy.random:
+            return False
+        alone = check_new_shapes(self.task, logits, readers, self.state, strategy.quiet)
+        return alone is not None and strategy.sizes.learn(self.sizes, size, alone, shapes)
+
+    def _check_unproven(self, logits: Tensor) -> None:
+        """Compare samples in the batch with samples alone, and halves of the batch where its size is new."""
+        task, strategy, state = self.task, self.strategy, self.state
+        new_size = all(task.size != size for _, size in strategy.times)
+        if strategy.random:
+            if new_size:
+                check_others(task, logits, state, strategy.quiet)
+            return
+        least = 0 if strategy.sizes is None else 1
+        alone = max(strategy.alone, ALONE_IF_NEW if self.is_new else least)
+        if (new_size or strategy.plan is None) and alone < task.size:
+            check_halves(task, logits, state, strategy.quiet)
+        check_alone(task, logits, alone, state, strategy.quiet)
+
+
 def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState) -> None:
     """Fill a table: the fast parameters, then the others.
 
     Raises:
         PlanError: If the model does not follow the strategy's plan.
     """
-    task = table.task
-    seen: list[Tensor] = []
-    new_shape = (_shapes(task), task.size) not in strategy.times
-    new_size = strategy.plan is not None and all(task.size != size for _, size in strategy.times)
-    alone = max(strategy.alone, ALONE_IF_NEW if new_shape and not new_size else 0)
-    if strategy.proven and not strategy.times:  # no sample was replaced in the probe
-        alone = max(alone, 3)
-
-    def checks(logits: Tensor, path: int) -> None:
-        seen.append(logits.detach())
-        check_objectives(task, logits)
-        if strategy.keeps_apart(path) and not new_shape:
-            return
-        if strategy.random:
-            if new_size and strategy.alone:
-                check_others(task, logits, state, strategy.quiet)
-            return
-        if (new_size or strategy.plan is None) and alone < task.size:
-            check_halves(task, logits, state, strategy.quiet)
-        check_alone(task, logits, alone, state, strategy.quiet)
-
+    task, checks = table.task, _BatchChecks(table.task, strategy, state)
     slow = dict(strategy.slow)
     if strategy.plan is not None and strategy.fast:
         _fill_by_plan(table, strategy, checks, state)
@@ -195,44 +243,45 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     if not slow:
         return
     state.restore()
-    if not seen:
+    if not checks.logits:
         with quiet_no_grad(strategy.quiet):
-            checks(task.forward(), 0)
+            checks(task.forward())
         state.restore()
     check = None
     if not strategy.random:
 
         def check(number: int, logits: Tensor) -> None:
-            compare_alone(task, seen[-1], number, logits, state)
+            compare_alone(task, checks.logits[-1], number, logits, state)
 
     mapped = strategy.mapped and slow.keys() == strategy.slow.keys()
     table.add_slowly(slow, mapped, check)
     warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
 
 
-def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: Checks, state: ForwardState) -> None:
-    """Fill a table by the plan; for each new size or sequence of calls, compare one sample with autograd."""
-    task, shapes = table.task, _shapes(table.task)
+def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: _BatchChecks, state: ForwardState) -> None:
+    """Fill a table by the plan, and compare a sample with autograd where nothing proves that this is unnecessary."""
+    task, (shapes, _) = table.task, checks.here
     laid_out = task.channels_last() if strategy.channels_last else task
     free = shapes != strategy.shapes
-    times, outline, path = collect_fast(table, laid_out.restricted(strategy.fast), strategy.plan, checks, free=free)
-    here = (shapes, task.size)
-    verified = strategy.times.get(here, {})
+    restricted = laid_out.restricted(strategy.fast)
+    times, outline, _ = collect_fast(table, restricted, strategy.plan, checks, free=free, sizes=checks.sizes)
+    verified = strategy.times.get(checks.here, {})
     if outline not in verified:
-        is_proven = strategy.is_proven(path)
-        if not strategy.random and not (is_proven and strategy.settled):
+        if not strategy.random and not (checks.is_covered and strategy.settled):
             _check_one_sample(table, strategy.fast, laid_out, state)
-            strategy.settled = strategy.settled or is_proven
+            strategy.settled = strategy.settled or checks.is_covered
         elif strategy.random and verified:
             raise PlanError("the model makes other calls than in earlier batches of this size")
         kept = verified if len(verified) < MOST_OUTLINES else {}
-        strategy.times[here] = {**kept, outline: times}
+        strategy.times[checks.here] = {**kept, outline: times}
+        if checks.is_covered:
+            strategy.covered.add(checks.here)
     elif verified[outline] != times:
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
 
 
-def _fill_by_owners(table: MomentTable | UseTable, strategy: Strategy, checks: Checks) -> dict[str, str]:
-    """Fill a table by assigning rows to samples; return the parameters for which that is impossible, with reasons."""
+def _fill_by_owners(table: MomentTable | UseTable, strategy: Strategy, checks: _BatchChecks) -> dict[str, str]:
+    """Fill a table by recovered owners; return the parameters for which that is impossible, with reasons."""
     task, state = table.task, ForwardState(table.task.model)
     names, lost = list(strategy.fast), {}
     while names:

@@ -23,6 +23,7 @@ from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.samples import close_rows, input_structure
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
 from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.statistics import Moments
 
@@ -183,7 +184,7 @@ def _obstacle(task: Task, strategy: Strategy | None) -> str:
     """Return why a batch cannot be compiled, or an empty string."""
     if strategy is None or strategy.plan is None or strategy.slow:
         return "some of its parameters have no fast rule"
-    if strategy.random or strategy.alone:
+    if strategy.random or strategy.alone or strategy.reads_samples:
         return "it draws random numbers, or its samples are compared with samples alone in every batch"
     if any(map(_has_hooks, task.model.modules())):
         return "its modules have hooks"
@@ -213,7 +214,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
             table = MomentTable(batch)
             logits: list[Tensor] = []
 
-            def keep(found: Tensor, path: int) -> None:
+            def keep(found: Tensor, tracer: Tracer) -> None:
                 logits.append(found)
 
             collect_fast(table, batch.restricted(strategy.fast), strategy.plan, keep, free=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
+from lightning_gradmetrics.engine.size_trace import SizeTrace
 
 __all__ = ["DependenceTrace", "Operation", "choice_by_data", "reads_activations", "selection_of_samples"]
 
@@ -39,6 +40,9 @@ class Operation:
         input_serials: The serial numbers of its tensor arguments.
         output_serials: The serial numbers of its results.
         pointwise: Whether it works element by element.
+        hidden: Whether no torch function of the model runs it, as in scripted code.
+        memory: The memory of each tensor argument.
+        written: The memory that it changes in place.
     """
 
     name: str
@@ -52,6 +56,9 @@ class Operation:
     input_serials: tuple[int, ...] = ()
     output_serials: tuple[int, ...] = ()
     pointwise: bool = False
+    hidden: bool = False
+    memory: tuple[int, ...] = ()
+    written: tuple[int, ...] = ()
 
 
 class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -60,10 +67,12 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         samples: The tensors with samples.
         weights: The parameters.
+        sizes: The trace of torch functions that runs at the same time, if there is one.
     """
 
-    def __init__(self, samples: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
+    def __init__(self, samples: Iterable[Tensor], weights: Iterable[Tensor], sizes: SizeTrace | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._sizes = sizes
         self.operations: list[Operation] = []
         self._bits: dict[int, int] = {}
         self._alive: list[Any] = []
@@ -112,9 +121,9 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shapes = _shapes(tensors)
         chosen, by_data, read = self._choices(func, bits, arguments, tensors)
         result = func(*args, **kwargs)
-        outputs = list(tensors_in(result))
+        outputs, written = list(tensors_in(result)), list(_written(func, arguments))
         if bits:
-            for tensor in (*outputs, *_written(func, arguments)):
+            for tensor in (*outputs, *written):
                 self._add(tensor, bits)
         operation = Operation(
             func._overloadpacket.__name__,
@@ -128,6 +137,9 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tuple(map(self.serial, tensors)),
             tuple(map(self.serial, outputs)),
             torch.Tag.pointwise in func.tags,
+            self._sizes is not None and self._sizes.depth == 0,
+            tuple(map(self._key, tensors)),
+            tuple(map(self._key, written)),
         )
         self.operations.append(operation)
         return result
@@ -203,10 +215,10 @@ def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments without tensors."""
+    """Return the arguments without tensors, and without packed weights, which cannot be compared."""
     plain = {}
     for name, value in arguments.items():
-        if not isinstance(value, Tensor) and not has_tensors(value):
+        if not isinstance(value, (Tensor, torch.ScriptObject)) and not has_tensors(value):
             plain[name] = value
     return plain
 

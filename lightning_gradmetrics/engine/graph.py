@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Copies", "Root", "reached_parameters", "saves_through_hooks"]
+__all__ = ["Copies", "Root", "reached_parameters", "runs_custom_code", "saves_through_hooks"]
 
 
 class Root(torch.autograd.Function):
@@ -52,17 +52,33 @@ def reached_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     reached: dict[str, None] = {}
+    for node in _nodes(output):
+        leaf = id(getattr(node, "variable", None))
+        if leaf in names:
+            reached[names[leaf]] = None
+    return list(reached)
+
+
+def runs_custom_code(output: Tensor) -> bool:
+    """Return whether the backward pass from a tensor runs code of custom autograd functions or of hooks on modules.
+
+    Example:
+        >>> runs_custom_code(torch.ones(2, requires_grad=True).exp())
+        False
+    """
+    return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(output))
+
+
+def _nodes(output: Tensor) -> Iterator[Any]:
+    """Yield every node of a tensor's graph."""
     waiting, seen = [output.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        leaf = id(getattr(node, "variable", None))
-        if leaf in names:
-            reached[names[leaf]] = None
+        yield node
         waiting += [following for following, _ in node.next_functions]
-    return list(reached)
 
 
 def saves_through_hooks() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,11 +17,20 @@ from lightning_gradmetrics.engine.refusals import (
     not_without_others,
 )
 from lightning_gradmetrics.engine.samples import close_rows, different_rows, shared_list
+from lightning_gradmetrics.engine.size_trace import SizeTrace
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
 
-__all__ = ["check_alone", "check_halves", "check_objectives", "check_others", "compare_alone"]
+__all__ = [
+    "check_alone",
+    "check_halves",
+    "check_new_shapes",
+    "check_objectives",
+    "check_others",
+    "check_samples",
+    "compare_alone",
+]
 
 _CHOICE = random.Random(0)
 """Chooses the samples to check, without advancing the user's generators."""
@@ -43,8 +54,40 @@ def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, qui
     """
     if task.size < 2:
         return
-    for number in _chosen(logits, count):
+    check_samples(task, logits, _chosen(logits, count), state, quiet)
+
+
+def check_samples(task: Task, logits: Tensor, numbers: Sequence[int], state: ForwardState, quiet: bool) -> None:
+    """Compare the logits of the samples with these numbers, each alone in a batch, with their logits in this batch.
+
+    Raises:
+        CoupledSamplesError: If they differ.
+    """
+    for number in numbers if task.size > 1 else ():
         compare_alone(task, logits, number, _logits(task, [number], state, quiet), state)
+
+
+def check_new_shapes(
+    task: Task, logits: Tensor, readers: Sequence[int], state: ForwardState, quiet: bool
+) -> SizeTrace | None:
+    """Compare one sample alone with this batch, and return the sizes in its forward pass.
+
+    Args:
+        task: The batch.
+        logits: Its logits ``(N, C)``.
+        readers: The samples for which Python reads other values than for the batch; another sample is chosen.
+        state: The state of the model before the batch.
+        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+
+    Raises:
+        CoupledSamplesError: If the logits differ.
+    """
+    candidates = [number for number in range(task.size) if number not in set(readers)]
+    if not candidates:
+        return None
+    number, sizes = _CHOICE.choice(candidates), SizeTrace()
+    compare_alone(task, logits, number, _logits(task, [number], state, quiet, sizes), state)
+    return sizes
 
 
 def _chosen(logits: Tensor, count: int) -> list[int]:
@@ -100,14 +143,14 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
 def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> bool:
     """Return whether rounding at a different batch size explains why a sample has different logits alone.
 
-    A batch of the same size that repeats the sample must reproduce its logits in the batch. A model that depends on the
-    batch size or on positions in the batch would pass this test too, so the difference must also be small, or absent
-    for other samples.
+    A batch of the same size that repeats the sample must give its logits, in every row. A model that depends on the size of the
+    batch passes that, so the difference must be small, or be missing for other samples.
     """
     expected = logits[number : number + 1].detach()
     repeated = _logits(task, [number] * task.size, state, True)
     step = 64 * torch.finfo(logits.dtype).eps
-    if not torch.allclose(repeated[:1], expected, step, step * float(expected.abs().amax()), equal_nan=True):
+    rows = expected.expand_as(repeated)
+    if not torch.allclose(repeated, rows, step, step * float(expected.abs().amax()), equal_nan=True):
         return False
     tolerance = min(0.5, MANY_ROUNDINGS * rounding(expected))
     if close_rows(torch.cat([repeated, alone]), expected.expand(task.size + 1, -1), tolerance):
@@ -147,12 +190,25 @@ def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -
         raise coupled_model(f"a part of {type(task.model).__name__}")
 
 
-def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool) -> Tensor:
-    now = ForwardState(task.model)
+def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, sizes: SizeTrace | None = None) -> Tensor:
+    """Return the logits of some samples without the others.
+
+    Args:
+        task: The batch.
+        samples: The numbers of the samples, repeats allowed.
+        state: The state of the model before the batch.
+        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+        sizes: Records the sizes in the forward pass.
+
+    Raises:
+        SampleAxisError: If the model runs on the batch and not on these samples.
+    """
+    now, part = ForwardState(task.model), task.picked(samples)
     state.restore()
     with quiet_no_grad(quiet):
         try:
-            return task.picked(samples).forward()
+            with sizes or nullcontext():
+                return part.forward()
         except SampleAxisError:
             raise
         except Exception as error:

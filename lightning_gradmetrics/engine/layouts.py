@@ -30,6 +30,14 @@ class Layout:
         """Return the layout on another axis."""
         return Layout(dim, self.outer, self.inner)
 
+    def fits(self, small: Shape, large: Shape) -> bool:
+        """Return whether the shapes with two and with three samples differ on this axis only, as the layout says."""
+        if not self.dim < len(small) == len(large):
+            return False
+        positions = self.outer * self.inner
+        others = small[: self.dim] == large[: self.dim] and small[self.dim + 1 :] == large[self.dim + 1 :]
+        return others and small[self.dim] == 2 * positions and large[self.dim] == 3 * positions
+
 
 class UnprovenError(Exception):
     """An operation may mix samples."""
@@ -37,10 +45,17 @@ class UnprovenError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """An operation with the layouts of its tensor arguments; ``None`` for those that do not depend on the samples."""
+    """An operation with the layouts of its tensor arguments; ``None`` for those that do not depend on the samples.
+
+    Args:
+        operation: The operation with three samples.
+        layouts: The layouts of its tensor arguments.
+        small: The operation with two samples.
+    """
 
     operation: Operation
     layouts: Sequence[Layout | None]
+    small: Operation
 
     @property
     def first(self) -> Layout:

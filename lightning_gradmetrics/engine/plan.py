@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.engine.axes import Axis, axis_between
 from lightning_gradmetrics.engine.calls import tensors_in
+from lightning_gradmetrics.engine.host_reads import PlannedRead
 from lightning_gradmetrics.engine.rules import RULES, Call, bind
 from lightning_gradmetrics.engine.trace import CallTrace, TensorState, TracedCall
 
@@ -73,7 +74,7 @@ class Plan:
         steps: The steps.
         uncovered: Parameters that no step can handle, and why.
         roots: The parameters behind each source.
-        reads: The values that Python reads from tensors, in order; ``None`` if they are not compared.
+        reads: What Python reads from tensors, in order; ``None`` if that is not compared.
         undecided: Whether the layout of an axis with several positions per sample is unknown.
     """
 
@@ -81,7 +82,7 @@ class Plan:
     uncovered: Mapping[str, str] = field(default_factory=dict)
     roots: Mapping[Source, frozenset[str]] = field(default_factory=dict)
     undecided: bool = False
-    reads: tuple[Any, ...] | None = None
+    reads: tuple[PlannedRead, ...] | None = None
 
     @cached_property
     def _names(self) -> frozenset[str]:

@@ -9,23 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.classifier.forward import map_tensors, tensors_in
+from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.dependence import (
+    SAMPLES,
     DependenceTrace,
     choice_by_data,
     reads_activations,
     selection_of_samples,
 )
+from lightning_gradmetrics.engine.graph import runs_custom_code
+from lightning_gradmetrics.engine.host_reads import PlannedRead
 from lightning_gradmetrics.engine.layouts import Layout
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
+from lightning_gradmetrics.engine.probe_samples import three_samples, with_row
 from lightning_gradmetrics.engine.refusals import coupled_model
-from lightning_gradmetrics.engine.samples import close_rows
+from lightning_gradmetrics.engine.samples import close_rows, input_shapes
 from lightning_gradmetrics.engine.separability import layouts_apart
+from lightning_gradmetrics.engine.size_trace import SizeRecord, SizeTrace, size_record
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 
-__all__ = ["Probe", "changed_positions", "outline", "probe_model", "with_others_replaced"]
+__all__ = ["Probe", "changed_positions", "outline", "probe_model"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,11 @@ class Probe:
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
         reads_activations: Whether Python reads values that depend on samples and parameters.
-        separable: Whether every operation is known to keep the samples apart.
-        proven: Whether this is proven as long as Python reads the same numbers, so that the layouts are known.
-        random: Whether the model draws random numbers.
-        pauses_gradients: Whether part of the model runs without gradients, as reentrant activation checkpoints do.
+        proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
+        reads: The values that Python reads from tensors.
+        sizes: The sizes for which the proof holds; ``None`` if it holds for those of the probe only.
+        random: Whether it draws random numbers.
+        pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
         bytes: Approximate memory of one sample's activations.
     """
 
@@ -50,8 +56,9 @@ class Probe:
     plan: Plan | None
     reason: str
     reads_activations: bool
-    separable: bool
     proven: bool
+    reads: tuple[PlannedRead, ...]
+    sizes: SizeRecord | None
     random: bool
     pauses_gradients: bool
     bytes: int
@@ -64,9 +71,9 @@ def probe_model(task: Task) -> Probe:
         CoupledSamplesError: If the samples depend on each other.
     """
     state, before = ForwardState(task.model), attribute_key(task.model)
-    three = _three_samples(task)
-    small, _, few = _traced(three.picked([0, 1]), state)
-    large, logits, many = _traced(three, state)
+    three = three_samples(task)
+    small, _, few, sizes_of_two = _traced(three.picked([0, 1]), state)
+    large, logits, many, sizes_of_three = _traced(three, state)
     random = state.random_numbers_drawn()
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
@@ -74,9 +81,11 @@ def probe_model(task: Task) -> Probe:
     if selection:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
     reason = choice_by_data(few.operations, many.operations)
-    proof = None if reason else layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
-    layouts, reads_numbers = proof or (None, False)
-    apart = layouts is not None and not reads_numbers
+    layouts = None if reason else layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
+    sizes = None
+    if layouts is not None and not runs_custom_code(logits):
+        sizes = size_record(sizes_of_two, sizes_of_three, input_shapes(three.inputs, three.per_sample))
+    reads = _planned_reads(large, many, layouts or {})
     losses = [three.unit_losses(index, logits) for index in range(len(three.losses))]
     plan: Plan | None = None
     changes: Changes = ()
@@ -94,11 +103,20 @@ def probe_model(task: Task) -> Probe:
     if plan is not None and plan.undecided:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
-        plan = replace(plan, reads=tuple(read.value for read in large.reads))
-    activations, size = reads_activations(many.operations), large.bytes() // 3 + 1
-    return Probe(
-        three, losses, plan, reason, activations, apart, layouts is not None, random, large.pauses_gradients, size
-    )
+        plan = replace(plan, reads=reads)
+    activations = reads_activations(many.operations)
+    proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
+    return Probe(three, losses, plan, reason, activations, proven, reads, sizes, random, pauses, size)
+
+
+def _planned_reads(large: CallTrace, many: DependenceTrace, layouts: Mapping[int, Layout]) -> tuple[PlannedRead, ...]:
+    """Return the values that Python reads, and where the samples are in the tensors that they are computed from."""
+    planned = []
+    for read in large.reads:
+        by_samples = bool(many.depends(read.tensor) & SAMPLES)
+        layout = None if read.reduced is None else layouts.get(many.serial(read.reduced))
+        planned.append(PlannedRead(read.value, by_samples, layout))
+    return tuple(planned)
 
 
 def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
@@ -132,16 +150,17 @@ def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
     return numbers
 
 
-def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace]:
-    """Run a forward pass; return its trace, its logits with their graph, and its operations."""
+def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace, SizeTrace]:
+    """Return a traced forward pass with its graph, its logits, the operations in it, and its sizes."""
     _require_gradients(task)
     state.restore()
     samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
-    dependence = DependenceTrace(samples, task.model.parameters())
+    sizes = SizeTrace()
+    dependence = DependenceTrace(samples, task.model.parameters(), sizes)
     trace = CallTrace(task.parameters, on_read=dependence.note_read)
-    with dependence, trace:
+    with dependence, trace, sizes:
         logits = task.forward()
-    return trace, logits, dependence
+    return trace, logits, dependence, sizes
 
 
 def _require_gradients(task: Task) -> None:
@@ -149,51 +168,6 @@ def _require_gradients(task: Task) -> None:
         parameter.requires_grad_(False)
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)
-
-
-# -- the samples ------------------------------------------------------------------------------------------------------
-
-
-def _three_samples(task: Task) -> Task:
-    """Return three samples, if possible without NaN or Inf; repeated samples are perturbed."""
-    finite = torch.ones(task.size, dtype=torch.bool)
-    for tensor, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True):
-        if flag and tensor.is_floating_point():
-            finite &= tensor.isfinite().reshape(task.size, -1).all(1).cpu()
-    good = finite.nonzero().flatten()[:3].tolist() or list(range(min(3, task.size)))
-    three = task.picked((good * 3)[:3])
-    for number in range(len(good), 3):
-        three = _with_row(three, number, number, 0.1)
-    return three
-
-
-def _with_row(task: Task, number: int, source: int, noise: float) -> Task:
-    """Return the task with one sample replaced by another, whose floating-point numbers are scaled at random.
-
-    Integers stay valid: they are taken from the other sample, or from the same sample in a different order.
-    """
-    generator = torch.Generator().manual_seed(number)
-    flags = iter(task.per_sample)
-
-    def replaced(tensor: Tensor) -> Tensor:
-        if not next(flags):
-            return tensor
-        row = tensor[source].clone()
-        if row.is_floating_point():
-            factor = torch.randn(row.shape, generator=generator, dtype=torch.float32).mul_(noise).exp_()
-            row = row * factor.to(row.device, row.dtype)
-        elif source == number and row.ndim:
-            row = row.roll(1 + number, -1)
-        tensor = tensor.clone()
-        tensor[number] = row
-        return tensor
-
-    return replace(task, inputs=map_tensors(task.inputs, replaced))
-
-
-def with_others_replaced(task: Task) -> Task:
-    """Return three samples of which the second and the third are replaced by similar ones."""
-    return _with_row(_with_row(task, 1, 1, 0.3), 2, 2, 0.3)
 
 
 # -- replacing each sample --------------------------------------------------------------------------------------------
@@ -323,7 +297,7 @@ def _replaced(
     rest = [(number + 1) % 3, (number + 2) % 3]
     trace, task = None, runs.task
     for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
-        task = _with_row(runs.task, number, source, noise)
+        task = with_row(runs.task, number, source, noise)
         trace, found = runs.run(task, only)
         tight = trace is not None and not irregular
         if found is not None and not _same_rows(found[rest], logits[rest], tight):

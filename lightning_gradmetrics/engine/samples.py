@@ -17,7 +17,15 @@ from lightning_gradmetrics.engine.refusals import SampleAxisError, list_as_long_
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import accumulator, rounding
 
-__all__ = ["check_rows", "close_rows", "different_rows", "input_structure", "shared_list", "with_sample_axes"]
+__all__ = [
+    "check_rows",
+    "close_rows",
+    "different_rows",
+    "input_shapes",
+    "input_structure",
+    "shared_list",
+    "with_sample_axes",
+]
 
 _DECIDED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, bool]]] = WeakKeyDictionary()
 """The tensors with samples, by number, for each model and structure of its inputs."""
@@ -35,6 +43,14 @@ def input_structure(inputs: Any) -> Hashable:
     if isinstance(inputs, (list, tuple)):
         return (type(inputs).__name__, *(input_structure(value) for value in inputs))
     return inputs if isinstance(inputs, (bool, int, float, str, type(None))) else type(inputs).__name__
+
+
+def input_shapes(inputs: Any, per_sample: Sequence[bool]) -> Hashable:
+    """Return the shapes of all tensors in the inputs, without the sample axis."""
+    shapes = []
+    for tensor, has_samples in zip(tensors_in(inputs), per_sample, strict=True):
+        shapes.append(tuple(tensor.shape[1:] if has_samples else tensor.shape))
+    return tuple(shapes)
 
 
 def with_sample_axes(task: Task) -> Task:

@@ -13,28 +13,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_gradmetrics.engine.axes import axis_between
 from lightning_gradmetrics.engine.calls import OpeningMode, tensors_in
+from lightning_gradmetrics.engine.host_reads import HOST_READS, HostRead, Reductions, host_value
 from lightning_gradmetrics.gradients.precision import at_least_float32
 
-__all__ = ["HOST_READS", "CallTrace", "HostRead", "TensorState", "TracedCall", "host_value"]
-
-HOST_READS = frozenset(
-    [
-        "item",
-        "tolist",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__complex__",
-        "__contains__",
-        "numpy",
-        "__array__",
-        "is_nonzero",
-        "equal",
-        "allclose",
-    ]
-)
-"""Names of functions that return values of a tensor to Python, so that the model may branch on them."""
+__all__ = ["CallTrace", "TensorState", "TracedCall"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +26,6 @@ class TensorState:
     serial: int
     shape: tuple[int, ...]
     requires_grad: bool
-
-
-@dataclass(frozen=True)
-class HostRead:
-    """A value that Python read from a tensor, and the number of traced calls before it."""
-
-    value: Any
-    calls: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +80,7 @@ class CallTrace(OpeningMode):
         self.pauses_gradients = False
         self.calls: list[TracedCall] = []
         self.reads: list[HostRead] = []
+        self._reductions = Reductions()
         self._guide, self._only, self._keep = guide, only, keep
         self._serials: dict[int, int] = {}
         self._tensors: list[Tensor] = []
@@ -139,9 +114,13 @@ class CallTrace(OpeningMode):
         before = self._marks(tensors, inputs, 0)
         result = func(*args, **kwargs)
         if tensors and getattr(func, "__name__", "") in HOST_READS:
-            self.reads.append(HostRead(host_value(result), len(self.calls)))
+            reduction = self._reductions.of(tensors[0])
+            source = None if reduction is None else reduction.source
+            self.reads.append(HostRead(host_value(result), len(self.calls), tensors[0], source))
             if self._on_read is not None:
                 self._on_read(tensors[0])
+        else:
+            self._reductions.add(func, args, result)
         results = list(tensors_in(result))
         outputs = tuple(map(self._state, results))
         if outputs:
@@ -178,14 +157,6 @@ def _surrounding_module() -> str:
             return type(module).__name__
         frame = frame.f_back  # type: ignore[assignment]
     return ""
-
-
-def host_value(result: Any) -> Any:
-    """Return a value read by Python, in a form that can be compared."""
-    if isinstance(result, (list, tuple)):
-        return repr(result)
-    tobytes = getattr(result, "tobytes", None)
-    return tobytes() if tobytes is not None else result
 
 
 def _marked(tensor: Tensor, shape: tuple[int, ...], other: tuple[int, ...]) -> Tensor | None:

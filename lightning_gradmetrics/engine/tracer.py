@@ -27,10 +27,10 @@ from lightning_gradmetrics.engine.calls import (
     tensors_in,
 )
 from lightning_gradmetrics.engine.graph import Copies, Root, saves_through_hooks
+from lightning_gradmetrics.engine.host_reads import HOST_READS, ReadWatch
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
-from lightning_gradmetrics.engine.trace import HOST_READS, host_value
 from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
 
 __all__ = ["Tracer"]
@@ -61,7 +61,7 @@ class Tracer(OpeningMode):
         self.plan, self.size, self.sink, self.free = plan, size, sink, free
         self.times: list[int] = []
         self.outline = Outline()
-        self._reads = 0
+        self.reads = ReadWatch(plan.reads, size)
         first = next(iter(parameters.values()))
         self.anchor = torch.zeros((), device=first.device, requires_grad=True)
         self.parameters = parameters
@@ -91,8 +91,8 @@ class Tracer(OpeningMode):
         sources = self._sources(args, kwargs)
         if not sources:
             result = func(*args, **kwargs)
-            if self.plan.reads is not None and getattr(func, "__name__", "") in HOST_READS and not self._backward:
-                self._check_read(args, kwargs, result)
+            if self.plan.reads is not None and not self._backward:
+                self._watch_reads(func, args, kwargs, result)
             return result
         if not self._recomputes:
             # Checkpoints that are not reentrant store no tensors, and repeat their calls in the backward pass.
@@ -113,14 +113,12 @@ class Tracer(OpeningMode):
                 raise PlanError(f"{getattr(func, '__name__', func)}: {error}", number) from error
             raise
 
-    def _check_read(self, args: Any, kwargs: Any, result: Any) -> None:
-        """Compare a value that Python reads with the planned one, because the model may branch on it."""
-        planned = self.plan.reads or ()
-        if not has_tensors((args, kwargs)):
-            return
-        if self._reads >= len(planned) or planned[self._reads] != host_value(result):
+    def _watch_reads(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Compare a value that Python reads with the planned one: the model may branch on it."""
+        if getattr(func, "__name__", "") not in HOST_READS:
+            self.reads.reductions.add(func, args, result)
+        elif has_tensors((args, kwargs)) and not self.reads.matches(next(tensors_in((args, kwargs))), result):
             raise PlanError("Python reads a different value from a tensor than planned")
-        self._reads += 1
 
     def _next_step(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
         """Return the step for a call: the next one or, in the backward pass, the one that a checkpoint repeats."""

@@ -15,6 +15,7 @@ from lightning_gradmetrics.compat.gradient_metrics.verification import Record
 from lightning_gradmetrics.engine.axes import Axis, axis_between
 from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
 from lightning_gradmetrics.engine.dependence import DependenceTrace, choice_by_data
+from lightning_gradmetrics.engine.host_reads import PlannedRead
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.probe import changed_positions, outline
@@ -179,7 +180,7 @@ def _planned(runs: _Runs) -> ModulePlan:
         raise PlanError(f"no fast rule for {', '.join(plan.uncovered)}")
     if plan.undecided:
         raise PlanError("no trial run shows the order of the samples inside the watched module")
-    reads = tuple(read.value for read in large.trace.reads)
+    reads = tuple(PlannedRead(read.value) for read in large.trace.reads)
     return ModulePlan(replace(plan, reads=reads), tuple(outputs))
 
 

@@ -1,0 +1,182 @@
+"""Values that Python reads from tensors in a forward pass, and the samples that would read something else alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.layouts import Layout
+
+__all__ = ["HOST_READS", "HostRead", "PlannedRead", "ReadWatch", "Reductions", "host_value"]
+
+HOST_READS = frozenset(
+    [
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "__contains__",
+        "numpy",
+        "__array__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+    ]
+)
+"""Names of functions that return values of a tensor to Python, where the model may branch on them."""
+
+_BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda rows: rows.all(1),
+    "any": lambda rows: rows.any(1),
+    "max": lambda rows: rows.amax(1),
+    "amax": lambda rows: rows.amax(1),
+    "min": lambda rows: rows.amin(1),
+    "amin": lambda rows: rows.amin(1),
+    "sum": lambda rows: rows.sum(1),
+}
+"""For each reduction to one number, the same reduction of each row."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A number that was computed from a tensor.
+
+    Args:
+        name: The reduction.
+        source: The tensor.
+        number: The result.
+        count: The integer that the sum was compared with, as in ``mask.sum() == mask.numel()``.
+    """
+
+    name: str
+    source: Tensor
+    number: Tensor
+    count: int | None = None
+
+    def of_samples(self, layout: Layout, size: int) -> Tensor | None:
+        """Return the value of each sample alone, ``(N,)``; ``None`` if it is not known."""
+        positions = layout.outer * layout.inner
+        if self.source.shape[layout.dim] != size * positions or (self.count or 0) % size:
+            return None
+        axes = self.source.detach().movedim(layout.dim, 0)
+        rows = axes.unflatten(0, (layout.outer, size, layout.inner)).movedim(1, 0).flatten(1)
+        values = _BY_ROW[self.name](rows)
+        return values if self.count is None else values == self.count // size
+
+
+class Reductions:
+    """Remembers the numbers that calls computed from tensors."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Reduction] = {}
+
+    def add(self, function: Any, args: Sequence[Any], result: Any) -> None:
+        """Remember a call if it reduces a tensor to a number, or compares such a number with an integer."""
+        if not isinstance(result, Tensor) or result.ndim:
+            return
+        name = getattr(function, "__name__", "")
+        if name in _BY_ROW and len(args) == 1 and isinstance(args[0], Tensor):
+            self._known[id(result)] = Reduction(name, args[0], result)
+        elif name in ("__eq__", "eq") and len(args) == 2 and type(args[1]) is int:
+            before = self._known.get(id(args[0]))
+            if before is not None and before.name == "sum" and before.count is None:
+                self._known[id(result)] = replace(before, number=result, count=args[1])
+
+    def of(self, tensor: Tensor) -> Reduction | None:
+        """Return the reduction whose result is a tensor."""
+        return self._known.get(id(tensor))
+
+
+def host_value(result: Any) -> Any:
+    """Return a value read by Python, in a form that can be compared."""
+    if isinstance(result, (list, tuple)):
+        return repr(result)
+    tobytes = getattr(result, "tobytes", None)
+    return tobytes() if tobytes is not None else result
+
+
+@dataclass(frozen=True)
+class HostRead:
+    """A value that Python read from a tensor.
+
+    Args:
+        value: The value.
+        calls: The number of traced calls before it.
+        tensor: The tensor.
+        reduced: The tensor that it was computed from, if that is known.
+    """
+
+    value: Any
+    calls: int
+    tensor: Tensor
+    reduced: Tensor | None
+
+
+@dataclass(frozen=True)
+class PlannedRead:
+    """A value that a plan expects Python to read.
+
+    Args:
+        value: The value.
+        by_samples: Whether it depends on the samples.
+        layout: Where the samples are in the tensor that was reduced to the value; ``None`` if that is not known.
+    """
+
+    value: Any
+    by_samples: bool = True
+    layout: Layout | None = None
+
+
+class ReadWatch:
+    """Compares what Python reads with a plan, and finds the samples that would read something else if they were alone.
+
+    Args:
+        planned: The planned reads, in order; ``None`` accepts any.
+        size: The number of samples.
+    """
+
+    def __init__(self, planned: Sequence[PlannedRead] | None, size: int) -> None:
+        self.planned, self.size = planned, size
+        self._seen = 0
+        self._differing: Tensor | None = None
+        self._any_sample = False
+        self.reductions = Reductions()
+
+    def matches(self, tensor: Tensor, result: Any) -> bool:
+        """Return whether a value is the next planned one, and note the samples for which it would be different."""
+        planned = self.planned or ()
+        if self._seen >= len(planned) or planned[self._seen].value != host_value(result):
+            return False
+        read = planned[self._seen]
+        self._seen += 1
+        if read.by_samples and self.size > 1:
+            self._note_samples(read, tensor)
+        return True
+
+    def _note_samples(self, read: PlannedRead, tensor: Tensor) -> None:
+        reduction = self.reductions.of(tensor)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            own = None
+            if reduction is not None and read.layout is not None:
+                own = reduction.of_samples(read.layout, self.size)
+            if reduction is None or own is None:
+                self._any_sample = True
+                return
+            differing = own != reduction.number
+        self._differing = differing if self._differing is None else self._differing | differing
+
+    def differing(self) -> list[int]:
+        """Return the samples that would read another value alone; all samples if that is not known."""
+        if self._any_sample:
+            return list(range(self.size))
+        if self._differing is None:
+            return []
+        numbers: list[int] = self._differing.nonzero().flatten().tolist()
+        return numbers

@@ -1,0 +1,255 @@
+"""Models that are right at the sizes of the probe and may be wrong at others: exact, or refused, at every size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError
+from tests.engine.kinds import WIDTH, Net, error_of, numbers
+
+
+class _Table(Net):
+    """With constants, some of which a model may look up by the size of the batch."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__(function)
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+        self.register_buffer("table", torch.linspace(1, 3, 64))
+        self.register_buffer("rows", torch.randn(64, WIDTH))
+        self.register_buffer("order", torch.cat([torch.arange(4), torch.tensor([5, 4]), torch.arange(6, 64)]))
+
+
+def _hidden(net: Any, x: Tensor) -> Tensor:
+    return torch.tanh(net.a(x))
+
+
+def _added(change: Callable[[Any, Tensor, int], Tensor]) -> Callable[..., Tensor]:
+    """A head on hidden values and what a function makes of them and of the size of the batch."""
+    return lambda net, x: net.head(_hidden(net, x) + change(net, _hidden(net, x), len(x)))
+
+
+def _scaled_gradient(scale: Callable[[Any, Tensor], Any]) -> Callable[..., Tensor]:
+    """Logits as usual, whose gradient is multiplied by a number."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        logits = net.head(_hidden(net, x))
+        return logits.detach() + (logits - logits.detach()) * scale(net, x)
+
+    return forward
+
+
+def _in_groups(net: Any, h: Tensor, size: int) -> Tensor:
+    count = 4 if size % 4 == 0 else 1
+    groups = h.view(size // count, count, -1)
+    return groups.mean(1, keepdim=True).expand_as(groups).reshape(size, -1)
+
+
+def _swapped_by_a_list(net: Any, h: Tensor, size: int) -> Tensor:
+    order = list(range(size))
+    if size > 3:
+        order[-1], order[-2] = order[-2], order[-1]
+    return h[torch.LongTensor(order)]
+
+
+def _written_and_mixed(net: Any, h: Tensor, size: int) -> Tensor:
+    rows = torch.zeros_like(h)
+    rows[:, :3] = h[:, :3]
+    return -rows[0]
+
+
+def _halved(net: Any, x: Tensor) -> Tensor:
+    h, half = _hidden(net, x), len(x) // 2
+    return net.head(torch.cat([h[:half], 2 * h[half:]]))
+
+
+def _centred_if_large(x: Tensor) -> Tensor:
+    if x.shape[0] > 4:
+        return x - x.mean(0)
+    return x
+
+
+COUPLED: dict[str, Callable[..., Tensor]] = {
+    "groups of four": _added(_in_groups),
+    "a shifted range": _added(lambda net, h, n: h[torch.arange(n // 4, n + n // 4) % n]),
+    "an order in a buffer": _added(lambda net, h, n: h[net.order[:n]]),
+    "an order in a list": _added(_swapped_by_a_list),
+    "rolled by a quarter": _added(lambda net, h, n: h.roll(n // 4, 0)),
+    "a constant for each place": _added(lambda net, h, n: net.rows[:n]),
+    "a constant for each size": _added(lambda net, h, n: h * net.table[n]),
+    "as many columns as samples": _added(lambda net, h, n: h[:, :n].sum(1, keepdim=True)),
+    "the sum of a constant over the batch": _added(lambda net, h, n: (torch.zeros_like(h) + net.scale).sum(0)),
+    "a product of constants over the batch": _added(lambda net, h, n: h * (h.new_ones(1, n) @ h.new_ones(n, 1))),
+    "a row written and read by others": _added(_written_and_mixed),
+    "the first half of the batch": _halved,
+    "a scripted function": lambda net, x: net.head(torch.jit.script(_centred_if_large)(_hidden(net, x))),
+}
+"""Models whose samples depend on each other, on their place or on their number, at some sizes."""
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("name", COUPLED)
+def test_models_that_depend_on_the_size_are_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model = _Table(COUPLED[name]).double().eval()
+    with pytest.raises(CoupledSamplesError):
+        for size in (3, 4, 8):
+            batch = numbers(size, WIDTH)
+            assert error_of(model, batch) < 1e-8
+
+
+SCALES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "divided by the size": lambda net, x: 1 / len(x),
+    "a sum of ones": lambda net, x: torch.ones(len(x)).double().sum(),
+    "a filled tensor": lambda net, x: torch.full((1,), len(x)).double(),
+    "a parameter times the size": lambda net, x: net.temperature.detach() * len(x),
+    "looked up": lambda net, x: net.table[len(x)],
+    "an array": lambda net, x: torch.from_numpy(np.ones(1) * len(x)),
+    "large batches only": lambda net, x: 0.5 if len(x) > 4 else 1.0,
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_gradients_that_depend_on_the_size_are_those_of_each_sample_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model = _Table(_scaled_gradient(SCALES[name])).double().eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no fast rule")
+        for size in (3, 5, 8):
+            assert error_of(model, numbers(size, WIDTH)) < 1e-8
+
+
+def _view_for_one_step(net: Any, x: Tensor) -> Tensor:
+    h = _hidden(net, x)
+    return net.head(h.mean(1) + h.reshape(h.shape[1], len(h), -1).mean(0))
+
+
+def _centred_if_long(net: Any, x: Tensor) -> Tensor:
+    h = _hidden(net, x)
+    return net.head(h.mean(1) - (h.mean((0, 1)) if x.shape[1] > 6 else 0))
+
+
+@pytest.mark.parametrize("forward", [_view_for_one_step, _centred_if_long])
+def test_models_that_couple_at_some_lengths_are_refused(forward: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Net(forward).double()
+    assert error_of(model, numbers(3, 1, WIDTH)) < 1e-8
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, numbers(4, 8, WIDTH), "pseudo_label")
+
+
+# -- numbers that Python reads ----------------------------------------------------------------------------------------
+
+
+def _to_longest(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    return net.head(_hidden(net, x[:, : int(lengths.max())]).mean(1))
+
+
+def _to_longest_in_a_list(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    return net.head(_hidden(net, x[:, : max(lengths.tolist())]).mean(1))
+
+
+def _without_padding(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    longest = int(lengths.max())
+    real = (torch.arange(longest) < lengths[:, None]).to(x.dtype)[..., None]
+    return net.head((_hidden(net, x[:, :longest]) * real).sum(1) / real.sum(1))
+
+
+def _by_mask(question: Callable[[Tensor], Any], factor: float) -> Callable[..., Tensor]:
+    def forward(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        if question(mask):
+            return net.head(_hidden(net, x).mean(1))
+        return net.head((_hidden(net, x) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) * factor)
+
+    return forward
+
+
+QUESTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "all": lambda mask: mask.all(),
+    "any": lambda mask: not (~mask).any(),
+    "sum": lambda mask: mask.sum() == mask.numel(),
+}
+
+
+def _texts(*lengths: int) -> tuple[Tensor, Tensor]:
+    return numbers(len(lengths), 6, WIDTH), torch.tensor(lengths)
+
+
+@pytest.mark.parametrize("forward", [_to_longest, _to_longest_in_a_list])
+def test_one_short_text_among_many_equal_ones_is_found(forward: Callable[..., Tensor]) -> None:
+    """Three samples of the batch would rarely show it."""
+    torch.manual_seed(0)
+    model = Net(forward).double()
+    gradient_statistics(model, _texts(4, 4, 4), "pseudo_label")
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, _texts(*[4] * 14, 3, 4), "pseudo_label")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_one_text_without_padding_among_padded_ones_is_found(question: str) -> None:
+    torch.manual_seed(0)
+    model = Net(_by_mask(QUESTIONS[question], 1.1)).double()
+    gradient_statistics(model, _texts(4, 4, 5), "pseudo_label")
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, _texts(*[4] * 10, 6, 3), "pseudo_label")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_questions_about_padding_are_exact_where_they_make_no_difference(question: str) -> None:
+    torch.manual_seed(0)
+    model = Net(_by_mask(QUESTIONS[question], 1.0)).double()
+    for lengths in ((6, 6, 6), (4, 6, 5, 3), (6, 6, 6, 6, 6), (2, 6)):
+        assert error_of(model, _texts(*lengths)) < 1e-8
+
+
+def test_lengths_that_make_no_difference_are_exact() -> None:
+    torch.manual_seed(0)
+    model = Net(_without_padding).double()
+    for lengths in ((4, 4, 4), (4, 2, 4, 3), (5, 2, 1, 3, 5)):
+        assert error_of(model, _texts(*lengths)) < 1e-8
+
+
+class _Shared(torch.autograd.Function):
+    """The identity; its backward pass divides by the size of the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.size = len(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient / ctx.size
+
+
+def _hooked(net: Any, x: Tensor) -> Tensor:
+    h = _hidden(net, x)
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient - gradient.mean(0) if len(gradient) > 3 else gradient)
+    return net.head(h)
+
+
+@pytest.mark.parametrize("forward", [lambda net, x: net.head(_Shared.apply(_hidden(net, x))), _hooked])
+def test_backward_passes_that_depend_on_the_size(forward: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Net(forward).double()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no fast rule")
+        for size in (3, 5, 8):
+            assert error_of(model, numbers(size, WIDTH)) < 1e-8
+
+
+def test_constants_that_grow_with_the_batch_are_exact() -> None:
+    torch.manual_seed(0)
+    model = Net(lambda net, x: net.head(_hidden(net, x) * (torch.ones_like(x) * net.scale) + F.relu(x))).double()
+    for size in (3, 8, 1):
+        assert error_of(model, numbers(size, WIDTH)) < 1e-8
