@@ -8,6 +8,7 @@ from importlib import import_module
 NAMES = (
     "callback",
     "engine",
+    "evaluation",
     "gga",
     "gpu",
     "intervals",

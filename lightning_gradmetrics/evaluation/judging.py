@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,4 +193,17 @@ def _bin_notes(binned: Mapping[str, BinnedScore], tasks: Sequence[DetectionTask]
     for one in binned.values():
         for task in tasks:
             errors.append(one.auroc_error(task))
-    return [f"scores are in {bins} bins: each AUROC is within {max(errors):.1g} of its exact value"]
+    return [f"scores are in {bins} bins: each AUROC is within {_rounded_up(max(errors)):g} of its exact value"]
+
+
+def _rounded_up(value: float) -> float:
+    """Return the next number with one digit.
+
+    Example:
+        >>> _rounded_up(0.00012), _rounded_up(0.0)
+        (0.0002, 0.0)
+    """
+    if value <= 0:
+        return 0.0
+    unit = 10.0 ** math.floor(math.log10(value))
+    return math.ceil(value / unit) * unit

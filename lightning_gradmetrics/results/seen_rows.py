@@ -15,6 +15,9 @@ __all__ = ["SeenRows"]
 LARGEST_INDEX = 2**34
 """Larger indices would need more than 2 GB of bits."""
 
+BITS_TOGETHER = 2**20
+"""The number of bits that are compared at once, a multiple of 8."""
+
 Bits = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -91,7 +94,17 @@ class SeenRows:
             if size is None or self.unknown.get(name):
                 continue
             bits = self._bits.get(name, np.zeros(0, dtype=np.uint8))
-            present = np.unpackbits(bits, bitorder="little")[:size].astype(bool)
-            missing = np.flatnonzero(~np.pad(present, (0, size - len(present))))
+            missing = _unset(bits, size)
             if len(missing):
                 raise IncompleteResultsError(f"{self.where} lacks rows of {name!r}: {named_indices(missing)}")
+
+
+def _unset(bits: Bits, size: int) -> Any:
+    """Return the indices below ``size`` whose bits are not set."""
+    missing: list[Any] = []
+    for start in range(0, size, BITS_TOGETHER):
+        stop = min(start + BITS_TOGETHER, size)
+        present = np.unpackbits(bits[start >> 3 : (stop + 7) >> 3], bitorder="little")[: stop - start]
+        present = np.pad(present, (0, stop - start - len(present)))
+        missing.append(start + np.flatnonzero(present == 0))
+    return np.concatenate(missing) if missing else np.zeros(0, dtype=np.int64)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -78,8 +79,9 @@ def test_a_checkpoint_brings_the_fitted_states_back(tmp_path: Path) -> None:
     used.save_checkpoint(tmp_path / "run.ckpt", weights_only=False)
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)  # tensors and text only
     assert any("gradorth" in str(state) for state in saved["callbacks"].values())
-    other = lgm.GradientMetrics(["gradorth", "energy"])
-    trainer(other).test(Stepped(net), batches(x[:8]), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    if RequirementCache("lightning>=2.5"):  # earlier versions restore callbacks in a fit only
+        other = lgm.GradientMetrics(["gradorth", "energy"])
+        trainer(other).test(Stepped(net), batches(x[:8]), ckpt_path=tmp_path / "run.ckpt", verbose=False)
     again = lgm.GradientMetrics(["gradorth", "energy"])
     again.load_state_dict(pickle.loads(pickle.dumps(callback.state_dict())))
     test_run(again, Stepped(net), batches(x[:8]))
