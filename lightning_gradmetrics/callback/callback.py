@@ -259,7 +259,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             return
         processes, model, self._model = self._join(trainer), self.scored_model(module), model_facts(module)
         datasets, roles = counted.names(names, stage), dataset_roles(names, counted.names(names, stage))
-        check_sharding(trainer.strategy, self.scorer.scores)
+        check_sharding(trainer.strategy, self.scorer.scores, model)
         check_split(dict(zip(datasets, counted.all, strict=True)), processes)
         is_fit = self._fitting is not None
         check_spawned(trainer, stage, self.output is not None, is_fit)

@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_gradmetrics.callback.alarm import alarm_of
@@ -94,28 +96,41 @@ def scored_model(module: LightningModule, name: str | None = None, head: str | N
     return module.get_submodule(children[0])
 
 
-def check_sharding(strategy: Strategy, scores: Sequence[Score]) -> None:
-    """Refuse scores over more than the head if the strategy shards parameters: their gradients would be incomplete.
+def check_sharding(strategy: Strategy, scores: Sequence[Score], model: nn.Module) -> None:
+    """Refuse scores over more than the head if parameters are sharded, because their gradients would be incomplete.
 
     Args:
         strategy: The trainer's strategy.
         scores: The scores.
+        model: The scored model, whose parameters the user may have sharded under any strategy.
 
     Raises:
-        ValueError: If the strategy shards parameters and a score takes gradients of the network.
+        ValueError: If parameters are sharded and a score takes gradients of the network.
     """
-    if not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        return
+    who = _sharding_of(strategy, model)
     refused = []
     for score in scores:
         if score.needs.gradients or score.needs.probes:
             refused.append(score.name)
-    if refused:
+    if who is not None and refused:
         raise ValueError(
-            f"{type(strategy).__name__} shards the parameters, and the scores {', '.join(map(repr, refused))} need gradients of the "
+            f"{who} shards the parameters, and the scores {', '.join(map(repr, refused))} need gradients of the "
             "whole network, which no process has. Remove them (scores of the logits and of the head work), or use "
             "strategy='ddp' or one device"
         )
+
+
+def _sharding_of(strategy: Strategy, model: nn.Module) -> str | None:
+    """Return the name of what shards the parameters, or ``None``."""
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        return type(strategy).__name__
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            return "FullyShardedDataParallel"
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            return "fully_shard or another use of DTensor"
+    return None
 
 
 def check_spawned(trainer: Trainer, stage: str, has_output: bool, is_fit: bool) -> None:

@@ -291,10 +291,10 @@ def test_sharded_models_are_refused_for_scores_of_the_whole_network() -> None:
 
     from lightning_gradmetrics.callback.module import check_sharding
 
-    scores = lgm.GradientMetrics(SCORES).scorer.scores
-    check_sharding(SingleDeviceStrategy(torch.device("cpu")), scores)
-    check_sharding(FSDPStrategy(), scores[:2])
+    scores, model = lgm.GradientMetrics(SCORES).scorer.scores, mlp(4, 3)
+    check_sharding(SingleDeviceStrategy(torch.device("cpu")), scores, model)
+    check_sharding(FSDPStrategy(), scores[:2], model)
     with pytest.raises(
         ValueError, match=r"FSDPStrategy shards the parameters, and the scores 'pseudo_label\(target=all\)'"
     ):
-        check_sharding(FSDPStrategy(), scores)
+        check_sharding(FSDPStrategy(), scores, model)

@@ -145,6 +145,50 @@ def test_logit_and_head_scores_of_a_sharded_model_are_right_and_others_are_refus
         assert sharded[score].to_pylist() == pytest.approx(alone[score].to_pylist(), rel=1e-5)
 
 
+SHARDED_BY_HAND = """
+from torch.distributed.fsdp import FullyShardedDataParallel
+from tests.callback.runs import Stepped, mlp
+
+seen = []
+
+
+class Sharded(Stepped):
+    def configure_model(self):
+        if not hasattr(self, "is_sharded"):
+            self.is_sharded = True
+            self.net = FullyShardedDataParallel(self.net, device_id=torch.device("cpu"))
+
+    def step(self, batch):
+        logits = super().step(batch)
+        seen.extend((-logits.logsumexp(1)).tolist())
+        return logits
+
+
+def work(rank):
+    callback = lgm.GradientMetrics(names, output=FOLDER / str(len(names)))
+    ddp(callback, 2).test(Sharded(mlp(4, 6, 3).float()), data()[0], verbose=False)
+    return seen
+
+
+outcomes = []
+for names in (["energy", "gradnorm"], ["pseudo_label(target=all)"]):
+    outcomes.append(launch(2, work)[:2])
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.slow
+def test_a_module_that_the_user_wraps_in_fsdp_is_scored_by_its_outputs_or_refused(tmp_path: Path) -> None:
+    """FSDP1 (``FullyShardedDataParallel``) under another strategy."""
+    (codes, energies), (refused, errors) = run_forked(SHARDED_BY_HAND, tmp_path)[0]
+    assert codes == [0, 0] and refused == [1, 1]
+    assert all("FullyShardedDataParallel shards the parameters, and the scores" in error for error in errors)
+    table = lgm.read_results(tmp_path / "2")
+    assert table.num_rows == 23
+    wanted = sorted({round(value, 5) for value in [*energies[0], *energies[1]]})
+    assert sorted(table["energy"].to_pylist()) == pytest.approx(wanted, abs=2e-5)
+
+
 STOPPED = """
 class Failing(Classifier):
     def step(self, batch):
