@@ -86,7 +86,7 @@ class Module(LightningModule):
 
 
 def state_of(model: nn.Module) -> dict[str, object]:
-    """Everything about a model that must not change."""
+    """Return the state of a model that must not change."""
     return {
         "state": {k: v.clone() for k, v in model.state_dict().items()},
         "requires_grad": [p.requires_grad for p in model.parameters()],
@@ -98,7 +98,7 @@ def state_of(model: nn.Module) -> dict[str, object]:
 
 
 def assert_same_state(before: dict[str, object], model: nn.Module) -> None:
-    """The model is as it was when ``before`` was taken."""
+    """Assert that the model is in the state ``before``."""
     after = state_of(model)
     assert before.keys() == after.keys()
     for key in ("requires_grad", "training", "hooks"):

@@ -76,7 +76,7 @@ def ddp(callback, count, **options):
 
 
 def run_forked(source: str, folder: Path, *arguments: str, timeout: float = 240) -> tuple[Any, str]:
-    """Run a script after the launcher above; return what it printed last, as JSON, and its standard error stream."""
+    """Run a script after the launcher above; return its last printed line, parsed as JSON, and its standard error stream."""
     command = [sys.executable, "-c", LAUNCHER + source, str(folder), *arguments]
     environment = {}
     for name, value in os.environ.items():

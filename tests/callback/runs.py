@@ -58,7 +58,7 @@ def batches(*tensors: Tensor, batch_size: int = 4, **options: Any) -> DataLoader
 
 
 def assert_scores(callback: lgm.GradientMetrics, model: nn.Module, x: Tensor, names: list[str]) -> None:
-    """The results are the scores of these inputs of the model."""
+    """Assert that the results are the model's scores of these inputs."""
     for name, values in lgm.score(model, x, names).items():
         torch.testing.assert_close(column(callback, name), values, rtol=1e-9, atol=1e-12)
 

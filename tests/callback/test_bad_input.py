@@ -1,4 +1,4 @@
-"""Wrong arguments, data and outputs: each is one sentence that says what was wrong, what is allowed, and what to do."""
+"""Wrong arguments, data and outputs: each error is one sentence on the problem, the allowed values and the remedy."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_arguments_are_checked_before_a_run(options: dict[str, Any], words: str)
 
 
 class Outputs(nn.Module):
-    """A network whose output has another form."""
+    """A network whose output has an unusual form."""
 
     def __init__(self, change: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ LABELS: list[tuple[str, Tensor, str | None]] = [
 
 
 @pytest.mark.parametrize(("kind", "labels", "words"), LABELS, ids=[kind for kind, _, _ in LABELS])
-def test_labels_are_converted_or_one_warning_says_what_was_found(kind: str, labels: Tensor, words: str | None) -> None:
+def test_labels_are_converted_or_one_warning_describes_them(kind: str, labels: Tensor, words: str | None) -> None:
     callback = lgm.GradientMetrics("energy", datasets=["mine"])
     data = batches(numbers(8, 5), labels)
     with warnings.catch_warnings(record=True) as heard:
@@ -217,7 +217,9 @@ PLACES: list[tuple[str, type[Stepped], tuple[Any, ...], bool]] = [
 
 
 @pytest.mark.parametrize(("kind", "step", "tensors", "clear"), PLACES, ids=[place[0] for place in PLACES])
-def test_places_of_labels(kind: str, step: type[Stepped], tensors: tuple[Any, ...], clear: bool) -> None:
+def test_labels_are_found_anywhere_in_a_batch(
+    kind: str, step: type[Stepped], tensors: tuple[Any, ...], clear: bool
+) -> None:
     callback = lgm.GradientMetrics("energy")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
@@ -248,13 +250,13 @@ def test_an_entry_that_may_be_labels_is_named() -> None:
         test_run(callback, TakesFirst(mlp(5, 8, 3)), DataLoader(rows, 4))
 
 
-def test_rows_that_are_all_not_finite() -> None:
+def test_all_rows_have_nan_or_inf() -> None:
     callback = lgm.GradientMetrics("energy")
     test_run(callback, Stepped(mlp(5, 8, 3)), batches(X * float("nan"), Y))
     assert set(callback.results["finite"].to_pylist()) == {False} and callback.evaluation is not None
 
 
-def test_what_was_scored_is_kept_when_a_batch_is_refused() -> None:
+def test_scored_rows_are_kept_when_a_batch_is_refused() -> None:
     class Fails(Stepped):
         def test_step(self, batch: Any, batch_idx: int) -> Any:
             self(batch[0])

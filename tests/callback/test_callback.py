@@ -69,7 +69,7 @@ def test_every_stage_gives_the_scores_of_every_sample(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_head_scores_run_no_forward_of_their_own(stage: str) -> None:
+def test_head_scores_run_no_extra_forward(stage: str) -> None:
     plain, watched = Module(), Module()
     data = loader(10, 4)
     run(stage, lgm.GradientMetrics(HEAD_SCORES), watched, data)
@@ -78,7 +78,7 @@ def test_head_scores_run_no_forward_of_their_own(stage: str) -> None:
 
 
 def test_full_network_scores_share_one_forward() -> None:
-    """Any number of them costs as many forwards as one does."""
+    """Several scores take as many forward passes as one."""
     counts = []
     for wanted in (
         ["gradnorm(target=all)"],
@@ -108,7 +108,7 @@ def test_model_untouched_and_metrics_reach_the_loggers(tmp_path) -> None:
 
 
 def test_training_ends_with_the_same_weights() -> None:
-    """Fit with validation, with the callback and without: bit-identical weights."""
+    """A fit with validation ends with bit-identical weights with and without the callback."""
     ends = []
     for callbacks in ([], [lgm.GradientMetrics(["energy", "gradnorm", "pseudo_label(target=all)"])]):
         torch.manual_seed(3)
@@ -145,7 +145,7 @@ def test_wrong_number_of_names() -> None:
 
 
 class Samples(Dataset):
-    """A dataset whose samples are what a function makes of an image and a label."""
+    """A dataset that applies a function to each image and label."""
 
     def __init__(self, make, n: int = 6) -> None:
         self.x, self.make = images(n), make
@@ -158,7 +158,7 @@ class Samples(Dataset):
 
 
 class Answer(LightningModule):
-    """A user's module that takes a batch apart and answers in its own way."""
+    """A user's module with its own format of batches and outputs."""
 
     def __init__(self, take, answer) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def test_batches_and_outputs(make, take, labelled, answer) -> None:
     assert callback.results["label"].to_pylist() == ([i % 5 for i in range(6)] if labelled else [None] * 6)
 
 
-def test_callables_for_anything_else() -> None:
+def test_split_batch_and_logits_fn_handle_other_formats() -> None:
     data = Samples(lambda x, y: {"meta": {"pixels": x}, "class_of_it": y})
     model = Answer(lambda b: b["meta"]["pixels"], lambda z: ("extra", z))
     callback = lgm.GradientMetrics(
@@ -217,7 +217,7 @@ def test_callables_for_anything_else() -> None:
         run("test", lgm.GradientMetrics("energy", split_batch=callback.split_batch), model, DataLoader(data, 4))
 
 
-def test_labels_are_optional_and_a_note_says_so() -> None:
+def test_labels_are_optional_with_a_note() -> None:
     callback = lgm.GradientMetrics(["energy"], datasets={"x": "id"})
     run("test", callback, Answer(lambda b: b[0], lambda z: z), loader(6, labels=False))
     assert not callback.evaluation.metrics
@@ -317,7 +317,7 @@ class FromBytes(Module):
         return super().forward(x.float() / 255)
 
 
-def test_a_model_of_bytes_is_scored_and_input_gradients_are_refused() -> None:
+def test_a_model_of_integer_images_is_scored_without_input_gradients() -> None:
     x = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8)
     data, model = loader(inputs=x), FromBytes()
     wanted = ["gradnorm", "pseudo_label(target=all)"]
@@ -452,7 +452,7 @@ def test_precision(precision: str) -> None:
 
 @pytest.mark.slow
 def test_compiled_model() -> None:
-    """A compiled network may not run hooks: the scores come from a forward of their own, and are the same."""
+    """A compiled network may not run hooks; an extra forward pass gives the same scores."""
     model, data = Module(), loader(6)
     expected = lgm.score(model.network, data.dataset.tensors[0], ["energy", "gradnorm"])
     model.network = torch.compile(model.network, backend="eager")
@@ -462,7 +462,7 @@ def test_compiled_model() -> None:
         torch.testing.assert_close(scores_of(callback, name), values, rtol=1e-4, atol=1e-5)
 
 
-def test_rerun_forgets_the_last_run() -> None:
+def test_a_second_run_replaces_the_first() -> None:
     callback = lgm.GradientMetrics("energy")
     used = trainer(callback)
     for n in (5, 3):

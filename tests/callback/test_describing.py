@@ -1,4 +1,4 @@
-"""What is compared when a run is resumed."""
+"""The description of a run that is compared when it is resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_named_functions_are_described_by_name() -> None:
 
 
 def test_a_state_that_was_saved_and_loaded_has_the_same_description(tmp_path: Path) -> None:
-    """A file of tensors keeps them in the order of their names."""
+    """A file stores tensors in the order of their names."""
     model, images, labels = torch.nn.Linear(4, 3), torch.randn(30, 4), torch.arange(30) % 3
     fitted = lgm.fit(model, [(images, labels)], ["rmds", "vim", "sirc"])
     save_fitted(fitted, tmp_path)

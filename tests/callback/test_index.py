@@ -52,12 +52,12 @@ class Numbered(torch.utils.data.Dataset[Any]):
 
 
 def received(evidence: Any) -> Tensor:
-    """The index that each row of the model's input contains."""
+    """Return the index stored in each row of the model's input."""
     return evidence.features[:, 0].long()
 
 
 class Batches:
-    """Batches that come from no DataLoader."""
+    """Batches that do not come from a DataLoader."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(DataLoader(Numbered(), 4))
@@ -82,7 +82,7 @@ def numbers_received(callback: lgm.GradientMetrics) -> list[int]:
 
 
 class Reused(Sampler[list[int]]):
-    """Yields one list object again and again, draws random numbers when a pass starts, and has no length."""
+    """Yields the same list object repeatedly, draws random numbers when a pass starts, and has no length."""
 
     def __iter__(self) -> Iterator[list[int]]:
         return self.generate(torch.randperm(11).tolist())
@@ -201,7 +201,7 @@ class Peeks(Callback):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_hook_that_reads_a_loader_too(place: int) -> None:
-    """The first loader's pass is known; that of a later one is not, if a hook starts another."""
+    """The pass over the first loader is known; that over a later one is not if a hook starts another pass."""
     callback = observed()
     loaders = [LOADERS["shuffle"](), LOADERS["shuffle"]()]
     with warnings.catch_warnings(record=True) as heard:
@@ -216,7 +216,7 @@ def test_a_hook_that_reads_a_loader_too(place: int) -> None:
 
 
 class Order(Callback):
-    """Keeps the batches of each validation, and a random number drawn after it."""
+    """Stores the batches of each validation, and a random number drawn after it."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -243,7 +243,7 @@ class Watches(Callback):
 @pytest.mark.parametrize("reload", [0, 1])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_fit_whose_validation_is_shuffled(reload: int, shared: bool) -> None:
-    """The index is exact in each epoch, also if the training reads the same loader; the order is that without the callback."""
+    """The index is exact in each epoch, even if training uses the same loader; the callback does not change the order."""
     orders = []
     for is_observed in (True, False):
         torch.manual_seed(3)
@@ -327,7 +327,7 @@ def test_an_unknown_index_is_null_with_one_warning(kind: str, stage: str) -> Non
     assert len(about) == 1 and "sample_id=" in about[0]
 
 
-def test_loaders_side_by_side_are_one_data_set() -> None:
+def test_loaders_side_by_side_are_one_dataset() -> None:
     class First(Stepped):
         def step(self, batch: Any) -> Any:
             return self(batch["a"][0])

@@ -94,7 +94,7 @@ print(json.dumps(outcomes))
 
 
 def run(source: str, size: int, *arguments: Path) -> tuple[Any, str]:
-    """Run a script that forks; return what it printed last, and its standard error stream."""
+    """Run a script that forks; return its last printed line and its standard error stream."""
     script = f"SIZE = {size}\n{SETUP}{source}"
     command = [sys.executable, "-c", script, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -108,8 +108,8 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks"
 
 @pytest.mark.slow
 @needs_fork
-def test_a_run_that_is_killed_at_twenty_moments_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    """SIGKILL while the real trainer scores: the same rows, to the last bit."""
+def test_a_run_killed_at_twenty_moments_has_the_same_results(tmp_path: Path) -> None:
+    """After SIGKILL in a real trainer and a resumed run, the rows are bit-identical."""
     killed, _ = run(KILLED, 2000, tmp_path / "killed", tmp_path / "undisturbed")
     assert killed >= 12  # the others ended before the signal came
     table, expected = lgm.read_results(tmp_path / "killed"), lgm.read_results(tmp_path / "undisturbed")
@@ -134,7 +134,7 @@ def test_signals_end_a_run_cleanly_and_it_resumes(tmp_path: Path) -> None:
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
-    """Let the disk be full after some parts."""
+    """Simulate a full disk after some parts."""
     fsync, left = os.fsync, [2 * parts]  # the file, and its directory
 
     def flush(descriptor: int) -> None:
@@ -182,7 +182,7 @@ def test_a_small_file_system_fills_up_and_the_run_resumes(tmp_path: Path) -> Non
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    """While the first one writes."""
+    """The first run is still writing."""
 
     class Second(Classifier):
         def step(self, batch: Any) -> Any:

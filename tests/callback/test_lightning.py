@@ -1,4 +1,4 @@
-"""The callback as a citizen of Lightning: checkpoints, pickling, several stages, monitors, fits, and pytorch_lightning."""
+"""The callback in Lightning: checkpoints, pickling, several stages, monitors, fits, and pytorch_lightning."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class WithoutPredict(PairOnly):
 
 
 def test_fit_runs_the_step_of_a_module_without_a_predict_step() -> None:
-    """What is fitted is what the test step does; its metric and its logs see nothing of it."""
+    """Scores are fitted on the calls of the test step, whose metric and logs are not affected."""
     net, x, y = mlp(5, 8, 3), numbers(40, 5), torch.arange(40) % 3
     callback = lgm.GradientMetrics(["gradorth", "energy"])
     used, module = trainer(callback), WithoutPredict(net)
@@ -92,7 +92,7 @@ def test_a_checkpoint_brings_the_fitted_states_back(tmp_path: Path) -> None:
         changed.load_state_dict(callback.state_dict())
 
 
-def test_a_pickled_callback_scores_alike() -> None:
+def test_a_pickled_callback_has_the_same_scores() -> None:
     net, x = mlp(5, 8, 3), numbers(8, 5)
     callback = fitted_callback(net, x, datasets=["mine"])
     copied = pickle.loads(pickle.dumps(callback))

@@ -1,4 +1,4 @@
-"""Every logger gets scalars and pictures in its own form, or a warning says why it gets no pictures."""
+"""Every logger receives scalars and pictures in its own format, or a warning explains why it receives no pictures."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_mlflow_gets_scalars_and_figures(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Silent(Logger):
-    """Takes scalars only."""
+    """A logger of scalars only."""
 
     experiment = None
     name = version = "silent"
@@ -108,7 +108,7 @@ class Silent(Logger):
         """Ignore hyperparameters."""
 
 
-def test_a_logger_without_pictures_is_named() -> None:
+def test_a_logger_without_pictures_causes_a_warning() -> None:
     with pytest.warns(UserWarning, match="Silent gets no pictures: it has no log_image"):
         logged(silent := Silent())
     assert KEY in silent.metrics

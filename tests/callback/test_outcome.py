@@ -1,4 +1,4 @@
-"""What a user reads after a run: the printed summary, the report, the saved files, and few logged metrics."""
+"""The outputs of a run: the printed summary, the report, the saved files, and the logged metrics."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_task_of_a_metric_can_be_chosen() -> None:
         lgm.GradientMetrics(["energy"], metrics=["ood_aurc"])
 
 
-def test_scores_that_read_labels_are_not_judged() -> None:
+def test_scores_that_read_labels_are_not_evaluated() -> None:
     callback = lgm.GradientMetrics(["el2n", "energy"])
     test_run(callback, Module(), loaders()[0])
     assert {entry["score"] for entry in callback.evaluation.metrics} == {"energy"}

@@ -1,4 +1,4 @@
-"""Results that the callback writes to a directory: the same rows as in memory, resumable, never another run's."""
+"""Results in a directory have the same rows as in memory, can be resumed, and never mix with another run's."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def interrupted(output: Path, stop_at: int = 10, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_the_directory_has_the_rows_that_memory_has(stage: str, tmp_path: Path) -> None:
+def test_the_directory_has_the_same_rows_as_memory(stage: str, tmp_path: Path) -> None:
     expected = score(None, stage).results
     callback = score(Output(tmp_path, rows_per_part=6), stage)
     assert callback.results.equals(expected) and lgm.read_results(tmp_path).equals(expected)
@@ -80,7 +80,7 @@ def test_other_libraries_read_the_directory(tmp_path: Path) -> None:
     assert sorted(value for (value,) in read) == sorted(expected)
 
 
-def test_rows_are_not_kept_in_memory_and_read_when_they_are_used(tmp_path: Path) -> None:
+def test_rows_are_not_kept_in_memory_and_are_read_on_use(tmp_path: Path) -> None:
     most = []
 
     class Watched(lgm.GradientMetrics):
@@ -140,7 +140,7 @@ def test_a_resumed_run_over_whole_dataloaders_scores_no_row_twice(tmp_path: Path
     assert len(pq.read_table(tmp_path)) == 34
 
 
-def test_another_batch_size_is_warned_of_and_no_row_is_lost(tmp_path: Path) -> None:
+def test_a_different_batch_size_causes_a_warning_and_loses_no_row(tmp_path: Path) -> None:
     expected = score(None).results
     interrupted(tmp_path, 12)
     with pytest.warns(UserWarning, match="batch_size.in is 4 and this run's is 5"):
@@ -196,7 +196,7 @@ def test_results_are_never_overwritten(tmp_path: Path) -> None:
     assert lgm.read_results(tmp_path).equals(expected)
 
 
-def test_an_interrupted_run_says_how_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_run_prints_how_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="on fire"):
         score(tmp_path, model=Classifier(10))
     said = capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_arguments_are_checked() -> None:
         lgm.GradientMetrics(columns="feature")
 
 
-def test_labels_beyond_the_classes_are_forgotten_in_parts_that_were_written_before(tmp_path: Path) -> None:
+def test_labels_beyond_the_classes_are_also_dropped_from_earlier_parts(tmp_path: Path) -> None:
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 7, 1])
     loader = batches(torch.randn(10, 4), labels, batch_size=2)
     with pytest.warns(UserWarning, match="no labels are used"):
@@ -260,7 +260,7 @@ def test_labels_beyond_the_classes_are_forgotten_in_parts_that_were_written_befo
 
 
 class Files(Dataset[Any]):
-    """A dataset of one's own."""
+    """A user-defined dataset."""
 
     def __len__(self) -> int:
         return 5

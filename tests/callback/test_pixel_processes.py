@@ -1,4 +1,4 @@
-"""Pixels in real processes: the rows, metrics and intervals of one process."""
+"""Segmentation in several real processes has the rows, metrics and intervals of one process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ with open(f"{out}.{trainer.global_rank}", "w") as file:
 
 @pytest.mark.slow
 def test_two_processes_have_the_pixels_of_one(tmp_path: Path) -> None:
-    """Nine images, so that one is repeated and counted once."""
+    """With nine images the sampler repeats one, which is counted once."""
     (alone,) = (json.loads(text) for text in start(SCRIPT, 1, tmp_path))
     both = json.loads(start(SCRIPT, 2, tmp_path)[0])
     for key in ("index", "pixels", "prediction"):

@@ -79,7 +79,7 @@ STAGES = ("test", "predict")
 
 
 def start(source: str, devices: int, folder: Path, timeout: float = 600) -> list[str]:
-    """Run a script in that many processes; what each of them wrote."""
+    """Run a script in ``count`` processes and return the output of each."""
     script, out = folder / "script.py", folder / f"out{devices}"
     script.write_text(source)
     root = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def run(devices: int, folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_and_three_processes_give_what_one_gives(tmp_path: Path) -> None:
+def test_two_and_three_processes_have_the_results_of_one(tmp_path: Path) -> None:
     """Sizes that divide by none: every row once, every metric the same, on every rank, in test and in predict.
 
     Rank 0's pictures, and the numbers in them, are those of all samples.
@@ -126,7 +126,7 @@ def test_two_and_three_processes_give_what_one_gives(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failure_on_rank_0_ends_every_process(tmp_path: Path) -> None:
-    """Well before the half hour that gloo would wait: the others raise too, and say what rank 0 raised."""
+    """The other processes raise too, with the error of rank 0, long before gloo's timeout of 30 minutes."""
     ranks = [text.splitlines() for text in start(FAILING, 2, tmp_path, timeout=300)]
     expected = [
         "ValueError: resamples must be a whole number of at least 0, got -1",

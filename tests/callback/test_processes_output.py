@@ -29,7 +29,7 @@ print(json.dumps(outcomes))
 
 
 def test_two_and_three_processes_write_the_rows_that_one_writes(tmp_path: Path) -> None:
-    """23 and 11 rows in batches of four: the sampler repeats rows for both numbers of processes."""
+    """With 23 and 11 rows in batches of four, the sampler repeats rows for both numbers of processes."""
     outcomes, _ = run_forked(COMPLETE, tmp_path)
     assert outcomes == [[[0, 0], [34, 34]]] * 3 + [[[0, 0, 0], [34, 34, 34]]]
     alone = lgm.read_results(tmp_path / "test-1")
@@ -229,7 +229,7 @@ CASES = {
 
 
 def test_an_error_or_a_signal_on_any_rank_ends_every_process_in_seconds_and_the_run_resumes(tmp_path: Path) -> None:
-    """Without help the other process would score 50 batches, 10 seconds, and then wait for 30 minutes."""
+    """Otherwise the other process would score 50 batches for 10 seconds, and then wait for 30 minutes."""
     outcomes, said = run_forked(STOPPED, tmp_path, *CASES)
     for name, (code, cause) in CASES.items():
         codes, values, seconds, kept = outcomes[name]

@@ -1,4 +1,4 @@
-"""The callback scores the call of the model that the step made, whatever the step does around it."""
+"""The callback scores the model call that the step makes, whatever else the step does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CallsItself(Stepped):
 
 
 class CallsItsNetwork(Stepped):
-    """``forward`` is made for users, and the step calls the network with a prepared batch."""
+    """Has a ``forward`` for users, but the step calls the network with a prepared batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).softmax(1)
@@ -37,7 +37,7 @@ class CallsByKeyword(Stepped):
 
 @pytest.mark.parametrize("kind", [CallsItself, CallsItsNetwork, CallsByKeyword])
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_what_the_model_received_is_scored(kind: type[Stepped], stage: str) -> None:
+def test_the_received_inputs_are_scored(kind: type[Stepped], stage: str) -> None:
     net, x = mlp(5, 8, 3), numbers(8, 5)
     callback = lgm.GradientMetrics(SCORES)
     getattr(trainer(callback), stage)(kind(net), batches(x, torch.arange(8) % 3))
@@ -46,7 +46,7 @@ def test_what_the_model_received_is_scored(kind: type[Stepped], stage: str) -> N
 
 
 class ChangesEverything(Stepped):
-    """Changes the input before, and the logits after, the call; and the batch too."""
+    """Changes the input before the call, the logits after it, and the batch."""
 
     def step(self, batch: Any) -> Any:
         x, y = batch
@@ -67,7 +67,7 @@ class NormalisesInPlace(nn.Module):
         return self.head(self.body(x).tanh())
 
 
-def test_nothing_that_was_captured_changes_afterwards() -> None:
+def test_captured_tensors_do_not_change_afterwards() -> None:
     x, y = numbers(8, 5), torch.arange(8) % 3
     net = mlp(5, 8, 3)
     callback = lgm.GradientMetrics(SCORES)
@@ -92,7 +92,7 @@ def test_a_model_that_normalises_in_place_is_given_its_inputs_once() -> None:
 
 
 class HiddenState(nn.Module):
-    """Returns other logits in every call."""
+    """Returns different logits in every call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Twice(Stepped):
         return self(batch[0])
 
 
-def test_repeated_equal_calls_are_one() -> None:
+def test_repeated_equal_calls_count_once() -> None:
     net, x = mlp(5, 8, 3), numbers(8, 5)
     callback = lgm.GradientMetrics(SCORES)
     test_run(callback, Twice(net), batches(x, torch.arange(8) % 3))
@@ -140,7 +140,7 @@ def test_consecutive_parts_of_the_batch_are_joined() -> None:
 
 
 class Parts(Stepped):
-    """``forward`` classifies; the step calls the parts, the projector last."""
+    """``forward`` classifies; the step calls the parts, with the projector last."""
 
     def __init__(self, shift: float = 0.0) -> None:
         super().__init__(nn.Linear(5, 8))
@@ -156,7 +156,7 @@ class Parts(Stepped):
         return self.classifier(h), self.projector(h)
 
 
-def test_forward_tells_which_of_several_layers_is_the_head() -> None:
+def test_forward_determines_the_head_among_several_layers() -> None:
     x, module = numbers(8, 5), Parts()
     callback = lgm.GradientMetrics(SCORES[:3])
     test_run(callback, module, batches(x, torch.arange(8) % 3))
@@ -167,7 +167,7 @@ def test_forward_tells_which_of_several_layers_is_the_head() -> None:
 
 
 def test_prepared_inputs_of_called_parts() -> None:
-    """Head scores are those of the step; the inputs of the model are not known, so the full network is refused."""
+    """Head scores come from the step; the model's inputs are unknown, so scores of the full network are refused."""
     x, module = numbers(8, 5), Parts(shift=1.0)
     callback = lgm.GradientMetrics(LOGIT_AND_HEAD)
     data = batches(x, torch.arange(8) % 3)
@@ -230,7 +230,7 @@ def test_two_callbacks_do_not_observe_each_other(first: list[str], second: list[
     assert "test_step" not in vars(module)
 
 
-def test_a_forward_pass_of_another_callback_is_not_the_steps() -> None:
+def test_a_forward_pass_of_another_callback_is_ignored() -> None:
     from lightning.pytorch import Callback
 
     class Looks(Callback):
@@ -314,7 +314,7 @@ class SmallOnly(nn.Module):
         return self.net(x)
 
 
-def test_a_call_that_raises_is_not_a_call() -> None:
+def test_a_call_that_raises_is_ignored() -> None:
     net, x = SmallOnly(), numbers(8, 5)
     callback = lgm.GradientMetrics(LOGIT_AND_HEAD)
     test_run(callback, RetriesInHalves(net), batches(x, torch.arange(8) % 3))

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_gradmetrics.callback.signals import note_sigterm, stop_after_sigterm
 
 
-def test_the_handler_of_the_user_is_called_and_comes_back() -> None:
+def test_the_users_handler_is_called_and_restored() -> None:
     heard: list[int] = []
 
     def mine(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Steps that reorder the samples of a batch, run in another context or draw the batch themselves: each row keeps its own score."""
+"""Steps that reorder samples, run in a different context or draw the batch: each row gets the right score."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_step_that_sorts_texts_by_length() -> None:
 
 
 @pytest.mark.parametrize("shape", [(24, 5), (24, 3, 6, 6)])
-def test_samples_in_another_order_with_changed_values_are_refused(shape: tuple[int, ...]) -> None:
+def test_samples_in_a_different_order_with_changed_values_are_refused(shape: tuple[int, ...]) -> None:
     net = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)).double().eval()
     x = numbers(*shape)
     net(x[:1])
@@ -106,7 +106,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("size", [2, 3, 4, 64])
-def test_changed_values_are_not_taken_for_another_order(change: Any, size: int) -> None:
+def test_changed_values_are_not_mistaken_for_a_different_order(change: Any, size: int) -> None:
     for shape in ((size, 5), (size, 3, 6, 6)):
         for _ in range(20):
             x = torch.randn(shape)
@@ -118,7 +118,7 @@ def test_changed_values_are_not_taken_for_another_order(change: Any, size: int) 
 
 
 def test_the_autocast_context_of_the_call_is_entered_again() -> None:
-    """The gradient of a step in half precision is that of its half-precision forward pass; another context than the trainer's is kept."""
+    """A step in half precision has the gradient of its half-precision forward pass, even if its context is not the trainer's."""
     net, x = mlp(64, 128, 3).float(), numbers(8, 64).float()
 
     def step(module: Any, batch: Any) -> Any:
@@ -178,7 +178,7 @@ def test_scripted_and_traced_networks() -> None:
         lgm.score(torch.jit.script(net), x, "energy")
 
 
-def test_parameters_that_were_made_in_inference_mode() -> None:
+def test_parameters_created_in_inference_mode() -> None:
     x = numbers(8, 5)
     lazy = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3)).double().eval()
     callback = lgm.GradientMetrics(["energy", "gradnorm"])

@@ -56,7 +56,7 @@ def run(module: Stepped, data: Any, scores: Any = SCORES, batch_size: int = 2, *
 
 
 def assert_tokens(callback: lgm.GradientMetrics, model: nn.Module) -> None:
-    """The results are those of a second pass over the prompts and answers; norms and rotary embeddings are in float32."""
+    """Assert that the results equal a second pass over prompts and answers; norms and rotary embeddings are in float32."""
     expected = lgm.score_generation(model, PROMPTS, ANSWERS, callback.score_names)
     assert callback.results["token_ids"].to_pylist() == ANSWERS
     for name, answers in expected.tokens.items():
@@ -87,7 +87,7 @@ def test_rows_are_aggregates_of_tokens() -> None:
 
 
 class Shifted(Stepped):
-    """A step on (ids, next ids), as models that are none of transformers are trained."""
+    """A step on (ids, next ids), as used to train models outside of transformers."""
 
     def step(self, batch: Any) -> Any:
         return self(batch[0])
@@ -160,7 +160,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str) -> None:
+def test_refusals(case: str) -> None:
     call, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Taking batches apart."""
+"""Splitting batches into inputs and labels."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def test_a_mapping_of_several_inputs_is_preserved() -> None:
 
 
 @pytest.mark.parametrize("batch", [None, "text", [], 3, ["a", "b"]])
-def test_anything_else(batch) -> None:
+def test_other_batches_are_refused_with_the_remedy(batch) -> None:
     with pytest.raises(TypeError, match="pass split_batch="):
         split_batch(batch)

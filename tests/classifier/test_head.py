@@ -1,4 +1,4 @@
-"""Which layer is the head, and which weight it has."""
+"""Finding the head and its weight."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Lora(nn.Module):
 
 
 class LoraBySubclass(nn.Linear):
-    """A linear layer that adds to what its weight gives."""
+    """A linear layer that adds to the product with its weight."""
 
     def __init__(self) -> None:
         super().__init__(8, 3)
@@ -51,7 +51,7 @@ class Cosine(nn.Linear):
 
 
 class ByHand(nn.Module):
-    """A linear layer that is no ``nn.Linear``."""
+    """A linear layer that is not an ``nn.Linear``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ def merged(model: nn.Sequential) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("make", [lambda: Lora(nn.Linear(8, 3), 0.0), lambda: Lora(nn.Linear(8, 3), 0.5)])
-def test_a_wrapper_is_the_head_from_the_start_on(make) -> None:
-    """At the start LoRA adds nothing, and the layer inside returns the logits too."""
+def test_an_untrained_wrapper_is_the_head(make) -> None:
+    """Before training, LoRA adds nothing, so the layer inside returns the logits too."""
     model, x = with_head(make()), torch.randn(6, 5).double()
     assert find_head(model, *seen(model, x)) == "2"
     expected = lgm.score(merged(model), x, SCORES)
@@ -154,7 +154,7 @@ class Tokens(nn.Module):
         return self.head(self.words(ids))[:, -1]
 
 
-def test_a_head_of_every_token_is_refused_with_what_to_do_instead() -> None:
+def test_a_head_applied_to_every_token_is_refused_with_the_remedy() -> None:
     model, ids = Tokens().double().eval(), torch.randint(0, 9, (4, 3))
     for options in ({}, {"head": "head"}):
         with pytest.raises(HeadNotFoundError, match=r"target='head.weight'"):

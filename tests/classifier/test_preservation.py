@@ -1,4 +1,4 @@
-"""Scoring changes nothing that belongs to the user: inputs, buffers, attributes, random numbers."""
+"""Scoring does not change the user's inputs, buffers, attributes or random numbers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Normalising(nn.Module):
 
 
 class OutOfPlace(Normalising):
-    """The same classifier without a change of its inputs."""
+    """The same classifier, which does not change its inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(2 * (x - 0.5)).tanh())
 
 
 def everything(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """A result of every public function that runs a model."""
+    """Return a result of every public function that runs a model."""
     scores = ["gradnorm", "gradnorm(target=all)", "odin(epsilon=0.1)", "gga", "regrad(perturbations=2)", "purview"]
     found = dict(lgm.score(model, x, scores))
     for engine in ("auto", "vmap", "reference"):
@@ -103,7 +103,7 @@ def test_state_of_the_model_is_restored(engine: str) -> None:
 
 
 def test_a_graph_of_the_users_survives() -> None:
-    """Its backward pass would fail if scoring gave the buffers that it holds a new version."""
+    """Its backward pass would fail if scoring changed the version of its buffers."""
     model, x = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).eval(), torch.rand(5, 6)
     loss = model(x).square().sum()
     lgm.score(model, x, "gradnorm(target=all)")
@@ -120,7 +120,7 @@ def test_buffers_made_in_inference_mode() -> None:
 
 
 class Draws(nn.Module):
-    """A random factor, and dropout left on."""
+    """A random factor and active dropout."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The samples with the largest scores: listed, shown, and the same ones in both."""
+"""The samples with the largest scores are listed and shown, the same ones in both."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def table(values: list[float], finite: list[bool] | None = None) -> pa.Table:
     return pa.table({**columns, "label": [1] + [None] * (n - 1), "s": values, "finite": finite or [True] * n})
 
 
-def test_largest_of_a_data_set_and_of_each() -> None:
+def test_largest_of_one_dataset_and_of_each() -> None:
     results = table([0.5, 2.0, 3.0, 2.0, 1.0, 9.0])
     assert lgm.largest(results, "s", 3, "a")["index"].to_pylist() == [2, 1, 3]
     found = lgm.largest(results, "s", 1)
@@ -72,7 +72,7 @@ def test_the_terminal_table() -> None:
 
 
 @pytest.mark.parametrize("top_k", [{"energi": 3}, {"energy": 0}, {"energy": 2.5}, {"energy": True}])
-def test_examples_that_make_no_sense(top_k: dict) -> None:
+def test_invalid_examples_are_refused(top_k: dict) -> None:
     with pytest.raises(ValueError, match=r"not one of the run's: energy|whole number of samples of at least 1"):
         lgm.GradientMetrics("energy", top_k=top_k)
 
@@ -92,7 +92,7 @@ def run(inputs: dict[str, torch.Tensor], network: torch.nn.Module, batch_size: i
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
 def test_a_run_keeps_pictures_of_the_listed_samples(batch_size: int) -> None:
-    """A bounded number of them, whatever the batches; a sample with NaN, and ties, too."""
+    """The number of pictures is limited and does not depend on the batches, also with NaN and ties."""
     data = {"inside": images(30), "out side": images(4)}
     data["inside"][3, 0, 0, 0] = float("nan")
     data["inside"][20] = data["inside"][10]
@@ -130,7 +130,7 @@ def test_inputs_other_than_images_are_listed_without_pictures() -> None:
 
 
 def test_images_of_several_sizes_and_processes() -> None:
-    """What two processes kept, joined, is what one keeps; a small image stays as it is, a large one is shrunk."""
+    """Two processes keep the same samples as one; small images keep their size, and large ones are shrunk."""
     torch.manual_seed(0)
     whole, parts = ExampleGallery({"s": 4}), [ExampleGallery({"s": 4}) for _ in range(2)]
     for number, size in enumerate([(8, 8), (120, 60), (9, 7), (8, 8)]):
@@ -168,7 +168,7 @@ def test_planted_labels_are_counted_and_marked() -> None:
 
 
 def test_training_data_with_planted_labels() -> None:
-    """The planted labels are of other classes, in the training data and in the scored data; the images are the same."""
+    """The planted labels have other classes in training and scored data; the images are unchanged."""
     data = digits(train=50)
     audited = training_data(data, mislabelled=9, seed=3)
     assert audited.train is audited.sets["train"] and audited.roles == {"train": "id"}
@@ -220,7 +220,7 @@ def test_a_profile_of_the_labels_needs_labels() -> None:
 
 
 def test_scores_that_read_labels_have_no_detection_metrics(tmp_path: Path, command: Command) -> None:
-    """With no other score there is no metric at all, and the planted labels are still counted."""
+    """Without other scores there are no metrics, but the planted labels are still counted."""
     settings = ("model.epochs=1", "model.width=2", "logger=none", "report=false")
     found = command("experiment=audit", "score=[el2n]", "callback.profile=false", "callback.top_k=null", *settings)
     assert found.returncode == 0, found.stderr

@@ -117,7 +117,7 @@ def test_default_run(tmp_path: Path, command: Command) -> None:
 
 @pytest.mark.slow
 def test_image_folders_with_a_checkpoint(tmp_path: Path, command: Command) -> None:
-    """The walkthrough's command line, on images made here."""
+    """The walkthrough's command line, on generated images."""
     generator = np.random.default_rng(0)
     for folder, count in [("inside/a", 6), ("inside/b", 6), ("close", 5), ("away", 4)]:
         (tmp_path / folder).mkdir(parents=True)
@@ -176,8 +176,8 @@ def test_list_of_scores(command: Command) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_configuration(tmp_path: Path) -> None:
-    """Installed without -e, away from the source, the command finds conf/."""
+def test_the_wheel_contains_the_configuration(tmp_path: Path) -> None:
+    """Installed without -e and outside the source directory, the command finds conf/."""
     root = Path(__file__).parents[2]
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(root)]
     subprocess.run(install, check=True, capture_output=True, timeout=300)

@@ -1,4 +1,4 @@
-"""Files of a run: whole or absent, in a directory that belongs to one run."""
+"""Files of a run are complete or absent, in a directory that is used by one run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ with replacing.replaced(Path(sys.argv[1]) / "states") as folder:
 def test_a_kill_while_a_directory_is_replaced_leaves_one_of_the_versions(
     step: str, expected: str, tmp_path: Path
 ) -> None:
-    """After the next start at the latest, and the directory can be replaced again."""
+    """One version is in place at the latest after the next start, and the directory can be replaced again."""
     (tmp_path / "states").mkdir()
     (tmp_path / "states" / "old").touch()
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), step])
@@ -100,7 +100,7 @@ with reserved(Path(sys.argv[1])):
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    """Until the first one ends, even if it is killed."""
+    """The refusal lasts until the first run ends, even if it is killed."""
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(RunDirectoryInUse, match="another run is writing"), reserved(tmp_path):

@@ -36,8 +36,8 @@ SCORES = resolve(
 NAMES = [score.name for score in SCORES]
 
 
-def test_a_score_that_reads_the_label_is_no_reference(results: pa.Table) -> None:
-    """It knows the answer."""
+def test_a_score_that_reads_the_label_is_not_a_reference(results: pa.Table) -> None:
+    """It would be evaluated on its own input."""
     names = [*results.column_names[:-1], "el2n"]
     known = pa.table({**{n: results[n] for n in names[:-1]}, "el2n": (torch.arange(90) % 3 == 0).double().numpy()})
     known = known.append_column("finite", results["finite"])

@@ -27,7 +27,7 @@ from tests.scores import trust_cases
 
 
 def purview(model: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Mean squared gradient norms of the first and the last parameters, as the demo cuts them, from a clean start."""
+    """Return mean squared gradient norms of the first and the last parameters, split as in the demo, starting from zero."""
     loss = F.binary_cross_entropy_with_logits(model(x), torch.ones_like(model(x)))
     squares = [float(g.square().sum()) for g in torch.autograd.grad(loss, list(model.parameters()))]
     j = len(squares) - 1
@@ -52,7 +52,7 @@ def as_described(model: nn.Module, x: Tensor) -> dict[str, float]:
     }
 
 
-def test_the_figures_are_those_of_the_description() -> None:
+def test_the_values_equal_the_description() -> None:
     model, x = cnn(6).double(), images(1).double()
     prediction, found = demo_values(model, x)
     assert prediction == int(model(x).argmax()) and list(found) == list(LINES)

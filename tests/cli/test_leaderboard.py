@@ -1,4 +1,4 @@
-"""The leaderboard: the page is what its files render to, and says what their intervals support."""
+"""The leaderboard page equals the rendered files, and its sentences follow from the intervals."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_score_of_ten_passes_is_compared_at_both_costs() -> None:
     )
 
 
-def test_variants_of_trust_are_no_rivals_but_an_ablation() -> None:
+def test_variants_of_trust_are_an_ablation_and_not_rivals() -> None:
     content = run({"energy": [0.1, 0.05, 0.15], "trust(distance=none)": [0.02, 0.01, 0.03]})
     content["rows"].append(row("trust(distance=none)", 0.99))  # type: ignore[attr-defined]
     text = "\n".join(section(content))

@@ -1,4 +1,4 @@
-"""Mistakes on the command line: one line that says what to write, and quickly if nothing has to run."""
+"""Mistakes on the command line print one line with the remedy, quickly if nothing needs to run."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_the_traceback_is_shown_on_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["score=[gradnrom]"]], ids=" ".join)
-def test_no_heavy_import_before_there_is_something_to_run(tmp_path: Path, arguments: list[str]) -> None:
-    """At most 0.6 s, which torch alone exceeds."""
+def test_no_heavy_import_unless_something_runs(tmp_path: Path, arguments: list[str]) -> None:
+    """At most 0.6 s, which importing torch would exceed."""
     code = (
         "import sys; sys.argv[1:] = sys.argv[1:]\n"
         "from lightning_gradmetrics.cli.command import main\n"
@@ -105,7 +105,7 @@ def test_help_names_everything() -> None:
     assert max(map(len, text.splitlines())) <= 140
 
 
-def test_words_that_are_not_settings() -> None:
+def test_unknown_words_are_refused() -> None:
     check_arguments(["-m", "seed=1,2", "--cfg", "job", "--config-dir", "conf", "~logger", "+a=b"], ["scores"])
     with pytest.raises(UsageError, match="unknown command 'report1'; did you mean 'report'"):
         check_arguments(["report1"], ["scores", "report"])

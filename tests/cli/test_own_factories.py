@@ -1,4 +1,4 @@
-"""A dataset and a model of one's own, used through the command as a user would."""
+"""A user-defined dataset and model, used through the command."""
 
 from __future__ import annotations
 

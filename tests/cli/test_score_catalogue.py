@@ -1,4 +1,4 @@
-"""The registry, the configuration and the documentation say the same."""
+"""The registry, the configuration and the documentation agree."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_argument_is_documented_and_the_paper_linked(name: str) -> None:
 
 @pytest.mark.parametrize("name", lgm.scores.NAMES)
 def test_help_and_signature_show_the_score(name: str) -> None:
-    """What ``help``, an editor and Sphinx read: the function or class of that name, its docstring and its arguments."""
+    """``help``, editors and Sphinx find the function or class of that name, its docstring and its arguments."""
     score = getattr(lgm.scores, name)
     assert inspect.isroutine(score) or inspect.isclass(score)
     assert score.__name__ == name and inspect.getdoc(score) == RECIPES[name].documentation
@@ -78,8 +78,8 @@ def test_every_line_is_filled(line) -> None:
     assert ("egative" in line.summary.split()[0]) == (line.sign == "-score")
 
 
-def test_what_the_table_says() -> None:
-    """Needs and costs come from dry runs: some that are known."""
+def test_known_needs_and_costs_are_in_the_table() -> None:
+    """Needs and costs come from dry runs; some are known in advance."""
     by_name = {line.name: line for line in lines()}
     assert by_name["entropy"].needs == "logits" and by_name["entropy"].cost == "free"
     assert by_name["gradnorm"].needs == "head" and by_name["gradnorm"].sign == "-score"

@@ -1,4 +1,4 @@
-"""Data and models by name: torchvision, NumPy, timm, Hugging Face, Lightning checkpoints; on files made here."""
+"""Data and models by name: torchvision, NumPy, timm, Hugging Face and Lightning checkpoints, on generated files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cli.conftest import Command
 
 
 def write_mnist(root: Path, images: np.ndarray, labels: np.ndarray, prefix: str = "t10k") -> None:
-    """The files of MNIST, in its format."""
+    """Write files in the format of MNIST."""
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, *images.shape) + images.tobytes())

@@ -154,7 +154,7 @@ def test_inference_mode_is_an_error_with_advice():
 
 
 def test_one_backward_for_the_whole_batch():
-    """Two more reach the logits only: they show which sample each loss belongs to."""
+    """Two further backward passes reach only the logits; they determine the sample of each loss."""
     model, x = made("convolutional")
     collector = GradientMetricCollector([ours.Max(model), ours.PNorm(model, lambda g: g)])
     at_logits, inside = [], []
@@ -178,7 +178,7 @@ def test_channels_last():
 
 
 @pytest.mark.parametrize("frozen", [(0,), (2,), (0, 2)])
-def test_frozen_layers_count_as_if_they_were_not(frozen):
+def test_frozen_layers_have_the_same_metrics(frozen):
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     x = torch.randn(6, 4, dtype=torch.float64)
     expected = _build(theirs, Theirs, model, _layers(model))(_loss(model, x))
@@ -379,7 +379,7 @@ def test_many_losses_are_assigned_to_their_samples():
 
 
 def test_confident_samples_stay_fast():
-    """The gradients of their losses are small differences of numbers near one."""
+    """The gradients of confident losses are small differences of numbers near one."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     collector = GradientMetricCollector(ours.PNorm(model, p=1))
     with torch.no_grad():
@@ -401,7 +401,7 @@ def test_a_loss_that_is_not_finite_does_not_affect_other_rows():
 
 
 class Leaking(nn.Module):
-    """Its losses may use an activation that it does not return."""
+    """A model whose losses may use an activation that it does not return."""
 
     def __init__(self):
         super().__init__()
@@ -459,7 +459,7 @@ class Experts(nn.Module):
 
 
 class Sorted(nn.Module):
-    """The samples are sorted inside, and brought back to their order."""
+    """Sorts the samples inside, and restores their order."""
 
     def __init__(self):
         super().__init__()
@@ -471,7 +471,7 @@ class Sorted(nn.Module):
 
 
 class Switched(nn.Module):
-    """A flag decides which axis of two equal ones is the sample's."""
+    """A flag decides which of two axes of equal length is the sample axis."""
 
     def __init__(self):
         super().__init__()
@@ -512,7 +512,7 @@ class Counting(nn.Module):
         return self.layer(x)
 
 
-def test_trial_runs_leave_counters_and_lists_as_they_were():
+def test_trial_runs_do_not_change_counters_and_lists():
     model, x = Counting(), torch.randn(6, 4)
     collector = GradientMetricCollector(ours.Max(model))
     plans = []

@@ -1,4 +1,4 @@
-"""Small models, one for each thing the engine must cover."""
+"""Small models, one for each feature that the engine must support."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Case = Callable[[], tuple[nn.Module, Tensor]]
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer and a head on everything it returns."""
+    """A recurrent layer, and a head on all of its outputs."""
 
     def __init__(self, layer: nn.Module, select: Callable[[Any], Tensor] = lambda out: out[0], width: int = 40) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Seq2Seq(nn.Module):
 
 
 class Minor(nn.Module):
-    """The samples as the fast index of a flattened axis."""
+    """Flattens an axis so that the sample index varies fastest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ def sequences() -> nn.Module:
 
 
 def frames() -> nn.Module:
-    """Several images a sample, folded into the batch axis."""
+    """Several images per sample, folded into the batch axis."""
 
     class Frames(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Small models, one for each kind of thing that makes per-sample gradients go wrong, and the truth for them."""
+"""Small models, one for each known cause of wrong per-sample gradients, and their true gradients."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Kind:
 
 
 class Net(nn.Module):
-    """Three layers and a vector, used by a function."""
+    """Three layers and a vector, combined by a given function."""
 
     threshold: float
     settings: dict[str, bool]
@@ -228,7 +228,7 @@ def _some_rows(net: Net, x: Tensor) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """A product whose backward pass no torch function shows."""
+    """A product whose backward pass calls no torch function."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def _checkpointed(net: Net, x: Tensor) -> Tensor:
 
 
 class TransposedAfterNorm(nn.Module):
-    """A batch norm whose gradient comes back transposed; torch reads that of one sample in the wrong order."""
+    """A batch norm that receives a transposed gradient, which torch reads in the wrong order for one sample."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The fast engine against the reference, on one model for each thing it covers."""
+"""The fast engine against the reference, on one model per supported feature."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_hidden_errors_are_found_by_the_verification():
 
 
 class Changeable(nn.Module):
-    """A model whose calls depend on what it is given."""
+    """A model whose calls depend on its input."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +208,7 @@ class ReusedInput(nn.Module):
         return out
 
 
-def test_an_input_changed_after_its_use_is_an_error():
+def test_changing_an_input_in_place_after_its_use_is_an_error():
     model, x = ReusedInput().double(), torch.randn(5, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         gradient_statistics(model, x, "pseudo_label")
@@ -240,7 +240,7 @@ def test_inside_inference_mode(name):
 
 
 class _Views(nn.Module):
-    """A model that only takes images whose positions are neighbours in memory."""
+    """A model that accepts only images whose positions are adjacent in memory."""
 
     def __init__(self):
         super().__init__()
@@ -252,7 +252,7 @@ class _Views(nn.Module):
         return self.head(self.conv(x).view(len(x), -1))
 
 
-def test_images_are_laid_out_channels_last_unless_the_model_minds():
+def test_images_use_channels_last_unless_the_model_fails():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
     for model in (_Views(), nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(180, 4))):
@@ -264,7 +264,7 @@ def test_images_are_laid_out_channels_last_unless_the_model_minds():
 
 
 def test_batch_norm_of_a_half_precision_model():
-    """Its backward is the engine's own where nothing but its input is part of the graph."""
+    """The engine replaces its backward pass if only its input is part of the graph."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)).eval()
     model[1].running_var.uniform_(0.5, 2)

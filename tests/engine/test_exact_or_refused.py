@@ -1,4 +1,4 @@
-"""Kinds of models and batches on which per-sample gradients are easy to get wrong: exact, or refused in clear words.
+"""Models and batches that often lead to wrong per-sample gradients: results are exact, or refused with a clear error.
 
 The truth is each sample alone in a fresh copy of the model, by ``torch.autograd.grad``; see :mod:`tests.engine.kinds`.
 """
@@ -101,7 +101,7 @@ def test_batch_norms_with_a_transposed_gradient(engine, size):
 
 @pytest.mark.filterwarnings("ignore:no fast rule")
 def test_samples_that_are_not_finite_leave_the_others():
-    """Rows of experts are grouped by sample; the groups are filled up with rows of the first one."""
+    """Rows of experts are grouped by sample; the groups are padded with rows of the first sample."""
     torch.manual_seed(0)
     model, batch = Mixture().double(), numbers(5, 4, 6)
     expected = gradient_statistics(model, batch, "pseudo_label", per_parameter=True).norm(2)
@@ -143,7 +143,7 @@ class _Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_an_odd_batch_and_a_dispatch_mode_leave_the_plan_of_later_ones():
+def test_an_unusual_batch_or_a_dispatch_mode_does_not_discard_the_plan():
     model = EXACT["pieces of large batches"].model()
     usual, odd = numbers(4, 6), numbers(9, 6)
     gradient_statistics(model, usual, "pseudo_label")
@@ -172,8 +172,8 @@ def test_a_new_sequence_length_is_not_planned_again(monkeypatch):
     assert len(planned) == 1
 
 
-def test_experts_are_handled_without_a_slow_way():
-    """Rows of each expert belong to samples that only the data tells."""
+def test_experts_need_no_slow_fallback():
+    """Only the data determines which samples the rows of each expert belong to."""
     torch.manual_seed(1)
     model = Mixture().double()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Rounding may open a ReLU's gate in a batch that is closed for one sample alone: no reason to give a plan up."""
+"""Rounding may activate a ReLU in a batch but not for one sample alone; this must not discard the plan."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class GateAtZero(nn.Module):
         return logits
 
 
-def test_a_gate_opened_by_rounding_keeps_the_plan() -> None:
+def test_a_relu_activated_by_rounding_keeps_the_plan() -> None:
     torch.manual_seed(0)
     model, x = GateAtZero(0.01), torch.randn(12, 6)
     lgm.gradient_statistics(model, x, "uniform", statistics=["l2"])
     assert not auto._UNPLANNABLE.get(model)
 
 
-def test_a_gate_that_decides_the_gradient_is_no_rounding() -> None:
+def test_a_relu_that_decides_the_gradient_is_not_rounding() -> None:
     torch.manual_seed(0)
     model, x = GateAtZero(100.0), torch.randn(12, 6)
     with pytest.warns(UserWarning, match="one sample at a time"):

@@ -116,7 +116,7 @@ def test_convolution(case, seed, dtype, wanted):
     extra=st.integers(0, 1),
 )
 def test_gram_form(case, seed, dtype, layout, extra):
-    """Where it pays or not. An input may be larger than what the output gradient covers."""
+    """Whether it is faster or not; an input may be larger than the output gradient covers."""
     n, per_in, per_out, size, geometry = case
     torch.manual_seed(seed)
     x = torch.randn(n, geometry.groups * per_in, *(s + extra for s in size), dtype=dtype)

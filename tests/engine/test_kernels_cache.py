@@ -1,4 +1,4 @@
-"""Where the compiled kernels are kept, what is loaded from there, and what happens where that is impossible."""
+"""Where compiled kernels are stored, what is loaded from there, and the fallbacks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SOURCES = library.SOURCES
 
 
 def stub() -> str:
-    """The kernels' functions without their content, which compile at once."""
+    """The kernels' functions without their bodies, which compile quickly."""
     sizes = [f"long long {name}(void) {{ return {ctypes.sizeof(job)}; }}" for name, job in jobs.JOB_SIZES.items()]
     scratch = [f"long long {name}(void) {{ return 0; }}" for name in library.SCRATCH_SIZES]
     return "\n".join([*sizes, *scratch, *(f"void {name}(void) {{}}" for name in library.JOBS)])
 
 
 class Machine:
-    """A machine on which nothing was built yet: a cache folder, a home, a temporary folder, and a stub of the kernels."""
+    """A machine without built kernels: a cache folder, a home, a temporary folder, and a stub of the kernels."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self.patch = patch
@@ -69,7 +69,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def computes_moments() -> bool:
-    """Whether the moments of a convolution are right, whatever computes them."""
+    """Return whether the moments of a convolution are right, with or without compiled kernels."""
     torch.manual_seed(0)
     x, g = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
     actual, expected = kernels.conv_moments(x, g, SAME, ALL), gradient_moments(kernels.conv_gradient(x, g, SAME), ALL)
@@ -241,14 +241,14 @@ def test_without_a_home_the_temporary_folder_is_used(machine, home):
 
 
 @needs_compiler
-def test_a_cache_folder_that_cannot_be_created_is_passed_over(machine):
+def test_a_cache_folder_that_cannot_be_created_is_skipped(machine):
     machine.kept.write_text("a file where the folder should be")
     assert machine.state().startswith(f"compiled: {machine.home}")
 
 
 @needs_compiler
-def test_a_cache_folder_that_cannot_be_written_to_is_passed_over(machine):
-    """Also for the administrator, whom no mode stops: the file system refuses."""
+def test_a_cache_folder_that_cannot_be_written_to_is_skipped(machine):
+    """This includes the administrator, whom file modes do not restrict; here the file system refuses."""
 
     def refuse(command, scratch):
         if scratch.startswith((str(machine.cache), str(machine.home))):
@@ -262,7 +262,7 @@ def test_a_cache_folder_that_cannot_be_written_to_is_passed_over(machine):
 
 
 @needs_compiler
-def test_a_file_system_that_runs_no_code_is_passed_over(machine):
+def test_a_noexec_file_system_is_skipped(machine):
     def statvfs(path):
         noexec = str(path).startswith(str(machine.cache))
         return type("Mount", (), {"f_flag": os.ST_NOEXEC if noexec else 0})
@@ -273,8 +273,8 @@ def test_a_file_system_that_runs_no_code_is_passed_over(machine):
 
 
 @needs_compiler
-def test_a_folder_from_which_no_library_can_be_loaded_is_passed_over(machine):
-    """As under a security module, which no mount flag reveals."""
+def test_a_folder_from_which_no_library_can_be_loaded_is_skipped(machine):
+    """A security module can cause this, which no mount flag reveals."""
     load = ctypes.CDLL
 
     def refuse(path):
@@ -289,7 +289,7 @@ def test_a_folder_from_which_no_library_can_be_loaded_is_passed_over(machine):
 
 @needs_compiler
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
-def test_a_folder_that_others_can_write_to_is_passed_over(machine, mode):
+def test_a_folder_that_others_can_write_to_is_skipped(machine, mode):
     """Nothing is loaded from it, even if what it contains has the right name."""
     machine.state()
     machine.kept.chmod(mode)
@@ -297,7 +297,7 @@ def test_a_folder_that_others_can_write_to_is_passed_over(machine, mode):
 
 
 @needs_compiler
-def test_a_folder_below_one_that_others_can_write_to_is_passed_over(machine):
+def test_a_folder_inside_one_that_others_can_write_to_is_skipped(machine):
     machine.cache.chmod(0o777)
     assert machine.state().startswith(f"compiled: {machine.home}")
 
@@ -329,7 +329,7 @@ STRANGER = 12345
 @pytest.mark.slow
 @needs_root
 def test_a_folder_of_another_user_is_skipped(machine):
-    """An attacker who was first to create the predictable folder in the shared temporary folder."""
+    """An attacker created the predictable folder in the shared temporary folder first."""
     machine.temporary.chmod(0o1777)
     planted = machine.temporary / f"lightning_gradmetrics-{os.geteuid()}"
     planted.mkdir(mode=0o755)
@@ -368,7 +368,7 @@ def test_a_file_of_another_user_is_not_loaded(machine):
 
 
 @pytest.mark.parametrize("variable", [library.SWITCH, "PATH"])
-def test_without_a_compiler_torch_does_the_work(machine, variable):
+def test_without_a_compiler_plain_torch_is_used(machine, variable):
     machine.patch.delenv("CC", raising=False)
     machine.patch.setenv(variable, "0")
     reasons = {"PATH": "no C compiler found (cc, gcc, clang, or $CC)", library.SWITCH: "switched off by"}

@@ -1,4 +1,4 @@
-"""Models at the edge of what the engine covers: exact, or refused in a sentence that names the layer."""
+"""Models at the limits of the engine: results are exact, or refused with an error that names the layer."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Bags(nn.Module):
         return self.head(self.bag(words, offsets))
 
 
-def test_bags_take_the_fast_way():
+def test_bags_use_the_fast_method():
     batch = {"words": torch.randint(9, (6, 5))}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -154,7 +154,7 @@ class Rotated(nn.Module):
         return self.head(torch.view_as_real(x * self.phase).flatten(1))
 
 
-def test_complex_parameters_are_refused_and_may_be_left_out():
+def test_complex_parameters_are_refused_unless_excluded():
     model, x = Rotated(), torch.randn(5, 4)
     with pytest.raises(ValueError, match=r"parameter 'phase' is torch\.complex64"):
         gradient_statistics(model, x, "pseudo_label")

@@ -67,7 +67,7 @@ def test_score_takes_a_sample_axis():
     assert "forward" not in vars(model)
 
 
-def test_wrong_sample_axes_are_refused_in_words():
+def test_wrong_sample_axes_are_refused_with_an_explanation():
     model, x = _TimeFirst(), torch.randn(5, 4, 6)
     with pytest.raises(SampleAxisError, match="sample_axis=1"):
         gradient_statistics(model, x, "pseudo_label")

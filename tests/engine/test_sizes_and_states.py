@@ -1,4 +1,4 @@
-"""Models whose results depend on the size of the batch, on their own state, or on inputs that are no tensors."""
+"""Models whose results depend on the batch size, on their state, or on inputs that are not tensors."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _early_exit(net, x):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_the_gradient_of_a_branch(dtype):
-    """Rows without a clear owner are not rounding noise, however large that is in half precision."""
+    """Rows without a clear owner are not mistaken for rounding errors, which are large in half precision."""
     torch.manual_seed(0)
     model = Net(_early_exit).to(dtype)
     for size in (4, 5, 9):

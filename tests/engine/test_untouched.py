@@ -1,4 +1,4 @@
-"""The model comes back as it was, whatever happens."""
+"""The model is unchanged after every outcome."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_untouched(engine, where):
     assert handle is None or calls == 1
 
 
-def test_a_user_error_in_a_first_call_is_the_users_error():
+def test_a_users_error_in_the_first_call_is_raised_unchanged():
     model, x = made("linear")
 
     def wrong(logits):

@@ -24,7 +24,7 @@ def table(copies: int, clusters: int = 60) -> pa.Table:
 
 @pytest.mark.parametrize("copies", [3, 100])
 def test_repeated_rows_of_a_cluster_do_not_narrow_the_intervals(copies: int) -> None:
-    """The values, and the draws, are those of one row per cluster: 100 copies make 6,000 rows, for which cells are cut."""
+    """Values and draws equal those of one row per cluster; 100 copies make 6,000 rows, for which scores are grouped into cells."""
     once = evaluate(table(1), ["score"], {"a": "id"}, resamples=50, cluster="text").find(metric="auroc")
     several = evaluate(table(copies), ["score"], {"a": "id"}, resamples=50, cluster="text").find(metric="auroc")
     alone = evaluate(table(copies), ["score"], {"a": "id"}, resamples=50).find(metric="auroc")
@@ -42,7 +42,7 @@ def test_all_rows_of_a_cluster_have_one_weight_and_clusters_are_drawn_with_repla
     )
 
 
-def test_few_clusters_have_no_intervals() -> None:
+def test_too_few_clusters_have_no_intervals() -> None:
     evaluation = evaluate(table(20, clusters=9), ["score"], {"a": "id"}, resamples=20, cluster="text")
     assert evaluation.find(metric="auroc")[0]["low"] is None
     assert 'dataset "a" has 9 clusters: no intervals below 10' in evaluation.notes

@@ -1,4 +1,4 @@
-"""The protocol: metrics from a results table, intervals, comparisons, words, thresholds."""
+"""The protocol: metrics from a results table, intervals, comparisons, statements."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIZES = {"test": 300, "mnist": 80, "textures": 60, "letters": 50}
 
 
 def table(seed: int = 0, **changes: object) -> pa.Table:
-    """Results where "good" finds errors and shifts, "fair" a little, "noise" nothing, "twin" is "fair" again."""
+    """Return results in which "good" detects errors and shifts, "fair" does so weakly, "noise" not at all; "twin" equals "fair"."""
     rng = np.random.default_rng(seed)
     dataset = np.repeat(list(SIZES), list(SIZES.values()))
     size = len(dataset)
@@ -289,7 +289,7 @@ def test_differences_are_score_minus_baseline_and_the_verdict_knows_the_directio
             assert c["difference"] < 0 and c["high"] < 0 and c["verdict"] == "better"
 
 
-def test_the_baseline_is_named_beforehand():
+def test_the_baseline_is_chosen_in_advance():
     results = table().append_column("max_softmax", table()["fair"])
     scores = [*SCORES, "max_softmax"]
     baselines = {c["baseline"] for c in evaluate(results, scores, ROLES, ["noise"], resamples=20).comparisons}
@@ -301,7 +301,7 @@ def test_the_baseline_is_named_beforehand():
     assert not without.comparisons and any("no baseline" in note for note in without.notes)
 
 
-def test_the_max_adjusted_verdict_leans_against_the_score():
+def test_the_max_adjusted_verdict_is_biased_against_the_score():
     found = evaluate(table(), SCORES, ROLES, ["fair", "twin", "noise"], resamples=200)
     for c in found.comparisons:
         if c["score"] != "good":
@@ -312,7 +312,7 @@ def test_the_max_adjusted_verdict_leans_against_the_score():
 
 
 @pytest.mark.slow
-def test_equal_scores_are_rarely_told_apart():
+def test_equal_scores_rarely_differ_significantly():
     rng = np.random.default_rng(0)
     worse = 0
     for seed in range(40):
@@ -377,7 +377,7 @@ def test_few_positives_and_missing_roles_are_noted():
     assert outside.metrics == []
 
 
-def test_find_names_what_it_does_not_know(evaluation):
+def test_find_names_unknown_keys_and_values(evaluation):
     with pytest.raises(ValueError, match="no metric has score='goood'; did you mean 'good'"):
         evaluation.find(score="goood")
     with pytest.raises(KeyError, match="unknown key 'scores'; did you mean 'score'"):
@@ -429,7 +429,7 @@ def test_repeated_rows_are_counted_in_any_order():
         evaluate(pa.concat_tables([shuffled, shuffled.slice(7, 3)]), ["good"], ROLES, resamples=0)
 
 
-def test_a_metric_is_registered_once_for_all_places(monkeypatch):
+def test_a_registered_metric_appears_everywhere(monkeypatch):
     for name in ("METRICS", "TASKS", "SHOWN", "HIGHER_IS_BETTER"):
         monkeypatch.setattr(metrics, name, dict(getattr(metrics, name)))
     monkeypatch.setattr(entries, "metrics_of", metrics.metrics_of)

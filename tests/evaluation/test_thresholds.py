@@ -59,7 +59,7 @@ def results(seed: int = 0, inside: int = 3000, outside: int = 1500) -> pa.Table:
 
 
 def failures(rule: Rule, fails: Callable[[float, np.random.Generator], float], size: int, runs: int) -> float:
-    """The mean of what goes wrong with a rule that is fitted anew in each run."""
+    """Return the mean failure of a rule that is fitted in each simulated run."""
     total = 0.0
     for seed in range(runs):
         rng = np.random.default_rng(seed)
@@ -146,7 +146,7 @@ def test_ties_are_accepted_together():
     assert fitted.coverage == 0.5 and 0 < fitted.threshold < 1
 
 
-def test_thresholds_accept_the_share_they_were_fitted_for():
+def test_thresholds_accept_the_requested_fraction():
     inside = results().slice(0, 3000)
     for tpr in (0.5, 0.95, 1.0):
         thresholds = fit_thresholds(inside, ["error", "ood"], tpr)

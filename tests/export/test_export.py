@@ -102,7 +102,7 @@ def test_openood_runs_a_score(name: str) -> None:
     np.testing.assert_allclose(-confidence, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_openoods_base_class_is_the_base_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openoods_base_class_is_used_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     class BasePostprocessor:
         def __init__(self, config: object) -> None:
             self.config = config

@@ -135,7 +135,7 @@ def test_class_covectors_are_the_losses_gradients_up_to_a_positive_factor(rescal
 
 @pytest.mark.parametrize("rescale", [True, False])
 def test_the_class_gradients_span_all_but_one_dimension(rescale):
-    """Why one backward can go and not two: C gradients of rank C - 1, with and without rescaling."""
+    """One backward pass can be saved, but not two: C gradients have rank C - 1, with and without rescaling."""
     torch.manual_seed(3)
     covectors = class_covectors(torch.randn(4, 6, dtype=torch.float64), torch.arange(6).expand(4, 6), rescale=rescale)
     assert torch.linalg.matrix_rank(covectors).tolist() == [5] * 4
@@ -156,7 +156,7 @@ def test_classes_out_of_range(small, classes):
         cosine_similarity_maps(*small, classes=classes)
 
 
-def test_a_confident_float32_sample_keeps_its_digits():
+def test_a_confident_float32_sample_stays_accurate():
     """Where p rounds to 1 the original's gradient is zero and it raises; here the direction is kept."""
     torch.manual_seed(4)
     model = nn.Linear(6, 4).double()
@@ -193,7 +193,7 @@ def test_logits_that_are_all_zero_cannot_be_rescaled_and_count_as_zero_maps():
     assert maps.isfinite().all()
 
 
-def test_a_broken_sample_is_nan_and_the_others_are_not_touched(small):
+def test_a_sample_with_nan_does_not_affect_others(small):
     model, x = small
     broken = x.clone()
     broken[2, 0, 0, 0] = torch.nan
@@ -328,7 +328,7 @@ def test_clear_errors(small):
         cosine_similarity_maps(model, x)
 
 
-def test_summaries_by_hand():
+def test_summaries_equal_hand_computed_values():
     maps = torch.tensor([[[1.0, 0.5, -0.5], [0.5, 1.0, -1.0], [-0.5, -1.0, 1.0]]], dtype=torch.float64)
     assert csm.csm_features(maps).tolist() == [[0.5, -0.5, -1.0]]
     assert csm.mean_cosine(maps).item() == pytest.approx(-1 / 3)

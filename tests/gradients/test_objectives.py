@@ -1,4 +1,4 @@
-"""Objectives of confident samples: gradients keep their digits at any logit gap."""
+"""Objectives of confident samples: gradients stay accurate at any logit gap."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_float32_head_scores_of_confident_samples(gap: float) -> None:
 
 
 @pytest.mark.parametrize("gap", GAPS)
-def test_labels_and_averages_over_classes_keep_their_digits(gap: float) -> None:
+def test_labels_and_averages_over_classes_stay_accurate(gap: float) -> None:
     """GraNd, EL2N, ExGrad and REGrad of confident samples, in float32 and float64."""
     model, inputs = confident(gap)
     labels = model(inputs).argmax(1)
@@ -172,7 +172,7 @@ def test_values_and_gradients_are_those_of_the_definitions(name: str) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
 
 
-def test_unlikely_labels_keep_their_digits_too() -> None:
+def test_unlikely_labels_stay_accurate_too() -> None:
     """Where softplus is linear, the gradient with respect to the label's logit is minus one."""
     logits = torch.tensor([[35.0, 0.0]], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(OBJECTIVES["label"](logits, torch.tensor([1])).sum(), logits)

@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
 
 
 class Plain(nn.Module):
-    """A causal model that is none of transformers: it takes token ids and returns the logits."""
+    """A causal model outside of transformers, from token ids to logits."""
 
     def __init__(self) -> None:
         super().__init__()

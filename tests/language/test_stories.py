@@ -1,4 +1,4 @@
-"""The values that were computed for a trained model on text, where the data are there."""
+"""Published values of a trained model on text; skipped without the data."""
 
 from __future__ import annotations
 

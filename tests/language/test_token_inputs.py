@@ -1,4 +1,4 @@
-"""Prompts and answers in every form, padding, result tables, and what is refused."""
+"""Prompts and answers in every form, padding, result tables, and refusals."""
 
 from __future__ import annotations
 
@@ -110,13 +110,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str) -> None:
+def test_refusals(case: str) -> None:
     call, message = REFUSED[case]
     with pytest.raises((ValueError, TypeError), match=message):
         call(language_model())
 
 
-def test_dropout_in_train_mode_and_models_that_see_the_future_are_refused() -> None:
+def test_active_dropout_and_models_that_are_not_causal_are_refused() -> None:
     gpt2 = language_model("learned positions").train()
     with pytest.raises(ValueError, match=r"call model\.eval"):
         lgm.score_generation(gpt2, PROMPTS, ANSWERS, "nll")

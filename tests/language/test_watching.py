@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str) -> None:
+def test_refusals(case: str) -> None:
     score, arguments, message = REFUSED[case]
     model = language_model()
     with pytest.raises(ValueError, match=message), lgm.watching_generation(model, score):

@@ -1,4 +1,4 @@
-"""What each process of the distributed test does."""
+"""The program of each process of the distributed test."""
 
 from __future__ import annotations
 

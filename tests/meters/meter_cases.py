@@ -1,4 +1,4 @@
-"""The table of meters: what each is made of, its functional twin, and what it is fed."""
+"""The table of meters: the arguments of each, its functional form, and its inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 103
 
 @dataclass(frozen=True)
 class Case:
-    """A meter, its functional twin and what it is fed."""
+    """A meter, its functional form and its inputs."""
 
     make: Callable[..., Metric]
     twin: Callable[..., Any]

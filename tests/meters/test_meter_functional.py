@@ -54,7 +54,7 @@ def sample(name: str, size: int = 301) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def finite(scores: torch.Tensor) -> np.ndarray:
-    """Scores that scikit-learn takes: infinities replaced by what keeps their rank."""
+    """Return scores for scikit-learn, with infinities replaced by finite values of the same rank."""
     return torch.nan_to_num(scores.double(), posinf=1e300, neginf=-1e300).numpy()
 
 

@@ -1,4 +1,4 @@
-"""The constant-memory mode: exact while there is room, and close, with bounds, after that."""
+"""The constant-memory mode: exact while there is room, then approximate with bounds."""
 
 from __future__ import annotations
 

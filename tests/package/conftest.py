@@ -1,4 +1,4 @@
-"""The built wheel, and a Python that has it installed: shared by the tests that use the package as a stranger does."""
+"""The built wheel, and a Python environment with the wheel installed, for tests that use the package as a new user would."""
 
 from __future__ import annotations
 

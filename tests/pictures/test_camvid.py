@@ -1,4 +1,4 @@
-"""The values that were computed for a trained segmentation model, where the data are there."""
+"""Published values of a trained segmentation model; skipped without the data."""
 
 from __future__ import annotations
 

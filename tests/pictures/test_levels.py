@@ -36,7 +36,7 @@ def measured(rows: dict[int, Image], bins: int | None = None) -> PixelMeter:
 
 
 def area_of(rows: list[Image], weights: Tensor, classes: tuple[int, ...] | None = None) -> float:
-    """The AUROC of images that count as often as they were drawn; within classes the mean weighted by pairs."""
+    """Return the AUROC with each image counted as often as it was drawn; within classes, the mean weighted by pairs."""
     scores, target, predicted = (torch.cat([row[part] for row in rows]) for part in range(3))
     weight = torch.cat([torch.full((len(row[0]),), float(one)) for row, one in zip(rows, weights, strict=True)])
     order = scores.argsort()
@@ -96,7 +96,7 @@ def test_no_intervals_with_fewer_than_ten_images_or_segments(count: int) -> None
 
 @pytest.mark.parametrize("bins", [None, 16384])
 def test_processes_together_have_the_metrics_of_one(bins: int | None) -> None:
-    """The images of two processes that begin with very different ones."""
+    """Merge the images of two processes whose first images are very different."""
     rows = dict(enumerate(images(24)))
     rows[1] = (rows[1][0] + 3, *rows[1][1:])
     one = measured(rows, bins).estimates()
@@ -141,7 +141,7 @@ def test_metrics_of_images() -> None:
     assert ("1 - miou", "spearman") in found
 
 
-def test_tied_images_are_in_no_order() -> None:
+def test_the_order_of_tied_images_does_not_matter() -> None:
     risks = torch.tensor([0.0, 1.0, 0.5])
     assert real_valued_aurc(torch.zeros(3), risks) == pytest.approx(0.5)
     assert real_valued_aurc(torch.zeros(3), risks.flip(0)) == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""The callback with segmentation models: batches as people have them, rows of images, segments, metrics, and maps."""
+"""The callback with segmentation models: common batch formats, rows of images, segments, metrics, and maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data(count: int = 5, size: tuple[int, int] = LOGITS, classes: int = 5) -> li
 
 
 class Batches(LightningModule):
-    """A module whose step takes a batch apart as one library does."""
+    """A module whose step splits a batch as one library does."""
 
     def __init__(self, net: nn.Module, step: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ FORMS: dict[str, tuple[Callable[[tuple[Tensor, Tensor]], Any], Callable[[nn.Modu
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_batches_as_people_have_them(form: str) -> None:
+def test_common_batch_formats(form: str) -> None:
     torch.manual_seed(0)
     change, step = FORMS[form]
     net, rows = HEADS["bilinear"]().eval(), data()
@@ -262,7 +262,7 @@ def test_settings_are_checked(pixels: dict[str, Any]) -> None:
 
 
 def test_a_results_directory_of_images_warns_of_what_it_lacks_and_is_not_resumed(tmp_path: Path) -> None:
-    """The pixels of committed images are gone, so that segments and metrics of pixels would leave them out."""
+    """The pixels of committed images are not stored, so segments and pixel metrics would leave them out."""
 
     def stopping(model: nn.Module, batch: Any) -> Any:
         if model.count == 2:

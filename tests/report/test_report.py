@@ -198,7 +198,7 @@ def test_scores_are_marked_by_family_and_fit(tmp_path):
     assert marks == ["gradient", "fitted on labels"]
 
 
-def test_a_score_that_reads_labels_is_listed_but_not_judged(tmp_path):
+def test_a_score_that_reads_labels_is_listed_but_not_evaluated(tmp_path):
     scores = [
         {"name": "entropy", "family": "baseline"},
         {"name": "gradnorm", "family": "gradient", "fit": "reads labels"},
@@ -230,7 +230,7 @@ def test_paired_differences_have_their_true_sign_and_one_verdict(tmp_path):
     assert "against entropy" in section(tree, "Paired differences").find("thead")[0].text
 
 
-def test_operating_points_are_accuracies_and_rejected_shares(full):
+def test_operating_points_are_accuracies_and_rejection_rates(full):
     directory, tree = full
     rows = read_run(directory).finite_rows()
     inside, score = rows["digits"], "gradnorm"
@@ -303,7 +303,7 @@ def test_run_details_have_every_metric_and_no_absolute_path(tmp_path):
     assert "/home/ada" not in (run / "report.html").read_text()
 
 
-def test_a_group_with_several_datasets_is_judged_by_its_mean(tmp_path):
+def test_a_group_of_several_datasets_is_evaluated_by_its_mean(tmp_path):
     alone = section(page(tmp_path / "1", **FEW), "Scores").find("thead")[-1]
     assert "mean over near" not in alone.text
     sets = (*SETS, ("digits_7", "near", 100, False))
@@ -331,7 +331,7 @@ def test_without_labels_errors_are_left_out_with_a_note(tmp_path):
     assert "No in-distribution dataset has labels" in section(tree, "Notes").text
 
 
-def test_without_other_data_only_errors_are_judged(tmp_path):
+def test_without_other_data_only_errors_are_evaluated(tmp_path):
     tree = page(tmp_path, sets=SETS[:1], **FEW)
     assert list(cards(tree)) == ["Errors"]
     assert "no out-of-distribution dataset" in section(tree, "Notes").text

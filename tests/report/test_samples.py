@@ -58,7 +58,7 @@ def test_thumbnails_are_small_and_listed(run):
         assert np.array(picture).max() == 255
 
 
-def test_data_that_are_no_images_have_no_thumbnails(tmp_path):
+def test_inputs_other_than_images_have_no_thumbnails(tmp_path):
     run = make_run(tmp_path, **FEW)
     sets = {"digits": TensorDataset(torch.rand(500, 7), torch.zeros(500)), "digits_8_9": iter([])}
     files = write_thumbnails(run, sets, listed_samples(run), split_batch)
@@ -67,7 +67,7 @@ def test_data_that_are_no_images_have_no_thumbnails(tmp_path):
     assert samples.find("table") and not samples.find("img")
 
 
-def test_a_data_set_that_fails_is_named(tmp_path):
+def test_a_dataset_that_fails_is_named(tmp_path):
     run = make_run(tmp_path, **FEW)
     with pytest.warns(UserWarning, match="no thumbnails of 'digits': "):
         write_thumbnails(run, {"digits": TensorDataset(torch.rand(2, 1, 8, 8))}, listed_samples(run), split_batch)

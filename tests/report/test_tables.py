@@ -1,4 +1,4 @@
-"""The main table at every width: whole numbers, whole names, and the same values in its files."""
+"""The main table at every width: no truncated numbers or names, and the same values in its files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def printed(evaluation: Evaluation, scores: list[Score], width: int) -> str:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160, 400])
-def test_no_number_and_no_name_is_cut(evaluation: Evaluation, width: int) -> None:
+def test_numbers_and_names_are_never_truncated(evaluation: Evaluation, width: int) -> None:
     shown = printed(evaluation, SCORES, width)
     assert "…" not in shown and "..." not in shown
     assert max(len(line) for line in shown.splitlines()) <= width
@@ -164,7 +164,7 @@ def test_folding_loses_no_letter(text: str) -> None:
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_table_wider_than_the_console_runs_on() -> None:
+def test_a_table_wider_than_the_console_is_not_shortened() -> None:
     console = Console(width=10, file=io.StringIO())
     print_grid(
         console, Grid("", Column("score", ("a_long_name",), left=True), (Group("", (Column("AUROC", ("100.0",)),)),))

@@ -1,4 +1,4 @@
-"""Results on disk: parts, the manifest, and what a kill or a full disk leaves behind."""
+"""Results on disk: parts, the manifest, and the state after a kill or with a full disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows(indices: range | list[int], dataset: str = "val") -> pa.Table:
     return pa.table(columns)
 
 
-def test_an_undisturbed_run_reads_back_in_the_order_of_the_datasets(tmp_path: Path) -> None:
+def test_a_complete_run_is_read_in_the_order_of_the_datasets(tmp_path: Path) -> None:
     with ResultsWriter(tmp_path, RUN, rows_per_part=3) as writer:
         writer.add(rows([3, 0]))
         writer.add(rows([2, 1]))
@@ -119,7 +119,7 @@ def test_two_writers_cannot_share_a_directory(tmp_path: Path) -> None:
     ResultsWriter(tmp_path, RUN, resume=True).close()
 
 
-def test_an_empty_directory_is_no_result(tmp_path: Path) -> None:
+def test_an_empty_directory_has_no_results(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="contains no results"):
         read_results(tmp_path)
 
@@ -196,7 +196,7 @@ writer.add(pa.table({"dataset": ["val"] * 5000, "index": index}))
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="file size limits are POSIX")
 def test_a_disk_that_is_full_leaves_the_committed_parts(tmp_path: Path) -> None:
-    """A limit on file sizes stands for a full disk: the write fails in the same place."""
+    """A limit on file sizes simulates a full disk, because the write fails in the same place."""
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "could not write 5000 rows" in done.stderr
     assert "free some space and resume the run" in done.stderr

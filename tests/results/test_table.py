@@ -16,7 +16,7 @@ def add(rows: Rows, n: int, labels: torch.Tensor | None = None) -> None:
 
 @pytest.mark.parametrize("size", [5, 6, 7])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_rows_of_all_processes_are_each_sample_once(size: int, world: int) -> None:
+def test_each_sample_occurs_once_over_all_processes(size: int, world: int) -> None:
     dataset, tables = TensorDataset(torch.arange(size)), []
     for rank in range(world):
         loader = DataLoader(dataset, 2, sampler=DistributedSampler(dataset, world, rank, shuffle=False))

@@ -1,4 +1,4 @@
-"""The fitted combination: what it is fitted on, and what it makes of odd data."""
+"""The fitted combination: its fit data, and its scores of unusual data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_samples_unlike_those_it_was_fitted_on_score_higher() -> None:
 
 
 def test_strength_is_that_of_scikit_learn() -> None:
-    """And so are the weights."""
+    """The weights are equal too."""
     generator = np.random.default_rng(0)
     for noise in (0.1, 3.0):
         x = generator.standard_normal((120, 5))

@@ -81,7 +81,7 @@ class Dropping(nn.Module):
         return 4 * self.head(self.drops(self.body(x)).mean((2, 3)))
 
 
-def test_mc_dropout_depends_on_the_sample_alone_and_leaves_everything_as_it_was() -> None:
+def test_mc_dropout_depends_only_on_the_sample_and_changes_nothing() -> None:
     model, inputs = Dropping().eval(), images(5)
     model.drops[0].train()
     before = state_of(model)
@@ -95,7 +95,7 @@ def test_mc_dropout_depends_on_the_sample_alone_and_leaves_everything_as_it_was(
 
 
 @pytest.mark.slow
-def test_mc_dropout_tends_to_the_mean_of_torchs_own_dropout() -> None:
+def test_mc_dropout_converges_to_the_mean_of_torchs_dropout() -> None:
     model, inputs = Dropping().eval(), images(4)
     found = only(model, inputs, "mc_dropout(passes=3000)")
     for module in model.modules():
@@ -131,7 +131,7 @@ def test_mc_dropout_warns_once_without_dropout() -> None:
         torch.testing.assert_close(only(model, images(2), "mc_dropout").shape, found.shape)
 
 
-def test_all_classes_of_a_large_model_are_warned_of() -> None:
+def test_using_all_classes_of_a_large_model_causes_a_warning() -> None:
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(3, 100)).eval(), torch.randn(2, 3)
     with pytest.warns(UserWarning, match="99 backward passes.*classes=10"):
@@ -185,8 +185,8 @@ def test_detectors_refuse_data_that_they_cannot_be_fitted_on() -> None:
 @pytest.mark.parametrize(
     "score", ["odin(epsilon=0.1)", "gga(sign=False)", "mc_dropout", "gradnorm(target=all)", "purview"]
 )
-def test_scores_look_at_the_logits_wherever_they_are(score: str) -> None:
-    """A model that returns probabilities, with its head named, or odds and a way back from them."""
+def test_scores_use_the_logits_of_models_that_return_probabilities(score: str) -> None:
+    """The head is named, or ``logits_fn`` converts the output to logits."""
 
     class Softmax(nn.Module):
         def __init__(self, log: bool) -> None:

@@ -1,4 +1,4 @@
-"""Averages over the likeliest classes: what they cost, and how they go with the number of classes."""
+"""Averages over the likeliest classes: their cost, and their dependence on the number of classes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_on_the_head_the_mean_grows_with_the_number_of_classes(seed: int, case: 
 
 @pytest.mark.parametrize("case", ["exgrad(classes=2)", "fisher_trace(classes=2)"])
 def test_a_spread_prediction_is_the_most_uncertain_one(case: str) -> None:
-    """Of 1000 classes, two hold a hundredth of the probability: the average over them still tells."""
+    """Two of 1000 classes have a hundredth of the probability; the average over them still ranks correctly."""
     spread, sure = torch.zeros(1, 1000), torch.zeros(1, 1000)
     sure[0, 0] = 8.0
     truncated = value(case, torch.cat([spread, sure]))
@@ -81,7 +81,7 @@ def test_residual_norms(p: float) -> None:
     torch.testing.assert_close(norms, torch.linalg.vector_norm(residuals, p, 2))
 
 
-def test_the_likeliest_class_keeps_its_digits() -> None:
+def test_the_likeliest_class_stays_accurate() -> None:
     """``1 - p`` at a logit gap of 60 is 3e-26, and 0 where it is subtracted."""
     logits = torch.zeros(2, 4)
     logits[:, 0] = torch.tensor([50.0, 60.0])

@@ -10,7 +10,7 @@ from tests.models import mlp, vectors
 
 
 def test_factors_are_damped_means_over_the_data() -> None:
-    """As a plain loop over the samples gives them, in any batches."""
+    """They equal a plain loop over the samples, for any batches."""
     model, inputs = mlp().double(), vectors(9).double()
     (score,) = lgm.fit(model, inputs.split([4, 2, 3]), "kfac_influence(damping=0.01)")
     output, features = torch.zeros(5, 5).double(), torch.zeros(10, 10).double()

@@ -1,4 +1,4 @@
-"""GradOrth: the subspace that is fitted, and what the score is at its limits."""
+"""GradOrth: the fitted subspace, and limiting cases of the score."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_unseen_direction_has_no_weight() -> None:
 
 
 @pytest.mark.parametrize("energy", [0.0, -0.1, 1.5])
-def test_energy_is_a_share(energy: float) -> None:
+def test_energy_is_a_fraction(energy: float) -> None:
     with pytest.raises(ValueError, match="energy"):
         lgm.fit(mlp(), [vectors(3)], f"gradorth(energy={energy})")
 

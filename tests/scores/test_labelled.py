@@ -1,4 +1,4 @@
-"""GraNd and EL2N: the labels they need, and what they are for."""
+"""GraNd and EL2N: their labels, and the samples that they identify."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loader(labels: torch.Tensor | None) -> DataLoader:
 
 
 @pytest.mark.parametrize("case", SCORES)
-def test_labels_are_seen_to_be_needed(case: str) -> None:
+def test_the_dry_run_detects_that_labels_are_needed(case: str) -> None:
     assert make(case).needs.labels
 
 
@@ -55,18 +55,18 @@ def test_labels_of_another_shape_or_kind_are_refused(targets: torch.Tensor) -> N
 
 @pytest.mark.parametrize("labels", [None, torch.full((4,), -1)], ids=["none", "unknown"])
 @pytest.mark.parametrize("case", ["grand", "el2n"])
-def test_a_data_set_without_labels_is_named(case: str, labels: torch.Tensor | None) -> None:
+def test_a_dataset_without_labels_is_named(case: str, labels: torch.Tensor | None) -> None:
     with pytest.raises(ValueError, match="'far'") as raised:
         run(["energy", case], [loader(LABELS), loader(labels)], datasets={"mine": "id", "far": "far"})
     assert repr(case) in str(raised.value)
 
 
-def test_data_sets_without_labels_are_no_matter_to_other_scores() -> None:
+def test_other_scores_accept_datasets_without_labels() -> None:
     callback = run(["energy"], [loader(LABELS), loader(None)], datasets={"mine": "id", "far": "far"})
     assert callback.results.num_rows == 8 and all(callback.results["finite"].to_pylist())
 
 
-def test_the_callback_hands_the_labels_on() -> None:
+def test_the_callback_passes_the_labels() -> None:
     data = loader(LABELS)
     callback = lgm.GradientMetrics(["grand", "el2n"])
     model = Module().eval()
@@ -94,7 +94,7 @@ def test_the_predicted_class_as_label_is_the_pseudo_label() -> None:
 
 @pytest.mark.parametrize("case", ["grand", "el2n"])
 def test_wrong_labels_have_the_largest_scores(case: str) -> None:
-    """A model that fits clean labels: those that are then swapped have the largest values."""
+    """For a model that fits clean labels, labels that are swapped afterwards have the largest values."""
     model, inputs = mlp(3), 3 * vectors(60)
     with torch.no_grad():
         model[-1].weight.mul_(6)

@@ -1,4 +1,4 @@
-"""pytorch-ood's detectors as scores: all that is not in the test table."""
+"""pytorch-ood's detectors as scores: everything that is not in the test table."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_round_trip_with_the_callback(tmp_path: Path, caplog: pytest.LogCaptur
         torch.testing.assert_close(found, direct.predict(fresh).detach().float(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_second_fit_counts() -> None:
+def test_a_second_fit_replaces_the_first() -> None:
     """The probe of a detector that runs the model belongs to the state that it was made of."""
     network, x, y = ready_to_fit()
     model, score = Module(network).eval(), name("NACUE,layers='network.0',m_bins=10,o_star=5")
@@ -176,7 +176,7 @@ def test_detectors_of_classes_require_labels() -> None:
     ],
 )
 def test_a_failed_fit_names_the_reason(detector: str, message: str) -> None:
-    """When it is fitted, not later."""
+    """The error is raised during the fit, not later."""
     model, x, _ = ready_to_fit()
     with pytest.raises(ValueError, match=message):
         lgm.fit(model, [(x, torch.arange(40) % 5 + 1)], name(detector))
@@ -206,7 +206,7 @@ def test_wrong_arguments_are_refused(score: str, kind: type, message: str) -> No
         make(score)
 
 
-def test_layers_and_inputs_that_cannot_be() -> None:
+def test_invalid_layers_and_inputs_are_refused() -> None:
     model, x, _ = ready_to_fit()
     score = lgm.fit(model, [x], "pytorch_ood(detector=NACUE,layers='0+layer9')")[0]
     with pytest.raises(ValueError, match="the model has no layer 'layer9'; its layers are: 0, 1, "):

@@ -1,4 +1,4 @@
-"""Scores beside the software that others wrote, run in the same test."""
+"""Scores compared with other software, run in the same test."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_confounding_of_the_head_in_closed_form() -> None:
     torch.testing.assert_close(values(model, x, "confounding(target='7.weight',logits=True)"), paper)
 
 
-def test_confounding_keeps_its_digits_at_large_gaps() -> None:
+def test_confounding_stays_accurate_at_large_gaps() -> None:
     """At a logit gap of 200 in float32 the softmax underflows; pytorch-ood's gradient is off there, this one is not."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False)).eval()
     nn.init.eye_(model[1].weight)

@@ -1,4 +1,4 @@
-"""REGrad: its limits, which are other scores; its noise; what it refuses."""
+"""REGrad: limiting cases, which are other scores; its noise; refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_on_the_head_it_is_a_closed_form() -> None:
     torch.testing.assert_close(found, features.norm(dim=1) * (weights * residuals).sum(1))
 
 
-def test_the_smoothed_gradient_tends_to_its_mean() -> None:
+def test_the_smoothed_gradient_converges_to_its_mean() -> None:
     """Different seeds differ, and less so the more perturbations there are."""
     model, inputs = cnn().double(), images(2).double()
 

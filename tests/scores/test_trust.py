@@ -1,4 +1,4 @@
-"""Trust: its distances against refitting, its views against one forward per view, and what it refuses."""
+"""Trust: its distances against refitting, its views against one forward pass per view, and refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_left_out_distances_equal_a_fit_without_the_row() -> None:
         torch.testing.assert_close(found[row], mahalanobis(rows[row : row + 1], state)[0])
 
 
-def test_left_out_distances_of_new_rows_are_alike_where_their_own_fit_flatters() -> None:
+def test_left_out_distances_match_new_rows_although_fitted_distances_are_too_small() -> None:
     torch.manual_seed(0)
     rows, new = torch.randn(200, 100, dtype=torch.float64), torch.randn(500, 100, dtype=torch.float64)
     covariance = torch.cov(rows.T, correction=0)
@@ -53,7 +53,7 @@ def test_views_add_up_the_measurements() -> None:
     torch.testing.assert_close(ViewSums(4, 1, True)(model, x), torch.stack(expected).sum(0), rtol=1e-6, atol=1e-9)
 
 
-def test_log_odds_keep_their_digits_where_the_softmax_is_one() -> None:
+def test_log_odds_stay_accurate_if_the_softmax_is_one() -> None:
     z = torch.tensor([[100.0, 0.0, 0.0], [0.0, 1e-9, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(error_log_odds(z)[0, 0], torch.tensor(2.0, dtype=torch.float64).log() - 100)
     p = z[1].softmax(0)
@@ -80,7 +80,7 @@ def test_a_score_with_views_is_the_mean_of_what_it_measures() -> None:
     )
 
 
-def test_unlike_inputs_are_raised_and_the_ranking_of_ordinary_samples_stays() -> None:
+def test_unusual_inputs_score_higher_and_ordinary_samples_keep_their_ranking() -> None:
     torch.manual_seed(0)
     model = cnn()
     (fitted,) = lgm.fit(model, [images(400)], "trust")
@@ -142,7 +142,7 @@ def test_the_callback_reads_the_channels_of_the_step(way: str) -> None:
         assert len(forwards) == 3
 
 
-def test_samples_on_the_second_axis_are_refused_where_their_number_does_not_tell() -> None:
+def test_samples_on_the_second_axis_are_refused_if_ambiguous() -> None:
     class SecondAxis(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,7 +158,7 @@ def test_samples_on_the_second_axis_are_refused_where_their_number_does_not_tell
         lgm.fit(model, [torch.randn(7, 8, 6)], "trust")
 
 
-def test_a_wide_model_is_sketched_and_every_sample_alike() -> None:
+def test_statistics_of_a_wide_model_are_reduced_equally_for_all_samples() -> None:
     layers = []
     for _ in range(4):
         layers += [nn.Linear(700, 700), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""Cross-validation of fitted scores: no row enters its own fit, and nothing but rows and seed decides the folds."""
+"""Cross-validation of fitted scores: no row is in its own fit, and only rows and seed determine the folds."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_folds_follow_from_key_and_seed() -> None:
 
 
 def test_a_held_out_row_never_enters_its_fit() -> None:
-    """A row's label, and what kind it is, changes the scores of other folds and none of its own fold's."""
+    """A row's label and kind change the scores of other folds, but not of its own fold."""
     part, dealt = made_up(120), {"mine": torch.arange(120) % 3}
     before = scored({"mine": part}, dealt, ERRORS)["mine"][ERRORS]
     evidence = part.evidence
@@ -152,7 +152,7 @@ def test_scores_of_in_distribution_data_never_see_the_other_sets() -> None:
         assert torch.equal(alone["mine"][name], together["mine"][name])
 
 
-def test_the_table_is_one_to_judge() -> None:
+def test_the_table_can_be_evaluated() -> None:
     """With scores that need no fit beside the held-out ones, bad rows flagged, and loaders as they come."""
     model = cnn()
     (x, y), other = fit_batches(model, images)[0][0], fit_batches(model, images)[1][0][0]

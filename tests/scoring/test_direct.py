@@ -67,7 +67,7 @@ REFUSED: list[tuple[Any, Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("model", "inputs", "name", "words"), REFUSED, ids=[words[:40] for *_, words in REFUSED])
-def test_what_cannot_be_scored_is_explained(model: Any, inputs: Any, name: str, words: str) -> None:
+def test_refusals_are_explained(model: Any, inputs: Any, name: str, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         lgm.score(model, inputs, name)
 
@@ -86,7 +86,7 @@ def test_a_frozen_model_has_gradients() -> None:
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_active_dropout_is_warned_of() -> None:
+def test_active_dropout_causes_a_warning() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(), nn.Linear(8, 3)).double()
     with pytest.warns(UserWarning, match=r"the dropout '1' is in train mode.*model.eval\(\)"):
         lgm.score(model, X, "energy")

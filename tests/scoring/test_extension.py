@@ -1,4 +1,4 @@
-"""Scores of one's own: a function, a registered function and a fitted score in a package that is made here."""
+"""User-defined scores: a function, a registered function and a fitted score in a generated package."""
 
 from __future__ import annotations
 

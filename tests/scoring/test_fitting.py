@@ -1,4 +1,4 @@
-"""Fitted scores: under real Trainers, in bounded memory, with states that are saved and refused."""
+"""Fitted scores with real Trainers, in bounded memory, and with saved and refused states."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_a_state_is_saved_loaded_and_refused(tmp_path: Path) -> None:
         save_fitted([lgm.scores.make("oberdiek")], tmp_path)
 
 
-def test_a_model_that_trains_on_after_the_fit_is_another_model() -> None:
+def test_a_model_trained_after_the_fit_is_refused() -> None:
     model = Module()
     loaders = data(model.network)
     callback = lgm.GradientMetrics(META)
@@ -261,7 +261,7 @@ def test_fit_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert "6/6" in capsys.readouterr().out
 
 
-def test_the_detectors_trainer_leaves_the_run_alone() -> None:
+def test_training_the_detector_does_not_affect_the_run() -> None:
     """It runs inside another trainer's epoch: random state, threads and ranks are as before."""
     model = Module()
     callback = lgm.GradientMetrics(["confounding_detector(epochs=2)"])
@@ -328,7 +328,7 @@ def test_two_processes_fit_the_same_state(tmp_path: Path) -> None:
 
 
 def test_cross_validation_of_the_detector(caplog: pytest.LogCaptureFixture) -> None:
-    """Samples three times as large are told apart on held-out folds; samples of the same kind are not."""
+    """Held-out folds separate samples three times as large, but not samples of the same kind."""
     model = cnn()
     inside, outside = fit_batches(model, images)
     with caplog.at_level("INFO"):

@@ -191,7 +191,7 @@ class Refined(Segmenter):
         ("entropy", Segmenter(nn.Conv2d(4, 5, 1), lambda z: z.flatten(2)), "ambiguous which axis"),
     ],
 )
-def test_what_has_no_value_is_refused_with_the_reason(score: str, model: nn.Module, words: str) -> None:
+def test_undefined_scores_are_refused_with_the_reason(score: str, model: nn.Module, words: str) -> None:
     with pytest.raises((ValueError, HeadNotFoundError), match=words):
         lgm.score(model.eval(), torch.randn(2, 3, 4, 4), score)
 
