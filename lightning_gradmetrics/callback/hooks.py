@@ -49,7 +49,13 @@ class RunHooks(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle: everything except the current run."""
-        forgotten = {"_run": None, "_fitting": None, "_processes": Processes(), "_signals": None}
+        forgotten = {
+            "_run": None,
+            "_fitting": None,
+            "_processes": Processes(),
+            "_signals": None,
+            "_drawn": (None, None, []),
+        }
         return {**vars(self), **forgotten, "_indices": IndexRecording()}
 
     def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:

@@ -41,6 +41,8 @@ class Outcome:
     _results: Results
     _is_set_up = False
     """Whether this process took part in a run."""
+    _drawn: tuple[Any, Any, list[Picture]] = (None, None, [])
+    """The picture sources of a run, its evaluation, and the pictures."""
     output: Output | None
     evaluation: Evaluation | None
     token_evaluation: Evaluation | None
@@ -153,11 +155,14 @@ class Outcome:
         return directory
 
     def pictures(self) -> list[Picture]:
-        """Draw and return the pictures of the last run."""
-        pictures = []
-        for source in self.sources:
-            pictures += source.pictures()
-        return pictures
+        """Return the pictures of the last run, which are drawn once."""
+        sources, evaluation, pictures = self._drawn
+        if sources is not self.sources or evaluation is not self.evaluation:
+            pictures = []
+            for source in self.sources:
+                pictures += source.pictures()
+            self._drawn = self.sources, self.evaluation, pictures
+        return list(pictures)
 
     def tables(self) -> dict[str, pa.Table]:
         """Return the tables behind the pictures: ``profile``, one row per dataset and layer, and ``largest``, one row per sample."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from lightning_gradmetrics.pictures.base import Picture
+from lightning_gradmetrics.pictures.base import Picture, settle_layout
 from lightning_gradmetrics.pictures.examples import ExampleGallery, displayed
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: st
         step: The global step.
     """
     drawn = list(pictures)
+    for picture in drawn:
+        settle_layout(picture.figure)
     for logger in loggers:
         if not all(_log_picture(logger, picture, prefix, step) for picture in drawn):
             name = type(logger).__name__

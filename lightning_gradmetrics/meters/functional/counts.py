@@ -45,12 +45,14 @@ class Sums:
         positive: ``(..., M)``, samples with target 1 at each score.
         negatives_to: ``(..., M)``, negatives at or below each score.
         positives_to: ``(..., M)``, positives at or below each score.
+        complete: Whether no score was left out.
     """
 
     negative: Tensor
     positive: Tensor
     negatives_to: Tensor
     positives_to: Tensor
+    complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,9 @@ class Counts:
 
     @cached_property
     def at_positives(self) -> Sums:
-        """The sums at the scores of positives; at all scores if there are batch dimensions."""
+        """The sums at the scores of positives; with batch dimensions, maybe at other scores too."""
         if self.positives_to.ndim > 1:
-            return self._all_sums()
+            return self._batch_sums(self.positive)
         chosen = _steps_up(self.positives_to)
         negatives_to, negative = _steps_at(self.negatives_to, chosen)
         positives_to = real(self.positives_to.index_select(0, chosen))
@@ -122,16 +124,30 @@ class Counts:
 
     @cached_property
     def at_negatives(self) -> Sums:
-        """The sums at the scores of negatives; at all scores if there are batch dimensions."""
+        """The sums at the scores of negatives; with batch dimensions, maybe at other scores too."""
         if self.negatives_to.ndim > 1:
-            return self._all_sums()
+            return self._batch_sums(self.negative)
         chosen = _steps_up(self.negatives_to)
         positives_to, positive = _steps_at(self.positives_to, chosen)
         negatives_to = real(self.negatives_to.index_select(0, chosen))
         return Sums(_steps(negatives_to), positive, negatives_to, positives_to)
 
-    def _all_sums(self) -> Sums:
-        return Sums(real(self.negative), real(self.positive), real(self.negatives_to), real(self.positives_to))
+    def _batch_sums(self, number: Tensor) -> Sums:
+        """Return the sums at all scores, or at those with samples in ``number`` ``(..., G)`` if they are few."""
+        parts = [self.negative, self.positive, self.negatives_to, self.positives_to]
+        chosen = (number.flatten(0, -2) != 0).any(0).nonzero().squeeze(1)
+        complete = 2 * len(chosen) > number.shape[-1]
+        if not complete:
+            parts = [part.index_select(-1, chosen) for part in parts]
+        return Sums(*map(real, parts), complete=complete)
+
+    @property
+    def pairs(self) -> Tensor:
+        """``(...)``, the pairs of a positive and a negative with a lower score, ties by half, in float64."""
+        if "pairs" not in self.known:
+            sums = self.at_positives
+            self.known["pairs"] = dot(sums.positive, sums.negatives_to) - dot(sums.positive, sums.negative) / 2
+        return self.known["pairs"]
 
     def negatives_above(self, index: Tensor) -> Tensor:
         """Return the negatives at or above the scores at ``index`` ``(..., I)``, in float64."""

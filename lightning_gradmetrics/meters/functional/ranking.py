@@ -72,9 +72,7 @@ def auroc(scores: Tensor, target: Tensor) -> Tensor:
 
 def auroc_of_counts(counts: Counts) -> Tensor:
     """Return the AUROC of counts, ``(...)``; NaN if a class is missing."""
-    sums = counts.at_positives
-    below = sums.negatives_to - sums.negative / 2
-    return dot(sums.positive, below) / (counts.positives * counts.negatives)
+    return counts.pairs / (counts.positives * counts.negatives)
 
 
 def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out") -> Tensor:

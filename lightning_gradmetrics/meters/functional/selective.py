@@ -107,8 +107,8 @@ def _aurc(counts: Counts) -> Tensor:
     ends = sums.positives_to + sums.negatives_to
     size = sums.positive + sums.negative
     end = harmonic(ends)
-    # With batch dimensions every group is present, and a group starts where the one before it ends.
-    start = torch.nn.functional.pad(end, (1, 0))[..., :-1] if end.ndim > 1 else harmonic(ends - size)
+    # If every group is present, a group starts where the one before it ends.
+    start = torch.nn.functional.pad(end, (1, 0))[..., :-1] if sums.complete else harmonic(ends - size)
     mean = start + ends * (end - start) / size.clamp(min=TINY) - 1
     return dot(sums.positive, harmonic(samples)[..., None] - mean) / samples
 
@@ -179,12 +179,12 @@ def augrc(scores: Tensor, target: Tensor) -> Tensor:
 def augrc_of_counts(counts: Counts) -> Tensor:
     """Return the AUGRC of counts, ``(...)`` in float64; NaN without samples.
 
-    Each error adds the fraction of samples accepted after it, with ties counted as one half.
+    Each error adds the fraction of samples accepted after it, with ties counted as one half. Those are half of all pairs
+    of errors, and the pairs of an error and a correct prediction with a higher score.
     """
-    sums = counts.at_positives
     samples = counts.positives + counts.negatives
-    after = samples[..., None] - sums.positives_to - sums.negatives_to + (sums.positive + sums.negative) / 2
-    return dot(sums.positive, after) / samples.square()
+    after = counts.positives.square() / 2 + counts.positives * counts.negatives - counts.pairs
+    return after / samples.square()
 
 
 def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
