@@ -21,7 +21,7 @@ from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.labels import class_numbers, described, map_numbers, token_numbers
 from lightning_gradmetrics.classifier.notices import first_time
 from lightning_gradmetrics.classifier.observation import ModelCall
-from lightning_gradmetrics.classifier.row_order import CERTAIN_BITS, row_order
+from lightning_gradmetrics.classifier.row_order import CERTAIN_BITS, LIKELY_BITS, row_order
 from lightning_gradmetrics.pictures.pixels.label_maps import marked_labels
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 
@@ -96,10 +96,13 @@ class BatchReader:
             ValueError: If the samples are in a different order and their values were changed too.
         """
         copied = batch.copied
-        if copied is not None and len(calls) == 1 and all(copied.holds([tensor]) for tensor in calls[0].received):
-            return None
-        given = list(tensors_in(batch.inputs)) if batch.copied is None else batch.copied.tensors()
-        found = row_order(list(tensors_in(inputs)), given)
+        if copied is None:
+            passed, given = list(tensors_in(inputs)), list(tensors_in(batch.inputs))
+        elif len(calls) == 1 and all(copied.holds([tensor]) for tensor in calls[0].received):
+            passed, given = copied.changed(calls[0].received, list(tensors_in(calls[0].inputs)))
+        else:
+            passed, given = list(tensors_in(inputs)), copied.tensors()
+        found = row_order(passed, given)
         if found is None:
             return None
         self._bits = self._bits + found.bits if found.bits else 0.0
@@ -108,6 +111,12 @@ class BatchReader:
                 "the step passes the samples to the model in a different order than the batch, with changed values, so labels and "
                 "index would belong to other samples. Keep the order of the batch in the step, or sort the samples in the "
                 "collate_fn and pass sample_id="
+            )
+        if self._bits >= LIKELY_BITS:
+            self.warn_once(
+                "order",
+                "the step probably passes the samples to the model in a different order than the batch, with changed values: labels "
+                "and index may belong to other samples. Keep the order of the batch in the step",
             )
         return found.order
 
@@ -127,7 +136,15 @@ class BatchReader:
             ValueError: If the user's ``split_batch`` returned labels that are not one class per sample.
         """
         kind = f"one class number per sample, shape ({size},), or None"
-        return self._converted(batch, size, classes, received, dataset, (class_numbers, kind))
+        labels = self._converted(batch, size, classes, received, dataset, (class_numbers, kind))
+        if labels is not None and batch.copied is not None and first_time(self, ("choice", dataset)):
+            other = batch.copied.second_choice(size, classes, received)
+            if other is not None:
+                self.warn(
+                    f"the {other} entry of the batches of the dataset {dataset!r} could be the labels too; the entry after the "
+                    f"inputs is used. To use another one {REMEDY}"
+                )
+        return labels
 
     def token_labels(self, batch: ReadBatch, size: int, received: Sequence[Tensor], dataset: str) -> Tensor | None:
         """Return the labels of the tokens of a batch ``(N, T)``; ``None`` as for :meth:`labels`.

@@ -8,10 +8,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_gradmetrics.classifier.batch_copy import (
+    LABEL_KEYS,
+    Entry,
+    copied,
+    entry_of,
+    is_view,
+    items_of,
+    value_of,
+)
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.labels import class_numbers, described, is_like_labels, map_numbers
+from lightning_gradmetrics.classifier.row_order import some_entries
 
 __all__ = [
     "LABEL_KEYS",
@@ -23,9 +34,6 @@ __all__ = [
     "shallow_copy",
     "split_batch",
 ]
-
-LABEL_KEYS = ("label", "labels", "target", "targets", "y")
-"""Names of mapping entries and object attributes that contain labels."""
 
 MASK_KEYS = ("mask", "masks", "segmentation")
 """Entries of a mapping that hold label maps if another entry holds images."""
@@ -120,7 +128,7 @@ def _is_mask(batch: Mapping[str, Any], key: str) -> bool:
 
 
 def _given(value: Any) -> Tensor | None:
-    value = value.given if isinstance(value, _Entry) else value
+    value = value.given if isinstance(value, Entry) else value
     return value if isinstance(value, Tensor) else None
 
 
@@ -133,55 +141,6 @@ def _begins_with_index(batch: Sequence[Any]) -> bool:
 
 Converter = Callable[[Any, int, "int | None"], "Tensor | None"]
 """Converts a value, given N and C, to class numbers, or returns ``None``."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor of the batch, and a copy of it if it may contain labels."""
-
-    given: Tensor
-    kept: Tensor
-
-
-def _copied(value: Any, depth: int = 0) -> Any:
-    """Return the batch with its containers copied, and each tensor as an :class:`_Entry`."""
-    if isinstance(value, Tensor):
-        return _Entry(value, value.detach().clone() if _may_be_labels(value) else value)
-    if isinstance(value, Mapping):
-        return _copied_items(value, depth)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return _copied_items(dict(zip(value._fields, value, strict=True)), depth)
-    if isinstance(value, (list, tuple)):
-        return [_copied(item, depth + 1) for item in value]
-    if depth == 0:
-        attributes = _label_attributes(value)
-        if any(isinstance(attribute, Tensor) for attribute in attributes.values()):
-            return _copied_items(attributes, depth)
-    return value
-
-
-def _copied_items(mapping: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    return {key: _copied(item, depth + 1) for key, item in mapping.items()}
-
-
-def _label_attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object that may be labels, by name."""
-    attributes = {}
-    for key in LABEL_KEYS:
-        attribute = getattr(value, key, None)
-        if attribute is not None:
-            attributes[key] = attribute
-    return attributes
-
-
-def _may_be_labels(value: Tensor) -> bool:
-    """Return whether a tensor may hold labels of samples or of pixels; if so, it is copied before the step."""
-    is_map = value.ndim == 3 or (value.ndim == 4 and value.shape[1] == 1)
-    return value.ndim <= 2 or is_map or not value.is_floating_point()
-
-
-def _value(entry: Any) -> Any:
-    return entry.kept if isinstance(entry, _Entry) else entry
 
 
 class BatchCopy:
@@ -200,7 +159,7 @@ class BatchCopy:
     """
 
     def __init__(self, batch: Any) -> None:
-        self._entries = _copied(batch)
+        self._entries = copied(batch)
         self.size = _size(self._entries)
         """The length of the batch's first tensor, or ``None``."""
 
@@ -211,6 +170,39 @@ class BatchCopy:
     def holds(self, received: Sequence[Tensor]) -> bool:
         """Return whether one of the tensors that the model received is a tensor of the batch."""
         return _Search(0, None, received).is_input(self._entries)
+
+    def changed(self, received: Sequence[Tensor], copies: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return some entries of the tensors that were changed in place before the call, as received and as in the batch.
+
+        Args:
+            received: The tensors that the model received.
+            copies: Their copies from the time of the call.
+        """
+        after, before = [], []
+        for tensor, copy_of_call in zip(received, copies, strict=True):
+            entry = entry_of(self._entries, tensor)
+            kept = None if entry is None or entry.given.shape != copy_of_call.shape else entry.before()
+            if kept is None:
+                continue
+            now = some_entries(copy_of_call)
+            if not torch.equal(now, kept):
+                after.append(now)
+                before.append(kept)
+        return after, before
+
+    def second_choice(self, size: int, classes: int | None, received: Sequence[Tensor]) -> str | None:
+        """Return the position in words of another entry that could be the labels ``(N,)``; ``None`` if there is none."""
+        if not isinstance(self._entries, list):
+            return None
+        inputs = [position for position, entry in enumerate(self._entries) if _is_received(entry, received)]
+        if not inputs:
+            return None
+        following = max(inputs) + 2
+        for position in range(following, len(self._entries)):
+            value = value_of(self._entries[position])
+            if is_like_labels(value) and _are_classes(value, size, classes):
+                return _ordinal(position)
+        return None
 
     def labels(
         self, size: int, classes: int | None, received: Sequence[Tensor], read: Converter = class_numbers
@@ -238,39 +230,24 @@ class _Search:
     read: Converter = class_numbers
 
     def convert(self, entry: Any, where: str) -> Tensor:
-        labels = self.read(_value(entry), self.size, self.classes)
+        labels = self.read(value_of(entry), self.size, self.classes)
         if labels is None:
             raise LabelsNotUnderstoodError(
-                f"{where} contains {described(_value(entry))}, which is not one class per sample"
+                f"{where} contains {described(value_of(entry))}, which is not one class per sample"
             )
         return labels
 
     def is_input(self, entry: Any) -> bool:
         """Return whether the model received a tensor of this entry."""
-        if isinstance(entry, _Entry):
-            return any(_is_view(tensor, entry.given) for tensor in self.received)
-        return any(self.is_input(item) for item in _items(entry))
-
-
-def _is_view(received: Tensor, given: Tensor) -> bool:
-    """Return whether a tensor that the model received starts at the same address as one of the batch."""
-    if received is given:
-        return True
-    same_place = received.device == given.device and received.numel() == given.numel() > 0
-    return same_place and received.data_ptr() == given.data_ptr()
-
-
-def _items(entry: Any) -> list[Any]:
-    """Return the entries of a dict or list; an empty list for any other value."""
-    if isinstance(entry, dict):
-        return list(entry.values())
-    return entry if isinstance(entry, list) else []
+        if isinstance(entry, Entry):
+            return any(is_view(tensor, entry.given) for tensor in self.received)
+        return any(self.is_input(item) for item in items_of(entry))
 
 
 def _tensors(entry: Any) -> Iterator[Tensor]:
-    if isinstance(entry, _Entry):
+    if isinstance(entry, Entry):
         yield entry.kept
-    for value in _items(entry):
+    for value in items_of(entry):
         yield from _tensors(value)
 
 
@@ -280,9 +257,9 @@ def _containers(entries: list[Any], positions: Iterable[int]) -> list[int]:
 
 
 def _size(entries: Any) -> int | None:
-    if isinstance(entries, _Entry):
+    if isinstance(entries, Entry):
         return len(entries.given) if entries.given.ndim else None
-    for value in _items(entries):
+    for value in items_of(entries):
         size = _size(value)
         if size is not None:
             return size
@@ -314,7 +291,7 @@ def _labels_in_mapping(entries: dict[str, Any], search: _Search, where: str) -> 
         return _labels(entries[inner[0]], search, f"the entry {inner[0]!r} of {where}")
     for name, value in entries.items():
         holds_several = isinstance(value, (dict, list)) and len(value) > 1
-        may_be_labels = is_like_labels(_value(value)) and not search.is_input(value)
+        may_be_labels = is_like_labels(value_of(value)) and not search.is_input(value)
         if holds_several or (may_be_labels and search.received):
             raise LabelsNotUnderstoodError(f"{where} have no entry {' or '.join(LABEL_KEYS)}, but an entry {name!r}")
     return None
@@ -335,7 +312,7 @@ def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tens
     start = _position_of_labels(entries, inputs)
     if start >= len(entries):
         return _labels_before(entries, inputs, search, where)
-    number = ("first", "second", "third", "fourth")[start] if start < 4 else f"{start + 1}th"
+    number = _ordinal(start)
     if isinstance(entries[start], dict) and _label_key(entries[start]) is not None:
         return _labels(entries[start], search, f"the {number} entry of {where}")
     try:
@@ -348,19 +325,33 @@ def _labels_in_sequence(entries: list[Any], search: _Search, where: str) -> Tens
         return labels
 
 
+def _ordinal(position: int) -> str:
+    return ("first", "second", "third", "fourth")[position] if position < 4 else f"{position + 1}th"
+
+
+def _is_received(entry: Any, received: Sequence[Tensor]) -> bool:
+    return _Search(0, None, received).is_input(entry)
+
+
+def _are_classes(value: Tensor, size: int, classes: int | None) -> bool:
+    """Return whether every number is one of the classes."""
+    numbers = class_numbers(value, size, classes)
+    return numbers is not None and classes is not None and bool(((numbers >= 0) & (numbers < classes)).all())
+
+
 def _position_of_labels(entries: list[Any], inputs: list[int]) -> int:
     """Return the position of the labels: after the entries that the model received, or from the types of the entries."""
     if inputs:
         return max(inputs) + 1
-    return 2 if _begins_with_index(list(map(_value, entries))) else 1
+    return 2 if _begins_with_index(list(map(value_of, entries))) else 1
 
 
 def _labels_before(entries: list[Any], inputs: list[int], search: _Search, where: str) -> Tensor | None:
     """Return the labels if nothing follows the inputs: those inside the entry that contains the inputs, if any."""
     for position, entry in enumerate(entries):
-        if position not in inputs and is_like_labels(_value(entry)):
+        if position not in inputs and is_like_labels(value_of(entry)):
             raise LabelsNotUnderstoodError(f"in {where} integers come before the inputs, and nothing follows them")
-    if len(entries) > 1 and search.read(_value(entries[-1]), search.size, search.classes) is not None:
+    if len(entries) > 1 and search.read(value_of(entries[-1]), search.size, search.classes) is not None:
         raise LabelsNotUnderstoodError(f"the model received the last entry of {where}, so it may not be the labels")
     inner = _containers(entries, inputs)
     return _labels(entries[inner[0]], search, where) if len(inner) == 1 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,9 @@ sample. A mapping may contain both: integer keys are positional arguments, other
 
 LOGIT_KEYS = ("logits", "out")
 """The entries of a mapping that hold logits."""
+
+FABRIC_MODULES = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+"""The modules with the flag that Fabric sets during ``fabric.backward``."""
 
 MASK_CLASSES = "class_queries_logits"
 """The entry of models that classify masks: MaskFormer, Mask2Former, OneFormer and EoMT in transformers."""
@@ -232,7 +236,7 @@ def gradients_enabled(model: nn.Module | None = None) -> Iterator[None]:
         model: The model that runs inside the block. cuDNN's recurrent layers have no backward pass in eval mode; if the
             model has some on a CUDA device, cuDNN is off inside the block.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _backward_of_fabric():
         initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if model is None or not initialised or not _has_recurrent_layers(model):
             yield
@@ -243,6 +247,23 @@ def gradients_enabled(model: nn.Module | None = None) -> Iterator[None]:
             yield
         finally:
             torch.backends.cudnn.enabled = before
+
+
+@contextmanager
+def _backward_of_fabric() -> Iterator[None]:
+    """Allow backward passes through modules that Fabric set up; it refuses them outside ``fabric.backward``.
+
+    That method scales losses for an optimizer, and these gradients are not for an optimizer.
+    """
+    loaded = [sys.modules[name] for name in FABRIC_MODULES if hasattr(sys.modules.get(name), "_in_fabric_backward")]
+    before = [module._in_fabric_backward for module in loaded]
+    try:
+        for module in loaded:
+            module._in_fabric_backward = True  # type: ignore[attr-defined]
+        yield
+    finally:
+        for module, value in zip(loaded, before, strict=True):
+            module._in_fabric_backward = value  # type: ignore[attr-defined]
 
 
 def _has_recurrent_layers(model: nn.Module) -> bool:

@@ -77,11 +77,11 @@ def named_layer(model: nn.Module, name: str) -> nn.Module:
     Raises:
         HeadNotFoundError: If the model has no such layer.
     """
-    layers = dict(model.named_modules())
-    if name not in layers:
-        raise HeadNotFoundError(f"head={name!r}: {type(model).__name__} has no linear layer {name!r}; {_layers(model)}")
-    layer: nn.Module = layers[name]
-    return layer
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        problem = f"{type(model).__name__} has no linear layer {name!r}; {_layers(model)}"
+        raise HeadNotFoundError(f"head={name!r}: {problem}") from None
 
 
 def _layers(model: nn.Module) -> str:

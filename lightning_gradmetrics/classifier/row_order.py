@@ -9,13 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CERTAIN_BITS", "RowOrder", "row_order"]
+__all__ = ["CERTAIN_BITS", "LIKELY_BITS", "RowOrder", "row_order", "some_entries"]
 
 COLUMNS = 16
 """Number of summaries of each sample that are compared."""
 
 CERTAIN_BITS = 30
 """Bits of information that summaries must contain before equal orders count as proof."""
+
+
+LIKELY_BITS = 14
+"""Bits of information from which a different order is likely."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,9 @@ def row_order(received: Sequence[Tensor], batch: Sequence[Tensor]) -> RowOrder |
     if len(pairs) > 1:  # many equal rows, as in masks, do not determine the order
         pairs.sort(key=_distinct_rows, reverse=True)
     for first, second in pairs:
-        if torch.equal(first, second):
-            return RowOrder()
-        order = _order_of_equal_rows(first, second)
-        if order is not None:
-            return RowOrder(order)
+        order = None if torch.equal(first, second) else _order_of_equal_rows(first, second)
+        if order is not None or torch.equal(first, second):
+            return RowOrder(_order_of_all(received, batch, order))
     return RowOrder(bits=max(_bits_of_other_order(first, second) for first, second in pairs))
 
 
@@ -71,19 +73,48 @@ def _pairs(received: Sequence[Tensor], batch: Sequence[Tensor]) -> list[tuple[Te
 
 def _distinct_rows(pair: tuple[Tensor, Tensor]) -> int:
     """Return the number of distinct rows in the batch's tensor, estimated from some of the entries."""
-    return len(torch.unique(_entries(pair[1]), dim=0))
+    return len(torch.unique(some_entries(pair[1]), dim=0))
 
 
 def _order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:
     """Return the permutation that turns the rows of the batch into those received, or ``None``."""
     if received.dtype != batch.dtype:
         return None
-    first, second = _entries(received), _entries(batch)
+    first, second = some_entries(received), some_entries(batch)
     weights = torch.linspace(1.0, 2.0, first.shape[1], dtype=first.dtype, device=first.device).sqrt()
     ranks, rows = (first * weights).sum(1).argsort(stable=True), (second * weights).sum(1).argsort(stable=True)
     order = torch.empty_like(ranks)
     order[ranks] = rows
     return order if torch.equal(first, second[order]) and torch.equal(received, batch[order]) else None
+
+
+def _order_of_all(received: Sequence[Tensor], batch: Sequence[Tensor], order: Tensor | None) -> Tensor | None:
+    """Return the order in which all tensors agree, as one of them may have equal rows; otherwise the given order."""
+    matches = []
+    for first in received:
+        second = _match(first, batch)
+        if second is not None:
+            matches.append((first, second))
+    if len(matches) < 2 or all(torch.equal(first, second) for first, second in matches):
+        return order
+    passed = torch.cat([some_entries(first) for first, _ in matches], 1)
+    given = torch.cat([some_entries(second) for _, second in matches], 1)
+    common = _order_of_equal_rows(passed, given)
+    return order if common is None else common
+
+
+def _match(first: Tensor, batch: Sequence[Tensor]) -> Tensor | None:
+    """Return the tensor of the batch that has the same rows, in the same or in a different order."""
+    reordered = None
+    for second in batch:
+        if not first.ndim or not first.numel() or first.shape != second.shape or first.dtype != second.dtype:
+            continue
+        moved = second.to(first.device)
+        if torch.equal(first, moved):
+            return moved
+        if reordered is None and not first.is_complex() and _order_of_equal_rows(first, moved) is not None:
+            reordered = moved
+    return reordered
 
 
 def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
@@ -99,12 +130,17 @@ def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
     is_common = orders.shape[1] > 1 and torch.equal(orders, orders[:, :1].expand_as(orders))
     if not is_common or torch.equal(orders[:, 0], same) or torch.equal(ranks, rows.flip(0)):
         return 0.0
-    return (orders.shape[1] - 1) * math.lgamma(len(orders) + 1) / math.log(2)
+    different = torch.unique(rows[:, is_strict], dim=1)  # features in one order say the same
+    return (different.shape[1] - 1) * math.lgamma(len(orders) + 1) / math.log(2)
 
 
-def _entries(values: Tensor) -> Tensor:
-    """Return some entries of each sample ``(N, K)``."""
-    flat = values.flatten(1)
+def some_entries(values: Tensor) -> Tensor:
+    """Return some entries of each sample ``(N, K)``.
+
+    Args:
+        values: ``(N, ...)``.
+    """
+    flat = values.reshape(len(values), -1)
     return _wide(flat[:, :: math.ceil(flat.shape[1] / (4 * COLUMNS))])
 
 

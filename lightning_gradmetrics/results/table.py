@@ -36,8 +36,13 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
         others: Further tensors ``(N, ...)``.
         size: The number of samples ``N``.
     """
-    flags, columns = [], []
-    for tensor in (*tensors_in(inputs), *others):
+    flags, columns, tensors = [], [], []
+    for argument in _arguments(inputs):
+        if _is_one_tensor_per_sample(argument, size):
+            flags.append(torch.stack([sample.detach().isfinite().all() for sample in argument]))
+        else:
+            tensors += tensors_in(argument)
+    for tensor in (*tensors, *others):
         if not tensor.is_floating_point() or not tensor.ndim or len(tensor) != size:
             continue
         if tensor.ndim == 1:
@@ -47,6 +52,19 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
     if columns:
         flags.append(torch.stack(columns).isfinite().all(0))
     return torch.stack(flags).all(0) if flags else torch.ones(size, dtype=torch.bool)
+
+
+def _arguments(inputs: Inputs | None) -> Iterable[Any]:
+    """Return the arguments of a call."""
+    if isinstance(inputs, Mapping):
+        return inputs.values()
+    return inputs if isinstance(inputs, tuple) else [inputs]
+
+
+def _is_one_tensor_per_sample(argument: Any, size: int) -> bool:
+    """Return whether an argument is a list of N tensors, such as images of several sizes."""
+    is_list = isinstance(argument, list) and len(argument) == size > 0
+    return is_list and all(isinstance(sample, Tensor) for sample in argument)
 
 
 def _rows_without_nan(rows: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class StepObserver:
         self._needs_head = scorer.needs(3).features or scorer.head is not None
         self._name = scorer.head
         self._head: Head | None = None
+        self._head_weight: Tensor | None = None
         self._whole = whole_modules(model)
         self._layers = dict(model.named_modules()) if scorer.head is None else {}
         if scorer.head is not None:
@@ -81,6 +82,8 @@ class StepObserver:
         """Observe the model's calls inside the block."""
         with ExitStack() as stack:
             self._head_calls = stack.enter_context(self._positions.observing())
+            if self._name is not None and len(self._layers) == 1:  # the step may have replaced the layer
+                self._layers = {self._name: named_layer(self.model, self._name)}
             yield self._entered(stack, self._layers)
 
     def _entered(self, stack: ExitStack, layers: dict[str, nn.Module]) -> Observation:
@@ -118,7 +121,7 @@ class StepObserver:
             batch = self._from_calls(seen, size)
         if (not self._needs_head and batch.features is None) or batch.logits.ndim > 2:
             self._layers = {}
-        elif self._name is not None:
+        elif self._name is not None and len(self._layers) > 1:
             self._layers = {self._name: named_layer(self.model, self._name)}
         return with_two_columns(batch)
 
@@ -297,8 +300,9 @@ class StepObserver:
                 f"the head {self._name!r} was not called in this step; pass head=, the layer whose output is the logits, or "
                 "submodule=, the part of the model that the step calls"
             )
-        if self._head is None:
-            self._head = head_of(self.model, calls[-1])
+        weight = named_layer(self.model, self._name)._parameters.get("weight")
+        if self._head is None or weight is not self._head_weight:
+            self._head, self._head_weight = head_of(self.model, calls[-1]), weight
         return _joined_layer(calls, size)
 
 

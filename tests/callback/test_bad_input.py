@@ -243,6 +243,15 @@ def test_labels_of_mappings_that_the_step_empties(key: str) -> None:
     assert callback.results["label"].to_pylist() == Y.tolist()
 
 
+def test_two_entries_that_may_be_the_labels() -> None:
+    """The entry after the inputs is used, as Lightning's own examples do, and one warning names the other."""
+    callback = lgm.GradientMetrics("energy")
+    with pytest.warns(UserWarning, match=r"third entry.*could be the labels too.*split_batch=") as heard:
+        test_run(callback, TakesFirst(mlp(5, 8, 3)), batches(X, Y, Y.flip(0)))
+    assert callback.results["label"].to_pylist() == Y.tolist()
+    assert sum("could be the labels too" in str(one.message) for one in heard) == 1
+
+
 def test_an_entry_that_may_be_labels_is_named() -> None:
     rows = [{"a": x, "category": int(y)} for x, y in zip(X, Y, strict=True)]
     callback = lgm.GradientMetrics("energy")

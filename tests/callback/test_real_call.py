@@ -105,7 +105,7 @@ class HiddenState(nn.Module):
 
 def test_a_forward_pass_that_does_not_give_the_logits_of_the_step_is_refused() -> None:
     data = batches(numbers(8, 5), torch.arange(8) % 3)
-    with pytest.raises(ValueError, match=r"other logits .*step.*submodule="):
+    with pytest.raises(ValueError, match=r"different logits .*step.*submodule="):
         test_run(lgm.GradientMetrics("pseudo_label(target=all)"), Stepped(HiddenState().double()), data)
     callback = lgm.GradientMetrics(LOGIT_AND_HEAD)
     test_run(callback, Stepped(HiddenState().double()), data)
@@ -173,7 +173,7 @@ def test_prepared_inputs_of_called_parts() -> None:
     data = batches(x, torch.arange(8) % 3)
     test_run(callback, module, data)
     assert_scores(callback, nn.Sequential(module.net, nn.Tanh(), module.classifier), x + 1, LOGIT_AND_HEAD)
-    with pytest.raises(ValueError, match=r"other logits .*submodule="):
+    with pytest.raises(ValueError, match=r"different logits .*submodule="):
         test_run(lgm.GradientMetrics("pseudo_label(target=all)"), module, data)
 
 
