@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, TASKS, Thresholds
+from torch import nn
 
-__all__ = ["DEFAULT_METRICS", "check_callable", "check_metrics", "check_name", "check_resamples", "check_thresholds"]
+from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, TASKS, Thresholds
+from lightning_gradmetrics.scores import Score
+from lightning_gradmetrics.scoring.evidence import parameter_filter
+
+__all__ = [
+    "DEFAULT_METRICS",
+    "check_callable",
+    "check_flag",
+    "check_metrics",
+    "check_name",
+    "check_prefix",
+    "check_resamples",
+    "check_scores",
+    "check_targets",
+    "check_thresholds",
+]
 
 DEFAULT_METRICS = ("auroc", "fpr95", "aurc")
 """The metrics that are logged."""
@@ -25,11 +40,10 @@ def check_name(argument: str, value: Any, example: str) -> str | None:
     Raises:
         TypeError: If it is not a string.
     """
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and value):
         return value
-    raise TypeError(
-        f"{argument}= is {_kind(value)}; expected the name of a module in the model, as in {argument}={example!r}"
-    )
+    found = "empty" if value == "" else _kind(value)
+    raise TypeError(f"{argument}= is {found}; expected the name of a module in the model, as in {argument}={example!r}")
 
 
 def check_callable(argument: str, value: Any, signature: str) -> Callable[..., Any]:
@@ -97,3 +111,57 @@ def check_metrics(value: str | Iterable[str]) -> tuple[str, ...]:
                 "'joint_auroc' or 'ood_fpr95'"
             )
     return names
+
+
+RESERVED = ("dataset", "index", "prediction", "label", "sample_id", "finite")
+"""Columns of the results that no score can have as its name."""
+
+
+def check_scores(scores: Sequence[Score]) -> tuple[Score, ...]:
+    """The scores.
+
+    Raises:
+        ValueError: If the name of one is empty, or is the name of another column of the results.
+    """
+    for score in scores:
+        if not score.name.strip():
+            raise ValueError("scores= has a score with an empty name; expected a word, as in {'mine': 'energy'}")
+        if score.name in RESERVED:
+            raise ValueError(
+                f"scores= has the name {score.name!r}, which is a column of the results already ({', '.join(RESERVED)}): rename "
+                "the score, as in {'mine': 'energy'}"
+            )
+    return tuple(scores)
+
+
+def check_flag(argument: str, value: Any) -> bool:
+    """The value of a switch.
+
+    Raises:
+        TypeError: If it is neither true nor false.
+    """
+    if isinstance(value, bool):
+        return value
+    raise TypeError(f"{argument}={value!r}; expected True or False")
+
+
+def check_targets(scores: Sequence[Score], model: nn.Module) -> None:
+    """Refuse scores whose target matches no parameter of the model.
+
+    Args:
+        scores: The scores.
+        model: The model that is scored.
+
+    Raises:
+        ValueError: If a pattern or a predicate chooses no parameter.
+    """
+    names = list(dict(model.named_parameters()))
+    for score in scores:
+        for target in score.needs.gradients:
+            accepts = parameter_filter(target)
+            if accepts is not None and not any(map(accepts, names)):
+                raise ValueError(
+                    f"the target {target!r} of the score {score.name!r} chooses no parameter of {type(model).__name__}; its "
+                    f"parameters are: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}. Pass one of these names, a "
+                    "pattern such as 'layer4.*', or 'all'"
+                )

@@ -179,7 +179,9 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         super().__init__()
         logits_fn = checks.check_callable("logits_fn", logits_fn, "from the model's output to its logits (N, C)")
         self.split_batch = checks.check_callable("split_batch", split_batch, "from a batch to (inputs, labels or None)")
-        self.scorer = Scorer(resolve(scores), checks.check_name("head", head, "fc"), logits_fn, engine)
+        self.scorer = Scorer(
+            checks.check_scores(resolve(scores)), checks.check_name("head", head, "fc"), logits_fn, engine
+        )
         self.datasets = check_datasets(datasets)
         self.submodule = checks.check_name("submodule", submodule, "net")
         self.prefix = checks.check_prefix(prefix)
@@ -193,7 +195,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         self.columns = check_columns(columns, self.score_names)
         self.sample_id = check_sample_id(sample_id)
         self._results: Results = empty_results(self.score_names)
-        self.print_summary = print_summary
+        self.print_summary = checks.check_flag("print_summary", print_summary)
         check_fit_source(fit_on, fitted)
         self.fit_on, self.fitted = fit_on, fitted
         self.evaluation: Evaluation | None = None
@@ -275,6 +277,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
                 self.scorer, model, module, trainer, self.split_batch, self.fit_on, self.fitted
             )
             check_fitted(self.scorer.scores, model)
+            checks.check_targets(self.scorer.scores, model)
             self._pixels = PixelResults(self.pixels)
             self.sources = [*picture_sources(self.scorer.scores, self.profile, self.top_k), self._pixels]
             looks = [*(source.look for source in self.sources), *self.columns.values()]

@@ -28,9 +28,14 @@ def check_fit_source(fit_on: str | None, fitted: str | Path | None) -> None:
 
     Raises:
         ValueError: If ``fit_on`` is unknown, or both are given.
+        TypeError: If ``fitted`` is no path.
     """
     if fit_on is not None and fit_on not in FIT_ON:
         raise ValueError(f"fit_on={fit_on!r}; expected one of {', '.join(map(repr, FIT_ON))}, or None")
+    if fitted is not None and not isinstance(fitted, (str, Path)):
+        raise TypeError(
+            f"fitted={fitted!r}; expected a folder of states that lightning_gradmetrics.scores.save_fitted wrote"
+        )
     if fit_on is not None and fitted is not None:
         raise ValueError("fit_on and fitted exclude each other: scores are fitted, or their states are loaded")
 

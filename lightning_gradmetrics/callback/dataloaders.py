@@ -115,8 +115,12 @@ def _check_roles(roles: Mapping[str, Any], argument: str) -> None:
                 f"{argument}[{name!r}]={role!r}; a role is a word: 'id' for in-distribution data, or a group of "
                 "out-of-distribution sets, such as 'near' or 'far'"
             )
-        if role != ID and role in MISSPELT_ID:
+        if role != ID and (role in MISSPELT_ID or role.strip() == ID):
             raise ValueError(f"{argument}[{name!r}]={role!r}; in-distribution data has the role 'id'")
+        if name == ID and role != ID:
+            raise ValueError(
+                f"{argument}= has a dataset 'id' with the role {role!r}; 'id' is the role of in-distribution data: rename the dataset"
+            )
         if role != ID and role in roles and roles[role] != role:
             raise ValueError(
                 f"{argument}= has a dataset {role!r} and a group of that name, whose metrics would have one name: rename one"

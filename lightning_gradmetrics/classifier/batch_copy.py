@@ -68,9 +68,11 @@ def _copied_items(mapping: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 def _attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object by name: those that may be labels, and all fields of a dataclass."""
-    if is_dataclass(value):
-        return {field.name: getattr(value, field.name, None) for field in fields(value)}
     attributes = {}
+    if is_dataclass(value):
+        for field in fields(value):
+            attributes[field.name] = getattr(value, field.name, None)
+        return attributes
     for key in LABEL_KEYS:
         attribute = getattr(value, key, None)
         if attribute is not None:

@@ -194,11 +194,13 @@ class BatchCopy:
         """Return the position in words of another entry that could be the labels ``(N,)``; ``None`` if there is none."""
         if not isinstance(self._entries, list):
             return None
-        inputs = [position for position, entry in enumerate(self._entries) if _is_received(entry, received)]
-        if not inputs:
+        last = None
+        for position, entry in enumerate(self._entries):
+            if _is_received(entry, received):
+                last = position
+        if last is None:
             return None
-        following = max(inputs) + 2
-        for position in range(following, len(self._entries)):
+        for position in range(last + 2, len(self._entries)):
             value = value_of(self._entries[position])
             if is_like_labels(value) and _are_classes(value, size, classes):
                 return _ordinal(position)

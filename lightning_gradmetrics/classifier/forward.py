@@ -255,15 +255,17 @@ def _backward_of_fabric() -> Iterator[None]:
 
     That method scales losses for an optimizer, and these gradients are not for an optimizer.
     """
-    loaded = [sys.modules[name] for name in FABRIC_MODULES if hasattr(sys.modules.get(name), "_in_fabric_backward")]
-    before = [module._in_fabric_backward for module in loaded]
+    before: dict[str, bool] = {}
+    for name in FABRIC_MODULES:
+        if hasattr(sys.modules.get(name), "_in_fabric_backward"):
+            before[name] = sys.modules[name]._in_fabric_backward
     try:
-        for module in loaded:
-            module._in_fabric_backward = True  # type: ignore[attr-defined]
+        for name in before:
+            sys.modules[name]._in_fabric_backward = True  # type: ignore[attr-defined]
         yield
     finally:
-        for module, value in zip(loaded, before, strict=True):
-            module._in_fabric_backward = value  # type: ignore[attr-defined]
+        for name, value in before.items():
+            sys.modules[name]._in_fabric_backward = value  # type: ignore[attr-defined]
 
 
 def _has_recurrent_layers(model: nn.Module) -> bool:

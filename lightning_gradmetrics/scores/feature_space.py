@@ -214,6 +214,11 @@ def _null_space(rows: Tensor, weight: Tensor, bias: Tensor, dimensions: int | No
     origin = -torch.linalg.pinv(weight.double()) @ bias.double()
     size = rows.shape[1]
     kept = size // 2 if dimensions is None else dimensions
+    if size < 2:
+        raise ValueError(
+            "the head's input has 1 number, and the principal subspace needs at least 2: choose a score that needs no such "
+            "subspace, such as knn or mahalanobis"
+        )
     if not 0 < kept < size:
         raise ValueError(f"dimensions={kept}; the head's input has {size} numbers: allowed are 1 to {size - 1}")
     centred = rows.double() - origin

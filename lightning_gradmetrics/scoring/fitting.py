@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.batches import BatchCopy, split_batch
 from lightning_gradmetrics.classifier.forward import check_model, map_tensors, tensors_in
-from lightning_gradmetrics.classifier.labels import token_numbers
+from lightning_gradmetrics.classifier.labels import described, is_like_labels, token_numbers
 from lightning_gradmetrics.results.table import finite_rows
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
@@ -186,10 +186,22 @@ def fit(
         raise ValueError(f"the scores {', '.join(score.name for score in plain)} need no fit")
     fitting = Fitting(fitted_scores(wanted), Scorer(wanted, **options))
     check_model(model)
+    _check_batches("batches", batches)
+    _check_batches("ood", ood)
     for kind, stream in ((False, batches), (True, ood)):
         for batch, evidence in gathered(model, stream, fitting.scorer, kind):
             fitting.add(batch, evidence)
     return list(fitting.finish(model).values())
+
+
+def _check_batches(argument: str, batches: Any) -> None:
+    """Refuse one batch in the place of several: it would be taken apart."""
+    is_pair = isinstance(batches, tuple) and len(batches) == 2 and is_like_labels(batches[1])
+    if isinstance(batches, (Tensor, Mapping)) or is_pair or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{argument}= is {described(batches)}; expected a dataloader or another iterable of batches. Pass one batch in a "
+            f"list, as in {argument}=[batch]"
+        )
 
 
 def gathered(

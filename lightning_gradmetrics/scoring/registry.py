@@ -289,6 +289,8 @@ def _from_mapping(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Scor
 
 def _named(name: str, value: Any) -> Score:
     """Return the score of an entry of a mapping: ``name: score``, or ``name: arguments`` for a score of that name."""
+    if not isinstance(name, str):
+        raise TypeError(f"scores= has the name {name!r}; expected a word for each score, as in {{'mine': 'energy'}}")
     is_node = isinstance(value, Mapping) and not {"class_path", "_target_"}.isdisjoint(value)
     is_other = isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in RECIPES
     if value is None or (isinstance(value, Mapping) and not is_node and not is_other):

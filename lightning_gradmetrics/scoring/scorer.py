@@ -39,7 +39,8 @@ __all__ = ["Scorer"]
 
 NO_SAMPLE_AXIS = (
     "have no sample axis: scores over more than the head need inputs with one row per sample on the first axis. Logit and "
-    "head scores work with any inputs"
+    "head scores work with any inputs; for samples on another axis, as in (T, N, ...), pass sample_axis= to "
+    "lightning_gradmetrics.score, or transpose in the model's forward"
 )
 
 

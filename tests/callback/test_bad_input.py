@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,43 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": {"energi": 2}}, r"top_k= names the score 'energi'"),
     ({"top_k": {"energy": 0}}, r"'energy': 0.*at least 1"),
     ({"top_k": {"energy": 2.5}}, r"'energy': 2.5.*whole number"),
+    ({"top_k": {"energy": True}}, r"'energy': True.*whole number"),
+    ({"scores": {3: "energy"}}, r"scores= has the name 3; expected a word for each score"),
+    ({"scores": {"": "energy"}}, r"a score with an empty name; expected a word"),
+    ({"scores": {"label": "energy"}}, r"the name 'label', which is a column of the results.*rename"),
+    ({"scores": {"energy": 3}}, r"a score is a name.*got int"),
+    ({"scores": None}, r"a score is a name.*got NoneType"),
+    ({"scores": "gradnorm(2)"}, r"cannot read the score 'gradnorm\(2\)'; write name\(argument=value"),
+    ({"scores": "gradnorm("}, r"cannot read the score 'gradnorm\('; write name\(argument=value"),
+    ({"scores": "gradnorm(p=-1)"}, r"got p=-1; allowed: the p of a p-norm, a number above 0"),
+    ({"scores": "gradnorm(p=nan)"}, r"got p='nan'; allowed: the p of a p-norm"),
+    ({"scores": "gradnorm(temperature=inf)"}, r"got temperature=inf; allowed: a finite number above 0"),
+    ({"scores": "gradnorm(factor=none)"}, r"got factor='none'; allowed: 'both', 'output'"),
+    ({"scores": "gradnorm(target=3)"}, r"got target=3; allowed: text, a callable"),
+    ({"scores": "uniform(statistic=median)"}, r"got statistic='median'; allowed: max, min, mean"),
+    ({"scores": "knn(k=0)"}, r"got k=0; allowed: a whole number from 1"),
+    ({"scores": "knn(k=two)"}, r"got k='two'; allowed: a whole number from 1"),
+    ({"datasets": {"a": "id "}}, r"datasets\['a'\]='id '; in-distribution data has the role 'id'"),
+    ({"datasets": {"id": "far"}}, r"a dataset 'id' with the role 'far'.*rename the dataset"),
+    (
+        {"datasets": {"test": {"a": "id"}, "val": ["b"]}},
+        r"the stage 'val'; the stages are fit, validate, test, predict",
+    ),
+    ({"head": ""}, r"head= is empty; expected the name of a module.*head='fc'"),
+    ({"submodule": ""}, r"submodule= is empty; expected the name of a module"),
+    ({"metrics": ["far_auroc"]}, r"metrics= names 'far_auroc'; available: auroc.*'ood_fpr95'"),
+    ({"resamples": "100"}, r"resamples='100'; expected a whole number"),
+    ({"output": 3}, r"output= is an? int; expected a directory"),
+    ({"resume": True}, r"resume=True needs output=, the directory of the interrupted run"),
+    ({"columns": "feature"}, r"columns= names 'feature'; available: features, cosine_maps"),
+    ({"columns": 3}, r"columns= is an? int; expected names"),
+    ({"columns": {"finite": len}}, r"columns= names 'finite', which is already a column of the results: rename it"),
+    ({"sample_id": 3.5}, r"sample_id= is a float; expected a key of the batch"),
+    ({"print_summary": "yes"}, r"print_summary='yes'; expected True or False"),
+    ({"fit_on": "test"}, r"fit_on='test'; expected one of 'train', 'val'"),
+    ({"fitted": 3}, r"fitted=3; expected a folder of states that .*save_fitted wrote"),
+    ({"pixels": 3}, r"pixels= is an? int; expected lightning_gradmetrics.Pixels"),
+    ({"pixels": {"ignore": 3}}, r"pixels= has no argument 'ignore'; its arguments are: ignore_index"),
 ]
 
 
@@ -263,6 +301,47 @@ def test_all_rows_have_nan_or_inf() -> None:
     callback = lgm.GradientMetrics("energy")
     test_run(callback, Stepped(mlp(5, 8, 3)), batches(X * float("nan"), Y))
     assert set(callback.results["finite"].to_pylist()) == {False} and callback.evaluation is not None
+
+
+@pytest.mark.parametrize("score", ["gradnorm(target='layer9.*')", "pseudo_label(target='fc.weight')"])
+def test_a_target_without_parameters_is_refused_before_the_first_batch(score: str) -> None:
+    class CallsNothing(Stepped):
+        def test_step(self, batch: Any, batch_idx: int) -> Any:
+            pytest.fail("the step ran")
+
+    with pytest.raises(
+        ValueError, match=r"chooses no parameter of .*; its parameters are: net.0.weight, .*Pass one of"
+    ):
+        test_run(lgm.GradientMetrics(score), CallsNothing(mlp(5, 8, 3)), batches(X, Y))
+
+
+@pytest.mark.parametrize(
+    "batches", [X, (X, Y), {"x": X}, 3], ids=["a tensor", "one labelled batch", "one mapping", "a number"]
+)
+def test_one_batch_in_the_place_of_several(batches: Any) -> None:
+    with pytest.raises(TypeError, match=r"batches= is a.*expected a dataloader.*in a list, as in batches=\[batch\]"):
+        lgm.fit(mlp(5, 8, 3), batches, "knn")
+
+
+def test_a_principal_subspace_needs_two_features() -> None:
+    with pytest.raises(ValueError, match=r"has 1 number, and the principal subspace needs at least 2.*knn"):
+        lgm.fit(mlp(5, 1, 3), [X], "vim")
+
+
+@pytest.mark.parametrize("name", ["label", "energy"])
+def test_columns_of_text_are_refused_by_evaluate(name: str) -> None:
+    columns = {
+        "dataset": ["a"] * 3,
+        "index": [0, 1, 2],
+        "prediction": [0, 1, 0],
+        "label": [0, 0, 0],
+        "energy": [1.0, 2, 3],
+    }
+    table = pa.table({**columns, name: ["x", "y", "z"]})
+    with pytest.raises(
+        ValueError, match=rf"column '{name}' contains values of type string; expected .*numbers.*convert"
+    ):
+        lgm.evaluation.evaluate(table, ["energy"], {"a": "id"})
 
 
 def test_scored_rows_are_kept_when_a_batch_is_refused() -> None:

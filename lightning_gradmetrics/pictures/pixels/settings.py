@@ -101,6 +101,10 @@ class Pixels:
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
+            known = list(cls.__dataclass_fields__)
+            for name in value:
+                if name not in known:
+                    raise TypeError(f"pixels= has no argument {name!r}; its arguments are: {', '.join(known)}")
             return cls(**value)
         raise TypeError(
             f"pixels= is a {type(value).__name__}; expected lightning_gradmetrics.Pixels(...) or a mapping of its arguments, as "
