@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.batches import (
@@ -105,6 +106,12 @@ class BatchReader:
         found = row_order(passed, given)
         if found is None:
             return None
+        if len(calls) > 1 and found.order is None and _is_partly_equal(passed, given, calls):
+            raise ValueError(
+                f"the step calls the model {len(calls)} times: some calls received the rows of the batch at their place, and others "
+                "did not, so it is unknown which rows belong to the samples. Call the model once for the batch, or for "
+                "consecutive parts of it"
+            )
         self._bits = self._bits + found.bits if found.bits else 0.0
         if self._bits >= CERTAIN_BITS:
             raise ValueError(
@@ -217,3 +224,17 @@ def _known_inputs(batch: Any) -> Inputs | None:
         return batch_inputs(batch)
     except TypeError:
         return None
+
+
+def _is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], calls: Sequence[ModelCall]) -> bool:
+    """Return whether some of the calls received the rows of the batch at their place, and others changed rows."""
+    sizes = [len(call.logits) for call in calls if call.logits is not None]
+    for first in passed:
+        for second in given:
+            if first.ndim < 2 or first.shape != second.shape or len(first) != sum(sizes):
+                continue
+            parts = zip(first.split(sizes), second.to(first.device).split(sizes), strict=True)
+            count = sum(torch.equal(*part) for part in parts)
+            if 0 < count < len(sizes):
+                return True
+    return False

@@ -1,4 +1,4 @@
-"""Copies a batch before the step: its containers, and what is kept of its tensors."""
+"""Copies a batch before the step: its containers, and the tensors that may be labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the batch, and what is kept of it: a copy if it may contain labels, otherwise some entries of each row."""
+    """A tensor of the batch.
+
+    Args:
+        given: The tensor.
+        kept: A copy if it may contain labels, otherwise the tensor.
+        entries: Some entries of each row before the step ``(N, K)``, if the tensor is not copied.
+    """
 
     given: Tensor
     kept: Tensor

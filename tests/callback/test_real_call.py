@@ -139,6 +139,16 @@ def test_consecutive_parts_of_the_batch_are_joined() -> None:
     assert_scores(callback, net, x, SCORES)
 
 
+def test_calls_that_only_add_up_to_the_batch_are_refused() -> None:
+    class Views(Stepped):
+        def step(self, batch: Any) -> Any:
+            half = batch[0][:2]
+            return self(half), self(half + 1)
+
+    with pytest.raises(ValueError, match=r"2 times: some calls received the rows of the batch.*Call the model once"):
+        test_run(lgm.GradientMetrics("energy"), Views(mlp(5, 8, 3)), batches(numbers(8, 5), torch.arange(8) % 3))
+
+
 class Parts(Stepped):
     """``forward`` classifies; the step calls the parts, with the projector last."""
 
