@@ -29,6 +29,7 @@ from lightning_gradmetrics.results.output import Output
 from lightning_gradmetrics.results.reading import is_complete, read_results
 from lightning_gradmetrics.results.stores import Results
 from lightning_gradmetrics.results.table import largest_of_each
+from lightning_gradmetrics.results.tokens import has_tokens
 from lightning_gradmetrics.scoring.scorer import Scorer
 
 __all__ = ["Outcome", "model_facts"]
@@ -105,12 +106,19 @@ class Outcome:
 
         return grids_text(summary_grids(evaluation, judged_scores(evaluation, self.scorer.scores), width), width)
 
-    def report(self, path: Path | str = "report.html", data: Mapping[str, Any] | None = None) -> Path:
+    def report(
+        self,
+        path: Path | str = "report.html",
+        data: Mapping[str, Any] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> Path:
         """Write the HTML report of the last run: a single file that works offline.
 
         Args:
             path: The file to write.
             data: Datasets or dataloaders by name; the listed samples are shown as thumbnails of their images.
+            decode: After a run over texts, from token ids to their text, such as ``tokenizer.decode``; otherwise the
+                report shows the ids.
 
         Returns:
             The path of the file.
@@ -124,19 +132,21 @@ class Outcome:
         self._evaluated_run()
         _check_datasets(data or {}, self.results["dataset"].unique().to_pylist())
         with TemporaryDirectory() as folder:
-            self.save(folder)
+            self.save(folder, decode)
             if data:
                 write_thumbnails(Path(folder), data, listed_samples(folder), self.split_batch)
             return write_report(folder, path)
 
-    def save(self, directory: Path | str) -> Path:
+    def save(self, directory: Path | str, decode: Callable[[list[int]], str] | None = None) -> Path:
         """Write the results of the last run to a directory, as the command does.
 
-        It contains ``results.parquet``, ``metrics.json``, ``metrics.csv``, ``table.md``, ``table.tex`` and ``figures``.
+        It contains ``results.parquet``, ``metrics.json``, ``metrics.csv``, ``table.md``, ``table.tex`` and ``figures``;
+        after a run over texts, also ``texts.html``, the texts with their tokens coloured by rank.
         ``gradmetrics compare`` and ``gradmetrics report`` read it.
 
         Args:
             directory: The directory; files of an earlier run are replaced.
+            decode: After a run over texts, from token ids to their text, such as ``tokenizer.decode``.
 
         Returns:
             The path of the directory.
@@ -144,7 +154,7 @@ class Outcome:
         Raises:
             RuntimeError: If no run has finished yet.
         """
-        from lightning_gradmetrics.report import write_metrics_tables, write_run
+        from lightning_gradmetrics.report import write_metrics_tables, write_run, write_texts
 
         evaluation, directory = self._evaluated_run(), Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -152,6 +162,8 @@ class Outcome:
         write_run(directory, self.results, evaluation, self.scorer.scores, model=self._model, figures=figures)
         write_metrics_tables(evaluation, judged_scores(evaluation, self.scorer.scores), directory)
         write_pictures(curve_pictures(self.results, evaluation), directory, pdf=True)
+        if has_tokens(self.results):
+            write_texts(directory, self.results, decode)
         return directory
 
     def pictures(self) -> list[Picture]:

@@ -6,12 +6,17 @@ It reads ``metrics.json`` and ``results.parquet``, so a report can be recreated 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from lightning_gradmetrics.report.page import render, samples_to_show
+import pyarrow as pa
+
+from lightning_gradmetrics.report.page import render, samples_to_show, texts_to_show
 from lightning_gradmetrics.report.reading import read_run
 from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, VERSION, ReportError
+from lightning_gradmetrics.report.texts import TEXTS_FILE, texts_page, write_tokens
 from lightning_gradmetrics.report.writing import write_metrics_tables, write_run
+from lightning_gradmetrics.results.replacing import write_text
 
 __all__ = [
     "METRICS_FILE",
@@ -22,6 +27,7 @@ __all__ = [
     "write_metrics_tables",
     "write_report",
     "write_run",
+    "write_texts",
 ]
 
 
@@ -38,6 +44,26 @@ def listed_samples(run_directory: Path | str) -> dict[str, list[int]]:
         ReportError: If the run cannot be read.
     """
     return samples_to_show(read_run(Path(run_directory)))
+
+
+def write_texts(run_directory: Path | str, results: pa.Table, decode: Callable[[list[int]], str] | None) -> Path:
+    """Write the texts of a run as ``texts.html``, with every token coloured by the rank of its score.
+
+    Args:
+        run_directory: Contains ``metrics.json`` and ``results.parquet``.
+        results: The results, of texts.
+        decode: From token ids to their text, such as ``tokenizer.decode``; ``None`` shows the ids.
+
+    Returns:
+        The path of the written file.
+
+    Raises:
+        ReportError: If the run cannot be read.
+    """
+    directory = Path(run_directory)
+    if decode is not None:
+        write_tokens(directory, results, decode)
+    return write_text(directory / TEXTS_FILE, texts_page(texts_to_show(read_run(directory))))
 
 
 def write_report(run_directory: Path | str, output: Path | str | None = None) -> Path:

@@ -25,9 +25,10 @@ from lightning_gradmetrics.report.plots import CARD_SIZE
 from lightning_gradmetrics.report.questions import REFERENCE, Question, find_questions
 from lightning_gradmetrics.report.run import Picture, Run, picture_source
 from lightning_gradmetrics.report.samples import KEPT, accuracies, listed_samples, sample_tables, thresholds
+from lightning_gradmetrics.report.texts import Text, coloured_texts
 from lightning_gradmetrics.report.wording import counted, interval, paper_link, percent, role_title, signed, whole
 
-__all__ = ["PAGE", "leaders_of", "render", "samples_to_show", "source_of"]
+__all__ = ["PAGE", "leaders_of", "render", "samples_to_show", "source_of", "texts_to_show"]
 
 
 def anchor(title: str) -> str:
@@ -69,6 +70,7 @@ def render(run: Run) -> str:
         "paired": paired_table(run),
         "agreement": _agreement(run, names),
         "pictures": _pictures(run),
+        "texts": coloured_texts(run, [*run.label_readers, *leaders]),
         "samples": {name: sample_tables(run, name) for name in _audited(run, leaders)},
         "notes": notes(run),
         "metrics": all_metrics(run),
@@ -90,6 +92,11 @@ def _card_panels(run: Run, found: Sequence[Answer]) -> list[Panel | None]:
 def samples_to_show(run: Run) -> dict[str, list[int]]:
     """Return the indices of the samples that the report of a run lists, by dataset."""
     return listed_samples(run, _audited(run, leaders_of(find_questions(run), run.detectors)))
+
+
+def texts_to_show(run: Run) -> dict[str, list[Text]]:
+    """Return the coloured texts that the report of a run shows, by score."""
+    return coloured_texts(run, [*run.label_readers, *leaders_of(find_questions(run), run.detectors)])
 
 
 def source_of(name: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.report import write_report
 from lightning_gradmetrics.scoring.text_step import TextReader
 from tests.callback.runs import Stepped, column, test_run
 from tests.language.language_models import language_model
@@ -202,6 +203,20 @@ def test_roles_and_wrong_tokens() -> None:
     assert entry["value"] == pytest.approx(lgm.meters.functional.auroc(scores, wrong.long()).item())
     assert entry["low"] < entry["value"] < entry["high"] and callback.token_evaluation.settings["scores"] == ["entropy"]
     assert "Wrong tokens" in callback.summary(100)
+
+
+@pytest.mark.parametrize("decode", [None, lambda ids: f"<{ids[0]}>"])
+def test_the_report_has_texts_coloured_by_rank(tmp_path: Any, decode: Any) -> None:
+    callback = run(LanguageStep(language_model()), texts(), ["nll", "entropy", "gradnorm"], resamples=0)
+    callback.save(tmp_path / "run", decode)
+    beside = (tmp_path / "run" / "texts.html").read_text()
+    report = callback.report(tmp_path / "report.html", decode=decode).read_text()
+    word = "&lt;{}&gt;" if decode else " {}"
+    for page in (beside, report):
+        for token in ANSWERS[int(column(callback, "entropy").argmax())]:
+            assert f">{word.format(token)}</span>" in page
+        assert "entropy" in page and "rgb(213,94,0)" in page and "predicted: " in page
+    assert write_report(tmp_path / "run").read_text().count("rgb(213,94,0)") == report.count("rgb(213,94,0)")
 
 
 def test_fitted_scores_take_tokens_as_rows() -> None:

@@ -25,7 +25,7 @@ ROOMS = {
     "compat": {"classifier", "gradients", "engine"},
     "ray": {"classifier", "scoring", "scores"},
     "pictures": {"classifier", "meters", "gradients", "results", "evaluation", "scoring", "scores"},
-    "report": {"meters", "results", "evaluation", "scores"},
+    "report": {"meters", "results", "evaluation", "scores", "language"},
     "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures", "report"},
     "cli": {
         *("classifier", "meters", "results", "evaluation", "scoring", "scores", "language"),
