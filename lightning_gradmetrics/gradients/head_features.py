@@ -245,6 +245,10 @@ class HeadFeatures:
             blocks.append(replace(block, terms=tuple(terms)))
         return HeadFeatures(tuple(blocks))
 
+    def scaled(self, factor: float) -> HeadFeatures:
+        """Return the features times a number."""
+        return self._with_inputs(lambda tensor: factor * tensor)
+
     def precise(self) -> HeadFeatures:
         """Return the features in float64 for samples, and in at least float32 for positions."""
 

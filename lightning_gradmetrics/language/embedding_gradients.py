@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import gradients_enabled, preserved
+from lightning_gradmetrics.classifier.logit_map import recognised_map
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.objectives import Objective
-from lightning_gradmetrics.language.logit_map import recognised_map
 from lightning_gradmetrics.language.model import HeadCall, LanguageModel, LanguageModelError
 from lightning_gradmetrics.language.sequence_gradients import EmbeddingUse
 from lightning_gradmetrics.language.sequences import Padded

@@ -130,8 +130,7 @@ class _SemanticPass:
         """Return the mean absolute gradient of the head's weight."""
         rows, wanted = self.result.rows, (self.result.rows.logits, self.result.embedded)
         output, delta = torch.autograd.grad(self.total(), wanted, retain_graph=True)
-        slope = rows.slope
-        output = output.double() if slope is None else output * slope
+        output = output.double() * rows.slope
         uses: list[Any] = [None] * len(rows.lengths)
         if tied:
             scaled = tied_scale(self.model) * delta

@@ -40,8 +40,7 @@ def output_gradients(objective: Objective, rows: TokenRows) -> Tensor:
         )
         losses = row_losses(objective, leaf)
         (gradient,) = torch.autograd.grad(losses.mean(), leaf.logits)
-    slope = rows.slope
-    return gradient if slope is None else gradient * slope
+    return gradient * rows.slope
 
 
 @dataclass

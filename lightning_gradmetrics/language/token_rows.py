@@ -8,46 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.head_features import HeadFeatures
-from lightning_gradmetrics.gradients.objectives import Objective
-from lightning_gradmetrics.language.logit_map import IDENTITY, LogitMap, recognised_map
+from lightning_gradmetrics.classifier.logit_map import IDENTITY, LogitMap, recognised_map
 from lightning_gradmetrics.language.model import HeadCall, LanguageModelError
 from lightning_gradmetrics.language.sequences import Padded
-from lightning_gradmetrics.scoring.evidence import Evidence, HeadGradient, MissingEvidenceError
+from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.recipes import Score
 
 __all__ = ["TokenRows", "answer_rows"]
 
 BLOCK_LOGITS = 2**22
 """Number of logits that are scored at a time: 32 MiB in float64."""
-
-
-@dataclass
-class CappedEvidence(Evidence):
-    """Evidence of a head whose capped output is the logits.
-
-    Args:
-        slope: The derivative of the logits with respect to the head's output ``(M, V)``.
-    """
-
-    slope: Tensor | None = None
-
-    @property
-    def head_input(self) -> HeadFeatures:
-        """Raise an error, because closed forms with the head's input are wrong for a capped head."""
-        raise MissingEvidenceError(
-            "uses a closed form for heads whose output is the logits; this model caps its logits, so it would not be exact. "
-            "Use gradnorm, uniform, pseudo_label, grand, feature_norm or scores of the logits"
-        )
-
-    @property
-    def features(self) -> Tensor:
-        """Raise an error, as :attr:`head_input` does."""
-        return self.head_input.dense()
-
-    def _head_gradient(self, objective: Objective) -> HeadGradient:
-        plain = Evidence(self.given_logits, self.given_features, self.given_labels)._head_gradient(objective)
-        return HeadGradient(plain.output * self.slope, plain.features)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -71,26 +41,17 @@ class TokenRows:
     logit_map: LogitMap = IDENTITY
 
     @property
-    def slope(self) -> Tensor | None:
-        """The derivative of the logits with respect to the head's output ``(M, V)``; ``None`` if it is one."""
-        return None if self.logit_map.is_identity else self.logit_map.slope(self.output.double())
+    def slope(self) -> Tensor | float:
+        """The derivative of the logits with respect to the head's output: the scale, or ``(M, V)`` for capped logits."""
+        return self.logit_map.scale if self.logit_map.cap is None else self.logit_map.slope(self.output.double())
 
     def evidence(self, head: tuple[Tensor, Tensor | None] | None = None) -> Evidence:
         """Return the evidence of these tokens: each is one sample with V classes.
 
-        A scaled head equals a head with scaled features: ``c (W h + b) = W (c h) + c b``.
-
         Args:
             head: The head's weight and bias, for scores that read them.
         """
-        if self.logit_map.cap is not None:
-            return CappedEvidence(self.logits, self.features, self.labels, slope=self.slope)
-        scale = self.logit_map.scale
-        if scale == 1:
-            return Evidence(self.logits, self.features, self.labels, given_head=head)
-        if head is not None and head[1] is not None:
-            head = (head[0], scale * head[1])
-        return Evidence(self.logits, scale * self.features.double(), self.labels, given_head=head)
+        return Evidence(self.logits, self.features, self.labels, given_head=head, given_slope=self.slope)
 
     def values(self, score: Score, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """Return a score of these tokens, ``(M,)``.
@@ -99,8 +60,6 @@ class TokenRows:
             score: The score.
             head: The head's weight and bias, for scores that read them.
         """
-        if score.recipe.name == "feature_norm":  # uses the unscaled input of the head
-            return score(Evidence(self.logits, self.features))
         return score(self.evidence(head))
 
     def blocks(self) -> Iterator[TokenRows]:

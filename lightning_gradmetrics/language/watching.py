@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.logit_map import recognised_map
 from lightning_gradmetrics.language.generation import joined, padding_of, token_scores
-from lightning_gradmetrics.language.logit_map import recognised_map
 from lightning_gradmetrics.language.model import LanguageModel, LanguageModelError
 from lightning_gradmetrics.language.plan import GenerationScores, LanguageScoreLike, planned
 from lightning_gradmetrics.language.scored import ScoredGeneration

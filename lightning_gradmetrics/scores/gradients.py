@@ -188,4 +188,4 @@ def feature_norm(evidence: Evidence, *, p: Norm = 1.0) -> Tensor:
         R. Huang, A. Geng and Y. Li, "On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
         NeurIPS 2021, https://arxiv.org/abs/2110.00218
     """
-    return -evidence.head_input.norm(p)
+    return -evidence.layer_input.norm(p)

@@ -46,6 +46,7 @@ class ObservedBatch:
         order: The position of each sample in the dataloader's batch ``(N,)``, or ``None`` if the order is the same.
         called: The module that was called with the inputs; ``None`` for the model itself.
         one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.
+        slope: The derivative of the logits with respect to the head's output: a number, or ``(N, C, *P)``.
         observed: The results of the probes that were evaluated during this forward pass.
         tokens: The scored tokens of a batch of texts, whose logits and features are rows ``(M, V)`` and ``(M, D)``, one
             per token; otherwise ``None``.
@@ -61,6 +62,7 @@ class ObservedBatch:
     order: Tensor | None = None
     called: nn.Module | None = None
     one_logit: bool = False
+    slope: Tensor | float = 1.0
     observed: Mapping[Probe, Tensor] = field(default_factory=dict)
     tokens: ScoredTokens | None = None
 

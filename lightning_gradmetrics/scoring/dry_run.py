@@ -126,6 +126,11 @@ class _Recorder(Evidence):
         return super().head_input
 
     @property
+    def layer_input(self) -> HeadFeatures:
+        self.needs.features = True
+        return super().layer_input
+
+    @property
     def head(self) -> tuple[Tensor, Tensor]:
         classes = self.given_logits.shape[1]
         return torch.ones(classes, self.features.shape[1]), torch.zeros(classes)

@@ -99,6 +99,8 @@ class Evidence:
         probes: Results of the scores' own computations; for samples only.
         given_head: The head's weight ``(C, D)``, and its bias ``(C,)`` if it has one.
         one_logit: Whether the logits are ``(0, z)`` of a head with one row.
+        given_slope: The derivative of the logits with respect to the head's output: a number where the model scales them,
+            ``(N, C, *P)`` where it caps them.
 
     Raises:
         MissingEvidenceError: From every property and method, if the batch does not have the requested evidence.
@@ -121,6 +123,7 @@ class Evidence:
     probes: dict[Probe, Tensor] = field(default_factory=dict)
     given_head: tuple[Tensor, Tensor | None] | None = None
     one_logit: bool = False
+    given_slope: Tensor | float = 1.0
     _softmax: dict[float, Softmax] = field(default_factory=dict, repr=False)
 
     @property
@@ -147,19 +150,38 @@ class Evidence:
 
     @property
     def features(self) -> Tensor:
-        """The head's input as vectors ``(N, D, *P)``. For norms use :attr:`head_input`, which does not store the vectors."""
+        """The head's input as vectors ``(N, D, *P)``. Norms of it come from :attr:`head_input`, which stores no vectors."""
         if isinstance(self.given_features, Tensor):
             features = self.given_features.detach()
-            return at_least_float32(features) if features.ndim > 2 else features.to(accumulator(features))
+            wide = at_least_float32(features) if features.ndim > 2 else features.to(accumulator(features))
+            return wide if self._scale == 1 else self._scale * wide
         return self.head_input.dense()
 
     @property
     def head_input(self) -> HeadFeatures:
-        """The head's input with its moments and norms over axis 1, ``(N, *P)`` each."""
-        return self._head_input
+        """The head's input with its moments and norms over axis 1, ``(N, *P)`` each.
+
+        Where the model scales the head's output, the factor is part of the features: ``c (W h + b) = W (c h) + c b``.
+        """
+        return self.layer_input if self._scale == 1 else self.layer_input.scaled(self._scale)
+
+    @property
+    def layer_input(self) -> HeadFeatures:
+        """The input of the head's layer, without the factor of a model that scales its logits."""
+        return self._layer_input
+
+    @property
+    def _scale(self) -> float:
+        """The factor from the head's output to the logits."""
+        if isinstance(self.given_slope, Tensor):
+            raise MissingEvidenceError(
+                "uses a closed form for heads whose output is the logits; this model caps its logits, so it would not be exact. "
+                "Use gradnorm, uniform, pseudo_label, grand, feature_norm or scores of the logits"
+            )
+        return self.given_slope
 
     @cached_property
-    def _head_input(self) -> HeadFeatures:
+    def _layer_input(self) -> HeadFeatures:
         if self.given_features is None:
             _missing("the head's input")
         given = self.given_features
@@ -176,7 +198,7 @@ class Evidence:
         if self.given_head is None:
             _missing("the head's weight")
         weight, bias = self.given_head
-        return weight.detach(), weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        return weight.detach(), weight.new_zeros(len(weight)) if bias is None else self._scale * bias.detach()
 
     @property
     def labels(self) -> Tensor:
@@ -248,8 +270,9 @@ class Evidence:
         for function, value in self.probes.items():
             probes[function] = value[keep]
         labels, ood = take(self.given_labels), take(self.given_ood)
+        slope = self.given_slope[keep] if isinstance(self.given_slope, Tensor) else self.given_slope
         return Evidence(
-            self.given_logits[keep], features, labels, ood, gradients, probes, self.given_head, self.one_logit
+            self.given_logits[keep], features, labels, ood, gradients, probes, self.given_head, self.one_logit, slope
         )
 
     def _recorded(self, target: Target, objective: Objective) -> GradientStatistics:
@@ -259,8 +282,13 @@ class Evidence:
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         targets = self.labels if objective.needs_targets else None
-        output = OutputGradient(objective, self.logits, self.softmax, targets)
-        return HeadGradient(output.tensor[:, 1:] if self.one_logit else output, self.head_input)
+        output: OutputGradient | Tensor = OutputGradient(objective, self.logits, self.softmax, targets)
+        if self.one_logit:
+            output = output.tensor[:, 1:]
+        if isinstance(self.given_slope, Tensor):
+            whole = output if isinstance(output, Tensor) else output.tensor
+            return HeadGradient(whole * self.given_slope, self.layer_input)
+        return HeadGradient(output, self.head_input)
 
 
 def _missing(what: str) -> NoReturn:

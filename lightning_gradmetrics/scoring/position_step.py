@@ -14,10 +14,12 @@ from lightning_gradmetrics.classifier.class_axis import class_axis, classes_seco
 from lightning_gradmetrics.classifier.composition import Composition, Part, compose, recompose, reproduces
 from lightning_gradmetrics.classifier.forward import Inputs, call, logits_in, map_tensors, preserved
 from lightning_gradmetrics.classifier.head import Head, HeadNotFoundError, LayerCall
+from lightning_gradmetrics.classifier.logit_map import IDENTITY, LogitMap, recognised_map
 from lightning_gradmetrics.classifier.observation import redirected
 from lightning_gradmetrics.classifier.patches import patches_of
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.head_features import Block, HeadFeatures, Term
+from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 
@@ -40,6 +42,7 @@ class PositionReader:
         self.axis: int | None = None
         self.composition: Composition | None = None
         self._scores_output = False
+        self._map = IDENTITY
 
     def logits(self, logits: Tensor, calls: Sequence[LayerCall], inputs: Inputs | None) -> Tensor:
         """Return the logits with the classes on axis 1."""
@@ -77,14 +80,26 @@ class PositionReader:
             check_same_logits(own, logits, f"{type(self.model).__name__} {OTHER_LOGITS}")
         if self._scores_output:
             own = logits = calls[-1].output  # type: ignore[assignment]
-        made = recompose(self.composition, calls, own)
-        if made is None:
+        slope = self._slope(calls, own)
+        if slope is not None and not self._map.is_identity:
+            own = calls[-1].output  # type: ignore[assignment]
+        made = None if slope is None else recompose(self.composition, calls, own)
+        if made is None or slope is None:
             raise HeadNotFoundError(
                 f"the output of {' + '.join(self.composition.names)} produced the model's logits in an earlier batch, but not in this "
                 "batch. Pass head=, the layer whose output is the logits, or submodule=, the part to score"
             )
         features, head = self._features(made, calls)
-        return ObservedBatch(inputs, logits, features, head, called=called)
+        return ObservedBatch(inputs, logits, features, head, called=called, slope=slope)
+
+    def _slope(self, calls: Sequence[LayerCall], logits: Tensor) -> Tensor | float | None:
+        """Return the derivative of the logits with respect to the head's output; ``None`` if the map does not hold."""
+        if self._map.is_identity:
+            return 1.0
+        output = calls[-1].output
+        if output is None or output.shape != logits.shape or not self._map.holds(output, logits):
+            return None
+        return self._map.scale if self._map.cap is None else self._map.slope(at_least_float32(output))
 
     def _known(self, inputs: Inputs | None) -> Inputs:
         if inputs is None:
@@ -106,7 +121,22 @@ class PositionReader:
         found = compose([_first_sample(one) for one in calls], own[:1])
         if not found and self.head is not None and calls:
             found, self._scores_output = [Composition((Part(self.head),))], True
+        if not found:
+            found = self._mapped(calls, own)
         self.composition = self._certain(found, calls, own)
+
+    def _mapped(self, calls: Sequence[LayerCall], logits: Tensor) -> list[Composition]:
+        """Return the head whose output the model scales or caps, and keep the map; empty if it is not certain."""
+        maps: dict[str, LogitMap] = {}
+        for one in calls:
+            same_shape = one.output is not None and one.output.shape == logits.shape
+            recognised = recognised_map(one.output, logits) if same_shape else None  # type: ignore[arg-type]
+            if recognised is not None:
+                maps[one.name] = recognised
+        if len(maps) != 1:
+            return []
+        ((name, self._map),) = maps.items()
+        return [Composition((Part(name),))]
 
     def _candidates(self, classes: int) -> dict[str, nn.Module]:
         """Return the layers that may be heads: those with one output channel per class."""

@@ -44,7 +44,9 @@ def as_rows(evidence: Evidence, with_features: bool) -> Evidence:
     if ood is not None:
         ood = ood.repeat_interleave(evidence.given_logits[0, 0].numel())
     rows = Evidence(_rows_of(evidence.given_logits), features, labels, ood)
-    return replace(rows, given_head=evidence.given_head, one_logit=evidence.one_logit)
+    slope = evidence.given_slope
+    slope = _rows_of(slope) if isinstance(slope, Tensor) else slope
+    return replace(rows, given_head=evidence.given_head, one_logit=evidence.one_logit, given_slope=slope)
 
 
 def _rows_of(maps: Tensor) -> Tensor:
@@ -135,7 +137,8 @@ def _position_blocks(evidence: Evidence) -> Iterator[Evidence]:
         yield evidence
         return
     step = max(1, entries // (len(logits) * logits.shape[1]))
-    whole = None if evidence.given_features is None else evidence.head_input
+    whole = None if evidence.given_features is None else evidence.layer_input
+    slope = evidence.given_slope.flatten(2) if isinstance(evidence.given_slope, Tensor) else None
     labels = None if evidence.given_labels is None else evidence.given_labels.flatten(1)
     vectors: dict[str, Tensor] = {}
     for start in range(0, logits.shape[2], step):
@@ -143,6 +146,8 @@ def _position_blocks(evidence: Evidence) -> Iterator[Evidence]:
         changed: dict[str, Any] = {"given_logits": logits[:, :, part].contiguous(), "_softmax": {}}
         if whole is not None:
             changed["given_features"] = _PartOfFeatures(whole.blocks, whole=whole, part=part, vectors=vectors)
+        if slope is not None:
+            changed["given_slope"] = slope[:, :, part]
         if labels is not None:
             changed["given_labels"] = labels[:, part]
         yield replace(evidence, **changed)
@@ -178,14 +183,13 @@ def sampled_rows(evidence: Evidence, keep: Tensor, keys: Tensor, with_features: 
 def _joined(parts: Sequence[Evidence]) -> Evidence:
     """Return the rows of several samples together."""
     columns: list[Tensor | None] = []
-    for name in ("given_logits", "given_features", "given_labels", "given_ood"):
+    for name in ("given_logits", "given_features", "given_labels", "given_ood", "given_slope"):
         values = [getattr(part, name) for part in parts]
-        columns.append(None if values[0] is None else torch.cat(values))
-    logits, features, labels, ood = columns
-    assert logits is not None
-    return replace(
-        parts[0], given_logits=logits, given_features=features, given_labels=labels, given_ood=ood, _softmax={}
-    )
+        columns.append(torch.cat(values) if isinstance(values[0], Tensor) else values[0])
+    logits, features, labels, ood, slope = columns
+    assert logits is not None and slope is not None
+    rows = replace(parts[0], given_logits=logits, given_features=features, given_labels=labels, given_ood=ood)
+    return replace(rows, given_slope=slope, _softmax={})
 
 
 def made_up_maps() -> Evidence:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,9 @@ class Scorer:
         if needs.gradients or needs.probes:
             self._check_repeatable(model, batch)
         gradients, probes = _gradients(self, needs, model, batch, labels), _probes(self, needs, model, batch)
-        return Evidence(batch.logits, batch.features, labels, batch.ood, gradients, probes, head, batch.one_logit)
+        return Evidence(
+            batch.logits, batch.features, labels, batch.ood, gradients, probes, head, batch.one_logit, batch.slope
+        )
 
     def _evidence_of_positions(
         self, batch: ObservedBatch, needs: Needs, labels: Tensor | None, head: tuple[Tensor, Tensor | None] | None
@@ -121,7 +123,8 @@ class Scorer:
                 f"the score {', '.join(repr(score.name) for score in self.scores if score.needs.labels)} needs true labels of "
                 "the positions, and there are none: pass targets=, or return batches (inputs, labels)"
             )
-        return Evidence(batch.logits, batch.features, known, batch.ood, given_head=head, one_logit=batch.one_logit)
+        evidence = Evidence(batch.logits, batch.features, known, batch.ood, given_head=head)
+        return replace(evidence, one_logit=batch.one_logit, given_slope=batch.slope)
 
     def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
         """Return the scores by name, ``(N,)`` each, or ``(N, *P)`` at positions: NaN where a score needs an unknown label."""

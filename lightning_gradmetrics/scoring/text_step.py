@@ -193,7 +193,8 @@ def _as_rows(batch: ObservedBatch, next_tokens: Tensor) -> ObservedBatch:
     ood = None if batch.ood is None else batch.ood.to(lengths.device).repeat_interleave(lengths)
     tokens = ScoredTokens(ids, positions, lengths)
     logits = batch.logits.movedim(1, -1)[keep]
-    return replace(batch, logits=logits, features=features, labels=ids, ood=ood, tokens=tokens)
+    slope = batch.slope.movedim(1, -1)[keep] if isinstance(batch.slope, Tensor) else batch.slope
+    return replace(batch, logits=logits, features=features, slope=slope, labels=ids, ood=ood, tokens=tokens)
 
 
 def token_values(scorer: Scorer, evidence: Evidence) -> dict[str, Tensor]:

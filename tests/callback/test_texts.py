@@ -66,7 +66,7 @@ def assert_tokens(callback: lgm.GradientMetrics, model: nn.Module) -> None:
             torch.testing.assert_close(torch.tensor(row).double(), answer.double(), rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "bias", "learned positions"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "bias", "learned positions", "scale", "division"])
 def test_tokens_have_the_scores_of_a_second_pass(kind: str) -> None:
     model = language_model(kind)
     assert_tokens(run(LanguageStep(model), texts()), model)
@@ -152,9 +152,9 @@ REFUSED = {
         lambda: run(LanguageStep(language_model()), texts(), ["gradnorm(target=all)"]),
         "score_generation",
     ),
-    "a capped head": (
-        lambda: run(LanguageStep(language_model("soft cap")), texts(), ["gradnorm"]),
-        "could not be found",
+    "a closed form of plain logits for capped ones": (
+        lambda: run(LanguageStep(language_model("soft cap")), texts(), ["exgrad"]),
+        "caps its logits",
     ),
     "semgrad": (lambda: lgm.GradientMetrics(["semgrad"]), "score_generation"),
 }
@@ -168,9 +168,9 @@ def test_refusals(case: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["soft cap", "scale"])
-def test_logit_scores_need_no_head(kind: str) -> None:
-    model = language_model(kind)
-    assert_tokens(run(LanguageStep(model), texts(), ["nll", "entropy"]), model)
+def test_scaled_and_capped_logits_have_the_scores_of_a_second_pass(kind: str) -> None:
+    model, scores = language_model(kind), ["nll", "entropy", "feature_norm", "gradnorm", "pseudo_label(statistic=l2)"]
+    assert_tokens(run(LanguageStep(model), texts(), [*scores, "grand(target=head)", "feature_norm(p=2)"]), model)
 
 
 def test_results_on_disk_are_those_in_memory(tmp_path: Any) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.classifier.logit_map import recognised_map
 from lightning_gradmetrics.language.coloured_text import tokens_html
-from lightning_gradmetrics.language.logit_map import recognised_map
 from lightning_gradmetrics.language.sequence_gradients import EmbeddingUse, SequenceFactors, sequence_moments
 from tests.language.language_models import ANSWERS, PROMPTS, language_model
 

@@ -97,6 +97,26 @@ def test_every_token_has_the_gradient_of_its_loss() -> None:
         close_to(found[name][1, 3], reference(model, logits[1, 3]))
 
 
+@pytest.mark.parametrize(("name", "tail"), [("scale", lambda z: z / 3), ("cap", lambda z: 2 * torch.tanh(z / 2))])
+def test_scaled_and_capped_logits_have_the_gradient_of_their_loss(name: str, tail: Callable[[Tensor], Tensor]) -> None:
+    """Closed forms of plain logits are refused for capped ones."""
+    torch.manual_seed(0)
+    model, images = Segmenter(nn.Conv2d(4, 5, 3, padding=1), tail).double().eval(), 3 * torch.randn(2, 3, 8, 9).double()
+    logits, labels = model(images), torch.zeros(2, 8, 9).long()
+    refused = ("exgrad", "exgrad(p=3.0)", "fisher_trace") if name == "cap" else ()
+    found = lgm.score(model, images, [score for score in REFERENCES if score not in refused], labels)
+    for score, values in found.items():
+        for image, y, x in PIXELS:
+            close_to(values[image, y, x], REFERENCES[score](model, logits[image, :, y, x]))
+    for score in refused:
+        with pytest.raises(ValueError, match="caps its logits"):
+            lgm.score(model, images, score)
+    norms_of_input = model.body(images).abs().sum(1)
+    linear = Segmenter(nn.Conv2d(4, 5, 1), tail).double().eval()
+    linear.body = model.body
+    close_to(lgm.score(linear, images, "feature_norm")["feature_norm"], -norms_of_input)
+
+
 def test_a_custom_loss_of_rows_is_differentiated_at_every_pixel() -> None:
     """The loss reduces over the last axis, which is no class axis in a map."""
     torch.manual_seed(0)

@@ -41,6 +41,20 @@ class LogitMap:
             return self.scale * output
         return self.cap * torch.tanh(output / self.cap)
 
+    def holds(self, output: Tensor, logits: Tensor) -> bool:
+        """Return whether the logits are those of the outputs, up to rounding; entries that are not finite are left out.
+
+        Args:
+            output: The head's output, any shape.
+            logits: The model's logits, the same shape.
+        """
+        is_finite = output.isfinite() & logits.isfinite()
+        a, z = output[is_finite].double(), logits[is_finite].double()
+        if not len(a):
+            return True
+        tolerance = ROUNDINGS * torch.finfo(output.dtype).eps * float(z.abs().max())
+        return bool(((self(a) - z).abs() <= tolerance).all())
+
     def slope(self, output: Tensor) -> Tensor:
         """Return the derivative of the logits with respect to the head's output, elementwise."""
         if self.cap is None:
