@@ -39,7 +39,7 @@ class Pass:
     rows: int = 0
 
     def take(self, batch: int) -> tuple[Any, int]:
-        """Return the draw of a batch, or ``None``, and the number of rows before it; remove it and all earlier draws."""
+        """Return the draw of a batch, or ``None``, and the number of rows before it; that draw and all earlier ones are removed."""
         draw, before = None, self.rows
         while self.draws and self.batch <= batch:
             draw, before = self.draws.popleft(), self.rows
@@ -120,7 +120,7 @@ class LoaderRecorder:
         return "batch_sampler" if self.loader.batch_sampler is not None else "sampler"
 
     def install(self) -> None:
-        """Record from now on, if the loader's order is not known in advance and its sampler determines it."""
+        """Start recording if the loader's order is determined by its sampler and not known in advance."""
         is_read = isinstance(self.loader, DataLoader) and not isinstance(self.loader.dataset, IterableDataset)
         if not is_read or not keeps_order(self.loader) or sample_indices(self.loader) is not None:
             return

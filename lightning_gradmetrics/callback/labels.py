@@ -108,7 +108,7 @@ class BatchReader:
             return None
         if len(calls) > 1 and found.order is None and _is_partly_equal(passed, given, calls):
             raise ValueError(
-                f"the step calls the model {len(calls)} times: some calls received the rows of the batch at their place, and others "
+                f"the step calls the model {len(calls)} times: some calls received the rows of the batch in their order, and others "
                 "did not, so it is unknown which rows belong to the samples. Call the model once for the batch, or for "
                 "consecutive parts of it"
             )
@@ -177,7 +177,7 @@ class BatchReader:
         dataset: str,
         wanted: tuple[Converter, str],
     ) -> Tensor | None:
-        """Return the labels that a converter finds; ``wanted`` is the converter, and a description of its result."""
+        """Return the labels that a converter finds; ``wanted`` holds the converter and a description of its result."""
         read, kind = wanted
         if batch.copied is None:
             labels = None if batch.labels is None else read(batch.labels, size, classes)
@@ -227,7 +227,7 @@ def _known_inputs(batch: Any) -> Inputs | None:
 
 
 def _is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], calls: Sequence[ModelCall]) -> bool:
-    """Return whether some of the calls received the rows of the batch at their place, and others changed rows."""
+    """Return whether some of the calls received the rows of the batch unchanged and in order, and others did not."""
     sizes = [len(call.logits) for call in calls if call.logits is not None]
     for first in passed:
         for second in given:

@@ -35,7 +35,7 @@ class PixelOutcome:
 
     @property
     def class_metrics(self) -> pa.Table:
-        """One row per dataset, task, score and predicted class: its pixels, the share of positives, and the AUROC within it."""
+        """One row per dataset, task, score and predicted class: its pixels, the fraction of positives, and the AUROC within it."""
         return self._pixels.tables().get("class_metrics", pa.table({}))
 
     def write_maps(self, directory: Path | str) -> list[Path]:

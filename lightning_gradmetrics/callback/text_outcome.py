@@ -38,7 +38,7 @@ class TextOutcome:
 def evaluate_tokens(results: Results, scores: Sequence[Score], resamples: int) -> Evaluation | None:
     """Return the metrics of wrong tokens; ``None`` if the results are not of texts.
 
-    Positive are the tokens that are not the model's most probable prediction. Intervals resample texts.
+    Tokens that are not the model's most probable prediction are the positives. Intervals resample texts.
 
     Args:
         results: The results, or a function that reads them.

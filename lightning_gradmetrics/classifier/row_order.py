@@ -130,7 +130,7 @@ def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
     is_common = orders.shape[1] > 1 and torch.equal(orders, orders[:, :1].expand_as(orders))
     if not is_common or torch.equal(orders[:, 0], same) or torch.equal(ranks, rows.flip(0)):
         return 0.0
-    different = torch.unique(rows[:, is_strict], dim=1)  # features in one order say the same
+    different = torch.unique(rows[:, is_strict], dim=1)  # features with the same order add no evidence
     return (different.shape[1] - 1) * math.lgamma(len(orders) + 1) / math.log(2)
 
 

@@ -214,7 +214,7 @@ class _BatchChecks:
         return alone is not None and strategy.sizes.learn(self.sizes, size, alone, shapes)
 
     def _check_unproven(self, logits: Tensor) -> None:
-        """Compare samples in the batch with samples alone, and halves of the batch where its size is new."""
+        """Compare samples with the same samples run alone and, for a new batch size, the batch with its halves."""
         task, strategy, state = self.task, self.strategy, self.state
         new_size = all(task.size != size for _, size in strategy.times)
         if strategy.random:

@@ -143,8 +143,8 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
 def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> bool:
     """Return whether rounding at a different batch size explains why a sample has different logits alone.
 
-    A batch of the same size that repeats the sample must give its logits, in every row. A model that depends on the size of the
-    batch passes that, so the difference must be small, or be missing for other samples.
+    A batch of the same size that repeats the sample must return the same logits in every row. A model that depends on the size
+    of the batch also passes this test, so the difference must also be small, or not occur for other samples.
     """
     expected = logits[number : number + 1].detach()
     repeated = _logits(task, [number] * task.size, state, True)

@@ -64,7 +64,7 @@ def _expanded(step: Step) -> Layout:
 
 
 def _along(step: Step) -> Layout:
-    """Return the operation works along other axes and keeps them."""
+    """Return the layout after an operation that works along other axes and keeps them."""
     if step.first.dim in step.dims():
         raise UnprovenError
     return step.first
@@ -77,7 +77,7 @@ def _along_dims(step: Step) -> Layout:
 
 
 def _removed(step: Step) -> Layout:
-    """Return the operation removes other axes."""
+    """Return the layout after an operation that removes other axes."""
     dims = step.dims()
     if step.first.dim in dims:
         raise UnprovenError
@@ -103,7 +103,7 @@ def _unfolded(step: Step) -> Layout:
 
 
 def _rows(step: Step) -> Layout:
-    """Return the operation works on each position of the first axis separately."""
+    """Return the layout after an operation that treats each position of the first axis separately."""
     if step.first.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
         raise UnprovenError
     return step.first

@@ -106,7 +106,7 @@ class OwnershipPass(Tracer):
         return self._with_parameters(func, sources, args, kwargs)
 
     def _note_constants(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Record results of constant arguments as constants; a constant that is changed in place is one no longer."""
+        """Record results of constant arguments as constants; a constant that is changed in place stops being one."""
         if self._constants.issuperset(map(id, tensors_in((args, kwargs)))):
             for tensor in tensors_in(result):
                 self._constants.add(id(tensor))

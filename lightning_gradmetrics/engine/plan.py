@@ -341,7 +341,7 @@ def _minors_by_gradient(
 
 
 def _minor_by_gradient(gradient: Tensor, axis: Axis) -> bool | None:
-    """Return whether only in the layout ``t N + n`` the gradient of the first sample's loss is zero for other samples."""
+    """Return whether the gradient of the first sample's loss is zero for other samples in the layout ``t N + n`` only."""
     foreign = {}
     for minor in (False, True):
         rows = replace(axis, minor=minor).split(gradient)

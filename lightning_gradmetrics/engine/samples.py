@@ -60,7 +60,7 @@ def with_sample_axes(task: Task) -> Task:
     ``N = T``. Running the model on parts of the batch decides, once for each structure of the inputs.
 
     Raises:
-        SampleAxisError: If the model does not run, whichever tensors are taken as shared.
+        SampleAxisError: If the model fails for every choice of the shared tensors.
     """
     tensors = list(tensors_in(task.inputs))
     flags = [tensor.ndim > 0 and len(tensor) == task.size for tensor in tensors]

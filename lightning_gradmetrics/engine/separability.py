@@ -23,7 +23,7 @@ def layouts_apart(
     """Return the layout of each tensor with samples, if every operation keeps the samples apart and the logits are ``(N, C)``.
 
     A number that is computed from all samples may only be read by Python. The proof holds for samples that give the same number
-    alone: the length of the longest text is another one for most of them.
+    alone: for most samples, the longest text in the batch is longer than their own.
 
     Args:
         two: The operations with two samples.

@@ -69,7 +69,7 @@ class SizeTrace(TorchFunctionMode):
         self, func: Any, name: str, values: tuple[Any, ...], names: Iterable[str], outputs: Sequence[Tensor]
     ) -> None:
         constants: list[Hashable] = [self.skeleton, func, *names]
-        # A number of the whole batch may be compared with its size, as in mask.sum() == mask.numel().
+        # A number computed from the whole batch may be compared with the batch size, as in mask.sum() == mask.numel().
         of_numbers = bool(outputs) and not any(tensor.ndim for tensor in (*tensors_in(values), *outputs))
         for value in values:
             fills = name in _FILLING and not isinstance(value, (tuple, list))
@@ -103,7 +103,7 @@ class SizeTrace(TorchFunctionMode):
             constants.append((kind, content() if content is not None else repr(value)))
 
     def units(self, grows: Iterable[bool], samples: int) -> tuple[int, ...] | None:
-        """Return the sizes for one sample; ``None`` if one that grows with the samples is no multiple of their number.
+        """Return the sizes for one sample; ``None`` if a size that grows with the samples is not a multiple of their number.
 
         Args:
             grows: For each size, whether it is proportional to the number of samples.

@@ -54,7 +54,7 @@ class Strategy:
         covered: The shapes and batch sizes that ``sizes`` covers.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
-        reads_numbers: Whether these are more than the answers to yes-or-no questions.
+        reads_numbers: Whether some of these values are not booleans.
     """
 
     plan: Plan | None

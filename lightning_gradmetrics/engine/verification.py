@@ -143,7 +143,7 @@ def _unchecked(logits: Tensor, tracer: Tracer) -> None:
 def _alone(probe: Probe, plan: Plan | None) -> int:
     """Return how many samples of each batch are run alone.
 
-    These are all samples if Python reads a number that may be another one for any of them, and no plan says for which.
+    Returns the number of all samples if Python reads a number that may differ for any of them, and no plan tells which.
     """
     if probe.reads_activations or (plan is None and _reads_numbers(probe)):
         return EVERY_SAMPLE
@@ -153,7 +153,7 @@ def _alone(probe: Probe, plan: Plan | None) -> int:
 
 
 def _reads_numbers(probe: Probe) -> bool:
-    """Return whether Python reads more from the samples than the answers to yes-or-no questions."""
+    """Return whether Python reads values other than booleans from the samples."""
     return any(read.by_samples and not isinstance(read.value, bool) for read in probe.reads)
 
 
@@ -173,8 +173,8 @@ def _without_failed_step(
 def _gradients(probe: Probe, names: Collection[str], objective: int, number: int) -> dict[str, Tensor]:
     """Return autograd's gradients of one sample's loss, for one objective.
 
-    The losses are shrunk first. A backward pass that is not linear, such as one that clips, then gives other gradients than
-    the fast way, which needs linearity.
+    The losses are scaled down first. With a backward pass that is not linear, such as one that clips, the result then
+    differs from that of the fast method, which requires linearity.
     """
     parameters = probe.task.restricted(names).parameters
     for parameter in parameters.values():
@@ -192,7 +192,7 @@ def _disagreements(
 ) -> dict[str, str]:
     """Return the parameters whose moments disagree with autograd's gradients.
 
-    The sample in the middle shows a wrong order of rows; the others are compared too while a gradient was zero.
+    The middle sample reveals a wrong order of rows; the other samples are compared too if one of its gradients is zero.
     """
     wrong: dict[str, str] = {}
     for objective in range(len(probe.losses)):
@@ -212,7 +212,8 @@ def _disagreements(
 def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -> None:
     """Refuse a model whose gradients of one sample change when the other samples of the probe are replaced.
 
-    Its logits are each sample's own, but its backward pass is not, as in a custom function that centres the gradient.
+    Each sample's logits depend on that sample alone, but its gradient does not, as in a custom function that centres
+    the gradient.
 
     Raises:
         CoupledSamplesError: If it is one.

@@ -180,7 +180,7 @@ def _edges(binned: BinnedScore, tasks: Sequence[DetectionTask], rate: float) -> 
 
 
 def blocks_of(batch: pa.Table, row: int, places: Any, seed: int) -> Any:
-    """Return the block of each row ``(N,)``: a hash of its dataset and index; of its place where the index is unknown."""
+    """Return the block of each row ``(N,)``: a hash of its dataset and index; of its position where the index is unknown."""
     column = batch["index"]
     is_known = column.is_valid().to_numpy()
     index = np.where(is_known, column.fill_null(0).to_numpy(), row + np.arange(batch.num_rows))

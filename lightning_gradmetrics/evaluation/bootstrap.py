@@ -127,7 +127,7 @@ def collect(
         rate: The true-positive rate of ``fpr95``.
         draws: The number of the first resample of a block, and the weights ``(..., b)`` that the cells take.
         resamples: ``B``.
-        progress: Called with the share that is done.
+        progress: Called with the fraction that is done.
     """
     replicates: Replicates = {}
     for start, weights in draws:

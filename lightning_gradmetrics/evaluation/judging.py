@@ -39,12 +39,12 @@ class Question:
         scores: The columns to judge.
         roles: The role of each dataset.
         rate: The true-positive rate of ``fpr95``.
-        ood_share: The share of out-of-distribution rows in the mixture of the joint task.
+        ood_share: The fraction of out-of-distribution rows in the mixture of the joint task.
         resamples: The number of bootstrap resamples.
         level: The level of the intervals.
         seed: The seed of the resamples.
         cluster: The column of rows that are resampled together, or ``None``.
-        progress: Called with the share of the resamples that is done.
+        progress: Called with the fraction of the resamples that is done.
     """
 
     scores: Sequence[str]
@@ -197,7 +197,7 @@ def _bin_notes(binned: Mapping[str, BinnedScore], tasks: Sequence[DetectionTask]
 
 
 def _rounded_up(value: float) -> float:
-    """Return the next number with one digit.
+    """Return the number rounded up to one significant digit.
 
     Example:
         >>> _rounded_up(0.00012), _rounded_up(0.0)

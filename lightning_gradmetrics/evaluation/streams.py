@@ -26,7 +26,7 @@ class Stream:
     """Results that can be read more than once.
 
     Args:
-        name: What to call them in messages.
+        name: Their name in messages.
         rows: The number of rows.
         columns: The names of the columns.
         read: Yields the rows of some columns in tables of a bounded number of rows.
@@ -48,7 +48,7 @@ class Stream:
         return self.read(chosen_columns(self.columns, [*COLUMNS, *scores], ["finite"]))
 
     def checked_batches(self, scores: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield the same, and check that no row is missing or repeated.
+        """Yield the columns that the evaluation needs, and check that no row is missing or repeated.
 
         Raises:
             IncompleteResultsError: If a row is.

@@ -40,7 +40,7 @@ def notes(run: Run) -> list[str]:
 
 
 def _gaps(run: Run) -> list[tuple[str, str]]:
-    """Return notes on gaps in the tables, each with a keyword that identifies a note of the run on the same subject."""
+    """Return notes on gaps in the tables, each with a keyword; a note of the run with that keyword has the same subject."""
     found = []
     not_finite = []
     labelled, groups = set(), set()

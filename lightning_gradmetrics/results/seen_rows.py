@@ -59,7 +59,7 @@ class SeenRows:
             if indices[0] < 0 or indices[-1] >= LARGEST_INDEX:
                 raise ValueError(
                     f"{self.where} has the index {indices[0] if indices[0] < 0 else indices[-1]} in {name!r}; expected 0 to "
-                    f"{LARGEST_INDEX - 1}, the sample's place in the dataset"
+                    f"{LARGEST_INDEX - 1}, the sample's position in the dataset"
                 )
             repeated = indices[1:][indices[1:] == indices[:-1]]
             if not len(repeated):

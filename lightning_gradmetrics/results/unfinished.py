@@ -18,7 +18,7 @@ class UnfinishedBatches(BatchSampler):
     """The batches of a batch sampler without those whose rows are all committed; at least one batch remains.
 
     The remaining batches equal those of an uninterrupted run, so their scores are the same to the last bit. Lightning
-    makes a batch sampler again with another sampler, from its class: the committed rows are an attribute of the class.
+    re-creates a batch sampler from its class with another sampler, so the committed rows are an attribute of the class.
     """
 
     committed: ClassVar[Mask]

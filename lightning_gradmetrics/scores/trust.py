@@ -43,8 +43,7 @@ SMALLEST_SHARE = 1e-6
 class ViewSums:
     """A probe: sums over the shifted views of each class's log odds, the energy and the channel statistics.
 
-    The first view, the input itself, is left out, because its forward pass is that of the prediction, which is
-        observed.
+    The first view is the input itself. It is left out, because the forward pass of the prediction is observed.
 
     Args:
         views: The number of views, one more than the number of forward passes.

@@ -115,8 +115,8 @@ def known_labels(labels: Tensor, logits: Tensor) -> Tensor:
     if bool(wrong.any()):
         raise ValueError(
             f"a position has the label {int(labels[wrong][0])}, and the model has {classes} classes, 0 to {classes - 1}. "
-            "Allowed are these, 255 and negative numbers for an unknown label: replace every other label of ignored or "
-            "unknown objects, as in labels.masked_fill(labels == 11, -1)"
+            "An unknown label must be 255 or negative: replace every other label of ignored or unknown objects, as in "
+            "labels.masked_fill(labels == 11, -1)"
         )
     return labels.long().masked_fill(unknown & (labels != OUTLIER), IGNORED)
 

@@ -143,7 +143,7 @@ class PositionReader:
         layers = dict(self.model.named_modules())
         if self.head is not None:
             if self.head not in layers or patches_of(layers[self.head]) is None:
-                raise HeadNotFoundError(f"head={self.head!r} is no convolution and no linear layer of the model")
+                raise HeadNotFoundError(f"head={self.head!r} is neither a convolution nor a linear layer of the model")
             return {self.head: layers[self.head]}
         if self.composition is not None:
             return {name: layers[name] for name in self.composition.names}

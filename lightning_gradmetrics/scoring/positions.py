@@ -107,7 +107,7 @@ class _PartOfFeatures(HeadFeatures):
         return replace(self, whole=self.whole.rows(keep), vectors={})
 
     def precise(self) -> HeadFeatures:
-        """Return itself, because the whole input is precise already."""
+        """Return the same object, because the whole input is precise already."""
         return self
 
 

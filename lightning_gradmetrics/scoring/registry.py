@@ -248,7 +248,7 @@ def _known(name: str) -> Recipe:
         return _recipe_of(_imported(name))
     if name in OF_ANSWERS:
         raise ValueError(
-            f"the score {name!r} is one of whole answers of language models: call lightning_gradmetrics.score_generation(model, "
+            f"the score {name!r} scores whole answers of language models: call lightning_gradmetrics.score_generation(model, "
             f"prompts, answers, {name!r})"
         )
     near = difflib.get_close_matches(name, [*RECIPES, *OF_ANSWERS], 3, 0.5)

@@ -39,8 +39,8 @@ def evaluation_data(made: Any, source: str) -> EvaluationData:
         made = _data_of_mapping(made, source)
     if not isinstance(made, EvaluationData):
         raise TypeError(
-            f"data._target_={source} must return an EvaluationData, a LightningDataModule or a mapping from role to data "
-            f"set, such as {{'id': test_set, 'far': {{'svhn': svhn}}}}; got {type(made).__name__}"
+            f"data._target_={source} must return an EvaluationData, a LightningDataModule or a mapping from role to "
+            f"dataset, such as {{'id': test_set, 'far': {{'svhn': svhn}}}}; got {type(made).__name__}"
         )
     if "id" not in made.roles.values():
         raise ValueError(f"{source} has no in-distribution data: give one dataset the role 'id'")

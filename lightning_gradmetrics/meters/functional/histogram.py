@@ -210,7 +210,7 @@ def _join_levels(cells: Array) -> Array:
 
 
 def _family_shares(cells: Array, join: Array) -> Array:
-    """The largest share of a class in the smallest family of each pair of neighbours, ``(R - 1,)``."""
+    """Return the largest fraction of a class in the smallest cell that would cover each pair of adjacent cells, ``(R - 1,)``."""
     counts = cells[NEGATIVE:]
     below = np.concatenate([np.zeros((len(counts), 1)), counts.cumsum(1)], 1)
     below /= np.maximum(below[:, -1:], 1)
@@ -236,7 +236,7 @@ def _span(cells: Tensor) -> Tensor:
 
 
 def folded_share(table: Tensor) -> float:
-    """The largest share of a class in a folded cell; 0 where every metric is exact."""
+    """Return the largest fraction of a class in a folded cell; 0 where every metric is exact."""
     cells = _sorted_cells(table)
     share = cells[NEGATIVE:] / cells[NEGATIVE:].sum(1, keepdim=True).clamp(min=1)
     return float(share[:, cells[LEVEL] > 0].max()) if bool((cells[LEVEL] > 0).any()) else 0.0

@@ -47,7 +47,7 @@ class Question:
 
     @property
     def places(self) -> list[Place]:
-        """The places of each dataset, and of the mean over several."""
+        """The task, group and dataset of each entry: one per dataset, and one for the mean over several."""
         places: list[Place] = []
         for dataset in self.datasets:
             places.append((self.task, self.group, dataset))
@@ -57,7 +57,7 @@ class Question:
 
     @property
     def mean(self) -> list[Place]:
-        """The place of the mean over the datasets, or of the only dataset."""
+        """The entry of the mean over the datasets, or of the only dataset."""
         return self.places[-1:]
 
 
@@ -148,7 +148,7 @@ def _everything(questions: Sequence[Question], all_metrics: bool) -> Selection:
 
 
 def _first_that_fits(question: Question, evaluation: Evaluation, scores: Sequence[Score], width: int) -> Selection:
-    """Return the widest selection of one question that fits, or the narrowest."""
+    """Return the widest selection of one question whose table fits; the narrowest if none does."""
     for selection in _narrowing(question):
         if _grid(selection, evaluation, scores).width <= width:
             break
@@ -208,7 +208,7 @@ class _Values:
             self.values[place, metric["score"], metric["metric"]] = metric["value"]
 
     def groups(self, selection: Selection) -> list[Group]:
-        """Return one group per place; its heading names the question unless the title does so."""
+        """Return one group per question and dataset; its heading names the question unless the title does so."""
         groups = []
         for place in selection.places:
             task, _, dataset = place
