@@ -268,7 +268,7 @@ def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], b
         minors = []
         axes = (*step.inputs, step.output)
         for axis, changed in zip(axes, changes or (None,) * len(axes), strict=True):
-            minors.append(None if axis is None or axis.times == 1 or changed is None else layout(changed, axis.times))
+            minors.append(None if axis is None or changed is None else layout(changed, axis.times))
         known = [minor for minor in minors if minor is not None]
         if not known and any(axis is not None and axis.times > 1 for axis in axes):
             open_steps.append(number)

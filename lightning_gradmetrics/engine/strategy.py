@@ -20,7 +20,7 @@ from lightning_gradmetrics.engine.size_trace import SizeRecord, SizeTrace
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
 
-__all__ = ["EVERY_SAMPLE", "Checks", "Strategy", "collect_fast", "warn_slow"]
+__all__ = ["EVERY_SAMPLE", "Checks", "Strategy", "collect_fast", "warn_slow", "unchecked"]
 
 ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
 """Number of samples of each batch that also run alone, to detect samples that depend on each other."""
@@ -29,6 +29,10 @@ EVERY_SAMPLE = 10**9
 
 Checks = Callable[[Tensor, Tracer], None]
 """Gets the logits of a batch, and the tracer of the forward pass."""
+
+
+def unchecked(logits: Tensor, tracer: Tracer) -> None:
+    """Accept logits that have been checked before."""
 
 
 @dataclass

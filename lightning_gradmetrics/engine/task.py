@@ -38,6 +38,7 @@ class Task:
         memory: Memory limit in bytes, beyond the model and the inputs; ``None`` for no limit.
         per_sample: For each tensor of the inputs, whether its first axis is the sample; other tensors are shared.
         record: The model's state when the task was made, if the model is still in it.
+        weights: Powers of two ``(N,)`` by which the gradients of the samples are scaled until the end, for a check.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Task:
     memory: int | None = None
     per_sample: tuple[bool, ...] = ()
     record: ModelRecord | None = None
+    weights: Tensor | None = None
 
     @property
     def losses(self) -> tuple[Callable[[Tensor | None], Loss], ...]:
@@ -108,6 +110,12 @@ class Task:
 
     def unit_gradient(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient of :meth:`unit_losses` with respect to the logits, ``(N, C)``, and the undoing factors."""
+        gradient, undo = self._unit_gradient(index, logits)
+        if self.weights is None:
+            return gradient, undo
+        return gradient * self.weights[:, None].to(gradient), undo / self.weights.to(undo)
+
+    def _unit_gradient(self, index: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         objective, labels = self.objectives[index], None
         is_plain = objective.function is None and not objective.arguments
         if objective.name == "label":

@@ -28,9 +28,9 @@ from lightning_gradmetrics.engine.strategy import (
     EVERY_SAMPLE,
     Strategy,
     collect_fast,
+    unchecked,
 )
 from lightning_gradmetrics.engine.task import Task
-from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.gradients.precision import full_float32, rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
@@ -123,7 +123,7 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
         state.restore()
         table, notes = MomentTable(probe.task.restricted(names), scaled=True), VerificationNotes()
         try:
-            _, _, path = collect_fast(table, table.task, plan, _unchecked, notes)
+            _, _, path = collect_fast(table, table.task, plan, unchecked, notes)
             break
         except PlanError as error:
             plan = _without_failed_step(plan, slow, error, names)
@@ -134,10 +134,6 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
             wrong[name] = reason
     wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
     return plan, {**slow, **wrong}, path
-
-
-def _unchecked(logits: Tensor, tracer: Tracer) -> None:
-    """Accept the logits: the probe has been checked."""
 
 
 def _alone(probe: Probe, plan: Plan | None) -> int:

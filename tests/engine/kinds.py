@@ -193,6 +193,21 @@ def _padded_to_four(net: Net, x: Tensor) -> Tensor:
     return net.head(torch.tanh(net.a(padded)))[: len(x)]
 
 
+def _reversed_inside(net: Net, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.a(x.flip(0)))).flip(0)
+
+
+def _reversed_if_large(net: Net, x: Tensor) -> Tensor:
+    return _reversed_inside(net, x) if len(x) > 4 else net.head(torch.tanh(net.a(x)))
+
+
+def _first_two_swapped(net: Net, x: Tensor) -> Tensor:
+    order = torch.arange(len(x))
+    if len(x) > 3:
+        order[:2] = torch.tensor([1, 0])
+    return net.head(torch.tanh(net.a(x[order])))[order]
+
+
 def _in_place(net: Net, x: Tensor) -> Tensor:
     x.mul_(2).add_(1)
     return net.head(torch.tanh(net.a(x)))
@@ -332,6 +347,9 @@ EXACT: dict[str, Kind] = {
     ),
     "pieces of large batches": Kind(_of(_pieces), _rows(3, 9, 3, 4)),
     "a batch padded to a multiple of four": Kind(_of(_padded_to_four), _rows(3, 4, 6)),
+    "rows reversed inside": Kind(_of(_reversed_inside), _rows(3, 5, 9, 4)),
+    "rows of large batches reversed inside": Kind(_of(_reversed_if_large), _rows(3, 5, 9, 4)),
+    "two rows of large batches swapped inside": Kind(_of(_first_two_swapped), _rows(3, 4, 5, 9)),
     "input changed in place": Kind(_of(_in_place), _rows(4, 4)),
     "a cache made from a parameter": Kind(_of(_cached), _rows(4, 4, 5)),
     "a scripted function": Kind(_of(_through_script), _rows(4, 5)),
