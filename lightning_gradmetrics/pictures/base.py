@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -171,6 +172,25 @@ def settle_layout(figure: Figure) -> None:
         figure.set_layout_engine("none")
 
 
+def picture_path(name: str) -> PurePosixPath:
+    """Return the path of a picture below the folder of figures, without its suffix.
+
+    Folders of the name are kept. Characters that are unsafe in a file name become underscores, and a number from the name
+    keeps such paths apart.
+
+    Example:
+        >>> str(picture_path("maps/test/3")), picture_path("../../x").parts[:2]
+        ('maps/test/3', ('_', '_'))
+    """
+    parts = []
+    for part in name.split("/"):
+        parts.append(file_name(part).lstrip(".") or "_")
+    safe = "/".join(parts)
+    if safe == name:
+        return PurePosixPath(safe)
+    return PurePosixPath(f"{safe}-{zlib.crc32(name.encode()):08x}")
+
+
 def write_pictures(pictures: Iterable[Picture], directory: Path, pdf: bool = False) -> list[dict[str, str]]:
     """Write each picture to ``directory/figures/<name>.svg``; equal pictures result in equal files.
 
@@ -187,7 +207,7 @@ def write_pictures(pictures: Iterable[Picture], directory: Path, pdf: bool = Fal
     records = []
     for picture in pictures:
         settle_layout(picture.figure)
-        file = Path("figures") / f"{picture.name}.svg"
+        file = Path("figures") / f"{picture_path(picture.name)}.svg"
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context({"svg.hashsalt": picture.name}):
             picture.figure.savefig(directory / file, metadata={"Date": None})

@@ -471,7 +471,7 @@ def test_a_second_run_replaces_the_first() -> None:
 
 
 def test_docstring_lists_every_argument() -> None:
-    arguments = re.findall(r"^        (\w+):", lgm.GradientMetrics.__doc__.split("Attributes:")[0], re.M)
+    arguments = re.findall(r"^ {4,8}(\w+):", lgm.GradientMetrics.__doc__.split("Attributes:")[0], re.M)
     assert set(arguments) >= {"scores", "datasets", "head", "submodule", "split_batch", "logits_fn", "engine", "prefix"}
 
 

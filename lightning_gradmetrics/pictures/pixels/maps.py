@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.pictures.base import picture_path
+
 __all__ = ["KeptMaps", "by_rank", "write_maps"]
 
 Array = npt.NDArray[Any]
@@ -63,7 +65,7 @@ def write_maps(maps: KeptMaps, directory: Path) -> list[Path]:
         directory: The directory to write to; it is created if it is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    stem = f"{maps.dataset}_{maps.index}".replace("/", "_")
+    stem = picture_path(f"{maps.dataset}_{maps.index}".replace("/", "_"))
     arrays: dict[str, Array] = {"prediction": maps.prediction, **maps.scores}
     if maps.labels is not None:
         arrays["labels"] = maps.labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,16 @@ COLUMN_GAP = 2
 GROUP_GAP = 3
 LONGEST_GROUP_LINE = 18
 """Group headings that are longer than this and wider than their columns are folded."""
+
+
+def visible(text: str) -> str:
+    r"""Return the text with visible escapes instead of control characters, which a terminal would obey; newlines stay.
+
+    Example:
+        >>> visible("\x1b[2Jscore")
+        '\\x1b[2Jscore'
+    """
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match.group())[1:-1], text)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,10 @@ class Column:
     best: frozenset[int] = frozenset()
     left: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heading", visible(self.heading))
+        object.__setattr__(self, "cells", tuple(map(visible, self.cells)))
+
     @property
     def width(self) -> int:
         """The widest line, in characters."""
@@ -44,6 +59,9 @@ class Group:
 
     heading: str
     columns: tuple[Column, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heading", visible(self.heading))
 
     @property
     def columns_width(self) -> int:
@@ -81,6 +99,10 @@ class Grid:
     groups: tuple[Group, ...]
     section_ends: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", visible(self.title))
+        object.__setattr__(self, "notes", tuple(map(visible, self.notes)))
 
     @property
     def width(self) -> int:

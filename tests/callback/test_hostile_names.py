@@ -1,0 +1,77 @@
+"""Names of datasets and scores that would break out of a directory, a page or a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.pictures.base import Picture, write_pictures
+from tests.callback.runs import Stepped, trainer
+
+SCRIPT = "<script>alert(1)</script>"
+DATASETS = {f"../../{SCRIPT}": "id", "/tmp/[bold]far[/bold]\x1b[2J": "far\n[red]", "..": "near"}
+SCORES = {f"../up{SCRIPT}": "energy", "[bold]max[/bold]\x1b[31m": "max_softmax", "/root/a\nb": "gradnorm"}
+
+
+def loaders() -> list[DataLoader[Any]]:
+    torch.manual_seed(0)
+    made = []
+    for size in (30, 20, 20):
+        made.append(DataLoader(TensorDataset(torch.rand(size, 3, 8, 8), torch.arange(size) % 3), 8))
+    return made
+
+
+def files(directory: Path) -> set[Path]:
+    return {path for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore:.*missing from font.*")  # newlines in the names
+def test_names_stay_inside_the_run_directory_and_are_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "one" / "two" / "three" / "run"
+    module = Stepped(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
+    callback = lgm.GradientMetrics(SCORES, datasets=DATASETS, top_k={next(iter(SCORES)): 3}, profile=True)
+    trainer(callback).test(module, loaders(), verbose=False)
+    before = set(map(str, Path("/tmp").glob("*bold*"))) | set(map(str, Path("/root").glob("*a*b*")))
+    callback.save(run)
+    page = callback.report(run / "report.html", data=dict(zip(DATASETS, loaders(), strict=True))).read_text()
+    after = set(map(str, Path("/tmp").glob("*bold*"))) | set(map(str, Path("/root").glob("*a*b*")))
+    assert files(tmp_path) == files(run) and before == after
+    assert SCRIPT not in page and "&lt;script&gt;alert(1)&lt;/script&gt;".replace("/", "/<wbr>") in page.replace(
+        "&lt;/", "&lt;/<wbr>"
+    ).replace("<wbr><wbr>", "<wbr>")
+    assert SCRIPT not in callback._repr_html_()
+    shown = capsys.readouterr().out + callback.summary(200)
+    assert "[bold]max[/bold]" in shown and "\x1b" not in shown
+
+
+def test_a_hostile_name_of_a_picture_is_a_file_name(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    names = ["maps/../../x/0", "/abs/y", "..", "maps/a\nb", "maps/a\x1bb", "fine/name"]
+    records = write_pictures([Picture(name, name, "", Figure(), "Maps") for name in names], tmp_path / "run")
+    assert len({record["file"] for record in records}) == len(names)
+    assert records[-1]["file"] == "figures/fine/name.svg"
+    for record in records:
+        path = (tmp_path / "run" / record["file"]).resolve()
+        assert path.is_file() and path.is_relative_to((tmp_path / "run" / "figures").resolve())
+        assert record["file"].isprintable()
+    assert files(tmp_path) == files(tmp_path / "run")
+
+
+def test_fitted_states_and_results_stay_inside_their_directories(tmp_path: Path) -> None:
+    model, images = nn.Sequential(nn.Linear(4, 3)), torch.randn(20, 4)
+    scores = list(lgm.scores.resolve({"../../../evil\n": "gradorth"}))
+    lgm.scores.save_fitted(lgm.fit(model, [images], scores), tmp_path / "a" / "states")
+    output = tmp_path / "a" / "results"
+    callback = lgm.GradientMetrics(["energy"], datasets=["../../x"], output=output)
+    trainer(callback).test(Stepped(nn.Linear(4, 3)), DataLoader(TensorDataset(images), 8), verbose=False)
+    assert {path.parent for path in files(tmp_path)} == {tmp_path / "a" / "states", output}
+    assert lgm.read_results(output)["dataset"].to_pylist() == ["../../x"] * 20
