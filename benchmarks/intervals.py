@@ -63,7 +63,7 @@ def true_values(shift: float, negatives: int, positives: int) -> dict[str, float
 
 
 def coverage(shift: float, negatives: int, positives: int, runs: int, resamples: int) -> dict[str, float | None]:
-    """Return the share of intervals that contain the true value; None where no interval is computed."""
+    """Return the fraction of intervals that contain the true value; None where no interval is computed."""
     truth = true_values(shift, negatives, positives)
     held: dict[str, list[bool]] = {metric: [] for metric in METRICS}
     for seed in range(runs):

@@ -48,9 +48,17 @@ HABITS = (
 )
 """What not to write; STYLE: subject, verb, object, and the standard term."""
 
-BETWEEN_WORDS = r"[\s#]+"  # a sentence of a comment goes on in the next line
+BETWEEN_WORDS = r"[\s#*]+"  # a sentence of a comment goes on in the next line
 PATTERN = re.compile(rf"\b({'|'.join(HABITS)})\b".replace(" ", BETWEEN_WORDS), re.IGNORECASE)
-READ = ("*.md", "docs/**/*.md", "conf/**/*.yaml", "examples/*.py", "benchmarks/*.py", "lightning_gradmetrics/**/*.py")
+READ = (
+    "*.md",
+    "docs/**/*.md",
+    "conf/**/*.yaml",
+    "examples/*.py",
+    "benchmarks/*.py",
+    "lightning_gradmetrics/**/*.py",
+    "lightning_gradmetrics/**/*.[ch]",
+)
 
 
 def test_prose_has_no_habits() -> None:

@@ -1,6 +1,6 @@
 /* Depthwise convolutions: one filter per channel, so the lanes of a vector are channels.
  *
- * For each sample and block of COLS channels, input and output gradient are copied to planes whose neighbours are
+ * For each sample and block of COLS channels, input and output gradient are copied to planes whose adjacent values are
  * channels. ROWS kernel entries of the block stay in registers over all positions and are then added to the statistics.
  */
 #include "kernels.h"

@@ -16,7 +16,7 @@ typedef struct {
   atomic_int next, worker;
 } gram_job;
 
-enum { ENTRIES_MAX = 64, GUARD = 4096 }; /* kernel entries at most; bytes around what lanes in the border may touch */
+enum { ENTRIES_MAX = 64, GUARD = 4096 }; /* kernel entries at most; bytes that lanes in the border may touch */
 
 static int64_t volume(const int64_t *size) { return size[0] * size[1] * size[2]; }
 static int64_t whole_tiles(int64_t count) { return (count + COLS - 1) / COLS * COLS; }
@@ -86,7 +86,7 @@ typedef int64_t whole;
 #endif
 typedef whole mask __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 
-/* The kernel entries that output position p does not have in the border, line by line of the kernel. An entry is its
+/* The kernel entries that are not in the border at output position p, line by line of the kernel. An entry is its
  * row of the input's Gram matrix, moved so that q's own offset finds x_{p,e} . x_{q,e}, and the lanes of a line of q
  * that are not in the border. */
 typedef struct {

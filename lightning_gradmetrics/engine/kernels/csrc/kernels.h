@@ -1,4 +1,4 @@
-/* Vector types, running statistics and tiles of products: what every kernel shares.
+/* Vector types, running statistics and tiles of products, which all kernels share.
  *
  * Compiled at first use with -DREAL=float -DSINGLE or -DREAL=double; plain C with the vector extensions of gcc and
  * clang.
@@ -191,7 +191,7 @@ inline_always void transpose(const REAL *from, int64_t step, REAL *to) {
 inline_always void transpose(const REAL *from, int64_t step, REAL *to) { *to = *from; }
 #endif
 
-/* A line of positions of some columns, neighbours in memory, to rows of COLS. */
+/* Copies a line of positions of some columns, adjacent in memory, to rows of COLS. */
 static void pack_line(const REAL *from, int64_t step, int64_t width, int columns, REAL *to) {
   int c = 0;
   for (; c + TRANSPOSED <= columns; c += TRANSPOSED) {

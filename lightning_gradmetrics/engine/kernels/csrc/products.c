@@ -23,7 +23,7 @@ typedef struct {
   atomic_int next, worker;
 } product_job;
 
-/* Copies one group's input with a border of zeros: to channel planes, or, where neighbours in memory are channels, to
+/* Copies one group's input with a border of zeros: to channel planes or, if channels are adjacent in memory, to
  * planes of ROWS channels each. */
 static void pack_input(const product_job *j, const REAL *x, REAL *to) {
   const int64_t d = j->in[0], h = j->in[1], w = j->in[2];

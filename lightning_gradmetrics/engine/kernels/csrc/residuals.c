@@ -7,10 +7,10 @@ typedef struct {
   REAL *gradient;        /* (samples, classes) */
   double *undo;          /* (samples): the factors that undo the scale */
   int64_t samples, classes, step, ignored;
-  int unusual; /* set if a logit is not finite or a label is no class; the results are then undefined */
+  int unusual; /* set if a logit is not finite or a label is not a class; the results are then undefined */
 } residual_job;
 
-/* softmax(z) - e_c, whose entry c is minus the sum of the others: 1 - p would lose its digits. */
+/* softmax(z) - e_c, whose entry c is minus the sum of the others: computing 1 - p would lose precision. */
 static int residual_row(const REAL *z, int64_t classes, int64_t label, REAL *g, double *undo) {
   int64_t top = 0;
   for (int64_t c = 0; c < classes; c++) {

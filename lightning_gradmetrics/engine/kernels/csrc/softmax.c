@@ -1,8 +1,8 @@
-/* What scores read from the softmax of maps of logits, in one pass over the classes of WIDTH neighbouring positions. */
+/* Quantities that scores read from the softmax of maps, in one pass over the classes of WIDTH adjacent positions. */
 #include "kernels.h"
 
 typedef struct {
-  const REAL *z; /* (samples, classes, positions), positions are neighbours in memory */
+  const REAL *z; /* (samples, classes, positions), positions are adjacent in memory */
   REAL *out;     /* (OUTPUTS, samples, positions) */
   int64_t samples, classes, positions, z_sample, z_class;
   atomic_int next;
@@ -78,7 +78,7 @@ inline_always void positions_of(const REAL *z, int64_t step, int classes, REAL *
   for (int k = 0; k < OUTPUTS; k++) *(loose *)(out + k * row) = results[k];
 }
 
-/* The last positions, fewer than WIDTH, beside copies of the first of them. */
+/* The last positions, fewer than WIDTH, padded with copies of the first of them. */
 static void rest_of(const REAL *z, int64_t step, int classes, REAL *out, int64_t row, int count) {
   REAL logits[MOST_CLASSES * WIDTH], results[OUTPUTS * WIDTH];
   for (int c = 0; c < classes; c++)

@@ -11,7 +11,7 @@ typedef struct {
 
 enum { CHUNK = 512 }; /* terms summed in single precision before they move to double */
 
-/* One channel whose positions are neighbours in memory. */
+/* One channel whose positions are adjacent in memory. */
 static void channel_sums(const REAL *x, const REAL *g, int64_t count, double *sum, double *product) {
   *sum = *product = 0;
   for (int64_t p = 0; p < count; p += CHUNK) {
@@ -32,7 +32,7 @@ static void channel_sums(const REAL *x, const REAL *g, int64_t count, double *su
   }
 }
 
-/* Up to CHUNK channels that are neighbours in memory. */
+/* Up to CHUNK channels that are adjacent in memory. */
 static void position_sums(const sum_job *j, const REAL *x, const REAL *g, int width, double *sum, double *product) {
   REAL a[CHUNK], b[CHUNK];
   for (int c = 0; c < width; c++) sum[c] = product[c] = 0;
