@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_gradmetrics.classifier.input_errors import problem_of
 from lightning_gradmetrics.classifier.labels import MULTI_LABEL
 from lightning_gradmetrics.classifier.preservation import preserved
 
@@ -47,7 +48,21 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     """Call ``model`` with a tensor, with a mapping as keyword arguments, or with a sequence as positional arguments.
 
     The model receives copies of the tensors, so in-place operations do not change the caller's tensors.
+
+    Raises:
+        ValueError: If the model fails because of the type of the inputs, or of ids outside an embedding.
     """
+    try:
+        return _called(model, inputs)
+    except (IndexError, RuntimeError) as error:
+        is_about_values = isinstance(error, IndexError) or "type" in str(error)
+        problem = problem_of(model, list(tensors_in(inputs))) if is_about_values else ""
+        if not problem:
+            raise
+        raise ValueError(f"{type(model).__name__} cannot be called with these inputs: {problem}") from error
+
+
+def _called(model: nn.Module, inputs: Inputs) -> Any:
     copies = map_tensors(inputs, Tensor.clone)
     if isinstance(inputs, Tensor):
         return model(copies)

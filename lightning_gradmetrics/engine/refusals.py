@@ -32,7 +32,8 @@ def coupled_model(where: str) -> CoupledSamplesError:
     """
     return CoupledSamplesError(
         f"the samples of a batch depend on each other: {where} couples them, so per-sample gradients are not defined. "
-        "Make the model treat each sample separately, or pass one sample at a time"
+        "Make the model treat each sample separately, pass one sample at a time, or pass sample_axis= if the samples are on another "
+        "axis of the inputs"
     )
 
 

@@ -112,7 +112,7 @@ def _by_runs(task: Task, flags: Sequence[bool], ambiguous: Sequence[int]) -> lis
         raise SampleAxisError(
             f"{type(task.model).__name__} runs on the whole batch but not on 2 or 3 of its {task.size} samples, whichever "
             "inputs are split. The first axis of the first input must be the sample axis; inputs that all samples share must "
-            "not depend on the size of the batch"
+            "not depend on the size of the batch. Pass sample_axis= if the samples are on another axis"
         )
     return runnable[0]
 

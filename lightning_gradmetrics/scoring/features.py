@@ -94,7 +94,7 @@ def gradient_features(
         levels: ``"all"`` (all parameters together), ``"layer"`` (the parameters of each layer together),
             ``"parameter"`` (each separately), or several, such as ``"all+layer"``.
         statistics: Names of statistics.
-        **options: ``targets``, ``logits``, ``engine`` and ``memory``, as in
+        **options: ``targets``, ``logits``, ``engine``, ``memory`` and ``sample_axis``, as in
             :func:`lightning_gradmetrics.gradient_statistics`.
 
     Returns:

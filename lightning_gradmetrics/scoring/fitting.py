@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.batches import BatchCopy, split_batch
 from lightning_gradmetrics.classifier.forward import check_model, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.labels import described, is_like_labels, token_numbers
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
 from lightning_gradmetrics.results.table import finite_rows
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
@@ -155,6 +156,7 @@ def fit(
     scores: ScoreLike | Iterable[ScoreLike],
     *,
     ood: Iterable[Any] = (),
+    sample_axis: SampleAxis = 0,
     **options: Any,
 ) -> list[FittedScore]:
     """Fit scores without a Trainer.
@@ -165,6 +167,7 @@ def fit(
             mapping.
         scores: The scores to fit.
         ood: Batches of out-of-distribution data, for detectors that are fitted on both kinds.
+        sample_axis: The axis of the samples in the inputs, as in :func:`lightning_gradmetrics.score`.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Returns:
@@ -189,7 +192,7 @@ def fit(
     _check_batches("batches", batches)
     _check_batches("ood", ood)
     for kind, stream in ((False, batches), (True, ood)):
-        for batch, evidence in gathered(model, stream, fitting.scorer, kind):
+        for batch, evidence in gathered(model, stream, fitting.scorer, kind, sample_axis):
             fitting.add(batch, evidence)
     return list(fitting.finish(model).values())
 
@@ -205,7 +208,7 @@ def _check_batches(argument: str, batches: Any) -> None:
 
 
 def gathered(
-    model: nn.Module, batches: Iterable[Any], scorer: Scorer, ood: bool
+    model: nn.Module, batches: Iterable[Any], scorer: Scorer, ood: bool, sample_axis: SampleAxis = 0
 ) -> Iterator[tuple[ObservedBatch, Evidence]]:
     """Yield each batch with its evidence, observed in a forward pass on the model's device.
 
@@ -214,21 +217,31 @@ def gathered(
         batches: Batches as a dataloader returns them.
         scorer: The scorer that needs the evidence.
         ood: Whether the samples are out-of-distribution.
+        sample_axis: The axis of the samples in the inputs.
     """
     observer, device = StepObserver(scorer, model), next(model.parameters()).device
     for batch in batches:
         inputs, labels = split_batch(batch)
-        seen = observer.own(map_tensors(inputs, lambda tensor: tensor.to(device)))
-        flags = torch.full((seen.size,), ood, device=device)
-        if token_ids(seen) is not None:
-            labels = BatchCopy(batch).labels(seen.size, None, (), token_numbers)
-            kept = observer.tokens(replace(seen, ood=flags), labels, inputs)
-            yield kept, scorer.evidence(model, kept)
-            continue
-        if labels is not None and labels.ndim != seen.logits.ndim - 1:
-            labels = None
-        kept = replace(seen, labels=None if labels is None else labels.to(device), ood=flags)
-        yield kept, scorer.evidence(model, kept)
+        moved = map_tensors(inputs, lambda tensor: tensor.to(device))
+        with samples_first(model, moved, sample_axis) as placed:
+            seen = observer.own(placed)
+            kept = _with_labels(observer, seen, batch, labels, ood, inputs)
+            evidence = scorer.evidence(model, kept)
+        yield kept, evidence
+
+
+def _with_labels(
+    observer: StepObserver, seen: ObservedBatch, batch: Any, labels: Tensor | None, ood: bool, inputs: Any
+) -> ObservedBatch:
+    """Return an observed batch with its labels, and with the kind of its samples."""
+    device = seen.logits.device
+    flags = torch.full((seen.size,), ood, device=device)
+    if token_ids(seen) is not None:
+        labels = BatchCopy(batch).labels(seen.size, None, (), token_numbers)
+        return observer.tokens(replace(seen, ood=flags), labels, inputs)
+    if labels is not None and labels.ndim != seen.logits.ndim - 1:
+        labels = None
+    return replace(seen, labels=None if labels is None else labels.to(device), ood=flags)
 
 
 def keys_of(batch: ObservedBatch) -> Tensor:

@@ -110,3 +110,54 @@ def test_other_axes_and_hooks_are_refused():
     model.register_forward_pre_hook(lambda module, args: None)
     with pytest.raises(ValueError, match="forward pre-hooks"):
         lgm.score(model, x, "entropy", sample_axis=1)
+
+
+class _LastStep(nn.Module):
+    """Time first; a head on the last step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.GRU(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0][-1])
+
+
+def test_fits_and_features_take_a_sample_axis():
+    torch.manual_seed(0)
+    model, x, labels = _LastStep().eval(), torch.randn(7, 12, 4), torch.arange(12) % 3
+    fitted = lgm.fit(model, [(x, labels)], ["knn", "gradorth"], sample_axis=1)
+    flipped = nn.Sequential(_Flipped(), model).eval()
+    expected = lgm.fit(flipped, [(x.transpose(0, 1), labels)], ["knn", "gradorth"])
+    found, wanted = lgm.score(model, x, fitted, sample_axis=1), lgm.score(flipped, x.transpose(0, 1), expected)
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], values)
+    features, _ = lgm.gradient_features(model, x, sample_axis=1)
+    torch.testing.assert_close(features, lgm.gradient_features(flipped, x.transpose(0, 1))[0])
+
+
+class _Flipped(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "inputs", "words"),
+    [
+        (
+            [nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)],
+            torch.tensor([[1, 2, 30]]),
+            r"ids from 1 to 30.*0 to 9",
+        ),
+        ([nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)], torch.tensor([[1, -2, 3]]), r"ids from -2 to 3"),
+        ([nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)], torch.ones(1, 3), r"takes ids.*inputs\.long\(\)"),
+        ([nn.Linear(4, 3)], torch.ones(2, 4, dtype=torch.int64), r"torch\.int64.*inputs\.float\(\)"),
+        ([nn.Linear(4, 3)], torch.ones(2, 4).double(), r"torch\.float64.*inputs\.float\(\)"),
+    ],
+)
+def test_inputs_of_the_wrong_type_or_range_are_refused_in_words(layers, inputs, words):
+    model = nn.Sequential(*layers).eval()
+    with pytest.raises(ValueError, match=words):
+        lgm.score(model, inputs, ["gradnorm", "entropy"])
+    with pytest.raises(ValueError, match=words):
+        lgm.gradient_statistics(model, inputs, "pseudo_label")
