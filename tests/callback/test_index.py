@@ -201,7 +201,7 @@ class Peeks(Callback):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_hook_that_reads_a_loader_too(place: int) -> None:
-    """The pass over the first loader is known; that over a later one is not if a hook starts another pass."""
+    """The pass over the first loader is known; the pass over a later loader is unknown if a hook starts another one."""
     callback = observed()
     loaders = [LOADERS["shuffle"](), LOADERS["shuffle"]()]
     with warnings.catch_warnings(record=True) as heard:

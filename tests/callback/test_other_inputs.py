@@ -19,7 +19,7 @@ FULL = "pseudo_label(target=all)"
 
 
 def assert_closed_forms(callback: lgm.GradientMetrics, features: Tensor, logits: Tensor) -> None:
-    """The results are these of logits and features, computed without the package."""
+    """Assert that the results equal scores of logits and features computed without the package."""
     p = logits.softmax(1)
     torch.testing.assert_close(column(callback, "max_softmax"), 1 - p.amax(1))
     torch.testing.assert_close(column(callback, "energy"), -logits.logsumexp(1))
@@ -88,7 +88,7 @@ def test_graphs(kind: type[Stepped]) -> None:
 
 
 class Bags(nn.Module):
-    """Averages the words of each text, of which all are in one row with offsets."""
+    """Averages the words of each text; all texts are in one row, with offsets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Pools(nn.Module):
 
 @pytest.mark.parametrize("sides", [(4, 4), (5, 7)], ids=["as long as the batch", "other sizes"])
 def test_lists_of_images(sides: tuple[int, int]) -> None:
-    """An image with NaN is not finite, also where the number of its channels is that of the samples."""
+    """An image with NaN is not finite, even if the number of channels equals that of samples."""
     images = [numbers(4, *sides) for _ in range(8)]
     images[6][1, 0, 0] = float("nan")
     rows = list(zip(images, Y.tolist(), strict=True))
@@ -183,7 +183,7 @@ def wrapped(kind: str) -> nn.Sequential:
 
 @pytest.mark.parametrize("kind", ["lora", "weight norm", "dropout"])
 def test_wrapped_heads_in_a_run(kind: str) -> None:
-    """The head's weight is read in every run: that of an adapter which was trained in between is another one."""
+    """The head's weight is read in every run: an adapter that was trained between two runs has a different one."""
     net, x = wrapped(kind), numbers(8, 5)
     callback = lgm.GradientMetrics(LOGIT_AND_HEAD)
     for _ in range(2):
@@ -247,7 +247,7 @@ def test_a_dataclass_as_the_batch(kind: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
 def test_trainers_and_fabric_in_half_precision(precision: Any) -> None:
-    """Fabric refuses backward passes that are not its own; the flag is as before afterwards."""
+    """Fabric refuses other backward passes than its own; its flag is restored afterwards."""
     wrappers = pytest.importorskip("lightning.fabric.wrappers")
     from lightning.fabric import Fabric
 

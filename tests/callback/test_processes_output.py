@@ -29,7 +29,7 @@ print(json.dumps(outcomes))
 
 
 def test_two_and_three_processes_write_the_rows_that_one_writes(tmp_path: Path) -> None:
-    """With 23 and 11 rows in batches of four, the sampler repeats rows for both numbers of processes."""
+    """With 23 and 11 rows in batches of four, the sampler repeats rows for two and for three processes."""
     outcomes, _ = run_forked(COMPLETE, tmp_path)
     assert outcomes == [[[0, 0], [34, 34]]] * 3 + [[[0, 0, 0], [34, 34, 34]]]
     alone = lgm.read_results(tmp_path / "test-1")

@@ -185,7 +185,7 @@ def test_roles_and_wrong_tokens() -> None:
     torch.manual_seed(0)
     model = language_model("plain")
     ids = torch.randint(29, (24, 12))
-    with torch.no_grad():  # half of the tokens of the second half are what the model predicts
+    with torch.no_grad():  # the model predicts half of the tokens in the second half
         for place in range(1, 12, 2):
             ids[12:, place] = model(ids[12:, :place])[:, -1].argmax(1)
     rows = [{"ids": row} for row in ids]

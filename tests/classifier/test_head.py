@@ -66,7 +66,7 @@ def with_head(head: nn.Module) -> nn.Sequential:
 
 
 def merged(model: nn.Sequential) -> nn.Sequential:
-    """The same model with one linear layer for its head."""
+    """The same model with a single linear layer as its head."""
     head, zero, unit = nn.Linear(8, 3).double(), torch.zeros(1, 8).double(), torch.eye(8).double()
     with torch.no_grad():
         head.bias.copy_(model[2](zero)[0])

@@ -1,4 +1,4 @@
-"""The samples with the largest scores are listed and shown, the same ones in both."""
+"""The listed samples with the largest scores are the ones that are shown."""
 
 from __future__ import annotations
 

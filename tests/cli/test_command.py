@@ -50,7 +50,7 @@ def test_every_score_of_the_default_configuration_can_be_made() -> None:
 
 @pytest.mark.slow
 def test_every_score_file_makes_registered_scores() -> None:
-    """And every registered score has a file of its name, with its default arguments."""
+    """Every registered score has a file of its name, with its default arguments."""
     files = {path.stem for path in (configuration_directory() / "score").glob("*.yaml")}
     assert files >= set(RECIPES)
     for file in sorted(files):
@@ -68,7 +68,7 @@ def test_scores_can_be_chosen_and_changed() -> None:
 
 @pytest.mark.slow
 def test_default_run(tmp_path: Path, command: Command) -> None:
-    """Table on the screen, results, metrics, report, TensorBoard; both runs use the weights of the package."""
+    """A run writes the table, results, metrics, report and TensorBoard files; both runs use the weights of the package."""
     first = gradmetrics(tmp_path)
     assert first.returncode == 0, first.stderr
     for word in (

@@ -80,7 +80,7 @@ def test_records_of_a_role_are_the_mean_over_its_sets(records: list[dict]) -> No
     values = torch.tensor(table["entropy"].to_pylist())
     wins = (values[20:, None] > values[None, :20]).double().mean(1)
     mean = (wins[:10].mean() + wins[10:].mean()) / 2
-    assert abs(mean - wins.mean()) > 1e-3  # the sets differ in size: all their samples together would be another number
+    assert abs(mean - wins.mean()) > 1e-3  # the sets differ in size: pooling all samples would give a different number
     assert entropy["aurocs"].keys() == {"errors", "far"}
     assert entropy["aurocs"]["far"][0] == pytest.approx(float(mean))
     assert el2n["aurocs"] == {} and el2n["kind"] == "reads labels" and not el2n["backward"]

@@ -69,7 +69,7 @@ with replacing.replaced(Path(sys.argv[1]) / "states") as folder:
 def test_a_kill_while_a_directory_is_replaced_leaves_one_of_the_versions(
     step: str, expected: str, tmp_path: Path
 ) -> None:
-    """One version is in place at the latest after the next start, and the directory can be replaced again."""
+    """After the next start one version is in place, and the directory can be replaced again."""
     (tmp_path / "states").mkdir()
     (tmp_path / "states" / "old").touch()
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), step])

@@ -47,7 +47,7 @@ def test_a_score_that_reads_the_label_is_not_a_reference(results: pa.Table) -> N
 
 @pytest.fixture
 def results() -> pa.Table:
-    """60 samples, a third of them errors, and 30 others; the combination ranks best, the single gradnorm next."""
+    """Return 60 samples, a third of them errors, and 30 others; the combination ranks best, gradnorm next."""
     wrong, other = torch.arange(90) % 3 == 0, torch.arange(90) >= 60
     columns = {"dataset": ["mine"] * 60 + ["other"] * 30, "index": [*range(60), *range(30)], "prediction": [0] * 90}
     labels = [int(w) if i < 60 else None for i, w in enumerate(wrong)]
@@ -57,7 +57,7 @@ def results() -> pa.Table:
 
 
 def test_references_and_intervals(results: pa.Table) -> None:
-    """Scores fitted on labels are candidates and no references; numbers equal those of the evaluation."""
+    """Scores fitted on labels are candidates, not references; the numbers equal those of the evaluation."""
     records = compare_fitted(results, SCORES, ROLES, {}, resamples=200)
     assert len(records) == 2 * 4
     for task, dataset in (("misclassification", "mine"), ("ood", "other")):

@@ -67,7 +67,7 @@ def test_the_result_of_the_readme_is_that_of_the_leaderboard() -> None:
 def test_sentences_follow_from_the_intervals(to_energy: list[float], to_gen: list[float], sentence: str) -> None:
     lines = conclusions(run({"energy": to_energy, "gen": to_gen, "views(score=gen)": [-0.5, -0.6, -0.4]}))
     assert lines[0].startswith(f"- `trust` is {sentence}")
-    assert "views" not in "\n".join(lines)  # ten passes are no rival of one
+    assert "views" not in "\n".join(lines)  # a score of ten passes is not compared with one of a single pass
 
 
 def test_a_score_of_ten_passes_is_compared_at_both_costs() -> None:

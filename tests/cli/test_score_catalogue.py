@@ -27,7 +27,7 @@ def entries(path: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_makes_scores(path: Path) -> None:
-    """Under names that begin with the file's name, or, in a file of several, with the score's."""
+    """The names begin with the file's name or, in a file of several scores, with the score's."""
     for name, node in entries(path).items():
         if name != "seed":
             score = instantiate(node)

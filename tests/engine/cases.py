@@ -74,7 +74,7 @@ class Checkpointed(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding that is the output layer too, and a layer used twice."""
+    """An embedding that is also the output layer, and a layer used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Minor(nn.Module):
 
 
 class Lookup(nn.Module):
-    """Embeddings by the sample and by the position, one inside ``no_grad`` that no gradient reaches."""
+    """Embeddings of samples and of positions; one is inside ``no_grad``, so no gradient reaches it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ def worst_difference(found: GradientStatistics, expected: GradientStatistics, fl
     for key in expected.moments.keys() & {
         "max",
         "min",
-    }:  # where squares underflow, the extremes still are what they are
+    }:  # the squares may underflow, but the extremes are exact
         l2 = torch.maximum(l2, expected.moments[key].abs())
     for key, value in expected.moments.items():
         scale = {"sum": l1, 1.0: l1, 2.0: expected.moments[2.0]}.get(key, l2)  # type: ignore[call-overload]

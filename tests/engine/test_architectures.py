@@ -1,4 +1,4 @@
-"""Real architectures with random weights: no parameter falls back, and every statistic is that of the reference."""
+"""Real architectures with random weights: no parameter falls back, and every statistic equals the reference's."""
 
 from __future__ import annotations
 

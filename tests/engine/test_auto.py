@@ -147,7 +147,7 @@ def test_packed_sequences_fall_back_with_one_warning():
 
 
 class Hidden(torch.autograd.Function):
-    """A function that torch's overrides do not see."""
+    """A function that torch's override mechanism does not intercept."""
 
     @staticmethod
     def forward(ctx, x, weight):

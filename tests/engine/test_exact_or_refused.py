@@ -51,14 +51,14 @@ def test_values_are_exact_in_every_batch(name):
 
 
 def test_reversed_rows_are_not_mistaken_for_rows_in_order():
-    """The middle sample keeps its place, so one sample compared at random shows nothing in a third of the runs."""
+    """The middle sample keeps its position, so comparing one random sample reveals nothing in a third of the runs."""
     for _ in range(8):
         assert max(outcomes(EXACT["rows reversed inside"])) < 1e-8
 
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_models_that_couple_samples_are_refused(name):
-    """Batches in which every sample has the gradients that it has alone may be answered."""
+    """A batch in which every sample has the same gradients as alone may be computed."""
     found = outcomes(COUPLED[name])
     assert CoupledSamplesError in found
     assert all(error is CoupledSamplesError or error < 1e-8 for error in found)

@@ -40,7 +40,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def close(actual: dict, gradient: torch.Tensor, wanted: frozenset, dtype: torch.dtype) -> None:
-    """Equal to the moments of the materialised gradient; a sum may lose what its terms cancel."""
+    """Assert that moments equal those of the stored gradient; a sum may lose digits to cancellation."""
     expected = gradient_moments(gradient.double(), {*wanted, 1.0})
     assert set(actual) == set(wanted)
     for key in wanted:
@@ -116,7 +116,7 @@ def test_convolution(case, seed, dtype, wanted):
     extra=st.integers(0, 1),
 )
 def test_gram_form(case, seed, dtype, layout, extra):
-    """Whether it is faster or not; an input may be larger than the output gradient covers."""
+    """The kernels are right even where they are not faster, and for an input larger than the output gradient covers."""
     n, per_in, per_out, size, geometry = case
     torch.manual_seed(seed)
     x = torch.randn(n, geometry.groups * per_in, *(s + extra for s in size), dtype=dtype)

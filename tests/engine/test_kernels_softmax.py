@@ -24,7 +24,7 @@ PARTS = ("top", "odds", "error", "entropy", "second", "impurity", "distance_to_u
 
 
 def maps(dtype: torch.dtype, scale: float) -> Tensor:
-    """Logits with a tie, equal logits and a masked class; the number of positions is no multiple of a vector."""
+    """Logits with a tie, equal logits and a masked class; the number of positions is not a multiple of the vector's length."""
     generator = torch.Generator().manual_seed(0)
     logits = scale * torch.randn(2, 13, 97, 101, generator=generator, dtype=torch.float64)
     logits[0, :, 0, 0] = 1.0

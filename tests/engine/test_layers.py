@@ -136,7 +136,7 @@ class Weighted(nn.Module):
 
 
 def test_embedding_bag_with_a_bound_on_the_norm():
-    """The rows are rescaled for the pass, and the user's weights are not."""
+    """Rows are rescaled in the pass only; the user's weights stay unchanged."""
     bag = nn.EmbeddingBag(5, 3, max_norm=0.5)
     before = bag.weight.detach().clone().double()
     _check(bag, torch.randint(0, 5, (4, 3)))

@@ -79,7 +79,7 @@ def test_a_branch_on_the_size_of_the_batch_is_not_covered_by_the_proof():
 
 
 def test_a_number_of_all_samples_that_python_reads_is_checked_in_every_batch():
-    """The length of the longest text decides how many tokens the others are averaged over."""
+    """The longest text determines how many tokens of the others are averaged."""
     torch.manual_seed(0)
     model = Net(lambda net, x, lengths: net.head(torch.tanh(net.a(x[:, : int(lengths.max())])).mean(1))).double()
     gradient_statistics(model, (numbers(3, 6, WIDTH), torch.tensor([4, 4, 4])), "pseudo_label")

@@ -34,7 +34,7 @@ def alone(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def error(model: nn.Module, batch: dict[str, Tensor], engine: str = "auto") -> float:
-    """The largest difference to that, relative to the largest statistic of the sample."""
+    """The largest difference to the true statistics, relative to the largest statistic of the sample."""
     expected = alone(model, batch)
     found = gradient_statistics(model, batch, "pseudo_label", per_parameter=True, statistics=STATISTICS, engine=engine)
     values = torch.stack([found.statistic(name) for name in STATISTICS], -1)
@@ -209,7 +209,7 @@ def test_quantised_layers_after_chosen_parameters_are_refused():
 @pytest.mark.filterwarnings("ignore:no fast rule")
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Qwen3Moe"])
 def test_grouped_products_of_experts(family):
-    """Mixtures of experts whose tokens are sorted by expert, in float32: grouped products take no float64 on CPUs."""
+    """Mixtures of experts whose tokens are sorted by expert, in float32: grouped products do not support float64 on CPUs."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "vocab_size": 40, "pad_token_id": 0, "num_labels": 3, "head_dim": 8}

@@ -1,4 +1,4 @@
-"""Models that are right at the sizes of the probe and may be wrong at others: exact, or refused, at every size."""
+"""Models that keep samples apart at the sizes of the probe, but perhaps not at others: exact, or refused, at every size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _hidden(net: Any, x: Tensor) -> Tensor:
 
 
 def _added(change: Callable[[Any, Tensor, int], Tensor]) -> Callable[..., Tensor]:
-    """A head on hidden values and what a function makes of them and of the size of the batch."""
+    """A head on hidden values, changed by a function of them and of the batch size."""
     return lambda net, x: net.head(_hidden(net, x) + change(net, _hidden(net, x), len(x)))
 
 
@@ -186,7 +186,7 @@ def _texts(*lengths: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("forward", [_to_longest, _to_longest_in_a_list])
 def test_one_short_text_among_many_equal_ones_is_found(forward: Callable[..., Tensor]) -> None:
-    """Three samples of the batch would rarely show it."""
+    """Comparing three samples of the batch would rarely reveal it."""
     torch.manual_seed(0)
     model = Net(forward).double()
     gradient_statistics(model, _texts(4, 4, 4), "pseudo_label")

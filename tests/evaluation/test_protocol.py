@@ -131,7 +131,7 @@ def test_a_group_is_the_mean_of_its_sets(evaluation):
         assert group["value"] == pytest.approx(np.mean([member["value"] for member in members]))
         assert (group["count_positive"], group["count_negative"]) == (140, 300)
         assert group["low"] < group["value"] < group["high"]
-    # The group of one set is that set.
+    # A group of one dataset equals that dataset.
     assert not [r for r in evaluation.metrics if r["group"] == "near" and r["dataset"] is None]
 
 
@@ -233,7 +233,7 @@ def test_intervals_are_repeatable_and_leave_the_global_seed_alone(evaluation):
 
 @pytest.mark.slow
 def test_intervals_cover():
-    # The AUROC of two normals one apart is Phi(1 / sqrt 2) = 0.7602: 90 % intervals should hold it 90 times of 100.
+    # The AUROC of two normal distributions with means one apart is Phi(1 / sqrt 2) = 0.7602: 90 % intervals should hold it 90 times of 100.
     held = 0
     for seed in range(100):
         rng = np.random.default_rng(seed)

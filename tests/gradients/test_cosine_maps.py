@@ -45,7 +45,7 @@ def small() -> tuple[Small, Tensor]:
 
 @pytest.fixture
 def original(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
-    """The gga-csm package's function, which asks for CUDA in one place, on the CPU."""
+    """The function of the package gga-csm, run on the CPU although it requests CUDA in one place."""
     ones = torch.ones
     patched = ModuleType("torch")
     with warnings.catch_warnings():
@@ -157,7 +157,7 @@ def test_classes_out_of_range(small, classes):
 
 
 def test_a_confident_float32_sample_stays_accurate():
-    """Where p rounds to 1 the original's gradient is zero and it raises; here the direction is kept."""
+    """Where p rounds to 1, the original has a zero gradient and raises; this implementation keeps the direction."""
     torch.manual_seed(4)
     model = nn.Linear(6, 4).double()
     model.weight.data *= 60

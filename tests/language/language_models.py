@@ -68,7 +68,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def language_model(kind: str = "untied") -> nn.Module:
-    """A model in float64, in eval mode, the same each time."""
+    """Return a model in float64 and eval mode, with the same weights each time."""
     torch.manual_seed(0)
     return MAKERS[kind]().double().eval()
 

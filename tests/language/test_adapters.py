@@ -25,7 +25,7 @@ def adapted(kind: str = "untied") -> torch.nn.Module:
 
 
 def gradient_norms(model: torch.nn.Module, number: int) -> dict[str, torch.Tensor]:
-    """L2 norms of the gradient of the answer's mean cross-entropy, of the adapters and of everything, by autograd."""
+    """L2 norms of the gradient of the answer's mean cross-entropy by autograd, over the adapters and over all parameters."""
     named = {name: p.requires_grad_(True) for name, p in model.named_parameters()}
     answer = torch.tensor(ANSWERS[number])
     logits = model(torch.tensor([PROMPTS[number] + ANSWERS[number]])).logits[0, -len(answer) - 1 : -1]

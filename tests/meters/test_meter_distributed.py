@@ -1,4 +1,4 @@
-"""Every meter under 1, 2 and 3 processes equals the single process, with sizes that divide by none of them."""
+"""Every meter under 1, 2 and 3 processes equals the single process, with sizes that none of these numbers divides."""
 
 from __future__ import annotations
 

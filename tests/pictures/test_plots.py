@@ -1,4 +1,4 @@
-"""The plots draw the curves of other software, on the given axes, and refuse an ambiguous choice."""
+"""The plots draw the same curves as other software on the given axes, and refuse an ambiguous choice."""
 
 from __future__ import annotations
 

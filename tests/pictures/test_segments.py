@@ -9,7 +9,7 @@ from lightning_gradmetrics.pictures.pixels.segments import components, segments_
 
 
 def reached(values: np.ndarray, start: tuple[int, int]) -> frozenset[tuple[int, int]]:
-    """The pixels of equal value that are connected to a pixel, corners included."""
+    """The pixels of equal value that are connected to a pixel, diagonally too."""
     seen, waiting = {start}, [start]
     while waiting:
         y, x = waiting.pop()

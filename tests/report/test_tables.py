@@ -77,7 +77,7 @@ def test_numbers_and_names_are_never_truncated(evaluation: Evaluation, width: in
 
 
 def test_columns_are_dropped_in_the_stated_order(evaluation: Evaluation) -> None:
-    """FPR95 and AURC first, then one grid per question, then FPR95 and AURC of a grid, then all but its mean."""
+    """Columns are dropped in the order: FPR95 and AURC; one grid per question; its FPR95 and AURC; all but its mean."""
     (everything,) = metrics_grids(evaluation, SCORES, 800)
     assert not everything.notes and len(everything.columns) == 1 + 2 * (3 + 3 + 4 + 3 + 4)
     apart, joint = metrics_grids(evaluation, SCORES, everything.width - 1)

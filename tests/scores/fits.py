@@ -1,4 +1,4 @@
-"""Fitting the scores of the test table that need it, on small made-up data."""
+"""Fits the scores of the test table that need a fit, on small synthetic data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = 40
 
 
 def fit_batches(model: nn.Module, make_inputs: Callable[[int], Tensor]) -> tuple[list[Any], list[Any]]:
-    """Labelled samples of which the less certain half is predicted wrong, of every class; and others, three times as large."""
+    """Labelled samples of every class, the less certain half predicted incorrectly; and others, three times as large."""
     first = next(model.parameters())
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)

@@ -18,7 +18,7 @@ Maker = Callable[[nn.Module], Any]
 
 
 class Encoder(nn.Module):
-    """All of a model before its head, with its output in float32, which pytorch-ood's own code has."""
+    """The part of a model before its head, with its output in float32, as in pytorch-ood's own code."""
 
     def __init__(self, model: nn.Module, maps: bool = False) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def direct(make: Maker) -> Callable[[nn.Module, Tensor], Tensor]:
 
 
 def direct_fitted(make: Maker) -> Callable[[nn.Module, Tensor, Tensors], Tensor]:
-    """Fitted by its own ``fit`` on a loader of the data that scores are fitted on."""
+    """A detector fitted by its own ``fit`` on a loader of the data that scores are fitted on."""
 
     @lru_cache(maxsize=1)
     def fitted(model: nn.Module, width: int) -> Any:

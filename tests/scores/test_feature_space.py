@@ -68,7 +68,7 @@ def test_gen_equals_pytorch_ood(data: tuple) -> None:
 
 
 def test_sirc_keeps_the_ranking_of_ordinary_samples(data: tuple) -> None:
-    """And raises samples whose features are far smaller than those of the fit."""
+    """It also raises the scores of samples whose features are far smaller than those of the fit."""
     model, inputs, labels, _ = data
     (fitted,) = lgm.fit(model, [(inputs, labels)], "sirc")
     values = lgm.score(model, inputs, [fitted, "max_softmax"])

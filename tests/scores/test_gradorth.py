@@ -18,7 +18,7 @@ def features(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.97])
 def test_the_subspace_is_that_of_the_singular_vectors(energy: float) -> None:
-    """As numpy's decomposition of all features at once gives them, whatever the batches: the fewest that suffice."""
+    """The vectors equal those of numpy's decomposition of all features at once, for any batches: the fewest that suffice."""
     model, inputs = mlp().double(), vectors(50).double()
     (score,) = lgm.fit(model, inputs.split([20, 7, 23]), f"gradorth(energy={energy})")
     _, sizes, right = np.linalg.svd(features(model, inputs).numpy(), full_matrices=False)

@@ -116,7 +116,7 @@ def test_confident_samples_keep_different_scores(case: str) -> None:
     "case", [c for c in CASES if "mc_dropout" not in c and "regrad" not in c and "GradNorm" not in c]
 )
 def test_the_stated_number_of_forward_passes_is_run(case: str) -> None:
-    """Including the pass of the prediction; a few extra passes on some samples plan and check, once."""
+    """The count includes the pass of the prediction; planning and checking take a few extra passes on some samples, once."""
     model, inputs, rows = cnn(), images(16), []
     score = ready(case, model, images)
     values(model, inputs, score)

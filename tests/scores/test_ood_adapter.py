@@ -56,7 +56,7 @@ def quiet(*callbacks) -> Trainer:
 
 @pytest.mark.parametrize("detector", sorted(set(DETECTORS) - set(REFUSED) - {"SHE"}))
 def test_every_detector_runs(detector: str) -> None:
-    """Or is refused, with the reason; SHE wants a right prediction of every class, which a random network has not."""
+    """Every other detector is refused with the reason; SHE needs a correct prediction of every class, which a random network lacks."""
     model, x, _ = ready_to_fit()
     score = make("pytorch_ood", detector=detector, **NEEDED.get(detector, {}))
     y = model(x).argmax(1)
@@ -97,7 +97,7 @@ def test_a_round_trip_with_the_callback(tmp_path: Path, caplog: pytest.LogCaptur
     fresh = images(23)
     model.calls.clear()
     quiet(again).test(model, DataLoader(TensorDataset(fresh, torch.zeros(23).long()), 8), verbose=False)
-    # The steps; of NAC-UE, two to fit and one per batch; one on two samples, which checks that the pass can be repeated.
+    # One pass per step; NAC-UE takes two to fit and one per batch; one on two samples checks that the pass repeats.
     assert model.forwards == 3 + 2 + 3 + 1
     assert not caplog.records
     assert again.baseline_names == ["max_softmax", *names[:-1]]
@@ -123,7 +123,7 @@ def test_a_second_fit_replaces_the_first() -> None:
 
 
 def test_processes_join_and_a_fitted_score_is_copied() -> None:
-    """What two processes accumulate, together, is what one does; a copy of a score makes its detector again."""
+    """The totals of two processes add up to those of one; a copy of a score rebuilds its detector."""
     model, x, y = ready_to_fit()
     scores = [make(name(detector)) for detector in ("KNN,k=3", "ViM,d=2", "NACUE")]
 
@@ -226,7 +226,7 @@ def test_invalid_layers_and_inputs_are_refused() -> None:
 
 
 def test_stages() -> None:
-    """Blocks where there are some; a wrapper is passed through; norms and activations are no stages."""
+    """The stages are the blocks, if there are any, also inside a wrapper; norms and activations are not stages."""
     torchvision = pytest.importorskip("torchvision")
     resnet = torchvision.models.resnet18(weights=None)
     assert stages(resnet) == ["layer1", "layer2", "layer3", "layer4"]
@@ -236,7 +236,7 @@ def test_stages() -> None:
 
 
 def test_names_and_states_differ_between_detectors(tmp_path: Path) -> None:
-    """A name is read back; a default that is written out is not shown; another k is another score."""
+    """A name can be parsed again; an explicit default is not shown; a different k makes a different score."""
     score = make("pytorch_ood(detector=NNGuide, k=3)")
     assert score.name == "pytorch_ood(detector=NNGuide,k=3)" and make(score.name).arguments == score.arguments
     assert make("pytorch_ood", detector="NNGuide", k=10).name == "pytorch_ood(detector=NNGuide)"
@@ -273,7 +273,7 @@ except ImportError as error:
 
 @pytest.mark.slow
 def test_without_pytorch_ood() -> None:
-    """Nothing imports it beforehand, the tables stand, and the error says what to install."""
+    """Nothing imports pytorch-ood beforehand, the tables work without it, and the error names what to install."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert 'pip install "lightning-gradmetrics[pytorch-ood]"' in done.stdout

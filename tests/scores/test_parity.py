@@ -98,7 +98,7 @@ def test_features_of_several_objectives_and_per_parameter() -> None:
 
 @pytest.mark.parametrize("kept", [None, "7.*", late])
 def test_confounding_beside_pytorch_ood(kept) -> None:
-    """The seed's sign; pytorch-ood 0.4 gives the negative."""
+    """The sign of the original code; pytorch-ood 0.4 returns the negative."""
     model, x = cnn().double(), images(5).double()
     accepts = (lambda name: name.startswith("7.")) if isinstance(kept, str) else kept
     expected = -GradUncertainty(model, param_filter=accepts).predict(x)
@@ -119,7 +119,7 @@ def test_confounding_of_the_head_in_closed_form() -> None:
 
 
 def test_confounding_stays_accurate_at_large_gaps() -> None:
-    """At a logit gap of 200 in float32 the softmax underflows; pytorch-ood's gradient is off there, this one is not."""
+    """At a logit gap of 200 in float32 the softmax underflows; pytorch-ood's gradient is then wrong, this one is not."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False)).eval()
     nn.init.eye_(model[1].weight)
     x = torch.tensor([[200.0, 0.0, 0.0]])

@@ -38,7 +38,7 @@ class OfLabel:
 
 
 def definition_of(case: str, score: object) -> Definition:
-    """The row of a case; of a fitted score, with the state that it was fitted to."""
+    """The row of a case; for a fitted score, with its fitted state."""
     row = CASES[case]
     if isinstance(row, OfLabel):
         return lambda model, x: row.function(model, x, int(labels_of(x)))

@@ -45,7 +45,7 @@ def test_on_the_head_it_is_a_closed_form() -> None:
 
 
 def test_the_smoothed_gradient_converges_to_its_mean() -> None:
-    """Different seeds differ, and less so the more perturbations there are."""
+    """Different seeds give different values, which differ less with more perturbations."""
     model, inputs = cnn().double(), images(2).double()
 
     def spread(count: int) -> float:

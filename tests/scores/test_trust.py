@@ -90,7 +90,7 @@ def test_unusual_inputs_score_higher_and_ordinary_samples_keep_their_ranking() -
 
 
 def test_costs_one_forward_per_view_and_leaves_the_model_as_it_was() -> None:
-    """Besides, two samples of the first batch are passed once more where the score runs the model again."""
+    """If the score runs the model again, two samples of the first batch take one more pass."""
     model, x, rows = cnn(), images(50), []
     fitted = lgm.fit(model, [x], ["trust", "trust(views=10)"])
     before = state_of(model)

@@ -44,13 +44,13 @@ def odin(model: nn.Module, x: Tensor, temperature: float = 100.0, epsilon: float
 
 
 def entropy(model: nn.Module, x: Tensor) -> Tensor:
-    """Of the mean over passes that are all the same: the models of the table have no dropout."""
+    """The entropy of the mean over equal passes: the models of the table have no dropout."""
     p = torch.stack([model(x).softmax(1)[0] for _ in range(10)]).mean(0)
     return -(p * p.log()).sum()
 
 
 def cosines(model: nn.Module, x: Tensor, sign: bool = True, rescale: bool = True, classes: int | None = None) -> Tensor:
-    """The cosine of every two different classes' saliency maps, a backward a class."""
+    """The cosine of every two different classes' saliency maps, by one backward pass per class."""
     x = x.clone().requires_grad_()
     raw = model(x)
     z = 10 * raw / raw.abs().amax() if rescale else raw

@@ -54,7 +54,7 @@ def test_folds_are_even_in_each_stratum() -> None:
 
 
 def test_folds_follow_from_key_and_seed() -> None:
-    """Not from the position; the seed changes them; copies share a fold."""
+    """Folds do not depend on the position, change with the seed, and are shared by copies."""
     keys, strata = torch.randint(-(2**62), 2**62, (200,)), torch.zeros(200)
     dealt, order = assign_folds(keys, strata, 4), torch.randperm(200)
     assert torch.equal(assign_folds(keys[order], strata, 4), dealt[order])
@@ -65,7 +65,7 @@ def test_folds_follow_from_key_and_seed() -> None:
 
 
 def test_a_held_out_row_never_enters_its_fit() -> None:
-    """A row's label and kind change the scores of other folds, but not of its own fold."""
+    """A row's label and kind change the scores of other folds, but not those of its own."""
     part, dealt = made_up(120), {"mine": torch.arange(120) % 3}
     before = scored({"mine": part}, dealt, ERRORS)["mine"][ERRORS]
     evidence = part.evidence
@@ -83,7 +83,7 @@ def test_a_held_out_row_never_enters_its_fit() -> None:
     [INSIDE, "combination(detector=lof,target=head)", "kfac_influence", "pytorch_ood(detector=KNN,k=5)", ERRORS],
 )
 def test_held_out_scores_equal_those_of_a_fit_without_the_fold(score: str) -> None:
-    """Against fitting each time anew, by lgm.fit, on the rows of the other folds."""
+    """The scores equal those of separate fits, by lgm.fit, on the rows of the other folds."""
     model = cnn()
     (x, y), *_ = fit_batches(model, images)[0]
     table = cross_fit(model, {"mine": [(x[:17], y[:17]), (x[17:], y[17:])]}, score, {"mine": "id"}, folds=4)
@@ -129,7 +129,7 @@ def test_random_labels_give_chance_level() -> None:
 
 
 def test_a_set_that_is_left_out_is_in_no_fit() -> None:
-    """The column without a set stays the same whatever that set holds; the plain column does not."""
+    """The column without a dataset does not depend on that dataset; the plain column does."""
     kept = {"mine": made_up(90), "near": made_up(60, 0.5, True), "far": made_up(60, 4, True)}
     dealt = {name: torch.arange(len(part.keys)) % 2 for name, part in kept.items()}
     names = [OUTSIDE, f"{OUTSIDE} without near", f"{OUTSIDE} without far"]
@@ -153,7 +153,7 @@ def test_scores_of_in_distribution_data_never_see_the_other_sets() -> None:
 
 
 def test_the_table_can_be_evaluated() -> None:
-    """With scores that need no fit beside the held-out ones, bad rows flagged, and loaders as they come."""
+    """The result has scores that need no fit beside held-out ones, flags bad rows, and accepts any loader."""
     model = cnn()
     (x, y), other = fit_batches(model, images)[0][0], fit_batches(model, images)[1][0][0]
     x = x.clone()

@@ -176,7 +176,7 @@ def test_wide_rows_are_capped_by_their_entries(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_kept_rows_are_spread_evenly() -> None:
-    """A sample by keys has no favourites: of 4000 rows the 1000 kept are a quarter of every quarter."""
+    """A sample chosen by keys is uniform: of 4000 rows the 1000 kept are a quarter of every quarter."""
     inputs = torch.cat([torch.rand(2000, 5), 100 + torch.rand(2000, 5)])
     keys = totals.row_keys(inputs)
     kept = keys.argsort()[:1000]
@@ -225,7 +225,7 @@ def test_a_model_trained_after_the_fit_is_refused() -> None:
 
 
 def test_fingerprint_is_that_of_the_weights() -> None:
-    """The same in another precision and inside a wrapper; another after a small change of anything."""
+    """The fingerprint is the same in another precision and inside a wrapper, and differs after any small change."""
     model = cnn()
     first = fingerprint(model)
     assert first == fingerprint(Module(model)) == fingerprint(model.double()) == fingerprint(model.bfloat16())
@@ -344,7 +344,7 @@ def test_cross_validation_of_the_detector(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_the_detector_learns_the_direction() -> None:
-    """Trained with the two kinds exchanged, it ranks them the other way round: the sum alone cannot."""
+    """Trained with the two kinds exchanged, the detector ranks them in reverse: the sum alone cannot."""
     model = cnn()
     inside, outside = fit_batches(model, images)
     small, large = images(30), 3 * images(30)
@@ -355,7 +355,7 @@ def test_the_detector_learns_the_direction() -> None:
 
 
 def test_the_command_fits_and_keeps_the_states(tmp_path: Path) -> None:
-    """The states of one run, given to the next, make the same scores; another model's are refused."""
+    """States of one run give the same scores in the next; those of another model are refused."""
     sets = digits(patches=50)
     model = digits_cnn(sets, epochs=2, width=4)
 

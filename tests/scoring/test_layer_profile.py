@@ -64,7 +64,7 @@ def run(folder: Path, *scores: str, profile: object = True, sizes: tuple[int, ..
 
 
 def test_a_run_returns_the_quartiles_of_every_layer(tmp_path: Path) -> None:
-    """Those of all samples at once, in the run's own files and its report; a sample with NaN is left out."""
+    """The quartiles are those of all samples, in the run's files and its report; a sample with NaN is left out."""
     callback, model, (inside, outside) = run(tmp_path, "energy", profile={"norm": 1.0})
     (table,) = callback.tables().values()
     for name, x in (("inside", inside), ("outside", outside)):
@@ -90,7 +90,7 @@ def test_a_profile_shares_the_forward_and_the_backward_of_a_score(tmp_path: Path
 
 
 def test_a_bounded_uniform_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As many as the bound, spread over the whole dataset, and the same ones whichever process saw them."""
+    """The sample has the largest allowed size, spreads over the whole dataset, and does not depend on the processes."""
     monkeypatch.setattr(profiles, "MAX_SAMPLES", 40)
     callback, _, _ = run(tmp_path, "energy", sizes=(400,))
     source = callback.sources[0]

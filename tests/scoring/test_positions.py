@@ -118,7 +118,7 @@ def test_scaled_and_capped_logits_have_the_gradient_of_their_loss(name: str, tai
 
 
 def test_a_custom_loss_of_rows_is_differentiated_at_every_pixel() -> None:
-    """The loss reduces over the last axis, which is no class axis in a map."""
+    """The loss reduces over the last axis, which is not the class axis in a map."""
     torch.manual_seed(0)
     model, images = HEADS["bilinear"]().double().eval(), torch.randn(1, 3, 8, 9).double()
 
@@ -239,7 +239,7 @@ def test_rows_and_maps_agree_in_blocks() -> None:
 
 @pytest.mark.parametrize("kind", ["groups", "bilinear of 3x3", "two heads", "one logit"])
 def test_blocks_of_positions_have_the_values_of_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions of an image do not depend on each other, so a block of 7 has the same scores; vectors of the head too."""
+    """Positions of an image do not depend on each other, so blocks of 7 give the same scores and head vectors."""
     torch.manual_seed(0)
     model, images = HEADS[kind]().double().eval(), torch.randn(2, 3, 8, 9).double()
     scores = {name: name for name in REFERENCES} | {"vectors": lambda evidence: evidence.features.square().sum(1)}

@@ -1,4 +1,4 @@
-"""One model, scored by several threads; and memory that runs out while a model is planned."""
+"""Scores one model in several threads, and runs out of memory while a model is planned."""
 
 from __future__ import annotations
 
