@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import textwrap
 import time
@@ -240,7 +241,7 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 def _short(reason: str) -> str:
     """The cause in a warning without the names of parameters, or the whole reason."""
     if "no fast rule" not in reason:
-        return reason[:160]
+        return re.sub(r"(__\w+__)", r"`\1`", reason[:160])
     cause, closing, _ = reason.partition("(")[2].partition(")")
     return cause if closing else "Some of its parameters have no fast rule."
 

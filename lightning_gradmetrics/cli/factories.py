@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from hydra.utils import instantiate
@@ -16,7 +16,7 @@ from lightning_gradmetrics.cli.configuration import configuration_directory, opt
 from lightning_gradmetrics.cli.data.conversion import evaluation_data
 from lightning_gradmetrics.cli.data.sets import EvaluationData
 from lightning_gradmetrics.cli.models.classifier import Classifier
-from lightning_gradmetrics.scores import Score, resolve
+from lightning_gradmetrics.scores import Score, make, resolve
 
 __all__ = ["build_data", "build_model", "build_scores"]
 
@@ -39,10 +39,26 @@ def build_scores(config: DictConfig, every: bool = False) -> tuple[Score, ...]:
     made: dict[str, Any] = {}
     for name in chosen:
         try:
-            made[str(name)] = instantiate(config.score[name])
+            made[str(name)] = _score(config.score[name])
         except Exception as error:
             raise ValueError(f"score.{name}: {error.__cause__ or error}") from error
     return resolve(made)
+
+
+def _score(node: Any) -> Any:
+    """Return the score of a node; its target makes a score, or is a plain function of the evidence."""
+    target = _located(str(node._target_)) if isinstance(node, DictConfig) and node.get("_target_") else None
+    if not inspect.isfunction(target) or not _takes_evidence(target):
+        return instantiate(node)
+    arguments = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    arguments.pop("_target_")
+    return make(target, **arguments)
+
+
+def _takes_evidence(function: Callable[..., Any]) -> bool:
+    """Return whether a function's first parameter is positional and has no default."""
+    first = next(iter(_parameters(function).values()), None)
+    return first is not None and first.default is first.empty and first.kind is first.POSITIONAL_OR_KEYWORD
 
 
 def _shipped_scores() -> dict[Any, Any]:

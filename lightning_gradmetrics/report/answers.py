@@ -67,19 +67,22 @@ def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
     given = []
     for question in questions:
         answer = _answer(question, found)
-        given.append(replace(answer, advice=answer.advice + _cost(run, question)))
+        names_best = answer.advice.startswith(
+            (f"{question.title}: use {question.best} (", f"{question.title}: {question.best} leads")
+        )
+        given.append(replace(answer, advice=answer.advice + _cost(run, question)) if names_best else answer)
     return given
 
 
 def _cost(run: Run, question: Question) -> str:
-    """Return a sentence if the best score and the best baseline differ in their forward passes; empty otherwise."""
+    """Return a sentence on the forward passes of the best score if they are not those of the best baseline."""
     if question.best_baseline is None:
         return ""
     best, baseline = run.score(question.best), run.score(question.best_baseline)
     if best.forwards == baseline.forwards:
         return ""
-    passes = " and ".join(f"{score.name} takes {score.forwards or 'an unknown number'}" for score in (best, baseline))
-    return f" Not at equal cost in forward passes: {passes}."
+    passes, instead = best.forwards or "an unknown number of", baseline.forwards or "an unknown number"
+    return f" It takes {passes} forward passes instead of {instead}."
 
 
 def _answer(question: Question, found: Differences) -> Answer:

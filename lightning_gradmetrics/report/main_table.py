@@ -56,12 +56,16 @@ class Cell:
 
 @dataclass
 class Table:
-    """Columns grouped under headings, the cells of each score, and the baseline of each column if there is one."""
+    """Columns grouped under headings, the cells of each score, and the baseline of each column if there is one.
+
+    ``twins`` names, for a score, an earlier row with the same values in all columns: both rank the samples alike.
+    """
 
     headings: list[tuple[str, int]] = field(default_factory=list)
     columns: list[Column] = field(default_factory=list)
     rows: dict[str, list[Cell]] = field(default_factory=dict)
     baselines: list[str] = field(default_factory=list)
+    twins: dict[str, str] = field(default_factory=dict)
 
 
 def marks(score: Score) -> list[str]:
@@ -87,7 +91,20 @@ def main_table(run: Run) -> Table:
         table.rows[score] = row
     if columns:
         table.rows = dict(sorted(table.rows.items(), key=lambda item: rank_of(columns[0], item[1][0])))
+    table.twins = _twins(table.rows)
     return table
+
+
+def _twins(rows: Mapping[str, Sequence[Cell]]) -> dict[str, str]:
+    """Return, for each score with the values of an earlier row in all of at least three columns, the name of that row."""
+    first: dict[tuple[float | None, ...], str] = {}
+    twins = {}
+    for score, cells in rows.items():
+        values = tuple(None if cell.sort is None else round(cell.sort, 9) for cell in cells)
+        earlier = first.setdefault(values, score)
+        if earlier != score and len(values) > 2 and None not in values:
+            twins[score] = earlier
+    return twins
 
 
 def paired_table(run: Run) -> Table:

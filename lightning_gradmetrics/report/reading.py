@@ -106,9 +106,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ReportError(
-            f"{path} does not exist: the run stopped before its metrics were written; run it again"
-        ) from None
+        raise ReportError(f"{path} does not exist: {_reason(path.parent)}") from None
     except (OSError, ValueError) as error:
         raise ReportError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -119,6 +117,14 @@ def _read_json(path: Path) -> dict[str, Any]:
             "use the lightning_gradmetrics that wrote the run, or run it again"
         )
     return content
+
+
+def _reason(directory: Path) -> str:
+    """Return why a directory has no metrics, and what to do."""
+    runs = sorted(path.parent for path in directory.rglob(METRICS_FILE))
+    if runs:
+        return f"{directory} is not a run but contains {len(runs)}, such as {runs[-1]}"
+    return "the directory is not that of a run, or the run stopped before its metrics were written; run it again"
 
 
 def _records(kind: type[Record], content: Mapping[str, Any], key: str) -> tuple[Record, ...]:

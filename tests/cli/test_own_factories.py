@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_gradmetrics.cli.arguments import own_factories
 from lightning_gradmetrics.cli.data.conversion import evaluation_data
+from lightning_gradmetrics.cli.factories import build_scores
 from tests.cli.conftest import Command
 
 MINE = '''
@@ -64,6 +66,10 @@ class Data(LightningDataModule):
 
     def val_dataloader(self):
         return DataLoader(self.made["fit"], 7)
+
+
+def spread(evidence, *, scale=1.0):
+    return -scale * evidence.logits.std(1)
 
 
 def broken():
@@ -173,3 +179,12 @@ def test_mappings_become_named_sets_with_roles() -> None:
     assert dict(data.roles) == {"id": "id", "a": "near", "b": "near"} and data.train is one
     loaders, roles = data.fit_loaders(4)
     assert list(loaders) == ["fit"] and roles == {"fit": "id"}
+
+
+def test_a_score_can_be_a_function_of_the_evidence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+    node = {"_target_": "mine.spread", "scale": 2.0}
+    (made,) = build_scores(OmegaConf.create({"score": {"wide": node}}))
+    assert (made.name, made.arguments) == ("wide", {"scale": 2.0})
+    with pytest.raises(ValueError, match=r"score.wide: .*sclae"):
+        build_scores(OmegaConf.create({"score": {"wide": {"_target_": "mine.spread", "sclae": 2.0}}}))

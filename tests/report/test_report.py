@@ -134,6 +134,34 @@ def test_the_advice_follows_the_verdict_of_the_interval(tmp_path):
     assert "without intervals, that may be chance" in tree.find("ul", class_="advice")[0].text
 
 
+def test_the_cost_is_named_if_the_advised_score_has_it(tmp_path):
+    def entry(score, value):
+        return {"score": score, "task": "ood", "dataset": "photo_patches", "metric": "auroc", "value": value}
+
+    metrics = [entry("entropy", 0.90), entry("gradnorm", 0.95)]
+    scores = [
+        {"name": "entropy", "family": "baseline"},
+        {"name": "gradnorm", "family": "gradient", "forwards": 2},
+    ]
+    compared = {**metrics[1], "baseline": "entropy", "baseline_value": 0.9, "difference": 0.05, "low": 0, "high": 0.1}
+    for verdict, is_named in (("better", True), ("cannot tell", False)):
+        changes = {"metrics": metrics, "scores": scores, "comparisons": [{**compared, "verdict": verdict}]}
+        advice = page(tmp_path / verdict, changes=changes, **FEW).find("ul", class_="advice")[0].text
+        assert ("It takes 2 forward passes instead of 1." in advice) == is_named
+
+
+def test_scores_that_rank_alike_are_marked(tmp_path, content):
+    copies = [{**entry, "score": "twin"} for entry in content["metrics"] if entry["score"] == "entropy"]
+    scores = [*content["scores"], {"name": "twin", "family": "baseline"}]
+    run = make_run(tmp_path / "run", changes={"metrics": [*content["metrics"], *copies], "scores": scores}, **FOUR)
+    results = pq.read_table(run / "results.parquet")
+    pq.write_table(results.append_column("twin", results["entropy"]), run / "results.parquet")
+    rows = rows_of(parse(write_report(run)), "Scores")
+    marks = {name: [mark.text for mark in row.find("span", class_="mark")] for name, row in rows.items()}
+    assert [mark for given in marks.values() for mark in given if "ranks as" in mark] == ["ranks as entropy"]
+    assert "ranks as entropy" in marks["twin"]
+
+
 def test_cards_show_the_verdicts_of_the_evaluation(tmp_path):
     options = {"baselines": ("entropy", "max_softmax"), "gradients": ("gradnorm",), "sets": SETS[::2]}
     run = make_run(tmp_path, **options)
@@ -450,6 +478,12 @@ def test_missing_and_broken_files_are_clear_errors(tmp_path, name):
         write_report(run)
     with pytest.raises(ReportError, match="is not a directory; name a run directory"):
         write_report(tmp_path / "nowhere")
+
+
+def test_a_directory_that_contains_runs_is_named(tmp_path):
+    make_run(tmp_path / "outputs" / "first", **FEW)
+    with pytest.raises(ReportError, match=r"outputs is not a run but contains 1, such as .*first"):
+        write_report(tmp_path / "outputs")
 
 
 def test_the_module_prints_the_path_or_the_error(tmp_path, capsys):
