@@ -97,12 +97,13 @@ def main_table(run: Run) -> Table:
 
 def _twins(rows: Mapping[str, Sequence[Cell]]) -> dict[str, str]:
     """Return, for each score with the values of an earlier row in all of at least three columns, the name of that row."""
-    first: dict[tuple[float | None, ...], str] = {}
+    first: dict[tuple[float, ...], str] = {}
     twins = {}
     for score, cells in rows.items():
-        values = tuple(None if cell.sort is None else round(cell.sort, 9) for cell in cells)
+        known = [cell.sort for cell in cells if cell.sort is not None]
+        values = tuple(round(value, 9) for value in known)
         earlier = first.setdefault(values, score)
-        if earlier != score and len(values) > 2 and None not in values:
+        if earlier != score and len(values) == len(cells) > 2:
             twins[score] = earlier
     return twins
 
