@@ -92,8 +92,8 @@ class OutputGradient:
         return moments
 
     def _known(self) -> dict[Moment, Callable[[], Tensor]]:
-        """Return the moments of maps that are functions of few numbers of each position's softmax."""
-        if self.objective.function is not None or self.logits.ndim == 2:
+        """Return the moments that are functions of few numbers of each position's softmax."""
+        if self.objective.function is not None or self.logits.shape[1] < 2:
             return {}
         arguments = dict(self.objective.arguments)
         temperature = arguments.get("temperature", 1.0)

@@ -45,7 +45,8 @@ class Softmax:
     @property
     def top(self) -> Tensor:
         """The largest logit, ``(N, *P)``."""
-        return self._largest[0] if self.logits.ndim == 2 else self._top_of_map
+        is_known = "_top_of_map" in self.__dict__ or self.logits.ndim > 2
+        return self._top_of_map if is_known else self._largest[0]
 
     @cached_property
     def _top_of_map(self) -> Tensor:

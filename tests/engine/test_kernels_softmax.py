@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine.kernels.library import plain_kernels
-from lightning_gradmetrics.engine.kernels.softmax import MOST_CLASSES, softmax_of
+from lightning_gradmetrics.engine.kernels.softmax import MOST_CLASSES, MOST_ROW_CLASSES, softmax_of
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.output_gradients import OutputGradient
 from lightning_gradmetrics.gradients.softmax import Softmax
@@ -98,3 +98,34 @@ def test_scores_of_large_maps_do_not_depend_on_the_compiler() -> None:
         expected = lgm.score(model.double(), images.double(), scores)
     for name in scores:
         torch.testing.assert_close(found[name].double(), expected[name], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 6e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 50.0])
+@pytest.mark.parametrize("classes", [64, 1000, 1003])
+def test_samples_have_the_parts_of_plain_torch(dtype: torch.dtype, bound: float, scale: float, classes: int) -> None:
+    """Ties, equal logits, a masked class and strided rows."""
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(300, 1010, generator=generator, dtype=torch.float64)
+    logits[0], logits[1, 3] = 1.0, -torch.inf
+    logits[2, 2] = logits[2, 60] = logits[2].amax() + 1
+    logits = logits.to(dtype)[:, :classes]
+    found, expected = softmax_of(logits, 2.0), Softmax(logits.double(), 2.0)
+    assert is_compiled(found)
+    assert torch.equal(found.is_top, Softmax(logits, 2.0).is_top)
+    for name in PARTS:
+        value, reference = getattr(found, name).double(), getattr(expected, name)
+        error = (value - reference).abs() / reference.abs().clamp_min(1e-30)
+        assert float(error.max()) <= bound, name
+    torch.testing.assert_close(found.probabilities.double(), expected.probabilities, rtol=10 * bound, atol=1e-30)
+
+
+def test_samples_that_the_kernel_does_not_take() -> None:
+    logits = torch.randn(300, 1000)
+    assert not is_compiled(softmax_of(logits[:3]))
+    assert not is_compiled(softmax_of(torch.randn(1000, 300).T))
+    assert not is_compiled(softmax_of(torch.randn(1, MOST_ROW_CLASSES + 1)))
+    for bad in (float("nan"), float("inf")):
+        wrong = logits.clone()
+        wrong[7, 999] = bad
+        assert not is_compiled(softmax_of(wrong))

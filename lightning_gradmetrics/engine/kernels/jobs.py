@@ -16,6 +16,7 @@ __all__ = [
     "RowJob",
     "SegmentJob",
     "SoftmaxJob",
+    "SoftmaxRowJob",
     "SumJob",
     "Triple",
 ]
@@ -92,6 +93,12 @@ class SoftmaxJob(ctypes.Structure):
     _fields_ = _pointers("z out") + _integers("samples classes positions z_sample z_class") + _counters("next")
 
 
+class SoftmaxRowJob(ctypes.Structure):
+    """``softmax_row_job`` of ``softmax.c``."""
+
+    _fields_ = _pointers("z out") + _integers("samples classes z_sample") + _counters("next")
+
+
 class DepthwiseJob(ctypes.Structure):
     """``depthwise_job`` of ``depthwise.c``."""
 
@@ -133,6 +140,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "segment_job_bytes": SegmentJob,
     "sum_job_bytes": SumJob,
     "softmax_job_bytes": SoftmaxJob,
+    "softmax_row_job_bytes": SoftmaxRowJob,
     "gram_job_bytes": GramJob,
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,

@@ -51,6 +51,7 @@ JOBS = (
     "depthwise",
     "class_residuals",
     "softmax_maps",
+    "softmax_rows",
 )
 """The kernel functions; each takes a job, a thread runner and a number of threads."""
 

@@ -1,13 +1,14 @@
-"""The softmax of large maps by one pass of a compiled kernel; the parts equal those of plain torch up to rounding."""
+"""The softmax of large maps and batches by one compiled kernel; the parts equal those of plain torch up to rounding."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.jobs import SoftmaxJob
+from lightning_gradmetrics.engine.kernels.jobs import SoftmaxJob, SoftmaxRowJob
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
 from lightning_gradmetrics.gradients.softmax import Softmax
 
@@ -19,12 +20,18 @@ FEWEST_ENTRIES = 2**16
 MOST_CLASSES = 256
 """``MOST_CLASSES`` of ``softmax.c``."""
 
+FEWEST_ROW_ENTRIES = 2**14
+"""Smaller batches take as long in plain torch."""
+
+MOST_ROW_CLASSES = 16384
+"""``MOST_ROW_CLASSES`` of ``softmax.c``."""
+
 PARTS = ("top", "odds", "spread", "squares", "second", "uniform")
 """The results of the kernel, in its order."""
 
 
 def softmax_of(logits: Tensor, temperature: float = 1.0) -> Softmax:
-    """Return the softmax over axis 1 of logits ``(N, C, *P)``, by the compiled kernel for large maps on a CPU.
+    """Return the softmax over axis 1 of logits ``(N, C, *P)``, by the compiled kernel if they are many and on a CPU.
 
     Args:
         logits: ``(N, C, *P)``.
@@ -41,10 +48,33 @@ def softmax_of(logits: Tensor, temperature: float = 1.0) -> Softmax:
 
 def _parts(logits: Tensor) -> dict[str, Tensor] | None:
     """Return the kernel's results ``(N, *P)`` by name; ``None`` where the kernel does not apply or a result is NaN."""
-    is_large = logits.ndim > 2 and logits.numel() >= FEWEST_ENTRIES and logits.shape[1] <= MOST_CLASSES
-    library = library_for(logits.dtype) if is_large and logits.device.type == "cpu" else None
+    if logits.ndim == 2:
+        is_fit = logits.numel() >= FEWEST_ROW_ENTRIES and logits.shape[1] <= MOST_ROW_CLASSES and logits.stride(1) == 1
+    else:
+        is_fit = logits.numel() >= FEWEST_ENTRIES and logits.shape[1] <= MOST_CLASSES
+    library = library_for(logits.dtype) if is_fit and logits.device.type == "cpu" else None
     if library is None:
         return None
+    out = _of_rows(library, logits) if logits.ndim == 2 else _of_maps(library, logits)
+    if bool(out[1].isnan().any()):
+        return None
+    shape = (len(PARTS), len(logits), *logits.shape[2:])
+    return dict(zip(PARTS, out.view(shape).unbind(), strict=True))
+
+
+def _of_rows(library: Any, logits: Tensor) -> Tensor:
+    """Return the kernel's results ``(6, N)`` for logits ``(N, C)``."""
+    samples, classes = logits.shape
+    out = logits.new_empty(len(PARTS), samples)
+    job = SoftmaxRowJob(
+        z=logits.data_ptr(), out=out.data_ptr(), samples=samples, classes=classes, z_sample=logits.stride(0)
+    )
+    library.softmax_rows(ctypes.byref(job), parallel_runner(), torch.get_num_threads())
+    return out
+
+
+def _of_maps(library: Any, logits: Tensor) -> Tensor:
+    """Return the kernel's results ``(6, N, P)`` for logits ``(N, C, *P)``."""
     maps = logits.flatten(2).contiguous()
     samples, classes, positions = maps.shape
     out = maps.new_empty(len(PARTS), samples, positions)
@@ -58,10 +88,7 @@ def _parts(logits: Tensor) -> dict[str, Tensor] | None:
         z_class=maps.stride(1),
     )
     library.softmax_maps(ctypes.byref(job), parallel_runner(), torch.get_num_threads())
-    if bool(out[1].isnan().any()):
-        return None
-    shape = (len(PARTS), samples, *logits.shape[2:])
-    return dict(zip(PARTS, out.view(shape).unbind(), strict=True))
+    return out
 
 
 class _FusedSoftmax(Softmax):

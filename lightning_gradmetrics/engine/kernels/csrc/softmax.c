@@ -106,3 +106,75 @@ void softmax_maps(softmax_job *j, parallel run, int threads) {
   atomic_init(&j->next, 0);
   run_threads(softmax_work, j, run, threads);
 }
+
+/* -- samples: the classes are contiguous -- */
+
+typedef struct {
+  const REAL *z; /* (samples, classes) */
+  REAL *out;     /* (OUTPUTS, samples) */
+  int64_t samples, classes, z_sample;
+  atomic_int next;
+} softmax_row_job;
+
+enum { MOST_ROW_CLASSES = 16384 };
+
+inline_always REAL lanes_total(vec a) {
+  REAL total = 0;
+  for (int j = 0; j < WIDTH; j++) total += a[j];
+  return total;
+}
+
+inline_always REAL lanes_largest(vec a) {
+  REAL largest = a[0];
+  for (int j = 1; j < WIDTH; j++) largest = a[j] > largest ? a[j] : largest;
+  return largest;
+}
+
+/* The logits from class c on; missing ones have weight zero. */
+inline_always vec logits_from(const REAL *z, int c, int classes) {
+  if (c + WIDTH <= classes) return *(const loose *)(z + c);
+  vec tail = filled(-(REAL)INFINITY);
+  memcpy(&tail, z + c, sizeof(REAL) * (classes - c));
+  return tail;
+}
+
+static void softmax_row(const REAL *z, int classes, REAL *out, int64_t row) {
+  vec weights[MOST_ROW_CLASSES / WIDTH + 1], highest = filled(-(REAL)INFINITY);
+  for (int c = 0; c < classes; c += WIDTH) highest = larger(logits_from(z, c, classes), highest);
+  const REAL top = lanes_largest(highest);
+  int own = 0; /* the first of equal logits is the predicted class */
+  while (own < classes - 1 && z[own] != top) own++;
+  vec odds = {0}, spread = {0}, squares = {0}, second = {0}, uniform = {0};
+  for (int c = 0; c < classes; c += WIDTH) {
+    vec below = top - logits_from(z, c, classes), weight = exponential(-below);
+    weights[c / WIDTH] = weight;
+    if (own >= c && own < c + WIDTH) weight[own - c] *= 0; /* NaN stays NaN */
+    odds += weight;
+    spread += weight * smaller(filled(FARTHEST), below);
+    squares += weight * weight;
+    second = larger(weight, second);
+  }
+  const REAL against = lanes_total(odds), size = 1 / (1 + against), share = (REAL)1 / classes;
+  int c = 0;
+  for (; c + WIDTH <= classes; c += WIDTH) uniform += magnitude(weights[c / WIDTH] * size - share);
+  REAL distance = lanes_total(uniform);
+  for (int j = 0; c + j < classes; j++) {
+    const REAL difference = weights[c / WIDTH][j] * size - share;
+    distance += difference < 0 ? -difference : difference;
+  }
+  const REAL results[OUTPUTS] = {top, against, lanes_total(spread), lanes_total(squares), lanes_largest(second), distance};
+  for (int k = 0; k < OUTPUTS; k++) out[k * row] = results[k];
+}
+
+static void softmax_row_work(void *data) {
+  softmax_row_job *j = data;
+  for (int64_t n; (n = atomic_fetch_add(&j->next, 1)) < j->samples;)
+    softmax_row(j->z + n * j->z_sample, (int)j->classes, j->out + n, j->samples);
+}
+
+int64_t softmax_row_job_bytes(void) { return sizeof(softmax_row_job); }
+
+void softmax_rows(softmax_row_job *j, parallel run, int threads) {
+  atomic_init(&j->next, 0);
+  run_threads(softmax_row_work, j, run, threads);
+}
