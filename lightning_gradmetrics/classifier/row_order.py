@@ -131,7 +131,7 @@ def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
     if not is_common or torch.equal(orders[:, 0], same) or torch.equal(ranks, rows.flip(0)):
         return 0.0
     different = torch.unique(rows[:, is_strict], dim=1)  # features with the same order add no evidence
-    return (different.shape[1] - 1) * math.lgamma(len(orders) + 1) / math.log(2)
+    return float((different.shape[1] - 1) * math.lgamma(len(orders) + 1) / math.log(2))
 
 
 def some_entries(values: Tensor) -> Tensor:

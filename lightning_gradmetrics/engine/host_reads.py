@@ -66,7 +66,8 @@ class Reduction:
         if self.source.shape[layout.dim] != size * positions or (self.count or 0) % size:
             return None
         axes = self.source.detach().movedim(layout.dim, 0)
-        rows = axes.unflatten(0, (layout.outer, size, layout.inner)).movedim(1, 0).flatten(1)
+        split = axes.unflatten(0, (layout.outer, size, layout.inner))  # type: ignore[no-untyped-call]
+        rows = split.movedim(1, 0).flatten(1)
         values = _BY_ROW[self.name](rows)
         return values if self.count is None else values == self.count // size
 
