@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ KINDS = {"generated": "id", "darwin": "near", "shakespeare": "far"}
 """The kinds of text in ``sequences.npz`` with their roles: the model's training text, similar text, and other text."""
 
 INCORRECT = "incorrect"
+
+AGGREGATES = ("mean", "gradient")
+"""The second adds scores of the head's gradient of the mean loss."""
 
 
 def incorrect(evidence: Evidence) -> Tensor:
@@ -74,7 +78,8 @@ def read_sequences(root: str | Path, rows: str = "all") -> dict[str, Tensor]:
 
 def _scored(stories: Stories, ids: Tensor, prompt: int, scores: Sequence[object]) -> ScoredGeneration:
     answers, prompts = ids[:, prompt:].tolist(), ids[:, :prompt].tolist()
-    return score_generation(stories.model, prompts, answers, scores, batch_size=stories.batch_size)  # type: ignore[arg-type]
+    options: Any = {"batch_size": stories.batch_size, "aggregates": AGGREGATES}
+    return score_generation(stories.model, prompts, answers, scores, **options)  # type: ignore[arg-type]
 
 
 def token_rows(stories: Stories, scores: Sequence[str]) -> list[dict[str, str | float]]:
@@ -124,9 +129,11 @@ def sequence_rows(stories: Stories, scores: Sequence[str], semantic: Sequence[st
 
 
 def _means(scored: ScoredGeneration) -> dict[str, Tensor]:
+    """Return the mean and the maximum over the tokens of each sequence, and the scores of sequences."""
     found = {}
     for name, answers in scored.tokens.items():
         found[f"mean {name}"] = torch.stack([answer.double().mean() for answer in answers])
+        found[f"max {name}"] = torch.stack([answer.double().amax() for answer in answers])
     return found | dict(scored.values)
 
 
@@ -153,7 +160,7 @@ def _table(
     title: str, headings: Sequence[str], kinds: Sequence[str], rows: Sequence[Mapping[str, str | float]]
 ) -> Table:
     table = Table(title=title)
-    table.add_column("score")
+    table.add_column("score", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
     cells: dict[str, dict[str, str]] = {}

@@ -60,6 +60,18 @@ TOKENS = {
     (
         "generated",
         0,
+        17,
+    ): "0.0395885 0.262811 -0.951441 -19.0076 0.0403935 -192.294 7.77493 0.778593 0.391371 7.77493 0.778593 15.196 "
+    "1.75159 26.0357 -98.1968",
+    (
+        "darwin",
+        0,
+        5,
+    ): "0.867078 3.13614 -0.000713525 -16.4285 3.90832 -188.511 179.799 17.6701 9.56348 203.199 20.0101 193.868 "
+    "19.0879 365.246 -103.681",
+    (
+        "generated",
+        0,
         64,
     ): "0.415754 1.55728 -0.449095 -14.0657 3.36827 -163.927 71.0111 6.66271 2.16898 164.917 16.813 107.033 "
     "10.6458 135.797 -85.4005",
@@ -132,16 +144,23 @@ def test_sequences(model) -> None:
 TOKEN_AUROC = {
     "max_softmax": (88.064, 78.051, 75.902),
     "entropy": (87.073, 78.239, 76.679),
+    "margin": (87.352, 76.691, 74.104),
+    "energy": (72.894, 72.388, 72.375),
     "gradnorm": (71.728, 70.087, 69.766),
     "pseudo_label": (87.889, 77.436, 75.234),
+    "pseudo_label(statistic=l2)": (87.620, 77.568, 74.837),
     "exgrad": (87.365, 77.045, 75.195),
     "fisher_trace": (85.961, 77.288, 74.578),
     "feature_norm": (59.862, 65.277, 64.904),
+    "feature_norm(p=2)": (36.637, 44.486, 47.179),
 }
 SEQUENCE_AUROC = {
     "mean nll": (100.0, 100.0),
     "mean entropy": (98.94, 99.25),
+    "mean max_softmax": (98.85, 99.01),
     "mean pseudo_label": (98.19, 98.36),
+    "mean exgrad": (98.44, 98.81),
+    "grand(target=head)/gradient": (99.64, 99.85),
     "grand": (99.92, 99.98),
     "pseudo_label(statistic=l2,target=all)": (98.75, 98.55),
     "semgrad": (97.21, 96.32),
@@ -154,8 +173,28 @@ def test_even_rows(model) -> None:
     found = {(row["score"], row["kind"]): 100 * float(row["auroc"]) for row in token_rows(stories, list(TOKEN_AUROC))}
     for name, values in TOKEN_AUROC.items():
         assert [found[name, kind] for kind in KINDS] == pytest.approx(values, abs=2e-3), name
-    scores = ["nll", "entropy", "pseudo_label", "grand", "pseudo_label(statistic=l2,target=all)"]
+    scores = ["nll", "entropy", "max_softmax", "pseudo_label", "exgrad", "grand(target=head)", "grand"]
+    scores.append("pseudo_label(statistic=l2,target=all)")
     rows = sequence_rows(stories, scores, ["semgrad", "hybridgrad(target=tied)"])
     found = {(row["score"], row["kind"]): 100 * float(row["auroc"]) for row in rows}
     for name, values in SEQUENCE_AUROC.items():
+        assert [found[name, kind] for kind in KINDS[1:]] == pytest.approx(values, abs=2e-2), name
+
+
+LONG_AUROC = {
+    "semgrad": (86.16, 88.39),
+    "hybridgrad(target=tied)": (88.26, 90.92),
+    "max pseudo_label": (16.8, 24.16),
+    "uniform(statistic=l2,target=all)": (0.8, 0.54),
+}
+"""With 128 predicted tokens: the maximum over tokens and the gradient of the uniform objective point the other way."""
+
+
+def test_whole_rows(model) -> None:
+    stories = Stories(model, read_sequences(ROOT, "even"), prefix=128, prompt=33)
+    rows = sequence_rows(
+        stories, ["pseudo_label", "uniform(statistic=l2,target=all)"], ["semgrad", "hybridgrad(target=tied)"]
+    )
+    found = {(row["score"], row["kind"]): 100 * float(row["auroc"]) for row in rows}
+    for name, values in LONG_AUROC.items():
         assert [found[name, kind] for kind in KINDS[1:]] == pytest.approx(values, abs=2e-2), name

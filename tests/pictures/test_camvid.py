@@ -89,6 +89,17 @@ def test_single_pixels(model: nn.Module) -> None:
 AGGREGATES = {
     "max_softmax": (86.566, 4.004, 49.73, 87.409, 81.610),
     "entropy": (86.551, 4.046, 50.74, 87.411, 81.052),
+    "margin": (86.545, 3.941, 48.57, 87.367, None),
+    "energy": (81.704, 5.909, 77.64, None, None),
+    "max_logit": (82.602, 5.722, 77.07, None, None),
+    "gen": (84.006, 5.099, 69.75, None, None),
+    "gradtrust": (85.381, 3.770, 44.86, None, None),
+    "pgn(label=one_hot)": (86.808, None, None, None, None),
+    "feature_norm": (38.387, None, None, None, None),
+    "feature_norm(p=2)": (33.885, None, None, None, None),
+    "pseudo_label(statistic=l2)": (87.169, 3.614, 44.18, 87.989, 81.987),
+    "pseudo_label(statistic=linf)": (87.065, 3.629, 43.15, None, None),
+    "exgrad(p=2)": (87.192, 3.627, 44.34, None, None),
     "pseudo_label": (87.235, 3.641, 45.26, 88.065, 81.936),
     "exgrad": (87.318, 3.629, 45.24, 88.153, 81.875),
     "fisher_trace": (87.584, 3.368, 40.87, 88.407, 81.720),
@@ -97,11 +108,20 @@ AGGREGATES = {
 }
 """AUROC, AURC and FPR95 of all pixels, AUROC in the mean over images, and within the predicted class."""
 
-THIRTY_SEVENTH = {"max_softmax": 86.328, "entropy": 86.300, "pseudo_label": 87.010, "pgn": 88.169}
+THIRTY_SEVENTH = {"max_softmax": 86.328, "entropy": 86.300, "margin": 86.317, "energy": 81.431, "max_logit": 82.343}
+THIRTY_SEVENTH |= {"gen": 83.761, "gradnorm": 59.731, "pseudo_label": 87.010, "pseudo_label(statistic=l2)": 86.952}
+THIRTY_SEVENTH |= {
+    "pseudo_label(statistic=linf)": 86.839,
+    "exgrad": 87.092,
+    "exgrad(p=2)": 86.975,
+    "fisher_trace": 87.382,
+}
+THIRTY_SEVENTH |= {"gradtrust": 85.237, "pgn(label=one_hot)": 86.561, "pgn": 88.169, "feature_norm": 38.446}
 SPEARMAN = {"max_softmax": 0.462, "entropy": 0.406, "pseudo_label": 0.552, "exgrad": 0.552}
 SEGMENTS = {
     "max_softmax": (75.98, 77.22),
     "entropy": (76.90, 77.53),
+    "energy": (78.98, 77.89),
     "pseudo_label": (74.53, 76.74),
     "exgrad": (74.14, 76.50),
     "fisher_trace": (68.82, 72.63),
@@ -159,12 +179,26 @@ def mean_pseudo_label(flat: Tensor) -> Tensor:
     return (logits.logsumexp(1) - logits.amax(1)).mean(1)
 
 
-def test_gradients_of_the_mean_loss_of_an_image(model: nn.Module) -> None:
-    pixels, _ = even_images()[0]
+def mean_uniform(flat: Tensor) -> Tensor:
+    """The mean over an image's pixels of the cross-entropy to the uniform distribution."""
+    return -flat.unflatten(1, (12, -1)).log_softmax(1).mean((1, 2))
+
+
+MEAN_LOSSES = {
+    0: {"head pseudo l1": 0.54505, "head pseudo l2": 0.0344376, "head uniform l1": 21.4074},
+    1: {"head pseudo l1": 0.629632, "head pseudo l2": 0.0410476, "head uniform l1": 21.7831},
+}
+MEAN_LOSSES[0] |= {"whole pseudo l1": 654.452, "whole pseudo l2": 6.24233, "whole uniform l2": 110.73}
+MEAN_LOSSES[1] |= {"whole pseudo l1": 1102.63, "whole pseudo l2": 11.132, "whole uniform l2": 115.752}
+
+
+@pytest.mark.parametrize("number", MEAN_LOSSES)
+def test_gradients_of_the_mean_loss_of_an_image(model: nn.Module, number: int) -> None:
+    pixels, _ = even_images()[number]
     options: dict[str, Any] = {"logits": lambda output: output.flatten(1)}
-    head = lgm.gradient_statistics(
-        model, pixels[None], mean_pseudo_label, lambda name: name == "classifier.weight", **options
-    )
-    assert [float(head.norm(1)), float(head.norm(2))] == pytest.approx([0.54505, 0.0344376], rel=1e-3)
-    whole = lgm.gradient_statistics(model, pixels[None], mean_pseudo_label, **options)
-    assert [float(whole.norm(1)), float(whole.norm(2))] == pytest.approx([654.452, 6.24233], rel=1e-3)
+    losses = {"pseudo": mean_pseudo_label, "uniform": mean_uniform}
+    parts: dict[str, Any] = {"head": lambda name: name == "classifier.weight", "whole": None}
+    for name, value in MEAN_LOSSES[number].items():
+        part, loss, norm = name.split()
+        found = lgm.gradient_statistics(model, pixels[None], losses[loss], parts[part], **options)
+        assert float(found.norm(int(norm[1:]))) == pytest.approx(value, rel=1e-3), name
