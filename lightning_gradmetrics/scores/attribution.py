@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
 
-__all__ = ["AttributionDensity", "gaia"]
+__all__ = ["AttributionAverage", "AttributionDensity", "channels_last", "gaia", "observing_outputs"]
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -37,42 +38,40 @@ def attributed_layers(model: nn.Module) -> list[nn.Module]:
     )
 
 
+@dataclass
+class SeenOutputs:
+    """Layers' first outputs and their gradients; a backward pass fills in the gradients."""
+
+    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    gradients: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def see(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Note the first output of a layer."""
+        if isinstance(output, Tensor) and output.requires_grad and module not in self.outputs:
+            self.outputs[module] = output.detach().clone()  # an in-place ReLU may follow
+            output.register_hook(partial(self._keep, module))  # type: ignore[no-untyped-call]
+
+    def _keep(self, module: nn.Module, gradient: Tensor) -> None:
+        self.gradients[module] = gradient.detach()
+
+
 @contextmanager
-def _gradients_of_outputs(layers: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Yield a mapping that a backward pass inside the block fills with the gradients of the layers' first outputs."""
-    gradients: dict[nn.Module, Tensor] = {}
-    called: set[nn.Module] = set()
-
-    def watch(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad and module not in called:
-            called.add(module)
-            output.register_hook(_keep(gradients, module))  # type: ignore[no-untyped-call]  # an in-place ReLU may follow
-
+def observing_outputs(layers: list[nn.Module]) -> Iterator[SeenOutputs]:
+    """Observe the first output of each layer inside the block, and its gradient in a backward pass."""
+    seen = SeenOutputs()
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_hook(watch).remove)
-        yield gradients
+            stack.callback(layer.register_forward_hook(seen.see).remove)
+        yield seen
 
 
-def _keep(gradients: dict[nn.Module, Tensor], module: nn.Module) -> Callable[[Tensor], None]:
-    def hook(gradient: Tensor) -> None:
-        gradients[module] = gradient.detach()
-
-    return hook
-
-
-def density(layer: nn.Module, gradient: Tensor, size: int) -> Tensor | None:
-    """Return the fraction of non-zero entries in each channel, ``(N, C)``; ``None`` without a sample axis.
-
-    Example:
-        >>> density(nn.BatchNorm2d(2), torch.tensor([[[[0.0, 1.0]], [[2.0, 1.0]]]]), 1)
-        tensor([[0.5000, 1.0000]])
-    """
-    if not len(gradient) or len(gradient) % size:
+def channels_last(layer: nn.Module, values: Tensor, size: int) -> Tensor | None:
+    """Return a layer's output, or a gradient of it, by positions and channels, ``(N, P, C)``; ``None`` without a sample axis."""
+    if not len(values) or len(values) % size:
         return None
-    is_last = isinstance(layer, (nn.Linear, nn.LayerNorm))
-    values = gradient if is_last else gradient.movedim(1, -1)
-    return at_least_float32((values != 0).to(values)).reshape(size, -1, values.shape[-1]).mean(1)
+    is_last = values.ndim < 3 or isinstance(layer, (nn.Linear, nn.LayerNorm))
+    by_channel = values if is_last else values.movedim(1, -1)
+    return at_least_float32(by_channel).reshape(size, -1, by_channel.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -82,30 +81,95 @@ class AttributionDensity:
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the means."""
         check_floats(inputs, "attributions")
-        with preserved(model), eager(), _gradients_of_outputs(attributed_layers(model)) as gradients:
+        with preserved(model), eager(), observing_outputs(attributed_layers(model)) as seen:
             leaf, logits = differentiable_logits(model, inputs, "attributions")
             torch.autograd.grad(logits.amax(1).sum(), leaf)
         densities = []
-        for layer, gradient in gradients.items():
-            shares = density(layer, gradient, len(inputs))
-            if shares is not None:
-                densities.append(shares)
+        for layer, gradient in seen.gradients.items():
+            values = channels_last(layer, (gradient != 0).to(gradient), len(inputs))
+            if values is not None:
+                densities.append(values.mean(1))
         return torch.cat(densities, 1).square().mean(1)
 
 
+@dataclass(frozen=True)
+class AttributionAverage:
+    """A probe: GAIA-A, the inner over the output component of the mean attribution gradients, ``(N,)``."""
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        """Return the quotients."""
+        check_floats(inputs, "attributions")
+        heads = _HeadInput()
+        with preserved(model), eager(), ExitStack() as stack:
+            seen = stack.enter_context(observing_outputs(attributed_layers(model)))
+            for layer in model.modules():
+                if isinstance(layer, nn.Linear):
+                    stack.callback(layer.register_forward_hook(heads.see).remove)
+            leaf, logits = differentiable_logits(model, inputs, "attributions")
+            features, weight = heads.of(logits)
+            torch.autograd.grad(features.sum(), leaf)
+        means = []
+        for layer, gradient in seen.gradients.items():
+            values = channels_last(layer, gradient, len(inputs))
+            if values is not None:
+                means.append(values.mean(1).double())
+        if not means:
+            raise ValueError("gaia(form=average): no attributed layer comes before the head, use form=zero")
+        inner = torch.cat(means, 1).square().mean(1)
+        outer = (_log_probability_slope(logits)[:, -len(weight) :] @ weight.detach().double()).abs().mean(1)
+        return inner / outer.clamp(min=torch.finfo(outer.dtype).tiny)
+
+
+def _log_probability_slope(logits: Tensor) -> Tensor:
+    """The gradient of the sum of all classes' log-probabilities with respect to the logits; one logit z counts as ``(0, z)``."""
+    values = logits.detach().double()
+    if values.shape[1] == 1:
+        values = torch.cat([torch.zeros_like(values), values], 1)
+    return 1 - values.shape[1] * torch.softmax(values, 1)
+
+
+@dataclass
+class _HeadInput:
+    """The calls of linear layers, of which one returns the logits."""
+
+    calls: list[tuple[nn.Linear, Tensor, Tensor]] = field(default_factory=list)
+
+    def see(self, layer: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
+        self.calls.append((layer, args[0], output))
+
+    def of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the head's input ``(N, D)`` and its weight ``(C, D)``."""
+        for layer, features, output in reversed(self.calls):
+            if output.shape == logits.shape and torch.equal(output.nan_to_num(), logits.nan_to_num()):
+                return features, layer.weight
+        raise ValueError(
+            "gaia(form=average) needs a linear layer that returns the logits, and this model has none: use form=zero"
+        )
+
+
 @register("gradient", "Chen et al. 2023, arXiv:2311.09620")
-def gaia(evidence: Evidence) -> Tensor:
-    r"""GAIA-Z: how few of the attributions inside the network are exactly zero.
+def gaia(evidence: Evidence, *, form: Literal["zero", "average"] = "zero") -> Tensor:
+    r"""GAIA: abnormal attributions inside the network, by the share of zeros (GAIA-Z) or by their means (GAIA-A).
 
-    The attributions are the gradients of the largest logit with respect to the output of every normalisation layer, or
-    of every convolution and linear layer if there is none. The score is the mean over all channels of the squared
-    fraction of non-zero entries: in-distribution samples leave more units inactive. It costs a forward and a backward
-    pass. A network without units that can be inactive, such as ReLUs, has no zeros, and all its samples score 1.
+    The attributions are gradients with respect to the output of every normalisation layer (of every convolution and linear
+    layer, if there is none). It costs a forward and a backward pass.
 
-    The paper's other variant, GAIA-A, is not included.
+    GAIA-Z takes gradients of the largest logit. The score is the mean over all channels of the squared share of non-zero
+    entries: in-distribution samples leave more units inactive. A network without units that switch off, such as ReLU, has no
+    zeros, and all its samples score 1.
+
+    GAIA-A takes gradients of the sum of the head's input ``h``, whose mean over positions in channel ``k`` is ``a_k``. The
+    score is ``mean_k a_k^2 / mean_d |sum_c d log p_c / d h_d|``. As in the authors' code, the second mean is not squared.
+    Where the authors take the map before the pooling for ``h``, all scores differ from these by the same factor.
+
+    Args:
+        form: ``"zero"`` is GAIA-Z, ``"average"`` is GAIA-A.
 
     Returns:
-        A score with values ``(N,)`` in ``[0, 1]``.
+        A score with values ``(N,)``: in ``[0, 1]``, or at least 0 for ``form="average"``.
+
+    Raises:
+        ValueError: If ``form="average"`` and no linear layer returns the logits.
 
     Example:
         >>> import lightning_gradmetrics as lgm
@@ -117,5 +181,6 @@ def gaia(evidence: Evidence) -> Tensor:
         J. Chen et al., "GAIA: Delving into Gradient-based Attribution Abnormality for Out-of-distribution Detection",
         NeurIPS 2023, https://arxiv.org/abs/2311.09620, https://github.com/JGEthanChen/GAIA-OOD
     """
-    values = evidence.probe(AttributionDensity()).to(evidence.logits.dtype)
+    probe = AttributionDensity() if form == "zero" else AttributionAverage()
+    values = evidence.probe(probe).to(evidence.logits.dtype)
     return values.masked_fill(evidence.logits.isfinite().all(1).logical_not(), torch.nan)

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.scores.view_probes import ViewMeans, ViewOutputs, Views, reads_outputs, view_evidence
+from lightning_gradmetrics.scores.view_probes import (
+    ViewMeans,
+    ViewOutputs,
+    Views,
+    ViewSet,
+    reads_outputs,
+    view_evidence,
+)
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
@@ -105,8 +112,8 @@ class ViewsScore(Score):
         settings = {**RECIPE.defaults, **arguments}
         self.inner, self.n = inner, settings["n"]
         self.transforms, seed = settings["transforms"], settings["seed"]
-        self.outputs = ViewOutputs(self.n, seed, inner.needs.features, self.transforms)
-        self.means = ViewMeans(inner, self.n, seed, self.transforms)
+        view_set = ViewSet(self.n, seed, transforms=self.transforms)
+        self.outputs, self.means = ViewOutputs(view_set, inner.needs.features), ViewMeans(inner, view_set)
         super().__init__(name or _name(inner, arguments), replace(RECIPE, family=inner.recipe.family), arguments)
 
     def look(self, evidence: Evidence) -> None:
@@ -162,7 +169,8 @@ class FittedViews(FittedScore):
         settings = {**RECIPE.defaults, **arguments, "score": unfitted.name}
         self.unfitted = unfitted
         self.state = self.model = self.head = None
-        self.outputs = ViewOutputs(settings["n"], settings["seed"], unfitted.needs.features, settings["transforms"])
+        view_set = ViewSet(settings["n"], settings["seed"], transforms=settings["transforms"])
+        self.outputs = ViewOutputs(view_set, unfitted.needs.features)
         recipe = replace(RECIPE, family=unfitted.recipe.family)
         Score.__init__(self, name or _name(unfitted, arguments), recipe, {**arguments, "score": unfitted.name})
 

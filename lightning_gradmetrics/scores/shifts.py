@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["shifted_views", "views_of", "with_two_columns"]
+__all__ = ["shifted_views", "views_of"]
 
 SHIFT = 16
 """Images are shifted by up to their size divided by this number, or by one pixel if that is larger."""
@@ -62,16 +62,3 @@ def views_of(inputs: Tensor, n: int, seed: int = 0, flip: bool = True) -> list[T
             "one view, or pass transforms= to views, a function from inputs to a list of views"
         )
     return shifted_views(inputs, n, seed, flip)
-
-
-def with_two_columns(logits: Tensor) -> Tensor:
-    """Return the logits ``(0, z)`` of a model with one logit z per sample, and other logits unchanged.
-
-    Args:
-        logits: ``(N, C)``.
-
-    Example:
-        >>> with_two_columns(torch.tensor([[2.0]]))
-        tensor([[0., 2.]])
-    """
-    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits

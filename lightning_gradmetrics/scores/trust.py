@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of, preserved
-from lightning_gradmetrics.classifier.input_gradients import check_floats
-from lightning_gradmetrics.engine.api import eager
-from lightning_gradmetrics.gradients.statistics import accumulator
-from lightning_gradmetrics.scores.channels import ChannelProbe, observing_channels
+from lightning_gradmetrics.scores.channels import ChannelProbe
 from lightning_gradmetrics.scores.detectors import ledoit_wolf, mahalanobis, moment_sums
-from lightning_gradmetrics.scores.shifts import views_of, with_two_columns
+from lightning_gradmetrics.scores.view_probes import SeenView, ViewProbe, ViewSet
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
@@ -25,6 +22,9 @@ __all__ = ["ViewSums", "channel_distance", "error_log_odds", "left_out_distances
 
 QUANTILE = 0.95
 """The distance contributes little below this quantile of the in-distribution distances."""
+
+FEWEST = 20
+"""The fewest samples to fit on: with fewer, the 95 % quantile would be the largest of their distances."""
 
 DISTANCE_WEIGHT = 2.0
 """The weight of the distance."""
@@ -40,39 +40,27 @@ SMALLEST_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
-class ViewSums:
+class ViewSums(ViewProbe):
     """A probe: sums over the shifted views of each class's log odds, the energy and the channel statistics.
 
     The first view is the input itself. It is left out, because the forward pass of the prediction is observed.
 
     Args:
-        views: The number of views, one more than the number of forward passes.
-        seed: The seed of the shifts.
-        flip: Whether every other view is flipped.
+        views: The views.
     """
 
-    backward: ClassVar[bool] = False
-    views: int
-    seed: int
-    flip: bool
+    views: ViewSet
+    features: ClassVar[bool] = False
+    channels: ClassVar[bool] = True
 
-    @property
-    def forwards(self) -> int:
-        """The number of forward passes."""
-        return self.views - 1
+    def of_view(self, seen: SeenView) -> Tensor:
+        """Return one view's summands ``(N, C + 1 + F)``."""
+        assert seen.channels is not None
+        return _measured(seen.evidence.logits, seen.channels)
 
-    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
         """Return the sums ``(N, C + 1 + F)``."""
-        check_floats(inputs, "augmented views")
-        total: Tensor | int = 0
-        with preserved(model), torch.no_grad(), eager():
-            for view in views_of(inputs, self.views, self.seed, self.flip)[1:]:
-                with observing_channels(model, batch_size(view)) as seen:
-                    logits = logits_of(call(model, view.contiguous()))
-                logits = with_two_columns(logits.to(accumulator(logits)))
-                total = total + _measured(logits, seen.columns)
-        assert isinstance(total, Tensor)
-        return total
+        return torch.stack(list(values)).sum(0)
 
 
 def _measured(logits: Tensor, channels: Tensor) -> Tensor:
@@ -146,7 +134,8 @@ class trust(FittedScore):
             L2 norms of every layer's gradient for the pseudo-label and the uniform target, ``"both"``, or ``"none"``.
 
     Raises:
-        ValueError: If there are several views and gradients, or the data to fit on hold fewer than 2 samples, or all of them are the same.
+        ValueError: If there are several views and gradients, or the data to fit on hold fewer than 20 samples, or
+            all of them are the same.
         TypeError: If there are several views and the inputs are not images ``(N, C, H, W)``.
 
     Example:
@@ -173,7 +162,7 @@ class trust(FittedScore):
         if self.views > 1:
             if self.distance != "channels":
                 raise ValueError(f"trust measures distance={self.distance!r} in one view: set views=1")
-            sums = evidence.probe(ViewSums(self.views, self.seed, self.flip), (classes + 9,))
+            sums = evidence.probe(ViewSums(ViewSet(self.views, self.seed, self.flip)), (classes + 9,))
             measured = (measured + sums.to(measured)) / self.views
         log_odds = measured[:, :classes].gather(1, logits.argmax(1, keepdim=True))[:, 0]
         return {"log_odds": log_odds, "energy": measured[:, classes], "channels": measured[:, classes + 1 :]}
@@ -196,8 +185,7 @@ class trust(FittedScore):
     def finish(self, total: Tensors) -> Tensors:
         finite = total["rows/channels"].isfinite().all(1) & total["rows/energy"].isfinite()
         channels, energy = total["rows/channels"][finite].double(), total["rows/energy"][finite].double()
-        if len(energy) < 2:
-            raise ValueError(f"trust is fitted on 2 or more finite samples, but there are {len(energy)}: give more")
+        _check_number("trust", len(energy), FEWEST)
         state = {"energy_mean": energy.mean(), "energy_spread": _spread(energy, "energies")}
         return state if self.distance == "none" else {**state, **_fitted_distance(channels)}
 
@@ -243,23 +231,25 @@ class channel_distance(FittedScore):
 
     def finish(self, total: Tensors) -> Tensors:
         channels = total["rows/channels"][total["rows/channels"].isfinite().all(1)].double()
-        if len(channels) < 2:
-            raise ValueError(f"channel_distance is fitted on 2 or more finite samples, but there are {len(channels)}")
-        return _fitted_distance(channels)
+        _check_number("channel_distance", len(channels), 2)
+        centre, scale, normal = _standardised_normal(channels)
+        return {"centre": centre, "scale": scale, "precision": _precision(normal)}
 
     def score(self, measured: Tensors, state: Tensors) -> Tensor:
         return _distance(measured["channels"], state)
 
 
+def _check_number(name: str, number: int, fewest: int) -> None:
+    """Refuse a fit on fewer samples than that."""
+    if number < fewest:
+        raise ValueError(f"{name} is fitted on {fewest} or more finite samples, but there are {number}: give more")
+
+
 def _fitted_distance(columns: Tensor) -> Tensors:
-    """Return the fitted state of the distance: centre, scale and precision, and the distribution of the log distance."""
-    scale = columns.std(0, correction=0)
-    scale = torch.where(scale > CONSTANT * columns.abs().amax(0), scale, torch.inf)
-    centre = columns.mean(0)
-    rows = (columns - centre) / scale
-    normal = ledoit_wolf(moment_sums(rows))
-    precision = torch.linalg.pinv(normal["covariance"], hermitian=True)
-    distances = left_out_distances(rows, normal["mean"], precision, normal["shrinkage"])
+    """The distance of rows ``(N, F)``: centre, scale and precision, and the distribution of the log distance."""
+    centre, scale, normal = _standardised_normal(columns)
+    precision = _precision(normal)
+    distances = left_out_distances((columns - centre) / scale, normal["mean"], precision, normal["shrinkage"])
     logarithms = distances.clamp(min=SMALLEST_SHARE * distances.median()).log()
     return {
         "centre": centre,
@@ -268,6 +258,19 @@ def _fitted_distance(columns: Tensor) -> Tensors:
         "quantile": logarithms.quantile(QUANTILE),
         "distance_spread": _spread(logarithms, "distances"),
     }
+
+
+def _standardised_normal(columns: Tensor) -> tuple[Tensor, Tensor, Tensors]:
+    """The centre and scale of columns ``(N, F)``, and the mean and shrunk covariance after they are applied."""
+    scale = columns.std(0, correction=0)
+    scale = torch.where(scale > CONSTANT * columns.abs().amax(0), scale, torch.inf)
+    centre = columns.mean(0)
+    return centre, scale, ledoit_wolf(moment_sums((columns - centre) / scale))
+
+
+def _precision(normal: Tensors) -> Tensor:
+    """The inverse of the covariance."""
+    return torch.linalg.pinv(normal["covariance"], hermitian=True)
 
 
 def _distance(columns: Tensor, state: Tensors) -> Tensor:

@@ -1,16 +1,21 @@
-"""Probes that run a model on views and return its outputs, which several scores share, or the mean of one score."""
+"""Probes that run a model on views: one pass per view serves all that read outputs; or the mean of one score."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.forward import batch_size, preserved
 from lightning_gradmetrics.classifier.input_gradients import check_floats
+from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.statistics import accumulator
+from lightning_gradmetrics.scores.channels import observing_channels
 from lightning_gradmetrics.scores.gradients import feature_norm
 from lightning_gradmetrics.scores.logits import energy
 from lightning_gradmetrics.scores.shifts import views_of
@@ -20,7 +25,16 @@ from lightning_gradmetrics.scoring.registry import Score
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.step import observed
 
-__all__ = ["ViewMeans", "ViewOutputs", "Views", "reads_outputs", "view_evidence"]
+__all__ = [
+    "SeenView",
+    "ViewMeans",
+    "ViewOutputs",
+    "ViewProbe",
+    "ViewSet",
+    "Views",
+    "reads_outputs",
+    "view_evidence",
+]
 
 Views = Callable[[Tensor], Sequence[Tensor]]
 """A function from inputs ``(N, ...)`` to views of the same shape."""
@@ -32,60 +46,140 @@ def reads_outputs(score: Score) -> bool:
 
 
 @dataclass(frozen=True)
-class ViewOutputs:
-    """A probe: the logits and, if requested, the head's input of views, ``(N, V, C)`` or ``(N, V, C + D)``.
-
-    The first of the default views, the input itself, is left out, because the forward pass of the prediction is
-    observed.
+class SeenView:
+    """What one forward pass on a view shows.
 
     Args:
-        n: The number of views.
-        seed: The seed of the shifts.
-        features: Whether to return the head's input.
-        transforms: A function from inputs to views, or ``None`` for shifts and flips.
+        evidence: The logits and, if a probe reads it, the head's input.
+        channels: The channel statistics ``(N, F)`` if a probe reads them.
     """
 
+    evidence: Evidence
+    channels: Tensor | None
+
+
+class ViewProbe(ABC):
+    """The base of probes that read forward passes on views: all with the same views share one pass per view."""
+
     backward: ClassVar[bool] = False
+    views: ViewSet
+    features: bool
+    channels: bool
+
+    @abstractmethod
+    def of_view(self, seen: SeenView) -> Tensor:
+        """Return what the probe reads of one view, ``(N, ...)``."""
+
+    @abstractmethod
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the probe's result from what it reads of each view."""
+
+    @property
+    def passes(self) -> ViewSet:
+        """Probes with equal passes are computed together."""
+        return self.views
+
+    @property
+    def forwards(self) -> int | None:
+        """The number of forward passes; ``None`` if the user's transforms determine it."""
+        return self.views.forwards
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
+        """Return the result."""
+        return self.together([self], model, inputs)[self]
+
+    @staticmethod
+    def together(probes: Sequence[ViewProbe], model: nn.Module, inputs: Any) -> dict[ViewProbe, Tensor]:
+        """Return the results of several probes with the same views by one forward pass per view."""
+        features = any(probe.features for probe in probes)
+        channels = any(probe.channels for probe in probes)
+        read: dict[ViewProbe, list[Tensor]] = {probe: [] for probe in probes}
+        with preserved(model), torch.no_grad(), eager():
+            for view in probes[0].views.of(inputs):
+                seen = _seen(model, view.contiguous(), features, channels)
+                for probe, values in read.items():
+                    values.append(probe.of_view(seen))
+        return {probe: probe.joined(values) for probe, values in read.items()}
+
+
+def _seen(model: nn.Module, view: Tensor, features: bool, channels: bool) -> SeenView:
+    """Run the model on one view."""
+    scorer = Scorer((feature_norm() if features else energy(),))
+    with ExitStack() as stack:
+        observer = stack.enter_context(observing_channels(model, batch_size(view))) if channels else None
+        batch = observed(scorer, model, view)
+    return SeenView(Evidence(batch.logits, batch.features), None if observer is None else observer.columns)
+
+
+@dataclass(frozen=True)
+class ViewSet:
+    """The views that probes run.
+
+    Args:
+        n: The number of default views, the input itself included.
+        seed: The seed of the shifts.
+        flip: Whether every other default view is flipped.
+        transforms: From inputs to views, or ``None`` for shifts and flips.
+    """
+
     n: int
     seed: int
-    features: bool
-    transforms: Views | None
+    flip: bool = True
+    transforms: Views | None = None
 
     @property
     def forwards(self) -> int | None:
         """The number of forward passes; ``None`` if the user's transforms determine it."""
         return self.n - 1 if self.transforms is None else None
 
-    def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        """Return the outputs."""
-        scorer = Scorer((feature_norm() if self.features else energy(),))
-        outputs = []
-        for view in _views(inputs, self.n, self.seed, self.transforms):
-            batch = observed(scorer, model, view.contiguous())
-            seen = Evidence(batch.logits, batch.features)
-            outputs.append(torch.cat([seen.logits, seen.features], 1) if self.features else seen.logits)
-        return torch.stack(outputs, 1)
+    def of(self, inputs: Any) -> Sequence[Tensor]:
+        """Return the views of inputs; without transforms the first, the input itself, is left out."""
+        check_floats(inputs, "augmented views")
+        if self.transforms is not None:
+            return self.transforms(inputs)
+        return views_of(inputs, self.n, self.seed, self.flip)[1:]
+
+
+@dataclass(frozen=True)
+class ViewOutputs(ViewProbe):
+    """A probe: the logits and, if asked for, the head's input of views, ``(N, V, C)`` or ``(N, V, C + D)``.
+
+    The first of the default views, the input itself, is left out: the forward pass that makes the prediction is observed.
+
+    Args:
+        views: The views.
+        features: Whether to return the head's input.
+    """
+
+    views: ViewSet
+    features: bool
+    channels: ClassVar[bool] = False
+
+    def of_view(self, seen: SeenView) -> Tensor:
+        """Return the outputs of one view."""
+        if not self.features:
+            return seen.evidence.logits
+        return torch.cat([seen.evidence.logits, seen.evidence.features], 1)
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the outputs of all views."""
+        return torch.stack(list(values), 1)
 
 
 def view_evidence(probe: ViewOutputs, evidence: Evidence) -> list[Evidence]:
-    """Return the evidence of each view; without transforms, that of the plain input first."""
-    views = [evidence] if probe.transforms is None else []
-    if probe.transforms is None and probe.n == 1:
+    """Return the evidence of each view: without transforms, the plain input's first."""
+    is_default = probe.views.transforms is None
+    views = [evidence] if is_default else []
+    if is_default and probe.views.n == 1:
         return views
     classes = evidence.logits.shape[1]
     width = classes + (evidence.features.shape[1] if probe.features else 0)
-    for outputs in evidence.probe(probe, (max(1, probe.n - 1), width)).unbind(1):
+    for outputs in evidence.probe(probe, (max(1, probe.views.n - 1), width)).unbind(1):
         features = outputs[:, classes:] if probe.features else None
         views.append(
             Evidence(outputs[:, :classes], features, given_head=evidence.given_head, one_logit=evidence.one_logit)
         )
     return views
-
-
-def _views(inputs: Any, n: int, seed: int, transforms: Views | None) -> Sequence[Tensor]:
-    """Return the views that a probe runs."""
-    check_floats(inputs, "augmented views")
-    return views_of(inputs, n, seed)[1:] if transforms is None else transforms(inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +188,11 @@ class ViewMeans:
 
     Args:
         score: The score.
-        n: The number of views.
-        seed: The seed of the shifts.
-        transforms: A function from inputs to views, or ``None`` for shifts and flips.
+        views: The views.
     """
 
     score: Score
-    n: int
-    seed: int
-    transforms: Views | None
+    views: ViewSet
 
     @property
     def backward(self) -> bool:
@@ -112,12 +202,12 @@ class ViewMeans:
     @property
     def forwards(self) -> int | None:
         """The number of forward passes; ``None`` if the user's transforms determine it."""
-        each = self.score.needs.forwards
-        return None if self.transforms is not None or each is None else (self.n - 1) * each
+        views, each = self.views.forwards, self.score.needs.forwards
+        return None if views is None or each is None else views * each
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the mean over the views."""
-        seen = _views(inputs, self.n, self.seed, self.transforms)
+        seen = self.views.of(inputs)
         total = torch.zeros((), device=inputs.device, dtype=accumulator(inputs))
         for view in seen:
             total = total + score_batch(model, view.contiguous(), self.score)[self.score.name]

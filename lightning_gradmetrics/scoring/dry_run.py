@@ -64,11 +64,14 @@ class Needs:
     def forwards(self) -> int | None:
         """The number of forward passes, including the one for the prediction; ``None`` if it is unknown.
 
-        A gradient of parameters before the head takes one more. A probe takes one, or the number in its ``forwards``.
+        A gradient of parameters before the head takes one more. A probe takes one, or its ``forwards``; probes with equal
+        ``passes`` share theirs.
         """
-        total = 1 + bool(self.gradients)
+        counts: dict[Any, int | None] = {}
         for probe in self.reruns:
-            count = getattr(probe, "forwards", 1)
+            counts[getattr(probe, "passes", probe)] = getattr(probe, "forwards", 1)
+        total = 1 + bool(self.gradients)
+        for count in counts.values():
             if count is None:
                 return None
             total += count

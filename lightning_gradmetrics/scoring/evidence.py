@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -28,6 +28,7 @@ __all__ = [
     "ObservableProbe",
     "ParameterGradients",
     "Probe",
+    "SharedProbe",
     "Target",
     "parameter_filter",
 ]
@@ -52,6 +53,19 @@ class ObservableProbe(Protocol):
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the result by a forward pass."""
+
+
+@runtime_checkable
+class SharedProbe(Protocol):
+    """A probe that runs the same forward passes as others: those with equal ``passes`` are computed together."""
+
+    @property
+    def passes(self) -> Hashable:
+        """What the probes that are computed together have in common."""
+
+    @staticmethod
+    def together(probes: Sequence[Any], model: nn.Module, inputs: Any) -> dict[Any, Tensor]:
+        """Return the results of probes with equal passes."""
 
 
 def parameter_filter(target: Target) -> Callable[[str], bool] | None:

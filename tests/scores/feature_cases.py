@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.scores.activation_coverage import interval_edges
 from lightning_gradmetrics.scoring.totals import Tensors
 
 
@@ -127,6 +128,50 @@ def not_zero(model: nn.Sequential, x: Tensor) -> Tensor:
     return torch.cat(shares).square().mean()
 
 
+def average(model: nn.Sequential, x: Tensor) -> Tensor:
+    """GAIA-A: the mean gradients of the sum of the head's input, over those of all log-probabilities by autograd."""
+    kinds: tuple[type[nn.Module], ...] = (
+        (nn.BatchNorm2d,) if any(isinstance(m, nn.BatchNorm2d) for m in model) else (nn.Conv2d, nn.Linear)
+    )
+    inner = []
+    for place, layer in enumerate(model[:-1]):
+        if isinstance(layer, kinds):
+            out = model[: place + 1](x).detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(model[place + 1 : -1](out.clone()).sum(), out)
+            inner.append(gradient[0].reshape(gradient.shape[1], -1).mean(1))
+    h = features(model, x).requires_grad_()
+    (outer,) = torch.autograd.grad(model[-1](h).log_softmax(0).sum(), h)
+    return torch.cat(inner).square().mean() / outer.abs().mean()
+
+
+def covered(model: nn.Sequential, place: int, x: Tensor, counts: Tensor, bins: int) -> Tensor:
+    """The mean coverage of one layer's channels, each interval searched for."""
+    out = model[: place + 1](x).detach().requires_grad_()
+    z = model[place + 1 :](out.clone())
+    (slope,) = torch.autograd.grad(-z.log_softmax(1).mean(), out)
+    channels = out.shape[1]
+    products = out[0].reshape(channels, -1).sum(1) * slope[0].reshape(channels, -1).sum(1)
+    edges, total = interval_edges(bins), 0.0
+    for channel, state in enumerate(torch.sigmoid(100 * products)):
+        for interval in range(bins - 1):
+            if edges[interval] <= state < edges[interval + 1]:
+                total += float(counts[channel, interval])
+    return torch.tensor(-total / channels, dtype=torch.float64)
+
+
+def coverage_before_head(model: nn.Sequential, x: Tensor, state: Tensors) -> Tensor:
+    return covered(model, len(model) - 2, x, state["coverage"], 50)
+
+
+def coverage_of_all_layers(model: nn.Sequential, x: Tensor, state: Tensors) -> Tensor:
+    total, first = torch.zeros((), dtype=torch.float64), 0
+    for place in range(len(model)):
+        channels = model[: place + 1](x).shape[1]
+        total += covered(model, place, x, state["coverage"][first : first + channels], 10) / len(model)
+        first += channels
+    return total
+
+
 def published(p: float, one_hot: bool) -> Callable[[nn.Module, Tensor], Tensor]:
     """PGN by its code: the softmax without the predicted class, or all of it times (C - 1) / C, and the head's input."""
 
@@ -144,6 +189,7 @@ CASES = {
     "views(n=1)": lambda m, x: 1 - softmax(m, x).max(),
     "views(n=1,score=energy)": lambda m, x: -m(x).exp().sum().log(),
     "gaia": not_zero,
+    "gaia(form=average)": average,
     "gen": gen(0.1, 99),
     "gen(gamma=0.5,top=2)": gen(0.5, 2),
     "max_logit_pnorm": lambda m, x: -m(x).max() / m(x).norm(5),
@@ -156,6 +202,8 @@ FITTED = {
     "knn": neighbour(5),
     "knn(k=1)": neighbour(1),
     "grood": to_prototype,
+    "nac_ue(fill=4)": coverage_before_head,
+    "nac_ue(bins=10,fill=30,layers='*')": coverage_of_all_layers,
     "gradient_cosine": to_mean_gradient,
     "trust": trust,
     "channel_distance": from_channels,

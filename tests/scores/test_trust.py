@@ -12,6 +12,7 @@ from lightning_gradmetrics.scores.channels import WIDTH, ChannelProbe, channels_
 from lightning_gradmetrics.scores.detectors import ledoit_wolf, mahalanobis, moment_sums
 from lightning_gradmetrics.scores.shifts import shifted_views
 from lightning_gradmetrics.scores.trust import ViewSums, error_log_odds, left_out_distances
+from lightning_gradmetrics.scores.view_probes import ViewSet
 from tests.callback import runs
 from tests.models import Module, assert_same_state, cnn, images, mlp, state_of, vectors
 
@@ -50,7 +51,7 @@ def test_views_add_up_the_measurements() -> None:
             model(view)
         p = z.softmax(1)
         expected.append(torch.cat([((1 - p) / p).log(), -z.logsumexp(1)[:, None], seen.columns.double()], 1))
-    torch.testing.assert_close(ViewSums(4, 1, True)(model, x), torch.stack(expected).sum(0), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(ViewSums(ViewSet(4, 1))(model, x), torch.stack(expected).sum(0), rtol=1e-6, atol=1e-9)
 
 
 def test_log_odds_stay_accurate_if_the_softmax_is_one() -> None:
