@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_gradmetrics.callback.evaluating import judged_scores
 from lightning_gradmetrics.callback.logged import plain_names
-from lightning_gradmetrics.evaluation import Evaluation
+from lightning_gradmetrics.evaluation import Evaluation, Thresholds
 from lightning_gradmetrics.pictures import (
     Picture,
     PictureSource,
@@ -39,6 +39,7 @@ class Outcome:
     """The part of the callback that presents the results of a run."""
 
     scorer: Scorer
+    thresholds: Thresholds | None
     _results: Results
     _is_set_up = False
     """Whether this process took part in a run."""
@@ -159,7 +160,15 @@ class Outcome:
         evaluation, directory = self._evaluated_run(), Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         figures = write_pictures(self.pictures(), directory)
-        write_run(directory, self.results, evaluation, self.scorer.scores, model=self._model, figures=figures)
+        write_run(
+            directory,
+            self.results,
+            evaluation,
+            self.scorer.scores,
+            model=self._model,
+            figures=figures,
+            thresholds=self.thresholds,
+        )
         write_metrics_tables(evaluation, judged_scores(evaluation, self.scorer.scores), directory)
         write_pictures(curve_pictures(self.results, evaluation), directory, pdf=True)
         if has_tokens(self.results):

@@ -78,8 +78,9 @@ class SelectiveRisk(Rule):
 class LearnThenTest(Rule):
     """The same guarantee as :class:`SelectiveRisk`, from a sequence of tests.
 
-    One half of the rows, drawn by ``seed``, proposes 100 thresholds. On the other half they are tested from the lowest
-    to the highest by an exact binomial test at the level ``delta``, up to the first that fails.
+    One half of the rows, drawn by ``seed``, proposes 100 thresholds, and the one with the smallest p-value to start from. On
+    the other half the thresholds are tested from there to the highest by an exact binomial test at the level ``delta``, up to
+    the first that fails.
 
     Args:
         risk: The largest error rate among the accepted samples, in (0, 1).
@@ -108,14 +109,10 @@ class LearnThenTest(Rule):
         proposing = _half(len(scores), self.seed)
         grid = np.unique(np.quantile(scores[proposing], np.linspace(0, 1, LEVELS + 1)[1:]))
         tested, errors = scores[~proposing], incorrect[~proposing]
-        fewest = math.ceil(math.log(self.delta) / math.log(1 - self.risk))
+        proposed = [self._p_value(threshold, scores[proposing], incorrect[proposing]) for threshold in grid]
         best = None
-        for threshold in grid:
-            accepted = tested <= threshold
-            number = int(accepted.sum())
-            if number < fewest:
-                continue
-            if binom.cdf(int(errors[accepted].sum()), number, self.risk) > self.delta:
+        for threshold in grid[int(np.argmin(proposed)) :]:
+            if self._p_value(threshold, tested, errors) > self.delta:
                 break
             best = float(threshold)
         if best is None:
@@ -123,9 +120,27 @@ class LearnThenTest(Rule):
             raise RuleError(_unsupported(self, np.cumsum(errors[order]), self.delta, split=2))
         return Fit(best, float((scores <= best).mean()))
 
+    def _p_value(self, threshold: float, scores: Any, incorrect: Any) -> float:
+        """The exact binomial p-value of the hypothesis that the error rate among the accepted rows exceeds the risk."""
+        accepted = scores <= threshold
+        return float(binom.cdf(int(incorrect[accepted].sum()), int(accepted.sum()), self.risk))
+
     def guarantee(self) -> str:
         """Return the guarantee in one sentence."""
         return _risk_guarantee(self.risk, self.delta)
+
+
+@dataclass(frozen=True)
+class _PairTest:
+    """The accepted correct, incorrect and out-of-distribution rows of a pair of thresholds, and all tested rows."""
+
+    first: float
+    second: float
+    right: int
+    wrong: int
+    out: int
+    inside: int
+    outside: int
 
 
 @dataclass(frozen=True)
@@ -170,36 +185,69 @@ class JointRisk(Rule):
         """
         proposing = _half(len(is_ood), self.seed)
         correct = ~is_ood & ~incorrect
-        if not (correct & proposing).any() or not (is_ood & ~proposing).any():
-            raise RuleError(f"{self!r} needs correct in-distribution rows and out-of-distribution rows")
+        if not (correct & proposing).any() or not (is_ood & ~proposing).any() or not (~is_ood & ~proposing).any():
+            raise RuleError(
+                f"{self!r} needs correct in-distribution rows and out-of-distribution rows in both halves: there are "
+                f"{int(correct.sum())} and {int(is_ood.sum())} rows, and about {self._fewest()} of each would be enough without "
+                "accepted errors"
+            )
         firsts, seconds = (np.quantile(column[correct & proposing], GRID) for column in scores)
-        best, lowest = (0, 0.0, 0.0), 1.0
+        inside, outside = int((~is_ood & ~proposing).sum()), int((is_ood & ~proposing).sum())
+        tests: list[_PairTest] = []
         for first in firsts:
             for second in seconds:
                 accepted = (scores[0] <= first) & (scores[1] <= second) & ~proposing
-                bound = self._bound(accepted, correct, incorrect, is_ood, ~proposing)
-                lowest = min(lowest, bound)
-                if bound <= self.risk:
-                    best = max(best, (int((accepted & correct).sum()), float(first), float(second)))
-        if not best[0]:
-            raise RuleError(
-                f"no pair of thresholds supports {self!r}: the lowest bound of the joint risk is {lowest:.3f}"
-            )
-        inside = ~is_ood
+                counts = [int((accepted & kind).sum()) for kind in (correct, ~is_ood & incorrect, is_ood)]
+                tests.append(_PairTest(float(first), float(second), *counts, inside, outside))
+        supported = [test for test in tests if self._bound(test) <= self.risk]
+        if not supported:
+            raise RuleError(self._unsupported(tests, len(is_ood)))
+        best = max(supported, key=lambda test: (test.right, test.first, test.second))
         pair = []
-        for column, threshold in zip(scores, best[1:], strict=True):
-            pair.append(Fit(threshold, float((column[inside] <= threshold).mean())))
+        for column, threshold in zip(scores, (best.first, best.second), strict=True):
+            pair.append(Fit(threshold, float((column[~is_ood] <= threshold).mean())))
         return pair[0], pair[1]
 
-    def _bound(self, accepted: Any, correct: Any, incorrect: Any, is_ood: Any, tested: Any) -> float:
-        """Return an upper bound of the joint risk of one pair."""
+    def _bound(self, test: _PairTest, factor: float = 1.0) -> float:
+        """An upper bound of the joint risk of one pair, with ``factor`` times the tested rows."""
         level = self.delta / (3 * len(GRID) ** 2)
-        inside = int((~is_ood & tested).sum())
-        wrong = error_bounds(int((accepted & ~is_ood & incorrect).sum()), inside, level)[1]
-        right = error_bounds(int((accepted & correct).sum()), inside, level)[0]
-        out = error_bounds(int((accepted & is_ood).sum()), int((is_ood & tested).sum()), level)[1]
+        inside, outside = factor * test.inside, factor * test.outside
+        wrong = error_bounds(factor * test.wrong, inside, level)[1]
+        right = error_bounds(factor * test.right, inside, level)[0]
+        out = error_bounds(factor * test.out, outside, level)[1]
+        return self._joint_risk(wrong, right, out)
+
+    def _fewest(self) -> int:
+        """The rows of each kind that support the rule if no error and no out-of-distribution row is accepted."""
+        for number in 2 ** np.arange(1, 31):
+            if self._bound(_PairTest(0.0, 0.0, int(number), 0, 0, int(number), int(number))) <= self.risk:
+                return 2 * int(number)
+        return 2**31
+
+    def _joint_risk(self, wrong: float, right: float, out: float) -> float:
+        """The joint risk from the accepted shares of incorrect, correct and out-of-distribution samples."""
         bad = (1 - self.ood_share) * wrong + self.ood_share * out
-        return float(bad / (bad + (1 - self.ood_share) * right))
+        accepted = bad + (1 - self.ood_share) * right
+        return float(bad / accepted) if accepted else 1.0
+
+    def _unsupported(self, tests: Sequence[_PairTest], rows: int) -> str:
+        """Say why no pair qualifies, and how many rows would be enough if they were like these."""
+        risks = []
+        for test in tests:
+            shares = (test.wrong / test.inside, test.right / test.inside, test.out / test.outside)
+            risks.append(self._joint_risk(*shares))
+        if min(risks) >= self.risk:
+            return (
+                f"no pair of thresholds supports {self!r}: the joint risk is at least {min(risks):.3f} for every pair, so no "
+                "number of rows would be enough; allow a larger risk"
+            )
+        for factor in 2.0 ** np.arange(1, 20):
+            if min(self._bound(test, factor) for test in tests) <= self.risk:
+                return (
+                    f"{rows} rows cannot support {self!r}: about {int(factor * rows)} rows like these would be enough; the "
+                    f"lowest bound of the joint risk is {min(map(self._bound, tests)):.3f}"
+                )
+        return f"no pair of thresholds supports {self!r}; allow a larger risk"
 
     def guarantee(self) -> str:
         """Return the guarantee in one sentence."""
@@ -209,7 +257,7 @@ class JointRisk(Rule):
         )
 
 
-def error_bounds(errors: int, number: int, level: float) -> tuple[float, float]:
+def error_bounds(errors: float, number: float, level: float) -> tuple[float, float]:
     """Return Clopper and Pearson's lower and upper bound of a rate, each with confidence ``1 - level``.
 
     Example:
@@ -254,7 +302,7 @@ def _unsupported(rule: SelectiveRisk | LearnThenTest, errors: Any, level: float,
             f"no threshold supports {rule!r}: the error rate is at least {rates.min():.3f} at every coverage, so no "
             "number of rows would be enough; allow a larger risk"
         )
-    for factor in 2.0 ** np.arange(0, 20):
+    for factor in 2.0 ** np.arange(1, 20):
         bounds = beta.ppf(1 - level, factor * errors + 1, np.maximum(factor * (number - errors), 1e-9))
         if (bounds <= rule.risk).any():
             return (

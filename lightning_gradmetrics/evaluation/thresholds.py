@@ -95,6 +95,8 @@ def fit_thresholds(
         {'entropy': 0.3}
     """
     rule = TruePositiveRate(tpr) if rule is None else rule
+    if len(set(scores)) != len(scores):
+        raise ValueError(f"a score is named twice: {list(scores)}; name each once")
     table = as_table(results)
     keep = finite_rows(table, scores)
     is_ood = _is_ood(table, roles)

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 from lightning_gradmetrics.report.answers import Answer, answers
 from lightning_gradmetrics.report.curves import clustered, spearman
+from lightning_gradmetrics.report.decisions import decisions
 from lightning_gradmetrics.report.main_table import all_metrics, main_table, marks, paired_table
 from lightning_gradmetrics.report.notes import configuration, details, notes, shortened
 from lightning_gradmetrics.report.panels import (
@@ -126,7 +127,8 @@ def _operating(run: Run, names: Sequence[str]) -> dict[str, Any]:
         if run.role_of(name) == "id" and rows.incorrect.any():
             kept[name] = accuracies(rows, names)
     headings, rejected = thresholds(run, names)
-    return {"accuracies": kept, "headings": headings, "thresholds": rejected if headings[1:] else {}}
+    shown = rejected if headings[1:] else {}
+    return {"accuracies": kept, "headings": headings, "thresholds": shown, "decisions": decisions(run)}
 
 
 def _agreement(run: Run, names: Sequence[str]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def read_run(directory: Path) -> Run:
         environment=_mapping(content, "environment"),
         timing=_mapping(content, "timing"),
         settings=_mapping(content, "settings"),
+        thresholds=_mapping(content, "thresholds"),
         created=str(content.get("created") or ""),
         command=str(content.get("command") or ""),
         thumbnails=_thumbnails(directory),

@@ -176,6 +176,7 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
     timing: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    thresholds: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     command: str = ""
     thumbnails: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

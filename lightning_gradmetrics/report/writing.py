@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_gradmetrics.evaluation import Evaluation
+from lightning_gradmetrics.evaluation import Evaluation, Thresholds
 from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, VERSION
 from lightning_gradmetrics.report.tables.documents import latex, markdown
 from lightning_gradmetrics.report.tables.marks import kind_of
@@ -72,6 +72,7 @@ def write_run(
     command: str = "",
     timing: Mapping[str, float] | None = None,
     answers: Sequence[str] = (),
+    thresholds: Thresholds | None = None,
 ) -> Path:
     """Write ``results.parquet`` and ``metrics.json`` to a run directory.
 
@@ -86,6 +87,7 @@ def write_run(
         command: The command line of the run.
         timing: Seconds per step.
         answers: Sentences that the report shows first.
+        thresholds: The thresholds that the run applied, with their guarantee.
 
     Returns:
         The path of ``metrics.json``.
@@ -111,6 +113,7 @@ def write_run(
         "figures": [dict(figure) for figure in figures],
         "timing": dict(timing or {}),
         "answers": list(answers),
+        "thresholds": None if thresholds is None else json.loads(thresholds.to_json()),
         **evaluation.to_dict(),
         "datasets": datasets,
     }

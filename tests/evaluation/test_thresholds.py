@@ -114,6 +114,8 @@ def test_the_joint_rule_adds_one_decision():
     assert fitted.together and "50 % of all samples are OOD" in fitted.guarantee
     with pytest.raises(ValueError, match="two scores"):
         fit_thresholds(results(), ["error"], rule=JointRisk(0.2), roles=ROLES)
+    with pytest.raises(ValueError, match="named twice"):
+        fit_thresholds(results(), ["error", "error"], rule=JointRisk(0.2), roles=ROLES)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,27 @@ def test_the_number_of_rows_that_would_be_enough_is_enough():
     assert rule.fit(np.arange(320.0), np.arange(320) > 248).coverage > 0.5
     with pytest.raises(ValueError, match="no number of rows would be enough"):
         rule.fit(ordered, np.ones(40, dtype=bool))
+
+
+def test_the_joint_rule_names_about_the_number_of_rows_that_would_be_enough():
+    rule = JointRisk(0.1)
+    with pytest.raises(
+        ValueError, match=r"450 rows cannot support JointRisk.*: about (\d+) rows like these"
+    ) as refused:
+        fit_thresholds(results(0, 300, 150), ["error", "ood"], rule=rule, roles=ROLES)
+    enough = int(str(refused.value).split("about ")[1].split()[0])
+    assert 900 <= enough <= 7200
+    for seed in range(3):
+        table = results(seed, 8 * enough // 3, 4 * enough // 3)  # "about": the counts of 225 rows are rough
+        fitted = fit_thresholds(table, ["error", "ood"], rule=rule, roles=ROLES)
+        assert fitted.coverage["error"] > 0.2
+    ood = np.random.default_rng(0).normal(size=2000)
+    with pytest.raises(ValueError, match=r"joint risk is at least .* so no number of rows would be enough"):
+        JointRisk(0.05).fit_pair([ood, ood], np.arange(2000) % 10 == 0, np.arange(2000) >= 1000)
+    with pytest.raises(
+        ValueError, match="needs correct in-distribution rows and out-of-distribution rows in both halves"
+    ):
+        fit_thresholds(results(0, 300, 0), ["error", "ood"], rule=rule, roles=ROLES)
 
 
 def test_ties_are_accepted_together():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from pytorch_ood import detector as library
+from pytorch_ood.detector import nac
 from torch import Tensor, nn
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.scores.activation_coverage import interval_edges
 
 ROWS, CLASSES = 60, 4
 
@@ -65,6 +67,30 @@ def test_gen_equals_pytorch_ood(data: tuple) -> None:
     torch.testing.assert_close(
         ours["gen(gamma=0.5,top=2)"], library.GEN.score(model(new), 0.5, 2) * 2, rtol=1e-5, atol=0
     )
+
+
+def test_nac_ue_equals_pytorch_ood_with_the_intervals_of_the_authors(
+    data: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes other intervals; the states, the counts and the coverage are the same."""
+    model, inputs, _, new = data
+    network = nn.Sequential(nn.Linear(8, 8).double(), nn.ReLU(), model)
+
+    def intervals(states: Tensor, m: int) -> Tensor:
+        return torch.bucketize(states, interval_edges(50), right=True) - 1
+
+    monkeypatch.setattr(nac, "_bin_indices_geometric", intervals)
+    theirs = library.NACUE(network, [network[1]], m_bins=49, alpha=100.0, o_star=6).fit([inputs]).predict(new)
+    for score in ("nac_ue(fill=6)", "nac_ue(fill=6,layers='1')"):
+        (ours,) = lgm.score(network, new, lgm.fit(network, [inputs], score)).values()
+        torch.testing.assert_close(ours, theirs.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_nac_ue_names_the_parts_of_a_model_without_the_layer(data: tuple) -> None:
+    model, inputs, _, _ = data
+    network = nn.Sequential(nn.Linear(8, 8).double(), nn.ReLU(), model)
+    with pytest.raises(ValueError, match="no layer matches layers='layer4'; the model's parts are 0, 1, 2"):
+        lgm.fit(network, [inputs], "nac_ue(layers=layer4)")
 
 
 def test_sirc_keeps_the_ranking_of_ordinary_samples(data: tuple) -> None:

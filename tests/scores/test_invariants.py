@@ -99,7 +99,9 @@ def test_a_bad_row_does_not_affect_others(case: str) -> None:
     assert not found[1].isfinite()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if all(word not in c for word in ("energy", "logit", "NACUE", "average"))])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if all(word not in c for word in ("energy", "logit", "NACUE", "average"))]
+)
 def test_confident_samples_keep_different_scores(case: str) -> None:
     """Logit gaps of 20 to 60 in float32: nothing overflows, nothing becomes NaN. NAC-UE and GAIA-A need a layer before the head."""
     head = torch.nn.Linear(4, 4, bias=False)

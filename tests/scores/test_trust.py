@@ -108,6 +108,31 @@ def test_costs_one_forward_per_view_and_leaves_the_model_as_it_was() -> None:
     assert_same_state(before, model)
 
 
+def test_trust_and_other_scores_share_the_passes_of_equal_views() -> None:
+    """One pass per view serves the log odds, the channels, the logits and the head's input; other views take their own."""
+    model, x, rows = cnn(), images(50), []
+    scores = ["trust(views=4)", "views(score=entropy,n=4)", "views(score=knn,n=4)", "views(score=energy,n=3)"]
+    fitted = lgm.fit(model, [x], [scores[0], scores[2]])
+    apart = {}
+    for score in (*fitted, scores[1], scores[3]):
+        apart |= lgm.score(model, x, score)
+    hook = model.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    together = lgm.score(model, x, [*fitted, scores[1], scores[3]])
+    hook.remove()
+    assert rows.count(50) == 1 + 3 + 2
+    for name, values in apart.items():
+        torch.testing.assert_close(together[name], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("score", "fewest"), [("trust", 20), ("channel_distance", 2), ("nac_ue(fill=9)", 9)])
+def test_too_few_samples_are_refused_with_the_number_that_is_needed(score: str, fewest: int) -> None:
+    model = cnn()
+    with pytest.raises(ValueError, match=rf"is fitted on {fewest} or more finite samples, and there are {fewest - 1}"):
+        lgm.fit(model, [images(fewest - 1)], score)
+    (fitted,) = lgm.fit(model, [images(fewest)], score)
+    assert lgm.score(model, images(5), fitted)[fitted.name].isfinite().all()
+
+
 class Calls(Module):
     """A user's step that calls the network in one of several ways."""
 
