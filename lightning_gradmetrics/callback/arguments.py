@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, TASKS, Thresholds
+from lightning_gradmetrics.evaluation import METRICS, TASKS, Thresholds
 from lightning_gradmetrics.scores import Score
 from lightning_gradmetrics.scoring.evidence import parameter_filter
 
@@ -105,9 +105,9 @@ def check_metrics(value: str | Iterable[str]) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         task, _, metric = name.partition("_") if name.startswith(tuple(TASKS)) else ("", "", name)
-        if metric not in (TASKS[task] if task else HIGHER_IS_BETTER):
+        if metric not in (TASKS[task] if task else METRICS):
             raise ValueError(
-                f"metrics= names {name!r}; available: {', '.join(HIGHER_IS_BETTER)}, each also for a single task, as in "
+                f"metrics= names {name!r}; available: {', '.join(METRICS)}, each also for a single task, as in "
                 "'joint_auroc' or 'ood_fpr95'"
             )
     return names

@@ -1,6 +1,6 @@
 """Evaluates a table of per-sample scores: metrics, intervals, comparisons and thresholds."""
 
-from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER, METRICS, TASKS, Metric, register_metric
+from lightning_gradmetrics.evaluation.metrics import METRICS, TASKS, Metric, register_metric
 from lightning_gradmetrics.evaluation.protocol import evaluate
 from lightning_gradmetrics.evaluation.record import Evaluation
 from lightning_gradmetrics.evaluation.risk_rules import JointRisk, LearnThenTest, SelectiveRisk
@@ -13,7 +13,6 @@ from lightning_gradmetrics.evaluation.thresholds import (
 )
 
 __all__ = [
-    "HIGHER_IS_BETTER",
     "METRICS",
     "TASKS",
     "Conformal",

@@ -38,16 +38,17 @@ class Decisions:
 def decisions(run: Run) -> Decisions | None:
     """Return the applied thresholds of a run with their guarantee and their cost; ``None`` if it applied none."""
     stored = run.thresholds
-    values: Mapping[str, float] = {
-        name: value for name, value in stored.get("values", {}).items() if name in run.detectors
-    }
+    values: dict[str, float] = {}
+    for name, limit in stored.get("values", {}).items():
+        if name in run.detectors:
+            values[name] = limit
     if not values:
         return None
     inside, outside = run.split_by_role(run.finite_rows())
     headings = ["threshold", "coverage when fitted"]
     if inside:
         headings += ["coverage here", "errors among the accepted"]
-    headings += [f"accepted of {name}" for name in outside]
+    headings += map("accepted of {}".format, outside)
     rows = {}
     for name, limit in values.items():
         cells = [f"{limit:.4g}".replace("-", "\N{MINUS SIGN}"), percent(stored["coverage"].get(name))]
@@ -59,20 +60,24 @@ def decisions(run: Run) -> Decisions | None:
 
 def _rule(stored: Mapping[str, Any]) -> str:
     """Return the rule, as in ``SelectiveRisk(risk=0.05, delta=0.05), fitted on 1,000 rows``."""
-    arguments = {key: value for key, value in stored["rule"].items() if key != "name"}
-    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return f"{stored['rule']['name']}({listed}), fitted on {whole(stored['rows'])} rows"
+    arguments = dict(stored["rule"])
+    name = arguments.pop("name")
+    listed = ", ".join(map("{0[0]}={0[1]!r}".format, arguments.items()))
+    return f"{name}({listed}), fitted on {whole(stored['rows'])} rows"
 
 
 def _cells(inside: Sequence[Rows], outside: Sequence[Rows], limits: Mapping[str, float]) -> list[str]:
     """Return the coverage and the error rate of in-distribution rows, and the accepted share of each other dataset."""
     cells = []
     if inside:
-        accepted = np.concatenate([_accepted(rows, limits) for rows in inside])
-        labelled = np.concatenate([rows.labelled for rows in inside])
-        incorrect = np.concatenate([rows.incorrect for rows in inside])
-        judged = accepted & labelled
-        cells += [percent(float(accepted.mean())), percent(float(incorrect[judged].mean()) if judged.any() else None)]
+        accepted, incorrect = [], []
+        for rows in inside:
+            passed = _accepted(rows, limits)
+            accepted.append(passed)
+            incorrect.append(rows.incorrect[passed & rows.labelled])
+        errors = np.concatenate(incorrect)
+        rate = float(errors.mean()) if len(errors) else None
+        cells += [percent(float(np.concatenate(accepted).mean())), percent(rate)]
     for rows in outside:
         cells.append(percent(float(_accepted(rows, limits).mean())))
     return cells

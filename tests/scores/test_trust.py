@@ -127,7 +127,7 @@ def test_trust_and_other_scores_share_the_passes_of_equal_views() -> None:
 @pytest.mark.parametrize(("score", "fewest"), [("trust", 20), ("channel_distance", 2), ("nac_ue(fill=9)", 9)])
 def test_too_few_samples_are_refused_with_the_number_that_is_needed(score: str, fewest: int) -> None:
     model = cnn()
-    with pytest.raises(ValueError, match=rf"is fitted on {fewest} or more finite samples, and there are {fewest - 1}"):
+    with pytest.raises(ValueError, match=rf"is fitted on {fewest} or more finite samples, but there are {fewest - 1}"):
         lgm.fit(model, [images(fewest - 1)], score)
     (fitted,) = lgm.fit(model, [images(fewest)], score)
     assert lgm.score(model, images(5), fitted)[fitted.name].isfinite().all()
@@ -205,10 +205,10 @@ def test_rows_of_windows_belong_to_their_sample() -> None:
 
 def test_refusals() -> None:
     model = mlp()
-    with pytest.raises(ValueError, match="2 or more finite samples"):
+    with pytest.raises(ValueError, match="20 or more finite samples"):
         lgm.fit(model, [vectors(1)], "trust")
     with pytest.raises(ValueError, match="the same"):
-        lgm.fit(model, [torch.ones(8, 7)], "trust")
+        lgm.fit(model, [torch.ones(30, 7)], "trust")
     with pytest.raises(TypeError, match="take one view"):
         lgm.fit(model, [vectors(20)], "trust(views=3)")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_gradmetrics.evaluation import HIGHER_IS_BETTER, Evaluation
+from lightning_gradmetrics.evaluation import Evaluation
 from lightning_gradmetrics.evaluation.metrics import METRICS, SHOWN
 from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
 from lightning_gradmetrics.report.tables.marks import mark_notes, mark_of
@@ -231,7 +231,7 @@ class _Values:
             value = self.values.get((place, score.name, metric))
             values.append(value)
             cells.append(metric_text(metric, value))
-        arrow = "↑" if HIGHER_IS_BETTER[metric] else "↓"
+        arrow = "↑" if METRICS[metric].higher_is_better else "↓"
         return Column(f"{METRICS[metric].title} {arrow}", tuple(cells), _best_rows(metric, values, cells))
 
 
@@ -273,5 +273,5 @@ def _best_rows(metric: str, values: Sequence[float | None], cells: Sequence[str]
     defined = [value for value in values if value is not None]
     if not defined:
         return frozenset()
-    best = metric_text(metric, max(defined) if HIGHER_IS_BETTER[metric] else min(defined))
+    best = metric_text(metric, max(defined) if METRICS[metric].higher_is_better else min(defined))
     return frozenset(row for row, cell in enumerate(cells) if cell == best)
