@@ -190,7 +190,7 @@ def _matching_offsets(z: Tensor, logits: Tensor) -> Tensor:
     for share in (0.0, 0.5, 1.0):
         window, point = z, logits
         for axis, (length, small) in enumerate(zip(lengths, logits.shape[1:], strict=True)):
-            place = round(share * (small - 1))
-            window, point = window.narrow(1 + axis, place, length), point.narrow(1 + axis, place, 1)
+            start = round(share * (small - 1))
+            window, point = window.narrow(1 + axis, start, length), point.narrow(1 + axis, start, 1)
         agrees &= ((window - point).abs() <= margin).all(0)
     return agrees

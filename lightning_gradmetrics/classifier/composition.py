@@ -77,9 +77,9 @@ def compose(calls: Sequence[LayerCall], logits: Tensor) -> list[Composition]:
         (('head',), 'nearest')
     """
     for kind in (_unchanged, _single, _reflected, _added):
-        found = list(kind(calls, logits))
-        if found:
-            return found
+        compositions = list(kind(calls, logits))
+        if compositions:
+            return compositions
     return []
 
 

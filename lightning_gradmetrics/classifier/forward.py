@@ -234,10 +234,10 @@ def check_model(model: nn.Module) -> None:
 
 def has_compiled_parts(module: nn.Module) -> bool:
     """Return whether ``torch.compile`` was applied to the module, to a submodule, or to a function stored in one of them."""
-    for part in module.modules():
-        if part._compiled_call_impl is not None:
+    for submodule in module.modules():
+        if submodule._compiled_call_impl is not None:
             return True
-        for value in vars(part).values():
+        for value in vars(submodule).values():
             if hasattr(value, "_torchdynamo_orig_callable"):
                 return True
     return False

@@ -139,15 +139,15 @@ def _linear_names(model: nn.Module, equal: Sequence[LayerCall]) -> list[str]:
 
 def _outermost(model: nn.Module, call: LayerCall, equal: Sequence[LayerCall]) -> str:
     """Return the outermost layer with the same input and output as a call, and with additional parameters."""
-    found, around = call.name, call.name
+    outermost, around = call.name, call.name
     while "." in around:
         around = around.rpartition(".")[0]
         outer = _call_of(around, equal)
         if outer is None or not _same(outer.features, call.features):
             break
-        if _parameters(model, around) > _parameters(model, found) and _is_affine(model, outer):
-            found = around
-    return found
+        if _parameters(model, around) > _parameters(model, outermost) and _is_affine(model, outer):
+            outermost = around
+    return outermost
 
 
 def _wrapper_names(model: nn.Module, equal: Sequence[LayerCall], calls: Sequence[LayerCall]) -> list[str]:
@@ -238,12 +238,12 @@ def _not_found(model: nn.Module, calls: Sequence[LayerCall], logits: Tensor) -> 
 
 def _becomes(output: Tensor, logits: Tensor) -> bool:
     """Return whether the logits are a softmax, a log-softmax or a positive multiple of the output."""
-    z, found = output.double(), logits.double()
+    z, target = output.double(), logits.double()
     for made in (z.softmax(1), z.log_softmax(1)):
-        if torch.allclose(made, found, rtol=1e-4, atol=1e-6):
+        if torch.allclose(made, target, rtol=1e-4, atol=1e-6):
             return True
-    scale = float((z * found).sum() / (z * z).sum().clamp_min(1e-30))
-    return scale > 0 and torch.allclose(scale * z, found, rtol=1e-4, atol=1e-6)
+    scale = float((z * target).sum() / (z * z).sum().clamp_min(1e-30))
+    return scale > 0 and torch.allclose(scale * z, target, rtol=1e-4, atol=1e-6)
 
 
 # The head's weight and bias

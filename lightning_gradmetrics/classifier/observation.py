@@ -297,7 +297,7 @@ def joined_inputs(parts: Sequence[Inputs], rows: Sequence[int]) -> Inputs | None
         return _joined_tensors(parts, rows)
     joined: dict[Any, Any] = {}
     for key in first if isinstance(first, Mapping) else range(len(first)):
-        values = [part[key] for part in parts]  # type: ignore[index]
+        values = [inputs_of_call[key] for inputs_of_call in parts]  # type: ignore[index]
         joined[key] = _joined_tensors(values, rows) if isinstance(values[0], Tensor) else values[0]
         is_one = joined[key] is not None or values[0] is None
         if not is_one or (not isinstance(values[0], Tensor) and values.count(values[0]) < len(values)):
@@ -307,8 +307,8 @@ def joined_inputs(parts: Sequence[Inputs], rows: Sequence[int]) -> Inputs | None
 
 def _joined_tensors(parts: Sequence[Any], rows: Sequence[int]) -> Tensor | None:
     """Concatenate the tensors if each has one row per sample of its call; otherwise return ``None``."""
-    for part, size in zip(parts, rows, strict=True):
-        is_fitting = isinstance(part, Tensor) and part.ndim and len(part) == size
-        if not is_fitting or part.shape[1:] != parts[0].shape[1:]:
+    for value, size in zip(parts, rows, strict=True):
+        is_fitting = isinstance(value, Tensor) and value.ndim and len(value) == size
+        if not is_fitting or value.shape[1:] != parts[0].shape[1:]:
             return None
     return torch.cat(list(parts))

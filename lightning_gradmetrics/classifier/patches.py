@@ -77,9 +77,9 @@ class Patches:
         for axis, kernel in enumerate(self.kernel):
             reach = self.dilation[axis] * (kernel - 1) + 1
             sizes.append((padded.shape[2 + axis] - reach) // self.stride[axis] + 1)
-        for place in self._places():
+        for offsets in self._places():
             tap = padded
-            for axis, offset in enumerate(place):
+            for axis, offset in enumerate(offsets):
                 start, stride = offset * self.dilation[axis], self.stride[axis]
                 stop = start + stride * (sizes[axis] - 1) + 1
                 tap = tap[(slice(None),) * (2 + axis) + (slice(start, stop, stride),)]
@@ -93,10 +93,10 @@ class Patches:
             end = self.stride[axis] * (x.shape[2 + axis] - 1) + reach + self.output_padding[axis] + 1
             full.append(end)
             kept.append(slice(self.padding[axis], end - self.padding[axis]))
-        for place in self._places():
+        for offsets in self._places():
             tap = x.new_zeros((*x.shape[:2], *full))
             target = tap
-            for axis, offset in enumerate(place):
+            for axis, offset in enumerate(offsets):
                 start, stride = offset * self.dilation[axis], self.stride[axis]
                 stop = start + stride * (x.shape[2 + axis] - 1) + 1
                 target = target[(slice(None),) * (2 + axis) + (slice(start, stop, stride),)]

@@ -127,8 +127,8 @@ class Block:
     def _carried_moment(self, key: Moment) -> Tensor:
         total: Tensor | None = None
         for term in self.terms:
-            part = term.share * term.carried(term.moment(key))
-            total = part if total is None else total + part
+            moment = term.share * term.carried(term.moment(key))
+            total = moment if total is None else total + moment
         assert total is not None
         return total[:, 0].to(accumulator(total))
 
@@ -269,7 +269,7 @@ class HeadFeatures:
 def merged_moments(parts: list[Moments]) -> Moments:
     """Merge the moments of several sets of entries."""
     total = dict(parts[0])
-    for part in parts[1:]:
-        for key, value in part.items():
+    for moments in parts[1:]:
+        for key, value in moments.items():
             total[key] = _merged(key, total[key], value)
     return total

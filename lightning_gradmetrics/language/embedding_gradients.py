@@ -139,10 +139,10 @@ def tied_scale(model: LanguageModel) -> float:
         )
     some = torch.arange(min(PROBED_ROWS, embedding.num_embeddings), device=embedding.weight.device)
     with torch.no_grad():
-        found = recognised_map(embedding.weight[some], embedding(some))
-    if found is None or found.cap is not None:
+        logit_map = recognised_map(embedding.weight[some], embedding(some))
+    if logit_map is None or logit_map.cap is not None:
         raise LanguageModelError(
             f"the input embedding of {kind} does more than scale the rows of its weight: pass the name of the weight as the "
             "target instead of 'tied'; it has the same gradient"
         )
-    return found.scale
+    return logit_map.scale

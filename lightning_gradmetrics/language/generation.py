@@ -175,10 +175,10 @@ def token_scores(model: LanguageModel, plan: GenerationScores, rows: TokenRows) 
     for block in rows.blocks():
         for score in plan.tokens:
             blocks[score.name].append(block.values(score, head).to(result_dtype(rows.logits.dtype)).cpu())
-    found = {}
+    scores = {}
     for name, values in blocks.items():
-        found[name] = list(torch.cat(values).split(rows.lengths))  # type: ignore[no-untyped-call]
-    return found
+        scores[name] = list(torch.cat(values).split(rows.lengths))  # type: ignore[no-untyped-call]
+    return scores
 
 
 def _head(model: LanguageModel, plan: GenerationScores, rows: TokenRows) -> tuple[Tensor, Tensor | None] | None:
@@ -236,8 +236,8 @@ def joined(
     for of_tokens, of_sequences in parts:
         for name, answers in of_tokens.items():
             tokens.setdefault(name, []).extend(answers)
-        for name, part in of_sequences.items():
-            values.setdefault(name, []).append(part)
+        for name, scores_of_batch in of_sequences.items():
+            values.setdefault(name, []).append(scores_of_batch)
     whole = {}
     for name, columns in values.items():
         whole[name] = torch.cat(columns)

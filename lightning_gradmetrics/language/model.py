@@ -89,10 +89,10 @@ class LanguageModel:
         Raises:
             LanguageModelError: If it is unknown.
         """
-        found = _declared(self.module, "get_input_embeddings")
-        if not isinstance(found, nn.Embedding):
-            found = _only_embedding(self.module)
-        return found
+        layer = _declared(self.module, "get_input_embeddings")
+        if not isinstance(layer, nn.Embedding):
+            layer = _only_embedding(self.module)
+        return layer
 
     @property
     def vocabulary(self) -> int | None:
@@ -199,23 +199,23 @@ def _declared(module: nn.Module, method: str) -> nn.Module | None:
     if not callable(function):
         return None
     try:
-        found = function()
+        submodule = function()
     except (NotImplementedError, AttributeError):
         return None
-    return found if isinstance(found, nn.Module) else None
+    return submodule if isinstance(submodule, nn.Module) else None
 
 
 def _only_embedding(module: nn.Module) -> nn.Embedding:
-    found = []
-    for part in module.modules():
-        if isinstance(part, nn.Embedding):
-            found.append(part)
-    if len(found) != 1:
+    embeddings = []
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Embedding):
+            embeddings.append(submodule)
+    if len(embeddings) != 1:
         raise LanguageModelError(
-            f"{type(module).__name__} has {len(found)} embeddings, but no get_input_embeddings() that returns the one for "
+            f"{type(module).__name__} has {len(embeddings)} embeddings, but no get_input_embeddings() that returns the one for "
             "the token ids"
         )
-    return found[0]
+    return embeddings[0]
 
 
 def _keeping(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:

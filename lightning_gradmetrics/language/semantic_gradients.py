@@ -109,8 +109,8 @@ class _SemanticPass:
 
     def _means(self, values: Tensor) -> Tensor:
         means = []
-        for part in values.split(self.result.rows.lengths):  # type: ignore[no-untyped-call]
-            means.append(part.mean())
+        for answer in values.split(self.result.rows.lengths):  # type: ignore[no-untyped-call]
+            means.append(answer.mean())
         return torch.stack(means)
 
     def at_prompt_token(self) -> Tensor:
@@ -138,8 +138,8 @@ class _SemanticPass:
         outputs = output.split(rows.lengths)  # type: ignore[no-untyped-call]
         features_of_sequences = rows.features.detach().split(rows.lengths)  # type: ignore[no-untyped-call]
         means = []
-        for part, features, use in zip(outputs, features_of_sequences, uses, strict=True):
-            factors = SequenceFactors(part, features, use)
+        for output_gradient, features, use in zip(outputs, features_of_sequences, uses, strict=True):
+            factors = SequenceFactors(output_gradient, features, use)
             means.append(sequence_moments(factors, [1.0])[1.0] / factors.count)
         return torch.stack(means)
 

@@ -169,10 +169,10 @@ def check_vocabulary(sequences: Sequence[PromptAndAnswer], size: int) -> None:
     for number, sequence in enumerate(sequences):
         outside = (sequence.ids < 0) | (sequence.ids >= size)
         if bool(outside.any()):
-            place = int(outside.nonzero()[0])
-            part = f"prompt {number}" if place < sequence.prompt else f"answer {number}"
+            position = int(outside.nonzero()[0])
+            source = f"prompt {number}" if position < sequence.prompt else f"answer {number}"
             raise ValueError(
-                f"{part} has the token id {int(sequence.ids[place])}, and the model's input embedding has the ids 0 to {size - 1}: "
+                f"{source} has the token id {int(sequence.ids[position])}, and the model's input embedding has the ids 0 to {size - 1}: "
                 "use the tokenizer of this model, or resize the embedding after adding tokens to the tokenizer"
             )
 

@@ -202,8 +202,8 @@ class WatchedGeneration:
 
     def _check_tokens(self, answers: Tensor) -> None:
         """Compare the tokens that the model received with those of the result."""
-        for place, received in enumerate(self._inputs[1:]):
-            if not torch.equal(received.cpu(), answers[:, place]):
+        for step, received in enumerate(self._inputs[1:]):
+            if not torch.equal(received.cpu(), answers[:, step]):
                 raise ValueError(
                     "these ids are not those that the watched call of generate returned, or not in its order"
                 )

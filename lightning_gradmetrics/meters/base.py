@@ -224,11 +224,11 @@ def gather_rows(pieces: list[Tensor] | Tensor, device: torch.device, group: Any 
     dtype, width = _TYPES[int(about[:, 2].max())] or torch.float32, int(about[:, 1].max())
     sizes = about[:, 0].tolist()
     rows = torch.empty((sum(sizes), *([width] if width else [])), dtype=dtype, device=device)
-    for rank, place in enumerate(torch.split(rows, sizes)):
+    for rank, rows_of_rank in enumerate(torch.split(rows, sizes)):
         if rank == distributed.get_rank(group):
-            _fill(place, pieces)
-        if len(place):
-            distributed.broadcast(place, _global_rank(rank, group), group=group)
+            _fill(rows_of_rank, pieces)
+        if len(rows_of_rank):
+            distributed.broadcast(rows_of_rank, _global_rank(rank, group), group=group)
     return rows
 
 
@@ -244,5 +244,5 @@ def _global_rank(rank: int, group: Any) -> int:
 
 
 def _fill(place: Tensor, pieces: list[Tensor]) -> None:
-    for part, piece in zip(torch.split(place, [len(piece) for piece in pieces]), pieces, strict=True):
-        part.copy_(piece)
+    for target, piece in zip(torch.split(place, [len(piece) for piece in pieces]), pieces, strict=True):
+        target.copy_(piece)

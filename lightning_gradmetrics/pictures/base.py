@@ -183,8 +183,8 @@ def picture_path(name: str) -> PurePosixPath:
         ('maps/test/3', ('_', '_'))
     """
     parts = []
-    for part in name.split("/"):
-        parts.append(file_name(part).lstrip(".") or "_")
+    for folder in name.split("/"):
+        parts.append(file_name(folder).lstrip(".") or "_")
     safe = "/".join(parts)
     if safe == name:
         return PurePosixPath(safe)

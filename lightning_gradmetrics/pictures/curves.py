@@ -86,11 +86,11 @@ def _ranked(evaluation: Evaluation, tasks: Sequence[str]) -> dict[Place, list[st
         if is_defined and entry["task"] in tasks:
             values.setdefault((entry["task"], entry["dataset"]), {})[entry["score"]] = entry["value"]
     ranked = {}
-    for place in sorted(values, key=lambda place: tasks.index(place[0])):
-        by_score = values[place]
+    for task in sorted(values, key=lambda task: tasks.index(task[0])):
+        by_score = values[task]
         names = sorted(by_score, key=lambda name: -by_score[name])
         first = [REFERENCE] if REFERENCE in by_score else []
-        ranked[place] = list(dict.fromkeys([*first, *names]))[:MOST_SCORES]
+        ranked[task] = list(dict.fromkeys([*first, *names]))[:MOST_SCORES]
     return ranked
 
 

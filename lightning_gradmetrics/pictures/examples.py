@@ -129,9 +129,9 @@ class ExampleGallery:
     def rows(self) -> Iterator[tuple[str, str, float, int, int, int, Tensor]]:
         """Yield dataset, score, value, index, label, prediction and image of each sample."""
         for (dataset, score), top in self.seen.items():
-            for place, image in enumerate(top.images):
-                numbers = int(top.index[place]), int(top.label[place]), int(top.prediction[place])
-                yield dataset, score, float(top.value[place]), *numbers, image
+            for position, image in enumerate(top.images):
+                numbers = int(top.index[position]), int(top.label[position]), int(top.prediction[position])
+                yield dataset, score, float(top.value[position]), *numbers, image
 
     def tables(self) -> dict[str, pa.Table]:
         """Return no table: :func:`lightning_gradmetrics.largest` computes it from the results."""

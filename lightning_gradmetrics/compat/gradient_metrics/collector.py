@@ -141,9 +141,9 @@ class GradientMetricCollector:
             with torch.enable_grad():
                 one = loss[number]
             keep = retain_graph or number < len(loss) - 1
-            found = torch.autograd.grad(one, parameters, retain_graph=keep, allow_unused=True)
+            gradients_of_loss = torch.autograd.grad(one, parameters, retain_graph=keep, allow_unused=True)
             gradients = {}
-            for parameter, gradient in zip(parameters, found, strict=True):
+            for parameter, gradient in zip(parameters, gradients_of_loss, strict=True):
                 gradients[id(parameter)] = _dense(gradient, parameter)
             values = []
             for metric in self._metrics:

@@ -141,8 +141,8 @@ def merged(parts: Sequence[Mapping[Moment, Tensor]]) -> Moments:
     """Merge the moments of several gradients."""
     joint = {"max": torch.maximum, "min": torch.minimum}
     out = dict(parts[0])
-    for part in parts[1:]:
-        out = {key: joint.get(str(key), torch.add)(value, part[key]) for key, value in out.items()}
+    for moments in parts[1:]:
+        out = {key: joint.get(str(key), torch.add)(value, moments[key]) for key, value in out.items()}
     return out
 
 

@@ -66,10 +66,10 @@ def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[s
         kwargs: Its keyword arguments.
         parameters: The chosen parameters of the module, by name.
     """
-    for part in module.modules():
-        if isinstance(part, torch.jit.ScriptModule):
+    for submodule in module.modules():
+        if isinstance(submodule, torch.jit.ScriptModule):
             return ModulePlan(None, reason="the calls inside a scripted module are hidden")
-        if type(part).__name__ == "OptimizedModule":
+        if type(submodule).__name__ == "OptimizedModule":
             return ModulePlan(None, reason="the calls inside a compiled module are hidden")
     before = attribute_key(module)
     with preserved(module), gradients_enabled():

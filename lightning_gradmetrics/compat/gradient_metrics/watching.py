@@ -173,7 +173,7 @@ def _key(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.
     for tensor in tensors_in((args, kwargs)):
         autocast = torch.is_autocast_enabled(tensor.device.type)
         tensor_keys.append((tensor.shape[1:], tensor.dtype, tensor.device, autocast))
-    modes = tuple((id(part), part.training) for part in module.modules())
+    modes = tuple((id(submodule), submodule.training) for submodule in module.modules())
     return tuple(tensor_keys), tuple(parameters), modes, attribute_key(module)
 
 

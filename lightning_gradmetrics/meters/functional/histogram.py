@@ -288,12 +288,12 @@ def auroc_bounds(
 
 
 def _auroc_at(positive_at: Tensor, negative_at: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
-    keys, place = torch.unique(torch.cat([negative_at, positive_at]), return_inverse=True)
+    keys, positions = torch.unique(torch.cat([negative_at, positive_at]), return_inverse=True)
     counts = torch.stack(
         [
             torch.cat([negative, torch.zeros_like(negative)]),
             torch.cat([torch.zeros_like(positive), positive]),
         ]
     )
-    sums = counts.new_zeros(2, len(keys)).index_add_(1, place, counts)
+    sums = counts.new_zeros(2, len(keys)).index_add_(1, positions, counts)
     return auroc_of_counts(Counts.of(score_of_key(keys), sums[0], sums[1]))

@@ -90,8 +90,8 @@ def _quantile(values: Tensor, number: Tensor, quantile: float) -> Tensor:
     if not len(values):
         return values.new_tensor(torch.nan)
     position = quantile * float(number.sum() - 1)
-    place = torch.tensor([int(position), -int(-position // 1)], device=values.device)
-    low, high = values[torch.searchsorted(number.cumsum(0), place, right=True)]
+    ranks = torch.tensor([int(position), -int(-position // 1)], device=values.device)
+    low, high = values[torch.searchsorted(number.cumsum(0), ranks, right=True)]
     return torch.lerp(low, high, position - int(position))
 
 

@@ -36,8 +36,8 @@ def aggregate(maps: Tensor, name: str) -> Tensor:
 def _quantile(rows: Tensor, percent: float) -> Tensor:
     """Return the quantile without interpolation, for rows that are too long for ``torch.quantile``."""
     known = rows.isfinite().sum(1)
-    place = ((known - 1).clamp(min=0) * percent / 100).round().long()
-    return rows.sort(1).values.gather(1, place[:, None])[:, 0]
+    rank = ((known - 1).clamp(min=0) * percent / 100).round().long()
+    return rows.sort(1).values.gather(1, rank[:, None])[:, 0]
 
 
 def image_scores(maps: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -49,8 +49,8 @@ def pixel_metrics(meters: Meters) -> Iterator[Row]:
     for (dataset, task, score), meter in meters.items():
         estimates = meter.estimates()
         reference = first.setdefault((dataset, task), estimates)
-        for key, found in estimates.items():
-            yield _row("pixel", dataset, task, score, key, found, reference[key])
+        for key, estimate in estimates.items():
+            yield _row("pixel", dataset, task, score, key, estimate, reference[key])
 
 
 def class_metrics(meters: Meters, names: Sequence[str]) -> Iterator[Row]:
@@ -103,9 +103,9 @@ def segment_metrics(segments: Sequence[Row], scores: Sequence[str], resamples: i
                 used = known & values.isfinite()
                 if not bool((target & used).any()) or bool((target | ~used).all()):
                     continue
-                found = _area(values[used], target[used], groups[used], weights)
-                first = first or found
-                yield _row("segment", dataset, task, score, ("auroc", "all"), found, first)
+                estimate = _area(values[used], target[used], groups[used], weights)
+                first = first or estimate
+                yield _row("segment", dataset, task, score, ("auroc", "all"), estimate, first)
 
 
 def _area(values: Tensor, target: Tensor, groups: Tensor, weights: Tensor) -> Estimate:
@@ -151,9 +151,9 @@ def image_metrics(images: Sequence[Row], scores: Sequence[str], resamples: int) 
                 known = risk.isfinite() & values.isfinite()
                 if int(known.sum()) < 2:
                     continue
-                for metric, found in _image_estimates(values[known], risk[known], resamples).items():
-                    reference = first.setdefault(metric, found)
-                    yield _row("image", dataset, task, score, (metric, "all"), found, reference)
+                for metric, estimate in _image_estimates(values[known], risk[known], resamples).items():
+                    reference = first.setdefault(metric, estimate)
+                    yield _row("image", dataset, task, score, (metric, "all"), estimate, reference)
 
 
 def _image_estimates(values: Tensor, risk: Tensor, resamples: int) -> Mapping[str, Estimate]:

@@ -83,8 +83,8 @@ def figure_of(maps: KeptMaps) -> Any:
 
     panels = list(_panels(maps))
     figure = Figure(figsize=(3.2 * len(panels), 3.0), layout="constrained")
-    for place, (title, values, options) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
+    for position, (title, values, options) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), position + 1)
         axes.imshow(values, interpolation="nearest", **options)
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()

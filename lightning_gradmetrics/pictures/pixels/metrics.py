@@ -217,8 +217,8 @@ Meters = dict[tuple[str, str, str], PixelMeter]
 def joined(parts: Sequence[Meters]) -> Meters:
     """Merge the meters of all processes."""
     total: Meters = {}
-    for part in parts:
-        for key, meter in part.items():
+    for meters in parts:
+        for key, meter in meters.items():
             if key in total:
                 total[key].join(meter)
             else:

@@ -89,8 +89,8 @@ class _Overlaps:
         true_numbers, true_classes = components(labels)
         true_sizes = np.bincount(true_numbers.ravel(), minlength=len(true_classes) + 1)
         pairs = numbers.ravel() * (len(true_classes) + 1) + true_numbers.ravel()
-        found, shared = np.unique(pairs, return_counts=True)
-        one, other = np.divmod(found, len(true_classes) + 1)
+        codes, shared = np.unique(pairs, return_counts=True)
+        one, other = np.divmod(codes, len(true_classes) + 1)
         fits = (one > 0) & (other > 0)
         one, other, shared = one[fits], other[fits], shared[fits]
         same = classes[one - 1] == true_classes[other - 1]

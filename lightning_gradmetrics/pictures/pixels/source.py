@@ -119,8 +119,8 @@ class PixelResults:
         picture = None if images is None else picture_of(images[number])
         halves = {name: half(values) for name, values in maps.items()}
         truth = None if labels is None else labels.cpu().numpy()
-        place = len(self.images) - 1 if row["index"] is None else int(row["index"])
-        kept = KeptMaps(batch.dataset, place, value, prediction.cpu().numpy(), truth, halves, picture)
+        index = len(self.images) - 1 if row["index"] is None else int(row["index"])
+        kept = KeptMaps(batch.dataset, index, value, prediction.cpu().numpy(), truth, halves, picture)
         self._take([*self.maps, kept])
 
     def _take(self, maps: Sequence[KeptMaps]) -> None:
