@@ -366,7 +366,7 @@ def test_the_command_fits_and_keeps_the_states(tmp_path: Path) -> None:
         callback = lgm.GradientMetrics(["oberdiek", "confounding_detector(epochs=5)", "energy"])
         used = trainer(callback)
         experiment = {"data": sets, "model": network or model, "callback": callback, "trainer": used}
-        fit(SimpleNamespace(**experiment, settings=options, directory=folder))
+        fit(SimpleNamespace(**experiment, settings=options, directory=folder, shared=None))
         used.test(network or model, sets.loaders(200)["photos"], verbose=False)
         return callback
 
