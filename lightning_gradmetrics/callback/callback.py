@@ -101,8 +101,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             20}``; with thumbnails if the inputs are images.
         output: A directory. Results of ``validate``, ``test`` and ``predict`` are written there as Parquet files during
             the run, every 100,000 rows or every minute, and are not kept in memory;
-            :func:`lightning_gradmetrics.read_results` reads them. ``metrics=()`` also skips the evaluation at the end,
-            which reads the scores of all samples.
+            :func:`lightning_gradmetrics.read_results` reads them. ``metrics=()`` also skips the evaluation at the end.
         resume: Whether to complete the results of an interrupted run in ``output``: rows that are already stored are
             not scored again. With :func:`lightning_gradmetrics.unfinished` the model does not run on them either.
         columns: Further columns of the results: ``"features"`` (the head's input) and ``"cosine_maps"``, or a mapping

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 
 from lightning_gradmetrics.evaluation import Evaluation, evaluate
 from lightning_gradmetrics.evaluation.tasks import rows_of
+from lightning_gradmetrics.results.reading import read_results
 from lightning_gradmetrics.scores import Score
 
 __all__ = ["evaluate_detectors", "judged_scores"]
@@ -20,7 +22,7 @@ def judged_scores(evaluation: Evaluation, scores: Sequence[Score]) -> list[Score
 
 
 def evaluate_detectors(
-    results: pa.Table,
+    results: pa.Table | Path,
     scores: Sequence[Score],
     roles: Mapping[str, str],
     resamples: int,
@@ -33,7 +35,7 @@ def evaluate_detectors(
     """Evaluate the scores that do not read the true label; the others would be judged by their own input.
 
     Args:
-        results: The per-sample table.
+        results: The per-sample table, or a results directory.
         scores: All scores of the run.
         roles: The role of each dataset.
         resamples: Bootstrap resamples for the intervals.
@@ -45,6 +47,8 @@ def evaluate_detectors(
     """
     detectors = [score for score in scores if labels_are_inputs or not score.needs.labels]
     if not detectors:
+        if isinstance(results, Path):
+            results = read_results(results, columns=["prediction", "label", "finite"])
         rows, notes = rows_of(results, [], roles)
         return Evaluation([], [], [], rows.datasets, [*notes, "all scores read labels: there are no detection metrics"])
     baselines = [score.name for score in detectors if score.recipe.family == "baseline"]

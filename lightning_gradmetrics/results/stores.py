@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
@@ -47,8 +48,8 @@ class Store(Protocol):
         """Complete the results on rank 0 from the values of all processes."""
         ...
 
-    def judged(self, scores: Sequence[str]) -> pa.Table:
-        """Return the columns that the evaluation reads, with the rows of all processes."""
+    def judged(self, scores: Sequence[str]) -> pa.Table | Path:
+        """Return the rows of all processes, or the directory that contains them."""
         ...
 
     def results(self) -> Results:
@@ -245,11 +246,9 @@ class DirectoryStore:
                     )
         self.writer.finish(self.sizes)
 
-    def judged(self, scores: Sequence[str]) -> pa.Table:
-        """Read the columns that the evaluation needs."""
-        if self.writer.is_empty:
-            return empty_results(scores)
-        return read_results(self.output.directory, columns=["prediction", "label", *scores, "finite"])
+    def judged(self, scores: Sequence[str]) -> pa.Table | Path:
+        """Return the directory, which the evaluation reads."""
+        return empty_results(scores) if self.writer.is_empty else self.output.directory
 
     def results(self) -> Results:
         """Return a function that reads the results."""

@@ -36,7 +36,9 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
         others: Further tensors ``(N, ...)``.
         size: The number of samples ``N``.
     """
-    flags, columns, tensors = [], [], []
+    flags: list[Tensor] = []
+    columns: list[Tensor] = []
+    tensors: list[Tensor] = []
     for argument in _arguments(inputs):
         if _is_one_tensor_per_sample(argument, size):
             flags.append(torch.stack([sample.detach().isfinite().all() for sample in argument]))
