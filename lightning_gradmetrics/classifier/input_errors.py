@@ -38,7 +38,7 @@ def problem_of(model: nn.Module, tensors: list[Tensor]) -> str:
 
 
 def _outside(ids: Tensor, tables: dict[str, Any]) -> str:
-    """Return whether ids are outside of every embedding, in words."""
+    """Return a description of ids outside of the largest embedding; an empty string if there are none."""
     name = max(tables, key=lambda key: tables[key].num_embeddings)
     rows, least, most = tables[name].num_embeddings, int(ids.min()), int(ids.max())
     if least >= 0 and most < rows:
@@ -50,7 +50,7 @@ def _outside(ids: Tensor, tables: dict[str, Any]) -> str:
 
 
 def _other_type(model: nn.Module, tensors: list[Tensor]) -> str:
-    """Return whether the inputs are of another type than the parameters, in words."""
+    """Return a description of inputs whose type differs from that of the parameters; an empty string otherwise."""
     parameter = next(model.parameters(), None)
     if parameter is None or not parameter.is_floating_point() or not tensors:
         return ""

@@ -225,13 +225,13 @@ class JointRisk(Rule):
         return 2**31
 
     def _joint_risk(self, wrong: float, right: float, out: float) -> float:
-        """The joint risk from the accepted shares of incorrect, correct and out-of-distribution samples."""
+        """The joint risk from the accepted fractions of incorrect, correct and out-of-distribution samples."""
         bad = (1 - self.ood_share) * wrong + self.ood_share * out
         accepted = bad + (1 - self.ood_share) * right
         return float(bad / accepted) if accepted else 1.0
 
     def _unsupported(self, tests: Sequence[_PairTest], rows: int) -> str:
-        """Say why no pair qualifies, and how many rows would be enough if they were like these."""
+        """Return why no pair qualifies, and how many similar rows would be enough."""
         risks = []
         for test in tests:
             shares = (test.wrong / test.inside, test.right / test.inside, test.out / test.outside)

@@ -67,7 +67,7 @@ def _rule(stored: Mapping[str, Any]) -> str:
 
 
 def _cells(inside: Sequence[Rows], outside: Sequence[Rows], limits: Mapping[str, float]) -> list[str]:
-    """Return the coverage and the error rate of in-distribution rows, and the accepted share of each other dataset."""
+    """Return the coverage and the error rate of in-distribution rows, and the accepted fraction of each other dataset."""
     cells = []
     if inside:
         accepted, incorrect = [], []

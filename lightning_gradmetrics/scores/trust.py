@@ -240,7 +240,7 @@ class channel_distance(FittedScore):
 
 
 def _check_number(name: str, number: int, fewest: int) -> None:
-    """Refuse a fit on fewer samples than that."""
+    """Refuse a fit on fewer than ``fewest`` samples."""
     if number < fewest:
         raise ValueError(f"{name} is fitted on {fewest} or more finite samples, but there are {number}: give more")
 

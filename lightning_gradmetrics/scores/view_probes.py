@@ -1,4 +1,4 @@
-"""Probes that run a model on views: one pass per view serves all that read outputs; or the mean of one score."""
+"""Probes that run a model on views: one pass per view serves all probes that read outputs; or the mean of one score."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reads_outputs(score: Score) -> bool:
 
 @dataclass(frozen=True)
 class SeenView:
-    """What one forward pass on a view shows.
+    """What is observed in one forward pass on a view.
 
     Args:
         evidence: The logits and, if a probe reads it, the head's input.
@@ -59,7 +59,7 @@ class SeenView:
 
 
 class ViewProbe(ABC):
-    """The base of probes that read forward passes on views: all with the same views share one pass per view."""
+    """The base of probes that read forward passes on views: probes with the same views share one pass per view."""
 
     backward: ClassVar[bool] = False
     views: ViewSet
@@ -68,11 +68,11 @@ class ViewProbe(ABC):
 
     @abstractmethod
     def of_view(self, seen: SeenView) -> Tensor:
-        """Return what the probe reads of one view, ``(N, ...)``."""
+        """Return what the probe reads from one view, ``(N, ...)``."""
 
     @abstractmethod
     def joined(self, values: Sequence[Tensor]) -> Tensor:
-        """Return the probe's result from what it reads of each view."""
+        """Return the probe's result from what it reads from each view."""
 
     @property
     def passes(self) -> ViewSet:
@@ -142,7 +142,7 @@ class ViewSet:
 
 @dataclass(frozen=True)
 class ViewOutputs(ViewProbe):
-    """A probe: the logits and, if asked for, the head's input of views, ``(N, V, C)`` or ``(N, V, C + D)``.
+    """A probe: the logits and, if requested, the head's input of views, ``(N, V, C)`` or ``(N, V, C + D)``.
 
     The first of the default views, the input itself, is left out: the forward pass that makes the prediction is observed.
 

@@ -61,7 +61,7 @@ class SharedProbe(Protocol):
 
     @property
     def passes(self) -> Hashable:
-        """What the probes that are computed together have in common."""
+        """The key that probes have in common if they are computed together."""
 
     @staticmethod
     def together(probes: Sequence[Any], model: nn.Module, inputs: Any) -> dict[Any, Tensor]:
