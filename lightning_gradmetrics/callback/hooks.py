@@ -49,7 +49,7 @@ class RunHooks(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle: everything except the current run."""
-        forgotten = {
+        forgotten: dict[str, Any] = {
             "_run": None,
             "_fitting": None,
             "_processes": Processes(),

@@ -233,7 +233,7 @@ def _is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], calls: S
         for second in given:
             if first.ndim < 2 or first.shape != second.shape or len(first) != sum(sizes):
                 continue
-            parts = zip(first.split(sizes), second.to(first.device).split(sizes), strict=True)
+            parts = zip(torch.split(first, sizes), torch.split(second.to(first.device), sizes), strict=True)
             count = sum(torch.equal(*part) for part in parts)
             if 0 < count < len(sizes):
                 return True

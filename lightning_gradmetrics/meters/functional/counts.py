@@ -139,7 +139,8 @@ class Counts:
         complete = 2 * len(chosen) > number.shape[-1]
         if not complete:
             parts = [part.index_select(-1, chosen) for part in parts]
-        return Sums(*map(real, parts), complete=complete)
+        negative, positive, negatives_to, positives_to = map(real, parts)
+        return Sums(negative, positive, negatives_to, positives_to, complete)
 
     @property
     def pairs(self) -> Tensor:
