@@ -31,7 +31,7 @@ def files(directory: Path) -> set[Path]:
     return {path for path in directory.rglob("*") if path.is_file()}
 
 
-@pytest.mark.filterwarnings("ignore:.*missing from font.*")  # newlines in the names
+@pytest.mark.filterwarnings("ignore:Glyph .*")  # newlines in the names
 def test_names_stay_inside_the_run_directory_and_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
