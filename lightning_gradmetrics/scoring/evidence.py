@@ -296,11 +296,10 @@ class Evidence:
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         targets = self.labels if objective.needs_targets else None
-        output: OutputGradient | Tensor = OutputGradient(objective, self.logits, self.softmax, targets)
-        if self.one_logit:
-            output = output.tensor[:, 1:]
+        known = OutputGradient(objective, self.logits, self.softmax, targets)
+        output = known.tensor[:, 1:] if self.one_logit else known
         if isinstance(self.given_slope, Tensor):
-            whole = output if isinstance(output, Tensor) else output.tensor
+            whole = output if isinstance(output, Tensor) else known.tensor
             return HeadGradient(whole * self.given_slope, self.layer_input)
         return HeadGradient(output, self.head_input)
 
