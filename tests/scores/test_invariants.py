@@ -120,9 +120,10 @@ def test_confident_samples_keep_different_scores(case: str) -> None:
 def test_the_stated_number_of_forward_passes_is_run(case: str) -> None:
     """The count includes the pass of the prediction; planning and checking take a few extra passes on some samples, once."""
     model, inputs, rows = cnn(), images(16), []
+    hook = model.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))  # planned with its call
     score = ready(case, model, images)
     values(model, inputs, score)
-    hook = model.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    rows.clear()
     values(model, inputs, score)
     hook.remove()
     assert rows.count(16) == score.needs.forwards

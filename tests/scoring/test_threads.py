@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.engine import strategy
+from lightning_gradmetrics.engine import verification
 from tests.models import cnn, images
 
 SCORES = ["energy", "gradnorm", "pseudo_label(target=all)", "gga"]
@@ -44,7 +44,7 @@ def test_an_out_of_memory_error_while_planning_is_raised(error: Exception, monke
     def fail(task: object) -> None:
         raise error
 
-    monkeypatch.setattr(strategy, "_verified", fail)
+    monkeypatch.setattr(verification, "_verified", fail)
     with pytest.raises(type(error), match=str(error)):
         lgm.score(cnn(), images(3), "pseudo_label(target=all)")
 
