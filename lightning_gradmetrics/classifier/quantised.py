@@ -53,9 +53,10 @@ def check_differentiable(model: nn.Module, inputs: Inputs, parameters: Iterable[
     kinds = tuple(kind for kind in set(map(type, model.modules())) if kind.__module__.startswith(QUANTISED))
     if not kinds:
         return
-    layers: list[tuple[str, nn.Module]] = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, kinds)
-    ]
+    layers: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if type(module) in kinds:
+            layers.append((name, module))
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
