@@ -171,7 +171,7 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
     """
     logits = evidence.logits
     samples = max(1, CACHED_LOGITS // logits[0].numel()) if len(logits) else 1
-    blocks = [_negative_trust(block, k) for block in logits.split(samples)]  # type: ignore[no-untyped-call]
+    blocks = [_negative_trust(block, k) for block in torch.split(logits, samples)]  # type: ignore[no-untyped-call]
     return torch.cat(blocks)
 
 
