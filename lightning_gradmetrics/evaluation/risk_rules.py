@@ -197,8 +197,9 @@ class JointRisk(Rule):
         for first in firsts:
             for second in seconds:
                 accepted = (scores[0] <= first) & (scores[1] <= second) & ~proposing
-                counts = [int((accepted & kind).sum()) for kind in (correct, ~is_ood & incorrect, is_ood)]
-                tests.append(_PairTest(float(first), float(second), *counts, inside, outside))
+                right, out = int((accepted & correct).sum()), int((accepted & is_ood).sum())
+                wrong = int(accepted.sum()) - right - out
+                tests.append(_PairTest(float(first), float(second), right, wrong, out, inside, outside))
         supported = [test for test in tests if self._bound(test) <= self.risk]
         if not supported:
             raise RuleError(self._unsupported(tests, len(is_ood)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ class ViewSums(ViewProbe):
     """
 
     views: ViewSet
-    features: ClassVar[bool] = False
-    channels: ClassVar[bool] = True
+    features: bool = False
+    channels: bool = True
 
     def of_view(self, seen: SeenView) -> Tensor:
         """Return one view's summands ``(N, C + 1 + F)``."""
@@ -270,7 +270,8 @@ def _standardised_normal(columns: Tensor) -> tuple[Tensor, Tensor, Tensors]:
 
 def _precision(normal: Tensors) -> Tensor:
     """The inverse of the covariance."""
-    return torch.linalg.pinv(normal["covariance"], hermitian=True)
+    precision: Tensor = torch.linalg.pinv(normal["covariance"], hermitian=True)
+    return precision
 
 
 def _distance(columns: Tensor, state: Tensors) -> Tensor:

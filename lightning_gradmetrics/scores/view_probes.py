@@ -64,7 +64,7 @@ class ViewProbe(ABC):
     backward: ClassVar[bool] = False
     views: ViewSet
     features: bool
-    channels: bool
+    channels: bool = False
 
     @abstractmethod
     def of_view(self, seen: SeenView) -> Tensor:
@@ -153,7 +153,6 @@ class ViewOutputs(ViewProbe):
 
     views: ViewSet
     features: bool
-    channels: ClassVar[bool] = False
 
     def of_view(self, seen: SeenView) -> Tensor:
         """Return the outputs of one view."""
