@@ -36,7 +36,7 @@ def interval_edges(bins: int) -> Tensor:
 
     Example:
         >>> interval_edges(6)
-        tensor([0.0000, 0.4039, 0.5000, 0.5961, 1.0100, 1.2000], dtype=torch.float64)
+        tensor([0.0000, 0.4042, 0.5000, 0.5958, 1.0100, 1.2000], dtype=torch.float64)
     """
     steps = torch.linspace(1, BASE**0.5, bins // 2, dtype=torch.float64)
     lower = steps.log() / torch.tensor(BASE, dtype=torch.float64).log()
