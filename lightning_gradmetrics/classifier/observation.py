@@ -202,10 +202,12 @@ class _RunningCall:
     """A call that has not returned yet.
 
     Args:
+        module: The module.
         call: The call, or ``None`` inside another call of the model, which is recorded instead.
         handled: The exception that was being handled when it began.
     """
 
+    module: nn.Module
     call: ModelCall | None
     handled: BaseException | None
 
@@ -221,9 +223,11 @@ def _observe_model(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = None if running else _copied_call(seen, module, args, kwargs)
-        running.append(_RunningCall(call, sys.exc_info()[1]))
+        running.append(_RunningCall(module, call, sys.exc_info()[1]))
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not running or running[-1].module is not module:  # another hook raised before the call began
+            return
         ended = running.pop()
         has_raised = sys.exc_info()[1] is not ended.handled
         if ended.call is None or has_raised:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ def shared_folder(
         return None
     versions = list(map(importlib.metadata.version, PACKAGES))
     about = {
-        "model": [type(model).__qualname__, weights_hash(model)],
+        "model": [type(model).__qualname__, weights_hash(model), repr(model), _source_of(model)],
+        "model settings": [text for text in hydra.overrides.task if text.lstrip("+~").startswith("model")],
+        "logits_fn": _name_of(callback.scorer.logits_fn),
         "head": callback.scorer.head,
         "engine": callback.scorer.engine,
         "submodule": callback.submodule,
@@ -64,6 +66,22 @@ def shared_folder(
         "versions": versions,
     }
     return SharedFolder(Path(hydra.runtime.cwd) / hydra.sweep.dir / FOLDER, about)
+
+
+def _name_of(function: Callable[..., object]) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def _source_of(model: nn.Module) -> list[str]:
+    """Return the source code of the user's classes in a model: a forward pass may change without its weights."""
+    sources = []
+    for kind in sorted(set(map(type, model.modules())), key=str):
+        if not kind.__module__.startswith("torch."):
+            try:
+                sources.append(inspect.getsource(kind))
+            except (OSError, TypeError):
+                sources.append(repr(kind))
+    return sources
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ MOST_KINDS = 64
 """Largest number of kinds of task for one model; the oldest is dropped."""
 
 _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Hashable, list[Strategy]]] = WeakKeyDictionary()
-_UNPLANNABLE: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+_UNPLANNABLE: WeakKeyDictionary[nn.Module, dict[Hashable, Strategy]] = WeakKeyDictionary()
 """Kinds and sizes of batches for which planning has failed."""
 
 Result = TypeVar("Result")
@@ -75,7 +75,7 @@ def sample_uses(task: Task) -> dict[str, Use]:
 def _by_strategy(task: Task, work: Work[Result]) -> Result:
     """Do the work with a known strategy, with a new one if none fits, or without a plan for this batch only."""
     known = _STRATEGIES.setdefault(task.model, {})
-    unplannable = _UNPLANNABLE.setdefault(task.model, set())
+    unplannable = _UNPLANNABLE.setdefault(task.model, {})
     state, key, shapes = ForwardState(task.model, task.record), _kind(task), _shapes(task)
     strategies = known.get(key, [])
     if task.size > 2:
@@ -99,14 +99,15 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
         except PlanError:
             if len(unplannable) >= MOST_KINDS:
                 unplannable.clear()
-            unplannable.add(here)
+            unplannable[here] = strategy
             state.restore()
         else:
             known.setdefault(_kind(task), []).append(strategy)
             while len(known) > MOST_KINDS:
                 del known[next(iter(known))]
             return result
-    return work(task, _unplanned(task, strategies), state)
+    failed = [unplannable[here]] if here in unplannable else []
+    return work(task, _unplanned(task, [*strategies, *failed]), state)
 
 
 def verified_strategy(task: Task) -> Strategy | None:

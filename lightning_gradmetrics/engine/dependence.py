@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
 from lightning_gradmetrics.engine.size_trace import SizeTrace
 
-__all__ = ["DependenceTrace", "Operation", "choice_by_data", "reads_activations", "selection_of_samples"]
+__all__ = ["DependenceTrace", "Operation", "choice_by_data", "hides_reads", "reads_activations", "selection_of_samples"]
 
 SAMPLES, WEIGHTS = 1, 2
 """Bits that mark what a tensor depends on: samples or random numbers, and parameters."""
@@ -293,6 +293,16 @@ def selection_of_samples(two: Sequence[Operation], three: Sequence[Operation]) -
             if before[dim] != after[dim] and large.arguments.get("k", 0) < after[dim]:
                 return large.name
     return ""
+
+
+def hides_reads(operations: Sequence[Operation]) -> bool:
+    """Return whether a torch call reads a number of the samples itself, as in ``h[:, :longest]`` with a tensor."""
+    following = [*operations[1:], None]
+    for operation, after in zip(operations, following, strict=True):
+        is_seen = operation.name == "read" or (after is not None and after.name == "read")
+        if operation.read and operation.depends & SAMPLES and not is_seen:
+            return True
+    return False
 
 
 def reads_activations(operations: Sequence[Operation]) -> bool:

@@ -83,6 +83,9 @@ class Reductions:
         if not isinstance(result, Tensor) or result.ndim:
             return
         name = getattr(function, "__name__", "")
+        known = self._known.get(id(result))
+        if known is not None and known.number is result:  # changed in place
+            del self._known[id(result)]
         if name in _BY_ROW and len(args) == 1 and isinstance(args[0], Tensor):
             self._known[id(result)] = Reduction(name, args[0], result)
         elif name in ("__eq__", "eq") and len(args) == 2 and type(args[1]) is int:
@@ -167,7 +170,8 @@ class ReadWatch:
             own = None
             if reduction is not None and read.layout is not None:
                 own = reduction.of_samples(read.layout, self.size)
-            if reduction is None or own is None:
+            is_total = reduction is not None and reduction.name == "sum" and reduction.count is None
+            if reduction is None or own is None or is_total:  # a total may be compared with the size of the batch
                 self._any_sample = True
                 return
             differing = own != reduction.number

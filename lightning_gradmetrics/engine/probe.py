@@ -14,6 +14,7 @@ from lightning_gradmetrics.engine.dependence import (
     SAMPLES,
     DependenceTrace,
     choice_by_data,
+    hides_reads,
     reads_activations,
     selection_of_samples,
 )
@@ -81,7 +82,10 @@ def probe_model(task: Task) -> Probe:
     if selection:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
     reason = choice_by_data(few.operations, many.operations)
-    layouts = None if reason else layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
+    hidden = hides_reads(many.operations)
+    layouts = (
+        None if reason or hidden else layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
+    )
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
         sizes = size_record(sizes_of_two, sizes_of_three, input_shapes(three.inputs, three.per_sample))
@@ -104,7 +108,7 @@ def probe_model(task: Task) -> Probe:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
         plan = replace(plan, reads=reads)
-    activations = reads_activations(many.operations)
+    activations = hidden or reads_activations(many.operations)
     proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
     return Probe(three, losses, plan, reason, activations, proven, reads, sizes, random, pauses, size)
 

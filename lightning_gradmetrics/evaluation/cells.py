@@ -97,7 +97,7 @@ class Cells:
             ``(C, B, K)`` in float64; sums are exact up to 2^24.
         """
         sums = torch.nn.functional.embedding_bag(self.order, weights, self.starts, mode="sum")
-        return sums.view(self.classes, len(self.scores), -1).transpose(1, 2).double()
+        return sums.view(self.classes, len(self.scores), weights.shape[1]).transpose(1, 2).double()
 
 
 def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (), rate: float = 0.95) -> Cells:

@@ -143,7 +143,7 @@ def test_table_command(tmp_path: Path, command: Command) -> None:
         "logger=none",
     )
     assert found.returncode == 0, found.stderr
-    assert "AUAC" in found.stdout and "AUFC" in found.stdout and "scale is" in found.stdout
+    assert "AUAC" in found.stdout and "AUFC" in found.stdout and "the scale" in found.stdout
     (run,) = (tmp_path / "outputs").glob("*/*")
     rows = list(csv.DictReader((run / "auac_aufc.csv").read_text().splitlines()))
     assert len(rows) == 10 and {row["score"] for row in rows} >= {"gradtrust", "odin", "purview_final", "gradnorm_kl"}

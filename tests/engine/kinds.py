@@ -403,7 +403,20 @@ def _closed_at_first(net: Net, x: Tensor) -> Tensor:
     return net.head(net.a(x) + extra - extra.mean(0))
 
 
+def _as_many_as_a_tensor_says(net: Net, x: Tensor) -> Tensor:
+    count = (x[:, 0] > 0).sum().clamp(max=WIDTH - 1)
+    hidden = torch.tanh(net.a(x))
+    return net.head(torch.cat([hidden[:, :count], 0 * hidden[:, count:]], 1))
+
+
+def _one_way_if_all_are_positive(net: Net, x: Tensor) -> Tensor:
+    hidden = torch.tanh(net.a(x))
+    return net.head(2 * hidden if int((x[:, 0] > 0).sum()) == len(x) else hidden)
+
+
 COUPLED: dict[str, Kind] = {
+    "a slice as long as a tensor says": Kind(_of(_as_many_as_a_tensor_says), _rows(5, 9, 16)),
+    "a total that is the size of the batch": Kind(_of(_one_way_if_all_are_positive), _rows(16, 9)),
     "flipped": _between(lambda h: h + h.flip(0)),
     "centred": _between(lambda h: h - h.mean(0)),
     "softmax over the batch": _between(lambda h: h * h.softmax(0)),
