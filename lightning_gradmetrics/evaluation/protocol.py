@@ -62,7 +62,7 @@ def evaluate(
     DeLong's interval on the logit scale, ``fpr95`` an interval from order statistics, and everything else percentiles
     of bootstrap resamples, which all scores share. With too few rows, no interval is computed. Up to 5,000 rows the
     bootstrap is exact; above, rows get Poisson weights and scores are grouped into cells, as ``settings["bootstrap"]``
-    states. There is no correction for the number of comparisons.
+    states. Intervals are not corrected for the number of comparisons.
 
     A results directory or an Arrow dataset with more than 2 million rows is read batch by batch in constant memory:
     scores go into bins, a note states how far an AUROC can be off, and random blocks of rows are resampled.

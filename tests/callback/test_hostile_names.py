@@ -16,7 +16,7 @@ from tests.callback.runs import Stepped, trainer
 
 SCRIPT = "<script>alert(1)</script>"
 DATASETS = {f"../../{SCRIPT}": "id", "/tmp/[bold]far[/bold]\x1b[2J": "far\n[red]", "..": "near"}
-SCORES = {f"../up{SCRIPT}": "energy", "[bold]max[/bold]\x1b[31m": "max_softmax", "/root/a\nb": "gradnorm"}
+SCORES = {f"../up{SCRIPT}": "energy", "[bold]max[/bold]\x1b[31m": "max_softmax", "/etc/a\nb": "gradnorm"}
 
 
 def loaders() -> list[DataLoader[Any]]:

@@ -65,7 +65,7 @@ def test_folds_follow_from_key_and_seed() -> None:
 
 
 def test_a_held_out_row_never_enters_its_fit() -> None:
-    """A row's label and kind change the scores of other folds, but not those of its own."""
+    """A row's label and kind change scores in the other folds, and no score in its fold."""
     part, dealt = made_up(120), {"mine": torch.arange(120) % 3}
     before = scored({"mine": part}, dealt, ERRORS)["mine"][ERRORS]
     evidence = part.evidence
