@@ -24,7 +24,7 @@ from lightning_gradmetrics.engine.guards import (
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read, quiet_no_grad
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
-from lightning_gradmetrics.engine.row_check import check_rows
+from lightning_gradmetrics.engine.row_check import check_row_owners
 from lightning_gradmetrics.engine.samples import input_shapes, input_structure
 from lightning_gradmetrics.engine.size_trace import SizeTrace
 from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_slow
@@ -272,7 +272,7 @@ def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: _Ba
         if not strategy.random and not (checks.is_covered and strategy.settled):
             _check_one_sample(table, strategy.fast, laid_out, state)
             if not checks.is_covered and task.size > 3:  # the probe has checked the rows of three samples
-                check_rows(restricted, strategy.plan, free, state)
+                check_row_owners(table, restricted, strategy.plan, free, state)
             strategy.settled = strategy.settled or checks.is_covered
         elif strategy.random and verified:
             raise PlanError("the model makes other calls than in earlier batches of this size")
@@ -351,7 +351,7 @@ def _agree_on_sample(
         while gradients:
             name, gradient = gradients.popitem()
             # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
-            moments = rescaled_moments(table.of_sample(number, name, objective), factor)
+            moments = rescaled_moments(table.of_samples(slice(number, number + 1), name, objective), factor)
             if not agree(moments, gradient[None] * shrunk, scale * shrunk, tolerance):
                 return False
     return True

@@ -113,13 +113,13 @@ class MomentTable:
             for key, value in part.items():
                 own[key][:, columns] = value
 
-    def of_sample(self, number: int, name: str, objective: int) -> Moments:
-        """Return the moments ``(1,)`` of one sample's gradient for one parameter."""
+    def of_samples(self, samples: slice, name: str, objective: int) -> Moments:
+        """Return the moments ``(n,)`` of the gradients of some samples for one parameter."""
         column = self._columns[name]
-        row = {}
+        rows = {}
         for key, value in self.moments[objective].items():
-            row[key] = value[number : number + 1, column]
-        return row
+            rows[key] = value[samples, column]
+        return rows
 
     @staticmethod
     def join(parts: list[MomentTable]) -> list[Moments]:
@@ -207,11 +207,12 @@ class UseTable:
         for name, gradient in gradients.items():
             self.uses[name] = RowsUse(gradient)
 
-    def of_sample(self, number: int, name: str, objective: int) -> Moments:
-        """Return the moments ``(1,)`` of one sample's gradient for one parameter."""
+    def of_samples(self, samples: slice, name: str, objective: int) -> Moments:
+        """Return the moments ``(n,)`` of the gradients of some samples for one parameter."""
         if name in self.uses:
-            return self.uses[name].rows(number, number + 1).moments(self.task.wanted)
-        return {key: value[0] for key, value in empty_moments(self.task.restricted([name]), 1)[0].items()}
+            return self.uses[name].rows(samples.start, samples.stop).moments(self.task.wanted)
+        zeros = empty_moments(self.task.restricted([name]), samples.stop - samples.start)[0]
+        return {key: value[:, 0] for key, value in zeros.items()}
 
 
 def _mapped_gradients(task: Task) -> dict[str, Tensor] | None:

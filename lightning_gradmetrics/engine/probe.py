@@ -43,7 +43,8 @@ class Probe:
         losses: For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale.
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
-        reads_activations: Whether Python reads values that depend on samples and parameters.
+        reads_activations: Whether Python reads values that depend on samples and parameters, or a torch call reads a number
+            of the samples itself.
         proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
         reads: The values that Python reads from tensors.
         sizes: The sizes for which the proof holds; ``None`` if it holds for those of the probe only.
@@ -82,9 +83,11 @@ def probe_model(task: Task) -> Probe:
     if selection:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
     reason = choice_by_data(few.operations, many.operations)
-    hidden = hides_reads(many.operations)
+    reads_inside = hides_reads(many.operations)
     layouts = (
-        None if reason or hidden else layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
+        None
+        if reason or reads_inside
+        else layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
     )
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
@@ -108,7 +111,7 @@ def probe_model(task: Task) -> Probe:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
         plan = replace(plan, reads=reads)
-    activations = hidden or reads_activations(many.operations)
+    activations = reads_inside or reads_activations(many.operations)
     proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
     return Probe(three, losses, plan, reason, activations, proven, reads, sizes, random, pauses, size)
 

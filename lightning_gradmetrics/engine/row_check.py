@@ -7,23 +7,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.gather import MomentTable
+from lightning_gradmetrics.engine.gather import MomentTable, UseTable
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.strategy import collect_fast, unchecked
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 
-__all__ = ["check_rows"]
+__all__ = ["check_row_owners"]
 
 
-def check_rows(task: Task, plan: Plan | None, free: bool, state: ForwardState) -> None:
-    """Compute the moments twice, the second time with the gradient of each sample scaled by another power of two.
+def check_row_owners(
+    table: MomentTable | UseTable, task: Task, plan: Plan | None, free: bool, state: ForwardState
+) -> None:
+    """Compute the moments again, with the gradient of each sample scaled by another power of two.
 
     The scales are undone at the end, so they change nothing, unless a row is assigned to a sample that it does not
     belong to. One sample compared with autograd does not show that for the others.
 
     Args:
+        table: The moments or uses that the plan gave for the batch.
         task: The batch, restricted to the parameters of the plan.
         plan: The plan.
         free: Whether axes may have a different number of positions per sample than planned.
@@ -35,17 +38,15 @@ def check_rows(task: Task, plan: Plan | None, free: bool, state: ForwardState) -
     numbers = torch.arange(task.size)
     levels = 4 if next(iter(task.parameters.values())).dtype == torch.float16 else 16
     weights = 0.5 ** ((numbers + numbers // levels) % levels)
-    tables = []
-    for weighted in (task, replace(task, weights=weights)):
-        state.restore()
-        table = MomentTable(weighted)
-        collect_fast(table, weighted, plan, unchecked, free=free)
-        tables.append(table.moments)
+    weighted = MomentTable(replace(task, weights=weights, objectives=table.task.objectives))
+    state.restore()
+    collect_fast(weighted, weighted.task, plan, unchecked, free=free)
     tolerance = rounding(next(iter(task.parameters.values())))
-    for moments, others in zip(*tables, strict=True):
-        for key, values in moments.items():
-            if not _close(values, others[key], tolerance):
-                raise PlanError("a row of a layer does not belong to the planned sample")
+    for objective, moments in enumerate(weighted.moments):
+        for column, name in enumerate(task.parameters):
+            for key, values in table.of_samples(slice(0, task.size), name, objective).items():
+                if not _close(values, moments[key][:, column], tolerance):
+                    raise PlanError("a row of a layer does not belong to the planned sample")
 
 
 def _close(values: Tensor, others: Tensor, tolerance: float) -> bool:

@@ -197,7 +197,7 @@ def _disagreements(
             gradients = _gradients(probe, names, objective, number) if unseen else {}
             while gradients:
                 name, gradient = gradients.popitem()
-                moments = table.of_sample(number, name, objective)
+                moments = table.of_samples(slice(number, number + 1), name, objective)
                 if name not in wrong and not agree(moments, gradient[None], scales[name]):
                     wrong[name] = "its fast rule disagrees with autograd on a probe"
                 if bool(gradient.any()):
