@@ -37,6 +37,17 @@ def is_compiled(softmax: Softmax) -> bool:
     return type(softmax) is not Softmax
 
 
+def assert_parts(found: Softmax, logits: Tensor, bound: float) -> None:
+    """Every part equals that of plain torch in float64, at temperature 2."""
+    expected = Softmax(logits.double(), 2.0)
+    assert is_compiled(found)
+    assert torch.equal(found.is_top, Softmax(logits, 2.0).is_top)
+    for name in PARTS:
+        value, reference = getattr(found, name).double(), getattr(expected, name)
+        error = (value - reference).abs() / reference.abs().clamp_min(1e-30)
+        assert float(error.max()) <= bound, name
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 6e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 50.0])
 @pytest.mark.parametrize("threads", [1, 3])
@@ -47,13 +58,7 @@ def test_every_part_is_that_of_plain_torch(dtype: torch.dtype, bound: float, sca
         found = softmax_of(logits, 2.0)
     finally:
         torch.set_num_threads(before)
-    expected = Softmax(logits.double(), 2.0)
-    assert is_compiled(found)
-    assert torch.equal(found.is_top, Softmax(logits, 2.0).is_top)
-    for name in PARTS:
-        value, reference = getattr(found, name).double(), getattr(expected, name)
-        error = (value - reference).abs() / reference.abs().clamp_min(1e-30)
-        assert float(error.max()) <= bound, name
+    assert_parts(found, logits, bound)
 
 
 def test_channels_last_and_slices_have_the_same_parts() -> None:
@@ -110,13 +115,9 @@ def test_samples_have_the_parts_of_plain_torch(dtype: torch.dtype, bound: float,
     logits[0], logits[1, 3] = 1.0, -torch.inf
     logits[2, 2] = logits[2, 60] = logits[2].amax() + 1
     logits = logits.to(dtype)[:, :classes]
-    found, expected = softmax_of(logits, 2.0), Softmax(logits.double(), 2.0)
-    assert is_compiled(found)
-    assert torch.equal(found.is_top, Softmax(logits, 2.0).is_top)
-    for name in PARTS:
-        value, reference = getattr(found, name).double(), getattr(expected, name)
-        error = (value - reference).abs() / reference.abs().clamp_min(1e-30)
-        assert float(error.max()) <= bound, name
+    found = softmax_of(logits, 2.0)
+    assert_parts(found, logits, bound)
+    expected = Softmax(logits.double(), 2.0)
     torch.testing.assert_close(found.probabilities.double(), expected.probabilities, rtol=10 * bound, atol=1e-30)
 
 
