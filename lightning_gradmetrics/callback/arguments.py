@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_gradmetrics.evaluation import METRICS, TASKS, Thresholds
+from lightning_gradmetrics.results.table import RESERVED
 from lightning_gradmetrics.scores import Score
 from lightning_gradmetrics.scoring.evidence import parameter_filter
 
@@ -111,10 +112,6 @@ def check_metrics(value: str | Iterable[str]) -> tuple[str, ...]:
                 "'joint_auroc' or 'ood_fpr95'"
             )
     return names
-
-
-RESERVED = ("dataset", "index", "prediction", "label", "sample_id", "finite")
-"""Columns of the results that no score can have as its name."""
 
 
 def check_scores(scores: Sequence[Score]) -> tuple[Score, ...]:

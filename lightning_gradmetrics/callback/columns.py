@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradmetrics.results.table import RESERVED
 from lightning_gradmetrics.scores.geometry import ClassCosines
 from lightning_gradmetrics.scoring.evidence import Evidence
 
@@ -49,7 +50,7 @@ def check_columns(value: Any, taken: Sequence[str]) -> Columns:
         function = names[name] if isinstance(names, Mapping) else KNOWN.get(name)
         if not callable(function):
             raise ValueError(f"columns= names {name!r}; available: {', '.join(KNOWN)}, or a mapping to functions")
-        if name in (*taken, "dataset", "index", "prediction", "label", "sample_id", "finite"):
+        if name in (*taken, *RESERVED):
             raise ValueError(f"columns= names {name!r}, which is already a column of the results: rename it")
         columns[name] = function
     return columns

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_gradmetrics.callback.evaluating import judged_scores
 from lightning_gradmetrics.callback.logged import plain_names
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds
+from lightning_gradmetrics.evaluation.record import did_you_mean
 from lightning_gradmetrics.pictures import (
     Picture,
     PictureSource,
@@ -231,8 +231,7 @@ def _check_datasets(data: Mapping[str, Any], known: Sequence[str]) -> None:
     """Refuse datasets that are not in the run."""
     for name in data:
         if name not in known:
-            near = get_close_matches(str(name), known, 1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ValueError(
-                f"data names a dataset {name!r} that is not in the run;{hint} available: {', '.join(known)}"
+                f"data names a dataset {name!r} that is not in the run{hint}; available: {', '.join(known)}"
             )

@@ -66,11 +66,7 @@ def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
     found = differences_of(run)
     given = []
     for question in questions:
-        answer = _answer(question, found)
-        names_best = answer.advice.startswith(
-            (f"{question.title}: use {question.best} (", f"{question.title}: {question.best} leads")
-        )
-        given.append(replace(answer, advice=answer.advice + _cost(run, question)) if names_best else answer)
+        given.append(Answer(question, _differences(question, found), _advice(question, found, _cost(run, question))))
     return given
 
 
@@ -85,13 +81,13 @@ def _cost(run: Run, question: Question) -> str:
     return f" It takes {passes} forward passes instead of {instead}."
 
 
-def _answer(question: Question, found: Differences) -> Answer:
+def _differences(question: Question, found: Differences) -> tuple[Difference, ...]:
     best, baseline = question.best, question.best_baseline
     differences = []
     for rival in dict.fromkeys((REFERENCE, baseline)):
         if rival is not None and rival in question.metrics and rival != best:
             differences.append(_difference(question, best, rival, found))
-    return Answer(question, tuple(differences), _advice(question, found))
+    return tuple(differences)
 
 
 def _difference(question: Question, score: str, baseline: str, found: Differences) -> Difference:
@@ -104,16 +100,16 @@ def _value(question: Question, score: str) -> float:
     return question.metrics[score].value or 0.0
 
 
-def _advice(question: Question, found: Differences) -> str:
-    """Return a sentence that recommends the simplest score with a measurable gain over simpler ones."""
+def _advice(question: Question, found: Differences, cost: str) -> str:
+    """Return a sentence that recommends the simplest score with a measurable gain, and the cost of the best score if it is that."""
     best, baseline, title = question.best, question.best_baseline, question.title
     if baseline is None:
         return f"{title}: {best} has the highest AUROC; the run has no baseline to compare with."
     gain = _difference(question, best, baseline, found)
     if best != baseline and not gain.verdict:
-        return f"{title}: {best} leads {baseline} by {signed(gain.value)}; without intervals, that may be chance."
+        return f"{title}: {best} leads {baseline} by {signed(gain.value)}; without intervals, that may be chance.{cost}"
     if best != baseline and gain.verdict == "better":
-        return f"{title}: use {best} ({signed(gain.value)} over {baseline}, the best baseline)."
+        return f"{title}: use {best} ({signed(gain.value)} over {baseline}, the best baseline).{cost}"
     if REFERENCE not in question.metrics or baseline == REFERENCE:
         return f"{title}: use {baseline}; nothing is measurably better."
     simple = _difference(question, baseline, REFERENCE, found)
@@ -122,5 +118,5 @@ def _advice(question: Question, found: Differences) -> str:
         return f"{title}: use {baseline} ({signed(simple.value)} over {REFERENCE}{rest})."
     whole = _difference(question, best, REFERENCE, found)
     if whole.verdict == "better":
-        return f"{title}: use {best} ({signed(whole.value)} over {REFERENCE}; not measurably better than {baseline})."
+        return f"{title}: use {best} ({signed(whole.value)} over {REFERENCE}; not measurably better than {baseline}).{cost}"
     return f"{title}: {REFERENCE} is enough; nothing is measurably better."

@@ -16,6 +16,7 @@ from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, SampleIndex
 
 __all__ = [
+    "RESERVED",
     "Rows",
     "SequenceColumns",
     "empty_results",
@@ -259,6 +260,8 @@ def merge_results(tables: Sequence[pa.Table], datasets: Sequence[str]) -> pa.Tab
 
 
 KEYS = ("dataset", "index", "prediction", "label", "sample_id")
+RESERVED = (*KEYS, "finite")
+"""Columns that every table of results may have, whatever is scored."""
 
 
 def with_scores(results: pa.Table, columns: Mapping[str, Tensor]) -> pa.Table:
