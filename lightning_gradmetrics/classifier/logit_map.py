@@ -55,10 +55,10 @@ class LogitMap:
         tolerance = ROUNDINGS * torch.finfo(output.dtype).eps * float(z.abs().max())
         return bool(((self(a) - z).abs() <= tolerance).all())
 
-    def slope(self, output: Tensor) -> Tensor:
-        """Return the derivative of the logits with respect to the head's output, elementwise."""
+    def slope(self, output: Tensor) -> Tensor | float:
+        """Return the derivative of the logits with respect to the head's output: the scale, or one entry per output."""
         if self.cap is None:
-            return torch.full_like(output, self.scale)
+            return self.scale
         return torch.cosh(output / self.cap).square().reciprocal()
 
 
@@ -87,9 +87,8 @@ def recognised_map(output: Tensor, logits: Tensor) -> LogitMap | None:
     a, z = output[is_finite].double(), logits[is_finite].double()
     if not len(a) or not a.any():
         return None
-    tolerance = ROUNDINGS * torch.finfo(output.dtype).eps * float(z.abs().max())
     for candidate in (_scaling(a, z), _capping(a, z)):
-        if candidate is not None and bool(((candidate(a) - z).abs() <= tolerance).all()):
+        if candidate is not None and candidate.holds(output, logits):
             return candidate
     return None
 

@@ -50,9 +50,8 @@ def _score(node: Any) -> Any:
     target = _located(str(node._target_)) if isinstance(node, DictConfig) and node.get("_target_") else None
     if not inspect.isfunction(target) or not _takes_evidence(target):
         return instantiate(node)
-    arguments = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
-    arguments.pop("_target_")
-    return make(target, **arguments)
+    made = instantiate(node, _partial_=True, _convert_="all")
+    return make(made.func, **made.keywords)
 
 
 def _takes_evidence(function: Callable[..., Any]) -> bool:

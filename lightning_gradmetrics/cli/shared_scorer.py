@@ -42,12 +42,14 @@ class SharedScorer(Scorer):
     Args:
         known: The stored scores of this model.
         added: The scores that were computed here.
+        read: The names of the scores that were read.
     """
 
     known: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     added: Values = field(default_factory=dict)
-    _parts: dict[frozenset[str], Scorer] = field(default_factory=dict, repr=False)
-    _current: tuple[Scorer, str | None] | None = field(default=None, repr=False)
+    read: set[str] = field(default_factory=set)
+    _parts: dict[frozenset[str], Scorer] = field(default_factory=dict, init=False, repr=False)
+    _current: tuple[Scorer, str | None] | None = field(default=None, init=False, repr=False)
 
     def evidence(self, model: nn.Module, batch: ObservedBatch) -> Evidence:
         """Return the evidence that the scores without a stored value need from a batch."""
@@ -68,6 +70,7 @@ class SharedScorer(Scorer):
             name = score.name
             if name not in computed:
                 values[name] = self.known[name][str(key)].to(evidence.given_logits.device)
+                self.read.add(name)
                 continue
             values[name] = computed[name]
             if key is not None:

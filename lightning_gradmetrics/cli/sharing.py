@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_gradmetrics.callback import GradientMetrics
-from lightning_gradmetrics.callback.describing import PACKAGES, describe_score
+from lightning_gradmetrics.callback.describing import PACKAGES, describe_score, described
 from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.cli.configuration import Settings
 from lightning_gradmetrics.cli.data.sets import EvaluationData
@@ -35,7 +35,7 @@ __all__ = ["SharedFolder", "fit_data_key", "shared_folder"]
 FOLDER = "shared"
 """The folder in the directory of a sweep."""
 
-PLAIN = (str, int, float, bool, type(None), list, tuple, dict)
+PLAIN = (str, int, float, bool, type(None))
 
 
 def shared_folder(
@@ -68,8 +68,9 @@ def shared_folder(
     return SharedFolder(Path(hydra.runtime.cwd) / hydra.sweep.dir / FOLDER, about)
 
 
-def _name_of(function: Callable[..., object]) -> str:
-    return f"{function.__module__}.{getattr(function, '__qualname__', repr(function))}"
+def _name_of(function: Callable[..., object]) -> Any:
+    """Return what identifies a function; an object is only equal to itself."""
+    return [function.__module__, described(function)] if hasattr(function, "__qualname__") else repr(function)
 
 
 def _source_of(model: nn.Module) -> list[str]:
@@ -121,11 +122,8 @@ class SharedFolder:
             stored = load_file(path) if path.is_file() else {}
             with replaced(path) as file:
                 save_file({**stored, **added}, file)
-        computed = len(scorer.added)
-        if computed < len(scorer.scores):
-            notice(
-                f"{len(scorer.scores) - computed} of {len(scorer.scores)} scores: read from another job of this sweep"
-            )
+        if scorer.read:
+            notice(f"{len(scorer.read)} of {len(scorer.scores)} scores: read from another job of this sweep")
 
     def load_fits(self, scores: Iterable[FittedScore], data: str, model: nn.Module) -> dict[str, FittedScore]:
         """Return the scores whose states another job fitted on the same data.
@@ -196,7 +194,7 @@ def fit_data_key(
     if any(isinstance(dataset, DataLoader) for dataset in given):
         return None
     digest = hashlib.sha256(json.dumps([list(loaders), dict(roles)]).encode())
-    with torch.random.fork_rng(devices=[]):
+    with isolate_rng(include_cuda=False):  # transforms may draw from each generator
         for loader in loaders.values():
             for batch in loader:
                 inputs, labels = callback.split_batch(batch)

@@ -25,7 +25,7 @@ __all__ = ["BLOCKS", "BinnedScore", "BlockCells", "bin_scores", "block_weights",
 BLOCKS = 256
 """The number of random blocks of each dataset."""
 
-CELLS = 1024
+CELLS_OF_BLOCKS = 1024
 """The number of cells of equal size of a score in the blocks; each task adds finer cells near its threshold."""
 
 RESAMPLES_TOGETHER = 64
@@ -175,7 +175,7 @@ def _edges(binned: BinnedScore, tasks: Sequence[DetectionTask], rate: float) -> 
     def positives_to(task: DetectionTask) -> Tensor:
         return weighted_counts(task, binned.counts, task.positive).cumsum(0)
 
-    first = chosen_cells(starts, number, CELLS, tasks, positives_to, rate)
+    first = chosen_cells(starts, number, CELLS_OF_BLOCKS, tasks, positives_to, rate)
     return binned.scores[first].double().numpy()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -84,14 +85,18 @@ def float_column(results: pa.Table, name: str) -> Any:
     """
     if name not in results.column_names:
         raise ValueError(f"the results have no column {name!r}; columns: {', '.join(results.column_names)}")
-    try:
-        return results[name].cast(pa.float64()).to_numpy()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        example = next((value for value in results[name].to_pylist() if value is not None), None)
-        raise ValueError(
-            f"the column {name!r} must have numbers, got {example!r} ({results[name].type}); give each class a number, the same "
-            "for predictions and labels, as in classes.index(name)"
-        ) from error
+    kind = results[name].type
+    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (
+        pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)
+    ):  # the digits of a text would be cast
+        with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            return results[name].cast(pa.float64()).to_numpy()
+    example = next((value for value in results[name].to_pylist() if value is not None), None)
+    raise ValueError(
+        f"the column {name!r} contains values of type {kind}; expected numbers, not {example!r}: convert it first, classes to "
+        "the same numbers in predictions and labels, as by classes.index(name)"
+    )
 
 
 def score_column(results: pa.Table, name: str) -> Any:

@@ -109,7 +109,6 @@ def rows_of(
     """
     clusters = [] if cluster is None else [cluster]
     table = as_table(results, ["dataset", "index", "prediction", "label", *scores, *clusters], optional=["finite"])
-    _check_numbers(table, ["prediction", "label", *scores])
     sorter = RowSorter(roles)
     _check_repeats(table, sorter.places(table))
     codes, keep = sorter.sort(table, scores)
@@ -119,20 +118,6 @@ def rows_of(
     numbers = None if cluster is None else torch.from_numpy(_clusters(table, cluster)[keep])
     rows = Rows(columns, torch.from_numpy(codes[keep]), sorter.classes(), sorter.summaries(), numbers)
     return rows, sorter.notes()
-
-
-def _check_numbers(table: pa.Table, names: Sequence[str]) -> None:
-    """Refuse columns of text where numbers are needed."""
-    for name in names:
-        kind = table.schema.field(name).type
-        if not (
-            pa.types.is_integer(kind)
-            or pa.types.is_floating(kind)
-            or pa.types.is_boolean(kind)
-            or pa.types.is_null(kind)
-        ):
-            wanted = "class numbers, such as 0 to 9" if name in ("prediction", "label") else "numbers"
-            raise ValueError(f"the column {name!r} contains values of type {kind}; expected {wanted}: convert it first")
 
 
 def _clusters(table: pa.Table, name: str) -> Any:

@@ -43,7 +43,7 @@ class TokenRows:
     @property
     def slope(self) -> Tensor | float:
         """The derivative of the logits with respect to the head's output: the scale, or ``(M, V)`` for capped logits."""
-        return self.logit_map.scale if self.logit_map.cap is None else self.logit_map.slope(self.output.double())
+        return self.logit_map.slope(self.output.double())
 
     def evidence(self, head: tuple[Tensor, Tensor | None] | None = None) -> Evidence:
         """Return the evidence of these tokens: each is one sample with V classes.

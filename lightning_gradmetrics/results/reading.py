@@ -194,7 +194,7 @@ def committed_rows(directory: str | Path) -> CommittedRows:
 def indices_by_dataset(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]:
     """Yield the name of each dataset in a results table, and the indices of its rows."""
     for name in pc.unique(table["dataset"]).to_pylist():
-        yield name, table.filter(pc.equal(table["dataset"], name))["index"]
+        yield name, table["index"].filter(pc.equal(table["dataset"], name))
 
 
 def check_parts(directory: Path, expected: Mapping[str, int], present: Mapping[str, int]) -> None:

@@ -64,7 +64,7 @@ class ActivationStates:
             names = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"nac_ue: no layer matches layers={self.layers!r}; the model's parts are {names}")
         uniform = Objective.of("uniform").loss(None)
-        with preserved(model), eager(), observing_outputs(chosen) as seen:
+        with preserved(model), eager(), observing_outputs(chosen, keeps_outputs=True) as seen:
             leaf, logits = differentiable_logits(model, inputs, "activation states")
             torch.autograd.grad(uniform(logits).sum(), leaf)
         products = []

@@ -40,15 +40,23 @@ def attributed_layers(model: nn.Module) -> list[nn.Module]:
 
 @dataclass
 class SeenOutputs:
-    """Layers' first outputs and their gradients; a backward pass fills in the gradients."""
+    """Layers' first outputs and their gradients; a backward pass fills in the gradients.
 
+    Args:
+        keeps_outputs: Whether the outputs are copied, or only their gradients are kept.
+    """
+
+    keeps_outputs: bool = False
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     gradients: dict[nn.Module, Tensor] = field(default_factory=dict)
+    _seen: set[nn.Module] = field(default_factory=set)
 
     def see(self, module: nn.Module, args: Any, output: Any) -> None:
         """Note the first output of a layer."""
-        if isinstance(output, Tensor) and output.requires_grad and module not in self.outputs:
-            self.outputs[module] = output.detach().clone()  # an in-place ReLU may follow
+        if isinstance(output, Tensor) and output.requires_grad and module not in self._seen:
+            self._seen.add(module)
+            if self.keeps_outputs:
+                self.outputs[module] = output.detach().clone()  # an in-place ReLU may follow
             output.register_hook(partial(self._keep, module))  # type: ignore[no-untyped-call]
 
     def _keep(self, module: nn.Module, gradient: Tensor) -> None:
@@ -56,9 +64,9 @@ class SeenOutputs:
 
 
 @contextmanager
-def observing_outputs(layers: list[nn.Module]) -> Iterator[SeenOutputs]:
+def observing_outputs(layers: list[nn.Module], keeps_outputs: bool = False) -> Iterator[SeenOutputs]:
     """Observe the first output of each layer inside the block, and its gradient in a backward pass."""
-    seen = SeenOutputs()
+    seen = SeenOutputs(keeps_outputs)
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_hook(seen.see).remove)

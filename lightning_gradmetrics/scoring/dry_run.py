@@ -20,6 +20,7 @@ from lightning_gradmetrics.scoring.evidence import (
     ParameterGradients,
     Probe,
     Target,
+    by_passes,
 )
 
 __all__ = ["Needs", "needs_of"]
@@ -67,11 +68,9 @@ class Needs:
         A gradient of parameters before the head takes one more. A probe takes one, or its ``forwards``; probes with equal
         ``passes`` share theirs.
         """
-        counts: dict[Any, int | None] = {}
-        for probe in self.reruns:
-            counts[getattr(probe, "passes", probe)] = getattr(probe, "forwards", 1)
         total = 1 + bool(self.gradients)
-        for count in counts.values():
+        for first, _ in by_passes(self.reruns):
+            count = getattr(first, "forwards", 1)
             if count is None:
                 return None
             total += count

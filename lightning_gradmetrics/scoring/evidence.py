@@ -30,6 +30,7 @@ __all__ = [
     "Probe",
     "SharedProbe",
     "Target",
+    "by_passes",
     "parameter_filter",
 ]
 
@@ -66,6 +67,15 @@ class SharedProbe(Protocol):
     @staticmethod
     def together(probes: Sequence[Any], model: nn.Module, inputs: Any) -> dict[Any, Tensor]:
         """Return the results of probes with equal passes."""
+
+
+def by_passes(probes: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
+    """Return the probes that are computed together, each group with its first."""
+    groups: dict[Any, list[Any]] = {}
+    for probe in probes:
+        key = (type(probe).together, probe.passes) if isinstance(probe, SharedProbe) else probe
+        groups.setdefault(key, []).append(probe)
+    return [(members[0], members) for members in groups.values()]
 
 
 def parameter_filter(target: Target) -> Callable[[str], bool] | None:

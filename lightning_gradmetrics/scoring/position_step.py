@@ -99,7 +99,7 @@ class PositionReader:
         output = calls[-1].output
         if output is None or output.shape != logits.shape or not self._map.holds(output, logits):
             return None
-        return self._map.scale if self._map.cap is None else self._map.slope(at_least_float32(output))
+        return self._map.slope(at_least_float32(output))
 
     def _known(self, inputs: Inputs | None) -> Inputs:
         if inputs is None:

@@ -28,7 +28,7 @@ from lightning_gradmetrics.gradients.statistics import GradientStatistics, Momen
 from lightning_gradmetrics.scoring.agreement import LOGITS_OF_PARTS, OTHER_LOGITS, are_close, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
-from lightning_gradmetrics.scoring.evidence import Evidence, SharedProbe, Target, parameter_filter
+from lightning_gradmetrics.scoring.evidence import Evidence, Target, by_passes, parameter_filter
 from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.logit_checks import check_logits, known_labels, not_per_position, two_columns
 from lightning_gradmetrics.scoring.positions import by_blocks
@@ -382,15 +382,6 @@ def _probes(scorer: Scorer, needs: Needs, model: nn.Module, batch: ObservedBatch
         return results
     with preserved(model), gradients_enabled(model), scorer._made_to_return_logits(model, batch):
         inputs = map_tensors(batch.inputs, lambda tensor: tensor.detach().clone())
-        for probe, others in _by_passes(missing):
+        for probe, others in by_passes(missing):
             results |= probe.together(others, model, inputs) if len(others) > 1 else {probe: probe(model, inputs)}
     return results
-
-
-def _by_passes(probes: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
-    """Return the probes that are computed together, each group with its first."""
-    groups: dict[Any, list[Any]] = {}
-    for probe in probes:
-        key = (type(probe).together, probe.passes) if isinstance(probe, SharedProbe) else probe
-        groups.setdefault(key, []).append(probe)
-    return [(members[0], members) for members in groups.values()]

@@ -105,3 +105,30 @@ def test_a_sweep_that_shares_has_the_results_of_one_that_does_not(tmp_path: Path
         "gradnorm_all(temperature=1)": "1",
         "gradnorm_all(temperature=2)": "1",
     }
+
+
+NETS = """
+import torch
+from torch import nn
+
+
+def net(data=None, act="relu"):
+    torch.manual_seed(0)
+    activation = nn.ReLU() if act == "relu" else nn.Tanh()
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(16), activation, nn.Linear(16, 8))
+"""
+
+
+@pytest.mark.slow
+def test_models_with_equal_weights_and_other_arguments_share_nothing(tmp_path: Path, command: Command) -> None:
+    """The fit of one would be wrong for the other, and the scores of a random pass too."""
+    (tmp_path / "own_nets.py").write_text(NETS)
+    model = ("model=custom", "model._target_=own_nets.net", "+model.act=relu,tanh")
+    quick = ("score=[max_softmax,mahalanobis]", "logger=none", "report=false", "resamples=0")
+    for directory, shares in (("on", "true"), ("off", "false")):
+        done = command("-m", *model, *quick, f"hydra.sweep.dir={directory}", f"share_scores={shares}")
+        assert done.returncode == 0, done.stderr
+        assert "read from another job" not in done.stderr
+    for job in ("0", "1"):
+        with_sharing, without = (pq.read_table(tmp_path / name / job / "results.parquet") for name in ("on", "off"))
+        assert with_sharing.equals(without)

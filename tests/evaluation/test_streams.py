@@ -164,3 +164,22 @@ def test_rows_without_an_index_are_judged(tmp_path: Path) -> None:
     wanted, found = judged(results, bins=1024, resamples=50), judged(directory, bins=1024, resamples=50)
     assert [one["value"] for one in found.metrics] == pytest.approx([one["value"] for one in wanted.metrics], abs=0.01)
     assert found.metrics[2]["low"] is not None
+
+
+@pytest.mark.parametrize("bins", [None, 1024])
+def test_digits_of_text_are_no_numbers_and_decimals_and_categories_are(bins: int | None) -> None:
+    results = table(scale=0.05)
+    label = results["label"].cast(pa.string())
+    with pytest.raises(ValueError, match="column 'label' contains values of type string; expected numbers"):
+        judged(results.set_column(3, "label", label), bins=bins, resamples=0)
+    expected = judged(results, bins=bins, resamples=0).metrics
+    for same in (results["label"].cast(pa.decimal128(19, 0)), results["label"].dictionary_encode()):
+        assert judged(results.set_column(3, "label", same), bins=bins, resamples=0).metrics == expected
+
+
+def test_an_index_of_floats_with_gaps_is_read() -> None:
+    """As pandas has it where some rows have no index."""
+    results = table(scale=0.05)
+    index = results["index"].cast(pa.float64())
+    index = pc.if_else(pc.equal(index, 3.0), None, index)
+    assert judged(results.set_column(1, "index", index), bins=1024, resamples=0).metrics
