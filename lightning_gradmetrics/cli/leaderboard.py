@@ -216,7 +216,7 @@ def _data(run: Run) -> str:
         parts.append(f"{dataset['name']} ({dataset['role']}, {dataset['rows']} samples{accuracy})")
     fitted = " and ".join(f"{count} samples of {name}" for name, count in run["fitted_on"].items())
     words = f"Data: {', '.join(parts)}." if parts else ""
-    words += f" Fitted scores saw {fitted}." if fitted else ""
+    words += f" Fitted scores were fitted on {fitted}." if fitted else ""
     return f"{words} Command: `{run['command']}`." if run.get("command") else words
 
 
@@ -231,8 +231,8 @@ def page(runs: Sequence[Run]) -> str:
         "",
         "Which scores find errors, out-of-distribution data, or both (*joint*: correct predictions against errors and OOD "
         "data, half of the mixture OOD). AUROC × 100 with 95 % intervals. *forwards* counts the forward passes, the one that "
-        "makes the prediction included: scores with different numbers are not compared at equal cost. Sentences follow from the "
-        "paired intervals alone, which cover other test samples, not other training runs.",
+        "makes the prediction included: scores with different numbers are not compared at equal cost. The sentences below "
+        "follow from the paired intervals alone. These cover the choice of test samples, but not other training runs.",
         "",
         "`gradmetrics experiment=leaderboard root=PATH` and `gradmetrics experiment=leaderboard_digits` write `leaderboard.json`; "
         "`python -m lightning_gradmetrics.cli.leaderboard docs/leaderboard` renders this page from the files in that folder.",
