@@ -1,16 +1,12 @@
 """``python -m benchmarks intervals``: how often nominal 95 % intervals contain the true value.
 
 Scores of negatives are standard normal, those of positives normal around a shift, so that AUROC and FPR95 are known
-exactly; AUPR is computed from a large sample. Each interval is that of ``evaluate``. With ``--size`` it times
-``evaluate`` instead.
+exactly; AUPR is computed from a large sample. Each interval is that of ``evaluate``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,18 +24,17 @@ METRICS = ("auroc", "fpr95", "aupr")
 LARGE = 400_000
 
 
-def results(rng: np.random.Generator, negatives: int, positives: int, shift: float, scores: int = 1) -> pa.Table:
+def results(rng: np.random.Generator, negatives: int, positives: int, shift: float) -> pa.Table:
     """Return a results table with these numbers of correct and incorrect predictions."""
     incorrect = np.arange(negatives + positives) >= negatives
     size = len(incorrect)
-    columns: dict[str, Any] = {
+    columns = {
         "dataset": pa.DictionaryArray.from_arrays(pa.array(np.zeros(size, dtype=np.int32)), ["test"]),
         "index": np.arange(size),
         "prediction": incorrect.astype(np.int64),
         "label": np.zeros(size, dtype=np.int64),
+        "s0": shift * incorrect + rng.normal(size=size),
     }
-    for number in range(scores):
-        columns[f"s{number}"] = shift * incorrect + rng.normal(size=size)
     return pa.table(columns)
 
 
@@ -87,30 +82,10 @@ def show_coverage(console: Console, runs: int, resamples: int) -> None:
     console.print(table)
 
 
-def measure(rows: int, scores: int, resamples: int) -> dict[str, Any]:
-    """Return the CPU seconds of one evaluation, and by how much the peak memory grew."""
-    table = results(np.random.default_rng(0), rows // 2, rows // 2, 1.5, scores)
-    datasets = pa.DictionaryArray.from_arrays(
-        pa.array((np.arange(rows) >= 0.6 * rows).astype(np.int32)), ["test", "far"]
-    )
-    table = table.set_column(0, "dataset", datasets)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    names = [f"s{number}" for number in range(scores)]
-    evaluate(table, names, {"test": "id", "far": "far"}, ["s0"], resamples=resamples)
-    seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"rows": rows, "scores": scores, "resamples": resamples, "seconds": seconds, "mib": (peak - before) / 1024}
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run the simulation, or one measurement of time and memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks intervals", description=__doc__)
     parser.add_argument("--runs", type=int, default=200, help="simulated datasets per row")
     parser.add_argument("--resamples", type=int, default=200)
-    parser.add_argument("--size", type=int, help="time evaluate with this number of rows, two datasets")
-    parser.add_argument("--scores", type=int, default=10)
     options = parser.parse_args(arguments)
-    if options.size:
-        print(json.dumps(measure(options.size, options.scores, options.resamples)))
-        return
     show_coverage(Console(width=100), options.runs, options.resamples)

@@ -28,6 +28,7 @@ __all__ = [
     "map_tensors",
     "preserved",
     "tensors_in",
+    "with_two_classes",
 ]
 
 Inputs = Tensor | Mapping[str, Any] | Sequence[Any]
@@ -91,6 +92,16 @@ def logits_of(output: Any) -> Tensor:
             "pass logits_fn=, a callable from the model's output to them"
         )
     return logits
+
+
+def with_two_classes(logits: Tensor) -> Tensor:
+    """Return logits ``(N, C)``, where one logit z per sample becomes ``(0, z)``.
+
+    Example:
+        >>> with_two_classes(torch.tensor([[3.0]]))
+        tensor([[0., 3.]])
+    """
+    return logits if logits.shape[1] != 1 else torch.cat([torch.zeros_like(logits), logits], 1)
 
 
 def logits_in(output: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_gradmetrics.report.tables.grid import Column, Grid, Group
+from lightning_gradmetrics.report.wording import short_number
 from lightning_gradmetrics.results.table import largest
 
 __all__ = ["planted_statements", "top_samples_grid", "with_planted"]
@@ -79,4 +80,4 @@ def _text(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return short_number(value) if isinstance(value, float) else str(value)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_gradmetrics.report.wording import percent
+
 __all__ = ["conclusions", "page", "section", "standing"]
 
 Run = Mapping[str, Any]
@@ -33,12 +35,7 @@ def _interval(values: Sequence[float | None], digits: int) -> str:
     _, low, high = values
     if low is None or high is None:
         return ""
-    return f" ({_number(low, digits)} to {_number(high, digits)})"
-
-
-def _number(value: float, digits: int) -> str:
-    rounded = round(100 * value, digits) + 0.0  # avoids a minus sign before zero
-    return f"{rounded:.{digits}f}".replace("-", "−")
+    return f" ({percent(low, digits)} to {percent(high, digits)})"
 
 
 def _is_variant(row: Row) -> bool:
@@ -104,7 +101,7 @@ def conclusions(run: Run) -> list[str]:
                     continue
                 rival, difference, verdict = found
                 verdicts.setdefault(verdict, []).append(column)
-                value = _number(difference[0] or 0.0, 2)
+                value = percent(difference[0] or 0.0, 2)
                 signed = value if value.startswith("−") else f"+{value}"
                 cells.append(f"{signed}{_interval(difference, 2)} `{rival}`")
             equal = "equal" if row["forwards"] == 1 or same_cost else "not equal"
@@ -153,7 +150,7 @@ def ablation(run: Run) -> list[str]:
 
 def _negated(difference: Sequence[float | None]) -> str:
     value, low, high = difference
-    text = _number(-(value or 0.0), 2)
+    text = percent(-(value or 0.0), 2)
     signed = text if text.startswith("−") else f"+{text}"
     return signed if low is None or high is None else f"{signed}{_interval([None, -high, -low], 2)}"
 
@@ -171,7 +168,7 @@ def confound(run: Run) -> list[str]:
     for row in sorted(run["rows"], key=lambda row: row[first][0] - row[originals[first]][0]):
         cells = []
         for column, original in originals.items():
-            change = _number(row[column][0] - row[original][0], 1)
+            change = percent(row[column][0] - row[original][0], 1)
             cells += [_cell(row[original]), _cell(row[column]), change if change.startswith("−") else f"+{change}"]
         lines.append(f"| `{row['spelled']}` | {' | '.join(cells)} |")
     return [*lines, ""]

@@ -12,9 +12,9 @@ from scipy.stats import beta, binom
 
 from lightning_gradmetrics.evaluation.rules import Fit, Rule, RuleError, check_open
 
-__all__ = ["JointRisk", "LearnThenTest", "SelectiveRisk", "error_bounds"]
+__all__ = ["ACCEPTS_ALL", "JointRisk", "LearnThenTest", "SelectiveRisk", "error_bounds"]
 
-LARGEST = float(np.finfo(np.float64).max)
+ACCEPTS_ALL = float(np.finfo(np.float64).max)
 """The threshold that accepts every finite score."""
 
 LEVELS = 100
@@ -286,7 +286,7 @@ def _below(ordered: Any, accepted: int) -> Fit:
     """Return the threshold just below the first rejected score."""
     coverage = accepted / len(ordered)
     if accepted == len(ordered):
-        return Fit(LARGEST, coverage)
+        return Fit(ACCEPTS_ALL, coverage)
     return Fit(float(np.nextafter(ordered[accepted], -np.inf)), coverage)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column
 from lightning_gradmetrics.evaluation.risk_rules import JointRisk
 from lightning_gradmetrics.evaluation.rules import Rule, TruePositiveRate
 
-__all__ = ["Thresholds", "apply_thresholds", "conformal_p_values", "fit_thresholds"]
+__all__ = ["Thresholds", "apply_thresholds", "conformal_p_values", "count_accepted", "fit_thresholds"]
 
 KEYS = ("values", "rows", "rule", "guarantee", "coverage", "together")
 
@@ -163,6 +164,45 @@ def apply_thresholds(results: Any, thresholds: Thresholds) -> pa.Table:
         accept &= passes
         table = _with_column(table, f"{score}_accept", passes)
     return _with_column(table, "accept", accept) if thresholds.together else table
+
+
+def count_accepted(results: Any, thresholds: Thresholds) -> list[dict[str, Any]]:
+    """Return how many rows of each dataset the thresholds accept, and how many of the accepted ones are incorrect.
+
+    Args:
+        results: A results table; rows that are not finite count as rejected.
+        thresholds: The result of :func:`fit_thresholds`.
+
+    Returns:
+        One record per score and dataset with the keys ``score`` (``None``: accepted by all thresholds together),
+        ``dataset``, ``rows``, ``accepted``, ``labelled`` and ``incorrect``; the last two count accepted rows.
+
+    Raises:
+        ValueError: If the results lack a score that has a threshold.
+    """
+    table = apply_thresholds(results, thresholds)
+    label, prediction = float_column(table, "label"), float_column(table, "prediction")
+    labelled = ~np.isnan(label) & ~np.isnan(prediction)
+    columns: dict[str | None, str] = {score: f"{score}_accept" for score in thresholds.values}
+    if thresholds.together:
+        columns[None] = "accept"
+    counts = []
+    for dataset in table["dataset"].unique().to_pylist():
+        is_here = pc.equal(table["dataset"], dataset).to_numpy(zero_copy_only=False)
+        for score, column in columns.items():
+            accepted = is_here & table[column].to_numpy(zero_copy_only=False)
+            known = accepted & labelled
+            counts.append(
+                {
+                    "score": score,
+                    "dataset": dataset,
+                    "rows": int(is_here.sum()),
+                    "accepted": int(accepted.sum()),
+                    "labelled": int(known.sum()),
+                    "incorrect": int((known & (label != prediction)).sum()),
+                }
+            )
+    return counts
 
 
 def _with_column(table: pa.Table, name: str, values: Any) -> pa.Table:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import check_model, gradients_enabled, preserved
+from lightning_gradmetrics.classifier.forward import check_model, gradients_enabled, preserved, with_two_classes
 from lightning_gradmetrics.classifier.input_gradients import check_floats, differentiable_logits
 from lightning_gradmetrics.gradients.cosine_map_summaries import cosine_similarity
 from lightning_gradmetrics.gradients.precision import at_least_float32
@@ -86,12 +86,13 @@ def _check(model: nn.Module, inputs: Tensor) -> None:
 
 def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: int | None) -> Tensor:
     """Return the maps, computed in chunks of samples if the saliency maps exceed the budget."""
-    leaf, logits = differentiable_logits(model, inputs, _WHO)
+    leaf, own_logits = differentiable_logits(model, inputs, _WHO)
+    logits = with_two_classes(own_logits)
     order = _ranking(logits.detach(), classes)
     size, kept, count = *order.shape, logits.shape[1]
     step = max(1, BUDGET // (kept * max(count, _positions(leaf)) * 4))
     if step < size:
-        del leaf, logits
+        del leaf, own_logits, logits
         return torch.cat([_maps(model, chunk, sign, rescale, classes) for chunk in torch.split(inputs, step)])
     csm = cosine_similarity(_saliency(leaf, logits, order, sign, rescale))
     return csm if classes is not None else _in_class_order(csm, order)

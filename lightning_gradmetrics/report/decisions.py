@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lightning_gradmetrics.report.run import Rows, Run
-from lightning_gradmetrics.report.wording import percent, whole
+from lightning_gradmetrics.evaluation.risk_rules import ACCEPTS_ALL
+from lightning_gradmetrics.report.run import Run
+from lightning_gradmetrics.report.wording import percent, short_number, whole
 
 __all__ = ["Decisions", "decisions"]
 
 BOTH = "all together"
 """The row of samples that all thresholds accept."""
+
+Count = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,21 @@ class Decisions:
 def decisions(run: Run) -> Decisions | None:
     """Return the applied thresholds of a run with their guarantee and their cost; ``None`` if it applied none."""
     stored = run.thresholds
-    values: dict[str, float] = {}
-    for name, limit in stored.get("values", {}).items():
-        if name in run.detectors:
-            values[name] = limit
-    if not values:
+    shown = [name for name in stored.get("values", {}) if name in run.detectors]
+    if not shown:
         return None
-    inside, outside = run.split_by_role(run.finite_rows())
-    headings = ["threshold", "coverage when fitted"]
-    if inside:
-        headings += ["coverage here", "errors among the accepted"]
-    headings += map("accepted of {}".format, outside)
+    by_score: dict[str | None, list[Count]] = {}
+    for count in stored["accepted"]:
+        if run.role_of(count["dataset"]):
+            by_score.setdefault(count["score"], []).append(count)
     rows = {}
-    for name, limit in values.items():
-        cells = [f"{limit:.4g}".replace("-", "\N{MINUS SIGN}"), percent(stored["coverage"].get(name))]
-        rows[name] = [*cells, *_cells(list(inside.values()), list(outside.values()), {name: limit})]
-    if stored.get("together"):
-        rows[BOTH] = ["", "", *_cells(list(inside.values()), list(outside.values()), values)]
+    for name in shown:
+        limit = stored["values"][name]
+        threshold = "none: accepts all" if limit == ACCEPTS_ALL else short_number(limit)
+        rows[name] = [threshold, percent(stored["coverage"].get(name)), *_cells(run, by_score.get(name, []))]
+    if None in by_score:
+        rows[BOTH] = ["", "", *_cells(run, by_score[None])]
+    headings = ["threshold", "coverage when fitted", *_headings(run, by_score.get(shown[0], []))]
     return Decisions(_rule(stored), str(stored["guarantee"]), headings, rows)
 
 
@@ -66,26 +64,36 @@ def _rule(stored: Mapping[str, Any]) -> str:
     return f"{name}({listed}), fitted on {whole(stored['rows'])} rows"
 
 
-def _cells(inside: Sequence[Rows], outside: Sequence[Rows], limits: Mapping[str, float]) -> list[str]:
+def _split(run: Run, counts: Sequence[Count]) -> tuple[list[Count], list[Count]]:
+    """Return the counts of the in-distribution datasets, and those of the others."""
+    inside: list[Count] = []
+    outside: list[Count] = []
+    for count in counts:
+        (inside if run.role_of(count["dataset"]) == "id" else outside).append(count)
+    return inside, outside
+
+
+def _headings(run: Run, counts: Sequence[Count]) -> list[str]:
+    inside, outside = _split(run, counts)
+    headings = ["coverage here", "errors among the accepted"] if inside else []
+    for count in outside:
+        headings.append(f"accepted of {count['dataset']}")
+    return headings
+
+
+def _cells(run: Run, counts: Sequence[Count]) -> list[str]:
     """Return the coverage and the error rate of in-distribution rows, and the accepted fraction of each other dataset."""
+    inside, outside = _split(run, counts)
     cells = []
     if inside:
-        accepted, incorrect = [], []
-        for rows in inside:
-            passed = _accepted(rows, limits)
-            accepted.append(passed)
-            incorrect.append(rows.incorrect[passed & rows.labelled])
-        errors = np.concatenate(incorrect)
-        rate = float(errors.mean()) if len(errors) else None
-        cells += [percent(float(np.concatenate(accepted).mean())), percent(rate)]
-    for rows in outside:
-        cells.append(percent(float(_accepted(rows, limits).mean())))
+        cells += [_share(inside, "accepted", "rows"), _share(inside, "incorrect", "labelled")]
+    for count in outside:
+        cells.append(_share([count], "accepted", "rows"))
     return cells
 
 
-def _accepted(rows: Rows, limits: Mapping[str, float]) -> NDArray[np.bool_]:
-    """Which rows all thresholds accept."""
-    accepted: NDArray[np.bool_] = np.ones(len(rows.labelled), dtype=bool)
-    for name, limit in limits.items():
-        accepted &= rows.scores[name] <= limit
-    return accepted
+def _share(counts: Sequence[Count], part: str, of: str) -> str:
+    """Return the share of one sum of counts in another, in percent."""
+    total = sum(count[of] for count in counts)
+    chosen = sum(count[part] for count in counts)
+    return percent(chosen / total if total else None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_gradmetrics.report.panels import MAX_ROWS, drawn_rows
 from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, Run
-from lightning_gradmetrics.report.wording import counted
+from lightning_gradmetrics.report.wording import counted, short_number
 
 __all__ = ["configuration", "details", "notes", "shortened"]
 
@@ -113,7 +113,7 @@ def configuration(run: Run) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return short_number(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_plain(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

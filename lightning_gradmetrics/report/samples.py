@@ -14,7 +14,7 @@ from markupsafe import Markup
 from lightning_gradmetrics.evaluation import fit_thresholds
 from lightning_gradmetrics.meters import functional
 from lightning_gradmetrics.report.run import Rows, Run, picture_source
-from lightning_gradmetrics.report.wording import percent
+from lightning_gradmetrics.report.wording import percent, short_number
 
 __all__ = ["KEPT", "Sample", "SampleTable", "accuracies", "listed_samples", "sample_tables", "thresholds"]
 
@@ -98,7 +98,7 @@ def thresholds(run: Run, names: Sequence[str]) -> tuple[list[str], dict[str, lis
         groups = [values[wrong]] if wrong.any() else []
         for rows in outside.values():
             groups.append(rows.scores[name])
-        table[name] = [f"{limit:.4g}".replace("-", "\N{MINUS SIGN}")]
+        table[name] = [short_number(limit)]
         for group in groups:
             table[name].append(percent(float((group > limit).mean())))
     return headings, table
@@ -141,7 +141,7 @@ def _samples(run: Run, dataset: str, rows: Rows, score: str, which: np.ndarray) 
     for place in which:
         index, labelled = int(rows.index[place]), bool(rows.labelled[place])
         file = run.thumbnails.get(dataset, {}).get(str(index))
-        value = f"{rows.scores[score][place]:.3g}".replace("-", "\N{MINUS SIGN}")
+        value = short_number(float(rows.scores[score][place]), 3)
         samples.append(
             Sample(
                 index,

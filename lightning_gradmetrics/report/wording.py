@@ -20,6 +20,7 @@ __all__ = [
     "percent",
     "question_title",
     "role_title",
+    "short_number",
     "signed",
     "whole",
 ]
@@ -67,6 +68,16 @@ def question_title(task: str, group: str) -> str:
 def number(value: float | None) -> bool:
     """Return true if the value is a finite number."""
     return value is not None and math.isfinite(value)
+
+
+def short_number(value: float, digits: int = 4) -> str:
+    """Return a number with a few significant digits and a true minus sign.
+
+    Example:
+        >>> short_number(-1.23456), short_number(1234567.0), short_number(-0.5, 3)
+        ('−1.235', '1.235e+06', '−0.5')
+    """
+    return f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")
 
 
 def percent(value: float | None, digits: int = 1) -> str:

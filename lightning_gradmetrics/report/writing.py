@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds
+from lightning_gradmetrics.evaluation.thresholds import count_accepted
 from lightning_gradmetrics.report.run import METRICS_FILE, RESULTS_FILE, VERSION
 from lightning_gradmetrics.report.tables.documents import latex, markdown
 from lightning_gradmetrics.report.tables.marks import kind_of
@@ -113,11 +114,16 @@ def write_run(
         "figures": [dict(figure) for figure in figures],
         "timing": dict(timing or {}),
         "answers": list(answers),
-        "thresholds": None if thresholds is None else json.loads(thresholds.to_json()),
+        "thresholds": None if thresholds is None else _applied(thresholds, results),
         **evaluation.to_dict(),
         "datasets": datasets,
     }
     return write_text(directory / METRICS_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _applied(thresholds: Thresholds, results: pa.Table) -> dict[str, Any]:
+    """Return the thresholds, and the number of rows of each dataset that they accept."""
+    return {**json.loads(thresholds.to_json()), "accepted": count_accepted(results, thresholds)}
 
 
 def _score(score: Score) -> dict[str, Any]:

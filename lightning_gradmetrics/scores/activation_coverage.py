@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import preserved
+from lightning_gradmetrics.classifier.forward import preserved, with_two_classes
 from lightning_gradmetrics.classifier.input_gradients import check_floats, differentiable_logits
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.objectives import Objective
@@ -66,7 +66,7 @@ class ActivationStates:
         uniform = Objective.of("uniform").loss(None)
         with preserved(model), eager(), observing_outputs(chosen, keeps_outputs=True) as seen:
             leaf, logits = differentiable_logits(model, inputs, "activation states")
-            torch.autograd.grad(uniform(logits).sum(), leaf)
+            torch.autograd.grad(uniform(with_two_classes(logits)).sum(), leaf)
         products = []
         for layer, output in seen.outputs.items():  # in the order of the calls
             if layer not in seen.gradients:

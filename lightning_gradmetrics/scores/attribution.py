@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import preserved
+from lightning_gradmetrics.classifier.forward import preserved, with_two_classes
 from lightning_gradmetrics.classifier.input_gradients import check_floats, differentiable_logits
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.precision import at_least_float32
@@ -130,9 +130,7 @@ class AttributionAverage:
 
 def _log_probability_slope(logits: Tensor) -> Tensor:
     """The gradient of the sum of all classes' log-probabilities with respect to the logits; one logit z counts as ``(0, z)``."""
-    values = logits.detach().double()
-    if values.shape[1] == 1:
-        values = torch.cat([torch.zeros_like(values), values], 1)
+    values = with_two_classes(logits.detach().double())
     return 1 - values.shape[1] * torch.softmax(values, 1)
 
 
@@ -162,9 +160,9 @@ def gaia(evidence: Evidence, *, form: Literal["zero", "average"] = "zero") -> Te
     The attributions are gradients with respect to the output of every normalisation layer (of every convolution and linear
     layer, if there is none). It costs a forward and a backward pass.
 
-    GAIA-Z takes gradients of the largest logit. The score is the mean over all channels of the squared share of non-zero
-    entries: in-distribution samples leave more units inactive. A network without units that switch off, such as ReLU, has no
-    zeros, and all its samples score 1.
+    GAIA-Z takes gradients of the largest logit, or of the only one. The score is the mean over all channels of the squared
+    share of non-zero entries: in-distribution samples leave more units inactive. A network without units that switch off,
+    such as ReLU, has no zeros, and all its samples score 1.
 
     GAIA-A takes gradients of the sum of the head's input ``h``, whose mean over positions in channel ``k`` is ``a_k``. The
     score is ``mean_k a_k^2 / mean_d |sum_c d log p_c / d h_d|``. As in the authors' code, the second mean is not squared.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of, preserved
+from lightning_gradmetrics.classifier.forward import batch_size, call, logits_of, preserved, with_two_classes
 from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.precision import at_least_float32
@@ -60,7 +60,8 @@ class MeanPrediction:
             passes = self.passes if dropouts else 1
             total = torch.zeros(())
             for _ in range(passes):
-                total = total + at_least_float32(logits_of(call(model, inputs))).softmax(1)
+                logits = with_two_classes(logits_of(call(model, inputs)))
+                total = total + at_least_float32(logits).softmax(1)
             return total / passes
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import call, logits_of, preserved
+from lightning_gradmetrics.classifier.forward import call, logits_of, preserved, with_two_classes
 from lightning_gradmetrics.classifier.input_gradients import check_floats, differentiable_logits
 from lightning_gradmetrics.gradients.cosine_maps import class_covectors
 from lightning_gradmetrics.scoring.arguments import NonNegative, Positive
@@ -36,13 +36,14 @@ class PerturbedLogits:
         check_floats(inputs, "perturbed inputs")
         with preserved(model):
             model.requires_grad_(False)
-            leaf, logits = differentiable_logits(model, inputs, "perturbed inputs")
+            leaf, own_logits = differentiable_logits(model, inputs, "perturbed inputs")
+            logits = with_two_classes(own_logits)
             predicted = logits.detach().argmax(1, keepdim=True)
             # The gradient of the loss up to a positive factor; stays accurate if the softmax saturates.
             covector = class_covectors(logits.detach() / self.temperature, predicted, rescale=False)[:, 0]
             (gradient,) = torch.autograd.grad(logits, leaf, covector.to(logits.dtype))
             with torch.no_grad():
-                return logits_of(call(model, inputs - self.epsilon * gradient.sign()))
+                return with_two_classes(logits_of(call(model, inputs - self.epsilon * gradient.sign())))
 
 
 @register("gradient", "Liang et al. 2018, arXiv:1706.02690")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import call, logits_of
+from lightning_gradmetrics.classifier.forward import call, logits_of, with_two_classes
 from lightning_gradmetrics.classifier.input_gradients import check_floats
 from lightning_gradmetrics.engine import gradient_statistics, select_parameters
 from lightning_gradmetrics.gradients.objectives import Objective, log_probabilities
@@ -30,7 +30,7 @@ class _MeanLogLikelihood(nn.Module):
     def forward(self, inputs: Tensor, classes: Tensor) -> Tensor:
         """Return the average; its gradient is the average of the gradients."""
         perturbed = (inputs[:, None] + self.noise).flatten(0, 1)
-        log_p = log_probabilities(logits_of(call(self.model, perturbed)))
+        log_p = log_probabilities(with_two_classes(logits_of(call(self.model, perturbed))))
         return log_p.view(len(inputs), len(self.noise), -1).mean(1).gather(1, classes)
 
 
@@ -65,7 +65,7 @@ class SmoothedNorms:
         """Return the norms; the perturbed inputs are processed in chunks no larger than the batch."""
         check_floats(inputs, "perturbed inputs")
         with torch.no_grad():
-            order = class_order(logits_of(call(model, inputs)), self.classes)
+            order = class_order(with_two_classes(logits_of(call(model, inputs))), self.classes)
         chosen = {f"model.{name}" for name in select_parameters(model, parameter_filter(self.target))}
         smoothed = _MeanLogLikelihood(model, self._noise(inputs))
         step = max(1, len(inputs) // self.perturbations)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.classifier.forward import with_two_classes
 from lightning_gradmetrics.gradients.objectives import IGNORED
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.recipes import Score
@@ -31,8 +32,7 @@ def two_columns(logits_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     """Return a callable from the model's output to the logits ``(0, z)`` of a model with one logit z."""
 
     def both(output: Any) -> Tensor:
-        logit = logits_fn(output)
-        return torch.cat([torch.zeros_like(logit), logit], 1)
+        return with_two_classes(logits_fn(output))
 
     return both
 
@@ -41,7 +41,7 @@ def with_two_columns(batch: ObservedBatch) -> ObservedBatch:
     """Return the batch of a model with one logit z, with the logits ``(0, z)`` instead."""
     if batch.logits.ndim < 2 or batch.logits.shape[1] != 1 or not batch.logits.is_floating_point():
         return batch
-    logits, head = two_columns(lambda logit: logit)(batch.logits), batch.head
+    logits, head = with_two_classes(batch.logits), batch.head
     if head is not None:
         bias = None if head.bias is None else torch.cat([torch.zeros_like(head.bias), head.bias])
         head = replace(head, weight=torch.cat([torch.zeros_like(head.weight), head.weight]), bias=bias)

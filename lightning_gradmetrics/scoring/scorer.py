@@ -18,6 +18,7 @@ from lightning_gradmetrics.classifier.forward import (
     map_tensors,
     preserved,
     tensors_in,
+    with_two_classes,
 )
 from lightning_gradmetrics.classifier.head import returning_logits
 from lightning_gradmetrics.classifier.observation import redirected
@@ -210,17 +211,13 @@ class Scorer:
 
         with preserved(model), torch.set_grad_enabled(with_graph), eager(), self._made_to_return_logits(model, batch):
             logits: Tensor = call(model, map_tensors(batch.inputs, first_rows))
-        return two_columns(_unchanged)(logits) if batch.one_logit else logits
+        return with_two_classes(logits) if batch.one_logit else logits
 
     @contextmanager
     def _made_to_return_logits(self, model: nn.Module, batch: ObservedBatch) -> Iterator[None]:
         """Make calls of the model inside the block repeat the observed call and return its logits."""
         with redirected(model, batch.called or model), returning_logits(model, self.head, self.logits_fn):
             yield
-
-
-def _unchanged(logits: Tensor) -> Tensor:
-    return logits
 
 
 def _is_row_wise(tensor: Tensor, size: int) -> bool:

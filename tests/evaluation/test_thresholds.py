@@ -24,6 +24,7 @@ from lightning_gradmetrics.evaluation import (
 )
 from lightning_gradmetrics.evaluation.risk_rules import error_bounds
 from lightning_gradmetrics.evaluation.rules import Rule
+from lightning_gradmetrics.evaluation.thresholds import count_accepted
 
 ROLES = {"test": "id", "far": "far"}
 
@@ -214,6 +215,30 @@ def test_rows_that_are_not_finite_are_rejected():
         apply_thresholds(table.drop_columns(["error"]), thresholds)
     with pytest.raises(ValueError, match="no row of the results"):
         fit_thresholds(table.set_column(6, "finite", pa.array(np.zeros(len(table), dtype=bool))), ["error"])
+
+
+def test_accepted_rows_are_counted_by_dataset() -> None:
+    """Rows that are not finite are rejected and count; errors are counted among the accepted rows that have a label."""
+    table = pa.table(
+        {
+            "dataset": ["test", "test", "test", "test", "far"],
+            "prediction": [0, 1, 0, 0, 0],
+            "label": pa.array([0, 0, None, 1, None], pa.int64()),
+            "error": [0.0, 0.1, 0.2, np.nan, 0.3],
+            "ood": [0.0, 0.1, 0.2, 0.0, 5.0],
+        }
+    )
+    fitted = Thresholds({"error": 0.3, "ood": 0.1}, 4, {"name": "JointRisk"}, "a guarantee", {}, together=True)
+    counts = count_accepted(table, fitted)
+    found = {(count["dataset"], count["score"]): tuple(count.values())[2:] for count in counts}
+    assert found == {
+        ("test", "error"): (4, 3, 2, 1),
+        ("test", "ood"): (4, 3, 3, 2),
+        ("test", None): (4, 2, 2, 1),
+        ("far", "error"): (1, 1, 0, 0),
+        ("far", "ood"): (1, 0, 0, 0),
+        ("far", None): (1, 0, 0, 0),
+    }
 
 
 @pytest.mark.parametrize("make", [lambda: TruePositiveRate(0), lambda: Coverage(1.0), lambda: SelectiveRisk(0.1, 0)])

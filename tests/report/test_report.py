@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -272,6 +273,40 @@ def test_operating_points_are_accuracies_and_rejection_rates(full):
     shares = [inside.scores[score][inside.incorrect]] + [rows[name].scores[score] for name in list(rows)[1:]]
     wanted = [f"{100 * (values > limit).mean():.1f}" for values in shares]
     assert [cell.text for cell in rows_of(tree, "Operating points", 1)[score].find("td")][1:] == wanted
+
+
+def test_applied_thresholds_are_shown_with_the_stored_counts(tmp_path):
+    """A threshold that accepts every score is named in words; rows that are not finite count as rejected."""
+
+    def count(score: str | None, dataset: str, *numbers: int) -> dict[str, object]:
+        keys = ("score", "dataset", "rows", "accepted", "labelled", "incorrect")
+        return dict(zip(keys, (score, dataset, *numbers), strict=True))
+
+    applied = {
+        "values": {"entropy": sys.float_info.max, "gradnorm": -1.25},
+        "rows": 1000,
+        "rule": {"name": "JointRisk", "risk": 0.1},
+        "guarantee": "a guarantee",
+        "coverage": {"entropy": 1.0, "gradnorm": 0.5},
+        "together": True,
+        "accepted": [
+            count("entropy", "digits", 500, 490, 490, 49),
+            count("entropy", "photo_patches", 600, 600, 0, 0),
+            count("gradnorm", "digits", 500, 250, 250, 5),
+            count("gradnorm", "photo_patches", 600, 60, 0, 0),
+            count(None, "digits", 500, 240, 240, 3),
+            count(None, "photo_patches", 600, 60, 0, 0),
+        ],
+    }
+    table = section(page(tmp_path, changes={"thresholds": applied}, **FEW), "Operating points").find("table")[0]
+    found = []
+    for row in table.find("tbody")[0].find("tr"):
+        found.append([cell.text for cell in row.find("td")])
+    assert found == [
+        ["none: accepts all", "100.0", "98.0", "10.0", "100.0"],
+        ["−1.25", "50.0", "50.0", "2.0", "10.0"],
+        ["", "", "48.0", "1.2", "10.0"],
+    ]
 
 
 def test_max_softmax_is_highlighted_and_labelled_in_every_curve(full):

@@ -129,6 +129,19 @@ def test_too_few_samples_for_the_principal_subspace_are_refused(score: str) -> N
         lgm.fit(model, [torch.randn(15, 5).double()], score)
 
 
+@pytest.mark.parametrize("score", ["rmds", "vim", "trust", "knn", "mahalanobis", "nac_ue(fill=9)", "grood"])
+def test_two_fits_of_one_dataset_are_equal_to_the_last_bit(score: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3))
+    inputs, labels = torch.randn(200, 6), torch.arange(200) % 3
+    batches = [(inputs[:90], labels[:90]), (inputs[90:], labels[90:])]
+    values = []
+    for _ in range(2):
+        (fitted,) = lgm.fit(model, batches, score)
+        values += lgm.score(model, inputs, fitted).values()
+    assert torch.equal(*values)
+
+
 @pytest.mark.parametrize("score", ["mahalanobis", "rmds"])
 def test_classes_without_spread_and_labels_outside_the_classes_are_refused(score: str) -> None:
     torch.manual_seed(0)

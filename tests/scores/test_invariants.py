@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import FittedScore
+from lightning_gradmetrics.scores import FittedScore, make
 from tests.models import MODELS, assert_same_state, cnn, images, state_of
 from tests.scores.fits import labels_of, ready
 from tests.scores.test_reference import CASES, tolerances
@@ -112,6 +112,43 @@ def test_confident_samples_keep_different_scores(case: str) -> None:
     inputs[:, 0] = torch.tensor([20.0, 40.0, 60.0])
     found = values(model, inputs, ready(case, model, lambda n: torch.randn(n, 4)))
     assert found.isfinite().all()
+
+
+OF_PASSES = [
+    "odin(epsilon=0.1)",
+    "mc_dropout",
+    "regrad(target='0.weight',perturbations=2)",
+    "gga(summary=std_cosine)",
+    "gga_detector(neighbours=5)",
+    "gaia(form=average)",
+    "nac_ue(fill=40)",
+    "nac_ue(fill=40,layers='2',steepness=1)",
+    "views(n=3,score=entropy)",
+    "views(n=3,score=knn)",
+    "trust",
+    "trust(views=3)",
+    "channel_distance",
+]
+
+
+@pytest.mark.parametrize("case", OF_PASSES)
+def test_one_logit_scores_as_the_logits_zero_and_z(case: str) -> None:
+    """Scores that run the model again read one logit z as ``(0, z)``, like all others."""
+    head, pair = torch.nn.Linear(36, 1), torch.nn.Linear(36, 2)
+    with torch.no_grad():
+        pair.weight.copy_(torch.cat([torch.zeros_like(head.weight), head.weight]))
+        pair.bias.copy_(torch.cat([torch.zeros_like(head.bias), head.bias]))
+    body = [torch.nn.Conv2d(1, 4, 4), torch.nn.Dropout(), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten()]
+    inputs = torch.randn(40, 1, 9, 9).double()
+    found = []
+    for last in (head, pair):
+        model = torch.nn.Sequential(*body, last).double().eval()
+        score = make(case)
+        if isinstance(score, FittedScore):
+            (score,) = lgm.fit(model, [(inputs, torch.arange(40) % 2)], score)
+        found.append(values(model, inputs[:6] + 0.1, score))
+    torch.testing.assert_close(found[0], found[1])
+    assert len(found[0].unique()) > 1 or case.startswith("gga")  # two classes' maps are always opposite
 
 
 @pytest.mark.parametrize(
