@@ -118,7 +118,7 @@ def check_scores(scores: Sequence[Score]) -> tuple[Score, ...]:
     """The scores.
 
     Raises:
-        ValueError: If the name of one is empty, or is the name of another column of the results.
+        ValueError: If a name is empty, or is that of another column of the results.
     """
     for score in scores:
         if not score.name.strip():

@@ -132,8 +132,8 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
     Raises:
         ValueError: If a score or an objective is unknown, or an argument is invalid.
         TypeError: If an argument has the wrong type.
-        FileExistsError: When a run starts, if ``output`` holds results and ``resume`` is false.
-        ResumeError: When a run starts, if ``output`` holds the results of another model, other scores, arguments, data
+        FileExistsError: When a run starts, if ``output`` contains results and ``resume`` is false.
+        ResumeError: When a run starts, if ``output`` contains the results of another model, other scores, arguments, data
             or another order; the message names the difference.
 
     Example:

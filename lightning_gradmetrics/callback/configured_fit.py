@@ -28,7 +28,7 @@ def check_fit_source(fit_on: str | None, fitted: str | Path | None) -> None:
 
     Raises:
         ValueError: If ``fit_on`` is unknown, or both are given.
-        TypeError: If ``fitted`` is no path.
+        TypeError: If ``fitted`` is not a path.
     """
     if fit_on is not None and fit_on not in FIT_ON:
         raise ValueError(f"fit_on={fit_on!r}; expected one of {', '.join(map(repr, FIT_ON))}, or None")

@@ -32,7 +32,7 @@ def evaluate_detectors(
     labels_are_inputs: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
-    """Evaluate the scores that do not read the true label; the others would be judged by their own input.
+    """Evaluate the scores that do not read the true label; the others would be evaluated on their own input.
 
     Args:
         results: The per-sample table, or a results directory.

@@ -22,9 +22,9 @@ __all__ = ["fitting_step"]
 def fitting_step(module: LightningModule, split: SplitBatch) -> Iterator[None]:
     """Make ``predict_step`` run a step that the module defines, inside the block.
 
-    This is the module's ``predict_step`` if it has one; otherwise its ``test_step`` or ``validation_step``, which
-    prepare the batch as they do during scoring, without logging and without updating its torchmetrics; otherwise a call
-    of the module with the inputs of the batch.
+    A module with a ``predict_step`` runs that step. Otherwise it runs its ``test_step`` or ``validation_step``, which
+    prepares the batch as during scoring; it logs nothing and updates none of its torchmetrics. A module without any of
+    these is called with the inputs of the batch.
 
     Args:
         module: The user's module.

@@ -18,7 +18,7 @@ FACTORS = (2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Carry:
-    """Reflects, resizes and crops maps from the head's grid to the logits' grid, each channel alike.
+    """Reflects, resizes and crops maps from the head's grid to the logits' grid, in the same way for each channel.
 
     Args:
         flips: The axes that are reflected first.

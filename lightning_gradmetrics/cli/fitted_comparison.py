@@ -52,10 +52,9 @@ def compare_fitted(
 
     Returns:
         One dict per task, dataset and candidate: ``task``, ``dataset``, ``group`` (its role), ``score``,
-        ``fitted_on``, ``auroc``, ``low``, ``high``; for each of ``single`` and ``baseline`` the name of the best one,
-        such as ``single``, and ``single_auroc``, ``single_difference``, ``single_low``, ``single_high`` and
-        ``single_verdict`` (``better``,
-        ``worse`` or ``cannot tell``), which are missing without resamples.
+        ``fitted_on``, ``auroc``, ``low``, ``high``; ``single``, the name of the best single score, and
+        ``single_auroc``, ``single_difference``, ``single_low``, ``single_high`` and ``single_verdict`` (``better``,
+        ``worse`` or ``cannot tell``), which are missing without resamples; and the same for ``baseline``.
     """
     names = [score.name for score in scores]
     aurocs = evaluate(results, names, roles, resamples=0).find(metric="auroc")

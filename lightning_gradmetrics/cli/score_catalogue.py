@@ -18,8 +18,8 @@ __all__ = ["Line", "lines", "markdown", "stub"]
 
 INTRODUCTION = (
     "This page is generated: `python -m lightning_gradmetrics.cli.score_catalogue`. `gradmetrics scores` prints the table.",
-    "Every score is an uncertainty: higher = more uncertain. Where the paper's quantity is a confidence, the last column "
-    "says how to convert. *Free* means that the score needs nothing beyond the forward pass that runs anyway. All other "
+    "Every score is an uncertainty: higher = more uncertain. If the paper defines a confidence, the last column shows how "
+    "to convert. *Free* means that the score needs nothing beyond the forward pass that runs anyway. All other "
     "scores share one extra forward pass, and those of one objective share its backward pass. C is the number of classes.",
     "Fitted scores need a fit before they can score, on data used for neither training nor evaluation. The state is stored "
     "as tensors (safetensors) and can only be loaded for the same model, head and arguments.",
@@ -32,8 +32,8 @@ lgm.scores.save_fitted(callback.scorer.scores, "fitted")                 # and l
 scores = lgm.fit(model, batches, ["oberdiek"])                           # without a Trainer
 ```""",
     "The command fits them automatically, on `data.fit` and `data.fit_ood`, or on `data.train` if those are not set; "
-    "`fitted_folder=FOLDER` loads the states of an earlier run. A detector of errors that is fitted on the samples that the model "
-    "was trained on sees few errors.",
+    "`fitted_folder=FOLDER` loads the states of an earlier run. A detector of errors that is fitted on the model's training "
+    "samples sees few errors.",
     "A score is given by its name, as `gradnorm`; with arguments, as `gradnorm(temperature=2, target=all)` or "
     "`{gradnorm: {temperature: 2}}`; as an object, as `lgm.scores.gradnorm(temperature=2)`; or as a function of the evidence.",
 )

@@ -13,7 +13,7 @@ __all__ = ["scores_table"]
 
 def scores_table() -> Table:
     """Return all registered scores: summary, paper, needs, cost, sign and arguments; long texts are wrapped."""
-    table = Table(title="Scores: every one is an uncertainty, higher = more uncertain", title_justify="left")
+    table = Table(title="Scores: each is an uncertainty, higher = more uncertain", title_justify="left")
     table.box, table.pad_edge = box.SIMPLE_HEAD, False
     table.add_column("score", no_wrap=True)
     table.add_column("summary, paper, needs, cost, arguments", overflow="fold")

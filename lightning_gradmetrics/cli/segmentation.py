@@ -128,7 +128,7 @@ def _table(title: str, columns: Mapping[str, Key], rows: Sequence[Mapping[str, A
 
 
 def _cell(row: Mapping[str, Any] | None, is_first: bool) -> str:
-    """Return the value, for the first score with its interval, for others with the interval of the difference."""
+    """Return the value: of the first score with its interval, of the others with the interval of the difference."""
     if row is None:
         return "–"
     is_correlation = row["metric"] == "spearman"

@@ -25,7 +25,7 @@ KINDS = {"generated": "id", "darwin": "near", "shakespeare": "far"}
 INCORRECT = "incorrect"
 
 AGGREGATES = ("mean", "gradient")
-"""The second adds scores of the head's gradient of the mean loss."""
+"""``gradient`` adds scores of the head's gradient of a sequence's mean loss."""
 
 
 def incorrect(evidence: Evidence) -> Tensor:

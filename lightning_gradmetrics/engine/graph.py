@@ -82,6 +82,6 @@ def _nodes(output: Tensor) -> Iterator[Any]:
 
 
 def saves_through_hooks() -> bool:
-    """Return whether hooks decide what autograd stores, as in a checkpoint; true where torch, before 2.8, cannot tell."""
+    """Return whether hooks decide what autograd stores, as in a checkpoint; true for torch before 2.8, which does not show it."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None

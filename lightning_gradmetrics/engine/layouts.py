@@ -31,7 +31,7 @@ class Layout:
         return Layout(dim, self.outer, self.inner)
 
     def fits(self, small: Shape, large: Shape) -> bool:
-        """Return whether the shapes with two and with three samples differ on this axis only, as the layout says."""
+        """Return whether the shapes with two and with three samples differ on this axis only, as in the layout."""
         if not self.dim < len(small) == len(large):
             return False
         positions = self.outer * self.inner

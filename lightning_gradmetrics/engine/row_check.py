@@ -23,7 +23,7 @@ def check_row_owners(
     """Compute the moments again, with the gradient of each sample scaled by another power of two.
 
     The scales are undone at the end, so they change nothing, unless a row is assigned to a sample that it does not
-    belong to. One sample compared with autograd does not show that for the others.
+    belong to. The comparison of one sample with autograd does not reveal this for the others.
 
     Args:
         table: The moments or uses that the plan gave for the batch.

@@ -72,7 +72,7 @@ _UNIFORM = _CHOOSING.union(
 """Operations whose results are the same for all samples if their arguments are."""
 
 _SHAPE_ARGUMENTS = frozenset(["size", "shape", "sizes", "split_sizes", "repeats", "stride"])
-"""Arguments that may follow the number of samples; the shapes of the results show whether they do so properly."""
+"""Arguments that may depend on the number of samples; the shapes of the results show whether they grow as they must."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class _Proof:
         uniform: Tensors that are the same for all samples.
         numbers: Numbers that are computed from all samples.
         sized: Tensors whose values may depend on the number of samples or on the place of a sample.
-        counting: Tensors that hold ``0, 1, ..., N - 1``.
+        counting: Tensors that contain ``0, 1, ..., N - 1``.
         written: Memory that other tensors were written into.
     """
 
@@ -184,7 +184,7 @@ class _Proof:
         return counts and not shapes_stay and operation.name in _CHOOSING
 
     def _stays_uniform(self, operation: Operation, grown: Set[int], shapes_stay: bool) -> bool:
-        """Return whether a result is the same for all samples, because the arguments that grow with them are."""
+        """Return whether a result is the same for all samples, because all arguments that grow with their number are."""
         if not grown or not self.uniform.issuperset(grown):
             return False
         if shapes_stay:  # a sum of them would depend on their number

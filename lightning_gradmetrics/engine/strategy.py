@@ -152,7 +152,7 @@ def collect_fast(
 def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
     """Return the logits, and record parameters that are used outside of calls of torch functions.
 
-    The tracer replaces parameters in every call that it intercepts; a graph that still reaches one has a use it missed.
+    The tracer replaces parameters in every call that it intercepts. If the graph still reaches one, a use was missed.
     """
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)

@@ -66,7 +66,7 @@ def bin_scores(
 
     Args:
         stream: The results.
-        scores: The columns to judge.
+        scores: The columns to evaluate.
         roles: The role of each dataset.
         bins: The number of bins of each score.
 

@@ -88,7 +88,7 @@ def defined_values(metrics: Sequence[Entry]) -> dict[Key, float]:
 
 
 def with_groups(metrics: Sequence[Entry], replicates: Replicates, rate: float) -> tuple[list[Entry], Replicates]:
-    """Return the means over the datasets of each group that has several, and all replicates, those of the means included."""
+    """Return the means over the datasets of each group with several, and all replicates including those of the means."""
     groups: dict[tuple[str, str, str, str], list[Entry]] = {}
     for entry in metrics:
         groups.setdefault((entry["task"], entry["group"], entry["score"], entry["metric"]), []).append(entry)

@@ -1,4 +1,4 @@
-"""Judges the scores of a table exactly, or those of a stream in constant memory."""
+"""Evaluates the scores of a table exactly, or those of a stream in constant memory."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ Progress = Callable[[float], None] | None
 
 @dataclass(frozen=True)
 class Question:
-    """What to judge.
+    """The scores and the settings of an evaluation.
 
     Args:
-        scores: The columns to judge.
+        scores: The columns to evaluate.
         roles: The role of each dataset.
         rate: The true-positive rate of ``fpr95``.
         ood_share: The fraction of out-of-distribution rows in the mixture of the joint task.
@@ -89,7 +89,7 @@ class Judged:
 
 
 def judge_rows(results: Any, question: Question) -> Judged:
-    """Judge a table in memory: values are exact."""
+    """Evaluate a table in memory: values are exact."""
     rows, notes = rows_of(results, list(question.scores), question.roles, question.cluster)
     tasks, more_notes = tasks_of(rows, question.ood_share)
     few = _few_clusters(rows)
@@ -151,7 +151,7 @@ def _by_task(entries: Mapping[tuple[int, str], list[Entry]], tasks: int, scores:
 
 
 def judge_stream(stream: Stream, question: Question, bins: int) -> Judged:
-    """Judge results of any number of rows in constant memory: scores go into bins.
+    """Evaluate any number of rows in constant memory: scores go into bins.
 
     The stream is read once, and once more for the resamples.
     """

@@ -144,7 +144,7 @@ def evaluate(
 
 
 def _judged(results: Any, question: Question, bins: int | None) -> Judged:
-    """Judge in memory or in a stream, by the size and kind of the results."""
+    """Evaluate in memory or in a stream, depending on the size and kind of the results."""
     if question.cluster is not None:
         if bins is not None:
             raise ValueError("cluster= and bins= exclude each other: clusters are resampled in memory")
@@ -158,7 +158,7 @@ def _judged(results: Any, question: Question, bins: int | None) -> Judged:
 
 
 def _in_memory(results: Any, question: Question) -> Any:
-    """Return the results; those of a file as a dataset, and those of a directory as a table of the judged columns."""
+    """Return the results; those of a file as a dataset, and those of a directory as a table of the needed columns."""
     if not isinstance(results, (str, Path)):
         return results
     if Path(results).is_file():

@@ -27,9 +27,9 @@ class Evaluation:
 
     Args:
         metrics: One dict per number: ``score``, ``task`` (``"joint"``, ``"misclassification"`` or ``"ood"``),
-            ``dataset`` (``None`` for the mean over a group), ``group`` (the role), ``metric``, ``value`` (``None`` where
-            undefined), ``low`` and ``high`` (its interval, or ``None``), ``count_positive``,
-            ``count_negative`` and ``count_ood`` (the out-of-distribution rows among the positives, or ``None``).
+            ``dataset`` (``None`` for the mean over a group), ``group`` (the role), ``metric``, ``value`` (``None``
+            where undefined), ``low`` and ``high`` (its interval, or ``None``), ``count_positive``, ``count_negative``
+            and ``count_ood`` (the out-of-distribution rows among the positives, or ``None``).
         comparisons: One dict per score, task, dataset or group, and metric: the difference to the baseline with its
             interval and ``verdict``, and the max-adjusted verdict against the best baseline; see
             :func:`~lightning_gradmetrics.evaluation.comparisons.compare`.

@@ -149,8 +149,8 @@ class JointRisk(Rule):
 
     The joint risk is the fraction of accepted samples that are incorrect or out-of-distribution, in a mixture with the
     fraction ``ood_share`` of out-of-distribution samples. One half of the rows proposes 8 x 8 pairs of thresholds. The
-    other half
-    bounds the risk of each pair by Clopper and Pearson's bounds, which hold together with confidence ``1 - delta``.
+    other half bounds the risk of each pair by Clopper and Pearson's bounds, which hold together with confidence
+    ``1 - delta``.
 
     Args:
         risk: The largest joint risk, in (0, 1).

@@ -69,11 +69,11 @@ class RowSorter:
         """Return the class of each row ``(N,)``, uint8, and whether it can be ranked ``(N,)``, bool; count the rows.
 
         A row is not ranked for any score if it is flagged as not finite, or if any of the scores is missing, NaN or
-        infinite, so that all scores are judged on the same rows.
+        infinite, so that all scores are evaluated on the same rows.
 
         Args:
             table: With the columns ``dataset``, ``prediction``, ``label`` and the scores.
-            scores: The columns to judge.
+            scores: The columns to evaluate.
 
         Raises:
             ValueError: If a dataset has no role.

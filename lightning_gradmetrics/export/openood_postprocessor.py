@@ -26,8 +26,7 @@ def openood(score: ScoreLike, **options: Any) -> type[Any]:
 
     Args:
         score: A name such as ``"gradnorm"``, a score, or any other :data:`~lightning_gradmetrics.scores.ScoreLike` that
-            needs
-            no labels.
+            needs no labels.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Returns:

@@ -22,8 +22,7 @@ def pytorch_ood(score: ScoreLike, model: nn.Module | None = None, **options: Any
 
     Args:
         score: A name such as ``"gradnorm"``, a score, or any other :data:`~lightning_gradmetrics.scores.ScoreLike` that
-            needs
-            no labels. A fitted score may already have a state.
+            needs no labels. A fitted score may already have a state.
         model: The classifier. It may also be given later: calling the detector with a model returns a detector of that
             model.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.

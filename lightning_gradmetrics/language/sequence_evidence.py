@@ -74,12 +74,12 @@ class SequenceEvidence(Evidence):
 
     @property
     def logits(self) -> Tensor:
-        """Raise an error, because a sequence has none."""
+        """Raise an error, because a sequence has no logits."""
         _undefined("the logits")
 
     @property
     def features(self) -> Tensor:
-        """Raise an error, because a sequence has none."""
+        """Raise an error, because a sequence has no head input."""
         _undefined("the head's input")
 
 

@@ -101,7 +101,7 @@ def _value(question: Question, score: str) -> float:
 
 
 def _advice(question: Question, found: Differences, cost: str) -> str:
-    """Return a sentence that recommends the simplest score with a measurable gain, and the cost of the best score if it is that."""
+    """Return a sentence that recommends the simplest score with a measurable gain; ``cost`` follows if that is the best one."""
     best, baseline, title = question.best, question.best_baseline, question.title
     if baseline is None:
         return f"{title}: {best} has the highest AUROC; the run has no baseline to compare with."

@@ -96,7 +96,7 @@ def main_table(run: Run) -> Table:
 
 
 def _twins(rows: Mapping[str, Sequence[Cell]]) -> dict[str, str]:
-    """Return, for each score with the values of an earlier row in all of at least three columns, the name of that row."""
+    """Return, for each score that equals an earlier row in every column (three or more), the name of that row."""
     first: dict[tuple[float, ...], str] = {}
     twins = {}
     for score, cells in rows.items():

@@ -40,7 +40,7 @@ def notes(run: Run) -> list[str]:
 
 
 def _gaps(run: Run) -> list[tuple[str, str]]:
-    """Return notes on gaps in the tables, each with a keyword; a note of the run with that keyword has the same subject."""
+    """Return notes on gaps in the tables, each with a keyword; a note of the run that contains it is about the same gap."""
     found = []
     not_finite = []
     labelled, groups = set(), set()
@@ -58,7 +58,7 @@ def _gaps(run: Run) -> list[tuple[str, str]]:
         found.append(("out-of-distribution", "The run has no out-of-distribution dataset."))
     rate = run.settings.get("rate", 0.95)
     if rate != 0.95:
-        found.append(("FPR95", f"FPR95 is taken at a true-positive rate of {100 * rate:g} %."))
+        found.append(("FPR95", f"FPR95 is computed at a true-positive rate of {100 * rate:g} %."))
     finite = run.finite_rows()
     if not finite:
         found.append(("No row is finite", "No row is finite, so there are no plots."))

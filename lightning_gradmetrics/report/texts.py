@@ -30,13 +30,13 @@ LISTS = ("token_ids", "predicted_ids")
 """The columns of token ids."""
 
 MOST_UNCERTAIN, LEAST_UNCERTAIN = 2, 1
-"""How many texts of each dataset are shown."""
+"""The numbers of texts shown for each dataset and score."""
 
 SHOWN_SCORES = 3
-"""For how many scores."""
+"""The number of scores for which texts are shown."""
 
 LONGEST = 1000
-"""Tokens of a text that are shown."""
+"""The largest number of tokens shown of a text."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _chosen(results: pa.Table, score: str) -> Iterator[tuple[str, int]]:
 
 
 def _coloured(row: pa.Table, score: str, words: dict[str, str]) -> str:
-    """Return one text as HTML; the pointer shows the value, and the predicted token where it is another one."""
+    """Return one text as HTML; hovering over a token shows its value, and the predicted token if it differs."""
     tokens, predicted = row["token_ids"][0].as_py()[:LONGEST], row["predicted_ids"][0].as_py()[:LONGEST]
     values = row[f"{LIST_PREFIX}{score}"][0].as_py()[:LONGEST]
     texts, notes = [], []

@@ -44,7 +44,7 @@ class StoredResults:
         self.parts = sorted(self.directory.glob(PART))
         manifest = self.directory / MANIFEST
         if not self.parts:
-            raise FileNotFoundError(f"{self.directory} holds no results; expected the folder that output= named")
+            raise FileNotFoundError(f"{self.directory} contains no results; expected the folder that output= named")
         rows = {part.name: pq.read_metadata(part).num_rows for part in self.parts}
         self.rows = sum(rows.values())
         if not manifest.exists():

@@ -71,7 +71,7 @@ def _is_one_tensor_per_sample(argument: Any, size: int) -> bool:
 
 
 def _rows_without_nan(rows: Tensor) -> Tensor:
-    """Return which rows are free of NaN and Inf. A finite sum shows it in one pass; a sum may overflow without one."""
+    """Return which rows are free of NaN and Inf. A finite sum proves it in one pass; any other sum may be an overflow."""
     if rows.device.type != "cpu":  # without a synchronisation
         return rows.isfinite().all(1)
     is_finite = rows.sum(1).isfinite()

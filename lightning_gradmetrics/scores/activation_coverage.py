@@ -25,7 +25,7 @@ __all__ = ["ActivationStates", "interval_edges", "nac_ue"]
 BASE = 1000.0
 """The base of the logarithm that spaces the intervals in the authors' code."""
 
-EvenFromFour = Annotated[int, Allowed("an even number from 4", lambda value: value >= 4 and value % 2 == 0)]
+EvenFromFour = Annotated[int, Allowed("an even number of at least 4", lambda value: value >= 4 and value % 2 == 0)]
 
 
 def interval_edges(bins: int) -> Tensor:
@@ -57,7 +57,7 @@ class ActivationStates:
     layers: str
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
-        """Return the products of the sums over all positions, and one over the number of layers and of channels."""
+        """Return for each channel the product of the two sums over all positions, and ``1 / (layers * channels)``."""
         check_floats(inputs, "activation states")
         chosen = [layer for name, layer in model.named_modules() if name and fnmatchcase(name, self.layers)]
         if not chosen:
@@ -103,7 +103,7 @@ class nac_ue(FittedScore):
         fill: The count at which an interval is covered.
 
     Raises:
-        ValueError: If no layer matches, or the data to fit on hold fewer than ``fill`` samples.
+        ValueError: If no layer matches, or the data to fit on contain fewer than ``fill`` samples.
 
     Example:
         >>> import lightning_gradmetrics as lgm

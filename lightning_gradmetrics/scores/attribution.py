@@ -161,12 +161,12 @@ def gaia(evidence: Evidence, *, form: Literal["zero", "average"] = "zero") -> Te
     layer, if there is none). It costs a forward and a backward pass.
 
     GAIA-Z takes gradients of the largest logit, or of the only one. The score is the mean over all channels of the squared
-    share of non-zero entries: in-distribution samples leave more units inactive. A network without units that switch off,
-    such as ReLU, has no zeros, and all its samples score 1.
+    share of non-zero entries: in-distribution samples leave more units inactive. Zeros come from units
+    that switch off, such as ReLU; without such units all samples score 1.
 
     GAIA-A takes gradients of the sum of the head's input ``h``, whose mean over positions in channel ``k`` is ``a_k``. The
     score is ``mean_k a_k^2 / mean_d |sum_c d log p_c / d h_d|``. As in the authors' code, the second mean is not squared.
-    Where the authors take the map before the pooling for ``h``, all scores differ from these by the same factor.
+    If the authors use the map before pooling as ``h``, their scores are these times a constant.
 
     Args:
         form: ``"zero"`` is GAIA-Z, ``"average"`` is GAIA-A.

@@ -18,7 +18,7 @@ from lightning_gradmetrics.scoring.totals import Tensors
 __all__ = ["knn", "mahalanobis", "rmds", "sirc", "vim"]
 
 RIDGE = 1e-6
-"""This times its mean eigenvalue is added to a covariance, so that it can be inverted."""
+"""This multiple of its mean eigenvalue is added to a covariance, so that it can be inverted."""
 
 CONSTANT = 1e-12
 """A second moment below this fraction of the total counts as rounding error."""
@@ -290,8 +290,7 @@ class sirc(FittedScore):
     ``log S + log(1 + exp(-b (s - a)))`` with the error score ``S`` (``1 - p_y`` or the entropy) and a secondary
     confidence ``s``; ``a = mean(s) - 3 sd(s)`` and ``b = 1 / sd(s)`` over in-distribution data. For ordinary samples
     the second term is nearly constant, so the ranking of errors is preserved. As in the authors' code, the score is the
-    logarithm
-    of the paper's quantity. Labels are not needed.
+    logarithm of the paper's quantity. Labels are not needed.
 
     Args:
         primary: The error score: ``"max_softmax"`` or ``"entropy"``.

@@ -29,7 +29,7 @@ __all__ = ["SUMMARIES", "ClassCosines", "gga", "gga_detector"]
 PAPER = "Schwinn et al. 2021, arXiv:2102.12196"
 
 MANY = 100
-"""Number of classes from which on a warning about the cost is given."""
+"""For this number of classes or more, a warning about the cost is given."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,9 @@ def gga(
     r"""A summary of the cosine similarity map: the mean cosine of two different classes' saliency maps.
 
     Whether a summary rises or falls with uncertainty is an empirical finding. On a CIFAR-10 ResNet-20 (500, 250 and 250
-    images), AUROC x 100 for
-    errors, near and far data was 81, 74 and 50 with ``mean_cosine``, 84, 70 and 68 with ``max_cosine``, and 93, 75 and
-    80 with ``max_softmax``; ``min_cosine`` and ``least_row_cosine`` were near chance. The paper fits a detector:
-    ``gga_detector``.
+    images), AUROC x 100 for errors, near and far data was 81, 74 and 50 with ``mean_cosine``, 84, 70 and 68 with
+    ``max_cosine``, and 93, 75 and 80 with ``max_softmax``; ``min_cosine`` and ``least_row_cosine`` were near chance.
+    The paper fits a detector: ``gga_detector``.
 
     Args:
         summary: ``mean_cosine``, ``std_cosine``, ``min_cosine``, ``max_cosine``, ``least_row_cosine`` or

@@ -28,8 +28,7 @@ class gradorth(FittedScore):
 
     Args:
         energy: ``M`` has the fewest vectors whose squared singular values reach this fraction of their sum.
-            ``energy=1`` is
-            ``gradnorm(p=2)`` on data within the span of the features.
+            ``energy=1`` is ``gradnorm(p=2)`` on data within the span of the features.
 
     Example:
         >>> import lightning_gradmetrics as lgm

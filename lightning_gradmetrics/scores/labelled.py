@@ -18,8 +18,7 @@ def grand(evidence: Evidence, *, p: Norm = 2.0, target: Target = "all") -> Tenso
     r"""GraNd: norm of the gradient of the cross-entropy to the true label, ``|grad -log p_y|``.
 
     It needs the label of every sample, and identifies hard and mislabelled samples. The paper averages over models
-    early in
-    training; this is the value of one model, so average the columns of several. On the head's weight
+    early in training; this is the value of one model, so average the columns of several. On the head's weight
     (``target="head"``) it is ``|h|_p |softmax(z) - e_y|_p``.
 
     Args:

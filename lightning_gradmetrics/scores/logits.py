@@ -142,7 +142,7 @@ def log_likelihood(evidence: Evidence) -> Tensor:
     return -evidence.logits.amax(1)
 
 
-AtLeastTwo = Annotated[int, Allowed("a whole number from 2", lambda value: value >= 2)]
+AtLeastTwo = Annotated[int, Allowed("a whole number of at least 2", lambda value: value >= 2)]
 
 
 @register("gradient", "Prabhushankar & AlRegib 2024, arXiv:2405.13758")
@@ -184,7 +184,7 @@ def _negative_trust(logits: Tensor, k: int | None) -> Tensor:
     if k is not None and k < a.shape[1]:
         a = a.topk(k, 1).values
     # Division by the largest entry keeps the fourth power in range; an all-zero sample has equal rows, so its trust is
-    # 1. In place, because new memory takes longer than the arithmetic.
+    # 1. In place, because allocating memory takes longer than the arithmetic.
     largest = torch.maximum(a.amax(1), -a.amin(1))
     squares = a.div_(largest.unsqueeze(1)).square_()
     return torch.where(largest == 0, -1.0, -a.shape[1] / torch.linalg.vecdot(squares, squares, dim=1))

@@ -17,8 +17,7 @@ def gen(evidence: Evidence, *, gamma: Share = 0.1, top: Count | None = None) -> 
     r"""GEN: generalised entropy of the softmax, ``sum_c p_c^gamma (1 - p_c)^gamma``.
 
     ``1 - p`` of the likeliest class is computed as the sum of the others, which stays accurate for confident samples.
-    pytorch-ood
-    returns the mean over the classes, which ranks the same.
+    pytorch-ood returns the mean over the classes, which ranks the same.
 
     Args:
         gamma: The exponent.

@@ -113,9 +113,8 @@ def regrad(
     with depth, and the averages over perturbed inputs. The following were not checked in the paper itself and are
     choices of this package: whether the class weights sum to one, the norm, and the values of ``growth``,
     ``perturbations`` and ``sigma``. On the default digits (mean of three seeds), AUROC x 100 for errors, near and far
-    data was 81, 70 and
-    37; with ``normalise=False`` 92, 83 and 49; of ``exgrad`` on all parameters 92, 83 and 39, of ``max_softmax`` 94,
-    84 and 67.
+    data was 81, 70 and 37; with ``normalise=False`` 92, 83 and 49; of ``exgrad`` on all parameters 92, 83 and 39, of
+    ``max_softmax`` 94, 84 and 67.
 
     Args:
         target: The parameters: ``"all"``, a pattern such as ``"layer4.*"``, or a predicate on the name. ``"head"`` has

@@ -117,12 +117,12 @@ class trust(FittedScore):
     samples, so the ranking of errors is preserved. With several views, the log odds, ``E`` and the channel statistics
     are averaged over them; ``y`` is the prediction for the plain input. Labels are not needed.
 
-    The form is that of SIRC, with log odds. The weight of the energy is one, and ``q`` is the usual 95 %. The weight
-    of the distance is the largest power of two at which the errors among 2,000 training images of a CIFAR-10 ResNet-20
-    stay within 1.5 points of AUROC of the log odds alone. These images and scikit-learn's digits also settled log odds
-    instead of the entropy, and the size of the shifts. This rule replaced a weight of one after that version had been
-    evaluated on the datasets of the leaderboard; no value was fitted to them.
-    If a model has more than 2,048 channel statistics, they are reduced by random sums in each layer.
+    The form is that of SIRC, with log odds. The weight of the energy is one, and ``q`` is the usual 95 %. The weight of
+    the distance is the largest power of two at which the errors among 2,000 training images of a CIFAR-10 ResNet-20
+    stay within 1.5 points of AUROC of the log odds alone. Log odds instead of the entropy, and the size of the shifts,
+    were chosen on these images and on scikit-learn's digits. This rule replaced a weight of one after that version had
+    been evaluated on the datasets of the leaderboard; no value was fitted to them. If a model has more than 2,048
+    channel statistics, they are reduced by random sums in each layer.
 
     Args:
         views: The number of views, and of forward passes. 1 is the input itself and needs no extra pass; 10 adds nine

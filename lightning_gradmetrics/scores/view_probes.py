@@ -1,4 +1,4 @@
-"""Probes that run a model on views: one pass per view serves all probes that read outputs; or the mean of one score."""
+"""Probes that run a model on views: probes that read outputs share one pass per view; one returns a score's mean."""
 
 from __future__ import annotations
 

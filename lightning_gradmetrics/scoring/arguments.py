@@ -33,11 +33,11 @@ class Allowed:
 
 
 Positive = Annotated[float, Allowed("a finite number above 0", lambda value: 0 < value < math.inf)]
-NonNegative = Annotated[float, Allowed("a finite number from 0", lambda value: 0 <= value < math.inf)]
+NonNegative = Annotated[float, Allowed("a finite number of at least 0", lambda value: 0 <= value < math.inf)]
 Share = Annotated[float, Allowed("a number above 0 and at most 1", lambda value: 0 < value <= 1)]
 Norm = Annotated[float, Allowed("the p of a p-norm, a number above 0 or inf", lambda value: value > 0)]
-Count = Annotated[int, Allowed("a whole number from 1", lambda value: value >= 1)]
-CountOrZero = Annotated[int, Allowed("a whole number from 0", lambda value: value >= 0)]
+Count = Annotated[int, Allowed("a whole number of at least 1", lambda value: value >= 1)]
+CountOrZero = Annotated[int, Allowed("a whole number of at least 0", lambda value: value >= 0)]
 
 SIMPLE: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),

@@ -219,10 +219,9 @@ def cross_fit(
 
     The evidence of every row is gathered once. The rows of each dataset are split into folds, with errors and correct
     predictions spread evenly. A row's fold depends on its input, not on its position, so copies of an image share a
-    fold. Each
-    fold is scored by a fit on the others. A score that is fitted on out-of-distribution samples has several columns:
-    ``<score>`` is fitted on samples of all sets, ``<score> without <set>`` on none of that set. Use the latter to
-    evaluate the score on that set.
+    fold. Each fold is scored by a fit on the others. A score that is fitted on out-of-distribution samples has several
+    columns: ``<score>`` is fitted on samples of all sets, ``<score> without <set>`` on none of that set. Use the latter
+    to evaluate the score on that set.
 
     Args:
         model: A classifier in eval mode.

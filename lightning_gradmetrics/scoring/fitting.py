@@ -198,7 +198,7 @@ def fit(
 
 
 def _check_batches(argument: str, batches: Any) -> None:
-    """Refuse one batch in the place of several: it would be taken apart."""
+    """Refuse one batch in the place of several: its rows would be taken for batches."""
     is_pair = isinstance(batches, tuple) and len(batches) == 2 and is_like_labels(batches[1])
     if isinstance(batches, (Tensor, Mapping)) or is_pair or not isinstance(batches, Iterable):
         raise TypeError(

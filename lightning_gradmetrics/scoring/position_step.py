@@ -93,7 +93,7 @@ class PositionReader:
         return ObservedBatch(inputs, logits, features, head, called=called, slope=slope)
 
     def _slope(self, calls: Sequence[LayerCall], logits: Tensor) -> Tensor | float | None:
-        """Return the derivative of the logits with respect to the head's output; ``None`` if the map does not hold."""
+        """Return the derivative of the logits with respect to the head's output; ``None`` if the known map does not fit them."""
         if self._map.is_identity:
             return 1.0
         output = calls[-1].output
@@ -157,7 +157,7 @@ class PositionReader:
     def _forward(
         self, inputs: Inputs, called: nn.Module, layers: Mapping[str, nn.Module]
     ) -> tuple[list[LayerCall], Tensor]:
-        """Return the calls of the layers, and the logits, of a forward pass that runs for the inputs."""
+        """Run a forward pass on the inputs, and return the calls of the layers and the logits."""
         copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
         with (
             preserved(self.model),

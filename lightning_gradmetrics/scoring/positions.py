@@ -107,7 +107,7 @@ class _PartOfFeatures(HeadFeatures):
         return replace(self, whole=self.whole.rows(keep), vectors={})
 
     def precise(self) -> HeadFeatures:
-        """Return the same object, because the whole input is precise already."""
+        """Return the same object: the whole input has been converted already."""
         return self
 
 

@@ -79,8 +79,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"scores": "gradnorm(factor=none)"}, r"got factor='none'; allowed: 'both', 'output'"),
     ({"scores": "gradnorm(target=3)"}, r"got target=3; allowed: text, a callable"),
     ({"scores": "uniform(statistic=median)"}, r"got statistic='median'; allowed: max, min, mean"),
-    ({"scores": "knn(k=0)"}, r"got k=0; allowed: a whole number from 1"),
-    ({"scores": "knn(k=two)"}, r"got k='two'; allowed: a whole number from 1"),
+    ({"scores": "knn(k=0)"}, r"got k=0; allowed: a whole number of at least 1"),
+    ({"scores": "knn(k=two)"}, r"got k='two'; allowed: a whole number of at least 1"),
     ({"datasets": {"a": "id "}}, r"datasets\['a'\]='id '; in-distribution data has the role 'id'"),
     ({"datasets": {"id": "far"}}, r"a dataset 'id' with the role 'far'.*rename the dataset"),
     (

@@ -140,7 +140,7 @@ def test_gaps_repetitions_and_interrupted_runs_are_refused(tmp_path: Path) -> No
     (directory / "_manifest.json").unlink()
     with pytest.raises(IncompleteResultsError, match="was interrupted after 24000 rows"):
         judged(directory, bins=1024)
-    with pytest.raises(FileNotFoundError, match="holds no results"):
+    with pytest.raises(FileNotFoundError, match="contains no results"):
         judged(tmp_path / "nothing")
 
 

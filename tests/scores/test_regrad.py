@@ -72,8 +72,8 @@ def test_fewer_samples_than_perturbations() -> None:
     ("case", "message"),
     [
         ("regrad(target=head)", "perturbations=0"),
-        ("regrad(perturbations=-1)", "a whole number from 0"),
-        ("regrad(sigma=-1.0)", "number from 0"),
+        ("regrad(perturbations=-1)", "a whole number of at least 0"),
+        ("regrad(sigma=-1.0)", "number of at least 0"),
         ("regrad(target='nothing.*')", "no parameter of Sequential was chosen"),
         ("regrad(target='nothing.*',perturbations=0)", "no parameter of Sequential was chosen"),
     ],

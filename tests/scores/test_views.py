@@ -92,7 +92,7 @@ def test_spelling_and_pickling() -> None:
     [
         ("views(score=gga_detector)", "views averages a fitted score, and 'gga_detector' has no state: fit it first"),
         ("views(score=el2n)", "views cannot average 'el2n', which needs true labels"),
-        ("views(n=0)", "n=0; allowed: a whole number from 1"),
+        ("views(n=0)", "n=0; allowed: a whole number of at least 1"),
         ("views(score=enrgy)", "unknown score 'enrgy'; did you mean 'energy'"),
     ],
 )

@@ -222,7 +222,7 @@ def test_wrong_registrations_are_refused() -> None:
         ("gradnorm(factor=feature)", "got factor='feature'; allowed: 'both', 'output'"),
         ("gradnorm(factor=output,target=all)", "factor='output' is for target='head'"),
         ("pseudo_label(statistic=median)", "got statistic='median'; allowed: max, min"),
-        ("exgrad(classes=1.5)", "classes=1.5; allowed: a whole number from 1, None"),
+        ("exgrad(classes=1.5)", "classes=1.5; allowed: a whole number of at least 1, None"),
         ("mc_dropout(passes=0)", "passes=0"),
         ("gradorth(energy=1.5)", "energy=1.5; allowed: a number above 0 and at most 1"),
         ("oberdiek(levels=block)", "unknown level 'block'"),

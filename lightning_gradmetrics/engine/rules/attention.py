@@ -1,4 +1,4 @@
-"""Attention with a learned bias, written out as products, a sum and a softmax."""
+"""Attention with a learned bias, expressed as products, a sum and a softmax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bilinear layers, written out as a linear layer of the outer product of the two inputs."""
+"""Bilinear layers, expressed as a linear layer of the outer product of the two inputs."""
 
 from __future__ import annotations
 

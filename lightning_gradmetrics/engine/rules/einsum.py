@@ -20,9 +20,9 @@ class _Labels:
     """The labels of a product of samples and a parameter.
 
     Args:
-        input: Of the tensor with the samples.
-        weight: Of the parameter.
-        output: Of the result.
+        input: The labels of the tensor with the samples.
+        weight: The labels of the parameter.
+        output: The labels of the result.
     """
 
     input: str

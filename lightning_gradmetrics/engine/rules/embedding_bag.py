@@ -1,4 +1,4 @@
-"""Bags of embeddings, written out as an embedding, which has a rule, and a reduction over the bag."""
+"""Bags of embeddings, expressed as an embedding, which has a rule, and a reduction over the bag."""
 
 from __future__ import annotations
 

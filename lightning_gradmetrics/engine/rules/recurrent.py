@@ -1,4 +1,4 @@
-"""Recurrent layers, written out as linear layers, which have a rule, and element-wise steps."""
+"""Recurrent layers, expressed as linear layers, which have a rule, and element-wise steps."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def auac(scores: Tensor, target: Tensor, mode: Mode = "coverage") -> Tensor:
         mode: ``"coverage"`` or ``"threshold"``.
 
     Returns:
-        A scalar in [0, 1], higher is better. NaN with a UserWarning if there is no sample, or, over thresholds, one
-        distinct score.
+        A scalar in [0, 1], higher is better. NaN with a UserWarning if there is no sample, or, over thresholds, only
+        one distinct score.
 
     Raises:
         ValueError: If a shape or a value is wrong, or a score is infinite in threshold mode.

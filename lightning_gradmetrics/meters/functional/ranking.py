@@ -148,7 +148,7 @@ def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive 
         return counts.negatives * torch.nan
     if positive == "in":
         counts = flip(counts)
-    # The highest threshold with enough positives at or above it, so with at most the surplus of positives below it.
+    # The highest threshold with enough positives at or above it: at most the surplus of positives is below it.
     spare = counts.positives * (1 - rate * (1 - _rounding(counts.positives)))
     index = torch.searchsorted(counts.positives_to, spare[..., None], right=True).clamp(max=len(counts.scores) - 1)
     value = counts.negatives_above(index).squeeze(-1) / counts.negatives
@@ -165,8 +165,7 @@ def oscr(scores: Tensor, target: Tensor, correct: Tensor) -> Tensor:
 
     At a threshold, the correct-classification rate is the fraction of in-distribution samples that are accepted and
     correct, and the false-positive rate is the fraction of out-of-distribution samples that are accepted. The area is
-    the
-    accuracy times the AUROC of out-of-distribution samples against correct in-distribution samples.
+    the accuracy times the AUROC of out-of-distribution samples against correct in-distribution samples.
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.

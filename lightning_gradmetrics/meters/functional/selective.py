@@ -153,8 +153,7 @@ def augrc(scores: Tensor, target: Tensor) -> Tensor:
     r"""Area under the generalised risk-coverage curve: the mean rate of undetected errors over all coverages.
 
     The generalised risk at a coverage is the fraction of *all* samples that are accepted and incorrect. With error rate
-    ``r``,
-    ``AUGRC = r (1 - r) (1 - AUROC) + r^2 / 2``.
+    ``r``, ``AUGRC = r (1 - r) (1 - AUROC) + r^2 / 2``.
 
     Args:
         scores: ``(N,)``, higher = more uncertain, any scale and sign, including infinities; NaN is refused.
@@ -179,8 +178,8 @@ def augrc(scores: Tensor, target: Tensor) -> Tensor:
 def augrc_of_counts(counts: Counts) -> Tensor:
     """Return the AUGRC of counts, ``(...)`` in float64; NaN without samples.
 
-    Each error adds the fraction of samples accepted after it, with ties counted as one half. Those are half of all pairs
-    of errors, and the pairs of an error and a correct prediction with a higher score.
+    Each error adds the fraction of samples accepted after it, with ties counted as one half. Together these are half
+    of all pairs of errors, plus the pairs of an error and a correct prediction with a higher score.
     """
     samples = counts.positives + counts.negatives
     after = counts.positives.square() / 2 + counts.positives * counts.negatives - counts.pairs
@@ -198,8 +197,7 @@ def risk_coverage_curve(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor,
 
     Returns:
         Coverage (the fraction accepted), risk (the error rate of the accepted samples) and thresholds, ``(G,)`` each,
-        in
-        ascending order; empty with a UserWarning without samples.
+        in ascending order; empty with a UserWarning without samples.
 
     Raises:
         ValueError: If a shape or a value is wrong.

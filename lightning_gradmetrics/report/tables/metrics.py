@@ -80,7 +80,7 @@ def questions_of(evaluation: Evaluation) -> list[Question]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The columns of one grid: some places, with all metrics of their task or only the first one."""
+    """The columns of one grid: some tasks and datasets, with all metrics of a task or only the first one."""
 
     title: str
     places: tuple[Place, ...]
