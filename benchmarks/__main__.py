@@ -13,6 +13,7 @@ NAMES = (
     "gpu",
     "intervals",
     "language",
+    "large_images",
     "meters",
     "segmentation",
     "small",

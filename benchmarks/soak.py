@@ -21,7 +21,7 @@ import lightning_gradmetrics as lgm
 from benchmarks.measure import environment
 from lightning_gradmetrics.meters import AURC
 
-__all__ = ["main"]
+__all__ = ["main", "resident"]
 
 SCORES = ("max_softmax", "entropy", "energy", "gradnorm", "gradtrust")
 SETTLED = 1000
@@ -69,10 +69,10 @@ class _Watch(Callback):
         certainty, prediction = torch.softmax(logits, 1).max(1)
         self.meter.update(1 - certainty, prediction != labels)
         if number % 100 == 0:
-            self.megabytes[number] = _resident()
+            self.megabytes[number] = resident()
 
 
-def _resident() -> float:
+def resident() -> float:
     """Megabytes of this process that are in memory (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):

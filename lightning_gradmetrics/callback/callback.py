@@ -326,7 +326,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             shared = processes.together(stage.store.share)
             parts = processes.gather((shared, stage.kept()))
             metrics = processes.from_first(lambda: self._evaluated(trainer, stage, run.roles, parts))
-        self._results = self._with_images(stage.store.results())
+        self._results = self._pixels.results = stage.store.results()
         return metrics
 
     def _evaluated(
@@ -335,7 +335,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         """On rank 0: evaluate the rows of all processes, and pass the pictures to the loggers."""
         stage.store.join([shared for shared, _ in parts])
         stage.join([kept for _, kept in parts])
-        self._results = stage.store.results()
+        self._results = self._pixels.results = stage.store.results()
         if self.output is not None and not self.metrics:
             return {}
         judged = stage.store.judged(self.score_names)
@@ -390,7 +390,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         if not isinstance(run.stage, ScoreStage):
             return None
         run.stage.store.interrupt()
-        self._results = run.stage.store.results()
+        self._results = self._pixels.results = run.stage.store.results()
         return run.stage.store.advice
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
-from lightning_gradmetrics.results.stores import Results
+from lightning_gradmetrics.results.segments import segment_table
 
 __all__ = ["PixelOutcome"]
 
@@ -17,12 +17,16 @@ class PixelOutcome:
     """The part of the callback that presents segments, pixel metrics and maps."""
 
     pixels: Pixels
+    results: pa.Table
     _pixels: PixelResults
 
     @property
     def segments(self) -> pa.Table:
-        """The predicted segments: one row per segment with its class, size, box, IoU, error and mean scores."""
-        return self._pixels.tables().get("segments", pa.table({}))
+        """The predicted segments: one row per segment with its class, size, box, IoU, error and mean scores.
+
+        With ``output=`` they are read from the directory.
+        """
+        return segment_table(self.results, self.pixels.class_names)
 
     @property
     def pixel_metrics(self) -> pa.Table:
@@ -31,12 +35,12 @@ class PixelOutcome:
         ``low`` and ``high`` are the ends of the 95 % interval over images. ``difference`` is the difference to the
         first score, with its paired interval.
         """
-        return self._pixels.tables().get("pixel_metrics", pa.table({}))
+        return pa.Table.from_pylist(self._pixels.metrics())
 
     @property
     def class_metrics(self) -> pa.Table:
         """One row per dataset, task, score and predicted class: its pixels, the fraction of positives, and the AUROC within it."""
-        return self._pixels.tables().get("class_metrics", pa.table({}))
+        return pa.Table.from_pylist(self._pixels.by_class())
 
     def write_maps(self, directory: Path | str) -> list[Path]:
         """Write the maps of the images that ``pixels=Pixels(maps=...)`` keeps.
@@ -48,7 +52,3 @@ class PixelOutcome:
             For each image a ``.npz`` file with its arrays, and a PNG with all maps, scores coloured by rank.
         """
         return self._pixels.write_maps(directory)
-
-    def _with_images(self, results: Results) -> Results:
-        """Return the results with the columns of images added, for a segmentation model whose results are in memory."""
-        return results if callable(results) else self._pixels.with_images(results)

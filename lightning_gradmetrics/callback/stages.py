@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,11 @@ from lightning_gradmetrics.callback.columns import Columns
 from lightning_gradmetrics.callback.processes import Processes
 from lightning_gradmetrics.callback.units import row_values
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
+from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
 from lightning_gradmetrics.results.parts import ResumeError
 from lightning_gradmetrics.results.sample_index import REPEATED
-from lightning_gradmetrics.results.stores import MemoryStore, Store
+from lightning_gradmetrics.results.stores import Store
 from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scores import FittedScore
 from lightning_gradmetrics.scoring.batch import ObservedBatch
@@ -47,7 +47,6 @@ class ScoreStage:
     sources: Sequence[PictureSource] = ()
     columns: Columns = field(default_factory=dict)
     pixels: PixelResults | None = None
-    _has_checked_images: bool = False
 
     def ood(self, place: int, size: int) -> Tensor | None:
         """Returns None: while scoring, roles are not used."""
@@ -67,17 +66,17 @@ class ScoreStage:
     ) -> None:
         """Score a batch of the dataloader number ``place``."""
         rows = self.rows[place]
-        aggregate = "mean" if self.pixels is None else self.pixels.settings.aggregates[0]
-        values = row_values(self.scorer, batch, evidence, aggregate, list(self.columns))
+        pixels = Pixels() if self.pixels is None else self.pixels.settings
+        values = row_values(self.scorer, batch, evidence, pixels, list(self.columns))
         vectors = {}
         for name, function in self.columns.items():
             vectors[name] = function(evidence)
         columns = rows.add(
-            batch.inputs, values.logits, values.labels, values.scores, seen, vectors, ids, values.of_tokens, batch.order
+            batch.inputs, values.logits, values.labels, values.scores, seen, vectors, ids, values.further, batch.order
         )
         if values.maps is not None:
             self._check_images()
-        if values.of_tokens is None:
+        if not rows.are_texts:
             self._read(
                 ScoredBatch(
                     rows.dataset,
@@ -91,24 +90,16 @@ class ScoreStage:
         self.store.after_batch(rows)
 
     def _check_images(self) -> None:
-        """Refuse to resume a segmentation run, because its pixels are not stored; warn about what is not stored.
+        """Refuse to resume a segmentation run, because its pixels are not stored.
 
         Raises:
-            ResumeError: If earlier images are committed: segments and metrics of pixels would leave them out.
+            ResumeError: If earlier images are committed: the metrics of pixels would leave them out.
         """
-        if isinstance(self.store, MemoryStore) or self._has_checked_images:
-            return
-        self._has_checked_images = True
         if any(rows.index.committed is not None for rows in self.rows):
             raise ResumeError(
-                "cannot resume the run of a segmentation model: the pixels of the committed images are not stored, so the segments "
-                "and the metrics of pixels would leave them out. Score all images again in another directory, or without output="
+                "cannot resume the run of a segmentation model: the pixels of the committed images are not stored, so the metrics "
+                "of pixels would leave them out. Score all images again in another directory, or without output="
             )
-        warnings.warn(
-            "output= stores one row per image with its scores. The columns of images (error, IoU, further aggregates), the "
-            "segments and the metrics of pixels stay in memory, in callback.segments and callback.pixel_metrics",
-            stacklevel=2,
-        )
 
     def _read(self, scored: ScoredBatch) -> None:
         """Pass a batch to the picture sources."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_gradmetrics.pictures.pixels.images import image_level
-from lightning_gradmetrics.results.table import SequenceColumns
-from lightning_gradmetrics.results.tokens import LIST_PREFIX
+from lightning_gradmetrics.pictures.pixels.images import further_columns, image_level
+from lightning_gradmetrics.pictures.pixels.settings import Pixels
+from lightning_gradmetrics.results.segments import SEGMENT_COLUMNS
+from lightning_gradmetrics.results.table import FurtherColumns
+from lightning_gradmetrics.results.tokens import LIST_PREFIX, RENAMED, SEQUENCE
 from lightning_gradmetrics.scoring.batch import ObservedBatch, ScoredTokens
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -30,18 +32,18 @@ class RowValues:
         labels: ``(N,)``, or ``None``.
         scores: ``(N,)`` by name.
         maps: The scores of positions, ``(N, H, W)`` by name; ``None`` if the model does not classify pixels.
-        of_tokens: Further columns of texts.
+        further: Further columns of images and texts.
     """
 
     logits: Tensor
     labels: Tensor | None
     scores: Mapping[str, Tensor]
     maps: Mapping[str, Tensor] | None = None
-    of_tokens: SequenceColumns | None = None
+    further: FurtherColumns | None = None
 
 
 def row_values(
-    scorer: Scorer, batch: ObservedBatch, evidence: Evidence, aggregate: str, columns: Sequence[str]
+    scorer: Scorer, batch: ObservedBatch, evidence: Evidence, pixels: Pixels, columns: Sequence[str]
 ) -> RowValues:
     """Return the values of the rows of a batch.
 
@@ -49,7 +51,7 @@ def row_values(
         scorer: Computes the scores.
         batch: The batch.
         evidence: Its evidence.
-        aggregate: How the scores of an image's pixels are combined into the image's score.
+        pixels: The settings for images.
         columns: The names of further columns, which are defined for samples only.
 
     Raises:
@@ -59,9 +61,18 @@ def row_values(
         return _of_texts(scorer, evidence, batch.tokens, columns)
     values = scorer(evidence)
     if evidence.has_positions:
-        logits, scores = image_level(evidence, values, aggregate, columns)
-        return RowValues(logits, None, scores, values)
+        logits, scores = image_level(evidence, values, pixels.aggregates[0], columns)
+        further = further_columns(evidence, values, pixels)
+        _check_names(scores, {*further.values, *SEGMENT_COLUMNS, "class_name"})
+        return RowValues(logits, None, scores, values, further)
     return RowValues(batch.logits, batch.labels, values)
+
+
+def _check_names(scores: Iterable[str], reserved: Collection[str]) -> None:
+    """Refuse a score with the name of a column of images, segments, texts or tokens."""
+    for name in scores:
+        if name in reserved:
+            raise ValueError(f"the results of this model have a column {name!r}: rename the score of that name")
 
 
 def _of_texts(scorer: Scorer, evidence: Evidence, tokens: ScoredTokens, columns: Sequence[str]) -> RowValues:
@@ -78,5 +89,6 @@ def _of_texts(scorer: Scorer, evidence: Evidence, tokens: ScoredTokens, columns:
         lists[f"{LIST_PREFIX}{name}"] = of_tokens
         for aggregate in FURTHER_AGGREGATES:
             further[f"{name}/{aggregate}"] = sequence_values(of_tokens, lengths, aggregate)
+    _check_names(scores, {"tokens", "error", SEQUENCE, *RENAMED.values()})
     largest = sequence_values(evidence.given_logits.amax(1), lengths, "max").unsqueeze(1)
-    return RowValues(largest, None, scores, of_tokens=SequenceColumns(lengths, lists, further))
+    return RowValues(largest, None, scores, further=FurtherColumns(further, lists, lengths, are_texts=True))

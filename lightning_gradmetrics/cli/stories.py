@@ -24,8 +24,8 @@ KINDS = {"generated": "id", "darwin": "near", "shakespeare": "far"}
 
 INCORRECT = "incorrect"
 
-AGGREGATES = ("mean", "gradient")
-"""``gradient`` adds scores of the head's gradient of a sequence's mean loss."""
+AGGREGATES = ("gradient",)
+"""Adds scores of the head's gradient of a sequence's mean loss."""
 
 
 def incorrect(evidence: Evidence) -> Tensor:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from markupsafe import Markup, escape
 
+from lightning_gradmetrics.evaluation.reading import finite_rows
 from lightning_gradmetrics.language.coloured_text import tokens_html
 from lightning_gradmetrics.report.run import RESULTS_FILE, Run
 from lightning_gradmetrics.results.replacing import write_text
@@ -76,25 +77,26 @@ def coloured_texts(run: Run, names: Sequence[str]) -> dict[str, list[Text]]:
     """
     results = run.directory / RESULTS_FILE
     columns = pq.read_schema(results).names
+    shown = [name for name in names if f"{LIST_PREFIX}{name}" in columns][:SHOWN_SCORES]
+    if not shown:
+        return {}
     file = run.directory / TOKENS_FILE
     words = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    lists = pq.read_table(results, columns=[*LISTS, *(f"{LIST_PREFIX}{name}" for name in shown)])
     texts: dict[str, list[Text]] = {}
-    for name in names:
-        wanted = [*LISTS, f"{LIST_PREFIX}{name}"]
-        if set(wanted) <= set(columns) and len(texts) < SHOWN_SCORES:
-            lists = pq.read_table(results, columns=wanted)
-            texts[name] = []
-            for title, row in _chosen(run.results, name):
-                texts[name].append(Text(title, Markup(_coloured(lists.slice(row, 1), name, words))))
+    for name in shown:
+        texts[name] = []
+        for title, row in _chosen(run.results, name):
+            texts[name].append(Text(title, Markup(_coloured(lists.slice(row, 1), name, words))))
     return texts
 
 
 def _chosen(results: pa.Table, score: str) -> Iterator[tuple[str, int]]:
     """Yield a heading and the row of each text that is shown."""
     values = np.asarray(results[score].to_numpy(zero_copy_only=False), np.float64)
-    datasets = np.asarray(results["dataset"].to_pylist())
+    datasets, finite = np.asarray(results["dataset"].to_pylist()), finite_rows(results, [score])
     for dataset in pc.unique(results["dataset"]).to_pylist():
-        rows = np.flatnonzero((datasets == dataset) & np.isfinite(values))
+        rows = np.flatnonzero((datasets == dataset) & finite)
         order = rows[np.argsort(-values[rows], kind="stable")]
         most, rest = order[:MOST_UNCERTAIN], order[MOST_UNCERTAIN:]
         for kind, chosen in (("most uncertain", most), ("least uncertain", rest[-LEAST_UNCERTAIN:])):

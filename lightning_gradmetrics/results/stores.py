@@ -20,14 +20,27 @@ from lightning_gradmetrics.results.reading import committed_rows, read_results
 from lightning_gradmetrics.results.resuming import check_resumable, check_stream, committed_mask
 from lightning_gradmetrics.results.table import Rows, empty_results, merge_results
 
-__all__ = ["DirectoryStore", "MemoryStore", "Results", "Store"]
+__all__ = ["DirectoryStore", "MemoryStore", "Results", "Store", "read_columns"]
 
 BYTES_PER_PART = 2**26
 SECONDS_PER_PART = 60.0
 """Seconds between commits; if the process is killed, at most the rows of this period are lost."""
 
-Results: TypeAlias = pa.Table | Callable[[], pa.Table]
-"""A results table, or a function that reads it."""
+Results: TypeAlias = pa.Table | Callable[..., pa.Table]
+"""A results table, or a function that reads it, and takes the names of the wanted columns as ``columns=``."""
+
+
+def read_columns(results: Results, names: Sequence[str] | None = None) -> pa.Table:
+    """Return columns of results in memory or on disk.
+
+    Args:
+        results: The results.
+        names: The columns; ``None`` for all.
+    """
+    if callable(results):
+        return results(columns=names)
+    return results if names is None else results.select(list(names))
+
 
 Complete = Callable[[pa.Table], pa.Table]
 """A function that adds columns computed from others, such as decisions."""

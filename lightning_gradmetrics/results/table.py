@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,8 @@ from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, Sample
 
 __all__ = [
     "RESERVED",
+    "FurtherColumns",
     "Rows",
-    "SequenceColumns",
     "empty_results",
     "finite_rows",
     "join_scores",
@@ -79,27 +80,32 @@ def _rows_without_nan(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SequenceColumns:
-    """Additional columns of texts, with one value per text or per token.
+class FurtherColumns:
+    """Additional columns, with one value per row, or with lists: of the tokens of texts, of the segments of images.
 
     Args:
-        lengths: The number of tokens of each text ``(N,)``.
-        lists: One value per token ``(M,)`` by column, one text after the other.
-        values: One value per text ``(N,)`` by column.
+        values: One value per row ``(N,)`` by column.
+        lists: The entries of all lists ``(M, ...)`` by column, one row after the other.
+        lengths: The number of entries of each row ``(N,)``, equal for all lists; ``None`` if there are none.
+        are_texts: Whether the rows are texts, which have no prediction.
     """
 
-    lengths: Tensor
-    lists: Mapping[str, Tensor]
     values: Mapping[str, Tensor]
+    lists: Mapping[str, Tensor] = field(default_factory=dict)
+    lengths: Tensor | None = None
+    are_texts: bool = False
 
     def named(self) -> dict[str, Tensor]:
         """Return the tensors by key: ``lengths``, ``value/<column>`` and ``list/<column>``."""
-        columns = {"lengths": self.lengths}
+        columns = {} if self.lengths is None else {"lengths": self.lengths}
         for name, values in self.values.items():
             columns[f"value/{name}"] = values.detach()
         for name, values in self.lists.items():
             columns[f"list/{name}"] = values.detach()
         return columns
+
+
+MERGED_BATCHES = 256
 
 
 @dataclass
@@ -131,6 +137,8 @@ class Rows:
     """The number of bytes of the rows in memory, excluding ids."""
     are_texts: bool = False
     """Whether the rows are texts with columns of their tokens."""
+    unmerged: int = 0
+    """The number of the last batches that are not merged yet."""
 
     def add(
         self,
@@ -141,7 +149,7 @@ class Rows:
         seen: Sequence[int] | None = None,
         vectors: Mapping[str, Tensor] | None = None,
         ids: Sequence[str] = (),
-        of_tokens: SequenceColumns | None = None,
+        further: FurtherColumns | None = None,
         order: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Add a batch, and return its columns: ``index``, ``prediction``, ``label`` and ``finite``, ``(N,)`` each.
@@ -154,14 +162,14 @@ class Rows:
             seen: The indices that the loader drew for this batch, if it recorded them.
             vectors: Additional columns ``(N, ...)`` by name.
             ids: The id of each sample, if the rows have ids.
-            of_tokens: Additional columns of texts, which have no prediction.
+            further: Additional columns of texts or images.
             order: The position of each row in the loader's batch ``(N,)``, or ``None`` if the order is the same.
 
         Raises:
             ValueError: If the number of ids is not N.
         """
         prediction, index = logits.argmax(1), self.index.take(len(logits), seen)
-        if of_tokens is not None:
+        if further is not None and further.are_texts:
             prediction, self.are_texts = torch.full_like(prediction, -1), True
         if order is not None:
             index = index[order.to(index.device)]
@@ -175,20 +183,31 @@ class Rows:
         batch = dict(columns)
         for name, values in {**scores, **(vectors or {})}.items():
             batch[f"column/{name}"] = values.detach()
-        if of_tokens is not None:
-            batch.update(of_tokens.named())
-        self.batches.append(batch)
+        if further is not None:
+            batch.update(further.named())
+        self._keep(batch)
         self.ids += ids
         self.added += len(logits)
         self.waiting += len(logits)
         self.size += sum(values.nbytes for values in batch.values())
         return columns
 
+    def _keep(self, batch: dict[str, Tensor]) -> None:
+        """Add the columns of a batch, and merge small batches, because a tensor needs more memory than a few values."""
+        self.batches.append(batch)
+        self.unmerged += 1
+        if self.unmerged == MERGED_BATCHES:
+            recent, self.unmerged = self.batches[-MERGED_BATCHES:], 0
+            merged = {}
+            for key in batch:
+                merged[key] = torch.cat([one[key] for one in recent])
+            self.batches[-MERGED_BATCHES:] = [merged]
+
     def drained(self) -> pa.Table:
         """Return the rows in memory and remove them."""
         table = self.table()
         self.batches, self.ids = [], []
-        self.waiting = self.size = 0
+        self.waiting = self.size = self.unmerged = 0
         return table
 
     def table(self) -> pa.Table:
@@ -210,7 +229,7 @@ class Rows:
         arrays["finite"] = pa.array(columns["finite"], pa.bool_())
         for name in self.vectors:
             arrays[name] = _lists(columns[f"column/{name}"])
-        arrays.update(_columns_of_texts(columns))
+        arrays.update(_further_columns(columns))
         return pa.table(arrays).filter(pa.array(index != REPEATED))
 
 
@@ -223,12 +242,12 @@ def _joined(batches: Sequence[Mapping[str, Tensor]], key: str) -> Any:
 
 def _lists(values: Any) -> pa.Array:
     """Return an array ``(N, ...)`` as a column of fixed-length lists."""
-    width = values[0].size
+    width = math.prod(values.shape[1:])
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
 
 
-def _columns_of_texts(columns: Mapping[str, Any]) -> dict[str, pa.Array]:
-    """Return the additional columns of texts: one value per text, or a list with one value per token."""
+def _further_columns(columns: Mapping[str, Any]) -> dict[str, pa.Array]:
+    """Return the additional columns: one value per row, or a list of any length."""
     arrays = {}
     for key, values in columns.items():
         kind, _, name = key.partition("/")
@@ -236,7 +255,8 @@ def _columns_of_texts(columns: Mapping[str, Any]) -> dict[str, pa.Array]:
             arrays[name] = pa.array(values)
         elif kind == "list":
             ends = np.concatenate([[0], columns["lengths"].cumsum()])
-            arrays[name] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values))
+            entries = pa.array(values) if values.ndim == 1 else _lists(values)
+            arrays[name] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), entries)
     return arrays
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["LIST_PREFIX", "SEQUENCE", "has_tokens", "token_table"]
+__all__ = ["LIST_PREFIX", "RENAMED", "SEQUENCE", "has_tokens", "token_table"]
 
 LIST_PREFIX = "tokens/"
 """Prefix of list columns with a score for every token."""

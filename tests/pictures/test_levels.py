@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -86,9 +87,11 @@ def test_no_intervals_with_fewer_than_ten_errors_or_images(count: int, errors: i
 def test_no_intervals_with_fewer_than_ten_images_or_segments(count: int) -> None:
     rows = []
     for index in range(2 * count):
-        image = {"dataset": "a", "index": index, "group": index, "size": 10, "score": float(index % 7)}
+        image = {"dataset": "a", "index": index, "size": 10, "score": float(index % 7)}
         rows.append({**image, "error": index % 2, "miou": index / 30, "iou": 1 - index % 2})
-    of_images, of_segments = image_metrics(rows[:count], ["score"], 50), segment_metrics(rows, ["score"], 50)
+    table = pa.Table.from_pylist(rows)
+    of_images = image_metrics(table.slice(0, count), ["score"], 50)
+    of_segments = segment_metrics(table.select, ["score"], 50)
     for row in [*of_images, *of_segments]:
         if row["metric"] != "aurc":
             assert (row["low"] == row["low"]) is (count == 10), row
@@ -130,7 +133,7 @@ def test_metrics_of_images() -> None:
             {"dataset": "a", "index": index, "error": error, "miou": rng.random(), "score": error + rng.random()}
         )
     rows.append({"dataset": "a", "index": 30, "error": float("nan"), "miou": float("nan"), "score": 1.0})
-    found = {(row["task"], row["metric"]): row for row in image_metrics(rows, ["score"], 200)}
+    found = {(row["task"], row["metric"]): row for row in image_metrics(pa.Table.from_pylist(rows), ["score"], 200)}
     scores, errors = np.array([row["score"] for row in rows[:30]]), np.array([row["error"] for row in rows[:30]])
     correlation = found["error", "spearman"]
     assert correlation["value"] == pytest.approx(spearmanr(scores, errors).statistic)
@@ -152,14 +155,15 @@ def test_metrics_of_segments() -> None:
     rows = []
     for number in range(200):
         iou, error = max(0.0, rng.random() - 0.3), rng.random()
-        row = {"dataset": "a", "index": number // 10, "group": number // 10, "size": int(rng.integers(1, 90))}
+        row = {"dataset": "a", "index": number // 10, "size": int(rng.integers(1, 90))}
         rows.append({**row, "iou": iou, "error": error, "score": error + rng.random()})
-    found = {(row["task"], row["score"]): row for row in segment_metrics(rows, ["score"], 200)}
+    table = pa.Table.from_pylist(rows)
+    found = {(row["task"], row["score"]): row for row in segment_metrics(table.select, ["score"], 200)}
     for task, target in (("iou = 0", lambda row: row["iou"] == 0), ("error > 0.5", lambda row: row["error"] > 0.5)):
         truth = [target(row) for row in rows]
         one, other = found[task, "score"], found[task, "size"]
         assert one["value"] == pytest.approx(roc_auc_score(truth, [row["score"] for row in rows]))
         assert other["value"] == pytest.approx(roc_auc_score(truth, [-row["size"] for row in rows]))
         assert one["low"] < one["value"] < one["high"] and other["difference"] == other["value"] - one["value"]
-    unlabelled = [{**row, "iou": None, "error": None} for row in rows]
-    assert not list(segment_metrics(unlabelled, ["score"], 0))
+    unlabelled = pa.table({**table.to_pydict(), "iou": pa.nulls(200), "error": pa.nulls(200)})
+    assert not list(segment_metrics(unlabelled.select, ["score"], 0))

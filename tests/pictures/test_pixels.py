@@ -261,8 +261,45 @@ def test_settings_are_checked(pixels: dict[str, Any]) -> None:
         lgm.GradientMetrics(SCORES, pixels=pixels)
 
 
-def test_a_results_directory_of_images_warns_of_what_it_lacks_and_is_not_resumed(tmp_path: Path) -> None:
-    """The pixels of committed images are not stored, so segments and pixel metrics would leave them out."""
+def test_a_results_directory_has_the_images_and_segments_of_a_run_in_memory(tmp_path: Path) -> None:
+    """One part has the images of one batch."""
+    torch.manual_seed(0)
+    net = HEADS["bilinear"]().eval()
+    settings = lgm.Pixels(segments=3, aggregates=("mean", "q95"), class_names=tuple("abcde"))
+    kept = lgm.GradientMetrics(SCORES, pixels=settings)
+    written = lgm.GradientMetrics(SCORES, pixels=settings, output=Output(tmp_path, rows_per_part=2))
+    run_on(kept, data(), net, call)
+    run_on(written, data(), net, call)
+    assert len(list(tmp_path.glob("*.parquet"))) == 3 and "results on disk" in repr(written)
+    assert kept.pixel_metrics.num_rows and str(written.pixel_metrics.to_pydict()) == str(kept.pixel_metrics.to_pydict())
+    assert "results on disk" in repr(written)
+    assert written.segments.equals(kept.segments) and kept.segments.num_rows > 5
+    read = lgm.read_results(tmp_path)
+    assert read.equals(kept.results) and {"error", "miou", "pseudo_label/q95"} <= set(read.column_names)
+
+
+def test_many_batches_are_kept_as_few_tensors() -> None:
+    """Each batch of one image would otherwise keep thirty tensors."""
+    torch.manual_seed(0)
+    net = HEADS["bilinear"]().eval()
+    callback, rows = lgm.GradientMetrics(SCORES, pixels={"segments": 3, "resamples": 0}), data(600, (4, 4))
+    seen: list[int] = []
+    run_on(callback, rows, net, lambda model, batch: (model(batch[0]), seen.append(most_batches(callback))))
+    assert max(seen) <= 258 and callback.results.num_rows == 600
+
+
+def most_batches(callback: lgm.GradientMetrics) -> int:
+    return max(len(rows.batches) for rows in callback._run.stage.rows)
+
+
+@pytest.mark.parametrize("name", ["error", "size", "miou", "segment"])
+def test_a_score_with_the_name_of_a_column_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"column {name!r}.*rename the score"):
+        run_on(lgm.GradientMetrics({name: "entropy"}), data(), HEADS["bilinear"]().eval(), call)
+
+
+def test_a_results_directory_of_images_is_not_resumed(tmp_path: Path) -> None:
+    """The pixels of committed images are not stored, so pixel metrics would leave them out."""
 
     def stopping(model: nn.Module, batch: Any) -> Any:
         if model.count == 2:
@@ -273,7 +310,7 @@ def test_a_results_directory_of_images_warns_of_what_it_lacks_and_is_not_resumed
     Batches.count = 0  # type: ignore[attr-defined]
     net = Segmenter(nn.Conv2d(4, 5, 1))
     stored = Output(tmp_path, rows_per_part=2)
-    with pytest.warns(UserWarning, match="columns of images"), pytest.raises(RuntimeError, match="stopped"):
+    with pytest.raises(RuntimeError, match="stopped"):
         run_on(lgm.GradientMetrics(SCORES, output=stored), data(), net, stopping)
     assert lgm.read_results(tmp_path, incomplete=True)["max_softmax"].length() == 4
     Batches.count = -10  # type: ignore[attr-defined]

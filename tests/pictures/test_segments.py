@@ -37,9 +37,14 @@ def test_segments_are_the_connected_pixels(seed: int) -> None:
         wrong = sum(labels[pixel] != cut[pixel] for pixel in region) / len(region)
         mean = np.mean([maps["score"][pixel] for pixel in region])
         expected[min(region)] = (len(region), len(region & true) / len(region | true), wrong, mean)
-    rows = list(segments_of(prediction, labels, maps, 1))
+    found = segments_of(prediction, labels, maps, 1)
     numbers, _ = components(cut)
-    assert len(rows) == len(expected)
-    for row in rows:
-        first = tuple(np.argwhere(numbers == row["segment"])[0])
-        assert (row["size"], row["iou"], row["error"], row["score"]) == pytest.approx(expected[first])
+    assert len(found.columns["segment"]) == len(expected)
+    for place, number in enumerate(found.columns["segment"]):
+        pixels = np.argwhere(numbers == number)
+        values = [found.columns[name][place] for name in ("size", "iou", "error")]
+        assert [*values, found.scores["score"][place]] == pytest.approx(expected[tuple(pixels[0])])
+        assert found.columns["box"][place].tolist() == [*pixels.min(0), *(pixels.max(0) + 1)]
+        assert found.columns["class"][place] == cut[tuple(pixels[0])]
+    large = segments_of(prediction, labels, maps, 5).columns["size"]
+    assert large.tolist() == [size for size in found.columns["size"] if size >= 5]

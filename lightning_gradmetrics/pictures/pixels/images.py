@@ -7,9 +7,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.pictures.pixels.segments import segments_of
+from lightning_gradmetrics.pictures.pixels.settings import Pixels
+from lightning_gradmetrics.results.segments import SEGMENT_COLUMNS, SEGMENT_PREFIX
+from lightning_gradmetrics.results.table import FurtherColumns
 from lightning_gradmetrics.scoring.evidence import Evidence
 
-__all__ = ["aggregate", "class_shares", "columns_of", "image_errors", "image_level", "image_scores", "mean_iou"]
+__all__ = [
+    "aggregate",
+    "class_shares",
+    "columns_of",
+    "further_columns",
+    "image_errors",
+    "image_level",
+    "image_scores",
+    "mean_iou",
+]
 
 
 def aggregate(maps: Tensor, name: str) -> Tensor:
@@ -107,6 +120,49 @@ def columns_of(
         for score, values in image_scores(maps, name).items():
             columns[f"{score}/{name}"] = values
     return columns
+
+
+def segment_lists(
+    maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None, least: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the list columns of the predicted segments of all images, and the number of segments of each image ``(N,)``.
+
+    Args:
+        maps: The scores ``(N, H, W)``.
+        prediction: ``(N, H, W)``.
+        labels: ``(N, H, W)``, negative where unknown; or ``None``.
+        least: The smallest number of pixels of a segment.
+    """
+    lists: dict[str, list[Tensor]] = {}
+    lengths = []
+    for number, one in enumerate(prediction.cpu().numpy()):
+        truth = None if labels is None else labels[number].cpu().numpy()
+        arrays = {}
+        for name, values in maps.items():
+            arrays[name] = values[number].double().cpu().numpy()
+        segments = segments_of(one, truth, arrays, least)
+        lengths.append(len(segments.columns["segment"]))
+        for name, entries in segments.columns.items():
+            lists.setdefault(SEGMENT_COLUMNS[name], []).append(torch.from_numpy(entries))
+        for name, entries in segments.scores.items():
+            lists.setdefault(f"{SEGMENT_PREFIX}{name}", []).append(torch.from_numpy(entries))
+    return {name: torch.cat(parts) for name, parts in lists.items()}, torch.tensor(lengths)
+
+
+def further_columns(evidence: Evidence, maps: Mapping[str, Tensor], settings: Pixels) -> FurtherColumns:
+    """Return the further columns of the rows of images: error, IoU, further aggregates, and lists of predicted segments.
+
+    Args:
+        evidence: The evidence of the pixels.
+        maps: The scores ``(N, H, W)``.
+        settings: The aggregates, and the smallest number of pixels of a segment.
+    """
+    logits, labels = evidence.given_logits, evidence.given_labels
+    prediction = logits.argmax(1)
+    values = columns_of(maps, prediction, labels, logits.shape[1], settings.aggregates)
+    if not settings.segments:
+        return FurtherColumns(values)
+    return FurtherColumns(values, *segment_lists(maps, prediction, labels, settings.segments))
 
 
 def image_level(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from lightning_gradmetrics.meters.functional import auroc, spearman
 from lightning_gradmetrics.meters.functional.ranking import auroc_of_counts
 from lightning_gradmetrics.pictures.pixels.metrics import Estimates, Meters
 from lightning_gradmetrics.pictures.pixels.resampling import (
+    GROUPS,
     Estimate,
     GroupedCells,
     quantile_edges,
@@ -23,6 +26,9 @@ from lightning_gradmetrics.pictures.pixels.resampling import (
 __all__ = ["class_metrics", "image_metrics", "pixel_metrics", "real_valued_aurc", "segment_metrics"]
 
 Row = dict[str, Any]
+
+Read = Callable[[list[str]], pa.Table]
+"""A function from the names of columns to a table with these."""
 
 SIZE = "size"
 """The baseline score of segments, by which small segments are more uncertain."""
@@ -69,43 +75,41 @@ def class_metrics(meters: Meters, names: Sequence[str]) -> Iterator[Row]:
             yield row | {"auroc": float(auroc_of_counts(counts))}
 
 
-def _by_dataset(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["dataset"], []).append(row)
-    return groups
+def _by_dataset(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    for dataset in pc.unique(table["dataset"]).to_pylist():
+        yield dataset, table.filter(pc.equal(table["dataset"], dataset))
 
 
-def _column(rows: Sequence[Row], name: str) -> Tensor:
-    values = []
-    for row in rows:
-        values.append(float("nan") if row[name] is None else row[name])
-    return torch.tensor(values, dtype=torch.float64)
+def _column(table: pa.Table, name: str) -> Tensor:
+    """Return a column in float64, with NaN for null."""
+    return torch.from_numpy(table[name].cast(pa.float64()).to_numpy().copy())
 
 
-def segment_metrics(segments: Sequence[Row], scores: Sequence[str], resamples: int) -> Iterator[Row]:
+def segment_metrics(read: Read, scores: Sequence[str], resamples: int) -> Iterator[Row]:
     """Yield the AUROC for two targets of predicted segments: an IoU of 0, and more than half of the pixels wrong.
 
     ``size`` is a baseline: minus the number of pixels.
 
     Args:
-        segments: One row per segment, with or without labels.
-        scores: The names of the scores.
+        read: Returns the columns with these names, one row per segment.
+        scores: The names of the scores, whose columns are read one after the other.
         resamples: The number of bootstrap resamples of images.
     """
     weights = weights_of_groups(resamples)
-    for dataset, rows in _by_dataset(segments).items():
-        iou, error, groups = _column(rows, "iou"), _column(rows, "error"), _column(rows, "group").long()
-        for task, target, known in (("iou = 0", iou == 0, ~iou.isnan()), ("error > 0.5", error > 0.5, ~error.isnan())):
-            first: Estimate | None = None
-            for score in (*scores, SIZE):
-                values = -_column(rows, SIZE) if score == SIZE else _column(rows, score)
-                used = known & values.isfinite()
+    first: dict[tuple[str, str], Estimate] = {}
+    for score in (*scores, SIZE):
+        names = dict.fromkeys(("dataset", "index", SIZE, "iou", "error", score))
+        for dataset, segments in _by_dataset(read(list(names))):
+            values = -_column(segments, SIZE) if score == SIZE else _column(segments, score)
+            groups = _column(segments, "index").long() % GROUPS
+            iou, error = _column(segments, "iou"), _column(segments, "error")
+            for task, target, risk in (("iou = 0", iou == 0, iou), ("error > 0.5", error > 0.5, error)):
+                used = risk.isfinite() & values.isfinite()
                 if not bool((target & used).any()) or bool((target | ~used).all()):
                     continue
                 estimate = _area(values[used], target[used], groups[used], weights)
-                first = first or estimate
-                yield _row("segment", dataset, task, score, ("auroc", "all"), estimate, first)
+                reference = first.setdefault((dataset, task), estimate)
+                yield _row("segment", dataset, task, score, ("auroc", "all"), estimate, reference)
 
 
 def _area(values: Tensor, target: Tensor, groups: Tensor, weights: Tensor) -> Estimate:
@@ -134,15 +138,15 @@ def real_valued_aurc(scores: Tensor, risks: Tensor) -> float:
     return float((ordered.cumsum(0) / torch.arange(1, len(risks) + 1)).mean())
 
 
-def image_metrics(images: Sequence[Row], scores: Sequence[str], resamples: int) -> Iterator[Row]:
+def image_metrics(images: pa.Table, scores: Sequence[str], resamples: int) -> Iterator[Row]:
     """Yield rows on the relation of an image's score to its error and mIoU: Spearman's correlation, and AURC of the error.
 
     Args:
-        images: One row per image.
+        images: One row per image, with the columns ``dataset``, ``error``, ``miou`` and the scores.
         scores: The names of the scores.
         resamples: The number of bootstrap resamples of images.
     """
-    for dataset, rows in _by_dataset(images).items():
+    for dataset, rows in _by_dataset(images):
         risks = {"error": _column(rows, "error"), "1 - miou": 1 - _column(rows, "miou")}
         for task, risk in risks.items():
             first: dict[str, Estimate] = {}

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["components", "segments_of"]
+__all__ = ["Segments", "components", "segments_of"]
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The predicted segments of one image: one entry per segment in every array.
+
+    Args:
+        columns: ``segment``, the number of the component; ``class``; ``size``, its pixels; ``box`` ``(K, 4)``: top,
+            left, bottom and right, of which the last two are exclusive; ``iou``; and ``error``, the fraction of wrong
+            pixels. The last two are NaN without labels.
+        scores: The mean of each score ``(K,)`` by name.
+    """
+
+    columns: Mapping[str, Array]
+    scores: Mapping[str, Array]
 
 
 def components(prediction: Array) -> tuple[Array, Array]:
@@ -27,24 +43,24 @@ def components(prediction: Array) -> tuple[Array, Array]:
         >>> numbers.tolist(), classes.tolist()
         ([[1, 2], [2, 1]], [0, 1])
     """
-    from scipy.ndimage import label
+    from scipy.ndimage import find_objects, label
 
     numbers = np.zeros(prediction.shape, np.int64)
     classes: list[int] = []
-    for value in np.unique(prediction[prediction >= 0]):
-        inside, count = label(prediction == value, np.ones((3, 3)))
-        numbers = np.where(inside > 0, inside + len(classes), numbers)
-        classes += [int(value)] * count
+    for value, box in enumerate(find_objects(np.maximum(prediction + 1, 0))):
+        if box is None:
+            continue
+        inside, count = label(prediction[box] == value, np.ones((3, 3)))
+        numbers[box] += np.where(inside > 0, inside + len(classes), 0)
+        classes += [value] * count
     return numbers, np.array(classes, np.int64)
 
 
-def segments_of(
-    prediction: Array, labels: Array | None, maps: Mapping[str, Array], least: int
-) -> Iterator[dict[str, Any]]:
-    """Yield one row per predicted segment of an image: class, size, box, IoU, fraction of wrong pixels, mean scores.
+def segments_of(prediction: Array, labels: Array | None, maps: Mapping[str, Array], least: int) -> Segments:
+    """Return the predicted segments of an image.
 
     Pixels without a label split segments, as in MetaSeg. The IoU is computed between the segment and the union of all
-    true components of its class that overlap it. Without labels, IoU and error are ``None``.
+    true components of its class that overlap it.
 
     Args:
         prediction: ``(H, W)``.
@@ -55,51 +71,54 @@ def segments_of(
     cut = prediction if labels is None else np.where(labels < 0, -1, prediction)
     numbers, classes = components(cut)
     sizes = np.bincount(numbers.ravel(), minlength=len(classes) + 1)
-    sums = {}
+    kept = 1 + np.flatnonzero(sizes[1:] >= least)
+    columns = {"segment": kept, "class": classes[kept - 1], "size": sizes[kept], "box": _boxes(numbers)[kept - 1]}
+    for name, values in columns.items():
+        columns[name] = values.astype(np.int32)
+    hits, true = _overlaps(numbers, classes, labels)
+    columns["iou"] = hits[kept] / (sizes[kept] + true[kept] - hits[kept])
+    columns["error"] = 1 - hits[kept] / sizes[kept]
+    scores = {}
     for name, values in maps.items():
-        sums[name] = np.bincount(numbers.ravel(), values.ravel(), minlength=len(classes) + 1)
-    overlaps = None if labels is None else _Overlaps(numbers, classes, labels)
-    boxes = _boxes(numbers)
-    for number in np.flatnonzero(sizes >= max(1, least)).tolist():
-        if number == 0:
-            continue
-        row: dict[str, Any] = {"segment": number, "class": int(classes[number - 1]), "size": int(sizes[number])}
-        row["box"] = boxes[number - 1]
-        row["iou"] = None if overlaps is None else overlaps.iou(number, int(sizes[number]))
-        row["error"] = None if overlaps is None else overlaps.error(number, int(sizes[number]))
-        for name, values in sums.items():
-            row[name] = float(values[number] / sizes[number])
-        yield row
+        sums = np.bincount(numbers.ravel(), values.ravel(), minlength=len(sizes))
+        scores[name] = sums[kept] / sizes[kept]
+    return Segments(columns, scores)
 
 
-def _boxes(numbers: Array) -> list[list[int]]:
-    """Return top, left, bottom and right of each component; bottom and right are exclusive."""
+def _boxes(numbers: Array) -> Array:
+    """Return top, left, bottom and right of each component ``(K, 4)``."""
     from scipy.ndimage import find_objects
 
     boxes = []
     for rows, columns in find_objects(numbers):
         boxes.append([rows.start, columns.start, rows.stop, columns.stop])
-    return boxes
+    return np.array(boxes, np.int64).reshape(-1, 4)
 
 
-class _Overlaps:
-    """The pixels that predicted and true components share."""
+def _overlaps(numbers: Array, classes: Array, labels: Array | None) -> tuple[Array, Array]:
+    """Return, for each predicted component, its correct pixels and the pixels of the true components that contain these.
 
-    def __init__(self, numbers: Array, classes: Array, labels: Array) -> None:
-        true_numbers, true_classes = components(labels)
-        true_sizes = np.bincount(true_numbers.ravel(), minlength=len(true_classes) + 1)
-        pairs = numbers.ravel() * (len(true_classes) + 1) + true_numbers.ravel()
-        codes, shared = np.unique(pairs, return_counts=True)
-        one, other = np.divmod(codes, len(true_classes) + 1)
-        fits = (one > 0) & (other > 0)
-        one, other, shared = one[fits], other[fits], shared[fits]
-        same = classes[one - 1] == true_classes[other - 1]
-        count = len(classes) + 1
-        self.hits = np.bincount(one[same], shared[same], minlength=count)
-        self.true = np.bincount(one[same], true_sizes[other[same]], minlength=count)
+    Args:
+        numbers: The predicted component of each pixel ``(H, W)``.
+        classes: The class of each component ``(K,)``.
+        labels: ``(H, W)``, or ``None``.
 
-    def iou(self, number: int, size: int) -> float:
-        return float(self.hits[number] / (size + self.true[number] - self.hits[number]))
+    Returns:
+        Two arrays ``(K + 1,)``, whose first entry belongs to no component; NaN without labels.
+    """
+    count = len(classes) + 1
+    if labels is None:
+        return np.full(count, np.nan), np.full(count, np.nan)
+    true_numbers, true_classes = components(labels)
+    true_sizes = np.bincount(true_numbers.ravel(), minlength=len(true_classes) + 1)
+    codes, shared = np.unique(_correct_pairs(numbers, classes, true_numbers, true_classes), return_counts=True)
+    one, other = np.divmod(codes, len(true_sizes))
+    return np.bincount(one, shared, minlength=count), np.bincount(one, true_sizes[other], minlength=count)
 
-    def error(self, number: int, size: int) -> float:
-        return float(1 - self.hits[number] / size)
+
+def _correct_pairs(numbers: Array, classes: Array, true_numbers: Array, true_classes: Array) -> Array:
+    """Return a code of the predicted and the true component for each pixel whose two components have the same class."""
+    predicted, true = np.append(-1, classes)[numbers], np.append(-2, true_classes)[true_numbers]
+    correct = predicted == true
+    codes: Array = numbers[correct] * (len(true_classes) + 1) + true_numbers[correct]
+    return codes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 __all__ = ["Pixels"]
@@ -101,7 +101,7 @@ class Pixels:
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
-            known = list(cls.__dataclass_fields__)
+            known = [field.name for field in fields(cls)]
             for name in value:
                 if name not in known:
                     raise TypeError(f"pixels= has no argument {name!r}; its arguments are: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Collects the results of pixels in bounded memory: rows of images and segments, metrics, and maps."""
+"""Collects the metrics of pixels and a few maps in bounded memory, and reads the rows of images and their segments."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor
 
 from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, images_of
-from lightning_gradmetrics.pictures.pixels.images import columns_of
 from lightning_gradmetrics.pictures.pixels.levels import class_metrics, image_metrics, pixel_metrics, segment_metrics
 from lightning_gradmetrics.pictures.pixels.maps import KeptMaps, figure_of, half, picture_of, write_maps
 from lightning_gradmetrics.pictures.pixels.metrics import Meters, PixelMeter, joined, sampled_pixels
 from lightning_gradmetrics.pictures.pixels.resampling import group_of
-from lightning_gradmetrics.pictures.pixels.segments import segments_of
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.results.sample_index import REPEATED
+from lightning_gradmetrics.results.segments import SEGMENT_COLUMNS, SEGMENT_PREFIX, segment_table
+from lightning_gradmetrics.results.stores import Results, read_columns
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.logit_checks import OUTLIER
 
@@ -31,17 +32,20 @@ class PixelResults:
 
     Args:
         settings: What to store.
+
+    Attributes:
+        results: The results of the run, which contain the rows of the images and the lists of their segments.
     """
 
     def __init__(self, settings: Pixels) -> None:
         self.settings = settings
-        self.images: list[Row] = []
-        self.segments: list[Row] = []
+        self.results: Results = pa.table({})
         self.meters: Meters = {}
         self.maps: list[KeptMaps] = []
         self._scores: tuple[str, ...] = ()
         self._names: list[str] = []
         self._metrics: list[Row] | None = None
+        self._seen = 0
 
     def look(self, evidence: Evidence) -> None:
         """Request nothing, because only scores are read."""
@@ -53,21 +57,16 @@ class PixelResults:
         evidence = batch.evidence
         prediction = evidence.given_logits.argmax(1)
         labels, classes = evidence.given_labels, evidence.given_logits.shape[1]
-        columns = columns_of(batch.maps, prediction, labels, classes, self.settings.aggregates)
         self._metrics, self._names = None, [self.settings.class_name(number, classes) for number in range(classes)]
-        index, self._scores = batch.index.tolist(), tuple(batch.scores)
-        for number, image in enumerate(index):
+        self._scores = tuple(batch.scores)
+        for number, image in enumerate(batch.index.tolist()):
             if image == REPEATED:
                 continue
-            row: Row = {"dataset": batch.dataset, "index": image if image >= 0 else None}
-            for name, values in {**columns, **batch.scores}.items():
-                row[name] = values[number].item()
-            self.images.append(row)
-            truth, group = None if labels is None else labels[number], group_of(image, prediction[number])
+            truth = None if labels is None else labels[number]
             one = {name: values[number] for name, values in batch.maps.items()}
-            self._add_metrics(batch.dataset, one, prediction[number], truth, group)
-            self._add_segments(row, one, prediction[number], truth, group)
-            self._keep_maps(row, batch, number, one, prediction[number], truth)
+            self._add_metrics(batch.dataset, one, prediction[number], truth, group_of(image, prediction[number]))
+            self._keep_maps(batch, number, one, prediction[number], truth)
+            self._seen += 1
 
     def _add_metrics(
         self, dataset: str, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None, group: int
@@ -88,27 +87,8 @@ class PixelResults:
                     self.meters[key] = PixelMeter(self.settings.bins, self.settings.resamples)
                 self.meters[key].add(chosen[finite], target[places][finite], predicted[places][finite], group)
 
-    def _add_segments(
-        self, row: Row, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None, group: int
-    ) -> None:
-        if not self.settings.segments:
-            return
-        arrays = {}
-        for name, values in maps.items():
-            arrays[name] = values.double().cpu().numpy()
-        truth = None if labels is None else labels.cpu().numpy()
-        start = {"dataset": row["dataset"], "index": row["index"], "group": group}
-        for segment in segments_of(prediction.cpu().numpy(), truth, arrays, self.settings.segments):
-            self.segments.append({**start, **segment, "class_name": self._names[segment["class"]]})
-
     def _keep_maps(
-        self,
-        row: Row,
-        batch: ScoredBatch,
-        number: int,
-        maps: Mapping[str, Tensor],
-        prediction: Tensor,
-        labels: Tensor | None,
+        self, batch: ScoredBatch, number: int, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None
     ) -> None:
         first = next(iter(batch.scores))
         value = float(batch.scores[first][number])
@@ -119,7 +99,8 @@ class PixelResults:
         picture = None if images is None else picture_of(images[number])
         halves = {name: half(values) for name, values in maps.items()}
         truth = None if labels is None else labels.cpu().numpy()
-        index = len(self.images) - 1 if row["index"] is None else int(row["index"])
+        index = int(batch.index[number])
+        index = self._seen if index < 0 else index
         kept = KeptMaps(batch.dataset, index, value, prediction.cpu().numpy(), truth, halves, picture)
         self._take([*self.maps, kept])
 
@@ -129,22 +110,17 @@ class PixelResults:
 
     def kept(self) -> Any:
         """Return the data that processes exchange."""
-        return self.images, self.segments, self.meters, self.maps, (self._scores, self._names)
+        return self.meters, self.maps, (self._scores, self._names)
 
     def join(self, parts: Sequence[Any]) -> None:
         """Replace the data by the data of all processes."""
-        self._metrics = None
-        self.images, self.segments, maps = [], [], []
+        self._metrics, maps = None, []
         meters: list[Meters] = []
-        for images, segments, measured, own, names in parts:
-            self.images += images
-            self.segments += segments
+        for measured, own, names in parts:
             meters.append(measured)
             maps += own
             if names[0]:
                 self._scores, self._names = names
-        self.images.sort(key=_place)
-        self.segments.sort(key=_place)
         self.meters = joined(meters)
         self._take(maps)
 
@@ -158,32 +134,41 @@ class PixelResults:
         return pictures
 
     def tables(self) -> dict[str, pa.Table]:
-        """Return the tables ``images``, ``segments``, ``pixel_metrics`` and ``class_metrics``, if there are any."""
-        tables = {}
-        by_class = list(class_metrics(self.meters, self._names))
-        found = {
-            "images": self.images,
-            "segments": self.segments,
-            "pixel_metrics": self.metrics(),
-            "class_metrics": by_class,
-        }
-        for name, rows in found.items():
-            if rows:
-                tables[name] = pa.Table.from_pylist(rows)
-        if "segments" in tables:
-            tables["segments"] = tables["segments"].drop_columns(["group"])
-        return tables
+        """Return the tables ``segments``, ``pixel_metrics`` and ``class_metrics``, if there are any."""
+        tables = {"segments": self.segments()}
+        for name, rows in (("pixel_metrics", self.metrics()), ("class_metrics", self.by_class())):
+            tables[name] = pa.Table.from_pylist(rows)
+        return {name: table for name, table in tables.items() if table.num_rows}
+
+    def segments(self) -> pa.Table:
+        """Return one row per predicted segment."""
+        return segment_table(read_columns(self.results), self.settings.class_names)
+
+    def by_class(self) -> list[Row]:
+        """Return one row per dataset, task, score and predicted class."""
+        return list(class_metrics(self.meters, self._names))
 
     def metrics(self) -> list[Row]:
         """Return the metrics: one row per unit (pixel, image or segment), dataset, task, score, metric and kind of pooling."""
         if self._metrics is None:
             scores, resamples = self._scores, self.settings.resamples
-            self._metrics = [
-                *pixel_metrics(self.meters),
-                *image_metrics(self.images, scores, resamples),
-                *segment_metrics(self.segments, scores, resamples),
-            ]
+            self._metrics = list(pixel_metrics(self.meters))
+            if scores:
+                images = read_columns(self.results, ["dataset", "error", "miou", *scores])
+                self._metrics += image_metrics(images, scores, resamples)
+            if scores and self.settings.segments:
+                self._metrics += segment_metrics(self._segment_columns, scores, resamples)
         return self._metrics
+
+    def _segment_columns(self, names: Sequence[str]) -> pa.Table:
+        """Return some columns of the segments; segments of images with an unknown index have the number of their row."""
+        lists = [SEGMENT_COLUMNS["segment"], SEGMENT_COLUMNS["class"]]
+        for name in names:
+            if name not in ("dataset", "index"):
+                lists.append(SEGMENT_COLUMNS.get(name, f"{SEGMENT_PREFIX}{name}"))
+        images = read_columns(self.results, ["dataset", "index", *lists])
+        index = pc.coalesce(images["index"], pa.array(range(images.num_rows), pa.int64()))
+        return segment_table(images.set_column(images.column_names.index("index"), "index", index))
 
     def logged(self, prefix: str) -> dict[str, float]:
         """Return the AUROC of pixels, pooled and within the predicted class, by logged name."""
@@ -194,38 +179,9 @@ class PixelResults:
                 logged[f"{prefix}/{row['dataset']}/{row['task']}/{row['score']}/{kind}_auroc"] = row["value"]
         return logged
 
-    def with_images(self, results: pa.Table) -> pa.Table:
-        """Return the results with the columns of the images, matched by dataset and index; unchanged if that fails.
-
-        Args:
-            results: One row per image.
-        """
-        by_key = {(row["dataset"], row["index"]): row for row in self.images}
-        if (
-            not self.images
-            or "error" in results.column_names
-            or len(by_key) != results.num_rows
-            or len(self.images) != results.num_rows
-        ):
-            return results
-        rows = []
-        for dataset, index in zip(results["dataset"].to_pylist(), results["index"].to_pylist(), strict=True):
-            if (dataset, index) not in by_key:
-                return results
-            rows.append(by_key[dataset, index])
-        added = pa.Table.from_pylist(rows).drop_columns(["dataset", "index", *self._scores])
-        for name in added.column_names:
-            results = results.append_column(name, added[name])
-        return results
-
     def write_maps(self, directory: str | Path) -> list[Path]:
         """Write the kept maps, ``<dataset>_<index>.npz`` and a PNG each, and return the files."""
         paths: list[Path] = []
         for maps in self.maps:
             paths += write_maps(maps, Path(directory))
         return paths
-
-
-def _place(row: Row) -> tuple[str, int]:
-    """Return the sort key of an image; sorting makes results independent of the number of processes."""
-    return row["dataset"], -1 if row["index"] is None else row["index"]
