@@ -45,13 +45,14 @@ def components(prediction: Array) -> tuple[Array, Array]:
     """
     from scipy.ndimage import find_objects, label
 
-    numbers = np.zeros(prediction.shape, np.int64)
+    numbers = np.zeros(prediction.shape, np.int32)
     classes: list[int] = []
-    for value, box in enumerate(find_objects(np.maximum(prediction + 1, 0))):
+    for value, box in enumerate(find_objects(prediction.astype(np.int32) + 1)):
         if box is None:
             continue
         inside, count = label(prediction[box] == value, np.ones((3, 3)))
-        numbers[box] += np.where(inside > 0, inside + len(classes), 0)
+        inside[inside > 0] += len(classes)
+        numbers[box] += inside
         classes += [value] * count
     return numbers, np.array(classes, np.int64)
 
@@ -75,7 +76,7 @@ def segments_of(prediction: Array, labels: Array | None, maps: Mapping[str, Arra
     columns = {"segment": kept, "class": classes[kept - 1], "size": sizes[kept], "box": _boxes(numbers)[kept - 1]}
     for name, values in columns.items():
         columns[name] = values.astype(np.int32)
-    hits, true = _overlaps(numbers, classes, labels)
+    hits, true = _overlaps(numbers, len(sizes), cut, labels)
     columns["iou"] = hits[kept] / (sizes[kept] + true[kept] - hits[kept])
     columns["error"] = 1 - hits[kept] / sizes[kept]
     scores = {}
@@ -95,30 +96,24 @@ def _boxes(numbers: Array) -> Array:
     return np.array(boxes, np.int64).reshape(-1, 4)
 
 
-def _overlaps(numbers: Array, classes: Array, labels: Array | None) -> tuple[Array, Array]:
+def _overlaps(numbers: Array, count: int, prediction: Array, labels: Array | None) -> tuple[Array, Array]:
     """Return, for each predicted component, its correct pixels and the pixels of the true components that contain these.
 
     Args:
-        numbers: The predicted component of each pixel ``(H, W)``.
-        classes: The class of each component ``(K,)``.
+        numbers: The predicted component of each pixel ``(H, W)``, below ``count``.
+        count: The number of components, including 0 for none.
+        prediction: ``(H, W)``.
         labels: ``(H, W)``, or ``None``.
 
     Returns:
-        Two arrays ``(K + 1,)``, whose first entry belongs to no component; NaN without labels.
+        Two arrays ``(count,)``; NaN without labels.
     """
-    count = len(classes) + 1
     if labels is None:
         return np.full(count, np.nan), np.full(count, np.nan)
     true_numbers, true_classes = components(labels)
     true_sizes = np.bincount(true_numbers.ravel(), minlength=len(true_classes) + 1)
-    codes, shared = np.unique(_correct_pairs(numbers, classes, true_numbers, true_classes), return_counts=True)
+    is_correct = (prediction == labels) & (labels >= 0)
+    codes = numbers[is_correct].astype(np.int64) * len(true_sizes) + true_numbers[is_correct]
+    codes, shared = np.unique(codes, return_counts=True)
     one, other = np.divmod(codes, len(true_sizes))
     return np.bincount(one, shared, minlength=count), np.bincount(one, true_sizes[other], minlength=count)
-
-
-def _correct_pairs(numbers: Array, classes: Array, true_numbers: Array, true_classes: Array) -> Array:
-    """Return a code of the predicted and the true component for each pixel whose two components have the same class."""
-    predicted, true = np.append(-1, classes)[numbers], np.append(-2, true_classes)[true_numbers]
-    correct = predicted == true
-    codes: Array = numbers[correct] * (len(true_classes) + 1) + true_numbers[correct]
-    return codes
