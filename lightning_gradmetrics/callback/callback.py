@@ -295,8 +295,8 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             made = ScoreStage(replace(self.scorer, looks=looks), rows, store, self.sources, self.columns, self._pixels)
         reader = BatchReader(self.split_batch, processes.warn, self.pixels)
         context = trainer.precision_plugin.forward_context
-        drawn = self._indices.of_loaders(counted.all)
-        self._run = Run(made, model, drawn, roles, reader, context, None if is_fit else self.sample_id)
+        drawn, transfers = self._indices.of_loaders(counted.all), self._indices.transfers(trainer, module)
+        self._run = Run(made, model, drawn, transfers, roles, reader, context, None if is_fit else self.sample_id)
 
     def _described(self, stage: str) -> dict[str, Any]:
         """Return the arguments that change the results, besides the scores and the model."""

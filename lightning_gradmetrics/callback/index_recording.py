@@ -6,13 +6,15 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_gradmetrics.callback.dataloaders import loader_list
 from lightning_gradmetrics.callback.drawn_indices import DrawnIndices
+from lightning_gradmetrics.callback.listening import after_each_call
 from lightning_gradmetrics.callback.module import evaluation_loop, is_side_by_side, processes_of
+from lightning_gradmetrics.callback.transfers import Transfers
 
-__all__ = ["IndexRecording", "after_each_call"]
+__all__ = ["IndexRecording"]
 
 
 class IndexRecording:
@@ -21,6 +23,7 @@ class IndexRecording:
     def __init__(self) -> None:
         self._drawn: DrawnIndices | None = None
         self._undo: Callable[[], None] | None = None
+        self._transfers: Transfers | None = None
 
     def watch(self, trainer: Trainer) -> None:
         """Record in each run of the trainer's evaluation loop until :meth:`stop`."""
@@ -28,7 +31,7 @@ class IndexRecording:
         renew = functools.partial(self._renew, trainer)
         self._undo = after_each_call(evaluation_loop(trainer), "setup_data", renew)
 
-    def _renew(self, trainer: Trainer) -> None:
+    def _renew(self, trainer: Trainer, _: Any) -> None:
         """Record the dataloaders that a loop has set up and will read next."""
         self.pause()
         combined = getattr(evaluation_loop(trainer), "_combined_loader", None)
@@ -46,8 +49,16 @@ class IndexRecording:
             return DrawnIndices(loaders)
         return drawn
 
+    def transfers(self, trainer: Trainer, module: LightningModule) -> Transfers:
+        """Return the comparison of the batches of a run before and after the hooks that transfer them."""
+        self._transfers = Transfers(trainer, module)
+        return self._transfers
+
     def pause(self) -> None:
-        """Restore the dataloaders, until the loop runs again."""
+        """Restore the dataloaders and the hooks, until the loop runs again."""
+        if self._transfers is not None:
+            self._transfers.stop()
+            self._transfers = None
         if self._drawn is not None:
             self._drawn.remove()
             self._drawn = None
@@ -58,58 +69,3 @@ class IndexRecording:
         if self._undo is not None:
             self._undo()
             self._undo = None
-
-
-def after_each_call(owner: Any, name: str, listener: Callable[[], None]) -> Callable[[], None]:
-    """Call a listener after each call of an object's method.
-
-    Args:
-        owner: The object.
-        name: The name of its method.
-        listener: The listener; several may listen to one method.
-
-    Returns:
-        A function that undoes this.
-
-    Example:
-        >>> class Loop:
-        ...     def run(self):
-        ...         print("run")
-        >>> loop = Loop()
-        >>> undo = after_each_call(loop, "run", lambda: print("listened"))
-        >>> loop.run()
-        run
-        listened
-        >>> undo()
-        >>> vars(loop)
-        {}
-    """
-    listeners = getattr(vars(owner).get(name), "gradmetrics_listeners", None)
-    if listeners is None:
-        listeners = _wrapped(owner, name)
-    listeners.append(listener)
-    own = listeners
-
-    def undo() -> None:
-        own.remove(listener)
-        if not own and getattr(vars(owner).get(name), "gradmetrics_listeners", None) is own:
-            del vars(owner)[name]
-
-    return undo
-
-
-def _wrapped(owner: Any, name: str) -> list[Callable[[], None]]:
-    """Replace a method of an object; returns the list of its listeners."""
-    listeners: list[Callable[[], None]] = []
-    method = getattr(owner, name)
-
-    @functools.wraps(method)
-    def heard(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        for listener in list(listeners):
-            listener()
-        return result
-
-    heard.gradmetrics_listeners = listeners  # type: ignore[attr-defined]
-    vars(owner)[name] = heard
-    return listeners

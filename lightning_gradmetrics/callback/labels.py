@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.batches import (
@@ -22,7 +21,7 @@ from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.labels import class_numbers, described, map_numbers, token_numbers
 from lightning_gradmetrics.classifier.notices import first_time
 from lightning_gradmetrics.classifier.observation import ModelCall
-from lightning_gradmetrics.classifier.row_order import CERTAIN_BITS, LIKELY_BITS, row_order
+from lightning_gradmetrics.classifier.row_order import CERTAIN_BITS, LIKELY_BITS, is_partly_equal, row_order
 from lightning_gradmetrics.pictures.pixels.label_maps import marked_labels
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 
@@ -106,7 +105,8 @@ class BatchReader:
         found = row_order(passed, given)
         if found is None:
             return None
-        if len(calls) > 1 and found.order is None and _is_partly_equal(passed, given, calls):
+        sizes = [len(call.logits) for call in calls if call.logits is not None]
+        if len(calls) > 1 and found.order is None and is_partly_equal(passed, given, sizes):
             raise ValueError(
                 f"the step calls the model {len(calls)} times: some calls received the rows of the batch in their order, and others "
                 "did not, so it is unknown which rows belong to the samples. Call the model once for the batch, or for "
@@ -224,17 +224,3 @@ def _known_inputs(batch: Any) -> Inputs | None:
         return batch_inputs(batch)
     except TypeError:
         return None
-
-
-def _is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], calls: Sequence[ModelCall]) -> bool:
-    """Return whether some of the calls received the rows of the batch unchanged and in order, and others did not."""
-    sizes = [len(call.logits) for call in calls if call.logits is not None]
-    for first in passed:
-        for second in given:
-            if first.ndim < 2 or first.shape != second.shape or len(first) != sum(sizes):
-                continue
-            parts = zip(torch.split(first, sizes), torch.split(second.to(first.device), sizes), strict=True)
-            count = sum(torch.equal(*part) for part in parts)
-            if 0 < count < len(sizes):
-                return True
-    return False

@@ -14,6 +14,7 @@ from lightning_gradmetrics.callback.drawn_indices import DrawnIndices
 from lightning_gradmetrics.callback.labels import BatchReader, ReadBatch
 from lightning_gradmetrics.callback.stages import Stage
 from lightning_gradmetrics.callback.step_wrapper import around_next_call
+from lightning_gradmetrics.callback.transfers import HOOKS, Transfers
 from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.classifier.observation import Observation
 from lightning_gradmetrics.results.sample_index import UNKNOWN
@@ -26,6 +27,16 @@ __all__ = ["Run"]
 
 ID = "id"
 
+OF_LOADER = (
+    "its dataloader does not show which samples a batch contains (an iterable dataset, several loaders side by side, workers "
+    "with in_order=False, a loader that overrides __iter__, a sampler of keys), or the number of rows differs from the number "
+    "of samples. Use a DataLoader of a dataset with __getitem__, or name the samples with sample_id="
+)
+OF_HOOK = (
+    f"a hook ({', '.join(HOOKS)}) changes the batches so that the order of their rows cannot be checked. Keep the labels and "
+    "the order of the batch in the hook, or name the samples with sample_id="
+)
+
 
 @dataclass
 class Run:
@@ -35,6 +46,7 @@ class Run:
         stage: Scores each batch, or accumulates it for a fit.
         model: The model that is scored.
         drawn: The indices that the dataloaders draw.
+        transfers: Detects rows that moved between the dataloader and the step.
         roles: The role of each dataset.
         reader: Reads inputs and labels.
         surroundings: The context of the model's forward passes.
@@ -44,6 +56,7 @@ class Run:
     stage: Stage
     model: nn.Module
     drawn: DrawnIndices
+    transfers: Transfers
     roles: Mapping[str, str]
     reader: BatchReader
     surroundings: Callable[[], AbstractContextManager[Any]]
@@ -65,6 +78,7 @@ class Run:
         """
         self.stop()
         self._given = batch
+        self.transfers.reaches_step(batch)
         self._read = None if batch is None else self._read_batch(batch)
         self._seen = Observation()
         self._stepped = module
@@ -103,11 +117,13 @@ class Run:
             observed = self._observer.batch(seen, read.inputs, size, self._stepped)
             observed = self._ordered(self._completed(observed, read, seen, place), read, seen)
             evidence = self.stage.scorer.evidence(self.model, observed)
+        moved = self.transfers.moved(observed.size)
+        self.stage.rows[place].index.moved = moved
         ids = read.ids
         if observed.order is not None and ids:
             ids = [ids[number] for number in observed.order.tolist()]
         self.stage.add(place, observed, evidence, indices, ids)
-        self._warn_of_unknown_index(place)
+        self._warn_of_unknown_index(place, moved)
         self._warn_of_repeats(place)
 
     def _ordered(self, batch: ObservedBatch, read: ReadBatch, seen: Observation) -> ObservedBatch:
@@ -155,16 +171,13 @@ class Run:
         )
         return labels
 
-    def _warn_of_unknown_index(self, place: int) -> None:
+    def _warn_of_unknown_index(self, place: int, moved: Tensor | None) -> None:
         rows = self.stage.rows[place]
         if rows.index.last is None or not bool((rows.index.last == UNKNOWN).any()):
             return
+        why = OF_LOADER if moved is None else OF_HOOK
         self.reader.warn_once(
-            f"index of {rows.dataset}",
-            f"the index of the rows of {rows.dataset!r} is unknown and stays null: its dataloader does not show which samples a "
-            "batch contains (an iterable dataset, several loaders side by side, workers with in_order=False, a loader that "
-            "overrides __iter__, a sampler of keys), or the number of rows differs from the number of samples. Use a "
-            "DataLoader of a dataset with __getitem__, or name the samples with sample_id=",
+            f"index of {rows.dataset}", f"the index of the rows of {rows.dataset!r} is unknown and stays null: {why}"
         )
 
     def _warn_of_repeats(self, place: int) -> None:

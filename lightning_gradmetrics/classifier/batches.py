@@ -350,6 +350,9 @@ def _position_of_labels(entries: list[Any], inputs: list[int]) -> int:
 
 def _labels_before(entries: list[Any], inputs: list[int], search: _Search, where: str) -> Tensor | None:
     """Return the labels if nothing follows the inputs: those inside the entry that contains the inputs, if any."""
+    labels = _labels_of_flat_text(entries, inputs, search)
+    if labels is not None:
+        return labels
     for position, entry in enumerate(entries):
         if position not in inputs and is_like_labels(value_of(entry)):
             raise LabelsNotUnderstoodError(f"in {where} integers come before the inputs, and nothing follows them")
@@ -357,6 +360,21 @@ def _labels_before(entries: list[Any], inputs: list[int], search: _Search, where
         raise LabelsNotUnderstoodError(f"the model received the last entry of {where}, so it may not be the labels")
     inner = _containers(entries, inputs)
     return _labels(entries[inner[0]], search, where) if len(inner) == 1 else None
+
+
+def _labels_of_flat_text(entries: list[Any], inputs: list[int], search: _Search) -> Tensor | None:
+    """Return the labels of ``(labels, text, offsets)``, with all texts in one row; ``None`` for any other batch."""
+    if len(entries) != 3 or inputs != [1, 2]:
+        return None
+    first, text, offsets = map(value_of, entries)
+    are_numbers = all(is_like_labels(value) and value.ndim == 1 for value in (first, text, offsets))
+    if not are_numbers or len(offsets) not in (search.size, search.size + 1):
+        return None
+    is_rising = bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0 and int(offsets[-1]) <= len(text)
+    is_index = len(first) > 2 and bool((first.diff() == 1).all())
+    if not is_rising or is_index or not _are_classes(first, search.size, search.classes):
+        return None
+    return search.read(first, search.size, search.classes)
 
 
 def shallow_copy(batch: Any) -> Any:

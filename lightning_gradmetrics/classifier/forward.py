@@ -60,7 +60,8 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         problem = problem_of(model, list(tensors_in(inputs))) if is_about_values else ""
         if not problem:
             raise
-        raise ValueError(f"{type(model).__name__} cannot be called with these inputs: {problem}") from error
+        words = " ".join(str(error).split())
+        raise ValueError(f"{type(model).__name__} cannot be called with these inputs: {problem} ({words})") from None
 
 
 def _called(model: nn.Module, inputs: Inputs) -> Any:

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CERTAIN_BITS", "LIKELY_BITS", "RowOrder", "row_order", "some_entries"]
+__all__ = [
+    "CERTAIN_BITS",
+    "LIKELY_BITS",
+    "RowOrder",
+    "is_partly_equal",
+    "order_of_equal_rows",
+    "row_order",
+    "some_entries",
+    "summaries",
+]
 
 COLUMNS = 16
 """Number of summaries of each sample that are compared."""
@@ -55,7 +64,7 @@ def row_order(received: Sequence[Tensor], batch: Sequence[Tensor]) -> RowOrder |
     if len(pairs) > 1:  # many equal rows, as in masks, do not determine the order
         pairs.sort(key=_distinct_rows, reverse=True)
     for first, second in pairs:
-        order = None if torch.equal(first, second) else _order_of_equal_rows(first, second)
+        order = None if torch.equal(first, second) else order_of_equal_rows(first, second)
         if order is not None or torch.equal(first, second):
             return RowOrder(_order_of_all(received, batch, order))
     return RowOrder(bits=max(_bits_of_other_order(first, second) for first, second in pairs))
@@ -76,8 +85,13 @@ def _distinct_rows(pair: tuple[Tensor, Tensor]) -> int:
     return len(torch.unique(some_entries(pair[1]), dim=0))
 
 
-def _order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:
-    """Return the permutation that turns the rows of the batch into those received, or ``None``."""
+def order_of_equal_rows(received: Tensor, batch: Tensor) -> Tensor | None:
+    """Return the permutation that turns the rows of the batch into those received, or ``None``.
+
+    Args:
+        received: ``(N, ...)``.
+        batch: The rows in their original order, of the same shape.
+    """
     if received.dtype != batch.dtype:
         return None
     first, second = some_entries(received), some_entries(batch)
@@ -99,7 +113,7 @@ def _order_of_all(received: Sequence[Tensor], batch: Sequence[Tensor], order: Te
         return order
     passed = torch.cat([some_entries(first) for first, _ in matches], 1)
     given = torch.cat([some_entries(second) for _, second in matches], 1)
-    common = _order_of_equal_rows(passed, given)
+    common = order_of_equal_rows(passed, given)
     return order if common is None else common
 
 
@@ -112,7 +126,7 @@ def _match(first: Tensor, batch: Sequence[Tensor]) -> Tensor | None:
         moved = second.to(first.device)
         if torch.equal(first, moved):
             return moved
-        if reordered is None and not first.is_complex() and _order_of_equal_rows(first, moved) is not None:
+        if reordered is None and not first.is_complex() and order_of_equal_rows(first, moved) is not None:
             reordered = moved
     return reordered
 
@@ -122,7 +136,7 @@ def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
 
     An increasing function of a feature or of a channel keeps the order of its values, and a decreasing one reverses it.
     """
-    first, second = _summaries(received), _summaries(batch)
+    first, second = summaries(received), summaries(batch)
     ranks, rows = first.argsort(0), second.argsort(0)
     is_strict = (first.gather(0, ranks).diff(dim=0) > 0).all(0) & (second.gather(0, rows).diff(dim=0) > 0).all(0)
     orders = torch.empty_like(ranks).scatter_(0, ranks, rows)[:, is_strict]
@@ -132,6 +146,25 @@ def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
         return 0.0
     different = torch.unique(rows[:, is_strict], dim=1)  # features with the same order add no evidence
     return float((different.shape[1] - 1) * math.lgamma(len(orders) + 1) / math.log(2))
+
+
+def is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+    """Return whether some of several calls received the rows of the batch unchanged and in order, and others did not.
+
+    Args:
+        passed: The tensors that the calls received, joined.
+        given: The tensors of the batch.
+        sizes: The number of rows of each call.
+    """
+    for first in passed:
+        for second in given:
+            if first.ndim < 2 or first.shape != second.shape or len(first) != sum(sizes):
+                continue
+            parts = zip(torch.split(first, sizes), torch.split(second.to(first.device), sizes), strict=True)
+            count = sum(torch.equal(*part) for part in parts)
+            if 0 < count < len(sizes):
+                return True
+    return False
 
 
 def some_entries(values: Tensor) -> Tensor:
@@ -144,8 +177,12 @@ def some_entries(values: Tensor) -> Tensor:
     return _wide(flat[:, :: math.ceil(flat.shape[1] / (4 * COLUMNS))])
 
 
-def _summaries(values: Tensor) -> Tensor:
-    """Return features, or means over parts of the channels, of each sample ``(N, K)``."""
+def summaries(values: Tensor) -> Tensor:
+    """Return features, or means over parts of the channels, of each sample ``(N, K)``.
+
+    Args:
+        values: ``(N, ...)`` with at least two axes.
+    """
     if values.ndim == 2:
         return _wide(values[:, :: math.ceil(values.shape[1] / COLUMNS)])
     channels = _wide(values.flatten(2))

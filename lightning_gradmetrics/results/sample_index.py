@@ -114,6 +114,8 @@ class SampleIndex:
     last: Tensor | None = None
     """The indices of the last batch."""
     committed: np.ndarray[Any, Any] | None = None
+    moved: Tensor | None = None
+    """The position in the loader's batch ``(N,)`` of each row of the next batch, -1 if unknown; ``None`` if no row moved."""
 
     @classmethod
     def of(cls, loader: Any, rank: int = 0, world_size: int = 1) -> SampleIndex:
@@ -128,12 +130,17 @@ class SampleIndex:
         Args:
             rows: The number of rows that the model returned.
             seen: The indices that the loader drew for this batch, if it recorded them.
+
+        Raises:
+            ValueError: If some rows are left out and it is unknown which.
         """
         indices = self._next(rows, seen)
         if seen is None:
             self.position += len(indices)
+        moved, self.moved = self.moved, None
         is_known = len(indices) == rows
-        self.last = torch.from_numpy(indices) if is_known else torch.full((rows,), UNKNOWN)
+        drawn = torch.from_numpy(indices) if is_known else torch.full((rows,), UNKNOWN)
+        self.last = drawn if moved is None else _moved(drawn, moved)
         return self.last
 
     def skip(self, rows: int, seen: Sequence[int] | None = None) -> bool:
@@ -163,3 +170,16 @@ class SampleIndex:
             return indices
         is_done = (indices >= 0) & self.committed[np.maximum(indices, 0)]
         return np.where(is_done, REPEATED, indices)
+
+
+def _moved(indices: Tensor, order: Tensor) -> Tensor:
+    """Return the indices of rows that moved; unknown if their order is."""
+    if bool((order >= 0).all()):
+        return indices[order]
+    if bool((indices == REPEATED).any()):
+        raise ValueError(
+            "some rows of a batch are left out, because a distributed sampler repeats them or they are already stored, and a "
+            "hook such as on_after_batch_transfer changes the batch so that it is unknown which: keep the order and the "
+            "labels of the batch in the hook"
+        )
+    return torch.full_like(indices, UNKNOWN)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
@@ -340,3 +340,101 @@ def test_loaders_side_by_side_are_one_dataset() -> None:
     assert callback.results["label"].to_pylist() == y.tolist()
     assert_scores(callback, net, x, ["energy"])
     assert column(callback, "energy").shape == (12,)
+
+
+class Hooked(Indexed):
+    """Applies a change to each batch in one of the hooks that transfer it to the device."""
+
+    change: Callable[[Any], Any]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.change(batch)
+
+
+class HookedAfter(Indexed):
+    change: Callable[[Any], Any]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.change(batch)
+
+
+class HookedTransfer(Indexed):
+    change: Callable[[Any], Any]
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        return self.change(super().transfer_batch_to_device(batch, device, dataloader_idx))
+
+
+def sorted_by_label(batch: Any) -> Any:
+    order = batch[1].argsort(descending=True)
+    return [batch[0][order], batch[1][order]]
+
+
+def reversed_in_place(batch: Any) -> Any:
+    for tensor in batch:
+        tensor.copy_(tensor.flip(0))
+    return batch
+
+
+def scaled(batch: Any) -> Any:
+    return [3 * batch[0] + 2, batch[1]]
+
+
+def scaled_and_reversed(batch: Any) -> Any:
+    return [(3 * batch[0] + 2).flip(0), batch[1].flip(0)]
+
+
+def noisy(batch: Any) -> Any:
+    """Random values, as of a strong augmentation; labels are kept."""
+    return [torch.cat([batch[0][:, :1], torch.randn(len(batch[0]), 2)], 1).roll(1, 1), batch[1]]
+
+
+@pytest.mark.parametrize("stage", ["validate", "predict"])
+@pytest.mark.parametrize("kind", [Hooked, HookedAfter, HookedTransfer])
+@pytest.mark.parametrize("change", [sorted_by_label, reversed_in_place])
+def test_the_index_follows_hooks_that_move_rows(change: Callable[[Any], Any], kind: Any, stage: str) -> None:
+    callback, module = observed(), kind()
+    module.change = change
+    used = trainer(callback)
+    for loader in (DataLoader(Numbered(), 4), LOADERS["shuffle"]()):
+        getattr(used, stage)(module, loader)
+        assert_exact(callback, 11)
+        assert callback.results["label"].to_pylist() == [index % 3 for index in numbers_received(callback)]
+        if stage == "validate":
+            assert "convert_input" not in vars(used.precision_plugin)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_known"),
+    [(scaled, True), (scaled_and_reversed, False), (noisy, False)],
+    ids=["scaled", "moved", "noise"],
+)
+def test_hooks_that_change_values_keep_the_index_only_if_the_order_is_certain(
+    change: Callable[[Any], Any], is_known: bool
+) -> None:
+    callback, module = observed(), HookedAfter()
+    module.change = change
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        trainer(callback).test(module, DataLoader(Numbered(), 11), verbose=False)
+    about = [str(one.message) for one in heard if "index of the rows" in str(one.message)]
+    index = callback.results["index"].to_pylist()
+    if is_known:
+        assert index == list(range(11)) and not about
+    else:
+        assert index == [None] * 11
+        assert len(about) == 1 and "on_after_batch_transfer" in about[0] and "sample_id=" in about[0]
+
+
+class HookedData(LightningDataModule):
+    def test_dataloader(self) -> Any:
+        return LOADERS["shuffle"]()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return sorted_by_label(batch)
+
+
+def test_a_data_module_may_move_rows() -> None:
+    callback = observed()
+    trainer(callback).test(Indexed(), datamodule=HookedData(), verbose=False)
+    assert_exact(callback, 11)

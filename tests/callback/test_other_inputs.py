@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,33 @@ def test_flat_text_with_offsets() -> None:
     )
     with pytest.raises((ValueError, TypeError), match=r"sample axis|first axis"):
         test_run(lgm.GradientMetrics(FULL), PassesBags(net), data)
+
+
+class PassesLastTwo(Stepped):
+    def step(self, batch: Any) -> Any:
+        return self(batch[1], batch[2])
+
+
+@pytest.mark.parametrize("is_index", [False, True])
+def test_flat_text_in_a_tuple(is_index: bool) -> None:
+    """In ``(labels, text, offsets)`` the first entry is the labels, unless it counts the samples or is no class."""
+    net, texts = Bags().double().eval(), [torch.randint(0, 20, (length,)) for length in (3, 1, 4, 2, 5, 2, 3, 1)]
+    first = list(range(8)) if is_index else [2, 0, 1, 1, 0, 2, 2, 0]
+
+    def collated(rows: list[Any]) -> tuple[Tensor, ...]:
+        entries = flat(rows)
+        return entries["labels"], entries["text"], entries["offsets"]
+
+    data = DataLoader(list(zip(texts, first, strict=True)), 4, collate_fn=collated)  # type: ignore[arg-type]
+    callback = lgm.GradientMetrics(LOGIT_AND_HEAD)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        test_run(callback, PassesLastTwo(net), data)
+    features = torch.stack([net.words.weight[text].mean(0) for text in texts]).detach()
+    assert_closed_forms(callback, features, net.head(features).detach())
+    about = [str(one.message) for one in heard if "no labels are used" in str(one.message)]
+    assert callback.results["label"].to_pylist() == ([None] * 8 if is_index else first)
+    assert len(about) == is_index and all("split_batch=" in text for text in about)
 
 
 class Pools(nn.Module):
