@@ -73,22 +73,21 @@ def transferred_order(before: Sequence[RowMarks], after: Sequence[RowMarks], siz
         return RowOrder(bits=math.inf)
     before = [marks for marks in before if marks.shape[0] == size]
     after = [marks for marks in after if marks.shape[0] == size]
-    pairs, others = _pairs_of_equal_rows(before, after)
+    pairs, changed, others = _pairs_of_equal_rows(before, after)
     bits = 0.0
     if pairs:
         same = _order_of_pairs(pairs, is_all=not others)
         if same is None or same.order is not None:
             return same
         bits = same.bits
-    unused = [marks for marks in before if all(marks is not first for first, _ in pairs)]
-    bits += _bits_of_means(unused, others)
+    bits += _bits_of_means(changed, others)
     return RowOrder(bits=bits) if bits else None
 
 
 def _pairs_of_equal_rows(
     before: Sequence[RowMarks], after: Sequence[RowMarks]
-) -> tuple[list[tuple[RowMarks, RowMarks]], list[RowMarks]]:
-    """Return the pairs of marks with equal rows in any order, and the marks after the change that belong to no pair."""
+) -> tuple[list[tuple[RowMarks, RowMarks]], list[RowMarks], list[RowMarks]]:
+    """Return the pairs of marks with equal rows in any order, and the marks before and after the change without a partner."""
     pairs: list[tuple[RowMarks, RowMarks]] = []
     others = []
     left = list(before)
@@ -99,7 +98,7 @@ def _pairs_of_equal_rows(
         else:
             pairs.append((partner, marks))
             left = [one for one in left if one is not partner]
-    return pairs, others
+    return pairs, left, others
 
 
 def _partner(marks: RowMarks, candidates: Sequence[RowMarks]) -> RowMarks | None:
