@@ -71,9 +71,7 @@ def transferred_order(before: Sequence[RowMarks], after: Sequence[RowMarks], siz
     """
     if size == 1:
         return RowOrder(bits=math.inf)
-    before = [marks for marks in before if marks.shape[0] == size]
-    after = [marks for marks in after if marks.shape[0] == size]
-    pairs, changed, others = _pairs_of_equal_rows(before, after)
+    pairs, changed, others = _pairs_of_equal_rows(_of_length(before, size), _of_length(after, size))
     bits = 0.0
     if pairs:
         same = _order_of_pairs(pairs, is_all=not others)
@@ -84,32 +82,40 @@ def transferred_order(before: Sequence[RowMarks], after: Sequence[RowMarks], siz
     return RowOrder(bits=bits) if bits else None
 
 
+def _of_length(marks: Sequence[RowMarks], size: int) -> list[RowMarks]:
+    """Return the marks of tensors with this number of rows."""
+    kept = []
+    for one in marks:
+        if one.shape[0] == size:
+            kept.append(one)
+    return kept
+
+
 def _pairs_of_equal_rows(
-    before: Sequence[RowMarks], after: Sequence[RowMarks]
+    left: list[RowMarks], after: Sequence[RowMarks]
 ) -> tuple[list[tuple[RowMarks, RowMarks]], list[RowMarks], list[RowMarks]]:
     """Return the pairs of marks with equal rows in any order, and the marks before and after the change without a partner."""
     pairs: list[tuple[RowMarks, RowMarks]] = []
     others = []
-    left = list(before)
     for marks in after:
-        partner = _partner(marks, left)
-        if partner is None:
+        number = _partner(marks, left)
+        if number is None:
             others.append(marks)
         else:
-            pairs.append((partner, marks))
-            left = [one for one in left if one is not partner]
+            pairs.append((left.pop(number), marks))
     return pairs, left, others
 
 
-def _partner(marks: RowMarks, candidates: Sequence[RowMarks]) -> RowMarks | None:
+def _partner(marks: RowMarks, candidates: Sequence[RowMarks]) -> int | None:
+    """Return the number of the candidate with the same rows, if possible in the same order."""
     moved = None
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates):
         if candidate.shape != marks.shape:
             continue
         if torch.equal(candidate.entries, marks.entries):
-            return candidate
+            return number
         if moved is None and order_of_equal_rows(marks.entries, candidate.entries) is not None:
-            moved = candidate
+            moved = number
     return moved
 
 
