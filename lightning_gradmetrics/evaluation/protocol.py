@@ -145,26 +145,25 @@ def evaluate(
 
 def _judged(results: Any, question: Question, bins: int | None) -> Judged:
     """Evaluate in memory or in a stream, depending on the size and kind of the results."""
-    if question.cluster is not None:
-        if bins is not None:
-            raise ValueError("cluster= and bins= exclude each other: clusters are resampled in memory")
-        return judge_rows(_in_memory(results, question), question)
+    if question.cluster is not None and bins is not None:
+        raise ValueError("cluster= and bins= exclude each other: clusters are resampled in memory")
     if bins is None and not isinstance(results, (str, Path, ds.Dataset)):
         return judge_rows(results, question)
     stream = stream_of(results)
-    if bins is None and stream.rows <= MOST_EXACT_ROWS:
-        return judge_rows(_in_memory(results, question), question)
+    is_small = bins is None and stream.rows <= MOST_EXACT_ROWS
+    if is_small or question.cluster is not None:
+        return judge_rows(_in_memory(results, stream.columns, question), question)
     return judge_stream(stream, question, BINS if bins is None else bins)
 
 
-def _in_memory(results: Any, question: Question) -> Any:
+def _in_memory(results: Any, present: Sequence[str], question: Question) -> Any:
     """Return the results; those of a file as a dataset, and those of a directory as a table of the needed columns."""
     if not isinstance(results, (str, Path)):
         return results
     if Path(results).is_file():
         return ds.dataset(results)
     clusters = [] if question.cluster is None else [question.cluster]
-    wanted = chosen_columns(stream_of(results).columns, [*COLUMNS, *question.scores, *clusters], ["finite"])
+    wanted = chosen_columns(present, [*COLUMNS, *question.scores, *clusters], ["finite"])
     return read_results(results, columns=wanted)
 
 

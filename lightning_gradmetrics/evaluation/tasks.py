@@ -24,6 +24,7 @@ from lightning_gradmetrics.evaluation.row_classes import (
     RowClass,
     RowSorter,
 )
+from lightning_gradmetrics.results.reading import index_numbers
 
 __all__ = ["ID", "KINDS", "DetectionTask", "Rows", "rows_of", "tasks_of"]
 
@@ -131,9 +132,9 @@ def _clusters(table: pa.Table, name: str) -> Any:
 
 def _check_repeats(table: pa.Table, places: Any) -> None:
     """Check that no (dataset, index) appears twice; rows without an index are not compared."""
-    column = table["index"]
+    column = index_numbers(table["index"])
     known = column.is_valid().to_numpy()
-    index = column.fill_null(0).cast(pa.int64()).to_numpy()
+    index = column.fill_null(0).to_numpy()
     if not known.all():
         index, places = index[known], places[known]
     ascending = np.diff(index) > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,14 @@ from lightning_gradmetrics.results.table import merge_results
 
 __all__ = [
     "IncompleteResultsError",
-    "check_parts",
+    "StoredParts",
     "committed_rows",
+    "index_numbers",
     "indices_by_dataset",
-    "interrupted",
     "is_complete",
     "named_indices",
     "read_results",
-    "sizes_of_run",
+    "stored_parts",
     "unlabelled_datasets",
     "without_labels",
 ]
@@ -69,23 +71,53 @@ def read_results(directory: str | Path, *, incomplete: bool = False, columns: Se
         ...
         lightning_gradmetrics.results.reading.IncompleteResultsError: the run that wrote ... was interrupted after 1 row...
     """
+    stored = stored_parts(directory, incomplete)
+    if not stored.parts:
+        return pa.table({})
+    return _checked(Path(directory), _read(stored.parts, columns), stored.sizes, incomplete)
+
+
+@dataclass(frozen=True)
+class StoredParts:
+    """The parts of a results directory.
+
+    Args:
+        parts: The Parquet files, in order.
+        rows: Their number of rows.
+        sizes: The number of samples of each dataset, ``None`` where it is unknown.
+    """
+
+    parts: Sequence[Path]
+    rows: int
+    sizes: Mapping[str, int | None]
+
+
+def stored_parts(directory: str | Path, incomplete: bool = False) -> StoredParts:
+    """Return the parts of a results directory.
+
+    Args:
+        directory: A results directory.
+        incomplete: Whether to accept an interrupted run.
+
+    Raises:
+        FileNotFoundError: If the directory contains no results.
+        IncompleteResultsError: If the run was interrupted, or a part is missing or was changed.
+    """
     directory = Path(directory)
     parts = sorted(directory.glob(PART))
     manifest = directory / MANIFEST
     if not parts and not manifest.exists():
         raise FileNotFoundError(f"{directory} contains no results; expected the directory that was passed as output=")
     rows = {part.name: pq.read_metadata(part).num_rows for part in parts}
+    total = sum(rows.values())
     if manifest.exists():
         content = json.loads(manifest.read_text())
-        check_parts(directory, content["parts"], rows)
-        sizes: dict[str, int | None] = content["datasets"]
-    else:
-        sizes = sizes_of_run(parts[0])
-        if not incomplete:
-            raise interrupted(directory, sum(rows.values()), sizes)
-    if not parts:
-        return pa.table({})
-    return _checked(directory, _read(parts, columns), sizes, incomplete)
+        _check_parts(directory, content["parts"], rows)
+        return StoredParts(parts, total, content["datasets"])
+    sizes = _sizes_of_run(parts[0])
+    if not incomplete:
+        raise _interrupted(directory, total, sizes)
+    return StoredParts(parts, total, sizes)
 
 
 def is_complete(directory: Path) -> bool:
@@ -130,7 +162,7 @@ def _checked(directory: Path, table: pa.Table, sizes: Mapping[str, int | None], 
     return merge_results([table], names)
 
 
-def sizes_of_run(part: Path) -> dict[str, int | None]:
+def _sizes_of_run(part: Path) -> dict[str, int | None]:
     """Return the number of samples of each dataset, from the metadata of an interrupted run."""
     run = json.loads((pq.read_schema(part).metadata or {}).get(RUN, b"{}"))
     sizes: dict[str, int | None] = {}
@@ -139,7 +171,7 @@ def sizes_of_run(part: Path) -> dict[str, int | None]:
     return sizes
 
 
-def interrupted(directory: Path, rows: int, sizes: Mapping[str, int | None]) -> IncompleteResultsError:
+def _interrupted(directory: Path, rows: int, sizes: Mapping[str, int | None]) -> IncompleteResultsError:
     """Return the error for a directory without a manifest, which names the missing rows."""
     missing = []
     done = committed_rows(directory)
@@ -192,12 +224,45 @@ def committed_rows(directory: str | Path) -> CommittedRows:
 
 
 def indices_by_dataset(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]:
-    """Yield the name of each dataset in a results table, and the indices of its rows."""
+    """Yield the name of each dataset in a results table, and the indices of its rows, int64.
+
+    Raises:
+        ValueError: If the indices are not whole numbers.
+    """
+    indices = index_numbers(table["index"])
     for name in pc.unique(table["dataset"]).to_pylist():
-        yield name, table["index"].filter(pc.equal(table["dataset"], name))
+        yield name, indices.filter(pc.equal(table["dataset"], name))
 
 
-def check_parts(directory: Path, expected: Mapping[str, int], present: Mapping[str, int]) -> None:
+def index_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the column ``index`` of a results table as int64, null where the index is unknown.
+
+    Raises:
+        ValueError: If it contains anything else than whole numbers.
+
+    Example:
+        >>> index_numbers(pa.chunked_array([["a.png", "b.png"]]))
+        Traceback (most recent call last):
+        ...
+        ValueError: the column 'index' contains values of type string, such as 'a.png'; expected whole numbers, each sample's
+        position in its dataset, or null where it is unknown. Names of samples belong in a column 'sample_id'
+    """
+    kind = column.type
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
+        with suppress(pa.ArrowInvalid):
+            return column.cast(pa.int64())
+    example = next((value for value in column.to_pylist() if value is not None and not _is_whole(value)), None)
+    raise ValueError(
+        f"the column 'index' contains values of type {kind}, such as {example!r}; expected whole numbers, each sample's "
+        "position in its dataset, or null where it is unknown. Names of samples belong in a column 'sample_id'"
+    )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _check_parts(directory: Path, expected: Mapping[str, int], present: Mapping[str, int]) -> None:
     """Refuse a directory whose parts are not those of its manifest.
 
     Args:

@@ -173,7 +173,16 @@ def committed_mask(name: str, committed: CommittedRows, rows: int) -> np.ndarray
         name: The dataset's name.
         committed: The result of :func:`committed_rows`.
         rows: The number of rows N of the dataset.
+
+    Raises:
+        ResumeError: If a committed index is not a row of the dataset.
     """
+    indices = committed.indices.get(name, np.array([], dtype=np.int64))
+    if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < rows:
+        raise ResumeError(
+            f"cannot resume the dataset {name!r}: it has {rows} rows, and indices from {indices[0]} to {indices[-1]} are "
+            "committed; score it again in another directory"
+        )
     mask = np.zeros(rows, dtype=bool)
-    mask[committed.indices.get(name, np.array([], dtype=np.int64))] = True
+    mask[indices] = True
     return mask

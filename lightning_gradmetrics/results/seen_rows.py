@@ -53,7 +53,7 @@ class SeenRows:
         """
         for name, column in indices_by_dataset(table):
             self.unknown[name] = self.unknown.get(name, 0) + column.null_count
-            indices = np.sort(column.drop_null().cast(pa.int64()).to_numpy())
+            indices = np.sort(column.drop_null().to_numpy())
             if not len(indices):
                 continue
             if indices[0] < 0 or indices[-1] >= LARGEST_INDEX:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_gradmetrics.results.parts import MANIFEST, PART
-from lightning_gradmetrics.results.reading import (
-    check_parts,
-    interrupted,
-    sizes_of_run,
-    unlabelled_datasets,
-    without_labels,
-)
+from lightning_gradmetrics.results.reading import stored_parts, unlabelled_datasets, without_labels
 
 __all__ = ["StoredResults"]
 
@@ -40,18 +32,10 @@ class StoredResults:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.parts = sorted(self.directory.glob(PART))
-        manifest = self.directory / MANIFEST
-        if not self.parts:
-            raise FileNotFoundError(f"{self.directory} contains no results; expected the folder that output= named")
-        rows = {part.name: pq.read_metadata(part).num_rows for part in self.parts}
-        self.rows = sum(rows.values())
-        if not manifest.exists():
-            raise interrupted(self.directory, self.rows, sizes_of_run(self.parts[0]))
-        content = json.loads(manifest.read_text())
-        check_parts(self.directory, content["parts"], rows)
-        self.sizes: dict[str, int | None] = content["datasets"]
+        stored = stored_parts(directory)
+        if not stored.parts:
+            raise FileNotFoundError(f"{directory} contains the results of a run without samples")
+        self.parts, self.rows, self.sizes = stored.parts, stored.rows, stored.sizes
         self.columns = pq.read_schema(self.parts[0]).names
         self._unlabelled = unlabelled_datasets(self.parts)
 

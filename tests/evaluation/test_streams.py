@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_gradmetrics.evaluation import Evaluation, evaluate, streams
 from lightning_gradmetrics.evaluation.binned import bin_scores
 from lightning_gradmetrics.results import IncompleteResultsError, read_results
-from lightning_gradmetrics.results.parts import ResultsWriter
+from lightning_gradmetrics.results.parts import ResultsWriter, ResumeError
+from lightning_gradmetrics.results.resuming import unfinished
 
 SIZES = {"test": 12_000, "other": 5_000, "far": 4_000, "near": 3_000}
 ROLES = {"test": "id", "other": "id", "far": "far", "near": "near"}
@@ -175,6 +179,52 @@ def test_digits_of_text_are_no_numbers_and_decimals_and_categories_are(bins: int
     expected = judged(results, bins=bins, resamples=0).metrics
     for same in (results["label"].cast(pa.decimal128(19, 0)), results["label"].dictionary_encode()):
         assert judged(results.set_column(3, "label", same), bins=bins, resamples=0).metrics == expected
+
+
+@pytest.mark.parametrize("kind", ["text", "digits", "categories", "halves", "dates", "lists"])
+def test_an_index_of_other_values_is_refused_everywhere(kind: str, tmp_path: Path) -> None:
+    results = table(scale=0.05)
+    names = [f"{number}.png" for number in range(results.num_rows)]
+    columns = {
+        "text": pa.array(names),
+        "digits": pa.array(list(map(str, range(results.num_rows)))),
+        "categories": pa.array(names).dictionary_encode(),
+        "halves": pa.array(np.arange(results.num_rows) + 0.5),
+        "dates": pa.array(np.arange(results.num_rows).astype("datetime64[D]")),
+        "lists": pa.array([[number] for number in range(results.num_rows)]),
+    }
+    results = results.set_column(1, "index", columns[kind])
+    directory = write(tmp_path / "results", results, dict.fromkeys(SIZES))
+    calls = [
+        lambda bins=bins, given=given: judged(given, bins=bins)
+        for bins in (None, 1024)
+        for given in (results, directory)
+    ]
+    loader = {"test": DataLoader(TensorDataset(torch.zeros(3)), 1)}
+    for call in [*calls, lambda: read_results(directory), lambda: unfinished(loader, directory)]:
+        with pytest.raises(ValueError, match=r"column 'index' contains values of type .* such as .*'sample_id'"):
+            call()
+
+
+def test_a_null_index_is_judged_and_a_run_without_it_is_not_resumed(tmp_path: Path) -> None:
+    results = table(scale=0.05)
+    directory = tmp_path / "results"
+    described = {"t": {"kind": "Counted", "rows": 3, "order": "in order", "content": None}}
+    for nulls in (pa.nulls(results.num_rows), pa.nulls(results.num_rows, pa.int64())):
+        hidden = results.set_column(1, "index", nulls)
+        assert judged(hidden, resamples=0).metrics == judged(results, resamples=0).metrics
+        with ResultsWriter(directory, {"datasets": described}) as writer:
+            writer.add(hidden.set_column(0, "dataset", pa.repeat("t", results.num_rows)))
+        with pytest.raises(ResumeError, match="committed rows have no index"):
+            unfinished(DataLoader(Counted(), 1), directory)
+        shutil.rmtree(directory)
+
+
+class Counted(Dataset[int]):
+    """Three rows, whose content is unknown to a description of the data."""
+
+    def __len__(self) -> int:
+        return 3
 
 
 def test_an_index_of_floats_with_gaps_is_read() -> None:
