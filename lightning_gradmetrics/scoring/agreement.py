@@ -40,11 +40,11 @@ def difference(first: Tensor, second: Tensor) -> float:
     known = first.isfinite() & second.isfinite()
     if not known.any():
         return 0.0
-    one, other = first[known].float(), second[known].float()
+    left, right = first[known].float(), second[known].float()
     if torch.float64 in dtypes and first.device.type != "mps":
-        one, other = first[known].double(), second[known].double()
-    scale = torch.maximum(one.abs().max(), other.abs().max()).clamp_min(1e-3)
-    return float((one - other).abs().max() / (tolerance * scale))
+        left, right = first[known].double(), second[known].double()
+    scale = torch.maximum(left.abs().max(), right.abs().max()).clamp_min(1e-3)
+    return float((left - right).abs().max() / (tolerance * scale))
 
 
 def check_same_logits(first: Tensor, second: Tensor, message: str) -> None:

@@ -150,11 +150,11 @@ def held_out_scores(
 
 def _seen_by(column: HeldOutColumn, fold: int, cells: Mapping[tuple[str, int], Fitting]) -> list[Any]:
     """Return the totals for the column's fit for one fold: those of the other folds and the allowed sets."""
-    seen = []
+    totals = []
     for (name, fold_of_cell), fitting in cells.items():
         if fold_of_cell != fold and name != column.without:
-            seen.append(fitting.seen)
-    return seen
+            totals.append(fitting.seen)
+    return totals
 
 
 def _cells(
@@ -169,18 +169,18 @@ def _cells(
     for name in parts:
         for fold in range(count):
             cells[name, fold] = Fitting(scores, template)
-            for part, in_fold in _split(parts[name], folds[name] == fold):
-                known = (in_fold & part.finite).to(part.evidence.given_logits.device)
-                cells[name, fold].add_rows(part.evidence, known, part.keys)
+            for batch, in_fold in _split(parts[name], folds[name] == fold):
+                known = (in_fold & batch.finite).to(batch.evidence.given_logits.device)
+                cells[name, fold].add_rows(batch.evidence, known, batch.keys)
     return cells
 
 
 def _split(parts: Sequence[Part], rows: Tensor) -> Iterator[tuple[Part, Tensor]]:
     """Yield each batch with its section of ``rows`` ``(N,)``."""
     start = 0
-    for part in parts:
-        end = start + len(part.keys)
-        yield part, rows[start:end]
+    for batch in parts:
+        end = start + len(batch.keys)
+        yield batch, rows[start:end]
         start = end
 
 
@@ -195,11 +195,11 @@ def _fitted(column: HeldOutColumn, template: Scorer, model: nn.Module, seen: lis
 def _scores_of(score: Score, parts: Sequence[Part], rows: Tensor) -> Tensor:
     """Return a score of the marked rows, in their order, on the CPU."""
     scorer, values = Scorer((score,)), [torch.zeros(0).double()]
-    for part, marked in _split(parts, rows):
+    for batch, marked in _split(parts, rows):
         if score.needs.labels:
-            scorer.check_labels(part.evidence.given_labels, part.evidence.given_logits, None)
+            scorer.check_labels(batch.evidence.given_labels, batch.evidence.given_logits, None)
         if marked.any():
-            evidence = part.evidence.rows(marked.to(part.evidence.given_logits.device))
+            evidence = batch.evidence.rows(marked.to(batch.evidence.given_logits.device))
             values.append(scorer(evidence)[score.name].cpu().double())
     return torch.cat(values)
 

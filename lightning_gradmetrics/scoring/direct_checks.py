@@ -107,6 +107,6 @@ def given_labels(targets: Any, logits: Tensor) -> Any:
     """
     if targets is None:
         return None
-    given = targets if isinstance(targets, Tensor) else torch.as_tensor(targets)
-    converted = class_numbers(given, len(logits), logits.shape[1]) if logits.ndim == 2 else None
-    return given if converted is None else converted
+    labels = targets if isinstance(targets, Tensor) else torch.as_tensor(targets)
+    converted = class_numbers(labels, len(logits), logits.shape[1]) if logits.ndim == 2 else None
+    return labels if converted is None else converted

@@ -208,8 +208,8 @@ class Evidence:
     def _layer_input(self) -> HeadFeatures:
         if self.given_features is None:
             _missing("the head's input")
-        given = self.given_features
-        return (HeadFeatures.of(given) if isinstance(given, Tensor) else given).precise()
+        features = self.given_features
+        return (HeadFeatures.of(features) if isinstance(features, Tensor) else features).precise()
 
     @property
     def has_product_gradient(self) -> bool:
@@ -285,8 +285,8 @@ class Evidence:
         def take(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[keep]
 
-        given = self.given_features
-        features = given.rows(keep) if isinstance(given, HeadFeatures) else take(given)
+        original = self.given_features
+        features = original.rows(keep) if isinstance(original, HeadFeatures) else take(original)
         gradients = {}
         for key, statistics in self.gradients.items():
             gradients[key] = statistics.rows(keep)

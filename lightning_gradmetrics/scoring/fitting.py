@@ -96,9 +96,9 @@ class Fitting:
         """Add the tokens of the texts that ``keep`` marks; each token is one row."""
         assert batch.tokens is not None
         finite = batch.logits.isfinite().all(1)
-        kept = keep.repeat_interleave(batch.tokens.lengths.to(keep.device)).to(finite.device)
-        self.left_out += int((kept & ~finite).sum())
-        self.add_rows(evidence, kept & finite, row_keys(batch.logits))
+        is_used = keep.repeat_interleave(batch.tokens.lengths.to(keep.device)).to(finite.device)
+        self.left_out += int((is_used & ~finite).sum())
+        self.add_rows(evidence, is_used & finite, row_keys(batch.logits))
 
     def add_rows(self, evidence: Evidence, known: Tensor, keys: Tensor) -> None:
         """Add the rows of a batch where ``known`` ``(N,)`` is true; ``keys`` ``(N,)`` determine their order."""
@@ -224,10 +224,10 @@ def gathered(
         inputs, labels = split_batch(batch)
         moved = map_tensors(inputs, lambda tensor: tensor.to(device))
         with samples_first(model, moved, sample_axis) as placed:
-            seen = observer.own(placed)
-            kept = _with_labels(observer, seen, batch, labels, ood, inputs)
-            evidence = scorer.evidence(model, kept)
-        yield kept, evidence
+            observed = observer.own(placed)
+            labelled = _with_labels(observer, observed, batch, labels, ood, inputs)
+            evidence = scorer.evidence(model, labelled)
+        yield labelled, evidence
 
 
 def _with_labels(

@@ -64,10 +64,10 @@ def gradient_profile(
         >>> names, norms.shape
         (('0', '2'), torch.Size([5, 2]))
     """
-    found = gradient_statistics(
+    statistics_of_layers = gradient_statistics(
         model, inputs, Objective.of(objective), parameters, True, statistics=[f"l{norm:g}"], **options
     ).by_layer()
-    return LayerNorms(found.names, found.norm(norm))
+    return LayerNorms(statistics_of_layers.names, statistics_of_layers.norm(norm))
 
 
 @dataclass(frozen=True)

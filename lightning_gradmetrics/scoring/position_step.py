@@ -118,21 +118,21 @@ class PositionReader:
 
         calls, own = self._forward(map_tensors(inputs, first), called, self._candidates(logits.shape[1]))
         self._scores_output = False
-        found = compose([_first_sample(one) for one in calls], own[:1])
-        if not found and self.head is not None and calls:
-            found, self._scores_output = [Composition((Part(self.head),))], True
-        if not found:
-            found = self._mapped(calls, own)
-        self.composition = self._certain(found, calls, own)
+        compositions = compose([_first_sample(layer_call) for layer_call in calls], own[:1])
+        if not compositions and self.head is not None and calls:
+            compositions, self._scores_output = [Composition((Part(self.head),))], True
+        if not compositions:
+            compositions = self._mapped(calls, own)
+        self.composition = self._certain(compositions, calls, own)
 
     def _mapped(self, calls: Sequence[LayerCall], logits: Tensor) -> list[Composition]:
         """Return the head whose output the model scales or caps, and keep the map; empty if it is not certain."""
         maps: dict[str, LogitMap] = {}
-        for one in calls:
-            same_shape = one.output is not None and one.output.shape == logits.shape
-            recognised = recognised_map(one.output, logits) if same_shape else None  # type: ignore[arg-type]
+        for layer_call in calls:
+            same_shape = layer_call.output is not None and layer_call.output.shape == logits.shape
+            recognised = recognised_map(layer_call.output, logits) if same_shape else None  # type: ignore[arg-type]
             if recognised is not None:
-                maps[one.name] = recognised
+                maps[layer_call.name] = recognised
         if len(maps) != 1:
             return []
         ((name, self._map),) = maps.items()
@@ -173,7 +173,7 @@ class PositionReader:
     def _certain(self, found: Sequence[Composition], calls: Sequence[LayerCall], logits: Tensor) -> Composition:
         """Return the only composition whose layers are linear functions given by their weights."""
         if len(found) > 1:
-            names = ", ".join(" + ".join(one.names) for one in found)
+            names = ", ".join(" + ".join(composition.names) for composition in found)
             raise HeadNotFoundError(
                 f"several layers of {type(self.model).__name__} return its logits: {names}. Say which is its head: "
                 f"head={found[0].names[0]!r}, for example"
@@ -181,7 +181,7 @@ class PositionReader:
         if not found:
             raise HeadNotFoundError(self._not_found(logits, calls))
         for name in found[0].names:
-            self._check_layer(name, next(one for one in calls if one.name == name))
+            self._check_layer(name, next(layer_call for layer_call in calls if layer_call.name == name))
         return found[0]
 
     def _check_layer(self, name: str, one: LayerCall) -> None:
@@ -195,7 +195,10 @@ class PositionReader:
             )
 
     def _not_found(self, logits: Tensor, calls: Sequence[LayerCall]) -> str:
-        kind, names = type(self.model).__name__, ", ".join(dict.fromkeys(one.name for one in calls)) or "none"
+        kind, names = (
+            type(self.model).__name__,
+            ", ".join(dict.fromkeys(layer_call.name for layer_call in calls)) or "none",
+        )
         return (
             f"the head of {kind} could not be found: its logits {tuple(logits.shape)} are not the output of a convolution, a "
             "transposed convolution or a linear layer, resized, cropped, averaged over flips or added "
@@ -213,18 +216,18 @@ class PositionReader:
             layer = self.model.get_submodule(name)
             patches = patches_of(layer)
             assert patches is not None
-            own = [one for one in calls if one.name == name]
+            calls_of_layer = [layer_call for layer_call in calls if layer_call.name == name]
             terms = []
-            for part in made.parts:
-                if part.name == name:
-                    features = own[part.call].features
+            for summand in made.parts:
+                if summand.name == name:
+                    features = calls_of_layer[summand.call].features
                     assert features is not None
-                    terms.append(Term(features, patches, (part.carry, made.carry), part.share))
+                    terms.append(Term(features, patches, (summand.carry, made.carry), summand.share))
             blocks += _blocks(terms)
             matrix = patches.weight_matrix(layer.weight)  # type: ignore[arg-type]
             weights.append(torch.block_diag(*matrix.chunk(patches.groups)))  # type: ignore[no-untyped-call]
             if layer.bias is not None:
-                share = sum(part.share for part in made.parts if part.name == name)
+                share = sum(summand.share for summand in made.parts if summand.name == name)
                 added = share * layer.bias  # type: ignore[operator]
                 bias = added if bias is None else bias + added  # type: ignore[assignment]
         return HeadFeatures(tuple(blocks)), Head("+".join(made.names), torch.cat(weights, 1), bias)
@@ -261,11 +264,11 @@ def capturing(layers: Mapping[str, nn.Module]) -> Iterator[list[LayerCall]]:
 
 def _copying(calls: list[LayerCall], name: str) -> Callable[..., None]:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if args else next(iter(kwargs.values()), None)
-        if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.ndim < 3:
+        layer_input = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(layer_input, Tensor) or not isinstance(output, Tensor) or layer_input.ndim < 3:
             return
         axis = -1 if isinstance(module, nn.Linear) else 1
-        features, made = given.detach().clone().movedim(axis, 1), output.detach().clone().movedim(axis, 1)
+        features, made = layer_input.detach().clone().movedim(axis, 1), output.detach().clone().movedim(axis, 1)
         calls.append(LayerCall(name, features, made, tuple(features.shape), tuple(made.shape)))
 
     return after

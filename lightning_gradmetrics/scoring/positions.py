@@ -142,14 +142,14 @@ def _position_blocks(evidence: Evidence) -> Iterator[Evidence]:
     labels = None if evidence.given_labels is None else evidence.given_labels.flatten(1)
     vectors: dict[str, Tensor] = {}
     for start in range(0, logits.shape[2], step):
-        part = slice(start, start + step)
-        changed: dict[str, Any] = {"given_logits": logits[:, :, part].contiguous(), "_softmax": {}}
+        section = slice(start, start + step)
+        changed: dict[str, Any] = {"given_logits": logits[:, :, section].contiguous(), "_softmax": {}}
         if whole is not None:
-            changed["given_features"] = _PartOfFeatures(whole.blocks, whole=whole, part=part, vectors=vectors)
+            changed["given_features"] = _PartOfFeatures(whole.blocks, whole=whole, part=section, vectors=vectors)
         if slope is not None:
-            changed["given_slope"] = slope[:, :, part]
+            changed["given_slope"] = slope[:, :, section]
         if labels is not None:
-            changed["given_labels"] = labels[:, part]
+            changed["given_labels"] = labels[:, section]
         yield replace(evidence, **changed)
 
 
@@ -168,12 +168,12 @@ def sampled_rows(evidence: Evidence, keep: Tensor, keys: Tensor, with_features: 
     row_keys: list[Tensor] = []
     for number in keep.nonzero().flatten().tolist():
         rows = as_rows(evidence.rows(torch.tensor([number], device=keep.device)), with_features)
-        places = torch.arange(len(rows.given_logits))
+        candidates = torch.arange(len(rows.given_logits))
         if rows.given_labels is not None:
-            places = places[(rows.given_labels >= 0).cpu()]
+            candidates = candidates[(rows.given_labels >= 0).cpu()]
         key = int(keys[number])
         generator = torch.Generator().manual_seed(key & (2**63 - 1))
-        chosen = places[torch.randperm(len(places), generator=generator)[:SAMPLED]].sort().values
+        chosen = candidates[torch.randperm(len(candidates), generator=generator)[:SAMPLED]].sort().values
         if len(chosen):
             parts.append(rows.rows(chosen.to(keep.device)))
             row_keys.append(torch.randint(-(2**62), 2**62, (len(chosen),), generator=generator))
@@ -184,7 +184,7 @@ def _joined(parts: Sequence[Evidence]) -> Evidence:
     """Return the rows of several samples together."""
     columns: list[Tensor | None] = []
     for name in ("given_logits", "given_features", "given_labels", "given_ood", "given_slope"):
-        values = [getattr(part, name) for part in parts]
+        values = [getattr(member, name) for member in parts]
         columns.append(torch.cat(values) if isinstance(values[0], Tensor) else values[0])
     logits, features, labels, ood, slope = columns
     assert logits is not None and slope is not None

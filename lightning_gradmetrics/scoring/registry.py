@@ -217,8 +217,8 @@ def _made(score: Any, arguments: Mapping[str, Any]) -> Score:
             raise TypeError(f"the score {score.name!r} is a Score object already and takes no further arguments")
         return score
     if isinstance(score, str):
-        name, given = _parse(score)
-        return _known(name)(**given, **arguments)
+        name, spelled = _parse(score)
+        return _known(name)(**spelled, **arguments)
     if isinstance(score, Mapping):
         return _from_mapping(score, arguments)
     if isinstance(score, Recipe):
@@ -270,21 +270,21 @@ def _imported(path: str) -> Callable[..., Any]:
 def _from_mapping(node: Mapping[str, Any], arguments: Mapping[str, Any]) -> Score:
     """Return a score from ``{name: arguments}``, or from a LightningCLI or Hydra node that is not instantiated yet."""
     if "class_path" in node:
-        given = node.get("init_args") or node.get("dict_kwargs") or {}
-        return _known(str(node["class_path"]))(**given, **arguments)
+        score_arguments = node.get("init_args") or node.get("dict_kwargs") or {}
+        return _known(str(node["class_path"]))(**score_arguments, **arguments)
     if "_target_" in node:
-        given = {}
+        score_arguments = {}
         for key, value in node.items():
             if not (key.startswith("_") and key.endswith("_")):
-                given[key] = value
-        return _known(str(node["_target_"]))(**given, **arguments)
+                score_arguments[key] = value
+        return _known(str(node["_target_"]))(**score_arguments, **arguments)
     if len(node) != 1:
         raise ValueError(
             f"a score given as a mapping has one key, its name, as in {{'gradnorm': {{'temperature': 2}}}}; got "
             f"{', '.join(map(repr, node)) or 'none'}"
         )
-    ((name, given),) = node.items()
-    return _known(name)(**(given or {}), **arguments)
+    ((name, score_arguments),) = node.items()
+    return _known(name)(**(score_arguments or {}), **arguments)
 
 
 def _named(name: str, value: Any) -> Score:

@@ -132,8 +132,8 @@ class Scorer:
         dtype = result_dtype(evidence.given_logits.dtype)
         values, blocked = {}, self._by_blocks(evidence)
         for score in self.scores:
-            found = blocked[score.name] if score.name in blocked else score(evidence)
-            values[score.name] = found.to(dtype)
+            uncertainties = blocked[score.name] if score.name in blocked else score(evidence)
+            values[score.name] = uncertainties.to(dtype)
             if evidence.has_positions and score.needs.labels:
                 values[score.name] = values[score.name].masked_fill(evidence.labels < 0, torch.nan)
         return values
@@ -144,7 +144,7 @@ class Scorer:
             return {}
         chosen = [score for score in self.scores if not isinstance(score, FittedScore) and score.works_on_maps]
         values = by_blocks(chosen, evidence)
-        return {score.name: found for score, found in zip(chosen, values, strict=True)}
+        return {score.name: uncertainties for score, uncertainties in zip(chosen, values, strict=True)}
 
     def check_labels(self, labels: Tensor | None, logits: Tensor, dataset: str | None) -> None:
         """Refuse samples without a label if a score reads labels.
@@ -152,8 +152,8 @@ class Scorer:
         Raises:
             ValueError: If a label is missing or is not one of the logits' classes.
         """
-        place = f" in the dataset {dataset!r}" if dataset else ""
-        problem = _label_problem(labels, len(logits), logits.shape[1], place)
+        where = f" in the dataset {dataset!r}" if dataset else ""
+        problem = _label_problem(labels, len(logits), logits.shape[1], where)
         if problem is not None:
             names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)
             raise ValueError(f"{f'the score {names}' if names else 'the profile'} needs {problem}")

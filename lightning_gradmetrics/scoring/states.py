@@ -45,9 +45,9 @@ def _hash(tensor: Tensor) -> int:
     bits = tensor.reshape(-1).to(torch.bfloat16).view(torch.int16)
     total = 0
     for start in range(0, len(bits), CHUNK):
-        part = bits[start : start + CHUNK].long() + 2**15
-        position = torch.arange(start + 1, start + 1 + len(part), device=part.device)
-        total += int((part * (position * 0x9E3779B1 + position * position)).sum())
+        numbers = bits[start : start + CHUNK].long() + 2**15
+        position = torch.arange(start + 1, start + 1 + len(numbers), device=numbers.device)
+        total += int((numbers * (position * 0x9E3779B1 + position * position)).sum())
     return total % 2**64
 
 
@@ -72,14 +72,14 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
         ValueError: the score 'gradorth' is not fitted: ...
     """
     fitted = fitted_scores(averaged(score) for score in scores)
-    found = fingerprint(model) if fitted else ""
+    present = fingerprint(model) if fitted else ""
     for score in fitted:
         if score.state is None:
             raise ValueError(not_fitted(score.name))
-        if score.model != found:
+        if score.model != present:
             raise ValueError(
                 f"the score {score.name!r} was fitted for another model ({score.model}; this "
-                f"{type(model).__name__} is {found}): its weights or its shape changed; fit the score again for this one"
+                f"{type(model).__name__} is {present}): its weights or its shape changed; fit the score again for this one"
             )
 
 
@@ -93,8 +93,8 @@ def check_head(scores: Iterable[Score], head: str | None) -> None:
     Raises:
         ValueError: If a state was fitted for another head.
     """
-    for given in scores:
-        score = averaged(given)
+    for candidate in scores:
+        score = averaged(candidate)
         if isinstance(score, FittedScore) and score.head and head and not _same_module(score.head, head):
             raise ValueError(
                 f"the score {score.name!r} was fitted for the head {score.head!r}, but this is {head!r}: fit it again, "

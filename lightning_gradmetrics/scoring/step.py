@@ -88,11 +88,11 @@ class StepObserver:
 
     def _entered(self, stack: ExitStack, layers: dict[str, nn.Module]) -> Observation:
         """Start to observe the calls of the model and of its layers, and start the observable probes."""
-        seen = stack.enter_context(observing(self.model, layers, self.scorer.logits_fn, self._whole))
+        observation = stack.enter_context(observing(self.model, layers, self.scorer.logits_fn, self._whole))
         self._readers = {}
         for probe in self._probes:
             self._readers[probe] = stack.enter_context(probe.observing(self.model))
-        return seen
+        return observation
 
     def own(self, inputs: Inputs) -> ObservedBatch:
         """Run a forward pass on the inputs and return the observed batch."""
@@ -198,7 +198,7 @@ class StepObserver:
         logits = [_existing(call.logits, [call]) for call in calls]
         if _are_equal(logits):
             return calls[0].inputs, logits[0]
-        rows = [len(part) for part in logits]
+        rows = [len(logits_of_call) for logits_of_call in logits]
         joined = _rows_of_all(logits, size, type(self.model).__name__)
         return joined_inputs([call.inputs for call in calls], rows), joined
 
@@ -245,10 +245,10 @@ class StepObserver:
     def _name_by_forward(self, given: Inputs) -> str | None:
         """Return the layer whose output ``forward`` returns for the batch, or ``None`` if that does not identify one."""
         try:
-            seen = self._run(given)
-            assert seen.called is not None
-            (only,) = seen.called[1]
-            return find_head(self.model, seen.layers, _existing(only.logits, [only]))
+            observation = self._run(given)
+            assert observation.called is not None
+            (only,) = observation.called[1]
+            return find_head(self.model, observation.layers, _existing(only.logits, [only]))
         except Exception:  # the user's forward may not accept the batch
             return None
 
@@ -276,9 +276,9 @@ class StepObserver:
         with preserved(self.model), torch.no_grad(), eager():
             copies = map_tensors(inputs, lambda tensor: tensor.detach().clone())
             with ExitStack() as stack:
-                seen = self._entered(stack, layers)
+                observation = self._entered(stack, layers)
                 call(self.model, copies)
-        return seen
+        return observation
 
     def _observed(self, calls: Sequence[ModelCall], size: int) -> dict[Probe, Tensor]:
         """Return the results of the observable probes if the model was called once."""
@@ -322,12 +322,12 @@ def _joined_layer(calls: Sequence[LayerCall], size: int | None) -> tuple[Tensor,
 def _are_equal(parts: Sequence[Tensor]) -> bool:
     """Return whether all calls returned equal tensors."""
     first = parts[0]
-    return all(part.shape == first.shape and torch.equal(part, first) for part in parts[1:])
+    return all(later.shape == first.shape and torch.equal(later, first) for later in parts[1:])
 
 
 def _rows_of_all(parts: Sequence[Tensor], size: int | None, who: str) -> Tensor:
     """Return the rows of consecutive parts of the batch."""
-    rows = sum(len(part) for part in parts)
+    rows = sum(len(tensor) for tensor in parts)
     if rows != size:
         samples = "an unknown number of samples" if size is None else f"{size} samples"
         raise ValueError(

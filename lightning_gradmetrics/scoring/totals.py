@@ -100,10 +100,10 @@ def sampled(total: Tensors) -> Tensors:
     if KEY not in total:
         return total
     keep = total[KEY].argsort(stable=True)[: _cap(total)]
-    kept = {}
+    sample = {}
     for key, value in total.items():
-        kept[key] = value[keep] if is_rows(key) else value
-    return kept
+        sample[key] = value[keep] if is_rows(key) else value
+    return sample
 
 
 @dataclass
