@@ -157,9 +157,9 @@ def comparison_grid(rows: Sequence[Mapping[str, object]], runs: int) -> Grid:
         if row["metric"] != "auroc" or row["task"] == "joint" or "mean" not in row:
             continue
         question = "errors" if row["task"] == "misclassification" else str(row["group"])
-        place = (question, str(row["dataset"]) or "mean")
-        cells.setdefault(place, {})[str(row["score"])] = _text(row, runs)
-        best[place] = max(best.get(place, 0.0), float(str(row["mean"])))
+        question_and_dataset = (question, str(row["dataset"]) or "mean")
+        cells.setdefault(question_and_dataset, {})[str(row["score"])] = _text(row, runs)
+        best[question_and_dataset] = max(best.get(question_and_dataset, 0.0), float(str(row["mean"])))
     groups: dict[str, list[Column]] = {}
     for (question, dataset), texts in sorted(cells.items(), key=lambda item: _order(item[0])):
         column_cells = tuple(texts.get(name, "–") for name in names)
@@ -193,8 +193,8 @@ def _fitting(grid: Grid, width: int) -> Grid:
     while grid.width > width and len(grid.columns) > 1:
         left_out += 1
         *groups, last = grid.groups
-        kept = [replace(last, columns=last.columns[:-1])] if len(last.columns) > 1 else []
-        grid = replace(grid, groups=(*groups, *kept))
+        shortened = [replace(last, columns=last.columns[:-1])] if len(last.columns) > 1 else []
+        grid = replace(grid, groups=(*groups, *shortened))
     if not left_out:
         return grid
     return replace(grid, notes=(*grid.notes, f"{left_out} more columns in comparison.md and comparison.csv."))

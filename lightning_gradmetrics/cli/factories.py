@@ -137,12 +137,12 @@ def _target_of(node: DictConfig, key: str) -> Any:
 def _located(path: str) -> Any:
     """Return the object at a dotted path; attributes take precedence over submodules, as in Hydra."""
     names = path.split(".")
-    found = importlib.import_module(names[0])
+    target = importlib.import_module(names[0])
     for end, name in enumerate(names[1:], 2):
-        if not hasattr(found, name):
+        if not hasattr(target, name):
             importlib.import_module(".".join(names[:end]))
-        found = getattr(found, name)
-    return found
+        target = getattr(target, name)
+    return target
 
 
 def _parameters(target: Any) -> Mapping[str, Any]:

@@ -59,14 +59,14 @@ def compare_fitted(
     names = [score.name for score in scores]
     aurocs = evaluate(results, names, roles, resamples=0).find(metric="auroc")
     records = []
-    for place in aurocs:
-        if place["score"] != names[0] or place["dataset"] is None or place["value"] is None or place["task"] == "joint":
+    for entry in aurocs:
+        if entry["score"] != names[0] or entry["dataset"] is None or entry["value"] is None or entry["task"] == "joint":
             continue
-        where = {key: place[key] for key in ("task", "dataset", "group")}
+        where = {key: entry[key] for key in ("task", "dataset", "group")}
         best = _best_references(scores, _values_at(aurocs, where))
-        candidates = _candidates(scores, without, place["dataset"])
-        rows = _rows_of(results, roles, place["task"], place["dataset"])
-        compared = _compared(rows, [c.name for c in candidates], best, roles, place["task"], resamples, seed)
+        candidates = _candidates(scores, without, entry["dataset"])
+        rows = _rows_of(results, roles, entry["task"], entry["dataset"])
+        compared = _compared(rows, [c.name for c in candidates], best, roles, entry["task"], resamples, seed)
         for candidate in candidates:
             fitted_on = _fitted_on(candidate, without.get(candidate.name))
             records.append({**where, "score": candidate.name, "fitted_on": fitted_on, **compared[candidate.name]})
@@ -171,13 +171,13 @@ def fitted_comparison_grids(records: Sequence[Record]) -> list[Grid]:
     Args:
         records: The result of :func:`compare_fitted`.
     """
-    places: dict[tuple[str, str, str], list[Record]] = {}
+    records_of_task: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
-        places.setdefault((record["task"], record["dataset"], record["group"]), []).append(record)
+        records_of_task.setdefault((record["task"], record["dataset"], record["group"]), []).append(record)
     grids = []
-    for number, ((task, dataset, group), members) in enumerate(places.items(), 1):
+    for number, ((task, dataset, group), members) in enumerate(records_of_task.items(), 1):
         question = "errors" if task == "misclassification" else group
-        grids.append(_grid(f"{question}: {dataset}", members, NOTES if number == len(places) else ()))
+        grids.append(_grid(f"{question}: {dataset}", members, NOTES if number == len(records_of_task) else ()))
     return grids
 
 

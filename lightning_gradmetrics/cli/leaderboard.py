@@ -47,11 +47,11 @@ def rivals(run: Run, challenger: str, same_cost: bool) -> list[Row]:
     """Return the baselines for a challenger: those with one forward pass, or those with as many passes as it takes."""
     rows = {row["score"]: row for row in run["rows"]}
     forwards = rows[challenger]["forwards"] if same_cost else 1
-    found = []
+    chosen = []
     for row in run["rows"]:
         if not _is_variant(row) and row["family"] == "baseline" and row["forwards"] == forwards:
-            found.append(row)
-    return found
+            chosen.append(row)
+    return chosen
 
 
 def standing(run: Run, challenger: str, column: str, same_cost: bool) -> tuple[str, list[float | None], str] | None:
@@ -95,11 +95,11 @@ def conclusions(run: Run) -> list[str]:
             cells: list[str] = []
             verdicts: dict[str, list[str]] = {}
             for column in COLUMNS:
-                found = standing(run, challenger, column, same_cost)
-                if found is None:
+                comparison = standing(run, challenger, column, same_cost)
+                if comparison is None:
                     cells.append("–")
                     continue
-                rival, difference, verdict = found
+                rival, difference, verdict = comparison
                 verdicts.setdefault(verdict, []).append(column)
                 value = percent(difference[0] or 0.0, 2)
                 signed = value if value.startswith("−") else f"+{value}"
@@ -137,10 +137,10 @@ def ablation(run: Run) -> list[str]:
     for name, spelled in variants.items():
         cells = []
         for column in COLUMNS:
-            found = [
+            matching = [
                 c for c in run["comparisons"] if (c["challenger"], c["against"], c["column"]) == ("trust", name, column)
             ]
-            cells.append(_negated(found[0]["difference"]) if found else "–")
+            cells.append(_negated(matching[0]["difference"]) if matching else "–")
         lines.append(f"| `{spelled}` | {' | '.join(cells)} |")
     if not lines:
         return []
@@ -189,8 +189,8 @@ def section(run: Run) -> list[str]:
     lines = [f"## {run['title']}", "", *run.get("notes", []), *([""] if run.get("notes") else []), _data(run), ""]
     if run.get("originals"):
         return [*lines, *confound(run)]
-    found = conclusions(run)
-    lines += [*found, ""] if found else []
+    sentences = conclusions(run)
+    lines += [*sentences, ""] if sentences else []
     lines += ablation(run)
     lines += [f"| score | forwards | fit | {' | '.join(COLUMNS)} |", "| --- | --- | --- |" + " --- |" * len(COLUMNS)]
     for row in sorted(run["rows"], key=_rank):

@@ -52,15 +52,15 @@ def differences_of(evaluation: Evaluation) -> list[Record]:
     """Return the AUROC of the evaluation's baseline minus that of each other score, with the interval, by column."""
     by_place: dict[tuple[str, str], Record] = {}
     for entry in evaluation.comparisons:
-        place = (entry["score"], column_of(entry))
-        if entry["metric"] != UNIT or (place in by_place and entry["dataset"] is not None):
+        score_and_column = (entry["score"], column_of(entry))
+        if entry["metric"] != UNIT or (score_and_column in by_place and entry["dataset"] is not None):
             continue
         low, high = entry["low"], entry["high"]
         ends = (None, None) if low is None else (-high, -low)
-        by_place[place] = {
+        by_place[score_and_column] = {
             "challenger": entry["baseline"],
             "against": entry["score"],
-            "column": place[1],
+            "column": score_and_column[1],
             "difference": _rounded(-entry["difference"], *ends),
         }
     return list(by_place.values())
@@ -136,10 +136,10 @@ def _compared(experiment: Experiment, scored: Scored, scores: Sequence[Score], c
 
 
 def _datasets(evaluation: Evaluation) -> list[Record]:
-    kept = []
+    summaries = []
     for dataset in evaluation.datasets:
-        kept.append({key: dataset[key] for key in ("name", "role", "rows", "accuracy")})
-    return kept
+        summaries.append({key: dataset[key] for key in ("name", "role", "rows", "accuracy")})
+    return summaries
 
 
 def _fitted_on(experiment: Experiment) -> dict[str, int]:

@@ -59,7 +59,7 @@ def _differing(runs: Sequence[Mapping[str, Arguments]]) -> dict[str, list[str]]:
                 values.setdefault(score, {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
     differing: dict[str, list[str]] = {}
     for score, by_key in values.items():
-        for key, seen in by_key.items():
-            if len(seen) > 1:
+        for key, distinct in by_key.items():
+            if len(distinct) > 1:
                 differing.setdefault(score, []).append(key)
     return differing

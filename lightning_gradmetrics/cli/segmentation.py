@@ -114,15 +114,15 @@ def show_segmentation(results: pa.Table, metrics: pa.Table, segments: int) -> No
 def _table(title: str, columns: Mapping[str, Key], rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=title)
     table.add_column("score", no_wrap=True)
-    found: dict[str, dict[Key, Mapping[str, Any]]] = {}
+    rows_of_score: dict[str, dict[Key, Mapping[str, Any]]] = {}
     for row in rows:
         key = (row["unit"], row["task"], row["metric"], row["within"])
         if key in columns.values():
-            found.setdefault(row["score"], {})[key] = row
+            rows_of_score.setdefault(row["score"], {})[key] = row
     for heading in columns:
         table.add_column(heading, justify="right")
-    first = next(iter(found), None)
-    for score, by_key in found.items():
+    first = next(iter(rows_of_score), None)
+    for score, by_key in rows_of_score.items():
         table.add_row(score, *[_cell(by_key.get(key), score == first) for key in columns.values()])
     return table
 

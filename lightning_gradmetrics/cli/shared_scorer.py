@@ -55,16 +55,16 @@ class SharedScorer(Scorer):
         """Return the evidence that the scores without a stored value need from a batch."""
         key = batch_key(batch)
         missing = [score.name for score in self.scores if key not in self.known.get(score.name, {})]
-        part = self._part(frozenset(missing))
-        evidence = part.evidence(model, batch)
-        self._current, self.found_head = (part, key), part.found_head
+        scorer = self._part(frozenset(missing))
+        evidence = scorer.evidence(model, batch)
+        self._current, self.found_head = (scorer, key), scorer.found_head
         return evidence
 
     def __call__(self, evidence: Evidence) -> dict[str, Tensor]:
         """Return the scores of the batch of the last evidence, ``(N,)`` by name."""
         assert self._current is not None
-        part, key = self._current
-        computed = part(evidence)
+        scorer, key = self._current
+        computed = scorer(evidence)
         values = {}
         for score in self.scores:
             name = score.name

@@ -133,13 +133,13 @@ class SharedFolder:
             data: The key of the data that they are fitted on.
             model: The scored model.
         """
-        found = {}
+        fitted = {}
         for score in scores:
             folder = self._fit_folder(score, data)
             if folder is not None and folder.is_dir():
                 (loaded,) = load_fitted([score], folder, model)
-                found[score.name] = loaded
-        return found  # type: ignore[return-value]
+                fitted[score.name] = loaded
+        return fitted  # type: ignore[return-value]
 
     def store_fit(self, score: FittedScore, data: str) -> None:
         """Store a state that was fitted on data with this key."""
@@ -190,8 +190,8 @@ def fit_data_key(
         roles: Their roles.
         callback: The callback, which splits batches.
     """
-    given = [*data.fit.values(), data.train]
-    if any(isinstance(dataset, DataLoader) for dataset in given):
+    datasets = [*data.fit.values(), data.train]
+    if any(isinstance(dataset, DataLoader) for dataset in datasets):
         return None
     digest = hashlib.sha256(json.dumps([list(loaders), dict(roles)]).encode())
     with isolate_rng(include_cuda=False):  # transforms may draw from each generator

@@ -69,11 +69,11 @@ def read_sequences(root: str | Path, rows: str = "all") -> dict[str, Tensor]:
     file = Path(root).expanduser() / "sequences.npz"
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: root= is the folder with sequences.npz and the model")
-    found = {}
+    sequences = {}
     with np.load(file) as arrays:
         for kind in KINDS:
-            found[kind] = torch.from_numpy(arrays[kind][steps[rows]].astype("int64"))
-    return found
+            sequences[kind] = torch.from_numpy(arrays[kind][steps[rows]].astype("int64"))
+    return sequences
 
 
 def _scored(stories: Stories, ids: Tensor, prompt: int, scores: Sequence[object]) -> ScoredGeneration:
@@ -130,11 +130,11 @@ def sequence_rows(stories: Stories, scores: Sequence[str], semantic: Sequence[st
 
 def _means(scored: ScoredGeneration) -> dict[str, Tensor]:
     """Return the mean and the maximum over the tokens of each sequence, and the scores of sequences."""
-    found = {}
+    columns = {}
     for name, answers in scored.tokens.items():
-        found[f"mean {name}"] = torch.stack([answer.double().mean() for answer in answers])
-        found[f"max {name}"] = torch.stack([answer.double().amax() for answer in answers])
-    return found | dict(scored.values)
+        columns[f"mean {name}"] = torch.stack([answer.double().mean() for answer in answers])
+        columns[f"max {name}"] = torch.stack([answer.double().amax() for answer in answers])
+    return columns | dict(scored.values)
 
 
 def show_stories(tokens: Sequence[Mapping[str, str | float]], sequences: Sequence[Mapping[str, str | float]]) -> None:

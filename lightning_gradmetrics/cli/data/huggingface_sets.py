@@ -141,8 +141,8 @@ def _text_encoder(column: str, tokenizer: str | None, max_length: int) -> Encode
     encoder = AutoTokenizer.from_pretrained(tokenizer)
 
     def encode(row: Mapping[str, Any]) -> dict[str, Tensor]:
-        found = encoder(row[column], truncation=True, padding="max_length", max_length=max_length)
-        return {name: torch.tensor(values) for name, values in found.items()}
+        encoded = encoder(row[column], truncation=True, padding="max_length", max_length=max_length)
+        return {name: torch.tensor(values) for name, values in encoded.items()}
 
     return encode
 

@@ -94,7 +94,7 @@ class LabelledImages(Dataset[tuple[Tensor, Tensor]]):
 
 def _images(folder: str | Path) -> list[Path]:
     path = Path(folder).expanduser()
-    found = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES)
-    if not found:
+    files = sorted(file for file in path.glob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
         raise FileNotFoundError(f"no images in {str(folder)!r}: give the path of a folder with files such as *.png")
-    return found
+    return files

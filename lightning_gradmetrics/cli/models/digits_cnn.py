@@ -82,16 +82,16 @@ def digits_cnn(
     if epochs < 1:
         raise ValueError(f"model.epochs must be at least 1, got {epochs}")
     fingerprint = _fingerprint(data, width, epochs, learning_rate, seed)
-    kept = None if checkpoint_folder is None else Path(checkpoint_folder) / f"digits_cnn-{fingerprint}.safetensors"
+    stored = None if checkpoint_folder is None else Path(checkpoint_folder) / f"digits_cnn-{fingerprint}.safetensors"
     seed_everything(seed, verbose=False)
     model = Classifier(network(len(data.classes), width), learning_rate)
     if not retrain:
-        for path in (SHIPPED_WEIGHTS, *([] if kept is None else [kept])):
+        for path in (SHIPPED_WEIGHTS, *([] if stored is None else [stored])):
             if _load(model.network, path, fingerprint):
                 return model.eval()
     _train(model, data, epochs)
-    if kept is not None:
-        _save(model.network, kept, fingerprint)
+    if stored is not None:
+        _save(model.network, stored, fingerprint)
     return model.eval()
 
 
