@@ -38,19 +38,19 @@ Differences = dict[tuple[str, str, str, str | None, str], Difference]
 
 def differences_of(run: Run) -> Differences:
     """Return the differences in AUROC to the named baseline and to the best baseline on the data."""
-    found: Differences = {}
+    differences: Differences = {}
     for entry in run.comparisons:
         if entry.metric == "auroc":
-            place = place_of(run, Metric(entry.score, entry.task, "auroc", None, entry.dataset, entry.group))
+            task_and_dataset = place_of(run, Metric(entry.score, entry.task, "auroc", None, entry.dataset, entry.group))
             if entry.best_baseline is not None:
                 ends = (entry.max_adjusted_low, entry.max_adjusted_high, entry.max_adjusted_verdict or "")
-                found.setdefault(
-                    (entry.score, entry.best_baseline, *place), Difference(entry.best_baseline, None, *ends)
+                differences.setdefault(
+                    (entry.score, entry.best_baseline, *task_and_dataset), Difference(entry.best_baseline, None, *ends)
                 )
-            found[(entry.score, entry.baseline, *place)] = Difference(
+            differences[(entry.score, entry.baseline, *task_and_dataset)] = Difference(
                 entry.baseline, entry.difference, entry.low, entry.high, entry.verdict
             )
-    return found
+    return differences
 
 
 def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
@@ -63,11 +63,13 @@ def answers(run: Run, questions: Sequence[Question]) -> list[Answer]:
     Returns:
         One answer per question, in the same order.
     """
-    found = differences_of(run)
-    given = []
+    differences = differences_of(run)
+    answered = []
     for question in questions:
-        given.append(Answer(question, _differences(question, found), _advice(question, found, _cost(run, question))))
-    return given
+        answered.append(
+            Answer(question, _differences(question, differences), _advice(question, differences, _cost(run, question)))
+        )
+    return answered
 
 
 def _cost(run: Run, question: Question) -> str:

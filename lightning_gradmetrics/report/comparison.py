@@ -169,7 +169,7 @@ def _question(column: Column, by_score: Mapping[str, Mapping[str, float]], numbe
     ranked = dict(sorted(spreads.items(), key=lambda item: -item[1].mean))
     for name in list(ranked)[:MOST_DOTS]:
         dots[name] = np.array(ranked[name].values)
-    place: Place = (task, dataset, group)
+    task_and_dataset: Place = (task, dataset, group)
     picture = strip_svg(
         dots,
         label="AUROC × 100",
@@ -178,7 +178,7 @@ def _question(column: Column, by_score: Mapping[str, Mapping[str, float]], numbe
     )
     against = _against_reference(by_score, next(iter(ranked)))
     where = dataset or f"mean over {group}"
-    return ComparedQuestion(question_title(place[0], group), where, ranked, against, picture)
+    return ComparedQuestion(question_title(task_and_dataset[0], group), where, ranked, against, picture)
 
 
 def _against_reference(by_score: Mapping[str, Mapping[str, float]], best: str) -> str:

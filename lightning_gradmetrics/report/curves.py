@@ -96,7 +96,7 @@ def spearman(rows: Sequence[Rows], names: Sequence[str]) -> Mapping[tuple[str, s
     """Return the rank correlation of each pair of scores over rows on which all scores are finite."""
     columns = []
     for name in names:
-        columns.append(np.concatenate([part.scores[name] for part in rows]))
+        columns.append(np.concatenate([rows_of_dataset.scores[name] for rows_of_dataset in rows]))
     table = np.stack(columns, axis=1)
     table = table[np.isfinite(table).all(axis=1)]
     varied = np.flatnonzero(np.ptp(table, axis=0) > 0).tolist() if len(table) else []
@@ -116,8 +116,8 @@ def clustered(names: Sequence[str], correlations: Mapping[tuple[str, str], float
     if len(known) < 3:
         return known
     distances = []
-    for place, first in enumerate(known):
-        for second in known[place + 1 :]:
+    for position, first in enumerate(known):
+        for second in known[position + 1 :]:
             distances.append(1.0 - correlations[first, second])
     order = leaves_list(linkage(np.clip(distances, 0.0, None), "average", optimal_ordering=True))
     return list(np.array(known, dtype=object)[order])

@@ -38,9 +38,9 @@ class Column:
     def heading(self) -> str:
         """The heading over the metrics of a dataset or group, such as 'near OOD: digits_8_9'."""
         task, dataset, group = self.place
-        what = "errors" if task == "misclassification" else role_title(group)
-        what = f"errors and {what}" if task == "joint" else what
-        return f"{what}: {dataset or f'mean over {group}'}"
+        question = "errors" if task == "misclassification" else role_title(group)
+        question = f"errors and {question}" if task == "joint" else question
+        return f"{question}: {dataset or f'mean over {group}'}"
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,10 @@ def paired_table(run: Run) -> Table:
     """Return the difference of every score to the baseline, with its verdict."""
     by_column: dict[Column, dict[str, list[Difference]]] = {}
     for entry in run.comparisons:
-        place = place_of(run, Metric(entry.score, entry.task, entry.metric, None, entry.dataset, entry.group))
-        by_score = by_column.setdefault(Column(place, entry.metric), {})
+        task_and_dataset = place_of(
+            run, Metric(entry.score, entry.task, entry.metric, None, entry.dataset, entry.group)
+        )
+        by_score = by_column.setdefault(Column(task_and_dataset, entry.metric), {})
         by_score.setdefault(entry.score, []).append(
             Difference(entry.baseline, entry.difference, entry.low, entry.high, entry.verdict)
         )
@@ -169,8 +171,8 @@ def _position(run: Run, column: Column) -> tuple[int, bool, int, int]:
     task, dataset, _ = column.place
     names, main = list(run.roles), SHOWN.get(task, ())
     order = TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER)
-    place = names.index(dataset) if dataset in names else len(names)
-    return order, dataset is None, place, main.index(column.metric) if column.metric in main else len(main)
+    position = names.index(dataset) if dataset in names else len(names)
+    return order, dataset is None, position, main.index(column.metric) if column.metric in main else len(main)
 
 
 def _headings(columns: Sequence[Column]) -> list[tuple[str, int]]:

@@ -41,7 +41,7 @@ def notes(run: Run) -> list[str]:
 
 def _gaps(run: Run) -> list[tuple[str, str]]:
     """Return notes on gaps in the tables, each with a keyword; a note of the run that contains it is about the same gap."""
-    found = []
+    gaps = []
     not_finite = []
     labelled, groups = set(), set()
     for dataset in run.datasets:
@@ -51,19 +51,19 @@ def _gaps(run: Run) -> list[tuple[str, str]]:
         if dataset.not_finite:
             not_finite.append(f"{dataset.name}: {dataset.not_finite} of {dataset.rows}")
     if not_finite:
-        found.append(("finite", f"Rows with NaN or Inf are excluded from metrics and plots ({'; '.join(not_finite)})."))
+        gaps.append(("finite", f"Rows with NaN or Inf are excluded from metrics and plots ({'; '.join(not_finite)})."))
     if "id" not in labelled:
-        found.append(("label", "No in-distribution dataset has labels, so misclassification cannot be evaluated."))
+        gaps.append(("label", "No in-distribution dataset has labels, so misclassification cannot be evaluated."))
     if not groups - {"", "id"}:
-        found.append(("out-of-distribution", "The run has no out-of-distribution dataset."))
+        gaps.append(("out-of-distribution", "The run has no out-of-distribution dataset."))
     rate = run.settings.get("rate", 0.95)
     if rate != 0.95:
-        found.append(("FPR95", f"FPR95 is computed at a true-positive rate of {100 * rate:g} %."))
+        gaps.append(("FPR95", f"FPR95 is computed at a true-positive rate of {100 * rate:g} %."))
     finite = run.finite_rows()
     if not finite:
-        found.append(("No row is finite", "No row is finite, so there are no plots."))
+        gaps.append(("No row is finite", "No row is finite, so there are no plots."))
     if sum(map(len, finite.values())) > sum(map(len, drawn_rows(run).values())):
-        found.append(
+        gaps.append(
             (
                 "Plots show",
                 f"Plots show at most {counted(MAX_ROWS, 'row')}, drawn with a fixed seed; tables use all rows.",
@@ -71,18 +71,16 @@ def _gaps(run: Run) -> list[tuple[str, str]]:
         )
     others = sorted(set(run.rows) - set(run.roles))
     if others:
-        found.append(
-            (others[0], f"{RESULTS_FILE} has rows of {', '.join(others)}, which {METRICS_FILE} does not list.")
-        )
+        gaps.append((others[0], f"{RESULTS_FILE} has rows of {', '.join(others)}, which {METRICS_FILE} does not list."))
     if run.label_readers:
-        found.append(("true label", f"{', '.join(run.label_readers)} read the true label: not evaluated as detectors."))
+        gaps.append(("true label", f"{', '.join(run.label_readers)} read the true label: not evaluated as detectors."))
     if any("labels" in score.fit or "OOD" in score.fit for score in run.scores):
-        found.append(
+        gaps.append(
             ("fitted on", "Scores marked 'fitted on ...' saw held-out labels or OOD samples; other scores did not.")
         )
     if run.comparisons:
-        found.append(("corrected", "Intervals are not corrected for the number of comparisons."))
-    return found
+        gaps.append(("corrected", "Intervals are not corrected for the number of comparisons."))
+    return gaps
 
 
 def details(run: Run) -> dict[str, dict[str, str]]:

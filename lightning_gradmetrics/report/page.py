@@ -56,12 +56,12 @@ PAGE.globals.update(counted=counted, interval=interval, paper_link=paper_link, m
 def render(run: Run) -> str:
     """Return the report as one HTML document."""
     questions = find_questions(run)
-    found = answers(run, questions)
+    answered = answers(run, questions)
     names = run.detectors
     leaders = leaders_of(questions, names)
     content: dict[str, Any] = {
-        "answers": found,
-        "panels": _card_panels(run, found),
+        "answers": answered,
+        "panels": _card_panels(run, answered),
         "table": main_table(run),
         "first": distribution_panels(run, leaders),
         "rest": distribution_panels(run, [name for name in names if name not in leaders]),
@@ -85,8 +85,8 @@ def render(run: Run) -> str:
 def _card_panels(run: Run, found: Sequence[Answer]) -> list[Panel | None]:
     """Return the ROC curves of each card."""
     panels = []
-    for place, answer in enumerate(found):
-        panels.append(roc_panel(run, answer.question, f"answer{place}", CARD_SIZE))
+    for number, answer in enumerate(found):
+        panels.append(roc_panel(run, answer.question, f"answer{number}", CARD_SIZE))
     return panels
 
 
@@ -109,9 +109,9 @@ def source_of(name: str) -> str:
 def leaders_of(questions: Sequence[Question], names: Sequence[str], most: int = 7) -> list[str]:
     """Return max softmax, then the best score of each question, the second best of each, and so on."""
     chosen = [REFERENCE] if REFERENCE in names else []
-    for place in range(3):
+    for rank in range(3):
         for question in questions:
-            chosen += question.leaders()[1:][place : place + 1]
+            chosen += question.leaders()[1:][rank : rank + 1]
     return list(dict.fromkeys([*chosen, *names]))[:most]
 
 
@@ -122,13 +122,13 @@ def _audited(run: Run, leaders: Sequence[str]) -> list[str]:
 
 def _operating(run: Run, names: Sequence[str]) -> dict[str, Any]:
     """Return the accuracies of each labelled in-distribution dataset, and the rejection rates at a threshold."""
-    kept = {}
+    retained = {}
     for name, rows in run.finite_rows().items():
         if run.role_of(name) == "id" and rows.incorrect.any():
-            kept[name] = accuracies(rows, names)
+            retained[name] = accuracies(rows, names)
     headings, rejected = thresholds(run, names)
     shown = rejected if headings[1:] else {}
-    return {"accuracies": kept, "headings": headings, "thresholds": shown, "decisions": decisions(run)}
+    return {"accuracies": retained, "headings": headings, "thresholds": shown, "decisions": decisions(run)}
 
 
 def _agreement(run: Run, names: Sequence[str]) -> dict[str, Any]:

@@ -147,13 +147,13 @@ def roc_panels(run: Run, questions: Sequence[Question]) -> list[Panel]:
 
 def _metrics_of(run: Run, task: str, dataset: str, metric: str) -> dict[str, Metric]:
     """Return a metric of each detector on a dataset, best first."""
-    found = []
+    metrics = []
     for entry in run.metrics:
         wanted = (entry.task, entry.dataset, entry.metric) == (task, dataset, metric) and entry.value is not None
         if wanted and entry.score in run.detectors:
-            found.append(entry)
+            metrics.append(entry)
     sign = -1 if metric == "auroc" else 1
-    best_first = sorted(found, key=lambda entry: sign * (entry.value or 0.0))
+    best_first = sorted(metrics, key=lambda entry: sign * (entry.value or 0.0))
     return {entry.score: entry for entry in best_first}
 
 
@@ -194,13 +194,13 @@ def _risk_panel(dataset: str, rows: Rows, metrics: dict[str, Metric], key: str) 
 def groups_of(run: Run, rows: dict[str, Rows], score: str) -> dict[str, Floats]:
     """Return the finite values of a score: correct and incorrect predictions, then each other dataset."""
     groups = {}
-    labelled = [name for name, part in run.split_by_role(rows)[0].items() if part.labelled.any()]
-    for name, part in rows.items():
-        values = part.scores[score]
+    labelled = [name for name, columns in run.split_by_role(rows)[0].items() if columns.labelled.any()]
+    for name, columns in rows.items():
+        values = columns.scores[score]
         if name in labelled:
             prefix = f"{name} " if len(labelled) > 1 else ""
-            groups[f"{prefix}correct"] = values[part.labelled & ~part.incorrect]
-            groups[f"{prefix}incorrect"] = values[part.incorrect]
+            groups[f"{prefix}correct"] = values[columns.labelled & ~columns.incorrect]
+            groups[f"{prefix}incorrect"] = values[columns.incorrect]
         else:
             groups[name] = values
     finite = {}
@@ -221,7 +221,7 @@ def distribution_panels(run: Run, names: Sequence[str]) -> list[Panel]:
             title = f"Distribution of {name}. Medians: {', '.join(medians)}."
             picture = histogram_svg(groups, title=title, key=f"hist{number}")
             legend = []
-            for place, (group, values) in enumerate(groups.items(), 1):
-                legend.append(LegendLine(group, whole(len(values)), f"var(--s{(place - 1) % 6 + 1})"))
+            for position, (group, values) in enumerate(groups.items(), 1):
+                legend.append(LegendLine(group, whole(len(values)), f"var(--s{(position - 1) % 6 + 1})"))
             panels.append(Panel(name, picture, tuple(legend), score=name))
     return panels

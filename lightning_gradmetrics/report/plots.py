@@ -60,9 +60,9 @@ class Line:
 def line_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Return the CSS colour and the dashes of each highlighted curve; max softmax, the first, has the text colour."""
     styles = {}
-    for place, name in enumerate(names):
-        colour = "var(--ink)" if place == 0 else f"var(--s{place})"
-        styles[name] = (colour, DASHES[place % len(DASHES)])
+    for number, name in enumerate(names):
+        colour = "var(--ink)" if number == 0 else f"var(--s{number})"
+        styles[name] = (colour, DASHES[number % len(DASHES)])
     return styles
 
 
@@ -141,11 +141,11 @@ def histogram_svg(groups: Mapping[str, Floats], *, title: str, key: str) -> Mark
             axes.set_xscale("log")
         elif scale == "symlog":
             axes.set_xscale("symlog", linthresh=abs(edges[-1]))
-        for place, group in enumerate(groups.values()):
+        for number, group in enumerate(groups.values()):
             counts, _ = np.histogram(np.clip(group, edges[0], edges[-1]), edges)
-            base = -float(place)
+            base = -float(number)
             tops = base + 0.95 * counts / max(1, counts.max())
-            colour = SERIES[place % len(SERIES)]
+            colour = SERIES[number % len(SERIES)]
             axes.stairs(tops, edges, baseline=base, fill=True, facecolor=colour, alpha=0.55)
             axes.axhline(base, color=GRID, linewidth=0.6)
             axes.plot(np.full(2, np.median(group)), [base, base + 0.95], color=INK, linewidth=1.2)
@@ -167,9 +167,9 @@ def strip_svg(values: Mapping[str, Floats], *, label: str, title: str, key: str)
         axes = figure.add_axes((0.42, 0.42 / height, 0.55, 1 - 0.46 / height), facecolor="none")
         axes.set(yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.5, -0.5), xlabel=label)
         axes.tick_params(axis="y", length=0)
-        for place, numbers in enumerate(values.values()):
-            axes.plot(100 * numbers, np.full(len(numbers), place), "o", color=SERIES[1], markersize=3.5, alpha=0.7)
-            axes.plot(np.full(2, 100 * numbers.mean()), [place - 0.35, place + 0.35], color=INK, linewidth=1.2)
+        for row, numbers in enumerate(values.values()):
+            axes.plot(100 * numbers, np.full(len(numbers), row), "o", color=SERIES[1], markersize=3.5, alpha=0.7)
+            axes.plot(np.full(2, 100 * numbers.mean()), [row - 0.35, row + 0.35], color=INK, linewidth=1.2)
         return _svg(figure, title, key)
 
 

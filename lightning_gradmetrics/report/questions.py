@@ -96,17 +96,17 @@ def find_questions(run: Run) -> list[Question]:
         if metric.metric == "auroc" and number(metric.value) and metric.score in run.detectors:
             by_place.setdefault(place_of(run, metric), []).append(metric)
     members: dict[tuple[str, str], list[Place]] = {}
-    for place in by_place:
-        members.setdefault((place[0], place[2]), []).append(place)
+    for task_and_dataset in by_place:
+        members.setdefault((task_and_dataset[0], task_and_dataset[2]), []).append(task_and_dataset)
     questions = []
-    for places in members.values():
-        datasets_of = dict.fromkeys(place[1] for place in places)
+    for members_of_group in members.values():
+        datasets_of = dict.fromkeys(task_and_dataset[1] for task_and_dataset in members_of_group)
         has_mean = len(datasets_of) > 2 and None in datasets_of
         datasets_of.pop(None, None)
-        for place in places:
-            if (place[1] is None) == has_mean:
-                datasets = tuple(map(str, datasets_of)) if has_mean else (place[1] or place[2],)
-                questions.append(_question(run, place, datasets, by_place[place]))
+        for task_and_dataset in members_of_group:
+            if (task_and_dataset[1] is None) == has_mean:
+                datasets = tuple(map(str, datasets_of)) if has_mean else (task_and_dataset[1] or task_and_dataset[2],)
+                questions.append(_question(run, task_and_dataset, datasets, by_place[task_and_dataset]))
     return sorted(questions, key=lambda question: _position(run, question))
 
 

@@ -238,18 +238,18 @@ class Run:
         """Return the rows of the in-distribution datasets, and those of the others."""
         inside: dict[str, Rows] = {}
         outside: dict[str, Rows] = {}
-        for name, part in rows.items():
-            (inside if self.role_of(name) == "id" else outside)[name] = part
+        for name, columns in rows.items():
+            (inside if self.role_of(name) == "id" else outside)[name] = columns
         return inside, outside
 
     def finite_rows(self) -> dict[str, Rows]:
         """Return the finite rows of each described dataset that has any."""
-        kept = {}
+        finite = {}
         for dataset in self.datasets:
             rows = self.rows.get(dataset.name)
             if rows is not None and rows.finite.any():
-                kept[dataset.name] = rows.take(rows.finite)
-        return kept
+                finite[dataset.name] = rows.take(rows.finite)
+        return finite
 
 
 def picture_source(path: Path) -> Markup:

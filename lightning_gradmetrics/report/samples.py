@@ -138,17 +138,17 @@ def sample_tables(run: Run, score: str) -> list[SampleTable]:
 def _samples(run: Run, dataset: str, rows: Rows, score: str, which: np.ndarray) -> list[Sample]:
     samples = []
     paths = run.paths_of(dataset, rows.index[which].tolist())
-    for place in which:
-        index, labelled = int(rows.index[place]), bool(rows.labelled[place])
+    for position in which:
+        index, labelled = int(rows.index[position]), bool(rows.labelled[position])
         file = run.thumbnails.get(dataset, {}).get(str(index))
-        value = short_number(float(rows.scores[score][place]), 3)
+        value = short_number(float(rows.scores[score][position]), 3)
         samples.append(
             Sample(
                 index,
-                run.class_name(int(rows.prediction[place])),
-                run.class_name(int(rows.label[place])) if labelled else "–",
+                run.class_name(int(rows.prediction[position])),
+                run.class_name(int(rows.label[position])) if labelled else "–",
                 value,
-                bool(rows.incorrect[place]),
+                bool(rows.incorrect[position]),
                 paths.get(index, ""),
                 picture_source(run.directory / file) if file else NO_PICTURE,
             )

@@ -137,5 +137,5 @@ def paper_link(paper: str | None) -> str:
         >>> paper_link("Huang et al. 2021, arXiv:2110.00218")
         'https://arxiv.org/abs/2110.00218'
     """
-    found = ARXIV.search(paper or "")
-    return f"https://arxiv.org/abs/{found[1]}" if found else ""
+    number = ARXIV.search(paper or "")
+    return f"https://arxiv.org/abs/{number[1]}" if number else ""

@@ -111,8 +111,8 @@ def metrics_grids(evaluation: Evaluation, scores: Sequence[Score], width: int) -
         return [whole]
     chosen: list[Selection] = []
     for tasks in (SEPARATE, TOGETHER):
-        part = [question for question in questions if question.task in tasks]
-        chosen += _selections_of_part(part, evaluation, scores, width) if part else []
+        asked = [question for question in questions if question.task in tasks]
+        chosen += _selections_of_part(asked, evaluation, scores, width) if asked else []
     grids = []
     for selection in chosen:
         grids.append(_grid(selection, evaluation, scores))
@@ -204,20 +204,20 @@ class _Values:
         self.questions = questions_of(evaluation)
         self.values = {}
         for metric in evaluation.metrics:
-            place = (metric["task"], metric["group"], metric["dataset"])
-            self.values[place, metric["score"], metric["metric"]] = metric["value"]
+            task_and_dataset = (metric["task"], metric["group"], metric["dataset"])
+            self.values[task_and_dataset, metric["score"], metric["metric"]] = metric["value"]
 
     def groups(self, selection: Selection) -> list[Group]:
         """Return one group per question and dataset; its heading names the question unless the title does so."""
         groups = []
-        for place in selection.places:
-            task, _, dataset = place
-            question = self._question_of(place)
+        for task_and_dataset in selection.places:
+            task, _, dataset = task_and_dataset
+            question = self._question_of(task_and_dataset)
             where = dataset if dataset is not None else f"mean of {len(question.datasets)}"
             heading = where if selection.title else f"{question.name}: {where}"
             columns = []
             for metric in SHOWN[task] if selection.all_metrics else SHOWN[task][:1]:
-                columns.append(self.column(place, metric))
+                columns.append(self.column(task_and_dataset, metric))
             groups.append(Group(heading, tuple(columns)))
         return groups
 
