@@ -240,7 +240,7 @@ def difference(name: str, stored: Any, wanted: Any) -> str | None:
         return None if stored == wanted else f"its {name} is {stored!r} and this run's is {wanted!r}"
     for key in {**stored, **wanted}:
         inner = f"{name}.{key}" if name else key
-        found = difference(inner, stored.get(key, "missing"), wanted.get(key, "missing"))
-        if found is not None:
-            return found
+        inner_difference = difference(inner, stored.get(key, "missing"), wanted.get(key, "missing"))
+        if inner_difference is not None:
+            return inner_difference
     return None

@@ -65,8 +65,8 @@ class SeenRows:
             if not len(repeated):
                 repeated = self._mark(name, indices)
             if len(repeated):
-                found = named_indices(np.unique(repeated))
-                raise IncompleteResultsError(f"{self.where} has rows of {name!r} more than once: {found}")
+                named = named_indices(np.unique(repeated))
+                raise IncompleteResultsError(f"{self.where} has rows of {name!r} more than once: {named}")
 
     def _mark(self, name: str, indices: Any) -> Any:
         """Set the bits of sorted distinct indices, and return those that were set before."""

@@ -366,7 +366,7 @@ def largest_of_each(results: pa.Table, counts: Mapping[str, int]) -> pa.Table:
     """
     parts = []
     for score, count in counts.items():
-        found = largest(results, score, count)
-        named = found.rename_columns([*found.column_names[:-1], "value"])
+        top_samples = largest(results, score, count)
+        named = top_samples.rename_columns([*top_samples.column_names[:-1], "value"])
         parts.append(named.add_column(1, "score", pa.array([score] * named.num_rows, pa.string())))
     return pa.concat_tables(parts)

@@ -35,9 +35,9 @@ class UnfinishedBatches(BatchSampler):
         is_left[batch[~self.committed[order[:count]]]] = True
         if count and not is_left.any():
             is_left[-1] = True  # Lightning skips a run without batches, and the manifest would be missing
-        kept = np.zeros(len(order), dtype=bool)
-        kept[:count] = is_left[batch]
-        return kept
+        is_remaining = np.zeros(len(order), dtype=bool)
+        is_remaining[:count] = is_left[batch]
+        return is_remaining
 
     def _order(self) -> np.ndarray[Any, Any]:
         return np.fromiter(self.sampler, dtype=np.int64)
