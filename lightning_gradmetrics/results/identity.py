@@ -82,7 +82,7 @@ def expected_rows(loader: Any) -> int | None:
     """Return the number of rows of one pass over a dataloader, if the pass returns each row of the dataset once."""
     described = describe_loader(loader)
     dropping = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
-    drops = any(getattr(sampler, "drop_last", False) for sampler in dropping)
+    drops = any(getattr(owner, "drop_last", False) for owner in dropping)
     return None if drops or described["order"] != IN_ORDER else described["rows"]
 
 
