@@ -43,8 +43,10 @@ def check_name(argument: str, value: Any, example: str) -> str | None:
     """
     if value is None or (isinstance(value, str) and value):
         return value
-    found = "empty" if value == "" else _kind(value)
-    raise TypeError(f"{argument}= is {found}; expected the name of a module in the model, as in {argument}={example!r}")
+    problem = "empty" if value == "" else _kind(value)
+    raise TypeError(
+        f"{argument}= is {problem}; expected the name of a module in the model, as in {argument}={example!r}"
+    )
 
 
 def check_callable(argument: str, value: Any, signature: str) -> Callable[..., Any]:

@@ -65,8 +65,8 @@ def with_configured_states(
         FileNotFoundError: If the folder lacks a state.
     """
     missing = []
-    for place in missing_places(scorer.scores):
-        missing.append(scorer.scores[place])
+    for position in missing_places(scorer.scores):
+        missing.append(scorer.scores[position])
     if not missing or (fit_on is None and fitted is None):
         return tuple(scorer.scores)
     made: Sequence[Score]
@@ -78,24 +78,24 @@ def with_configured_states(
         with torch.inference_mode(False), torch.no_grad():
             made = fit(model, batches, missing, **options)  # type: ignore[arg-type]
     scores = list(scorer.scores)
-    for place, score in zip(missing_places(scores), made, strict=True):
-        scores[place] = score
+    for position, score in zip(missing_places(scores), made, strict=True):
+        scores[position] = score
     return tuple(scores)
 
 
 def missing_places(scores: Sequence[Score]) -> list[int]:
     """Return the positions of the fitted scores that have no state."""
     places = []
-    for place, score in enumerate(scores):
+    for position, score in enumerate(scores):
         if isinstance(score, FittedScore) and score.state is None:
-            places.append(place)
+            places.append(position)
     return places
 
 
 def _batches(loader: Any, split: SplitBatch, trainer: Trainer, module: LightningModule) -> Iterator[tuple[Any, Any]]:
     """Yield the inputs and labels of each batch, on the device of the module."""
-    for part in loader_list(loader, True):
-        for batch in part:
+    for loader_of_dataset in loader_list(loader, True):
+        for batch in loader_of_dataset:
             yield split(trainer.strategy.batch_to_device(batch, module.device))
 
 

@@ -102,17 +102,17 @@ class BatchReader:
             passed, given = copied.changed(calls[0].received, list(tensors_in(calls[0].inputs)))
         else:
             passed, given = list(tensors_in(inputs)), copied.tensors()
-        found = row_order(passed, given)
-        if found is None:
+        detected = row_order(passed, given)
+        if detected is None:
             return None
         sizes = [len(call.logits) for call in calls if call.logits is not None]
-        if len(calls) > 1 and found.order is None and is_partly_equal(passed, given, sizes):
+        if len(calls) > 1 and detected.order is None and is_partly_equal(passed, given, sizes):
             raise ValueError(
                 f"the step calls the model {len(calls)} times: some calls received the rows of the batch in their order, and others "
                 "did not, so it is unknown which rows belong to the samples. Call the model once for the batch, or for "
                 "consecutive parts of it"
             )
-        self._bits = self._bits + found.bits if found.bits else 0.0
+        self._bits = self._bits + detected.bits if detected.bits else 0.0
         if self._bits >= CERTAIN_BITS:
             raise ValueError(
                 "the step passes the samples to the model in a different order than the batch, with changed values, so labels and "
@@ -125,7 +125,7 @@ class BatchReader:
                 "the step probably passes the samples to the model in a different order than the batch, with changed values: labels "
                 "and index may belong to other samples. Keep the order of the batch in the step",
             )
-        return found.order
+        return detected.order
 
     def labels(
         self, batch: ReadBatch, size: int, classes: int, received: Sequence[Tensor], dataset: str

@@ -54,8 +54,8 @@ def logged_metrics(
     scores = plain_names(dict.fromkeys(record["score"] for record in chosen))
     values = dict.fromkeys(before, math.nan)
     for record in chosen:
-        place = plain_name(record["dataset"] or record["group"])
-        key = f"{prefix}/{place}/{scores[record['score']]}/{record['task']}_{record['metric']}"
+        dataset = plain_name(record["dataset"] or record["group"])
+        key = f"{prefix}/{dataset}/{scores[record['score']]}/{record['task']}_{record['metric']}"
         values[key] = math.nan if record["value"] is None else record["value"]
     return values
 

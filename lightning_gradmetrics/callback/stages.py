@@ -123,7 +123,7 @@ class ScoreStage:
     def join(self, parts: Sequence[list[Any]]) -> None:
         """Pass the retained data of all processes to each picture source."""
         for number, source in enumerate(self.sources):
-            source.join([part[number] for part in parts])
+            source.join([kept_of_process[number] for kept_of_process in parts])
 
     def warn_of_empty(self, processes: Processes) -> None:
         """Warn about each dataset without a sample."""

@@ -63,6 +63,6 @@ def logged_of_tokens(evaluation: Evaluation | None, prefix: str, metrics: Sequen
     logged = {}
     entries = [entry for entry in evaluation.metrics if entry["dataset"] is not None]
     for name, value in logged_metrics(entries, prefix, metrics).items():
-        place, _, metric = name.rpartition("/")
-        logged[f"{place}/token_{metric}"] = value
+        prefix_and_score, _, metric = name.rpartition("/")
+        logged[f"{prefix_and_score}/token_{metric}"] = value
     return logged
