@@ -64,15 +64,15 @@ class ActivationStates:
             names = ", ".join(name for name, _ in model.named_children())
             raise ValueError(f"nac_ue: no layer matches layers={self.layers!r}; the model's parts are {names}")
         uniform = Objective.of("uniform").loss(None)
-        with preserved(model), eager(), observing_outputs(chosen, keeps_outputs=True) as seen:
+        with preserved(model), eager(), observing_outputs(chosen, keeps_outputs=True) as observed:
             leaf, logits = differentiable_logits(model, inputs, "activation states")
             torch.autograd.grad(uniform(with_two_classes(logits)).sum(), leaf)
         products = []
-        for layer, output in seen.outputs.items():  # in the order of the calls
-            if layer not in seen.gradients:
+        for layer, output in observed.outputs.items():  # in the order of the calls
+            if layer not in observed.gradients:
                 continue
             activation = channels_last(layer, output, len(inputs))
-            slope = channels_last(layer, seen.gradients[layer], len(inputs))
+            slope = channels_last(layer, observed.gradients[layer], len(inputs))
             if activation is not None and slope is not None:
                 products.append(activation.sum(1) * slope.sum(1))
         if not products:

@@ -66,11 +66,11 @@ class SeenOutputs:
 @contextmanager
 def observing_outputs(layers: list[nn.Module], keeps_outputs: bool = False) -> Iterator[SeenOutputs]:
     """Observe the first output of each layer inside the block, and its gradient in a backward pass."""
-    seen = SeenOutputs(keeps_outputs)
+    observed = SeenOutputs(keeps_outputs)
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_hook(seen.see).remove)
-        yield seen
+            stack.callback(layer.register_forward_hook(observed.see).remove)
+        yield observed
 
 
 def channels_last(layer: nn.Module, values: Tensor, size: int) -> Tensor | None:
@@ -89,11 +89,11 @@ class AttributionDensity:
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the means."""
         check_floats(inputs, "attributions")
-        with preserved(model), eager(), observing_outputs(attributed_layers(model)) as seen:
+        with preserved(model), eager(), observing_outputs(attributed_layers(model)) as observed:
             leaf, logits = differentiable_logits(model, inputs, "attributions")
             torch.autograd.grad(logits.amax(1).sum(), leaf)
         densities = []
-        for layer, gradient in seen.gradients.items():
+        for layer, gradient in observed.gradients.items():
             values = channels_last(layer, (gradient != 0).to(gradient), len(inputs))
             if values is not None:
                 densities.append(values.mean(1))
@@ -109,7 +109,7 @@ class AttributionAverage:
         check_floats(inputs, "attributions")
         heads = _HeadInput()
         with preserved(model), eager(), ExitStack() as stack:
-            seen = stack.enter_context(observing_outputs(attributed_layers(model)))
+            observed = stack.enter_context(observing_outputs(attributed_layers(model)))
             for layer in model.modules():
                 if isinstance(layer, nn.Linear):
                     stack.callback(layer.register_forward_hook(heads.see).remove)
@@ -117,7 +117,7 @@ class AttributionAverage:
             features, weight = heads.of(logits)
             torch.autograd.grad(features.sum(), leaf)
         means = []
-        for layer, gradient in seen.gradients.items():
+        for layer, gradient in observed.gradients.items():
             values = channels_last(layer, gradient, len(inputs))
             if values is not None:
                 means.append(values.mean(1).double())

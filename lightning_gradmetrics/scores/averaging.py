@@ -72,11 +72,11 @@ def views(
         Deep Neural Networks", MIDL 2018, https://openreview.net/forum?id=rJZz-knjz
     """
     arguments = {"score": score, "n": n, "seed": seed, "transforms": transforms}
-    given = {key: value for key, value in arguments.items() if value != RECIPE.defaults[key]}
+    changed = {key: value for key, value in arguments.items() if value != RECIPE.defaults[key]}
     inner = make(score)
     if isinstance(inner, FittedScore) and inner.state is None:
-        return FittedViews(inner, given, name)
-    return ViewsScore(inner, given, name)
+        return FittedViews(inner, changed, name)
+    return ViewsScore(inner, changed, name)
 
 
 class ViewsRecipe(Recipe):

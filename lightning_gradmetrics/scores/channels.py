@@ -69,10 +69,10 @@ class ChannelStatistics:
 
     def see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the statistics of a layer's first call."""
-        given = args[0] if args else next(iter(kwargs.values()), None)
-        if layer in self.by_layer or not isinstance(given, Tensor) or not given.is_floating_point():
+        layer_input = args[0] if args else next(iter(kwargs.values()), None)
+        if layer in self.by_layer or not isinstance(layer_input, Tensor) or not layer_input.is_floating_point():
             return
-        statistics = channels_of(layer, given, self.size)
+        statistics = channels_of(layer, layer_input, self.size)
         if statistics is not None:
             self.by_layer[layer] = statistics
 
@@ -113,12 +113,12 @@ def observing_channels(model: nn.Module, size: int) -> Iterator[ChannelStatistic
         >>> seen.columns.shape
         torch.Size([5, 38])
     """
-    seen = ChannelStatistics(size)
+    statistics = ChannelStatistics(size)
     with ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, WEIGHTED):
-                stack.callback(layer.register_forward_pre_hook(seen.see, with_kwargs=True).remove)
-        yield seen
+                stack.callback(layer.register_forward_pre_hook(statistics.see, with_kwargs=True).remove)
+        yield statistics
 
 
 @dataclass
@@ -169,6 +169,6 @@ class ChannelProbe:
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the statistics by a forward pass."""
-        with preserved(model), torch.no_grad(), eager(), observing_channels(model, batch_size(inputs)) as seen:
+        with preserved(model), torch.no_grad(), eager(), observing_channels(model, batch_size(inputs)) as statistics:
             call(model, inputs)
-        return seen.columns
+        return statistics.columns

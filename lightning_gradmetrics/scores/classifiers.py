@@ -179,7 +179,7 @@ def regularised_logistic(features: Tensor, target: Tensor, seed: int = 0) -> dic
 
     x, y = features.numpy(), target.numpy()
     with threadpool_limits(1):  # the problems are so small that more threads would be slower
-        losses = sum(_losses(x, y, *part) for part in _parts(x, y, seed))
+        losses = sum(_losses(x, y, *rows) for rows in _parts(x, y, seed))
         fitted = LogisticRegression(C=STRENGTHS[int(losses.argmin())], max_iter=2000).fit(x, y)  # type: ignore[union-attr]
     return _tensors(weight=fitted.coef_[0], bias=fitted.intercept_[0], strength=fitted.C)
 

@@ -137,8 +137,8 @@ def nearest_rows(x: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     mode = "donot_use_mm_for_euclid_dist"  # exact, and the same in any batch
     distances, positions = [], []
-    for part in torch.split(x, max(1, CHUNK // len(rows))):
-        closest = torch.cdist(part, rows, compute_mode=mode).topk(count, largest=False)
+    for chunk in torch.split(x, max(1, CHUNK // len(rows))):
+        closest = torch.cdist(chunk, rows, compute_mode=mode).topk(count, largest=False)
         distances.append(closest.values)
         positions.append(closest.indices)
     return torch.cat(distances), torch.cat(positions)

@@ -84,12 +84,12 @@ def _drop(module: nn.modules.dropout._DropoutNd, x: Tensor, size: int, generator
     rows = len(x) // size if len(x) % size == 0 else len(x)
     channels = isinstance(module, _WHOLE_CHANNELS)
     shape = (rows, x.shape[1], *[1] * (x.ndim - 2)) if channels else (rows, *x.shape[1:])
-    kept = (torch.rand(shape, generator=generator) >= module.p).to(x.device, x.dtype)
-    kept = kept.repeat(len(x) // rows, *[1] * (x.ndim - 1))
+    mask = (torch.rand(shape, generator=generator) >= module.p).to(x.device, x.dtype)
+    mask = mask.repeat(len(x) // rows, *[1] * (x.ndim - 1))
     if not isinstance(module, _ALPHA):
-        return x * kept / (1 - module.p) if module.p < 1 else x * kept
+        return x * mask / (1 - module.p) if module.p < 1 else x * mask
     scale = ((1 - module.p) * (1 + module.p * _DROPPED**2)) ** -0.5 if module.p < 1 else 0.0
-    dropped: Tensor = scale * (x * kept + _DROPPED * (1 - kept) + _DROPPED * -module.p)
+    dropped: Tensor = scale * (x * mask + _DROPPED * (1 - mask) + _DROPPED * -module.p)
     return dropped
 
 

@@ -213,22 +213,22 @@ def _null_space(rows: Tensor, weight: Tensor, bias: Tensor, dimensions: int | No
     """Return the origin ``-W^+ b`` ``(D,)``, and the directions ``(D, D - d)`` of the least second moment about it."""
     origin = -torch.linalg.pinv(weight.double()) @ bias.double()
     size = rows.shape[1]
-    kept = size // 2 if dimensions is None else dimensions
+    principal = size // 2 if dimensions is None else dimensions
     if size < 2:
         raise ValueError(
             "the head's input has 1 number, and the principal subspace needs at least 2: choose a score that needs no such "
             "subspace, such as knn or mahalanobis"
         )
-    if not 0 < kept < size:
-        raise ValueError(f"dimensions={kept}; the head's input has {size} numbers: allowed are 1 to {size - 1}")
+    if not 0 < principal < size:
+        raise ValueError(f"dimensions={principal}; the head's input has {size} numbers: allowed are 1 to {size - 1}")
     centred = rows.double() - origin
     moments, directions = torch.linalg.eigh(centred.T @ centred)
-    if not moments[: size - kept].sum() > CONSTANT * moments.sum():
+    if not moments[: size - principal].sum() > CONSTANT * moments.sum():
         raise ValueError(
-            f"all {len(rows)} samples to fit on are inside the principal subspace of {kept} dimensions: give more than {kept} "
+            f"all {len(rows)} samples to fit on are inside the principal subspace of {principal} dimensions: give more than {principal} "
             "samples, or lower dimensions="
         )
-    return {"origin": origin, "null_space": directions[:, : size - kept].contiguous()}
+    return {"origin": origin, "null_space": directions[:, : size - principal].contiguous()}
 
 
 def _rows_and_head(evidence: Evidence, features: Tensor) -> Tensors:

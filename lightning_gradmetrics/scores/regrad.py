@@ -70,7 +70,7 @@ class SmoothedNorms:
         smoothed = _MeanLogLikelihood(model, self._noise(inputs))
         step = max(1, len(inputs) // self.perturbations)
         parts = zip(torch.split(inputs, step), torch.split(order, step), strict=True)
-        return torch.cat([self._norms(smoothed, chosen, *part) for part in parts])
+        return torch.cat([self._norms(smoothed, chosen, *chunk) for chunk in parts])
 
     def _noise(self, inputs: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -158,7 +158,7 @@ def regrad(
         gradients = [evidence.gradient_per_parameter(objective, target) for objective in objectives]
         norms = torch.stack([gradient.by_layer().norm(2) for gradient in gradients], 1)
     roots = torch.softmax(evidence.logits, 1).sqrt().gather(1, order)
-    places = torch.linspace(0, 1, norms.shape[2], dtype=roots.dtype, device=roots.device)
-    depth = torch.softmax(growth * places, 0)
+    relative_depth = torch.linspace(0, 1, norms.shape[2], dtype=roots.dtype, device=roots.device)
+    depth = torch.softmax(growth * relative_depth, 0)
     weights = roots / roots.sum(1, keepdim=True) if normalise else roots
     return (weights * (norms.to(roots) @ depth)).sum(1)

@@ -96,9 +96,9 @@ class ViewProbe(ABC):
         read: dict[ViewProbe, list[Tensor]] = {probe: [] for probe in probes}
         with preserved(model), torch.no_grad(), eager():
             for view in probes[0].views.of(inputs):
-                seen = _seen(model, view.contiguous(), features, channels)
+                observed_view = _seen(model, view.contiguous(), features, channels)
                 for probe, values in read.items():
-                    values.append(probe.of_view(seen))
+                    values.append(probe.of_view(observed_view))
         return {probe: probe.joined(values) for probe, values in read.items()}
 
 
@@ -206,8 +206,8 @@ class ViewMeans:
 
     def __call__(self, model: nn.Module, inputs: Any) -> Tensor:
         """Return the mean over the views."""
-        seen = self.views.of(inputs)
+        evidence_of_views = self.views.of(inputs)
         total = torch.zeros((), device=inputs.device, dtype=accumulator(inputs))
-        for view in seen:
+        for view in evidence_of_views:
             total = total + score_batch(model, view.contiguous(), self.score)[self.score.name]
-        return total / len(seen)
+        return total / len(evidence_of_views)

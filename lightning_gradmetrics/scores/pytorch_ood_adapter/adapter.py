@@ -106,24 +106,24 @@ class DetectorRecipe(Recipe):
             TypeError: If the detector has no such argument, or a required one is missing.
             ValueError: If there is no such detector, or it cannot be run.
         """
-        given = super().defaults
+        all_arguments = super().defaults
         for key, value in arguments.items():
-            given[key] = _plain(value)
-        own = _own(given)
-        spec = spec_of(given["detector"], own)
+            all_arguments[key] = _plain(value)
+        own = _own(all_arguments)
+        spec = spec_of(all_arguments["detector"], own)
         extra = []
         if spec.more:
             extra = [key for key in own if key not in (*spec.defaults, *PARTS)]
         bound = replace(self, spec=spec, extra=tuple(extra), family=spec.family, paper=spec.paper)
-        bound.check_names(given)
-        missing = [key for key, value in bound.defaults.items() if value is REQUIRED and key not in given]
+        bound.check_names(all_arguments)
+        missing = [key for key, value in bound.defaults.items() if value is REQUIRED and key not in all_arguments]
         if missing:
             raise TypeError(
                 f"pytorch-ood's {spec.name} needs {missing[0]}=, as in "
                 f"pytorch_ood(detector={spec.name}, {missing[0]}=...)"
             )
         kind = FittedDetectorScore if spec.fitted else DetectorScore
-        return kind(name or bound.name_of(given), bound, given)
+        return kind(name or bound.name_of(all_arguments), bound, all_arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the detector's specification."""
@@ -236,9 +236,9 @@ class FittedDetectorScore(FittedScore):
             return state
         detector = _detector(spec, self.arguments, state)
         if not predict(spec, detector, state["rows"][:8]).isfinite().all():
-            given = ", ".join(f"{key}={value!r}" for key, value in _own(self.arguments).items()) or "the defaults"
+            described = ", ".join(f"{key}={value!r}" for key, value in _own(self.arguments).items()) or "the defaults"
             raise ValueError(
-                f"pytorch-ood's {spec.name} with {given} returns no finite score for samples that it was fitted on, of "
+                f"pytorch-ood's {spec.name} with {described} returns no finite score for samples that it was fitted on, of "
                 f"{state['rows'].shape[1]} numbers each: change its arguments"
             )
         return state

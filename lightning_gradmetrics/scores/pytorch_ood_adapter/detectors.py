@@ -36,15 +36,15 @@ def build(
     kind = detector_class(spec.name)
     taken = inspect.signature(kind.__init__).parameters
     device = torch.device("cpu") if head is None else head[0].device
-    given = {key: _tensor(value, taken.get(key)) for key, value in arguments.items() if value is not None}
+    keywords = {key: _tensor(value, taken.get(key)) for key, value in arguments.items() if value is not None}
     parts: dict[str, Any] = {"model": model, "encoder": None, "backbone": nn.Identity()}
     if head is not None:
         with _steady(device):
             parts |= _head_parts(*head, flat=spec.takes == "maps")
     if model is not None and "layers" in taken:
-        given["layers"] = _layers(model, given.get("layers"))
+        keywords["layers"] = _layers(model, keywords.get("layers"))
     with _steady(device):
-        return kind(**{**{key: part for key, part in parts.items() if key in taken}, **given})
+        return kind(**{**{key: value for key, value in parts.items() if key in taken}, **keywords})
 
 
 def _head_parts(weight: Tensor, bias: Tensor, flat: bool) -> dict[str, Any]:
@@ -92,11 +92,11 @@ def stages(model: nn.Module) -> list[str]:
     while len(children) == 1:
         prefix, model = f"{prefix}{next(iter(children))}.", next(iter(children.values()))
         children = _weighted(model)
-    found = dict(list(children.items())[:-1])
-    if not found:
+    candidates = dict(list(children.items())[:-1])
+    if not candidates:
         raise ValueError("the layers before the model's head could not be identified: name them in layers=")
-    blocks = [name for name, child in found.items() if _weighted(child)]
-    return [prefix + name for name in blocks or found]
+    blocks = [name for name, child in candidates.items() if _weighted(child)]
+    return [prefix + name for name in blocks or candidates]
 
 
 def _weighted(model: nn.Module) -> dict[str, nn.Module]:
@@ -142,25 +142,25 @@ def fit(spec: Spec, detector: Any, rows: Tensor, labels: Tensor) -> Any:
                 return detector.fit_feature_maps(rows[:, :, None, None], labels)
             return detector.fit_logits(rows, labels) if spec.takes == "logits" else detector.fit_features(rows, labels)
     except (AssertionError, ValueError, RuntimeError) as error:
-        found = f", classes {sorted(set(labels.tolist()))}" if spec.classes else ""
+        labels_of_fit = f", classes {sorted(set(labels.tolist()))}" if spec.classes else ""
         raise ValueError(
             f"pytorch-ood's {spec.name} could not be fitted on these {len(rows)} samples of shape "
-            f"{tuple(rows.shape[1:])}{found}: {str(error) or 'it takes samples of all classes, from 0 up without a gap'}"
+            f"{tuple(rows.shape[1:])}{labels_of_fit}: {str(error) or 'it takes samples of all classes, from 0 up without a gap'}"
         ) from error
 
 
 def predict(spec: Spec, detector: Any, rows: Tensor) -> Tensor:
     """Return the scores ``(N,)`` of rows ``(N, ...)``, higher = more of an outlier; NaN where a row is not finite."""
     finite = rows.flatten(1).isfinite().all(1)
-    found = torch.full(
+    scores = torch.full(
         (len(rows),),
         torch.nan,
         dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32,
         device=rows.device,
     )
     if finite.any():
-        found[finite] = _predict(spec, detector, rows[finite]).detach().to(found)
-    return found
+        scores[finite] = _predict(spec, detector, rows[finite]).detach().to(scores)
+    return scores
 
 
 def _predict(spec: Spec, detector: Any, rows: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def _detectors() -> dict[str, Any]:
             "the score 'pytorch_ood' runs detectors of pytorch-ood 0.4 or later, which is not installed: "
             'pip install "lightning-gradmetrics[pytorch-ood]"'
         ) from error
-    found = {name: getattr(library, name) for name in library.__all__}
-    return {name: kind for name, kind in found.items() if inspect.isclass(kind) and issubclass(kind, Detector)}
+    exported = {name: getattr(library, name) for name in library.__all__}
+    return {name: kind for name, kind in exported.items() if inspect.isclass(kind) and issubclass(kind, Detector)}
 
 
 def detector_class(name: str) -> Any:
@@ -129,9 +129,9 @@ def spec_of(name: str, arguments: Mapping[str, Any]) -> Spec:
         "maps": api.FeatureMapsDetector,
     }
     takes: Takes = "model"
-    for what, base in reversed(bases.items()):
+    for input_kind, base in reversed(bases.items()):
         if issubclass(kind, base):
-            takes = what
+            takes = input_kind
     parameters = inspect.signature(kind.__init__).parameters.values()
     paper = kind.info.paper if kind.info else None
     return Spec(
