@@ -145,8 +145,8 @@ def count_blocks(
     scores, again = list(binned), RowSorter(sorter.roles)
     dataset = [sorter.names.index(name) for name, _ in sorter.kinds]
     edges, totals = {}, {}
-    for score, one in binned.items():
-        edges[score] = _edges(one, tasks, rate)
+    for score, histogram in binned.items():
+        edges[score] = _edges(histogram, tasks, rate)
         totals[score] = np.zeros(len(dataset) * BLOCKS * len(edges[score]), dtype=np.int64)
     row = 0
     for batch in stream.batches(scores):
@@ -157,8 +157,8 @@ def count_blocks(
         for score in scores:
             values = _kept_scores(batch, score, keep).numpy()
             cell = np.maximum(np.searchsorted(edges[score], values, side="right") - 1, 0)
-            places = first * len(edges[score]) + cell
-            totals[score] += np.bincount(places, minlength=len(totals[score]))
+            flat_cells = first * len(edges[score]) + cell
+            totals[score] += np.bincount(flat_cells, minlength=len(totals[score]))
     cells = {}
     for score, counts in totals.items():
         shaped = torch.from_numpy(counts).view(len(dataset), BLOCKS, -1)

@@ -220,7 +220,7 @@ class _Source:
 def _sources(rows: Rows, seed: int) -> list[_Source]:
     """Return the source of the weights of each dataset."""
     sources: list[_Source] = []
-    for place, summary in enumerate(rows.datasets):
+    for number, summary in enumerate(rows.datasets):
         chosen = torch.zeros(256, dtype=torch.bool)
         chosen[list(rows.codes_of(*KINDS, dataset=summary["name"]))] = True
         members: slice | Tensor
@@ -232,7 +232,7 @@ def _sources(rows: Rows, seed: int) -> list[_Source]:
         if rows.clusters is not None:
             names, cluster = rows.clusters[members].unique(return_inverse=True)  # type: ignore[no-untyped-call]
             size = len(names)
-        sources.append(_Source(members, size, np.random.default_rng([seed, place]), cluster))
+        sources.append(_Source(members, size, np.random.default_rng([seed, number]), cluster))
     return sources
 
 

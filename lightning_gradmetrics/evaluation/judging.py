@@ -160,10 +160,10 @@ def judge_stream(stream: Stream, question: Question, bins: int) -> Judged:
     rows = Rows(empty, torch.zeros(0, dtype=torch.uint8), sorter.classes(), sorter.summaries())
     tasks, more_notes = tasks_of(rows, question.ood_share)
     entries = {}
-    for score, one in binned.items():
+    for score, histogram in binned.items():
         for number, task in enumerate(tasks):
             entries[number, score] = entries_of(
-                one.counts_of(task), task, score, question.rate, question.level_or_none, question.seed
+                histogram.counts_of(task), task, score, question.rate, question.level_or_none, question.seed
             )
     metrics = _by_task(entries, len(tasks), list(binned))
     replicates: Replicates = {}
@@ -190,9 +190,9 @@ def judge_stream(stream: Stream, question: Question, bins: int) -> Judged:
 def _bin_notes(binned: Mapping[str, BinnedScore], tasks: Sequence[DetectionTask], bins: int) -> list[str]:
     """Return a note on the largest error of the AUROC that the bins allow."""
     errors = [0.0]
-    for one in binned.values():
+    for histogram in binned.values():
         for task in tasks:
-            errors.append(one.auroc_error(task))
+            errors.append(histogram.auroc_error(task))
     return [f"scores are in {bins} bins: each AUROC is within {_rounded_up(max(errors)):g} of its exact value"]
 
 

@@ -78,10 +78,10 @@ class Evaluation:
         for key, value in where.items():
             if self.metrics:
                 self._check(key, value)
-        found = self.metrics
+        matching = self.metrics
         for key, value in where.items():
-            found = [entry for entry in found if entry[key] == value]
-        return list(found)
+            matching = [entry for entry in matching if entry[key] == value]
+        return list(matching)
 
     def _check(self, key: str, value: Any) -> None:
         keys = list(self.metrics[0])

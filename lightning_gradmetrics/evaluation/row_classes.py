@@ -78,17 +78,17 @@ class RowSorter:
         Raises:
             ValueError: If a dataset has no role.
         """
-        places = self.places(table)
+        datasets = self.places(table)
         keep = finite_rows(table, scores)
         label, prediction = float_column(table, "label"), float_column(table, "prediction")
         is_labelled = ~np.isnan(label) & ~np.isnan(prediction)
         kind = np.where(is_labelled, label != prediction, len(KINDS_OF_ID) - 1).astype(np.uint8)
         is_id = np.array([role == ID for role in self.roles.values()], dtype=bool)
         starts = np.array(self.starts, dtype=np.uint8)
-        codes = starts[places] + kind * is_id[places]
+        codes = starts[datasets] + kind * is_id[datasets]
         self.sizes += np.bincount(codes[keep], minlength=len(self.sizes))
-        self.totals += np.bincount(places, minlength=len(self.names))
-        self.labelled += np.bincount(places[keep & is_labelled], minlength=len(self.names))
+        self.totals += np.bincount(datasets, minlength=len(self.names))
+        self.labelled += np.bincount(datasets[keep & is_labelled], minlength=len(self.names))
         return codes, keep
 
     def places(self, table: pa.Table) -> Any:
@@ -156,13 +156,13 @@ def dataset_numbers(table: pa.Table) -> tuple[list[str], Any]:
 
 def _row_notes(summary: Mapping[str, Any]) -> list[str]:
     name, total, dropped = f'"{summary["name"]}"', summary["rows"], summary["not_finite"]
-    kept = total - dropped
-    unlabelled = kept - summary["labelled"]
+    ranked = total - dropped
+    unlabelled = ranked - summary["labelled"]
     if not total:
         return [f"dataset {name} has no rows and is not evaluated"]
     notes = [f"{dropped} of {total} rows of {name} are not finite and were dropped"] if dropped else []
-    if summary["role"] == ID and kept and unlabelled == kept:
+    if summary["role"] == ID and ranked and unlabelled == ranked:
         notes.append(f"dataset {name} has no labels: misclassification is not evaluated")
     elif summary["role"] == ID and unlabelled:
-        notes.append(f"{unlabelled} of {kept} rows of {name} have no label: misclassification ignores them")
+        notes.append(f"{unlabelled} of {ranked} rows of {name} have no label: misclassification ignores them")
     return notes

@@ -27,13 +27,13 @@ def statements_of(comparisons: Sequence[Comparison], level: float) -> list[str]:
         comparisons: The result of :func:`~lightning_gradmetrics.evaluation.comparisons.compare`.
         level: The level of the intervals.
     """
-    places: dict[tuple[str, str | None, str], list[Comparison]] = {}
+    comparisons_of_task: dict[tuple[str, str | None, str], list[Comparison]] = {}
     for comparison in comparisons:
         if comparison["metric"] == "auroc":
-            place = (comparison["task"], comparison["dataset"], comparison["group"])
-            places.setdefault(place, []).append(comparison)
+            task_and_dataset = (comparison["task"], comparison["dataset"], comparison["group"])
+            comparisons_of_task.setdefault(task_and_dataset, []).append(comparison)
     statements = []
-    for (task, dataset, group), members in places.items():
+    for (task, dataset, group), members in comparisons_of_task.items():
         where = f'"{dataset}"' if dataset is not None else f'the mean over the group "{group}"'
         statements.append(_statement(f"{TITLES[task]} on {where}", members, level))
     return statements

@@ -53,11 +53,11 @@ class Stream:
         Raises:
             IncompleteResultsError: If a row is.
         """
-        seen = SeenRows(self.name)
+        rows_so_far = SeenRows(self.name)
         for table in self.batches(scores):
-            seen.add(table)
+            rows_so_far.add(table)
             yield table
-        seen.check(self.sizes)
+        rows_so_far.check(self.sizes)
 
 
 def stream_of(results: Any) -> Stream:
