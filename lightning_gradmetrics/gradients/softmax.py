@@ -39,8 +39,8 @@ class Softmax:
     @cached_property
     def _largest(self) -> tuple[Tensor, Tensor]:
         """The largest logit and the first class with that logit, ``(N, *P)`` each."""
-        found = self.logits.max(1)
-        return found.values, found.indices
+        largest = self.logits.max(1)
+        return largest.values, largest.indices
 
     @property
     def top(self) -> Tensor:

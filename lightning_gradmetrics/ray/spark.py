@@ -53,7 +53,7 @@ def _load(make_model: Any, scores: Any, columns: Sequence[str] | None, options: 
 
     def predict(*arrays: np.ndarray[Any, Any]) -> dict[str, Any]:
         tensors = tuple(map(torch.as_tensor, map(np.array, arrays)))
-        found = scorer(tensors[0] if len(tensors) == 1 else tensors)
-        return dict(zip(names, map(found.__getitem__, names), strict=True))
+        columns = scorer(tensors[0] if len(tensors) == 1 else tensors)
+        return dict(zip(names, map(columns.__getitem__, names), strict=True))
 
     return predict

@@ -138,7 +138,7 @@ class Counts:
         chosen = (number.flatten(0, -2) != 0).any(0).nonzero().squeeze(1)
         complete = 2 * len(chosen) > number.shape[-1]
         if not complete:
-            parts = [part.index_select(-1, chosen) for part in parts]
+            parts = [sums.index_select(-1, chosen) for sums in parts]
         negative, positive, negatives_to, positives_to = map(real, parts)
         return Sums(negative, positive, negatives_to, positives_to, complete)
 
