@@ -42,16 +42,17 @@ class LogitMap:
         return self.cap * torch.tanh(output / self.cap)
 
     def holds(self, output: Tensor, logits: Tensor) -> bool:
-        """Return whether the logits are those of the outputs, up to rounding; entries that are not finite are left out.
+        """Return whether the logits are those of the outputs, up to rounding; outputs that are not finite are left out.
 
         Args:
             output: The head's output, any shape.
             logits: The model's logits, the same shape.
         """
-        is_finite = output.isfinite() & logits.isfinite()
-        a, z = output[is_finite].double(), logits[is_finite].double()
+        a, z = _finite(output, logits)
         if not len(a):
             return True
+        if not bool(z.isfinite().all()):  # a mask of -inf stops the gradient of its entries
+            return False
         tolerance = ROUNDINGS * torch.finfo(output.dtype).eps * float(z.abs().max())
         return bool(((self(a) - z).abs() <= tolerance).all())
 
@@ -83,14 +84,19 @@ def recognised_map(output: Tensor, logits: Tensor) -> LogitMap | None:
     output, logits = output.detach(), logits.detach()
     if torch.equal(output.to(logits.dtype), logits):
         return IDENTITY
-    is_finite = output.isfinite() & logits.isfinite()
-    a, z = output[is_finite].double(), logits[is_finite].double()
-    if not len(a) or not a.any():
+    a, z = _finite(output, logits)
+    if not len(a) or not a.any() or not bool(z.isfinite().all()):
         return None
     for candidate in (_scaling(a, z), _capping(a, z)):
         if candidate is not None and candidate.holds(output, logits):
             return candidate
     return None
+
+
+def _finite(output: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the finite outputs and their logits, in float64."""
+    is_finite = output.isfinite()
+    return output[is_finite].double(), logits[is_finite].double()
 
 
 def _scaling(a: Tensor, z: Tensor) -> LogitMap | None:

@@ -77,7 +77,7 @@ def score_generation(
 
     Raises:
         ValueError: If a score is not defined for text, a prompt or an answer is empty, a token id is outside the vocabulary,
-            the model is in train mode, or padding changes its logits.
+            the model is in train mode, or its logits depend on later tokens.
         TypeError: If the prompts or answers are not token ids.
 
     Example:
@@ -146,7 +146,7 @@ def _scored_batch(
         with preserved(model.module), torch.no_grad(), eager():
             call = model(batch.ids, batch.mask, batch.needed)
             if is_first:
-                _check_padding(model, batch, call)
+                _check_causal(model, batch, call)
             rows = answer_rows(call, batch)
             tokens = token_scores(model, plan, rows)
     if rows is not None and (plan.sequences or plan.of_head):
@@ -196,24 +196,22 @@ def _head(model: LanguageModel, plan: GenerationScores, rows: TokenRows) -> tupl
     return head.weight, head.bias
 
 
-def _check_padding(model: LanguageModel, batch: Padded, call: HeadCall) -> None:
-    """Refuse a model whose logits for the shortest sequence depend on the padding after it.
+def _check_causal(model: LanguageModel, batch: Padded, call: HeadCall) -> None:
+    """Refuse a model whose logits depend on later tokens or on the padding; tested without the last token of the shortest text.
 
     Raises:
-        LanguageModelError: If the logits depend on the padding.
+        LanguageModelError: If the logits of the earlier tokens differ.
     """
     lengths = batch.mask.sum(1)
     row = int(lengths.argmin())
-    length = int(lengths[row])
-    if length == batch.ids.shape[1]:
-        return
-    alone = model(batch.ids[row : row + 1, :length], batch.mask[row : row + 1, :length])
+    length = int(lengths[row]) - 1
+    shorter = model(batch.ids[row : row + 1, :length], batch.mask[row : row + 1, :length])
     offset = batch.ids.shape[1] - call.logits.shape[1]
-    padded = call.logits[row, : length - offset]
-    if not are_close(padded, alone.logits[0, offset:]):
+    if not are_close(call.logits[row, : length - offset], shorter.logits[0, offset:]):
         raise LanguageModelError(
-            f"the logits of {type(model.module).__name__} change when its input is padded on the right: its tokens depend on "
-            "later ones, so it is not a causal language model. Pass batch_size=1"
+            f"the logits of {type(model.module).__name__} depend on later tokens or on the padding behind a text, so it is not a "
+            "causal language model, and no position predicts its next token. Scores of tokens of other models come from "
+            "lightning_gradmetrics.score"
         )
 
 

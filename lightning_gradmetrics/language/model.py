@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.head import linear_layers
+from lightning_gradmetrics.classifier.logit_map import recognised_map
 from lightning_gradmetrics.classifier.preservation import HookState
 
-__all__ = ["HeadCall", "LanguageModel", "LanguageModelError"]
+__all__ = ["HeadCall", "LanguageModel", "LanguageModelError", "logits_of"]
 
 TOKENS_FIRST = "the logits must be (N, T, V): one row per sequence, one column per token, V tokens in the vocabulary"
 
@@ -121,7 +122,7 @@ class LanguageModel:
                 output = self.module(ids, **options)
         finally:
             hooks.restore()  # transformers adds hooks to return hidden states
-        logits = _logits(output, self.module)
+        logits = logits_of(output, self.module)
         if logits.ndim != 3 or len(logits) != len(ids):
             raise LanguageModelError(
                 f"the logits of {type(self.module).__name__} have shape {tuple(logits.shape)}; {TOKENS_FIRST}"
@@ -180,17 +181,24 @@ class LanguageModel:
         return features, output
 
     def _found(self, seen: dict[str, tuple[Tensor, Tensor]], logits: Tensor) -> str:
-        """Return the only linear layer whose output is the logits."""
-        equal = []
+        """Return the only linear layer whose output is the logits, or becomes them by a scaling or a cap."""
+        equal, mapped = [], []
         for name, (_, output) in seen.items():
-            if output.shape == logits.shape and torch.equal(output, logits):
-                equal.append(name)
-        if len(equal) != 1:
+            if output.shape == logits.shape and recognised_map(output, logits) is not None:
+                mapped.append(name)
+                equal += [name] if torch.equal(output, logits) else []
+        found = equal or mapped
+        kind = type(self.module).__name__
+        if not found:
             raise LanguageModelError(
-                f"{'no' if not equal else 'more than one'} linear layer of {type(self.module).__name__} returns its logits"
-                f"{': ' * bool(equal)}{', '.join(equal)}. Pass head=, the name of the layer whose output becomes the logits"
+                f"the logits of {kind} are not the output of one of its linear layers, nor that output scaled or capped, so the "
+                "gradient of its head is unknown: return the head's output as the logits"
             )
-        return equal[0]
+        if len(found) > 1:
+            raise LanguageModelError(
+                f"several linear layers of {kind} return its logits: {', '.join(found)}. Pass head=, the name of one"
+            )
+        return found[0]
 
 
 def _declared(module: nn.Module, method: str) -> nn.Module | None:
@@ -227,10 +235,16 @@ def _keeping(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
     return keep
 
 
-def _logits(output: Any, module: nn.Module) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+def logits_of(output: Any, module: nn.Module) -> Tensor:
+    """Return the logits in the output of a language model: the tensor itself, an attribute or an entry ``logits``.
+
+    Raises:
+        LanguageModelError: If the output contains no logits.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise LanguageModelError(
-            f"{type(module).__name__} returned a {type(output).__name__} without logits; {TOKENS_FIRST}"
+            f"{type(module).__name__} returned a {type(output).__name__} without logits; {TOKENS_FIRST}. Allowed: a tensor, a "
+            "mapping with 'logits', or an object with .logits, as models of transformers return without return_dict=False"
         )
     return logits

@@ -133,7 +133,8 @@ def paired(prompts: Any, answers: Any, padding: Padding = NO_PADDING) -> list[Pr
         for number, prompt in enumerate(prompt_rows):
             padding.check_prompt(prompt, number)
     if isinstance(answers, Tensor):
-        answer_rows = [padding.cut(answer[answer != IGNORED]) for answer in answer_rows]
+        for number, answer in enumerate(answer_rows):
+            answer_rows[number] = padding.cut(_without(answer == IGNORED, answer, f"answers[{number}]"))
     if len(prompt_rows) != len(answer_rows):
         raise ValueError(
             f"there are {len(prompt_rows)} prompts and {len(answer_rows)} answers; give one answer per prompt"
@@ -197,9 +198,24 @@ def _masked_rows(given: Mapping[str, Any], what: str) -> Iterator[Tensor]:
             f"the {what} are a mapping with {', '.join(map(str, given))}; expected input_ids and attention_mask"
         )
     ids, masks = given["input_ids"], given["attention_mask"]
+    if len(ids) != len(masks):
+        raise ValueError(f"the {what} have {len(ids)} rows of input_ids and {len(masks)} of attention_mask")
     for number, (row, mask) in enumerate(zip(ids, masks, strict=True)):
-        row = _row(row, f"{what}['input_ids'][{number}]")
-        yield row[torch.as_tensor(mask, device=row.device).bool()]
+        row, name = _row(row, f"{what}['input_ids'][{number}]"), f"{what}['attention_mask'][{number}]"
+        is_token = torch.as_tensor(mask, device=row.device)
+        if is_token.shape != row.shape or bool(((is_token != 0) & (is_token != 1)).any()):
+            raise ValueError(f"{name} must have the value 1 at each of the {len(row)} token ids, and 0 at padding")
+        yield _without(is_token == 0, row, name)
+
+
+def _without(padding: Tensor, row: Tensor, name: str) -> Tensor:
+    """Return the ids of a row without the padding at its ends."""
+    kept = (~padding).nonzero().flatten()
+    if len(kept) and len(kept) != int(kept[-1]) - int(kept[0]) + 1:
+        raise ValueError(
+            f"{name} has padding between two tokens, and without it the text would be another one: pad at the ends only"
+        )
+    return row[kept]
 
 
 def _row(row: Any, name: str) -> Tensor:
@@ -213,13 +229,13 @@ def _row(row: Any, name: str) -> Tensor:
 
 def _whole(ids: Tensor, name: str) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"the {name} are {ids.dtype}; expected token ids, which are whole numbers")
+        raise TypeError(f"{name} has the type {ids.dtype}; expected token ids, which are whole numbers")
     return ids.detach().cpu().long()
 
 
 def _wrong(given: Any, what: str) -> str:
     hint = "; tokenize texts first, as in tokenizer(texts)['input_ids']" if isinstance(given, str) else ""
     return (
-        f"the {what} are a {type(given).__name__}; expected token ids: lists of lists, lists of tensors (T,), a tensor "
+        f"{what} is of type {type(given).__name__}; expected token ids: lists of lists, lists of tensors (T,), a tensor "
         f"(N, T), or a mapping with input_ids and attention_mask{hint}"
     )

@@ -23,6 +23,12 @@ __all__ = ["WatchedGeneration", "watching_generation"]
 SEVERAL_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 """Arguments of ``generate`` with which one call of the model draws more or less than one token."""
 
+WITHOUT_PROMPT = ("inputs_embeds", "past_key_values")
+"""Arguments of ``generate`` with which the model does not receive the token ids of the whole prompt."""
+
+POSITIONAL = ("inputs", "generation_config")
+"""The names of the positional arguments of ``generate``."""
+
 
 @contextmanager
 def watching_generation(
@@ -85,6 +91,7 @@ class WatchedGeneration:
         self._arguments: Mapping[str, Any] | None = None
         self._beams = 1
         self._inputs: list[Tensor] = []
+        self._mask: Tensor | None = None
         self._head_call: tuple[Tensor, Tensor] | None = None
         self._pending: TokenRows | None = None
         self._steps: list[dict[str, Tensor]] = []
@@ -96,6 +103,7 @@ class WatchedGeneration:
         with ExitStack() as stack:
             stack.callback(self.model.embedding.register_forward_pre_hook(self._embedding_called).remove)
             stack.callback(self.model.head.register_forward_hook(self._head_returned).remove)
+            stack.callback(owner.register_forward_pre_hook(self._model_called, with_kwargs=True).remove)
             stack.callback(owner.register_forward_hook(self._model_returned).remove)
             stack.callback(_replace_generate(module, self._generating))
             yield
@@ -116,6 +124,12 @@ class WatchedGeneration:
                 raise ValueError(
                     f"generate({name}=...) draws several tokens in one call of the model: use score_generation"
                 )
+        for name in WITHOUT_PROMPT:
+            if arguments.get(name) is not None:
+                raise ValueError(
+                    f"generate({name}=...) does not show the model the ids of the prompt: use score_generation"
+                )
+        _check_left_padded(arguments.get("attention_mask"))
         self._beams = arguments.get("num_beams") or getattr(config, "num_beams", None) or 1
         returns_dict = arguments.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", False))
         if self._beams > 1 and not returns_dict:
@@ -131,6 +145,13 @@ class WatchedGeneration:
             )
 
     # Hooks
+
+    def _model_called(self, module: nn.Module, arguments: Any, named: Mapping[str, Any]) -> None:
+        """Keep the mask of the prompts, which ``generate`` makes from the padding id if the user gives none."""
+        mask = named.get("attention_mask")
+        if not self._inputs and isinstance(mask, Tensor) and mask.ndim == 2:
+            _check_left_padded(mask)
+            self._mask = mask
 
     def _embedding_called(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         ids = arguments[0]
@@ -188,7 +209,10 @@ class WatchedGeneration:
         width = self._inputs[0].shape[1]
         answers = sequences[:, width:].cpu()
         self._score_pending(sequences[:, -1])
-        if len(self._steps) != answers.shape[1]:
+        has_all_steps = len(self._steps) == answers.shape[1]
+        if self._beams > 1:  # a beam that ended early may win
+            has_all_steps = len(self._steps) >= answers.shape[1]
+        if not has_all_steps:
             raise ValueError(
                 f"generate called the model {len(self._steps)} times for {answers.shape[1]} tokens; expected one call per "
                 "token: use score_generation"
@@ -240,11 +264,21 @@ class WatchedGeneration:
     def _is_prompt(self, number: int, rows: int, width: int) -> Tensor:
         """Return which ids of a row's prompt are tokens instead of padding."""
         assert self._arguments is not None
-        mask = self._arguments.get("attention_mask")
+        given = self._arguments.get("attention_mask")
+        mask = self._mask if given is None else given
         if mask is None:
             return torch.ones(width, dtype=torch.bool)
         kept: Tensor = mask[number * len(mask) // rows].bool().cpu()
         return kept
+
+
+def _check_left_padded(mask: Any) -> None:
+    """Refuse prompts with padding at their end, where ``generate`` would continue the padding."""
+    if isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
+        raise ValueError(
+            "a prompt is padded on the right, so generate continues its padding and not its text: set "
+            "tokenizer.padding_side = 'left'"
+        )
 
 
 def _replace_generate(module: nn.Module, before: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
@@ -253,7 +287,7 @@ def _replace_generate(module: nn.Module, before: Callable[[Mapping[str, Any]], N
     generate: Callable[..., Any] = module.generate  # type: ignore[assignment]
 
     def watched(*arguments: Any, **named: Any) -> Any:
-        before(named)
+        before({**dict(zip(POSITIONAL, arguments, strict=False)), **named})
         return generate(*arguments, **named)
 
     def undo() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, Moment
-from lightning_gradmetrics.language.model import LanguageModel
+from lightning_gradmetrics.language.model import LanguageModel, logits_of
 from lightning_gradmetrics.language.sequences import Padded
 
 __all__ = ["answer_weights", "network_statistics", "token_objective"]
@@ -66,7 +66,7 @@ class SequenceLosses(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         options = {"attention_mask": mask, "use_cache": False}
         output = self.model(ids, **{key: value for key, value in options.items() if key in self._options})
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = logits_of(output, self.model)
         rows = logits[:, :-1].reshape(-1, logits.shape[-1])
         columns = []
         for objective in self._objectives:

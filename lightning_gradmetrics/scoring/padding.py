@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["padding_of", "without_padding"]
+__all__ = ["check_unmasked", "padding_of", "without_padding"]
 
 
 def padding_of(inputs: Any) -> Tensor | None:
@@ -28,6 +28,37 @@ def padding_of(inputs: Any) -> Tensor | None:
             "right, pass position_ids with the inputs, or use score_generation, which takes either side"
         )
     return padding
+
+
+def check_unmasked(model: nn.Module, ids: Tensor, labels: Tensor | None) -> None:
+    """Refuse texts without a mask that begin with the padding id, or end with it where the label is not -100.
+
+    Args:
+        model: The model, whose configuration has the padding id; ids that also begin or end texts are no padding.
+        ids: The token ids ``(N, T)``.
+        labels: The labels ``(N, T)``, or ``None``.
+
+    Raises:
+        ValueError: If a text has padding that the model reads as its tokens, or that would be scored.
+    """
+    pad = _padding_id(model)
+    if pad is None or not ids.numel():
+        return
+    ends = (ids[:, -1] == pad) if labels is None else (ids[:, -1] == pad) & (labels[:, -1].to(ids.device) >= 0)
+    if bool((ids[:, 0] == pad).any() or ends.any()):
+        raise ValueError(
+            f"a text begins or ends with {pad}, the padding id of the model, and the batch has no attention_mask, so padding would "
+            "count as text: put the attention_mask into the batch, or pad on the right with the label -100"
+        )
+
+
+def _padding_id(model: nn.Module) -> int | None:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        pad = getattr(config, "pad_token_id", None)
+        if isinstance(pad, int):
+            return None if pad in (config.bos_token_id, config.eos_token_id) else pad
+    return None
 
 
 def without_padding(scores: Mapping[str, Tensor], padding: Tensor | None) -> dict[str, Tensor]:

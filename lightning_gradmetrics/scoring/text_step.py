@@ -18,7 +18,7 @@ from lightning_gradmetrics.gradients.objectives import IGNORED
 from lightning_gradmetrics.scoring.agreement import are_close
 from lightning_gradmetrics.scoring.batch import ObservedBatch, ScoredTokens
 from lightning_gradmetrics.scoring.evidence import Evidence
-from lightning_gradmetrics.scoring.padding import padding_of
+from lightning_gradmetrics.scoring.padding import check_unmasked, padding_of
 from lightning_gradmetrics.scoring.recipes import Score
 from lightning_gradmetrics.scoring.scorer import Scorer
 
@@ -54,7 +54,13 @@ def _named(batch: ObservedBatch) -> dict[Any, Any]:
 
 def not_in_batches_of_texts(scores: Sequence[Score]) -> str:
     """Return why scores of the whole network are undefined in a batch of texts, and what to call instead."""
-    names = [score.name for score in scores if score.needs.gradients or score.needs.probes] or ["profile"]
+    probes = [score.name for score in scores if score.needs.probes]
+    if probes:
+        return (
+            f"the scores {', '.join(probes)} read inner layers or run the model again, which is not defined for texts. Scores of "
+            "the logits and of the head work per token"
+        )
+    names = [score.name for score in scores if score.needs.gradients] or ["profile"]
     return (
         f"the scores {', '.join(names)} need gradients of the whole network, which are not defined per token. Scores of "
         "the logits and of the head work per token; lightning_gradmetrics.score_generation(model, prompts, answers, scores) "
@@ -90,14 +96,16 @@ class TextReader:
             others: The other entries of the batch, which may contain the ``attention_mask`` if the call does not.
 
         Raises:
-            ValueError: If the model is not causal, the labels are not those of next tokens, or texts are padded on the left
-                without ``position_ids``.
+            ValueError: If the model is not causal, the labels are not those of next tokens, texts are padded on the left
+                without ``position_ids``, or padding is not marked.
         """
         _check_shapes(batch, ids, labels)
         named = _named(batch)
         if "attention_mask" not in named and isinstance(others, Mapping):
             named["attention_mask"] = others.get("attention_mask")
         padding = padding_of(named)
+        if padding is None:
+            check_unmasked(self.model, ids, labels)
         padding = torch.zeros_like(ids, dtype=torch.bool) if padding is None else padding.to(ids.device)
         if not self._is_causal:
             self._check_causal(batch, ids, padding)

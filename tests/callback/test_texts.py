@@ -125,6 +125,24 @@ def test_padding_on_the_left_needs_positions() -> None:
     assert_tokens(run(LanguageStep(model), texts(left=True, with_positions=True)), model)
 
 
+@pytest.mark.parametrize(("left", "has_labels"), [(True, True), (False, False)])
+def test_padding_without_a_mask_is_refused(left: bool, has_labels: bool) -> None:
+    rows = texts(left)
+    for row in rows:
+        del row["attention_mask"]
+        if not has_labels:
+            del row["labels"]
+    with pytest.raises(ValueError, match="the padding id of the model, and the batch has no attention_mask"):
+        run(LanguageStep(language_model()), rows, ["entropy"])
+
+
+def test_padding_without_a_mask_has_no_score_where_labels_mark_it() -> None:
+    rows, model = texts(), language_model()
+    for row in rows:
+        del row["attention_mask"]
+    assert_tokens(run(LanguageStep(model), rows), model)
+
+
 def test_a_text_without_scored_tokens_has_no_value() -> None:
     rows = texts()[:2]
     rows[0]["labels"] = torch.full((9,), -100)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.classifier.logit_map import recognised_map
 from lightning_gradmetrics.language.coloured_text import tokens_html
 from lightning_gradmetrics.language.sequence_gradients import EmbeddingUse, SequenceFactors, sequence_moments
-from tests.language.language_models import ANSWERS, PROMPTS, language_model
+from tests.language.language_models import ANSWERS, PROMPTS, SIZES, Plain, language_model
 
 SCORES = ["nll", "entropy", "pseudo_label"]
 
@@ -89,6 +93,22 @@ REFUSED = {
         lambda m: lgm.score_generation(m, [[1], [-1]], [[1], [2]], "nll"),
         "prompt 1 has the token id -1",
     ),
+    "a mask with a gap": (
+        lambda m: lgm.score_generation(m, {"input_ids": [[1, 5, 7]], "attention_mask": [[1, 0, 1]]}, [[4]], "nll"),
+        "padding between two tokens",
+    ),
+    "a mask that is added to attention": (
+        lambda m: lgm.score_generation(m, {"input_ids": [[1, 5]], "attention_mask": [[-1e9, 0.0]]}, [[4]], "nll"),
+        "the value 1 at each",
+    ),
+    "a mask of another length": (
+        lambda m: lgm.score_generation(m, {"input_ids": [[1, 5]], "attention_mask": [[1]]}, [[4]], "nll"),
+        "each of the 2 token ids",
+    ),
+    "an answer with a gap": (
+        lambda m: lgm.score_generation(m, [[1]], torch.tensor([[4, -100, 6]]), "nll"),
+        "padding between two tokens",
+    ),
     "other numbers": (lambda m: lgm.score_generation(m, [[1]], [[1], [2]], "nll"), "1 prompts and 2 answers"),
     "padding without a mask": (
         lambda m: lgm.score_generation(m, torch.tensor([[0, 1], [1, 3]]), [[1], [2]], "nll"),
@@ -122,8 +142,60 @@ def test_active_dropout_and_models_that_are_not_causal_are_refused() -> None:
         lgm.score_generation(gpt2, PROMPTS, ANSWERS, "nll")
     plain = language_model("plain")
     plain.mixing = torch.nn.GRU(8, 4, batch_first=True, bidirectional=True).double()
+    for prompts, answers in ((PROMPTS, ANSWERS), ([[1, 5]], [[4, 6]])):
+        with pytest.raises(ValueError, match="not a causal language model"):
+            lgm.score_generation(plain, prompts, answers, "nll")
+
+
+def test_models_with_an_attention_mask_that_are_not_causal_are_refused() -> None:
+    """Their logits do not depend on masked padding, but on later tokens."""
+    config = transformers.BertConfig(**SIZES)
     with pytest.raises(ValueError, match="not a causal language model"):
-        lgm.score_generation(plain, PROMPTS, ANSWERS, "nll")
+        lgm.score_generation(transformers.BertForMaskedLM(config).eval(), PROMPTS, ANSWERS, "nll")
+
+
+class Changed(Plain):
+    """A model whose output is another form of the head's output."""
+
+    def __init__(self, change: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.change(super().forward(ids))
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "scaled": lambda z: z / 2,
+    "capped": lambda z: 0.5 * torch.tanh(z / 0.5),
+    "mapping": lambda z: {"logits": z},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_heads_of_models_outside_of_transformers_are_found(change: str) -> None:
+    torch.manual_seed(0)
+    model = Changed(CHANGES[change]).double().eval()
+    wanted = {"token": "grand(target=head)", "whole": "grand(target=all)"}
+    scored = lgm.score_generation(model, PROMPTS, ANSWERS, wanted)
+    for number, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        output = model(torch.tensor([prompt + answer]))
+        logits = (output["logits"] if change == "mapping" else output)[0, len(prompt) - 1 : -1]
+        losses = F.cross_entropy(logits, torch.tensor(answer), reduction="none")
+        norms = [torch.autograd.grad(loss, model.head.weight, retain_graph=True)[0].norm() for loss in losses]
+        torch.testing.assert_close(scored.tokens["token"][number], torch.stack(norms))
+        gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
+        whole = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        torch.testing.assert_close(scored.values["whole"][number], whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [("log_softmax", "nor that output scaled"), ("tuple", "without logits")]
+)
+def test_other_outputs_are_refused(change: str, message: str) -> None:
+    changes = {"log_softmax": lambda z: z.log_softmax(-1), "tuple": lambda z: (z,)}
+    with pytest.raises(ValueError, match=message):
+        lgm.score_generation(Changed(changes[change]).eval(), PROMPTS, ANSWERS, "nll")
 
 
 def test_closed_forms_for_plain_logits_are_not_used_for_capped_ones() -> None:
@@ -139,6 +211,7 @@ def test_maps_from_the_head_to_the_logits(dtype: torch.dtype) -> None:
         assert found is not None and found.cap == pytest.approx(cap, rel=16 * torch.finfo(dtype).eps)
     found = recognised_map(output, output / 8)
     assert found is not None and found.scale == pytest.approx(1 / 8, rel=torch.finfo(dtype).eps)
+    assert recognised_map(output, output.masked_fill(torch.arange(50) == 7, -torch.inf)) is None
     assert recognised_map(output, output.log_softmax(1)) is None and recognised_map(output, output.clamp(-1, 1)) is None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import lightning_gradmetrics as lgm
 from tests.language.language_models import language_model
@@ -82,3 +83,57 @@ def test_ids_of_another_call_are_refused() -> None:
         ids = model.generate(**PROMPTS, max_new_tokens=5, min_new_tokens=5, do_sample=False)  # type: ignore[operator]
     with pytest.raises(ValueError, match="not those that the watched call"):
         watch.result(ids.flip(0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_beam_that_ends_early_may_win(seed: int) -> None:
+    model = language_model()
+    options: dict[str, Any] = {
+        "num_beams": 3,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 12,
+    }
+    prompt = torch.tensor([[1, 5 + seed, 7]])
+    with lgm.watching_generation(model, ["entropy"]) as watch:
+        output = model.generate(prompt, length_penalty=-2.0, **options)  # type: ignore[operator]
+    found = watch.result(output)
+    (sequence,) = found.sequences
+    expected = lgm.score_generation(model, prompt, [sequence.answer], ["entropy"])
+    torch.testing.assert_close(found.tokens["entropy"][0], expected.tokens["entropy"][0])
+
+
+def test_a_configuration_as_positional_argument_is_read() -> None:
+    """One answer ends at its first token and is padded to the length of the other."""
+    model, ids = language_model(), torch.tensor([[1, 5, 7], [1, 9, 4]])
+    first, other = model(ids).logits[:, -1].argmax(1).tolist()
+    assert first != other
+    config = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=first, pad_token_id=0)
+    with lgm.watching_generation(model, ["entropy"]) as watch:
+        output = model.generate(ids, config)  # type: ignore[operator]
+    assert len(watch.result(output).sequences[0].answer) == 1 < output.shape[1] - 3
+
+
+def test_prompts_without_a_mask_lose_their_padding() -> None:
+    model = language_model()
+    with lgm.watching_generation(model, ["entropy"]) as watch:
+        output = model.generate(PROMPTS["input_ids"], max_new_tokens=3, do_sample=False)  # type: ignore[operator]
+    assert [sequence.prompt for sequence in watch.result(output).sequences] == [2, 4]
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_prompts_with_padding_at_their_end_are_refused(is_given: bool) -> None:
+    model, ids = language_model(), torch.tensor([[1, 5, 0], [1, 7, 9]])
+    options = {"attention_mask": (ids != 0).long()} if is_given else {}
+    with pytest.raises(ValueError, match="padded on the right"), lgm.watching_generation(model, ["entropy"]):
+        model.generate(ids, max_new_tokens=3, do_sample=False, **options)  # type: ignore[operator]
+
+
+def test_prompts_as_embeddings_are_refused() -> None:
+    model = language_model()
+    embedded = model.get_input_embeddings()(torch.tensor([[1, 5]]))  # type: ignore[operator]
+    with (
+        pytest.raises(ValueError, match="does not show the model the ids"),
+        lgm.watching_generation(model, ["entropy"]),
+    ):
+        model.generate(inputs_embeds=embedded, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
