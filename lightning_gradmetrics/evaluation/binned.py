@@ -17,8 +17,9 @@ from lightning_gradmetrics.evaluation.reading import score_column
 from lightning_gradmetrics.evaluation.row_classes import RowSorter
 from lightning_gradmetrics.evaluation.streams import Stream
 from lightning_gradmetrics.evaluation.tasks import DetectionTask
+from lightning_gradmetrics.meters.functional.bounds import CellEnds
 from lightning_gradmetrics.meters.functional.counts import Counts
-from lightning_gradmetrics.meters.functional.histogram import append, auroc_bounds, class_counts, empty_table
+from lightning_gradmetrics.meters.functional.histogram import append, class_counts, empty_table
 
 __all__ = ["BLOCKS", "BinnedScore", "BlockCells", "bin_scores", "block_weights", "count_blocks"]
 
@@ -49,14 +50,33 @@ class BinnedScore:
         """Return the counts ``(K,)`` of a task."""
         return counts_of_task(task, self.scores, self.counts)
 
-    def auroc_error(self, task: DetectionTask) -> float:
-        """Return the largest error of the AUROC of a task that the bins allow; 0 without rows of both classes."""
-        weights = torch.zeros(2, len(self.counts), dtype=torch.float64)
-        for side, codes in enumerate((task.negative, task.positive)):
-            for code in codes:
-                weights[side, code] = task.weights.get(code, 1.0)
-        low, high = auroc_bounds(self.table, weights[0], weights[1])
-        return float((high - low).nan_to_num(0.0))
+    def largest_errors(self, tasks: Sequence[DetectionTask], rate: float) -> tuple[float, float, float]:
+        """Return the largest errors of AUROC, FPR95 and AUPR that the bins allow; 0 without rows of both classes.
+
+        Args:
+            tasks: The tasks.
+            rate: The true-positive rate of FPR95.
+        """
+        ends = CellEnds.of(self.table)
+        errors = [0.0, 0.0, 0.0]
+        for task in tasks:
+            weights = torch.zeros(2, len(self.counts), dtype=torch.float64)
+            for side, codes in enumerate((task.negative, task.positive)):
+                for code in codes:
+                    weights[side, code] = task.weights.get(code, 1.0)
+            sides = weights @ ends.counts
+            kinds = (
+                (ends.auroc(*sides),),
+                (ends.fpr(*sides, rate),),
+                (
+                    ends.average_precision(*sides),
+                    ends.average_precision_in(*sides),
+                ),
+            )
+            for number, bounds in enumerate(kinds):
+                for low, high in bounds:
+                    errors[number] = max(errors[number], float((high - low).nan_to_num(0.0)))
+        return errors[0], errors[1], errors[2]
 
 
 def bin_scores(

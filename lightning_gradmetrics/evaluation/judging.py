@@ -180,20 +180,23 @@ def judge_stream(stream: Stream, question: Question, bins: int) -> Judged:
         replicates,
         tasks,
         rows.datasets,
-        [*sorter.notes(), *more_notes, *_bin_notes(binned, tasks, bins)],
+        [*sorter.notes(), *more_notes, *_bin_notes(binned, tasks, question.rate, bins)],
         question.resamples,
         bootstrap if question.resamples else None,
         bins,
     )
 
 
-def _bin_notes(binned: Mapping[str, BinnedScore], tasks: Sequence[DetectionTask], bins: int) -> list[str]:
-    """Return a note on the largest error of the AUROC that the bins allow."""
-    errors = [0.0]
+def _bin_notes(binned: Mapping[str, BinnedScore], tasks: Sequence[DetectionTask], rate: float, bins: int) -> list[str]:
+    """Return a note on the largest errors of AUROC, FPR95 and AUPR that the bins allow."""
+    errors = []
     for histogram in binned.values():
-        for task in tasks:
-            errors.append(histogram.auroc_error(task))
-    return [f"scores are in {bins} bins: each AUROC is within {_rounded_up(max(errors)):g} of its exact value"]
+        errors.append(histogram.largest_errors(tasks, rate))
+    auroc, fpr, aupr = map(max, zip(*errors, strict=True))
+    return [
+        f"scores are in {bins} bins: each AUROC is within {_rounded_up(auroc):g} of its exact value, each FPR95 within "
+        f"{_rounded_up(fpr):g}, each AUPR within {_rounded_up(aupr):g}"
+    ]
 
 
 def _rounded_up(value: float) -> float:

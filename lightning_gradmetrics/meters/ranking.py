@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_gradmetrics.meters import functional as F
 from lightning_gradmetrics.meters.base import CurveMeter, ScoreMeter
 from lightning_gradmetrics.meters.functional import curves, ranking
+from lightning_gradmetrics.meters.functional.bounds import auroc_bounds
 from lightning_gradmetrics.meters.functional.counts import Positive, announce_undefined, check_rate, check_tensor
-from lightning_gradmetrics.meters.functional.histogram import auroc_bounds
 
 __all__ = ["AUROC", "OSCR", "ROC", "AveragePrecision", "FPRAtTPR", "PrecisionRecallCurve"]
 

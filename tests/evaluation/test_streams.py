@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_gradmetrics.evaluation import Evaluation, evaluate, streams
 from lightning_gradmetrics.evaluation.binned import bin_scores
+from lightning_gradmetrics.meters.functional.bounds import CellEnds
+from lightning_gradmetrics.meters.functional.histogram import append, empty_table
+from lightning_gradmetrics.meters.functional.ranking import auroc, average_precision, fpr_at_tpr
 from lightning_gradmetrics.results import IncompleteResultsError, read_results
 from lightning_gradmetrics.results.parts import ResultsWriter, ResumeError
 from lightning_gradmetrics.results.resuming import unfinished
@@ -69,18 +72,63 @@ def test_up_to_four_distinct_scores_per_bin_every_value_is_exact() -> None:
     assert len(found.metrics) == len(wanted.metrics) > 20 and found.datasets == wanted.datasets
     for one, other in zip(found.metrics, wanted.metrics, strict=True):
         assert one == {**other, "value": pytest.approx(other["value"], rel=1e-12)}
-    assert "scores are in 1024 bins: each AUROC is within 0 of its exact value" in found.notes
+    (note,) = [note for note in found.notes if "bins" in note]
+    assert note == (
+        "scores are in 1024 bins: each AUROC is within 0 of its exact value, each FPR95 within 0, each AUPR within 0"
+    )
     assert found.settings["bins"] == 1024 and wanted.settings["bins"] is None
 
 
-def test_values_of_many_distinct_scores_are_within_the_stated_bound() -> None:
-    wanted, found = judged(table(), resamples=0), judged(table(), resamples=0, bins=1024)
+KINDS_OF_SCORES = {
+    "normal": lambda signal, rng: signal,
+    "confident": lambda signal, rng: 1 / (1 + np.exp(-40 - 10 * signal)) - np.exp(-40 - 10 * signal),
+    "heavy tails": lambda signal, rng: np.sinh(8 * signal),
+    "mostly ties": lambda signal, rng: np.where(rng.random(len(signal)) < 0.7, np.round(signal), signal),
+    "separate": lambda signal, rng: 100 * np.round(signal / 3) + signal,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_SCORES)
+def test_values_of_many_distinct_scores_are_within_the_stated_bounds(kind: str) -> None:
+    results = table()
+    rng = np.random.default_rng(3)
+    for number in (4, 5):
+        signal = results.column(number).to_numpy()
+        values = KINDS_OF_SCORES[kind](signal, rng)
+        results = results.set_column(number, results.column_names[number], pa.array(values))
+    wanted, found = judged(results, resamples=0), judged(results, resamples=0, bins=1024)
     (note,) = [note for note in found.notes if "bins" in note]
-    bound = float(note.partition("within ")[2].partition(" ")[0])
-    assert 0 < bound < 0.02
+    limits = [float(text.split()[0].rstrip(",")) for text in note.split("within ")[1:]]
+    names = {"auroc": 0, "fpr95": 1, "aupr": 2, "aupr_in": 2}
+    assert 0 < limits[0] < 0.02 and 0 < limits[1] < 0.05 and 0 < limits[2] < 0.05
     for one, other in zip(found.metrics, wanted.metrics, strict=True):
-        limit = bound if one["metric"] == "auroc" else 0.01
+        limit = limits[names[one["metric"]]] if one["metric"] in names else 0.01
         assert one["value"] == pytest.approx(other["value"], abs=limit), one
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_bounds_of_random_cells_contain_every_order_of_their_samples(seed: int) -> None:
+    """The samples of a small histogram are placed at random inside of their cells."""
+    rng = np.random.default_rng(seed)
+    scores = torch.from_numpy(np.round(rng.normal(size=300), int(rng.integers(1, 6))) * 10.0 ** rng.integers(-3, 4))
+    target = torch.from_numpy(rng.integers(0, 2, 300))
+    histogram = empty_table(16)
+    for part in torch.arange(300).split(37):
+        histogram = append(histogram, scores[part], target[part])
+    ends = CellEnds.of(histogram)
+    sides = ends.counts[0], ends.counts[1]
+    bounds = {
+        auroc: ends.auroc(*sides),
+        fpr_at_tpr: ends.fpr(*sides),
+        average_precision: ends.average_precision(*sides),
+        _of_the_negatives: ends.average_precision_in(*sides),
+    }
+    for metric, (low, high) in bounds.items():
+        assert low - 1e-6 <= metric(scores, target) <= high + 1e-6, metric  # values are float32
+
+
+def _of_the_negatives(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return average_precision(scores, target, "in")
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_gradmetrics.meters.functional.bounds import auroc_bounds
 from lightning_gradmetrics.meters.functional.counts import count
 from lightning_gradmetrics.meters.functional.histogram import (
     append,
-    auroc_bounds,
     cells_of,
     counts_of_table,
     empty_table,
