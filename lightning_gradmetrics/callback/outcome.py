@@ -62,11 +62,6 @@ class Outcome:
         return [score.name for score in self.scorer.scores]
 
     @property
-    def baseline_names(self) -> list[str]:
-        """The names of the scores that take no gradient."""
-        return [score.name for score in self.scorer.scores if score.recipe.family == "baseline"]
-
-    @property
     def results(self) -> pa.Table:
         """The per-sample results of the last run. With ``output=`` they are read from the directory on first use."""
         if self.output is not None and not self._is_set_up and is_complete(self.output.directory):

@@ -205,11 +205,6 @@ class Run:
         """The scores that read the true label."""
         return self.names[1]
 
-    @property
-    def described_results(self) -> pa.Table:
-        """The results of the datasets that have a role."""
-        return self.results.filter(pc.is_in(self.results["dataset"], pa.array(list(self.roles), pa.string())))
-
     def score(self, name: str) -> Score:
         """Return the score of a name."""
         return {score.name: score for score in self.scores}[name]

@@ -53,7 +53,7 @@ __all__ = [
     "sorted_key",
 ]
 
-KEY, LEVEL, NEGATIVE, POSITIVE = range(4)
+KEY, LEVEL, NEGATIVE = range(3)
 STEP = 4
 LEVELS = 15
 COLUMNS = 8
