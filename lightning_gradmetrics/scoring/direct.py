@@ -16,7 +16,7 @@ from lightning_gradmetrics.scoring.padding import padding_of, without_padding
 from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import check_fitted
-from lightning_gradmetrics.scoring.step import observed
+from lightning_gradmetrics.scoring.step import StepObserver
 
 __all__ = ["score"]
 
@@ -74,7 +74,7 @@ def score(
     if _is_empty(inputs):
         return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
     with samples_first(model, inputs, sample_axis) as placed:
-        batch = observed(scorer, model, placed)
+        batch = StepObserver(scorer, model).own(placed)
         batch = replace(batch, labels=given_labels(targets, batch.logits))
         values = scorer(scorer.evidence(model, batch))
         return without_padding(values, padding_of(placed)) if batch.logits.ndim == 3 else values

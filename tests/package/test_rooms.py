@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "lightning_gradmetrics"
 
 ROOMS = {
-    # room:      the rooms it may import; every one of them stands above it
+    # room:      the rooms it may import; each of them is above it in the table
     "classifier": set(),
     "meters": set(),
     "gradients": {"classifier"},
@@ -75,7 +75,7 @@ def test_the_table_has_every_folder_and_no_other() -> None:
     assert len(ROOMS) <= 16
 
 
-def test_only_folders_lie_in_the_root() -> None:
+def test_only_folders_are_in_the_root() -> None:
     files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
     assert files == {"__init__.py", "py.typed"}
 
@@ -83,7 +83,7 @@ def test_only_folders_lie_in_the_root() -> None:
 def test_every_room_imports_only_rooms_above_it() -> None:
     above: set[str] = set()
     for room, allowed in ROOMS.items():
-        assert allowed <= above, f"{room} may import {allowed - above}, which stand below it"
+        assert allowed <= above, f"{room} may import {allowed - above}, which are below it"
         above.add(room)
 
 
