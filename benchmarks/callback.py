@@ -1,10 +1,11 @@
-"""What the callback adds to ``trainer.predict``: head scores on a ResNet-20, and per batch of a tiny model."""
+"""What the callback adds to ``trainer.predict``, on a ResNet-20 and on a tiny model; and the time of each head score."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from benchmarks.measure import environment, interleaved, summary
+from benchmarks.measure import environment, interleaved, spread, summary
 from benchmarks.models import resnet20
+from lightning_gradmetrics.scoring.evidence import Evidence
 
 __all__ = ["main"]
 
@@ -89,6 +91,42 @@ def _run(case: Case, callbacks: Sequence[Any]) -> Callable[[], None]:
     return run
 
 
+HEAD_SCORES = (
+    *("max_logit", "log_likelihood", "feature_norm", "max_softmax", "entropy", "margin", "energy", "doctor", "gen"),
+    *(
+        "max_logit_pnorm",
+        "gradtrust",
+        "gradnorm",
+        "uniform",
+        "gradnorm_kl",
+        "pseudo_label",
+        "exgrad",
+        "fisher_trace",
+        "pgn",
+    ),
+)
+"""All scores of the logits and of the head without a fit."""
+
+HEAD_BATCH = {"samples": 256, "classes": 1000, "features": 512}
+
+
+def head_scores(rounds: int) -> list[dict[str, Any]]:
+    """Return the processor time of each head score alone, on new evidence in every call."""
+    torch.manual_seed(0)
+    samples = HEAD_BATCH["samples"]
+    logits, features = torch.randn(samples, HEAD_BATCH["classes"]), torch.randn(samples, HEAD_BATCH["features"]).relu()
+    rows = []
+    for name in HEAD_SCORES:
+        score, milliseconds = lgm.scores.make(name), []
+        for _ in range(rounds + 3):
+            start = time.process_time()
+            score(Evidence(logits, features))
+            milliseconds.append(1e3 * (time.process_time() - start))
+        median, low, high = spread(milliseconds[3:])
+        rows.append({"score": name, "ms": median, "low": low, "high": high})
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write a JSON file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks callback", description=__doc__)
@@ -110,10 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         extra = sorted(b - a for a, b in zip(times["predict"], times["callback"], strict=True))[options.rounds // 2]
         row = {"case": name, "ratio": ratio, "low": low, "high": high, "ms per batch": 1e3 * extra / case.batches}
         rows.append(row)
-    Console(width=120).print(_table(rows, facts))
+    alone = head_scores(10 * options.rounds)
+    console = Console(width=120)
+    console.print(_table(rows, facts))
+    console.print(_head_table(alone))
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "callback.json"
-    path.write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
+    path.write_text(json.dumps({"environment": facts, "rows": rows, "head scores": alone}, indent=2) + "\n")
 
 
 def _table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Table:
@@ -124,4 +165,12 @@ def _table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Table:
     for row in rows:
         quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
         table.add_row(row["case"], f"{row['ratio']:.3f}", quartiles, f"{row['ms per batch']:.2f}")
+    return table
+
+
+def _head_table(rows: Sequence[dict[str, Any]]) -> Table:
+    sizes = ", ".join(f"{number} {name}" for name, number in HEAD_BATCH.items())
+    table = Table("score", "ms", "quartiles", title=f"one head score alone: {sizes}")
+    for row in rows:
+        table.add_row(row["score"], f"{row['ms']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}")
     return table

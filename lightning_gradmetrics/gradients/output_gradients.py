@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_gradmetrics.gradients.precision import accumulator
 from lightning_gradmetrics.gradients.softmax import Softmax
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, axis_moments
 
-__all__ = ["OutputGradient", "output_gradient"]
+__all__ = ["LogitGradient", "lazy_output_gradient", "output_gradient"]
 
 Softmaxes = Callable[[float], Softmax]
 """A function from a temperature to the softmax of the logits."""
@@ -50,31 +50,23 @@ def output_gradient(objective: Objective, logits: Tensor, softmax: Softmaxes, ta
 
 
 @dataclass(frozen=True)
-class OutputGradient:
-    """The gradient of each position's loss with respect to its logits; computed only where its moments are not known.
+class LogitGradient:
+    """A gradient with respect to the logits, which is computed only where its moments are not known.
 
     Args:
-        objective: The objective.
         logits: ``(N, C, *P)``.
-        softmax: From a temperature to the softmax of the logits.
-        targets: True labels ``(N, *P)``, for the objectives that need them.
-
-    Example:
-        >>> logits = torch.tensor([[[2.0], [0.0]]])
-        >>> gradient = OutputGradient(Objective.of("uniform"), logits, lambda temperature: Softmax(logits, temperature))
-        >>> gradient.moments([1.0])[1.0]
-        tensor([[0.7616]], dtype=torch.float64)
+        compute: Returns the gradient ``(N, C, *P)``.
+        known: Functions that return moments over the classes, ``(N, *P)``, without the gradient.
     """
 
-    objective: Objective
     logits: Tensor
-    softmax: Softmaxes
-    targets: Tensor | None = None
+    compute: Callable[[], Tensor]
+    known: Mapping[Moment, Callable[[], Tensor]] = field(default_factory=dict)
 
     @cached_property
     def tensor(self) -> Tensor:
         """The gradient ``(N, C, *P)``."""
-        return output_gradient(self.objective, self.logits, self.softmax, self.targets)
+        return self.compute()
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:
         """Return moments over the classes, ``(N, *P)``.
@@ -82,32 +74,50 @@ class OutputGradient:
         Args:
             wanted: The moments.
         """
-        known = self._known()
         moments: Moments = {}
         for key in wanted:
-            if key in known:
-                moments[key] = known[key]().to(accumulator(self.logits))
+            if key in self.known:
+                moments[key] = self.known[key]().to(accumulator(self.logits))
             else:
                 moments |= axis_moments(self.tensor, [key])
         return moments
 
-    def _known(self) -> dict[Moment, Callable[[], Tensor]]:
-        """Return the moments that are functions of few numbers of each position's softmax."""
-        if self.objective.function is not None or self.logits.shape[1] < 2:
-            return {}
-        arguments = dict(self.objective.arguments)
-        temperature = arguments.get("temperature", 1.0)
-        softmax = self.softmax(temperature)
-        if self.objective.name == "uniform":
-            return {1.0: lambda: softmax.distance_to_uniform / temperature}
-        if self.objective.name != "pseudo_label":
-            return {}
-        return {
-            1.0: lambda: 2 * softmax.error / temperature,
-            2.0: lambda: (softmax.error.square() + softmax.other_squares) / temperature**2,
-            "max": lambda: softmax.second / temperature,
-            "min": lambda: -softmax.error / temperature,
-        }
+
+def lazy_output_gradient(
+    objective: Objective, logits: Tensor, softmax: Softmaxes, targets: Tensor | None = None
+) -> LogitGradient:
+    """Return the gradient of :func:`output_gradient`, which is computed only where its moments are not known.
+
+    Args:
+        objective: The objective.
+        logits: ``(N, C, *P)``.
+        softmax: A function from a temperature to the softmax of the logits.
+        targets: True labels ``(N, *P)``, for objectives that need them.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0], [0.0]]])
+        >>> gradient = lazy_output_gradient(Objective.of("uniform"), logits, lambda temperature: Softmax(logits, temperature))
+        >>> gradient.moments([1.0])[1.0]
+        tensor([[0.7616]], dtype=torch.float64)
+    """
+    known = _known_moments(objective, logits, softmax)
+    return LogitGradient(logits, lambda: output_gradient(objective, logits, softmax, targets), known)
+
+
+def _known_moments(objective: Objective, logits: Tensor, softmaxes: Softmaxes) -> dict[Moment, Callable[[], Tensor]]:
+    """Return the moments that are functions of few numbers of each position's softmax."""
+    if objective.function is not None or logits.shape[1] < 2 or objective.name not in ("uniform", "pseudo_label"):
+        return {}
+    temperature = dict(objective.arguments).get("temperature", 1.0)
+    softmax = softmaxes(temperature)
+    if objective.name == "uniform":
+        return {1.0: lambda: softmax.distance_to_uniform / temperature}
+    return {
+        1.0: lambda: 2 * softmax.error / temperature,
+        2.0: lambda: (softmax.error.square() + softmax.other_squares) / temperature**2,
+        "max": lambda: softmax.second / temperature,
+        "min": lambda: -softmax.error / temperature,
+    }
 
 
 def _rows_of_map(values: Tensor) -> Tensor:

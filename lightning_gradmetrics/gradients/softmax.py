@@ -159,6 +159,29 @@ class Softmax:
         """The second largest probability, ``(N, *P)``."""
         return self._other_probabilities.amax(1)
 
+    @cached_property
+    def squared_entropy_gradient(self) -> Tensor:
+        """``sum_c (p_c (log p_c + H))^2`` with the entropy H: the gradient of the negative entropy, ``(N, *P)``."""
+        return self.entropy_gradient.square().sum(1)
+
+    @property
+    def entropy_gradient(self) -> Tensor:
+        """The gradient of the negative entropy with respect to the logits, ``p_c (log p_c + H)``: ``(N, C, *P)``."""
+        # log p + H, both computed from the distances to the largest logit, so that the log-partition cancels.
+        shifted = (self.probabilities * self.distances).sum(1, keepdim=True) - self.distances
+        return self.probabilities * shifted
+
+    def powers_of_others(self, power: float, complement: float = 0.0) -> Tensor:
+        """Return ``sum_c p_c^a (1 - p_c)^b`` over all classes but the predicted one, ``(N, *P)``.
+
+        Args:
+            power: The exponent ``a``, above 0.
+            complement: The exponent ``b``, at least 0.
+        """
+        others = self._other_probabilities
+        terms = others.pow(power)
+        return (terms * (1 - others).pow(complement) if complement else terms).sum(1)
+
     @property
     def predicted_residual(self) -> Tensor:
         """``p - e_y`` for the predicted class y, ``(N, C, *P)``."""

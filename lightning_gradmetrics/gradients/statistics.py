@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.blocks import by_blocks
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32, result_dtype
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "factors_moments_for",
     "gradient_moments",
     "moments_for",
+    "power_sum",
     "product_moments",
     "result_dtype",
     "stacked_moments",
@@ -126,7 +128,49 @@ def _moment(flat: Tensor, key: Moment) -> Tensor:
     if key == 2.0:
         squares: Tensor = torch.linalg.vecdot(flat, flat, dim=1)  # the first factor is conjugated
         return squares.real if squares.is_complex() else squares
-    return flat.abs().pow(float(key)).sum(1)
+    return power_sum(flat, float(key))
+
+
+MOST_MULTIPLIED = 16
+"""Larger whole powers are not computed by multiplication."""
+
+
+def power_sum(entries: Tensor, p: float) -> Tensor:
+    """Return ``sum_c |x_c|^p`` over axis 1; whole powers by multiplication, which is several times faster.
+
+    Args:
+        entries: ``(N, C, *P)``.
+        p: A number above 0.
+
+    Example:
+        >>> power_sum(torch.tensor([[1.0, -2.0]]), 5.0)
+        tensor([33.])
+    """
+    if p == 0.5:
+        return by_blocks(_sums_of_roots, entries)
+    if float(p).is_integer() and 2 <= p <= MOST_MULTIPLIED:
+        return by_blocks(lambda block: _sums_of_whole_powers(block, int(p)), entries)
+    return by_blocks(lambda block: block.abs().pow(p).sum(1), entries)
+
+
+def _sums_of_roots(entries: Tensor) -> Tensor:
+    # The square root of torch takes ten times longer for zeros, such as those of a ReLU.
+    magnitudes = entries.abs()
+    roots = magnitudes.clamp(min=torch.finfo(magnitudes.dtype).tiny).sqrt_()
+    return roots.mul_(magnitudes.sign()).sum(1)
+
+
+def _sums_of_whole_powers(entries: Tensor, p: int) -> Tensor:
+    square, product, rest = entries.abs(), None, p
+    while rest > 1:
+        if rest % 2:
+            product = square if product is None else product * square
+        square = square * square
+        rest //= 2
+    if product is None:
+        return square.sum(1)
+    total: Tensor = torch.linalg.vecdot(product, square, dim=1)
+    return total
 
 
 def factor_moments(left: Tensor, right: Tensor, wanted: Iterable[Moment]) -> Moments:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.objectives import Objective
+from lightning_gradmetrics.gradients.output_gradients import LogitGradient
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, axis_moments, moments_for, result_dtype
 from lightning_gradmetrics.scoring.arguments import Allowed, Norm, Positive
 from lightning_gradmetrics.scoring.evidence import Evidence, HeadGradient, Target
@@ -128,13 +129,15 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
         M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
         Networks", 2024, https://arxiv.org/abs/2405.13758
     """
-    softmax = evidence.softmax()
-    p = softmax.probabilities
-    # log p + H, both computed from the distances to the largest logit, so that the log-partition cancels.
-    shifted = (p * softmax.distances).sum(1, keepdim=True) - softmax.distances
-    output = p * shifted / p.shape[1]
-    rows = output[:, 1:] if evidence.one_logit else output
-    return HeadGradient(rows, evidence.head_input).norm(2)
+    softmax, classes = evidence.softmax(), evidence.logits.shape[1]
+    gradient: Tensor | LogitGradient = LogitGradient(
+        evidence.logits,
+        lambda: softmax.entropy_gradient / classes,
+        {2.0: lambda: softmax.squared_entropy_gradient / classes**2},
+    )
+    if evidence.one_logit:
+        gradient = gradient.tensor[:, 1:]
+    return HeadGradient(gradient, evidence.head_input).norm(2)
 
 
 @register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.blocks import by_blocks
 from lightning_gradmetrics.scoring.arguments import Allowed, Positive
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
@@ -169,14 +170,7 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
         M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
         Networks", 2024, https://arxiv.org/abs/2405.13758
     """
-    logits = evidence.logits
-    samples = max(1, CACHED_LOGITS // logits[0].numel()) if len(logits) else 1
-    blocks = [_negative_trust(block, k) for block in torch.split(logits, samples)]  # type: ignore[no-untyped-call]
-    return torch.cat(blocks)
-
-
-CACHED_LOGITS = 2**15
-"""The number of logits that are scored at the same time: their intermediate results stay in the processor's cache."""
+    return by_blocks(lambda block: _negative_trust(block, k), evidence.logits)
 
 
 def _negative_trust(logits: Tensor, k: int | None) -> Tensor:

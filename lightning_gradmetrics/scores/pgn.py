@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.output_gradients import LogitGradient
 from lightning_gradmetrics.scoring.arguments import Norm
 from lightning_gradmetrics.scoring.evidence import Evidence, HeadGradient
 from lightning_gradmetrics.scoring.registry import register
@@ -47,10 +49,17 @@ def pgn(evidence: Evidence, *, p: Norm = 0.5, label: Literal["uniform", "one_hot
         Out-of-Distribution Segmentation", 2023, https://arxiv.org/abs/2303.06920, and its code,
         https://github.com/tobiasriedlinger/uncertainty-gradients-seg
     """
-    softmax = evidence.softmax()
-    probabilities = softmax.probabilities
+    softmax, share = evidence.softmax(), 1.0
     if label == "uniform":
-        factor = probabilities * (1 - 1 / probabilities.shape[1])
-    else:
-        factor = probabilities.masked_fill(softmax.is_top, 0)
-    return HeadGradient(factor, evidence.head_input).norm(p)
+        share = 1 - 1 / evidence.logits.shape[1]
+
+    def factor() -> Tensor:
+        probabilities = softmax.probabilities
+        return probabilities * share if label == "uniform" else probabilities.masked_fill(softmax.is_top, 0)
+
+    def powers() -> Tensor:
+        others = softmax.powers_of_others(p)
+        return others if label == "one_hot" else ((1 - softmax.error).pow(p) + others) * share**p
+
+    known = {} if math.isinf(p) else {float(p): powers}
+    return HeadGradient(LogitGradient(evidence.logits, factor, known), evidence.head_input).norm(p)

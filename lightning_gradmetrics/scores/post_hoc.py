@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.gradients.statistics import power_sum
 from lightning_gradmetrics.scoring.arguments import Count, Norm, Share
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register
@@ -36,11 +39,12 @@ def gen(evidence: Evidence, *, gamma: Share = 0.1, top: Count | None = None) -> 
         2023, https://github.com/XixiLiu95/GEN
     """
     softmax = evidence.softmax()
-    p = softmax.probabilities
-    terms = (p * softmax.complements).pow(gamma)
-    if top is not None and top < p.shape[1]:
-        terms = terms.gather(1, p.topk(top, 1).indices)
-    return terms.sum(1)
+    if top is None or top >= evidence.logits.shape[1]:
+        likeliest = (softmax.error * (1 - softmax.error)).pow(gamma)
+        return likeliest + softmax.powers_of_others(gamma, gamma)
+    probabilities = softmax.probabilities
+    terms = (probabilities * softmax.complements).pow(gamma)
+    return terms.gather(1, probabilities.topk(top, 1).indices).sum(1)
 
 
 @register("baseline", "Cattelan & Silva 2024, arXiv:2305.15508")
@@ -65,5 +69,9 @@ def max_logit_pnorm(evidence: Evidence, *, p: Norm = 5.0) -> Tensor:
         L. Cattelan and D. Silva, "How to Fix a Broken Confidence Estimator: Evaluating Post-hoc Methods for Selective
         Classification with Deep Neural Networks", UAI 2024, https://arxiv.org/abs/2305.15508
     """
-    norm: Tensor = torch.linalg.vector_norm(evidence.logits, p, 1)
-    return -evidence.logits.amax(1) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    logits = evidence.logits
+    if math.isinf(p):
+        norm = logits.abs().amax(1)
+    else:
+        norm = power_sum(logits, p).pow(1 / p)
+    return -logits.amax(1) / norm.clamp(min=torch.finfo(norm.dtype).tiny)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.engine.kernels.softmax import softmax_of
 from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
-from lightning_gradmetrics.gradients.output_gradients import OutputGradient
+from lightning_gradmetrics.gradients.output_gradients import lazy_output_gradient
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.softmax import Softmax
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, accumulator
@@ -306,7 +306,7 @@ class Evidence:
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         targets = self.labels if objective.needs_targets else None
-        known = OutputGradient(objective, self.logits, self.softmax, targets)
+        known = lazy_output_gradient(objective, self.logits, self.softmax, targets)
         output = known.tensor[:, 1:] if self.one_logit else known
         if isinstance(self.given_slope, Tensor):
             whole = output if isinstance(output, Tensor) else known.tensor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.head_features import Block, HeadFeatures, merged_moments
-from lightning_gradmetrics.gradients.output_gradients import OutputGradient
+from lightning_gradmetrics.gradients.output_gradients import LogitGradient
 from lightning_gradmetrics.gradients.statistics import (
     GradientStatistics,
     Moment,
@@ -83,7 +83,7 @@ class HeadGradient(Gradient):
         features: The head's input ``h``, ``(N, D, *P)``.
     """
 
-    given: Tensor | OutputGradient
+    given: Tensor | LogitGradient
     features: Tensor | HeadFeatures
 
     @property

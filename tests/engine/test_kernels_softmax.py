@@ -12,7 +12,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine.kernels.library import plain_kernels
 from lightning_gradmetrics.engine.kernels.softmax import MOST_CLASSES, MOST_ROW_CLASSES, softmax_of
 from lightning_gradmetrics.gradients.objectives import Objective
-from lightning_gradmetrics.gradients.output_gradients import OutputGradient
+from lightning_gradmetrics.gradients.output_gradients import lazy_output_gradient
 from lightning_gradmetrics.gradients.softmax import Softmax
 from lightning_gradmetrics.gradients.statistics import axis_moments
 
@@ -86,7 +86,7 @@ def test_other_logits_take_plain_torch() -> None:
 def test_moments_that_need_no_gradient_of_the_logits_are_those_of_the_gradient(name: str, scale: float) -> None:
     logits = maps(torch.float64, scale)[:, :, :9, :9]
     objective = Objective.of(name, temperature=3.0)
-    gradient = OutputGradient(objective, logits, lambda temperature: Softmax(logits, temperature))
+    gradient = lazy_output_gradient(objective, logits, lambda temperature: Softmax(logits, temperature))
     wanted = (0.5, 1.0, 2.0, "max", "min", "sum")
     found, expected = gradient.moments(wanted), axis_moments(gradient.tensor, wanted)
     for key in wanted:
@@ -119,6 +119,24 @@ def test_samples_have_the_parts_of_plain_torch(dtype: torch.dtype, bound: float,
     assert_parts(found, logits, bound)
     expected = Softmax(logits.double(), 2.0)
     torch.testing.assert_close(found.probabilities.double(), expected.probabilities, rtol=10 * bound, atol=1e-30)
+    for power, complement in ((0.5, 0.0), (0.1, 0.1), (1.0, 0.5), (3.0, 1.0)):
+        sums = found.powers_of_others(power, complement)
+        reference = expected.powers_of_others(power, complement)
+        torch.testing.assert_close(sums.double(), reference, rtol=100 * bound, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_squared_entropy_gradient_is_that_of_plain_torch(dtype: torch.dtype) -> None:
+    """Logits that are nearly equal have a gradient near zero, which must not be a difference of large numbers."""
+    rows = torch.randn(300, 1000, dtype=torch.float64) * torch.logspace(-6, 1.5, 300, dtype=torch.float64)[:, None]
+    rows[0, 3] = -torch.inf
+    for logits in (rows.to(dtype), maps(dtype, 3.0)):
+        found, expected = softmax_of(logits), Softmax(logits.double())
+        assert is_compiled(found)
+        assert "squared_entropy_gradient" in vars(found)
+        bound = 1e-3 if dtype == torch.float32 else 1e-9
+        reference = expected.squared_entropy_gradient
+        torch.testing.assert_close(found.squared_entropy_gradient.double(), reference, rtol=bound, atol=1e-30)
 
 
 def test_samples_that_the_kernel_does_not_take() -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "RowJob",
     "SegmentJob",
     "SoftmaxJob",
+    "SoftmaxPowerJob",
     "SoftmaxRowJob",
     "SumJob",
     "Triple",
@@ -99,6 +100,17 @@ class SoftmaxRowJob(ctypes.Structure):
     _fields_ = _pointers("z out") + _integers("samples classes z_sample") + _counters("next")
 
 
+class SoftmaxPowerJob(ctypes.Structure):
+    """``softmax_power_job`` of ``softmax.c``."""
+
+    _fields_ = (
+        _pointers("z top odds second out")
+        + _fields(ctypes.c_double, "power complement")
+        + _integers("samples classes z_sample")
+        + _counters("next")
+    )
+
+
 class DepthwiseJob(ctypes.Structure):
     """``depthwise_job`` of ``depthwise.c``."""
 
@@ -141,6 +153,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "sum_job_bytes": SumJob,
     "softmax_job_bytes": SoftmaxJob,
     "softmax_row_job_bytes": SoftmaxRowJob,
+    "softmax_power_job_bytes": SoftmaxPowerJob,
     "gram_job_bytes": GramJob,
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,

@@ -52,6 +52,7 @@ JOBS = (
     "class_residuals",
     "softmax_maps",
     "softmax_rows",
+    "softmax_powers",
 )
 """The kernel functions; each takes a job, a thread runner and a number of threads."""
 

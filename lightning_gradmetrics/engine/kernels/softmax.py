@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.jobs import SoftmaxJob, SoftmaxRowJob
+from lightning_gradmetrics.engine.kernels.jobs import SoftmaxJob, SoftmaxPowerJob, SoftmaxRowJob
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
 from lightning_gradmetrics.gradients.softmax import Softmax
 
@@ -26,7 +26,7 @@ FEWEST_ROW_ENTRIES = 2**14
 MOST_ROW_CLASSES = 16384
 """``MOST_ROW_CLASSES`` of ``softmax.c``."""
 
-PARTS = ("top", "odds", "spread", "squares", "second", "uniform")
+PARTS = ("top", "odds", "spread", "squares", "second", "uniform", "slope")
 """The results of the kernel, in its order."""
 
 
@@ -63,7 +63,7 @@ def _parts(logits: Tensor) -> dict[str, Tensor] | None:
 
 
 def _of_rows(library: Any, logits: Tensor) -> Tensor:
-    """Return the kernel's results ``(6, N)`` for logits ``(N, C)``."""
+    """Return the kernel's results ``(7, N)`` for logits ``(N, C)``."""
     samples, classes = logits.shape
     out = logits.new_empty(len(PARTS), samples)
     job = SoftmaxRowJob(
@@ -74,7 +74,7 @@ def _of_rows(library: Any, logits: Tensor) -> Tensor:
 
 
 def _of_maps(library: Any, logits: Tensor) -> Tensor:
-    """Return the kernel's results ``(6, N, P)`` for logits ``(N, C, *P)``."""
+    """Return the kernel's results ``(7, N, P)`` for logits ``(N, C, *P)``."""
     maps = logits.flatten(2).contiguous()
     samples, classes, positions = maps.shape
     out = maps.new_empty(len(PARTS), samples, positions)
@@ -110,3 +110,26 @@ class _FusedSoftmax(Softmax):
         self.other_squares = parts["squares"] * share.square()
         self.second = parts["second"] * share
         self.distance_to_uniform = parts["uniform"]
+        self.squared_entropy_gradient = parts["slope"]
+
+    def powers_of_others(self, power: float, complement: float = 0.0) -> Tensor:
+        """Return ``sum_c p_c^a (1 - p_c)^b`` over all classes but the predicted one, ``(N, *P)``."""
+        library = library_for(self.logits.dtype) if self.logits.ndim == 2 else None
+        if library is None:
+            return super().powers_of_others(power, complement)
+        samples, classes = self.logits.shape
+        out = self.logits.new_empty(samples)
+        job = SoftmaxPowerJob(
+            z=self.logits.data_ptr(),
+            top=self.top.data_ptr(),
+            odds=self.odds.data_ptr(),
+            second=self.second.data_ptr(),
+            out=out.data_ptr(),
+            power=power,
+            complement=complement,
+            samples=samples,
+            classes=classes,
+            z_sample=self.logits.stride(0),
+        )
+        library.softmax_powers(ctypes.byref(job), parallel_runner(), torch.get_num_threads())
+        return out
