@@ -294,7 +294,7 @@ def test_a_model_whose_head_cannot_be_found() -> None:
         run("test", lgm.GradientMetrics("gradnorm", head="fc"), Module(), loader(4))
 
 
-def test_log_probabilities_are_warned_of() -> None:
+def test_log_probabilities_cause_a_warning() -> None:
     model = Module(nn.Sequential(*cnn(), nn.LogSoftmax(1)).eval())
     with pytest.warns(UserWarning, match="log-probabilities"):
         run("test", lgm.GradientMetrics("energy"), model, loader(4))

@@ -26,7 +26,7 @@ def test_samples_in_the_same_order_have_none() -> None:
     assert found is not None and found.order is None and found.bits == 0
 
 
-def test_equal_rows_of_one_tensor_are_told_apart_by_the_others() -> None:
+def test_equal_rows_of_one_tensor_are_ordered_by_the_others() -> None:
     ids, lengths = torch.tensor([[1, 2], [3, 4], [1, 2], [1, 2]]), torch.tensor([5, 6, 7, 8])
     order = torch.tensor([3, 1, 0, 2])
     found = row_order([ids[order], lengths[order]], [ids, lengths])

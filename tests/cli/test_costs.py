@@ -63,7 +63,7 @@ def test_costs_are_those_of_the_score(costs: list[dict]) -> None:
     assert 0 <= entropy < everything
 
 
-def test_the_peak_of_memory_is_that_of_what_is_held() -> None:
+def test_the_peak_of_memory_counts_the_held_tensors() -> None:
     def run() -> None:
         held = torch.empty(2**20)
         for _ in range(3):

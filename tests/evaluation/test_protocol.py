@@ -386,7 +386,7 @@ def test_find_names_unknown_keys_and_values(evaluation):
     assert evaluation.find(metric="aupr_in", task="misclassification") == []
 
 
-def test_an_evaluation_shows_itself(evaluation):
+def test_an_evaluation_has_a_repr_and_an_html_table(evaluation):
     assert len(repr(evaluation)) < 100 and "4 scores" in repr(evaluation)
     frame = evaluation.to_pandas()
     assert len(frame) == len(evaluation.metrics) and set(frame["score"]) == set(SCORES)

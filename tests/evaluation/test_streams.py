@@ -209,7 +209,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         judged(directory, bins=1024, cluster="index")
 
 
-def test_rows_without_an_index_are_judged(tmp_path: Path) -> None:
+def test_rows_without_an_index_are_evaluated(tmp_path: Path) -> None:
     results = table()
     hidden = results.set_column(1, "index", pa.nulls(results.num_rows, pa.int64()))
     directory = write(tmp_path / "results", hidden, dict.fromkeys(SIZES))
@@ -219,7 +219,7 @@ def test_rows_without_an_index_are_judged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bins", [None, 1024])
-def test_digits_of_text_are_no_numbers_and_decimals_and_categories_are(bins: int | None) -> None:
+def test_digits_as_text_are_refused_and_decimals_and_categories_are_read(bins: int | None) -> None:
     results = table(scale=0.05)
     label = results["label"].cast(pa.string())
     with pytest.raises(ValueError, match="column 'label' contains values of type string; expected numbers"):
@@ -254,7 +254,7 @@ def test_an_index_of_other_values_is_refused_everywhere(kind: str, tmp_path: Pat
             call()
 
 
-def test_a_null_index_is_judged_and_a_run_without_it_is_not_resumed(tmp_path: Path) -> None:
+def test_a_null_index_is_evaluated_and_a_run_without_it_is_not_resumed(tmp_path: Path) -> None:
     results = table(scale=0.05)
     directory = tmp_path / "results"
     described = {"t": {"kind": "Counted", "rows": 3, "order": "in order", "content": None}}

@@ -248,7 +248,7 @@ def test_moments_are_rescaled_without_rounding() -> None:
         assert torch.equal(value, scaled[key]), key
 
 
-def test_the_least_spread_moves_with_the_gradient() -> None:
+def test_the_smallest_standard_deviation_scales_with_the_gradient() -> None:
     entries = torch.tensor([[1.0, 1.0, 1.0], [1e-30, 3e-30, 2e-30], [0.0, 0.0, 0.0]], dtype=torch.float64)
     std = GradientStatistics.of({"w": entries}).std
     torch.testing.assert_close(std, torch.tensor([1e-16, 1e-30, 1e-16], dtype=torch.float64), rtol=1e-9, atol=0)

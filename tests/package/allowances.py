@@ -9,7 +9,7 @@ NESTED_STATEMENTS: dict[str, int] = {}
 """Statements with nested comprehensions, lambdas or ternaries left in a room."""
 
 COMPREHENSIONS_PER_1000_LINES: dict[str, float] = {}
-"""Of rooms above the limit."""
+"""Comprehensions per 1,000 lines of rooms above the limit."""
 
 UNDOCUMENTED: dict[str, set[str]] = {}
 """Public names whose docstring is not complete yet, by namespace."""

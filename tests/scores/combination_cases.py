@@ -14,7 +14,7 @@ Definition = Callable[[nn.Module, Tensor, Tensors], Tensor]
 
 
 def head_features(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Of the logits, and the factors of the head's gradients."""
+    """Features of the logits, and the factors of the head's gradients."""
     z, h = model(x)[0], nn.Sequential(*list(model.children())[:-1])(x)[0]
     p = z.softmax(0)
     sorted_z, one_hot = z.sort().values, F.one_hot(z.argmax(), len(z))

@@ -32,7 +32,7 @@ def test_odin_equals_pytorch_ood(temperature: float, epsilon: float) -> None:
     assert not torch.allclose(ours, only(model, inputs, f"odin(temperature={temperature},epsilon=0)"), rtol=1e-9)
 
 
-def test_input_gradients_ask_for_one_tensor_of_floats() -> None:
+def test_input_gradients_require_one_tensor_of_floats() -> None:
     class TwoInputs(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
             return torch.stack([a, b], 1)

@@ -55,6 +55,6 @@ def test_energy_is_a_fraction(energy: float) -> None:
         lgm.fit(mlp(), [vectors(3)], f"gradorth(energy={energy})")
 
 
-def test_no_features_no_subspace() -> None:
+def test_without_features_there_is_no_subspace() -> None:
     with pytest.raises(ValueError, match="all zero"):
         leading_directions(torch.zeros(3, 3), 0.97)

@@ -69,7 +69,7 @@ def to_uniform(z: Tensor) -> Tensor:
 
 
 HEAD = {7: -2, 3: -1}
-"""By the number of parameters: where the head's weight is among them."""
+"""The position of the head's weight among the parameters, by the number of parameters."""
 
 
 def uniform(which: str, temperature: float = 1.0, p: float = 1.0) -> Definition:
@@ -286,7 +286,7 @@ CASES: dict[str, Definition | FromState | OfLabel] = {
     **{case: FromState(definition) for case, definition in ood_cases.FITTED.items()},
     **{case: FromState(definition) for case, definition in combination_cases.FITTED.items()},
 }
-"""The test table: one row a score and setting, with its definition for a single sample ``(1, ...)``."""
+"""The test table: one row per score and setting, with its definition for a single sample ``(1, ...)``."""
 
 
 def tolerances(case: str) -> dict[str, float]:
