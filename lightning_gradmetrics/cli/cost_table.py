@@ -55,7 +55,7 @@ def cost_records(evaluation: Evaluation, scores: Sequence[Score], costs: Sequenc
 
 
 def _aurocs(evaluation: Evaluation, score: Score) -> dict[str, Area]:
-    """Return the AUROC by question, for a role with several sets their mean; empty for a score that reads labels."""
+    """Return the AUROC by question (the mean of a role's sets); empty for a score that reads labels."""
     aurocs: dict[str, Area] = {}
     if not detects(score):
         return aurocs

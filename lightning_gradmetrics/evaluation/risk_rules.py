@@ -210,7 +210,7 @@ class JointRisk(Rule):
         return pair[0], pair[1]
 
     def _bound(self, test: _PairTest, factor: float = 1.0) -> float:
-        """An upper bound of the joint risk of one pair, with ``factor`` times the tested rows."""
+        """Return an upper bound of the joint risk of one pair, as if there were ``factor`` times as many rows."""
         level = self.delta / (3 * len(GRID) ** 2)
         inside, outside = factor * test.inside, factor * test.outside
         wrong = error_bounds(factor * test.wrong, inside, level)[1]

@@ -70,7 +70,7 @@ class SharedProbe(Protocol):
 
 
 def by_passes(probes: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
-    """Return the probes that are computed together, each group with its first."""
+    """Return each group of probes that are computed together, with its first probe."""
     groups: dict[Any, list[Any]] = {}
     for probe in probes:
         key = (type(probe).together, probe.passes) if isinstance(probe, SharedProbe) else probe

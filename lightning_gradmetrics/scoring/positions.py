@@ -19,7 +19,7 @@ ROWS = 2**16
 """Number of positions per block when they are scored as rows."""
 
 ENTRIES = {"cpu": 2**19}
-"""Number of logits per block, by device; on a CPU larger blocks leave the cache."""
+"""Number of logits per block, by device; on a CPU larger blocks do not fit into the cache."""
 
 SAMPLED = 1024
 """Largest number of positions per sample that fitted scores are fitted on."""
