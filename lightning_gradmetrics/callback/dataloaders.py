@@ -171,18 +171,18 @@ def dataset_names(names: Names, dataloaders: Any, is_sequential: bool = True, st
     count = len(loader_list(dataloaders, is_sequential))
     if names is None:
         return keys or [f"dataloader_{number}" for number in range(count)]
-    given = list(names)
-    if keys is not None and set(keys) == set(given):
+    names_given = list(names)
+    if keys is not None and set(keys) == set(names_given):
         return keys
-    if len(given) != count:
+    if len(names_given) != count:
         have = "1 dataloader" if count == 1 else f"{count} dataloaders"
         raise ValueError(
-            f"datasets= names {len(given)} datasets ({', '.join(given)}), but {stage} has {have}"
+            f"datasets= names {len(names_given)} datasets ({', '.join(names_given)}), but {stage} has {have}"
             + (f" ({', '.join(keys)})" if keys else "")
             + ". Pass one name per dataloader, in order; names by stage, as in datasets={'test': {...}}; or stages=, the "
             "stages to score"
         )
-    return given
+    return names_given
 
 
 def dataset_roles(names: Names, dataset_list: Sequence[str]) -> dict[str, str]:

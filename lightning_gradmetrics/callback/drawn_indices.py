@@ -57,9 +57,9 @@ class RecordedIterator(Iterator[Any]):
     def __next__(self) -> Any:
         """Return the next draw."""
         draw = next(self._iterator)
-        kept = list(draw) if isinstance(draw, (list, tuple, Tensor, np.ndarray)) else draw
+        draw_copy = list(draw) if isinstance(draw, (list, tuple, Tensor, np.ndarray)) else draw
         for each in self._passes:
-            each.draws.append(kept)
+            each.draws.append(draw_copy)
         return draw
 
 

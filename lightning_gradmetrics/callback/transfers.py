@@ -59,14 +59,14 @@ class Transfers:
         before, self._before = self._before, None
         if before is None:
             return None
-        found = transferred_order(before, self._after, size)
+        detected = transferred_order(before, self._after, size)
         self._after = []
-        if found is None:
+        if detected is None:
             self._bits = 0.0
             return torch.full((size,), -1)
-        if found.order is not None:
-            return found.order
-        self._bits += found.bits
+        if detected.order is not None:
+            return detected.order
+        self._bits += detected.bits
         return None if self._bits >= CERTAIN_BITS else torch.full((size,), -1)
 
     def stop(self) -> None:

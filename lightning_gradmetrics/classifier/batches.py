@@ -181,13 +181,13 @@ class BatchCopy:
         after, before = [], []
         for tensor, copy_of_call in zip(received, copies, strict=True):
             entry = entry_of(self._entries, tensor)
-            kept = None if entry is None or entry.given.shape != copy_of_call.shape else entry.before()
-            if kept is None:
+            original = None if entry is None or entry.given.shape != copy_of_call.shape else entry.before()
+            if original is None:
                 continue
             now = some_entries(copy_of_call)
-            if not torch.equal(now, kept):
+            if not torch.equal(now, original):
                 after.append(now)
-                before.append(kept)
+                before.append(original)
         return after, before
 
     def second_choice(self, size: int, classes: int | None, received: Sequence[Tensor]) -> str | None:

@@ -335,14 +335,14 @@ def returning_logits(model: nn.Module, head: str | None, logits: Callable[[Any],
         head: The name of the layer whose output is the logits, or ``None``.
         logits: Returns the logits from the model's output; used if ``head`` is ``None``.
     """
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        seen.append(output.clone())
+        outputs.append(output.clone())
 
     def replace(module: nn.Module, arguments: Any, output: Any) -> Tensor:
-        made = torch.cat(seen) if seen else logits(output)
-        seen.clear()
+        made = torch.cat(outputs) if outputs else logits(output)
+        outputs.clear()
         return made
 
     with ExitStack() as stack:

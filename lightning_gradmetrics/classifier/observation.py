@@ -159,18 +159,18 @@ def observing(
             f"{type(model).__name__} is scripted, and calls of a ScriptModule cannot be observed. Score the original model, or a "
             "module whose forward calls the scripted one"
         )
-    seen = Observation()
+    observation = Observation()
     with ExitStack() as stack:
         for name, layer in layers.items():
             if not _has_hooks(layer):
                 continue
-            stack.callback(_observe_layer(seen, name, layer))
+            stack.callback(_observe_layer(observation, name, layer))
         running: list[_RunningCall] = []
         for module in filter(_has_hooks, whole_modules(model) if whole is None else whole):
-            seen.models[module] = []
-            for remove in _observe_model(seen, module, logits_fn, running):
+            observation.models[module] = []
+            for remove in _observe_model(observation, module, logits_fn, running):
                 stack.callback(remove)
-        yield seen
+        yield observation
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -180,10 +180,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _observe_layer(seen: Observation, name: str, layer: nn.Module) -> Callable[[], None]:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if args else next(iter(kwargs.values()), None)
+        layer_input = args[0] if args else next(iter(kwargs.values()), None)
         if seen.autocast is None:
-            seen.note_autocast([given])
-        seen.layers.append(_layer_call(name, given, output))
+            seen.note_autocast([layer_input])
+        seen.layers.append(_layer_call(name, layer_input, output))
 
     return layer.register_forward_hook(after, with_kwargs=True).remove
 

@@ -87,12 +87,12 @@ class Patches:
 
     def _scattered(self, x: Tensor) -> Iterator[Tensor]:
         assert self.output_padding is not None
-        full, kept = [], []
+        full, inside = [], []
         for axis, kernel in enumerate(self.kernel):
             reach = self.dilation[axis] * (kernel - 1)
             end = self.stride[axis] * (x.shape[2 + axis] - 1) + reach + self.output_padding[axis] + 1
             full.append(end)
-            kept.append(slice(self.padding[axis], end - self.padding[axis]))
+            inside.append(slice(self.padding[axis], end - self.padding[axis]))
         for offsets in self._places():
             tap = x.new_zeros((*x.shape[:2], *full))
             target = tap
@@ -101,7 +101,7 @@ class Patches:
                 stop = start + stride * (x.shape[2 + axis] - 1) + 1
                 target = target[(slice(None),) * (2 + axis) + (slice(start, stop, stride),)]
             target.copy_(x)
-            yield tap[(slice(None), slice(None), *kept)]
+            yield tap[(slice(None), slice(None), *inside)]
 
     def weight_matrix(self, weight: Tensor) -> Tensor:
         """Return the layer's weight as a matrix ``(C, D / groups * taps)`` that multiplies the patches."""

@@ -112,12 +112,12 @@ class HookState:
         _clear_all(self._empty)
         for hooks, before in self._hooks:
             if hooks.keys() != before.keys():
-                kept = {}
+                recorded = {}
                 for key, hook in before.items():
                     if key in hooks or getattr(hook, "__name__", "") != "_infer_parameters":
-                        kept[key] = hook  # except the hook of a lazy layer whose parameters exist by now
+                        recorded[key] = hook  # except the hook of a lazy layer whose parameters exist by now
                 hooks.clear()
-                hooks.update(kept)
+                hooks.update(recorded)
 
 
 def _lock_of(model: nn.Module) -> threading.RLock:

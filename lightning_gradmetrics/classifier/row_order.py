@@ -112,8 +112,8 @@ def _order_of_all(received: Sequence[Tensor], batch: Sequence[Tensor], order: Te
     if len(matches) < 2 or all(torch.equal(first, second) for first, second in matches):
         return order
     passed = torch.cat([some_entries(first) for first, _ in matches], 1)
-    given = torch.cat([some_entries(second) for _, second in matches], 1)
-    common = order_of_equal_rows(passed, given)
+    in_batch = torch.cat([some_entries(second) for _, second in matches], 1)
+    common = order_of_equal_rows(passed, in_batch)
     return order if common is None else common
 
 
@@ -161,7 +161,7 @@ def is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], sizes: Se
             if first.ndim < 2 or first.shape != second.shape or len(first) != sum(sizes):
                 continue
             parts = zip(torch.split(first, sizes), torch.split(second.to(first.device), sizes), strict=True)
-            count = sum(torch.equal(*part) for part in parts)
+            count = sum(torch.equal(*pair) for pair in parts)
             if 0 < count < len(sizes):
                 return True
     return False

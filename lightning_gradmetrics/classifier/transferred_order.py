@@ -84,11 +84,11 @@ def transferred_order(before: Sequence[RowMarks], after: Sequence[RowMarks], siz
 
 def _of_length(marks: Sequence[RowMarks], size: int) -> list[RowMarks]:
     """Return the marks of tensors with this number of rows."""
-    kept = []
-    for one in marks:
-        if one.shape[0] == size:
-            kept.append(one)
-    return kept
+    matching = []
+    for mark in marks:
+        if mark.shape[0] == size:
+            matching.append(mark)
+    return matching
 
 
 def _pairs_of_equal_rows(
@@ -126,12 +126,12 @@ def _order_of_pairs(pairs: Sequence[tuple[RowMarks, RowMarks]], is_all: bool) ->
         pairs: Marks with equal rows, before and after.
         is_all: Whether the pairs contain every tensor, so that equal rows belong to equal samples.
     """
-    given = torch.cat([first.entries for first, _ in pairs], 1)
+    in_batch = torch.cat([first.entries for first, _ in pairs], 1)
     passed = torch.cat([second.entries for _, second in pairs], 1)
-    order = order_of_equal_rows(passed, given)
+    order = order_of_equal_rows(passed, in_batch)
     if order is None:
         return None
-    counts = torch.unique(given, dim=0, return_counts=True)[1]
+    counts = torch.unique(in_batch, dim=0, return_counts=True)[1]
     is_certain = is_all or int(counts.max()) == 1
     if not torch.equal(order, torch.arange(len(order))):
         return RowOrder(order) if is_certain else None

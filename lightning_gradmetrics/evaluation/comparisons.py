@@ -55,17 +55,17 @@ def compare(
     comparisons = []
     for entry in metrics:
         key = key_of(entry)
-        other = key_of({**entry, "score": baseline})
-        if entry["score"] == baseline or key not in values or other not in values:
+        baseline_key = key_of({**entry, "score": baseline})
+        if entry["score"] == baseline or key not in values or baseline_key not in values:
             continue
-        low, high = _difference(entry, replicates, key, [other], level, rate)
+        low, high = _difference(entry, replicates, key, [baseline_key], level, rate)
         comparison = {
             "score": entry["score"],
             "baseline": baseline,
             **{name: entry[name] for name in PLACE},
             "value": values[key],
-            "baseline_value": values[other],
-            "difference": values[key] - values[other],
+            "baseline_value": values[baseline_key],
+            "difference": values[key] - values[baseline_key],
             "low": low,
             "high": high,
             "verdict": verdict_of(entry["metric"], low, high),
@@ -110,8 +110,8 @@ def _difference(
         return None, None
     sign = 1 if HIGHER_IS_BETTER[entry["metric"]] else -1
     best = sign * replicates[others[0]]
-    for other in others[1:]:
-        best = torch.maximum(best, sign * replicates[other])
+    for rival in others[1:]:
+        best = torch.maximum(best, sign * replicates[rival])
     return percentile_interval(replicates[key] - sign * best, level)
 
 

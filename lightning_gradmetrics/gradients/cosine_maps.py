@@ -89,8 +89,8 @@ def _maps(model: nn.Module, inputs: Tensor, sign: bool, rescale: bool, classes: 
     leaf, own_logits = differentiable_logits(model, inputs, _WHO)
     logits = with_two_classes(own_logits)
     order = _ranking(logits.detach(), classes)
-    size, kept, count = *order.shape, logits.shape[1]
-    step = max(1, BUDGET // (kept * max(count, _positions(leaf)) * 4))
+    size, ranked, count = *order.shape, logits.shape[1]
+    step = max(1, BUDGET // (ranked * max(count, _positions(leaf)) * 4))
     if step < size:
         del leaf, own_logits, logits
         return torch.cat([_maps(model, chunk, sign, rescale, classes) for chunk in torch.split(inputs, step)])

@@ -143,8 +143,8 @@ class Block:
     def vectors(self) -> Iterator[Tensor]:
         """Yield the features ``(N, K, *P)`` in blocks of channels."""
         first = self.terms[0]
-        one = first.vectors(slice(0, 1))
-        step = max(1, BUDGET // max(1, one.numel()))
+        single_feature = first.vectors(slice(0, 1))
+        step = max(1, BUDGET // max(1, single_feature.numel()))
         for start in range(0, first.input.shape[1], step):
             channels = slice(start, start + step)
             total = first.vectors(channels)
@@ -222,8 +222,8 @@ class HeadFeatures:
         """
         parts = []
         for block in self.blocks:
-            one = block.terms[0].vectors(slice(0, 1))
-            count = one.numel() // max(1, one.shape[1]) * self.width
+            single_feature = block.terms[0].vectors(slice(0, 1))
+            count = single_feature.numel() // max(1, single_feature.shape[1]) * self.width
             if count > MOST_ENTRIES:
                 raise ValueError(
                     f"the features of all positions are {count:.1e} numbers ({self.width} per position), too many to "

@@ -187,18 +187,18 @@ class LanguageModel:
             if output.shape == logits.shape and recognised_map(output, logits) is not None:
                 mapped.append(name)
                 equal += [name] if torch.equal(output, logits) else []
-        found = equal or mapped
+        candidates = equal or mapped
         kind = type(self.module).__name__
-        if not found:
+        if not candidates:
             raise LanguageModelError(
                 f"the logits of {kind} are not the output of one of its linear layers, nor that output scaled or capped, so the "
                 "gradient of its head is unknown: return the head's output as the logits"
             )
-        if len(found) > 1:
+        if len(candidates) > 1:
             raise LanguageModelError(
-                f"several linear layers of {kind} return its logits: {', '.join(found)}. Pass head=, the name of one"
+                f"several linear layers of {kind} return its logits: {', '.join(candidates)}. Pass head=, the name of one"
             )
-        return found[0]
+        return candidates[0]
 
 
 def _declared(module: nn.Module, method: str) -> nn.Module | None:

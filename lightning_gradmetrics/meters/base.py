@@ -85,14 +85,14 @@ class ScoreMeter(Metric):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return the metric of this batch; a refused batch leaves the state unchanged."""
-        kept = {}
+        before = {}
         for name in (*self._defaults, *_BOOKKEEPING):
             value = getattr(self, name)
-            kept[name] = list(value) if isinstance(value, list) else value
+            before[name] = list(value) if isinstance(value, list) else value
         try:
             return super().forward(*args, **kwargs)
         except Exception:
-            for name, value in kept.items():
+            for name, value in before.items():
                 setattr(self, name, value)
             raise
 

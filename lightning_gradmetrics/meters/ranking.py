@@ -185,8 +185,8 @@ class OSCR(ScoreMeter):
             correct: ``(N,)``, 1 = the prediction is correct; ignored if the target is 1.
         """
         check_tensor(preds, "preds")
-        kept, is_ood, incorrect = F.oscr_samples(preds, target, correct)
-        self._take(kept, is_ood)
+        ranked_scores, is_ood, incorrect = F.oscr_samples(preds, target, correct)
+        self._take(ranked_scores, is_ood)
         self.incorrect = self.incorrect + incorrect
 
     def compute(self) -> Tensor:

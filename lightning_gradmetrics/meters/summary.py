@@ -67,8 +67,8 @@ class ScoreDistribution(ScoreMeter):
         """
         check_tensor(preds, "preds")
         finite = torch.isfinite(preds)
-        kept = check_scores(preds[finite] if preds.ndim == 1 else preds, "preds")
-        self._take(kept, torch.zeros(len(kept), dtype=torch.bool, device=kept.device))
+        finite_scores = check_scores(preds[finite] if preds.ndim == 1 else preds, "preds")
+        self._take(finite_scores, torch.zeros(len(finite_scores), dtype=torch.bool, device=finite_scores.device))
         self.non_finite = self.non_finite + (~finite).sum()
 
     def compute(self) -> dict[str, Tensor]:

@@ -83,13 +83,13 @@ class Scorer:
         arrays = _Columns(batch)
         labels = None if self._labels is None else torch.as_tensor(np.asarray(arrays[self._labels]))
         new = self._scorer(self._model_inputs(arrays), labels)
-        kept = list(filter(self._is_kept, names))
+        retained = list(filter(self._is_kept, names))
         for name in new:
-            if name in kept:
+            if name in retained:
                 raise ValueError(f"the batch already has a column {name!r}: rename it, or add it to drop=")
         if not isinstance(batch, pa.Table):
-            return {**dict(zip(kept, map(batch.__getitem__, kept), strict=True)), **new}
-        table = batch.select(kept)
+            return {**dict(zip(retained, map(batch.__getitem__, retained), strict=True)), **new}
+        table = batch.select(retained)
         for name, values in new.items():
             table = table.append_column(name, pa.array(values))
         return table

@@ -163,7 +163,7 @@ def _is_shown(run: Run, column: Column, columns: Sequence[Column]) -> bool:
     if dataset is None and list(run.roles.values()).count(group) == 1:
         return False
     main = SHOWN.get(task, ())
-    has_main = any(other.place == column.place and other.metric in main for other in columns)
+    has_main = any(shown.place == column.place and shown.metric in main for shown in columns)
     return column.metric in main or not has_main
 
 

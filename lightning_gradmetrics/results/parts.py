@@ -222,10 +222,10 @@ def check_run(part: Path, run: Mapping[str, Any]) -> None:
     metadata = pq.read_schema(part).metadata or {}
     if RUN not in metadata:
         raise ResumeError(f"{part} was not written by this package; choose another directory")
-    other = difference("", json.loads(metadata[RUN]), run)
-    if other is not None:
+    change = difference("", json.loads(metadata[RUN]), run)
+    if change is not None:
         raise ResumeError(
-            f"cannot resume {part.parent}: {other}. Resume with the same settings, or choose another directory"
+            f"cannot resume {part.parent}: {change}. Resume with the same settings, or choose another directory"
         )
 
 

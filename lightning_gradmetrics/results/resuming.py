@@ -81,9 +81,9 @@ def _rest(
     loader: Any, name: str, stored: Mapping[str, Any], committed: CommittedRows, directory: Path
 ) -> DataLoader[Any]:
     described = describe_loader(loader)
-    other = difference(f"datasets.{name}", stored[name], described)
-    if other is not None:
-        raise ResumeError(f"cannot resume {directory}: {other}. Pass the dataloader of the interrupted run")
+    change = difference(f"datasets.{name}", stored[name], described)
+    if change is not None:
+        raise ResumeError(f"cannot resume {directory}: {change}. Pass the dataloader of the interrupted run")
     done = committed.unknown.get(name, 0)
     if isinstance(loader.dataset, IterableDataset):
         check_stream(loader, name, done)
@@ -103,9 +103,9 @@ def _rest(
 
 def _replaced(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
     """Return a copy of a loader with changed attributes, which PyTorch only allows in the constructor."""
-    other = copy.copy(loader)
-    vars(other).update(attributes, _iterator=None)
-    return other
+    changed = copy.copy(loader)
+    vars(changed).update(attributes, _iterator=None)
+    return changed
 
 
 def check_resumable(name: str, described: Mapping[str, Any], unknown: int) -> None:

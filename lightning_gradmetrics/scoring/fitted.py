@@ -156,9 +156,9 @@ class FittedScore(Score):
 
     def with_state(self: F, state: Tensors | None, model: str | None, head: str | None) -> F:
         """Return the score with another state."""
-        other = copy.copy(self)
-        other.state, other.model, other.head = state, model, head
-        return other
+        copied = copy.copy(self)
+        copied.state, copied.model, copied.head = state, model, head
+        return copied
 
 
 def _fields(cls: type[FittedScore]) -> dict[str, inspect.Parameter]:

@@ -90,9 +90,9 @@ class Score:
 
     def named(self: S, name: str) -> S:
         """Return the same score under another name."""
-        other = copy.copy(self)
-        other.name = name
-        return other
+        copied = copy.copy(self)
+        copied.name = name
+        return copied
 
     def __repr__(self) -> str:
         spelled = self.recipe.name_of(self.arguments)

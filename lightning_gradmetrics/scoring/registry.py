@@ -176,10 +176,10 @@ def _check_family(family: str) -> None:
 def add_recipe(recipe: Recipe) -> None:
     """Add a recipe; a reloaded module or a notebook cell that runs again replaces its earlier recipe."""
     importlib.import_module(BUILT_IN)
-    other = RECIPES.get(recipe.name)
-    if other is not None and other.method.__module__ != recipe.method.__module__:
+    existing = RECIPES.get(recipe.name)
+    if existing is not None and existing.method.__module__ != recipe.method.__module__:
         raise ValueError(
-            f"the score name {recipe.name!r} is taken by {other.method.__module__}: give the score in "
+            f"the score name {recipe.name!r} is taken by {existing.method.__module__}: give the score in "
             f"{recipe.method.__module__} another name"
         )
     RECIPES[recipe.name] = recipe

@@ -139,9 +139,9 @@ class GradientMetricCollector:
         rows = []
         for number in range(len(loss)):
             with torch.enable_grad():
-                one = loss[number]
+                single_loss = loss[number]
             keep = retain_graph or number < len(loss) - 1
-            gradients_of_loss = torch.autograd.grad(one, parameters, retain_graph=keep, allow_unused=True)
+            gradients_of_loss = torch.autograd.grad(single_loss, parameters, retain_graph=keep, allow_unused=True)
             gradients = {}
             for parameter, gradient in zip(parameters, gradients_of_loss, strict=True):
                 gradients[id(parameter)] = _dense(gradient, parameter)

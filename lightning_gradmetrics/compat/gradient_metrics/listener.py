@@ -144,12 +144,12 @@ def _any_reenters(listeners: Sequence[Listener]) -> bool:
 
 
 def _share_parameters(listeners: Sequence[Listener]) -> bool:
-    seen: set[int] = set()
+    earlier: set[int] = set()
     for listener in listeners:
         own = set(map(id, listener.parameters.values()))
-        if own & seen:
+        if own & earlier:
             return True
-        seen |= own
+        earlier |= own
     return False
 
 

@@ -58,8 +58,8 @@ class GradientMetric:
         Args:
             grad: The gradient of a parameter, or a sequence of them.
         """
-        for one in (grad,) if isinstance(grad, Tensor) else grad:
-            gradient = one.detach()
+        for tensor in (grad,) if isinstance(grad, Tensor) else grad:
+            gradient = tensor.detach()
             self._collect(gradient if self.grad_transform is None else self.grad_transform(gradient))
 
     def _collect(self, grad: Tensor) -> None:

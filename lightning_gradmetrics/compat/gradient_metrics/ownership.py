@@ -111,13 +111,13 @@ class Graph:
 def _from_loss_to_leaves(root: Node) -> list[Node]:
     """Return all nodes ordered so that each comes before the nodes that it depends on."""
     order: list[Node] = []
-    seen: set[Node] = {root}
+    visited: set[Node] = {root}
     waiting: list[tuple[Node, Any]] = [(root, iter(root.next_functions))]
     while waiting:
         node, children = waiting[-1]
         for child, _ in children:
-            if child is not None and child not in seen:
-                seen.add(child)
+            if child is not None and child not in visited:
+                visited.add(child)
                 waiting.append((child, iter(child.next_functions)))
                 break
         else:

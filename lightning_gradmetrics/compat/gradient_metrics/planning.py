@@ -192,10 +192,10 @@ def _changes(base: _Run, others: Sequence[_Run]) -> Changes:
     """
     expected = outline(base.trace)
     traces = []
-    for other in others:
-        if outline(other.trace) != expected:
+    for changed_run in others:
+        if outline(changed_run.trace) != expected:
             raise PlanError("the watched module makes different calls for different samples")
-        traces.append(other.trace)
+        traces.append(changed_run.trace)
     return changed_positions(base.trace, traces)
 
 
@@ -234,9 +234,9 @@ def _separates(output: Tensor, changed: Sequence[Tensor], axis: Axis) -> bool:
     """Return whether each sample changes only the positions that the axis assigns to it."""
     level = output.nan_to_num(0, 0, 0).abs().amax() if output.numel() else 0
     precision = torch.finfo(output.dtype).eps if output.is_floating_point() else 0
-    for number, other in enumerate(changed):
-        difference = (other - output).abs() > ROUNDING * precision * level
-        moved = axis.split(difference | (other.isnan() != output.isnan())).flatten(1).any(1)
+    for number, changed_output in enumerate(changed):
+        difference = (changed_output - output).abs() > ROUNDING * precision * level
+        moved = axis.split(difference | (changed_output.isnan() != output.isnan())).flatten(1).any(1)
         moved[number] = False
         if bool(moved.any()):
             return False

@@ -180,6 +180,6 @@ def _key(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn.
 def _forget(module: nn.Module, plan: ModulePlan) -> None:
     """Delete the plan, which this call did not follow, so that the next call makes a new one."""
     known = _plans.get(module, {})
-    for key, other in list(known.items()):
-        if other is plan:
+    for key, known_plan in list(known.items()):
+        if known_plan is plan:
             del known[key]

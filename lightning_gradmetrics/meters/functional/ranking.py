@@ -186,8 +186,8 @@ def oscr(scores: Tensor, target: Tensor, correct: Tensor) -> Tensor:
     Reference:
         Dhamija, Guenther, Boult: Reducing Network Agnostophobia, NeurIPS 2018.
     """
-    kept, is_ood, incorrect = oscr_samples(scores, target, correct)
-    return announce_undefined(oscr_of_counts(count(kept, is_ood), incorrect), "OSCR", BOTH)
+    ranked_scores, is_ood, incorrect = oscr_samples(scores, target, correct)
+    return announce_undefined(oscr_of_counts(count(ranked_scores, is_ood), incorrect), "OSCR", BOTH)
 
 
 def oscr_samples(scores: Tensor, target: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:

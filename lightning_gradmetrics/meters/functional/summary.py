@@ -59,9 +59,9 @@ def distribution(scores: Tensor, quantiles: Sequence[float] = QUANTILES) -> dict
     """
     check_tensor(scores, "scores")
     finite = torch.isfinite(scores)
-    kept = check_scores(scores if scores.ndim != 1 else scores[finite])
-    distinct, number = torch.unique(kept, return_counts=True)
-    return distribution_of_counts(distinct, number, torch.tensor(len(scores) - len(kept)), quantiles)
+    finite_scores = check_scores(scores if scores.ndim != 1 else scores[finite])
+    distinct, number = torch.unique(finite_scores, return_counts=True)
+    return distribution_of_counts(distinct, number, torch.tensor(len(scores) - len(finite_scores)), quantiles)
 
 
 def distribution_of_counts(

@@ -199,9 +199,9 @@ class FittedDetectorScore(FittedScore):
 
     def with_state(self, state: Tensors | None, model: str | None, head: str | None) -> FittedDetectorScore:
         """Return the score with another state."""
-        other = super().with_state(state, model, head)
-        other.built = {}
-        return other
+        copied = super().with_state(state, model, head)
+        copied.built = {}
+        return copied
 
     def look(self, evidence: Evidence) -> None:
         """Request all evidence that scoring needs, without running the detector."""
