@@ -22,7 +22,8 @@ class _ContiguousGradients(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") == "batch_norm" and isinstance(result, Tensor) and result.requires_grad:
-            result.register_hook(_contiguous)  # type: ignore[no-untyped-call]
+            with torch._C.DisableTorchFunction():  # not a hook of the model
+                result.register_hook(_contiguous)  # type: ignore[no-untyped-call]
         return result
 
 

@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts, restore_array
 
 __all__ = ["HookState", "ModelRecord", "RandomState", "preserved"]
 
@@ -43,8 +46,8 @@ def preserved(model: nn.Module) -> Iterator[ModelRecord]:
     - each parameter's ``requires_grad`` and ``.grad``, and each module's train or eval mode;
     - which tensors are parameters and buffers, and the values of all buffers: batch norm changes its statistics without a
       new version of the tensor;
-    - attributes that a forward pass sets, replaces or deletes, including the entries of lists, dictionaries and sets and
-      the values of tensors;
+    - attributes that a forward pass sets, replaces or deletes, including the entries of containers, nested ones too, the
+      attributes of configurations and namespaces, and the values of arrays and tensors;
     - the weights of embeddings with ``max_norm``, which a forward pass rescales; other parameters are not copied;
     - hooks of modules, because transformers adds some in a forward pass that returns hidden states;
     - the random number generators, see :class:`RandomState`.
@@ -141,34 +144,42 @@ class ModelRecord:
         self._sizes: list[int] = []
         self.parameters: list[nn.Parameter] = []
         self._requirements: list[tuple[bool, Tensor | None]] = []
-        self._containers: list[tuple[Any, Any]] = []
-        self._registers: list[tuple[Any, Any]] = []
+        self._containers: list[ContainerRecord] = []
+        self._registers: list[ContainerRecord] = []
         self._empty: list[Any] = []
+        self._arrays: list[tuple[Any, Any]] = []
         self._buffers: list[_TensorRecord] = []
         self._tensors: list[_TensorRecord] = []
+        seen: set[int] = set()
         for module in self.modules:
-            self._record_attributes(vars(module), complete)
+            self._record_attributes(vars(module), complete, seen)
             self._record_buffers(module)
             if complete:
                 self._record_parameters(module)
         self._hooks = HookState(model, self.modules)
         self.generators = RandomState(model)
 
-    def _record_attributes(self, attributes: dict[str, Any], complete: bool) -> None:
+    def _record_attributes(self, attributes: dict[str, Any], complete: bool, seen: set[int]) -> None:
         before = {name: attributes[name] for name in attributes.keys() - INTERNAL}
-        for value in before.values():
-            if type(value) in CONTAINERS:
-                self._record_container(value, self._containers)
-            elif complete and isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                self._tensors.append(_TensorRecord(value))
+        for name in sorted(before):
+            for part in mutable_parts(before[name], seen):
+                self._record_part(part, complete)
         if "training" in attributes:  # a compiled module does not have it
             before["training"] = attributes["training"]
         self.attributes.append((attributes, before))
         self._sizes.append(len(attributes))
 
-    def _record_container(self, container: Any, records: list[tuple[Any, Any]]) -> None:
+    def _record_part(self, part: Any, complete: bool) -> None:
+        if isinstance(part, np.ndarray):
+            self._arrays.append((part, part.copy()))
+        elif not isinstance(part, Tensor):
+            self._record_container(part, self._containers)
+        elif complete:
+            self._tensors.append(_TensorRecord(part))
+
+    def _record_container(self, container: Any, records: list[ContainerRecord]) -> None:
         if container:
-            records.append((container, container.copy()))
+            records.append(ContainerRecord(container))
         else:
             self._empty.append(container)
 
@@ -193,6 +204,10 @@ class ModelRecord:
             if buffer is not None:
                 self._buffers.append(_TensorRecord(buffer))
 
+    def tensors(self) -> list[Tensor]:
+        """Return the buffers and the tensors among the attributes, in a fixed order."""
+        return [record.tensor for record in (*self._buffers, *self._tensors)]
+
     def restore(self) -> None:
         """Set everything to this state."""
         for parameter, (requires_grad, gradient) in zip(self.parameters, self._requirements, strict=True):
@@ -200,8 +215,8 @@ class ModelRecord:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-        for container, entries in self._registers:
-            _refill(container, entries)
+        for container in self._registers:
+            container.restore()
         self._restore_attributes()
         for tensor in (*self._buffers, *self._tensors):
             tensor.restore()
@@ -209,11 +224,11 @@ class ModelRecord:
         self.generators.restore()
 
     def restore_for_forward(self) -> None:
-        """Set the attributes, hooks and changed buffers to this state, but not the parameters and the generators."""
+        """Set the attributes, hooks and changed buffers and tensors to this state, but not the parameters and the generators."""
         self._hooks.restore()
         self._restore_attributes()
-        for buffer in self._buffers:
-            buffer.restore_if_changed()
+        for tensor in (*self._buffers, *self._tensors):
+            tensor.restore_if_changed()
 
     def _restore_attributes(self) -> None:
         for (attributes, before), size in zip(self.attributes, self._sizes, strict=True):
@@ -222,22 +237,24 @@ class ModelRecord:
                 for name in attributes.keys() - INTERNAL - before.keys():
                     del attributes[name]
         _clear_all(self._empty)
-        for container, entries in self._containers:
-            _refill(container, entries)
+        for container in self._containers:
+            container.restore()
+        for array, entries in self._arrays:
+            restore_array(array, entries)
 
 
 class _TensorRecord:
     """The values of a tensor, which are restored without a version bump, so that graphs with the tensor stay valid."""
 
-    __slots__ = ("_requires_grad", "_tensor", "_value", "_version")
+    __slots__ = ("_requires_grad", "_value", "_version", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._requires_grad = tensor, tensor.requires_grad
+        self.tensor, self._requires_grad = tensor, tensor.requires_grad
         self._version = -1 if tensor.is_inference() else tensor._version
         self._value = tensor.detach().clone()
 
     def restore(self) -> None:
-        tensor, value = self._tensor, self._value
+        tensor, value = self.tensor, self._value
         if tensor.is_inference():
             with torch.inference_mode():
                 tensor.copy_(value)
@@ -250,20 +267,11 @@ class _TensorRecord:
 
     def restore_if_changed(self) -> None:
         """Restore the values if the tensor has a new version."""
-        if self._version >= 0 and self._tensor._version != self._version:
-            self._tensor.data.copy_(self._value)
+        if self._version >= 0 and self.tensor._version != self._version:
+            self.tensor.data.copy_(self._value)
 
 
 def _clear_all(containers: Iterable[Any]) -> None:
     for container in containers:
         if container:
             container.clear()
-
-
-def _refill(container: Any, entries: Any) -> None:
-    """Restore the entries of a dictionary, a list or a set in place."""
-    container.clear()
-    if isinstance(container, list):
-        container.extend(entries)
-    else:
-        container.update(entries)

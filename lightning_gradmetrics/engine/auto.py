@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.engine.agreement import agree
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
+from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.guards import (
     check_alone,
     check_halves,
     check_new_shapes,
     check_objectives,
     check_others,
+    check_repeated,
     check_samples,
     compare_alone,
 )
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read, quiet_no_grad
+from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.plan import PlanError
-from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.row_check import check_row_owners
+from lightning_gradmetrics.engine.sample_check import check_one_sample
 from lightning_gradmetrics.engine.samples import input_shapes, input_structure
-from lightning_gradmetrics.engine.size_trace import SizeTrace
 from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.engine.verification import make_strategy
-from lightning_gradmetrics.gradients.precision import rounding
-from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "sample_uses", "verified_strategy"]
@@ -122,7 +121,7 @@ def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:
     """Return a strategy without a plan, as careful as the known strategies."""
     unplanned = Strategy(None, tuple(task.parameters))
     for strategy in strategies:
-        unplanned.alone = max(unplanned.alone, EVERY_SAMPLE if strategy.reads_numbers else strategy.alone)
+        unplanned.alone = max(unplanned.alone, EVERY_SAMPLE if strategy.reads_samples else strategy.alone)
         unplanned.quiet = unplanned.quiet or strategy.quiet
         unplanned.random = unplanned.random or strategy.random
     return unplanned
@@ -173,7 +172,6 @@ class _BatchChecks:
 
     Attributes:
         logits: The logits of the forward passes so far.
-        sizes: The sizes in the forward pass of a batch of new shapes or a new size.
         is_covered: Whether the proof that samples are kept apart covers the batch.
     """
 
@@ -182,7 +180,6 @@ class _BatchChecks:
         self.here = (_shapes(task), task.size)
         self.is_new = self.here not in strategy.times
         self.logits: list[Tensor] = []
-        self.sizes = SizeTrace() if self.is_new and strategy.sizes is not None else None
         self.is_covered = False
 
     def __call__(self, logits: Tensor, tracer: Tracer | None = None) -> None:
@@ -198,24 +195,41 @@ class _BatchChecks:
         if tracer is not None:
             self.is_covered = self._covers(logits, tracer, readers)
         if not self.is_covered:
-            self._check_unproven(logits)
+            self._check_unproven(logits, tracer)
         if not strategy.random:
             check_samples(task, logits, readers, self.state, strategy.quiet)
 
     def _covers(self, logits: Tensor, tracer: Tracer, readers: Sequence[int]) -> bool:
         """Return whether the proof covers the batch."""
-        strategy = self.strategy
-        if self.sizes is None or strategy.sizes is None:
-            return self.here in strategy.covered and tracer.outline.path == strategy.path
-        shapes, size = self.here
-        if shapes in strategy.sizes.units:
-            return strategy.sizes.covers(self.sizes, size, shapes)
-        if strategy.random:
+        record, outline, (shapes, size) = self.strategy.sizes, tracer.outline, self.here
+        if record is None or outline.path != record.path:
             return False
-        alone = check_new_shapes(self.task, logits, readers, self.state, strategy.quiet)
-        return alone is not None and strategy.sizes.learn(self.sizes, size, alone, shapes)
+        _, is_known = self.strategy.times.get(self.here, {}).get(outline.number, ((), False))
+        if is_known:
+            return True
+        if outline.has_hooks or runs_custom_code(logits):
+            return False
+        if shapes in record.units:
+            return record.covers(outline, size, shapes)
+        if self.strategy.random or not self.is_new:
+            return False
+        alone = check_new_shapes(self.task, logits, readers, self.state, self.strategy.quiet)
+        return alone is not None and record.learn(outline, size, alone, shapes)
 
-    def _check_unproven(self, logits: Tensor) -> None:
+    def compare_paths(self, outline: Outline, alone: Outline) -> None:
+        """Check the batch without the proof if one sample alone takes another path through the model.
+
+        Raises:
+            CoupledSamplesError: If samples depend on each other.
+        """
+        strategy = self.strategy
+        if not self.is_covered or (alone.path, alone.reads) == (outline.path, outline.reads):
+            return
+        self.is_covered, strategy.sizes = False, None
+        strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads else EVERY_SAMPLE
+        self._check_unproven(self.logits[-1], None)
+
+    def _check_unproven(self, logits: Tensor, tracer: Tracer | None) -> None:
         """Compare samples with the same samples run alone and, for a new batch size, the batch with its halves."""
         task, strategy, state = self.task, self.strategy, self.state
         new_size = all(task.size != size for _, size in strategy.times)
@@ -223,11 +237,22 @@ class _BatchChecks:
             if new_size:
                 check_others(task, logits, state, strategy.quiet)
             return
-        least = 0 if strategy.sizes is None else 1
-        alone = max(strategy.alone, ALONE_IF_NEW if self.is_new else least)
+        if task.size == 1:
+            check_repeated(task, logits, state, strategy.quiet)
+        alone = self._alone(new_size, tracer)
         if (new_size or strategy.plan is None) and alone < task.size:
             check_halves(task, logits, state, strategy.quiet)
         check_alone(task, logits, alone, state, strategy.quiet)
+
+    def _alone(self, new_size: bool, tracer: Tracer | None) -> int:
+        """Return how many samples to run alone."""
+        strategy = self.strategy
+        if strategy.sizes is not None and new_size:
+            return EVERY_SAMPLE  # the model makes other calls at this size than in the proof
+        if self.is_new:
+            return max(strategy.alone, ALONE_IF_NEW)
+        is_usual = strategy.sizes is None and tracer is not None and tracer.outline.path == strategy.path
+        return max(strategy.alone, 0 if is_usual else 1)
 
 
 def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState) -> None:
@@ -266,21 +291,20 @@ def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: _Ba
     laid_out = task.channels_last() if strategy.channels_last else task
     free = shapes != strategy.shapes
     restricted = laid_out.restricted(strategy.fast)
-    times, outline, _ = collect_fast(table, restricted, strategy.plan, checks, free=free, sizes=checks.sizes)
+    times, calls = collect_fast(table, restricted, strategy.plan, checks, free=free)
+    outline = calls.number
     verified = strategy.times.get(checks.here, {})
     if outline not in verified:
         if not strategy.random and not (checks.is_covered and strategy.settled):
-            _check_one_sample(table, strategy.fast, laid_out, state)
+            checks.compare_paths(calls, check_one_sample(table, strategy.fast, laid_out, state))
             if not checks.is_covered and task.size > 3:  # the probe has checked the rows of three samples
                 check_row_owners(table, restricted, strategy.plan, free, state)
             strategy.settled = strategy.settled or checks.is_covered
         elif strategy.random and verified:
             raise PlanError("the model makes other calls than in earlier batches of this size")
         kept = verified if len(verified) < MOST_OUTLINES else {}
-        strategy.times[checks.here] = {**kept, outline: times}
-        if checks.is_covered:
-            strategy.covered.add(checks.here)
-    elif verified[outline] != times:
+        strategy.times[checks.here] = {**kept, outline: (times, checks.is_covered)}
+    elif verified[outline][0] != times:
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
 
 
@@ -292,7 +316,7 @@ def _fill_by_owners(table: MomentTable | UseTable, strategy: Strategy, checks: _
         try:
             collect_fast(table, task.restricted(names), None, checks)
             if not strategy.random:
-                _check_one_sample(table, names, task, state)
+                check_one_sample(table, names, task, state)
             break
         except PlanError as error:
             given_up = error.names & set(names) or set(names)
@@ -301,66 +325,3 @@ def _fill_by_owners(table: MomentTable | UseTable, strategy: Strategy, checks: _
             table.clear()
             state.restore()
     return lost
-
-
-def _check_one_sample(table: MomentTable | UseTable, names: Any, laid_out: Task, state: ForwardState) -> None:
-    """Compare one sample's moments with autograd on that sample alone.
-
-    Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
-    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table.
-
-    Raises:
-        PlanError: If they differ.
-    """
-    number = int(torch.randint(table.task.size, (), generator=_GENERATOR))
-    alone = table.task.rows(number, number + 1).restricted(names)
-    if _agree_on_sample(table, number, alone, 0, state):
-        return
-    together = laid_out.restricted(names)
-    gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
-    if _agree_on_sample(table, number, alone, 0, state, gates) and _agree_on_sample(
-        table, number, together, number, state
-    ):
-        return
-    raise PlanError("the gradients of a sample disagree with autograd")
-
-
-def _agree_on_sample(
-    table: MomentTable | UseTable,
-    number: int,
-    task: Task,
-    row: int,
-    state: ForwardState,
-    tolerance: float | None = None,
-) -> bool:
-    """Return whether a sample's moments agree with autograd's; the sample is one row of a task."""
-    parameters = list(task.parameters.values())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    now = ForwardState(task.model)
-    state.restore()
-    logits = task.forward()
-    now.restore()
-    for objective in range(len(task.objectives)):
-        losses, undo = task.unit_losses(objective, logits)
-        gradients = dict(zip(task.parameters, loss_gradients(losses[row], parameters), strict=True))
-        own = undo[row : row + 1].double()
-        factor = torch.where(own > LEAST_SCALE, 1 / own, 1.0)
-        shrunk = float(own * factor)
-        scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
-        while gradients:
-            name, gradient = gradients.popitem()
-            # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
-            moments = rescaled_moments(table.of_samples(slice(number, number + 1), name, objective), factor)
-            if not agree(moments, gradient[None] * shrunk, scale * shrunk, tolerance):
-                return False
-    return True
-
-
-LEAST_SCALE = 2.0**-400
-"""The smallest gradient scale whose squares are exact enough in float64; smaller gradients are compared unscaled."""
-
-GATES = 0.05
-"""Largest relative error that ReLUs switched by rounding may explain; larger in low precision."""
-
-_GENERATOR = torch.Generator().manual_seed(0)

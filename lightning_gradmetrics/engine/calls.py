@@ -5,23 +5,51 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
+    "HOST_READS",
     "NEVER_NESTED",
     "OpeningMode",
-    "Outline",
     "Silence",
     "has_tensors",
     "made_contiguous",
     "map_arguments",
     "opened",
+    "sources_in",
     "tensors_in",
 ]
+
+Name = TypeVar("Name")
+
+HOST_READS = frozenset(
+    [
+        "item",
+        "tolist",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__complex__",
+        "__contains__",
+        "numpy",
+        "__array__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+        "__repr__",
+        "__format__",
+        "__reduce_ex__",
+        "__dlpack__",
+        "untyped_storage",
+        "data_ptr",
+    ]
+)
+"""Names of functions that return values of a tensor to Python, where the model may branch on them."""
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 """Replacements of fused functions: equivalent functions made of calls that have rules."""
@@ -60,6 +88,24 @@ def has_tensors(value: Any) -> bool:
     return next(tensors_in(value), None) is not None
 
 
+def sources_in(tracked: Mapping[int, Name], args: Any, kwargs: Mapping[str, Any]) -> tuple[Name, ...]:
+    """Return the names of the tracked tensors among the arguments of a call, in order.
+
+    Args:
+        tracked: The names, by the identity of the tensor.
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+    """
+    sources: list[Name] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        source = tracked.get(id(value))
+        if source is not None:
+            sources.append(source)
+        elif type(value) not in NEVER_NESTED:
+            sources += [tracked[id(t)] for t in tensors_in(value) if id(t) in tracked]
+    return tuple(sources)
+
+
 def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return the nested value with ``function`` applied to each tensor."""
     if isinstance(value, Tensor):
@@ -76,58 +122,6 @@ def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 def made_contiguous(chosen: Tensor, tensor: Tensor) -> Tensor:
     """Return a contiguous copy of one chosen argument, and any other argument unchanged."""
     return tensor.contiguous() if tensor is chosen else tensor
-
-
-_VIEWS = "view reshape expand unflatten flatten split chunk narrow repeat tile as_strided select __getitem__"
-_NEW = "new_zeros new_ones new_full zeros ones full empty arange"
-SHAPING = frozenset([*_VIEWS.split(), *_NEW.split(), "_assert"])
-"""Functions whose integer or text arguments may depend on the sizes of the inputs."""
-
-
-class Outline:
-    """Hashes of the calls of a forward pass: its outline and its path.
-
-    The outline depends on the functions and on their integer and text arguments. The path depends on all numbers except
-    the integers of functions that set a shape, so it is the same for all batch sizes and lengths unless the model
-    branches on them.
-    """
-
-    def __init__(self) -> None:
-        self._calls: list[Any] = []
-        self._constants: list[Any] = []
-
-    @property
-    def outline(self) -> int:
-        """The number for the functions and their sizes."""
-        return hash(tuple(self._calls))
-
-    @property
-    def path(self) -> int:
-        """The number for the functions and their constants."""
-        return hash(tuple(self._constants))
-
-    def add(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Add one call."""
-        self._calls += (function, *kwargs)
-        self._constants += (function, *kwargs)
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            if type(value) not in _WITHOUT_CONSTANTS:
-                self._add_constant(value, getattr(function, "__name__", "") in SHAPING)
-
-    def _add_constant(self, value: Any, is_size: bool) -> None:
-        kind = type(value)
-        if kind in (int, bool, str):
-            self._calls.append(value)
-        elif kind is tuple:
-            self._calls += [entry for entry in value if type(entry) is int]
-        if kind in (float, bool) or (kind in (int, str) and not is_size):
-            self._constants.append(value)
-        elif kind in (tuple, list) and not is_size:
-            self._constants.append(repr([entry for entry in value if type(entry) in (int, float, bool)]))
-
-
-_WITHOUT_CONSTANTS = frozenset({Tensor, nn.Parameter, type(None)})
-"""The types of most arguments."""
 
 
 def _never(*_: Any) -> bool:

@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
-from lightning_gradmetrics.engine.size_trace import SizeTrace
+from lightning_gradmetrics.engine.outline import Recording
 
-__all__ = ["DependenceTrace", "Operation", "choice_by_data", "hides_reads", "reads_activations", "selection_of_samples"]
+__all__ = [
+    "DependenceTrace",
+    "Operation",
+    "choice_by_data",
+    "hides_reads",
+    "reads_activations",
+    "selection_of_samples",
+    "uses_totals",
+]
 
 SAMPLES, WEIGHTS = 1, 2
 """Bits that mark what a tensor depends on: samples or random numbers, and parameters."""
@@ -67,12 +75,14 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         samples: The tensors with samples.
         weights: The parameters.
-        sizes: The trace of torch functions that runs at the same time, if there is one.
+        recording: The recording of torch functions that runs at the same time, if there is one.
     """
 
-    def __init__(self, samples: Iterable[Tensor], weights: Iterable[Tensor], sizes: SizeTrace | None = None) -> None:
+    def __init__(
+        self, samples: Iterable[Tensor], weights: Iterable[Tensor], recording: Recording | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sizes = sizes
+        self._recording = recording
         self.operations: list[Operation] = []
         self._bits: dict[int, int] = {}
         self._alive: list[Any] = []
@@ -86,7 +96,8 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _key(self, tensor: Tensor) -> int:
         """Return the identity of a tensor's storage, which views share."""
         try:
-            storage: Any = tensor.untyped_storage()
+            with torch._C.DisableTorchFunction():
+                storage: Any = tensor.untyped_storage()
         except (RuntimeError, NotImplementedError):
             storage = tensor
         self._alive.append(storage)
@@ -126,7 +137,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in (*outputs, *written):
                 self._add(tensor, bits)
         operation = Operation(
-            func._overloadpacket.__name__,
+            _name(func),
             bits,
             shapes,
             _shapes(outputs),
@@ -136,8 +147,8 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             read,
             tuple(map(self.serial, tensors)),
             tuple(map(self.serial, outputs)),
-            torch.Tag.pointwise in func.tags,
-            self._sizes is not None and self._sizes.depth == 0,
+            torch.Tag.pointwise in func.tags and func.namespace == "aten",
+            self._recording is not None and self._recording.depth == 0,
             tuple(map(self._key, tensors)),
             tuple(map(self._key, written)),
         )
@@ -155,7 +166,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str, str]:
         """Return the axes that an operation selects along, why its shape depends on data, and the kind of value read from it."""
-        name = func._overloadpacket.__name__
+        name = _name(func)
         if torch.Tag.data_dependent_output in func.tags and bits:
             return (), "", "float" if tensors[0].is_floating_point() and name != "equal" else "other"
         if name in _INDEXING:
@@ -208,6 +219,12 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if picked and not by_samples and isinstance(index, Tensor) and _counts_up(index, first.shape[dim]):
             return (), ""
         return ((tuple(first.shape), dim),), ""
+
+
+def _name(operator: Any) -> str:
+    """Return the name of an operator, with its namespace if torch does not define it."""
+    name: str = operator._overloadpacket.__name__
+    return name if operator.namespace in ("aten", "prim", "prims") else f"{operator.namespace}::{name}"
 
 
 def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
@@ -309,3 +326,16 @@ def reads_activations(operations: Sequence[Operation]) -> bool:
     """Return whether Python reads a value that depends on the samples and on the parameters."""
     both = SAMPLES | WEIGHTS
     return any(operation.read and operation.depends & both == both for operation in operations)
+
+
+def uses_totals(operations: Sequence[Operation]) -> bool:
+    """Return whether a number that is computed from several positions of the samples meets a tensor with axes."""
+    totals: set[int] = set()
+    for operation in operations:
+        is_number = bool(operation.outputs) and all(shape == () for shape in operation.outputs)
+        reduces = is_number and bool(operation.depends & SAMPLES) and any(operation.inputs)
+        if reduces or (is_number and totals.intersection(operation.input_serials)):
+            totals.update(operation.output_serials)
+        elif totals.intersection(operation.input_serials) and operation.outputs:
+            return True
+    return False

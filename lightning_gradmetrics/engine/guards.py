@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
+from lightning_gradmetrics.engine.outline import Outline, Recording
 from lightning_gradmetrics.engine.refusals import (
     SampleAxisError,
     coupled_model,
     coupled_objective,
     not_without_others,
 )
+from lightning_gradmetrics.engine.rounding_noise import rounding_noise
 from lightning_gradmetrics.engine.samples import close_rows, different_rows, shared_list
-from lightning_gradmetrics.engine.size_trace import SizeTrace
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
@@ -28,6 +28,7 @@ __all__ = [
     "check_new_shapes",
     "check_objectives",
     "check_others",
+    "check_repeated",
     "check_samples",
     "compare_alone",
 ]
@@ -69,8 +70,8 @@ def check_samples(task: Task, logits: Tensor, numbers: Sequence[int], state: For
 
 def check_new_shapes(
     task: Task, logits: Tensor, readers: Sequence[int], state: ForwardState, quiet: bool
-) -> SizeTrace | None:
-    """Compare one sample alone with this batch, and return the sizes in its forward pass.
+) -> Outline | None:
+    """Compare one sample alone with this batch, and return the outline of its forward pass.
 
     Args:
         task: The batch.
@@ -85,9 +86,18 @@ def check_new_shapes(
     candidates = [number for number in range(task.size) if number not in set(readers)]
     if not candidates:
         return None
-    number, sizes = _CHOICE.choice(candidates), SizeTrace()
-    compare_alone(task, logits, number, _logits(task, [number], state, quiet, sizes), state)
-    return sizes
+    number, outline = _CHOICE.choice(candidates), Outline()
+    compare_alone(task, logits, number, _logits(task, [number], state, quiet, outline), state)
+    return outline
+
+
+def check_repeated(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
+    """Compare the logits of one sample alone with those of the same sample twice: the model may treat a batch of one differently.
+
+    Raises:
+        CoupledSamplesError: If they differ.
+    """
+    compare_alone(task, logits, 0, _logits(task, [0, 0], state, quiet)[:1], state)
 
 
 def _chosen(logits: Tensor, count: int) -> list[int]:
@@ -144,27 +154,32 @@ def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor,
     """Return whether rounding at a different batch size explains why a sample has different logits alone.
 
     A batch of the same size that repeats the sample must return the same logits in every row. A model that depends on the size
-    of the batch also passes this test, so the difference must also be small, or not occur for other samples.
+    of the batch also passes this test. So the difference must also be small, or rounding in the modules must change the
+    logits as much, as where a sample is on the edge of a decision.
     """
     expected = logits[number : number + 1].detach()
-    repeated = _logits(task, [number] * task.size, state, True)
+    copies = [number] * task.size
+    repeated = _logits(task, copies, state, True)
     step = 64 * torch.finfo(logits.dtype).eps
     rows = expected.expand_as(repeated)
     if not torch.allclose(repeated, rows, step, step * float(expected.abs().amax()), equal_nan=True):
         return False
-    tolerance = min(0.5, MANY_ROUNDINGS * rounding(expected))
-    if close_rows(torch.cat([repeated, alone]), expected.expand(task.size + 1, -1), tolerance):
+    if close_rows(alone, expected, min(0.5, MANY_ROUNDINGS * rounding(expected))):
         return True
-    others = [other for other in range(task.size) if other != number]
-    compared = _CHOICE.sample(others, min(8, len(others)))
-    for other in compared:
-        if not close_rows(_logits(task, [other], state, True), logits[other : other + 1].detach()):
-            return False
-    return bool(compared)
+    difference = (alone - expected).abs().amax()
+    for _ in range(NOISY_RUNS):
+        with rounding_noise():
+            noisy = _logits(task, copies, state, True)
+        if bool((noisy - expected).abs().amax() >= difference / 2):
+            return True
+    return False
 
 
 MANY_ROUNDINGS = 100
 """Allowed difference between two batch sizes, in multiples of the usual rounding, for models that amplify rounding."""
+
+NOISY_RUNS = 4
+"""How often the logits are computed with rounding noise."""
 
 
 def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
@@ -190,7 +205,7 @@ def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -
         raise coupled_model(f"a part of {type(task.model).__name__}")
 
 
-def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, sizes: SizeTrace | None = None) -> Tensor:
+def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, outline: Outline | None = None) -> Tensor:
     """Return the logits of some samples without the others.
 
     Args:
@@ -198,7 +213,7 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, si
         samples: The numbers of the samples, repeats allowed.
         state: The state of the model before the batch.
         quiet: Whether reentrant checkpoints may warn that they run without gradients.
-        sizes: Records the sizes in the forward pass.
+        outline: Filled with the calls of the forward pass.
 
     Raises:
         SampleAxisError: If the model runs on the batch and not on these samples.
@@ -207,14 +222,20 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, si
     state.restore()
     with quiet_no_grad(quiet):
         try:
-            with sizes or nullcontext():
-                return part.forward()
+            return part.forward() if outline is None else _recorded(part, outline)
         except SampleAxisError:
             raise
         except Exception as error:
             raise (shared_list(task) or not_without_others(task.model, len(samples), task.size, error)) from error
         finally:
             now.restore()
+
+
+def _recorded(task: Task, outline: Outline) -> Tensor:
+    """Return the logits and record the calls, with gradients enabled as in the forward pass of a batch."""
+    outline.leaves = task.leaves()
+    with torch.enable_grad(), Recording(outline):
+        return task.forward()
 
 
 def check_objectives(task: Task, logits: Tensor) -> None:

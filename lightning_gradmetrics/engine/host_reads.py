@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in
 from lightning_gradmetrics.engine.layouts import Layout
 
-__all__ = ["HOST_READS", "HostRead", "PlannedRead", "ReadWatch", "Reductions", "host_value"]
+__all__ = ["HostRead", "PlannedRead", "ReadWatch", "Reductions", "host_value", "tensors_read"]
 
-HOST_READS = frozenset(
-    [
-        "item",
-        "tolist",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__complex__",
-        "__contains__",
-        "numpy",
-        "__array__",
-        "is_nonzero",
-        "equal",
-        "allclose",
-    ]
-)
-"""Names of functions that return values of a tensor to Python, where the model may branch on them."""
+_CONVERTING = frozenset(["tensor", "as_tensor", "asarray", "new_tensor", "Tensor"])
+"""Names of functions that read the numbers in a list."""
+
+
+def tensors_read(
+    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> tuple[list[Tensor], Any]:
+    """Return the tensors whose values a call reads, and the value that Python gets.
+
+    Args:
+        function: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        result: What it returned.
+    """
+    name = getattr(function, "__name__", "")
+    if name in HOST_READS:
+        return list(tensors_in((args, kwargs)))[:1], result
+    if name not in _CONVERTING:
+        return [], None
+    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple))]
+    return list(tensors_in(lists)), ()
+
 
 _BY_ROW: dict[str, Callable[[Tensor], Tensor]] = {
     "all": lambda rows: rows.all(1),
@@ -53,23 +59,36 @@ class Reduction:
         source: The tensor.
         number: The result.
         count: The integer that the sum was compared with, as in ``mask.sum() == mask.numel()``.
+        versions: The versions of both tensors.
     """
 
     name: str
     source: Tensor
     number: Tensor
     count: int | None = None
+    versions: tuple[int, int] = (0, 0)
 
-    def of_samples(self, layout: Layout, size: int) -> Tensor | None:
-        """Return the value of each sample alone, ``(N,)``; ``None`` if it is not known."""
+    @property
+    def is_current(self) -> bool:
+        """Whether neither tensor was changed in place since."""
+        return self.versions == (_version(self.source), _version(self.number))
+
+    def of_samples(self, layout: Layout, size: int, count: int | None) -> Tensor | None:
+        """Return the value of each sample alone, ``(N,)``; ``None`` if it is not known.
+
+        Args:
+            layout: Where the samples are in the source.
+            size: Their number.
+            count: The integer that the sum of one sample alone is compared with.
+        """
         positions = layout.outer * layout.inner
-        if self.source.shape[layout.dim] != size * positions or (self.count or 0) % size:
+        if self.source.shape[layout.dim] != size * positions or not self.is_current:
             return None
         axes = self.source.detach().movedim(layout.dim, 0)
         split = axes.unflatten(0, (layout.outer, size, layout.inner))  # type: ignore[no-untyped-call]
         rows = split.movedim(1, 0).flatten(1)
         values = _BY_ROW[self.name](rows)
-        return values if self.count is None else values == self.count // size
+        return values if count is None else values == count
 
 
 class Reductions:
@@ -87,19 +106,27 @@ class Reductions:
         if known is not None and known.number is result:  # changed in place
             del self._known[id(result)]
         if name in _BY_ROW and len(args) == 1 and isinstance(args[0], Tensor):
-            self._known[id(result)] = Reduction(name, args[0], result)
+            versions = _version(args[0]), _version(result)
+            self._known[id(result)] = Reduction(name, args[0], result, None, versions)
         elif name in ("__eq__", "eq") and len(args) == 2 and type(args[1]) is int:
             before = self._known.get(id(args[0]))
-            if before is not None and before.name == "sum" and before.count is None:
-                self._known[id(result)] = replace(before, number=result, count=args[1])
+            if before is not None and before.name == "sum" and before.count is None and before.is_current:
+                versions = before.versions[0], _version(result)
+                self._known[id(result)] = replace(before, number=result, count=args[1], versions=versions)
 
     def of(self, tensor: Tensor) -> Reduction | None:
         """Return the reduction whose result is a tensor."""
         return self._known.get(id(tensor))
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def host_value(result: Any) -> Any:
-    """Return a value read by Python, in a form that can be compared."""
+    """Return a value read by Python, in a form that can be compared: its type only where the values are not copied."""
+    if not isinstance(result, (list, tuple, str, bool, int, float, complex)) and not hasattr(result, "tobytes"):
+        return type(result).__name__
     if isinstance(result, (list, tuple)):
         return repr(result)
     tobytes = getattr(result, "tobytes", None)
@@ -114,13 +141,13 @@ class HostRead:
         value: The value.
         calls: The number of traced calls before it.
         tensor: The tensor.
-        reduced: The tensor that it was computed from, if that is known.
+        reduction: How it was computed from another tensor, if that is known.
     """
 
     value: Any
     calls: int
     tensor: Tensor
-    reduced: Tensor | None
+    reduction: Reduction | None
 
 
 @dataclass(frozen=True)
@@ -131,11 +158,14 @@ class PlannedRead:
         value: The value.
         by_samples: Whether it depends on the samples.
         layout: Where the samples are in the tensor that was reduced to the value; ``None`` if that is not known.
+        grows: Whether the integer that a sum is compared with is proportional to the number of samples; ``None`` if there is
+            none, or if that is not known.
     """
 
     value: Any
     by_samples: bool = True
     layout: Layout | None = None
+    grows: bool | None = None
 
 
 class ReadWatch:
@@ -166,16 +196,24 @@ class ReadWatch:
 
     def _note_samples(self, read: PlannedRead, tensor: Tensor) -> None:
         reduction = self.reductions.of(tensor)
+        if reduction is None or read.layout is None or not self._is_comparable(read, reduction):
+            self._any_sample = True
+            return
+        count = reduction.count
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            own = None
-            if reduction is not None and read.layout is not None:
-                own = reduction.of_samples(read.layout, self.size)
-            is_total = reduction is not None and reduction.name == "sum" and reduction.count is None
-            if reduction is None or own is None or is_total:  # a total may be compared with the size of the batch
+            own = reduction.of_samples(read.layout, self.size, count // self.size if count and read.grows else count)
+            if own is None:
                 self._any_sample = True
                 return
             differing = own != reduction.number
         self._differing = differing if self._differing is None else self._differing | differing
+
+    def _is_comparable(self, read: PlannedRead, reduction: Reduction) -> bool:
+        """Return whether the number for one sample alone is known; a total may be compared with the size of the batch later."""
+        if reduction.name != "sum":
+            return True
+        count = reduction.count
+        return count is not None and read.grows is not None and not (read.grows and count % self.size)
 
     def differing(self) -> list[int]:
         """Return the samples that would read another value alone; all samples if that is not known."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_gradmetrics.classifier.mutable_parts import has_settings
 from lightning_gradmetrics.classifier.preservation import INTERNAL, ModelRecord
 from lightning_gradmetrics.engine.attribute_reads import are_reads_visible
 
@@ -105,29 +108,49 @@ def _attributes(
     model: nn.Module, record: ModelRecord | None = None, read: set[str] | None = None
 ) -> Iterator[tuple[int, str, Hashable]]:
     """Yield the number of the module, the name and the value of every plain attribute whose name is read."""
-    configurations: set[int] = set()
+    seen: set[int] = set()
     modules = tuple(model.modules()) if record is None else record.modules
     for number, module in enumerate(modules):
         attributes = vars(module)
         names = (attributes.keys() if read is None else read & attributes.keys()) - _INTERNAL
         for name in sorted(names):
-            yield from _plain_parts(number, name, attributes[name], configurations)
+            yield from _plain_parts(number, name, attributes[name], seen)
     for number, kind in enumerate(_classes(modules)):
         if not kind.__module__.startswith("torch."):
             yield from _plain_entries(-1 - number, kind.__name__, vars(kind))
 
 
-def _plain_parts(number: int, name: str, value: Any, configurations: set[int]) -> Iterator[tuple[int, str, Hashable]]:
-    """Yield the plain values in an attribute; each configuration once."""
+def _plain_parts(number: int, name: str, value: Any, seen: set[int]) -> Iterator[tuple[int, str, Hashable]]:
+    """Yield the plain values in an attribute, with those of nested containers; each configuration once."""
     if isinstance(value, _PLAIN):
         yield number, name, value
-    elif type(value) in (tuple, list) and len(value) <= 16 and all(isinstance(v, _PLAIN) for v in value):
-        yield number, name, tuple(value)
-    elif type(value) is dict:
-        yield from _plain_entries(number, name, value)
-    elif _is_configuration(value) and id(value) not in configurations:
-        configurations.add(id(value))
-        yield from _plain_entries(number, name, vars(value))
+    elif isinstance(value, np.ndarray):
+        yield number, name, value.tobytes()
+    elif isinstance(value, (list, tuple, set, frozenset, deque)) and all(isinstance(entry, _PLAIN) for entry in value):
+        yield number, name, frozenset(value) if isinstance(value, (set, frozenset)) else tuple(value)
+    elif isinstance(value, dict) and len(value) > MOST_SEPARATE and _is_plain(value):
+        yield number, name, tuple(value.items())
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for key, entry in _entries(value):
+            yield from _plain_parts(number, f"{name}.{key}", entry, seen)
+
+
+MOST_SEPARATE = 64
+"""Dictionaries of plain values with more entries are one entry of the key."""
+
+
+def _is_plain(values: Mapping[Any, Any]) -> bool:
+    return all(isinstance(key, _PLAIN) and isinstance(value, _PLAIN) for key, value in values.items())
+
+
+def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the names and values in a container or in a configuration."""
+    if isinstance(value, dict):
+        return value.items()
+    if isinstance(value, (list, tuple, deque)):
+        return enumerate(value)
+    return vars(value).items() if has_settings(value) else ()
 
 
 def _classes(modules: Sequence[nn.Module]) -> dict[type, None]:
@@ -143,8 +166,3 @@ def _plain_entries(number: int, name: str, entries: Mapping[Any, Any]) -> Iterat
     for key, value in entries.items():
         if isinstance(value, _PLAIN) and not str(key).startswith("__"):
             yield number, f"{name}.{key}", value
-
-
-def _is_configuration(value: Any) -> bool:
-    """Return whether an attribute is an object with settings."""
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, (nn.Module, Tensor, type))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
-from lightning_gradmetrics.engine.calls import has_tensors, map_arguments, tensors_in
+from lightning_gradmetrics.engine.calls import has_tensors, map_arguments, sources_in, tensors_in
 from lightning_gradmetrics.engine.graph import Copies
 from lightning_gradmetrics.engine.plan import BROADCAST, Plan, PlanError, Source
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
@@ -94,7 +94,7 @@ class OwnershipPass(Tracer):
         kwargs = kwargs or {}
         if self._silence.depth:
             return func(*args, **kwargs)
-        sources = self._sources(args, kwargs)
+        sources = sources_in(self._tracked, args, kwargs)
         if not sources:
             result = func(*args, **kwargs)
             self._note_constants(func, args, kwargs, result)

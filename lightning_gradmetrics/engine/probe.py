@@ -17,17 +17,19 @@ from lightning_gradmetrics.engine.dependence import (
     hides_reads,
     reads_activations,
     selection_of_samples,
+    uses_totals,
 )
 from lightning_gradmetrics.engine.graph import runs_custom_code
-from lightning_gradmetrics.engine.host_reads import PlannedRead
+from lightning_gradmetrics.engine.host_reads import HostRead, PlannedRead
 from lightning_gradmetrics.engine.layouts import Layout
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
+from lightning_gradmetrics.engine.outline import Outline, Recording
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.probe_samples import three_samples, with_row
 from lightning_gradmetrics.engine.refusals import coupled_model
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes
 from lightning_gradmetrics.engine.separability import layouts_apart
-from lightning_gradmetrics.engine.size_trace import SizeRecord, SizeTrace, size_record
+from lightning_gradmetrics.engine.size_record import SizeRecord, size_record
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 
@@ -43,8 +45,8 @@ class Probe:
         losses: For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale.
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
-        reads_activations: Whether Python reads values that depend on samples and parameters, or a torch call reads a number
-            of the samples itself.
+        uses_totals: Whether a number of all samples is used in a way that may change any of them: Python reads values that depend
+            on samples and parameters, or a torch call reads or uses such a number itself.
         proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
         reads: The values that Python reads from tensors.
         sizes: The sizes for which the proof holds; ``None`` if it holds for those of the probe only.
@@ -57,13 +59,18 @@ class Probe:
     losses: Sequence[tuple[Tensor, Tensor]]
     plan: Plan | None
     reason: str
-    reads_activations: bool
+    uses_totals: bool
     proven: bool
     reads: tuple[PlannedRead, ...]
     sizes: SizeRecord | None
     random: bool
     pauses_gradients: bool
     bytes: int
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether Python reads values that depend on the samples."""
+        return any(read.by_samples for read in self.reads)
 
 
 def probe_model(task: Task) -> Probe:
@@ -74,8 +81,8 @@ def probe_model(task: Task) -> Probe:
     """
     state, before = ForwardState(task.model), attribute_key(task.model)
     three = three_samples(task)
-    small, _, few, sizes_of_two = _traced(three.picked([0, 1]), state)
-    large, logits, many, sizes_of_three = _traced(three, state)
+    small, _, few, outline_of_two = _traced(three.picked([0, 1]), state)
+    large, logits, many, outline_of_three = _traced(three, state)
     random = state.random_numbers_drawn()
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
@@ -91,8 +98,8 @@ def probe_model(task: Task) -> Probe:
     )
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
-        sizes = size_record(sizes_of_two, sizes_of_three, input_shapes(three.inputs, three.per_sample))
-    reads = _planned_reads(large, many, layouts or {})
+        sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
+    reads = _planned_reads(small, large, many, layouts or {})
     losses = [three.unit_losses(index, logits) for index in range(len(three.losses))]
     plan: Plan | None = None
     changes: Changes = ()
@@ -111,19 +118,31 @@ def probe_model(task: Task) -> Probe:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
         plan = replace(plan, reads=reads)
-    activations = reads_inside or reads_activations(many.operations)
+    totals = reads_inside or reads_activations(many.operations) or uses_totals(many.operations)
     proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
-    return Probe(three, losses, plan, reason, activations, proven, reads, sizes, random, pauses, size)
+    return Probe(three, losses, plan, reason, totals, proven, reads, sizes, random, pauses, size)
 
 
-def _planned_reads(large: CallTrace, many: DependenceTrace, layouts: Mapping[int, Layout]) -> tuple[PlannedRead, ...]:
+def _planned_reads(
+    small: CallTrace, large: CallTrace, many: DependenceTrace, layouts: Mapping[int, Layout]
+) -> tuple[PlannedRead, ...]:
     """Return the values that Python reads, and where the samples are in the tensors that they are computed from."""
     planned = []
-    for read in large.reads:
+    for number, read in enumerate(large.reads):
         by_samples = bool(many.depends(read.tensor) & SAMPLES)
-        layout = None if read.reduced is None else layouts.get(many.serial(read.reduced))
-        planned.append(PlannedRead(read.value, by_samples, layout))
+        layout = None if read.reduction is None else layouts.get(many.serial(read.reduction.source))
+        grows = _count_grows(small.reads[number], read) if len(small.reads) == len(large.reads) else None
+        planned.append(PlannedRead(read.value, by_samples, layout, grows))
     return tuple(planned)
+
+
+def _count_grows(two: HostRead, three: HostRead) -> bool | None:
+    """Return whether a sum is compared with a multiple of the number of samples; ``None`` if that is not known."""
+    small = None if two.reduction is None else two.reduction.count
+    large = None if three.reduction is None else three.reduction.count
+    if small is None or large is None or not (small == large or 3 * small == 2 * large):
+        return None
+    return small != large
 
 
 def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
@@ -157,17 +176,17 @@ def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
     return numbers
 
 
-def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace, SizeTrace]:
-    """Return a traced forward pass with its graph, its logits, the operations in it, and its sizes."""
+def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace, Outline]:
+    """Return a traced forward pass with its graph, its logits, the operations in it, and its outline."""
     _require_gradients(task)
     state.restore()
     samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
-    sizes = SizeTrace()
-    dependence = DependenceTrace(samples, task.model.parameters(), sizes)
+    recording = Recording(Outline(task.leaves()))
+    dependence = DependenceTrace(samples, task.model.parameters(), recording)
     trace = CallTrace(task.parameters, on_read=dependence.note_read)
-    with dependence, trace, sizes:
+    with dependence, trace, recording:
         logits = task.forward()
-    return trace, logits, dependence, sizes
+    return trace, logits, dependence, recording.outline
 
 
 def _require_gradients(task: Task) -> None:

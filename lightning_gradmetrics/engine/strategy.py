@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +13,10 @@ from lightning_gradmetrics.classifier.notices import first_time
 from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.gather import MomentTable, UseTable
 from lightning_gradmetrics.engine.graph import reached_parameters
+from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.owners import OwnershipPass
 from lightning_gradmetrics.engine.plan import Plan
-from lightning_gradmetrics.engine.size_trace import SizeRecord, SizeTrace
+from lightning_gradmetrics.engine.size_record import SizeRecord
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
 
@@ -47,7 +47,8 @@ class Strategy:
         alone: The number of samples of each batch that also run alone.
         bytes: Approximate memory of a sample's activations, to split batches by.
         shapes: The shapes of the inputs that it was planned for.
-        times: The number of positions of a sample on each axis, by shapes, batch size and sequence of calls.
+        times: For each shapes, batch size and number of an outline, the number of positions of a sample on each axis, and
+            whether the proof covers the batch.
         quiet: Whether to silence the warnings of torch's checkpoints in runs without gradients.
         random: Whether the model draws random numbers, so that a sample alone gets different ones.
         provisional: Whether it was planned on fewer than three different samples.
@@ -55,10 +56,8 @@ class Strategy:
         sizes: The sizes for which every operation is known to keep the samples apart, while Python reads the same values;
             ``None`` if that is not known.
         path: A number for the path of the probe's forward pass.
-        covered: The shapes and batch sizes that ``sizes`` covers.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
-        reads_numbers: Whether some of these values are not booleans.
     """
 
     plan: Plan | None
@@ -68,17 +67,15 @@ class Strategy:
     alone: int = ALONE_IF_UNPLANNED
     bytes: int = 1
     shapes: Any = None
-    times: dict[tuple[Any, int], dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    times: dict[tuple[Any, int], dict[int, tuple[tuple[int, ...], bool]]] = field(default_factory=dict)
     quiet: bool = False
     random: bool = False
     provisional: bool = False
     channels_last: bool = False
     sizes: SizeRecord | None = None
     path: int = 0
-    covered: set[tuple[Any, int]] = field(default_factory=set)
     settled: bool = False
     reads_samples: bool = False
-    reads_numbers: bool = False
 
 
 def warn_slow(task: Task, strategy: Strategy) -> None:
@@ -107,8 +104,7 @@ def collect_fast(
     checks: Checks,
     notes: VerificationNotes | None = None,
     free: bool = False,
-    sizes: SizeTrace | None = None,
-) -> tuple[tuple[int, ...], int, int]:
+) -> tuple[tuple[int, ...], Outline]:
     """Fill a table by one forward pass and one backward pass per objective (two without a plan).
 
     Args:
@@ -118,10 +114,9 @@ def collect_fast(
         checks: Gets the logits and the tracer before any gradient is computed.
         notes: Filled in a run that verifies a plan.
         free: Whether axes may have a different number of positions per sample than planned.
-        sizes: Records the sizes in the forward pass.
 
     Returns:
-        The positions of a sample on each axis, and the numbers that identify the sequence of calls and the path.
+        The positions of a sample on each axis, and the calls.
 
     Raises:
         PlanError: If the model does not follow the plan, or rows have no single owner.
@@ -134,9 +129,9 @@ def collect_fast(
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
     else:
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
-    tracer.notes = notes
+    tracer.notes, tracer.outline.leaves = notes, task.leaves()
     if notes is None:
-        with tracer, sizes or nullcontext():
+        with tracer:
             logits = task.forward()
     else:
         logits = _forward_with_notes(task, tracer, notes)
@@ -146,7 +141,7 @@ def collect_fast(
         table.begin(index, undo)
         tracer.collect(logits, gradient, last=index == len(scaled) - 1)
     table.finish()
-    return tuple(tracer.times), tracer.outline.outline, tracer.outline.path
+    return tuple(tracer.times), tracer.outline
 
 
 def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:

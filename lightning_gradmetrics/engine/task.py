@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors
+from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gradients
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.kernels import class_residuals
@@ -58,6 +58,18 @@ class Task:
     def losses(self) -> tuple[Callable[[Tensor | None], Loss], ...]:
         """For each objective, a function from the true labels (or ``None``) to the loss on logits."""
         return tuple(objective.loss for objective in self.objectives)
+
+    def leaves(self) -> dict[int, Hashable]:
+        """Return a name for each input, parameter and buffer by the identity of the tensor, the same in every batch."""
+        names: dict[int, Hashable] = {}
+        for number, tensor in enumerate(tensors_in(self.inputs)):
+            names.setdefault(id(tensor), ("input", number))
+        record = self.record
+        for tensor in self.model.parameters() if record is None else record.parameters:
+            names.setdefault(id(tensor), ("parameter", len(names)))
+        for tensor in self.model.buffers() if record is None else record.tensors():
+            names.setdefault(id(tensor), ("buffer", len(names)))
+        return names
 
     def rows(self, start: int, stop: int) -> Task:
         """Return the same task for the samples ``start`` to ``stop``."""

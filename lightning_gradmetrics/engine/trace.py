@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_gradmetrics.engine.axes import axis_between
 from lightning_gradmetrics.engine.calls import OpeningMode, tensors_in
-from lightning_gradmetrics.engine.host_reads import HOST_READS, HostRead, Reductions, host_value
+from lightning_gradmetrics.engine.host_reads import HostRead, Reductions, host_value, tensors_read
 from lightning_gradmetrics.gradients.precision import at_least_float32
 
 __all__ = ["CallTrace", "TensorState", "TracedCall"]
@@ -113,13 +113,12 @@ class CallTrace(OpeningMode):
         inputs = tuple(map(self._state, tensors))
         before = self._marks(tensors, inputs, 0)
         result = func(*args, **kwargs)
-        if tensors and getattr(func, "__name__", "") in HOST_READS:
-            reduction = self._reductions.of(tensors[0])
-            source = None if reduction is None else reduction.source
-            self.reads.append(HostRead(host_value(result), len(self.calls), tensors[0], source))
+        read, value = tensors_read(func, args, kwargs, result)
+        for tensor in read:
+            self.reads.append(HostRead(host_value(value), len(self.calls), tensor, self._reductions.of(tensor)))
             if self._on_read is not None:
-                self._on_read(tensors[0])
-        else:
+                self._on_read(tensor)
+        if not read:
             self._reductions.add(func, args, result)
         results = list(tensors_in(result))
         outputs = tuple(map(self._state, results))

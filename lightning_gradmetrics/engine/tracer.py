@@ -16,19 +16,19 @@ from torch.utils.checkpoint import _StopRecomputationError
 from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.axes import Axis, axis_of
 from lightning_gradmetrics.engine.calls import (
-    NEVER_NESTED,
     OpeningMode,
-    Outline,
     Silence,
     has_tensors,
     made_contiguous,
     map_arguments,
     opened,
+    sources_in,
     tensors_in,
 )
 from lightning_gradmetrics.engine.graph import Copies, Root, saves_through_hooks
-from lightning_gradmetrics.engine.host_reads import HOST_READS, ReadWatch
+from lightning_gradmetrics.engine.host_reads import ReadWatch, tensors_read
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
+from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
@@ -86,9 +86,14 @@ class Tracer(OpeningMode):
         # A dispatcher operator is not a call of the model; a TorchDispatchMode such as FlopCounterMode calls it again.
         if self._silence.depth or type(func) is torch._ops.OpOverload:
             return func(*args, **kwargs)
-        if not self._backward:
-            self.outline.add(func, args, kwargs)
-        sources = self._sources(args, kwargs)
+        if self._backward or self._open:
+            return self._run(func, args, kwargs)
+        result = self._run(func, args, kwargs)
+        self.outline.add(func, args, kwargs, result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        sources = sources_in(self._tracked, args, kwargs)
         if not sources:
             result = func(*args, **kwargs)
             if self.plan.reads is not None and not self._backward:
@@ -115,10 +120,12 @@ class Tracer(OpeningMode):
 
     def _watch_reads(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Compare a value that Python reads with the planned one: the model may branch on it."""
-        if getattr(func, "__name__", "") not in HOST_READS:
+        read, value = tensors_read(func, args, kwargs, result)
+        if not read:
             self.reads.reductions.add(func, args, result)
-        elif has_tensors((args, kwargs)) and not self.reads.matches(next(tensors_in((args, kwargs))), result):
-            raise PlanError("Python reads a different value from a tensor than planned")
+        for tensor in read:
+            if not self.reads.matches(tensor, value):
+                raise PlanError("Python reads a different value from a tensor than planned")
 
     def _next_step(self, function: Any, sources: tuple[Source, ...]) -> Step | None:
         """Return the step for a call: the next one or, in the backward pass, the one that a checkpoint repeats."""
@@ -146,17 +153,6 @@ class Tracer(OpeningMode):
             self._delayed.remove(fits[0])
             return fits[0]
         return next((s for s in self.plan.steps if s.function == function and s.sources == sources), None)
-
-    def _sources(self, args: Any, kwargs: Any) -> tuple[Source, ...]:
-        """Return the chosen parameters and derived tensors among the arguments, in order."""
-        tracked, sources = self._tracked, []
-        for value in (*args, *kwargs.values()) if kwargs else args:
-            source = tracked.get(id(value))
-            if source is not None:
-                sources.append(source)
-            elif type(value) not in NEVER_NESTED:
-                sources += [tracked[id(t)] for t in tensors_in(value) if id(t) in tracked]
-        return tuple(sources)
 
     def _plain(self, step: Step, args: Any, kwargs: Any) -> Any:
         return step.function(*args, **kwargs)

@@ -108,8 +108,7 @@ def _verified(task: Task) -> Strategy:
         provisional=task.size < 3,
         sizes=probe.sizes if plan is not None else None,
         path=path,
-        reads_samples=any(read.by_samples for read in probe.reads),
-        reads_numbers=_reads_numbers(probe),
+        reads_samples=probe.reads_samples,
     )
 
 
@@ -123,7 +122,7 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
         state.restore()
         table, notes = MomentTable(probe.task.restricted(names), scaled=True), VerificationNotes()
         try:
-            _, _, path = collect_fast(table, table.task, plan, unchecked, notes)
+            _, outline = collect_fast(table, table.task, plan, unchecked, notes)
             break
         except PlanError as error:
             plan = _without_failed_step(plan, slow, error, names)
@@ -133,24 +132,19 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
         if name in names:
             wrong[name] = reason
     wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
-    return plan, {**slow, **wrong}, path
+    return plan, {**slow, **wrong}, outline.path
 
 
 def _alone(probe: Probe, plan: Plan | None) -> int:
     """Return how many samples of each batch are run alone.
 
-    Returns the number of all samples if Python reads a number that may differ for any of them, and no plan tells which.
+    Returns the number of all samples if the forward pass uses a number that may differ for any of them, and no plan tells which.
     """
-    if probe.reads_activations or (plan is None and _reads_numbers(probe)):
+    if probe.uses_totals or (plan is None and probe.reads_samples):
         return EVERY_SAMPLE
     if probe.proven:
         return 0
     return ALONE_IF_PLANNED if plan is not None else ALONE_IF_UNPLANNED
-
-
-def _reads_numbers(probe: Probe) -> bool:
-    """Return whether Python reads values other than booleans from the samples."""
-    return any(read.by_samples and not isinstance(read.value, bool) for read in probe.reads)
 
 
 def _without_failed_step(

@@ -1,0 +1,139 @@
+"""Finds the containers, arrays and tensors in an attribute of a module, and restores their entries."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ContainerRecord", "has_settings", "mutable_parts", "restore_array"]
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    Enum,
+    type,
+    ModuleType,
+    nn.Module,
+    nn.Parameter,
+)
+"""Types whose values a forward pass cannot change in place, or that are restored in another way."""
+
+_CONTAINERS = (dict, list, set, deque)
+
+_FOREIGN = (sys.stdlib_module_names - {"types", "argparse"}) | {
+    "torch",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "torchmetrics",
+}
+"""Packages whose objects are neither searched nor restored, such as a trainer, a logger or a lock."""
+
+MOST_ENTRIES = 1000
+"""Containers with more entries are restored, but not searched for other containers."""
+
+
+def has_settings(value: Any) -> bool:
+    """Return whether a value is an object with attributes, such as a configuration or a namespace.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> has_settings(SimpleNamespace(step=1)), has_settings(3)
+        (True, False)
+    """
+    if isinstance(value, (*_PLAIN, Tensor, np.ndarray, *_CONTAINERS)) or callable(value):
+        return False
+    return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _FOREIGN
+
+
+def mutable_parts(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Yield every container, array and tensor in a value, and the ``__dict__`` of objects with settings, outermost first.
+
+    Args:
+        value: The value.
+        seen: The identities of the parts that were found before; parts that are found are added.
+
+    Example:
+        >>> list(mutable_parts({"steps": [1, 2]}, set()))
+        [{'steps': [1, 2]}, [1, 2]]
+    """
+    if isinstance(value, _PLAIN) or id(value) in seen:
+        return
+    entries: Collection[Any] = ()
+    if isinstance(value, (Tensor, np.ndarray)):
+        seen.add(id(value))
+        yield value
+    elif isinstance(value, tuple):
+        entries = value
+    elif isinstance(value, _CONTAINERS):
+        seen.add(id(value))
+        yield value
+        entries = value.values() if isinstance(value, dict) else value
+    elif has_settings(value):
+        seen.add(id(value))
+        yield from mutable_parts(vars(value), seen)
+    for entry in entries if len(entries) <= MOST_ENTRIES else ():
+        yield from mutable_parts(entry, seen)
+
+
+class ContainerRecord:
+    """The entries of a dictionary, a list, a set or a deque.
+
+    Args:
+        container: The container.
+    """
+
+    __slots__ = ("_before", "container")
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+        if isinstance(container, dict):
+            self._before: Any = dict(container)
+        else:
+            self._before = set(container) if isinstance(container, set) else list(container)
+
+    def restore(self) -> None:
+        """Set the entries to the recorded ones, if they have changed."""
+        container, before = self.container, self._before
+        if _has_entries(container, before):
+            return
+        container.clear()
+        if isinstance(container, (list, deque)):
+            container.extend(before)
+        else:
+            container.update(before)
+
+
+def _has_entries(container: Any, before: Any) -> bool:
+    """Return whether a container has the same objects as entries, in the same order."""
+    if len(container) != len(before):
+        return False
+    if isinstance(container, set):
+        return bool(container == before)
+    if isinstance(container, dict):
+        return _are_same(container, before) and _are_same(container.values(), before.values())
+    return _are_same(container, before)
+
+
+def _are_same(entries: Iterable[Any], before: Iterable[Any]) -> bool:
+    return all(one is other for one, other in zip(entries, before, strict=True))
+
+
+def restore_array(array: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> None:
+    """Set the entries of an array to earlier ones, if they have changed."""
+    if array.dtype.hasobject or array.tobytes() != before.tobytes():
+        array[...] = before

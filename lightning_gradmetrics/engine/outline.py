@@ -1,0 +1,188 @@
+"""Records the calls of a forward pass: what is called, with which tensors and constants, and which sizes occur."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in
+
+__all__ = ["Outline", "Recording"]
+
+_VIEWS = "view reshape expand unflatten flatten split chunk narrow repeat tile as_strided select __getitem__"
+_NEW = "new_zeros new_ones new_full zeros ones full empty arange"
+_SHAPING = frozenset([*_VIEWS.split(), *_NEW.split()])
+"""Functions whose integer arguments may depend on the sizes of the inputs."""
+
+_FILLING = frozenset(["full", "new_full"])
+"""Functions whose plain numbers are values of the result, and whose tuples are its shape."""
+
+_HOOKING = frozenset(["register_hook", "register_post_accumulate_grad_hook", "retain_grad"])
+_NODE = Tensor.grad_fn.__get__
+"""Functions that may change how gradients are computed."""
+
+_STRUCTURAL = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+MOST_ENTRIES = 64
+"""Largest number of entries of a tensor of unknown origin that are compared by value."""
+
+_UNKNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_NUMBERS = itertools.count()
+"""Numbers of larger tensors of unknown origin: no two tensors share one."""
+
+
+class Outline:
+    """The calls of a forward pass that return or change tensors.
+
+    Each tensor argument is recorded as the result of an earlier call, as a parameter, buffer or input, or by its values. So a
+    model that chooses another tensor in larger batches has another outline, even if it makes the same calls.
+
+    Args:
+        leaves: A name for each parameter, buffer and input, by the identity of the tensor.
+
+    Attributes:
+        leaves: These names.
+        sizes: Every integer that may be a size: those of functions that set a shape, and the shapes of all results.
+        has_hooks: Whether the forward pass registers hooks on tensors or reads nodes of the graph, which may change gradients.
+        reads: How often Python reads values of a tensor.
+    """
+
+    def __init__(self, leaves: Mapping[int, Hashable] | None = None) -> None:
+        self.sizes: list[int] = []
+        self.has_hooks = False
+        self.reads = 0
+        self.leaves = leaves or {}
+        self._calls: list[Any] = []
+        self._values: list[Any] = []
+        self._made: dict[int, tuple[ReferenceType[Tensor], int]] = {}
+        self._count = 0
+
+    @property
+    def number(self) -> int:
+        """A number for the calls, their tensors and their sizes."""
+        return hash((*self._calls, *self.sizes))
+
+    @property
+    def path(self) -> int:
+        """A number for the calls, their tensors and their constants, the same for all sizes unless the model branches on them."""
+        return hash((*self._calls, *self._values))
+
+    def add(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Add one call."""
+        outputs: Iterable[Tensor] = (result,) if type(result) is Tensor else tuple(tensors_in(result))
+        name = getattr(function, "__name__", "")
+        if name in _HOOKING or function == _NODE:
+            self.has_hooks = True
+        self.reads += name in HOST_READS
+        if not outputs and (result is not None or name == "_assert"):
+            return
+        calls = self._calls
+        calls += (function, *kwargs, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        values = (*args, *kwargs.values()) if kwargs else args
+        is_size = name in _SHAPING or self._compares_numbers(values, outputs)
+        for value in values:
+            if isinstance(value, Tensor):
+                calls.append(self._identity(value))
+            else:
+                self._add(value, is_size and not (name in _FILLING and not isinstance(value, (tuple, list))))
+        for output in outputs:
+            self._count += 1
+            self._made[id(output)] = ref(output), self._count
+            calls.append(output.dtype)
+            shape = output.shape
+            calls.append(len(shape))
+            self.sizes += shape
+
+    def _compares_numbers(self, values: tuple[Any, ...], outputs: Iterable[Tensor]) -> bool:
+        """Return whether a call computes a number from numbers, as in ``mask.sum() == mask.numel()``."""
+        if not values or not isinstance(values[0], Tensor):
+            return False
+        return not any(tensor.ndim for tensor in (*tensors_in(values), *outputs))
+
+    def _add(self, value: Any, is_size: bool) -> None:
+        """Add an argument to the sizes or to the constants."""
+        kind = type(value)
+        if kind is int and is_size:
+            self.sizes.append(value)
+        elif kind in _STRUCTURAL:
+            self._calls.append(value)
+        elif isinstance(value, Tensor):
+            self._calls.append(self._identity(value))
+        elif kind is slice:
+            for end in (value.start, value.stop, value.step):
+                self._add(end, is_size)
+        elif isinstance(value, (tuple, list)):
+            self._calls.append(len(value))
+            for entry in value:
+                self._add(entry, is_size)
+        elif isinstance(value, Mapping):
+            self._calls += map(str, value)
+            for entry in value.values():
+                self._add(entry, is_size)
+        else:
+            content = getattr(value, "tobytes", None)  # an array of numpy
+            self._values.append((kind, content() if content is not None else repr(value)))
+
+    def _identity(self, tensor: Tensor) -> Hashable:
+        """Return where a tensor comes from."""
+        made = self._made.get(id(tensor))
+        if made is not None and made[0]() is tensor:
+            return made[1]
+        if id(tensor) in self.leaves:
+            return self.leaves[id(tensor)]
+        self._values.append(_content(tensor))
+        return "unknown"
+
+
+def _content(tensor: Tensor) -> Hashable:
+    """Return the values of a small tensor of unknown origin; a number for a larger one, new for each tensor."""
+    try:
+        with torch._C.DisableTorchFunction(), torch.no_grad(), _disable_current_modes():
+            if tensor.numel() <= MOST_ENTRIES:
+                return tuple(tensor.shape), tuple(tensor.detach().flatten().tolist())
+            if tensor not in _UNKNOWN:
+                _UNKNOWN[tensor] = next(_NUMBERS)
+            return int(_UNKNOWN[tensor])
+    except (
+        RuntimeError,
+        NotImplementedError,
+        TypeError,
+    ):  # a tensor without readable values, such as one of torch.func
+        return -1 - next(_NUMBERS)
+
+
+class Recording(TorchFunctionMode):
+    """Records every torch call inside the block in an outline.
+
+    Args:
+        outline: The outline.
+
+    Attributes:
+        depth: How many recorded calls are running.
+    """
+
+    def __init__(self, outline: Outline) -> None:
+        super().__init__()
+        self.outline, self.depth = outline, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call and record it."""
+        kwargs = kwargs or {}
+        # A dispatcher operator is not a call of the model: a dispatch mode makes or repeats it.
+        if type(func) is torch._ops.OpOverload:
+            return func(*args, **kwargs)
+        self.depth += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.depth -= 1
+        self.outline.add(func, args, kwargs, result)
+        return result

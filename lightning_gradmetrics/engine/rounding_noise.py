@@ -1,0 +1,37 @@
+"""Changes the results of all modules by rounding, to show how much rounding changes a model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["rounding_noise"]
+
+NOISE = 16
+"""Largest relative change of an entry, in multiples of the precision of its type."""
+
+_GENERATOR = torch.Generator().manual_seed(0)
+"""Draws the noise, without advancing the user's generators."""
+
+
+@contextmanager
+def rounding_noise() -> Iterator[None]:
+    """Multiply each entry of each module's output by a random number close to 1, inside the block."""
+    handle = nn.modules.module.register_module_forward_hook(_noisy)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _noisy(module: nn.Module, inputs: Any, output: Any) -> Any:
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.layout != torch.strided:
+        return output
+    with torch._C.DisableTorchFunction():
+        noise = torch.rand(output.shape, generator=_GENERATOR).mul_(2).sub_(1).to(output.device, torch.float64)
+        factors = 1 + NOISE * torch.finfo(output.dtype).eps * noise
+        return (output * factors).to(output.dtype)

@@ -1,0 +1,93 @@
+"""Compares the moments of one sample of a batch with autograd on that sample alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.agreement import agree
+from lightning_gradmetrics.engine.gather import MomentTable, UseTable
+from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.outline import Outline, Recording
+from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.reference import loss_gradients
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.gradients.precision import rounding
+from lightning_gradmetrics.gradients.scaling import rescaled_moments
+
+__all__ = ["check_one_sample"]
+
+
+def check_one_sample(
+    table: MomentTable | UseTable, names: Collection[str], laid_out: Task, state: ForwardState
+) -> Outline:
+    """Compare one sample's moments with autograd on that sample alone, and return the outline of its forward pass.
+
+    Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
+    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table.
+
+    Raises:
+        PlanError: If they differ.
+    """
+    number = int(torch.randint(table.task.size, (), generator=_GENERATOR))
+    alone = table.task.rows(number, number + 1).restricted(names)
+    outline = Outline(alone.leaves())
+    if _agree_on_sample(table, number, alone, _logits(alone, state, Recording(outline)), 0):
+        return outline
+    together = laid_out.restricted(names)
+    gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
+    is_close = _agree_on_sample(table, number, alone, _logits(alone, state), 0, gates)
+    if is_close and _agree_on_sample(table, number, together, _logits(together, state), number):
+        return outline
+    raise PlanError("the gradients of a sample disagree with autograd")
+
+
+def _logits(task: Task, state: ForwardState, recording: AbstractContextManager[Any] | None = None) -> Tensor:
+    """Return the logits with their graph."""
+    for parameter in task.parameters.values():
+        parameter.requires_grad_(True)
+    now = ForwardState(task.model)
+    state.restore()
+    with recording or nullcontext():
+        logits = task.forward()
+    now.restore()
+    return logits
+
+
+def _agree_on_sample(
+    table: MomentTable | UseTable,
+    number: int,
+    task: Task,
+    logits: Tensor,
+    row: int,
+    tolerance: float | None = None,
+) -> bool:
+    """Return whether a sample's moments agree with autograd's; the sample is one row of a task's logits."""
+    parameters = list(task.parameters.values())
+    for objective in range(len(task.objectives)):
+        losses, undo = task.unit_losses(objective, logits)
+        gradients = dict(zip(task.parameters, loss_gradients(losses[row], parameters), strict=True))
+        own = undo[row : row + 1].double()
+        factor = torch.where(own > LEAST_SCALE, 1 / own, 1.0)
+        shrunk = float(own * factor)
+        scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
+        while gradients:
+            name, gradient = gradients.popitem()
+            # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
+            moments = rescaled_moments(table.of_samples(slice(number, number + 1), name, objective), factor)
+            if not agree(moments, gradient[None] * shrunk, scale * shrunk, tolerance):
+                return False
+    return True
+
+
+LEAST_SCALE = 2.0**-400
+"""The smallest gradient scale whose squares are exact enough in float64; smaller gradients are compared unscaled."""
+
+GATES = 0.05
+"""Largest relative error that ReLUs switched by rounding may explain; larger in low precision."""
+
+_GENERATOR = torch.Generator().manual_seed(0)
