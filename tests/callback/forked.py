@@ -1,7 +1,12 @@
-"""Runs code in several processes of one ``Trainer``; they are forked, so that nothing is imported twice."""
+"""Runs code in several processes of one ``Trainer``; they are forked, so that nothing is imported twice.
+
+A process that has imported everything waits for scripts, and forks one process for each. Importing takes longer than most scripts.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -26,8 +31,11 @@ from lightning_gradmetrics.results.output import Output
 from tests.callback.runs import trainer
 from tests.callback.test_output import ROLES, SCORES, Classifier, data
 
-lgm.score(Classifier(), torch.randn(2, 4), "energy")  # imports what is imported late; starts no thread
-FOLDER = Path(sys.argv[1])
+# Import what is imported late; this starts no thread.
+lgm.score(Classifier(), torch.randn(2, 4), "energy")
+from matplotlib.backends import backend_agg
+from lightning_gradmetrics import report
+from lightning_gradmetrics.evaluation import evaluate
 
 
 def launch(count, work):
@@ -75,14 +83,72 @@ def ddp(callback, count, **options):
 """
 
 
-def run_forked(source: str, folder: Path, *arguments: str, timeout: float = 240) -> tuple[Any, str]:
-    """Run a script after the launcher above; return its last printed line, parsed as JSON, and its standard error stream."""
-    command = [sys.executable, "-c", LAUNCHER + source, str(folder), *arguments]
+SERVER = """
+def serve(request):
+    # Runs a script in a new process group and returns its exit code.
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        signal.alarm(request["timeout"])
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        globals().update(FOLDER=Path(request["folder"]))
+        sys.argv[1:] = [request["folder"], *request["arguments"]]
+        status = 1
+        try:
+            exec(compile(request["source"], "<script>", "exec"), globals())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        os.killpg(child, signal.SIGKILL)  # processes that the script left behind
+    except (ProcessLookupError, PermissionError):
+        pass
+    return status
+
+
+for line in sys.stdin:
+    print(serve(json.loads(line)), flush=True)
+"""
+
+
+@functools.cache
+def server() -> subprocess.Popen[str]:
+    """Start the process that has imported everything; it ends with this one."""
     environment = {}
     for name, value in os.environ.items():
         if "RANK" not in name and not name.startswith(("WORLD", "MASTER")):
             environment[name] = value
     environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    command = [sys.executable, "-c", LAUNCHER + SERVER]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    atexit.register(_stop, process)
+    return process
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        stream.close()
+    process.wait()
+
+
+def run_forked(source: str, folder: Path, *arguments: str, timeout: int = 240) -> tuple[Any, str]:
+    """Run a script after the launcher above; return its last printed line, parsed as JSON, and its standard error stream."""
+    process, streams = server(), {name: folder / f"{name}.txt" for name in ("stdout", "stderr")}
+    request = {"source": source, "folder": str(folder), "arguments": arguments, "timeout": timeout}
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps({**request, **{name: str(path) for name, path in streams.items()}}) + "\n")
+    status = process.stdout.readline().strip()
+    said = streams["stderr"].read_text()
+    assert status == "0", said
+    return json.loads(streams["stdout"].read_text().splitlines()[-1]), said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -16,22 +15,13 @@ import pytest
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.results import files
 from lightning_gradmetrics.results.output import Output
+from tests.callback.forked import run_forked
 from tests.callback.test_output import SCORES, Classifier, data, score
 
-ROOT = Path(__file__).parents[2]
-
 SETUP = """
-import json, os, random, signal, sys, time, warnings
-warnings.filterwarnings("ignore")
-import torch
-torch.set_num_threads(1)
-from pathlib import Path
-import lightning_gradmetrics as lgm
-from lightning_gradmetrics.results.output import Output
-from tests.callback.runs import trainer
-from tests.callback.test_output import ROLES, SCORES, Classifier, data
+import random
 
-lgm.score(Classifier(), torch.randn(2, 4), "energy")  # imports what is imported late; starts no thread
+SIZE = 1200
 
 
 def score(directory, stage, started=None):
@@ -95,43 +85,15 @@ print(json.dumps([killed, outcomes]))
 """
 
 
-def run(source: str, size: int, *arguments: Path) -> tuple[Any, str]:
-    """Run a script that forks; return its last printed line and its standard error stream."""
-    script = f"SIZE = {size}\n{SETUP}{source}"
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
-    """Kill and interrupt runs in one process, which imports everything once: its folder, its outcomes and its errors."""
-    folder = tmp_path_factory.mktemp("stopped")
-    outcomes, said = run(KILLED + SIGNALLED, 1200, folder)
-    return folder, outcomes, said
-
-
 @pytest.mark.slow
-@needs_fork
-def test_a_run_killed_at_twenty_moments_has_the_same_results(stopped: tuple[Path, Any, str]) -> None:
-    """After SIGKILL in a real trainer and a resumed run, the rows are bit-identical."""
-    folder, (killed, _), _ = stopped
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
+def test_runs_that_are_killed_or_interrupted_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    """SIGKILL at twenty moments, and SIGINT and SIGTERM, in real trainers: the rows of the resumed runs are bit-identical."""
+    (killed, outcomes), said = run_forked(SETUP + KILLED + SIGNALLED, tmp_path)
+    expected = lgm.read_results(tmp_path / "undisturbed")
     assert killed >= 12  # the others ended before the signal came
-    table, expected = lgm.read_results(folder / "killed"), lgm.read_results(folder / "undisturbed")
-    assert table.equals(expected) and table.num_rows == 1211
-    assert not list((folder / "killed").glob(".tmp-*"))
-
-
-@pytest.mark.slow
-@needs_fork
-def test_signals_end_a_run_cleanly_and_it_resumes(stopped: tuple[Path, Any, str]) -> None:
-    """SIGINT and SIGTERM keep the rows that were scored, and print how to resume."""
-    folder, (_, outcomes), said = stopped
+    assert lgm.read_results(tmp_path / "killed").equals(expected) and expected.num_rows == 1211
+    assert not list((tmp_path / "killed").glob(".tmp-*"))
     assert outcomes == {
         "test-SIGINT": [1, 0],
         "test-SIGTERM": [143, 0],
@@ -139,9 +101,8 @@ def test_signals_end_a_run_cleanly_and_it_resumes(stopped: tuple[Path, Any, str]
         "predict-SIGTERM": [143, 0],
     }
     assert said.count("rows are committed in") == 4 and "resume=True" in said
-    expected = lgm.read_results(folder / "undisturbed")
     for name in outcomes:
-        assert lgm.read_results(folder / name).equals(expected), name
+        assert lgm.read_results(tmp_path / name).equals(expected), name
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:

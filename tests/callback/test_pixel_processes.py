@@ -2,49 +2,46 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.callback.test_processes import start
+from tests.callback.forked import run_forked
 
-SCRIPT = """
-import json, sys, warnings
-import torch
-from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader
-import lightning_gradmetrics as lgm
+PIXELS = """
 from tests.models import Module
 from tests.scoring.segmenters import HEADS
 
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
-devices, out = int(sys.argv[1]), sys.argv[2]
-torch.manual_seed(0)
-net, rows = HEADS["bilinear"](), []
-for _ in range(9):
-    rows.append((torch.randn(3, 8, 9), torch.randint(5, (16, 19))))
-callback = lgm.GradientMetrics(["max_softmax", "pseudo_label"], pixels={"segments": 3, "maps": 2})
-options = {"accelerator": "cpu", "devices": devices, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-trainer = Trainer(strategy="ddp" if devices > 1 else "auto", callbacks=[callback], **options)
-trainer.test(Module(net.eval()), DataLoader(rows, 2), verbose=False)
-found = {
-    "rows": callback.results.to_pydict(),
-    "metrics": callback.pixel_metrics.to_pylist(),
-    "segments": callback.segments.num_rows,
-    "maps": sorted(picture.name for picture in callback.pictures() if picture.section == "Maps"),
-}
-with open(f"{out}.{trainer.global_rank}", "w") as file:
-    json.dump(found, file)
+
+def work(rank):
+    torch.manual_seed(0)
+    net, rows = HEADS["bilinear"](), []
+    for _ in range(9):
+        rows.append((torch.randn(3, 8, 9), torch.randint(5, (16, 19))))
+    callback = lgm.GradientMetrics(["max_softmax", "pseudo_label"], pixels={"segments": 3, "maps": 2})
+    ddp(callback, count).test(Module(net.eval()), DataLoader(rows, 2), verbose=False)
+    return {
+        "rows": callback.results.to_pydict(),
+        "metrics": callback.pixel_metrics.to_pylist(),
+        "segments": callback.segments.num_rows,
+        "maps": sorted(picture.name for picture in callback.pictures() if picture.section == "Maps"),
+    }
+
+
+count = 2
+codes, both, _ = launch(count, work)
+assert codes == [0, 0], both
+count = 1
+print(json.dumps([work(0), both[0]]))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
 def test_two_processes_have_the_pixels_of_one(tmp_path: Path) -> None:
     """With nine images the sampler repeats one, which is counted once."""
-    (alone,) = (json.loads(text) for text in start(SCRIPT, 1, tmp_path))
-    both = json.loads(start(SCRIPT, 2, tmp_path)[0])
+    (alone, both), _ = run_forked(PIXELS, tmp_path)
     for key in ("index", "pixels", "prediction"):
         assert both["rows"][key] == alone["rows"][key]
     for key in ("error", "miou", "pseudo_label"):

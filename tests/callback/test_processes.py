@@ -1,56 +1,47 @@
-"""The callback in real processes."""
+"""The callback in several processes of one ``Trainer``: the results of one process, and errors that end all of them."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = """
-import json, sys, warnings
-import torch
-from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader, TensorDataset
-import lightning_gradmetrics as lgm
+from tests.callback.forked import run_forked
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="the tests fork")]
+
+SAME = """
 from tests.models import Module
 
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
-devices, out = int(sys.argv[1]), sys.argv[2]
-torch.manual_seed(0)
-model = Module()
-sets = [DataLoader(TensorDataset(torch.randn(n, 3, 8, 8), torch.randint(0, 5, (n,))), 4) for n in (23, 11)]
-scores, sources = ["energy", "gradnorm", "pseudo_label(target=all)"], {"profile": True, "top_k": {"energy": 6}}
-callback = lgm.GradientMetrics(scores, datasets={"in": "id", "out": "far"}, **sources)
-options = {"accelerator": "cpu", "devices": devices, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-trainer = Trainer(strategy="ddp" if devices > 1 else "auto", callbacks=[callback], **options)
+
+def work(rank):
+    torch.manual_seed(0)
+    model = Module()
+    sets = [DataLoader(TensorDataset(torch.randn(n, 3, 8, 8), torch.randint(0, 5, (n,))), 4) for n in (23, 11)]
+    scores, sources = ["energy", "gradnorm", "pseudo_label(target=all)"], {"profile": True, "top_k": {"energy": 6}}
+    callback = lgm.GradientMetrics(scores, datasets={"in": "id", "out": "far"}, **sources)
+    used, found = ddp(callback, count), {}
+    for stage in ("test", "predict"):
+        getattr(used, stage)(model, sets)
+        metrics = {key: float(value) for key, value in used.callback_metrics.items()}
+        shown = [axes.get_title() for picture in callback.pictures() for axes in picture.figure.axes]
+        tables = {name: table.to_pydict() for name, table in callback.tables().items()}
+        found[stage] = {"metrics": metrics, "rows": callback.results.to_pydict(), "tables": tables, "shown": shown}
+    return found
+
+
 found = {}
-for stage in ("test", "predict"):
-    getattr(trainer, stage)(model, sets)
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    shown = [axes.get_title() for picture in callback.pictures() for axes in picture.figure.axes]
-    tables = {name: table.to_pydict() for name, table in callback.tables().items()}
-    found[stage] = {"metrics": metrics, "rows": callback.results.to_pydict(), "tables": tables, "shown": shown}
-with open(f"{out}.{trainer.global_rank}", "w") as file:
-    json.dump(found, file)
+for count in (2, 3):
+    codes, found[count], _ = launch(count, work)
+    assert codes == [0] * count, found
+count = 1
+print(json.dumps([work(0), found[2], found[3]]))
 """
 
 FAILING = """
-import sys, warnings
-import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, TensorDataset
-import lightning_gradmetrics as lgm
 from tests.models import Module
-
-warnings.filterwarnings("ignore")
-torch.set_num_threads(1)
-devices, out = int(sys.argv[1]), sys.argv[2]
 
 
 class Full(CSVLogger):
@@ -58,55 +49,31 @@ class Full(CSVLogger):
         raise OSError("the disk is full")
 
 
-def fails(loggers, score, **options):
+def fails(logger, score, **options):
     callback = lgm.GradientMetrics(score)
     vars(callback).update(options)  # past the checks of arguments, so that judging fails on rank 0
-    quiet = {"enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = Trainer(accelerator="cpu", devices=devices, strategy="ddp", logger=loggers, callbacks=[callback], **quiet)
-    try:
-        trainer.test(Module(), DataLoader(TensorDataset(torch.randn(9, 3, 8, 8), torch.zeros(9).long()), 4))
-    except Exception as error:
-        return trainer.global_rank, f"{type(error).__name__}: {error}"
+    samples = TensorDataset(torch.randn(9, 3, 8, 8), torch.zeros(9).long())
+    ddp(callback, 2, logger=logger).test(Module(), DataLoader(samples, 4))
 
 
-rank, judging = fails(False, "energy", resamples=-1)
-_, drawing = fails(Full(out), "gga")
-with open(f"{out}.{rank}", "w") as file:
-    print(judging, drawing, sep="\\n", file=file)
+causes = {"judging": lambda: fails(False, "energy", resamples=-1), "drawing": lambda: fails(Full(FOLDER / "csv"), "gga")}
+errors = []
+for cause in causes.values():
+    codes, values, _ = launch(2, lambda rank: cause())
+    errors.append(values)
+print(json.dumps(errors))
 """
 
 STAGES = ("test", "predict")
 
 
-def start(source: str, devices: int, folder: Path, timeout: float = 600) -> list[str]:
-    """Run a script in ``count`` processes and return the output of each."""
-    script, out = folder / "script.py", folder / f"out{devices}"
-    script.write_text(source)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, str(script), str(devices), str(out)]
-    environment = {
-        key: value for key, value in os.environ.items() if "RANK" not in key and not key.startswith(("WORLD", "MASTER"))
-    }
-    done = subprocess.run(
-        command, cwd=root, env={**environment, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr
-    return [Path(f"{out}.{rank}").read_text() for rank in range(devices)]
-
-
-def run(devices: int, folder: Path) -> list[dict]:
-    return [json.loads(text) for text in start(SCRIPT, devices, folder)]
-
-
-@pytest.mark.slow
 def test_two_and_three_processes_have_the_results_of_one(tmp_path: Path) -> None:
     """Sizes that divide by none: every row once, every metric the same, on every rank, in test and in predict.
 
     Rank 0's pictures, and the numbers in them, are those of all samples.
     """
-    (alone,) = run(1, tmp_path)
-    for devices in (2, 3):
-        ranks = run(devices, tmp_path)
+    (alone, *several), _ = run_forked(SAME, tmp_path)
+    for ranks in several:
         for stage in STAGES:
             wanted, rows = alone[stage], ranks[0][stage]["rows"]
             assert len(rows["index"]) == 34 and wanted["metrics"]
@@ -124,14 +91,13 @@ def test_two_and_three_processes_have_the_results_of_one(tmp_path: Path) -> None
                 assert rank[stage]["metrics"] == pytest.approx(wanted["metrics"], abs=1e-6)
 
 
-@pytest.mark.slow
 def test_a_failure_on_rank_0_ends_every_process(tmp_path: Path) -> None:
     """The other processes raise too, with the error of rank 0, long before gloo's timeout of 30 minutes."""
-    ranks = [text.splitlines() for text in start(FAILING, 2, tmp_path, timeout=300)]
+    outcomes, _ = run_forked(FAILING, tmp_path, timeout=200)
     expected = [
         "ValueError: resamples must be a whole number of at least 0, got -1",
         "OSError: the disk is full",
     ]
-    assert ranks[0] == expected
-    stopped = "RuntimeError: rank 0 failed, so rank 1 stops too. Its error: "
-    assert ranks[1] == [f"{stopped}{error}" for error in expected]
+    for error, (first, second) in zip(expected, outcomes, strict=True):
+        assert first == error
+        assert second == f"RuntimeError: rank 0 failed, so rank 1 stops too. Its error: {error}"

@@ -77,19 +77,28 @@ def test_a_distributed_sampler_of_the_user_works_and_data_split_by_rank_are_refu
 
 
 SPAWNED = """
+from lightning_gradmetrics.callback.module import check_spawned
 from tests.callback.runs import Stepped, mlp
 
 
-def scored(strategy, **options):
+def scored(**options):
     callback = lgm.GradientMetrics(["energy", "gradnorm"], **options)
     try:
-        trainer(callback, devices=2, strategy=strategy).predict(Stepped(mlp(4, 6, 3).float()), data()[0], return_predictions=False)
+        used = trainer(callback, devices=2, strategy="ddp_notebook")
+        used.predict(Stepped(mlp(4, 6, 3).float()), data()[0], return_predictions=False)
     except Exception as error:
         return str(error)
     return callback.results["index"].to_pylist()
 
 
-print(json.dumps([scored("ddp_notebook"), scored("ddp_notebook", output=FOLDER / "fork"), scored("ddp_spawn")]))
+def refused(strategy):
+    try:
+        check_spawned(trainer(devices=2, strategy=strategy), "predict", has_output=False, is_fit=False)
+    except RuntimeError as error:
+        return str(error)
+
+
+print(json.dumps([scored(), scored(output=FOLDER / "fork"), refused("ddp_spawn")]))
 """
 
 
