@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,10 @@ def _of_transformers(kind: str, **changes: Any) -> nn.Module:
 def _gpt2() -> nn.Module:
     import transformers
 
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip(
+            "GPT-2 in float64 needs transformers 5: before, its mask overflows, or lets padding read later tokens"
+        )
     config = transformers.GPT2Config(
         vocab_size=29, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.4
     )
