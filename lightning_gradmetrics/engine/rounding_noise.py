@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,15 +21,23 @@ _GENERATOR = torch.Generator().manual_seed(0)
 
 @contextmanager
 def rounding_noise() -> Iterator[None]:
-    """Multiply each entry of each module's output by a random number close to 1, inside the block."""
-    handle = nn.modules.module.register_module_forward_hook(_noisy)
+    """Multiply each entry of each module's output by a random number close to 1, inside the block.
+
+    The hook is global, so it leaves the models that other threads run unchanged.
+    """
+    thread = threading.get_ident()
+
+    def change(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return _noisy(output) if threading.get_ident() == thread else output
+
+    handle = nn.modules.module.register_module_forward_hook(change)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _noisy(module: nn.Module, inputs: Any, output: Any) -> Any:
+def _noisy(output: Any) -> Any:
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.layout != torch.strided:
         return output
     with torch._C.DisableTorchFunction():
