@@ -52,6 +52,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 def _run_hydra(arguments: Sequence[str]) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # silences a warning of torch's profiler about earlier memory
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences two lines for every measured score
     if os.environ.get(FULL_ERROR) != "1":
         os.environ[ONE_LINE] = os.environ[FULL_ERROR] = "1"  # Hydra raises, and main prints one line
     folder = str(Path.cwd())

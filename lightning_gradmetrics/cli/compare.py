@@ -27,6 +27,8 @@ USAGE = "usage: gradmetrics compare DIR DIR [DIR ...] [--output DIR], where each
 KEYS = ("score", "task", "group", "dataset", "metric")
 """The columns that identify a number in ``metrics.csv``."""
 
+BRACKETS = "A number in brackets is the number of runs that have the score, if not all."
+
 Key = tuple[str, ...]
 Row = Mapping[str, str]
 
@@ -166,11 +168,12 @@ def comparison_grid(rows: Sequence[Mapping[str, object]], runs: int) -> Grid:
         start = f"{100 * best[question, dataset]:.1f}"
         rows_in_bold = frozenset(number for number, cell in enumerate(column_cells) if cell.split(" ")[0] == start)
         groups.setdefault(question, []).append(Column(dataset, column_cells, rows_in_bold))
+    is_partial = any(row["runs"] != runs for row in rows)
     return Grid(
         title=f"AUROC times 100: mean ± standard deviation over {runs} runs",
         names=Column("score", tuple(names), left=True),
         groups=tuple(Group(question, tuple(columns)) for question, columns in groups.items()),
-        notes=("A number in brackets is the number of runs that have the score, if not all. Bold: the largest mean.",),
+        notes=("Bold: the largest mean.", *([BRACKETS] if is_partial else [])),
     )
 
 

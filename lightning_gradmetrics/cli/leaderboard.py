@@ -184,7 +184,7 @@ def section(run: Run) -> list[str]:
     Example:
         >>> row = {"score": "energy", "spelled": "energy", "family": "baseline", "forwards": 1, "fit": "", "errors": [0.86, 0.85, 0.87]}
         >>> section({"title": "A run", "datasets": [], "fitted_on": {}, "rows": [row], "comparisons": []})[-2]
-        '| `energy` | 1 |  | 86.0 (85.0 to 87.0) | – | – | – | – |'
+        '| `energy` | 1 |  | 86.0 (85.0 to 87.0) |'
     """
     lines = [f"## {run['title']}", "", *run.get("notes", []), *([""] if run.get("notes") else []), _data(run), ""]
     if run.get("originals"):
@@ -192,16 +192,18 @@ def section(run: Run) -> list[str]:
     sentences = conclusions(run)
     lines += [*sentences, ""] if sentences else []
     lines += ablation(run)
-    lines += [f"| score | forwards | fit | {' | '.join(COLUMNS)} |", "| --- | --- | --- |" + " --- |" * len(COLUMNS)]
+    known: set[str] = set().union(*run["rows"])
+    columns = [column for column in COLUMNS if column in known]
+    lines += [f"| score | forwards | fit | {' | '.join(columns)} |", "| --- | --- | --- |" + " --- |" * len(columns)]
     for row in sorted(run["rows"], key=_rank):
-        cells = [_cell(row.get(column)) for column in COLUMNS]
+        cells = [_cell(row.get(column)) for column in columns]
         passes = f"{row['forwards'] or 'unknown'}{' + backward' if row.get('backward') else ''}"
         lines.append(f"| `{row['spelled']}` | {passes} | {row['fit']} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def _rank(row: Row) -> float:
-    area = row.get("joint near") or row.get("errors") or [0.0]
+    area = row.get("joint near") or row.get("errors") or row.get("near") or [0.0]
     return -float(area[0] or 0.0)
 
 
@@ -209,8 +211,9 @@ def _data(run: Run) -> str:
     """Return a sentence about the data and the command."""
     parts = []
     for dataset in run["datasets"]:
+        unit = dataset.get("unit", "samples")
         accuracy = f", accuracy {100 * dataset['accuracy']:.1f} %" if dataset["accuracy"] is not None else ""
-        parts.append(f"{dataset['name']} ({dataset['role']}, {dataset['rows']} samples{accuracy})")
+        parts.append(f"{dataset['name']} ({dataset['role']}, {dataset['rows']} {unit}{accuracy})")
     fitted = " and ".join(f"{count} samples of {name}" for name, count in run["fitted_on"].items())
     words = f"Data: {', '.join(parts)}." if parts else ""
     words += f" Fitted scores were fitted on {fitted}." if fitted else ""
@@ -231,7 +234,8 @@ def page(runs: Sequence[Run]) -> str:
         "makes the prediction included: scores with different numbers are not compared at equal cost. The sentences below "
         "follow from the paired intervals alone. These cover the choice of test samples, but not other training runs.",
         "",
-        "`gradmetrics experiment=leaderboard root=PATH` and `gradmetrics experiment=leaderboard_digits` write `leaderboard.json`; "
+        "`gradmetrics experiment=leaderboard root=PATH` and `gradmetrics experiment=leaderboard_digits` write `leaderboard.json`, "
+        "and so does any other experiment with `'leaderboard={title: NAME}'`, such as `stories` and `camvid`. "
         "`python -m lightning_gradmetrics.cli.leaderboard docs/leaderboard` renders this page from the files in that folder.",
         "",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,22 @@ from typing import Any
 from lightning_gradmetrics.cli.steps.evaluate import Evaluated
 from lightning_gradmetrics.cli.steps.prepare import Experiment
 from lightning_gradmetrics.cli.steps.score import Scored
-from lightning_gradmetrics.evaluation import Evaluation, evaluate
+from lightning_gradmetrics.evaluation import Evaluation
+from lightning_gradmetrics.evaluation.protocol import compare_with_each
 from lightning_gradmetrics.report.tables.marks import kind_of
 from lightning_gradmetrics.report.writing import describe_environment
+from lightning_gradmetrics.results.replacing import write_text
 from lightning_gradmetrics.scores import Score
 
-__all__ = ["areas_of", "differences_of", "leaderboard_record", "shown_command"]
+__all__ = [
+    "areas_of",
+    "base_record",
+    "cost_of",
+    "differences_of",
+    "leaderboard_record",
+    "shown_command",
+    "write_record",
+]
 
 Record = dict[str, Any]
 
@@ -24,6 +35,8 @@ DIGITS = 5
 """Number of decimals in a file."""
 
 UNIT = "auroc"
+
+MODEL_KEYS = ("name", "checkpoint", "parameters", "classes")
 
 
 def column_of(entry: Mapping[str, Any]) -> str:
@@ -48,19 +61,19 @@ def areas_of(evaluation: Evaluation, score: str) -> dict[str, list[float | None]
     return areas
 
 
-def differences_of(evaluation: Evaluation) -> list[Record]:
-    """Return the AUROC of the evaluation's baseline minus that of each other score, with the interval, by column."""
-    by_place: dict[tuple[str, str], Record] = {}
-    for entry in evaluation.comparisons:
-        score_and_column = (entry["score"], column_of(entry))
-        if entry["metric"] != UNIT or (score_and_column in by_place and entry["dataset"] is not None):
+def differences_of(comparisons: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """Return the AUROC of each baseline of the comparisons minus that of each other score, with the interval, by column."""
+    by_place: dict[tuple[str, str, str], Record] = {}
+    for entry in comparisons:
+        identity = (entry["baseline"], entry["score"], column_of(entry))
+        if entry["metric"] != UNIT or (identity in by_place and entry["dataset"] is not None):
             continue
         low, high = entry["low"], entry["high"]
         ends = (None, None) if low is None else (-high, -low)
-        by_place[score_and_column] = {
+        by_place[identity] = {
             "challenger": entry["baseline"],
             "against": entry["score"],
-            "column": score_and_column[1],
+            "column": identity[2],
             "difference": _rounded(-entry["difference"], *ends),
         }
     return list(by_place.values())
@@ -93,27 +106,47 @@ def leaderboard_record(experiment: Experiment, scored: Scored, evaluated: Evalua
         raise ValueError(
             f"leaderboard.challengers names {', '.join(unknown)}; allowed are the scores {', '.join(names)}"
         )
-    comparisons: list[Record] = []
-    for challenger in challengers if settings.resamples else []:
-        comparisons += differences_of(_compared(experiment, scored, evaluated.detectors, challenger))
+    comparisons = []
+    if challengers and settings.resamples:
+        comparisons = differences_of(_compared(experiment, scored, names, challengers))
+    record = base_record(options, {key: experiment.description[key] for key in MODEL_KEYS})
     return {
-        "title": options.get("title") or experiment.description["name"],
-        "notes": list(options.get("notes") or []),
+        **record,
         "originals": dict(options.get("originals") or {}),
-        "model": {key: experiment.description[key] for key in ("name", "checkpoint", "parameters", "classes")},
         "datasets": _datasets(evaluated.evaluation),
         "fitted_on": _fitted_on(experiment),
         "resamples": settings.resamples,
         "seed": settings.seed,
-        "command": shown_command(sys.argv[1:]),
-        "environment": describe_environment(),
         "rows": [_row(evaluated.evaluation, score) for score in evaluated.detectors],
         "comparisons": comparisons,
     }
 
 
+def base_record(options: Mapping[str, Any], model: Mapping[str, Any]) -> Record:
+    """Return what the files of all kinds of runs have: title, notes, model, command and environment.
+
+    Args:
+        options: The settings of ``leaderboard``: ``title`` and ``notes``.
+        model: The model; its ``name`` is the title if there is none.
+    """
+    return {
+        "title": options.get("title") or model["name"],
+        "notes": list(options.get("notes") or []),
+        "model": dict(model),
+        "fitted_on": {},
+        "command": shown_command(sys.argv[1:]),
+        "environment": describe_environment(),
+        "comparisons": [],
+    }
+
+
+def write_record(record: Record, directory: Path) -> None:
+    """Write a leaderboard file to a run directory."""
+    write_text(directory / "leaderboard.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
 def shown_command(arguments: Sequence[str]) -> str:
-    """Return the command as it is published: absolute paths become ``PATH``, and Hydra's settings are left out.
+    """Return the command as it is published: absolute paths become ``PATH``; Hydra's settings and the title are left out.
 
     Example:
         >>> shown_command(["experiment=leaderboard", "root=/home/me/data", "hydra.run.dir=out"])
@@ -122,17 +155,18 @@ def shown_command(arguments: Sequence[str]) -> str:
     shown = ["gradmetrics"]
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not key.startswith("hydra"):
+        if not key.startswith(("hydra", "leaderboard")):
             shown.append(f"{key}=PATH" if equals and Path(value).is_absolute() else argument)
     return shlex.join(shown)
 
 
-def _compared(experiment: Experiment, scored: Scored, scores: Sequence[Score], challenger: str) -> Evaluation:
-    """Evaluate all scores against a challenger."""
+def _compared(experiment: Experiment, scored: Scored, names: Sequence[str], challengers: Sequence[str]) -> list[Record]:
+    """Compare all scores with each challenger."""
     settings, present = experiment.settings, set(scored.results["dataset"].to_pylist())
     roles = {name: role for name, role in experiment.data.roles.items() if name in present}
-    names = [score.name for score in scores]
-    return evaluate(scored.results, names, roles, baseline=challenger, resamples=settings.resamples, seed=settings.seed)
+    return compare_with_each(
+        scored.results, names, roles, challengers, resamples=settings.resamples, seed=settings.seed
+    )
 
 
 def _datasets(evaluation: Evaluation) -> list[Record]:
@@ -152,12 +186,15 @@ def _fitted_on(experiment: Experiment) -> dict[str, int]:
 
 
 def _row(evaluation: Evaluation, score: Score) -> Record:
+    return {**cost_of(score), "fit": kind_of(score), **areas_of(evaluation, score.name)}
+
+
+def cost_of(score: Score) -> Record:
+    """Return the name of a score, its family and what it costs."""
     return {
         "score": score.name,
         "spelled": score.recipe.name_of(score.arguments),
         "family": score.recipe.family,
-        "fit": kind_of(score),
         "forwards": score.needs.forwards,
         "backward": score.needs.backward,
-        **areas_of(evaluation, score.name),
     }

@@ -136,21 +136,35 @@ def _gradtrust_demo(config: DictConfig) -> None:
 def _stories(config: DictConfig) -> None:
     from transformers import AutoModelForCausalLM
 
-    from lightning_gradmetrics.cli.stories import Stories, read_sequences, sequence_rows, show_stories, token_rows
+    from lightning_gradmetrics.cli.leaderboard_record import write_record
+    from lightning_gradmetrics.cli.leaderboard_units import stories_record
+    from lightning_gradmetrics.cli.stories import (
+        Stories,
+        read_sequences,
+        sequence_rows,
+        sequence_table,
+        show_stories,
+        token_rows,
+        token_table,
+    )
 
     chosen = config.stories
     sequences = read_sequences(config.root, config.rows)
     model = AutoModelForCausalLM.from_pretrained(chosen.checkpoint).eval()
     stories = Stories(model, sequences, config.batch_size, chosen.prefix, chosen.prompt)
-    tokens = token_rows(stories, list(chosen.token_scores))
-    sequence_scores, semantic_scores = list(chosen.sequence_scores), list(chosen.semantic_scores)
-    show_stories(tokens, sequence_rows(stories, sequence_scores, semantic_scores))
+    tokens = token_table(stories, list(chosen.token_scores))
+    texts = sequence_table(stories, list(chosen.sequence_scores), list(chosen.semantic_scores))
+    show_stories(token_rows(tokens), sequence_rows(texts))
+    if config.leaderboard is not None:
+        write_record(stories_record(config.leaderboard, tokens, texts), Path())
 
 
 def _segmentation(config: DictConfig) -> None:
     from lightning_gradmetrics.cli.data.label_folders import LabelledImages
     from lightning_gradmetrics.cli.data.sets import EvaluationData
     from lightning_gradmetrics.cli.factories import build_model
+    from lightning_gradmetrics.cli.leaderboard_record import write_record
+    from lightning_gradmetrics.cli.leaderboard_units import segmentation_record
     from lightning_gradmetrics.cli.segmentation import find_code, score_segmentation, show_segmentation
 
     data = LabelledImages(**config.images, rows=config.rows)
@@ -161,6 +175,9 @@ def _segmentation(config: DictConfig) -> None:
     show_segmentation(callback.results, callback.pixel_metrics, callback.segments.num_rows)
     for path in callback.write_maps("maps"):
         print(path)
+    if config.leaderboard is not None:
+        name = str(config.model._target_)
+        write_record(segmentation_record(config.leaderboard, callback, name, config.pixels.resamples), Path())
 
 
 def _quiet_lightning() -> None:

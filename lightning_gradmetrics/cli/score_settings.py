@@ -56,7 +56,8 @@ def _differing(runs: Sequence[Mapping[str, Arguments]]) -> dict[str, list[str]]:
     for run in runs:
         for score, arguments in run.items():
             for key, value in arguments.items():
-                values.setdefault(score, {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
+                if key != "seed":  # runs with other seeds are repetitions: their mean is wanted
+                    values.setdefault(score, {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
     differing: dict[str, list[str]] = {}
     for score, by_key in values.items():
         for key, distinct in by_key.items():

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -17,12 +19,25 @@ from lightning_gradmetrics.language import ScoredGeneration, score_generation
 from lightning_gradmetrics.meters.functional import aurc, auroc
 from lightning_gradmetrics.scoring.evidence import Evidence
 
-__all__ = ["KINDS", "Stories", "read_sequences", "sequence_rows", "show_stories", "token_rows"]
+__all__ = [
+    "KINDS",
+    "Stories",
+    "read_sequences",
+    "score_names",
+    "sequence_rows",
+    "sequence_table",
+    "show_stories",
+    "token_rows",
+    "token_table",
+]
 
 KINDS = {"generated": "id", "darwin": "near", "shakespeare": "far"}
 """The kinds of text in ``sequences.npz`` with their roles: the model's training text, similar text, and other text."""
 
 INCORRECT = "incorrect"
+
+NO_SCORES = ("dataset", "index", "text", "prediction", "label")
+"""The columns of a table that are not scores."""
 
 AGGREGATES = ("gradient",)
 """Adds scores of the head's gradient of a sequence's mean loss."""
@@ -82,47 +97,102 @@ def _scored(stories: Stories, ids: Tensor, prompt: int, scores: Sequence[object]
     return score_generation(stories.model, prompts, answers, scores, **options)  # type: ignore[arg-type]
 
 
-def token_rows(stories: Stories, scores: Sequence[str]) -> list[dict[str, str | float]]:
-    """Return the performance of each score at detecting wrong next tokens, one row per score and kind.
+def token_table(stories: Stories, scores: Sequence[str]) -> pa.Table:
+    """Return the scores of every predicted token, one row per token.
 
     Args:
         stories: Model and text.
         scores: Scores of tokens.
+
+    Returns:
+        A results table: ``dataset`` is the kind, ``text`` the number of the sequence, and ``prediction`` equals ``label`` if the
+        predicted token is the next one.
     """
-    rows: list[dict[str, str | float]] = []
+    parts = []
     for kind, ids in stories.sequences.items():
         scored = _scored(stories, ids, 1, [*scores, incorrect])
-        wrong = torch.cat(list(scored.tokens[INCORRECT])).long()
+        columns: dict[str, Tensor] = {}
         for name, answers in scored.tokens.items():
-            if name == INCORRECT:
-                continue
-            values = torch.cat(list(answers)).double()
+            columns[name] = torch.cat(list(answers)).double()
+        wrong = columns.pop(INCORRECT).long()
+        text = torch.arange(len(ids)).repeat_interleave(len(wrong) // len(ids))
+        parts.append(_table_of(kind, {"text": text, "prediction": wrong, "label": torch.zeros_like(wrong), **columns}))
+    return pa.concat_tables(parts)
+
+
+def sequence_table(stories: Stories, scores: Sequence[str], semantic: Sequence[str]) -> pa.Table:
+    """Return the scores of every sequence's first tokens, one row per sequence; there are no labels.
+
+    Args:
+        stories: Model and text.
+        scores: Scores of tokens, whose mean and maximum become columns, and scores of sequences.
+        semantic: Scores of hidden states of the prompt.
+    """
+    length = stories.prefix + 1
+    parts = []
+    for kind, ids in stories.sequences.items():
+        scored = _scored(stories, ids[:, :length], 1, scores)
+        columns = _means(scored)
+        if semantic:
+            columns |= _scored(stories, ids[:, :length], stories.prompt, semantic).values
+        none = torch.full((len(ids),), torch.nan)
+        parts.append(_table_of(kind, {"prediction": none, "label": none, **columns}))
+    return pa.concat_tables(parts)
+
+
+def _table_of(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
+    """Return a results table of one kind of text."""
+    arrays: dict[str, Any] = {}
+    for name, values in columns.items():
+        arrays[name] = pa.array(values.numpy(), from_pandas=True)  # NaN becomes null
+    size = len(next(iter(columns.values())))
+    return pa.table({"dataset": [kind] * size, "index": np.arange(size), **arrays})
+
+
+def _by_kind(table: pa.Table) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
+    """Return the scores of each kind of text, and which predictions are wrong."""
+    found = {}
+    for kind in table["dataset"].unique().to_pylist():
+        rows = table.filter(pc.equal(table["dataset"], kind))
+        scores = {}
+        for name in score_names(table):
+            scores[name] = torch.from_numpy(rows[name].to_numpy())
+        found[kind] = scores, torch.from_numpy(rows["prediction"].to_numpy())
+    return found
+
+
+def score_names(table: pa.Table) -> list[str]:
+    """Return the columns of a table that are scores."""
+    return [name for name in table.column_names if name not in NO_SCORES]
+
+
+def token_rows(table: pa.Table) -> list[dict[str, str | float]]:
+    """Return the performance of each score at detecting wrong next tokens, one row per score and kind.
+
+    Args:
+        table: The result of :func:`token_table`.
+    """
+    rows: list[dict[str, str | float]] = []
+    for kind, (scores, wrong) in _by_kind(table).items():
+        for name, values in scores.items():
             row: dict[str, str | float] = {"score": name, "kind": kind, "wrong": float(wrong.double().mean())}
             row |= {"auroc": float(auroc(values, wrong)), "aurc": float(aurc(values, wrong))}
             rows.append(row)
     return rows
 
 
-def sequence_rows(stories: Stories, scores: Sequence[str], semantic: Sequence[str]) -> list[dict[str, str | float]]:
+def sequence_rows(table: pa.Table) -> list[dict[str, str | float]]:
     """Return the performance of each score at separating other text from generated text, one row per score and kind.
 
     Args:
-        stories: Model and text.
-        scores: Scores of tokens, which are averaged, and scores of sequences.
-        semantic: Scores of hidden states of the prompt.
+        table: The result of :func:`sequence_table`.
     """
-    length = stories.prefix + 1
-    columns: dict[str, dict[str, Tensor]] = {}
-    for kind, ids in stories.sequences.items():
-        scored = _scored(stories, ids[:, :length], 1, scores)
-        columns[kind] = _means(scored)
-        if semantic:
-            columns[kind] |= _scored(stories, ids[:, :length], stories.prompt, semantic).values
-    inside, *others = stories.sequences
+    found = _by_kind(table)
+    inside, *others = found
     rows: list[dict[str, str | float]] = []
-    for name, values in columns[inside].items():
+    for name, values in found[inside][0].items():
         for kind in others:
-            both = torch.cat([values, columns[kind][name]]).double()
+            both = torch.cat([values, found[kind][0][name]]).double()
             is_other = torch.cat([torch.zeros(len(values)), torch.ones(len(both) - len(values))]).long()
             rows.append({"score": name, "kind": kind, "auroc": float(auroc(both, is_other))})
     return rows

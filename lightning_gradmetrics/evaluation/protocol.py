@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
+from lightning_gradmetrics.evaluation.bootstrap import Replicates
 from lightning_gradmetrics.evaluation.comparisons import compare
 from lightning_gradmetrics.evaluation.entries import fill_interval, with_groups
 from lightning_gradmetrics.evaluation.intervals import FEWEST, FEWEST_SPARE
@@ -22,7 +23,7 @@ from lightning_gradmetrics.meters.functional.counts import check_rate
 from lightning_gradmetrics.meters.functional.histogram import check_bins
 from lightning_gradmetrics.results.reading import read_results
 
-__all__ = ["evaluate"]
+__all__ = ["compare_with_each", "evaluate"]
 
 BASELINE = "max_softmax"
 """The default baseline that scores are compared with."""
@@ -111,9 +112,7 @@ def evaluate(
     _check(scores, baselines, baseline, rate, ood_share, resamples, level)
     question = Question(list(scores), roles, rate, ood_share, resamples, level, seed, cluster, progress)
     judged = _judged(results, question, check_bins(bins))
-    metrics = judged.metrics
-    means, replicates = with_groups(metrics, judged.replicates, rate)
-    metrics += means
+    metrics, replicates = _with_means(judged, rate)
     for entry in metrics:
         fill_interval(entry, replicates, level, rate)
     named = _baseline(scores, baselines, baseline)
@@ -141,6 +140,45 @@ def evaluate(
         notes=judged.notes + _protocol_notes(judged.tasks, scores, named, judged.resamples, rate),
         settings=settings,
     )
+
+
+def compare_with_each(
+    results: Any,
+    scores: Sequence[str],
+    roles: Mapping[str, str],
+    others: Sequence[str],
+    *,
+    resamples: int,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return the comparisons of all scores with each of several others, from one set of resamples.
+
+    Args:
+        results: As in :func:`evaluate`.
+        scores: The columns to evaluate.
+        roles: Each dataset's role.
+        others: The scores to compare with.
+        resamples: The number of bootstrap resamples.
+        seed: The seed of the resamples.
+
+    Returns:
+        The comparisons, those with the first of ``others`` first: equal to those of :func:`evaluate` with each as ``baseline``.
+    """
+    rate, level = 0.95, 0.95
+    for other in others:
+        _check(scores, (), other, rate, 0.5, resamples, level)
+    question = Question(list(scores), roles, rate, 0.5, resamples, level, seed, None, None)
+    metrics, replicates = _with_means(_judged(results, question, None), rate)
+    comparisons = []
+    for other in others:
+        comparisons += compare(metrics, replicates, other, (), level, rate)
+    return comparisons
+
+
+def _with_means(judged: Judged, rate: float) -> tuple[list[dict[str, Any]], Replicates]:
+    """Return the metrics and their replicates, with the means over groups of datasets."""
+    means, replicates = with_groups(judged.metrics, judged.replicates, rate)
+    return [*judged.metrics, *means], replicates
 
 
 def _judged(results: Any, question: Question, bins: int | None) -> Judged:

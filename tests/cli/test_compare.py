@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 from pathlib import Path
 
@@ -48,6 +49,23 @@ def test_mean_and_spread(runs: Path) -> None:
     assert (energy["least"], energy["most"]) == pytest.approx((0.8, 0.84))
     assert rows["gradnorm", "svhn", "auroc"]["runs"] == 2
     assert rows["energy", "svhn", "fpr95"]["runs"] == 0 and "mean" not in rows["energy", "svhn", "fpr95"]
+
+
+def test_other_seeds_are_repetitions_and_other_arguments_are_settings(runs: Path) -> None:
+    for number, temperature in enumerate((1.0, 1.0, 2.0)):
+        folder = runs / "sweep" / str(number)
+        write_metrics(folder, 0.0)
+        arguments = {"seed": number, "temperature": temperature}
+        scores = [{"name": name, "arguments": arguments} for name in ("energy", "gradnorm")]
+        (folder / "metrics.json").write_text(json.dumps({"scores": scores}))
+    rows = summary_rows(list(read_runs([runs / "sweep"]).values()))
+    counts = {row["score"]: row["runs"] for row in rows if row["dataset"] == "mine"}
+    assert counts == {
+        "energy(temperature=1.0)": 2,
+        "gradnorm(temperature=1.0)": 2,
+        "energy(temperature=2.0)": 1,
+        "gradnorm(temperature=2.0)": 1,
+    }
 
 
 def test_the_table(runs: Path) -> None:

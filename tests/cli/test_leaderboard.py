@@ -10,7 +10,6 @@ import pytest
 
 from lightning_gradmetrics.cli.leaderboard import COLUMNS, conclusions, page, section
 from lightning_gradmetrics.cli.leaderboard_record import column_of, differences_of
-from lightning_gradmetrics.evaluation import Evaluation
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -105,7 +104,7 @@ def test_differences_are_of_the_challenger_and_of_a_group_its_mean() -> None:
     entry = {"score": "energy", "baseline": "trust", "task": "joint", "group": "far", "metric": "auroc"}
     sets = [{**entry, "dataset": name, "difference": -0.5, "low": -0.6, "high": -0.4} for name in ("a", "b")]
     mean = {**entry, "dataset": None, "difference": -0.1, "low": -0.3, "high": 0.1}
-    (found,) = differences_of(Evaluation([], [*sets, mean], [], [], [], {}))
+    (found,) = differences_of([*sets, mean])
     assert found == {"challenger": "trust", "against": "energy", "column": "joint far", "difference": [0.1, -0.1, 0.3]}
     assert column_of({"task": "misclassification", "group": "id"}) == "errors"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from lightning_gradmetrics.cli.data.label_folders import LabelledImages
+from lightning_gradmetrics.cli.leaderboard import section
 from tests.cli.conftest import Command
 
 MODEL = """
@@ -52,12 +54,21 @@ def test_the_data_are_pairs_in_the_models_channels(root: Path) -> None:
 
 def test_the_command_prints_the_metrics_of_every_unit(root: Path, command: Command) -> None:
     options = ["segmentation_scores=[max_softmax,pseudo_label]", "pixels.segments=2", "pixels.resamples=20"]
+    options.append("leaderboard={title: Mine, notes: [wrong pixels]}")
     printed = command("experiment=camvid", f"root={root}", "pixels.maps=1", *options)
     assert printed.returncode == 0, printed.stderr
     assert "5 images, 880 labelled pixels" in printed.stdout
     for word in ("max_softmax", "pseudo_label", "within class", "Spearman", "segment"):
         assert word in printed.stdout
     assert len(list((root / "maps").glob("*.npz"))) == 1
+    record = json.loads((root / "leaderboard.json").read_text())
+    (dataset,) = record["datasets"]
+    assert record["title"] == "Mine" and dataset["rows"] == 880
+    assert [row["score"] for row in record["rows"]] == ["max_softmax", "pseudo_label"]
+    for row in record["rows"]:
+        assert f"{100 * row['errors'][0]:.3f}" in printed.stdout
+    shown = "\n".join(section(record))
+    assert "880 pixels of 5 images" in shown and "| score | forwards | fit | errors |" in shown
 
 
 def test_mistakes_are_named_in_one_line(root: Path, command: Command) -> None:

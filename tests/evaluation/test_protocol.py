@@ -24,6 +24,7 @@ from lightning_gradmetrics.evaluation import (
 )
 from lightning_gradmetrics.evaluation.cells import counts_of_task, make_cells, rank_rows
 from lightning_gradmetrics.evaluation.metrics import TASKS, metrics_of
+from lightning_gradmetrics.evaluation.protocol import compare_with_each
 from lightning_gradmetrics.evaluation.statements import statements_of
 from lightning_gradmetrics.evaluation.tasks import rows_of, tasks_of
 from lightning_gradmetrics.meters import functional as F
@@ -299,6 +300,14 @@ def test_the_baseline_is_chosen_in_advance():
     assert {c["baseline"] for c in evaluate(table(), SCORES, ROLES, ["noise"], resamples=20).comparisons} == {"noise"}
     without = evaluate(table(), SCORES, ROLES, resamples=20)
     assert not without.comparisons and any("no baseline" in note for note in without.notes)
+
+
+def test_comparisons_with_several_scores_equal_one_evaluation_for_each() -> None:
+    found = compare_with_each(table(), SCORES, ROLES, ["fair", "noise"], resamples=20)
+    expected = []
+    for baseline in ("fair", "noise"):
+        expected += evaluate(table(), SCORES, ROLES, baseline=baseline, resamples=20).comparisons
+    assert found == expected
 
 
 def test_the_max_adjusted_verdict_is_biased_against_the_score():

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.cli.stories import Stories, read_sequences, sequence_rows, token_rows
+from lightning_gradmetrics.cli.stories import (
+    Stories,
+    read_sequences,
+    sequence_rows,
+    sequence_table,
+    token_rows,
+    token_table,
+)
 
 ROOT = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")) / "language"
 KINDS = ("generated", "darwin", "shakespeare")
@@ -170,12 +177,13 @@ SEQUENCE_AUROC = {
 
 def test_even_rows(model) -> None:
     stories = Stories(model, read_sequences(ROOT, "even"))
-    found = {(row["score"], row["kind"]): 100 * float(row["auroc"]) for row in token_rows(stories, list(TOKEN_AUROC))}
+    rows = token_rows(token_table(stories, list(TOKEN_AUROC)))
+    found = {(row["score"], row["kind"]): 100 * float(row["auroc"]) for row in rows}
     for name, values in TOKEN_AUROC.items():
         assert [found[name, kind] for kind in KINDS] == pytest.approx(values, abs=2e-3), name
     scores = ["nll", "entropy", "max_softmax", "pseudo_label", "exgrad", "grand(target=head)", "grand"]
     scores.append("pseudo_label(statistic=l2,target=all)")
-    rows = sequence_rows(stories, scores, ["semgrad", "hybridgrad(target=tied)"])
+    rows = sequence_rows(sequence_table(stories, scores, ["semgrad", "hybridgrad(target=tied)"]))
     found = {(row["score"], row["kind"]): 100 * float(row["auroc"]) for row in rows}
     for name, values in SEQUENCE_AUROC.items():
         assert [found[name, kind] for kind in KINDS[1:]] == pytest.approx(values, abs=2e-2), name
@@ -192,9 +200,8 @@ LONG_AUROC = {
 
 def test_whole_rows(model) -> None:
     stories = Stories(model, read_sequences(ROOT, "even"), prefix=128, prompt=33)
-    rows = sequence_rows(
-        stories, ["pseudo_label", "uniform(statistic=l2,target=all)"], ["semgrad", "hybridgrad(target=tied)"]
-    )
+    scores = ["pseudo_label", "uniform(statistic=l2,target=all)"]
+    rows = sequence_rows(sequence_table(stories, scores, ["semgrad", "hybridgrad(target=tied)"]))
     found = {(row["score"], row["kind"]): 100 * float(row["auroc"]) for row in rows}
     for name, values in LONG_AUROC.items():
         assert [found[name, kind] for kind in KINDS[1:]] == pytest.approx(values, abs=2e-2), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from lightning_gradmetrics.cli.audit import with_planted
 from lightning_gradmetrics.cli.cost_table import write_costs
 from lightning_gradmetrics.cli.fitted_comparison import write_fitted_comparison
 from lightning_gradmetrics.cli.interrupted import delete_parts
-from lightning_gradmetrics.cli.leaderboard_record import leaderboard_record
+from lightning_gradmetrics.cli.leaderboard_record import leaderboard_record, write_record
 from lightning_gradmetrics.cli.steps.evaluate import Evaluated
 from lightning_gradmetrics.cli.steps.prepare import Experiment
 from lightning_gradmetrics.cli.steps.score import Scored
@@ -25,7 +24,7 @@ from lightning_gradmetrics.report import (
     write_report,
     write_run,
 )
-from lightning_gradmetrics.results.replacing import replaced, write_csv, write_text
+from lightning_gradmetrics.results.replacing import replaced, write_csv
 
 __all__ = ["write"]
 
@@ -68,8 +67,7 @@ def write(
     if evaluated.costs:
         write_costs(evaluated.costs, experiment.scores, directory)
     if experiment.settings.leaderboard is not None:
-        record = leaderboard_record(experiment, scored, evaluated)
-        write_text(directory / "leaderboard.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_record(leaderboard_record(experiment, scored, evaluated), directory)
     if evaluated.areas:
         write_csv(directory / "auac_aufc.csv", evaluated.areas)
     tables = _callback_tables(experiment)
