@@ -4,9 +4,8 @@ from lightning_gradmetrics.engine.api import (
     ENGINES,
     eager,
     gradient_statistics,
-    per_sample_gradients,
     select_parameters,
 )
 from lightning_gradmetrics.gradients.statistics import GradientStatistics
 
-__all__ = ["ENGINES", "eager", "GradientStatistics", "gradient_statistics", "per_sample_gradients", "select_parameters"]
+__all__ = ["ENGINES", "eager", "GradientStatistics", "gradient_statistics", "select_parameters"]

@@ -24,12 +24,11 @@ from lightning_gradmetrics.classifier.forward import (
 )
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
-from lightning_gradmetrics.engine.auto import auto_moments, sample_uses
+from lightning_gradmetrics.engine.auto import auto_moments
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
 from lightning_gradmetrics.engine.samples import check_rows, with_sample_axes
 from lightning_gradmetrics.engine.task import Task
-from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.statistics import (
     STATISTICS,
@@ -39,7 +38,7 @@ from lightning_gradmetrics.gradients.statistics import (
     result_dtype,
 )
 
-__all__ = ["ENGINES", "eager", "gradient_statistics", "per_sample_gradients", "select_parameters"]
+__all__ = ["ENGINES", "eager", "gradient_statistics", "select_parameters"]
 
 
 def _compiled_moments(task: Task) -> list[Moments]:
@@ -248,45 +247,3 @@ def _task(
             record=record if sample_axis == 0 else None,
         )
         yield with_sample_axes(task)
-
-
-def per_sample_gradients(
-    model: nn.Module,
-    inputs: Inputs,
-    objective: str | Loss | Objective,
-    parameters: Parameters = None,
-    *,
-    targets: Tensor | None = None,
-    logits: Callable[[Any], Tensor] = logits_of,
-) -> Iterator[tuple[str, Tensor]]:
-    r"""Yield the parameters' names and every sample's gradient of a per-sample loss: ``d L_n / d theta``.
-
-    The backward pass runs when the function is called; the gradients of a parameter are built when the iterator reaches it.
-
-    Args:
-        model: A classifier; batch norms must be in eval mode. The model is left unchanged.
-        inputs: As in :func:`gradient_statistics`.
-        objective: A single objective, as in :func:`gradient_statistics`.
-        parameters: ``None`` for all parameters, or a predicate on the parameter's name.
-        targets: True labels ``(N,)``, for the objective ``"label"``.
-        logits: Returns the logits ``(N, C)`` from the model's output.
-
-    Returns:
-        An iterator over names and gradients ``(N, *shape)``; zero if the loss does not depend on the parameter.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(4, 3)
-        >>> {name: g.shape for name, g in per_sample_gradients(model, torch.randn(5, 4), "pseudo_label")}
-        {'weight': torch.Size([5, 3, 4]), 'bias': torch.Size([5, 3])}
-    """
-    with _task(model, inputs, [Objective.of(objective)], parameters, targets, logits) as task:
-        uses = sample_uses(task)
-    return ((name, _evaluated(uses.get(name), task, p)) for name, p in task.parameters.items())
-
-
-def _evaluated(use: Use | None, task: Task, parameter: nn.Parameter) -> Tensor:
-    with gradients_enabled(), torch.no_grad():
-        if use is None:
-            return parameter.new_zeros(task.size, *parameter.shape)
-        return use.gradient().contiguous()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Hashable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
-from lightning_gradmetrics.engine.gather import MomentTable, UseTable
+from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.guards import (
     check_alone,
@@ -31,11 +30,10 @@ from lightning_gradmetrics.engine.samples import input_shapes, input_structure
 from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.tracer import Tracer
-from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.engine.verification import make_strategy
 from lightning_gradmetrics.gradients.statistics import Moments
 
-__all__ = ["auto_moments", "sample_uses", "verified_strategy"]
+__all__ = ["auto_moments", "verified_strategy"]
 
 ALONE_IF_NEW = 3
 """Number of samples that run alone in the first batch of each shape, since the model may branch on the shape."""
@@ -53,26 +51,14 @@ _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Hashable, list[Strategy]]] = Weak
 _UNPLANNABLE: WeakKeyDictionary[nn.Module, dict[Hashable, Strategy]] = WeakKeyDictionary()
 """Kinds and sizes of batches for which planning has failed."""
 
-Result = TypeVar("Result")
-Work = Callable[[Task, Strategy, ForwardState], Result]
-
 
 def auto_moments(task: Task) -> list[Moments]:
     """Return the moments ``(N, P)`` of each objective's gradient, each computed in the fastest verified way."""
-    if task.size == 0:
-        return empty_moments(task)
-    return _by_strategy(task, _moments)
+    return _by_strategy(task) if task.size else empty_moments(task)
 
 
-def sample_uses(task: Task) -> dict[str, Use]:
-    """Return the uses of each parameter that the first objective depends on, from which the gradients can be built."""
-    if task.size == 0:
-        return {}
-    return _by_strategy(task, _uses)
-
-
-def _by_strategy(task: Task, work: Work[Result]) -> Result:
-    """Do the work with a known strategy, with a new one if none fits, or without a plan for this batch only."""
+def _by_strategy(task: Task) -> list[Moments]:
+    """Return the moments by a known strategy, by a new one if none fits, or without a plan for this batch only."""
     known = _STRATEGIES.setdefault(task.model, {})
     unplannable = _UNPLANNABLE.setdefault(task.model, {})
     state, key, shapes = ForwardState(task.model, task.record), _kind(task), _shapes(task)
@@ -83,7 +69,7 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
         if task.memory is not None and shapes != strategy.shapes:
             continue  # the memory of a sample is known for the planned shapes only
         try:
-            return work(task, strategy, state)
+            return _moments(task, strategy, state)
         except PlanError:
             state.restore()
     here = (key, shapes, task.size)
@@ -94,7 +80,7 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
         strategy.shapes = shapes
         state.restore()
         try:
-            result = work(task, strategy, state)
+            moments = _moments(task, strategy, state)
         except PlanError:
             if len(unplannable) >= MOST_KINDS:
                 unplannable.clear()
@@ -104,9 +90,9 @@ def _by_strategy(task: Task, work: Work[Result]) -> Result:
             known.setdefault(_kind(task), []).append(strategy)
             while len(known) > MOST_KINDS:
                 del known[next(iter(known))]
-            return result
+            return moments
     failed = [unplannable[here]] if here in unplannable else []
-    return work(task, _unplanned(task, [*strategies, *failed]), state)
+    return _moments(task, _unplanned(task, [*strategies, *failed]), state)
 
 
 def verified_strategy(task: Task) -> Strategy | None:
@@ -154,12 +140,6 @@ def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moment
         _fill(table, strategy, state)
         parts.append(table)
     return MomentTable.join(parts)
-
-
-def _uses(task: Task, strategy: Strategy, state: ForwardState) -> dict[str, Use]:
-    table = UseTable(task)
-    _fill(table, strategy, state)
-    return table.uses
 
 
 class _BatchChecks:
@@ -255,7 +235,7 @@ class _BatchChecks:
         return max(strategy.alone, 0 if is_usual else 1)
 
 
-def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState) -> None:
+def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
     """Fill a table: the fast parameters, then the others.
 
     Raises:
@@ -285,7 +265,7 @@ def _fill(table: MomentTable | UseTable, strategy: Strategy, state: ForwardState
     warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
 
 
-def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: _BatchChecks, state: ForwardState) -> None:
+def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, state: ForwardState) -> None:
     """Fill a table by the plan, and compare a sample with autograd where nothing proves that this is unnecessary."""
     task, (shapes, _) = table.task, checks.here
     laid_out = task.channels_last() if strategy.channels_last else task
@@ -302,13 +282,13 @@ def _fill_by_plan(table: MomentTable | UseTable, strategy: Strategy, checks: _Ba
             strategy.settled = strategy.settled or checks.is_covered
         elif strategy.random and verified:
             raise PlanError("the model makes other calls than in earlier batches of this size")
-        kept = verified if len(verified) < MOST_OUTLINES else {}
-        strategy.times[checks.here] = {**kept, outline: (times, checks.is_covered)}
+        known = verified if len(verified) < MOST_OUTLINES else {}
+        strategy.times[checks.here] = {**known, outline: (times, checks.is_covered)}
     elif verified[outline][0] != times:
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
 
 
-def _fill_by_owners(table: MomentTable | UseTable, strategy: Strategy, checks: _BatchChecks) -> dict[str, str]:
+def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: _BatchChecks) -> dict[str, str]:
     """Fill a table by recovered owners; return the parameters for which that is impossible, with reasons."""
     task, state = table.task, ForwardState(table.task.model)
     names, lost = list(strategy.fast), {}

@@ -57,9 +57,9 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {}
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Iterate over every tensor in nested tuples, lists and mappings, in order and with repeats."""
-    found: list[Tensor] = []
-    _collect_tensors(value, found)
-    return iter(found)
+    tensors: list[Tensor] = []
+    _collect_tensors(value, tensors)
+    return iter(tensors)
 
 
 _PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})

@@ -169,12 +169,12 @@ def _compared_program(task: Task, strategy: Strategy, expected: Sequence[Moments
     """Return a program whose moments of the batch are the expected ones, or ``None`` and the reason."""
     try:
         program = _program(task, strategy)
-        found = program.moments(task)
+        compiled = program.moments(task)
     except Exception as error:  # tracing and compiling fail in many ways; the eager engine has the result
         return None, f"{type(error).__name__}: {error}".partition("\n")[0]
     parameters = list(task.parameters.values())
     entries = torch.tensor([p.numel() for p in parameters], dtype=torch.float64, device=parameters[0].device)
-    for moments, wanted in zip(found, expected, strict=True):
+    for moments, wanted in zip(compiled, expected, strict=True):
         if not _agree(moments, wanted, rounding(parameters[0]), entries):
             return None, "its compiled plan disagrees with the eager one"
     return program, ""
@@ -201,12 +201,12 @@ def _program(task: Task, strategy: Strategy) -> Program:
     def planned(
         parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor], labels: Tensor | None
     ) -> tuple[Tensor, ...]:
-        given = iter(inputs)
+        flat_inputs = iter(inputs)
         chosen: Any = {name: parameters[name] for name in task.parameters}
         with _holding(task.model, {**parameters, **buffers}), plain_kernels(), torch.enable_grad():
             batch = replace(
                 task,
-                inputs=map_tensors(task.inputs, lambda _: next(given)),
+                inputs=map_tensors(task.inputs, lambda _: next(flat_inputs)),
                 targets=labels,
                 parameters=chosen,
                 record=None,

@@ -11,10 +11,10 @@ from torch.func import functional_call, grad, vjp, vmap
 from lightning_gradmetrics.classifier.forward import map_tensors
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
-from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows, unit_scale
+from lightning_gradmetrics.gradients.scaling import rescaled_moments, unit_scale
 from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments, stacked_moments
 
-__all__ = ["functional_gradients", "functional_moments"]
+__all__ = ["functional_moments"]
 
 ENTRIES = 2**25
 """Number of gradient entries computed at a time: 128 MiB in float32."""
@@ -38,12 +38,6 @@ def _chunk_moments(task: Task) -> list[Moments]:
         rows = [gradient_moments(gradient, task.wanted) for gradient in gradients.values()]
         moments.append(rescaled_moments(stacked_moments(rows), undo))
     return moments
-
-
-def functional_gradients(task: Task, index: int) -> dict[str, Tensor]:
-    """Return every sample's gradient of one objective, ``{name: (N, ...)}``."""
-    gradients, undo = _unit_gradients(task, index)
-    return {name: rescaled_rows(gradient, undo) for name, gradient in gradients.items()}
 
 
 def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:

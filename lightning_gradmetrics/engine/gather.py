@@ -1,4 +1,4 @@
-"""Collects the results of one batch: a table of moments, or gradients in unevaluated form."""
+"""Collects the moments of one batch in a table."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.functional import functional_gradients, functional_moments
+from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.kernels.fused import fused_segments, fused_supports
 from lightning_gradmetrics.engine.kernels.segments import Segments
 from lightning_gradmetrics.engine.plan import PlanError
-from lightning_gradmetrics.engine.reference import forward_alone, loss_gradients, reference_moments
+from lightning_gradmetrics.engine.reference import reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
-from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, ScaledUse, Use
-from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
+from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
+from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["MomentTable", "UseTable"]
+__all__ = ["MomentTable"]
 
 Check = Callable[[int, Tensor], None] | None
 
@@ -109,8 +109,8 @@ class MomentTable:
         if moments is None:
             moments = reference_moments(task, check)
         columns = list(map(self._columns.__getitem__, task.parameters))
-        for own, part in zip(self.moments, moments, strict=True):
-            for key, value in part.items():
+        for own, added in zip(self.moments, moments, strict=True):
+            for key, value in added.items():
                 own[key][:, columns] = value
 
     def of_samples(self, samples: slice, name: str, objective: int) -> Moments:
@@ -126,7 +126,7 @@ class MomentTable:
         """Return the moments of all samples, from consecutive groups of them."""
         if len(parts) == 1:
             return parts[0].moments
-        return joined([part.moments for part in parts])
+        return joined([table.moments for table in parts])
 
 
 def _segment_moments(rows: Mapping[str, Tensor], wanted: Collection[Moment]) -> dict[str, Moments]:
@@ -168,72 +168,3 @@ def _mapped_moments(task: Task) -> list[Moments] | None:
         return functional_moments(task)
     except Exception:  # torch.func raises many kinds of errors; the loop raises the model's error
         return None
-
-
-class UseTable:
-    """The gradients of the first objective, in unevaluated form.
-
-    Args:
-        task: The batch.
-    """
-
-    def __init__(self, task: Task) -> None:
-        self.task = replace(task, objectives=task.objectives[:1])
-        self.uses: dict[str, Use] = {}
-        self._undo: Tensor | None = None
-
-    def begin(self, objective: int, undo: Tensor) -> None:
-        """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
-        self._undo = undo
-
-    def add(self, name: str, use: Use) -> None:
-        """Add a parameter's gradients."""
-        if name in self.task.parameters and self._undo is not None:
-            self.uses[name] = ScaledUse(use, self._undo)
-
-    def finish(self) -> None:
-        """Do nothing: the uses are complete."""
-
-    def clear(self) -> None:
-        """Delete all values."""
-        self.uses = {}
-
-    def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
-        """Add parameters without a fast rule: mapped over the samples, or one at a time."""
-        task = self.task.restricted(names)
-        gradients = _mapped_gradients(task) if mapped else None
-        if gradients is None:
-            gradients = _gradients_by_loop(task, check)
-        for name, gradient in gradients.items():
-            self.uses[name] = RowsUse(gradient)
-
-    def of_samples(self, samples: slice, name: str, objective: int) -> Moments:
-        """Return the moments ``(n,)`` of the gradients of some samples for one parameter."""
-        if name in self.uses:
-            return self.uses[name].rows(samples.start, samples.stop).moments(self.task.wanted)
-        zeros = empty_moments(self.task.restricted([name]), samples.stop - samples.start)[0]
-        return {key: value[:, 0] for key, value in zeros.items()}
-
-
-def _mapped_gradients(task: Task) -> dict[str, Tensor] | None:
-    try:
-        return functional_gradients(task, 0)
-    except Exception:  # torch.func raises many kinds of errors; the loop raises the model's error
-        return None
-
-
-def _gradients_by_loop(task: Task, check: Check) -> dict[str, Tensor]:
-    parameters = list(task.parameters.values())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    rows: dict[str, list[Tensor]] = {name: [] for name in task.parameters}
-    for number in range(task.size):
-        one = task.rows(number, number + 1)
-        logits = forward_alone(task, number)
-        if check is not None:
-            check(number, logits)
-        losses, undo = one.unit_losses(0, logits, only_tiny=True)
-        gradients = loss_gradients(losses.sum(), parameters)
-        for name, gradient in zip(task.parameters, gradients, strict=True):
-            rows[name].append(rescaled_rows(gradient[None], undo)[0])
-    return {name: torch.stack(gradients) for name, gradients in rows.items()}

@@ -84,12 +84,12 @@ _ENGINE = __name__.rpartition(".")[0] + "."
 
 def _nodes(output: Tensor) -> Iterator[Any]:
     """Yield every node of a tensor's graph."""
-    waiting, seen = [output.grad_fn], set()
+    waiting, visited = [output.grad_fn], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         yield node
         waiting += [following for following, _ in node.next_functions]
 

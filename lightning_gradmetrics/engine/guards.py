@@ -129,9 +129,9 @@ def check_halves(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -
     for half in (order[: task.size // 2], order[task.size // 2 :]):
         if not half or task.size < 2:
             continue
-        found = _logits(task, half, state, quiet)
-        for place in different_rows(found, logits[half].detach())[:1]:
-            compare_alone(task, logits, half[place], found[place : place + 1], state)
+        alone = _logits(task, half, state, quiet)
+        for position in different_rows(alone, logits[half].detach())[:1]:
+            compare_alone(task, logits, half[position], alone[position : position + 1], state)
 
 
 def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> None:
@@ -197,11 +197,11 @@ def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -
     if task.size < 2:
         return
     order = _CHOICE.sample(range(task.size), task.size)
-    kept = order[: task.size // 2]
+    half = order[: task.size // 2]
     samples = list(range(task.size))
     for number in order[task.size // 2 :]:
-        samples[number] = kept[number % len(kept)]
-    if not close_rows(_logits(task, samples, state, quiet)[kept], logits[kept].detach()):
+        samples[number] = half[number % len(half)]
+    if not close_rows(_logits(task, samples, state, quiet)[half], logits[half].detach()):
         raise coupled_model(f"a part of {type(task.model).__name__}")
 
 
@@ -218,11 +218,11 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, ou
     Raises:
         SampleAxisError: If the model runs on the batch and not on these samples.
     """
-    now, part = ForwardState(task.model), task.picked(samples)
+    now, picked = ForwardState(task.model), task.picked(samples)
     state.restore()
     with quiet_no_grad(quiet):
         try:
-            return part.forward() if outline is None else _recorded(part, outline)
+            return picked.forward() if outline is None else _recorded(picked, outline)
         except SampleAxisError:
             raise
         except Exception as error:
@@ -266,13 +266,13 @@ def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
     for rows in pieces:
         targets = None if task.targets is None else task.targets[rows]
         try:
-            part = _values_and_gradients(objective, logits[rows], targets)
+            computed = _values_and_gradients(objective, logits[rows], targets)
         except Exception as error:
             raise ValueError(
                 f"the objective {objective.name!r} cannot be computed on {len(rows)} of {task.size} samples "
                 f"({type(error).__name__}: {error}). It must accept any number of rows; pass true labels as targets="
             ) from error
-        _require_equal(objective, part, everything[rows], everything)
+        _require_equal(objective, computed, everything[rows], everything)
 
 
 def _require_equal(objective: Objective, found: Tensor, expected: Tensor, everything: Tensor) -> None:

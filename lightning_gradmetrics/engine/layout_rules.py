@@ -13,13 +13,13 @@ __all__ = ["LAYOUT_RULES", "aligned"]
 
 def aligned(step: Step) -> Layout:
     """Element by element: the axes of all arguments are aligned at the end."""
-    ndim, places = len(step.operation.outputs[0]), set()
+    ndim, layouts = len(step.operation.outputs[0]), set()
     for layout, shape in zip(step.layouts, step.operation.inputs, strict=True):
         if layout is not None:
-            places.add(layout.moved(layout.dim + ndim - len(shape)))
-    if len(places) != 1:
+            layouts.add(layout.moved(layout.dim + ndim - len(shape)))
+    if len(layouts) != 1:
         raise UnprovenError
-    return places.pop()
+    return layouts.pop()
 
 
 def _reshaped(step: Step) -> Layout:
@@ -36,13 +36,13 @@ def _split(layout: Layout, old: Shape, new: Shape, samples: int) -> list[Layout]
     """Return the layouts that fit a tensor after a reshape."""
     before = math.prod(old[: layout.dim]) * layout.outer
     after = math.prod(old[layout.dim + 1 :]) * layout.inner
-    found = []
+    layouts = []
     for dim, size in enumerate(new):
         outer, left = divmod(before, math.prod(new[:dim]) or 1)
         inner, right = divmod(after, math.prod(new[dim + 1 :]) or 1)
         if not left and not right and size == samples * outer * inner and size:
-            found.append(Layout(dim, outer, inner))
-    return found
+            layouts.append(Layout(dim, outer, inner))
+    return layouts
 
 
 def _permuted(step: Step) -> Layout:
@@ -124,13 +124,13 @@ def _before_shape(step: Step) -> Layout:
 def _joined(step: Step) -> Layout:
     """Concatenated along another axis."""
     dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
-    places = {layout for layout in step.layouts if layout is not None}
-    if len(places) != 1 or next(iter(places)).dim == dim:
+    layouts = {layout for layout in step.layouts if layout is not None}
+    if len(layouts) != 1 or next(iter(layouts)).dim == dim:
         raise UnprovenError
     for shape in step.operation.inputs:
         if len(shape) != len(step.operation.outputs[0]) and shape != (0,):
             raise UnprovenError
-    return places.pop()
+    return layouts.pop()
 
 
 def _gathered(step: Step) -> Layout:
@@ -161,19 +161,19 @@ def _along_first_index(step: Step) -> Layout:
     long = [dim for dim, size in enumerate(samples) if size != 1]
     if len(long) != 1:
         raise UnprovenError
-    found = Layout(long[0] + ndim - len(samples))
+    layout = Layout(long[0] + ndim - len(samples))
     other = step.layouts[2]
-    if other is not None and other.moved(other.dim + ndim - len(positions)) != found:
+    if other is not None and other.moved(other.dim + ndim - len(positions)) != layout:
         raise UnprovenError
-    return found
+    return layout
 
 
 def _stacked(step: Step) -> Layout:
     """Stacked along a new axis."""
     dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
-    places = set(step.layouts)
-    layout = places.pop()
-    if places or layout is None:
+    layouts = set(step.layouts)
+    layout = layouts.pop()
+    if layouts or layout is None:
         raise UnprovenError
     return layout.moved(layout.dim + (dim <= layout.dim))
 

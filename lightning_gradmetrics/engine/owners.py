@@ -122,16 +122,16 @@ class OwnershipPass(Tracer):
         name = getattr(func, "__name__", "")
         if not torch.is_grad_enabled() or name in _FLAT:
             return func(*self._cut(args), **self._cut(kwargs))
-        found = RULES.get(func)
-        values = bind(found, args, kwargs) if found else None
-        fits = found is not None and values is not None and self._suits(found, values)
+        rule = RULES.get(func)
+        values = bind(rule, args, kwargs) if rule else None
+        fits = rule is not None and values is not None and self._suits(rule, values)
         others = set(map(id, tensors_in((args, kwargs)))) - self._tracked.keys()
         # A constant as long as the batch, such as an initial hidden state of zeros, also has one row per sample.
         shared = not fits or self.size not in (values or {})["input"].shape
         if shared and others <= self._constants:
             return self._derived_result(func, sources, args, kwargs)
-        if fits and found is not None:
-            return self._row_rule(found, func, sources, args, kwargs)
+        if fits and rule is not None:
+            return self._row_rule(rule, func, sources, args, kwargs)
         if name in BROADCAST and not name.startswith(("expand", "broadcast", "repeat", "tile")):
             return self._row_broadcast(func, sources, args, kwargs)
         result = func(*self._cut(args), **self._cut(kwargs))
@@ -279,9 +279,9 @@ class OwnershipPass(Tracer):
                 return
             self._scale([source], g, g)
             owners = self._owners(number, flat, [source])
-            kept = owners >= 0
+            has_owner = owners >= 0
             sums = g.new_zeros(self.size, *g.shape[1:])
-            self._arrive(source, RowsUse(sums.index_add_(0, owners[kept], g[kept])))
+            self._arrive(source, RowsUse(sums.index_add_(0, owners[has_owner], g[has_owner])))
 
     def _projected(self, rows: Tensor) -> Tensor:
         """Return each row reduced to a few numbers, ``(R, 4)``."""
@@ -376,11 +376,11 @@ def _regrouped(call: Call, g: Tensor, index: Tensor) -> tuple[Call, Tensor]:
     rows = len(g)
     if samples * times == rows and bool((flat == torch.arange(rows, device=flat.device)).all()):
         return replace(call, axis=axis, out=axis), g
-    kept = flat.clamp_min(0)
+    source_rows = flat.clamp_min(0)
     x = call.values["input"]
-    gradient = g[kept] if rows else g.new_zeros(len(flat), *g.shape[1:])
+    gradient = g[source_rows] if rows else g.new_zeros(len(flat), *g.shape[1:])
     gradient = gradient.masked_fill((flat < 0).reshape(-1, *[1] * (g.ndim - 1)), 0)
-    inputs = x[kept] if rows else x.new_zeros(len(flat), *x.shape[1:])
+    inputs = x[source_rows] if rows else x.new_zeros(len(flat), *x.shape[1:])
     if inputs.is_floating_point():  # a row with NaN or Inf would affect the sums of other samples
         inputs = inputs.masked_fill((flat < 0).reshape(-1, *[1] * (x.ndim - 1)), 0)
     return replace(call, values={**call.values, "input": inputs}, axis=axis, out=axis), gradient

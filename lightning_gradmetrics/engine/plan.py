@@ -182,9 +182,9 @@ class _Builder:
     def _sources_of(self, call: TracedCall) -> tuple[Source, ...]:
         """Return the sources of a call's inputs, repeats included."""
         sources = []
-        for seen in call.inputs:
-            if seen.serial in self.sources:
-                sources.append(self.sources[seen.serial])
+        for traced in call.inputs:
+            if traced.serial in self.sources:
+                sources.append(self.sources[traced.serial])
         return tuple(sources)
 
     def _give_up(self, sources: Sequence[Source], reason: str) -> None:
@@ -211,10 +211,10 @@ class _Builder:
     def _derive(self, large: TracedCall, sources: tuple[Source, ...]) -> Step:
         new = []
         roots: frozenset[str] = frozenset().union(*map(self.roots.__getitem__, sources))
-        for index, seen in enumerate(large.outputs):
-            if seen.requires_grad and seen.serial not in self.sources:
+        for index, traced in enumerate(large.outputs):
+            if traced.requires_grad and traced.serial not in self.sources:
                 source = (len(self.steps), index)
-                self.sources[seen.serial] = source
+                self.sources[traced.serial] = source
                 new.append(index)
                 self.roots[source] = roots
         return Step(large.function, sources, "derive", derived=tuple(new))
@@ -230,7 +230,7 @@ def _axes(small: Sequence[TensorState], large: Sequence[TensorState]) -> tuple[A
 
 def _is_root(call: TracedCall, axes: Sequence[Axis | None]) -> bool:
     """Return whether no input with samples requires a gradient."""
-    return not any(axis and seen.requires_grad for seen, axis in zip(call.inputs, axes, strict=True))
+    return not any(axis and traced.requires_grad for traced, axis in zip(call.inputs, axes, strict=True))
 
 
 def _name(function: Any) -> str:
@@ -325,18 +325,18 @@ def _minors_by_gradient(
     """Return the layout of each step's output from one sample's gradient; ``None`` where that is zero."""
     minors: list[bool | None] = [None] * len(numbers)
     live = []
-    for place, number in enumerate(numbers):
+    for position, number in enumerate(numbers):
         output = steps[number].output
-        if output is not None and output.times > 1 and results[place].requires_grad:
-            live.append(place)
+        if output is not None and output.times > 1 and results[position].requires_grad:
+            live.append(position)
     if not live or loss is None or not loss.requires_grad:
         return minors
-    outputs = [results[place] for place in live]
+    outputs = [results[position] for position in live]
     gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-    for place, gradient in zip(live, gradients, strict=True):
-        axis = steps[numbers[place]].output
+    for position, gradient in zip(live, gradients, strict=True):
+        axis = steps[numbers[position]].output
         if gradient is not None and axis is not None:
-            minors[place] = _minor_by_gradient(gradient, axis)
+            minors[position] = _minor_by_gradient(gradient, axis)
     return minors
 
 

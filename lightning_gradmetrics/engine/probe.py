@@ -267,10 +267,10 @@ class _Runs:
         trace, _ = self.run(other, None)
         if base is None or trace is None:
             return f"a decision of {type(self.task.model).__name__} for the whole batch"
-        for place, (call, rows) in enumerate(zip(base.calls, changed_positions(base, [trace]), strict=True)):
+        for call_number, (call, rows) in enumerate(zip(base.calls, changed_positions(base, [trace]), strict=True)):
             for changed in rows[len(call.inputs) :]:
                 if changed is not None and _foreign(changed, number):
-                    return f"{getattr(call.function, '__name__', 'a function')!r} in {self._module(place)}"
+                    return f"{getattr(call.function, '__name__', 'a function')!r} in {self._module(call_number)}"
         return type(self.task.model).__name__
 
     def _module(self, call: int) -> str:
@@ -324,9 +324,9 @@ def _replaced(
     trace, task = None, runs.task
     for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
         task = with_row(runs.task, number, source, noise)
-        trace, found = runs.run(task, only)
+        trace, changed_logits = runs.run(task, only)
         tight = trace is not None and not irregular
-        if found is not None and not _same_rows(found[rest], logits[rest], tight):
+        if changed_logits is not None and not _same_rows(changed_logits[rest], logits[rest], tight):
             raise coupled_model(runs.coupling(task, number))
         if trace is not None:
             break
@@ -361,8 +361,8 @@ def changed_positions(base: CallTrace, traces: Sequence[CallTrace]) -> Changes:
     changes = []
     for number, call in enumerate(base.calls):
         rows = []
-        for place, marks in enumerate(call.marks):
-            others = [trace.calls[number].marks[place] for trace in traces]
+        for tensor_number, marks in enumerate(call.marks):
+            others = [trace.calls[number].marks[tensor_number] for trace in traces]
             rows.append(None if marks is None else _differences(marks, others))
         changes.append(rows)
     return changes

@@ -13,7 +13,7 @@ from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments, stacked_moments
 
-__all__ = ["forward_alone", "loss_gradients", "reference_moments"]
+__all__ = ["loss_gradients", "reference_moments"]
 
 
 def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = None) -> list[Moments]:
@@ -27,12 +27,12 @@ def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = 
         parameter.requires_grad_(True)
     parts, state = [empty_moments(task)], ForwardState(task.model)
     for number in range(task.size):
-        one = task.rows(number, number + 1)
-        logits = forward_alone(task, number)
+        sample = task.rows(number, number + 1)
+        logits = _forward_alone(task, number)
         state.restore_attributes()
         if check is not None:
             check(number, logits)
-        parts.append(_sample_moments(one, logits))
+        parts.append(_sample_moments(sample, logits))
     return joined(parts)
 
 
@@ -47,7 +47,7 @@ def _sample_moments(task: Task, logits: Tensor) -> list[Moments]:
     return moments
 
 
-def forward_alone(task: Task, number: int) -> Tensor:
+def _forward_alone(task: Task, number: int) -> Tensor:
     """Return the logits ``(1, C)`` of one sample alone, with their graph.
 
     Raises:

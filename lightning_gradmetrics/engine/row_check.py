@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.gather import MomentTable, UseTable
+from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.strategy import collect_fast, unchecked
@@ -17,16 +17,14 @@ from lightning_gradmetrics.gradients.precision import rounding
 __all__ = ["check_row_owners"]
 
 
-def check_row_owners(
-    table: MomentTable | UseTable, task: Task, plan: Plan | None, free: bool, state: ForwardState
-) -> None:
+def check_row_owners(table: MomentTable, task: Task, plan: Plan | None, free: bool, state: ForwardState) -> None:
     """Compute the moments again, with the gradient of each sample scaled by another power of two.
 
     The scales are undone at the end, so they change nothing, unless a row is assigned to a sample that it does not
     belong to. The comparison of one sample with autograd does not reveal this for the others.
 
     Args:
-        table: The moments or uses that the plan gave for the batch.
+        table: The moments of the batch by the plan.
         task: The batch, restricted to the parameters of the plan.
         plan: The plan.
         free: Whether axes may have a different number of positions per sample than planned.

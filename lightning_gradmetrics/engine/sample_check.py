@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.agreement import agree
-from lightning_gradmetrics.engine.gather import MomentTable, UseTable
+from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.outline import Outline, Recording
 from lightning_gradmetrics.engine.plan import PlanError
@@ -22,9 +22,7 @@ from lightning_gradmetrics.gradients.scaling import rescaled_moments
 __all__ = ["check_one_sample"]
 
 
-def check_one_sample(
-    table: MomentTable | UseTable, names: Collection[str], laid_out: Task, state: ForwardState
-) -> Outline:
+def check_one_sample(table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState) -> Outline:
     """Compare one sample's moments with autograd on that sample alone, and return the outline of its forward pass.
 
     Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
@@ -59,7 +57,7 @@ def _logits(task: Task, state: ForwardState, recording: AbstractContextManager[A
 
 
 def _agree_on_sample(
-    table: MomentTable | UseTable,
+    table: MomentTable,
     number: int,
     task: Task,
     logits: Tensor,

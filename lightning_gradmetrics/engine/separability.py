@@ -127,9 +127,9 @@ class _Proof:
 
     def _place(self, small: Operation, large: Operation) -> None:
         """Find the layouts of an operation's results."""
-        found = self._layouts_of(small, large)
+        layouts = self._layouts_of(small, large)
         shapes = zip(small.outputs, large.outputs, strict=True)
-        for serial, layout, (before, after) in zip(large.output_serials, found, shapes, strict=True):
+        for serial, layout, (before, after) in zip(large.output_serials, layouts, shapes, strict=True):
             if layout.fits(before, after):
                 self.layouts[serial] = layout
             else:
@@ -152,8 +152,8 @@ class _Proof:
         name = large.name.rstrip("_") if large.name not in LAYOUT_RULES else large.name
         if name not in LAYOUT_RULES and not large.pointwise:
             raise UnprovenError
-        found = LAYOUT_RULES.get(name, aligned)(step)
-        return [found] * len(large.outputs) if isinstance(found, Layout) else found
+        layouts = LAYOUT_RULES.get(name, aligned)(step)
+        return [layouts] * len(large.outputs) if isinstance(layouts, Layout) else layouts
 
     def _keep_constant(self, small: Operation, large: Operation) -> None:
         """Follow tensors that do not depend on the samples: they are the same for all of them, or may depend on their number."""

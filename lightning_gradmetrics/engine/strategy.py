@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.classifier.notices import first_time
 from lightning_gradmetrics.engine.agreement import VerificationNotes
-from lightning_gradmetrics.engine.gather import MomentTable, UseTable
+from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import reached_parameters
 from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.owners import OwnershipPass
@@ -98,7 +98,7 @@ def warn_slow(task: Task, strategy: Strategy) -> None:
 
 
 def collect_fast(
-    table: MomentTable | UseTable,
+    table: MomentTable,
     task: Task,
     plan: Plan | None,
     checks: Checks,

@@ -196,18 +196,18 @@ class Tracer(OpeningMode):
 
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run the call unchanged and register a hook on the output."""
-        found = RULES[step.function]
-        values = bind(found, args, kwargs) or {}
+        rule = RULES[step.function]
+        values = bind(rule, args, kwargs) or {}
         slots = self._slots(values)
         if any(values[name].requires_grad for name in slots):
             args, kwargs = self._cut(args), self._cut(kwargs)
-            values = bind(found, args, kwargs) or {}
+            values = bind(rule, args, kwargs) or {}
         x = values["input"]
         axis = axis_of(x, step.inputs, args, kwargs)
         assert axis is not None and step.output is not None
-        if found.dense and x.ndim > 2 and not x.is_contiguous():
+        if rule.dense and x.ndim > 2 and not x.is_contiguous():
             args, kwargs = map_arguments(partial(made_contiguous, x), (args, kwargs))
-        run = None if found.run is None or not self._constant(values) else found.run
+        run = None if rule.run is None or not self._constant(values) else rule.run
         result = self._rooted(step, run(values) if run else step.function(*args, **kwargs))
         axis, out = self._fitted(axis, x.shape), self._fitted(step.output, result.shape)
         if not self._collecting:
@@ -215,7 +215,7 @@ class Tracer(OpeningMode):
         for source in slots.values():
             self._expect(source)
         call = Call(values, axis, out, frozenset(slots))
-        hook = partial(self._rule_gradient, found, call, slots, x._version)
+        hook = partial(self._rule_gradient, rule, call, slots, x._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
 

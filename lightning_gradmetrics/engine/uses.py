@@ -22,7 +22,6 @@ from lightning_gradmetrics.engine.kernels import (
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.kernels.segments import Factors
 from lightning_gradmetrics.gradients.precision import at_least_float32
-from lightning_gradmetrics.gradients.scaling import rescaled_moments, rescaled_rows
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "EmbeddingUse",
     "LinearUse",
     "RowsUse",
-    "ScaledUse",
     "SumUse",
     "Use",
     "combined",
@@ -63,7 +61,7 @@ def merge_rows(parts: Sequence[Moments]) -> Moments:
     """Return the moments of all samples, from the moments of consecutive groups."""
     merged = {}
     for key in parts[0]:
-        merged[key] = torch.cat([part[key] for part in parts])
+        merged[key] = torch.cat([moments[key] for moments in parts])
     return merged
 
 
@@ -280,35 +278,6 @@ def _rearranges(derived: Tensor, parameter: Tensor) -> bool:
     while node is not None and node.name() in _ORDERS and len(node.next_functions) == 1:
         node = node.next_functions[0][0]
     return getattr(node, "variable", None) is parameter and derived.numel() == parameter.numel()
-
-
-@dataclass(frozen=True)
-class ScaledUse:
-    """A use whose gradients are multiplied by one factor per sample.
-
-    Args:
-        use: The use.
-        factors: ``(N,)``.
-    """
-
-    use: Use
-    factors: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # noqa: D102
-        return self.use.shape
-
-    def __len__(self) -> int:
-        return len(self.use)
-
-    def rows(self, start: int, stop: int) -> ScaledUse:  # noqa: D102
-        return ScaledUse(self.use.rows(start, stop), self.factors[start:stop])
-
-    def gradient(self) -> Tensor:  # noqa: D102
-        return rescaled_rows(self.use.gradient(), self.factors)
-
-    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
-        return rescaled_moments(self.use.moments(wanted), self.factors)
 
 
 @dataclass(frozen=True)

@@ -172,8 +172,8 @@ def _gradients(probe: Probe, names: Collection[str], objective: int, number: int
     losses = probe.losses[objective][0]
     shrunk = 2.0**-3 if losses.dtype == torch.float16 else 2.0**-10
     gradients = loss_gradients(losses[number] * shrunk, list(parameters.values()))
-    for place, gradient in enumerate(gradients):
-        gradients[place] = gradient / shrunk
+    for position, gradient in enumerate(gradients):
+        gradients[position] = gradient / shrunk
     return dict(zip(parameters, gradients, strict=True))
 
 
@@ -222,8 +222,8 @@ def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -
     finally:
         state.restore()
     size = max(float(gradient.norm()) for gradient in before)
-    for gradient, found in zip(before, after, strict=True):
-        if float((found - gradient).norm()) > 10 * rounding(gradient) * size:
+    for gradient, after_replacing in zip(before, after, strict=True):
+        if float((after_replacing - gradient).norm()) > 10 * rounding(gradient) * size:
             raise coupled_model(f"the backward pass of {type(probe.task.model).__name__}")
 
 

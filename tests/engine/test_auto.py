@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradmetrics.engine import auto, gradient_statistics, per_sample_gradients
-from lightning_gradmetrics.gradients.statistics import STATISTICS, gradient_moments
+from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.gradients.statistics import STATISTICS
 from tests.engine.cases import CASES, Packed, made, worst_difference
 
 ALL = (*STATISTICS, "l1.5", "l3")
@@ -120,18 +120,6 @@ def test_rows_of_nan_do_not_affect_other_rows():
     for key, value in found.moments.items():
         torch.testing.assert_close(value[rows], clean.moments[key][rows], rtol=1e-9, atol=1e-12)
     assert not torch.isfinite(found.moments["sum"][0, 0])
-
-
-@pytest.mark.parametrize("name", ["raw", "tied", "convolutional", "lstm"])
-def test_per_sample_gradients(name):
-    model, x = made(name)
-    expected = _statistics(model, x, "reference")
-    found = dict(per_sample_gradients(model, x, "pseudo_label"))
-    assert tuple(found) == expected.names
-    for column, (key, gradient) in enumerate(found.items()):
-        assert gradient.shape == (5, *model.get_parameter(key).shape)
-        for moment, value in gradient_moments(gradient, expected.moments).items():
-            torch.testing.assert_close(value, expected.moments[moment][:, column], rtol=1e-8, atol=1e-10)
 
 
 def test_packed_sequences_fall_back_with_one_warning():

@@ -255,7 +255,7 @@ def fused_segments(rows: Sequence[Tensor], wanted: Iterable[Moment]) -> list[Mom
         For each matrix its moments, ``(N,)`` each, float64.
     """
     keys, flat = frozenset(wanted), torch.cat(list(rows), 1)
-    starts = _segment_starts(tuple(part.shape[1] for part in rows), flat.device)
+    starts = _segment_starts(tuple(matrix.shape[1] for matrix in rows), flat.device)
     out = torch.empty(len(flat), len(rows), len(STATISTICS), dtype=torch.float64, device=flat.device)
     _kernels().segment_statistics_kernel[(len(rows), len(flat))](
         *(flat, starts, out, flat.stride(0)), COLUMNS=256, EXTREMES=_needs_extremes(keys)

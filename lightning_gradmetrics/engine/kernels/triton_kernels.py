@@ -24,11 +24,11 @@ __all__ = [
 @triton.jit
 def _store_statistics(out, values, valid, EXTREMES: tl.constexpr):
     """Write sum, sum of squares, sum of magnitudes, max and min of the valid values of a tile."""
-    kept = tl.where(valid, values, 0.0)
-    tl.store(out, tl.sum(kept))
-    tl.store(out + 1, tl.sum(kept * kept))
+    finite = tl.where(valid, values, 0.0)
+    tl.store(out, tl.sum(finite))
+    tl.store(out + 1, tl.sum(finite * finite))
     if EXTREMES:
-        tl.store(out + 2, tl.sum(tl.abs(kept)))
+        tl.store(out + 2, tl.sum(tl.abs(finite)))
         tl.store(out + 3, tl.max(tl.where(valid, values, float("-inf"))))
         tl.store(out + 4, tl.min(tl.where(valid, values, float("inf"))))
 
@@ -89,8 +89,8 @@ def products_kernel(
         left = tl.load(
             g + o[:, None] * g_output + p[None, :] * g_position, mask=valid_output[:, None] & valid[None, :], other=0.0
         )
-        places = tl.load(position_offsets + p, mask=valid, other=0)
-        right = tl.load(x + places[:, None] + rows[None, :], mask=valid[:, None] & valid_row[None, :], other=0.0)
+        offsets = tl.load(position_offsets + p, mask=valid, other=0)
+        right = tl.load(x + offsets[:, None] + rows[None, :], mask=valid[:, None] & valid_row[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     out += (member * tl.num_programs(0) + tile) * 5
     _store_statistics(out, total, valid_output[:, None] & valid_row[None, :], EXTREMES)
@@ -128,9 +128,9 @@ def depthwise_kernel(
     for start in range(0, positions, POSITIONS):
         p = start + tl.arange(0, POSITIONS)
         valid = valid_channel[:, None] & (p < positions)[None, :]
-        places = tl.load(position_offsets + p, mask=p < positions, other=0)
+        offsets = tl.load(position_offsets + p, mask=p < positions, other=0)
         left = tl.load(g + c[:, None] * g_channel + p[None, :] * g_position, mask=valid, other=0.0)
-        right = tl.load(x + c[:, None] * x_channel + places[None, :], mask=valid, other=0.0)
+        right = tl.load(x + c[:, None] * x_channel + offsets[None, :], mask=valid, other=0.0)
         total += left.to(tl.float32) * right.to(tl.float32)
     tl.store(out + (sample * channels + c) * entries + entry, tl.sum(total, 1), mask=valid_channel)
 
@@ -169,10 +169,10 @@ def position_sums_kernel(
         if WITH_PRODUCT:
             right = tl.load(x + c[:, None] * x_channel + p[None, :] * x_position, mask=valid, other=0.0)
             products += left * right.to(tl.float32)
-    place = sample * channels + c
-    tl.store(total + place, tl.sum(sums, 1), mask=valid_channel)
+    offset = sample * channels + c
+    tl.store(total + offset, tl.sum(sums, 1), mask=valid_channel)
     if WITH_PRODUCT:
-        tl.store(product + place, tl.sum(products, 1), mask=valid_channel)
+        tl.store(product + offset, tl.sum(products, 1), mask=valid_channel)
 
 
 @triton.jit
