@@ -59,7 +59,7 @@ def transferred_order(before: Sequence[RowMarks], after: Sequence[RowMarks], siz
         size: The number of samples ``N``; tensors of another length are ignored.
 
     Returns:
-        The position before of each row after, if the rows moved; otherwise the evidence, in bits, that they did not:
+        If the rows moved, the earlier position of each row; otherwise the evidence, in bits, that they did not move:
         infinite if this is certain.
 
     Example:

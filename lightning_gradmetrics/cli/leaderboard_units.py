@@ -21,7 +21,7 @@ Record = dict[str, Any]
 RESAMPLES = 1000
 
 OF_WHOLE_ANSWERS = {"family": "gradient", "forwards": 2, "backward": True}
-"""The cost of ``semgrad`` and ``hybridgrad``, which are no scores of a batch: the pass of the text and that of the prompt."""
+"""The cost of ``semgrad`` and ``hybridgrad``, which are not scores of a batch: the pass of the text and that of the prompt."""
 
 
 def stories_record(options: Mapping[str, Any], tokens: pa.Table, texts: pa.Table) -> Record:

@@ -23,7 +23,7 @@ _GENERATOR = torch.Generator().manual_seed(0)
 def rounding_noise() -> Iterator[None]:
     """Multiply each entry of each module's output by a random number close to 1, inside the block.
 
-    The hook is global, so it leaves the models that other threads run unchanged.
+    The hook is global, but it changes only the models that this thread runs.
     """
     thread = threading.get_ident()
 

@@ -47,8 +47,8 @@ class Strategy:
         alone: The number of samples of each batch that also run alone.
         bytes: Approximate memory of a sample's activations, to split batches by.
         shapes: The shapes of the inputs that it was planned for.
-        times: For each shapes, batch size and number of an outline, the number of positions of a sample on each axis, and
-            whether the proof covers the batch.
+        times: For each combination of input shapes, batch size and outline number, the number of positions of a sample on
+            each axis, and whether the proof covers the batch.
         quiet: Whether to silence the warnings of torch's checkpoints in runs without gradients.
         random: Whether the model draws random numbers, so that a sample alone gets different ones.
         provisional: Whether it was planned on fewer than three different samples.

@@ -213,7 +213,7 @@ def _without(padding: Tensor, row: Tensor, name: str) -> Tensor:
     kept = (~padding).nonzero().flatten()
     if len(kept) and len(kept) != int(kept[-1]) - int(kept[0]) + 1:
         raise ValueError(
-            f"{name} has padding between two tokens, and without it the text would be another one: pad at the ends only"
+            f"{name} has padding between two tokens, and without it the text would be different: pad at the ends only"
         )
     return row[kept]
 

@@ -93,7 +93,7 @@ def _cells(run: Run, counts: Sequence[Count]) -> list[str]:
 
 
 def _share(counts: Sequence[Count], part: str, of: str) -> str:
-    """Return the share of one sum of counts in another, in percent."""
+    """Return one sum of counts as a percentage of another."""
     total = sum(count[of] for count in counts)
     chosen = sum(count[part] for count in counts)
     return percent(chosen / total if total else None)

@@ -238,7 +238,7 @@ def index_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return the column ``index`` of a results table as int64, null where the index is unknown.
 
     Raises:
-        ValueError: If it contains anything else than whole numbers.
+        ValueError: If it contains anything other than whole numbers.
 
     Example:
         >>> index_numbers(pa.chunked_array([["a.png", "b.png"]]))  # doctest: +ELLIPSIS

@@ -27,7 +27,7 @@ SECONDS_PER_PART = 60.0
 """Seconds between commits; if the process is killed, at most the rows of this period are lost."""
 
 Results: TypeAlias = pa.Table | Callable[..., pa.Table]
-"""A results table, or a function that reads it, and takes the names of the wanted columns as ``columns=``."""
+"""A results table, or a function that reads one; its argument ``columns=`` takes the names of the wanted columns."""
 
 
 def read_columns(results: Results, names: Sequence[str] | None = None) -> pa.Table:

@@ -34,7 +34,7 @@ def check_unmasked(model: nn.Module, ids: Tensor, labels: Tensor | None) -> None
     """Refuse texts without a mask that begin with the padding id, or end with it where the label is not -100.
 
     Args:
-        model: The model, whose configuration has the padding id; ids that also begin or end texts are no padding.
+        model: The model, whose configuration has the padding id; ids that also begin or end texts are not padding.
         ids: The token ids ``(N, T)``.
         labels: The labels ``(N, T)``, or ``None``.
 
