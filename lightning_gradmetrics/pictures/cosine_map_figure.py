@@ -12,6 +12,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.cosine_map_summaries import zero_saliency
+from lightning_gradmetrics.results.escaping import visible
 
 __all__ = ["csm_figure", "draw_image", "literal"]
 
@@ -97,8 +98,8 @@ def _check_counts(
 
 
 def literal(text: str) -> str:
-    """Return the text with dollar signs escaped, because matplotlib would parse them as mathematics."""
-    return text.replace("$", r"\$")
+    """Return the text with dollar signs escaped, because matplotlib would parse them as mathematics, and no control characters."""
+    return visible(text).replace("$", r"\$")
 
 
 def _draw_map(axes: Axes, values: Tensor, class_names: Sequence[str] | None, first: bool) -> AxesImage:

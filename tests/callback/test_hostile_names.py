@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.pictures.base import Picture, write_pictures
+from lightning_gradmetrics.pictures.cosine_map_figure import csm_figure
+from lightning_gradmetrics.report import write_report, write_run
 from tests.callback.runs import Stepped, trainer
 
 SCRIPT = "<script>alert(1)</script>"
@@ -75,3 +77,36 @@ def test_fitted_states_and_results_stay_inside_their_directories(tmp_path: Path)
     trainer(callback).test(Stepped(nn.Linear(4, 3)), DataLoader(TensorDataset(images), 8), verbose=False)
     assert {path.parent for path in files(tmp_path)} == {tmp_path / "a" / "states", output}
     assert lgm.read_results(output)["dataset"].to_pylist() == ["../../x"] * 20
+
+
+CLASSES = [SCRIPT, "../../up", "[red]$\\frac{", "a\x1b[2J\nb"]
+
+
+def segmentation_run(directory: Path) -> lgm.GradientMetrics:
+    torch.manual_seed(0)
+    rows = TensorDataset(torch.rand(6, 3, 8, 8), torch.randint(0, 4, (6, 8, 8)))
+    pixels = lgm.Pixels(segments=1, maps=2, class_names=CLASSES)
+    callback = lgm.GradientMetrics(["energy", "max_softmax"], pixels=pixels, output=directory)
+    trainer(callback).test(Stepped(nn.Conv2d(3, 4, 1)), DataLoader(rows, 3), verbose=False)
+    return callback
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .*")
+def test_class_names_are_escaped_in_pages_pictures_and_terminals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "one" / "two" / "run"
+    callback = segmentation_run(run / "results")
+    assert set(callback.segments["class_name"].to_pylist()) <= set(CLASSES)
+    assert callback.class_metrics["class_name"].to_pylist()[0] in CLASSES
+    callback.save(run)
+    callback.write_maps(run / "maps")
+    model = {"name": "Conv2d", "parameters": 16, "class_names": CLASSES}
+    write_run(run, callback.results, callback.evaluation, callback.scorer.scores, model=model)
+    pages = [write_report(run, run / "report.html").read_text(), callback.report(run / "other.html").read_text()]
+    figure = csm_figure(torch.rand(1, 4, 4), class_names=CLASSES)
+    figure.savefig(run / "maps.svg")
+    pages += [path.read_text() for path in run.rglob("*.svg")]
+    assert len(pages) > 3 and not any(SCRIPT in page or "\x1b" in page for page in pages)
+    assert "\x1b" not in capsys.readouterr().out + callback.summary(200)
+    assert files(tmp_path) == files(run)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.cells import cell_len
+
+from lightning_gradmetrics.results.escaping import visible
 
 __all__ = ["Column", "Grid", "Group"]
 
@@ -14,16 +15,6 @@ COLUMN_GAP = 2
 GROUP_GAP = 3
 LONGEST_GROUP_LINE = 18
 """Group headings that are longer than this and wider than their columns are folded."""
-
-
-def visible(text: str) -> str:
-    r"""Return the text with visible escapes instead of control characters, which a terminal would obey; newlines stay.
-
-    Example:
-        >>> visible("\x1b[2Jscore")
-        '\\x1b[2Jscore'
-    """
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match.group())[1:-1], text)
 
 
 @dataclass(frozen=True)
