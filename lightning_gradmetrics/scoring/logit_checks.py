@@ -27,6 +27,9 @@ OUTLIER = -200
 LOOKED_AT = 4096
 """Number of positions of a batch at which logits are checked for being probabilities."""
 
+FEW_ROWS = 8
+"""With fewer rows, the logits of a model with one logit may all be between 0 and 1."""
+
 
 def two_columns(logits_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
     """Return a callable from the model's output to the logits ``(0, z)`` of a model with one logit z."""
@@ -122,7 +125,7 @@ def known_labels(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Refuse probabilities and tensors that cannot be logits; warn about log-probabilities.
+    """Refuse probabilities and tensors that cannot be logits; warn about log-probabilities and about a sigmoid.
 
     Raises:
         ValueError: If the logits are not ``(N, C)`` or ``(N, C, *P)`` with C at least 2, or are probabilities.
@@ -149,6 +152,12 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(
             "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is "
             "taken, or pass logits_fn=, a callable from the model's output to its logits"
+        )
+    if len(rows) >= FEW_ROWS and rows.shape[1] == 2 and not rows[:, 0].any() and float(rows[:, 1].min()) > 0 and largest < 1:
+        warnings.warn(
+            "the model's only logit is between 0 and 1 everywhere, as behind a sigmoid: if it is a probability, pass "
+            "logits_fn=torch.logit, or name the head, as in head='fc', so that its output is taken",
+            stacklevel=3,
         )
     if largest < 1e-4 and bool((rows.logsumexp(1).abs() < 1e-4).all()):
         warnings.warn(

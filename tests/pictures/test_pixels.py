@@ -172,6 +172,16 @@ def test_one_logit_is_two_classes() -> None:
     np.testing.assert_allclose(callback.results["error"].to_numpy(), wrong.flatten(1).sum(1) / 284, rtol=1e-6)
 
 
+def test_a_sigmoid_behind_one_logit_is_warned_of() -> None:
+    torch.manual_seed(0)
+    net, images = Segmenter(nn.Conv2d(4, 1, 1), torch.sigmoid).eval(), torch.randn(2, 3, *SIZE)
+    with pytest.warns(UserWarning, match="between 0 and 1 everywhere, as behind a sigmoid"):
+        lgm.score(net, images, "entropy")
+    plain = lgm.score(Segmenter(net.head, None, net.body), images, "entropy")["entropy"]
+    again = lgm.score(net, images, "entropy", logits_fn=torch.logit)["entropy"]
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+
+
 def metric(callback: lgm.GradientMetrics, **wanted: Any) -> float:
     wanted = {"unit": "pixel", **wanted}
     (row,) = [row for row in callback.pixel_metrics.to_pylist() if wanted.items() <= row.items()]
