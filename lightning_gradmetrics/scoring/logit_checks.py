@@ -153,7 +153,13 @@ def check_logits(logits: Tensor) -> None:
             "the model returns probabilities, and scores need logits: name the head, as in head='fc', so that its output is "
             "taken, or pass logits_fn=, a callable from the model's output to its logits"
         )
-    if len(rows) >= FEW_ROWS and rows.shape[1] == 2 and not rows[:, 0].any() and float(rows[:, 1].min()) > 0 and largest < 1:
+    if (
+        len(rows) >= FEW_ROWS
+        and rows.shape[1] == 2
+        and not rows[:, 0].any()
+        and float(rows[:, 1].min()) > 0
+        and largest < 1
+    ):
         warnings.warn(
             "the model's only logit is between 0 and 1 everywhere, as behind a sigmoid: if it is a probability, pass "
             "logits_fn=torch.logit, or name the head, as in head='fc', so that its output is taken",
