@@ -85,11 +85,11 @@ def with_configured_states(
 
 def missing_places(scores: Sequence[Score]) -> list[int]:
     """Return the positions of the fitted scores that have no state."""
-    places = []
+    positions = []
     for position, score in enumerate(scores):
         if isinstance(score, FittedScore) and score.state is None:
-            places.append(position)
-    return places
+            positions.append(position)
+    return positions
 
 
 def _batches(loader: Any, split: SplitBatch, trainer: Trainer, module: LightningModule) -> Iterator[tuple[Any, Any]]:

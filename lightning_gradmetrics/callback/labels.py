@@ -97,16 +97,16 @@ class BatchReader:
         """
         copied = batch.copied
         if copied is None:
-            passed, given = list(tensors_in(inputs)), list(tensors_in(batch.inputs))
+            passed, batch_tensors = list(tensors_in(inputs)), list(tensors_in(batch.inputs))
         elif len(calls) == 1 and all(copied.holds([tensor]) for tensor in calls[0].received):
-            passed, given = copied.changed(calls[0].received, list(tensors_in(calls[0].inputs)))
+            passed, batch_tensors = copied.changed(calls[0].received, list(tensors_in(calls[0].inputs)))
         else:
-            passed, given = list(tensors_in(inputs)), copied.tensors()
-        detected = row_order(passed, given)
+            passed, batch_tensors = list(tensors_in(inputs)), copied.tensors()
+        detected = row_order(passed, batch_tensors)
         if detected is None:
             return None
         sizes = [len(call.logits) for call in calls if call.logits is not None]
-        if len(calls) > 1 and detected.order is None and is_partly_equal(passed, given, sizes):
+        if len(calls) > 1 and detected.order is None and is_partly_equal(passed, batch_tensors, sizes):
             raise ValueError(
                 f"the step calls the model {len(calls)} times: some calls received the rows of the batch in their order, and others "
                 "did not, so it is unknown which rows belong to the samples. Call the model once for the batch, or for "

@@ -89,8 +89,8 @@ class Run:
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
-        with self._observer.observing() as seen:
-            self._seen = seen
+        with self._observer.observing() as observation:
+            self._seen = observation
             yield
 
     def end_batch(self, number: int, place: int, batch: Any) -> None:
@@ -103,8 +103,8 @@ class Run:
         """
         self.stop()
         read = self._read if batch is self._given else None
-        read, seen = read or self._read_batch(batch), self._seen
-        assert seen is not None
+        read, observation = read or self._read_batch(batch), self._seen
+        assert observation is not None
         self._read = self._seen = self._given = None
         if read.size == 0:
             return
@@ -112,10 +112,10 @@ class Run:
         indices = self.drawn.of_batch(place, number)
         if self.stage.skips(place, read.size if indices is None else len(indices), indices):
             return
-        with self.surroundings(), seen.surroundings():
+        with self.surroundings(), observation.surroundings():
             size = read.size if indices is None else len(indices)
-            observed = self._observer.batch(seen, read.inputs, size, self._stepped)
-            observed = self._ordered(self._completed(observed, read, seen, place), read, seen)
+            observed = self._observer.batch(observation, read.inputs, size, self._stepped)
+            observed = self._ordered(self._completed(observed, read, observation, place), read, observation)
             evidence = self.stage.scorer.evidence(self.model, observed)
         moved = self.transfers.moved(observed.size)
         self.stage.rows[place].index.moved = moved

@@ -219,12 +219,12 @@ def reproduces(layer: nn.Module, patches: Patches, call: LayerCall) -> bool:
     assert features is not None and output is not None
     weight = patches.weight_matrix(layer.weight).double()  # type: ignore[arg-type]
     count = output[0, 0].numel()
-    places = torch.linspace(0, count - 1, min(CHECKED, count)).long().to(output.device)
+    positions = torch.linspace(0, count - 1, min(CHECKED, count)).long().to(output.device)
     columns = []
     for tap in patches.taps(features[:1]):
-        columns.append(tap.flatten(2)[0][:, places].double())
+        columns.append(tap.flatten(2)[0][:, positions].double())
     vectors = torch.stack(columns, 1)
-    expected = output[0].flatten(1)[:, places].double()
+    expected = output[0].flatten(1)[:, positions].double()
     groups = patches.groups
     grouped = vectors.unflatten(0, (groups, -1)).flatten(1, 2)  # type: ignore[no-untyped-call]
     made = torch.einsum("gcd,gdm->gcm", weight.unflatten(0, (groups, -1)), grouped).flatten(0, 1)  # type: ignore[no-untyped-call]

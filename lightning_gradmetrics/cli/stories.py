@@ -151,14 +151,14 @@ def _table_of(kind: str, columns: Mapping[str, Tensor]) -> pa.Table:
 
 def _by_kind(table: pa.Table) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
     """Return the scores of each kind of text, and which predictions are wrong."""
-    found = {}
+    scores_by_kind = {}
     for kind in table["dataset"].unique().to_pylist():
         rows = table.filter(pc.equal(table["dataset"], kind))
         scores = {}
         for name in score_names(table):
             scores[name] = torch.from_numpy(rows[name].to_numpy())
-        found[kind] = scores, torch.from_numpy(rows["prediction"].to_numpy())
-    return found
+        scores_by_kind[kind] = scores, torch.from_numpy(rows["prediction"].to_numpy())
+    return scores_by_kind
 
 
 def score_names(table: pa.Table) -> list[str]:
@@ -187,12 +187,12 @@ def sequence_rows(table: pa.Table) -> list[dict[str, str | float]]:
     Args:
         table: The result of :func:`sequence_table`.
     """
-    found = _by_kind(table)
-    inside, *others = found
+    scores_by_kind = _by_kind(table)
+    inside, *others = scores_by_kind
     rows: list[dict[str, str | float]] = []
-    for name, values in found[inside][0].items():
+    for name, values in scores_by_kind[inside][0].items():
         for kind in others:
-            both = torch.cat([values, found[kind][0][name]]).double()
+            both = torch.cat([values, scores_by_kind[kind][0][name]]).double()
             is_other = torch.cat([torch.zeros(len(values)), torch.ones(len(both) - len(values))]).long()
             rows.append({"score": name, "kind": kind, "auroc": float(auroc(both, is_other))})
     return rows

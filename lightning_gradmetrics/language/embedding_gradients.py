@@ -117,8 +117,8 @@ def uses_by_sequence(delta: Tensor, batch: Padded, padding_idx: int | None) -> l
     uses = []
     for row, sequence in enumerate(batch.sequences):
         ids = batch.ids[row, : len(sequence.ids)]
-        kept = torch.ones_like(ids, dtype=torch.bool) if padding_idx is None else ids != padding_idx
-        uses.append(EmbeddingUse(ids[kept], delta[row, : len(sequence.ids)][kept]))
+        has_gradient = torch.ones_like(ids, dtype=torch.bool) if padding_idx is None else ids != padding_idx
+        uses.append(EmbeddingUse(ids[has_gradient], delta[row, : len(sequence.ids)][has_gradient]))
     return uses
 
 

@@ -118,7 +118,7 @@ class LanguageModel:
         options = self._options(mask, last, hidden_states)
         hooks = HookState(self.module)
         try:
-            with self._watching() as seen:
+            with self._watching() as calls:
                 output = self.module(ids, **options)
         finally:
             hooks.restore()  # transformers adds hooks to return hidden states
@@ -127,10 +127,10 @@ class LanguageModel:
             raise LanguageModelError(
                 f"the logits of {type(self.module).__name__} have shape {tuple(logits.shape)}; {TOKENS_FIRST}"
             )
-        features, head_output = self._head_call(seen, logits)
-        kept = logits.shape[1] if last is None else last
+        features, head_output = self._head_call(calls, logits)
+        length = logits.shape[1] if last is None else last
         states = tuple(output.hidden_states) if hidden_states else ()
-        return HeadCall(features[:, -kept:], head_output[:, -kept:], logits[:, -kept:], states)
+        return HeadCall(features[:, -length:], head_output[:, -length:], logits[:, -length:], states)
 
     def _options(self, mask: Tensor, last: int | None, hidden_states: bool) -> dict[str, Any]:
         """Return the keyword arguments that the model's forward takes."""
@@ -158,11 +158,11 @@ class LanguageModel:
     @contextmanager
     def _watching(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         """Record the input and the output of each candidate for the head inside the block."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        calls: dict[str, tuple[Tensor, Tensor]] = {}
         with ExitStack() as stack:
             for name, candidate in self._candidates.items():
-                stack.callback(candidate.register_forward_hook(_keeping(seen, name)).remove)
-            yield seen
+                stack.callback(candidate.register_forward_hook(_keeping(calls, name)).remove)
+            yield calls
 
     def _head_call(self, seen: dict[str, tuple[Tensor, Tensor]], logits: Tensor) -> tuple[Tensor, Tensor]:
         if self.head_name is None:

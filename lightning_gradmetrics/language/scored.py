@@ -105,12 +105,12 @@ class ScoredGeneration:
             raise ValueError(
                 f"there are {len(self.sequences)} answers but {len(spans)} lists of spans; give one list per answer"
             )
-        places = []
+        all_spans = []
         for number, (sequence, ranges) in enumerate(zip(self.sequences, spans, strict=True)):
             for start, end in ranges:
                 _check_span(number, start, end, len(sequence.answer))
-                places.append((number, start, end))
-        numbers, starts, ends = zip(*places, strict=True) if places else ((), (), ())
+                all_spans.append((number, start, end))
+        numbers, starts, ends = zip(*all_spans, strict=True) if all_spans else ((), (), ())
         columns: dict[str, Any] = {
             "index": pa.array(numbers, pa.int64()),
             "start": pa.array(starts, pa.int64()),
@@ -118,7 +118,7 @@ class ScoredGeneration:
         }
         for name, answers in self.tokens.items():
             parts = []
-            for number, start, end in places:
+            for number, start, end in all_spans:
                 parts.append(answers[number][start:end])
             columns.update(_summaries(name, parts, self.aggregates))
         return pa.table(columns)

@@ -210,12 +210,12 @@ def _masked_rows(given: Mapping[str, Any], what: str) -> Iterator[Tensor]:
 
 def _without(padding: Tensor, row: Tensor, name: str) -> Tensor:
     """Return the ids of a row without the padding at its ends."""
-    kept = (~padding).nonzero().flatten()
-    if len(kept) and len(kept) != int(kept[-1]) - int(kept[0]) + 1:
+    tokens = (~padding).nonzero().flatten()
+    if len(tokens) and len(tokens) != int(tokens[-1]) - int(tokens[0]) + 1:
         raise ValueError(
             f"{name} has padding between two tokens, and without it the text would be different: pad at the ends only"
         )
-    return row[kept]
+    return row[tokens]
 
 
 def _row(row: Any, name: str) -> Tensor:

@@ -253,9 +253,9 @@ class WatchedGeneration:
         assert self._arguments is not None
         config = self._arguments.get("generation_config") or self.model.module
         ends = set(padding_of(config, None).ends)
-        given = self._arguments.get("eos_token_id")
-        if given is not None:
-            ends = set(torch.as_tensor(given).flatten().tolist())
+        end_ids = self._arguments.get("eos_token_id")
+        if end_ids is not None:
+            ends = set(torch.as_tensor(end_ids).flatten().tolist())
         is_end = torch.zeros_like(answer, dtype=torch.bool)
         for end in ends:
             is_end |= answer == end
@@ -264,12 +264,12 @@ class WatchedGeneration:
     def _is_prompt(self, number: int, rows: int, width: int) -> Tensor:
         """Return which ids of a row's prompt are tokens instead of padding."""
         assert self._arguments is not None
-        given = self._arguments.get("attention_mask")
-        mask = self._mask if given is None else given
+        mask_of_call = self._arguments.get("attention_mask")
+        mask = self._mask if mask_of_call is None else mask_of_call
         if mask is None:
             return torch.ones(width, dtype=torch.bool)
-        kept: Tensor = mask[number * len(mask) // rows].bool().cpu()
-        return kept
+        is_prompt: Tensor = mask[number * len(mask) // rows].bool().cpu()
+        return is_prompt
 
 
 def _check_left_padded(mask: Any) -> None:

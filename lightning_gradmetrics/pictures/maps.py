@@ -89,8 +89,8 @@ class MapGallery:
         finite = maps.flatten(1).isfinite().all(1) & values.isfinite()
         if not finite.any():
             return
-        kept = None if images is None else images[finite.to(images.device)].float().cpu()
-        seen = _Seen.of(values.detach()[finite].cpu().double(), maps[finite].float().cpu(), kept)
+        pixels = None if images is None else images[finite.to(images.device)].float().cpu()
+        seen = _Seen.of(values.detach()[finite].cpu().double(), maps[finite].float().cpu(), pixels)
         if batch.dataset in self.seen:
             seen = _merge_two(self.seen[batch.dataset], seen)
         self.seen[batch.dataset] = seen.extremes(self.each)

@@ -143,12 +143,12 @@ def segment_lists(
     """
     lists: dict[str, list[Tensor]] = {}
     lengths = []
-    for number, one in enumerate(prediction.cpu().numpy()):
+    for number, classes in enumerate(prediction.cpu().numpy()):
         truth = None if labels is None else labels[number].cpu().numpy()
         arrays = {}
         for name, values in maps.items():
             arrays[name] = values[number].double().cpu().numpy()
-        segments = segments_of(one, truth, arrays, least)
+        segments = segments_of(classes, truth, arrays, least)
         lengths.append(len(segments.columns["segment"]))
         for name, entries in segments.columns.items():
             lists.setdefault(SEGMENT_COLUMNS[name], []).append(torch.from_numpy(entries))

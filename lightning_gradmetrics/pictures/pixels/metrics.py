@@ -39,11 +39,11 @@ def sampled_pixels(known: Tensor, every: int | str) -> Tensor:
         known: Which pixels of an image are used, flat, bool.
         every: Use every n-th of them, or ``"auto"`` for at most 20,000, with a prime step.
     """
-    places = known.nonzero().flatten()
-    step = every if isinstance(every, int) else -(-len(places) // MOST_PIXELS)
+    positions = known.nonzero().flatten()
+    step = every if isinstance(every, int) else -(-len(positions) // MOST_PIXELS)
     if every == "auto" and step > 1:
         step = _next_prime(step)
-    return places[:: max(1, step)]
+    return positions[:: max(1, step)]
 
 
 def _next_prime(number: int) -> int:

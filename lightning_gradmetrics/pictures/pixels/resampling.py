@@ -141,6 +141,6 @@ class GroupedCells:
 def _order(edges: Sequence[Tensor]) -> Tensor:
     """Return the cells of all grids in the order of their midpoints."""
     middles = []
-    for one in edges:
-        middles.append(torch.cat([one[:1], (one[1:] + one[:-1]) / 2, one[-1:]]))
+    for grid in edges:
+        middles.append(torch.cat([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]]))
     return torch.cat(middles).argsort(stable=True)

@@ -115,5 +115,7 @@ def _overlaps(numbers: Array, count: int, prediction: Array, labels: Array | Non
     is_correct = (prediction == labels) & (labels >= 0)
     codes = numbers[is_correct].astype(np.int64) * len(true_sizes) + true_numbers[is_correct]
     codes, shared = np.unique(codes, return_counts=True)
-    one, other = np.divmod(codes, len(true_sizes))
-    return np.bincount(one, shared, minlength=count), np.bincount(one, true_sizes[other], minlength=count)
+    segment, true_segment = np.divmod(codes, len(true_sizes))
+    return np.bincount(segment, shared, minlength=count), np.bincount(
+        segment, true_sizes[true_segment], minlength=count
+    )

@@ -64,9 +64,9 @@ class PixelResults:
             if image == REPEATED:
                 continue
             truth = None if labels is None else labels[number]
-            one = {name: values[number] for name, values in batch.maps.items()}
-            self._add_metrics(batch.dataset, one, prediction[number], truth, group_of(image, prediction[number]))
-            self._keep_maps(batch, number, one, prediction[number], truth)
+            maps = {name: values[number] for name, values in batch.maps.items()}
+            self._add_metrics(batch.dataset, maps, prediction[number], truth, group_of(image, prediction[number]))
+            self._keep_maps(batch, number, maps, prediction[number], truth)
             self._seen += 1
 
     def _add_metrics(
@@ -79,14 +79,14 @@ class PixelResults:
         if self.settings.ood_labels:
             tasks["ood"] = ((truth >= 0) | (truth == OUTLIER), truth == OUTLIER)
         for task, (known, target) in tasks.items():
-            places = sampled_pixels(known, self.settings.every)
+            positions = sampled_pixels(known, self.settings.every)
             for score, values in maps.items():
-                chosen = values.flatten().cpu()[places]
+                chosen = values.flatten().cpu()[positions]
                 finite = chosen.isfinite()
                 key = (dataset, task, score)
                 if key not in self.meters:
                     self.meters[key] = PixelMeter(self.settings.bins, self.settings.resamples)
-                self.meters[key].add(chosen[finite], target[places][finite], predicted[places][finite], group)
+                self.meters[key].add(chosen[finite], target[positions][finite], predicted[positions][finite], group)
 
     def _keep_maps(
         self, batch: ScoredBatch, number: int, maps: Mapping[str, Tensor], prediction: Tensor, labels: Tensor | None
