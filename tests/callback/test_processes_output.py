@@ -161,16 +161,19 @@ from tests.callback.runs import Stepped, mlp
 seen = []
 
 
+def closed_forms(layer, arguments, logits):
+    p, length = logits.softmax(1), arguments[0].abs().sum(1)
+    uniform = -length * (p - 1 / 3).abs().sum(1)
+    pseudo = length * (p - torch.nn.functional.one_hot(p.argmax(1), 3)).abs().sum(1)
+    seen.extend(torch.stack([-logits.logsumexp(1), uniform, pseudo], 1).tolist())
+
+
 class Sharded(Stepped):
     def configure_model(self):
         if not hasattr(self, "is_sharded"):
             self.is_sharded = True
+            self.net[-1].register_forward_hook(closed_forms)
             self.net = FullyShardedDataParallel(self.net, device_id=torch.device("cpu"))
-
-    def step(self, batch):
-        logits = super().step(batch)
-        seen.extend((-logits.logsumexp(1)).tolist())
-        return logits
 
 
 def work(rank):
@@ -180,22 +183,24 @@ def work(rank):
 
 
 outcomes = []
-for names in (["energy", "gradnorm"], ["pseudo_label(target=all)"]):
+for names in (["energy", "gradnorm", "pseudo_label"], ["pseudo_label(target=all)"]):
     outcomes.append(launch(2, work)[:2])
 print(json.dumps(outcomes))
 """
 
 
 @pytest.mark.slow
-def test_a_module_that_the_user_wraps_in_fsdp_is_scored_by_its_outputs_or_refused(tmp_path: Path) -> None:
-    """FSDP1 (``FullyShardedDataParallel``) under another strategy."""
-    (codes, energies), (refused, errors) = run_forked(SHARDED_BY_HAND, tmp_path)[0]
+def test_logit_and_head_scores_of_a_module_wrapped_in_fsdp_are_right_and_others_are_refused(tmp_path: Path) -> None:
+    """FSDP1 (``FullyShardedDataParallel``) under another strategy, compared with closed forms of what its last layer received."""
+    (codes, forms), (refused, errors) = run_forked(SHARDED_BY_HAND, tmp_path)[0]
     assert codes == [0, 0] and refused == [1, 1]
     assert all("FullyShardedDataParallel shards the parameters, and the scores" in error for error in errors)
-    table = lgm.read_results(tmp_path / "2")
+    table = lgm.read_results(tmp_path / "3")
     assert table.num_rows == 23
-    wanted = sorted({round(value, 5) for value in [*energies[0], *energies[1]]})
-    assert sorted(table["energy"].to_pylist()) == pytest.approx(wanted, abs=2e-5)
+    columns = [table[name].to_pylist() for name in ("energy", "gradnorm", "pseudo_label")]
+    wanted = {tuple(round(value, 5) for value in row) for rank in forms for row in rank}  # one row is padding
+    for found, expected in zip(sorted(zip(*columns, strict=True)), sorted(wanted), strict=True):
+        assert found == pytest.approx(expected, abs=2e-5)
 
 
 STOPPED = """
