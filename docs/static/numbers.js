@@ -1,4 +1,4 @@
-// A number and its interval stay on one line: 89.7 (86.4–92.3).
+// A number and its interval stay on one line: 89.7 (86.4 to 92.3).
 addEventListener("DOMContentLoaded", () => {
   for (const cell of document.querySelectorAll("table.docutils td")) {
     for (const text of textsIn(cell)) {

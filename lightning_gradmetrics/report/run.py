@@ -41,6 +41,13 @@ IMAGE_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 THUMBNAILS_FILE = "samples/index.json"
 """The thumbnail file of each sample by dataset and index, relative to the run directory."""
 
+DARK = """<style>@media (prefers-color-scheme: dark) {
+#figure_1 > #patch_1 path { fill: none !important }
+g[id^="text_"], g[id^="text_"] g:not([style*="fill: #b03a00"]) { fill: #e9ebef !important }
+path[style*="stroke: #000000"], use[style*="stroke: #000000"] { stroke: #a9b1bd !important }
+}</style>"""
+"""Colours of matplotlib's pictures in dark mode; the titles of incorrect predictions keep their colour."""
+
 READS_LABELS = "reads labels"
 """The value of ``fit`` for a score that reads the true label."""
 
@@ -248,5 +255,9 @@ class Run:
 
 
 def picture_source(path: Path) -> Markup:
-    """Return a picture as a data URL."""
-    return Markup(f"data:{IMAGE_TYPES[path.suffix]};base64,{b64encode(path.read_bytes()).decode()}")
+    """Return a picture as a data URL; an SVG picture has light text without a background in dark mode."""
+    content = path.read_bytes()
+    if path.suffix == ".svg":
+        start, end, rest = content.rpartition(b"</svg>")
+        content = start + DARK.encode() + end + rest
+    return Markup(f"data:{IMAGE_TYPES[path.suffix]};base64,{b64encode(content).decode()}")
