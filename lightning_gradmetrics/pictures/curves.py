@@ -17,6 +17,9 @@ REFERENCE = "max_softmax"
 """The score that is drawn in every picture in addition to the best scores."""
 
 SECTION = "Curves"
+AXES = (0.15, 0.13, 0.82, 0.79)
+"""The left end, lower end, width and height of the axes, as fractions of the figure."""
+
 MOST_SCORES = 4
 MOST_DISTRIBUTIONS = 3
 
@@ -72,9 +75,9 @@ def _picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8, 3.8), layout="constrained")
+    figure = Figure(figsize=(4.8, 3.8))  # fixed margins, because a computed layout takes as long as drawing
     FigureCanvasAgg(figure)
-    draw(results, roles, ax=figure.subplots(), **arguments)
+    draw(results, roles, ax=figure.add_axes(AXES), **arguments)
     return Picture(name, title, caption, figure, SECTION)
 
 

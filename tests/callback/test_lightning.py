@@ -103,32 +103,6 @@ def test_a_pickled_callback_has_the_same_scores() -> None:
     assert again.results.equals(callback.results)
 
 
-@pytest.mark.slow
-def test_ddp_spawn(tmp_path: Path) -> None:
-    source = f"""
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-import lightning_gradmetrics as lgm
-from lightning.pytorch import Trainer
-from tests.models import Module
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    data = DataLoader(TensorDataset(torch.randn(9, 3, 8, 8), torch.arange(9) % 5), 2)
-    quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    callback = lgm.GradientMetrics(["gradnorm", "energy"], output={str(tmp_path / "scored")!r})
-    Trainer(accelerator="cpu", strategy="ddp_spawn", devices=2, callbacks=[callback], **quiet).test(Module(), data, verbose=False)
-    rows = callback.results.to_pydict()
-    open({str(tmp_path / "rows")!r}, "w").write(repr((sorted(rows["index"]), len(rows["gradnorm"]))))
-"""
-    (tmp_path / "script.py").write_text(source)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")], cwd=ROOT, env=environment(), capture_output=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert (tmp_path / "rows").read_text() == repr((list(range(9)), 9))
-
-
 def environment() -> dict[str, str]:
     import os
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,28 +43,36 @@ def test_a_directory_replaces_a_directory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["states"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from lightning_gradmetrics.results import replacing
+def replace_and_be_killed(folder: Path, step: str) -> None:
+    """Replace a directory, and kill this process before or after a rename of it."""
+    when, name = step.split()
+    real = getattr(Path, name)
 
-step, real = sys.argv[2], {"rename": Path.rename, "replace": Path.replace}
-
-
-def killed(self, target):
-    if step.startswith("before"):
+    def killed(self: Path, target: Path) -> None:
+        if when == "after":
+            real(self, target)
         os.kill(os.getpid(), signal.SIGKILL)
-    real[step.split()[1]](self, target)
-    os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Path, name, killed)
+    with replaced(folder / "states") as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
 
 
-setattr(Path, step.split()[1], killed)
-with replacing.replaced(Path(sys.argv[1]) / "states") as folder:
-    folder.mkdir()
-    (folder / "new").touch()
-"""
+def status_of_fork(work: Callable[[], None]) -> int:
+    """Return the exit code of a copy of this process that does the work."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pytest-xdist has threads; the copy needs none of them
+        child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks")
 @pytest.mark.parametrize(
     ("step", "expected"),
     [("before rename", "old"), ("after rename", "old"), ("before replace", "old"), ("after replace", "new")],
@@ -72,8 +83,7 @@ def test_a_kill_while_a_directory_is_replaced_leaves_one_of_the_versions(
     """After the next start one version is in place, and the directory can be replaced again."""
     (tmp_path / "states").mkdir()
     (tmp_path / "states" / "old").touch()
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), step])
-    assert done.returncode == -signal.SIGKILL
+    assert status_of_fork(lambda: replace_and_be_killed(tmp_path, step)) == -signal.SIGKILL
     with reserved(tmp_path):
         assert [path.name for path in (tmp_path / "states").iterdir()] == [expected]
         assert not (tmp_path / ".states.old").exists()

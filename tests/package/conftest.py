@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 PROJECT = Path(__file__).parents[2]
 
@@ -29,10 +30,16 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the project's wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    run(*pip, "-w", folder, PROJECT, cwd=folder)
+    """Build the project's wheel, once for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "wheel"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "wheel.lock"):
+        if not list(folder.glob("*.whl")):
+            pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+            run(*pip, "-w", folder, PROJECT, cwd=folder)
     return next(folder.glob("*.whl"))
 
 
@@ -40,9 +47,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python(wheel: Path) -> Path:
     """Install the wheel into a virtual environment that finds everything else in this one."""
     folder = wheel.parent / "venv"
-    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=wheel.parent)
-    python = folder / "bin" / "python"
-    packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
-    (packages / "outside.pth").write_text("\n".join(site.getsitepackages()))
-    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
+    python, is_ready = folder / "bin" / "python", folder / "ready"
+    with FileLock(wheel.parent / "venv.lock"):
+        if not is_ready.exists():
+            run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=wheel.parent)
+            packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
+            (packages / "outside.pth").write_text("\n".join(site.getsitepackages()))
+            pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index"]
+            run(*pip, wheel, cwd=folder)
+            is_ready.touch()
     return python

@@ -33,6 +33,14 @@ value: Tensor = uncertainty(nn.Linear(4, 3), torch.rand(2, 4))
 print(value.shape, lgm.__file__)
 """
 
+CONFIGURATION = """
+from lightning_gradmetrics.cli.configuration import configuration_directory
+
+folder = configuration_directory()
+assert (folder / "score" / "gradnorm.yaml").is_file()
+print(folder)
+"""
+
 MISTAKE = """
 import lightning_gradmetrics as lgm
 
@@ -72,9 +80,10 @@ def test_a_typed_program_runs_and_passes_mypy_strict(python: Path, tmp_path: Pat
     (tmp_path / "program.py").write_text(PROGRAM)
     printed = run(python, "program.py", cwd=tmp_path)
     assert str(python.parent.parent) in printed, "the program must import the installed wheel"
-    mypy = [sys.executable, "-m", "mypy", "--python-executable", str(python)]
-    run(*mypy, "program.py", cwd=tmp_path)
-
+    assert str(python.parent.parent) in run(python, "-c", CONFIGURATION, cwd=tmp_path), "the command must find conf/"
     (tmp_path / "mistake.py").write_text(MISTAKE)
-    done = subprocess.run([*mypy, "mistake.py"], cwd=tmp_path, env=clean(), capture_output=True, text=True, timeout=600)
-    assert 'Argument "datasets"' in done.stdout, done.stdout
+    mypy = [sys.executable, "-m", "mypy", "--python-executable", str(python), "program.py", "mistake.py"]
+    done = subprocess.run(mypy, cwd=tmp_path, env=clean(), capture_output=True, text=True, timeout=600)
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == 1, done.stdout
+    assert errors[0].startswith("mistake.py:") and 'Argument "datasets"' in errors[0]

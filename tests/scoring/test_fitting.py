@@ -302,7 +302,10 @@ if used.is_global_zero:
 
 @pytest.mark.slow
 def test_two_processes_fit_the_same_state(tmp_path: Path) -> None:
-    """33 and 40 samples on two processes, where the sampler repeats one: the state of one process, on both ranks."""
+    """33 and 40 samples on two processes, where the sampler repeats one: the state of one process, on both ranks.
+
+    Lightning starts the second process; other tests fork theirs.
+    """
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
