@@ -219,13 +219,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of the documentation, between its marks."""
     lines = [f"Measured on {date.today():%d %B %Y} with torch {torch.__version__.partition('+')[0]}.", ""]
-    lines += ["| library | model | result | head | largest error |", "|---|---|---|---|---|"]
+    lines += ["| library | model | result | largest error | head |", "|---|---|---|---|---|"]
     for row in rows:
         error = f"{row['error']:.0e}" if "error" in row else ""
         head = (
             f"`{row['head'].replace('+', '` + `')}`" if "head" in row else row.get("reason", "").partition(":")[0][:90]
         )
-        lines.append(f"| {row['family']} | `{row['name']}` | {row['verdict']} | {head} | {error} |")
+        lines.append(f"| {row['family']} | `{row['name']}` | {row['verdict']} | {error} | {head} |")
     return "\n".join(lines) + "\n"
 
 
