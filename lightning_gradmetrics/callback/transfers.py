@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Transfers:
             self._undo = after_each_call(trainer.precision_plugin, "convert_input", self._leaves_loader)
 
     def _leaves_loader(self, batch: Any) -> None:
-        self._before = row_marks(BatchCopy(batch).tensors())
+        self._before = _marks(batch)
 
     def reaches_step(self, batch: Any) -> None:
         """Read the batch before the step.
@@ -45,7 +45,7 @@ class Transfers:
         Args:
             batch: The batch that the step will receive.
         """
-        self._after = [] if self._before is None else row_marks(BatchCopy(batch).tensors())
+        self._after = [] if self._before is None else _marks(batch)
 
     def moved(self, size: int) -> Tensor | None:
         """Return the position in the loader's batch of each row that the step received; ``None`` if no row moved.
@@ -74,6 +74,12 @@ class Transfers:
         if self._undo is not None:
             self._undo()
             self._undo = None
+
+
+def _marks(batch: Any) -> list[RowMarks]:
+    """Return the marks of a batch; of an object, those of its attributes."""
+    is_object = hasattr(batch, "__dict__") and not isinstance(batch, (Tensor, Mapping, list, tuple))
+    return row_marks(BatchCopy(dict(vars(batch)) if is_object else batch).tensors())
 
 
 def _overridden(trainer: Trainer, module: LightningModule) -> bool:

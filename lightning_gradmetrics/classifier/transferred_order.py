@@ -74,7 +74,8 @@ def transferred_order(before: Sequence[RowMarks], after: Sequence[RowMarks], siz
     pairs, changed, others = _pairs_of_equal_rows(_of_length(before, size), _of_length(after, size))
     bits = 0.0
     if pairs:
-        same = _order_of_pairs(pairs, is_all=not others)
+        has_inputs = any(marks.means is not None for marks, _ in pairs)
+        same = _order_of_pairs(pairs, is_all=has_inputs and not others)
         if same is None or same.order is not None:
             return same
         bits = same.bits

@@ -438,3 +438,24 @@ def test_a_data_module_may_move_rows() -> None:
     callback = observed()
     trainer(callback).test(Indexed(), datamodule=HookedData(), verbose=False)
     assert_exact(callback, 11)
+
+
+class Photo:
+    def __init__(self, image: Tensor, label: Tensor) -> None:
+        self.image, self.label = image, label
+
+
+class FlipsPhotos(Indexed):
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        return Photo(batch.image.flip(0), batch.label.flip(0))
+
+    def step(self, batch: Any) -> Any:
+        return self(batch.image)
+
+
+def test_the_rows_of_an_object_are_followed() -> None:
+    """The labels of a batch, 0, 1, 2, 0, do not determine the order."""
+    callback = observed()
+    loader = DataLoader(Numbered(), 4, collate_fn=lambda rows: Photo(*torch.utils.data.default_collate(rows)))
+    trainer(callback).test(FlipsPhotos(), loader, verbose=False)
+    assert_exact(callback, 11)
