@@ -45,7 +45,7 @@ def original(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def every_class(model: nn.Module, inputs: Tensor) -> None:
-    """The input gradients of all C classes and nothing else: what leaving out parameter gradients alone would give."""
+    """The input gradients of all C classes alone: the gain of leaving out parameter gradients."""
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
     leaf = inputs.detach().clone().requires_grad_()
@@ -70,7 +70,7 @@ def seconds(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def compare(case: str, batch: int, repeats: int, device: str) -> dict[str, Any]:
-    """One row of the table: times in milliseconds, ratios to the original, and how far the values are apart."""
+    """Return one row of the table: times in milliseconds, ratios to the original, and the differences."""
     model, inputs = CASES[case].build(device, batch)
     runs = {"original": original, "every_class": every_class, "ours": cosine_similarity_maps}
     for function in runs.values():

@@ -218,7 +218,7 @@ def _beside_step(
     report: Report,
     options: argparse.Namespace,
 ) -> None:
-    """Measure functions in turns with a training step, in as many rounds as the time that is left allows."""
+    """Measure functions in turns with a training step, in as many rounds as the remaining time allows."""
     for name, function in functions.items():
         what = f"{', '.join(where)}, {name}"
         if report.left() <= 0:

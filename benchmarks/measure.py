@@ -19,9 +19,9 @@ __all__ = ["environment", "interleaved", "peak_memory", "spread", "summary"]
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each function in each round. Every round runs all of them, starting one further each time.
+    """Return the seconds of each function in each round. Every round runs all functions and starts with the next one.
 
-    What else the machine does then falls on all of them alike; ratios are taken within a round.
+    Other work on the machine slows all of them alike; ratios are taken within a round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
@@ -42,7 +42,7 @@ def _timed(function: Callable[[], Any], device: str) -> float:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
+    """Return the median and the quartiles."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -50,7 +50,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def summary(times: Mapping[str, list[float]], unit: str) -> dict[str, dict[str, Any]]:
-    """For each function its milliseconds, and its ratio to ``unit`` within each round: median and quartiles of both."""
+    """Return each function's milliseconds and its ratio to ``unit`` within a round: median and quartiles of both."""
     rows = {}
     for name, values in times.items():
         ratios = [value / one for value, one in zip(values, times[unit], strict=True)]
@@ -59,7 +59,7 @@ def summary(times: Mapping[str, list[float]], unit: str) -> dict[str, dict[str, 
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Bytes that this process, or its GPU, has held at most."""
+    """Return the peak memory of this process, or of its GPU, in bytes."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -70,7 +70,7 @@ def peak_memory(device: str = "cpu") -> int:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the facts that the figures depend on."""
     from lightning_gradmetrics.engine.kernels.native import supports
 
     facts = {

@@ -36,29 +36,29 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class ScikitLearn:
-    """scikit-learn's function in the dress of a meter: update keeps, compute computes."""
+    """scikit-learn's function with the interface of a meter."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[Tensor, Tensor]] = []
 
     def update(self, scores: Tensor, target: Tensor) -> None:
-        """Keep a batch."""
+        """Store a batch."""
         self.batches.append((scores, target))
 
     def compute(self) -> float:
-        """The AUROC of all batches."""
+        """Return the AUROC of all batches."""
         scores, target = (torch.cat(parts).numpy() for parts in zip(*self.batches, strict=True))
         return float(roc_auc_score(target, scores))
 
 
 class NoMeter:
-    """Takes batches and keeps nothing: what the stream itself costs."""
+    """Stores nothing: it measures the cost of the stream."""
 
     def update(self, scores: Tensor, target: Tensor) -> None:
-        """Forget a batch."""
+        """Ignore a batch."""
 
     def compute(self) -> float:
-        """There is nothing to say."""
+        """Return NaN."""
         return float("nan")
 
 
@@ -80,7 +80,7 @@ STREAMED: dict[str, Callable[[], Any]] = {
 
 
 def stream(size: int, batch: int, seed: int = 0) -> Batches:
-    """Scores in [0, 1] and targets, a fifth of them positive and one standard deviation higher before the sigmoid."""
+    """Return scores in [0, 1] and targets; a fifth are positive and one standard deviation higher before the sigmoid."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, size, batch):
         number = min(batch, size - start)
@@ -89,7 +89,7 @@ def stream(size: int, batch: int, seed: int = 0) -> Batches:
 
 
 def timed(make: Callable[[], Any], batches: Batches) -> dict[str, float]:
-    """Seconds in update and in compute, and the value."""
+    """Return the seconds in update and in compute, and the value."""
     meter, seconds = make(), 0.0
     for scores, target in batches:
         start = time.perf_counter()
@@ -101,7 +101,7 @@ def timed(make: Callable[[], Any], batches: Batches) -> dict[str, float]:
 
 
 def compare(size: int, batch: int, repeats: int, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a method: median times of several turns, and the distance to the exact value."""
+    """Yield one row per method: median times of several turns, and the distance to the exact value."""
     data = list(stream(size, batch))
     turns = [{name: timed(METHODS[name], iter(data)) for name in methods} for _ in range(repeats)]
     exact = roc_auc_score(torch.cat([t for _, t in data]).numpy(), torch.cat([s for s, _ in data]).double().numpy())
@@ -116,7 +116,7 @@ def compare(size: int, batch: int, repeats: int, methods: Sequence[str]) -> list
 
 
 def alone(name: str, size: int) -> dict[str, Any]:
-    """One method in this process, and by how much the process' peak memory grew after a warm-up."""
+    """Run one method in this process, and measure the growth of peak memory after a warm-up."""
     make, batches = STREAMED[name], stream(size, BATCH)
     timed(make, stream(WARM * BATCH, BATCH))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -126,7 +126,7 @@ def alone(name: str, size: int) -> dict[str, Any]:
 
 
 def streamed(name: str, size: int, threads: int) -> dict[str, Any]:
-    """One method on a stream in two fresh processes: its times, and its memory as it is and live."""
+    """Run one method on a stream in two new processes, for its times and its two figures of memory."""
     found = in_fresh_process(name, size, threads, {})
     live = in_fresh_process(name, size, threads, {"MALLOC_MMAP_THRESHOLD_": "65536"})
     return {**found, "live_mib": live["growth_mib"]}

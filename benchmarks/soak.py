@@ -81,7 +81,7 @@ def resident() -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run, and print and write how memory and speed went."""
+    """Run the test, and print and write memory and speed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--batch-size", type=int, default=256)

@@ -65,7 +65,7 @@ def chosen_parameters(model: nn.Module) -> list[str]:
 
 
 def temperature_of(model: nn.Module, inputs: Any) -> float:
-    """1, or what keeps logits with random weights within a range of 10: beyond it the gradients vanish."""
+    """Return the temperature, at least 1, that keeps random logits within a range of 10: beyond it gradients vanish."""
     with torch.no_grad():
         logits = logits_of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
     return max(1.0, float(logits.amax(1).sub(logits.amin(1)).max()) / 10)
@@ -124,7 +124,7 @@ def worst_error(found: lgm.GradientStatistics, right: Mapping[str, Tensor]) -> f
 
 
 def examined(make: Any, seconds: int) -> dict[str, Any]:
-    """What happened with one model: an error, and the way it took; a refusal; or why it was not run."""
+    """The result for one model: its error and strategy, a refusal, or the reason why it was not run."""
     torch.manual_seed(0)
     start = time.perf_counter()
     try:

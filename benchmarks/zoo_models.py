@@ -241,7 +241,7 @@ def huggingface_model(kind: str, family: str, name: str) -> Made:
 
 
 def _settings(default: Any) -> dict[str, Any]:
-    """The small settings that a configuration has as numbers."""
+    """Return the small settings that are numbers in a configuration."""
     known = {}
     for name, value in SMALL.items():
         if isinstance(getattr(default, name, None), int) or (hasattr(default, name) and name.endswith("token_id")):

@@ -170,7 +170,7 @@ def compared(model: nn.Module) -> dict[str, Any]:
 
 
 def examined(make: Make) -> dict[str, Any]:
-    """What happened with one model."""
+    """The result for one model."""
     torch.manual_seed(0)
     start = time.perf_counter()
     with warnings.catch_warnings():
