@@ -31,6 +31,7 @@ __all__ = [
     "Converter",
     "LabelsNotUnderstoodError",
     "batch_inputs",
+    "labels_in",
     "shallow_copy",
     "split_batch",
 ]
@@ -69,11 +70,21 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor | None]:
                 [0., 0., 0.]]), tensor([0, 1]))
     """
     inputs = batch_inputs(batch)
-    copied, size = BatchCopy(batch), _first_length(inputs)
+    return inputs, labels_in(batch, _first_length(inputs))
+
+
+def labels_in(batch: Any, size: int) -> Tensor | None:
+    """Return the labels ``(N,)`` or ``(N, H, W)`` in a batch, or ``None`` if it has none or they are ambiguous.
+
+    Args:
+        batch: A batch of the dataloader.
+        size: The number of samples.
+    """
+    copied = BatchCopy(batch)
     for read in (class_numbers, map_numbers):
         with suppress(LabelsNotUnderstoodError):
-            return inputs, copied.labels(size, None, (), read)
-    return inputs, None
+            return copied.labels(size, None, (), read)
+    return None
 
 
 def _first_length(inputs: Inputs) -> int:

@@ -20,12 +20,13 @@ from lightning_gradmetrics.engine.guards import (
     check_repeated,
     check_samples,
     compare_alone,
+    logits_without_graph,
 )
-from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read, quiet_no_grad
+from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
 from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.row_check import check_row_owners
-from lightning_gradmetrics.engine.sample_check import check_one_sample
+from lightning_gradmetrics.engine.sample_check import check_some_samples
 from lightning_gradmetrics.engine.samples import input_shapes, input_structure
 from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
@@ -37,6 +38,9 @@ __all__ = ["auto_moments", "verified_strategy"]
 
 ALONE_IF_NEW = 3
 """Number of samples that run alone in the first batch of each shape, since the model may branch on the shape."""
+
+GRADIENTS_IF_UNPROVEN = 4
+"""Number of samples whose gradients are compared with autograd in a new kind of batch that no proof covers."""
 
 MOST_OUTLINES = 16
 """Largest number of call sequences that are stored for one batch size."""
@@ -251,8 +255,7 @@ def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
         return
     state.restore()
     if not checks.logits:
-        with quiet_no_grad(strategy.quiet):
-            checks(task.forward())
+        checks(logits_without_graph(task, strategy.quiet))
         state.restore()
     check = None
     if not strategy.random:
@@ -276,7 +279,8 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
     verified = strategy.times.get(checks.here, {})
     if outline not in verified:
         if not strategy.random and not (checks.is_covered and strategy.settled):
-            checks.compare_paths(calls, check_one_sample(table, strategy.fast, laid_out, state))
+            count = 1 if checks.is_covered else GRADIENTS_IF_UNPROVEN
+            checks.compare_paths(calls, check_some_samples(table, strategy.fast, laid_out, state, count))
             if not checks.is_covered and task.size > 3:  # the probe has checked the rows of three samples
                 check_row_owners(table, restricted, strategy.plan, free, state)
             strategy.settled = strategy.settled or checks.is_covered
@@ -296,7 +300,7 @@ def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: _BatchChecks
         try:
             collect_fast(table, task.restricted(names), None, checks)
             if not strategy.random:
-                check_one_sample(table, names, task, state)
+                check_some_samples(table, names, task, state, GRADIENTS_IF_UNPROVEN if checks.is_new else 1)
             break
         except PlanError as error:
             given_up = error.names & set(names) or set(names)

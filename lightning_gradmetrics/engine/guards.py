@@ -31,6 +31,7 @@ __all__ = [
     "check_repeated",
     "check_samples",
     "compare_alone",
+    "logits_without_graph",
 ]
 
 _CHOICE = random.Random(0)
@@ -231,10 +232,10 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, ou
             now.restore()
 
 
-def _recorded(task: Task, outline: Outline) -> Tensor:
+def _recorded(task: Task, outline: Outline, quiet: bool) -> Tensor:
     """Return the logits and record the calls, with gradients enabled as in the forward pass of a batch."""
     outline.leaves = task.leaves()
-    with torch.enable_grad(), Recording(outline):
+    with quiet_no_grad(quiet), torch.enable_grad(), Recording(outline):
         return task.forward()
 
 

@@ -26,7 +26,7 @@ _FILLING = frozenset(["full", "new_full"])
 """Functions whose plain numbers are values of the result, and whose tuples are its shape."""
 
 _HOOKING = frozenset(["register_hook", "register_post_accumulate_grad_hook", "retain_grad"])
-_NODE = Tensor.grad_fn.__get__
+_NODE = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 """Functions that may change how gradients are computed."""
 
 _STRUCTURAL = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -45,8 +45,9 @@ class Probe:
         losses: For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale.
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
-        uses_totals: Whether a number of all samples is used in a way that may change any of them: Python reads values that depend
-            on samples and parameters, or a torch call reads or uses such a number itself.
+        reads_activations: Whether Python reads values that depend on samples and parameters, or a torch call reads a number
+            of the samples itself.
+        uses_totals: Whether a number of all samples meets a tensor with axes, so that it may change the gradients of any sample.
         proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
         reads: The values that Python reads from tensors.
         sizes: The sizes for which the proof holds; ``None`` if it holds for those of the probe only.
@@ -59,6 +60,7 @@ class Probe:
     losses: Sequence[tuple[Tensor, Tensor]]
     plan: Plan | None
     reason: str
+    reads_activations: bool
     uses_totals: bool
     proven: bool
     reads: tuple[PlannedRead, ...]
@@ -118,9 +120,10 @@ def probe_model(task: Task) -> Probe:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
         plan = replace(plan, reads=reads)
-    totals = reads_inside or reads_activations(many.operations) or uses_totals(many.operations)
+    activations = reads_inside or reads_activations(many.operations)
+    totals = uses_totals(many.operations)
     proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
-    return Probe(three, losses, plan, reason, totals, proven, reads, sizes, random, pauses, size)
+    return Probe(three, losses, plan, reason, activations, totals, proven, reads, sizes, random, pauses, size)
 
 
 def _planned_reads(

@@ -1,4 +1,4 @@
-"""Compares the moments of one sample of a batch with autograd on that sample alone."""
+"""Compares the moments of some samples of a batch with autograd on each sample alone."""
 
 from __future__ import annotations
 
@@ -19,19 +19,36 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["check_one_sample"]
+__all__ = ["check_some_samples"]
 
 
-def check_one_sample(table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState) -> Outline:
-    """Compare one sample's moments with autograd on that sample alone, and return the outline of its forward pass.
+def check_some_samples(
+    table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState, count: int = 1
+) -> Outline:
+    """Compare the moments of some samples with autograd on each sample alone, and return the outline of a forward pass.
 
-    Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
-    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table.
+    Several samples include the first and the last one.
 
     Raises:
         PlanError: If they differ.
     """
-    number = int(torch.randint(table.task.size, (), generator=_GENERATOR))
+    size = table.task.size
+    numbers: list[int] = torch.randint(size, (count,), generator=_GENERATOR).tolist()
+    if count > 1:
+        numbers = [*numbers[2:], size - 1, 0]
+    for number in set(numbers):
+        outline = _check_sample(table, names, laid_out, state, number)
+    return outline
+
+
+def _check_sample(
+    table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState, number: int
+) -> Outline:
+    """Compare one sample's moments with autograd on that sample alone, and return the outline of its forward pass.
+
+    Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
+    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table.
+    """
     alone = table.task.rows(number, number + 1).restricted(names)
     outline = Outline(alone.leaves())
     if _agree_on_sample(table, number, alone, _logits(alone, state, Recording(outline)), 0):

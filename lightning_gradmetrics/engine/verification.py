@@ -85,7 +85,11 @@ def _verified(task: Task) -> Strategy:
     If the plan leaves parameters to slower ways, recovered owners are tried too.
     """
     state, probe = ForwardState(task.model), probe_model(task)
-    plan, slow, path = _covered(probe, probe.plan, state)
+    if probe.uses_totals:
+        plan, path = None, 0
+        slow = dict.fromkeys(task.parameters, "a number computed from all samples enters the forward pass")
+    else:
+        plan, slow, path = _covered(probe, probe.plan, state)
     if plan is not None and slow:
         _, others, _ = _covered(probe, None, state)
         if len(others) < len(slow):
@@ -138,9 +142,9 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
 def _alone(probe: Probe, plan: Plan | None) -> int:
     """Return how many samples of each batch are run alone.
 
-    Returns the number of all samples if the forward pass uses a number that may differ for any of them, and no plan tells which.
+    Returns the number of all samples if Python reads a number that may differ for any of them, and no plan tells which.
     """
-    if probe.uses_totals or (plan is None and probe.reads_samples):
+    if probe.reads_activations or (plan is None and probe.reads_samples):
         return EVERY_SAMPLE
     if probe.proven:
         return 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import check_model
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis
 from lightning_gradmetrics.evaluation.tasks import ID
 from lightning_gradmetrics.results.sample_index import SampleIndex
 from lightning_gradmetrics.results.table import Rows, finite_rows, merge_results, with_scores
@@ -213,6 +214,7 @@ def cross_fit(
     folds: int = 5,
     seed: int = 0,
     progress: Progress = lambda share: None,
+    sample_axis: SampleAxis = 0,
     **options: Any,
 ) -> pa.Table:
     """Return out-of-fold scores: fitted scores evaluated on their own data by cross-validation.
@@ -232,6 +234,7 @@ def cross_fit(
         folds: The number of folds.
         seed: The seed of the folds.
         progress: Called with the completed fraction of the fits.
+        sample_axis: The axis of the samples in the inputs, as in :func:`lightning_gradmetrics.score`.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Returns:
@@ -259,7 +262,7 @@ def cross_fit(
     columns = held_out_columns(wanted, {name: roles[name] for name in batches})
     parts, tables = {}, {}
     for name, stream in batches.items():
-        parts[name], tables[name] = _gather(model, name, stream, scorer, roles[name] != ID)
+        parts[name], tables[name] = _gather(model, name, stream, scorer, roles[name] != ID, sample_axis)
     fold_of_rows = _folds_of(parts, roles, columns, folds, seed)
     held_out = held_out_scores(model, parts, fold_of_rows, columns, scorer, progress) if columns else {}
     for name, fold_of_row in fold_of_rows.items():
@@ -272,11 +275,11 @@ def cross_fit(
 
 
 def _gather(
-    model: nn.Module, name: str, batches: Iterable[Any], scorer: Scorer, ood: bool
+    model: nn.Module, name: str, batches: Iterable[Any], scorer: Scorer, ood: bool, sample_axis: SampleAxis
 ) -> tuple[list[Part], pa.Table]:
     """Return the evidence of a dataset, and its rows without scores."""
     rows, parts = Rows(name, (), SampleIndex.of(batches)), []
-    for batch, evidence in gathered(model, batches, scorer, ood):
+    for batch, evidence in gathered(model, batches, scorer, ood, sample_axis):
         if batch.tokens is not None:
             raise ValueError(f"cross_fit takes classifiers of samples, and the dataset {name!r} has texts: use lgm.fit")
         rows.add(batch.inputs, batch.logits, batch.labels, {})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.batches import BatchCopy, split_batch
+from lightning_gradmetrics.classifier.batches import BatchCopy, labels_in, split_batch
 from lightning_gradmetrics.classifier.forward import check_model, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.labels import described, is_like_labels, token_numbers
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
@@ -225,6 +225,8 @@ def gathered(
         moved = map_tensors(inputs, lambda tensor: tensor.to(device))
         with samples_first(model, moved, sample_axis) as placed:
             observed = observer.own(placed)
+            if sample_axis != 0:  # the first axis of the inputs is not as long as the labels
+                labels = labels_in(batch, observed.size)
             labelled = _with_labels(observer, observed, batch, labels, ood, inputs)
             evidence = scorer.evidence(model, labelled)
         yield labelled, evidence

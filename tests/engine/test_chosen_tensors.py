@@ -106,11 +106,18 @@ def _without_gradients(mode: Callable[[bool], Any]) -> Callable[..., Tensor]:
     return middle
 
 
+def _scaled(scale: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
+    """Hidden values whose gradients are multiplied by a number."""
+    return lambda net, x, h: torch.tanh(h).detach() + (torch.tanh(h) - torch.tanh(h).detach()) * scale(x)
+
+
 GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "a custom function": lambda net, x, h: _Longer.apply(torch.tanh(h)) if len(x) > 4 else torch.tanh(h).view_as(h),
     "a hook on a node": _node_hook,
     "a detached copy": lambda net, x, h: torch.tanh(h) * _by_size(x, h.clone(), h.detach().clone()),
     "data": lambda net, x, h: h + _by_size(x, torch.tanh(net.a(x)), torch.tanh(net.a(x).data)),
+    "the largest entry": _scaled(lambda x: x.abs().max()),
+    "the place": _scaled(lambda x: 1 + torch.arange(len(x))[:, None]),
     "no gradients": _without_gradients(lambda is_large: torch.set_grad_enabled(not is_large)),
 }
 

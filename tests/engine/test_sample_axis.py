@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.refusals import SampleAxisError
+from lightning_gradmetrics.scoring.cross_fitting import cross_fit
 
 
 class _TimeFirst(nn.Module):
@@ -161,3 +162,27 @@ def test_inputs_of_the_wrong_type_or_range_are_refused_in_words(layers, inputs, 
         lgm.score(model, inputs, ["gradnorm", "entropy"])
     with pytest.raises(ValueError, match=words):
         lgm.gradient_statistics(model, inputs, "pseudo_label")
+
+
+class _Averaging(nn.Module):
+    """Averages over time, which is on the first or on the second axis."""
+
+    def __init__(self, time: int) -> None:
+        super().__init__()
+        self.hidden, self.head, self.time = nn.Linear(4, 8), nn.Linear(8, 3), time
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(x)).mean(self.time))
+
+
+def test_cross_fit_takes_another_sample_axis_with_labels() -> None:
+    torch.manual_seed(0)
+    usual, turned = _Averaging(1).eval(), _Averaging(0).eval()
+    turned.load_state_dict(usual.state_dict())
+    batches = [(torch.randn(20, 5, 4), torch.randint(3, (20,))) for _ in range(2)]
+    moved = [(inputs.transpose(0, 1).contiguous(), labels) for inputs, labels in batches]
+    tables = []
+    for model, data, axis in ((usual, batches, 0), (turned, moved, 1)):
+        tables.append(cross_fit(model, {"v": data}, ["gradnorm"], {"v": "id"}, folds=2, sample_axis=axis))
+    assert tables[1]["label"].to_pylist() == tables[0]["label"].to_pylist()
+    assert tables[1]["gradnorm"].to_pylist() == pytest.approx(tables[0]["gradnorm"].to_pylist(), rel=1e-5)
