@@ -221,15 +221,31 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, ou
     """
     now, picked = ForwardState(task.model), task.picked(samples)
     state.restore()
+    try:
+        return logits_without_graph(picked, quiet) if outline is None else _recorded(picked, outline, quiet)
+    except SampleAxisError:
+        raise
+    except Exception as error:
+        raise (shared_list(task) or not_without_others(task.model, len(samples), task.size, error)) from error
+    finally:
+        now.restore()
+
+
+def logits_without_graph(task: Task, quiet: bool) -> Tensor:
+    """Return the logits, computed without gradients unless the forward pass itself computes some.
+
+    Args:
+        task: The batch.
+        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+    """
     with quiet_no_grad(quiet):
         try:
-            return picked.forward() if outline is None else _recorded(picked, outline)
-        except SampleAxisError:
-            raise
-        except Exception as error:
-            raise (shared_list(task) or not_without_others(task.model, len(samples), task.size, error)) from error
-        finally:
-            now.restore()
+            return task.forward()
+        except RuntimeError as error:
+            if "require grad" not in str(error):
+                raise
+            with torch.enable_grad():
+                return task.forward().detach()
 
 
 def _recorded(task: Task, outline: Outline, quiet: bool) -> Tensor:
