@@ -160,7 +160,8 @@ def is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], sizes: Se
         for second in given:
             if first.ndim < 2 or first.shape != second.shape or len(first) != sum(sizes):
                 continue
-            parts = zip(torch.split(first, sizes), torch.split(second.to(first.device), sizes), strict=True)
+            rows = list(sizes)
+            parts = zip(torch.split(first, rows), torch.split(second.to(first.device), rows), strict=True)
             count = sum(torch.equal(*pair) for pair in parts)
             if 0 < count < len(sizes):
                 return True

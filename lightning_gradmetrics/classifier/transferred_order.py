@@ -158,4 +158,5 @@ def _bits_of_same_order(before: Tensor, after: Tensor) -> float:
     if not bool(is_strict.any()) or not torch.equal(ranks[:, is_strict], rows[:, is_strict]):
         return 0.0
     different = torch.unique(rows[:, is_strict], dim=1)  # features with the same order add no evidence
-    return different.shape[1] * math.lgamma(len(rows) + 1) / math.log(2)
+    bits: float = different.shape[1] * math.lgamma(len(rows) + 1) / math.log(2)
+    return bits

@@ -64,13 +64,13 @@ class BinnedScore:
             for side, codes in enumerate((task.negative, task.positive)):
                 for code in codes:
                     weights[side, code] = task.weights.get(code, 1.0)
-            sides = weights @ ends.counts
+            negative, positive = weights @ ends.counts
             kinds = (
-                (ends.auroc(*sides),),
-                (ends.fpr(*sides, rate),),
+                (ends.auroc(negative, positive),),
+                (ends.fpr(negative, positive, rate),),
                 (
-                    ends.average_precision(*sides),
-                    ends.average_precision_in(*sides),
+                    ends.average_precision(negative, positive),
+                    ends.average_precision_in(negative, positive),
                 ),
             )
             for number, bounds in enumerate(kinds):

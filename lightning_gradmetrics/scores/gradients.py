@@ -130,14 +130,13 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
         Networks", 2024, https://arxiv.org/abs/2405.13758
     """
     softmax, classes = evidence.softmax(), evidence.logits.shape[1]
-    gradient: Tensor | LogitGradient = LogitGradient(
+    gradient = LogitGradient(
         evidence.logits,
         lambda: softmax.entropy_gradient / classes,
         {2.0: lambda: softmax.squared_entropy_gradient / classes**2},
     )
-    if evidence.one_logit:
-        gradient = gradient.tensor[:, 1:]
-    return HeadGradient(gradient, evidence.head_input).norm(2)
+    columns: Tensor | LogitGradient = gradient.tensor[:, 1:] if evidence.one_logit else gradient
+    return HeadGradient(columns, evidence.head_input).norm(2)
 
 
 @register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")

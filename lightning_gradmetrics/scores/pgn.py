@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.output_gradients import LogitGradient
+from lightning_gradmetrics.gradients.statistics import Moment
 from lightning_gradmetrics.scoring.arguments import Norm
 from lightning_gradmetrics.scoring.evidence import Evidence, HeadGradient
 from lightning_gradmetrics.scoring.registry import register
@@ -61,5 +63,5 @@ def pgn(evidence: Evidence, *, p: Norm = 0.5, label: Literal["uniform", "one_hot
         others = softmax.powers_of_others(p)
         return others if label == "one_hot" else ((1 - softmax.error).pow(p) + others) * share**p
 
-    known = {} if math.isinf(p) else {float(p): powers}
+    known: dict[Moment, Callable[[], Tensor]] = {} if math.isinf(p) else {float(p): powers}
     return HeadGradient(LogitGradient(evidence.logits, factor, known), evidence.head_input).norm(p)

@@ -57,7 +57,8 @@ def _padding_id(model: nn.Module) -> int | None:
         config = getattr(module, "config", None)
         pad = getattr(config, "pad_token_id", None)
         if isinstance(pad, int):
-            return None if pad in (config.bos_token_id, config.eos_token_id) else pad
+            ends = (getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None))
+            return None if pad in ends else pad
     return None
 
 

@@ -53,7 +53,7 @@ def python(wheel: Path) -> Path:
             run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=wheel.parent)
             packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip())
             (packages / "outside.pth").write_text("\n".join(site.getsitepackages()))
-            pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index"]
-            run(*pip, wheel, cwd=folder)
+            pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", python, "install", "-q"]
+            run(*pip, "--no-deps", "--no-index", wheel, cwd=folder)
             is_ready.touch()
     return python

@@ -48,7 +48,8 @@ class CellEnds:
         """Return the ends of the cells of a table ``(2 + C, 8 * bins)``."""
         low, high, counts = cell_ends(table)
         keys, positions = torch.unique(torch.cat([low, high]), return_inverse=True)
-        return cls(score_of_key(keys), *positions.chunk(2), counts.double())
+        low, high = positions.chunk(2)
+        return cls(score_of_key(keys), low, high, counts.double())
 
     def auroc(self, negative: Tensor, positive: Tensor) -> Bounds:
         """Return the bounds of the AUROC.
