@@ -53,12 +53,14 @@ def check_unmasked(model: nn.Module, ids: Tensor, labels: Tensor | None) -> None
 
 
 def _padding_id(model: nn.Module) -> int | None:
+    """Return the padding id of a model's configuration; ``None`` if it has none, or if the id also begins or ends texts."""
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         pad = getattr(config, "pad_token_id", None)
         if isinstance(pad, int):
-            ends = (getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None))
-            return None if pad in ends else pad
+            first, last = getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None)
+            ends = last if isinstance(last, list) else [last]
+            return None if pad in (first, *ends) else pad
     return None
 
 
