@@ -148,7 +148,7 @@ def _bits_of_other_order(received: Tensor, batch: Tensor) -> float:
     return float((different.shape[1] - 1) * math.lgamma(len(orders) + 1) / math.log(2))
 
 
-def is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+def is_partly_equal(passed: Sequence[Tensor], given: Sequence[Tensor], sizes: list[int]) -> bool:
     """Return whether some of several calls received the rows of the batch unchanged and in order, and others did not.
 
     Args:
