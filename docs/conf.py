@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  its import sets the level below
+
 import lightning_gradmetrics
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # outputs of examples need no notes on hardware
 
 project = "lightning_gradmetrics"
 author = "the lightning_gradmetrics developers"
