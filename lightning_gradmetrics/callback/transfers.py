@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ class Transfers:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._before: list[RowMarks] | None = None
         self._after: list[RowMarks] = []
-        self._bits = 0.0  # evidence, in bits, that the hooks keep the order
+        self._bits = 0.0  # evidence, in bits, that the hooks keep the order of batches with changed values
         self._undo: Callable[[], None] | None = None
         if _overridden(trainer, module):
             self._undo = after_each_call(trainer.precision_plugin, "convert_input", self._leaves_loader)
@@ -66,6 +67,8 @@ class Transfers:
             return torch.full((size,), -1)
         if detected.order is not None:
             return detected.order
+        if math.isinf(detected.bits):  # certain for this batch, but no evidence on others
+            return None
         self._bits += detected.bits
         return None if self._bits >= CERTAIN_BITS else torch.full((size,), -1)
 

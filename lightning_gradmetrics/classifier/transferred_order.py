@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class RowMarks:
 
     Args:
         shape: The shape of the tensor ``(N, ...)``.
-        entries: Some entries of each row ``(N, K)``.
+        entries: Some entries of each row ``(N, K)``; if these are equal in several rows, a hash of each row ``(N, 1)``.
         means: Features, or means over parts of the channels, of each row ``(N, K)``; ``None`` for one number per row.
     """
 
@@ -42,8 +43,21 @@ def row_marks(tensors: Iterable[Tensor]) -> list[RowMarks]:
             continue
         values = tensor.detach()
         means = _copied(summaries(values)) if values.ndim > 1 else None
-        marks.append(RowMarks(tuple(values.shape), _copied(some_entries(values)), means))
+        entries = _copied(some_entries(values))
+        if entries.shape[1] < values[0].numel() and len(torch.unique(entries, dim=0)) < len(entries):
+            entries = _hashes(values)
+        marks.append(RowMarks(tuple(values.shape), entries, means))
     return marks
+
+
+def _hashes(values: Tensor) -> Tensor:
+    """Return a number for each row ``(N, 1)`` that depends on all of its values."""
+    hashes = []
+    for row in values.reshape(len(values), -1).cpu():
+        exact = row.double().nan_to_num() + 0.0  # -0.0 becomes 0.0
+        digest = hashlib.blake2b(exact.numpy().tobytes(), digest_size=6).digest()
+        hashes.append([float(int.from_bytes(digest, "big"))])
+    return torch.tensor(hashes, dtype=torch.float64)
 
 
 def _copied(values: Tensor) -> Tensor:
@@ -111,7 +125,7 @@ def _partner(marks: RowMarks, candidates: Sequence[RowMarks]) -> int | None:
     """Return the number of the candidate with the same rows, if possible in the same order."""
     moved = None
     for number, candidate in enumerate(candidates):
-        if candidate.shape != marks.shape:
+        if candidate.shape != marks.shape or candidate.entries.shape != marks.entries.shape:
             continue
         if torch.equal(candidate.entries, marks.entries):
             return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,9 @@ from torch.utils.data import (
 )
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.callback.transfers import Transfers
+from lightning_gradmetrics.classifier.row_order import RowOrder
+from lightning_gradmetrics.classifier.transferred_order import row_marks, transferred_order
 from tests.callback.runs import Stepped, assert_scores, batches, column, mlp, numbers, trainer
 
 pytestmark = [
@@ -459,3 +463,30 @@ def test_the_rows_of_an_object_are_followed() -> None:
     loader = DataLoader(Numbered(), 4, collate_fn=lambda rows: Photo(*torch.utils.data.default_collate(rows)))
     trainer(callback).test(FlipsPhotos(), loader, verbose=False)
     assert_exact(callback, 11)
+
+
+@pytest.mark.parametrize("certain", [torch.ones(1, 3), torch.arange(12.0).view(4, 3)], ids=["one sample", "unchanged"])
+def test_a_certain_order_is_no_evidence_for_batches_with_changed_values(certain: Tensor) -> None:
+    used, module = trainer(observed()), HookedAfter()
+    transfers = Transfers(used, module)
+    used.precision_plugin.convert_input(certain)
+    transfers.reaches_step(certain)
+    assert transfers.moved(len(certain)) is None
+    batch = torch.arange(6.0).view(2, 3)
+    used.precision_plugin.convert_input(batch)
+    transfers.reaches_step(-batch.flip(0))  # ranks are those of the batch
+    moved = transfers.moved(2)
+    transfers.stop()
+    assert moved is not None and moved.tolist() == [-1, -1] and "convert_input" not in vars(used.precision_plugin)
+
+
+def test_rows_that_differ_in_a_few_entries_are_followed() -> None:
+    """Words of a large vocabulary: most entries are 0 in all rows; labels repeat."""
+    words, labels, order = torch.zeros(4, 5000), torch.tensor([0, 1, 0, 1]), torch.tensor([2, 1, 3, 0])
+    words[torch.arange(4), torch.tensor([7, 11, 13, 4001])] = 1
+    before, after = row_marks([words, labels]), row_marks([words[order], labels[order]])
+    found = transferred_order(before, after, 4)
+    assert found is not None and found.order is not None and found.order.tolist() == order.tolist()
+    assert transferred_order(before, row_marks([words, labels]), 4) == RowOrder(bits=math.inf)
+    twins = torch.zeros(4, 5000)
+    assert transferred_order(row_marks([twins]), row_marks([words]), 4) is None
