@@ -15,7 +15,6 @@ from lightning_gradmetrics.callback.units import row_values
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
-from lightning_gradmetrics.results.parts import ResumeError
 from lightning_gradmetrics.results.sample_index import REPEATED
 from lightning_gradmetrics.results.stores import Store
 from lightning_gradmetrics.results.table import Rows
@@ -74,8 +73,6 @@ class ScoreStage:
         columns = rows.add(
             batch.inputs, values.logits, values.labels, values.scores, seen, vectors, ids, values.further, batch.order
         )
-        if values.maps is not None:
-            self._check_images()
         if not rows.are_texts:
             self._read(
                 ScoredBatch(
@@ -88,18 +85,6 @@ class ScoreStage:
                 )
             )
         self.store.after_batch(rows)
-
-    def _check_images(self) -> None:
-        """Refuse to resume a segmentation run, because its pixels are not stored.
-
-        Raises:
-            ResumeError: If earlier images are committed: the metrics of pixels would leave them out.
-        """
-        if any(rows.index.committed is not None for rows in self.rows):
-            raise ResumeError(
-                "cannot resume the run of a segmentation model: the pixels of the committed images are not stored, so the metrics "
-                "of pixels would leave them out. Score all images again in another directory, or without output="
-            )
 
     def _read(self, scored: ScoredBatch) -> None:
         """Pass a batch to the picture sources."""

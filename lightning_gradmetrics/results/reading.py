@@ -22,6 +22,7 @@ __all__ = [
     "IncompleteResultsError",
     "StoredParts",
     "committed_rows",
+    "has_images",
     "index_numbers",
     "indices_by_dataset",
     "is_complete",
@@ -36,6 +37,9 @@ SHOWN = 10
 """Largest number of rows that an error message names."""
 
 KEYS = ("dataset", "index")
+
+OF_IMAGES = {"height", "width", "pixels", "error", "miou"}
+"""Columns that together only the rows of images of a segmentation model have."""
 
 
 class IncompleteResultsError(ValueError):
@@ -182,8 +186,9 @@ def _interrupted(directory: Path, rows: int, sizes: Mapping[str, int | None]) ->
         if len(left):
             missing.append(f"{name!r} lacks {named_indices(left)}")
     details = f" ({'; '.join(missing)})" if missing else ""
+    remedy = "score all images again" if has_images(directory) else "resume it"
     return IncompleteResultsError(
-        f"the run that wrote {directory} was interrupted after {rows} row{'s' * (rows != 1)}{details}; resume it, or pass "
+        f"the run that wrote {directory} was interrupted after {rows} row{'s' * (rows != 1)}{details}; {remedy}, or pass "
         "incomplete=True to read the existing rows"
     )
 
@@ -221,6 +226,16 @@ def committed_rows(directory: str | Path) -> CommittedRows:
     for name, arrays in indices.items():
         committed.indices[name] = np.unique(np.concatenate(arrays))
     return committed
+
+
+def has_images(directory: str | Path) -> bool:
+    """Return whether the committed rows of a results directory are images of a segmentation model.
+
+    Args:
+        directory: A results directory; it may be missing or empty.
+    """
+    part = next(Path(directory).glob(PART), None)
+    return part is not None and set(pq.read_schema(part).names) >= OF_IMAGES
 
 
 def indices_by_dataset(table: pa.Table) -> Iterator[tuple[str, pa.ChunkedArray]]:

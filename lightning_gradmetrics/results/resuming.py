@@ -14,11 +14,16 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradmetrics.results.identity import UNKNOWN_ORDER, describe_loader
 from lightning_gradmetrics.results.parts import PART, RUN, ResumeError, difference
-from lightning_gradmetrics.results.reading import CommittedRows, committed_rows
+from lightning_gradmetrics.results.reading import CommittedRows, committed_rows, has_images
 from lightning_gradmetrics.results.sample_index import batch_sampler_of, sampler_of
 from lightning_gradmetrics.results.unfinished import RestOfStream, unfinished_batches, unfinished_list
 
-__all__ = ["check_resumable", "committed_mask", "unfinished"]
+__all__ = ["check_images", "check_resumable", "check_stream", "committed_mask", "unfinished"]
+
+NO_IMAGES = (
+    "The run of a segmentation model cannot be resumed: the pixels of the committed images are not stored, so the metrics of "
+    "pixels would leave them out. Score all images again in another directory, or without output="
+)
 
 
 def unfinished(dataloader: Any, directory: str | Path, dataset: str | None = None) -> Any:
@@ -129,6 +134,19 @@ def check_resumable(name: str, described: Mapping[str, Any], unknown: int) -> No
             f"cannot resume the dataset {name!r}: {unknown} of its committed rows have no index, so the samples that are "
             "left are unknown; score it again in another directory"
         )
+
+
+def check_images(directory: Path) -> None:
+    """Refuse a directory with rows of images of a segmentation model.
+
+    Args:
+        directory: A results directory.
+
+    Raises:
+        ResumeError: If it has such rows.
+    """
+    if has_images(directory):
+        raise ResumeError(f"cannot resume {directory}. {NO_IMAGES}")
 
 
 def check_stream(loader: DataLoader[Any], name: str, rows: int, is_skipped: bool = False) -> None:

@@ -16,8 +16,14 @@ import pyarrow.parquet as pq
 from lightning_gradmetrics.results.identity import expected_rows
 from lightning_gradmetrics.results.output import Output
 from lightning_gradmetrics.results.parts import ABOUT, PART, ResultsWriter, difference
-from lightning_gradmetrics.results.reading import committed_rows, read_results
-from lightning_gradmetrics.results.resuming import check_resumable, check_stream, committed_mask
+from lightning_gradmetrics.results.reading import committed_rows, has_images, read_results
+from lightning_gradmetrics.results.resuming import (
+    NO_IMAGES,
+    check_images,
+    check_resumable,
+    check_stream,
+    committed_mask,
+)
 from lightning_gradmetrics.results.table import Rows, empty_results, merge_results
 
 __all__ = ["DirectoryStore", "MemoryStore", "Results", "Store", "read_columns"]
@@ -177,7 +183,8 @@ class DirectoryStore:
 
         Raises:
             FileExistsError: If the directory contains results and the run does not resume them.
-            ResumeError: If it contains the results of another run, or the rows of a dataloader are unknown.
+            ResumeError: If it contains the results of another run or of a segmentation model, or the rows of a dataloader
+                are unknown.
             RuntimeError: If another process writes to it.
         """
         sizes: dict[str, int | None] = {}
@@ -188,6 +195,7 @@ class DirectoryStore:
         )
         store = cls(writer, output, rows, complete, sizes)
         try:
+            check_images(output.directory)
             store._leave_out_committed(loaders)
         except BaseException:
             store.close()
@@ -280,11 +288,12 @@ class DirectoryStore:
             self.close()
 
     def advice(self) -> str:
-        """Return how many rows all processes committed, and how to resume."""
+        """Return how many rows all processes committed, and how to resume, or that the run cannot be resumed."""
         count = committed_rows(self.output.directory).total
         if count == 0:
             return f"{self._problem}no rows are committed in {self.output.directory}"
-        return f"{self._problem}{count} rows are committed in {self.output.directory}. {self.output.how_to_resume()}"
+        rest = NO_IMAGES if has_images(self.output.directory) else self.output.how_to_resume()
+        return f"{self._problem}{count} rows are committed in {self.output.directory}. {rest}"
 
     def close(self) -> None:
         """Release the directory for other runs."""

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.pictures.pixels import images
+from lightning_gradmetrics.pictures.pixels.images import aggregate
 from lightning_gradmetrics.results import ResumeError
 from lightning_gradmetrics.results.output import Output
 from tests.scoring.segmenters import HEADS, Segmenter, logits_of
@@ -308,10 +310,12 @@ def test_a_score_with_the_name_of_a_column_is_refused(name: str) -> None:
         run_on(lgm.GradientMetrics({name: "entropy"}), data(), HEADS["bilinear"]().eval(), call)
 
 
-def test_a_results_directory_of_images_is_not_resumed(tmp_path: Path) -> None:
+def test_a_results_directory_of_images_is_not_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The pixels of committed images are not stored, so pixel metrics would leave them out."""
+    stopped: list[bool] = []
 
     def stopping(model: nn.Module, batch: Any) -> Any:
+        stopped.append(model.count == 2)
         if model.count == 2:
             raise RuntimeError("stopped")
         model.count += 1
@@ -322,7 +326,40 @@ def test_a_results_directory_of_images_is_not_resumed(tmp_path: Path) -> None:
     stored = Output(tmp_path, rows_per_part=2)
     with pytest.raises(RuntimeError, match="stopped"):
         run_on(lgm.GradientMetrics(SCORES, output=stored), data(), net, stopping)
-    assert lgm.read_results(tmp_path, incomplete=True)["max_softmax"].length() == 4
+    said = capsys.readouterr().err
+    assert "4 rows are committed" in said and "cannot be resumed" in said and "resume=True" not in said
+    with pytest.raises(ValueError, match="score all images again"):
+        lgm.read_results(tmp_path)
     Batches.count = -10  # type: ignore[attr-defined]
-    with pytest.raises(ResumeError, match="cannot resume the run of a segmentation model"):
+    with pytest.raises(ResumeError, match="run of a segmentation model cannot be resumed"):
         run_on(lgm.GradientMetrics(SCORES, output=tmp_path, resume=True), data(), net, stopping)
+    assert len(stopped) == 3
+    assert lgm.read_results(tmp_path, incomplete=True)["max_softmax"].length() == 4
+
+
+def test_logits_that_are_not_finite_mark_their_image() -> None:
+    """One pixel is enough, although the mean leaves out its score, NaN."""
+
+    class Dividing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(3, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.interpolate(self.head(x) / (x[:, :1] != 0), LOGITS)
+
+    rows = data()
+    rows[3][0][0, 0, 0] = 0
+    callback = lgm.GradientMetrics(["entropy"])
+    run_on(callback, rows, Dividing(), call)
+    assert callback.results["finite"].to_pylist() == [True, True, True, False, True]
+    assert callback.results["entropy"].is_valid().to_pylist() == [True] * 5
+
+
+def test_an_aggregate_depends_on_its_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0))
+    maps[2, 1, 1] = torch.inf
+    assert aggregate(maps, "max").isinf().tolist() == [False, False, True, False, False]
+    whole = aggregate(maps, "q90")
+    monkeypatch.setattr(images, "MOST_VALUES", 40)
+    assert aggregate(maps, "q90").equal(whole)

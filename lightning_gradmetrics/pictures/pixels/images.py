@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_gradmetrics.pictures.pixels.segments import segments_of
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.results.segments import SEGMENT_COLUMNS, SEGMENT_PREFIX
-from lightning_gradmetrics.results.table import FurtherColumns
+from lightning_gradmetrics.results.table import FurtherColumns, finite_rows
 from lightning_gradmetrics.scoring.evidence import Evidence
 
 __all__ = [
@@ -24,6 +24,9 @@ __all__ = [
     "mean_iou",
     "predicted_classes",
 ]
+
+MOST_VALUES = 2**24
+"""The largest number of values that ``torch.quantile`` takes."""
 
 
 def aggregate(maps: Tensor, name: str) -> Tensor:
@@ -43,8 +46,12 @@ def aggregate(maps: Tensor, name: str) -> Tensor:
     if name == "mean":
         return rows.nanmean(1)
     if name == "max":
-        return rows.nan_to_num(-torch.inf).amax(1)
-    return rows.nanquantile(float(name[1:]) / 100, 1) if rows.numel() <= 2**24 else _quantile(rows, float(name[1:]))
+        return rows.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1)
+    percent, size = float(name[1:]), max(1, rows.shape[1])
+    if size > MOST_VALUES:
+        return _quantile(rows, percent)
+    blocks = rows.split(MOST_VALUES // size)  # type: ignore[no-untyped-call]
+    return torch.cat([block.nanquantile(percent / 100, 1) for block in blocks])
 
 
 def _quantile(rows: Tensor, percent: float) -> Tensor:
@@ -178,6 +185,8 @@ def image_level(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the values of images computed from their pixels: the fractions of the predicted classes, and the scores.
 
+    If the logits contain NaN or Inf, the largest fraction is Inf, so that the image's row is not finite.
+
     Args:
         evidence: The evidence of the pixels.
         maps: The scores ``(N, H, W)``.
@@ -195,4 +204,7 @@ def image_level(
     if columns:
         raise ValueError(f"columns= names {columns[0]!r}, and further columns are defined for samples, not for pixels")
     logits = evidence.given_logits
-    return class_shares(predicted_classes(logits), logits.shape[1]), image_scores(maps, name)
+    shares = class_shares(predicted_classes(logits), logits.shape[1])
+    is_finite = finite_rows(None, [logits], len(logits))
+    is_largest = shares == shares.amax(1, keepdim=True)
+    return shares.masked_fill(is_largest & ~is_finite[:, None], torch.inf), image_scores(maps, name)
