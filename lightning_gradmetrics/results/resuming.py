@@ -22,7 +22,8 @@ __all__ = ["check_images", "check_resumable", "check_stream", "committed_mask", 
 
 NO_IMAGES = (
     "The run of a segmentation model cannot be resumed: the pixels of the committed images are not stored, so the metrics of "
-    "pixels would leave them out. Score all images again in another directory, or without output="
+    "pixels would leave them out. Score all images again in another directory, or without output=; "
+    "read_results(directory, incomplete=True) reads the committed rows"
 )
 
 
