@@ -240,10 +240,12 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 def _short(reason: str) -> str:
     """The cause in a warning without the names of parameters, or the whole reason."""
-    if "no fast rule" not in reason:
-        return re.sub(r"(__\w+__)", r"`\1`", reason[:160])
     cause, closing, _ = reason.partition("(")[2].partition(")")
-    return cause if closing else "Some of its parameters have no fast rule."
+    if "no fast rule" not in reason:
+        cause = reason[:160]
+    elif not closing:
+        return "Some of its parameters have no fast rule."
+    return re.sub(r"(__\w+__)", r"`\1`", cause)
 
 
 def main(arguments: list[str] | None = None) -> None:

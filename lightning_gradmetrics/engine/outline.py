@@ -103,9 +103,12 @@ class Outline:
 
     def _compares_numbers(self, values: tuple[Any, ...], outputs: Iterable[Tensor]) -> bool:
         """Return whether a call computes a number from numbers, as in ``mask.sum() == mask.numel()``."""
+        for output in outputs:
+            if output.ndim:
+                return False
         if not values or not isinstance(values[0], Tensor):
             return False
-        return not any(tensor.ndim for tensor in (*tensors_in(values), *outputs))
+        return not any(tensor.ndim for tensor in tensors_in(values))
 
     def _add(self, value: Any, is_size: bool) -> None:
         """Add an argument to the sizes or to the constants."""
