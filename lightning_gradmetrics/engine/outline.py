@@ -26,10 +26,13 @@ _FILLING = frozenset(["full", "new_full"])
 """Functions whose plain numbers are values of the result, and whose tuples are its shape."""
 
 _HOOKING = frozenset(["register_hook", "register_post_accumulate_grad_hook", "retain_grad"])
-_NODE = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 """Functions that may change how gradients are computed."""
 
-_STRUCTURAL = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_NODE = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+"""The function that returns the node of the graph, on which hooks may be registered too."""
+
+_STRUCTURAL = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+"""Types of constants with distinct hashes."""
 
 MOST_ENTRIES = 64
 """Largest number of entries of a tensor of unknown origin that are compared by value."""
@@ -68,7 +71,7 @@ class Outline:
     @property
     def number(self) -> int:
         """A number for the calls, their tensors and their sizes."""
-        return hash((*self._calls, *self.sizes))
+        return hash((*self._calls, repr(self.sizes)))
 
     @property
     def path(self) -> int:
@@ -117,6 +120,8 @@ class Outline:
             self.sizes.append(value)
         elif kind in _STRUCTURAL:
             self._calls.append(value)
+        elif kind in (int, bool):
+            self._calls.append(repr(value))  # the hashes of -1 and -2 are equal, and integers are numbers of results
         elif isinstance(value, Tensor):
             self._calls.append(self._identity(value))
         elif kind is slice:
@@ -145,21 +150,17 @@ class Outline:
         return "unknown"
 
 
-def _content(tensor: Tensor) -> Hashable:
+def _content(tensor: Tensor) -> str:
     """Return the values of a small tensor of unknown origin; a number for a larger one, new for each tensor."""
     try:
         with torch._C.DisableTorchFunction(), torch.no_grad(), _disable_current_modes():
             if tensor.numel() <= MOST_ENTRIES:
-                return tuple(tensor.shape), tuple(tensor.detach().flatten().tolist())
+                return repr((tuple(tensor.shape), tensor.detach().flatten().tolist()))
             if tensor not in _UNKNOWN:
                 _UNKNOWN[tensor] = next(_NUMBERS)
-            return int(_UNKNOWN[tensor])
-    except (
-        RuntimeError,
-        NotImplementedError,
-        TypeError,
-    ):  # a tensor without readable values, such as one of torch.func
-        return -1 - next(_NUMBERS)
+            return f"tensor {_UNKNOWN[tensor]}"
+    except (RuntimeError, TypeError):  # a tensor without readable values, such as one of torch.func
+        return f"tensor {next(_NUMBERS)}"
 
 
 class Recording(TorchFunctionMode):

@@ -61,6 +61,8 @@ CHOSEN: dict[str, Callable[..., Tensor]] = {
     "the largest entry": lambda net, x, h: torch.tanh(h * _by_size(x, net.ones.sum() / WIDTH, x.abs().max())),
     "an array": lambda net, x, h: torch.tanh(h * torch.from_numpy(np.array(1.0 + 2 * (len(x) > 4)))),
     "numbers in a list": lambda net, x, h: torch.tanh(h * torch.Tensor([1.0 + (len(x) > 4)]).double()),
+    "an axis": lambda net, x, h: h + torch.tanh(h).flip(_by_size(x, -1, -2)),
+    "a whole factor": lambda net, x, h: torch.tanh(h) * _by_size(x, -1, -2),
     "a number that is compared": lambda net, x, h: torch.tanh(h) * (1 + (torch.tensor(len(x)) > 4)),
     "a divisor": lambda net, x, h: torch.tanh(h) / torch.tensor(len(x)).clamp(min=4),
     "a flag by data": lambda net, x, h: torch.tanh(
