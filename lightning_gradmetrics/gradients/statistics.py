@@ -155,8 +155,11 @@ def power_sum(entries: Tensor, p: float) -> Tensor:
 
 def _sums_of_roots(entries: Tensor) -> Tensor:
     # The square root of torch takes ten times longer for zeros, such as those of a ReLU.
+    # Other numbers below the smallest normal one have the root of this number times that of their share of it.
     magnitudes = entries.abs()
-    roots = magnitudes.clamp(min=torch.finfo(magnitudes.dtype).tiny).sqrt_()
+    limits = torch.finfo(magnitudes.dtype)
+    roots = magnitudes.clamp(min=limits.tiny).sqrt_()
+    roots.mul_((magnitudes * (1 / limits.tiny)).clamp_(limits.eps, 1).sqrt_())
     return roots.mul_(magnitudes.sign()).sum(1)
 
 
