@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in
+from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in, version_of
 from lightning_gradmetrics.engine.layouts import Layout
 
 __all__ = ["HostRead", "PlannedRead", "ReadWatch", "Reductions", "host_value", "tensors_read"]
@@ -71,7 +71,7 @@ class Reduction:
     @property
     def is_current(self) -> bool:
         """Whether neither tensor was changed in place since."""
-        return self.versions == (_version(self.source), _version(self.number))
+        return self.versions == (version_of(self.source), version_of(self.number))
 
     def of_samples(self, layout: Layout, size: int, count: int | None) -> Tensor | None:
         """Return the value of each sample alone, ``(N,)``; ``None`` if it is not known.
@@ -106,21 +106,17 @@ class Reductions:
         if known is not None and known.number is result:  # changed in place
             del self._known[id(result)]
         if name in _BY_ROW and len(args) == 1 and isinstance(args[0], Tensor):
-            versions = _version(args[0]), _version(result)
+            versions = version_of(args[0]), version_of(result)
             self._known[id(result)] = Reduction(name, args[0], result, None, versions)
         elif name in ("__eq__", "eq") and len(args) == 2 and type(args[1]) is int:
             before = self._known.get(id(args[0]))
             if before is not None and before.name == "sum" and before.count is None and before.is_current:
-                versions = before.versions[0], _version(result)
+                versions = before.versions[0], version_of(result)
                 self._known[id(result)] = replace(before, number=result, count=args[1], versions=versions)
 
     def of(self, tensor: Tensor) -> Reduction | None:
         """Return the reduction whose result is a tensor."""
         return self._known.get(id(tensor))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def host_value(result: Any) -> Any:

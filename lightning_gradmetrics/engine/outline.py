@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in
+from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in, version_of
 
 __all__ = ["Outline", "Recording"]
 
@@ -65,7 +65,7 @@ class Outline:
         self.leaves = leaves or {}
         self._calls: list[Any] = []
         self._values: list[Any] = []
-        self._made: dict[int, tuple[ReferenceType[Tensor], int]] = {}
+        self._made: dict[int, tuple[ReferenceType[Tensor], int, int]] = {}
         self._count = 0
 
     @property
@@ -98,7 +98,7 @@ class Outline:
                 self._add(value, is_size and not (name in _FILLING and not isinstance(value, (tuple, list))))
         for output in outputs:
             self._count += 1
-            self._made[id(output)] = ref(output), self._count
+            self._made[id(output)] = ref(output), self._count, version_of(output)
             calls.append(output.dtype)
             shape = output.shape
             calls.append(len(shape))
@@ -143,7 +143,8 @@ class Outline:
         """Return where a tensor comes from."""
         made = self._made.get(id(tensor))
         if made is not None and made[0]() is tensor:
-            return made[1]
+            changes = version_of(tensor) - made[2]  # in place, possibly by an operator that is not recorded
+            return (made[1], changes) if changes else made[1]
         if id(tensor) in self.leaves:
             return self.leaves[id(tensor)]
         self._values.append(_content(tensor))

@@ -53,6 +53,13 @@ def _by_size(x: Tensor, small: Any, large: Any) -> Any:
     return large if len(x) > 4 else small
 
 
+def _scaled_in_place(h: Tensor, factor: float) -> Tensor:
+    """A result of the dispatcher's operator, which is not recorded as a call, if the factor is not 1."""
+    if factor != 1:
+        torch.ops.aten.mul_.Scalar(h, factor)
+    return h
+
+
 CHOSEN: dict[str, Callable[..., Tensor]] = {
     "a buffer": lambda net, x, h: torch.tanh(h * _by_size(x, net.ones, net.slope)),
     "a layer": lambda net, x, h: torch.tanh(h + net.frozen[int(len(x) > 4)](x)),
@@ -63,6 +70,7 @@ CHOSEN: dict[str, Callable[..., Tensor]] = {
     "numbers in a list": lambda net, x, h: torch.tanh(h * torch.Tensor([1.0 + (len(x) > 4)]).double()),
     "an axis": lambda net, x, h: h + torch.tanh(h).flip(_by_size(x, -1, -2)),
     "a whole factor": lambda net, x, h: torch.tanh(h) * _by_size(x, -1, -2),
+    "an operator in place": lambda net, x, h: _scaled_in_place(torch.tanh(h), _by_size(x, 1.0, 3.0)) + h,
     "a number that is compared": lambda net, x, h: torch.tanh(h) * (1 + (torch.tensor(len(x)) > 4)),
     "a divisor": lambda net, x, h: torch.tanh(h) / torch.tensor(len(x)).clamp(min=4),
     "a flag by data": lambda net, x, h: torch.tanh(
