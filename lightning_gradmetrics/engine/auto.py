@@ -40,7 +40,7 @@ ALONE_IF_NEW = 3
 """Number of samples that run alone in the first batch of each shape, since the model may branch on the shape."""
 
 GRADIENTS_IF_UNPROVEN = 4
-"""Number of samples whose gradients are compared with autograd in a new kind of batch that no proof covers."""
+"""Number of samples whose gradients are compared with autograd in a new kind of batch that no proof covers, and without a plan."""
 
 MOST_OUTLINES = 16
 """Largest number of call sequences that are stored for one batch size."""
@@ -300,7 +300,7 @@ def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: _BatchChecks
         try:
             collect_fast(table, task.restricted(names), None, checks)
             if not strategy.random:
-                check_some_samples(table, names, task, state, GRADIENTS_IF_UNPROVEN if checks.is_new else 1)
+                check_some_samples(table, names, task, state, GRADIENTS_IF_UNPROVEN)
             break
         except PlanError as error:
             given_up = error.names & set(names) or set(names)
