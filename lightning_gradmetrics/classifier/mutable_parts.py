@@ -34,14 +34,11 @@ _PLAIN = (
 
 _CONTAINERS = (dict, list, set, deque)
 
-_FOREIGN = (sys.stdlib_module_names - {"types", "argparse"}) | {
-    "torch",
-    "lightning",
-    "lightning_fabric",
-    "pytorch_lightning",
-    "torchmetrics",
-}
-"""Packages whose objects are neither searched nor restored, such as a trainer, a logger or a lock."""
+_DATA_PACKAGES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics"}
+"""Packages whose classes, and classes derived from them, are neither searched nor restored, such as a dataset or a trainer."""
+
+_FOREIGN = (sys.stdlib_module_names - {"types", "argparse"}) | _DATA_PACKAGES
+"""Packages whose objects are neither searched nor restored, such as a logger or a lock."""
 
 MOST_ENTRIES = 1000
 """Containers with more entries are restored, but not searched for other containers."""
@@ -57,7 +54,13 @@ def has_settings(value: Any) -> bool:
     """
     if isinstance(value, (*_PLAIN, Tensor, np.ndarray, *_CONTAINERS)) or callable(value):
         return False
-    return hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _FOREIGN
+    if not hasattr(value, "__dict__") or _package(type(value)) in _FOREIGN:
+        return False
+    return _DATA_PACKAGES.isdisjoint(map(_package, type(value).__mro__))
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def mutable_parts(value: Any, seen: set[int]) -> Iterator[Any]:

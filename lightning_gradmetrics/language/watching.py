@@ -23,7 +23,7 @@ __all__ = ["WatchedGeneration", "watching_generation"]
 SEVERAL_TOKENS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 """Arguments of ``generate`` with which one call of the model draws more or less than one token."""
 
-WITHOUT_PROMPT = ("inputs_embeds", "past_key_values")
+WITHOUT_PROMPT = ("inputs_embeds", "past_key_values", "cache")
 """Arguments of ``generate`` with which the model does not receive the token ids of the whole prompt."""
 
 POSITIONAL = ("inputs", "generation_config")
@@ -125,7 +125,7 @@ class WatchedGeneration:
                     f"generate({name}=...) draws several tokens in one call of the model: use score_generation"
                 )
         for name in WITHOUT_PROMPT:
-            if arguments.get(name) is not None:
+            if arguments.get(name) is not None and not _is_empty_cache(arguments[name]):
                 raise ValueError(
                     f"generate({name}=...) does not show the model the ids of the prompt: use score_generation"
                 )
@@ -270,6 +270,12 @@ class WatchedGeneration:
             return torch.ones(width, dtype=torch.bool)
         is_prompt: Tensor = mask[number * len(mask) // rows].bool().cpu()
         return is_prompt
+
+
+def _is_empty_cache(value: Any) -> bool:
+    """Return whether a value is a cache of keys without tokens, as a user passes to choose its kind."""
+    length = getattr(value, "get_seq_length", None)
+    return length is not None and int(length()) == 0
 
 
 def _check_left_padded(mask: Any) -> None:

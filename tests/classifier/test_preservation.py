@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.classifier.forward import call, gradients_enabled, preserved
+from lightning_gradmetrics.classifier.mutable_parts import mutable_parts
 
 
 class Normalising(nn.Module):
@@ -226,3 +230,12 @@ def test_a_lazy_layer_that_scoring_initialises_can_be_called_again() -> None:
     scores = lgm.score(model, x, "entropy")["entropy"]
     logits = model(x)
     torch.testing.assert_close(scores, torch.distributions.Categorical(logits=logits).entropy(), check_dtype=False)
+
+
+def test_data_of_a_model_are_not_copied() -> None:
+    class Numbers(Dataset[int]):
+        def __init__(self) -> None:
+            self.values, self.cache = np.arange(10), {"last": 0}
+
+    assert list(mutable_parts(Numbers(), set())) == []
+    assert list(mutable_parts(SimpleNamespace(steps=[1]), set())) == [{"steps": [1]}, [1]]

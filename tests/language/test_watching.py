@@ -137,3 +137,21 @@ def test_prompts_as_embeddings_are_refused() -> None:
         lgm.watching_generation(model, ["entropy"]),
     ):
         model.generate(inputs_embeds=embedded, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_an_empty_cache_may_be_passed() -> None:
+    from transformers import DynamicCache
+
+    model, prompt = language_model(), torch.tensor([[1, 5, 7]])
+    scores = []
+    for cache in (None, DynamicCache()):
+        with lgm.watching_generation(model, ["entropy"]) as watch:
+            ids = model.generate(prompt, past_key_values=cache, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
+        scores.append(watch.result(ids).tokens["entropy"][0])
+    torch.testing.assert_close(*scores)
+    with (
+        pytest.raises(ValueError, match="does not show the model the ids"),
+        lgm.watching_generation(model, ["entropy"]),
+    ):
+        model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
