@@ -91,20 +91,26 @@ def _run(case: Case, callbacks: Sequence[Any]) -> Callable[[], None]:
     return run
 
 
-HEAD_SCORES = (
-    *("max_logit", "log_likelihood", "feature_norm", "max_softmax", "entropy", "margin", "energy", "doctor", "gen"),
-    *(
-        "max_logit_pnorm",
-        "gradtrust",
-        "gradnorm",
-        "uniform",
-        "gradnorm_kl",
-        "pseudo_label",
-        "exgrad",
-        "fisher_trace",
-        "pgn",
-    ),
-)
+HEAD_SCORES = [
+    "max_logit",
+    "log_likelihood",
+    "feature_norm",
+    "max_softmax",
+    "entropy",
+    "margin",
+    "energy",
+    "doctor",
+    "gen",
+    "max_logit_pnorm",
+    "gradtrust",
+    "gradnorm",
+    "uniform",
+    "gradnorm_kl",
+    "pseudo_label",
+    "exgrad",
+    "fisher_trace",
+    "pgn",
+]
 """All scores of the logits and of the head without a fit."""
 
 HEAD_BATCH = {"samples": 256, "classes": 1000, "features": 512}

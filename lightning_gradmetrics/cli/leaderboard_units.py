@@ -12,6 +12,7 @@ from lightning_gradmetrics.callback import GradientMetrics
 from lightning_gradmetrics.cli.leaderboard_record import areas_of, base_record, cost_of
 from lightning_gradmetrics.cli.stories import KINDS, score_names
 from lightning_gradmetrics.evaluation import evaluate
+from lightning_gradmetrics.pictures.pixels.levels import labelled_pixels
 from lightning_gradmetrics.scores import make
 
 __all__ = ["segmentation_record", "stories_record"]
@@ -83,12 +84,8 @@ def segmentation_record(options: Mapping[str, Any], callback: GradientMetrics, n
     rows = []
     for score in callback.scorer.scores:
         rows.append({**cost_of(score), "fit": "", "errors": areas[score.name]})
-    pixels, wrong = 0, 0.0
-    for image in callback.results.select(["pixels", "error"]).to_pylist():
-        if image["pixels"]:
-            pixels += image["pixels"]
-            wrong += image["pixels"] * image["error"]
+    pixels, accuracy = labelled_pixels(callback.results)
     images = f"pixels of {callback.results.num_rows} images"
-    dataset = {"name": "images", "role": "id", "rows": pixels, "unit": images, "accuracy": 1 - wrong / pixels}
+    dataset = {"name": "images", "role": "id", "rows": pixels, "unit": images, "accuracy": accuracy}
     record = base_record(options, {"name": name})
     return {**record, "datasets": [dataset], "resamples": resamples, "seed": 0, "rows": rows}

@@ -10,7 +10,13 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from lightning_gradmetrics.pictures.pixels.levels import image_metrics, pixel_metrics, real_valued_aurc, segment_metrics
+from lightning_gradmetrics.pictures.pixels.levels import (
+    image_metrics,
+    labelled_pixels,
+    pixel_metrics,
+    real_valued_aurc,
+    segment_metrics,
+)
 from lightning_gradmetrics.pictures.pixels.metrics import PixelMeter, joined
 from lightning_gradmetrics.pictures.pixels.resampling import GROUPS, group_of, weights_of_groups
 
@@ -167,3 +173,9 @@ def test_metrics_of_segments() -> None:
         assert one["low"] < one["value"] < one["high"] and other["difference"] == other["value"] - one["value"]
     unlabelled = pa.table({**table.to_pydict(), "iou": pa.nulls(200), "error": pa.nulls(200)})
     assert not list(segment_metrics(unlabelled.select, ["score"], 0))
+
+
+def test_the_accuracy_of_labelled_pixels() -> None:
+    images = pa.table({"pixels": [10, 0, 30], "error": [0.5, None, 0.1]})
+    pixels, accuracy = labelled_pixels(images)
+    assert pixels == 40 and accuracy == pytest.approx(1 - 8 / 40)

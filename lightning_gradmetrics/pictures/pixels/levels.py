@@ -23,7 +23,7 @@ from lightning_gradmetrics.pictures.pixels.resampling import (
     weights_of_groups,
 )
 
-__all__ = ["class_metrics", "image_metrics", "pixel_metrics", "real_valued_aurc", "segment_metrics"]
+__all__ = ["class_metrics", "image_metrics", "labelled_pixels", "pixel_metrics", "real_valued_aurc", "segment_metrics"]
 
 Row = dict[str, Any]
 
@@ -136,6 +136,17 @@ def real_valued_aurc(scores: Tensor, risks: Tensor) -> float:
     means = torch.bincount(tied, risks.double()) / torch.bincount(tied)
     ordered = means[tied.sort().values]
     return float((ordered.cumsum(0) / torch.arange(1, len(risks) + 1)).mean())
+
+
+def labelled_pixels(images: pa.Table) -> tuple[int, float]:
+    """Return the number of pixels with a label in all images, and the accuracy on them (NaN without any).
+
+    Args:
+        images: One row per image, with the columns ``pixels`` and ``error``.
+    """
+    pixels = _column(images, "pixels").nan_to_num(0.0)
+    wrong = pixels * _column(images, "error").nan_to_num(0.0)
+    return int(pixels.sum()), float(1 - wrong.sum() / pixels.sum())
 
 
 def image_metrics(images: pa.Table, scores: Sequence[str], resamples: int) -> Iterator[Row]:

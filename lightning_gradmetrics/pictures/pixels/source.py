@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from lightning_gradmetrics.pictures.base import Picture, ScoredBatch, images_of
-from lightning_gradmetrics.pictures.pixels.images import predicted_classes
 from lightning_gradmetrics.pictures.pixels.levels import class_metrics, image_metrics, pixel_metrics, segment_metrics
 from lightning_gradmetrics.pictures.pixels.maps import KeptMaps, figure_of, half, picture_of, write_maps
 from lightning_gradmetrics.pictures.pixels.metrics import Meters, PixelMeter, joined, sampled_pixels
@@ -56,7 +55,7 @@ class PixelResults:
         if batch.maps is None or batch.evidence.given_logits.ndim != 4:
             return
         evidence = batch.evidence
-        prediction = predicted_classes(evidence.given_logits)
+        prediction = evidence.given_prediction
         labels, classes = evidence.given_labels, evidence.given_logits.shape[1]
         self._metrics, self._names = None, [self.settings.class_name(number, classes) for number in range(classes)]
         self._scores = tuple(batch.scores)
