@@ -72,7 +72,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
 
     Args:
         scores: Names such as ``"gradnorm"`` or ``"gradnorm(temperature=2.0)"``, ``Score`` objects, or a mapping from
-        column name to either.
+            column name to either.
         datasets: Names of the dataloaders, in order, or a mapping from name to role: ``"id"`` is in-distribution; any
             other word names a group of out-of-distribution sets, such as ``"near"`` or ``"far"``. Either form can be
             given by stage, as in ``{"test": {"mine": "id", "other": "far"}}``. If the dataloaders are a mapping, its
@@ -113,7 +113,6 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         fit_on: ``"train"`` or ``"val"``: the dataloader on which fitted scores are fitted before their first use. It is
             taken from an earlier fit, the data module or the module. Call :meth:`fit` to choose other data.
         fitted: A folder of states written by :func:`lightning_gradmetrics.scores.save_fitted`.
-
         pixels: Settings for segmentation models (ignored labels, aggregates, segments, metrics and maps), such as
             ``lightning_gradmetrics.Pixels(ignore_index=255)``, or a mapping of its arguments.
 
