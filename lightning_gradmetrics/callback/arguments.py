@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_gradmetrics.evaluation import METRICS, TASKS, Thresholds
+from lightning_gradmetrics.language.sequence_evidence import TIED
 from lightning_gradmetrics.results.table import RESERVED
 from lightning_gradmetrics.scores import Score
 from lightning_gradmetrics.scoring.evidence import parameter_filter
@@ -158,7 +159,10 @@ def check_targets(scores: Sequence[Score], model: nn.Module) -> None:
     for score in scores:
         for target in score.needs.gradients:
             accepts = parameter_filter(target)
-            if accepts is not None and not any(map(accepts, names)):
+            is_known = (
+                target == TIED or accepts is None or any(map(accepts, names))
+            )  # tied weights: found in batches of texts
+            if not is_known:
                 raise ValueError(
                     f"the target {target!r} of the score {score.name!r} chooses no parameter of {type(model).__name__}; its "
                     f"parameters are: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}. Pass one of these names, a "

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from lightning_gradmetrics.callback.columns import SampleIds, sample_ids
 from lightning_gradmetrics.callback.drawn_indices import DrawnIndices
 from lightning_gradmetrics.callback.labels import BatchReader, ReadBatch
-from lightning_gradmetrics.callback.stages import Stage
+from lightning_gradmetrics.callback.stages import ScoreStage, Stage
 from lightning_gradmetrics.callback.step_wrapper import around_next_call
 from lightning_gradmetrics.callback.transfers import HOOKS, Transfers
 from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.classifier.observation import Observation
+from lightning_gradmetrics.language.observed_texts import ObservedTexts
 from lightning_gradmetrics.results.sample_index import UNKNOWN
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.resizing import at_size
@@ -62,6 +63,7 @@ class Run:
     surroundings: Callable[[], AbstractContextManager[Any]]
     sample_id: SampleIds | None = None
     _observer: StepObserver = field(init=False)
+    _texts: ObservedTexts | None = field(default=None, init=False)
     _read: ReadBatch | None = None
     _given: Any = None
     _seen: Observation | None = None
@@ -69,7 +71,11 @@ class Run:
     _remove: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        self._observer = StepObserver(self.stage.scorer, self.model)
+        scorer = self.stage.scorer
+        self._observer = StepObserver(scorer, self.model)
+        of_texts = [score for score in scorer.scores if score.needs.of_texts]
+        if of_texts and isinstance(self.stage, ScoreStage):
+            self._texts = ObservedTexts(self.model, of_texts, scorer.head, scorer.engine)
 
     def start_batch(self, module: nn.Module, step: str, batch: Any) -> None:
         """Read the batch, and observe the step that follows.
@@ -117,6 +123,8 @@ class Run:
             observed = self._observer.batch(observation, read.inputs, size, self._stepped)
             observed = self._ordered(self._completed(observed, read, observation, place), read, observation)
             evidence = self.stage.scorer.evidence(self.model, observed)
+            if observed.tokens is not None and self._texts is not None:
+                observed = replace(observed, tokens=replace(observed.tokens, of_texts=self._texts.values(observed)))
         moved = self.transfers.moved(observed.size)
         self.stage.rows[place].index.moved = moved
         ids = read.ids

@@ -53,7 +53,8 @@ def evaluate_tokens(results: Results, scores: Sequence[Score], resamples: int) -
         tokens.column_names.index("index"), "index", pa.array(range(tokens.num_rows), pa.int64())
     )
     roles = dict.fromkeys(pc.unique(tokens["dataset"]).to_pylist(), ID)
-    return evaluate_detectors(numbered, scores, roles, resamples, cluster=SEQUENCE)
+    of_tokens = [score for score in scores if score.name in tokens.column_names]
+    return evaluate_detectors(numbered, of_tokens, roles, resamples, cluster=SEQUENCE)
 
 
 def logged_of_tokens(evaluation: Evaluation | None, prefix: str, metrics: Sequence[str]) -> dict[str, float]:

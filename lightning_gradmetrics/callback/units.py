@@ -83,7 +83,7 @@ def _of_texts(scorer: Scorer, evidence: Evidence, tokens: ScoredTokens, columns:
     incorrect = (predicted != tokens.ids).double()
     further = {"tokens": lengths, "error": sequence_values(incorrect, lengths, "mean")}
     lists = {"token_ids": tokens.ids, "predicted_ids": predicted, "positions": tokens.positions}
-    scores = {}
+    scores = dict(tokens.of_texts)
     for name, of_tokens in values.items():
         scores[name] = sequence_values(of_tokens, lengths, "mean")
         lists[f"{LIST_PREFIX}{name}"] = of_tokens

@@ -156,8 +156,8 @@ def _by_kind(table: pa.Table) -> dict[str, tuple[dict[str, Tensor], Tensor]]:
         rows = table.filter(pc.equal(table["dataset"], kind))
         scores = {}
         for name in score_names(table):
-            scores[name] = torch.from_numpy(rows[name].to_numpy())
-        scores_by_kind[kind] = scores, torch.from_numpy(rows["prediction"].to_numpy())
+            scores[name] = torch.tensor(rows[name].to_numpy())
+        scores_by_kind[kind] = scores, torch.tensor(rows["prediction"].to_numpy())
     return scores_by_kind
 
 

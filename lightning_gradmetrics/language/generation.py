@@ -13,7 +13,7 @@ from lightning_gradmetrics.classifier.head import LayerCall, head_of
 from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.gradients.statistics import result_dtype
 from lightning_gradmetrics.language.model import HeadCall, LanguageModel, LanguageModelError
-from lightning_gradmetrics.language.plan import GenerationScores, LanguageScoreLike, planned
+from lightning_gradmetrics.language.plan import GenerationScores, planned
 from lightning_gradmetrics.language.scored import AGGREGATES, ScoredGeneration
 from lightning_gradmetrics.language.sequence_evidence import sequence_evidence
 from lightning_gradmetrics.language.sequences import (
@@ -26,6 +26,7 @@ from lightning_gradmetrics.language.sequences import (
 )
 from lightning_gradmetrics.language.token_rows import TokenRows, answer_rows
 from lightning_gradmetrics.scoring.agreement import are_close
+from lightning_gradmetrics.scoring.registry import ScoreLike
 from lightning_gradmetrics.scoring.states import check_fitted, check_head
 
 __all__ = ["score_generation"]
@@ -38,7 +39,7 @@ def score_generation(
     model: nn.Module,
     prompts: Any,
     answers: Any,
-    scores: LanguageScoreLike | Iterable[LanguageScoreLike] | Mapping[str, LanguageScoreLike],
+    scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike],
     *,
     batch_size: int = 8,
     aggregates: Sequence[str] = ("mean", "max"),
@@ -142,21 +143,19 @@ def _scored_batch(
     rows: TokenRows | None = None
     tokens: dict[str, list[Tensor]] = {}
     values: dict[str, Tensor] = {}
-    if plan.tokens or plan.sequences:
+    if plan.tokens or plan.needs.gradients or is_first:
         with preserved(model.module), torch.no_grad(), eager():
             call = model(batch.ids, batch.mask, batch.needed)
             if is_first:
                 _check_causal(model, batch, call)
             rows = answer_rows(call, batch)
             tokens = token_scores(model, plan, rows)
-    if rows is not None and (plan.sequences or plan.of_head):
-        evidence = sequence_evidence(model, batch, rows, plan.requests, engine)
+    if plan.sequences or plan.of_head:
+        evidence = sequence_evidence(model, batch, rows, plan.needs, engine)
         for score in plan.sequences:
             values[score.name] = score(evidence).cpu()
         for name, score in plan.of_head.items():
             values[name] = score(evidence).cpu()
-    for name, semantic in plan.semantic.items():
-        values[name] = semantic(model, batch).detach().cpu()
     return tokens, values
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,11 +48,15 @@ class LanguageModel:
     Args:
         module: The model: of transformers, a peft model around one, or any module with such a forward.
         head_name: The name of its head, or ``None`` to find it.
+        prefix: The start of the names of its parameters, if it is part of a larger model whose names targets use.
     """
 
     module: nn.Module
     head_name: str | None = None
+    prefix: str = ""
     _candidates: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    losses: dict[Hashable, nn.Module] = field(default_factory=dict, repr=False)
+    """Modules around the model by their losses, kept because the engine plans once for each module."""
 
     def __post_init__(self) -> None:
         config = getattr(self.module, "config", None)

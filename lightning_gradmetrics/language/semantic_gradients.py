@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.gradients.objectives import class_loss, log_probabilities
 from lightning_gradmetrics.language.embedding_gradients import (
     DifferentiableCall,
@@ -20,12 +21,12 @@ from lightning_gradmetrics.language.embedding_gradients import (
 from lightning_gradmetrics.language.model import LanguageModel
 from lightning_gradmetrics.language.sequence_gradients import SequenceFactors, sequence_moments
 from lightning_gradmetrics.language.sequences import Padded
+from lightning_gradmetrics.scoring.evidence import Evidence
 
-__all__ = ["SEMANTIC_SCORES", "HybridGrad", "SemGrad", "SemanticScore"]
+__all__ = ["hybridgrad", "semgrad"]
 
 
-@dataclass(frozen=True)
-class SemGrad:
+def semgrad(evidence: Evidence, *, semantic_token: int = -1) -> Tensor:
     r"""Mean absolute gradient of the answer's loss at the hidden states of one prompt token.
 
     The loss is the mean over the answer's tokens of ``H_t CE_t``: the entropy of the prediction, held constant, times
@@ -33,6 +34,7 @@ class SemGrad:
     the last one, ``l = L - floor(L / 2) ... L - 1`` for L layers. The whole batch takes one backward pass.
 
     Args:
+        evidence: Evidence of texts.
         semantic_token: The prompt token, counted from the end of the prompt: -1 is the last one. The paper uses the
             last token of the question; with a chat template after it, that is -4 for Llama-3, -3 for Qwen, -2 for
             Mistral.
@@ -40,46 +42,57 @@ class SemGrad:
     Reference:
         The method and its code: https://github.com/mingdali6717/SemGrad
     """
-
-    semantic_token: int = -1
-
-    def __call__(self, model: LanguageModel, batch: Padded) -> Tensor:
-        """Return the score of each sequence, ``(N,)``."""
-        with _semantic_pass(model, batch, self.semantic_token) as result:
-            return result.at_prompt_token()
+    return evidence.probe(_SemGrad(semantic_token))
 
 
-@dataclass(frozen=True)
-class HybridGrad:
+def hybridgrad(evidence: Evidence, *, semantic_token: int = -1, target: Literal["head", "tied"] = "head") -> Tensor:
     r"""A mixture of SemGrad and the mean absolute gradient of the head's weight: ``a |dL/dW| + (1 - a) SemGrad``.
 
     Both are gradients of the same loss; ``a = exp(-mean H_t)`` over the answer's tokens.
 
     Args:
-        semantic_token: As in :class:`SemGrad`.
+        evidence: Evidence of texts.
+        semantic_token: As in :func:`semgrad`.
         target: ``"head"``, the weight's use as the head; or ``"tied"``, both uses of a tied weight, which the published
             code computes for models with tied weights.
 
     Reference:
         The method and its code: https://github.com/mingdali6717/SemGrad
     """
+    return evidence.probe(_HybridGrad(semantic_token, target == "tied"))
 
-    semantic_token: int = -1
-    target: Literal["head", "tied"] = "head"
 
-    def __call__(self, model: LanguageModel, batch: Padded) -> Tensor:
-        """Return the score of each sequence, ``(N,)``."""
-        if self.target not in ("head", "tied"):
-            raise ValueError(f"hybridgrad: target={self.target!r}; allowed: 'head', 'tied'")
+@dataclass(frozen=True)
+class _SemGrad:
+    """The computation of :func:`semgrad`."""
+
+    semantic_token: int
+
+    def __call__(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        raise ValueError(
+            f"semgrad and hybridgrad score whole texts, and the inputs of {type(model).__name__} are not a batch of texts: call "
+            "lightning_gradmetrics.score_generation(model, prompts, answers, scores), or pass a causal language model and "
+            "batches with input_ids, attention_mask and labels to a Trainer"
+        )
+
+    def of_texts(self, model: LanguageModel, batch: Padded) -> Tensor:
+        """Return the score of each text, ``(N,)``."""
+        with _semantic_pass(model, batch, self.semantic_token) as result:
+            return result.at_prompt_token().detach()
+
+
+@dataclass(frozen=True)
+class _HybridGrad(_SemGrad):
+    """The computation of :func:`hybridgrad`."""
+
+    is_tied: bool
+
+    def of_texts(self, model: LanguageModel, batch: Padded) -> Tensor:
+        """Return the score of each text, ``(N,)``."""
         with _semantic_pass(model, batch, self.semantic_token) as result:
             share = torch.exp(-result.mean_entropies())
-            return share * result.of_head(self.target == "tied") + (1 - share) * result.at_prompt_token()
-
-
-SemanticScore = SemGrad | HybridGrad
-
-SEMANTIC_SCORES: dict[str, Callable[..., SemanticScore]] = {"semgrad": SemGrad, "hybridgrad": HybridGrad}
-"""Scores of hidden states by name."""
+            mixture = share * result.of_head(self.is_tied) + (1 - share) * result.at_prompt_token()
+            return mixture.detach()
 
 
 class _SemanticPass:

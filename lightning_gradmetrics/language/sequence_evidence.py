@@ -18,8 +18,16 @@ from lightning_gradmetrics.language.sequence_gradients import SequenceFactors, S
 from lightning_gradmetrics.language.sequences import Padded
 from lightning_gradmetrics.language.token_rows import TokenRows
 from lightning_gradmetrics.language.whole_network import network_statistics, token_objective
-from lightning_gradmetrics.scoring.dry_run import Requests
-from lightning_gradmetrics.scoring.evidence import Evidence, Gradient, MissingEvidenceError, Target, parameter_filter
+from lightning_gradmetrics.scoring.dry_run import Needs
+from lightning_gradmetrics.scoring.evidence import (
+    Evidence,
+    Gradient,
+    MissingEvidenceError,
+    Probe,
+    Target,
+    TextProbe,
+    parameter_filter,
+)
 
 __all__ = ["TIED", "SequenceEvidence", "output_gradients", "sequence_evidence"]
 
@@ -90,20 +98,20 @@ def _undefined(what: str) -> NoReturn:
 
 
 def sequence_evidence(
-    model: LanguageModel, batch: Padded, rows: TokenRows, requests: Requests, engine: str = "auto"
+    model: LanguageModel, batch: Padded, rows: TokenRows | None, needs: Needs, engine: str = "auto"
 ) -> SequenceEvidence:
     """Return the evidence of the sequences of a batch.
 
     Args:
         model: The model.
         batch: The batch.
-        rows: The tokens of its answers.
-        requests: The gradients that scores request, by target and objective.
+        rows: The tokens of its answers; ``None`` if no score needs a gradient of the head.
+        needs: The evidence that the scores need.
         engine: The engine.
     """
     gradients: dict[tuple[Target, Objective], GradientStatistics] = {}
     uses: dict[Objective, Any] = {}
-    for target, wanted in requests.items():
+    for target, wanted in needs.gradients.items():
         if target == TIED:
             objectives = [token_objective(objective) for objective in wanted]
             uses.update(zip(objectives, embedding_uses(model, batch, objectives), strict=True))
@@ -111,13 +119,17 @@ def sequence_evidence(
         accepts = _checked_filter(model, target)
         for objective, statistics in network_statistics(model, batch, wanted, accepts, engine).items():
             gradients[target, objective] = statistics
+    probes: dict[Probe, Tensor] = {}
+    for probe in needs.probes:
+        assert isinstance(probe, TextProbe)
+        probes[probe] = probe.of_texts(model, batch)
     size = len(batch.sequences)
-    return SequenceEvidence(torch.empty(size, 0), gradients=gradients, rows_of_tokens=rows, uses=uses)
+    return SequenceEvidence(torch.empty(size, 0), gradients=gradients, probes=probes, rows_of_tokens=rows, uses=uses)
 
 
 def _checked_filter(model: LanguageModel, target: Target) -> Callable[[str], bool] | None:
     accepts = parameter_filter(target)
-    names = [name for name, _ in model.module.named_parameters()]
+    names = [name for name, _ in model.module.named_parameters(model.prefix.removesuffix("."))]
     if accepts is not None and not any(map(accepts, names)):
         raise ValueError(
             f"the target {target!r} of a score chooses no parameter; the parameters are: {', '.join(names[:12])}"

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.logit_map import recognised_map
 from lightning_gradmetrics.language.generation import joined, padding_of, token_scores
 from lightning_gradmetrics.language.model import LanguageModel, LanguageModelError
-from lightning_gradmetrics.language.plan import GenerationScores, LanguageScoreLike, planned
+from lightning_gradmetrics.language.plan import GenerationScores, planned
 from lightning_gradmetrics.language.scored import ScoredGeneration
 from lightning_gradmetrics.language.sequences import PromptAndAnswer
 from lightning_gradmetrics.language.token_rows import TokenRows
+from lightning_gradmetrics.scoring.registry import ScoreLike
 from lightning_gradmetrics.scoring.states import check_fitted
 
 __all__ = ["WatchedGeneration", "watching_generation"]
@@ -33,7 +34,7 @@ POSITIONAL = ("inputs", "generation_config")
 @contextmanager
 def watching_generation(
     model: nn.Module,
-    scores: LanguageScoreLike | Iterable[LanguageScoreLike] | Mapping[str, LanguageScoreLike],
+    scores: ScoreLike | Iterable[ScoreLike] | Mapping[str, ScoreLike],
     *,
     head: str | None = None,
 ) -> Iterator[WatchedGeneration]:
@@ -64,8 +65,8 @@ def watching_generation(
         torch.Size([3])
     """
     plan = planned(scores)
-    if plan.needs_backward:
-        names = ", ".join([score.name for score in plan.sequences] + list(plan.semantic))
+    if plan.sequences:
+        names = ", ".join(score.name for score in plan.sequences)
         raise ValueError(f"the scores {names} need a backward pass: pass the answers to score_generation afterwards")
     check_fitted(plan.tokens, model)
     watch = WatchedGeneration(LanguageModel(model, head), plan)

@@ -59,7 +59,7 @@ class SequenceLosses(nn.Module):
     def __init__(self, model: LanguageModel, objectives: Sequence[Objective]) -> None:
         super().__init__()
         self.model = model.module
-        self.train(model.module.training)
+        self.training = model.module.training
         self._objectives = tuple(objectives)
         self._options = model.parameters
 
@@ -95,17 +95,17 @@ def network_statistics(
         accepts: A predicate on parameter names; ``None`` accepts all.
         engine: The engine.
     """
-    objectives = [token_objective(objective) for objective in wanted]
+    objectives = tuple(token_objective(objective) for objective in wanted)
     moments: set[Moment] = set()
     for keys in wanted.values():
         moments |= keys
     labels, weights = answer_weights(batch)
     columns = [Objective(f"column {number}", (), partial(_column, number=number)) for number in range(len(objectives))]
     results = gradient_statistics(
-        SequenceLosses(model, objectives),
+        model.losses.setdefault(objectives, SequenceLosses(model, objectives)),
         (batch.ids, batch.mask, labels, weights),
         columns,
-        lambda name: accepts is None or accepts(name.removeprefix(PREFIX)),
+        lambda name: accepts is None or accepts(model.prefix + name.removeprefix(PREFIX)),
         per_parameter=True,
         statistics=_statistics_of(moments),
         logits=_same,

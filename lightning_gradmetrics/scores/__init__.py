@@ -55,7 +55,7 @@ def __getattr__(name: str) -> object:
     """Raise an error that names the function to call instead."""
     if name in OF_ANSWERS:
         raise AttributeError(
-            f"{name!r} is a score of whole answers of language models: call lightning_gradmetrics.score_generation(model, "
-            f"prompts, answers, {name!r})"
+            f"{name!r} is a score of whole texts, known by its name only: call lightning_gradmetrics.score_generation(model, "
+            f"prompts, answers, {name!r}), or pass the name to GradientMetrics"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,11 +23,15 @@ class ScoredTokens:
         ids: The token ids ``(M,)``.
         positions: The position of each token in its text ``(M,)``; the logits one position earlier predict it.
         lengths: The number of scored tokens of each sequence ``(N,)``, possibly 0.
+        context: The token ids that the model received ``(N, T)``; negative at padding.
+        of_texts: The scores of whole texts ``(N,)`` by name.
     """
 
     ids: Tensor
     positions: Tensor
     lengths: Tensor
+    context: Tensor
+    of_texts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

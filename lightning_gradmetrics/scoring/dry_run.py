@@ -20,6 +20,7 @@ from lightning_gradmetrics.scoring.evidence import (
     ParameterGradients,
     Probe,
     Target,
+    TextProbe,
     by_passes,
 )
 
@@ -55,6 +56,11 @@ class Needs:
     head_gradient: bool = False
     gradients: Requests = field(default_factory=_no_targets)
     probes: list[Probe] = field(default_factory=list)
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether batches of texts have one value per text: a gradient of the network or hidden states are needed."""
+        return bool(self.gradients) or any(isinstance(probe, TextProbe) for probe in self.probes)
 
     @property
     def backward(self) -> bool:

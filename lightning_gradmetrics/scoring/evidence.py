@@ -30,6 +30,7 @@ __all__ = [
     "Probe",
     "SharedProbe",
     "Target",
+    "TextProbe",
     "by_passes",
     "parameter_filter",
 ]
@@ -67,6 +68,14 @@ class SharedProbe(Protocol):
     @staticmethod
     def together(probes: Sequence[Any], model: nn.Module, inputs: Any) -> dict[Any, Tensor]:
         """Return the results of probes with equal passes."""
+
+
+@runtime_checkable
+class TextProbe(Protocol):
+    """A probe with one value per text of a language model; it is not defined for other samples."""
+
+    def of_texts(self, model: Any, batch: Any) -> Tensor:
+        """Return the result of each text ``(N,)``, from the model and a batch of the room ``language``."""
 
 
 def by_passes(probes: Sequence[Any]) -> list[tuple[Any, list[Any]]]:

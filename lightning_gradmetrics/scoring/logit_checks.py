@@ -72,6 +72,10 @@ def not_per_position(scores: Sequence[Score], shape: tuple[int, ...]) -> str:
             f"{_named(of_probes)} not defined per position: other passes through the model, or its inner layers, have one "
             "value for each sample"
         )
+    if len(shape) == 1:
+        reasons.append(
+            "lightning_gradmetrics.score_generation(model, prompts, answers, scores) returns scores of whole texts"
+        )
     return f"{'; '.join(reasons)}. Per position there are scores of the logits and of the head, such as entropy and pseudo_label"
 
 

@@ -32,8 +32,11 @@ __all__ = [
 BUILT_IN = "lightning_gradmetrics.scores"
 """The package whose import registers the built-in scores; imported by name, because it imports this module."""
 
-OF_ANSWERS = ("semgrad", "hybridgrad")
-"""Names of scores of whole answers; :func:`lightning_gradmetrics.score_generation` computes them."""
+OF_ANSWERS = {
+    "semgrad": "lightning_gradmetrics.language.semantic_gradients.semgrad",
+    "hybridgrad": "lightning_gradmetrics.language.semantic_gradients.hybridgrad",
+}
+"""Scores of texts, which are not registered, because no other sample has them; imported by name when they are used."""
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=type[FittedScore])
@@ -247,10 +250,7 @@ def _known(name: str) -> Recipe:
     if "." in name:
         return _recipe_of(_imported(name))
     if name in OF_ANSWERS:
-        raise ValueError(
-            f"the score {name!r} scores whole answers of language models: call lightning_gradmetrics.score_generation(model, "
-            f"prompts, answers, {name!r})"
-        )
+        return _recipe_of(_imported(OF_ANSWERS[name]))
     near = difflib.get_close_matches(name, [*RECIPES, *OF_ANSWERS], 3, 0.5)
     hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"unknown score {name!r};{hint} available: {', '.join(sorted(RECIPES))}")

@@ -67,6 +67,7 @@ class Scorer:
     _needs: dict[int, Needs] = field(default_factory=dict, repr=False)
     _needs_of: tuple[Any, Any] = field(default=(None, None), repr=False)
     _is_checked: bool = field(default=False, repr=False)
+    _of_tokens: tuple[Any, Scorer] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -79,6 +80,14 @@ class Scorer:
         if classes not in self._needs:
             self._needs[classes] = needs_of([*self.scores, *self.looks], classes)
         return self._needs[classes]
+
+    def of_tokens(self) -> Scorer:
+        """Return the scorer of the scores that have one value per token of a text."""
+        known = self._of_tokens
+        if known is None or known[0] is not self.scores or known[1].looks is not self.looks:
+            scores = tuple(score for score in self.scores if not score.needs.of_texts)
+            self._of_tokens = known = self.scores, replace(self, scores=scores)
+        return known[1]
 
     def evidence(self, model: nn.Module, batch: ObservedBatch) -> Evidence:
         """Return the evidence that the scores need from an observed batch.
@@ -94,7 +103,8 @@ class Scorer:
         if batch.head is not None:
             self.found_head = batch.head.name
             check_head(self.scores, batch.head.name)
-        needs = self.needs(batch.logits.shape[1])
+        scorer = self if batch.tokens is None else self.of_tokens()
+        needs = scorer.needs(batch.logits.shape[1])
         labels = None if batch.labels is None else batch.labels.to(batch.logits.device)
         head = None if batch.head is None else (batch.head.weight, batch.head.bias)
         if batch.logits.ndim > 2:

@@ -25,6 +25,7 @@ from lightning_gradmetrics.engine.api import eager
 from lightning_gradmetrics.scoring.agreement import OTHER_LOGITS, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import ObservableProbe, Probe
+from lightning_gradmetrics.scoring.fitted import fitted_scores
 from lightning_gradmetrics.scoring.logit_checks import check_logits, with_two_columns
 from lightning_gradmetrics.scoring.position_step import PositionReader
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -136,8 +137,9 @@ class StepObserver:
         Raises:
             ValueError: If it is ambiguous which logits predict which tokens, or a score is not defined per token.
         """
-        needs = self.scorer.needs(batch.logits.shape[1])
-        if needs.gradients or needs.probes:
+        needs = self.scorer.of_tokens().needs(batch.logits.shape[1])
+        of_fitted_gradients = any(score.needs.of_texts for score in fitted_scores(self.scorer.scores))
+        if needs.gradients or needs.probes or of_fitted_gradients:
             raise ValueError(not_in_batches_of_texts(self.scorer.scores))
         ids = token_ids(batch)
         assert ids is not None

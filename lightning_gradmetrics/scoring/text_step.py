@@ -18,6 +18,7 @@ from lightning_gradmetrics.gradients.objectives import IGNORED
 from lightning_gradmetrics.scoring.agreement import are_close
 from lightning_gradmetrics.scoring.batch import ObservedBatch, ScoredTokens
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.padding import check_unmasked, padding_of
 from lightning_gradmetrics.scoring.recipes import Score
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -53,18 +54,15 @@ def _named(batch: ObservedBatch) -> dict[Any, Any]:
 
 
 def not_in_batches_of_texts(scores: Sequence[Score]) -> str:
-    """Return why scores of the whole network are undefined in a batch of texts, and what to call instead."""
-    probes = [score.name for score in scores if score.needs.probes]
-    if probes:
-        return (
-            f"the scores {', '.join(probes)} read inner layers or run the model again, which is not defined for texts. Scores of "
-            "the logits and of the head work per token"
-        )
-    names = [score.name for score in scores if score.needs.gradients] or ["profile"]
+    """Return which scores, or the profile, are undefined in a batch of texts, and which are defined."""
+    names = []
+    for score in scores:
+        is_of_texts = score.needs.of_texts
+        if (score.needs.probes and not is_of_texts) or (is_of_texts and isinstance(score, FittedScore)):
+            names.append(score.name)
     return (
-        f"the scores {', '.join(names)} need gradients of the whole network, which are not defined per token. Scores of "
-        "the logits and of the head work per token; lightning_gradmetrics.score_generation(model, prompts, answers, scores) "
-        "returns scores of whole sequences"
+        f"{', '.join(names) or 'the profile'}: not defined for texts. Allowed: scores of the logits and of the head, per token; "
+        "scores of gradients of the whole network that need no fit, semgrad and hybridgrad, per text"
     )
 
 
@@ -110,7 +108,7 @@ class TextReader:
         if not self._is_causal:
             self._check_causal(batch, ids, padding)
         next_tokens = self._next_tokens(ids, padding, None if labels is None else labels.to(ids.device))
-        return _as_rows(batch, next_tokens.to(batch.logits.device))
+        return _as_rows(batch, next_tokens.to(batch.logits.device), ids.masked_fill(padding, IGNORED))
 
     def _next_tokens(self, ids: Tensor, padding: Tensor, labels: Tensor | None) -> Tensor:
         """Return the token that each position predicts ``(N, T)``; -100 where the prediction is not scored."""
@@ -187,7 +185,7 @@ def _check_shapes(batch: ObservedBatch, ids: Tensor, labels: Tensor | None) -> N
         )
 
 
-def _as_rows(batch: ObservedBatch, next_tokens: Tensor) -> ObservedBatch:
+def _as_rows(batch: ObservedBatch, next_tokens: Tensor, context: Tensor) -> ObservedBatch:
     """Return the batch with the logits and features of the positions whose next token is scored."""
     keep = next_tokens >= 0
     lengths = keep.sum(1)
@@ -199,7 +197,7 @@ def _as_rows(batch: ObservedBatch, next_tokens: Tensor) -> ObservedBatch:
     ids = next_tokens[keep]
     positions = keep.nonzero()[:, 1] + 1
     ood = None if batch.ood is None else batch.ood.to(lengths.device).repeat_interleave(lengths)
-    tokens = ScoredTokens(ids, positions, lengths)
+    tokens = ScoredTokens(ids, positions, lengths, context)
     logits = batch.logits.movedim(1, -1)[keep]
     slope = batch.slope.movedim(1, -1)[keep] if isinstance(batch.slope, Tensor) else batch.slope
     return replace(batch, logits=logits, features=features, slope=slope, labels=ids, ood=ood, tokens=tokens)
@@ -212,9 +210,10 @@ def token_values(scorer: Scorer, evidence: Evidence) -> dict[str, Tensor]:
         scorer: The scorer.
         evidence: Evidence with one row per token.
     """
-    parts: dict[str, list[Tensor]] = {score.name: [] for score in scorer.scores}
+    of_tokens = scorer.of_tokens()
+    parts: dict[str, list[Tensor]] = {score.name: [] for score in of_tokens.scores}
     for block in _blocks(evidence):
-        for name, values in scorer(block).items():
+        for name, values in of_tokens(block).items():
             parts[name].append(values)
     return {name: torch.cat(values) for name, values in parts.items()}
 

@@ -72,6 +72,80 @@ def test_tokens_have_the_scores_of_a_second_pass(kind: str) -> None:
     assert_tokens(run(LanguageStep(model), texts()), model)
 
 
+OF_TEXTS = ["grand", "semgrad", "hybridgrad"]
+OF_TIED = [*OF_TEXTS, "gradnorm(target=all)", "pseudo_label(target='*layers.1*',statistic=l2)", "gradnorm(target=tied)"]
+
+
+def assert_texts(callback: lgm.GradientMetrics, model: nn.Module, rtol: float = 1e-9) -> None:
+    """Assert that the scores of whole texts are those of the same prompts and answers."""
+    expected = lgm.score_generation(model, PROMPTS, ANSWERS, callback.score_names)
+    for name, values in expected.values.items():
+        torch.testing.assert_close(column(callback, name).double(), values.double(), rtol=rtol, atol=1e-12)
+        assert f"tokens/{name}" not in callback.results.column_names
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores"),
+    [("untied", OF_TEXTS), ("tied", [*OF_TIED, "hybridgrad(target=tied)"])],
+)
+@pytest.mark.slow
+def test_scores_of_whole_texts_are_those_of_a_prompt_and_an_answer(kind: str, scores: list[str]) -> None:
+    model = language_model(kind)
+    callback = run(LanguageStep(model), texts(), ["nll", *scores])
+    assert_texts(callback, model)
+    assert_tokens(callback, model)
+    assert callback.tokens.column_names[-2:] == ["nll", "finite"]
+
+
+def test_whole_texts_have_the_gradient_of_their_mean_loss() -> None:
+    model = language_model("plain")
+    ids = torch.randint(29, (4, 7))
+    callback = run(Unlabelled(model), [{"ids": row} for row in ids], ["grand", "grand(target='net.mixing.*',p=1)"])
+    for number, row in enumerate(ids):
+        loss = nn.functional.cross_entropy(model(row[None])[0, :-1], row[1:])
+        gradients = dict(
+            zip(dict(model.named_parameters()), torch.autograd.grad(loss, [*model.parameters()]), strict=True)
+        )
+        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+        inner = torch.cat([value.flatten() for name, value in gradients.items() if name.startswith("mixing.")])
+        assert column(callback, "grand")[number] == pytest.approx(norm.item(), rel=1e-9)
+        assert column(callback, callback.score_names[1])[number] == pytest.approx(inner.abs().sum().item(), rel=1e-9)
+
+
+@pytest.mark.slow
+def test_whole_texts_of_any_padding_and_of_a_module_around_the_model() -> None:
+    model, scores = language_model("learned positions"), ["entropy", "gradnorm(target=all)", "semgrad"]
+    assert_texts(run(LanguageStep(model), texts(left=True, with_positions=True), scores, 3), model, 1e-6)
+    callback = run(Around(model), texts(), [*scores, "grand(target='net.*')"])
+    assert_texts(run(Around(model), texts(), scores, datasets={"a": "id"}), model, 1e-6)
+    everything = lgm.score_generation(model, PROMPTS, ANSWERS, "grand").values["grand"]
+    torch.testing.assert_close(column(callback, "grand(target='net.*')").double(), everything, rtol=1e-6, atol=1e-12)
+
+
+class Around(Stepped):
+    """A module that calls itself with the whole batch."""
+
+    def forward(self, batch: Any) -> Any:
+        return self.net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    def step(self, batch: Any) -> Any:
+        return self(batch)
+
+
+def test_a_run_with_scores_of_whole_texts_alone() -> None:
+    rows, model = texts()[:2], language_model("tied")
+    rows[0]["labels"] = torch.full((9,), -100)
+    callback = run(LanguageStep(model), rows, ["semgrad", "hybridgrad(target=tied)", "gradnorm(target=tied)"])
+    expected = lgm.score_generation(model, PROMPTS[1:2], ANSWERS[1:2], callback.score_names)
+    for name, values in expected.values.items():
+        assert column(callback, name)[1] == pytest.approx(values.item(), rel=1e-9)
+    assert callback.results["finite"].to_pylist() == [False, True] and column(callback, "semgrad").isnan().tolist() == [
+        True,
+        False,
+    ]
+    assert callback.evaluation is not None and "semgrad" in callback.evaluation.settings["scores"]
+
+
 def test_rows_are_aggregates_of_tokens() -> None:
     model = language_model()
     callback = run(LanguageStep(model), texts(), ["nll", "entropy"])
@@ -157,6 +231,24 @@ def both_ways() -> nn.Module:
     return model
 
 
+def two_answers() -> list[dict[str, Tensor]]:
+    """A text whose second scored token does not follow the first."""
+    ids = torch.arange(1, 7)
+    return [{"input_ids": ids, "labels": torch.tensor([-100, 2, -100, -100, 5, -100])}]
+
+
+class Doubled(nn.Module):
+    """Doubles the logits of a language model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        logits: Tensor = self.inner(**inputs).logits
+        return 2 * logits
+
+
 REFUSED = {
     "a model that reads both ways": (
         lambda: run(Unlabelled(both_ways()), [{"ids": torch.arange(6)}] * 2),
@@ -166,15 +258,26 @@ REFUSED = {
         lambda: run(Shifted(language_model("plain")), [(torch.arange(6), torch.zeros(6).long())] * 2),
         "not the tokens that follow",
     ),
-    "whole-network gradients": (
-        lambda: run(LanguageStep(language_model()), texts(), ["gradnorm(target=all)"]),
-        "score_generation",
+    "another pass": (
+        lambda: run(LanguageStep(language_model()), texts(), ["mc_dropout", "gradnorm(target=all)"]),
+        "mc_dropout: not defined for texts",
+    ),
+    "a tied weight that is not tied": (
+        lambda: run(LanguageStep(language_model("untied")), texts(), ["gradnorm(target=tied)"]),
+        "share one weight",
+    ),
+    "two answers in one text": (
+        lambda: run(LanguageStep(language_model()), two_answers(), ["gradnorm(target=all)"]),
+        "without a score",
+    ),
+    "a layer behind the language model": (
+        lambda: run(LanguageStep(Doubled(language_model())), texts(), ["entropy", "gradnorm(target=all)"]),
+        "those of another computation",
     ),
     "a closed form of plain logits for capped ones": (
         lambda: run(LanguageStep(language_model("soft cap")), texts(), ["exgrad"]),
         "caps its logits",
     ),
-    "semgrad": (lambda: lgm.GradientMetrics(["semgrad"]), "score_generation"),
 }
 
 

@@ -26,7 +26,7 @@ ROOMS = {
     "ray": {"classifier", "scoring", "scores"},
     "pictures": {"classifier", "meters", "gradients", "results", "evaluation", "scoring", "scores"},
     "report": {"meters", "results", "evaluation", "scores", "language"},
-    "callback": {"classifier", "results", "evaluation", "scoring", "scores", "pictures", "report"},
+    "callback": {"classifier", "results", "evaluation", "scoring", "scores", "language", "pictures", "report"},
     "cli": {
         *("classifier", "meters", "results", "evaluation", "scoring", "scores", "language"),
         *("pictures", "report", "callback"),
