@@ -48,6 +48,39 @@ def test_small_batches(name, size):
     assert worst_difference(found, _statistics(model, x[:size], "reference")) < 1e-9
 
 
+def _without_plan(monkeypatch, model, batch, **options):
+    """Return the statistics of a batch that is known, and fail if it is collected by a plan."""
+    with monkeypatch.context() as context:
+        context.setattr(auto, "collect_fast", lambda *_, **__: pytest.fail("a plan was used"))
+        return _statistics(model, batch, **options)
+
+
+@pytest.mark.parametrize("name", ["linear", "volumes", "frames", "lstm", "tied", "encoder", "seq2seq", "checkpoint"])
+@pytest.mark.parametrize("first", [1, 5])
+def test_one_sample_of_a_proven_model_needs_an_ordinary_backward_pass_only(name, first, monkeypatch):
+    model, x = made(name)
+    frozen = next(model.parameters()).requires_grad_(False)
+    frozen.grad = torch.ones_like(frozen)
+    for size in (first, 1):
+        _statistics(model, x[:size])
+    found = _without_plan(monkeypatch, model, x[3:4])
+    assert worst_difference(found, _statistics(model, x[3:4], "reference")) < 1e-9
+    assert not frozen.requires_grad and bool((frozen.grad == 1).all())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in list(model.parameters())[1:])
+
+
+def test_one_sample_with_several_objectives_some_parameters_and_an_unused_one(monkeypatch):
+    model, x = made("volumes")
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    objectives, chosen = ["pseudo_label", "uniform", "confounding"], lambda name: not name.startswith("0")
+    for size in (5, 1):
+        _statistics(model, x[:size], objective=objectives, parameters=chosen)
+    found = _without_plan(monkeypatch, model, x[2:3], objective=objectives, parameters=chosen)
+    expected = _statistics(model, x[2:3], "reference", objective=objectives, parameters=chosen)
+    for own, other in zip(found, expected, strict=True):
+        assert "unused" in own.names and worst_difference(own, other) < 1e-9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["convolutional", "lstm", "raw", "seq2seq_second_axis", "tied", "minor"])
 def test_any_order_and_any_split(name):
