@@ -28,7 +28,8 @@ from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.row_check import check_row_owners
 from lightning_gradmetrics.engine.sample_check import check_some_samples
 from lightning_gradmetrics.engine.samples import input_shapes, input_structure
-from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, collect_one, warn_slow
+from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
+from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.verification import make_strategy
@@ -41,14 +42,6 @@ ALONE_IF_NEW = 3
 
 GRADIENTS_IF_UNPROVEN = 4
 """Number of samples whose gradients are compared with autograd in a new kind of batch that no proof covers, and without a plan."""
-
-MOST_ENTRIES_ALONE = 2**24
-"""Largest number of parameters of a model whose gradients for one sample are stored together."""
-
-MOST_TABLE_ENTRIES_ALONE = 2**18
-"""The same number for the tables of embeddings, whose gradients are zero almost everywhere."""
-
-_EMBEDDINGS = (nn.functional.embedding, nn.functional.embedding_bag)
 
 MOST_OUTLINES = 16
 """Largest number of call sequences that are stored for one batch size."""
@@ -279,8 +272,8 @@ def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
 def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, state: ForwardState) -> None:
     """Fill a table by the plan, and compare a sample with autograd where nothing proves that this is unnecessary."""
     task, (shapes, _) = table.task, checks.here
-    if _needs_no_plan(task, strategy, checks.here):
-        collect_one(table)
+    if task.size == 1 and needs_no_plan(task, strategy, checks.here):
+        collect_one_sample(table)
         return
     laid_out = task.channels_last() if strategy.channels_last else task
     free = shapes != strategy.shapes
@@ -301,25 +294,6 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
         strategy.times[checks.here] = {**known, outline: (times, checks.is_covered)}
     elif verified[outline][0] != times:
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
-
-
-def _needs_no_plan(task: Task, strategy: Strategy, here: tuple[Hashable, int]) -> bool:
-    """Return whether an ordinary backward pass is exact and faster: for one sample of a proven model with few parameters.
-
-    Python must read no values of tensors, and there must be no random numbers, checkpoints, low precision or large embeddings.
-    """
-    verified, plan = strategy.times.get(here), strategy.plan
-    if task.size != 1 or not verified or plan is None or plan.reads != () or task.memory is not None:
-        return False
-    if strategy.random or strategy.quiet or strategy.slow or not all(covered for _, covered in verified.values()):
-        return False
-    sizes = {name: parameter.numel() for name, parameter in task.parameters.items()}
-    tables = {source for step in plan.steps if step.function in _EMBEDDINGS for source in step.sources}
-    if sum(sizes.values()) > MOST_ENTRIES_ALONE or sum(sizes.get(str(table), 0) for table in tables) > MOST_TABLE_ENTRIES_ALONE:
-        return False
-    types = {parameter.dtype for parameter in task.parameters.values()}
-    device = next(iter(task.parameters.values())).device.type
-    return types <= {torch.float32, torch.float64} and not torch.is_autocast_enabled(device)
 
 
 def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: _BatchChecks) -> dict[str, str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_gradmetrics.classifier.notices import first_time
@@ -20,9 +19,8 @@ from lightning_gradmetrics.engine.plan import Plan
 from lightning_gradmetrics.engine.size_record import SizeRecord
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
-from lightning_gradmetrics.engine.uses import RowsUse
 
-__all__ = ["EVERY_SAMPLE", "Checks", "Strategy", "collect_fast", "collect_one", "unchecked", "warn_slow"]
+__all__ = ["EVERY_SAMPLE", "Checks", "Strategy", "collect_fast", "freeze", "unchecked", "warn_slow"]
 
 ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
 """Number of samples of each batch that also run alone, to detect samples that depend on each other."""
@@ -123,7 +121,7 @@ def collect_fast(
     Raises:
         PlanError: If the model does not follow the plan, or rows have no single owner.
     """
-    _freeze(task)
+    freeze(task)
     tracer: Tracer
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
@@ -144,30 +142,11 @@ def collect_fast(
     return tuple(tracer.times), tracer.outline
 
 
-def _freeze(task: Task) -> None:
+def freeze(task: Task) -> None:
     """Let no parameter of the model require gradients."""
     for parameter in task.model.parameters() if task.record is None else task.record.parameters:
         if parameter.requires_grad:
             parameter.requires_grad_(False)
-
-
-def collect_one(table: MomentTable) -> None:
-    """Fill a table for a batch of one sample by an ordinary forward pass and one ordinary backward pass per objective."""
-    task = table.task
-    parameters = list(task.parameters.values())
-    _freeze(task)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    logits = task.forward()
-    scaled = [task.unit_gradient(index, logits) for index in range(len(task.objectives))]
-    for index, (gradient, undo) in enumerate(scaled):
-        table.begin(index, undo)
-        is_last = index == len(scaled) - 1
-        gradients = torch.autograd.grad(logits, parameters, gradient, retain_graph=not is_last, allow_unused=True)
-        for name, of_parameter in zip(task.parameters, gradients, strict=True):
-            if of_parameter is not None:
-                table.add(name, RowsUse(of_parameter.to_dense()[None]))
-    table.finish()
 
 
 def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
