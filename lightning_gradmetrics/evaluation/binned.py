@@ -129,6 +129,11 @@ class BlockCells:
     blocks: Tensor
     dataset: Sequence[int]
 
+    @property
+    def present(self) -> Tensor:
+        """Whether a class has rows in a cell ``(C, K)``."""
+        return self.blocks.sum(1) > 0
+
     def counts(self, weights: Tensor) -> Tensor:
         """Return the weighted counts ``(C, B, K)``, float64.
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evaluation.cells import Cells, counts_of_task
+from lightning_gradmetrics.evaluation.cells import Cells
 from lightning_gradmetrics.evaluation.metrics import metrics_of
+from lightning_gradmetrics.evaluation.task_cells import TaskCells, cells_of_tasks
 from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows
 
 __all__ = ["EXACT_ROWS", "Key", "Replicates", "collect", "drawn", "method_of", "most_cells", "replicate", "shift"]
@@ -106,6 +107,11 @@ class CountedCells(Protocol):
         """The lowest score of each cell ``(K,)``."""
         ...
 
+    @property
+    def present(self) -> Tensor:
+        """Whether a class has rows in a cell ``(C, K)``."""
+        ...
+
     def counts(self, weights: Tensor) -> Tensor:
         """Return the weighted counts ``(C, B, K)``."""
         ...
@@ -130,9 +136,10 @@ def collect(
         progress: Called with the fraction that is done.
     """
     replicates: Replicates = {}
+    merged = _merged(cells, tasks)
     for start, weights in draws:
         stop = start + weights.shape[-1]
-        for key, values in _values(cells, tasks, rate, weights):
+        for key, values in _values(cells, merged, rate, weights):
             if key not in replicates:
                 replicates[key] = torch.empty(resamples, dtype=torch.float64)
             replicates[key][start:stop] = values
@@ -159,21 +166,27 @@ def shift(
         ones: The weights of one resample that draws each row once.
         exact: The exact value of every metric that is defined.
     """
-    for key, values in _values(cells, tasks, rate, ones):
+    for key, values in _values(cells, _merged(cells, tasks), rate, ones):
         if key in exact:
             replicates[key] += exact[key] - values
 
 
+def _merged(cells: Mapping[str, CountedCells], tasks: Sequence[DetectionTask]) -> dict[str, list[TaskCells]]:
+    merged = {}
+    for score, grouped in cells.items():
+        merged[score] = cells_of_tasks(tasks, grouped.scores, grouped.present)
+    return merged
+
+
 def _values(
-    cells: Mapping[str, CountedCells], tasks: Sequence[DetectionTask], rate: float, weights: Tensor
+    cells: Mapping[str, CountedCells], merged: Mapping[str, Sequence[TaskCells]], rate: float, weights: Tensor
 ) -> Iterator[tuple[Key, Tensor]]:
     """Yield the value ``(b,)`` of every metric with weighted rows."""
     for score, grouped in cells.items():
         counts = grouped.counts(weights)
-        for task in tasks:
-            task_counts = counts_of_task(task, grouped.scores, counts)
-            for metric, values in metrics_of(task.task, task_counts, rate).items():
-                yield _key(task, score, metric), values
+        for part in merged[score]:
+            for metric, values in metrics_of(part.metrics, part.counts(counts), rate).items():
+                yield _key(part.task, score, metric), values
 
 
 def _key(task: DetectionTask, score: str, metric: str) -> Key:

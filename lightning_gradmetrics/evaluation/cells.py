@@ -87,6 +87,12 @@ class Cells:
     starts: Tensor
     classes: int
 
+    @property
+    def present(self) -> Tensor:
+        """Whether a class has rows in a cell ``(C, K)``."""
+        ends = torch.cat([self.starts[1:], self.starts.new_full((1,), len(self.order))])[: len(self.starts)]
+        return (ends > self.starts).view(self.classes, -1)
+
     def counts(self, weights: Tensor) -> Tensor:
         """Sum the weights of the rows in each cell and class.
 
@@ -175,16 +181,16 @@ def _threshold_window(task: DetectionTask, positives_to: Tensor, rate: float) ->
     return slice(max(low - 1, 0), min(high + 2, len(positives_to)))
 
 
-def counts_of_task(task: DetectionTask, scores: Tensor, counts: Tensor) -> Counts:
-    """Return the counts ``(..., K)`` of one task from the counts ``(C, ..., K)`` of all row classes."""
+def counts_of_task(task: DetectionTask, scores: Tensor, counts: Tensor | Mapping[int, Tensor]) -> Counts:
+    """Return the counts ``(..., K)`` of one task from the counts ``(..., K)`` of each of its row classes."""
     return Counts.of(scores, weighted_counts(task, counts, task.negative), weighted_counts(task, counts, task.positive))
 
 
-def weighted_counts(task: DetectionTask, counts: Tensor, codes: Sequence[int]) -> Tensor:
-    """Return the sum ``(..., K)`` of the counts ``(C, ..., K)`` of some classes, weighted as in the task."""
-    total = torch.zeros_like(counts[0])
-    for code in codes:
-        total.add_(counts[code], alpha=task.weights.get(code, 1.0))
+def weighted_counts(task: DetectionTask, counts: Tensor | Mapping[int, Tensor], codes: Sequence[int]) -> Tensor:
+    """Return the sum ``(..., K)`` of the counts ``(..., K)`` of some classes, one or more, weighted as in the task."""
+    total = counts[codes[0]] * task.weights.get(codes[0], 1.0)
+    for code in codes[1:]:
+        total = total.add_(counts[code], alpha=task.weights.get(code, 1.0))
     return total
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning_gradmetrics.evaluation.bootstrap import Key, Replicates
 from lightning_gradmetrics.evaluation.comparisons import key_of
 from lightning_gradmetrics.evaluation.intervals import auroc_interval, enough_rows, fpr_interval, percentile_interval
-from lightning_gradmetrics.evaluation.metrics import MISCLASSIFICATION, metrics_of
+from lightning_gradmetrics.evaluation.metrics import MISCLASSIFICATION, TASKS, metrics_of
 from lightning_gradmetrics.evaluation.tasks import DetectionTask
 from lightning_gradmetrics.meters.functional.counts import Counts
 
@@ -34,7 +34,7 @@ def entries_of(
         seed: The seed of the draws of the interval of ``fpr95``.
     """
     members = []
-    for metric, value in metrics_of(task.task, counts, rate).items():
+    for metric, value in metrics_of(TASKS[task.task], counts, rate).items():
         entry = _entry(task, score, metric, float(value))
         if level is not None and not task.weights and _has_interval(entry, rate):
             entry["low"], entry["high"] = _exact_interval(metric, counts, rate, level, seed)

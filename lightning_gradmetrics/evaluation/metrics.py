@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ __all__ = ["HIGHER_IS_BETTER", "METRICS", "SHOWN", "TASKS", "Metric", "metrics_o
 MISCLASSIFICATION, OOD, JOINT = "misclassification", "ood", "joint"
 TASK_NAMES = (JOINT, MISCLASSIFICATION, OOD)
 
+Reads = Literal["all", "positives", "negatives"]
+"""The classes whose scores a metric reads; of other samples, it reads how many lie between these scores."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -37,6 +41,8 @@ class Metric:
         tasks: The tasks that it is computed for: any of ``"joint"``, ``"misclassification"`` and ``"ood"``.
         shown: The tasks whose main table shows it.
         digits: The number of decimals of the value times 100.
+        reads: ``"positives"`` if the metric depends only on the counts at the scores of positives and on both totals, so
+            that the bootstrap may merge other scores; ``"negatives"`` likewise; by default, no scores are merged.
 
     Example:
         >>> METRICS["fpr95"].higher_is_better, METRICS["fpr95"].title
@@ -51,6 +57,7 @@ class Metric:
     tasks: tuple[str, ...]
     shown: tuple[str, ...] = ()
     digits: int = 1
+    reads: Reads = "all"
 
     @property
     def higher_is_better(self) -> bool:
@@ -103,11 +110,11 @@ def register_metric(metric: Metric) -> Metric:
     return metric
 
 
-def metrics_of(task: str, counts: Counts, rate: float) -> dict[str, Tensor]:
-    """Compute every metric of a task.
+def metrics_of(names: Iterable[str], counts: Counts, rate: float) -> dict[str, Tensor]:
+    """Compute metrics of a task.
 
     Args:
-        task: ``"misclassification"``, ``"ood"`` or ``"joint"``.
+        names: The names of the metrics.
         counts: Counts with any leading dimensions ``(...)``.
         rate: The true-positive rate of ``fpr95``; the positives are the errors or the out-of-distribution samples.
 
@@ -115,7 +122,7 @@ def metrics_of(task: str, counts: Counts, rate: float) -> dict[str, Tensor]:
         Each metric, ``(...)``; NaN where it is undefined.
     """
     values = {}
-    for name in TASKS[task]:
+    for name in names:
         values[name] = METRICS[name].of_counts(counts, rate)
     return values
 
@@ -160,6 +167,7 @@ for _metric in (
         _auroc,
         ALL,
         ALL,
+        reads="positives",
     ),
     Metric(
         "aurc",
@@ -170,6 +178,7 @@ for _metric in (
         SELECTIVE,
         SELECTIVE,
         digits=2,
+        reads="positives",
     ),
     Metric(
         "e_aurc",
@@ -179,6 +188,7 @@ for _metric in (
         _e_aurc,
         (MISCLASSIFICATION,),
         digits=2,
+        reads="positives",
     ),
     Metric(
         "augrc",
@@ -188,6 +198,7 @@ for _metric in (
         _augrc,
         SELECTIVE,
         digits=2,
+        reads="positives",
     ),
     Metric(
         "fpr95",
@@ -197,6 +208,7 @@ for _metric in (
         _fpr,
         ALL,
         (OOD,),
+        reads="positives",
     ),
     Metric(
         "aupr",
@@ -205,6 +217,7 @@ for _metric in (
         meters.AveragePrecision,
         _aupr,
         (MISCLASSIFICATION, OOD),
+        reads="positives",
     ),
     Metric(
         "aupr_in",
@@ -213,6 +226,7 @@ for _metric in (
         meters.AveragePrecision,
         _aupr_in,
         (OOD,),
+        reads="negatives",
     ),
 ):
     register_metric(_metric)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lightning_gradmetrics.evaluation import (
     entries,
     evaluate,
     metrics,
+    task_cells,
 )
 from lightning_gradmetrics.evaluation.cells import counts_of_task, make_cells, rank_rows
 from lightning_gradmetrics.evaluation.metrics import TASKS, metrics_of
@@ -156,7 +158,7 @@ def test_replicates_are_metrics_of_resampled_rows(method, monkeypatch):
                 target = torch.isin(rows.codes.long(), torch.tensor(task.positive))[mask]
                 scores = rows.scores[score][mask].repeat_interleave(times)
                 counts = count(scores, target.repeat_interleave(times))
-                for metric, value in metrics_of(task.task, counts, 0.95).items():
+                for metric, value in metrics_of(TASKS[task.task], counts, 0.95).items():
                     found = drawn[(task.task, task.dataset, task.group, score, metric)][b]
                     torch.testing.assert_close(found, value.double(), atol=1e-9, rtol=1e-9)
 
@@ -205,8 +207,8 @@ def test_cells_agree_with_the_exact_bootstrap_on_the_same_weights():
         for task in tasks:
             found, wanted, shift = {}, {}, {}
             for name, cells, drawn in ((found, few, weights), (wanted, every, weights), (shift, few, ones)):
-                name |= metrics_of(task.task, counts_of_task(task, cells.scores, cells.counts(drawn)), 0.95)
-            exact = metrics_of(task.task, counts_of_task(task, every.scores, every.counts(ones)), 0.95)
+                name |= metrics_of(TASKS[task.task], counts_of_task(task, cells.scores, cells.counts(drawn)), 0.95)
+            exact = metrics_of(TASKS[task.task], counts_of_task(task, every.scores, every.counts(ones)), 0.95)
             for metric in found:
                 error = (found[metric] - shift[metric] + exact[metric] - wanted[metric]).abs().max()
                 assert error <= (0.15 if metric == "fpr95" else 0.03) * wanted[metric].std(), (task.task, metric)
@@ -441,7 +443,7 @@ def test_repeated_rows_are_counted_in_any_order():
 def test_a_registered_metric_appears_everywhere(monkeypatch):
     for name in ("METRICS", "TASKS", "SHOWN", "HIGHER_IS_BETTER"):
         monkeypatch.setattr(metrics, name, dict(getattr(metrics, name)))
-    monkeypatch.setattr(entries, "metrics_of", metrics.metrics_of)
+    monkeypatch.setattr(entries, "TASKS", metrics.TASKS)
     added = Metric(
         "aufc", "AUFC", "area", meters.AUFC, lambda counts, rate: counts.positives * 0 + 0.5, ("ood",), ("ood",)
     )
@@ -450,6 +452,23 @@ def test_a_registered_metric_appears_everywhere(monkeypatch):
     assert found[-1]["metric"] == "aufc" and found[-1]["value"] == 0.5 and metrics.HIGHER_IS_BETTER["aufc"]
     with pytest.raises(ValueError, match="is taken"):
         metrics.register_metric(added)
+
+
+def test_merged_cells_keep_every_metric(monkeypatch):
+    rows, _ = rows_of(table(), SCORES, ROLES)
+    tasks, _ = tasks_of(rows)
+    cells = {}
+    for score in SCORES:  # "fair" has ties of positives and negatives
+        cells[score] = make_cells(rank_rows(rows, score), len(rows.codes), tasks)
+    merged = bootstrap.replicate(rows, cells, tasks, 0.95, 10, 0, {})
+    separate = {}
+    for name, metric in metrics.METRICS.items():
+        separate[name] = dataclasses.replace(metric, reads="all")
+    monkeypatch.setattr(task_cells, "METRICS", separate)
+    unmerged = bootstrap.replicate(rows, cells, tasks, 0.95, 10, 0, {})
+    assert merged.keys() == unmerged.keys()
+    for key, values in unmerged.items():
+        torch.testing.assert_close(merged[key], values, rtol=1e-12, atol=1e-12)
 
 
 def test_json_round_trip(evaluation):

@@ -69,7 +69,8 @@ class Counts:
     negatives_to: Tensor
     positives_to: Tensor
     known: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """Cached results: the counts at each score, and metrics that other metrics use."""
+    """Cached results: the counts at each score, metrics that other metrics use, and, under ``"positives"`` and
+    ``"negatives"``, the positions ``(M,)`` of all scores with samples of this class, if they are known."""
 
     @classmethod
     def of(cls, scores: Tensor, negative: Tensor, positive: Tensor) -> Counts:
@@ -116,7 +117,7 @@ class Counts:
     def at_positives(self) -> Sums:
         """The sums at the scores of positives; with batch dimensions, maybe at other scores too."""
         if self.positives_to.ndim > 1:
-            return self._batch_sums(self.positive)
+            return self._batch_sums(self.positive, "positives")
         chosen = _steps_up(self.positives_to)
         negatives_to, negative = _steps_at(self.negatives_to, chosen)
         positives_to = real(self.positives_to.index_select(0, chosen))
@@ -126,16 +127,19 @@ class Counts:
     def at_negatives(self) -> Sums:
         """The sums at the scores of negatives; with batch dimensions, maybe at other scores too."""
         if self.negatives_to.ndim > 1:
-            return self._batch_sums(self.negative)
+            return self._batch_sums(self.negative, "negatives")
         chosen = _steps_up(self.negatives_to)
         positives_to, positive = _steps_at(self.positives_to, chosen)
         negatives_to = real(self.negatives_to.index_select(0, chosen))
         return Sums(_steps(negatives_to), positive, negatives_to, positives_to)
 
-    def _batch_sums(self, number: Tensor) -> Sums:
+    def _batch_sums(self, number: Tensor, name: str) -> Sums:
         """Return the sums at all scores, or at those with samples in ``number`` ``(..., G)`` if they are few."""
         parts = [self.negative, self.positive, self.negatives_to, self.positives_to]
-        chosen = (number.flatten(0, -2) != 0).any(0).nonzero().squeeze(1)
+        if name in self.known:
+            chosen = self.known[name]
+        else:
+            chosen = (number.flatten(0, -2) != 0).any(0).nonzero().squeeze(1)
         complete = 2 * len(chosen) > number.shape[-1]
         if not complete:
             parts = [sums.index_select(-1, chosen) for sums in parts]
