@@ -155,6 +155,8 @@ class Run:
             labels = self.reader.token_labels(read, batch.size, received, dataset)
             batch = replace(batch, ood=self.stage.ood(place, batch.size), dataset=dataset)
             return self._observer.tokens(batch, labels, read.inputs)
+        if batch.logits.ndim > 2 and batch.logits.ndim != 4:
+            raise ValueError(_other_positions(batch))
         labels = None
         if batch.logits.ndim == 4:
             labels = self.reader.label_maps(read, batch.size, batch.logits.shape[1], received, dataset)
@@ -207,3 +209,17 @@ class Run:
         """Stop observing, and end the stage."""
         self.stop()
         self.stage.close()
+
+
+def _other_positions(batch: ObservedBatch) -> str:
+    """Return why positions that are neither pixels nor tokens are not scored in a Trainer."""
+    message = (
+        f"the logits have shape {tuple(batch.logits.shape)}: in a Trainer, scores per position are those of the pixels of images, "
+        "(N, C, H, W), and those of tokens (N, T, V)"
+    )
+    if batch.logits.ndim == 3:
+        message += (
+            " of a language model that the step calls with token ids input_ids (N, T). Without them, as with inputs_embeds, it is "
+            "unknown which token each position predicts"
+        )
+    return f"{message}. lightning_gradmetrics.score(model, inputs, scores, targets=labels) returns scores of other positions"

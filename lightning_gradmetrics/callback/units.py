@@ -79,7 +79,7 @@ def _of_texts(scorer: Scorer, evidence: Evidence, tokens: ScoredTokens, columns:
     if columns:
         raise ValueError(f"columns= names {columns[0]!r}, and further columns are defined for samples, not for texts")
     values, lengths = token_values(scorer, evidence), tokens.lengths
-    predicted = evidence.given_logits.argmax(1)
+    predicted = evidence.given_prediction
     incorrect = (predicted != tokens.ids).double()
     further = {"tokens": lengths, "error": sequence_values(incorrect, lengths, "mean")}
     lists = {"token_ids": tokens.ids, "predicted_ids": predicted, "positions": tokens.positions}

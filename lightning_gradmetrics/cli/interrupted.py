@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from lightning_gradmetrics.cli.files import shown_path
 from lightning_gradmetrics.results.output import Output
+from lightning_gradmetrics.results.resuming import check_new
 
 __all__ = ["advice", "check_directory", "delete_parts", "is_complete", "output_of", "parts_directory"]
 
@@ -42,6 +43,8 @@ def check_directory(directory: Path, resume: bool) -> None:
     Raises:
         FileExistsError: If there are rows and ``resume`` is false.
     """
+    if not resume:
+        check_new(parts_directory(directory))
     if has_parts(directory) and not resume:
         raise FileExistsError(
             f"{shown_path(directory)} contains rows of an interrupted run: add resume=true to complete it, or choose another "

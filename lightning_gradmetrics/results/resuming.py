@@ -18,7 +18,7 @@ from lightning_gradmetrics.results.reading import CommittedRows, committed_rows,
 from lightning_gradmetrics.results.sample_index import batch_sampler_of, sampler_of
 from lightning_gradmetrics.results.unfinished import RestOfStream, unfinished_batches, unfinished_list
 
-__all__ = ["check_images", "check_resumable", "check_stream", "committed_mask", "unfinished"]
+__all__ = ["check_images", "check_new", "check_resumable", "check_stream", "committed_mask", "unfinished"]
 
 NO_IMAGES = (
     "The run of a segmentation model cannot be resumed: the pixels of the committed images are not stored, so the metrics of "
@@ -148,6 +148,22 @@ def check_images(directory: Path) -> None:
     """
     if has_images(directory):
         raise ResumeError(f"cannot resume {directory}. {NO_IMAGES}")
+
+
+def check_new(directory: Path) -> None:
+    """Refuse a directory with rows of images of a segmentation model for a new run.
+
+    Args:
+        directory: A results directory.
+
+    Raises:
+        FileExistsError: If it has such rows, which the run would not complete.
+    """
+    if has_images(directory):
+        raise FileExistsError(
+            f"{directory} already contains results of a segmentation model, and such a run cannot be resumed: choose another "
+            "directory, or delete this one"
+        )
 
 
 def check_stream(loader: DataLoader[Any], name: str, rows: int, is_skipped: bool = False) -> None:

@@ -40,8 +40,8 @@ def segment_table(results: pa.Table, class_names: Sequence[str] | None = None) -
 
     Returns:
         The columns ``dataset``; ``index``, the image's index in the dataset; ``segment``; ``class``; ``size`` in pixels;
-        ``box``: top, left, bottom and right, of which the last two are exclusive; ``iou`` and ``error``, null without
-        labels; the mean of each score; and ``class_name``. Empty if the results have no segments.
+        ``box``: top, left, bottom and right, of which the last two are exclusive; ``iou`` and ``error``, NaN without
+        labels as in the rows of images; the mean of each score; and ``class_name``. Empty if the results have no segments.
 
     Example:
         >>> columns = {"dataset": ["a", "a"], "index": [0, 1], "segment_numbers": [[1, 2], []], "segment_classes": [[3, 0], []]}
@@ -56,9 +56,6 @@ def segment_table(results: pa.Table, class_names: Sequence[str] | None = None) -
     for name, source in SEGMENT_COLUMNS.items():
         if source in results.column_names:
             columns[name] = pc.list_flatten(results[source])
-    for name in ("iou", "error"):
-        if name in columns:
-            columns[name] = pc.if_else(pc.is_nan(columns[name]), None, columns[name])
     for name in results.column_names:
         if name.startswith(SEGMENT_PREFIX):
             columns[name.removeprefix(SEGMENT_PREFIX)] = pc.list_flatten(results[name])

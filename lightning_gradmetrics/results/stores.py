@@ -20,6 +20,7 @@ from lightning_gradmetrics.results.reading import committed_rows, has_images, re
 from lightning_gradmetrics.results.resuming import (
     NO_IMAGES,
     check_images,
+    check_new,
     check_resumable,
     check_stream,
     committed_mask,
@@ -190,6 +191,8 @@ class DirectoryStore:
         sizes: dict[str, int | None] = {}
         for table, loader in zip(rows, loaders, strict=True):
             sizes[table.dataset] = None if is_limited else expected_rows(loader)
+        if not output.resume:
+            check_new(output.directory)
         writer = ResultsWriter(
             output.directory, run, about=about, rank=rank, rows_per_part=output.rows_per_part, resume=output.resume
         )

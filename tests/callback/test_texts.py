@@ -231,6 +231,13 @@ def both_ways() -> nn.Module:
     return model
 
 
+class Embedded(Stepped):
+    """A step that passes embeddings to the model."""
+
+    def step(self, batch: Any) -> Any:
+        return self.net(inputs_embeds=self.net.get_input_embeddings()(batch["input_ids"]))
+
+
 def two_answers() -> list[dict[str, Tensor]]:
     """A text whose second scored token does not follow the first."""
     ids = torch.arange(1, 7)
@@ -257,6 +264,10 @@ REFUSED = {
     "labels of another kind": (
         lambda: run(Shifted(language_model("plain")), [(torch.arange(6), torch.zeros(6).long())] * 2),
         "not the tokens that follow",
+    ),
+    "embeddings instead of token ids": (
+        lambda: run(Embedded(language_model()), texts(), ["nll"]),
+        r"calls with token ids input_ids \(N, T\)\. Without them, as with inputs_embeds",
     ),
     "another pass": (
         lambda: run(LanguageStep(language_model()), texts(), ["mc_dropout", "gradnorm(target=all)"]),

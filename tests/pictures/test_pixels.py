@@ -333,6 +333,8 @@ def test_a_results_directory_of_images_is_not_resumed(tmp_path: Path, capsys: py
     Batches.count = -10  # type: ignore[attr-defined]
     with pytest.raises(ResumeError, match="run of a segmentation model cannot be resumed"):
         run_on(lgm.GradientMetrics(SCORES, output=tmp_path, resume=True), data(), net, stopping)
+    with pytest.raises(FileExistsError, match="such a run cannot be resumed: choose another directory"):
+        run_on(lgm.GradientMetrics(SCORES, output=tmp_path), data(), net, stopping)
     assert len(stopped) == 3
     assert lgm.read_results(tmp_path, incomplete=True)["max_softmax"].length() == 4
 

@@ -184,13 +184,8 @@ def image_level(
         columns: Additional columns of the results, which are defined for samples only.
 
     Raises:
-        ValueError: If the positions are not pixels, or additional columns are requested.
+        ValueError: If additional columns are requested.
     """
-    if evidence.given_logits.ndim != 4:
-        raise ValueError(
-            f"the logits have shape {tuple(evidence.given_logits.shape)}: in a Trainer, scores per position are those of the "
-            "pixels of images, (N, C, H, W). lightning_gradmetrics.score returns those of other positions"
-        )
     if columns:
         raise ValueError(f"columns= names {columns[0]!r}, and further columns are defined for samples, not for pixels")
     logits = evidence.given_logits
