@@ -13,10 +13,12 @@ from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.guards import (
     check_alone,
+    check_copies,
     check_halves,
     check_new_shapes,
     check_objectives,
     check_others,
+    check_precisions,
     check_repeated,
     check_samples,
     compare_alone,
@@ -25,11 +27,12 @@ from lightning_gradmetrics.engine.guards import (
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
 from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.refusals import not_reproducible
 from lightning_gradmetrics.engine.row_check import check_row_owners
-from lightning_gradmetrics.engine.sample_check import check_some_samples
-from lightning_gradmetrics.engine.samples import input_shapes, input_structure
+from lightning_gradmetrics.engine.sample_check import check_draw, check_some_samples
+from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
 from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
-from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_slow
+from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.verification import make_strategy
@@ -144,6 +147,8 @@ def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moment
         table = MomentTable(task if step >= task.size else task.rows(start, start + step))
         _fill(table, strategy, state)
         parts.append(table)
+    if strategy.random:
+        warn_random(task.model)
     return MomentTable.join(parts)
 
 
@@ -180,9 +185,9 @@ class _BatchChecks:
         if tracer is not None:
             self.is_covered = self._covers(logits, tracer, readers)
         if not self.is_covered:
-            self._check_unproven(logits, tracer)
-        if not strategy.random:
-            check_samples(task, logits, readers, self.state, strategy.quiet)
+            self._check_unproven(logits, None if tracer is None else tracer.outline)
+        check = check_copies if strategy.random else check_samples
+        check(task, logits, readers, self.state, strategy.quiet)
 
     def _covers(self, logits: Tensor, tracer: Tracer, readers: Sequence[int]) -> bool:
         """Return whether the proof covers the batch."""
@@ -212,31 +217,33 @@ class _BatchChecks:
             return
         self.is_covered, strategy.sizes = False, None
         strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads else EVERY_SAMPLE
-        self._check_unproven(self.logits[-1], None)
+        check_precisions(self.task, outline, alone)
+        self._check_unproven(self.logits[-1], outline)
 
-    def _check_unproven(self, logits: Tensor, tracer: Tracer | None) -> None:
+    def _check_unproven(self, logits: Tensor, outline: Outline | None) -> None:
         """Compare samples with the same samples run alone and, for a new batch size, the batch with its halves."""
         task, strategy, state = self.task, self.strategy, self.state
         new_size = all(task.size != size for _, size in strategy.times)
         if strategy.random:
-            if new_size:
-                check_others(task, logits, state, strategy.quiet)
+            check_others(task, logits, state, strategy.quiet)
+            if strategy.alone == EVERY_SAMPLE:
+                check_copies(task, logits, range(task.size), state, strategy.quiet)
             return
         if task.size == 1:
             check_repeated(task, logits, state, strategy.quiet)
-        alone = self._alone(new_size, tracer)
+        alone = self._alone(new_size, outline)
+        check_alone(task, logits, alone, state, strategy.quiet, outline)
         if (new_size or strategy.plan is None) and alone < task.size:
             check_halves(task, logits, state, strategy.quiet)
-        check_alone(task, logits, alone, state, strategy.quiet)
 
-    def _alone(self, new_size: bool, tracer: Tracer | None) -> int:
+    def _alone(self, new_size: bool, outline: Outline | None) -> int:
         """Return how many samples to run alone."""
         strategy = self.strategy
         if strategy.sizes is not None and new_size:
             return EVERY_SAMPLE  # the model makes other calls at this size than in the proof
         if self.is_new:
             return max(strategy.alone, ALONE_IF_NEW)
-        is_usual = strategy.sizes is None and tracer is not None and tracer.outline.path == strategy.path
+        is_usual = strategy.sizes is None and outline is not None and outline.path == strategy.path
         return max(strategy.alone, 0 if is_usual else 1)
 
 
@@ -258,11 +265,15 @@ def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
     if not checks.logits:
         checks(logits_without_graph(task, strategy.quiet))
         state.restore()
-    check = None
-    if not strategy.random:
+    if strategy.random:
+        logits = table.add_draw(slow)
+        if not close_rows(logits, checks.logits[-1]):
+            raise not_reproducible(task.model)
+        warn_slow(task, Strategy(None, slow=slow))
+        return
 
-        def check(number: int, logits: Tensor) -> None:
-            compare_alone(task, checks.logits[-1], number, logits, state)
+    def check(number: int, logits: Tensor) -> None:
+        compare_alone(task, checks.logits[-1], number, logits, state)
 
     mapped = strategy.mapped and slow.keys() == strategy.slow.keys()
     table.add_slowly(slow, mapped, check)
@@ -282,14 +293,17 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
     outline = calls.number
     verified = strategy.times.get(checks.here, {})
     if outline not in verified:
-        if not strategy.random and not (checks.is_covered and strategy.settled):
+        if strategy.random and verified:
+            raise PlanError("the model makes other calls than in earlier batches of this size")
+        if not (checks.is_covered and strategy.settled):
             count = 1 if checks.is_covered else GRADIENTS_IF_UNPROVEN
-            checks.compare_paths(calls, check_some_samples(table, strategy.fast, laid_out, state, count))
+            if strategy.random:
+                check_draw(table, strategy.fast, laid_out, state)
+            else:
+                checks.compare_paths(calls, check_some_samples(table, strategy.fast, laid_out, state, count))
             if not checks.is_covered and task.size > 3:  # the probe has checked the rows of three samples
                 check_row_owners(table, restricted, strategy.plan, free, state)
             strategy.settled = strategy.settled or checks.is_covered
-        elif strategy.random and verified:
-            raise PlanError("the model makes other calls than in earlier batches of this size")
         known = verified if len(verified) < MOST_OUTLINES else {}
         strategy.times[checks.here] = {**known, outline: (times, checks.is_covered)}
     elif verified[outline][0] != times:
@@ -303,7 +317,9 @@ def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: _BatchChecks
     while names:
         try:
             collect_fast(table, task.restricted(names), None, checks)
-            if not strategy.random:
+            if strategy.random:
+                check_draw(table, names, task, state)
+            else:
                 check_some_samples(table, names, task, state, GRADIENTS_IF_UNPROVEN)
             break
         except PlanError as error:

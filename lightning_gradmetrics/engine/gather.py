@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.kernels.fused import fused_segments, fused_supports
 from lightning_gradmetrics.engine.kernels.segments import Segments
 from lightning_gradmetrics.engine.plan import PlanError
-from lightning_gradmetrics.engine.reference import reference_moments
+from lightning_gradmetrics.engine.reference import moments_of_draw, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
@@ -108,6 +108,17 @@ class MomentTable:
         moments = _mapped_moments(task) if mapped else None
         if moments is None:
             moments = reference_moments(task, check)
+        self._fill(task, moments)
+
+    def add_draw(self, names: Collection[str]) -> Tensor:
+        """Add parameters without a fast rule, from one forward pass of the batch with its own random numbers; return its logits."""
+        task = self.task.restricted(names)
+        moments, logits = moments_of_draw(task)
+        self._fill(task, moments)
+        return logits
+
+    def _fill(self, task: Task, moments: Sequence[Moments]) -> None:
+        """Write the moments of some parameters into their columns."""
         columns = list(map(self._columns.__getitem__, task.parameters))
         for own, added in zip(self.moments, moments, strict=True):
             for key, value in added.items():

@@ -14,22 +14,27 @@ from lightning_gradmetrics.engine.refusals import (
     SampleAxisError,
     coupled_model,
     coupled_objective,
+    not_reproducible,
     not_without_others,
+    other_precisions,
 )
-from lightning_gradmetrics.engine.rounding_noise import rounding_noise
+from lightning_gradmetrics.engine.rounding_noise import noisy_inputs, rounding_noise
 from lightning_gradmetrics.engine.samples import close_rows, different_rows, shared_list
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Objective
-from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
+from lightning_gradmetrics.gradients.precision import at_least_float32
 
 __all__ = [
     "check_alone",
+    "check_copies",
     "check_halves",
     "check_new_shapes",
     "check_objectives",
     "check_others",
+    "check_precisions",
     "check_repeated",
     "check_samples",
+    "chosen_samples",
     "compare_alone",
     "logits_without_graph",
 ]
@@ -41,7 +46,9 @@ _ALONE = 4
 """How many samples of each batch an objective is computed on alone."""
 
 
-def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, quiet: bool) -> None:
+def check_alone(
+    task: Task, logits: Tensor, count: int, state: ForwardState, quiet: bool, outline: Outline | None = None
+) -> None:
     """Compare the logits of some samples, each alone in a batch, with their logits in this batch.
 
     Args:
@@ -50,13 +57,34 @@ def check_alone(task: Task, logits: Tensor, count: int, state: ForwardState, qui
         count: The number of samples to run alone.
         state: The state of the model before the batch.
         quiet: Whether to silence the warning of reentrant checkpoints about running without gradients.
+        outline: The forward pass of the batch, whose precisions must be those of one sample alone.
 
     Raises:
         CoupledSamplesError: If they differ.
     """
     if task.size < 2:
         return
-    check_samples(task, logits, _chosen(logits, count), state, quiet)
+    for number in chosen_samples(logits, count):
+        alone = None if outline is None else Outline()
+        logits_alone = _logits(task, [number], state, quiet, alone)
+        if outline is not None and alone is not None:
+            check_precisions(task, outline, alone)
+        compare_alone(task, logits, number, logits_alone, state)
+
+
+def check_precisions(task: Task, outline: Outline, alone: Outline) -> None:
+    """Refuse a model that computes in another precision in this batch than with one sample, since rounding is no excuse then.
+
+    Raises:
+        CoupledSamplesError: If it does.
+    """
+    together, single = outline.precisions, alone.precisions
+    if len(together) != len(single):  # the calls depend on the data
+        if set(together) == set(single):
+            return
+    elif together == single:
+        return
+    raise other_precisions(task.model, task.size, set(together) ^ set(single))
 
 
 def check_samples(task: Task, logits: Tensor, numbers: Sequence[int], state: ForwardState, quiet: bool) -> None:
@@ -101,8 +129,8 @@ def check_repeated(task: Task, logits: Tensor, state: ForwardState, quiet: bool)
     compare_alone(task, logits, 0, _logits(task, [0, 0], state, quiet)[:1], state)
 
 
-def _chosen(logits: Tensor, count: int) -> list[int]:
-    """Return random samples; if three or more, including the most and the least confident one."""
+def chosen_samples(logits: Tensor, count: int) -> list[int]:
+    """Return the numbers of random samples; if three or more, including the most and the least confident one."""
     numbers = list(range(len(logits)))
     if count >= len(numbers):
         return numbers
@@ -146,45 +174,39 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
         return
     if _differs_by_rounding(task, logits, number, alone.detach(), state):
         return
-    name = type(task.model).__name__
-    where = f"a part of {name} whose computation depends on the data or on the size of the batch"
-    raise shared_list(task) or coupled_model(where)
+    raise _coupled(task, logits, state)
 
 
 def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> bool:
     """Return whether rounding at a different batch size explains why a sample has different logits alone.
 
     A batch of the same size that repeats the sample must return the same logits in every row. A model that depends on the size
-    of the batch also passes this test. So the difference must also be small, or rounding in the modules must change the
-    logits as much, as where a sample is on the edge of a decision.
+    of the batch also passes this test. So rounding noise must change the logits of the sample alone by as much, in the
+    precision that is used for it alone.
     """
     expected = logits[number : number + 1].detach()
-    copies = [number] * task.size
-    repeated = _logits(task, copies, state, True)
+    repeated = _logits(task, [number] * task.size, state, True)
     step = 64 * torch.finfo(logits.dtype).eps
     rows = expected.expand_as(repeated)
     if not torch.allclose(repeated, rows, step, step * float(expected.abs().amax()), equal_nan=True):
         return False
-    if close_rows(alone, expected, min(0.5, MANY_ROUNDINGS * rounding(expected))):
-        return True
     difference = (alone - expected).abs().amax()
+    single = task.picked([number])
+    undisturbed = _logits(single, [0], state, True)
     for _ in range(NOISY_RUNS):
         with rounding_noise():
-            noisy = _logits(task, copies, state, True)
-        if bool((noisy - expected).abs().amax() >= difference / 2):
+            noisy = _logits(noisy_inputs(single), [0], state, True)
+        if bool((noisy - undisturbed).abs().amax() >= difference / 2):
             return True
     return False
 
-
-MANY_ROUNDINGS = 100
-"""Allowed difference between two batch sizes, in multiples of the usual rounding, for models that amplify rounding."""
 
 NOISY_RUNS = 4
 """How often the logits are computed with rounding noise."""
 
 
 def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
-    """Compare half of a batch's logits with those after replacing the other half, with the same random numbers.
+    """Compare each half of a batch's logits with those after replacing the other half, with the same random numbers.
 
     Args:
         task: The batch.
@@ -198,12 +220,37 @@ def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -
     if task.size < 2:
         return
     order = _CHOICE.sample(range(task.size), task.size)
-    half = order[: task.size // 2]
-    samples = list(range(task.size))
-    for number in order[task.size // 2 :]:
-        samples[number] = half[number % len(half)]
-    if not close_rows(_logits(task, samples, state, quiet)[half], logits[half].detach()):
-        raise coupled_model(f"a part of {type(task.model).__name__}")
+    first, second = order[: task.size // 2], order[task.size // 2 :]
+    for kept, replaced in ((first, second), (second, first)):
+        samples = list(range(task.size))
+        for number in replaced:
+            samples[number] = kept[number % len(kept)]
+        if not close_rows(_logits(task, samples, state, quiet)[kept], logits[kept].detach()):
+            raise _coupled(task, logits, state)
+
+
+def check_copies(task: Task, logits: Tensor, numbers: Sequence[int], state: ForwardState, quiet: bool) -> None:
+    """Compare samples with a batch in which all others are copies of them, with the same random numbers.
+
+    This is the check of a sample alone for a model that draws random numbers: in its own place, the sample gets its own.
+
+    Raises:
+        CoupledSamplesError: If the logits of such a sample differ.
+    """
+    for number in numbers if task.size > 1 else ():
+        row = slice(number, number + 1)
+        if not close_rows(_logits(task, [number] * task.size, state, quiet)[row], logits[row].detach()):
+            raise _coupled(task, logits, state)
+
+
+def _coupled(task: Task, logits: Tensor, state: ForwardState) -> ValueError:
+    """Return the error for samples with other logits than in their batch: coupled, or not reproducible."""
+    again = _logits(task, list(range(task.size)), state, True)
+    if not close_rows(again, logits.detach()):
+        return not_reproducible(task.model)
+    name = type(task.model).__name__
+    where = f"a part of {name} whose computation depends on the data or on the size of the batch"
+    return shared_list(task) or coupled_model(where)
 
 
 def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, outline: Outline | None = None) -> Tensor:

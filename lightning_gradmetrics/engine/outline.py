@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in, version_of
+from lightning_gradmetrics.engine.graph import storing_hooks
 
 __all__ = ["Outline", "Recording"]
 
@@ -54,7 +55,8 @@ class Outline:
     Attributes:
         leaves: These names.
         sizes: Every integer that may be a size: those of functions that set a shape, and the shapes of all results.
-        has_hooks: Whether the forward pass registers hooks on tensors or reads nodes of the graph, which may change gradients.
+        has_hooks: Whether the forward pass registers hooks on tensors, stores tensors through hooks or reads nodes of the graph,
+            which may change gradients.
         reads: How often Python reads values of a tensor.
     """
 
@@ -78,6 +80,11 @@ class Outline:
         """A number for the calls, their tensors and their constants, the same for all sizes unless the model branches on them."""
         return hash((*self._calls, *self._values))
 
+    @property
+    def precisions(self) -> tuple[torch.dtype, ...]:
+        """The floating types of all results, in the order of the calls."""
+        return tuple(entry for entry in self._calls if isinstance(entry, torch.dtype) and entry.is_floating_point)
+
     def add(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Add one call."""
         outputs: Iterable[Tensor] = (result,) if type(result) is Tensor else tuple(tensors_in(result))
@@ -88,7 +95,13 @@ class Outline:
         if not outputs and (result is not None or name == "_assert"):
             return
         calls = self._calls
-        calls += (function, *kwargs, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        calls += (
+            function,
+            *kwargs,
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            storing_hooks(True) and self._storing(),
+        )
         values = (*args, *kwargs.values()) if kwargs else args
         is_size = name in _SHAPING or self._compares_numbers(values, outputs)
         for value in values:
@@ -103,6 +116,14 @@ class Outline:
             shape = output.shape
             calls.append(len(shape))
             self.sizes += shape
+
+    def _storing(self) -> str:
+        """Return the name of the hook that decides what autograd stores; one that is not part of torch may change gradients."""
+        pack, _ = storing_hooks(True) or (None, None)
+        name = f"{getattr(pack, '__module__', '')}.{getattr(pack, '__qualname__', type(pack).__qualname__)}"
+        if not name.startswith("torch."):
+            self.has_hooks = True
+        return name
 
     def _compares_numbers(self, values: tuple[Any, ...], outputs: Iterable[Tensor]) -> bool:
         """Return whether a call computes a number from numbers, as in ``mask.sum() == mask.numel()``."""

@@ -94,6 +94,12 @@ class OwnershipPass(Tracer):
         kwargs = kwargs or {}
         if self._silence.depth:
             return func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
+        if not (self._backward or self._open):
+            self.outline.add(func, args, kwargs, result)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         sources = sources_in(self._tracked, args, kwargs)
         if not sources:
             result = func(*args, **kwargs)

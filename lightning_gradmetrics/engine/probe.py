@@ -26,7 +26,7 @@ from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
 from lightning_gradmetrics.engine.outline import Outline, Recording
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.probe_samples import three_samples, with_row
-from lightning_gradmetrics.engine.refusals import coupled_model
+from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes
 from lightning_gradmetrics.engine.separability import layouts_apart
 from lightning_gradmetrics.engine.size_record import SizeRecord, size_record
@@ -264,9 +264,15 @@ class _Runs:
         same_calls = outline(trace) == outline(self.large)
         return trace if same_calls else None, logits
 
-    def coupling(self, other: Task, number: int) -> str:
+    def coupling(self, other: Task, number: int, logits: Tensor) -> ValueError:
+        """Return the error for a model in which replacing one sample changes the logits ``(3, C)`` of other samples."""
+        base, again = self.run(self.task, None)
+        if again is not None and not close_rows(again, logits):
+            return not_reproducible(self.task.model)
+        return coupled_model(self._coupling_call(base, other, number))
+
+    def _coupling_call(self, base: CallTrace | None, other: Task, number: int) -> str:
         """Return the first call in which replacing one sample changes rows of other samples, and its module."""
-        base, _ = self.run(self.task, None)
         trace, _ = self.run(other, None)
         if base is None or trace is None:
             return f"a decision of {type(self.task.model).__name__} for the whole batch"
@@ -307,7 +313,7 @@ def _changes_by_sample(runs: _Runs, logits: Tensor, irregular: str) -> tuple[Cha
         for changed in rows:
             if changed is not None and int(changed.sum(0).max()) > 1:
                 number = _first_foreign(changed)
-                raise coupled_model(runs.coupling(others[number], number))
+                raise runs.coupling(others[number], number, logits.detach())
     return changes, ""
 
 
@@ -330,7 +336,7 @@ def _replaced(
         trace, changed_logits = runs.run(task, only)
         tight = trace is not None and not irregular
         if changed_logits is not None and not _same_rows(changed_logits[rest], logits[rest], tight):
-            raise coupled_model(runs.coupling(task, number))
+            raise runs.coupling(task, number, logits)
         if trace is not None:
             break
     return trace, task

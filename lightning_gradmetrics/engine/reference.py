@@ -13,7 +13,7 @@ from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments, stacked_moments
 
-__all__ = ["loss_gradients", "reference_moments"]
+__all__ = ["loss_gradients", "moments_of_draw", "reference_moments"]
 
 
 def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = None) -> list[Moments]:
@@ -34,6 +34,20 @@ def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = 
             check(number, logits)
         parts.append(_sample_moments(sample, logits))
     return joined(parts)
+
+
+def moments_of_draw(task: Task) -> tuple[list[Moments], Tensor]:
+    """Return the moments ``(N, P)`` of each objective's gradient in one forward pass of the batch, and its logits.
+
+    For a model that draws random numbers: each sample has those that it gets in the batch. One backward pass per sample.
+    """
+    for parameter in task.parameters.values():
+        parameter.requires_grad_(True)
+    logits, parts = task.forward(), [empty_moments(task)]
+    for number in range(task.size):
+        rows = slice(number, number + 1)
+        parts.append(_sample_moments(task.rows(number, number + 1), logits[rows]))
+    return joined(parts), logits.detach()
 
 
 def _sample_moments(task: Task, logits: Tensor) -> list[Moments]:

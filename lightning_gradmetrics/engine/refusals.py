@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 __all__ = [
     "CoupledSamplesError",
+    "NotReproducibleError",
     "SampleAxisError",
     "coupled_model",
     "coupled_objective",
     "list_as_long_as_the_batch",
+    "not_reproducible",
     "not_without_others",
+    "other_precisions",
     "raise_if_out_of_memory",
     "rows_not_samples",
 ]
@@ -22,6 +27,10 @@ class CoupledSamplesError(ValueError):
 
 class SampleAxisError(ValueError):
     """The sample axis of the inputs or of the logits is not the first one, or is ambiguous."""
+
+
+class NotReproducibleError(ValueError):
+    """The model returns different logits for the same inputs."""
 
 
 def coupled_model(where: str) -> CoupledSamplesError:
@@ -45,6 +54,15 @@ def coupled_objective(name: str) -> CoupledSamplesError:
     )
 
 
+def not_reproducible(model: object) -> NotReproducibleError:
+    """Return the error for a model that returns other logits for the same inputs, state and random numbers of torch."""
+    return NotReproducibleError(
+        f"{type(model).__name__} returns different logits for the same inputs, with torch's random number generators in the same "
+        "state, so its gradients are not defined. Draw random numbers from torch's default generators and not from numpy, random "
+        "or a separate generator; keep no other state between calls; or make the forward pass deterministic"
+    )
+
+
 def not_without_others(model: object, count: int, samples: int, error: Exception) -> SampleAxisError:
     """Return the error for a model that runs on a batch but not on some of its samples.
 
@@ -60,6 +78,21 @@ def not_without_others(model: object, count: int, samples: int, error: Exception
         "tensor of the inputs must have the samples on its first axis or be shared by all samples. For another layout, such as a "
         "hidden state (L, N, H), pass sample_axis= to score or gradient_statistics, an axis or a mapping from arguments to axes, "
         "as {1: 1}; or wrap the model in a module whose forward transposes its inputs"
+    )
+
+
+def other_precisions(model: object, samples: int, precisions: Iterable[torch.dtype]) -> CoupledSamplesError:
+    """Return the error for a model that computes in another precision in a batch than with one sample alone.
+
+    Args:
+        model: The model.
+        samples: The number of samples in the batch.
+        precisions: The floating types that only one of the two uses.
+    """
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in precisions)) or "another order of types"
+    return CoupledSamplesError(
+        f"the precision of {type(model).__name__} depends on the size of the batch: the forward pass of one sample alone and that of "
+        f"{samples} samples do not use the same floating types ({names}). Use autocast and casts at every batch size or at none"
     )
 
 

@@ -19,7 +19,7 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["check_some_samples"]
+__all__ = ["check_draw", "check_some_samples"]
 
 
 def check_some_samples(
@@ -33,12 +33,31 @@ def check_some_samples(
         PlanError: If they differ.
     """
     size = table.task.size
-    numbers: list[int] = torch.randint(size, (count,), generator=_GENERATOR).tolist()
+    numbers = _some_numbers(size, count)
     if count > 1:
         numbers = [*numbers[2:], size - 1, 0]
     for number in set(numbers):
         outline = _check_sample(table, names, laid_out, state, number)
     return outline
+
+
+def check_draw(table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState) -> None:
+    """Compare the moments of some samples with autograd on the batch, with the same random numbers.
+
+    Raises:
+        PlanError: If they differ.
+    """
+    size = table.task.size
+    task = laid_out.restricted(names)
+    logits = _logits(task, state)
+    for number in {0, size - 1, *_some_numbers(size, DRAWN)}:
+        if not _agree_on_sample(table, number, task, logits, number):
+            raise PlanError("the gradients of a sample disagree with autograd")
+
+
+def _some_numbers(size: int, count: int) -> list[int]:
+    numbers: list[int] = torch.randint(size, (count,), generator=_GENERATOR).tolist()
+    return numbers
 
 
 def _check_sample(
@@ -104,5 +123,8 @@ LEAST_SCALE = 2.0**-400
 
 GATES = 0.05
 """Largest relative error that ReLUs switched by rounding may explain; larger in low precision."""
+
+DRAWN = 2
+"""Number of samples that are compared in a batch with random numbers, besides the first and the last one."""
 
 _GENERATOR = torch.Generator().manual_seed(0)

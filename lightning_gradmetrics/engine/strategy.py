@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.notices import first_time
+from lightning_gradmetrics.classifier.notices import first_time, warn_once
 from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import reached_parameters
@@ -20,7 +20,7 @@ from lightning_gradmetrics.engine.size_record import SizeRecord
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
 
-__all__ = ["EVERY_SAMPLE", "Checks", "Strategy", "collect_fast", "freeze", "unchecked", "warn_slow"]
+__all__ = ["EVERY_SAMPLE", "Checks", "Strategy", "collect_fast", "freeze", "unchecked", "warn_random", "warn_slow"]
 
 ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
 """Number of samples of each batch that also run alone, to detect samples that depend on each other."""
@@ -92,6 +92,16 @@ def warn_slow(task: Task, strategy: Strategy) -> None:
             f"slower: {'; '.join(rows)}",
             stacklevel=2,
         )
+
+
+def warn_random(model: nn.Module) -> None:
+    """Warn once that a model draws random numbers."""
+    warn_once(
+        model,
+        f"{type(model).__name__} draws random numbers in its forward pass (dropout left on, noise, stochastic depth). Its gradients "
+        "are those of one draw for the whole batch, the same in every call with the same state of torch's generators. If that is "
+        "not intended, call model.eval() or make the forward pass deterministic",
+    )
 
 
 # -- running the fast methods -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.engine.agreement import VerificationNotes, agree
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.gather import MomentTable
+from lightning_gradmetrics.engine.guards import logits_without_graph
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.probe import Probe, probe_model
@@ -18,10 +19,13 @@ from lightning_gradmetrics.engine.probe_samples import with_others_replaced
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.refusals import (
     CoupledSamplesError,
+    NotReproducibleError,
     SampleAxisError,
     coupled_model,
+    not_reproducible,
     raise_if_out_of_memory,
 )
+from lightning_gradmetrics.engine.samples import close_rows
 from lightning_gradmetrics.engine.strategy import (
     ALONE_IF_PLANNED,
     ALONE_IF_UNPLANNED,
@@ -60,13 +64,28 @@ def _make_strategy(task: Task) -> Strategy:
         state.restore()
     try:
         strategy = _verified(task)
-    except (CoupledSamplesError, SampleAxisError):
+    except (CoupledSamplesError, NotReproducibleError, SampleAxisError):
         raise
     except Exception as error:  # a probe may fail in any way; one sample at a time raises the model's own error
         raise_if_out_of_memory(error)
         reason = f"{type(error).__name__}: {error}"
-        strategy = Strategy(None, slow=dict.fromkeys(task.parameters, reason))
+        drawn = _draws_numbers(task, state)
+        strategy = Strategy(None, slow=dict.fromkeys(task.parameters, reason), random=drawn)
     return strategy
+
+
+def _draws_numbers(task: Task, state: ForwardState) -> bool:
+    """Return whether a forward pass of the batch draws random numbers."""
+    state.restore()
+    try:
+        logits_without_graph(task, True)
+    except Exception as error:  # one sample at a time raises the model's own error
+        raise_if_out_of_memory(error)
+        return False
+    finally:
+        drawn = state.random_numbers_drawn()
+        state.restore()
+    return drawn
 
 
 def _channels_last_pays(task: Task) -> bool:
@@ -98,7 +117,7 @@ def _verified(task: Task) -> Strategy:
     if slow:
         _check_backward(probe, slow, state)
     fast = tuple(name for name in task.parameters if name not in slow)
-    mapped = bool(slow) and _can_be_mapped(probe, slow)
+    mapped = bool(slow) and not probe.random and _can_be_mapped(probe, slow)
     state.restore()
     return Strategy(
         plan,
@@ -228,7 +247,23 @@ def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -
     size = max(float(gradient.norm()) for gradient in before)
     for gradient, after_replacing in zip(before, after, strict=True):
         if float((after_replacing - gradient).norm()) > 10 * rounding(gradient) * size:
+            state.restore()
+            _check_reproducible(probe.task, state)
             raise coupled_model(f"the backward pass of {type(probe.task.model).__name__}")
+
+
+def _check_reproducible(task: Task, state: ForwardState) -> None:
+    """Compare the logits of two forward passes from the same state.
+
+    Raises:
+        NotReproducibleError: If they differ.
+    """
+    logits = logits_without_graph(task, True)
+    state.restore()
+    again = logits_without_graph(task, True)
+    state.restore()
+    if not close_rows(again, logits):
+        raise not_reproducible(task.model)
 
 
 def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["accumulator", "at_least_float32", "full_float32", "result_dtype", "rounding", "wide_dtype"]
+__all__ = ["accumulator", "at_least_float32", "full_float32", "precision_of", "result_dtype", "rounding", "wide_dtype"]
 
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF, TF32 = 0.1, 0.05
@@ -47,6 +47,12 @@ def rounding(tensor: Tensor) -> float:
     if tensor.dtype == torch.float32 and device == "cuda" and _tf32():
         return TF32
     return ROUNDING.get(tensor.dtype, HALF)
+
+
+def precision_of(tensor: Tensor) -> float:
+    """Return the relative precision of a tensor that a model computed: that of its type, or of TF32 products."""
+    is_tf32 = tensor.dtype == torch.float32 and tensor.device.type == "cuda" and _tf32()
+    return 2.0**-10 if is_tf32 else torch.finfo(tensor.dtype).eps
 
 
 def _tf32() -> bool:

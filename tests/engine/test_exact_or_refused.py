@@ -130,8 +130,8 @@ def test_cached_parametrizations_of_the_caller_are_computed_again():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(("engine", "few"), [("auto", 2), ("reference", 1)])
-def test_inputs_with_another_sample_axis_are_refused_with_the_models_own_error(engine, few):
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_inputs_with_another_sample_axis_are_refused_with_the_models_own_error(engine):
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -140,7 +140,7 @@ def test_inputs_with_another_sample_axis_are_refused_with_the_models_own_error(e
         def forward(self, x, state):
             return self.head(self.layer(x, state)[0][:, -1])
 
-    with pytest.raises(SampleAxisError, match=rf"not on {few} of them \(RuntimeError: Expected hidden size"):
+    with pytest.raises(SampleAxisError, match=r"not on 1 of them \(RuntimeError: Expected hidden size"):
         gradient_statistics(Recurrent(), (torch.randn(4, 5, 6), torch.zeros(1, 4, 4)), "pseudo_label", engine=engine)
 
 

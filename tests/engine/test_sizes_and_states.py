@@ -50,6 +50,7 @@ COUPLED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Net draws random numbers")
 @pytest.mark.parametrize("name", COUPLED)
 def test_models_that_depend_on_the_batch_are_refused(name):
     torch.manual_seed(0)

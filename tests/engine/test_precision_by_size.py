@@ -1,0 +1,115 @@
+"""Models whose precision, or what autograd stores, depends on the size of the batch: exact, or refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError
+from tests.engine.kinds import WIDTH, Net, error_of
+
+SIZES = (3, 5, 1, 8, 8, 6, 4)
+LARGE = 5
+
+
+def _autocast_if(is_low: Callable[[Tensor], bool]) -> Callable[..., Tensor]:
+    """A hidden layer under autocast for some batches."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_low(x)):
+            h = net.a(x)
+        return net.head(torch.tanh(h.float()))
+
+    return forward
+
+
+def _small_branch(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    with torch.autocast("cpu", torch.bfloat16, enabled=len(x) > LARGE):
+        branch = net.b(h)
+    return net.head(h + 1e-3 * branch.float())
+
+
+def _cast(net: Any, x: Tensor) -> Tensor:
+    if len(x) <= LARGE:
+        return net.head(torch.tanh(net.a(x)))
+    weight, bias = net.a.weight.bfloat16(), net.a.bias.bfloat16()
+    return net.head(torch.tanh(F.linear(x.bfloat16(), weight, bias).float()))
+
+
+LOW_IN_LARGE_BATCHES = {
+    "autocast": _autocast_if(lambda x: len(x) > LARGE),
+    "a small branch under autocast": _small_branch,
+    "casts": _cast,
+}
+
+
+def _float_batches() -> list[Tensor]:
+    return [torch.randn(size, WIDTH) for size in SIZES]
+
+
+@pytest.mark.parametrize("name", LOW_IN_LARGE_BATCHES)
+def test_low_precision_in_large_batches_only_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model = Net(LOW_IN_LARGE_BATCHES[name]).eval()
+    for x in _float_batches():
+        if len(x) <= LARGE:
+            assert error_of(model, x) < 1e-4
+            continue
+        with pytest.raises(
+            CoupledSamplesError, match=r"the precision of Net depends on the size of the batch.*bfloat16"
+        ):
+            error_of(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_low_precision_at_every_size_is_accepted() -> None:
+    torch.manual_seed(0)
+    model = Net(_autocast_if(lambda x: True)).eval()
+    for x in _float_batches():
+        assert error_of(model, x) < 0.05
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor * 2 if tensor.is_floating_point() else tensor
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _stored_by(pack: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Logits whose graph stores tensors through a function of the input and of the tensor."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pack(x, tensor), _same):
+            return net.head(torch.tanh(net.b(torch.tanh(net.a(x)))))
+
+    return forward
+
+
+def _hooked_in_large_batches(net: Any, x: Tensor) -> Tensor:
+    if len(x) <= LARGE:
+        return net.head(torch.tanh(net.b(torch.tanh(net.a(x)))))
+    with torch.autograd.graph.saved_tensors_hooks(_doubled, _same):
+        return net.head(torch.tanh(net.b(torch.tanh(net.a(x)))))
+
+
+STORED = {
+    "hooks in large batches": _hooked_in_large_batches,
+    "hooks that change tensors of large batches": _stored_by(lambda x, t: _doubled(t) if len(x) > LARGE else t),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("name", STORED)
+def test_hooks_on_stored_tensors_at_some_sizes_do_not_change_a_samples_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    model = Net(STORED[name]).double().eval()
+    for size in SIZES:
+        assert error_of(model, torch.randn(size, WIDTH, dtype=torch.float64)) < 1e-8
