@@ -139,6 +139,7 @@ def seeded(work: Callable[[], Any]) -> Any:
     return work()
 
 
+@pytest.mark.filterwarnings("ignore:Draws draws random numbers")
 def test_active_dropout_gives_the_same_numbers_in_every_call() -> None:
     model, x = Draws().eval(), torch.rand(6, 6)
     model.drop.train()
@@ -153,7 +154,7 @@ def test_active_dropout_gives_the_same_numbers_in_every_call() -> None:
     torch.testing.assert_close(first, seeded(alone))
 
 
-@pytest.mark.filterwarnings("ignore:the dropout 'drop' is in train mode")
+@pytest.mark.filterwarnings("ignore:the dropout 'drop' is in train mode", "ignore:Draws draws random numbers")
 def test_random_numbers_of_the_caller_are_not_drawn() -> None:
     model, x = Draws().train(), torch.rand(6, 6)
     drawn = seeded(lambda: torch.rand(2).tolist())
