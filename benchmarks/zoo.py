@@ -214,15 +214,25 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "Not run: no configuration of a few million parameters was found, or the model's own forward pass fails.",
         "",
     ]
-    for row in rows:
-        if row["verdict"] not in ("exact", "not run"):
-            text = f"- {row['family']} `{row['name']}`: {row['verdict']}. {_short(row.get('reason', ''))}"
-            lines += _wrapped(text, "  ")
-    lines += ["", "## Exact", ""]
+    lines += _reasons(rows)
+    lines += ["## Exact", ""]
     for family in FAMILIES:
         names = [f"`{row['name']}`" for row in rows if row["family"] == family and row["verdict"] == "exact"]
         lines += [*_wrapped(f"{family}: {', '.join(names)}."), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of the verdicts that are not plainly exact, with the models of each reason."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["verdict"] not in ("exact", "not run"):
+            key = row["verdict"], _short(row.get("reason", ""))
+            models.setdefault(key, []).append(f"{row['family']} `{row['name']}`")
+    lines = ["| verdict | reason | models |", "|---|---|---|"]
+    for (verdict, reason), names in sorted(models.items()):
+        lines.append(f"| {verdict} | {reason} | {', '.join(names)} |")
+    return [*lines, ""] if models else []
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -230,8 +240,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     ran = [row for row in rows if row["verdict"] != "not run"]
     bad = [row for row in ran if row["verdict"] in ("WRONG", "crash")]
     found = f"{len(bad)} wrong values or crashes" if bad else "No wrong value and no crash"
-    when = f"Measured on {date.today():%d %B %Y}; `python -m benchmarks zoo` continues a run that was stopped."
-    return f"**{found} on the {len(ran)} architectures that were run.** {when}"
+    return f"**{found} on the {len(ran)} architectures that were run.** Measured on {date.today():%d %B %Y}."
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
@@ -239,13 +248,14 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def _short(reason: str) -> str:
-    """The cause in a warning without the names of parameters, or the whole reason."""
+    """Return the cause in a warning without the names of parameters, or the whole reason, as a sentence."""
     cause, closing, _ = reason.partition("(")[2].partition(")")
     if "no fast rule" not in reason:
         cause = reason[:160]
     elif not closing:
         return "Some of its parameters have no fast rule."
-    return re.sub(r"(__\w+__)", r"`\1`", cause)
+    sentence = re.sub(r"(__\w+__)", r"`\1`", cause.removeprefix("PlanError: "))
+    return f"{sentence[:1].upper()}{sentence[1:]}."
 
 
 def main(arguments: list[str] | None = None) -> None:
