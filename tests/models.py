@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+
+
+def fast_rows(rows: Iterable[Any], fast: Collection[Any]) -> list[Any]:
+    """Return the rows of a parametrised test; all rows are marked slow, apart from those in ``fast``."""
+    return [row if row in fast else pytest.param(row, marks=pytest.mark.slow) for row in rows]
 
 
 def cnn(classes: int = 5) -> nn.Module:

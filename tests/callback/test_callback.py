@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lightning_gradmetrics as lgm
-from tests.models import Module, assert_same_state, cnn, images, state_of
+from tests.models import Module, assert_same_state, cnn, fast_rows, images, state_of
 
 HEAD_SCORES = ["max_softmax", "energy", "gradnorm", "gradtrust"]
 STAGES = ["validate", "test", "predict"]
@@ -96,6 +96,7 @@ def test_full_network_scores_share_one_forward() -> None:
     assert counts[0] == counts[1] <= 2 + 2 * 2 + 1  # the steps'; the scores', perhaps with a sample alone; one check
 
 
+@pytest.mark.slow
 def test_model_untouched_and_metrics_reach_the_loggers(tmp_path) -> None:
     model = Module()
     before = state_of(model)
@@ -492,7 +493,10 @@ def test_thresholds_fitted_on_one_run_are_applied_in_the_next(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["TruePositiveRate", "Coverage", "Conformal", "SelectiveRisk", "LearnThenTest", "JointRisk"]
+    "rule",
+    fast_rows(
+        ["TruePositiveRate", "Coverage", "Conformal", "SelectiveRisk", "LearnThenTest", "JointRisk"], ["Conformal"]
+    ),
 )
 def test_the_report_states_the_guarantee_of_applied_thresholds_and_their_cost(rule: str, tmp_path: Path) -> None:
     """Each rule is fitted on a table, saved as JSON, applied by the callback and shown as an operating point."""

@@ -33,6 +33,7 @@ def files(directory: Path) -> set[Path]:
     return {path for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph .*")  # newlines in the names
 def test_names_stay_inside_the_run_directory_and_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -91,6 +92,7 @@ def segmentation_run(directory: Path) -> lgm.GradientMetrics:
     return callback
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph .*")
 def test_class_names_are_escaped_in_pages_pictures_and_terminals(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

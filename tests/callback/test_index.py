@@ -179,6 +179,7 @@ def test_a_sample_that_is_drawn_again_counts_once(options: dict[str, Any], stage
     assert any("more than once: the results keep the first row" in str(one.message) for one in heard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2, 1.0])
 def test_several_loaders_with_two_callbacks(limit: Any) -> None:
     first, second = observed(), observed(prefix="second")

@@ -49,6 +49,7 @@ def test_tensorboard_gets_scalars_histograms_and_images(tmp_path: Path) -> None:
     assert histogram.num == 24
 
 
+@pytest.mark.slow
 def test_csv_gets_scalars_and_png_files(tmp_path: Path) -> None:
     logged(CSVLogger(tmp_path, name="", version=""))
     assert KEY in (tmp_path / "metrics.csv").read_text().splitlines()[0]

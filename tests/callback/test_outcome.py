@@ -52,6 +52,7 @@ def test_a_report_with_data_of_an_unknown_name_is_refused(run: lgm.GradientMetri
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_saved_files_hold_the_results(run: lgm.GradientMetrics, tmp_path) -> None:
     folder = run.save(tmp_path / "run")
     assert pq.read_table(folder / "results.parquet").equals(run.results)

@@ -17,6 +17,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.results import IncompleteResultsError, ResumeError
 from lightning_gradmetrics.results.output import Output
 from tests.callback.runs import Stepped, batches, mlp, trainer
+from tests.models import fast_rows
 
 SCORES = ["energy", "gradnorm", "pseudo_label(target=all)"]
 ROLES = {"in": "id", "out": "far"}
@@ -71,6 +72,7 @@ def test_the_directory_has_the_same_rows_as_memory(stage: str, tmp_path: Path) -
     assert callback.evaluation is not None
 
 
+@pytest.mark.slow
 def test_other_libraries_read_the_directory(tmp_path: Path) -> None:
     duckdb, pandas, polars = map(pytest.importorskip, ("duckdb", "pandas", "polars"))
     expected = score(tmp_path).results.column("energy").to_pylist()
@@ -80,6 +82,7 @@ def test_other_libraries_read_the_directory(tmp_path: Path) -> None:
     assert sorted(value for (value,) in read) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_rows_are_not_kept_in_memory_and_are_read_on_use(tmp_path: Path) -> None:
     most = []
 
@@ -117,7 +120,7 @@ def test_decisions_ids_features_and_metadata_are_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["test", "predict"])
-@pytest.mark.parametrize("stop_at", [4, 12, 30])
+@pytest.mark.parametrize("stop_at", fast_rows([4, 12, 30], [4]))
 def test_a_resumed_run_scores_the_rest_and_ends_with_the_same_bits(stage: str, stop_at: int, tmp_path: Path) -> None:
     expected = score(None, stage).results
     interrupted(tmp_path, stop_at, stage=stage)
@@ -130,6 +133,7 @@ def test_a_resumed_run_scores_the_rest_and_ends_with_the_same_bits(stage: str, s
     assert model.seen <= 34 - stop_at + 4 and callback.evaluation is not None
 
 
+@pytest.mark.slow
 def test_a_resumed_run_over_whole_dataloaders_scores_no_row_twice(tmp_path: Path) -> None:
     expected = score(None).results
     interrupted(tmp_path, 12)

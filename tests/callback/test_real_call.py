@@ -217,6 +217,7 @@ class CallsNothing(Stepped):
         return None
 
 
+@pytest.mark.slow
 def test_a_step_that_calls_no_model_is_refused() -> None:
     torch.compile(torch.neg, backend="eager")(torch.ones(2))  # something else in the process is compiled
     with pytest.raises(ValueError, match="submodule="):

@@ -217,6 +217,7 @@ def test_padding_without_a_mask_has_no_score_where_labels_mark_it() -> None:
     assert_tokens(run(LanguageStep(model), rows), model)
 
 
+@pytest.mark.slow
 def test_a_text_without_scored_tokens_has_no_value() -> None:
     rows = texts()[:2]
     rows[0]["labels"] = torch.full((9,), -100)
@@ -305,6 +306,7 @@ def test_scaled_and_capped_logits_have_the_scores_of_a_second_pass(kind: str) ->
     assert_tokens(run(LanguageStep(model), texts(), [*scores, "grand(target=head)", "feature_norm(p=2)"]), model)
 
 
+@pytest.mark.slow
 def test_results_on_disk_are_those_in_memory(tmp_path: Any) -> None:
     module = LanguageStep(language_model())
     callback = run(module, texts())
@@ -337,6 +339,7 @@ def test_roles_and_wrong_tokens() -> None:
     assert "Wrong tokens" in callback.summary(100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", [None, lambda ids: f"<{ids[0]}>"])
 def test_the_report_has_texts_coloured_by_rank(tmp_path: Any, decode: Any) -> None:
     callback = run(LanguageStep(language_model()), texts(), ["nll", "entropy", "gradnorm"], resamples=0)

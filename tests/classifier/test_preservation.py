@@ -50,6 +50,7 @@ def everything(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_inputs_changed_in_place_are_not_the_users() -> None:
     torch.manual_seed(0)
     model, plain = Normalising().double().eval(), OutOfPlace().double().eval()

@@ -110,6 +110,7 @@ def test_a_run_keeps_pictures_of_the_listed_samples(batch_size: int) -> None:
     assert set(source.seen) == {(d, s) for d in data for s in SCORES}
 
 
+@pytest.mark.slow
 def test_the_report_shows_them(tmp_path: Path) -> None:
     callback = run({"inside": images(9), "out side": images(4)}, MODELS["cnn"][0]())
     figures = write_pictures(callback.pictures(), tmp_path)
@@ -219,6 +220,7 @@ def test_a_profile_of_the_labels_needs_labels() -> None:
         trainer.predict(Module(), DataLoader(x, 4))
 
 
+@pytest.mark.slow
 def test_scores_that_read_labels_have_no_detection_metrics(tmp_path: Path, command: Command) -> None:
     """Without other scores there are no metrics, but the planted labels are still counted."""
     settings = ("model.epochs=1", "model.width=2", "logger=none", "report=false")

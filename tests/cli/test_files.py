@@ -109,6 +109,7 @@ with reserved(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     """The refusal lasts until the first run ends, even if it is killed."""
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:

@@ -108,6 +108,7 @@ def test_areas_equal_those_of_the_meters_on_labelled_rows() -> None:
     assert "scale matters" in shown and "–" in shown and shown.index("coverage") < shown.index("threshold")
 
 
+@pytest.mark.slow
 def test_demo_command(tmp_path: Path, command: Command) -> None:
     """One image, a random network, offline; nothing is written."""
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "bird.png")

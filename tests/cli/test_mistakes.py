@@ -16,14 +16,8 @@ from lightning_gradmetrics.cli.help import help_text
 from tests.cli.conftest import Command
 
 CASES = [
-    (["experiment=cifar10"], "root is missing: give it a value, as in root=VALUE"),
-    (["score=[]"], "score is empty: choose at least one of"),
     (["score=[gradnrom]"], "unknown score 'gradnrom'; did you mean 'gradnorm'"),
     (["bacth_size=3"], "unknown key 'bacth_size'; did you mean batch_size"),
-    (
-        ["score.gradnorm.temprature=3"],
-        "unknown key 'score.gradnorm.temprature'; did you mean score.gradnorm.temperature",
-    ),
     (["data=image_folders", "data.sze=3"], "unknown key 'data.sze'; did you mean data.size"),
     (
         ["experiment=cifar10", "root=x", "data.near={mine: x}"],
@@ -31,23 +25,34 @@ CASES = [
     ),
     (["model=torchvison"], "unknown model 'torchvison'; did you mean 'torchvision'?"),
     (["batch_size=0"], "batch_size must be a whole number of at least 1, got 0"),
+    (["cross_validation_folds=5", "fitted_folder=x"], "exclude each other"),
+    (["trainer.accelerator=gpu"], "gpu"),
+    (["model=resnet20_cifar"], "on the first batch of 'digits' (inputs (1, 1, 8, 8)) fails: Given groups=1"),
+    (["list"], "unknown command 'list'; available: compare, help, report, scores, version"),
+    (["scors"], "did you mean 'scores'?"),
+    (["scores", "all"], "gradmetrics scores takes no arguments"),
+]
+SLOW = [
+    (["experiment=cifar10"], "root is missing: give it a value, as in root=VALUE"),
+    (["score=[]"], "score is empty: choose at least one of"),
+    (
+        ["score.gradnorm.temprature=3"],
+        "unknown key 'score.gradnorm.temprature'; did you mean score.gradnorm.temperature",
+    ),
     (["seed=abc"], "seed must be a whole number of at least 0, got 'abc'"),
     (["report=maybe"], "report must be true or false, got 'maybe'"),
     (["cross_validation_folds=1"], "cross_validation_folds must be a whole number of at least 2, got 1"),
     (["callback.top_k=grand"], "callback.top_k must map scores to numbers, as in {grand: 20}, got 'grand'"),
     (["score.gradnorm.temperature=-1"], "score.gradnorm: the score 'gradnorm(temperature=-1)' got temperature=-1"),
-    (["cross_validation_folds=5", "fitted_folder=x"], "exclude each other"),
     (["model.epochs=0"], "model.epochs must be at least 1, got 0"),
-    (["trainer.accelerator=gpu"], "gpu"),
-    (["model=resnet20_cifar"], "on the first batch of 'digits' (inputs (1, 1, 8, 8)) fails: Given groups=1"),
     (["data=image_folders", "data.size=32", "data.id=nowhere"], "no folder 'nowhere'"),
-    (["list"], "unknown command 'list'; available: compare, help, report, scores, version"),
-    (["scors"], "did you mean 'scores'?"),
-    (["scores", "all"], "gradmetrics scores takes no arguments"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), CASES, ids=[" ".join(arguments) for arguments, _ in CASES])
+ROWS = [*CASES, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)]
+
+
+@pytest.mark.parametrize(("arguments", "words"), ROWS, ids=[" ".join(arguments) for arguments, _ in CASES + SLOW])
 def test_a_mistake_is_one_line(command: Command, arguments: list[str], words: str) -> None:
     done = command(*arguments)
     assert done.returncode == 1 and not done.stdout
@@ -56,6 +61,7 @@ def test_a_mistake_is_one_line(command: Command, arguments: list[str], words: st
     assert len(lines) <= 2 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_settings_without_effect_are_named(command: Command) -> None:
     quick = ("score=[max_softmax]", "logger=none", "report=false", "resamples=0")
     done = command(*quick, "cross_validation_folds=5")

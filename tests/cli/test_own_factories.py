@@ -98,11 +98,14 @@ def parameters_and_sets(folder: Path) -> tuple[int, list[str]]:
 @pytest.mark.parametrize(
     ("arguments", "parameters"),
     [
-        (
+        pytest.param(
             ["model._target_=mine.net", "model.width=6", "data._target_=mine.data", "data.shift=5"],
             5 * 6 + 6 + 6 * 3 + 3,
+            marks=pytest.mark.slow,
         ),
-        (["model={_target_: mine.Lit}", "data={_target_: mine.data}"], 5 * 4 + 4 + 4 * 3 + 3),
+        pytest.param(
+            ["model={_target_: mine.Lit}", "data={_target_: mine.data}"], 5 * 4 + 4 + 4 * 3 + 3, marks=pytest.mark.slow
+        ),
         (
             [
                 "model=custom",
@@ -128,15 +131,19 @@ def test_own_model_and_data(folder: Path, command: Command, arguments: list[str]
     ("arguments", "words"),
     [
         (["model._target_=mine.nett"], "model._target_=mine.nett cannot be imported"),
-        (["model._target_=nowhere.net"], "cannot be imported: No module named 'nowhere'"),
-        (["model._target_=mine.net", "model.depth=3"], "unexpected keyword argument 'depth'"),
+        pytest.param(
+            ["model._target_=nowhere.net"], "cannot be imported: No module named 'nowhere'", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["model._target_=mine.net", "model.depth=3"], "unexpected keyword argument 'depth'", marks=pytest.mark.slow
+        ),
         (["model._target_=mine.data"], "model._target_=mine.data must return an nn.Module, got dict"),
         (
             ["data._target_=mine.net"],
             "data._target_=mine.net must return an EvaluationData, a LightningDataModule or a",
         ),
-        (["data._target_=mine.Data"], "Data has 2 test dataloaders without roles"),
-        (["data._target_=mine.broken"], "no such file"),
+        pytest.param(["data._target_=mine.Data"], "Data has 2 test dataloaders without roles", marks=pytest.mark.slow),
+        pytest.param(["data._target_=mine.broken"], "no such file", marks=pytest.mark.slow),
         (["model._target_=mine.net"], "on the first batch of 'digits' (inputs (1, 1, 8, 8)) fails: mat1 and mat2"),
         (["model=custom"], "model._target_ is missing: give it a value"),
     ],

@@ -71,6 +71,7 @@ def test_the_command_prints_the_metrics_of_every_unit(root: Path, command: Comma
     assert "880 pixels of 5 images" in shown and "| score | forwards | fit | errors |" in shown
 
 
+@pytest.mark.slow
 def test_mistakes_are_named_in_one_line(root: Path, command: Command) -> None:
     assert "root is missing" in command("experiment=camvid").stderr
     assert "no images in" in command("experiment=camvid", "root=nowhere").stderr

@@ -102,6 +102,7 @@ def test_a_lightning_checkpoint(tmp_path: Path) -> None:
         lightning_model(f"{__name__}.Net", "x")
 
 
+@pytest.mark.slow
 def test_a_model_of_timm() -> None:
     pytest.importorskip("timm")
     model = timm_model("resnet10t", classes=4)

@@ -18,6 +18,7 @@ from lightning_gradmetrics.compat.gradient_metrics import watching
 from lightning_gradmetrics.compat.gradient_metrics.collector import GradientMetricCollector
 from lightning_gradmetrics.compat.gradient_metrics.listener import HEARD
 from tests.engine.cases import made
+from tests.models import fast_rows
 
 theirs = pytest.importorskip("gradient_metrics.metrics")
 Theirs = pytest.importorskip("gradient_metrics").GradientMetricCollector
@@ -299,6 +300,7 @@ def test_an_error_in_the_forward_pass_ends_its_recording():
     assert collector(loss).shape == expected.shape
 
 
+@pytest.mark.slow
 def test_activations_are_not_kept():
     model = nn.Sequential(nn.Linear(4, 3))
     collector = GradientMetricCollector(ours.Max(model))
@@ -590,7 +592,7 @@ def test_complex_gradients_are_refused_in_one_sentence():
 # -- fast again ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", ["same", "nested", "disjoint", "nested the other way"])
+@pytest.mark.parametrize("targets", fast_rows(["same", "nested", "disjoint", "nested the other way"], ["nested"]))
 def test_two_collectors_on_one_model(targets):
     model, losses = _small()
     first, second = {

@@ -26,6 +26,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
 
 
+@pytest.mark.slow
 def test_a_compiled_plan_follows_inputs_labels_and_weights(graphs):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double().eval()

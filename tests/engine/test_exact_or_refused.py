@@ -50,6 +50,7 @@ def test_values_are_exact_in_every_batch(name):
         assert not isinstance(error, type) and error < 1e-8
 
 
+@pytest.mark.slow
 def test_reversed_rows_are_not_mistaken_for_rows_in_order():
     """The middle sample keeps its position, so comparing one random sample reveals nothing in a third of the runs."""
     for _ in range(8):

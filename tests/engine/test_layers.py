@@ -53,6 +53,7 @@ def test_linear(shape, inputs, outputs, bias, n):
     _check(nn.Linear(inputs, outputs, bias), _normal(n, *shape, inputs))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_convolution(data):
@@ -69,6 +70,7 @@ def test_convolution(data):
     _check(layer, _normal(data.draw(SIZES), channels, *sizes))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_transposed_convolution(data):
@@ -82,6 +84,7 @@ def test_transposed_convolution(data):
     _check(layer, _normal(data.draw(SIZES), channels, *sizes))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(["batch", "layer", "group", "instance", "rms"]), SIZES, SIZES, SIZES)
 def test_norm(kind, n, groups, positions):
@@ -104,6 +107,7 @@ def test_embedding(rows, length, padding, n):
     _check(nn.Embedding(rows + 1, 3, padding), torch.randint(0, rows + 1, (n, length)))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(["sum", "mean", "max"]),
@@ -228,6 +232,7 @@ def test_attention_with_a_learned_bias(n, steps, scale, grouped):
     _check(Biased(), _normal(n, steps, 4))
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(SIZES, SIZES, SIZES, st.booleans(), st.booleans())
 def test_attention(n, queries, keys, batch_first, cross):
@@ -238,6 +243,7 @@ def test_attention(n, queries, keys, batch_first, cross):
     _check(nn.MultiheadAttention(4, 2, batch_first=True), same, same, same, take=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.sampled_from([nn.LSTM, nn.GRU, nn.RNN]), SIZES, SIZES, st.integers(1, 2), st.booleans(), st.booleans())
 def test_recurrent(kind, n, steps, layers, bias, both):

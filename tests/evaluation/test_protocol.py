@@ -193,6 +193,7 @@ def large(size: int = 30_000) -> tuple[pa.Table, dict[str, str]]:
     return pa.table(columns), {"test": "id", "far": "far"}
 
 
+@pytest.mark.slow
 def test_cells_agree_with_the_exact_bootstrap_on_the_same_weights():
     results, roles = large()
     rows, _ = rows_of(results, ["one", "two"], roles)
@@ -499,6 +500,7 @@ def test_wrong_arguments_are_refused(arguments, error):
         evaluate(**{"results": table(), "scores": ["good"], "roles": ROLES, **arguments})
 
 
+@pytest.mark.slow
 def test_progress_reaches_the_end():
     seen: list[float] = []
     evaluate(table(), ["good"], ROLES, resamples=5000, progress=seen.append)

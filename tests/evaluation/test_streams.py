@@ -168,6 +168,7 @@ def test_a_small_directory_is_exact_and_a_large_one_is_binned(tmp_path: Path, mo
     assert judged(str(directory), resamples=0).settings["bins"] == 16_384
 
 
+@pytest.mark.slow
 def test_no_more_than_one_batch_of_rows_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state after the first pass has the same size for four times the rows."""
     monkeypatch.setattr("lightning_gradmetrics.results.stored.ROWS_PER_BATCH", 1_000)
@@ -209,6 +210,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         judged(directory, bins=1024, cluster="index")
 
 
+@pytest.mark.slow
 def test_rows_without_an_index_are_evaluated(tmp_path: Path) -> None:
     results = table()
     hidden = results.set_column(1, "index", pa.nulls(results.num_rows, pa.int64()))

@@ -139,6 +139,7 @@ def test_ties_are_the_mean_over_all_orders(pairs):
         assert F.accuracy_at_coverage(scores, target, coverage).item() == pytest.approx(right, abs=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.floats(allow_nan=False, width=32), st.booleans()), min_size=2, max_size=60))
 def test_identities_and_invariances(pairs):

@@ -6,6 +6,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
@@ -16,6 +17,12 @@ def room_of(path: Path) -> str:
     """Return the room of a file of the package, and the first folder (or the name) of any other file."""
     parts = path.relative_to(PROJECT).parts
     return parts[1] if parts[0] == PACKAGE.name else parts[0]
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """Return the syntax tree of a file, parsed once for all tests."""
+    return ast.parse(path.read_text())
 
 
 def line_of(text: str, offset: int) -> int:

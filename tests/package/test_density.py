@@ -6,7 +6,7 @@ import ast
 from collections import defaultdict
 
 from tests.package.allowances import COMPREHENSIONS_PER_1000_LINES, NESTED_STATEMENTS
-from tests.package.surface import PACKAGE, PROJECT, over, room_of, statements
+from tests.package.surface import PACKAGE, PROJECT, over, room_of, statements, tree_of
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 CONSTRUCTS = (*COMPREHENSIONS, ast.Lambda, ast.IfExp)
@@ -30,7 +30,7 @@ def is_nested(statement: ast.stmt) -> bool:
 def test_no_statement_nests_comprehensions() -> None:
     nested = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
-        for statement in statements(ast.parse(path.read_text())):
+        for statement in statements(tree_of(path)):
             if is_nested(statement):
                 nested[room_of(path)].append(f"{path.relative_to(PROJECT)}:{statement.lineno}")
     counts = {room: float(len(rows)) for room, rows in nested.items()}
@@ -43,9 +43,8 @@ def test_comprehensions_are_few() -> None:
     comprehensions: defaultdict[str, int] = defaultdict(int)
     lines: defaultdict[str, int] = defaultdict(int)
     for path in sorted(PACKAGE.rglob("*.py")):
-        text = path.read_text()
-        lines[room_of(path)] += text.count("\n")
-        comprehensions[room_of(path)] += sum(isinstance(node, COMPREHENSIONS) for node in ast.walk(ast.parse(text)))
+        lines[room_of(path)] += path.read_text().count("\n")
+        comprehensions[room_of(path)] += sum(isinstance(node, COMPREHENSIONS) for node in ast.walk(tree_of(path)))
     rates = {room: round(1000 * comprehensions[room] / lines[room], 1) for room in lines if lines[room] > 100}
     assert not over(rates, COMPREHENSIONS_PER_1000_LINES, PER_1000_LINES), "comprehensions per 1,000 lines of a room"
 

@@ -290,6 +290,7 @@ def test_a_results_directory_has_the_images_and_segments_of_a_run_in_memory(tmp_
     assert read.equals(kept.results) and {"error", "miou", "pseudo_label/q95"} <= set(read.column_names)
 
 
+@pytest.mark.slow
 def test_many_batches_are_kept_as_few_tensors() -> None:
     """Each batch of one image would otherwise keep thirty tensors."""
     torch.manual_seed(0)

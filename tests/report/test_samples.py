@@ -58,6 +58,7 @@ def test_thumbnails_are_small_and_listed(run):
         assert np.array(picture).max() == 255
 
 
+@pytest.mark.slow
 def test_inputs_other_than_images_have_no_thumbnails(tmp_path):
     run = make_run(tmp_path, **FEW)
     sets = {"digits": TensorDataset(torch.rand(500, 7), torch.zeros(500)), "digits_8_9": iter([])}

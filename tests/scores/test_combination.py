@@ -42,6 +42,7 @@ def test_samples_unlike_those_it_was_fitted_on_score_higher() -> None:
         assert (low[:, None] < high).float().mean() > 0.9, detector
 
 
+@pytest.mark.slow
 def test_strength_is_that_of_scikit_learn() -> None:
     """The weights are equal too."""
     generator = np.random.default_rng(0)

@@ -7,9 +7,9 @@ import torch
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import FittedScore, make
-from tests.models import MODELS, assert_same_state, cnn, images, state_of
+from tests.models import MODELS, assert_same_state, cnn, fast_rows, images, state_of
 from tests.scores.fits import labels_of, ready
-from tests.scores.test_reference import CASES, tolerances
+from tests.scores.test_reference import CASES, FAST, tolerances
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has no dropout module")  # mc_dropout on models without dropout
 
@@ -19,7 +19,7 @@ def values(model, inputs, score):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast_rows(CASES, FAST))
 def test_shape_finite_and_dtype(case: str) -> None:
     for make_model, make_inputs in MODELS.values():
         model = make_model()
@@ -29,7 +29,7 @@ def test_shape_finite_and_dtype(case: str) -> None:
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast_rows(CASES, FAST))
 def test_batch_splitting_and_order(case: str) -> None:
     model, inputs = cnn().double(), images(7).double()
     score = ready(case, model, images)
@@ -40,13 +40,13 @@ def test_batch_splitting_and_order(case: str) -> None:
     torch.testing.assert_close(values(model, inputs[order], score), whole[order], **tolerances(case))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast_rows(CASES, FAST))
 def test_no_samples(case: str) -> None:
     model = cnn()
     assert values(model, images(0), ready(case, model, images)).shape == (0,)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast_rows(CASES, FAST))
 def test_half_precision(case: str) -> None:
     """A bfloat16 model's scores are finite, equal to plain autograd's in bfloat16, and near those in float32.
 
@@ -73,7 +73,7 @@ def cnn_like(model):
     return copy.float()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast_rows(CASES, FAST))
 def test_the_model_is_unchanged(case: str) -> None:
     model = cnn()
     model[0].weight.requires_grad_(False)
@@ -87,7 +87,7 @@ def test_the_model_is_unchanged(case: str) -> None:
     torch.testing.assert_close(values(model, inputs, score), inside)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", fast_rows(CASES, FAST))
 def test_a_bad_row_does_not_affect_others(case: str) -> None:
     model, inputs = cnn(), images(4)
     score = ready(case, model, images)
@@ -100,7 +100,8 @@ def test_a_bad_row_does_not_affect_others(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if all(word not in c for word in ("energy", "logit", "NACUE", "average"))]
+    "case",
+    fast_rows([c for c in CASES if all(word not in c for word in ("energy", "logit", "NACUE", "average"))], FAST),
 )
 def test_confident_samples_keep_different_scores(case: str) -> None:
     """Logit gaps of 20 to 60 in float32: nothing overflows, nothing becomes NaN. NAC-UE and GAIA-A need a layer before the head."""
@@ -152,7 +153,7 @@ def test_one_logit_scores_as_the_logits_zero_and_z(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if "mc_dropout" not in c and "regrad" not in c and "GradNorm" not in c]
+    "case", fast_rows([c for c in CASES if "mc_dropout" not in c and "regrad" not in c and "GradNorm" not in c], FAST)
 )
 def test_the_stated_number_of_forward_passes_is_run(case: str) -> None:
     """The count includes the pass of the prediction; planning and checking take a few extra passes on some samples, once."""

@@ -10,7 +10,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import make
 from lightning_gradmetrics.scoring.dry_run import needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence
-from tests.models import cnn, images
+from tests.models import cnn, fast_rows, images
 
 
 def score(case: str, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def test_without_noise_the_perturbed_inputs_are_the_input() -> None:
     assert not torch.isclose(score("regrad(sigma=0.5)", model, inputs), still).all()
 
 
-@pytest.mark.parametrize("perturbations", [0, 4])
+@pytest.mark.parametrize("perturbations", fast_rows([0, 4], [0]))
 def test_growth_turns_from_the_mean_of_the_layers_to_the_last(perturbations: int) -> None:
     model, inputs = cnn().double(), images(4).double()
     rest = f"perturbations={perturbations}"
@@ -44,6 +44,7 @@ def test_on_the_head_it_is_a_closed_form() -> None:
     torch.testing.assert_close(found, features.norm(dim=1) * (weights * residuals).sum(1))
 
 
+@pytest.mark.slow
 def test_the_smoothed_gradient_converges_to_its_mean() -> None:
     """Different seeds give different values, which differ less with more perturbations."""
     model, inputs = cnn().double(), images(2).double()
@@ -62,6 +63,7 @@ def test_k_classes_take_k_backward_passes() -> None:
     assert probe(cnn(), images(2)).shape == (2, 3, 4)
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_perturbations() -> None:
     model, inputs = cnn().double(), images(3).double()
     parts = torch.cat([score("regrad(perturbations=5)", model, x[None]) for x in inputs])

@@ -17,7 +17,7 @@ from lightning_gradmetrics.scoring.cross_fitting import Part, assign_folds, cros
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.totals import row_keys
-from tests.models import cnn, images
+from tests.models import cnn, fast_rows, images
 from tests.scores.fits import fit_batches
 
 ERRORS = "combination(detector=errors,target=head)"
@@ -80,7 +80,10 @@ def test_a_held_out_row_never_enters_its_fit() -> None:
 
 @pytest.mark.parametrize(
     "score",
-    [INSIDE, "combination(detector=lof,target=head)", "kfac_influence", "pytorch_ood(detector=KNN,k=5)", ERRORS],
+    fast_rows(
+        [INSIDE, "combination(detector=lof,target=head)", "kfac_influence", "pytorch_ood(detector=KNN,k=5)", ERRORS],
+        ["combination(detector=lof,target=head)", "kfac_influence"],
+    ),
 )
 def test_held_out_scores_equal_those_of_a_fit_without_the_fold(score: str) -> None:
     """The scores equal those of separate fits, by lgm.fit, on the rows of the other folds."""
@@ -98,6 +101,7 @@ def test_held_out_scores_equal_those_of_a_fit_without_the_fold(score: str) -> No
         torch.testing.assert_close(found[own].float(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_neither_batches_nor_their_order_matter() -> None:
     model = cnn()
     (x, y), *_ = fit_batches(model, images)[0]
@@ -113,6 +117,7 @@ def test_neither_batches_nor_their_order_matter() -> None:
         torch.testing.assert_close(two, one[order], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_random_labels_give_chance_level() -> None:
     """Permuted errors are at chance on held-out rows; the real ones, and the fit's own rows, are not."""
     part = made_up(400)
@@ -128,6 +133,7 @@ def test_random_labels_give_chance_level() -> None:
     assert abs(chance - 0.5) < 4 * deviation, (chance, deviation)
 
 
+@pytest.mark.slow
 def test_a_set_that_is_left_out_is_in_no_fit() -> None:
     """The column without a dataset does not depend on that dataset; the plain column does."""
     kept = {"mine": made_up(90), "near": made_up(60, 0.5, True), "far": made_up(60, 4, True)}

@@ -89,6 +89,7 @@ def test_a_profile_shares_the_forward_and_the_backward_of_a_score(tmp_path: Path
     assert alone.tables() == {} and alone.pictures() == []
 
 
+@pytest.mark.slow
 def test_a_bounded_uniform_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The sample has the largest allowed size, spreads over the whole dataset, and does not depend on the processes."""
     monkeypatch.setattr(profiles, "MAX_SAMPLES", 40)

@@ -253,6 +253,7 @@ def test_blocks_of_positions_have_the_values_of_all(kind: str, monkeypatch: pyte
         torch.testing.assert_close(found[name], values, rtol=1e-12, atol=1e-14, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_layers_on_smaller_grids_do_not_slow_the_search() -> None:
     """Layers with one output per class inside the network: an enlarged and cropped output is compared at few offsets."""
     torch.manual_seed(0)
