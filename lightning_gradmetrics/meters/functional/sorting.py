@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ __all__ = ["Ranked", "positions", "rank", "sort_with", "sums_at"]
 
 MOST_POSITIONS = 2**31
 """Up to this number of samples, a position fits into 31 bits."""
+
+UPPER = 1 if sys.byteorder == "little" else 0
+"""The place of the upper 32 bits of a 64-bit integer among its two halves."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +100,23 @@ def _sorted(ordered: Tensor, order: Tensor, numbers: Tensor) -> tuple[Tensor, Te
 
 def _sort_bits(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sort integers whose upper half is the bits of a float32 score and whose lower half is the number."""
+    keys = np.empty(len(scores), dtype=np.int64)
+    halves = keys.view(np.int32).reshape(-1, 2)
+    upper, lower = halves[:, UPPER], halves[:, 1 - UPPER]
     # Adding 0 turns -0.0 into 0.0, which is equal but has different bits.
-    bits = (scores + 0.0).numpy().view(np.int32)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
-    keys <<= 32
-    keys |= numbers.numpy()
+    _flip_negative((scores + 0.0).numpy().view(np.int32), upper)
+    lower[:] = numbers.numpy()
     keys.sort()
-    in_order = torch.from_numpy(keys.astype(numbers.numpy().dtype))
-    keys >>= 32
-    ordered = keys.astype(np.int32)
-    ends = _run_ends(torch.from_numpy(ordered))
-    bits = ordered[ends.numpy()]
-    distinct: Any = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
+    in_order = torch.from_numpy(lower.astype(numbers.numpy().dtype))
+    ends = _run_ends(torch.from_numpy(upper))
+    bits = upper[ends.numpy()]
+    distinct: Any = _flip_negative(bits, bits).view(np.float32)
     return torch.from_numpy(distinct), in_order, ends
+
+
+def _flip_negative(bits: Any, result: Any) -> Any:
+    """Write the bits of float32 numbers as integers in the same order, or such integers as bits; return the result."""
+    return np.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=result)
 
 
 def _run_ends(ordered: Tensor) -> Tensor:
