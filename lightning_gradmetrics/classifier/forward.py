@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -226,16 +226,21 @@ def _check_bags(model: nn.Module, inputs: Any) -> None:
             )
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
     """Refuse a model whose samples depend on each other, or whose classes do not exclude each other.
+
+    Args:
+        model: The model.
+        modules: Its modules, if they are known.
 
     Raises:
         ValueError: If a batch norm is in train mode, or a model of transformers is declared multi-label.
     """
-    for name, module in model.named_modules():
+    for module in model.modules() if modules is None else modules:
         if getattr(vars(module).get("config"), "problem_type", None) == "multi_label_classification":
             raise ValueError(f"{type(module).__name__} is configured as a multi-label model: {MULTI_LABEL}")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            name = next(name for name, other in model.named_modules() if other is module)
             why = "is in train mode" if module.training else "keeps no running statistics"
             raise ValueError(
                 f"the batch norm {name or type(module).__name__!r} {why}: each prediction would depend on the whole batch, so "
@@ -263,7 +268,8 @@ def gradients_enabled(model: nn.Module | None = None) -> Iterator[None]:
         model: The model that runs inside the block. cuDNN's recurrent layers have no backward pass in eval mode; if the
             model has some on a CUDA device, cuDNN is off inside the block.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _backward_of_fabric():
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with inference, torch.enable_grad(), _backward_of_fabric():
         initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if model is None or not initialised or not _has_recurrent_layers(model):
             yield

@@ -31,6 +31,9 @@ HOOKS = (
 )
 """Attributes of a module that contain its hooks."""
 
+_UNCHANGEABLE = frozenset([bool, int, float, str, type(None)])
+"""Types whose values a forward pass can replace, but not change."""
+
 CONTAINERS = (dict, OrderedDict, list, set)
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -123,6 +126,21 @@ class HookState:
                 hooks.update(recorded)
 
 
+def _modules_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return what ``model.modules()`` yields, which takes several times as long."""
+    if type(model).modules is not nn.Module.modules or type(model).named_modules is not nn.Module.named_modules:
+        return tuple(model.modules())
+    modules: dict[nn.Module, None] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in modules:
+            modules[module] = None
+            children = [child for child in module._modules.values() if child is not None]
+            waiting += reversed(children)
+    return tuple(modules)
+
+
 def _lock_of(model: nn.Module) -> threading.RLock:
     with _GUARD:
         return _LOCKS.setdefault(model, threading.RLock())
@@ -138,7 +156,7 @@ class ModelRecord:
     """
 
     def __init__(self, model: nn.Module, complete: bool = True) -> None:
-        self.modules = tuple(model.modules())
+        self.modules = _modules_of(model)
         self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         """For each module its attributes, and a copy of its mode and of the attributes that not all modules have."""
         self._sizes: list[int] = []
@@ -160,8 +178,13 @@ class ModelRecord:
         self.generators = RandomState(model)
 
     def _record_attributes(self, attributes: dict[str, Any], complete: bool, seen: set[int]) -> None:
-        before = {name: attributes[name] for name in attributes.keys() - INTERNAL}
-        for name in sorted(before):
+        before, changeable = {}, []
+        for name, value in attributes.items():
+            if name not in INTERNAL:
+                before[name] = value
+                if type(value) not in _UNCHANGEABLE:
+                    changeable.append(name)
+        for name in sorted(changeable):
             for part in mutable_parts(before[name], seen):
                 self._record_part(part, complete)
         if "training" in attributes:  # a compiled module does not have it

@@ -39,18 +39,21 @@ def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False
         )
 
 
-def check_differentiable(model: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter]) -> None:
+def check_differentiable(
+    model: nn.Module, inputs: Inputs, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module]
+) -> None:
     """Refuse parameters whose gradient would pass through a quantised layer. Only models with such layers are run.
 
     Args:
         model: The model, within :func:`lightning_gradmetrics.classifier.forward.preserved`.
         inputs: Its inputs.
         parameters: The chosen parameters.
+        modules: The model's modules.
 
     Raises:
         ValueError: If a quantised layer's input depends on a chosen parameter.
     """
-    kinds = tuple(kind for kind in set(map(type, model.modules())) if kind.__module__.startswith(QUANTISED))
+    kinds = tuple(kind for kind in set(map(type, modules)) if kind.__module__.startswith(QUANTISED))
     if not kinds:
         return
     layers: list[tuple[str, nn.Module]] = []

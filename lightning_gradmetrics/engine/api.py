@@ -226,15 +226,15 @@ def _task(
     sample_axis: SampleAxis = 0,
 ) -> Iterator[Task]:
     """Yield the task with gradients enabled; the model is restored afterwards."""
-    check_model(model)
-    check_inputs(model, inputs)
-    chosen = select_parameters(model, parameters, norms_only)
     with ExitStack() as stack:
         record = stack.enter_context(preserved(model))
+        check_model(model, record.modules)
+        check_inputs(model, inputs)
+        chosen = select_parameters(model, parameters, norms_only)
         inputs = stack.enter_context(samples_first(model, inputs, sample_axis))
         for context in (gradients_enabled(model), eager(), _parametrizations_computed()):
             stack.enter_context(context)
-        check_differentiable(model, inputs, chosen.values())
+        check_differentiable(model, inputs, chosen.values(), record.modules)
         task = Task(
             model=model,
             inputs=map_tensors(inputs, _detached),

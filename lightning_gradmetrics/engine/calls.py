@@ -198,7 +198,9 @@ class Silence:
         self.depth += 1
         if self.depth > 1:
             return
-        self._open = [torch._C.DisableTorchFunction(), torch.no_grad()]
+        self._open = [torch._C.DisableTorchFunction()]
+        if torch.is_grad_enabled():  # not in a backward pass
+            self._open.append(torch.no_grad())
         if torch.is_autocast_enabled(self._device):
             self._open.append(torch.autocast(self._device, enabled=False))
         for context in self._open:

@@ -12,10 +12,13 @@ from torch import Tensor
 from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in, version_of
 from lightning_gradmetrics.engine.layouts import Layout
 
-__all__ = ["HostRead", "PlannedRead", "ReadWatch", "Reductions", "host_value", "tensors_read"]
+__all__ = ["READING", "HostRead", "PlannedRead", "ReadWatch", "Reductions", "host_value", "tensors_read"]
 
 _CONVERTING = frozenset(["tensor", "as_tensor", "asarray", "new_tensor", "Tensor"])
 """Names of functions that read the numbers in a list."""
+
+READING = HOST_READS | _CONVERTING
+"""Names of all functions that read values of tensors."""
 
 
 def tensors_read(

@@ -23,6 +23,8 @@ __all__ = ["ForwardState", "attribute_key", "note_read", "note_volatile", "quiet
 _INTERNAL = INTERNAL - {"training"}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, Enum)
 
+_SIMPLE = frozenset([bool, int, float, str, type(None)])
+
 _VOLATILE: WeakKeyDictionary[nn.Module, set[tuple[int, str]]] = WeakKeyDictionary()
 """Attributes that a forward pass changes, such as counters, as pairs of module number and name."""
 
@@ -112,12 +114,24 @@ def _attributes(
     modules = tuple(model.modules()) if record is None else record.modules
     for number, module in enumerate(modules):
         attributes = vars(module)
-        names = (attributes.keys() if read is None else read & attributes.keys()) - _INTERNAL
-        for name in sorted(names):
-            yield from _plain_parts(number, name, attributes[name], seen)
+        for name in sorted(_names_of(attributes, read)):
+            value = attributes[name]
+            if type(value) in _SIMPLE:
+                yield number, name, value
+            else:
+                yield from _plain_parts(number, name, value, seen)
     for number, kind in enumerate(_classes(modules)):
         if not kind.__module__.startswith("torch."):
             yield from _plain_entries(-1 - number, kind.__name__, vars(kind))
+
+
+def _names_of(attributes: Mapping[str, Any], read: set[str] | None) -> list[str]:
+    """Return the names of the attributes that not all modules have, and that are read."""
+    names = []
+    for name in attributes:
+        if name not in _INTERNAL and (read is None or name in read):
+            names.append(name)
+    return names
 
 
 def _plain_parts(number: int, name: str, value: Any, seen: set[int]) -> Iterator[tuple[int, str, Hashable]]:

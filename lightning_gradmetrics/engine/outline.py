@@ -66,6 +66,7 @@ class Outline:
         self.reads = 0
         self.leaves = leaves or {}
         self._calls: list[Any] = []
+        self._hashed: tuple[int, int] | None = None
         self._values: list[Any] = []
         self._made: dict[int, tuple[ReferenceType[Tensor], int, int]] = {}
         self._count = 0
@@ -73,7 +74,10 @@ class Outline:
     @property
     def number(self) -> int:
         """A number for the calls, their tensors and their sizes."""
-        return hash((*self._calls, repr(self.sizes)))
+        length = len(self._calls) + len(self.sizes)
+        if self._hashed is None or self._hashed[0] != length:  # every further call makes the lists longer
+            self._hashed = length, hash((*self._calls, repr(self.sizes)))
+        return self._hashed[1]
 
     @property
     def path(self) -> int:

@@ -90,6 +90,8 @@ class Task:
 
     def restricted(self, names: Collection[str]) -> Task:
         """Return the same task for some of its parameters."""
+        if len(names) == len(self.parameters) and self.parameters.keys() <= set(names):
+            return self
         parameters = {}
         for name, parameter in self.parameters.items():
             if name in names:

@@ -26,7 +26,7 @@ from lightning_gradmetrics.engine.calls import (
     tensors_in,
 )
 from lightning_gradmetrics.engine.graph import Copies, Root, saves_through_hooks
-from lightning_gradmetrics.engine.host_reads import ReadWatch, tensors_read
+from lightning_gradmetrics.engine.host_reads import READING, ReadWatch, tensors_read
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
@@ -39,6 +39,8 @@ Sink = Callable[[str, Use], None]
 
 
 _UNGUARDED = nullcontext()
+
+_OVERLOAD = torch._ops.OpOverload
 
 
 class Tracer(OpeningMode):
@@ -84,7 +86,7 @@ class Tracer(OpeningMode):
         """Run one call, as planned if it involves chosen parameters."""
         kwargs = kwargs or {}
         # A dispatcher operator is not a call of the model; a TorchDispatchMode such as FlopCounterMode calls it again.
-        if self._silence.depth or type(func) is torch._ops.OpOverload:
+        if self._silence.depth or type(func) is _OVERLOAD:
             return func(*args, **kwargs)
         if self._backward or self._open:
             return self._run(func, args, kwargs)
@@ -120,6 +122,8 @@ class Tracer(OpeningMode):
 
     def _watch_reads(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Compare a value that Python reads with the planned one: the model may branch on it."""
+        if type(result) is Tensor and result.ndim and getattr(func, "__name__", "") not in READING:
+            return
         read, value = tensors_read(func, args, kwargs, result)
         if not read:
             self.reads.reductions.add(func, args, result)
@@ -244,6 +248,9 @@ class Tracer(OpeningMode):
             PlanError: If the number differs from the plan and must not.
         """
         length = shape[axis.dim] if len(shape) > axis.dim else -1
+        if length == self.size and axis.times == 1:
+            self.times.append(1)
+            return axis
         if self.free and axis.times > 1 and length > 0 and length % self.size == 0:
             axis = replace(axis, times=length // self.size)
         if length != axis.times * self.size:
@@ -253,7 +260,8 @@ class Tracer(OpeningMode):
 
     def _expect(self, source: Source) -> None:
         if self._collecting:
-            self._expected.update(self._roots[source])
+            for name in self._roots[source]:
+                self._expected[name] += 1
 
     def _copies(self, tensor: Tensor) -> Tensor:
         """Return a copy of a parameter or derived tensor for each sample."""

@@ -76,6 +76,9 @@ def chunked_moments(use: Use, wanted: Iterable[Moment]) -> Moments:
 
 
 def _flat(rows: Tensor) -> Tensor:
+    """Return ``(N, ...)`` as ``(N, D)``."""
+    if rows.ndim == 2:
+        return rows
     return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 

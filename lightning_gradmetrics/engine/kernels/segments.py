@@ -6,7 +6,7 @@ The parameters of small networks have few entries each. One call for all of them
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,37 +40,39 @@ class Segments:
         self._are_known = self._wanted <= set(ORDER)
         self._matrices: list[Tensor] = []
         self._versions: list[int] = []
-        self._numbers: dict[tuple[int, int, int], int] = {}
+        self._numbers: dict[Hashable, int] = {}
         self._left: list[int] = []
         self._right: list[int] = []
         self.names: list[str] = []
 
     def add(self, name: str, factors: Factors) -> bool:
         """Add a parameter's gradients; return False if they cannot be computed here."""
-        for matrix in factors:
-            if matrix is not None and not self._takes(matrix):
-                return False
         left, right = factors
+        left_number = self._number(left)
+        right_number = -1 if right is None or left_number is None else self._number(right)
+        if left_number is None or right_number is None:
+            return False
         self.names.append(name)
-        self._left.append(self._number(left))
-        self._right.append(-1 if right is None else self._number(right))
+        self._left.append(left_number)
+        self._right.append(right_number)
         return True
 
     def _takes(self, matrix: Tensor) -> bool:
         matrices = self._matrices
         if matrices:
-            is_supported = matrix.dtype == matrices[0].dtype and matrix.device.type == "cpu"
+            is_supported = matrix.dtype == matrices[0].dtype and matrix.is_cpu
         else:
             is_supported = self._are_known and supports(matrix, self._wanted)
         if not is_supported or len(matrices) >= MOST - 1 or not 0 < matrix.numel() <= LARGEST:
             return False
         return matrix.stride(1) == 1 or matrix.shape[1] == 1
 
-    def _number(self, matrix: Tensor) -> int:
-        """Return a matrix's number; a layer's weight and bias share the gradient of its output."""
-        key = (matrix.data_ptr(), matrix.shape[1], matrix.stride(0))
-        number = self._numbers.setdefault(key, len(self._matrices))
-        if number == len(self._matrices):
+    def _number(self, matrix: Tensor) -> int | None:
+        """Return a matrix's number, ``None`` if it is not supported; a layer's weight and bias share the gradient of its output."""
+        key = (matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype)
+        number = self._numbers.get(key)
+        if number is None and self._takes(matrix):
+            number = self._numbers[key] = len(self._matrices)
             self._matrices.append(matrix)
             self._versions.append(matrix._version)
         return number
@@ -92,15 +94,19 @@ class Segments:
         out = torch.empty(len(ORDER), samples, outputs, dtype=torch.float64)
         total = sum(map(Tensor.numel, matrices))
         alone = parallel_runner() is None or total <= ONE_THREAD_ENTRIES
-        lists = (
+        numbers, starts = [], [0]
+        for values in (
             [matrix.data_ptr() for matrix in matrices],
             [matrix.shape[1] for matrix in matrices],
             [matrix.stride(0) for matrix in matrices],
             [self._left[number] for number in order],
             [self._right[number] for number in order],
-        )
-        arrays = [(ctypes.c_int64 * len(values))(*values) for values in lists]  # alive until the call returns
-        x, columns, step, left, right = map(ctypes.addressof, arrays)
+        ):
+            numbers += values
+            starts.append(len(numbers))
+        array = (ctypes.c_int64 * len(numbers))(*numbers)  # alive until the call returns
+        base = ctypes.addressof(array)
+        x, columns, step, left, right = [base + 8 * start for start in starts[:-1]]
         job = SegmentJob(
             x=x,
             columns=columns,
@@ -116,4 +122,4 @@ class Segments:
         )
         run = library_for(matrices[0].dtype).segment_statistics
         run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())
-        return {key: out[ORDER.index(key)] for key in self._wanted}
+        return {key: moment for key, moment in zip(ORDER, out.unbind(), strict=True) if key in self._wanted}

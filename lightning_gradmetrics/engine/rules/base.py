@@ -123,8 +123,11 @@ def rule(
 
 def bind(found: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """Return a call's arguments by the names of its rule; ``None`` if they do not fit."""
-    if len(args) > len(found.arguments) or not kwargs.keys() <= set(found.arguments):
+    if len(args) > len(found.arguments):
         return None
     values = dict(zip(found.arguments, args, strict=False))
-    values.update(kwargs)
+    if kwargs:
+        if not kwargs.keys() <= set(found.arguments):
+            return None
+        values.update(kwargs)
     return values
