@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 
 from lightning_gradmetrics.classifier.forward import map_tensors, tensors_in
+from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.auto import auto_moments, verified_strategy
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.kernels.library import plain_kernels
@@ -103,14 +104,15 @@ def compiled_moments(task: Task) -> list[Moments]:
 def _key(task: Task) -> Hashable:
     """Return everything that a graph depends on, except the values of tensors and the number of samples."""
     modules: list[Hashable] = []
-    for module in task.model.modules():
+    record = ModelRecord(task.model) if task.record is None else task.record
+    for module in record.modules:
         modules.append((id(module), type(module), vars(module).get("forward"), _has_hooks(module)))
     shapes = [tuple(t.shape[1:]) for t in tensors_in(task.inputs)]
     named = [(name, p.shape, p.dtype) for name, p in task.model.named_parameters()]
     labels = None if task.targets is None else task.targets.dtype
     options = (task.objectives, task.wanted, task.memory, torch.is_autocast_enabled(_device(task).type), labels)
     structure = (tuple(shapes), task.per_sample, input_structure(task.inputs))
-    return tuple(modules), attribute_key(task.model), tuple(named), tuple(task.parameters), structure, options
+    return tuple(modules), attribute_key(task.model, record), tuple(named), tuple(task.parameters), structure, options
 
 
 def _device(task: Task) -> torch.device:
@@ -157,7 +159,7 @@ def _check_forward(task: Task, logits: Tensor) -> None:
     Raises:
         PlanError: If they differ.
     """
-    state = ForwardState(task.model)
+    state = ForwardState(task.model, task.record)
     with torch.no_grad():
         own = task.forward()
     state.restore()

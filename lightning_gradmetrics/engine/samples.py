@@ -172,7 +172,18 @@ def close_rows(found: Tensor, expected: Tensor, tolerance: float | None = None) 
         expected: The second tensor.
         tolerance: The largest relative difference; by default that of rounding.
     """
-    return not different_rows(found, expected, tolerance)
+    tolerance = rounding(expected) if tolerance is None else tolerance
+    return _are_clearly_close(found, expected, tolerance) or not different_rows(found, expected, tolerance)
+
+
+def _are_clearly_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Return whether the largest difference is small beside the smallest row, which a few operations show."""
+    is_plain = found.dtype == expected.dtype and expected.dtype in (torch.float32, torch.float64)
+    if not is_plain or found.shape != expected.shape or not expected.numel():
+        return False
+    error = (found - expected).abs().amax()
+    smallest = expected.flatten(1).abs().amax(1).amin()
+    return bool(error < tolerance * smallest)  # false if anything is infinite or not a number
 
 
 def different_rows(found: Tensor, expected: Tensor, tolerance: float | None = None) -> list[int]:
