@@ -40,8 +40,6 @@ Sink = Callable[[str, Use], None]
 
 _UNGUARDED = nullcontext()
 
-_OVERLOAD = torch._ops.OpOverload
-
 
 class Tracer(OpeningMode):
     """A forward pass that passes the per-sample gradients of chosen parameters to ``sink`` in each backward pass.
@@ -86,7 +84,7 @@ class Tracer(OpeningMode):
         """Run one call, as planned if it involves chosen parameters."""
         kwargs = kwargs or {}
         # A dispatcher operator is not a call of the model; a TorchDispatchMode such as FlopCounterMode calls it again.
-        if self._silence.depth or type(func) is _OVERLOAD:
+        if self._silence.depth or type(func) is torch._ops.OpOverload:
             return func(*args, **kwargs)
         if self._backward or self._open:
             return self._run(func, args, kwargs)
