@@ -21,6 +21,7 @@ from lightning_gradmetrics.engine.guards import (
     check_precisions,
     check_repeated,
     check_samples,
+    chosen_samples,
     compare_alone,
     logits_without_graph,
 )
@@ -29,7 +30,7 @@ from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.refusals import not_reproducible
 from lightning_gradmetrics.engine.row_check import check_row_owners
-from lightning_gradmetrics.engine.sample_check import check_draw, check_some_samples
+from lightning_gradmetrics.engine.sample_check import check_draw, check_sample, check_some_samples
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
 from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
 from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow
@@ -163,6 +164,7 @@ class _BatchChecks:
     Attributes:
         logits: The logits of the forward passes so far.
         is_covered: Whether the proof that samples are kept apart covers the batch.
+        hides_gradients: Whether custom functions or hooks may change gradients by the data of the batch.
     """
 
     def __init__(self, task: Task, strategy: Strategy, state: ForwardState) -> None:
@@ -170,7 +172,7 @@ class _BatchChecks:
         self.here = (_shapes(task), task.size)
         self.is_new = self.here not in strategy.times
         self.logits: list[Tensor] = []
-        self.is_covered = False
+        self.is_covered = self.hides_gradients = False
 
     def __call__(self, logits: Tensor, tracer: Tracer | None = None) -> None:
         """Check the logits of the batch.
@@ -185,6 +187,7 @@ class _BatchChecks:
         if tracer is not None:
             self.is_covered = self._covers(logits, tracer, readers)
         if not self.is_covered:
+            self.hides_gradients = tracer is not None and (tracer.outline.has_hooks or runs_custom_code(logits))
             self._check_unproven(logits, None if tracer is None else tracer.outline)
         check = check_copies if strategy.random else check_samples
         check(task, logits, readers, self.state, strategy.quiet)
@@ -224,6 +227,7 @@ class _BatchChecks:
         """Compare samples with the same samples run alone and, for a new batch size, the batch with its halves."""
         task, strategy, state = self.task, self.strategy, self.state
         new_size = all(task.size != size for _, size in strategy.times)
+        strategy.turn += 1
         if strategy.random:
             check_others(task, logits, state, strategy.quiet)
             if strategy.alone == EVERY_SAMPLE:
@@ -232,9 +236,15 @@ class _BatchChecks:
         if task.size == 1:
             check_repeated(task, logits, state, strategy.quiet)
         alone = self._alone(new_size, outline)
-        check_alone(task, logits, alone, state, strategy.quiet, outline)
+        check_alone(task, logits, self._numbers(logits, alone), state, strategy.quiet, outline)
         if (new_size or strategy.plan is None) and alone < task.size:
             check_halves(task, logits, state, strategy.quiet)
+
+    def _numbers(self, logits: Tensor, count: int) -> Sequence[int]:
+        """Return the numbers of the samples to run alone; a single one is another sample in each batch."""
+        if count != 1:
+            return chosen_samples(logits, count) if count else ()
+        return [self.strategy.turn % self.task.size]
 
     def _alone(self, new_size: bool, outline: Outline | None) -> int:
         """Return how many samples to run alone."""
@@ -300,7 +310,8 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
             if strategy.random:
                 check_draw(table, strategy.fast, laid_out, state)
             else:
-                checks.compare_paths(calls, check_some_samples(table, strategy.fast, laid_out, state, count))
+                alone = check_some_samples(table, strategy.fast, laid_out, state, count, checks.hides_gradients)
+                checks.compare_paths(calls, alone)
             if not checks.is_covered and task.size > 3:  # the probe has checked the rows of three samples
                 check_row_owners(table, restricted, strategy.plan, free, state)
             strategy.settled = strategy.settled or checks.is_covered
@@ -308,6 +319,24 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
         strategy.times[checks.here] = {**known, outline: (times, checks.is_covered)}
     elif verified[outline][0] != times:
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
+    elif checks.hides_gradients:
+        _check_hidden_gradients(table, strategy, laid_out, state)
+
+
+def _check_hidden_gradients(table: MomentTable, strategy: Strategy, laid_out: Task, state: ForwardState) -> None:
+    """Compare the gradients of two samples, others in each batch, with autograd.
+
+    One of them may be the only sample with the value that changes the gradients of the batch.
+
+    Raises:
+        PlanError: If they differ.
+    """
+    if strategy.random:
+        check_draw(table, strategy.fast, laid_out, state)
+        return
+    size = table.task.size
+    for number in {strategy.turn % size, (strategy.turn + size // 2) % size}:
+        check_sample(table, strategy.fast, laid_out, state, number, strict=True)
 
 
 def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: _BatchChecks) -> dict[str, str]:
@@ -320,7 +349,7 @@ def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: _BatchChecks
             if strategy.random:
                 check_draw(table, names, task, state)
             else:
-                check_some_samples(table, names, task, state, GRADIENTS_IF_UNPROVEN)
+                check_some_samples(table, names, task, state, GRADIENTS_IF_UNPROVEN, checks.hides_gradients)
             break
         except PlanError as error:
             given_up = error.names & set(names) or set(names)

@@ -47,14 +47,19 @@ _ALONE = 4
 
 
 def check_alone(
-    task: Task, logits: Tensor, count: int, state: ForwardState, quiet: bool, outline: Outline | None = None
+    task: Task,
+    logits: Tensor,
+    numbers: Sequence[int],
+    state: ForwardState,
+    quiet: bool,
+    outline: Outline | None = None,
 ) -> None:
-    """Compare the logits of some samples, each alone in a batch, with their logits in this batch.
+    """Compare the logits of some samples, each alone in a batch, with their logits in this batch, and the precisions.
 
     Args:
         task: The batch.
         logits: Its logits ``(N, C)``.
-        count: The number of samples to run alone.
+        numbers: The numbers of the samples to run alone.
         state: The state of the model before the batch.
         quiet: Whether to silence the warning of reentrant checkpoints about running without gradients.
         outline: The forward pass of the batch, whose precisions must be those of one sample alone.
@@ -62,9 +67,7 @@ def check_alone(
     Raises:
         CoupledSamplesError: If they differ.
     """
-    if task.size < 2:
-        return
-    for number in chosen_samples(logits, count):
+    for number in numbers if task.size > 1 else ():
         alone = None if outline is None else Outline()
         logits_alone = _logits(task, [number], state, quiet, alone)
         if outline is not None and alone is not None:
@@ -130,12 +133,10 @@ def check_repeated(task: Task, logits: Tensor, state: ForwardState, quiet: bool)
 
 
 def chosen_samples(logits: Tensor, count: int) -> list[int]:
-    """Return the numbers of random samples; if three or more, including the most and the least confident one."""
+    """Return the numbers of three or more samples, random except for the most and the least confident one."""
     numbers = list(range(len(logits)))
     if count >= len(numbers):
         return numbers
-    if count < 3:
-        return _CHOICE.sample(numbers, count)
     confidence = logits.detach().softmax(1).amax(1).nan_to_num(0.0)
     extremes = {int(confidence.argmax()), int(confidence.argmin())}
     others = [number for number in numbers if number not in extremes]

@@ -19,15 +19,20 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["check_draw", "check_some_samples"]
+__all__ = ["check_draw", "check_sample", "check_some_samples"]
 
 
 def check_some_samples(
-    table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState, count: int = 1
+    table: MomentTable,
+    names: Collection[str],
+    laid_out: Task,
+    state: ForwardState,
+    count: int = 1,
+    strict: bool = False,
 ) -> Outline:
     """Compare the moments of some samples with autograd on each sample alone, and return the outline of a forward pass.
 
-    Several samples include the first and the last one.
+    Several samples include the first and the last one; ``strict`` is that of :func:`check_sample`.
 
     Raises:
         PlanError: If they differ.
@@ -37,7 +42,7 @@ def check_some_samples(
     if count > 1:
         numbers = [*numbers[2:], size - 1, 0]
     for number in set(numbers):
-        outline = _check_sample(table, names, laid_out, state, number)
+        outline = check_sample(table, names, laid_out, state, number, strict)
     return outline
 
 
@@ -60,18 +65,24 @@ def _some_numbers(size: int, count: int) -> list[int]:
     return numbers
 
 
-def _check_sample(
-    table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState, number: int
+def check_sample(
+    table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState, number: int, strict: bool
 ) -> Outline:
     """Compare one sample's moments with autograd on that sample alone, and return the outline of its forward pass.
 
+    Raises:
+        PlanError: If they differ.
+
     Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
-    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table.
+    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table. If ``strict``, it
+    does not: custom functions and hooks may change the gradients of the batch there too.
     """
     alone = table.task.rows(number, number + 1).restricted(names)
     outline = Outline(alone.leaves())
     if _agree_on_sample(table, number, alone, _logits(alone, state, Recording(outline)), 0):
         return outline
+    if strict:
+        raise PlanError("the gradients of a sample disagree with autograd")
     together = laid_out.restricted(names)
     gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
     is_close = _agree_on_sample(table, number, alone, _logits(alone, state), 0, gates)

@@ -58,6 +58,7 @@ class Strategy:
         path: A number for the path of the probe's forward pass.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
+        turn: Counts the batches of which one sample was checked, so that each batch checks another one.
     """
 
     plan: Plan | None
@@ -76,6 +77,7 @@ class Strategy:
     path: int = 0
     settled: bool = False
     reads_samples: bool = False
+    turn: int = 0
 
 
 def warn_slow(task: Task, strategy: Strategy) -> None:

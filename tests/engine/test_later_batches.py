@@ -1,0 +1,68 @@
+"""Models whose gradients may change without a trace in the forward pass: two samples of every later batch are checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine import gradient_statistics, sample_check
+from tests.engine.kinds import WIDTH, Net, error_of, numbers
+
+LARGE = 3.0
+
+
+class _Clipped(torch.autograd.Function):
+    """Halves the gradient of the whole batch if an input of the batch is large; no forward pass shows it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where(x.abs().max() > LARGE, 0.5, 1.0) * gradient
+
+
+def _with_function(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(_Clipped.apply(net.a(x))))
+
+
+def _with_hook(net: Any, x: Tensor) -> Tensor:
+    h = net.a(x)
+    if h.requires_grad:
+        h.register_hook(lambda gradient: torch.where(h.detach().abs().max() > LARGE, 0.5, 1.0) * gradient)
+    return net.head(torch.tanh(h))
+
+
+HIDDEN = {"a custom function": _with_function, "a hook": _with_hook}
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("name", HIDDEN)
+def test_gradients_that_change_with_a_rare_value_are_those_of_each_sample_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model = Net(HIDDEN[name]).double().eval()
+    for number in range(12):
+        x = numbers(4, WIDTH) / 3
+        if number > 4:
+            x[number % 4] *= 40 * (number % 3)
+        assert error_of(model, x) < 1e-8, number
+
+
+def test_each_sample_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, checked = Net(_with_function).double().eval(), []
+
+    def noted(table: Any, names: Any, laid_out: Any, state: Any, number: int, strict: bool) -> Any:
+        checked.append(number)
+        return sample_check.check_sample(table, names, laid_out, state, number, strict)
+
+    monkeypatch.setattr("lightning_gradmetrics.engine.auto.check_sample", noted)
+    for _ in range(6):
+        gradient_statistics(model, numbers(5, WIDTH) / 3, "pseudo_label")
+    assert sorted(checked) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
