@@ -26,7 +26,7 @@ from lightning_gradmetrics.engine.guards import (
     logits_without_graph,
 )
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
-from lightning_gradmetrics.engine.outline import Outline
+from lightning_gradmetrics.engine.outline import HOOKS, Outline
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.refusals import not_reproducible
 from lightning_gradmetrics.engine.row_check import check_row_owners
@@ -164,7 +164,7 @@ class _BatchChecks:
     Attributes:
         logits: The logits of the forward passes so far.
         is_covered: Whether the proof that samples are kept apart covers the batch.
-        hides_gradients: Whether custom functions or hooks may change gradients by the data of the batch.
+        hides_gradients: Whether custom functions may change gradients by the data of the batch.
     """
 
     def __init__(self, task: Task, strategy: Strategy, state: ForwardState) -> None:
@@ -179,15 +179,18 @@ class _BatchChecks:
 
         Raises:
             CoupledSamplesError: If samples depend on each other.
+            PlanError: If hooks on tensors may change gradients.
         """
         task, strategy = self.task, self.strategy
+        if tracer is not None and tracer.outline.has_hooks:
+            raise PlanError(HOOKS)
         self.logits.append(logits.detach())
         check_objectives(task, logits)
         readers = [] if tracer is None else tracer.reads.differing()
         if tracer is not None:
             self.is_covered = self._covers(logits, tracer, readers)
         if not self.is_covered:
-            self.hides_gradients = tracer is not None and (tracer.outline.has_hooks or runs_custom_code(logits))
+            self.hides_gradients = tracer is not None and runs_custom_code(logits)
             self._check_unproven(logits, None if tracer is None else tracer.outline)
         check = check_copies if strategy.random else check_samples
         check(task, logits, readers, self.state, strategy.quiet)
@@ -200,7 +203,7 @@ class _BatchChecks:
         _, is_known = self.strategy.times.get(self.here, {}).get(outline.number, ((), False))
         if is_known:
             return True
-        if outline.has_hooks or runs_custom_code(logits):
+        if runs_custom_code(logits):
             return False
         if shapes in record.units:
             return record.covers(outline, size, shapes)

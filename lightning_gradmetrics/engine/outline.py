@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in, version_of
 from lightning_gradmetrics.engine.graph import storing_hooks
 
-__all__ = ["Outline", "Recording"]
+__all__ = ["HOOKS", "Outline", "Recording"]
 
 _VIEWS = "view reshape expand unflatten flatten split chunk narrow repeat tile as_strided select __getitem__"
 _NEW = "new_zeros new_ones new_full zeros ones full empty arange"
@@ -26,8 +26,11 @@ _SHAPING = frozenset([*_VIEWS.split(), *_NEW.split()])
 _FILLING = frozenset(["full", "new_full"])
 """Functions whose plain numbers are values of the result, and whose tuples are its shape."""
 
-_HOOKING = frozenset(["register_hook", "register_post_accumulate_grad_hook", "retain_grad"])
+_HOOKING = frozenset(["register_hook", "register_post_accumulate_grad_hook"])
 """Functions that may change how gradients are computed."""
+
+HOOKS = "hooks on tensors, or on what autograd stores, may change its gradients"
+"""Why each sample runs alone if a forward pass registers hooks."""
 
 _NODE = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 """The function that returns the node of the graph, on which hooks may be registered too."""

@@ -23,7 +23,7 @@ from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.host_reads import HostRead, PlannedRead
 from lightning_gradmetrics.engine.layouts import Layout
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
-from lightning_gradmetrics.engine.outline import Outline, Recording
+from lightning_gradmetrics.engine.outline import HOOKS, Outline, Recording
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.probe_samples import three_samples, with_row
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
@@ -47,7 +47,8 @@ class Probe:
         reason: Why there is no plan.
         reads_activations: Whether Python reads values that depend on samples and parameters, or a torch call reads a number
             of the samples itself.
-        uses_totals: Whether a number of all samples meets a tensor with axes, so that it may change the gradients of any sample.
+        alone_because: Why each sample must run alone: a number of all samples may change the gradients of any sample, or hooks
+            on tensors may; empty if nothing is known to.
         proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
         reads: The values that Python reads from tensors.
         sizes: The sizes for which the proof holds; ``None`` if it holds for those of the probe only.
@@ -61,7 +62,7 @@ class Probe:
     plan: Plan | None
     reason: str
     reads_activations: bool
-    uses_totals: bool
+    alone_because: str
     proven: bool
     reads: tuple[PlannedRead, ...]
     sizes: SizeRecord | None
@@ -121,9 +122,11 @@ def probe_model(task: Task) -> Probe:
     if plan is not None:
         plan = replace(plan, reads=reads)
     activations = reads_inside or reads_activations(many.operations)
-    totals = uses_totals(many.operations)
+    alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""
+    if outline_of_three.has_hooks:
+        alone = HOOKS
     proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
-    return Probe(three, losses, plan, reason, activations, totals, proven, reads, sizes, random, pauses, size)
+    return Probe(three, losses, plan, reason, activations, alone, proven, reads, sizes, random, pauses, size)
 
 
 def _planned_reads(

@@ -104,9 +104,9 @@ def _verified(task: Task) -> Strategy:
     If the plan leaves parameters to slower ways, recovered owners are tried too.
     """
     state, probe = ForwardState(task.model), probe_model(task)
-    if probe.uses_totals:
+    if probe.alone_because:
         plan, path = None, 0
-        slow = dict.fromkeys(task.parameters, "a number computed from all samples enters the forward pass")
+        slow = dict.fromkeys(task.parameters, probe.alone_because)
     else:
         plan, slow, path = _covered(probe, probe.plan, state)
     if plan is not None and slow:
