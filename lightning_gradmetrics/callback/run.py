@@ -22,7 +22,7 @@ from lightning_gradmetrics.results.sample_index import UNKNOWN
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.resizing import at_size
 from lightning_gradmetrics.scoring.step import StepObserver
-from lightning_gradmetrics.scoring.text_step import token_ids
+from lightning_gradmetrics.scoring.text_step import labels_of_call, token_ids
 
 __all__ = ["Run"]
 
@@ -152,7 +152,9 @@ class Run:
             for call in seen.called[1]:
                 received += call.received
         if token_ids(batch) is not None:
-            labels = self.reader.token_labels(read, batch.size, received, dataset)
+            labels = None if read.copied is None else labels_of_call(batch)
+            if labels is None:
+                labels = self.reader.token_labels(read, batch.size, received, dataset)
             batch = replace(batch, ood=self.stage.ood(place, batch.size), dataset=dataset)
             return self._observer.tokens(batch, labels, read.inputs)
         if batch.logits.ndim > 2 and batch.logits.ndim != 4:

@@ -64,12 +64,13 @@ class ObservedTexts:
         columns = {}
         for score in self.scores:
             columns[score.name] = torch.full((len(has_tokens),), torch.nan, dtype=torch.float64)
-        texts = _prompts_and_answers(batch.tokens)
-        if not texts:
-            return columns
+        with torch.inference_mode(False):  # a model may keep its inputs for the backward pass
+            texts = _prompts_and_answers(batch.tokens)
+            if not texts:
+                return columns
+            padded = right_padded(texts, batch.logits.device)
         called = batch.called or self.model
         model = self._models[called] = self._models.get(called) or self._language_model(called)
-        padded = right_padded(texts, batch.logits.device)
         rows = self._rows(model, padded, batch.logits)
         plan = planned(self.scores)
         evidence = sequence_evidence(model, padded, rows, plan.needs, self.engine)

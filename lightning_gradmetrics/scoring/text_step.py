@@ -23,7 +23,7 @@ from lightning_gradmetrics.scoring.padding import check_unmasked, padding_of
 from lightning_gradmetrics.scoring.recipes import Score
 from lightning_gradmetrics.scoring.scorer import Scorer
 
-__all__ = ["TextReader", "not_in_batches_of_texts", "sequence_values", "token_ids", "token_values"]
+__all__ = ["TextReader", "labels_of_call", "not_in_batches_of_texts", "sequence_values", "token_ids", "token_values"]
 
 BLOCK_LOGITS = 2**22
 """Number of logits per block of tokens: 32 MiB in float64."""
@@ -38,6 +38,13 @@ def token_ids(batch: ObservedBatch) -> Tensor | None:
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         return None
     return ids if len(ids) == len(batch.logits) else None
+
+
+def labels_of_call(batch: ObservedBatch) -> Tensor | None:
+    """Return the argument ``labels`` ``(N, T)`` of the observed call, as models of transformers take it; ``None`` without it."""
+    labels = _named(batch).get("labels")
+    is_table = isinstance(labels, Tensor) and labels.shape == (len(batch.logits), batch.logits.shape[2])
+    return labels if is_table and not labels.is_floating_point() else None
 
 
 def _named(batch: ObservedBatch) -> dict[Any, Any]:

@@ -132,6 +132,30 @@ class Around(Stepped):
         return self(batch)
 
 
+class Masking(nn.Module):
+    """Keeps the attention mask for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = language_model("plain")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Tensor:
+        embedded = self.inner.embedding(input_ids) * attention_mask[..., None]
+        logits: Tensor = self.inner.head(self.inner.mixing(embedded)[0])
+        return logits
+
+
+def test_a_model_may_keep_the_mask_for_the_backward_pass() -> None:
+    model = Masking().eval()
+    callback = run(LanguageStep(model), texts()[:2], ["grand"])
+    for number in range(2):
+        ids = torch.tensor([PROMPTS[number] + ANSWERS[number]])
+        logits = model(ids, torch.ones_like(ids))[0, len(PROMPTS[number]) - 1 : -1]
+        loss = nn.functional.cross_entropy(logits, torch.tensor(ANSWERS[number]))
+        gradients = [gradient.flatten() for gradient in torch.autograd.grad(loss, [*model.parameters()])]
+        assert column(callback, "grand")[number] == pytest.approx(torch.cat(gradients).norm().item(), rel=1e-9)
+
+
 def test_a_run_with_scores_of_whole_texts_alone() -> None:
     rows, model = texts()[:2], language_model("tied")
     rows[0]["labels"] = torch.full((9,), -100)
@@ -183,6 +207,15 @@ def test_shifted_labels_and_no_labels_are_the_same_tokens() -> None:
         for name, answers in expected.tokens.items():
             found = torch.tensor(callback.results[f"tokens/{name}"].to_pylist(), dtype=torch.float64)
             torch.testing.assert_close(found, torch.stack(list(answers)), rtol=1e-9, atol=1e-12)
+
+
+def test_labels_that_the_step_passes_to_the_model_by_name_are_used() -> None:
+    class Passing(Stepped):
+        def step(self, batch: Any) -> Any:
+            return self.net(batch[0], attention_mask=batch[1], labels=batch[2])
+
+    model, names = language_model(), ("input_ids", "attention_mask", "labels")
+    assert_tokens(run(Passing(model), [tuple(row[name] for name in names) for row in texts()], ["nll"]), model)
 
 
 def test_padding_after_a_text_is_not_scored_with_shifted_labels() -> None:
