@@ -174,7 +174,7 @@ def _steps_up(sums: Tensor) -> Tensor:
 def _steps_at(sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cumulative sums at the chosen positions ``(M,)``, and the increase of each over the one before."""
     here = real(sums.index_select(0, chosen))
-    before = real(sums.index_select(0, (chosen - 1).clamp(min=0)))
+    before = real(sums.index_select(0, (chosen - 1).clamp_(min=0)))
     before[:1] *= chosen[:1] != 0
     return here, here - before
 
@@ -302,7 +302,7 @@ def count(scores: Tensor, target: Tensor) -> Counts:
     """
     scores = check_scores(scores)
     target = check_target(target, scores)
-    distinct, targets, ends = sort_with(scores, target.to(torch.uint8))
+    distinct, targets, ends = sort_with(scores, target.view(torch.uint8))
     positives_to = sums_at(targets, ends)
     negatives_to = ends.to(positives_to.dtype).add_(1).sub_(positives_to)
     return Counts(distinct, negatives_to, positives_to)

@@ -116,7 +116,9 @@ def _sort_bits(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 def _flip_negative(bits: Any, result: Any) -> Any:
     """Write the bits of float32 numbers as integers in the same order, or such integers as bits; return the result."""
-    return np.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=result)
+    mask = bits >> 31
+    mask &= 0x7FFFFFFF
+    return np.bitwise_xor(bits, mask, out=result)
 
 
 def _run_ends(ordered: Tensor) -> Tensor:
