@@ -74,23 +74,26 @@ def mutable_parts(value: Any, seen: set[int]) -> Iterator[Any]:
         >>> list(mutable_parts({"steps": [1, 2]}, set()))
         [{'steps': [1, 2]}, [1, 2]]
     """
-    if isinstance(value, _PLAIN) or id(value) in seen:
-        return
-    entries: Collection[Any] = ()
-    if isinstance(value, (Tensor, np.ndarray)):
-        seen.add(id(value))
-        yield value
-    elif isinstance(value, tuple):
-        entries = value
-    elif isinstance(value, _CONTAINERS):
-        seen.add(id(value))
-        yield value
-        entries = value.values() if isinstance(value, dict) else value
-    elif has_settings(value):
-        seen.add(id(value))
-        yield from mutable_parts(vars(value), seen)
-    for entry in entries if len(entries) <= MOST_ENTRIES else ():
-        yield from mutable_parts(entry, seen)
+    waiting = [value]
+    while waiting:  # no recursion: a linked list may be longer than the limit of Python's stack
+        part = waiting.pop()
+        if isinstance(part, _PLAIN) or id(part) in seen:
+            continue
+        entries: Collection[Any] = ()
+        if isinstance(part, (Tensor, np.ndarray)):
+            seen.add(id(part))
+            yield part
+        elif isinstance(part, tuple):
+            entries = part
+        elif isinstance(part, _CONTAINERS):
+            seen.add(id(part))
+            yield part
+            entries = part.values() if isinstance(part, dict) else part
+        elif has_settings(part):
+            seen.add(id(part))
+            waiting.append(vars(part))
+        if 0 < len(entries) <= MOST_ENTRIES:
+            waiting.extend(reversed(list(entries)))
 
 
 class ContainerRecord:

@@ -56,6 +56,9 @@ MOST_STRATEGIES = 4
 MOST_KINDS = 64
 """Largest number of kinds of task for one model; the oldest is dropped."""
 
+MOST_BATCHES = 1024
+"""Largest number of combinations of input shapes and batch size that are stored for one strategy; the oldest is dropped."""
+
 _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Hashable, list[Strategy]]] = WeakKeyDictionary()
 _UNPLANNABLE: WeakKeyDictionary[nn.Module, dict[Hashable, Strategy]] = WeakKeyDictionary()
 """Kinds and sizes of batches for which planning has failed."""
@@ -320,6 +323,8 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
             strategy.settled = strategy.settled or checks.is_covered
         known = verified if len(verified) < MOST_OUTLINES else {}
         strategy.times[checks.here] = {**known, outline: (times, checks.is_covered)}
+        if len(strategy.times) > MOST_BATCHES:
+            del strategy.times[next(iter(strategy.times))]
     elif verified[outline][0] != times:
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
     elif checks.hides_gradients:

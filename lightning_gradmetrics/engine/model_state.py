@@ -136,18 +136,23 @@ def _names_of(attributes: Mapping[str, Any], read: set[str] | None) -> list[str]
 
 def _plain_parts(number: int, name: str, value: Any, seen: set[int]) -> Iterator[tuple[int, str, Hashable]]:
     """Yield the plain values in an attribute, with those of nested containers; each configuration once."""
-    if isinstance(value, _PLAIN):
-        yield number, name, value
-    elif isinstance(value, np.ndarray):
-        yield number, name, value.tobytes()
-    elif isinstance(value, (list, tuple, set, frozenset, deque)) and all(isinstance(entry, _PLAIN) for entry in value):
-        yield number, name, frozenset(value) if isinstance(value, (set, frozenset)) else tuple(value)
-    elif isinstance(value, dict) and len(value) > MOST_SEPARATE and _is_plain(value):
-        yield number, name, tuple(value.items())
-    elif id(value) not in seen:
-        seen.add(id(value))
-        for key, entry in _entries(value):
-            yield from _plain_parts(number, f"{name}.{key}", entry, seen)
+    waiting = [(name, value)]
+    while waiting:  # no recursion: a linked list may be longer than the limit of Python's stack
+        name, value = waiting.pop()
+        if isinstance(value, _PLAIN):
+            yield number, name, value
+        elif isinstance(value, np.ndarray):
+            yield number, name, value.tobytes()
+        elif isinstance(value, (list, tuple, set, frozenset, deque)) and all(
+            isinstance(entry, _PLAIN) for entry in value
+        ):
+            yield number, name, frozenset(value) if isinstance(value, (set, frozenset)) else tuple(value)
+        elif isinstance(value, dict) and len(value) > MOST_SEPARATE and _is_plain(value):
+            yield number, name, tuple(value.items())
+        elif id(value) not in seen:
+            seen.add(id(value))
+            for key, entry in _entries(value):
+                waiting.append((f"{name}.{key}", entry))
 
 
 MOST_SEPARATE = 64

@@ -22,6 +22,9 @@ from lightning_gradmetrics.engine.model_state import attribute_key
 __all__ = ["Watch"]
 
 _watches: WeakSet[Watch] = WeakSet()
+MOST_PLANS = 64
+"""Largest number of plans that are stored for one module; the oldest is dropped."""
+
 _plans: WeakKeyDictionary[nn.Module, dict[Any, ModulePlan]] = WeakKeyDictionary()
 
 
@@ -164,6 +167,8 @@ def _plan(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[str, nn
     plan.autocast = any(torch.is_autocast_enabled(tensor.device.type) for tensor in tensors)
     # The trial runs may have shown that an attribute changes in every forward pass; it is then excluded from the key.
     known[_key(module, args, kwargs, parameters)] = plan
+    while len(known) > MOST_PLANS:
+        del known[next(iter(known))]
     return plan
 
 
