@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.precision import rounding
-from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gradient_moments
+from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gradient_moments, stacked_moments
 
-__all__ = ["VerificationNotes", "agree"]
+__all__ = ["VerificationNotes", "agreeing", "largest_norm"]
 
 
 @dataclass
@@ -28,29 +29,42 @@ class VerificationNotes:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def agree(moments: Moments, gradient: Tensor, scale: float, tolerance: float | None = None) -> bool:
-    """Return whether moments ``(N,)`` are those of a gradient, up to rounding.
+def largest_norm(gradients: Iterable[Tensor]) -> float:
+    """Return the largest norm of some gradients."""
+    norms = [gradient.norm() for gradient in gradients]
+    return max(torch.stack(norms).tolist())
+
+
+def agreeing(
+    moments: Moments, gradients: Iterable[Tensor], scales: Sequence[float], tolerance: float | None = None
+) -> Tensor:
+    """Return for each parameter whether a sample's moments are those of its gradient, up to rounding, ``(P,)``.
 
     Args:
-        moments: The moments, of ``N`` samples.
-        gradient: ``(N, ...)``.
-        scale: The magnitude of the terms whose sum is the gradient; rounding errors are relative to it.
+        moments: The moments, ``(1, P)``.
+        gradients: The gradient of each parameter. An iterator may delete each one before it yields the next.
+        scales: For each parameter, the magnitude of the terms whose sum is the gradient; rounding errors are relative to it.
         tolerance: The largest relative difference; by default that of rounding.
     """
-    if tolerance is None:
-        tolerance = rounding(gradient)
-    flat = gradient.reshape(len(gradient), gradient[:1].numel())
-    expected = gradient_moments(flat, moments)
-    level = flat.norm(dim=1).to(accumulator(flat)) + scale
-    entries = max(flat.shape[1], 1)
-    for key, value in moments.items():
+    columns, norms, counts, tolerances = [], [], [], []
+    for gradient in gradients:
+        flat = gradient.reshape(1, gradient.numel())
+        columns.append(gradient_moments(flat, moments))
+        norms.append(flat.norm(dim=1).to(accumulator(flat)))
+        counts.append(max(gradient.numel(), 1))
+        tolerances.append(rounding(gradient) if tolerance is None else tolerance)
+    level = torch.cat(norms)
+    level = level + level.new_tensor(scales)
+    entries, allowed = level.new_tensor(counts), level.new_tensor(tolerances)
+    agrees = torch.ones(len(level), dtype=torch.bool, device=level.device)
+    for key, expected in stacked_moments(columns).items():
         # The moment of a gradient whose norm is ``level``: an error in it is at most about ``tolerance`` times this.
         if key in ("max", "min", "sum"):
             largest = level * entries**0.5 if key == "sum" else level
         else:
             p = float(key)
-            largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * tolerance ** max(0.0, p - 1)
-        error = (value - expected[key]).abs()
-        if not bool((error <= tolerance * largest + torch.finfo(error.dtype).tiny)[expected[key].isfinite()].all()):
-            return False
-    return True
+            largest = expected[0] + level**p * entries ** max(0.0, 1 - p / 2) * allowed ** max(0.0, p - 1)
+        error = (moments[key] - expected)[0].abs()
+        is_close = error <= allowed * largest + torch.finfo(error.dtype).tiny
+        agrees &= is_close | ~expected[0].isfinite()
+    return agrees

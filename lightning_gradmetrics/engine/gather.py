@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -124,12 +124,12 @@ class MomentTable:
             for key, value in added.items():
                 own[key][:, columns] = value
 
-    def of_samples(self, samples: slice, name: str, objective: int) -> Moments:
-        """Return the moments ``(n,)`` of the gradients of some samples for one parameter."""
-        column = self._columns[name]
-        rows = {}
-        for key, value in self.moments[objective].items():
-            rows[key] = value[samples, column]
+    def of_samples(self, samples: slice, names: Iterable[str], objective: int) -> Moments:
+        """Return the moments ``(n, P)`` of the gradients of some samples for some parameters."""
+        columns = list(map(self._columns.__getitem__, names))
+        rows: Moments = {}
+        for key, value in self._table(objective).items():
+            rows[key] = value[samples, columns]
         return rows
 
     @staticmethod

@@ -41,13 +41,13 @@ def check_row_owners(table: MomentTable, task: Task, plan: Plan | None, free: bo
     collect_fast(weighted, weighted.task, plan, unchecked, free=free)
     tolerance = rounding(next(iter(task.parameters.values())))
     for objective, moments in enumerate(weighted.moments):
-        for column, name in enumerate(task.parameters):
-            for key, values in table.of_samples(slice(0, task.size), name, objective).items():
-                if not _close(values, moments[key][:, column], tolerance):
-                    raise PlanError("a row of a layer does not belong to the planned sample")
+        for key, values in table.of_samples(slice(0, task.size), task.parameters, objective).items():
+            if not _close(values, moments[key], tolerance):
+                raise PlanError("a row of a layer does not belong to the planned sample")
 
 
 def _close(values: Tensor, others: Tensor, tolerance: float) -> bool:
+    """Return whether two computations of a moment ``(N, P)`` are equal, relative to the entry and to its parameter's mean."""
     finite = values.isfinite()
     level = values.where(finite, 0).abs().mean(0, keepdim=True)
     return bool(((others - values).abs() <= tolerance * (values.abs() + level))[finite].all())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.agreement import agree
+from lightning_gradmetrics.engine.agreement import agreeing, largest_norm
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.outline import Outline, Recording
@@ -115,18 +115,23 @@ def _agree_on_sample(
     parameters = list(task.parameters.values())
     for objective in range(len(task.objectives)):
         losses, undo = task.unit_losses(objective, logits)
-        gradients = dict(zip(task.parameters, loss_gradients(losses[row], parameters), strict=True))
+        gradients = loss_gradients(losses[row], parameters)
         own = undo[row : row + 1].double()
         factor = torch.where(own > LEAST_SCALE, 1 / own, 1.0)
         shrunk = float(own * factor)
-        scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
-        while gradients:
-            name, gradient = gradients.popitem()
-            # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
-            moments = rescaled_moments(table.of_samples(slice(number, number + 1), name, objective), factor)
-            if not agree(moments, gradient[None] * shrunk, scale * shrunk, tolerance):
-                return False
+        scales = [1e-2 * shrunk * largest_norm(gradients)] * len(gradients)
+        # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
+        moments = rescaled_moments(table.of_samples(slice(number, number + 1), task.parameters, objective), factor)
+        if not bool(agreeing(moments, _scaled(gradients, shrunk), scales, tolerance).all()):
+            return False
     return True
+
+
+def _scaled(gradients: list[Tensor], factor: float) -> Iterator[Tensor]:
+    """Yield each gradient times the factor, and delete it."""
+    gradients.reverse()
+    while gradients:
+        yield gradients.pop() * factor
 
 
 LEAST_SCALE = 2.0**-400

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.engine.agreement import VerificationNotes, agree
+from lightning_gradmetrics.engine.agreement import VerificationNotes, agreeing, largest_norm
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.guards import logits_without_graph
@@ -211,13 +211,17 @@ def _disagreements(
     for objective in range(len(probe.losses)):
         unseen = set(names)
         for number in (1, 0, 2):
-            gradients = _gradients(probe, names, objective, number) if unseen else {}
-            while gradients:
-                name, gradient = gradients.popitem()
-                moments = table.of_samples(slice(number, number + 1), name, objective)
-                if name not in wrong and not agree(moments, gradient[None], scales[name]):
+            if not unseen:
+                break
+            gradients = _gradients(probe, names, objective, number)
+            compared = list(gradients)
+            are_zero = [not bool(gradient.any()) for gradient in gradients.values()]
+            moments = table.of_samples(slice(number, number + 1), compared, objective)
+            agrees = agreeing(moments, map(gradients.pop, compared), [scales[name] for name in compared])
+            for name, is_zero, is_right in zip(compared, are_zero, agrees.tolist(), strict=True):
+                if not is_right:
                     wrong[name] = "its fast rule disagrees with autograd on a probe"
-                if bool(gradient.any()):
+                if not is_zero:
                     unseen.discard(name)
     return wrong
 
@@ -274,18 +278,16 @@ def _can_be_mapped(probe: Probe, slow: Mapping[str, str]) -> bool:
     except Exception as error:  # torch.func raises many kinds of errors
         raise_if_out_of_memory(error)
         return False
-    columns = {name: column for column, name in enumerate(task.parameters)}
     compared: set[str] = set()
     for objective, (_, undo) in enumerate(probe.losses):
         for number in range(probe.task.size):
             gradients = _gradients(probe, slow, objective, number)
-            scale = 1e-2 * max(float(gradient.norm()) for gradient in gradients.values())
+            scales = [1e-2 * largest_norm(gradients.values())] * len(gradients)
+            moments = {key: value[number : number + 1] for key, value in mapped[objective].items()}
+            moments = rescaled_moments(moments, 1 / undo[number : number + 1])
+            if not bool(agreeing(moments, gradients.values(), scales).all()):
+                return False
             for name, gradient in gradients.items():
-                moments = {}
-                for key, value in mapped[objective].items():
-                    moments[key] = value[number : number + 1, columns[name]]
-                if not agree(rescaled_moments(moments, 1 / undo[number : number + 1]), gradient[None], scale):
-                    return False
                 if bool(gradient.any()):
                     compared.add(name)
-    return len(compared) == len(columns)
+    return len(compared) == len(task.parameters)
