@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_gradmetrics.evaluation import METRICS, TASKS, Thresholds
+from lightning_gradmetrics.evaluation import Thresholds
+from lightning_gradmetrics.evaluation.metrics import METRICS, TASKS
 from lightning_gradmetrics.language.sequence_evidence import TIED
 from lightning_gradmetrics.results.table import RESERVED
 from lightning_gradmetrics.scores import Score

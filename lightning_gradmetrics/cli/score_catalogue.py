@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_gradmetrics import scores as package
-from lightning_gradmetrics.scores import RECIPES, FittedScore, Recipe, Score
+from lightning_gradmetrics.scores import FittedScore, Score
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
+from lightning_gradmetrics.scoring.registry import RECIPES, Recipe
 
 __all__ = ["Line", "lines", "markdown", "stub"]
 

@@ -1,6 +1,6 @@
 """Evaluates a table of per-sample scores: metrics, intervals, comparisons and thresholds."""
 
-from lightning_gradmetrics.evaluation.metrics import METRICS, TASKS, Metric, register_metric
+from lightning_gradmetrics.evaluation.metrics import METRICS, Metric, register_metric
 from lightning_gradmetrics.evaluation.protocol import evaluate
 from lightning_gradmetrics.evaluation.record import Evaluation
 from lightning_gradmetrics.evaluation.risk_rules import JointRisk, LearnThenTest, SelectiveRisk
@@ -14,7 +14,6 @@ from lightning_gradmetrics.evaluation.thresholds import (
 
 __all__ = [
     "METRICS",
-    "TASKS",
     "Conformal",
     "Coverage",
     "Evaluation",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import call, logits_of, preserved
 from lightning_gradmetrics.export.bound import BoundScore
-from lightning_gradmetrics.scores import ScoreLike
+from lightning_gradmetrics.scoring.registry import ScoreLike
 
 __all__ = ["openood"]
 
@@ -25,8 +25,8 @@ def openood(score: ScoreLike, **options: Any) -> type[Any]:
     ``BasePostprocessor``, as its evaluator requires. There are no hyperparameters to search, so ``APS_mode`` is false.
 
     Args:
-        score: A name such as ``"gradnorm"``, a score, or any other :data:`~lightning_gradmetrics.scores.ScoreLike` that
-            needs no labels.
+        score: A name such as ``"gradnorm"``, a score, or any other form that
+            :func:`lightning_gradmetrics.score` accepts; it must not need labels.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.
 
     Returns:

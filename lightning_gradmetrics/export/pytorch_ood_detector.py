@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_gradmetrics.export.bound import BoundScore
-from lightning_gradmetrics.scores import ScoreLike
+from lightning_gradmetrics.scoring.registry import ScoreLike
 
 __all__ = ["pytorch_ood"]
 
@@ -21,8 +21,8 @@ def pytorch_ood(score: ScoreLike, model: nn.Module | None = None, **options: Any
     pytorch-ood, are left out of the fit. The model must be in eval mode; it is left unchanged.
 
     Args:
-        score: A name such as ``"gradnorm"``, a score, or any other :data:`~lightning_gradmetrics.scores.ScoreLike` that
-            needs no labels. A fitted score may already have a state.
+        score: A name such as ``"gradnorm"``, a score, or any other form that
+            :func:`lightning_gradmetrics.score` accepts; it must not need labels. A fitted score may already have a state.
         model: The classifier. It may also be given later: calling the detector with a model returns a detector of that
             model.
         **options: ``head``, ``logits_fn`` and ``engine``, as in :func:`lightning_gradmetrics.score`.

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.meters import functional as F
 from lightning_gradmetrics.meters.base import CurveMeter, ScoreMeter
 from lightning_gradmetrics.meters.functional import curves, ranking
 from lightning_gradmetrics.meters.functional.bounds import auroc_bounds
 from lightning_gradmetrics.meters.functional.counts import Positive, announce_undefined, check_rate, check_tensor
+from lightning_gradmetrics.meters.functional.ranking import oscr_samples
 
 __all__ = ["AUROC", "OSCR", "ROC", "AveragePrecision", "FPRAtTPR", "PrecisionRecallCurve"]
 
@@ -185,7 +185,7 @@ class OSCR(ScoreMeter):
             correct: ``(N,)``, 1 = the prediction is correct; ignored if the target is 1.
         """
         check_tensor(preds, "preds")
-        ranked_scores, is_ood, incorrect = F.oscr_samples(preds, target, correct)
+        ranked_scores, is_ood, incorrect = oscr_samples(preds, target, correct)
         self._take(ranked_scores, is_ood)
         self.incorrect = self.incorrect + incorrect
 

@@ -15,9 +15,7 @@ from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.registry import (
     OF_ANSWERS,
     RECIPES,
-    Recipe,
     Score,
-    ScoreLike,
     make,
     register,
     register_fitted,
@@ -35,12 +33,9 @@ for _name in NAMES:
     globals()[_name] = getattr(sys.modules[RECIPES[_name].method.__module__], _name)
 
 __all__ = [
-    "RECIPES",
     "Evidence",
     "FittedScore",
-    "Recipe",
     "Score",
-    "ScoreLike",
     "load_fitted",
     "make",
     "register",

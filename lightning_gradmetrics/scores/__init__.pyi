@@ -48,10 +48,7 @@ from lightning_gradmetrics.scores.trust import channel_distance as channel_dista
 from lightning_gradmetrics.scores.trust import trust as trust
 from lightning_gradmetrics.scoring.evidence import Evidence as Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore as FittedScore
-from lightning_gradmetrics.scoring.recipes import Recipe as Recipe
 from lightning_gradmetrics.scoring.recipes import Score as Score
-from lightning_gradmetrics.scoring.registry import RECIPES as RECIPES
-from lightning_gradmetrics.scoring.registry import ScoreLike as ScoreLike
 from lightning_gradmetrics.scoring.registry import make as make
 from lightning_gradmetrics.scoring.registry import register as register
 from lightning_gradmetrics.scoring.registry import register_fitted as register_fitted

@@ -155,13 +155,13 @@ class _HeadInput:
 
 @register("gradient", "Chen et al. 2023, arXiv:2311.09620")
 def gaia(evidence: Evidence, *, form: Literal["zero", "average"] = "zero") -> Tensor:
-    r"""GAIA: abnormal attributions inside the network, by the share of zeros (GAIA-Z) or by their means (GAIA-A).
+    r"""GAIA: abnormal attributions inside the network, by the fraction of zeros (GAIA-Z) or by their means (GAIA-A).
 
     The attributions are gradients with respect to the output of every normalisation layer (of every convolution and linear
     layer, if there is none). It costs a forward and a backward pass.
 
     GAIA-Z takes gradients of the largest logit, or of the only one. The score is the mean over all channels of the squared
-    share of non-zero entries: in-distribution samples leave more units inactive. Zeros come from units
+    fraction of non-zero entries: in-distribution samples leave more units inactive. Zeros come from units
     that switch off, such as ReLU; without such units all samples score 1.
 
     GAIA-A takes gradients of the sum of the head's input ``h``, whose mean over positions in channel ``k`` is ``a_k``. The

@@ -111,7 +111,8 @@ class Recipe:
         alias_of: The name of another score that equals this one at its default arguments.
 
     Example:
-        >>> from lightning_gradmetrics.scores import RECIPES
+        >>> from lightning_gradmetrics import scores  # registers the built-in scores
+        >>> from lightning_gradmetrics.scoring.registry import RECIPES
         >>> RECIPES["energy"].defaults, RECIPES["energy"].paper, RECIPES["energy"](temperature=2.0)
         ({'temperature': 1.0}, 'Liu et al. 2020, arXiv:2010.03759', energy(temperature=2.0))
     """

@@ -29,6 +29,7 @@ from lightning_gradmetrics.callback.transfers import Transfers
 from lightning_gradmetrics.classifier.row_order import RowOrder
 from lightning_gradmetrics.classifier.transferred_order import row_marks, transferred_order
 from tests.callback.runs import Stepped, assert_scores, batches, column, mlp, numbers, trainer
+from tests.models import fast_rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Your .*'s sampler has shuffling enabled"),
@@ -143,7 +144,7 @@ OF_TEST: dict[str, Callable[[], DataLoader[Any]]] = {
 """Loaders that ``trainer.predict`` does not accept, or of which it changes the sampler."""
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", fast_rows(STAGES, ["test"]))
 @pytest.mark.parametrize("kind", [*LOADERS, *OF_TEST])
 def test_the_index_is_that_of_the_sample(kind: str, stage: str) -> None:
     if stage == "predict" and kind in OF_TEST:

@@ -257,6 +257,7 @@ def test_a_forward_pass_of_another_callback_is_ignored() -> None:
     assert_scores(callback, net, x, SCORES)
 
 
+@pytest.mark.slow
 def test_one_callback_scores_several_models_in_turn() -> None:
     x, callback = numbers(8, 5), lgm.GradientMetrics(SCORES)
     used = trainer(callback)

@@ -202,6 +202,7 @@ def test_a_direct_call_of_forward_is_named() -> None:
         test_run(lgm.GradientMetrics(FULL), stepped(step, net), batches(x, Y))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*jit.*is deprecated|no fast rule")
 def test_scripted_and_traced_networks() -> None:
     net, x = mlp(5, 8, 3), numbers(8, 5)

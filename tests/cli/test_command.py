@@ -19,7 +19,8 @@ from PIL import Image
 
 from lightning_gradmetrics.cli.configuration import configuration_directory
 from lightning_gradmetrics.cli.models import ResNetCifar
-from lightning_gradmetrics.scores import RECIPES, resolve
+from lightning_gradmetrics.scores import resolve
+from lightning_gradmetrics.scoring.registry import RECIPES
 from tests.cli.conftest import Command
 
 

@@ -25,14 +25,14 @@ CASES = [
     ),
     (["model=torchvison"], "unknown model 'torchvison'; did you mean 'torchvision'?"),
     (["batch_size=0"], "batch_size must be a whole number of at least 1, got 0"),
-    (["cross_validation_folds=5", "fitted_folder=x"], "exclude each other"),
-    (["trainer.accelerator=gpu"], "gpu"),
     (["model=resnet20_cifar"], "on the first batch of 'digits' (inputs (1, 1, 8, 8)) fails: Given groups=1"),
     (["list"], "unknown command 'list'; available: compare, help, report, scores, version"),
     (["scors"], "did you mean 'scores'?"),
     (["scores", "all"], "gradmetrics scores takes no arguments"),
 ]
 SLOW = [
+    (["cross_validation_folds=5", "fitted_folder=x"], "exclude each other"),
+    (["trainer.accelerator=gpu"], "gpu"),
     (["experiment=cifar10"], "root is missing: give it a value, as in root=VALUE"),
     (["score=[]"], "score is empty: choose at least one of"),
     (

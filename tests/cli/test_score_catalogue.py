@@ -15,7 +15,8 @@ from rich.console import Console
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.cli.score_catalogue import lines, markdown, stub
 from lightning_gradmetrics.cli.score_list import scores_table
-from lightning_gradmetrics.scores import RECIPES, Score
+from lightning_gradmetrics.scores import Score
+from lightning_gradmetrics.scoring.registry import RECIPES
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "conf" / "score").glob("*.yaml"))

@@ -270,6 +270,7 @@ def test_unrecorded_forward_passes_use_the_loop(target):
     torch.testing.assert_close(found, expected, check_dtype=False)
 
 
+@pytest.mark.slow
 def test_the_model_keeps_no_hooks():
     model, x = made("convolutional")
 

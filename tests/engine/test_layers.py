@@ -147,6 +147,7 @@ def test_embedding_bag_with_a_bound_on_the_norm():
     assert torch.equal(bag.weight, before)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(SIZES, st.lists(SIZES, max_size=2), SIZES, SIZES, SIZES, st.booleans())
 def test_bilinear(n, shape, left, right, outputs, bias):

@@ -224,6 +224,7 @@ def test_the_method_is_chosen_by_size_and_named():
     assert evaluate(results, ["one"], roles, resamples=0).settings["bootstrap"] is None
 
 
+@pytest.mark.slow
 def test_intervals_are_repeatable_and_leave_the_global_seed_alone(evaluation):
     torch.manual_seed(99)
     state = torch.get_rng_state()

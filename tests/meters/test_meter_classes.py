@@ -147,7 +147,7 @@ def test_a_refused_batch_leaves_the_state(name, bins):
 
 def test_every_public_meter_and_function_has_a_row():
     metrics = {name for name in M.__all__ if name != "functional"}
-    functions = set(F.__all__) - {"oscr_samples"}
+    functions = set(F.__all__)
     assert {case.make.__name__ for case in CASES.values()} == metrics
     assert {case.twin.__name__ for case in CASES.values()} == functions
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine.rules import RULES, rule
 from lightning_gradmetrics.evaluation import metrics
-from lightning_gradmetrics.scores import RECIPES
+from lightning_gradmetrics.scoring.registry import RECIPES
 from tests.models import Module
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"

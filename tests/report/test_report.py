@@ -167,6 +167,7 @@ def test_scores_that_rank_alike_are_marked(tmp_path, content):
     assert "ranks as entropy" in marks["twin"]
 
 
+@pytest.mark.slow
 def test_cards_show_the_verdicts_of_the_evaluation(tmp_path):
     options = {"baselines": ("entropy", "max_softmax"), "gradients": ("gradnorm",), "sets": SETS[::2]}
     run = make_run(tmp_path, **options)
@@ -243,6 +244,7 @@ def test_a_score_that_reads_labels_is_listed_but_not_evaluated(tmp_path):
     assert "gradnorm read the true label" in section(tree, "Notes").text
 
 
+@pytest.mark.slow
 def test_paired_differences_have_their_true_sign_and_one_verdict(tmp_path):
     def compared(metric, value, baseline, stored, verdict):
         place = {
@@ -477,6 +479,7 @@ def test_many_scores_and_sets_stay_a_small_page(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
 
 
+@pytest.mark.slow
 def test_rows_of_an_unlisted_dataset_are_noted(tmp_path):
     run = make_run(tmp_path, **FEW)
     content = json.loads((run / "metrics.json").read_text())

@@ -35,6 +35,7 @@ def test_k_classes_take_k_backward_passes(score: str) -> None:
     assert len(needs_of(both, 1000).gradients["all"]) == 3
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from(SCORES), st.floats(0.1, 8))
 def test_on_the_head_the_mean_grows_with_the_number_of_classes(seed: int, case: str, spread: float) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scoring.fitted import FittedScore
+from lightning_gradmetrics.scoring.registry import RECIPES
 from lightning_gradmetrics.scoring.totals import Tensors
 from tests.models import MODELS, fast_rows
 from tests.scores import combination_cases, feature_cases, ood_cases, trust_cases
@@ -295,7 +296,7 @@ def tolerances(case: str) -> dict[str, float]:
 
 
 def test_every_registered_score_has_a_row() -> None:
-    assert {case.partition("(")[0] for case in CASES} == set(lgm.scores.RECIPES)
+    assert {case.partition("(")[0] for case in CASES} == set(RECIPES)
 
 
 FAST = set({case.partition("(")[0]: case for case in reversed(CASES)}.values())

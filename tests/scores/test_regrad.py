@@ -18,6 +18,7 @@ def score(case: str, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_without_noise_the_perturbed_inputs_are_the_input() -> None:
     model, inputs = cnn().double(), images(5).double()
     still = score("regrad(perturbations=0)", model, inputs)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import RECIPES, Evidence, FittedScore, make, register, register_fitted, resolve
+from lightning_gradmetrics.scores import Evidence, FittedScore, make, register, register_fitted, resolve
+from lightning_gradmetrics.scoring.registry import RECIPES
 from tests.models import Module, cnn, images
 
 PACKAGE = '''

@@ -63,6 +63,7 @@ def run(folder: Path, *scores: str, profile: object = True, sizes: tuple[int, ..
     return callback, model, [s.tensors[0] for s in sets]
 
 
+@pytest.mark.slow
 def test_a_run_returns_the_quartiles_of_every_layer(tmp_path: Path) -> None:
     """The quartiles are those of all samples, in the run's files and its report; a sample with NaN is left out."""
     callback, model, (inside, outside) = run(tmp_path, "energy", profile={"norm": 1.0})

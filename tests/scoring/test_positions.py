@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.classifier.head import HeadNotFoundError
-from lightning_gradmetrics.scores import RECIPES, Evidence, FittedScore
+from lightning_gradmetrics.scores import Evidence, FittedScore
 from lightning_gradmetrics.scoring import positions
 from lightning_gradmetrics.scoring.positions import by_rows, made_up_maps
+from lightning_gradmetrics.scoring.registry import RECIPES
 from tests.models import assert_same_state, state_of
 from tests.scoring.segmenters import HEADS, Segmenter, gradient_of, logits_of
 

@@ -7,7 +7,7 @@ is NaN, with one ``UserWarning``.
 
 from lightning_gradmetrics.meters.functional.areas import auac, aufc
 from lightning_gradmetrics.meters.functional.curves import precision_recall_curve, roc
-from lightning_gradmetrics.meters.functional.ranking import auroc, average_precision, fpr_at_tpr, oscr, oscr_samples
+from lightning_gradmetrics.meters.functional.ranking import auroc, average_precision, fpr_at_tpr, oscr
 from lightning_gradmetrics.meters.functional.selective import (
     accuracy_at_coverage,
     augrc,
@@ -32,7 +32,6 @@ __all__ = [
     "e_aurc",
     "fpr_at_tpr",
     "oscr",
-    "oscr_samples",
     "precision_recall_curve",
     "risk_coverage_curve",
     "roc",

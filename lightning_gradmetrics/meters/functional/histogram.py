@@ -15,7 +15,7 @@ their common prefix, until ``bins`` cells are left. This has three consequences:
 - Above that, counts are still only added, never sampled or dropped. Only the order of a positive and a negative in
   equal or nested cells is lost. If no folded cell holds more than the fraction ``f`` of either class, the error of the
   AUROC is at most ``29 f``, because a chain of nested folded cells has at most 15 links. ``f`` is a few times
-  ``1 / bins``; :func:`folded_share` returns it. :mod:`lightning_gradmetrics.meters.functional.bounds` computes
+  ``1 / bins``. :mod:`lightning_gradmetrics.meters.functional.bounds` computes
   the lowest and the highest values that the cells allow, which are much tighter bounds.
 
 On a million scores of thirteen kinds (in the tests: normal, energies in [9, 10], confidences within 1e-4 of 1, values
@@ -47,7 +47,6 @@ __all__ = [
     "class_counts",
     "counts_of_table",
     "empty_table",
-    "folded_share",
     "merge_tables",
     "score_of_key",
     "sorted_key",
@@ -232,13 +231,6 @@ def _sorted_cells(table: Tensor) -> Tensor:
 def _span(cells: Tensor) -> Tensor:
     """Return the number of keys that each cell covers, minus one."""
     return (torch.ones_like(cells[LEVEL]) << (STEP * cells[LEVEL])) - 1
-
-
-def folded_share(table: Tensor) -> float:
-    """Return the largest fraction of a class in a folded cell; 0 where every metric is exact."""
-    cells = _sorted_cells(table)
-    share = cells[NEGATIVE:] / cells[NEGATIVE:].sum(1, keepdim=True).clamp(min=1)
-    return float(share[:, cells[LEVEL] > 0].max()) if bool((cells[LEVEL] > 0).any()) else 0.0
 
 
 def counts_of_table(table: Tensor) -> Counts:

@@ -2,6 +2,5 @@
 
 from lightning_gradmetrics.pictures.plot.curves import risk_coverage, roc
 from lightning_gradmetrics.pictures.plot.distributions import distributions
-from lightning_gradmetrics.pictures.plot.style import Plot
 
-__all__ = ["Plot", "distributions", "risk_coverage", "roc"]
+__all__ = ["distributions", "risk_coverage", "roc"]
