@@ -78,7 +78,7 @@ def test_exact_while_there_is_room(pairs, batch):
     assert torch.equal(found.positive, exact.positive)
 
 
-def largest_folded_fraction(table: Tensor) -> float:
+def largest_folded_fraction(table: torch.Tensor) -> float:
     """Return the largest fraction of a class in a folded cell; 0 where every metric is exact."""
     cells = _sorted_cells(table)
     fractions = cells[NEGATIVE:] / cells[NEGATIVE:].sum(1, keepdim=True).clamp(min=1)
