@@ -43,8 +43,9 @@ def token_ids(batch: ObservedBatch) -> Tensor | None:
 def labels_of_call(batch: ObservedBatch) -> Tensor | None:
     """Return the argument ``labels`` ``(N, T)`` of the observed call, as models of transformers take it; ``None`` without it."""
     labels = _named(batch).get("labels")
-    is_table = isinstance(labels, Tensor) and labels.shape == (len(batch.logits), batch.logits.shape[2])
-    return labels if is_table and not labels.is_floating_point() else None
+    if not isinstance(labels, Tensor) or labels.shape != (len(batch.logits), batch.logits.shape[2]):
+        return None
+    return None if labels.is_floating_point() else labels
 
 
 def _named(batch: ObservedBatch) -> dict[Any, Any]:
