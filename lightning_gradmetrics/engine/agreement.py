@@ -32,7 +32,8 @@ class VerificationNotes:
 def largest_norm(gradients: Iterable[Tensor]) -> float:
     """Return the largest norm of some gradients."""
     norms = [gradient.norm() for gradient in gradients]
-    return max(torch.stack(norms).tolist())
+    largest: float = max(torch.stack(norms).tolist())
+    return largest
 
 
 def agreeing(
