@@ -157,12 +157,12 @@ def check_targets(scores: Sequence[Score], model: nn.Module) -> None:
         ValueError: If a pattern or a predicate chooses no parameter.
     """
     names = list(dict(model.named_parameters()))
+    has_embedding = any(isinstance(module, nn.Embedding) for module in model.modules())
     for score in scores:
         for target in score.needs.gradients:
             accepts = parameter_filter(target)
-            is_known = (
-                target == TIED or accepts is None or any(map(accepts, names))
-            )  # tied weights: found in batches of texts
+            may_be_tied = target == TIED and has_embedding  # which weights are tied is known in a batch of texts
+            is_known = may_be_tied or accepts is None or any(map(accepts, names))
             if not is_known:
                 raise ValueError(
                     f"the target {target!r} of the score {score.name!r} chooses no parameter of {type(model).__name__}; its "

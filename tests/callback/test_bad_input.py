@@ -303,7 +303,9 @@ def test_all_rows_have_nan_or_inf() -> None:
     assert set(callback.results["finite"].to_pylist()) == {False} and callback.evaluation is not None
 
 
-@pytest.mark.parametrize("score", ["gradnorm(target='layer9.*')", "pseudo_label(target='fc.weight')"])
+@pytest.mark.parametrize(
+    "score", ["gradnorm(target='layer9.*')", "pseudo_label(target='fc.weight')", "gradnorm(target=tied)"]
+)
 def test_a_target_without_parameters_is_refused_before_the_first_batch(score: str) -> None:
     class CallsNothing(Stepped):
         def test_step(self, batch: Any, batch_idx: int) -> Any:
