@@ -27,6 +27,9 @@ __all__ = [
     "with_sample_axes",
 ]
 
+_EQUAL_AT: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, int]]] = WeakKeyDictionary()
+"""The batch size at which a tensor as long as the batch was found to be shared; 0 if it has had another length."""
+
 _DECIDED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, bool]]] = WeakKeyDictionary()
 """The tensors with samples, by number, for each model and structure of its inputs."""
 
@@ -57,7 +60,8 @@ def with_sample_axes(task: Task) -> Task:
     """Return the task with ``per_sample`` filled in.
 
     A tensor that is as long as the batch may nevertheless be shared: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
-    ``N = T``. Running the model on parts of the batch decides, once for each structure of the inputs.
+    ``N = T``. Running the model on parts of the batch decides, once for each structure of the inputs. A tensor that is as long as the
+    batch at two sizes, and never has another length, has samples.
 
     Raises:
         SampleAxisError: If the model fails for every choice of the shared tensors.
@@ -66,22 +70,28 @@ def with_sample_axes(task: Task) -> Task:
     flags = [tensor.ndim > 0 and len(tensor) == task.size for tensor in tensors]
     first = flags.index(True)
     decided = _DECIDED.setdefault(task.model, {}).setdefault(input_structure(task.inputs), {})
+    equal_at = _EQUAL_AT.setdefault(task.model, {}).setdefault(input_structure(task.inputs), {})
     for number, tensor in enumerate(tensors):
         shared = not flags[number] and tensor.ndim > 0 and len(tensor) != 1
         if shared and decided.get(number, False):
             del decided[number]  # shared in some batches only: decide by a run whenever it is ambiguous
         elif shared:
             decided[number] = False
+            equal_at[number] = 0
     ambiguous = []
     for number, flag in enumerate(flags):
         if flag and number != first and number not in decided:
             ambiguous.append(number)
         elif flag and number != first:
+            if equal_at.get(number, 0) not in (0, task.size):
+                decided[number] = True
             flags[number] = decided[number]
     if ambiguous and task.size:
         flags = _by_runs(task, flags, ambiguous)
         for number in ambiguous:
             decided[number] = flags[number]
+            if not flags[number]:
+                equal_at.setdefault(number, task.size)
     return replace(task, per_sample=tuple(flags))
 
 

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine import gradient_statistics
-from lightning_gradmetrics.engine.refusals import SampleAxisError
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
 from lightning_gradmetrics.scoring.cross_fitting import cross_fit
+from tests.engine.kinds import WIDTH, Net, numbers
 
 
 class _TimeFirst(nn.Module):
@@ -186,3 +187,18 @@ def test_cross_fit_takes_another_sample_axis_with_labels() -> None:
         tables.append(cross_fit(model, {"v": data}, ["gradnorm"], {"v": "id"}, folds=2, sample_axis=axis))
     assert tables[1]["label"].to_pylist() == tables[0]["label"].to_pylist()
     assert tables[1]["gradnorm"].to_pylist() == pytest.approx(tables[0]["gradnorm"].to_pylist(), rel=1e-5)
+
+
+def _trimmed(net, x, mask):
+    """Reads the mask only for the longest text of the batch, so that padding changes the shorter ones."""
+    length = max(1, int(mask.sum(1).max()))
+    return net.head(torch.tanh(net.a(x[:, :length])).mean(1))
+
+
+def test_an_input_that_is_as_long_as_the_batch_at_two_sizes_is_not_shared():
+    torch.manual_seed(0)
+    model = Net(_trimmed).double().eval()
+    masks = torch.arange(4) < torch.tensor([[3], [3], [4], [2], [1]])
+    gradient_statistics(model, (numbers(3, 4, WIDTH), masks[:3]), "pseudo_label")
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, (numbers(5, 4, WIDTH), masks), "pseudo_label")
