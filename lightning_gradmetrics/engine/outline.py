@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 from weakref import ReferenceType, ref
@@ -96,7 +97,7 @@ class Outline:
         """Add one call."""
         outputs: Iterable[Tensor] = (result,) if type(result) is Tensor else tuple(tensors_in(result))
         name = getattr(function, "__name__", "")
-        if name in _HOOKING or function == _NODE:
+        if (name in _HOOKING or function == _NODE) and not _is_of_torch(args):
             self.has_hooks = True
         self.reads += name in HOST_READS
         if not outputs and (result is not None or name == "_assert"):
@@ -177,6 +178,20 @@ class Outline:
             return self.leaves[id(tensor)]
         self._values.append(_content(tensor))
         return "unknown"
+
+
+def _is_of_torch(args: tuple[Any, ...]) -> bool:
+    """Return whether a hook, or the code that reads a node, is part of torch, as in its counters: these change no gradients."""
+    if len(args) > 1:
+        return str(getattr(args[1], "__module__", "")).startswith("torch.")
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_ENGINE):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith("torch.")
+
+
+_ENGINE = __name__.rpartition(".")[0] + "."
+"""The package of the engine."""
 
 
 def _content(tensor: Tensor) -> str:
