@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.gather import MomentTable
-from lightning_gradmetrics.engine.graph import runs_custom_code
+from lightning_gradmetrics.engine.graph import runs_custom_code, runs_users_code
 from lightning_gradmetrics.engine.guards import (
     check_alone,
     check_copies,
@@ -193,7 +193,7 @@ class _BatchChecks:
         if tracer is not None:
             self.is_covered = self._covers(logits, tracer, readers)
         if not self.is_covered:
-            self.hides_gradients = tracer is not None and runs_custom_code(logits)
+            self.hides_gradients = tracer is not None and runs_users_code(logits)
             self._check_unproven(logits, None if tracer is None else tracer.outline)
         check = check_copies if strategy.random else check_samples
         check(task, logits, readers, self.state, strategy.quiet)

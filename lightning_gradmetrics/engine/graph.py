@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Copies", "Root", "reached_parameters", "runs_custom_code", "saves_through_hooks", "storing_hooks"]
+__all__ = [
+    "Copies",
+    "Root",
+    "reached_parameters",
+    "runs_custom_code",
+    "runs_users_code",
+    "saves_through_hooks",
+    "storing_hooks",
+]
 
 
 class Root(torch.autograd.Function):
@@ -69,6 +77,15 @@ def runs_custom_code(output: Tensor) -> bool:
         False
     """
     return any(map(_is_custom, _nodes(output)))
+
+
+def runs_users_code(output: Tensor) -> bool:
+    """Return whether it runs code of custom autograd functions that are not part of torch, as its checkpoints are."""
+    return any(map(_is_of_user, _nodes(output)))
+
+
+def _is_of_user(node: Any) -> bool:
+    return _is_custom(node) and not str(getattr(type(node)._forward_cls, "__module__", "")).startswith("torch.")
 
 
 def _is_custom(node: Any) -> bool:
