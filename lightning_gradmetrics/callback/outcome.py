@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_gradmetrics.callback.evaluating import judged_scores
 from lightning_gradmetrics.callback.logged import plain_names
+from lightning_gradmetrics.classifier.hints import did_you_mean
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds
-from lightning_gradmetrics.evaluation.record import did_you_mean
 from lightning_gradmetrics.pictures import (
     Picture,
     PictureSource,
@@ -228,5 +228,5 @@ def _check_datasets(data: Mapping[str, Any], known: Sequence[str]) -> None:
         if name not in known:
             hint = did_you_mean(name, known)
             raise ValueError(
-                f"data names a dataset {name!r} that is not in the run{hint}; available: {', '.join(known)}"
+                f"data names a dataset {name!r} that is not in the run;{hint} available: {', '.join(known)}"
             )

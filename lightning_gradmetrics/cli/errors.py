@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Iterable
 from typing import Any
+
+from lightning_gradmetrics.classifier.hints import did_you_mean
 
 __all__ = ["UsageError", "one_line", "unknown_name"]
 
@@ -27,9 +28,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
         "unknown score 'gradnrom'; did you mean 'gradnorm'? available: energy, gradnorm"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, 3, 0.6)
-    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"unknown {kind} {name!r};{hint} available: {', '.join(names)}"
+    return f"unknown {kind} {name!r};{did_you_mean(name, names)} available: {', '.join(names)}"
 
 
 def one_line(error: BaseException) -> str:
@@ -70,9 +69,7 @@ def _wrong_key(error: BaseException) -> str:
     key = match.group(1).removesuffix(".")
     if f"full_key: {key}." in str(error.__cause__):
         return f"{key} is a mapping with other keys; to replace all of it, write '~{key}' '+{key}={{...}}'"
-    near = difflib.get_close_matches(key, _known_keys(), 3, 0.6)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown key {key!r}; {hint}gradmetrics --help lists the keys; +{key}=VALUE adds a new one"
+    return f"unknown key {key!r};{did_you_mean(key, _known_keys())} gradmetrics --help lists the keys; +{key}=VALUE adds a new one"
 
 
 def _known_keys() -> list[str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from html import escape
 from typing import Any
 
+from lightning_gradmetrics.classifier.hints import did_you_mean
 from lightning_gradmetrics.evaluation.metrics import METRICS, SHOWN
 
-__all__ = ["Evaluation", "did_you_mean"]
+__all__ = ["Evaluation"]
 
 Entry = dict[str, Any]
 
@@ -86,7 +86,7 @@ class Evaluation:
     def _check(self, key: str, value: Any) -> None:
         keys = list(self.metrics[0])
         if key not in keys:
-            raise KeyError(f"unknown key {key!r}{did_you_mean(key, keys)}; the keys of a metric are {', '.join(keys)}")
+            raise KeyError(f"unknown key {key!r};{did_you_mean(key, keys)} the keys of a metric are {', '.join(keys)}")
         values = list(dict.fromkeys(entry[key] for entry in self.metrics))
         allowed: dict[str, Iterable[str]] = {"metric": METRICS, "task": SHOWN}
         known = {*values, *allowed.get(key, ())}
@@ -94,7 +94,7 @@ class Evaluation:
             known |= {None, *(summary["name"] for summary in self.datasets)}
         if key in ("score", "task", "dataset", "group", "metric") and value not in known:
             listed = ", ".join(map(str, values))
-            raise ValueError(f"no metric has {key}={value!r}{did_you_mean(value, values)}; the values are {listed}")
+            raise ValueError(f"no metric has {key}={value!r};{did_you_mean(value, values)} the values are {listed}")
 
     def to_pandas(self) -> Any:
         """Return the metrics as a pandas data frame with one row per number."""
@@ -135,12 +135,6 @@ class Evaluation:
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
         """Return the evaluation from the result of :meth:`to_dict`."""
         return cls(**values)
-
-
-def did_you_mean(word: Any, words: Sequence[Any]) -> str:
-    """Return a hint that names the most similar word, ``""`` if no word is similar."""
-    close = get_close_matches(str(word), list(map(str, words)), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _column(entry: Entry) -> ShownColumn:

@@ -10,7 +10,6 @@ z_c)``.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_gradmetrics.classifier.hints import did_you_mean
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32
 
 __all__ = [
@@ -167,10 +167,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.function is None and self.name not in OBJECTIVES:
-            near = difflib.get_close_matches(self.name, OBJECTIVES, 1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"unknown objective {self.name!r};{hint} available: {', '.join(OBJECTIVES)}, "
+                f"unknown objective {self.name!r};{did_you_mean(self.name, OBJECTIVES)} available: {', '.join(OBJECTIVES)}, "
                 "or any callable from logits (N, C) to losses (N,)"
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import importlib
 import inspect
@@ -12,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, get_args
 
 from torch import Tensor
 
+from lightning_gradmetrics.classifier.hints import did_you_mean
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import METHODS, FittedScore
 from lightning_gradmetrics.scoring.recipes import RECIPES, Family, Recipe, Score
@@ -171,9 +171,9 @@ def register_fitted(family: Family, paper: str) -> Callable[[F], F]:
 
 def _check_family(family: str) -> None:
     if family not in get_args(Family):
-        near = difflib.get_close_matches(str(family), get_args(Family), 1)
-        hint = f" did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown family {family!r} of a score;{hint} available: {', '.join(get_args(Family))}")
+        allowed = get_args(Family)
+        hint = did_you_mean(family, allowed)
+        raise ValueError(f"unknown family {family!r} of a score;{hint} available: {', '.join(allowed)}")
 
 
 def add_recipe(recipe: Recipe) -> None:
@@ -251,8 +251,7 @@ def _known(name: str) -> Recipe:
         return _recipe_of(_imported(name))
     if name in OF_ANSWERS:
         return _recipe_of(_imported(OF_ANSWERS[name]))
-    near = difflib.get_close_matches(name, [*RECIPES, *OF_ANSWERS], 3, 0.5)
-    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = did_you_mean(name, [*RECIPES, *OF_ANSWERS])
     raise ValueError(f"unknown score {name!r};{hint} available: {', '.join(sorted(RECIPES))}")
 
 

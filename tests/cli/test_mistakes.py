@@ -17,8 +17,8 @@ from tests.cli.conftest import Command
 
 CASES = [
     (["score=[gradnrom]"], "unknown score 'gradnrom'; did you mean 'gradnorm'"),
-    (["bacth_size=3"], "unknown key 'bacth_size'; did you mean batch_size"),
-    (["data=image_folders", "data.sze=3"], "unknown key 'data.sze'; did you mean data.size"),
+    (["bacth_size=3"], "unknown key 'bacth_size'; did you mean 'batch_size'"),
+    (["data=image_folders", "data.sze=3"], "unknown key 'data.sze'; did you mean 'data.size'"),
     (
         ["experiment=cifar10", "root=x", "data.near={mine: x}"],
         "data.near is a mapping with other keys; to replace all of it, write '~data.near' '+data.near={...}'",
@@ -37,7 +37,7 @@ SLOW = [
     (["score=[]"], "score is empty: choose at least one of"),
     (
         ["score.gradnorm.temprature=3"],
-        "unknown key 'score.gradnorm.temprature'; did you mean score.gradnorm.temperature",
+        "unknown key 'score.gradnorm.temprature'; did you mean 'score.gradnorm.temperature'",
     ),
     (["seed=abc"], "seed must be a whole number of at least 0, got 'abc'"),
     (["report=maybe"], "report must be true or false, got 'maybe'"),

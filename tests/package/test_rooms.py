@@ -19,7 +19,7 @@ ROOMS = {
     "meters": set(),
     "gradients": {"classifier"},
     "results": {"classifier"},
-    "evaluation": {"meters", "results"},
+    "evaluation": {"classifier", "meters", "results"},
     "engine": {"classifier", "gradients"},
     "scoring": {"classifier", "gradients", "results", "evaluation", "engine"},
     "scores": {"classifier", "gradients", "engine", "scoring"},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
+from lightning_gradmetrics.classifier.hints import did_you_mean
 from lightning_gradmetrics.scoring.registry import Family
 
 __all__ = ["KNN", "PARTS", "REQUIRED", "Spec", "detector_class", "spec_of"]
@@ -107,9 +107,8 @@ def detector_class(name: str) -> Any:
         raise ValueError(
             f"pytorch-ood's {name} cannot be run as a score: {REFUSED[name]}; those that can: {', '.join(allowed)}"
         )
-    lower = {key.lower(): key for key in allowed}
-    near = [lower[key] for key in difflib.get_close_matches(str(name).lower().replace("-", ""), lower, 3, 0.5)]
-    hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+    by_case = {key.lower(): key for key in allowed}
+    hint = did_you_mean(by_case.get(str(name).lower().replace("-", ""), name), allowed)
     raise ValueError(f"pytorch-ood has no detector {name!r};{hint} available: {', '.join(allowed)}")
 
 
