@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Hashable, Iterable, Mapping
+from types import FrameType
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -97,7 +98,7 @@ class Outline:
         """Add one call."""
         outputs: Iterable[Tensor] = (result,) if type(result) is Tensor else tuple(tensors_in(result))
         name = getattr(function, "__name__", "")
-        if (name in _HOOKING or function == _NODE) and not _is_of_torch(args):
+        if (name in _HOOKING or function == _NODE) and not _is_of_libraries():
             self.has_hooks = True
         self.reads += name in HOST_READS
         if not outputs and (result is not None or name == "_assert"):
@@ -180,15 +181,22 @@ class Outline:
         return "unknown"
 
 
-def _is_of_torch(args: tuple[Any, ...]) -> bool:
-    """Return whether a hook, or the code that reads a node, is part of torch, as in its counters: these change no gradients."""
-    if len(args) > 1:
-        return str(getattr(args[1], "__module__", "")).startswith("torch.")
+def _is_of_libraries() -> bool:
+    """Return whether torch or Fabric registers a hook or reads a node, as for counters: these change no gradients."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_ENGINE):
+    while frame is not None and _is_passed_through(frame):
         frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith("torch.")
+    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_LIBRARIES)
 
+
+def _is_passed_through(frame: FrameType) -> bool:
+    """Return whether a frame is of the engine, or of torch between a caller and the engine."""
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.startswith(_ENGINE) or module == "torch.overrides" or frame.f_code.co_name in _HOOKING
+
+
+_LIBRARIES = ("torch.", "lightning.fabric.", "lightning_fabric.")
+"""Modules whose hooks change no gradients."""
 
 _ENGINE = __name__.rpartition(".")[0] + "."
 """The package of the engine."""

@@ -66,3 +66,18 @@ def test_each_sample_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(6):
         gradient_statistics(model, numbers(5, WIDTH) / 3, "pseudo_label")
     assert sorted(checked) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def _with_relu_as_hook(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    if len(x) > 3 and h.requires_grad:
+        h.register_hook(torch.nn.functional.relu)
+    return net.head(h)
+
+
+def test_a_hook_that_is_a_function_of_torch_may_change_gradients() -> None:
+    torch.manual_seed(0)
+    model = Net(_with_relu_as_hook).double().eval()
+    with pytest.warns(UserWarning, match="hooks on tensors"):
+        for size in (5, 3, 4):
+            assert error_of(model, numbers(size, WIDTH)) < 1e-8
