@@ -1,8 +1,8 @@
 """
-What the examples share
-=======================
+Shared code
+===========
 
-Handwritten digits, and a small Lightning classifier of the digits 0 to 7.
+Data loaders of handwritten digits, and a small Lightning classifier of the digits 0 to 7.
 """
 
 from __future__ import annotations
@@ -15,22 +15,36 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-for message in ("does not have many workers", "isinstance\\(treespec", "You defined a `validation_step`"):
+IGNORED_WARNINGS = (
+    "does not have many workers",
+    "isinstance\\(treespec",
+    "You defined a `validation_step`",
+)
+for message in IGNORED_WARNINGS:
     warnings.filterwarnings("ignore", f".*{message}.*")
 
 
 def digit_loaders() -> dict[str, DataLoader[tuple[Tensor, ...]]]:
-    """Return loaders of training digits, held-out digits, test digits (all 0 to 7), and digits 8 and 9."""
+    """Return loaders: training, held-out and test digits (0 to 7), and unknown digits (8 and 9)."""
     images, labels = load_digits(return_X_y=True)
-    everything = TensorDataset(torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels))
-    known = [place for place, label in enumerate(labels) if label < 8]
-    unknown = [place for place, label in enumerate(labels) if label >= 8]
-    parts = {"train": known[:150], "held_out": known[150:500], "test": known[500:], "unknown": unknown}
-    return {name: DataLoader(Subset(everything, part), batch_size=64) for name, part in parts.items()}
+    pixels = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    digits = TensorDataset(pixels, torch.tensor(labels))
+    known = [index for index, label in enumerate(labels) if label < 8]
+    unknown = [index for index, label in enumerate(labels) if label >= 8]
+    splits = {
+        "train": known[:150],
+        "held_out": known[150:500],
+        "test": known[500:],
+        "unknown": unknown,
+    }
+    loaders = {}
+    for name, indices in splits.items():
+        loaders[name] = DataLoader(Subset(digits, indices), batch_size=64)
+    return loaders
 
 
 class DigitClassifier(LightningModule):
-    """A small convolutional network with the usual steps; it knows nothing of this package."""
+    """A small convolutional network with the usual steps; it does not use this package."""
 
     def __init__(self, learning_rate: float = 0.01) -> None:
         super().__init__()
@@ -55,14 +69,24 @@ class DigitClassifier(LightningModule):
         return nn.functional.cross_entropy(self(images), labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Call the model, as any step does."""
+        """Run the model; the callback scores this call."""
         self(batch[0])
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Call the model, as any step does."""
+    def test_step(
+        self,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Run the model; the callback scores this call."""
         self(batch[0])
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def predict_step(
+        self,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> Tensor:
         """Return the predicted classes."""
         return self(batch[0]).argmax(1)
 
@@ -71,12 +95,17 @@ class DigitClassifier(LightningModule):
         return torch.optim.Adam(self.parameters(), self.learning_rate)
 
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-"""Arguments of the examples' trainers."""
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Trainer arguments that all examples share."""
 
 
 def trained_classifier(loaders: dict[str, DataLoader[tuple[Tensor, ...]]]) -> DigitClassifier:
-    """Return a classifier after 15 epochs."""
+    """Return a classifier trained for 15 epochs."""
     seed_everything(0, verbose=False)
     model = DigitClassifier()
     Trainer(max_epochs=15, enable_checkpointing=False, **QUIET).fit(model, loaders["train"])

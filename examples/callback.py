@@ -2,7 +2,9 @@
 The callback in a Trainer
 =========================
 
-Score an unchanged LightningModule with named dataloaders: gradient scores beside baselines, a summary, a report and a plot.
+Score an unmodified LightningModule on named dataloaders.
+
+The callback compares gradient scores with baselines, prints a table, and writes a report.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import lightning_gradmetrics as lgm
 
 
 def main() -> None:
-    """Score known and unknown digits: the callback prints a table, and writes a report."""
+    """Score known and unknown digits, write a report, and draw ROC curves."""
     loaders = digit_loaders()
     model = trained_classifier(loaders)
     callback = lgm.GradientMetrics(
@@ -26,11 +28,12 @@ def main() -> None:
     trainer.test(model, [loaders["test"], loaders["unknown"]], verbose=False)
 
     data = {"digits": loaders["test"].dataset, "unknown": loaders["unknown"].dataset}
-    print("The report:", callback.report("report.html", data))
-    found = callback.evaluation.find(score="gradnorm", task="ood", metric="auroc")[0]
-    print(f"gradnorm finds unknown digits with AUROC {100 * found['value']:.1f}")
+    print("Report:", callback.report("report.html", data))
+    auroc = callback.evaluation.find(score="gradnorm", task="ood", metric="auroc")[0]["value"]
+    print(f"gradnorm detects unknown digits with AUROC {100 * auroc:.1f}")
     least_certain = callback.results.sort_by([("max_softmax", "descending")]).slice(0, 5)
-    print("The five least certain samples:", least_certain.select(["dataset", "index", "prediction"]).to_pylist())
+    columns = ["dataset", "index", "prediction"]
+    print("Five least certain samples:", least_certain.select(columns).to_pylist())
     lgm.plot.roc(callback.results, callback.datasets, dataset="unknown").figure.savefig("roc.png")
 
 

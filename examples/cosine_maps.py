@@ -2,7 +2,9 @@
 Cosine similarity maps
 ======================
 
-Compute cosine similarity maps of input gradients (GGA, Schwinn et al. 2021), and the score that is based on them.
+Compute cosine similarity maps of input gradients, and a score derived from them.
+
+The method is geometric gradient analysis (GGA, Schwinn et al. 2021).
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ def main() -> None:
     for name, axis in zip(("test", "unknown"), axes, strict=True):
         images = next(iter(loaders[name]))[0]
         maps = lgm.cosine_similarity_maps(model, images)  # (N, C, C)
-        others = ~torch.eye(maps.shape[1], dtype=torch.bool)
+        off_diagonal = ~torch.eye(maps.shape[1], dtype=torch.bool)
+        similarity = maps[:, off_diagonal].mean()
         scores = lgm.score(model, images, ["gga", "gradnorm"])
         print(
-            f"{name:8} maps {tuple(maps.shape)}, mean similarity {maps[:, others].mean():.3f}, "
+            f"{name:8} maps {tuple(maps.shape)}, mean similarity {similarity:.3f}, "
             f"mean gga {scores['gga'].mean():.3f}, mean gradnorm {scores['gradnorm'].mean():.1f}"
         )
         image = axis.imshow(maps.mean(0).numpy(), vmin=-1, vmax=1, cmap="RdBu_r")

@@ -2,7 +2,7 @@
 A Hydra sweep
 =============
 
-Run the command with two temperatures of GradNorm, and print one table for both runs.
+Run the command with two temperatures of GradNorm, and compare the AUROC of both runs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run the command twice, and print the AUROC of GradNorm in each run."""
-    command = [sys.executable, "-m", "lightning_gradmetrics.cli", "-m", "score=[max_softmax,gradnorm]"]
+    """Run the command twice, and print the AUROC of GradNorm for each temperature."""
+    command = [sys.executable, "-m", "lightning_gradmetrics.cli", "--multirun"]
     settings = [
+        "score=[max_softmax,gradnorm]",
         "score.gradnorm.temperature=1,10",
         "hydra.sweep.dir=sweep",
         "logger=none",
@@ -26,10 +27,12 @@ def main() -> None:
     subprocess.run([*command, *settings], check=True)
     for run in sorted(Path("sweep").glob("*/metrics.json")):
         content = json.loads(run.read_text())
-        temperature = next(s["arguments"]["temperature"] for s in content["scores"] if s["name"] == "gradnorm")
+        arguments = {score["name"]: score["arguments"] for score in content["scores"]}
+        temperature = arguments["gradnorm"]["temperature"]
         for metric in content["metrics"]:
             if metric["score"] == "gradnorm" and metric["metric"] == "auroc":
-                print(f"gradnorm, T = {temperature:4g}: {metric['dataset']:12} AUROC {100 * metric['value']:.1f}")
+                auroc = f"AUROC {100 * metric['value']:.1f}"
+                print(f"gradnorm, T = {temperature:4g}: {metric['dataset']:12} {auroc}")
 
 
 if __name__ == "__main__":

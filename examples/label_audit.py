@@ -2,7 +2,7 @@
 Audit labels
 ============
 
-Find wrong labels in training data: the samples with the largest gradient of the labelled loss (GraNd).
+Find wrong labels: the loss of the given label has a large gradient there (GraNd).
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import lightning_gradmetrics as lgm
 
 
 def main() -> None:
-    """Plant five wrong labels among test digits, and list the samples with the largest scores."""
+    """Plant five wrong labels in the test digits; list the samples with the largest scores."""
     loaders = digit_loaders()
     model = trained_classifier(loaders)
     batches = [batch for _, batch in zip(range(3), loaders["test"], strict=False)]
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     planted = torch.arange(5, 150, 30)
     labels[planted] = (labels[planted] + 3) % 8
 
     callback = lgm.GradientMetrics(["grand", "gradnorm"])
-    Trainer(callbacks=[callback], **QUIET).test(model, DataLoader(TensorDataset(images, labels), 64), verbose=False)
-    largest = lgm.largest(callback.results, "grand", n=10)
+    loader = DataLoader(TensorDataset(images, labels), 64)
+    Trainer(callbacks=[callback], **QUIET).test(model, loader, verbose=False)
     print("planted:", planted.tolist())
-    print("the ten largest grand:", largest["index"].to_pylist())
-    print("gradnorm does not read the label:", lgm.largest(callback.results, "gradnorm", n=10)["index"].to_pylist())
+    for score, label_use in (("grand", "reads the label"), ("gradnorm", "ignores the label")):
+        largest = lgm.largest(callback.results, score, n=10)
+        print(f"ten largest {score}, which {label_use}:", largest["index"].to_pylist())
 
 
 if __name__ == "__main__":

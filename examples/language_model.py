@@ -2,10 +2,11 @@
 A language model
 ================
 
-Score a language model's answers while they are generated, and again as text.
+Score a language model's answers while they are generated, and again afterwards.
 
-The model has random weights, so that nothing is downloaded. Put a model and its tokenizer in place of them with
-AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained.
+The weights and token ids are random or made up, so nothing is downloaded. To use a trained model,
+load it with ``AutoModelForCausalLM.from_pretrained``, and its tokenizer with
+``AutoTokenizer.from_pretrained``.
 """
 
 import torch
@@ -16,14 +17,22 @@ import lightning_gradmetrics as lgm
 
 def model() -> LlamaForCausalLM:
     """Return a small Llama with tied weights."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=100, pad_token_id=0, eos_token_id=2, tie_word_embeddings=True, **sizes)
+    config = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def main() -> None:
-    """Generate, and score twice."""
+    """Score answers during generation, and score the same answers again."""
     network = model()
     prompts = {
         "input_ids": torch.tensor([[0, 1, 7], [1, 9, 4]]),
@@ -35,9 +44,11 @@ def main() -> None:
     watched = watch.result(ids)
     print(watched.table.select(["tokens", "nll/mean", "entropy/max"]))
 
-    again = lgm.score_generation(network, prompts, ids[:, 3:], [*scores, "semgrad", "gradnorm(target=tied)"])
-    print(again.table.select(["nll/mean", "semgrad", "gradnorm(target=tied)"]))
-    print(again.spans([[(0, 4), (4, 8)], [(2, 6)]]))
+    answers = ids[:, 3:]
+    more_scores = [*scores, "semgrad", "gradnorm(target=tied)"]
+    rescored = lgm.score_generation(network, prompts, answers, more_scores)
+    print(rescored.table.select(["nll/mean", "semgrad", "gradnorm(target=tied)"]))
+    print(rescored.spans([[(0, 4), (4, 8)], [(2, 6)]]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ r"""
 LightningCLI
 ============
 
-Add the callback on the command line of a program that does not mention it::
+Add the callback from the command line; the program itself does not mention it::
 
     python lightning_cli.py test --trainer.callbacks+=lightning_gradmetrics.GradientMetrics \
       '--trainer.callbacks.scores=["max_softmax","gradnorm(temperature=2)"]'
@@ -26,7 +26,7 @@ ARGUMENTS = [
 
 
 class Digits(LightningDataModule):
-    """Handwritten digits 0 to 7."""
+    """The handwritten digits 0 to 7."""
 
     def train_dataloader(self) -> object:
         """Return the training digits."""
@@ -38,7 +38,7 @@ class Digits(LightningDataModule):
 
 
 def main() -> None:
-    """Run the command line, by default the one in the docstring."""
+    """Run the given command line, or the one above if none is given."""
     LightningCLI(DigitClassifier, Digits, args=sys.argv[1:] or ARGUMENTS)
 
 

@@ -2,7 +2,7 @@
 A meta-classifier of errors
 ===========================
 
-Fit a meta-classifier of errors (Oberdiek et al. 2018) on gradients of held-out labelled samples.
+Fit a classifier that predicts errors from gradients (Oberdiek et al. 2018) on held-out labels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main() -> None:
     callback.fit(trainer, model, loaders["held_out"])
     trainer.test(model, loaders["test"], verbose=False)
     for metric in callback.evaluation.find(metric="auroc", task="misclassification"):
-        print(f"{metric['score']:12} finds {metric['count_positive']} errors with AUROC {100 * metric['value']:.1f}")
+        errors, auroc = metric["count_positive"], 100 * metric["value"]
+        print(f"{metric['score']:12} detects {errors} errors with AUROC {auroc:.1f}")
     roles = callback.evaluation.settings["roles"]
     lgm.plot.risk_coverage(callback.results, roles).figure.savefig("risk_coverage.png")
 

@@ -2,7 +2,7 @@
 Your own score
 ==============
 
-Write a score as a function of the evidence, and use it wherever a score's name is accepted.
+Write a score as a function of the evidence. Use it wherever a score's name is accepted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_gradmetrics.scores import Evidence
 
 
 def gini_impurity(evidence: Evidence) -> Tensor:
-    """Return the probability that two draws from the softmax differ, ``1 - sum_c p_c^2``, ``(N,)``."""
+    """Return the Gini impurity ``1 - sum_c p_c^2`` of the softmax, ``(N,)``."""
     return 1 - evidence.logits.softmax(1).square().sum(1)
 
 

@@ -2,7 +2,7 @@
 Predict with a threshold
 ========================
 
-Reject uncertain predictions: fit a threshold on held-out digits, then predict with it.
+Reject uncertain predictions: fit a threshold on held-out digits, then apply it in ``predict``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import lightning_gradmetrics as lgm
 
 
 def main() -> None:
-    """Accept 95 % of known digits, and print how many unknown digits are rejected."""
+    """Accept 95 % of the held-out digits, and print the accepted fraction of each dataset."""
     loaders = digit_loaders()
     model = trained_classifier(loaders)
     validation = lgm.GradientMetrics(["gradnorm", "energy"])
@@ -22,12 +22,15 @@ def main() -> None:
     thresholds = lgm.evaluation.fit_thresholds(validation.results, ["gradnorm", "energy"], tpr=0.95)
 
     callback = lgm.GradientMetrics(
-        ["gradnorm", "energy"], datasets={"digits": "id", "unknown": "near"}, thresholds=thresholds
+        ["gradnorm", "energy"],
+        datasets={"digits": "id", "unknown": "near"},
+        thresholds=thresholds,
     )
     Trainer(callbacks=[callback], **QUIET).predict(model, [loaders["test"], loaders["unknown"]])
     for dataset, rows in callback.results.to_pandas().groupby("dataset"):
         for score in ("gradnorm", "energy"):
-            print(f"{dataset:10} {score:10} accepted {100 * rows[f'{score}_accept'].mean():.1f} %")
+            accepted = rows[f"{score}_accept"].mean()
+            print(f"{dataset:10} {score:10} accepted {100 * accepted:.1f} %")
     plot = lgm.plot.distributions(callback.results, callback.datasets, "energy")
     plot.axes.axvline(thresholds.values["energy"], color="black", label="threshold")
     plot.axes.legend()

@@ -2,7 +2,9 @@
 Ray Data
 ========
 
-Score Parquet files and image files in worker processes (``pip install 'lightning-gradmetrics[ray]'``).
+Score Parquet files and image files in worker processes.
+
+Install Ray first: ``pip install 'lightning-gradmetrics[ray]'``.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ SCORES = ["max_softmax", "gradnorm"]
 
 
 def make_model() -> nn.Module:
-    """Return the model; each actor calls this once. Load trained weights here."""
+    """Return the model. Each worker calls this once; load trained weights here."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 def pixels(batch: Mapping[str, Any]) -> Tensor:
-    """Return the model's inputs for a batch of grey images ``(N, H, W)``."""
+    """Return the model's inputs for a batch of greyscale images ``(N, H, W)``."""
     return torch.from_numpy(np.array(batch["image"])).float() / 255
 
 
@@ -41,22 +43,32 @@ def write_data(folder: Path) -> None:
     """Write 100 digits as one Parquet file and as PNG files."""
     digits = (load_digits().images[:100] * 15).astype(np.uint8)
     vectors = digits.reshape(100, 64).astype(np.float32) / 255
-    pq.write_table(pa.table({"id": list(range(100)), "vector": list(vectors)}), folder / "digits.parquet")
+    table = pa.table({"id": list(range(100)), "vector": list(vectors)})
+    pq.write_table(table, folder / "digits.parquet")
     (folder / "images").mkdir()
     for number, digit in enumerate(digits):
         Image.fromarray(digit).save(folder / "images" / f"{number}.png")
 
 
 def main() -> None:
-    """Score both, and print the three least certain samples of each."""
+    """Score the Parquet file and the images; print the three least certain samples of each."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     folder = Path(tempfile.mkdtemp())
     write_data(folder)
-    shared = {"fn_constructor_args": [make_model, SCORES], "batch_size": 32, "concurrency": 1}  # num_gpus=1 for GPUs
+    shared = {
+        "fn_constructor_args": [make_model, SCORES],
+        "batch_size": 32,
+        "concurrency": 1,  # on GPUs, add "num_gpus": 1
+    }
 
     vectors = ray.data.read_parquet(str(folder / "digits.parquet"))
     arguments = {"inputs": "vector"}
-    scored = vectors.map_batches(lgm.ray.Scorer, fn_constructor_kwargs=arguments, batch_format="pyarrow", **shared)
+    scored = vectors.map_batches(
+        lgm.ray.Scorer,
+        fn_constructor_kwargs=arguments,
+        batch_format="pyarrow",
+        **shared,
+    )
     for row in scored.sort("max_softmax", descending=True).take(3):
         print(row["id"], {name: round(row[name], 4) for name in SCORES})
 

@@ -2,7 +2,7 @@
 Validate during training
 ========================
 
-Watch a score while the model trains: metrics of every validation epoch go to the TensorBoard log.
+Log the metrics of scores to TensorBoard in every validation epoch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import lightning_gradmetrics as lgm
 
 
 def main() -> None:
-    """Train for four epochs, and print the names that the callback logged."""
+    """Train for four epochs, and print the names of the logged metrics."""
     seed_everything(0, verbose=False)
     loaders = digit_loaders()
     callback = lgm.GradientMetrics(["max_softmax", "gradnorm"])
     logger = TensorBoardLogger(".", name="tensorboard")
-    trainer = Trainer(max_epochs=4, callbacks=[callback], log_every_n_steps=1, **{**QUIET, "logger": logger})
+    settings = {**QUIET, "logger": logger}
+    trainer = Trainer(max_epochs=4, callbacks=[callback], log_every_n_steps=1, **settings)
     trainer.fit(DigitClassifier(), loaders["train"], loaders["held_out"])
 
     logged = sorted(name for name in trainer.callback_metrics if "gradnorm" in name)

@@ -2,7 +2,7 @@
 Without a Trainer
 =================
 
-Scores and gradient statistics in plain torch, for any classifier.
+Compute scores and gradient statistics of any classifier in plain torch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import lightning_gradmetrics as lgm
 def main() -> None:
     """Score a batch of random images with a random network."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+    features = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*features, nn.Linear(8, 10)).eval()
     images = torch.randn(4, 3, 32, 32)
 
-    for name, values in lgm.score(model, images, ["max_softmax", "gradnorm", "gradnorm(target='all')"]).items():
+    scores = lgm.score(model, images, ["max_softmax", "gradnorm", "gradnorm(target='all')"])
+    for name, values in scores.items():
         print(f"{name:24}", [round(value, 4) for value in values.tolist()])
 
     statistics = lgm.gradient_statistics(model, images, "pseudo_label", per_parameter=True)
