@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME [options]``; with ``--help`` after the name, its options."""
+"""Run a benchmark: ``python -m benchmarks NAME [options]``; ``NAME --help`` lists its options."""
 
 from __future__ import annotations
 

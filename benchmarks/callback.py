@@ -1,4 +1,4 @@
-"""What the callback adds to ``trainer.predict``, on a ResNet-20 and on a tiny model; and the time of each head score."""
+"""Measure the time that the callback adds to ``trainer.predict``, and the time of each head score."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_gradmetrics.scoring.evidence import Evidence
 __all__ = ["main"]
 
 SCORES = ("max_softmax", "entropy", "energy", "gradnorm", "gradtrust")
-"""The callback's default scores: of the logits and of the head."""
+"""The callback's default scores; they need only the logits and the head."""
 
 
 class _Module(LightningModule):
@@ -48,9 +48,9 @@ class Case:
     """A model and its data.
 
     Args:
-        network: Builds the model.
-        shape: The shape of one sample.
-        batch: Samples per batch.
+        network: Function that builds the model.
+        shape: Shape of one sample.
+        batch: Number of samples per batch.
         batches: Number of batches.
     """
 
@@ -111,13 +111,13 @@ HEAD_SCORES = [
     "fisher_trace",
     "pgn",
 ]
-"""All scores of the logits and of the head without a fit."""
+"""Every score of the logits or the head that needs no fit."""
 
 HEAD_BATCH = {"samples": 256, "classes": 1000, "features": 512}
 
 
 def head_scores(rounds: int) -> list[dict[str, Any]]:
-    """Return the processor time of each head score alone, on new evidence in every call."""
+    """Return the processor time of each head score; every call gets new evidence."""
     torch.manual_seed(0)
     samples = HEAD_BATCH["samples"]
     logits, features = torch.randn(samples, HEAD_BATCH["classes"]), torch.randn(samples, HEAD_BATCH["features"]).relu()
@@ -154,18 +154,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         extra = sorted(b - a for a, b in zip(times["predict"], times["callback"], strict=True))[options.rounds // 2]
         row = {"case": name, "ratio": ratio, "low": low, "high": high, "ms per batch": 1e3 * extra / case.batches}
         rows.append(row)
-    alone = head_scores(10 * options.rounds)
+    head_rows = head_scores(10 * options.rounds)
     console = Console(width=120)
     console.print(_table(rows, facts))
-    console.print(_head_table(alone))
+    console.print(_head_table(head_rows))
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "callback.json"
-    path.write_text(json.dumps({"environment": facts, "rows": rows, "head scores": alone}, indent=2) + "\n")
+    path.write_text(json.dumps({"environment": facts, "rows": rows, "head scores": head_rows}, indent=2) + "\n")
 
 
 def _table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Table:
     caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-    table = Table(title=f"predict with {len(SCORES)} head scores over predict", caption=caption, caption_justify="left")
+    table = Table(title=f"time of predict with {len(SCORES)} head scores, relative to predict alone", caption=caption, caption_justify="left")
     for column in ("case", "ratio", "quartiles", "extra ms per batch"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for row in rows:
@@ -176,7 +176,7 @@ def _table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Table:
 
 def _head_table(rows: Sequence[dict[str, Any]]) -> Table:
     sizes = ", ".join(f"{number} {name}" for name, number in HEAD_BATCH.items())
-    table = Table("score", "ms", "quartiles", title=f"one head score alone: {sizes}")
+    table = Table("score", "ms", "quartiles", title=f"time of each head score: {sizes}")
     for row in rows:
         table.add_row(row["score"], f"{row['ms']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}")
     return table

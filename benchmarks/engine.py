@@ -1,4 +1,4 @@
-"""Time and memory of the engine, compared with a training step and with other software."""
+"""Compare the engine's time and memory with a training step and with other software."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MEMORY_BAR = 0.15
 
 @dataclass
 class Row:
-    """One figure of the table."""
+    """One row of the table: a figure and its bar."""
 
     case: str
     batch: int
@@ -61,7 +61,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the bar is met."""
+        """Whether the figure meets its bar; None without a bar."""
         if self.bar is None:
             return None
         return self.figure >= self.bar if self.higher_is_better else self.figure <= self.bar
@@ -71,12 +71,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks engine", description=__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="models to measure")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=["time", "peers", "memory"])
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; medians and quartiles are over them")
+    parser.add_argument("--rounds", type=int, default=9, help="number of rounds, for medians and quartiles")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "bf16"])
     parser.add_argument("--memory-batches", nargs="+", type=int, default=[64, 512])
-    parser.add_argument("--samples", type=int, default=8, help="samples of gradient_metrics that are run; 0 for all")
+    parser.add_argument("--samples", type=int, default=8, help="samples that gradient_metrics runs on; 0 for all")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"))
     parser.add_argument("--peak-of", nargs=3, metavar=("CASE", "BATCH", "WHAT"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -118,30 +118,30 @@ def _time(case: str, options: argparse.Namespace) -> Iterator[Row]:
         "squares": peers.lgm_engine(model, x, peers.SQUARES),
     }
     with _precision(options):
-        found = summary(interleaved(functions, options.rounds, options.device), "step")
-    for name, values in found.items():
+        results = summary(interleaved(functions, options.rounds, options.device), "step")
+    for name, values in results.items():
         bar = BARS.get((case, name))
         yield Row(case, len(x), LABELS[name], *values["ratio"], bar, False, "time / step", values["ms"][0])
 
 
 def _kernels(case: str, options: argparse.Namespace) -> Iterator[Row]:
-    """The engine with its compiled kernels and with their plain torch forms, beside a training step."""
+    """Yield the engine's times with compiled kernels and with plain torch, relative to a training step."""
     model, x = CASES[case].build(options.device)
     engines = {name: peers.lgm_engine(model, x, getattr(peers, name.upper())) for name in ("full", "squares")}
     functions = {"step": peers.training_step(model, x)}
     for name, run in engines.items():
         functions[f"{name}, compiled"], functions[f"{name}, plain torch"] = run, _plain(run)
     with _precision(options):
-        found = summary(interleaved(functions, options.rounds, options.device), "step")
+        results = summary(interleaved(functions, options.rounds, options.device), "step")
     for name in engines:
         for form in ("compiled", "plain torch"):
-            values = found[f"{name}, {form}"]
+            values = results[f"{name}, {form}"]
             label = f"{LABELS[name]}, {form}"
             yield Row(case, len(x), label, *values["ratio"], None, False, "time / step", values["ms"][0])
 
 
 def _plain(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same without the compiled kernels."""
+    """Return a function that runs without the compiled kernels."""
 
     def plain() -> Any:
         with plain_kernels():
@@ -157,46 +157,46 @@ def _peers(case: str, options: argparse.Namespace) -> Iterator[Row]:
         "vmap": peers.vmap_grad(model, x),
         "pytorch-ood": peers.pytorch_ood(model, x),
     }
-    # Their memory grows with the batch times the parameters; other cases than the issue's are for information.
+    # The memory of other software grows with samples times parameters, so it runs in fewer rounds.
     rounds = max(1, options.rounds // 3)
     with _precision(options):
-        found = summary(interleaved(functions, rounds, options.device), "full")
+        results = summary(interleaved(functions, rounds, options.device), "full")
     for name in ("vmap", "pytorch-ood"):
         bar = PEERS[name] if case == "resnet20" else None
-        values = found[name]
+        values = results[name]
         yield Row(case, len(x), LABELS[name], *values["ratio"], bar, True, "times slower", values["ms"][0])
     if case == "resnet20" and options.device == "cpu":
-        yield _seed(case, model, x, found["full"]["ms"][0], options.samples or len(x))
+        yield _seed(case, model, x, results["full"]["ms"][0], options.samples or len(x))
 
 
 def _seed(case: str, model: torch.nn.Module, x: torch.Tensor, full: float, samples: int) -> Row:
     seconds = peers.gradient_metrics_seconds(model, x, samples)
     ratio = seconds * 1e3 / full
-    note = f"measured on {samples} of {len(x)} samples on the whole batch's graph, scaled" if samples < len(x) else ""
+    note = f"scaled from {samples} of {len(x)} samples in the graph of the whole batch" if samples < len(x) else ""
     name = "gradient_metrics"
     return Row(case, len(x), LABELS[name], ratio, ratio, ratio, PEERS[name], True, "times slower", seconds * 1e3, note)
 
 
 def _memory(case: str, options: argparse.Namespace) -> Iterator[Row]:
-    """Yield the peak memory beyond the model and the batch, over a training step's; one process per measurement."""
+    """Yield the extra peak memory relative to a training step; each measurement has a new process."""
     for batch in options.memory_batches:
         step = _peak_of(case, batch, "step", options)
         for what in ("full", "squares"):
             extra = _peak_of(case, batch, what, options) / step - 1
             label = f"extra peak memory, {LABELS[what]}"
             note = f"training step: {step / 2**20:.0f} MiB"
-            yield Row(case, batch, label, extra, extra, extra, MEMORY_BAR, False, "of a step's", None, note)
+            yield Row(case, batch, label, extra, extra, extra, MEMORY_BAR, False, "fraction of a step", None, note)
 
 
 def _peak_of(case: str, batch: int, what: str, options: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "benchmarks", "engine", "--peak-of", case, str(batch), what]
     command += ["--device", options.device, "--precision", options.precision, "--threads", str(options.threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(done.stdout.strip().splitlines()[-1]))
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(json.loads(process.stdout.strip().splitlines()[-1]))
 
 
 def _peak(options: argparse.Namespace) -> int:
-    """Bytes at the peak beyond those before the batch was first run; a run on two samples comes before."""
+    """Return the bytes that a full batch adds to the memory after a warm-up on two samples."""
     case, batch, what = options.peak_of
     model, x = CASES[case].build(options.device, int(batch))
 
@@ -225,13 +225,13 @@ def _resident(device: str) -> int:
 
 
 def _table(rows: list[Row], facts: dict[str, Any]) -> Table:
-    title = ", ".join(f"{key} {value}" for key, value in facts.items())
-    table = Table(title="engine", caption=title, caption_justify="left")
-    for column in ("case", "batch", "what", "figure", "quartiles", "unit", "ms", "bar", "met", "note"):
+    caption = ", ".join(f"{key} {value}" for key, value in facts.items())
+    table = Table(title="engine", caption=caption, caption_justify="left")
+    for column in ("case", "batch", "measurement", "figure", "quartiles", "unit", "ms", "bar", "met", "note"):
         table.add_column(column, justify="right" if column in ("batch", "figure", "quartiles", "ms", "bar") else "left")
     for row in rows:
         met = {None: "", True: "yes", False: "no"}[row.met]
         figures = (f"{row.figure:.2f}", f"{row.low:.2f} to {row.high:.2f}", row.kind)
-        ms, bar = ("" if v is None else f"{v:.4g}" for v in (row.ms, row.bar))
+        ms, bar = ("" if value is None else f"{value:.4g}" for value in (row.ms, row.bar))
         table.add_row(row.case, str(row.batch), row.what, *figures, ms, bar, met, row.note)
     return table

@@ -1,4 +1,4 @@
-"""The architecture of ESPNet (Mehta et al. 2018, arXiv:1803.06815) with random weights, for timings: 354,517 parameters."""
+"""ESPNet (Mehta et al. 2018, arXiv:1803.06815) with random weights, for timings: 354,517 parameters."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ __all__ = ["espnet"]
 
 
 def convolution(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size of its input."""
+    """Return a convolution without bias; at stride 1 the output has the size of the input."""
     return nn.Conv2d(inputs, outputs, size, stride, dilation * (size // 2), dilation, bias=False)
 
 
 def activation(channels: int) -> nn.Sequential:
-    """Batch norm and PReLU."""
+    """Return a batch norm and a PReLU."""
     return nn.Sequential(nn.BatchNorm2d(channels, eps=1e-3), nn.PReLU(channels))
 
 
 class SpatialPyramid(nn.Module):
-    """One reduction, five dilated convolutions, and their running sums side by side."""
+    """A reduction and five dilated convolutions, whose cumulative sums are concatenated."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, residual: bool = False) -> None:
         super().__init__()
@@ -31,15 +31,15 @@ class SpatialPyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         reduced = self.reduce(x)
-        parts = [layer(reduced) for layer in self.dilated]
+        outputs = [layer(reduced) for layer in self.dilated]
         for k in range(2, 5):
-            parts[k] = parts[k] + parts[k - 1]
-        y = torch.cat(parts, 1)
+            outputs[k] = outputs[k] + outputs[k - 1]
+        y = torch.cat(outputs, 1)
         return self.activation(x + y if self.residual else y)
 
 
 class ESPNet(nn.Module):
-    """Encoder of three levels and a light decoder; its head is a transposed convolution of kernel and stride 2."""
+    """A three-level encoder and a light decoder; the head is a 2x2 transposed convolution of stride 2."""
 
     def __init__(self, classes: int, depths: tuple[int, int] = (2, 8)) -> None:
         super().__init__()
@@ -69,17 +69,17 @@ class ESPNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         half = self.pool(x)
         quarter = self.pool(half)
-        one = self.first(torch.cat([self.stem(x), half], 1))
-        two = self.down2(one)
-        two = self.second(torch.cat([self.level2(two), two, quarter], 1))
-        three = self.down3(two)
-        three = self.third(torch.cat([three, self.level3(three)], 1))
-        deep = self.up3(self.project3(three))
-        merged = self.between(self.up2(self.merge(torch.cat([self.project2(two), deep], 1))))
-        return self.head(self.last(torch.cat([merged, one], 1)))
+        features1 = self.first(torch.cat([self.stem(x), half], 1))
+        features2 = self.down2(features1)
+        features2 = self.second(torch.cat([self.level2(features2), features2, quarter], 1))
+        features3 = self.down3(features2)
+        features3 = self.third(torch.cat([features3, self.level3(features3)], 1))
+        deep = self.up3(self.project3(features3))
+        merged = self.between(self.up2(self.merge(torch.cat([self.project2(features2), deep], 1))))
+        return self.head(self.last(torch.cat([merged, features1], 1)))
 
 
 def espnet(classes: int = 12) -> nn.Module:
-    """Return the network in eval mode, from images ``(N, 3, H, W)`` to logits ``(N, C, H, W)``."""
+    """Return the network in eval mode; it maps images ``(N, 3, H, W)`` to logits ``(N, C, H, W)``."""
     torch.manual_seed(0)
     return ESPNet(classes).eval()

@@ -1,4 +1,4 @@
-"""What an evaluation costs: a table in memory, and a results directory of any size in constant memory."""
+"""Measure the time and memory of an evaluation: of a table in memory or, in bins, of a results directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 250_000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate, and print and write seconds and memory."""
+    """Evaluate; print and write the seconds and the memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks evaluation", description=__doc__)
     parser.add_argument("--rows", type=float, default=1e6)
     parser.add_argument("--scores", type=int, default=20)
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         bins = None
         if options.directory:
-            results: Any = _written(Path(folder) / "results", rows, scores)
+            results: Any = _written_results(Path(folder) / "results", rows, scores)
             bins, facts["bins"] = options.bins, options.bins
         else:
             results = pa.concat_tables(_tables(rows, scores))
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _tables(rows: int, scores: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield results, half of them in-distribution, with one error in ten."""
+    """Yield results: one half in-distribution with 10 % errors, the other out-of-distribution."""
     generator = np.random.default_rng(0)
     for dataset, size in (("test", rows // 2), ("far", rows - rows // 2)):
         for start in range(0, size, ROWS_AT_ONCE):
@@ -82,7 +82,7 @@ def _tables(rows: int, scores: Sequence[str]) -> Iterator[pa.Table]:
             yield pa.table({**columns, "finite": np.ones(len(index), dtype=bool)})
 
 
-def _written(directory: Path, rows: int, scores: Sequence[str]) -> Path:
+def _written_results(directory: Path, rows: int, scores: Sequence[str]) -> Path:
     with ResultsWriter(directory, {}, rows_per_part=ROWS_AT_ONCE) as writer:
         for table in _tables(rows, scores):
             writer.add(table)
@@ -91,5 +91,5 @@ def _written(directory: Path, rows: int, scores: Sequence[str]) -> Path:
 
 
 def _largest_megabytes() -> int:
-    """The largest resident memory of this process so far (Linux)."""
+    """Return the largest resident memory of this process so far, in MiB (Linux)."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -1,8 +1,8 @@
-"""Cosine similarity maps against the gga-csm package: ``python -m benchmarks.gga``.
+"""Compare ``cosine_similarity_maps`` with the gga-csm package: ``python -m benchmarks gga``.
 
-Each number is a ratio of times, measured in turn in one process: ``cosine_similarity_maps`` over the package's function
-(patched, because it creates its labels on CUDA) on the same model and batch. ``every_class`` uses C backward passes, so
-it shows the gain from computing no parameter gradients; the rest comes from C - 1 backward passes.
+The functions run in turn in one process, on the same model and batch. Each ratio is a time divided by that of the
+package's function, which is patched because it creates its labels on CUDA. ``every_class`` takes C backward passes
+without parameter gradients; ``cosine_similarity_maps`` takes C - 1, which is the rest of its gain.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["compare", "main", "original"]
 
 
 def original(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The gga-csm package's maps, on the inputs' device."""
+    """Return the maps of the gga-csm package, on the device of the inputs."""
     import gga.CSM
 
     patched, ones = ModuleType("torch"), torch.ones
@@ -45,7 +45,7 @@ def original(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def every_class(model: nn.Module, inputs: Tensor) -> None:
-    """The input gradients of all C classes alone: the gain of leaving out parameter gradients."""
+    """Compute the input gradients of all C classes, without parameter gradients."""
     flags = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
     leaf = inputs.detach().clone().requires_grad_()
@@ -58,7 +58,7 @@ def every_class(model: nn.Module, inputs: Tensor) -> None:
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """The time of one call."""
+    """Return the seconds of one call."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
@@ -70,7 +70,7 @@ def seconds(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def compare(case: str, batch: int, repeats: int, device: str) -> dict[str, Any]:
-    """Return one row of the table: times in milliseconds, ratios to the original, and the differences."""
+    """Return one row: times in milliseconds, their ratios to the package, and the differences of the maps."""
     model, inputs = CASES[case].build(device, batch)
     runs = {"original": original, "every_class": every_class, "ours": cosine_similarity_maps}
     for function in runs.values():
@@ -80,17 +80,17 @@ def compare(case: str, batch: int, repeats: int, device: str) -> dict[str, Any]:
         for name, function in runs.items():
             times[name].append(seconds(function, model, inputs))
     row: dict[str, Any] = {"case": case, "batch": batch}
-    row |= {f"{name}_ms": round(1e3 * min(taken), 1) for name, taken in times.items()}
+    row |= {f"{name}_ms": round(1e3 * min(measured), 1) for name, measured in times.items()}
     for name in ("every_class", "ours"):
         row[f"{name}_ratio_min"] = round(min(times[name]) / min(times["original"]), 3)
-        each = [a / b for a, b in zip(times[name], times["original"], strict=True)]
-        row[f"{name}_ratio_median"] = round(statistics.median(each), 3)
-    apart = (original(model, inputs) - cosine_similarity_maps(model, inputs)).abs()
-    return row | {"largest_difference": float(apart.max()), "mean_difference": float(apart.mean())}
+        ratios = [a / b for a, b in zip(times[name], times["original"], strict=True)]
+        row[f"{name}_ratio_median"] = round(statistics.median(ratios), 3)
+    differences = (original(model, inputs) - cosine_similarity_maps(model, inputs)).abs()
+    return row | {"largest_difference": float(differences.max()), "mean_difference": float(differences.mean())}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Run the comparison, print one row per batch size, and write JSON if asked."""
+    """Run the comparison, print one row per batch size, and write JSON with ``--json``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks gga", description=__doc__)
     parser.add_argument("--case", choices=sorted(CASES), default="resnet20")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16, 32, 64])

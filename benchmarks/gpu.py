@@ -1,8 +1,8 @@
-"""The engine on a GPU: first whether it is right, then ResNet-50, ViT-S/16 and BERT-base beside a training step.
+"""Check the engine on a GPU, then measure it on ResNet-50, ViT-S/16 and BERT-base.
 
-The first part compares the engine and the callback with autograd in float64 on four small models. The second part measures
-time and peak memory, also of ``vmap(grad)`` and of pytorch-ood. The script ends within ``--seconds``. Every figure is
-written as soon as it is known, to the folder ``$OUT`` if that is set, so that a run that is cut short leaves what it has.
+The first part compares the engine and the callback with autograd in float64 on four small models. The second part
+measures time and peak memory beside a training step, also for ``vmap(grad)`` and pytorch-ood. No new measurement starts
+after ``--seconds``. Each result is written at once, to ``$OUT`` if it is set, so an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
     model = VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
-    nn.init.normal_(model.heads.head.weight, std=0.02)  # zero at the start, where every gradient below it is zero
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision sets it to zero, and then all gradients below it are zero
     return model
 
 
@@ -71,9 +71,9 @@ class Case:
     """A model and its batch.
 
     Args:
-        model: Builds the model.
-        shape: The batch's shape.
-        tokens: Number of token ids; 0 for images.
+        model: Function that builds the model.
+        shape: Shape of the batch.
+        tokens: Size of the vocabulary; 0 for images.
     """
 
     model: Callable[[], nn.Module]
@@ -81,7 +81,7 @@ class Case:
     tokens: int = 0
 
     def build(self, device: str) -> tuple[nn.Module, Tensor]:
-        """The model in eval mode and a batch; the same each time."""
+        """Return the model in eval mode and a batch, the same in every call."""
         torch.manual_seed(0)
         model = self.model().eval().to(device)
         if self.tokens:
@@ -98,11 +98,12 @@ CASES = {
 
 
 def largest_error(model: nn.Module, batch: Tensor, precision: str, device: str) -> dict[str, float]:
-    """Largest relative error of each statistic on two samples, against one sample at a time in float64."""
-    few = batch[:2]
+    """Return the largest relative error of each statistic on two samples, against a float64 reference."""
+    two_samples = batch[:2]
     with precision_of(precision, device):
-        measured = lgm.gradient_statistics(model, few, "pseudo_label", statistics=peers.FULL)
-    exact_model, exact_input = model.double(), few.double() if few.is_floating_point() else few
+        measured = lgm.gradient_statistics(model, two_samples, "pseudo_label", statistics=peers.FULL)
+    exact_model = model.double()
+    exact_input = two_samples.double() if two_samples.is_floating_point() else two_samples
     exact = lgm.gradient_statistics(exact_model, exact_input, "pseudo_label", statistics=peers.FULL, engine="reference")
     model.float()
     errors = {}
@@ -113,7 +114,7 @@ def largest_error(model: nn.Module, batch: Tensor, precision: str, device: str) 
 
 
 def _peak(function: Callable[[], Any], device: str) -> float:
-    """Peak memory in MiB beyond what was held before the call."""
+    """Return the peak memory in MiB above that before the call."""
     if device != "cuda":
         return 0.0
     torch.cuda.synchronize()
@@ -125,12 +126,12 @@ def _peak(function: Callable[[], Any], device: str) -> float:
 
 
 class Report:
-    """The results so far, in a file that is rewritten after each of them.
+    """The results so far, in a file that is rewritten after every result.
 
     Args:
         path: The JSON file.
-        seconds: The time after which nothing new is begun.
-        device: The device.
+        seconds: Time after which no new measurement starts.
+        device: Device of the measurements.
     """
 
     def __init__(self, path: Path, seconds: float, device: str) -> None:
@@ -141,7 +142,7 @@ class Report:
         self._save()
 
     def left(self) -> float:
-        """Return the seconds that are left."""
+        """Return the remaining seconds."""
         return self.end - time.monotonic()
 
     def add_check(self, check: Check) -> None:
@@ -151,13 +152,13 @@ class Report:
         self._print(f"{check.what}: {verdict}, error {check.error:.1e}, {check.seconds:.1f} s {check.note}")
 
     def add_row(self, row: Mapping[str, Any]) -> None:
-        """Add a figure."""
+        """Add a measurement."""
         self.content["rows"].append(dict(row))
         figures = f"{row['ratio']:6.2f} ({row['low']:.2f} to {row['high']:.2f}) {row['ms']:8.2f} ms"
         self._print(f"{row['case']}, {row['precision']}, {row['what']}: {figures}, peak {row['peak MiB']:.0f} MiB")
 
     def add_missing(self, what: str, reason: str) -> None:
-        """Add something that was not run."""
+        """Add a check or measurement that was not run, with the reason."""
         self.content["not run"].append({"what": what, "reason": reason})
         self._print(f"not run: {what}: {reason}")
 
@@ -171,7 +172,7 @@ class Report:
 
 
 def _checks(report: Report, device: str) -> None:
-    """Run the checks; a check that raises has failed."""
+    """Run the checks; a check that raises an error counts as failed."""
     named: dict[str, Callable[[], Check]] = {}
     for precision in ("float32", "bf16"):
         for name in MODELS:
@@ -190,7 +191,7 @@ def _checks(report: Report, device: str) -> None:
 
 
 def _measured(case: str, precision: str, report: Report, options: argparse.Namespace) -> None:
-    """Measure one model in one precision: the engine beside a training step, then other software."""
+    """Measure a training step, the engine and other software for one model and precision."""
     model, batch = CASES[case].build(options.device)
     batch = batch[: options.batch] if options.batch else batch
     if options.errors:
@@ -218,7 +219,7 @@ def _beside_step(
     report: Report,
     options: argparse.Namespace,
 ) -> None:
-    """Measure functions in turns with a training step, in as many rounds as the remaining time allows."""
+    """Measure functions in turn with a training step, in as many rounds as the remaining time allows."""
     for name, function in functions.items():
         what = f"{', '.join(where)}, {name}"
         if report.left() <= 0:
@@ -226,11 +227,11 @@ def _beside_step(
             continue
         try:
             peaks = {"training step": _peak(step, options.device)}
-            function()  # plans, and compiles kernels
+            function()  # the first call plans and compiles kernels
             peaks[name] = _peak(function, options.device)
             one_round = _seconds(step, options.device) + _seconds(function, options.device)
             rounds = max(1, min(options.rounds, int(report.left() / 4 / one_round)))
-            found = summary(
+            results = summary(
                 interleaved({"training step": step, name: function}, rounds, options.device), "training step"
             )
         except Exception as error:
@@ -238,7 +239,7 @@ def _beside_step(
             if options.device == "cuda":
                 torch.cuda.empty_cache()
             continue
-        for row_name, values in found.items():
+        for row_name, values in results.items():
             median, low, high = values["ratio"]
             row = {"case": where[0], "precision": where[1], "what": row_name, "ratio": median, "low": low, "high": high}
             report.add_row(row | {"ms": values["ms"][0], "peak MiB": peaks[row_name], "rounds": rounds})
@@ -258,11 +259,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16", "tf32"])
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=480.0, help="nothing new is begun after this time")
-    parser.add_argument("--batch", type=int, default=0, help="another batch size; 0 keeps each case's")
-    parser.add_argument("--no-checks", action="store_true", help="the times alone")
-    parser.add_argument("--no-peers", action="store_true", help="the engine alone")
-    parser.add_argument("--errors", action="store_true", help="also the errors of the large models against float64")
+    parser.add_argument("--seconds", type=float, default=480.0, help="no new measurement starts after this time")
+    parser.add_argument("--batch", type=int, default=0, help="batch size; 0 for that of each case")
+    parser.add_argument("--no-checks", action="store_true", help="skip the checks")
+    parser.add_argument("--no-peers", action="store_true", help="skip other software")
+    parser.add_argument("--errors", action="store_true", help="also compare the large models with float64")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "benchmark-results")))
     return parser.parse_args(arguments)
 
@@ -283,14 +284,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.console.print(f"written: {report.path}")
     failed = [check["what"] for check in report.content["checks"] if not check["passed"]]
     if failed:
-        sys.exit(f"checks that failed: {', '.join(failed)}")
+        sys.exit(f"failed checks: {', '.join(failed)}")
 
 
 def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> Table:
     caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-    table = Table(title="GPU: time over a training step, and peak memory", caption=caption, caption_justify="left")
-    for column in ("case", "precision", "what", "ratio", "quartiles", "ms", "peak MiB"):
-        table.add_column(column, justify="left" if column in ("case", "precision", "what") else "right")
+    table = Table(title="GPU: time relative to a training step, and peak memory", caption=caption, caption_justify="left")
+    for column in ("case", "precision", "measurement", "ratio", "quartiles", "ms", "peak MiB"):
+        table.add_column(column, justify="left" if column in ("case", "precision", "measurement") else "right")
     for row in rows:
         quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
         figures = (f"{row['ratio']:.2f}", quartiles, f"{row['ms']:.2f}", f"{row['peak MiB']:.0f}")

@@ -1,4 +1,4 @@
-"""Checks of the engine and the callback on a device: against autograd on one sample at a time, in float64."""
+"""Compare the engine and the callback on a device with autograd, one sample at a time in float64."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["MODELS", "callback_check", "engine_check", "precision_of"]
 
 STATISTICS = ("max", "min", "mean", "std", "l1", "l2")
 SINGLE_LIMIT = 1e-4
-"""Largest error of float32, relative to the L2 norm of a parameter's gradient (or the L1 norm, for sums)."""
+"""Largest allowed error in float32, relative to the L2 norm of the gradient (or the L1 norm, for sums)."""
 
 HALF_LIMIT = 0.05
-"""How much larger than autograd's own error in bfloat16 the engine's may be, relative to the same norms."""
+"""Margin in bfloat16: the engine's error may be twice that of autograd plus this, relative to the same norms."""
 
 SAMPLES = 6
 
 
 class _Words(nn.Module):
-    """An embedding, a bag of embeddings and a linear layer."""
+    """An embedding and an embedding bag, followed by a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "embeddings": (_Words, (SAMPLES, 12)),
     "LSTM": (_Recurrent, (SAMPLES, 9, 8)),
 }
-"""The models by name, with the shape of their batches."""
+"""Functions that build the models, and the shapes of their batches."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Check:
     """The result of one check.
 
     Args:
-        what: What was checked.
+        what: Name of the check.
         passed: Whether the error is within its limit.
         error: The largest error.
-        note: What is wrong, or more about it.
-        seconds: How long it took.
+        note: The reason of a failure, or further details.
+        seconds: Duration of the check.
     """
 
     what: str
@@ -119,47 +119,47 @@ def _built(name: str, device: str) -> tuple[nn.Module, Tensor]:
 
 
 def _by_autograd(model: nn.Module, batch: Tensor) -> GradientStatistics:
-    """Return the statistics for each parameter, from one backward pass per sample."""
+    """Return the statistics of each parameter's gradient, from one backward pass per sample."""
     parameters = dict(model.named_parameters())
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no backward pass in eval mode
-        for one in batch.split(1):
-            logits = model(one)
+    with torch.backends.cudnn.flags(enabled=False):  # recurrent layers of cuDNN have no backward pass in eval mode
+        for sample in batch.split(1):
+            logits = model(sample)
             loss = F.cross_entropy(logits.to(torch.float64), logits.argmax(1))
             for name, gradient in zip(rows, torch.autograd.grad(loss, list(parameters.values())), strict=True):
                 rows[name].append(gradient.double())
     return GradientStatistics.of({name: torch.stack(g) for name, g in rows.items()}, STATISTICS, per_parameter=True)
 
 
-def _error(found: GradientStatistics, exact: GradientStatistics) -> float:
-    """Return the largest error of a statistic of a parameter and sample, relative to a norm of that gradient."""
+def _error(measured: GradientStatistics, exact: GradientStatistics) -> float:
+    """Return the largest error of all statistics, relative to a norm of the gradient."""
     l1, l2, count = exact.norm(1), exact.norm(2), exact.count.to(exact.norm(2).device)
     scales = {"mean": l1 / count, "l1": l1, "std": l2 / (count - 1).clamp(min=1).sqrt()}
     worst = 0.0
     for name in STATISTICS:
-        error = (found.statistic(name).double() - exact.statistic(name)).abs() / scales.get(name, l2)
+        error = (measured.statistic(name).double() - exact.statistic(name)).abs() / scales.get(name, l2)
         worst = max(worst, float(error.nan_to_num(nan=torch.inf).max()))
     return worst
 
 
 def engine_check(name: str, precision: str, device: str) -> Check:
-    """Compare the engine with autograd on one model, in its first and in its second call."""
+    """Compare the engine with autograd on one model, in the first and in the second call."""
     start = time.monotonic()
     model, batch = _built(name, device)
-    wide = deepcopy(model).double()
-    exact = _by_autograd(wide, batch.double() if batch.is_floating_point() else batch)
-    limit, own = SINGLE_LIMIT, 0.0
+    double_model = deepcopy(model).double()
+    exact = _by_autograd(double_model, batch.double() if batch.is_floating_point() else batch)
+    limit, autograd_error = SINGLE_LIMIT, 0.0
     with precision_of(precision, device), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if precision == "bf16":
-            own = _error(_by_autograd(model, batch), exact)
-            limit = 2 * own + HALF_LIMIT
+            autograd_error = _error(_by_autograd(model, batch), exact)
+            limit = 2 * autograd_error + HALF_LIMIT
         worst = 0.0
         for _ in range(2):
-            found = lgm.gradient_statistics(model, batch, "pseudo_label", per_parameter=True, statistics=STATISTICS)
-            worst = max(worst, _error(found, exact))
+            measured = lgm.gradient_statistics(model, batch, "pseudo_label", per_parameter=True, statistics=STATISTICS)
+            worst = max(worst, _error(measured, exact))
     slow = [str(warning.message)[:160] for warning in caught if "no fast rule" in str(warning.message)]
-    note = slow[0] if slow else (f"autograd's own error {own:.1e}" if own else "")
+    note = slow[0] if slow else (f"error of autograd {autograd_error:.1e}" if autograd_error else "")
     return Check(f"{name}, {precision}", worst <= limit and not slow, worst, note, time.monotonic() - start)
 
 
@@ -167,7 +167,7 @@ SCORES = ("max_softmax", "entropy", "gradnorm", "gradtrust", "pseudo_label")
 
 
 def callback_check(device: str) -> Check:
-    """Compare the callback's scores in ``trainer.predict`` on the device with those of a float64 model on the CPU."""
+    """Compare the callback's scores on the device with those of a float64 model on the CPU."""
     from lightning.pytorch import LightningModule, Trainer
     from torch.utils.data import DataLoader, TensorDataset
 

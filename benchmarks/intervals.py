@@ -1,7 +1,7 @@
-"""``python -m benchmarks intervals``: how often nominal 95 % intervals contain the true value.
+"""Measure how often 95 % intervals of ``evaluate`` contain the true value: ``python -m benchmarks intervals``.
 
-Scores of negatives are standard normal, those of positives normal around a shift, so that AUROC and FPR95 are known
-exactly; AUPR is computed from a large sample. Each interval is that of ``evaluate``.
+Scores of negatives are standard normal; those of positives are shifted. The true AUROC and FPR95 are therefore known
+exactly. The true AUPR is computed from a large sample.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGE = 400_000
 
 
 def results(rng: np.random.Generator, negatives: int, positives: int, shift: float) -> pa.Table:
-    """Return a results table with these numbers of correct and incorrect predictions."""
+    """Return a results table: negatives are correct predictions, positives are errors."""
     incorrect = np.arange(negatives + positives) >= negatives
     size = len(incorrect)
     columns = {
@@ -39,7 +39,7 @@ def results(rng: np.random.Generator, negatives: int, positives: int, shift: flo
 
 
 def values(table: pa.Table, **options: Any) -> dict[str, dict[str, Any]]:
-    """Return the entries of one score, by metric."""
+    """Return the evaluation entries of the score, by metric."""
     evaluation = evaluate(table, ["s0"], {"test": "id"}, **options)
     entries = {}
     for entry in evaluation.find(task="misclassification"):
@@ -49,8 +49,8 @@ def values(table: pa.Table, **options: Any) -> dict[str, dict[str, Any]]:
 
 def true_values(shift: float, negatives: int, positives: int) -> dict[str, float]:
     """Return the true value of each metric."""
-    share = positives / (negatives + positives)
-    large = results(np.random.default_rng(1), round(LARGE * (1 - share)), round(LARGE * share), shift)
+    fraction = positives / (negatives + positives)
+    large = results(np.random.default_rng(1), round(LARGE * (1 - fraction)), round(LARGE * fraction), shift)
     truth = {metric: entry["value"] for metric, entry in values(large, resamples=0).items()}
     truth["auroc"] = float(norm.cdf(shift / np.sqrt(2)))
     truth["fpr95"] = float(norm.sf(norm.ppf(0.05) + shift))
@@ -58,15 +58,15 @@ def true_values(shift: float, negatives: int, positives: int) -> dict[str, float
 
 
 def coverage(shift: float, negatives: int, positives: int, runs: int, resamples: int) -> dict[str, float | None]:
-    """Return the fraction of intervals that contain the true value; None where no interval is computed."""
+    """Return the fraction of intervals that contain the true value; None if no interval was computed."""
     truth = true_values(shift, negatives, positives)
-    held: dict[str, list[bool]] = {metric: [] for metric in METRICS}
+    contains_truth: dict[str, list[bool]] = {metric: [] for metric in METRICS}
     for seed in range(runs):
         table = results(np.random.default_rng(seed), negatives, positives, shift)
         for metric, entry in values(table, resamples=resamples, seed=seed).items():
-            if metric in held and entry["low"] is not None:
-                held[metric].append(entry["low"] <= truth[metric] <= entry["high"])
-    return {metric: float(np.mean(inside)) if inside else None for metric, inside in held.items()}
+            if metric in contains_truth and entry["low"] is not None:
+                contains_truth[metric].append(entry["low"] <= truth[metric] <= entry["high"])
+    return {metric: float(np.mean(inside)) if inside else None for metric, inside in contains_truth.items()}
 
 
 def show_coverage(console: Console, runs: int, resamples: int) -> None:
@@ -76,14 +76,14 @@ def show_coverage(console: Console, runs: int, resamples: int) -> None:
         table.add_column(heading, justify="right")
     for shift in SHIFTS:
         for negatives, positives in SIZES:
-            shares = coverage(shift, negatives, positives, runs, resamples)
-            cells = ["–" if share is None else f"{100 * share:.0f}" for share in shares.values()]
+            fractions = coverage(shift, negatives, positives, runs, resamples)
+            cells = ["–" if fraction is None else f"{100 * fraction:.0f}" for fraction in fractions.values()]
             table.add_row(str(negatives), str(positives), f"{norm.cdf(shift / np.sqrt(2)):.3f}", *cells)
     console.print(table)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the simulation, or one measurement of time and memory."""
+    """Run the simulation and print the coverage."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks intervals", description=__doc__)
     parser.add_argument("--runs", type=int, default=200, help="simulated datasets per row")
     parser.add_argument("--resamples", type=int, default=200)

@@ -1,6 +1,6 @@
-"""What scores of a language model's answers cost: CPU time beside a plain forward pass and ``generate``, and peak memory.
+"""Measure CPU time and peak memory of scores of a language model's answers: ``python -m benchmarks language``.
 
-Run ``python -m benchmarks language``. Each row of the memory table is measured in a new process.
+Times are compared with a plain forward pass and with ``generate``. Memory is measured in a new process per row.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from benchmarks.measure import environment, peak_memory, spread
 __all__ = ["main"]
 
 TOKENS = ("max_softmax", "entropy", "nll", "gradnorm", "pseudo_label")
-"""Scores of the logits and of the head."""
+"""Scores of tokens that need only the logits and the head."""
 
 PROMPT, ANSWER, BATCH = 16, 64, 8
 
 
 def llama() -> Any:
-    """Return a Llama of 10 million parameters with tied weights and random values."""
+    """Return a Llama with 10 million random parameters and tied weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def llama() -> Any:
 
 
 def functions() -> dict[str, Callable[[], Any]]:
-    """Return what is measured, by name; the first of each group is what the others are compared with."""
+    """Return the measured functions by name; the others are compared with ``forward`` or ``generate``."""
     model, ids = llama(), torch.randint(1, 16384, (BATCH, PROMPT + ANSWER))
     prompts, answers = ids[:, :PROMPT], ids[:, PROMPT:]
     options = {"max_new_tokens": ANSWER, "do_sample": False}
@@ -68,7 +68,7 @@ def functions() -> dict[str, Callable[[], Any]]:
 
 
 def cpu_times(chosen: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of CPU of each function in each round, after one round that is not counted."""
+    """Return the CPU seconds of each function in each round, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in chosen}
     for number in range(rounds + 1):
         for name, function in chosen.items():
@@ -80,13 +80,13 @@ def cpu_times(chosen: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def memory(name: str) -> float:
-    """Return the MiB by which one function, run in a new process, raises the peak of that process."""
+    """Return the MiB that one function adds to the peak memory of a new process."""
     command = [sys.executable, "-m", "benchmarks", "language", "--only", name]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(process.stdout.split()[-1])
 
 
-def _measured(name: str) -> float:
+def _added_memory(name: str) -> float:
     function = functions()[name]
     before = peak_memory()
     function()
@@ -94,7 +94,7 @@ def _measured(name: str) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure and print."""
+    """Measure, and print one line per function."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks language", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -102,14 +102,14 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.only:
-        print(_measured(options.only))
+        print(_added_memory(options.only))
         return
     print(environment("cpu"))
     print(f"Llama, 6 layers of width 256, vocabulary 16,384; {BATCH} texts of {PROMPT} + {ANSWER} tokens")
     times = cpu_times(functions(), options.rounds)
     for name, values in times.items():
-        unit = times["generate" if name.startswith("generate") else "forward"]
-        ratios = [value / one for value, one in zip(values, unit, strict=True)]
+        reference = times["generate" if name.startswith("generate") else "forward"]
+        ratios = [value / base for value, base in zip(values, reference, strict=True)]
         middle, low, high = spread(ratios)
         print(
             f"{name:34} {1e3 * spread(values)[0]:8.0f} ms  {middle:5.2f} ({low:.2f} to {high:.2f})  {memory(name):7.0f} MiB"

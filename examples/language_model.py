@@ -4,8 +4,8 @@ A language model
 
 Score a language model's answers while they are generated, and again afterwards.
 
-The weights and token ids are random or made up, so nothing is downloaded. To use a trained model,
-load it with ``AutoModelForCausalLM.from_pretrained``, and its tokenizer with
+The weights are random and the token ids made up, so nothing is downloaded. Load a trained model
+with ``AutoModelForCausalLM.from_pretrained``, and its tokenizer with
 ``AutoTokenizer.from_pretrained``.
 """
 
