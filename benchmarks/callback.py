@@ -165,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _table(rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> Table:
     caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-    table = Table(title=f"time of predict with {len(SCORES)} head scores, relative to predict alone", caption=caption, caption_justify="left")
+    table = Table(
+        title=f"time of predict with {len(SCORES)} head scores / predict", caption=caption, caption_justify="left"
+    )
     for column in ("case", "ratio", "quartiles", "extra ms per batch"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for row in rows:

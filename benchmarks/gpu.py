@@ -62,7 +62,7 @@ def _vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
     model = VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
-    nn.init.normal_(model.heads.head.weight, std=0.02)  # torchvision sets it to zero, and then all gradients below it are zero
+    nn.init.normal_(model.heads.head.weight, std=0.02)  # zeros would pass no gradient to the layers below
     return model
 
 
@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> Table:
     caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-    table = Table(title="GPU: time relative to a training step, and peak memory", caption=caption, caption_justify="left")
+    table = Table(title="GPU: time / training step, and peak memory", caption=caption, caption_justify="left")
     for column in ("case", "precision", "measurement", "ratio", "quartiles", "ms", "peak MiB"):
         table.add_column(column, justify="left" if column in ("case", "precision", "measurement") else "right")
     for row in rows:

@@ -1,8 +1,9 @@
-"""Many large images through ``Trainer.test``: does memory stay flat? ``python -m benchmarks large_images``.
+"""Measure memory while ``Trainer.test`` scores many large images: ``python -m benchmarks large_images``.
 
-The images are smooth random fields that are made from their index, and the model is one 1x1 convolution, so that nearly all
-time is that of scores, segments, metrics and the writer. On 27 November 2026, 10,000 images of 1,000 x 1,000 pixels took 1,364
-MiB after 250 images, 1,324 after 1,000 and 1,323 after 10,000, in 76 minutes on one thread of a busy machine.
+The images are smooth random fields, generated from their index. The model is one 1x1 convolution, so nearly all time
+goes to scores, segments, metrics and the writer. On 27 November 2026, with images of 1,000 x 1,000 pixels, the process
+used 1,364 MiB after 250 images, 1,324 after 1,000 and 1,323 after 10,000. That took 76 minutes on one thread of a busy
+machine.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ __all__ = ["main"]
 
 CLASSES = 2
 COARSE = 12
-"""Side of the random fields before they are resized: it sets the number of segments."""
+"""Height and width of the random fields before resizing, which determine the number of segments."""
 
 
 class Fields(Dataset[Any]):
-    """Images and labels that are made from their index, so that the data take no memory."""
+    """Images and labels that are generated from their index, so the data take no memory."""
 
     def __init__(self, count: int, side: int) -> None:
         self.count, self.side = count, side
@@ -50,7 +51,7 @@ class Fields(Dataset[Any]):
 
 
 class Pointwise(LightningModule):
-    """A 1x1 convolution that nearly copies its input."""
+    """A 1x1 convolution with identity weights: the logits are the image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,11 +74,11 @@ class Watch(Callback):
         self.every, self.start = every, time.perf_counter()
 
     def on_test_batch_end(self, *arguments: Any, **options: Any) -> None:
-        """Print one line."""
-        done = arguments[4] + 1
-        if done % self.every == 0 or done == 10:
+        """Print one line at the chosen batches."""
+        images = arguments[4] + 1
+        if images % self.every == 0 or images == 10:
             gc.collect()
-            print(f"{done:>9,} | {time.perf_counter() - self.start:>8,.0f} | {resident():>8,.0f}", flush=True)
+            print(f"{images:>9,} | {time.perf_counter() - self.start:>8,.0f} | {resident():>8,.0f}", flush=True)
 
 
 def run(images: int, side: int, scores: Sequence[str], every: int, output: str | None) -> lgm.GradientMetrics:
@@ -93,13 +94,13 @@ def run(images: int, side: int, scores: Sequence[str], every: int, output: str |
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the resident memory during the run, and the size of the segments."""
+    """Print the resident memory during the run, the size of the segments, and the metrics."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks large_images", description=__doc__)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--side", type=int, default=1000, help="height and width")
     parser.add_argument("--scores", default="max_softmax,gradnorm")
-    parser.add_argument("--every", type=int, default=500, help="images between two lines")
-    parser.add_argument("--in-memory", action="store_true", help="keep the rows in memory instead of output=")
+    parser.add_argument("--every", type=int, default=500, help="number of images per printed line")
+    parser.add_argument("--in-memory", action="store_true", help="keep the results in memory instead of output=")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -114,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"at the end {resident():,.0f} MiB")
         size = sum(path.stat().st_size for path in Path(directory).glob("*.parquet"))
         segments = callback.segments
-        kept = segments.select([name for name in segments.column_names if name != "class_name"])
-        per_segment = kept.nbytes / max(1, kept.num_rows)
+        numeric_columns = segments.select([name for name in segments.column_names if name != "class_name"])
+        per_segment = numeric_columns.nbytes / max(1, numeric_columns.num_rows)
         print(f"{segments.num_rows:,} segments, {per_segment:.0f} bytes each in memory; {size / 2**20:.1f} MiB on disk")
         for row in callback.pixel_metrics.to_pylist():
             if row["metric"] == "auroc" or row["unit"] == "image":

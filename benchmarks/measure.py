@@ -1,4 +1,4 @@
-"""Timing several functions side by side, and what the machine is."""
+"""Time functions side by side, and describe the machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ __all__ = ["environment", "interleaved", "peak_memory", "spread", "summary"]
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Return the seconds of each function in each round. Every round runs all functions and starts with the next one.
+    """Return the seconds of each function in each round, after a warm-up round.
 
-    Other work on the machine slows all of them alike; ratios are taken within a round.
+    Every round runs all functions and starts with another one. Other work on the machine slows all functions of a round
+    alike, so ratios are taken within a round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
@@ -50,11 +51,15 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def summary(times: Mapping[str, list[float]], unit: str) -> dict[str, dict[str, Any]]:
-    """Return each function's milliseconds and its ratio to ``unit`` within a round: median and quartiles of both."""
+    """Return the median and quartiles of each function's milliseconds, and of its ratio to ``unit`` per round."""
     rows = {}
     for name, values in times.items():
-        ratios = [value / one for value, one in zip(values, times[unit], strict=True)]
-        rows[name] = {"ms": [1e3 * v for v in spread(values)], "ratio": spread(ratios), "rounds": len(values)}
+        ratios = [value / reference for value, reference in zip(values, times[unit], strict=True)]
+        rows[name] = {
+            "ms": [1e3 * seconds for seconds in spread(values)],
+            "ratio": spread(ratios),
+            "rounds": len(values),
+        }
     return rows
 
 
@@ -63,14 +68,14 @@ def peak_memory(device: str = "cpu") -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # unlike ru_maxrss, it does not start at the parent's peak
+    if status.exists():  # ru_maxrss would start at the peak of the parent process
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
         return int(lines["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return the facts that the figures depend on."""
+    """Return the date, the hardware and the software versions, which the figures depend on."""
     from lightning_gradmetrics.engine.kernels.native import supports
 
     facts = {

@@ -1,9 +1,9 @@
-"""``python -m benchmarks meters``: the two modes of the AUROC meter beside torchmetrics and scikit-learn.
+"""Compare both modes of the AUROC meter with torchmetrics and scikit-learn: ``python -m benchmarks meters``.
 
-Times of one size come from one process in which the methods take turns; medians are shown. Scores are in [0, 1], so
-that torchmetrics' own meters are correct too. Memory is the growth of the peak of a fresh process over a stream, after
-WARM batches; the row "no meter" is the cost of the batches alone. It is measured twice: unmodified, and "live", with a C
-library that returns every freed block at once (glibc's MALLOC_MMAP_THRESHOLD_), so that holes in the heap do not count.
+Times are medians; for each size, the methods take turns in one process. Scores are in [0, 1], where the meters of
+torchmetrics are correct too. Memory is the growth of the peak of a new process over a stream, after WARM batches; the row "no
+meter" is the growth without a meter. It is measured twice. For the column "live", glibc's MALLOC_MMAP_THRESHOLD_ makes
+the C library return freed blocks at once, so fragmentation of the heap does not count.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class ScikitLearn:
-    """scikit-learn's function with the interface of a meter."""
+    """``roc_auc_score`` of scikit-learn with the interface of a meter."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[Tensor, Tensor]] = []
@@ -47,12 +47,12 @@ class ScikitLearn:
 
     def compute(self) -> float:
         """Return the AUROC of all batches."""
-        scores, target = (torch.cat(parts).numpy() for parts in zip(*self.batches, strict=True))
+        scores, target = (torch.cat(tensors).numpy() for tensors in zip(*self.batches, strict=True))
         return float(roc_auc_score(target, scores))
 
 
 class NoMeter:
-    """Stores nothing: it measures the cost of the stream."""
+    """A meter that stores nothing, to measure the cost of the stream."""
 
     def update(self, scores: Tensor, target: Tensor) -> None:
         """Ignore a batch."""
@@ -80,7 +80,7 @@ STREAMED: dict[str, Callable[[], Any]] = {
 
 
 def stream(size: int, batch: int, seed: int = 0) -> Batches:
-    """Return scores in [0, 1] and targets; a fifth are positive and one standard deviation higher before the sigmoid."""
+    """Yield batches of scores in [0, 1] and targets; a fifth are positive, with shifted scores."""
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, size, batch):
         number = min(batch, size - start)
@@ -89,7 +89,7 @@ def stream(size: int, batch: int, seed: int = 0) -> Batches:
 
 
 def timed(make: Callable[[], Any], batches: Batches) -> dict[str, float]:
-    """Return the seconds in update and in compute, and the value."""
+    """Return the seconds of all updates and of compute, and the value."""
     meter, seconds = make(), 0.0
     for scores, target in batches:
         start = time.perf_counter()
@@ -101,10 +101,11 @@ def timed(make: Callable[[], Any], batches: Batches) -> dict[str, float]:
 
 
 def compare(size: int, batch: int, repeats: int, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Yield one row per method: median times of several turns, and the distance to the exact value."""
+    """Return one row per method: median times, and the absolute error of the value."""
     data = list(stream(size, batch))
     turns = [{name: timed(METHODS[name], iter(data)) for name in methods} for _ in range(repeats)]
-    exact = roc_auc_score(torch.cat([t for _, t in data]).numpy(), torch.cat([s for s, _ in data]).double().numpy())
+    scores, targets = zip(*data, strict=True)
+    exact = roc_auc_score(torch.cat(targets).numpy(), torch.cat(scores).double().numpy())
     rows = []
     for name in methods:
         update, compute = (statistics.median(turn[name][key] for turn in turns) for key in ("update_s", "compute_s"))
@@ -116,27 +117,27 @@ def compare(size: int, batch: int, repeats: int, methods: Sequence[str]) -> list
 
 
 def alone(name: str, size: int) -> dict[str, Any]:
-    """Run one method in this process, and measure the growth of peak memory after a warm-up."""
+    """Run one method in this process; return its times and the growth of peak memory after a warm-up."""
     make, batches = STREAMED[name], stream(size, BATCH)
     timed(make, stream(WARM * BATCH, BATCH))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = timed(make, batches)
+    times = timed(make, batches)
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"method": name, "size": size, "batch": BATCH, **found, "growth_mib": growth}
+    return {"method": name, "size": size, "batch": BATCH, **times, "growth_mib": growth}
 
 
 def streamed(name: str, size: int, threads: int) -> dict[str, Any]:
-    """Run one method on a stream in two new processes, for its times and its two figures of memory."""
-    found = in_fresh_process(name, size, threads, {})
+    """Run one method on a stream in two new processes; return its times and both memory figures."""
+    unmodified = in_fresh_process(name, size, threads, {})
     live = in_fresh_process(name, size, threads, {"MALLOC_MMAP_THRESHOLD_": "65536"})
-    return {**found, "live_mib": live["growth_mib"]}
+    return {**unmodified, "live_mib": live["growth_mib"]}
 
 
 def in_fresh_process(name: str, size: int, threads: int, environment: dict[str, str]) -> dict[str, Any]:
     options = ["--alone", name, "--sizes", str(size), "--threads", str(threads)]
     command = [sys.executable, "-m", "benchmarks.meters", *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
-    return dict(json.loads(done.stdout))
+    process = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+    return dict(json.loads(process.stdout))
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> Table:
@@ -152,11 +153,11 @@ def shown(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Run the comparison, print the table, and write JSON if asked."""
+    """Run the comparison, print the table, and write JSON with ``--json``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks meters", description=__doc__)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[1e4, 1e6], help="compared with all methods")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1e4, 1e6], help="numbers of scores for all methods")
     parser.add_argument("--batches", type=float, nargs="+", default=[4096, BATCH])
-    parser.add_argument("--stream", type=float, nargs="*", default=[1e6, 1e8], help="in fresh processes")
+    parser.add_argument("--stream", type=float, nargs="*", default=[1e6, 1e8], help="numbers of scores for the memory")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

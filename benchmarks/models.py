@@ -1,4 +1,4 @@
-"""The models of the benchmark, with random weights."""
+"""Models of the engine benchmark, with random weights."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class _ResNet20(nn.Module):
 
 
 def resnet20() -> nn.Module:
-    """ResNet-20 for 32x32 images."""
+    """Return ResNet-20 for 32x32 images."""
     return _ResNet20()
 
 
 def resnet18() -> nn.Module:
-    """ResNet-18 of torchvision."""
+    """Return ResNet-18 of torchvision."""
     from torchvision.models import resnet18
 
     return resnet18()
 
 
 def vit_small() -> nn.Module:
-    """ViT-S/16: 12 layers, 384 wide, 6 heads."""
+    """Return ViT-S/16: 12 layers of width 384 with 6 heads."""
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
@@ -66,13 +66,13 @@ def vit_small() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the batch that it is measured on."""
+    """A model and the shape of its batch."""
 
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]
 
     def build(self, device: str = "cpu", batch: int | None = None) -> tuple[nn.Module, Tensor]:
-        """The model in eval mode, and a batch; the same each time."""
+        """Return the model in eval mode and a batch, the same in every call."""
         torch.manual_seed(0)
         model = self.model().eval().to(device)
         shape = (batch or self.shape[0], *self.shape[1:])
@@ -84,4 +84,4 @@ CASES = {
     "resnet18": Case(resnet18, (16, 3, 112, 112)),
     "vit": Case(vit_small, (8, 3, 224, 224)),
 }
-"""The cases by name."""
+"""The benchmark cases by name."""

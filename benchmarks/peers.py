@@ -1,4 +1,4 @@
-"""What the engine is compared with: a training step, and other software that computes the same statistics."""
+"""A training step and other software, with which the engine is compared."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SQUARES = ("mean", "std", "l2")
 
 
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward, backward and parameter gradients of one batch; no optimiser."""
+    """Return a function that runs the forward and backward pass of one batch, without an optimiser."""
     labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
     def step() -> None:
@@ -43,17 +43,17 @@ def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def lgm_engine(model: nn.Module, x: Tensor, statistics: tuple[str, ...]) -> Callable[[], Any]:
-    """This project's engine."""
+    """Return a function that runs the engine of this package."""
     return lambda: lgm.gradient_statistics(model, x, "pseudo_label", statistics=statistics)
 
 
 def vmap_grad(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """``torch.func.vmap(grad)`` over the whole batch, then reductions: each the fastest torch call for it."""
+    """Return a function that runs ``vmap(grad)`` on the whole batch, then the fastest torch reductions."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
 
-    def loss(values: dict[str, Tensor], one: Tensor) -> Tensor:
-        logits = functional_call(model, {**values, **buffers}, (one[None],))
+    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        logits = functional_call(model, {**values, **buffers}, (sample[None],))
         return F.cross_entropy(logits, logits.detach().argmax(1))
 
     def run() -> list[Tensor]:
@@ -79,7 +79,7 @@ def _square(g: Tensor) -> Tensor:
 
 
 def pytorch_ood(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """GradUncertainty of pytorch-ood: ``vmap(grad)`` and a sum of squares."""
+    """Return a function that runs pytorch-ood's GradUncertainty: ``vmap(grad)`` and a sum of squares."""
     from pytorch_ood.detector import GradUncertainty
 
     detector = GradUncertainty(model)
@@ -89,8 +89,8 @@ def pytorch_ood(model: nn.Module, x: Tensor) -> Callable[[], Any]:
 def gradient_metrics_seconds(model: nn.Module, x: Tensor, samples: int) -> float:
     """Return the seconds that gradient_metrics takes for a batch.
 
-    It runs one forward pass, and for each sample a backward pass through the whole batch's graph. The backward part is
-    measured on ``samples`` samples and scaled to the batch.
+    It runs one forward pass, and one backward pass per sample through the graph of the whole batch. The backward passes
+    are timed on ``samples`` samples and scaled to the batch.
     """
     from gradient_metrics import GradientMetricCollector
     from gradient_metrics.metrics import Max, MeanStd, Min, PNorm
@@ -107,10 +107,10 @@ def gradient_metrics_seconds(model: nn.Module, x: Tensor, samples: int) -> float
 
 
 def opacus_norms(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """Opacus' ghost clipping: every sample's gradient norm, from one forward and one backward pass.
+    """Return a function that computes per-sample gradient norms with Opacus' ghost clipping.
 
-    It works on a copy, because it adds hooks and attributes to the model, and in train mode, where its hooks record. It
-    refuses batch norms, so that the mode changes nothing in a model without dropout.
+    Opacus adds hooks and attributes to the model, so it gets a copy. Its hooks record only in train mode. It refuses
+    batch norms, so train mode does not change the results of models without dropout.
     """
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
@@ -129,7 +129,7 @@ def opacus_norms(model: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def backpack_norms(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """BackPACK's squared L2 norm of every sample's gradient."""
+    """Return a function that computes per-sample gradient norms with BackPACK."""
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
@@ -153,4 +153,4 @@ SMALL: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {
     "Opacus, L2": opacus_norms,
     "BackPACK, L2": backpack_norms,
 }
-"""Software that computes the gradients of a whole batch, with what it computes."""
+"""Other software for batches of small models, by name and computed statistics."""

@@ -1,6 +1,7 @@
-"""What scores of pixels cost beside the forward pass, and how much memory their metrics need: ``python -m benchmarks segmentation``.
+"""Measure the time of pixel scores and the memory of their metrics: ``python -m benchmarks segmentation``.
 
-Times are CPU seconds of this process (all threads), so other work on the machine changes them little.
+Times are CPU seconds of all threads of this process, so other work on the machine has little influence. They are
+compared with the forward pass.
 """
 
 from __future__ import annotations
@@ -27,30 +28,30 @@ SIZE = (360, 480)
 
 
 def scored(observer: StepObserver, model: torch.nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """What the callback does in a step: observe the model's forward pass, and score its pixels."""
-    with torch.no_grad(), observer.observing() as seen:
+    """Observe the model's forward pass and return the scores of its pixels, as the callback does."""
+    with torch.no_grad(), observer.observing() as calls:
         model(images)
     scorer = observer.scorer
-    return scorer(scorer.evidence(model, observer.batch(seen, images)))
+    return scorer(scorer.evidence(model, observer.batch(calls, images)))
 
 
 def measured(scores: tuple[str, ...], rounds: int) -> Callable[[torch.nn.Module, Tensor], list[float]]:
-    """Return a function that measures the scores' share of the forward pass, once per round."""
+    """Return a function that measures the extra time of scores, as a fraction of the forward pass per round."""
 
-    def shares(model: torch.nn.Module, images: Tensor) -> list[float]:
+    def extra_fractions(model: torch.nn.Module, images: Tensor) -> list[float]:
         observer = StepObserver(Scorer(resolve(list(scores))), model)
-        found = []
+        fractions = []
         for number in range(-2, rounds):
             alone, both = _seconds(lambda: forward(model, images)), _seconds(lambda: scored(observer, model, images))
             if number >= 0:
-                found.append((both - alone) / alone)
-        return found
+                fractions.append((both - alone) / alone)
+        return fractions
 
-    return shares
+    return extra_fractions
 
 
 def forward(model: torch.nn.Module, images: Tensor) -> Tensor:
-    """A forward pass without gradients."""
+    """Return the logits of a forward pass without gradients."""
     with torch.no_grad():
         return model(images)
 
@@ -62,7 +63,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def synthetic(pixels: int, images: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Scores, errors and predicted classes of images that differ in difficulty."""
+    """Yield the scores, errors and predicted classes of images whose error rate varies."""
     generator = torch.Generator().manual_seed(0)
     for number in range(images):
         wrong = torch.rand(pixels, generator=generator) < 0.05 + 0.05 * (number % 5)
@@ -70,7 +71,7 @@ def synthetic(pixels: int, images: int) -> Iterator[tuple[Tensor, Tensor, Tensor
 
 
 def bytes_in(value: Any) -> int:
-    """The bytes of all tensors that an object holds."""
+    """Return the number of bytes of all tensors in an object."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
@@ -81,29 +82,25 @@ def bytes_in(value: Any) -> int:
 
 
 def memory(pixels: int, images: int) -> None:
-    """Print the size of a score's metrics as images are added."""
+    """Print the memory of one score's metrics for a growing number of images."""
     meter, used = PixelMeter(16384, 200), sampled_pixels(torch.ones(pixels, dtype=torch.bool), "auto")
     start = time.process_time()
-    print(
-        f"images of {pixels:,} pixels, of which {len(used):,} are used | MiB of one score's metrics | peak MiB of the process"
-    )
+    print(f"images ({len(used):,} of {pixels:,} pixels used) | MiB of one score's metrics | peak MiB of the process")
     for number, (scores, wrong, predicted) in enumerate(synthetic(pixels, images), 1):
         meter.add(scores[used], wrong[used], predicted[used], group_of(number, predicted))
         if number in (10, 100, 1_000, 10_000, images):
             print(f"{number:>8,} | {bytes_in(meter) / 2**20:6.1f} | {peak_memory() / 2**20:8.0f}", flush=True)
     print(
-        f"{1e3 * (time.process_time() - start) / images:.1f} ms of CPU per image and score, the synthetic image included"
+        f"{1e3 * (time.process_time() - start) / images:.1f} ms of CPU per image and score, including the generation of the image"
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the cost of scores, and the size of metrics."""
+    """Print the time of scores, and the memory of metrics."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks segmentation", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--images", type=int, default=1_000)
-    parser.add_argument(
-        "--pixels", type=int, default=10_000, help="of a synthetic image, for the memory of the metrics"
-    )
+    parser.add_argument("--pixels", type=int, default=10_000, help="pixels per synthetic image")
     options = parser.parse_args(arguments)
     print(
         {name: value for name, value in environment("cpu").items() if name in ("date", "processor", "threads", "torch")}

@@ -1,6 +1,6 @@
-"""Small models beside a training step: the engine run eagerly and compiled, and other software.
+"""Compare the engine and other software with a training step, on small models.
 
-Every figure is processor time on one thread, because other work on the machine disturbs wall time at this scale.
+All times are processor time on one thread, because other work on the machine distorts such short wall times.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from benchmarks.models import resnet20
 __all__ = ["CASES", "main"]
 
 LEAST_SECONDS = 0.02
-"""Processor time of one measurement: short functions are repeated."""
+"""Least processor time of one measurement; shorter functions are repeated."""
 
 
 def mlp(norm: bool = False) -> nn.Module:
-    """A network for tables: 16 columns, three hidden layers, 3 classes."""
+    """Return a network for tables with 16 columns and 3 classes; it has three hidden layers."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((16, 64), (64, 64), (64, 32)):
         layers.append(nn.Linear(inputs, outputs))
@@ -43,7 +43,7 @@ def mlp(norm: bool = False) -> nn.Module:
 
 
 class _Splines(nn.Module):
-    """A layer of a Kolmogorov-Arnold network: a sum of radial basis functions of each input."""
+    """A Kolmogorov-Arnold layer: sums of radial basis functions of each input."""
 
     def __init__(self, inputs: int, outputs: int, bases: int = 8) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ class _Splines(nn.Module):
 
 
 def kan() -> nn.Module:
-    """A Kolmogorov-Arnold network with raw parameters and einsum."""
+    """Return a Kolmogorov-Arnold network; its parameters are used in einsum, outside torch layers."""
     return nn.Sequential(_Splines(8, 16), _Splines(16, 4))
 
 
 def small_cnn() -> nn.Module:
-    """Two convolutions of 16 channels and a linear layer, for 8x8 images."""
+    """Return two convolutions with 16 channels and a linear layer, for 8x8 images."""
     convolutions = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(1024, 10))
 
@@ -79,7 +79,7 @@ class _MeanOfEmbeddings(nn.Module):
 
 
 def fast_text() -> nn.Module:
-    """The mean of a bag of word vectors, and a linear layer."""
+    """Return an embedding bag (mean) and a linear layer."""
     return nn.Sequential(nn.EmbeddingBag(20000, 64), nn.Linear(64, 4))
 
 
@@ -94,7 +94,7 @@ class _Recurrent(nn.Module):
 
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...], int]
-"""The model, the batch's shape, and the number of token ids, 0 for real numbers."""
+"""Function that builds the model, shape of the batch, and size of the vocabulary (0 for real inputs)."""
 
 CASES: dict[str, Case] = {
     "MLP, 32": (mlp, (32, 16), 0),
@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {
 
 
 def built(case: str) -> tuple[nn.Module, Tensor]:
-    """Return the model in eval mode and its batch, the same each time."""
+    """Return the model in eval mode and its batch, the same in every call."""
     make, shape, tokens = CASES[case]
     torch.manual_seed(0)
     model = make().eval()
@@ -126,41 +126,39 @@ def built(case: str) -> tuple[nn.Module, Tensor]:
 
 
 def functions(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Return what is measured, by name."""
-    found = {
+    """Return the measured functions by name."""
+    runs = {
         "step": peers.training_step(model, x),
         "all six": peers.lgm_engine(model, x, peers.FULL),
         "L2": peers.lgm_engine(model, x, ("l2",)),
     }
     if options.compile:
-        found["all six, compiled"] = _compiled(model, x, peers.FULL)
-        found["L2, compiled"] = _compiled(model, x, ("l2",))
+        runs["all six, compiled"] = _compiled(model, x, peers.FULL)
+        runs["L2, compiled"] = _compiled(model, x, ("l2",))
     if options.peers:
         for name, make in peers.SMALL.items():
-            found[name] = _made_once(make, model, x)
-    return found
+            runs[name] = _lazily(make, model, x)
+    return runs
 
 
-def _made_once(
-    make: Callable[[nn.Module, Tensor], Callable[[], Any]], model: nn.Module, x: Tensor
-) -> Callable[[], Any]:
-    """Return a function that is made in its first call, where it may fail."""
-    made: list[Callable[[], Any]] = []
+def _lazily(make: Callable[[nn.Module, Tensor], Callable[[], Any]], model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """Return a function that calls ``make`` on its first call, so that errors of ``make`` occur there."""
+    cached: list[Callable[[], Any]] = []
 
     def run() -> Any:
-        if not made:
-            made.append(make(model, x))
-        return made[0]()
+        if not cached:
+            cached.append(make(model, x))
+        return cached[0]()
 
     return run
 
 
-def _compiled(model: nn.Module, x: Tensor, wanted: tuple[str, ...]) -> Callable[[], Any]:
-    return lambda: lgm.gradient_statistics(model, x, "pseudo_label", statistics=wanted, compile=True)
+def _compiled(model: nn.Module, x: Tensor, statistic_names: tuple[str, ...]) -> Callable[[], Any]:
+    return lambda: lgm.gradient_statistics(model, x, "pseudo_label", statistics=statistic_names, compile=True)
 
 
 def processor_seconds(function: Callable[[], Any], repeats: int) -> float:
-    """Return the processor time of one call, the median over a number of calls."""
+    """Return the median processor time of several calls."""
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -170,7 +168,7 @@ def processor_seconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def measured(runs: Mapping[str, Callable[[], Any]], rounds: int, console: Console) -> dict[str, dict[str, Any]]:
-    """Return times and ratios to the training step of the functions that run; the first calls are not counted."""
+    """Return times and ratios to the training step, after two warm-up calls; print the functions that fail."""
     running, repeats = {}, {}
     for name, function in runs.items():
         try:
@@ -193,9 +191,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks small", description=__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batch", type=int, help="a smaller batch for every case")
-    parser.add_argument("--compile", action="store_true", help="the compiled plans too; each takes up to two minutes")
-    parser.add_argument("--peers", action="store_true", help="vmap(grad), pytorch-ood, Opacus and BackPACK too")
+    parser.add_argument("--batch", type=int, help="largest batch size of all cases")
+    parser.add_argument("--compile", action="store_true", help="also measure compiled plans (up to two minutes each)")
+    parser.add_argument("--peers", action="store_true", help="also measure other software")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"))
     return parser.parse_args(arguments)
 
@@ -225,9 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> Table:
     caption = ", ".join(f"{key} {value}" for key, value in facts.items())
-    table = Table(title="processor time over a training step", caption=caption, caption_justify="left")
-    for column in ("case", "what", "ratio", "quartiles", "ms"):
-        table.add_column(column, justify="left" if column in ("case", "what") else "right")
+    table = Table(title="processor time relative to a training step", caption=caption, caption_justify="left")
+    for column in ("case", "measurement", "ratio", "quartiles", "ms"):
+        table.add_column(column, justify="left" if column in ("case", "measurement") else "right")
     for row in rows:
         quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
         table.add_row(row["case"], row["what"], f"{row['ratio']:.2f}", quartiles, f"{row['ms']:.2f}")

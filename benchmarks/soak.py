@@ -1,4 +1,4 @@
-"""A million rows through the whole path: predict, scores, constant-memory meters, and the writer; is memory flat?"""
+"""Check that memory stays constant while a million rows are predicted, scored, metered and written."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["main", "resident"]
 
 SCORES = ("max_softmax", "entropy", "energy", "gradnorm", "gradtrust")
 SETTLED = 1000
-"""Batches until memory must be flat."""
+"""Number of batches after which memory must be constant."""
 
 
-class _Made(Dataset[Any]):
-    """Samples that are made from their index, so that the data take no memory."""
+class _Generated(Dataset[Any]):
+    """Samples that are generated from their index, so the data take no memory."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -57,14 +57,14 @@ class _Module(LightningModule):
 
 
 class _Watch(Callback):
-    """Updates a meter with every batch, and notes the resident memory after every hundredth."""
+    """Update a meter with every batch, and record the resident memory after every hundredth."""
 
     def __init__(self) -> None:
         self.meter = AURC(bins=4096)
         self.megabytes: dict[int, float] = {}
 
     def on_predict_batch_end(self, *arguments: Any, **options: Any) -> None:
-        """Read the logits and labels of the batch."""
+        """Update the meter, and record the memory."""
         _, _, logits, (_, labels), number, *_ = arguments
         certainty, prediction = torch.softmax(logits, 1).max(1)
         self.meter.update(1 - certainty, prediction != labels)
@@ -73,15 +73,15 @@ class _Watch(Callback):
 
 
 def resident() -> float:
-    """Megabytes of this process that are in memory (Linux)."""
+    """Return the resident memory of this process in MiB (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError("the soak needs /proc/self/status")
+    raise RuntimeError("this benchmark reads /proc/self/status, which only Linux has")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the test, and print and write memory and speed."""
+    """Run the benchmark; print and write memory and speed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--batch-size", type=int, default=256)
@@ -109,16 +109,16 @@ def _soak(rows: int, batch_size: int, directory: str) -> dict[str, Any]:
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(_Made(rows), batch_size, collate_fn=lambda batch: batch)
+    loader = DataLoader(_Generated(rows), batch_size, collate_fn=lambda batch: batch)
     start = time.perf_counter()
     trainer.predict(_Module(), loader, return_predictions=False)
     seconds = time.perf_counter() - start
     settled = [megabytes for number, megabytes in watch.megabytes.items() if number >= SETTLED]
     start = time.perf_counter()
-    read = lgm.read_results(directory, columns=["entropy"])
+    results = lgm.read_results(directory, columns=["entropy"])
     return {
         **environment("cpu"),
-        "rows": read.num_rows,
+        "rows": results.num_rows,
         "batches": len(loader),
         "rows_per_second": round(rows / seconds),
         f"megabytes_at_{SETTLED}_batches": round(settled[0]),

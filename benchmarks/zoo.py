@@ -1,8 +1,8 @@
-"""The engine against one-sample autograd on whole libraries of classifiers: ``python -m benchmarks zoo --family timm``.
+"""Compare the engine with autograd on libraries of classifiers: ``python -m benchmarks zoo --family timm``.
 
-Each model has random weights, float64, and a batch of four samples. Compared are the statistics of each sample's gradient
-for some of its parameters, the first and the last among them. Results are appended to a file, and models that are in it are
-not run again, so a run can be stopped and resumed; ``--table`` writes the page from it.
+Each model has random weights in float64 and a batch of four samples. For some parameters, the first and last included,
+the statistics of every sample's gradient are compared with autograd on that sample alone. Results are appended to a
+file, and its models are skipped, so a run can be stopped and resumed. ``--table`` writes the page from that file.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ STATISTICS = ("max", "min", "std", "l1", "l2")
 BOUND = 1e-9
 PARAMETERS = 12
 ENTRIES = 20_000_000
-"""Of the largest parameter that is compared."""
+"""Number of entries of the largest parameter that is compared."""
 
 
 class OutOfTime(BaseException):
-    """The model took longer than allowed; not an Exception, so that no handler of errors takes it."""
+    """The model took too long. Not an Exception, so no handler of errors catches it."""
 
 
 @contextmanager
 def limited(seconds: int) -> Iterator[None]:
-    """Raise :class:`OutOfTime` after some seconds."""
+    """Raise :class:`OutOfTime` if the block takes more than ``seconds``."""
 
     def stop(*_: Any) -> None:
         raise OutOfTime(f"more than {seconds} s")
@@ -57,25 +57,25 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 def chosen_parameters(model: nn.Module) -> list[str]:
-    """The names of up to :data:`PARAMETERS` parameters, evenly spread over the model."""
+    """Return the names of up to :data:`PARAMETERS` parameters, evenly spread over the model."""
     names = [name for name, p in model.named_parameters() if 0 < p.numel() <= ENTRIES and p.is_floating_point()]
     count = min(PARAMETERS, len(names))
-    places = torch.linspace(0, len(names) - 1, count).round().long().tolist()
-    return [names[place] for place in dict.fromkeys(places)]
+    indices = torch.linspace(0, len(names) - 1, count).round().long().tolist()
+    return [names[index] for index in dict.fromkeys(indices)]
 
 
 def temperature_of(model: nn.Module, inputs: Any) -> float:
-    """Return the temperature, at least 1, that keeps random logits within a range of 10: beyond it gradients vanish."""
+    """Return a temperature of at least 1 that limits the range of the logits to 10; gradients vanish beyond."""
     with torch.no_grad():
         logits = logits_of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
     return max(1.0, float(logits.amax(1).sub(logits.amin(1)).max()) / 10)
 
 
 def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str], temperature: float) -> dict[str, Tensor]:
-    """Each statistic ``(N, P)`` of each sample's gradient, from a batch of that sample alone.
+    """Return each statistic ``(N, P)`` of each sample's gradient, from a batch of that sample alone.
 
-    Models with batch norms get the sample twice, and the first loss is differentiated: torch returns a wrong gradient for a single
-    sample if the gradient that enters a batch norm is transposed, as in LeViT.
+    Models with batch norms get the sample twice, and the first loss is differentiated. For a single sample, torch
+    returns a wrong gradient if the gradient that enters a batch norm is transposed, as in LeViT.
     """
     parameters = [model.get_parameter(name).requires_grad_() for name in names]
     size = len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
@@ -88,22 +88,22 @@ def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str], tem
         else:
             output = model(inputs[sample])
         logits = logits_of(output)
-        found = torch.autograd.grad(pseudo_label_loss(logits / temperature)[0], parameters, allow_unused=True)
-        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        from_autograd = torch.autograd.grad(pseudo_label_loss(logits / temperature)[0], parameters, allow_unused=True)
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, from_autograd, strict=True)]
         for name in STATISTICS:
             rows[name].append(torch.stack([statistic(gradient, name) for gradient in gradients]))
     return {name: torch.stack(values) for name, values in rows.items()}
 
 
 def pseudo_label_loss(logits: Tensor) -> Tensor:
-    """Cross-entropy to the predicted class, ``(N, C) -> (N,)``, with all digits where the softmax rounds to 1."""
+    """Return the cross-entropy of the predicted class, ``(N, C) -> (N,)``, precise even if the softmax rounds to 1."""
     predicted = logits.detach().argmax(1, keepdim=True)
     others = logits.scatter(1, predicted, -torch.inf).logsumexp(1)
     return F.softplus(others - logits.gather(1, predicted)[:, 0], threshold=40)
 
 
 def statistic(gradient: Tensor, name: str) -> Tensor:
-    """One statistic of a gradient's entries."""
+    """Return one statistic of the entries of a gradient."""
     if name == "std":
         spread = gradient.std() if gradient.numel() > 1 else gradient.new_zeros(())
         return spread if bool(gradient.any()) else spread + 1e-16  # the documented floor
@@ -112,34 +112,34 @@ def statistic(gradient: Tensor, name: str) -> Tensor:
     return gradient.abs().sum() if name == "l1" else gradient.norm()
 
 
-def worst_error(found: lgm.GradientStatistics, right: Mapping[str, Tensor]) -> float:
-    """The largest error of a statistic, relative to the gradient's norm or to 1e-6 of the sample's largest norm."""
-    norms = {"l1": right["l1"]}
+def worst_error(measured: lgm.GradientStatistics, expected: Mapping[str, Tensor]) -> float:
+    """Return the largest error, relative to the norm of the gradient plus 1e-6 of the sample's largest norm."""
+    norms = {"l1": expected["l1"]}
     worst = 0.0
     for name in STATISTICS:
-        scale = norms.get(name, right["l2"])
+        scale = norms.get(name, expected["l2"])
         scale = scale + 1e-6 * scale.amax(1, keepdim=True) + 1e-300
-        worst = max(worst, float(((found.statistic(name) - right[name]).abs() / scale).max()))
+        worst = max(worst, float(((measured.statistic(name) - expected[name]).abs() / scale).max()))
     return worst
 
 
 def examined(make: Any, seconds: int) -> dict[str, Any]:
-    """The result for one model: its error and strategy, a refusal, or the reason why it was not run."""
+    """Return the result for one model: its error, a refusal, or the reason why it was not run."""
     torch.manual_seed(0)
     start = time.perf_counter()
     try:
-        with limited(seconds), warnings.catch_warnings(record=True) as told:
+        with limited(seconds), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model, inputs = make()
             names = chosen_parameters(model)
             temperature = temperature_of(model, inputs)
-            right = autograd_statistics(model, inputs, names, temperature)
-            result = compared(model, inputs, names, right, temperature)
+            expected = autograd_statistics(model, inputs, names, temperature)
+            result = compared(model, inputs, names, expected, temperature)
     except UnsuitableError as error:
         return {"verdict": "not run", "reason": _line(error)}
     except OutOfTime as error:
         return {"verdict": "not run", "reason": _line(error)}
-    slow = [str(warning.message) for warning in told if "no fast rule" in str(warning.message)]
+    slow = [str(warning.message) for warning in caught if "no fast rule" in str(warning.message)]
     if slow and result["verdict"] == "exact":
         result |= {"verdict": "exact, slow way", "reason": _line(slow[0])}
     entries = sum(p.numel() for p in model.parameters())
@@ -147,14 +147,14 @@ def examined(make: Any, seconds: int) -> dict[str, Any]:
 
 
 def compared(
-    model: nn.Module, inputs: Any, names: Sequence[str], right: Mapping[str, Tensor], temperature: float
+    model: nn.Module, inputs: Any, names: Sequence[str], expected: Mapping[str, Tensor], temperature: float
 ) -> dict[str, Any]:
-    """Run the engine on a model, in a first and in a second call."""
+    """Run the engine on a model twice, and return the verdict and the largest error."""
     errors, objective = [], Objective.of("pseudo_label", temperature=temperature)
     try:
         for _ in range(2):
-            found = lgm.gradient_statistics(model, inputs, objective, set(names).__contains__, True)
-            errors.append(worst_error(found, right))
+            measured = lgm.gradient_statistics(model, inputs, objective, set(names).__contains__, True)
+            errors.append(worst_error(measured, expected))
     except (ValueError, TypeError) as error:
         return {"verdict": "refused", "reason": _line(error)}
     except Exception as error:
@@ -168,14 +168,14 @@ def _line(error: object) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The results so far."""
+    """Return the results so far."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def run(families: Sequence[str], path: Path, seconds: int, only: str | None) -> None:
-    """Run the models of families that are not in the file yet, and append each result."""
+    """Run the models whose results are not in the file, and append each result."""
     done = {(row["family"], row["name"]) for row in read(path)}
     for family in families:
         for name, make in FAMILIES[family]():
@@ -188,16 +188,17 @@ def run(families: Sequence[str], path: Path, seconds: int, only: str | None) -> 
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The documentation page."""
+    """Return the documentation page."""
     lines = ["# Zoo", "", *_wrapped(_summary(rows))]
     lines += [
         "",
         *_wrapped(
-            "The engine is compared with autograd on one sample at a time, on published architectures with random weights, in "
-            "float64: four samples, the statistics of the gradients of up to 12 parameters per model, in a first and in a second "
-            f"call (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). Exact means a largest relative "
-            f'error below {BOUND:g}; "slow way" means that the fast rules could not be used for some parameters. '
-            "Logits beyond a range of 10 are divided by a temperature, since their gradients vanish."
+            "The engine runs published architectures with random weights in float64 on four samples, in a first and in a "
+            "second call. The statistics of the gradients of up to 12 parameters per model are compared with autograd on "
+            f"one sample at a time (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). "
+            f'"Exact" means that the largest relative error is below {BOUND:g}. "Slow way" means that no fast rule could '
+            "be used for some parameters. Logits with a range above 10 are divided by a temperature, because their "
+            "gradients vanish."
         ),
     ]
     lines += ["", "| library | models | exact | exact, slow way | refused | wrong | crash | worst error | not run |"]
@@ -211,7 +212,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {family} | {ran} | {' | '.join(map(str, cells))} | {worst:.0e} | {counts['not run']} |")
     lines += [
         "",
-        "Not run: no configuration of a few million parameters was found, or the model's own forward pass fails.",
+        "Not run: the model has no configuration with a few million parameters, or its own forward pass fails.",
         "",
     ]
     lines += _reasons(rows)
@@ -223,7 +224,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _reasons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a table of the verdicts that are not plainly exact, with the models of each reason."""
+    """Return a table of the other verdicts, with the models of each reason."""
     models: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["verdict"] not in ("exact", "not run"):
@@ -239,8 +240,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the result in one bold sentence."""
     ran = [row for row in rows if row["verdict"] != "not run"]
     bad = [row for row in ran if row["verdict"] in ("WRONG", "crash")]
-    found = f"{len(bad)} wrong values or crashes" if bad else "No wrong value and no crash"
-    return f"**{found} on the {len(ran)} architectures that were run.** Measured on {date.today():%d %B %Y}."
+    outcome = f"{len(bad)} wrong values or crashes" if bad else "No wrong value and no crash"
+    return f"**{outcome} on the {len(ran)} architectures that were run.** Measured on {date.today():%d %B %Y}."
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
@@ -248,7 +249,7 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def _short(reason: str) -> str:
-    """Return the cause in a warning without the names of parameters, or the whole reason, as a sentence."""
+    """Return the cause that a warning names in parentheses, or else the whole reason, as a sentence."""
     cause, closing, _ = reason.partition("(")[2].partition(")")
     if "no fast rule" not in reason:
         cause = reason[:160]
@@ -262,10 +263,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run models, or write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks zoo", description=__doc__)
     parser.add_argument("--family", choices=[*FAMILIES, "all"], default="all")
-    parser.add_argument("--only", help="a part of the model's name")
+    parser.add_argument("--only", help="run only models whose name contains this text")
     parser.add_argument("--out", type=Path, default=Path("zoo.jsonl"))
-    parser.add_argument("--seconds", type=int, default=300, help="for each model at most")
-    parser.add_argument("--table", type=Path, help="write the page to this file, and run nothing")
+    parser.add_argument("--seconds", type=int, default=300, help="time limit per model")
+    parser.add_argument("--table", type=Path, help="write the page to this file; run no model")
     options = parser.parse_args(arguments)
     if options.table:
         options.table.write_text(page(read(options.out)))

@@ -1,4 +1,4 @@
-"""The architectures of the zoo: small configurations with random weights, and a batch for each."""
+"""The models of the zoo: small configurations with random weights, and a batch for each."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["FAMILIES", "Made", "UnsuitableError"]
 SAMPLES = 4
 
 LARGEST = 5_000_000
-"""Parameters of the largest Hugging Face model that is built: larger ones ignore the small configuration."""
+"""Largest number of parameters of a Hugging Face model; larger models ignore the small configuration."""
 
 Made = tuple[nn.Module, dict[str, Tensor] | Tensor]
 Entry = tuple[str, Callable[[], Made]]
 
 
 class UnsuitableError(Exception):
-    """The model cannot be built small, or its own forward pass fails: it says nothing about the engine."""
+    """The model has no small configuration, or its own forward pass fails, so it cannot test the engine."""
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """The model in float64 and eval mode, with no parameter and no running statistic left constant."""
+    """Return the model in float64 and eval mode; constant parameters and running statistics become random."""
     model = model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,15 +39,15 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in an output."""
+    """Return the logits in a model output."""
     return getattr(output, "logits", output)
 
 
 def checked(model: nn.Module, inputs: dict[str, Tensor] | Tensor) -> Made:
-    """The model and its inputs, if its forward pass works for each number of samples that is needed.
+    """Return the model and its inputs if the forward pass works for one and for all samples.
 
     Raises:
-        UnsuitableError: If it does not.
+        UnsuitableError: If the forward pass fails, or its logits are not finite or not ``(N, C)``.
     """
     try:
         with torch.no_grad():
@@ -59,18 +59,18 @@ def checked(model: nn.Module, inputs: dict[str, Tensor] | Tensor) -> Made:
     except UnsuitableError:
         raise
     except Exception as error:
-        raise UnsuitableError(f"its own forward pass: {type(error).__name__}: {error}") from error
+        raise UnsuitableError(f"its own forward pass fails: {type(error).__name__}: {error}") from error
     return model, inputs
 
 
 # -- torchvision ------------------------------------------------------------------------------------------------------
 
 SIZES = {"inception_v3": 80, "maxvit_t": 128}
-"""Image sizes of the models that need more than 64."""
+"""Image sizes of models that need more than 64 pixels."""
 
 
 def torchvision_models() -> Iterator[Entry]:
-    """Every classifier of torchvision."""
+    """Yield every classifier of torchvision."""
     from torchvision import models
 
     for name in models.list_models(module=models):
@@ -78,7 +78,7 @@ def torchvision_models() -> Iterator[Entry]:
 
 
 def torchvision_model(name: str) -> Made:
-    """A classifier of torchvision with 10 classes, on small images."""
+    """Return a torchvision classifier with 10 classes, and small images."""
     from torchvision import models
 
     size, options = SIZES.get(name, 64), {"num_classes": 10}
@@ -157,13 +157,13 @@ TIMM = [
 
 
 def timm_models() -> Iterator[Entry]:
-    """Architectures of timm, one or two of each kind."""
+    """Yield one or two timm models of each kind."""
     for name in TIMM:
         yield name, lambda name=name: timm_model(name)
 
 
 def timm_model(name: str) -> Made:
-    """A model of timm with 10 classes, on the smallest images that it takes."""
+    """Return a timm model with 10 classes, and the smallest images that it accepts."""
     import timm
 
     reasons = []
@@ -172,7 +172,7 @@ def timm_model(name: str) -> Made:
             options = {"img_size": size} if sized else {}
             network = randomised(timm.create_model(name, pretrained=False, num_classes=10, **options))
             return checked(network, torch.randn(SAMPLES, 3, size, size, dtype=torch.float64))
-        except Exception as error:  # another size
+        except Exception as error:  # try the next size
             reasons.append(str(error))
     raise UnsuitableError(reasons[-1])
 
@@ -197,14 +197,14 @@ SMALL = {
     **{"vocab_size": 60, "num_key_value_heads": 2, "type_vocab_size": 2, "embed_dim": 16, "image_size": 32},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_channels": 3},
 }
-"""Settings by the names that configurations give them; a configuration gets those that it has."""
+"""Small values of settings; each configuration gets the values of its own settings."""
 
 EXPERTS = "eager"
-"""The mixtures of experts' implementation: grouped products take no float64 on CPUs."""
+"""Implementation of mixtures of experts; grouped matrix products do not support float64 on CPUs."""
 
 
 def huggingface_models() -> Iterator[Entry]:
-    """Every classifier of sequences, images and audio in transformers that a small configuration fits."""
+    """Yield the classifiers of sequences, images and audio in transformers."""
     from transformers.models.auto import modeling_auto as auto
 
     tables = {
@@ -219,7 +219,7 @@ def huggingface_models() -> Iterator[Entry]:
 
 
 def huggingface_model(kind: str, family: str, name: str) -> Made:
-    """A small classifier of transformers and a batch of its kind."""
+    """Return a small transformers classifier and a batch."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -241,12 +241,12 @@ def huggingface_model(kind: str, family: str, name: str) -> Made:
 
 
 def _settings(default: Any) -> dict[str, Any]:
-    """Return the small settings that are numbers in a configuration."""
-    known = {}
+    """Return the small values of settings that a configuration has and that are integers or token ids."""
+    settings = {}
     for name, value in SMALL.items():
         if isinstance(getattr(default, name, None), int) or (hasattr(default, name) and name.endswith("token_id")):
-            known[name] = value
-    return known
+            settings[name] = value
+    return settings
 
 
 def _batch(kind: str) -> dict[str, Tensor]:
@@ -255,7 +255,7 @@ def _batch(kind: str) -> dict[str, Tensor]:
     if kind == "audio":
         return {"input_values": torch.randn(SAMPLES, 4000, dtype=torch.float64)}
     tokens = torch.randint(3, 60, (SAMPLES, 9))
-    tokens[:, -1] = 2  # the end of the sequence, which some models classify
+    tokens[:, -1] = 2  # end-of-sequence token, at which some models classify
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 

@@ -1,7 +1,7 @@
-"""Head gradients of pixels against autograd on libraries of segmentation models: ``python -m benchmarks zoo_segmentation``.
+"""Compare head gradients of pixels with autograd on segmentation models: ``python -m benchmarks zoo_segmentation``.
 
-Each model has random weights, float64, and two small images. The head is found automatically; the L1 norms of the
-pseudo-label and the uniform gradient of its weight are compared at six pixels with autograd. ``--table`` writes the page.
+Each model has random weights in float64 and two small images. The head is detected. At six pixels, the L1 norms of the
+pseudo-label and uniform gradients of its weight are compared with autograd. ``--table`` prints the table of the page.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lightning_gradmetrics.scoring.step import observed
 
 BOUND = 1e-9
 PIXELS = ((0, 0.0, 0.0), (1, 1.0, 1.0), (0, 0.3, 0.2), (1, 0.1, 0.8), (0, 0.7, 0.4), (1, 0.5, 0.9))
-"""Image, and row and column as shares of height and width."""
+"""Image index, and row and column as fractions of height and width."""
 
 Make = Callable[[], nn.Module]
 
 
 def torchvision_models() -> Iterator[tuple[str, Make]]:
-    """Every semantic segmentation model of torchvision."""
+    """Yield every semantic segmentation model of torchvision."""
     from torchvision import models
 
     for name in models.list_models(module=models.segmentation):
@@ -42,7 +42,7 @@ def torchvision_models() -> Iterator[tuple[str, Make]]:
 
 
 def smp_models() -> Iterator[tuple[str, Make]]:
-    """Every decoder of segmentation_models_pytorch."""
+    """Yield a model with each decoder of segmentation_models_pytorch, and three variants."""
     import segmentation_models_pytorch as smp
 
     for name in ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "UPerNet", "Segformer"):
@@ -94,7 +94,7 @@ HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def huggingface_models() -> Iterator[tuple[str, Make]]:
-    """Models of transformers for semantic, instance and universal segmentation, with small configurations."""
+    """Yield small transformers models for semantic, instance and universal segmentation."""
     for name, (config, settings) in HUGGINGFACE.items():
         yield name, lambda name=name, config=config, settings=settings: _huggingface(name, config, settings)
 
@@ -108,9 +108,9 @@ def _huggingface(name: str, config: str, settings: Mapping[str, Any]) -> nn.Modu
         chosen["backbone_config"] = transformers.SwinConfig(
             **backbone, out_features=["stage1", "stage2", "stage3", "stage4"]
         )
-    made = getattr(transformers, config)(**chosen)
-    made.num_labels = 5
-    return getattr(transformers, name)(made)
+    configuration = getattr(transformers, config)(**chosen)
+    configuration.num_labels = 5
+    return getattr(transformers, name)(configuration)
 
 
 FAMILIES = {
@@ -121,27 +121,27 @@ FAMILIES = {
 
 
 def pixels_of(logits: Tensor) -> list[tuple[int, int, int]]:
-    """Image, row and column of the pixels."""
+    """Return the image, row and column of each pixel."""
     height, width = logits.shape[2:]
     return [(image, round(row * (height - 1)), round(column * (width - 1))) for image, row, column in PIXELS]
 
 
 def gradient_norms(model: nn.Module, head: str, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The L1 norms of the pseudo-label and uniform gradients at the pixels, by autograd on the weights of the head."""
+    """Return the L1 norms of the pseudo-label and uniform gradients of the head's weights, by autograd."""
     weights = [model.get_submodule(name).weight.requires_grad_() for name in head.split("+")]
     norms = []
     for image, row, column in pixels_of(logits):
         z = logits[image, :, row, column]
         z = torch.cat([torch.zeros_like(z), z]) if len(z) == 1 else z
         for loss in (pseudo_label_loss(z[None])[0], -z.log_softmax(0).mean()):
-            parts = torch.autograd.grad(loss, weights, retain_graph=True)
-            norms.append(sum(part.abs().sum() for part in parts))
+            gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+            norms.append(sum(gradient.abs().sum() for gradient in gradients))
     values = torch.stack(norms).view(-1, 2)
     return values[:, 0], values[:, 1]
 
 
 def compared(model: nn.Module) -> dict[str, Any]:
-    """Score a model, and return the head that was found and the largest relative error."""
+    """Score a model; return the detected head and the largest relative error."""
     side = 128 if type(model).__name__ == "PAN" else 64
     images = torch.randn(2, 3, side, side + 32, dtype=torch.float64)
     if hasattr(getattr(model, "config", None), "image_size"):
@@ -152,7 +152,7 @@ def compared(model: nn.Module) -> dict[str, Any]:
     except Exception as error:
         raise UnsuitableError(f"its forward pass fails: {' '.join(str(error).split())}") from error
     try:
-        found = lgm.score(model, images, ["pseudo_label", "gradnorm"])
+        scores = lgm.score(model, images, ["pseudo_label", "gradnorm"])
         scorer = Scorer(resolve(["gradnorm"]))
         head = observed(scorer, model, images).head.name
     except (ValueError, TypeError) as error:
@@ -161,16 +161,16 @@ def compared(model: nn.Module) -> dict[str, Any]:
     pseudo, uniform = gradient_norms(model, head, logits)
     worst = 0.0
     for number, pixel in enumerate(pixels_of(logits)):
-        for value, right in (
-            (found["pseudo_label"][pixel], pseudo[number]),
-            (-found["gradnorm"][pixel], uniform[number]),
+        for value, expected in (
+            (scores["pseudo_label"][pixel], pseudo[number]),
+            (-scores["gradnorm"][pixel], uniform[number]),
         ):
-            worst = max(worst, float((value - right).abs() / right.abs().clamp(min=1e-300)))
+            worst = max(worst, float((value - expected).abs() / expected.abs().clamp(min=1e-300)))
     return {"verdict": "exact" if worst < BOUND else "WRONG", "error": worst, "head": head}
 
 
 def examined(make: Make) -> dict[str, Any]:
-    """The result for one model."""
+    """Return the result for one model."""
     torch.manual_seed(0)
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -189,7 +189,7 @@ def examined(make: Make) -> dict[str, Any]:
 
 
 def run(families: Sequence[str], path: Path, only: str | None) -> None:
-    """Run the models that are not in the file yet, and append each result."""
+    """Run the models whose results are not in the file, and append each result."""
     done = {(row["family"], row["name"]) for row in read(path)}
     for family in families:
         for name, make in FAMILIES[family]():
@@ -210,14 +210,14 @@ def run(families: Sequence[str], path: Path, only: str | None) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The results so far."""
+    """Return the results so far."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of the documentation, between its marks."""
+    """Return the table of the documentation page."""
     lines = [f"Measured on {date.today():%d %B %Y} with torch {torch.__version__.partition('+')[0]}.", ""]
     lines += ["| library | model | result | largest error | head |", "|---|---|---|---|---|"]
     for row in rows:
@@ -233,9 +233,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run models, or print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks zoo_segmentation", description=__doc__)
     parser.add_argument("--family", choices=[*FAMILIES, "all"], default="all")
-    parser.add_argument("--only", help="a part of the model's name")
+    parser.add_argument("--only", help="run only models whose name contains this text")
     parser.add_argument("--out", type=Path, default=Path("zoo_segmentation.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table, and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the table; run no model")
     options = parser.parse_args(arguments)
     if options.table:
         print(table(read(options.out)), end="")

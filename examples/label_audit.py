@@ -2,7 +2,7 @@
 Audit labels
 ============
 
-Find wrong labels: the loss of the given label has a large gradient there (GraNd).
+Find wrong labels with GraNd, the norm of the gradient of the labelled loss.
 """
 
 from __future__ import annotations
