@@ -197,7 +197,7 @@ SMALL = {
     **{"vocab_size": 60, "num_key_value_heads": 2, "type_vocab_size": 2, "embed_dim": 16, "image_size": 32},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_channels": 3},
 }
-"""Small values of settings; each configuration gets the values of its own settings."""
+"""Small values of settings; each configuration gets those whose names it has."""
 
 EXPERTS = "eager"
 """Implementation of mixtures of experts; grouped matrix products do not support float64 on CPUs."""
