@@ -28,7 +28,7 @@ from benchmarks.models import resnet20
 __all__ = ["CASES", "main"]
 
 LEAST_SECONDS = 0.02
-"""Least processor time of one measurement; shorter functions are repeated."""
+"""Minimum processor time of one measurement; shorter functions are repeated."""
 
 
 def mlp(norm: bool = False) -> nn.Module:
@@ -191,7 +191,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks small", description=__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batch", type=int, help="largest batch size of all cases")
+    parser.add_argument("--batch", type=int, help="upper limit of the batch size in every case")
     parser.add_argument("--compile", action="store_true", help="also measure compiled plans (up to two minutes each)")
     parser.add_argument("--peers", action="store_true", help="also measure other software")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"))
