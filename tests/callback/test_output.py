@@ -62,7 +62,7 @@ def interrupted(output: Path, stop_at: int = 10, **options: Any) -> None:
         score(output, model=Classifier(stop_at), **options)
 
 
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+@pytest.mark.parametrize("stage", fast_rows(["validate", "test", "predict"], ["test"]))
 def test_the_directory_has_the_same_rows_as_memory(stage: str, tmp_path: Path) -> None:
     expected = score(None, stage).results
     callback = score(Output(tmp_path, rows_per_part=6), stage)

@@ -52,6 +52,7 @@ def test_the_data_are_pairs_in_the_models_channels(root: Path) -> None:
         LabelledImages(root / "images", root / "labels", rows="evn")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_metrics_of_every_unit(root: Path, command: Command) -> None:
     options = ["segmentation_scores=[max_softmax,pseudo_label]", "pixels.segments=2", "pixels.resamples=20"]
     options.append("leaderboard={title: Mine, notes: [wrong pixels]}")

@@ -8,7 +8,7 @@ import torch
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores.gradorth import leading_directions
-from tests.models import mlp, vectors
+from tests.models import fast_rows, mlp, vectors
 
 
 def features(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -16,7 +16,7 @@ def features(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         return model[:-1](inputs)  # type: ignore[index, no-any-return]
 
 
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.97])
+@pytest.mark.parametrize("energy", fast_rows([0.5, 0.9, 0.97], [0.9]))
 def test_the_subspace_is_that_of_the_singular_vectors(energy: float) -> None:
     """The vectors equal those of numpy's decomposition of all features at once, for any batches: the fewest that suffice."""
     model, inputs = mlp().double(), vectors(50).double()
