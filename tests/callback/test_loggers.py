@@ -30,6 +30,7 @@ def logged(logger: Logger, **options: Any) -> lgm.GradientMetrics:
     return callback
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_scalars_histograms_and_images(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

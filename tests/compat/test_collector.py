@@ -207,6 +207,7 @@ def test_unused_parameters_have_zero_gradients():
     torch.testing.assert_close(found, torch.stack([part[:, 0] * 15 / 21, torch.zeros(5), part[:, 1]], 1))
 
 
+@pytest.mark.slow
 def test_retain_graph_and_the_users_own_backward():
     model, x = made("convolutional")
     collector = GradientMetricCollector(ours.PNorm(model))

@@ -73,6 +73,7 @@ class _OutsideFlag(nn.Module):
         return self.layer(x) * SLOPES["slope"]
 
 
+@pytest.mark.slow
 def test_a_change_outside_of_the_model_ends_the_compiled_plan(graphs, monkeypatch):
     torch.manual_seed(0)
     model, x = _OutsideFlag(), torch.randn(5, 4)

@@ -161,6 +161,7 @@ def test_every_kind_of_stream_is_evaluated_alike(kind: str, tmp_path: Path) -> N
     assert found.datasets == wanted.datasets
 
 
+@pytest.mark.slow
 def test_a_small_directory_is_exact_and_a_large_one_is_binned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write(tmp_path / "results", table())
     assert judged(directory, resamples=5) == judged(read_results(directory), resamples=5)

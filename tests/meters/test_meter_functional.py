@@ -124,6 +124,7 @@ def brute_f1(order):
 tied_samples = st.lists(st.tuples(st.sampled_from([-2.0, 0.0, 1e-30, 1e30]), st.booleans()), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(tied_samples)
 def test_ties_are_the_mean_over_all_orders(pairs):
