@@ -13,29 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
+from benchmarks.callback import HEAD_SCORES
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.scoring.evidence import Evidence
 
-HEAD_SCORES = [
-    "max_logit",
-    "log_likelihood",
-    "feature_norm",
-    "max_softmax",
-    "entropy",
-    "margin",
-    "energy",
-    "doctor",
-    "gen",
-    "max_logit_pnorm",
-    "gradtrust",
-    "gradnorm",
-    "uniform",
-    "gradnorm_kl",
-    "pseudo_label",
-    "exgrad",
-    "fisher_trace",
-    "pgn",
-]
 CHECKS = {"_check_head", "_checked", "changed"}
 """The checks of a batch: the head's output is the logits, labels are classes, and the step changed no input in place."""
 
