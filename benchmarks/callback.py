@@ -23,6 +23,7 @@ import lightning_gradmetrics as lgm
 from benchmarks.measure import environment, interleaved, spread, summary
 from benchmarks.models import resnet20
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import make
 
 __all__ = ["main"]
 
@@ -123,7 +124,7 @@ def head_scores(rounds: int) -> list[dict[str, Any]]:
     logits, features = torch.randn(samples, HEAD_BATCH["classes"]), torch.randn(samples, HEAD_BATCH["features"]).relu()
     rows = []
     for name in HEAD_SCORES:
-        score, milliseconds = lgm.scores.make(name), []
+        score, milliseconds = make(name), []
         for _ in range(rounds + 3):
             start = time.process_time()
             score(Evidence(logits, features))

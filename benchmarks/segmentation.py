@@ -19,7 +19,7 @@ from benchmarks.espnet import espnet
 from benchmarks.measure import environment, peak_memory
 from lightning_gradmetrics.pictures.pixels.metrics import PixelMeter, sampled_pixels
 from lightning_gradmetrics.pictures.pixels.resampling import group_of
-from lightning_gradmetrics.scores import resolve
+from lightning_gradmetrics.scoring.registry import resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.step import StepObserver
 

@@ -22,7 +22,7 @@ import lightning_gradmetrics as lgm
 from benchmarks.zoo import pseudo_label_loss
 from benchmarks.zoo_models import UnsuitableError, randomised
 from lightning_gradmetrics.classifier.forward import logits_in
-from lightning_gradmetrics.scores import resolve
+from lightning_gradmetrics.scoring.registry import resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.step import observed
 

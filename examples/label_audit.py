@@ -29,7 +29,7 @@ def main() -> None:
     Trainer(callbacks=[callback], **QUIET).test(model, loader, verbose=False)
     print("planted:", planted.tolist())
     for score, label_use in (("grand", "reads the label"), ("gradnorm", "ignores the label")):
-        largest = lgm.largest(callback.results, score, n=10)
+        largest = callback.results.sort_by([(score, "descending")])[:10]
         print(f"ten largest {score}, which {label_use}:", largest["index"].to_pylist())
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lightning_gradmetrics.language import score_generation, watching_generation
     from lightning_gradmetrics.pictures import plot
     from lightning_gradmetrics.pictures.pixels import Pixels
-    from lightning_gradmetrics.results import largest, read_results, unfinished
+    from lightning_gradmetrics.results import read_results, unfinished
     from lightning_gradmetrics.scoring import cross_fit, fit, gradient_features, gradient_profile, score
 
 __version__ = "0.1.0"
@@ -28,7 +28,6 @@ __all__ = [
     "gradient_features",
     "gradient_profile",
     "gradient_statistics",
-    "largest",
     "meters",
     "plot",
     "ray",
@@ -50,7 +49,6 @@ _ROOMS = {
     "gradient_features": "scoring",
     "gradient_profile": "scoring",
     "gradient_statistics": "engine",
-    "largest": "results",
     "read_results": "results",
     "score": "scoring",
     "score_generation": "language",

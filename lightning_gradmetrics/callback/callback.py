@@ -55,10 +55,10 @@ from lightning_gradmetrics.pictures.pixels.source import PixelResults
 from lightning_gradmetrics.results.output import Output, check_output
 from lightning_gradmetrics.results.stores import Results
 from lightning_gradmetrics.results.table import empty_results
-from lightning_gradmetrics.scores import FittedScore, resolve
+from lightning_gradmetrics.scores import FittedScore
 from lightning_gradmetrics.scoring.fitting import Fitting
 from lightning_gradmetrics.scoring.layer_profile import Profile
-from lightning_gradmetrics.scoring.registry import ScoreLike
+from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.states import check_fitted, fitted_states, with_fitted_states
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +11,7 @@ from torch import nn
 
 from lightning_gradmetrics.callback.describing import describe_circumstances, describe_run
 from lightning_gradmetrics.callback.processes import Processes
-from lightning_gradmetrics.evaluation import Thresholds, apply_thresholds
+from lightning_gradmetrics.evaluation import Thresholds
 from lightning_gradmetrics.results.output import Output, check_limits
 from lightning_gradmetrics.results.stores import DirectoryStore, MemoryStore, Store
 from lightning_gradmetrics.results.table import Rows
@@ -52,7 +51,7 @@ def store_of(
         ResumeError: If it contains the results of another run; the message names the difference.
         RuntimeError: If another run writes to it, or another process of this run fails.
     """
-    complete = _unchanged if thresholds is None else partial(apply_thresholds, thresholds=thresholds)
+    complete = _unchanged if thresholds is None else thresholds.apply
     if output is None:
         return MemoryStore(rows, complete)
     check_limits(output, limited)

@@ -52,7 +52,7 @@ def score_costs(
         ValueError: If the batch has no samples.
 
     Example:
-        >>> from lightning_gradmetrics.scores import make
+        >>> from lightning_gradmetrics.scoring.registry import make
         >>> model = nn.Sequential(nn.Linear(4, 3)).eval()
         >>> [record] = score_costs(model, torch.randn(8, 4), None, [make("entropy")], repeats=1)
         >>> sorted(record)

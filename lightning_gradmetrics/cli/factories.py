@@ -16,7 +16,8 @@ from lightning_gradmetrics.cli.configuration import configuration_directory, opt
 from lightning_gradmetrics.cli.data.conversion import evaluation_data
 from lightning_gradmetrics.cli.data.sets import EvaluationData
 from lightning_gradmetrics.cli.models.classifier import Classifier
-from lightning_gradmetrics.scores import Score, make, resolve
+from lightning_gradmetrics.scores import Score
+from lightning_gradmetrics.scoring.registry import make, resolve
 
 __all__ = ["build_data", "build_model", "build_scores"]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.cli.data.images import IMAGENET_MEAN, IMAGENET_STD
-from lightning_gradmetrics.scores import resolve
+from lightning_gradmetrics.scoring.registry import resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.step import observed
 

@@ -13,7 +13,7 @@ from lightning_gradmetrics.cli.leaderboard_record import areas_of, base_record, 
 from lightning_gradmetrics.cli.stories import KINDS, score_names
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.pictures.pixels.levels import labelled_pixels
-from lightning_gradmetrics.scores import make
+from lightning_gradmetrics.scoring.registry import make
 
 __all__ = ["segmentation_record", "stories_record"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,20 +29,7 @@ Reads = Literal["all", "positives", "negatives"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the protocol.
-
-    Args:
-        name: Its name in tables and files, such as ``"auroc"``.
-        title: Its name for readers, such as ``"AUROC"``.
-        meaning: One line that explains it.
-        meter: The meter of the same metric; its ``higher_is_better`` is the direction.
-        of_counts: Computes the metric from :class:`~lightning_gradmetrics.meters.functional.counts.Counts` with leading
-            dimensions ``(...)`` and the true-positive rate of ``fpr95``; returns ``(...)``, NaN where undefined.
-        tasks: The tasks that it is computed for: any of ``"joint"``, ``"misclassification"`` and ``"ood"``.
-        shown: The tasks whose main table shows it.
-        digits: The number of decimals of the value times 100.
-        reads: ``"positives"`` if the metric depends only on the counts at the scores of positives and on both totals, so
-            that the bootstrap may merge other scores; ``"negatives"`` likewise; by default, no scores are merged.
+    """A metric of the protocol; :func:`register_metric` describes its fields.
 
     Example:
         >>> METRICS["fpr95"].higher_is_better, METRICS["fpr95"].title
@@ -78,36 +65,59 @@ HIGHER_IS_BETTER: dict[str, bool] = {}
 """Whether a larger value of each metric is better. ``fpr95`` is the false-positive rate at ``rate``, by default 0.95."""
 
 
-def register_metric(metric: Metric) -> Metric:
-    """Add a metric to the protocol.
+def register_metric(
+    name: str,
+    title: str,
+    meaning: str,
+    meter: type[ScoreMeter],
+    of_counts: Callable[[Counts, float], Tensor],
+    *,
+    tasks: Sequence[str],
+    shown: Sequence[str] = (),
+    digits: int = 1,
+    reads: Reads = "all",
+) -> None:
+    """Add a metric to the evaluation of every run.
 
     Args:
-        metric: The metric.
+        name: Its name in tables and files, such as ``"auroc"``.
+        title: Its name for readers, such as ``"AUROC"``.
+        meaning: One line that explains it.
+        meter: The meter of the same metric; its ``higher_is_better`` is the direction.
+        of_counts: Computes the metric from :class:`~lightning_gradmetrics.meters.functional.counts.Counts` with leading
+            dimensions ``(...)`` and the true-positive rate of ``fpr95``; returns ``(...)``, NaN where undefined.
+        tasks: The tasks that it is computed for: any of ``"joint"``, ``"misclassification"`` and ``"ood"``.
+        shown: The tasks whose main table shows it.
+        digits: The number of decimals of the value times 100.
+        reads: ``"positives"`` if the metric depends only on the counts at the scores of positives and on both totals, so
+            that the bootstrap may merge other scores; ``"negatives"`` likewise; by default, no scores are merged.
 
     Returns:
-        The metric.
+        None.
 
     Raises:
         ValueError: If the name is taken, a task is unknown, or the meter has no direction.
 
     Example:
-        >>> register_metric(METRICS["auroc"])
+        >>> register_metric("auroc", "AUROC", "", meters.AUROC, auroc_of_counts, tasks=["ood"])
         Traceback (most recent call last):
         ValueError: the metric name 'auroc' is taken: choose another name
     """
-    if metric.name in METRICS:
-        raise ValueError(f"the metric name {metric.name!r} is taken: choose another name")
-    if not metric.tasks or set(metric.tasks) - set(TASKS):
-        raise ValueError(f"the tasks of {metric.name!r} must be among {', '.join(TASKS)}, got {metric.tasks}")
-    if metric.meter.higher_is_better is None:
-        raise ValueError(f"{metric.meter.__name__}.higher_is_better is None: a metric of the protocol has a direction")
-    METRICS[metric.name] = metric
-    HIGHER_IS_BETTER[metric.name] = metric.higher_is_better
+    if name in METRICS:
+        raise ValueError(f"the metric name {name!r} is taken: choose another name")
+    if not tasks or set(tasks) - set(TASKS):
+        raise ValueError(f"the tasks of {name!r} must be among {', '.join(TASKS)}, got {tasks}")
+    if set(shown) - set(tasks):
+        raise ValueError(f"the metric {name!r} is shown for {shown}, but computed only for {tasks}")
+    if meter.higher_is_better is None:
+        raise ValueError(f"{meter.__name__}.higher_is_better is None: a metric of the protocol has a direction")
+    metric = Metric(name, title, meaning, meter, of_counts, tuple(tasks), tuple(shown), digits, reads)
+    METRICS[name] = metric
+    HIGHER_IS_BETTER[name] = metric.higher_is_better
     for task in metric.tasks:
-        TASKS[task] += (metric.name,)
+        TASKS[task] += (name,)
     for task in metric.shown:
-        SHOWN[task] += (metric.name,)
-    return metric
+        SHOWN[task] += (name,)
 
 
 def metrics_of(names: Iterable[str], counts: Counts, rate: float) -> dict[str, Tensor]:
@@ -158,75 +168,72 @@ def _aupr_in(counts: Counts, rate: float) -> Tensor:
 ALL = (MISCLASSIFICATION, OOD, JOINT)
 SELECTIVE = (MISCLASSIFICATION, JOINT)
 
-for _metric in (
-    Metric(
-        "auroc",
-        "AUROC",
-        "probability that a random positive scores above a random negative; 50 is guessing",
-        meters.AUROC,
-        _auroc,
-        ALL,
-        ALL,
-        reads="positives",
-    ),
-    Metric(
-        "aurc",
-        "AURC",
-        "error rate among the retained samples, averaged over all coverages",
-        meters.AURC,
-        _aurc,
-        SELECTIVE,
-        SELECTIVE,
-        digits=2,
-        reads="positives",
-    ),
-    Metric(
-        "e_aurc",
-        "E-AURC",
-        "AURC minus the AURC of a perfect ranking",
-        meters.EAURC,
-        _e_aurc,
-        (MISCLASSIFICATION,),
-        digits=2,
-        reads="positives",
-    ),
-    Metric(
-        "augrc",
-        "AUGRC",
-        "fraction of all samples that are undetected errors, averaged over all coverages",
-        meters.AUGRC,
-        _augrc,
-        SELECTIVE,
-        digits=2,
-        reads="positives",
-    ),
-    Metric(
-        "fpr95",
-        "FPR95",
-        "fraction of negatives flagged at a threshold that flags 95 % of the positives",
-        meters.FPRAtTPR,
-        _fpr,
-        ALL,
-        (OOD,),
-        reads="positives",
-    ),
-    Metric(
-        "aupr",
-        "AUPR",
-        "area under the precision-recall curve",
-        meters.AveragePrecision,
-        _aupr,
-        (MISCLASSIFICATION, OOD),
-        reads="positives",
-    ),
-    Metric(
-        "aupr_in",
-        "AUPR in",
-        "area under the precision-recall curve with in-distribution samples as positives",
-        meters.AveragePrecision,
-        _aupr_in,
-        (OOD,),
-        reads="negatives",
-    ),
-):
-    register_metric(_metric)
+register_metric(
+    "auroc",
+    "AUROC",
+    "probability that a random positive scores above a random negative; 50 is guessing",
+    meters.AUROC,
+    _auroc,
+    tasks=ALL,
+    shown=ALL,
+    reads="positives",
+)
+register_metric(
+    "aurc",
+    "AURC",
+    "error rate among the retained samples, averaged over all coverages",
+    meters.AURC,
+    _aurc,
+    tasks=SELECTIVE,
+    shown=SELECTIVE,
+    digits=2,
+    reads="positives",
+)
+register_metric(
+    "e_aurc",
+    "E-AURC",
+    "AURC minus the AURC of a perfect ranking",
+    meters.EAURC,
+    _e_aurc,
+    tasks=(MISCLASSIFICATION,),
+    digits=2,
+    reads="positives",
+)
+register_metric(
+    "augrc",
+    "AUGRC",
+    "fraction of all samples that are undetected errors, averaged over all coverages",
+    meters.AUGRC,
+    _augrc,
+    tasks=SELECTIVE,
+    digits=2,
+    reads="positives",
+)
+register_metric(
+    "fpr95",
+    "FPR95",
+    "fraction of negatives flagged at a threshold that flags 95 % of the positives",
+    meters.FPRAtTPR,
+    _fpr,
+    tasks=ALL,
+    shown=(OOD,),
+    reads="positives",
+)
+register_metric(
+    "aupr",
+    "AUPR",
+    "area under the precision-recall curve",
+    meters.AveragePrecision,
+    _aupr,
+    tasks=(MISCLASSIFICATION, OOD),
+    reads="positives",
+)
+register_metric(
+    "aupr_in",
+    "AUPR in",
+    "area under the precision-recall curve with in-distribution samples as positives",
+    meters.AveragePrecision,
+    _aupr_in,
+    tasks=(OOD,),
+    reads="negatives",
+)

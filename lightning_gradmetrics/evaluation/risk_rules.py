@@ -24,7 +24,7 @@ GRID = np.linspace(0.3, 1.0, 8)
 """The number of candidates for each of two thresholds that are tested together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SelectiveRisk(Rule):
     """Accept as many samples as possible with an error rate among them of at most ``risk``, with confidence ``1 - delta``.
 
@@ -44,6 +44,7 @@ class SelectiveRisk(Rule):
         Geifman, El-Yaniv: Selective Classification for Deep Neural Networks, NeurIPS 2017.
     """
 
+    name = "selective_risk"
     risk: float = 0.05
     delta: float = 0.05
     needs_labels = True
@@ -74,7 +75,7 @@ class SelectiveRisk(Rule):
         return _risk_guarantee(self.risk, self.delta)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LearnThenTest(Rule):
     """The same guarantee as :class:`SelectiveRisk`, from a sequence of tests.
 
@@ -96,6 +97,7 @@ class LearnThenTest(Rule):
         Angelopoulos et al.: Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control, 2021.
     """
 
+    name = "learn_then_test"
     risk: float = 0.05
     delta: float = 0.05
     seed: int = 0
@@ -143,7 +145,7 @@ class _PairTest:
     outside: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JointRisk(Rule):
     """Accept a sample if both its error score and its OOD score pass, with bounded joint risk.
 
@@ -166,6 +168,7 @@ class JointRisk(Rule):
         Angelopoulos et al.: Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control, 2021.
     """
 
+    name = "joint_risk"
     risk: float = 0.1
     delta: float = 0.05
     ood_share: float = 0.5

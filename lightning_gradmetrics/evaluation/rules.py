@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.stats import binom
@@ -31,11 +31,16 @@ class Fit:
     coverage: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rule:
     """The base of all rules."""
 
-    needs_labels = False
+    name: ClassVar[str]
+    needs_labels: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in asdict(self).items())
+        return f"{self.name}({arguments})"
 
     def fit(self, scores: Any, incorrect: Any) -> Fit:
         """Fit a threshold to scores ``(N,)`` and, if the rule needs it, to which predictions are incorrect ``(N,)``."""
@@ -47,7 +52,7 @@ class Rule:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rule's name and arguments."""
-        return {"name": type(self).__name__, **asdict(self)}
+        return {"name": self.name, **asdict(self)}
 
 
 def _at_rank(scores: Any, rank: int) -> Fit:
@@ -56,7 +61,7 @@ def _at_rank(scores: Any, rank: int) -> Fit:
     return Fit(threshold, float((scores <= threshold).mean()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TruePositiveRate(Rule):
     """Accept at least a given fraction of the fitted in-distribution rows, without a guarantee for other rows.
 
@@ -68,6 +73,7 @@ class TruePositiveRate(Rule):
         0.3
     """
 
+    name = "true_positive_rate"
     tpr: float = 0.95
 
     def __post_init__(self) -> None:
@@ -82,7 +88,7 @@ class TruePositiveRate(Rule):
         return f"at least {100 * self.tpr:g} % of the fitted in-distribution rows are accepted"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Coverage(Rule):
     """Accept at least a given fraction of all in-distribution samples, with confidence ``1 - delta``.
 
@@ -100,6 +106,7 @@ class Coverage(Rule):
         Wilks: Determination of Sample Sizes for Setting Tolerance Limits, Annals of Mathematical Statistics 1941.
     """
 
+    name = "coverage"
     coverage: float = 0.95
     delta: float = 0.05
 
@@ -122,7 +129,7 @@ class Coverage(Rule):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conformal(Rule):
     """Reject a new in-distribution sample with probability at most ``alpha``, by its conformal p-value.
 
@@ -137,6 +144,7 @@ class Conformal(Rule):
         Bates et al.: Testing for Outliers with Conformal p-values, Annals of Statistics 2023.
     """
 
+    name = "conformal"
     alpha: float = 0.05
 
     def __post_init__(self) -> None:

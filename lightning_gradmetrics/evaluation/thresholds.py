@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightning_gradmetrics.classifier.hints import did_you_mean
 from lightning_gradmetrics.evaluation.reading import as_table, finite_rows, float_column
-from lightning_gradmetrics.evaluation.risk_rules import JointRisk
-from lightning_gradmetrics.evaluation.rules import Rule, TruePositiveRate
+from lightning_gradmetrics.evaluation.risk_rules import JointRisk, LearnThenTest, SelectiveRisk
+from lightning_gradmetrics.evaluation.rules import Conformal, Coverage, Rule, TruePositiveRate
 
-__all__ = ["Thresholds", "apply_thresholds", "conformal_p_values", "count_accepted", "fit_thresholds"]
+__all__ = ["Thresholds", "conformal_p_values", "count_accepted", "fit_thresholds"]
+
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (TruePositiveRate, Coverage, Conformal, SelectiveRisk, LearnThenTest, JointRisk)
+}
+"""Every rule by its name."""
 
 KEYS = ("values", "rows", "rule", "guarantee", "coverage", "together")
 
@@ -33,7 +39,10 @@ class Thresholds:
         together: Whether the guarantee holds for samples that all thresholds accept.
 
     Example:
-        >>> fitted = fit_thresholds(pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]}), ["entropy"], tpr=0.75)
+        >>> table = pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]})
+        >>> fitted = fit_thresholds(table, ["entropy"], tpr=0.75)
+        >>> fitted.apply(table)["entropy_accept"].to_pylist()
+        [True, True, True, False]
         >>> Thresholds.from_json(fitted.to_json()) == fitted
         True
     """
@@ -61,41 +70,96 @@ class Thresholds:
             raise ValueError(f"this JSON has no thresholds: it needs the keys {', '.join(KEYS)}; fit them again")
         return cls(**content)
 
+    def apply(self, results: Any) -> pa.Table:
+        """Add a column ``<score>_accept`` for each threshold: true where the score does not exceed the threshold.
+
+        Thresholds with a joint guarantee also add ``accept``, which is true where all of them accept. A row whose
+        score is missing or NaN, or that is flagged as not finite, is rejected.
+
+        Args:
+            results: A results table.
+
+        Returns:
+            The table with the added columns.
+
+        Raises:
+            ValueError: If the results lack a score that has a threshold.
+        """
+        table = as_table(results)
+        usable = finite_rows(table, [])
+        accept = usable.copy()
+        for score, threshold in self.values.items():
+            passes = usable & (float_column(table, score) <= threshold)
+            accept &= passes
+            table = _with_column(table, f"{score}_accept", passes)
+        return _with_column(table, "accept", accept) if self.together else table
+
 
 def fit_thresholds(
     results: Any,
     scores: Sequence[str],
-    tpr: float = 0.95,
+    rule: str = "true_positive_rate",
     *,
-    rule: Rule | None = None,
     roles: Mapping[str, str] | None = None,
+    **arguments: Any,
 ) -> Thresholds:
     """Fit thresholds on held-out rows.
 
-    Rows that are not finite are dropped. Every rule but ``JointRisk`` uses in-distribution rows only.
+    Rows that are not finite are dropped. Every rule but ``"joint_risk"`` uses in-distribution rows only. The rules and
+    their arguments, with the defaults:
+
+    - ``"true_positive_rate"``: accept the fraction ``tpr=0.95``, in (0, 1], of the fitted in-distribution rows, without a
+      guarantee for other rows.
+    - ``"coverage"``: accept at least the fraction ``coverage=0.95`` of all in-distribution samples (Wilks 1941).
+    - ``"conformal"``: reject a new in-distribution sample with probability at most ``alpha=0.05`` (Bates et al. 2023).
+    - ``"selective_risk"``: accept as many samples as possible with an error rate among them of at most ``risk=0.05``
+      (Geifman & El-Yaniv 2017).
+    - ``"learn_then_test"``: the same guarantee, ``risk=0.05``, from a sequence of tests; ``seed=0`` draws the half of the
+      rows that proposes thresholds (Angelopoulos et al. 2021).
+    - ``"joint_risk"``: accept a sample if two scores pass, with at most the fraction ``risk=0.1`` of errors and OOD samples
+      among the accepted ones, if the fraction ``ood_share=0.5`` of all samples is OOD; ``seed=0`` as above.
+
+    All guarantees but those of ``"true_positive_rate"`` and ``"conformal"`` have confidence ``1 - delta``, ``delta=0.05``.
 
     Args:
         results: The results table of held-out data, of any kind that
             :func:`~lightning_gradmetrics.evaluation.evaluate` accepts.
-        scores: The columns to fit; for :class:`~lightning_gradmetrics.evaluation.JointRisk` the error score and the
-            OOD score.
-        tpr: The fraction of in-distribution rows to accept, in (0, 1]; used if no rule is given.
-        rule: ``TruePositiveRate``, ``Coverage``, ``Conformal``, ``SelectiveRisk``, ``LearnThenTest`` or ``JointRisk``.
+        scores: The columns to fit; for ``"joint_risk"`` the error score and the OOD score.
+        rule: The name of the rule.
         roles: The role of each dataset; without roles all rows are in-distribution.
+        **arguments: The arguments of the rule.
 
     Returns:
         The thresholds with their guarantee and coverage.
 
     Raises:
-        ValueError: If a column or label is missing, no row is finite, or there are too few rows for the rule; the
-            message then states how many rows are needed.
+        ValueError: If the rule is unknown, an argument is out of range, a column or label is missing, no row is finite, or
+            there are too few rows for the rule; the message then states how many rows are needed.
+        TypeError: If the rule has no such argument.
 
     Example:
         >>> table = pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]})
         >>> fit_thresholds(table, ["entropy"], tpr=0.75).values
         {'entropy': 0.3}
     """
-    rule = TruePositiveRate(tpr) if rule is None else rule
+    return fit_rule(results, scores, _rule_of(rule, arguments), roles)
+
+
+def _rule_of(name: str, arguments: Mapping[str, Any]) -> Rule:
+    """Return a rule from its name and arguments."""
+    if name not in RULES:
+        raise ValueError(f"unknown rule {name!r};{did_you_mean(name, RULES)} available: {', '.join(RULES)}")
+    rule = RULES[name]
+    allowed = {field.name: field.default for field in fields(rule)}
+    for key in arguments:
+        if key not in allowed:
+            defaults = ", ".join(f"{argument}={default!r}" for argument, default in allowed.items())
+            raise TypeError(f"the rule {name!r} has no argument {key!r}; its arguments are: {defaults}")
+    return rule(**arguments)
+
+
+def fit_rule(results: Any, scores: Sequence[str], rule: Rule, roles: Mapping[str, str] | None = None) -> Thresholds:
+    """Return the thresholds of a rule; see :func:`fit_thresholds`."""
     if len(set(scores)) != len(scores):
         raise ValueError(f"a score is named twice: {list(scores)}; name each once")
     table = as_table(results)
@@ -114,7 +178,7 @@ def fit_thresholds(
     columns = {score: float_column(table, score)[keep] for score in scores}
     if isinstance(rule, JointRisk):
         if len(scores) != 2:
-            raise ValueError(f"JointRisk needs two scores, the error score and the OOD score, got {list(scores)}")
+            raise ValueError(f"joint_risk needs two scores, the error score and the OOD score, got {list(scores)}")
         fits = list(rule.fit_pair(list(columns.values()), incorrect[keep], is_ood[keep]))
     else:
         fits = [rule.fit(column, incorrect[keep]) for column in columns.values()]
@@ -135,37 +199,6 @@ def _is_ood(table: pa.Table, roles: Mapping[str, str] | None) -> Any:
     return np.isin(np.asarray(names), outside)
 
 
-def apply_thresholds(results: Any, thresholds: Thresholds) -> pa.Table:
-    """Add a column ``<score>_accept`` for each threshold: true where the score does not exceed the threshold.
-
-    Thresholds with a joint guarantee also add ``accept``, which is true where all of them accept. A row whose
-    score is missing or NaN, or that is flagged as not finite, is rejected.
-
-    Args:
-        results: A results table.
-        thresholds: The result of :func:`fit_thresholds`.
-
-    Returns:
-        The table with the added columns.
-
-    Raises:
-        ValueError: If the results lack a score that has a threshold.
-
-    Example:
-        >>> table = pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]})
-        >>> apply_thresholds(table, fit_thresholds(table, ["entropy"], 0.75))["entropy_accept"].to_pylist()
-        [True, True, True, False]
-    """
-    table = as_table(results)
-    usable = finite_rows(table, [])
-    accept = usable.copy()
-    for score, threshold in thresholds.values.items():
-        passes = usable & (float_column(table, score) <= threshold)
-        accept &= passes
-        table = _with_column(table, f"{score}_accept", passes)
-    return _with_column(table, "accept", accept) if thresholds.together else table
-
-
 def count_accepted(results: Any, thresholds: Thresholds) -> list[dict[str, Any]]:
     """Return how many rows of each dataset the thresholds accept, and how many of the accepted ones are incorrect.
 
@@ -180,7 +213,7 @@ def count_accepted(results: Any, thresholds: Thresholds) -> list[dict[str, Any]]
     Raises:
         ValueError: If the results lack a score that has a threshold.
     """
-    table = apply_thresholds(results, thresholds)
+    table = thresholds.apply(results)
     label, prediction = float_column(table, "label"), float_column(table, "prediction")
     labelled = ~np.isnan(label) & ~np.isnan(prediction)
     columns: dict[str | None, str] = {score: f"{score}_accept" for score in thresholds.values}

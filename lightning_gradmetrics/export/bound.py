@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_gradmetrics.scores import FittedScore, make
+from lightning_gradmetrics.scores import FittedScore
 from lightning_gradmetrics.scoring.direct import score as score_batch
 from lightning_gradmetrics.scoring.fitting import fit
-from lightning_gradmetrics.scoring.registry import ScoreLike
+from lightning_gradmetrics.scoring.registry import ScoreLike, make
 
 __all__ = ["BoundScore"]
 

@@ -48,7 +48,7 @@ def picture_sources(
         top_k: Number of samples with the largest values to show, by score.
 
     Example:
-        >>> from lightning_gradmetrics.scores import resolve
+        >>> from lightning_gradmetrics.scoring.registry import resolve
         >>> [type(source).__name__ for source in picture_sources(resolve(["gga", "entropy"]), Profile(), {"entropy": 5})]
         ['ProfileGallery', 'ExampleGallery', 'MapGallery']
     """

@@ -57,7 +57,7 @@ def decisions(run: Run) -> Decisions | None:
 
 
 def _rule(stored: Mapping[str, Any]) -> str:
-    """Return the rule, as in ``SelectiveRisk(risk=0.05, delta=0.05), fitted on 1,000 rows``."""
+    """Return the rule, as in ``selective_risk(risk=0.05, delta=0.05), fitted on 1,000 rows``."""
     arguments = dict(stored["rule"])
     name = arguments.pop("name")
     listed = ", ".join(map("{0[0]}={0[1]!r}".format, arguments.items()))

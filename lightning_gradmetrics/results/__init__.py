@@ -3,6 +3,5 @@
 from lightning_gradmetrics.results.parts import ResumeError
 from lightning_gradmetrics.results.reading import IncompleteResultsError, read_results
 from lightning_gradmetrics.results.resuming import unfinished
-from lightning_gradmetrics.results.table import largest
 
-__all__ = ["IncompleteResultsError", "ResumeError", "largest", "read_results", "unfinished"]
+__all__ = ["IncompleteResultsError", "ResumeError", "read_results", "unfinished"]

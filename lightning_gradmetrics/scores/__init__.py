@@ -12,15 +12,7 @@ import sys
 
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import (
-    OF_ANSWERS,
-    RECIPES,
-    Score,
-    make,
-    register,
-    register_fitted,
-    resolve,
-)
+from lightning_gradmetrics.scoring.registry import OF_ANSWERS, RECIPES, Score, register
 from lightning_gradmetrics.scoring.states import load_fitted, save_fitted
 
 for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
@@ -37,10 +29,7 @@ __all__ = [
     "FittedScore",
     "Score",
     "load_fitted",
-    "make",
     "register",
-    "register_fitted",
-    "resolve",
     "save_fitted",
     *NAMES,
 ]

@@ -49,10 +49,7 @@ from lightning_gradmetrics.scores.trust import trust as trust
 from lightning_gradmetrics.scoring.evidence import Evidence as Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore as FittedScore
 from lightning_gradmetrics.scoring.recipes import Score as Score
-from lightning_gradmetrics.scoring.registry import make as make
 from lightning_gradmetrics.scoring.registry import register as register
-from lightning_gradmetrics.scoring.registry import register_fitted as register_fitted
-from lightning_gradmetrics.scoring.registry import resolve as resolve
 from lightning_gradmetrics.scoring.states import load_fitted as load_fitted
 from lightning_gradmetrics.scoring.states import save_fitted as save_fitted
 

@@ -17,7 +17,7 @@ from lightning_gradmetrics.scores.attribution import channels_last, observing_ou
 from lightning_gradmetrics.scoring.arguments import Allowed, Count, Positive
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["ActivationStates", "interval_edges", "nac_ue"]
@@ -81,7 +81,7 @@ class ActivationStates:
         return torch.stack([torch.cat(products, 1), torch.cat(shares, 1)], 1)
 
 
-@register_fitted("gradient", "Liu et al. 2024, arXiv:2306.02879")
+@register("gradient", "Liu et al. 2024, arXiv:2306.02879")
 class nac_ue(FittedScore):
     r"""NAC-UE: negative coverage of a sample's activation states by in-distribution samples.
 

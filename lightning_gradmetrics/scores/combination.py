@@ -24,7 +24,7 @@ from lightning_gradmetrics.scoring.arguments import CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence, Target
 from lightning_gradmetrics.scoring.features import feature_columns
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import Score, register_fitted
+from lightning_gradmetrics.scoring.registry import Score, register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["COLUMNS", "NORMS", "OBJECTIVES", "combination"]
@@ -90,7 +90,7 @@ CLASSIFIERS = {
 """The detectors that learn two classes: the names of the classes, and the advice if one is missing."""
 
 
-@register_fitted("gradient", "this package; after Oberdiek et al. 2018, arXiv:1805.08440")
+@register("gradient", "this package; after Oberdiek et al. 2018, arXiv:1805.08440")
 class combination(FittedScore):
     r"""A detector or a classifier on many standardised scores and gradient norms together.
 

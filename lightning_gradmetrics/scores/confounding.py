@@ -18,7 +18,7 @@ from lightning_gradmetrics.scores.classifiers import (
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence, Target
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register, register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["confounding", "confounding_detector", "purview"]
@@ -93,7 +93,7 @@ def purview(evidence: Evidence, *, part: Literal["initial", "final"] = "initial"
     return half.mean(1)
 
 
-@register_fitted("gradient", "Lee & AlRegib 2020, arXiv:2008.08030")
+@register("gradient", "Lee & AlRegib 2020, arXiv:2008.08030")
 class confounding_detector(FittedScore):
     r"""Probability of being out-of-distribution, by a detector trained on each parameter's squared gradient norm.
 

@@ -12,7 +12,7 @@ from lightning_gradmetrics.scores.logits import entropy, max_softmax
 from lightning_gradmetrics.scoring.arguments import Count
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["knn", "mahalanobis", "rmds", "sirc", "vim"]
@@ -76,7 +76,7 @@ def _distances(features: Tensor, means: Tensor, precision: Tensor) -> Tensor:
     return torch.stack(columns, 1)
 
 
-@register_fitted("baseline", "Mueller & Hein 2025, arXiv:2505.18032; Lee et al. 2018, arXiv:1807.03888")
+@register("baseline", "Mueller & Hein 2025, arXiv:2505.18032; Lee et al. 2018, arXiv:1807.03888")
 class mahalanobis(FittedScore):
     r"""Squared Mahalanobis distance of the head's input to the nearest class mean, on L2-normalised features.
 
@@ -115,7 +115,7 @@ class mahalanobis(FittedScore):
         return _distances(measured["features"], state["means"], state["precision"]).amin(1)
 
 
-@register_fitted("baseline", "Ren et al. 2021, arXiv:2106.09022")
+@register("baseline", "Ren et al. 2021, arXiv:2106.09022")
 class rmds(FittedScore):
     r"""Relative Mahalanobis distance: that to the nearest class, minus that to all in-distribution data.
 
@@ -154,7 +154,7 @@ class rmds(FittedScore):
         return nearest_class - overall
 
 
-@register_fitted("baseline", "Sun et al. 2022, arXiv:2204.06507")
+@register("baseline", "Sun et al. 2022, arXiv:2204.06507")
 class knn(FittedScore):
     r"""Distance of the head's input to its k-th nearest neighbour among in-distribution samples.
 
@@ -236,7 +236,7 @@ def _rows_and_head(evidence: Evidence, features: Tensor) -> Tensors:
     return {"rows/features": features, "model/weight": weight, "model/bias": bias}
 
 
-@register_fitted("baseline", "Wang et al. 2022, arXiv:2203.10807")
+@register("baseline", "Wang et al. 2022, arXiv:2203.10807")
 class vim(FittedScore):
     r"""ViM: the norm of the features outside the principal subspace, as a virtual logit, plus the free energy.
 
@@ -283,7 +283,7 @@ class vim(FittedScore):
 PRIMARY = {"max_softmax": max_softmax(), "entropy": entropy()}
 
 
-@register_fitted("baseline", "Xia & Bouganis 2022, arXiv:2207.07517")
+@register("baseline", "Xia & Bouganis 2022, arXiv:2207.07517")
 class sirc(FittedScore):
     r"""SIRC: an error score that increases if a second score marks the sample as out-of-distribution.
 

@@ -9,13 +9,13 @@ from lightning_gradmetrics.gradients.objectives import class_residual
 from lightning_gradmetrics.scoring.arguments import Positive
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["kfac_influence"]
 
 
-@register_fitted("gradient", "Grosse et al. 2023, arXiv:2308.03296; Martens & Grosse 2015, arXiv:1503.05671")
+@register("gradient", "Grosse et al. 2023, arXiv:2308.03296; Martens & Grosse 2015, arXiv:1503.05671")
 class kfac_influence(FittedScore):
     r"""Influence of a sample on itself through the head, ``(g^T G^-1 g) (h^T A^-1 h)``, with K-FAC's factors.
 

@@ -21,7 +21,7 @@ from lightning_gradmetrics.scores.detectors import (
 from lightning_gradmetrics.scoring.arguments import Count
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register, register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["SUMMARIES", "ClassCosines", "gga", "gga_detector"]
@@ -113,7 +113,7 @@ LOF_ROWS = 10_000
 """Largest number of fitted samples that the local outlier factor compares with, chosen uniformly."""
 
 
-@register_fitted("gradient", PAPER)
+@register("gradient", PAPER)
 class gga_detector(FittedScore):
     """An anomaly detector on the cosines of the cosine similarity map, fitted on in-distribution data.
 

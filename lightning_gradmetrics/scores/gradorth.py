@@ -8,13 +8,13 @@ from torch import Tensor
 from lightning_gradmetrics.scoring.arguments import Share
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["gradorth", "leading_directions"]
 
 
-@register_fitted("gradient", "Behpour et al. 2023, arXiv:2308.00310")
+@register("gradient", "Behpour et al. 2023, arXiv:2308.00310")
 class gradorth(FittedScore):
     r"""Negative norm of the head's gradient projected onto the subspace of in-distribution features.
 

@@ -12,13 +12,13 @@ from lightning_gradmetrics.scoring.arguments import CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence, ParameterGradients, Target
 from lightning_gradmetrics.scoring.features import FEATURES, feature_columns, several
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["oberdiek"]
 
 
-@register_fitted("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")
+@register("gradient", "Oberdiek et al. 2018, arXiv:1805.08440")
 class oberdiek(FittedScore):
     r"""Probability that the prediction is incorrect, by a classifier of the gradient's statistics.
 

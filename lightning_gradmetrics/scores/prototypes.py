@@ -9,7 +9,7 @@ from lightning_gradmetrics.gradients.objectives import class_residual
 from lightning_gradmetrics.scores.detectors import nearest_rows
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["gradient_cosine", "grood"]
@@ -27,7 +27,7 @@ def _noise_gradients(features: Tensor, prototypes: Tensor, noise: Tensor) -> Ten
     return probability * away / to_noise.clamp(min=torch.finfo(away.dtype).tiny)
 
 
-@register_fitted("gradient", "ElAraby et al. 2023, arXiv:2312.14427")
+@register("gradient", "ElAraby et al. 2023, arXiv:2312.14427")
 class grood(FittedScore):
     r"""GROOD: distance of the gradient for an out-of-distribution prototype to the nearest one of in-distribution data.
 
@@ -93,7 +93,7 @@ def _unit(rows: Tensor) -> Tensor:
     return rows / norms.clamp(min=torch.finfo(rows.dtype).tiny)
 
 
-@register_fitted("gradient", "after Xie et al. 2024, arXiv:2402.13494")
+@register("gradient", "after Xie et al. 2024, arXiv:2402.13494")
 class gradient_cosine(FittedScore):
     r"""Negative cosine of a sample's gradient to the mean gradient of its predicted class.
 

@@ -15,7 +15,7 @@ from lightning_gradmetrics.scores.view_probes import SeenView, ViewProbe, ViewSe
 from lightning_gradmetrics.scoring.arguments import Count, CountOrZero
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.fitted import FittedScore
-from lightning_gradmetrics.scoring.registry import register_fitted
+from lightning_gradmetrics.scoring.registry import register
 from lightning_gradmetrics.scoring.totals import Tensors
 
 __all__ = ["ViewSums", "channel_distance", "error_log_odds", "left_out_distances", "trust"]
@@ -104,7 +104,7 @@ def left_out_distances(rows: Tensor, mean: Tensor, precision: Tensor, shrinkage:
     return (size / (size - 1)) ** 2 * inside / remaining.clamp(min=1 / size)
 
 
-@register_fitted("baseline", "this package; after Xia & Bouganis 2022, arXiv:2207.07517")
+@register("baseline", "this package; after Xia & Bouganis 2022, arXiv:2207.07517")
 class trust(FittedScore):
     r"""An error score that increases if energy or activations indicate out-of-distribution data; fitted on in-distribution data.
 
@@ -199,7 +199,7 @@ class trust(FittedScore):
         return measured["log_odds"] + energy + DISTANCE_WEIGHT * excess
 
 
-@register_fitted("baseline", "this package; after Lee et al. 2018, arXiv:1807.03888")
+@register("baseline", "this package; after Lee et al. 2018, arXiv:1807.03888")
 class channel_distance(FittedScore):
     r"""Squared Mahalanobis distance of channel statistics to their mean over in-distribution data.
 

@@ -189,7 +189,7 @@ def needs_of(scores: Iterable[Callable[[Evidence], Any]], classes: int = 3) -> N
         classes: The number of classes of the synthetic samples.
 
     Example:
-        >>> from lightning_gradmetrics.scores import make
+        >>> from lightning_gradmetrics.scoring.registry import make
         >>> needs_of([make("gradnorm"), make("entropy")]).features
         True
     """

@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, get_args
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, get_args, overload
 
 from torch import Tensor
 
@@ -25,7 +25,6 @@ __all__ = [
     "add_recipe",
     "make",
     "register",
-    "register_fitted",
     "resolve",
 ]
 
@@ -55,15 +54,23 @@ ScoreLike = str | Score | Mapping[str, Any] | ScoreFunction
 mapping, as ``{"gradnorm": {"temperature": 2}}`` or with ``class_path`` and ``init_args``."""
 
 
-def register(
-    family: Family, paper: str, *, alias_of: str | None = None
-) -> Callable[[Callable[Concatenate[Evidence, P], Tensor]], Callable[P, Score]]:
-    """Register a function of the evidence as the score of its name.
+class Decorator(Protocol):
+    """What :func:`register` returns: it decorates a function of the evidence, or a subclass of :class:`FittedScore`."""
 
-    The decorated name then makes the score: ``my_score(temperature=2)`` returns a :class:`Score`. The function's
+    @overload
+    def __call__(self, method: F) -> F: ...
+
+    @overload
+    def __call__(self, method: Callable[Concatenate[Evidence, P], Tensor]) -> Callable[P, Score]: ...
+
+
+def register(family: Family, paper: str, *, alias_of: str | None = None) -> Decorator:
+    """Register a function of the evidence, or a subclass of :class:`FittedScore`, as the score of its name.
+
+    A decorated function's name then makes the score: ``my_score(temperature=2)`` returns a :class:`Score`. The function's
     arguments are keyword-only and have defaults; their annotations are checked
     (:mod:`lightning_gradmetrics.scoring.arguments`). The first line of the docstring begins with "Negative" or
-    "One minus" if the paper's quantity is a confidence.
+    "One minus" if the paper's quantity is a confidence. A decorated class is unchanged.
 
     Args:
         family: ``"baseline"`` for scores of the logits and the features, ``"gradient"`` for scores of gradients.
@@ -71,11 +78,12 @@ def register(
         alias_of: The name of another score that equals this one at its default arguments; tables then show only that one.
 
     Returns:
-        A decorator; the decorated name becomes a function that makes the score.
+        A decorator. A decorated function becomes one that makes the score; a class is returned unchanged.
 
     Raises:
         ValueError: If the family is unknown, or the name belongs to another score.
-        TypeError: If an argument of the function is positional or has no default.
+        TypeError: If an argument of the function is positional or has no default, or if a class is not a subclass of
+            :class:`FittedScore` or lacks one of its four methods.
 
     Example:
         >>> @register("baseline", "this example")
@@ -84,16 +92,43 @@ def register(
         ...     return evidence.logits.amin(1) - evidence.logits.amax(1)
         >>> make("logit_range"), RECIPES.pop("logit_range").family
         (logit_range, 'baseline')
+        >>> @register("baseline", "this example")
+        ... class energy_above_mean(FittedScore):
+        ...     "Energy minus its mean over in-distribution data."
+        ...     def measure(self, evidence):
+        ...         return {"energy": -evidence.logits.logsumexp(1)}
+        ...     def accumulate(self, evidence, measured):
+        ...         return {"sum": measured["energy"].sum(), "count": measured["energy"].new_tensor(len(measured["energy"]))}
+        ...     def finish(self, total):
+        ...         return {"mean": total["sum"] / total["count"]}
+        ...     def score(self, measured, state):
+        ...         return measured["energy"] - state["mean"]
+        >>> make("energy_above_mean"), RECIPES.pop("energy_above_mean").family
+        (energy_above_mean, 'baseline')
     """
     _check_family(family)
 
-    def decorate(function: Callable[Concatenate[Evidence, P], Tensor]) -> Callable[P, Score]:
-        recipe = Recipe(function.__name__, function, family, paper, alias_of)
-        _check_signature(recipe.name, function)
+    def decorate(method: Any) -> Any:
+        recipe = Recipe(method.__name__, method, family, paper, alias_of)
+        if not isinstance(method, type):
+            _check_signature(recipe.name, method)
+            add_recipe(recipe)
+            return factory(recipe)
+        _check_methods(method)
         add_recipe(recipe)
-        return factory(recipe)
+        method.recipe = recipe  # type: ignore[attr-defined]
+        return method
 
     return decorate
+
+
+def _check_methods(cls: type) -> None:
+    """Refuse a class that is not a fitted score or lacks one of its four methods."""
+    if not issubclass(cls, FittedScore):
+        raise TypeError(f"{cls.__name__!r} must be a subclass of FittedScore to be a fitted score")
+    lacking = [method for method in METHODS if getattr(cls, method) is getattr(FittedScore, method)]
+    if lacking:
+        raise TypeError(f"the fitted score {cls.__name__!r} lacks {', '.join(lacking)}; it needs {', '.join(METHODS)}")
 
 
 def _check_signature(name: str, function: Callable[..., Any]) -> None:
@@ -121,52 +156,6 @@ def factory(recipe: Recipe) -> Callable[..., Score]:
     make_score.__annotations__ = annotations
     make_score.recipe = recipe  # type: ignore[attr-defined]
     return make_score
-
-
-def register_fitted(family: Family, paper: str) -> Callable[[F], F]:
-    """Register a subclass of :class:`FittedScore` as the score of its name.
-
-    Args:
-        family: ``"baseline"`` or ``"gradient"``, as in :func:`register`.
-        paper: The paper that proposed the score, or another source.
-
-    Returns:
-        A decorator that returns the class unchanged.
-
-    Raises:
-        ValueError: If the family is unknown, or the name belongs to another score.
-        TypeError: If the class is not a subclass of :class:`FittedScore`, or lacks one of its four methods.
-
-    Example:
-        >>> @register_fitted("baseline", "this example")
-        ... class energy_above_mean(FittedScore):
-        ...     "Energy minus its mean over in-distribution data."
-        ...     def measure(self, evidence):
-        ...         return {"energy": -evidence.logits.logsumexp(1)}
-        ...     def accumulate(self, evidence, measured):
-        ...         return {"sum": measured["energy"].sum(), "count": measured["energy"].new_tensor(len(measured["energy"]))}
-        ...     def finish(self, total):
-        ...         return {"mean": total["sum"] / total["count"]}
-        ...     def score(self, measured, state):
-        ...         return measured["energy"] - state["mean"]
-        >>> make("energy_above_mean"), RECIPES.pop("energy_above_mean").family
-        (energy_above_mean, 'baseline')
-    """
-    _check_family(family)
-
-    def decorate(cls: F) -> F:
-        if not (isinstance(cls, type) and issubclass(cls, FittedScore)):
-            raise TypeError(f"{getattr(cls, '__name__', cls)!r} must be a subclass of FittedScore to be a fitted score")
-        lacking = [method for method in METHODS if getattr(cls, method) is getattr(FittedScore, method)]
-        if lacking:
-            raise TypeError(
-                f"the fitted score {cls.__name__!r} lacks {', '.join(lacking)}; it needs {', '.join(METHODS)}"
-            )
-        cls.recipe = Recipe(cls.__name__, cls, family, paper)
-        add_recipe(cls.recipe)
-        return cls
-
-    return decorate
 
 
 def _check_family(family: str) -> None:
@@ -327,10 +316,7 @@ def _check_names_differ(scores: Iterable[Score]) -> None:
     names: set[str] = set()
     for score in scores:
         if score.name in names:
-            raise ValueError(
-                f"two scores are called {score.name!r}: rename one, as in {{'mine': {score.name!r}}} or "
-                f"make({score.name!r}, name='mine')"
-            )
+            raise ValueError(f"two scores are called {score.name!r}: rename one, as in {{'mine': {score.name!r}}}")
         names.add(score.name)
 
 

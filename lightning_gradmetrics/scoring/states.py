@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.scoring.fitted import FittedScore, averaged, fitted_scores, not_fitted
 from lightning_gradmetrics.scoring.recipes import Score
+from lightning_gradmetrics.scoring.registry import ScoreLike, resolve
 
 __all__ = [
     "check_fitted",
@@ -65,7 +66,7 @@ def check_fitted(scores: Iterable[Score], model: nn.Module) -> None:
         ValueError: If a fitted score has no state, or its state was fitted for another model.
 
     Example:
-        >>> from lightning_gradmetrics.scores import resolve
+        >>> from lightning_gradmetrics.scoring.registry import resolve
         >>> check_fitted(resolve(["energy", "gradorth"]), nn.Linear(4, 3))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
@@ -168,12 +169,12 @@ def _described(value: object) -> str:
 
 
 def load_fitted(
-    scores: Iterable[Score], directory: str | Path, model: nn.Module, head: str | None = None
+    scores: ScoreLike | Iterable[ScoreLike], directory: str | Path, model: nn.Module, head: str | None = None
 ) -> tuple[Score, ...]:
     """Return the scores with the states that :func:`save_fitted` wrote.
 
     Args:
-        scores: Scores; those that need no fit are returned unchanged.
+        scores: Scores, or their names; those that need no fit are returned unchanged.
         directory: The folder of the states.
         model: The model to be scored.
         head: The name of its head, if it is known; otherwise it is checked when the head is found.
@@ -190,12 +191,12 @@ def load_fitted(
         >>> model, images = nn.Linear(4, 3), torch.randn(20, 4)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save_fitted(lgm.fit(model, [images], "gradorth"), folder)
-        ...     loaded = load_fitted(lgm.scores.resolve(["energy", "gradorth"]), folder, model)
+        ...     loaded = load_fitted(["energy", "gradorth"], folder, model)
         >>> list(lgm.score(model, images, loaded))
         ['energy', 'gradorth']
     """
     loaded: list[Score] = []
-    for score in scores:
+    for score in resolve(scores):
         loaded.append(_load(score, Path(directory)) if isinstance(score, FittedScore) else score)
     check_fitted(loaded, model)
     check_head(loaded, head)

@@ -44,7 +44,7 @@ def observed(scorer: Scorer, model: nn.Module, inputs: Inputs, labels: Tensor | 
         labels: True labels ``(N,)``, or ``None``.
 
     Example:
-        >>> from lightning_gradmetrics.scores import resolve
+        >>> from lightning_gradmetrics.scoring.registry import resolve
         >>> model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(5, 4)
         >>> scorer = Scorer(resolve("gradnorm"))
         >>> scorer(scorer.evidence(model, observed(scorer, model, x)))["gradnorm"].shape

@@ -495,7 +495,8 @@ def test_thresholds_fitted_on_one_run_are_applied_in_the_next(tmp_path) -> None:
 @pytest.mark.parametrize(
     "rule",
     fast_rows(
-        ["TruePositiveRate", "Coverage", "Conformal", "SelectiveRisk", "LearnThenTest", "JointRisk"], ["Conformal"]
+        ["true_positive_rate", "coverage", "conformal", "selective_risk", "learn_then_test", "joint_risk"],
+        ["conformal"],
     ),
 )
 def test_the_report_states_the_guarantee_of_applied_thresholds_and_their_cost(rule: str, tmp_path: Path) -> None:
@@ -511,16 +512,16 @@ def test_the_report_states_the_guarantee_of_applied_thresholds_and_their_cost(ru
         }
     )
     roles, scores = {"a": "id", "b": "far"}, ["energy", "gradnorm"]
-    fitted = lgm.evaluation.fit_thresholds(held_out, scores, rule=getattr(lgm.evaluation, rule)(), roles=roles)
+    fitted = lgm.evaluation.fit_thresholds(held_out, scores, rule, roles=roles)
     (tmp_path / "thresholds.json").write_text(fitted.to_json())
     kept = lgm.evaluation.Thresholds.from_json((tmp_path / "thresholds.json").read_text())
     judging = lgm.GradientMetrics(scores, datasets=roles, thresholds=kept)
     run("predict", judging, Answer(lambda b: b[0], lambda z: z), [loader(40), loader(30, labels=False)])
-    together = rule == "JointRisk"
+    together = rule == "joint_risk"
     assert ("accept" in judging.results.column_names) == together
     accepted = np.asarray(judging.results["energy"]) <= kept.values["energy"]
     np.testing.assert_array_equal(np.asarray(judging.results["energy_accept"]), accepted)
-    if rule not in ("JointRisk", "LearnThenTest"):  # a report takes seconds
+    if rule not in ("joint_risk", "learn_then_test"):  # a report takes seconds
         return
     page = html.unescape(judging.report(tmp_path / "report.html").read_text())
     assert f"Guarantee of the applied thresholds: {fitted.guarantee}." in page

@@ -8,7 +8,8 @@ import torch
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.callback.describing import describe_score, described
-from lightning_gradmetrics.scores import load_fitted, resolve, save_fitted
+from lightning_gradmetrics.scores import load_fitted, save_fitted
+from lightning_gradmetrics.scoring.registry import resolve
 
 
 def test_two_lambdas_of_one_function_differ() -> None:

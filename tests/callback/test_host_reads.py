@@ -16,6 +16,7 @@ import lightning_gradmetrics as lgm
 from benchmarks.callback import HEAD_SCORES
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import make
 
 CHECKS = {"_check_head", "_checked", "changed"}
 """The checks of a batch: the head's output is the logits, labels are classes, and the step changed no input in place."""
@@ -92,7 +93,7 @@ def test_the_mode_finds_reads():
 def test_a_head_score_reads_no_value(name):
     torch.manual_seed(0)
     evidence = Evidence(torch.randn(32, 10), torch.randn(32, 16).relu())
-    score = lgm.scores.make(name)
+    score = make(name)
     with HostReads() as reads:
         score(evidence)
     assert reads.functions == []

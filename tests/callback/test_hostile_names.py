@@ -14,6 +14,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.pictures.base import Picture, write_pictures
 from lightning_gradmetrics.pictures.cosine_map_figure import csm_figure
 from lightning_gradmetrics.report import write_report, write_run
+from lightning_gradmetrics.scoring.registry import resolve
 from tests.callback.runs import Stepped, trainer
 
 SCRIPT = "<script>alert(1)</script>"
@@ -71,7 +72,7 @@ def test_a_hostile_name_of_a_picture_is_a_file_name(tmp_path: Path) -> None:
 
 def test_fitted_states_and_results_stay_inside_their_directories(tmp_path: Path) -> None:
     model, images = nn.Sequential(nn.Linear(4, 3)), torch.randn(20, 4)
-    scores = list(lgm.scores.resolve({"../../../evil\n": "gradorth"}))
+    scores = list(resolve({"../../../evil\n": "gradorth"}))
     lgm.scores.save_fitted(lgm.fit(model, [images], scores), tmp_path / "a" / "states")
     output = tmp_path / "a" / "results"
     callback = lgm.GradientMetrics(["energy"], datasets=["../../x"], output=output)

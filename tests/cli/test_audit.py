@@ -21,7 +21,7 @@ from lightning_gradmetrics.pictures import ExampleGallery, write_pictures
 from lightning_gradmetrics.pictures.examples import thumbnails
 from lightning_gradmetrics.report import write_report, write_run
 from lightning_gradmetrics.report.tables import print_grid
-from lightning_gradmetrics.results.table import largest_of_each
+from lightning_gradmetrics.results.table import largest, largest_of_each
 from tests.cli.conftest import Command
 from tests.models import MODELS, Module, images
 from tests.pictures.test_maps import batch
@@ -35,19 +35,19 @@ def table(values: list[float], finite: list[bool] | None = None) -> pa.Table:
 
 def test_largest_of_one_dataset_and_of_each() -> None:
     results = table([0.5, 2.0, 3.0, 2.0, 1.0, 9.0])
-    assert lgm.largest(results, "s", 3, "a")["index"].to_pylist() == [2, 1, 3]
-    found = lgm.largest(results, "s", 1)
+    assert largest(results, "s", 3, "a")["index"].to_pylist() == [2, 1, 3]
+    found = largest(results, "s", 1)
     assert found.to_pylist() == [
         {"dataset": "a", "index": 2, "label": None, "prediction": 0, "s": 3.0},
         {"dataset": "b", "index": 1, "label": None, "prediction": 0, "s": 9.0},
     ]
-    assert lgm.largest(results, "s").num_rows == 6
-    assert lgm.largest(results.slice(0, 0), "s").column_names == ["dataset", "index", "label", "prediction", "s"]
+    assert largest(results, "s").num_rows == 6
+    assert largest(results.slice(0, 0), "s").column_names == ["dataset", "index", "label", "prediction", "s"]
 
 
 def test_rows_that_are_not_finite_are_left_out() -> None:
     results = table([0.5, float("inf"), 3.0, 1.0, float("nan")], [True, False, True, True, False])
-    assert lgm.largest(results, "s")["s"].to_pylist() == [3.0, 0.5, 1.0]
+    assert largest(results, "s")["s"].to_pylist() == [3.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
 )
 def test_mistakes_are_explained(arguments: tuple, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        lgm.largest(table([0.0, 1.0, 2.0]), *arguments)
+        largest(table([0.0, 1.0, 2.0]), *arguments)
 
 
 def test_the_terminal_table() -> None:
@@ -101,7 +101,7 @@ def test_a_run_keeps_pictures_of_the_listed_samples(batch_size: int) -> None:
     listed = callback.tables()["largest"]
     assert listed.num_rows == 5 + 4 + 2 + 2
     for (dataset, score), top in source.seen.items():
-        wanted = lgm.largest(callback.results, score, callback.top_k[score], dataset)
+        wanted = largest(callback.results, score, callback.top_k[score], dataset)
         assert top.index.tolist() == wanted["index"].to_pylist()
         assert top.value.tolist() == wanted[score].to_pylist()
         assert top.prediction.tolist() == wanted["prediction"].to_pylist()

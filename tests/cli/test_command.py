@@ -19,8 +19,7 @@ from PIL import Image
 
 from lightning_gradmetrics.cli.configuration import configuration_directory
 from lightning_gradmetrics.cli.models import ResNetCifar
-from lightning_gradmetrics.scores import resolve
-from lightning_gradmetrics.scoring.registry import RECIPES
+from lightning_gradmetrics.scoring.registry import RECIPES, resolve
 from tests.cli.conftest import Command
 
 

@@ -20,7 +20,7 @@ from lightning_gradmetrics.cli.factories import build_scores
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.report.tables import print_grid
 from lightning_gradmetrics.report.tables.marks import kind_of
-from lightning_gradmetrics.scores import make
+from lightning_gradmetrics.scoring.registry import make
 from tests.models import assert_same_state, cnn, images, state_of
 
 SCORES = [make("entropy"), make("gradnorm", target="all"), make("el2n")]

@@ -19,7 +19,7 @@ from lightning_gradmetrics.cli.fitted_comparison import (
 )
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.report.tables import print_grid
-from lightning_gradmetrics.scores import resolve
+from lightning_gradmetrics.scoring.registry import resolve
 
 ROLES = {"mine": "id", "other": "near"}
 SCORES = resolve(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.cli.shared_scorer import SharedScorer, batch_key
 from lightning_gradmetrics.cli.sharing import SharedFolder
-from lightning_gradmetrics.scores import resolve
 from lightning_gradmetrics.scoring.batch import ObservedBatch
+from lightning_gradmetrics.scoring.registry import resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.step import StepObserver
 from tests.cli.conftest import Command

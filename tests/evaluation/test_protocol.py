@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import lightning_gradmetrics as lgm
 from lightning_gradmetrics import meters
 from lightning_gradmetrics.evaluation import (
     Evaluation,
-    Metric,
     bootstrap,
     entries,
     evaluate,
@@ -446,14 +446,16 @@ def test_a_registered_metric_appears_everywhere(monkeypatch):
     for name in ("METRICS", "TASKS", "SHOWN", "HIGHER_IS_BETTER"):
         monkeypatch.setattr(metrics, name, dict(getattr(metrics, name)))
     monkeypatch.setattr(entries, "TASKS", metrics.TASKS)
-    added = Metric(
-        "aufc", "AUFC", "area", meters.AUFC, lambda counts, rate: counts.positives * 0 + 0.5, ("ood",), ("ood",)
-    )
-    metrics.register_metric(added)
+
+    def add() -> None:
+        half = lambda counts, rate: counts.positives * 0 + 0.5  # noqa: E731
+        lgm.evaluation.register_metric("aufc", "AUFC", "area", meters.AUFC, half, tasks=["ood"], shown=["ood"])
+
+    add()
     found = evaluate(table(), ["good"], ROLES, resamples=0).find(score="good", dataset="mnist", task="ood")
     assert found[-1]["metric"] == "aufc" and found[-1]["value"] == 0.5 and metrics.HIGHER_IS_BETTER["aufc"]
     with pytest.raises(ValueError, match="is taken"):
-        metrics.register_metric(added)
+        add()
 
 
 def test_merged_cells_keep_every_metric(monkeypatch):

@@ -10,20 +10,9 @@ import pyarrow as pa
 import pytest
 from scipy.stats import norm
 
-from lightning_gradmetrics.evaluation import (
-    Conformal,
-    Coverage,
-    JointRisk,
-    LearnThenTest,
-    SelectiveRisk,
-    Thresholds,
-    TruePositiveRate,
-    apply_thresholds,
-    conformal_p_values,
-    fit_thresholds,
-)
-from lightning_gradmetrics.evaluation.risk_rules import error_bounds
-from lightning_gradmetrics.evaluation.rules import Rule
+from lightning_gradmetrics.evaluation import Thresholds, conformal_p_values, fit_thresholds
+from lightning_gradmetrics.evaluation.risk_rules import JointRisk, LearnThenTest, SelectiveRisk, error_bounds
+from lightning_gradmetrics.evaluation.rules import Conformal, Coverage, Rule
 from lightning_gradmetrics.evaluation.thresholds import count_accepted
 
 ROLES = {"test": "id", "far": "far"}
@@ -94,29 +83,29 @@ def test_conformal_rejects_in_distribution_samples_at_its_rate():
 
 @pytest.mark.slow
 def test_joint_risk_is_exceeded_no_more_often_than_delta():
-    rule, population = JointRisk(0.15, 0.2), results(999, 60_000, 60_000)
+    risk, population = 0.15, results(999, 60_000, 60_000)
     error, ood = population["error"].to_numpy(), population["ood"].to_numpy()
     is_ood = np.arange(120_000) >= 60_000
     bad = is_ood | (population["prediction"].to_numpy() == 1)
     exceeded = accepted_correct = 0.0
     for seed in range(60):
-        fitted = fit_thresholds(results(seed), ["error", "ood"], rule=rule, roles=ROLES)
+        fitted = fit_thresholds(results(seed), ["error", "ood"], "joint_risk", roles=ROLES, risk=risk, delta=0.2)
         accepted = (error <= fitted.values["error"]) & (ood <= fitted.values["ood"])
-        exceeded += bad[accepted].mean() > rule.risk
+        exceeded += bad[accepted].mean() > risk
         accepted_correct += accepted[~bad].mean()
     assert exceeded / 60 <= 0.2 and accepted_correct / 60 > 0.3
 
 
 def test_the_joint_rule_adds_one_decision():
-    fitted = fit_thresholds(results(), ["error", "ood"], rule=JointRisk(0.2), roles=ROLES)
-    accepted = apply_thresholds(results(), Thresholds.from_json(fitted.to_json()))
+    fitted = fit_thresholds(results(), ["error", "ood"], "joint_risk", roles=ROLES, risk=0.2)
+    accepted = Thresholds.from_json(fitted.to_json()).apply(results())
     both = np.asarray(accepted["error_accept"]) & np.asarray(accepted["ood_accept"])
     np.testing.assert_array_equal(np.asarray(accepted["accept"]), both)
     assert fitted.together and "50 % of all samples are OOD" in fitted.guarantee
     with pytest.raises(ValueError, match="two scores"):
-        fit_thresholds(results(), ["error"], rule=JointRisk(0.2), roles=ROLES)
+        fit_thresholds(results(), ["error"], "joint_risk", roles=ROLES, risk=0.2)
     with pytest.raises(ValueError, match="named twice"):
-        fit_thresholds(results(), ["error", "error"], rule=JointRisk(0.2), roles=ROLES)
+        fit_thresholds(results(), ["error", "error"], "joint_risk", roles=ROLES, risk=0.2)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +133,15 @@ def test_the_number_of_rows_that_would_be_enough_is_enough():
 
 
 def test_the_joint_rule_names_about_the_number_of_rows_that_would_be_enough():
-    rule = JointRisk(0.1)
     with pytest.raises(
-        ValueError, match=r"450 rows cannot support JointRisk.*: about (\d+) rows like these"
+        ValueError, match=r"450 rows cannot support joint_risk.*: about (\d+) rows like these"
     ) as refused:
-        fit_thresholds(results(0, 300, 150), ["error", "ood"], rule=rule, roles=ROLES)
+        fit_thresholds(results(0, 300, 150), ["error", "ood"], "joint_risk", roles=ROLES)
     enough = int(str(refused.value).split("about ")[1].split()[0])
     assert 900 <= enough <= 7200
     for seed in range(3):
         table = results(seed, 8 * enough // 3, 4 * enough // 3)  # "about": the counts of 225 rows are rough
-        fitted = fit_thresholds(table, ["error", "ood"], rule=rule, roles=ROLES)
+        fitted = fit_thresholds(table, ["error", "ood"], "joint_risk", roles=ROLES)
         assert fitted.coverage["error"] > 0.2
     ood = np.random.default_rng(0).normal(size=2000)
     with pytest.raises(ValueError, match=r"joint risk is at least .* so no number of rows would be enough"):
@@ -161,7 +149,7 @@ def test_the_joint_rule_names_about_the_number_of_rows_that_would_be_enough():
     with pytest.raises(
         ValueError, match="needs correct in-distribution rows and out-of-distribution rows in both halves"
     ):
-        fit_thresholds(results(0, 300, 0), ["error", "ood"], rule=rule, roles=ROLES)
+        fit_thresholds(results(0, 300, 0), ["error", "ood"], "joint_risk", roles=ROLES)
 
 
 def test_ties_are_accepted_together():
@@ -173,9 +161,9 @@ def test_ties_are_accepted_together():
 def test_thresholds_accept_the_requested_fraction():
     inside = results().slice(0, 3000)
     for tpr in (0.5, 0.95, 1.0):
-        thresholds = fit_thresholds(inside, ["error", "ood"], tpr)
+        thresholds = fit_thresholds(inside, ["error", "ood"], tpr=tpr)
         assert thresholds.rows == 3000
-        accepted = apply_thresholds(inside, thresholds)
+        accepted = thresholds.apply(inside)
         for score in ("error", "ood"):
             accept = accepted[f"{score}_accept"].to_numpy()
             assert accept.mean() == thresholds.coverage[score] >= tpr
@@ -191,11 +179,20 @@ def test_roles_leave_out_of_distribution_rows_out():
         fit_thresholds(results(), ["ood"], roles={"test": "id"})
 
 
-@pytest.mark.parametrize("rule", [TruePositiveRate(), Coverage(), Conformal(), SelectiveRisk(0.1), LearnThenTest(0.1)])
-def test_thresholds_survive_json_exactly(rule):
-    fitted = fit_thresholds(results(), ["error"], rule=rule, roles=ROLES)
+@pytest.mark.parametrize(
+    ("rule", "arguments"),
+    [
+        ("true_positive_rate", {"tpr": 0.95}),
+        ("coverage", {"coverage": 0.95, "delta": 0.05}),
+        ("conformal", {"alpha": 0.05}),
+        ("selective_risk", {"risk": 0.1, "delta": 0.05}),
+        ("learn_then_test", {"risk": 0.1, "delta": 0.05, "seed": 0}),
+    ],
+)
+def test_thresholds_survive_json_exactly(rule: str, arguments: dict[str, float]) -> None:
+    fitted = fit_thresholds(results(), ["error"], rule, roles=ROLES, **arguments)
     assert Thresholds.from_json(fitted.to_json()) == fitted
-    assert fitted.rule["name"] == type(rule).__name__ and fitted.guarantee
+    assert fitted.rule == {"name": rule, **arguments} and fitted.guarantee
     with pytest.raises(ValueError, match="no thresholds"):
         Thresholds.from_json("{}")
 
@@ -208,11 +205,11 @@ def test_rows_that_are_not_finite_are_rejected():
     flags = np.arange(len(table)) != 2
     table = table.set_column(table.column_names.index("finite"), "finite", pa.array(flags))
     thresholds = fit_thresholds(results(), ["error"], roles=ROLES)
-    accepted = apply_thresholds(table, thresholds)
+    accepted = thresholds.apply(table)
     assert accepted["error_accept"].to_pylist()[:3] == [True, False, False]
-    assert apply_thresholds(accepted, thresholds).column_names == accepted.column_names
+    assert thresholds.apply(accepted).column_names == accepted.column_names
     with pytest.raises(ValueError, match="no column 'error'"):
-        apply_thresholds(table.drop_columns(["error"]), thresholds)
+        thresholds.apply(table.drop_columns(["error"]))
     with pytest.raises(ValueError, match="no row of the results"):
         fit_thresholds(table.set_column(6, "finite", pa.array(np.zeros(len(table), dtype=bool))), ["error"])
 
@@ -228,7 +225,7 @@ def test_accepted_rows_are_counted_by_dataset() -> None:
             "ood": [0.0, 0.1, 0.2, 0.0, 5.0],
         }
     )
-    fitted = Thresholds({"error": 0.3, "ood": 0.1}, 4, {"name": "JointRisk"}, "a guarantee", {}, together=True)
+    fitted = Thresholds({"error": 0.3, "ood": 0.1}, 4, {"name": "joint_risk"}, "a guarantee", {}, together=True)
     counts = count_accepted(table, fitted)
     found = {(count["dataset"], count["score"]): tuple(count.values())[2:] for count in counts}
     assert found == {
@@ -241,10 +238,25 @@ def test_accepted_rows_are_counted_by_dataset() -> None:
     }
 
 
-@pytest.mark.parametrize("make", [lambda: TruePositiveRate(0), lambda: Coverage(1.0), lambda: SelectiveRisk(0.1, 0)])
-def test_wrong_arguments_are_refused(make):
-    with pytest.raises(ValueError, match="must be"):
-        make()
+@pytest.mark.parametrize(
+    ("rule", "arguments", "message"),
+    [
+        ("true_positive_rate", {"tpr": 0}, "tpr must be"),
+        ("coverage", {"coverage": 1.0}, "coverage must be"),
+        ("selective_risk", {"risk": 0.1, "delta": 0}, "delta must be"),
+        (
+            "selective_risc",
+            {},
+            "unknown rule 'selective_risc'; did you mean 'selective_risk'.* available: true_positive_rate",
+        ),
+        (0.95, {}, "unknown rule 0.95; available: true_positive_rate"),
+        ("conformal", {"alfa": 0.1}, "the rule 'conformal' has no argument 'alfa'; its arguments are: alpha=0.05"),
+        ("selective_risk", {"tpr": 0.9}, "has no argument 'tpr'; its arguments are: risk=0.05, delta=0.05"),
+    ],
+)
+def test_wrong_rules_and_arguments_are_refused(rule: str, arguments: dict[str, float], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        fit_thresholds(results(), ["error"], rule, roles=ROLES, **arguments)
 
 
 def test_error_bounds_agree_with_the_binomial_tail():

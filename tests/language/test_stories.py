@@ -17,6 +17,7 @@ from lightning_gradmetrics.cli.stories import (
     token_rows,
     token_table,
 )
+from lightning_gradmetrics.scoring.registry import make
 
 ROOT = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")) / "language"
 KINDS = ("generated", "darwin", "shakespeare")
@@ -140,7 +141,7 @@ def test_sequences(model) -> None:
     prompts, answers = [row[:1] for row in rows], [row[1:] for row in rows]
     scored = lgm.score_generation(model, prompts, answers, scores, aggregates=("mean", "gradient"))
     for name, expected in SEQUENCES.items():
-        found = scored.table.column(lgm.scores.make(name).name if "/" not in name else name).to_pylist()
+        found = scored.table.column(make(name).name if "/" not in name else name).to_pylist()
         assert found == pytest.approx(expected, rel=1e-4), name
     prompts, answers = [row[:33] for row in rows], [row[33:] for row in rows]
     scored = lgm.score_generation(model, prompts, answers, list(SEMANTIC))

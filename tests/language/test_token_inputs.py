@@ -15,6 +15,7 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.classifier.logit_map import recognised_map
 from lightning_gradmetrics.language.coloured_text import tokens_html
 from lightning_gradmetrics.language.sequence_gradients import EmbeddingUse, SequenceFactors, sequence_moments
+from lightning_gradmetrics.scoring.registry import make
 from tests.language.language_models import ANSWERS, PROMPTS, SIZES, Plain, language_model
 
 SCORES = ["nll", "entropy", "pseudo_label"]
@@ -243,7 +244,7 @@ def test_scores_of_answers_are_found_by_the_functions_of_samples() -> None:
         with pytest.raises(ValueError, match=r"score_generation\(model, prompts, answers"):
             lgm.score(torch.nn.Linear(2, 2), torch.zeros(1, 2), name)
     with pytest.raises(ValueError, match="did you mean 'semgrad'"):
-        lgm.scores.make("semgard")
+        make("semgard")
     with pytest.raises(AttributeError, match="score_generation"):
         lgm.scores.semgrad
 

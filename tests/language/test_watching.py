@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.scoring.registry import make
 from tests.language.language_models import language_model
 from tests.models import assert_same_state, state_of
 
@@ -30,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_equals_a_second_pass(way: str, kind: str) -> None:
     model = language_model(kind).float()
-    scores = [score for score in SCORES if way != "beams" or not lgm.scores.make(score).needs.labels]
+    scores = [score for score in SCORES if way != "beams" or not make(score).needs.labels]
     torch.manual_seed(3)
     unwatched = model.generate(**PROMPTS, max_new_tokens=9, **WAYS[way])  # type: ignore[operator]
     torch.manual_seed(3)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.compat import gradient_metrics
 from tests.package.allowances import UNDOCUMENTED
+
+ROOT = Path(__file__).parents[2]
 
 FACE = {
     "GradientMetrics",
@@ -26,7 +30,6 @@ FACE = {
     "gradient_features",
     "gradient_profile",
     "gradient_statistics",
-    "largest",
     "meters",
     "plot",
     "ray",
@@ -53,8 +56,16 @@ NAMESPACES: dict[str, ModuleType] = {
     "compat.gradient_metrics": gradient_metrics,
 }
 
-MOST_NAMES = 134
-"""Public names of all namespaces together."""
+DEEP_NAMES = {
+    "lightning_gradmetrics.engine.kernels.describe_kernels",
+    "lightning_gradmetrics.engine.rules.rule",
+    "lightning_gradmetrics.engine.uses.RowsUse",
+    "lightning_gradmetrics.meters.base.ScoreMeter",
+}
+"""Names outside the namespaces that a page of the documentation imports; they are public too."""
+
+MOST_NAMES = 125
+"""Public names of all namespaces and the deep names together; 108 if a meter and its function count once."""
 
 
 def missing_parts(item: Any) -> list[str]:
@@ -77,7 +88,22 @@ def test_the_public_names_are_the_documented_ones() -> None:
 
 def test_the_public_names_fit_on_a_page() -> None:
     names = {f"{prefix}.{name}" for prefix, module in NAMESPACES.items() for name in module.__all__}
-    assert len(names) <= MOST_NAMES, len(names)
+    assert len(names | DEEP_NAMES) <= MOST_NAMES, len(names | DEEP_NAMES)
+
+
+def test_the_documentation_imports_public_names() -> None:
+    """Examples and pages import from a namespace, or one of the names that are listed above."""
+    modules = {module.__name__: module for module in NAMESPACES.values()}
+    paths = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    imported = set()
+    for path in paths:
+        for module, names in re.findall(r"from (lightning_gradmetrics[\w.]*) import ([\w, ]+)", path.read_text()):
+            imported |= {(module, name.strip()) for name in names.split(",")}
+    private = set()
+    for module, name in imported:
+        if module not in modules or name not in modules[module].__all__:
+            private.add(f"{module}.{name}")
+    assert private == DEEP_NAMES
 
 
 @pytest.mark.parametrize("prefix", NAMESPACES)

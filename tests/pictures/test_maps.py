@@ -16,8 +16,8 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.gradients import cosine_map_summaries
 from lightning_gradmetrics.pictures import MapGallery, ScoredBatch, log_pictures, write_pictures
 from lightning_gradmetrics.report import ReportError, write_report, write_run
-from lightning_gradmetrics.scores import resolve
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import resolve
 from tests.models import Module, images
 
 

@@ -291,7 +291,7 @@ def test_applied_thresholds_are_shown_with_the_stored_counts(tmp_path):
     applied = {
         "values": {"entropy": sys.float_info.max, "gradnorm": -1.25},
         "rows": 1000,
-        "rule": {"name": "JointRisk", "risk": 0.1},
+        "rule": {"name": "joint_risk", "risk": 0.1},
         "guarantee": "a guarantee",
         "coverage": {"entropy": 1.0, "gradnorm": 0.5},
         "together": True,

@@ -18,7 +18,8 @@ from lightning_gradmetrics.report.tables import Column, Grid, Group, metrics_gri
 from lightning_gradmetrics.report.tables.documents import latex, markdown
 from lightning_gradmetrics.report.tables.grid import fold
 from lightning_gradmetrics.report.tables.metrics import notes_of, questions_of
-from lightning_gradmetrics.scores import Score, make
+from lightning_gradmetrics.scores import Score
+from lightning_gradmetrics.scoring.registry import make
 from tests.models import fast_rows
 
 ROLES = {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import FittedScore, Score, make
+from lightning_gradmetrics.scores import FittedScore, Score
+from lightning_gradmetrics.scoring.registry import make
 
 ROWS = 40
 

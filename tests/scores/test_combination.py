@@ -9,10 +9,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import make
 from lightning_gradmetrics.scores.classifiers import STRENGTHS, regularised_logistic
 from lightning_gradmetrics.scores.combination import COLUMNS
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import make
 from tests.models import cnn, images, vectors
 from tests.scores.fits import fit_batches
 

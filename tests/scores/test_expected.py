@@ -10,10 +10,10 @@ from torch import nn
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.gradients.softmax import Softmax
-from lightning_gradmetrics.scores import make
 from lightning_gradmetrics.scores.expected import residual_norms
 from lightning_gradmetrics.scoring.dry_run import needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import make
 from tests.models import cnn, images
 
 SCORES = ("exgrad", "exgrad(p=2)", "exgrad(p=inf)", "fisher_trace")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import FittedScore, make
+from lightning_gradmetrics.scores import FittedScore
+from lightning_gradmetrics.scoring.registry import make
 from tests.models import MODELS, assert_same_state, cnn, fast_rows, images, state_of
 from tests.scores.fits import labels_of, ready
 from tests.scores.test_reference import CASES, FAST, tolerances

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import make
+from lightning_gradmetrics.scoring.registry import make
 from tests.models import Module, cnn, images, mlp, vectors
 
 SCORES = ["grand", "grand(target=head)", "grand(target='7.*')", "el2n"]

@@ -19,11 +19,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import FittedScore, load_fitted, make, save_fitted
+from lightning_gradmetrics.scores import FittedScore, load_fitted, save_fitted
 from lightning_gradmetrics.scores.pytorch_ood_adapter.detectors import stages
 from lightning_gradmetrics.scores.pytorch_ood_adapter.specs import REFUSED
 from lightning_gradmetrics.scoring import totals
 from lightning_gradmetrics.scoring.fitting import Fitting
+from lightning_gradmetrics.scoring.registry import make
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.step import observed
 from tests.models import Module, assert_same_state, cnn, images, state_of

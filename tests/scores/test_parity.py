@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import make
+from lightning_gradmetrics.scoring.registry import make
 from lightning_gradmetrics.scoring.totals import row_keys
 from tests.models import MODELS, cnn, images, mlp
 from tests.scores.fits import fit_batches

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import make
 from lightning_gradmetrics.scoring.dry_run import needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import make
 from tests.models import cnn, fast_rows, images
 
 

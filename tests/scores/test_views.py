@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import load_fitted, make, save_fitted, views
+from lightning_gradmetrics.scores import load_fitted, save_fitted, views
 from lightning_gradmetrics.scores.shifts import shifted_views
+from lightning_gradmetrics.scoring.registry import make, resolve
 from tests.models import cnn, images, mlp, vectors
 
 
@@ -84,7 +85,7 @@ def test_spelling_and_pickling() -> None:
     assert score.name == make(score.name).name == "views(score='gradnorm(temperature=2)',n=3)"
     assert score.recipe.family == "gradient" and make("views").recipe.family == "baseline"
     assert pickle.loads(pickle.dumps(score)).name == score.name
-    assert lgm.scores.resolve({"mine": {"views": {"score": "energy", "n": 2}}})[0].inner.name == "energy"
+    assert resolve({"mine": {"views": {"score": "energy", "n": 2}}})[0].inner.name == "energy"
 
 
 @pytest.mark.parametrize(

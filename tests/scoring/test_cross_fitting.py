@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.evaluation import evaluate
 from lightning_gradmetrics.meters.functional import auroc
-from lightning_gradmetrics.scores import resolve
 from lightning_gradmetrics.scoring.cross_fitting import Part, assign_folds, cross_fit, held_out_columns, held_out_scores
 from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
 from lightning_gradmetrics.scoring.totals import row_keys
 from tests.models import cnn, fast_rows, images

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.scores import Evidence, FittedScore, make, register, register_fitted, resolve
-from lightning_gradmetrics.scoring.registry import RECIPES
+from lightning_gradmetrics.scores import Evidence, FittedScore, register
+from lightning_gradmetrics.scoring.registry import RECIPES, make, resolve
 from tests.models import Module, cnn, images
 
 PACKAGE = '''
 import torch
-from lightning_gradmetrics.scores import FittedScore, register, register_fitted
+from lightning_gradmetrics.scores import FittedScore, register
 from lightning_gradmetrics.scoring.arguments import Positive
 
 
@@ -35,7 +35,7 @@ def top_two(evidence, *, scale: Positive = 1.0):
     return scale * (second - first)
 
 
-@register_fitted("gradient", "a test")
+@register("gradient", "a test")
 class norm_above_mean(FittedScore):
     """GradNorm minus its mean over in-distribution data."""
 
@@ -189,10 +189,10 @@ def test_wrong_registrations_are_refused() -> None:
     with pytest.raises(TypeError, match="the argument 'size' of the score 'positional' must be keyword-only"):
         register("baseline", "a test")(positional)
     with pytest.raises(TypeError, match="must be a subclass of FittedScore"):
-        register_fitted("baseline", "a test")(dict)
+        register("baseline", "a test")(dict)
     with pytest.raises(TypeError, match="'half' lacks finish, score"):
 
-        @register_fitted("baseline", "a test")
+        @register("baseline", "a test")
         class half(FittedScore):
             def measure(self, evidence):
                 return {}

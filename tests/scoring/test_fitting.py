@@ -20,6 +20,7 @@ from lightning_gradmetrics.cli.models import digits_cnn
 from lightning_gradmetrics.cli.steps.fit import fit
 from lightning_gradmetrics.scores import FittedScore, load_fitted, save_fitted
 from lightning_gradmetrics.scoring import totals
+from lightning_gradmetrics.scoring.registry import make, resolve
 from lightning_gradmetrics.scoring.states import fingerprint
 from tests.models import Module, assert_same_state, cnn, images, state_of
 from tests.scores.fits import fit_batches
@@ -189,9 +190,9 @@ def test_a_state_is_saved_loaded_and_refused(tmp_path: Path) -> None:
     model = cnn()
     inside, _ = fit_batches(model, images)
     scores = lgm.fit(model, inside, [META, "oberdiek(target='3.*',classifier=network)"])
-    paths = save_fitted([*scores, lgm.scores.make("energy")], tmp_path)
+    paths = save_fitted([*scores, make("energy")], tmp_path)
     assert [path.suffix for path in paths] == [".safetensors"] * 2 and not list(tmp_path.glob("*.p*"))
-    unfitted = [lgm.scores.make(score.name) for score in scores] + [lgm.scores.make("energy")]
+    unfitted = [make(score.name) for score in scores] + [make("energy")]
     loaded = load_fitted(unfitted, tmp_path, model)
     x = images(3)
     for name, values in lgm.score(model, x, scores).items():
@@ -203,13 +204,13 @@ def test_a_state_is_saved_loaded_and_refused(tmp_path: Path) -> None:
         lgm.score(other, x, loaded)
     with pytest.raises(ValueError, match="fitted for the head '7', but this is '5'"):
         load_fitted(unfitted, tmp_path, model, head="5")
-    changed = lgm.scores.make("oberdiek(target=head,classifier=network)", name=META)
+    changed = make("oberdiek(target=head,classifier=network)", name=META)
     with pytest.raises(ValueError, match="made for another arguments"):
         load_fitted([changed], tmp_path, model)
     with pytest.raises(FileNotFoundError, match="fit it first"):
-        load_fitted([lgm.scores.make("oberdiek(levels=layer)")], tmp_path, model)
+        load_fitted([make("oberdiek(levels=layer)")], tmp_path, model)
     with pytest.raises(ValueError, match="not fitted, so there is nothing to save"):
-        save_fitted([lgm.scores.make("oberdiek")], tmp_path)
+        save_fitted([make("oberdiek")], tmp_path)
 
 
 def test_a_model_trained_after_the_fit_is_refused() -> None:
@@ -326,7 +327,7 @@ def test_two_processes_fit_the_same_state(tmp_path: Path) -> None:
     scores = [META, "confounding_detector(epochs=3)"]
     alone = lgm.fit(model, [tuple(t[:33] for t in inside)], scores, ood=[outside])
     for rank in (0, 1):
-        for one, other in zip(load_fitted(lgm.scores.resolve(scores), tmp_path / str(rank), model), alone, strict=True):
+        for one, other in zip(load_fitted(resolve(scores), tmp_path / str(rank), model), alone, strict=True):
             assert_same_fit(one, other, 1e-4)
 
 

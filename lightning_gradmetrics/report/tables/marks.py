@@ -45,7 +45,7 @@ def mark_of(score: Score) -> str:
     """Return the mark of a score in tables: the data that it uses, and its forward passes if not one; ``""`` for none.
 
     Example:
-        >>> from lightning_gradmetrics.scores import make
+        >>> from lightning_gradmetrics.scoring.registry import make
         >>> mark_of(make("knn")), mark_of(make("views(score=energy)"))
         ('f', '×10')
     """
