@@ -54,6 +54,7 @@ NAMESPACES: dict[str, ModuleType] = {
     "lgm.plot": lgm.plot,
     "lgm.ray": lgm.ray,
     "compat.gradient_metrics": gradient_metrics,
+    "compat.gradient_metrics.metrics": gradient_metrics.metrics,
 }
 
 DEEP_NAMES = {
@@ -64,8 +65,8 @@ DEEP_NAMES = {
 }
 """Names outside the namespaces that a page of the documentation imports; they are public too."""
 
-MOST_NAMES = 125
-"""Public names of all namespaces and the deep names together; 108 if a meter and its function count once."""
+MOST_NAMES = 131
+"""Public names of all namespaces and the deep names together; 114 if a meter and its function count once."""
 
 
 def missing_parts(item: Any) -> list[str]:

@@ -173,6 +173,12 @@ class Min(_MomentMetric):
     Args:
         target_layers: Layers or tensors whose gradients are measured; for a layer, all its parameters.
         grad_transform: A function that is applied to each gradient before it is collected.
+
+    Example:
+        >>> metric = Min(nn.Linear(2, 3))
+        >>> metric(torch.tensor([1.0, -2.0]))
+        >>> metric.data
+        tensor([-2.])
     """
 
     moments = frozenset({"min"})
@@ -188,6 +194,12 @@ class Mean(_MomentMetric):
     Args:
         target_layers: Layers or tensors whose gradients are measured; for a layer, all its parameters.
         grad_transform: A function that is applied to each gradient before it is collected.
+
+    Example:
+        >>> metric = Mean(nn.Linear(2, 3))
+        >>> metric(torch.tensor([1.0, -2.0]))
+        >>> metric.data
+        tensor([-0.5000])
     """
 
     moments = frozenset({"sum"})
@@ -207,6 +219,12 @@ class MeanStd(_MomentMetric):
 
     Raises:
         ValueError: If ``eps`` is not greater than zero.
+
+    Example:
+        >>> metric = MeanStd(nn.Linear(2, 3))
+        >>> metric(torch.tensor([1.0, -2.0]))
+        >>> metric.data
+        tensor([-0.5000,  2.1213])
     """
 
     moments = frozenset({"sum", 2.0})
@@ -243,6 +261,12 @@ class PNorm(_MomentMetric):
 
     Raises:
         ValueError: If ``p`` is not in ``(0, inf]``.
+
+    Example:
+        >>> metric = PNorm(nn.Linear(2, 3))
+        >>> metric(torch.tensor([1.0, -2.0]))
+        >>> metric.data
+        tensor([3.])
     """
 
     def __init__(self, target_layers: Targets, grad_transform: Transform | None = None, p: float | str = 1.0) -> None:
