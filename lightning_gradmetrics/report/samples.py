@@ -94,7 +94,7 @@ def thresholds(run: Run, names: Sequence[str]) -> tuple[list[str], dict[str, lis
         values = np.concatenate([rows.scores[name] for rows in inside.values()])
         if not np.isfinite(values).any():
             continue
-        limit = fit_thresholds(fit_on, [name], ACCEPTED).values[name]
+        limit = fit_thresholds(fit_on, [name], tpr=ACCEPTED).values[name]
         groups = [values[wrong]] if wrong.any() else []
         for rows in outside.values():
             groups.append(rows.scores[name])
