@@ -157,7 +157,7 @@ def _peers(case: str, options: argparse.Namespace) -> Iterator[Row]:
         "vmap": peers.vmap_grad(model, x),
         "pytorch-ood": peers.pytorch_ood(model, x),
     }
-    # Only ResNet-20 has bars here: the memory of other software grows with batch size times parameters.
+    # The other software fits in memory only for ResNet-20: it stores one gradient per sample and parameter.
     rounds = max(1, options.rounds // 3)
     with _precision(options):
         results = summary(interleaved(functions, rounds, options.device), "full")

@@ -1,4 +1,4 @@
-"""Measure the time and memory of an evaluation: of a table in memory or, in bins, of a results directory."""
+"""Measure the time and memory of evaluating a table in memory, or a results directory with binned scores."""
 
 from __future__ import annotations
 

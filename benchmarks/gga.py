@@ -1,8 +1,8 @@
 """Compare ``cosine_similarity_maps`` with the gga-csm package: ``python -m benchmarks gga``.
 
 The functions run in turn in one process, on the same model and batch. Each ratio is a time divided by that of the
-package's function, which is patched because it creates its labels on CUDA. ``every_class`` takes C backward passes
-without parameter gradients; ``cosine_similarity_maps`` takes C - 1, which is the rest of its gain.
+package's function, which is patched because it creates its labels on CUDA. ``every_class`` shows what part of the gain
+comes from leaving out parameter gradients: it takes C backward passes without them, ``cosine_similarity_maps`` C - 1.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ SINGLE_LIMIT = 1e-4
 """Largest allowed error in float32, relative to the L2 norm of the gradient (or the L1 norm, for sums)."""
 
 HALF_LIMIT = 0.05
-"""Margin in bfloat16: the engine's error may be twice that of autograd plus this, relative to the same norms."""
+"""In bfloat16, the engine's relative error may be at most twice the error of autograd, plus this margin."""
 
 SAMPLES = 6
 

@@ -21,8 +21,8 @@ __all__ = ["environment", "interleaved", "peak_memory", "spread", "summary"]
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Return the seconds of each function in each round, after a warm-up round.
 
-    Every round runs all functions and starts with another one. Other work on the machine slows all functions of a round
-    alike, so ratios are taken within a round.
+    Every round runs all functions, and each round starts with a different one. Other work on the machine slows all
+    functions of a round alike, so ratios are taken within a round.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)

@@ -1,9 +1,10 @@
 """Compare both modes of the AUROC meter with torchmetrics and scikit-learn: ``python -m benchmarks meters``.
 
 Times are medians; for each size, the methods take turns in one process. Scores are in [0, 1], where the meters of
-torchmetrics are correct too. Memory is the growth of the peak of a new process over a stream, after WARM batches; the row "no
-meter" is the growth without a meter. It is measured twice. For the column "live", glibc's MALLOC_MMAP_THRESHOLD_ makes
-the C library return freed blocks at once, so fragmentation of the heap does not count.
+torchmetrics are correct too. Each memory figure comes from a new process: it shows by how much the peak memory grows
+after the first WARM batches of a stream. The row "no meter" is a stream without a meter. There are two figures. For the
+column "live", glibc's MALLOC_MMAP_THRESHOLD_ makes the C library return freed blocks at once, so fragmentation of the
+heap does not count.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def statistic(gradient: Tensor, name: str) -> Tensor:
     """Return one statistic of the entries of a gradient."""
     if name == "std":
         spread = gradient.std() if gradient.numel() > 1 else gradient.new_zeros(())
-        return spread if bool(gradient.any()) else spread + 1e-16  # the documented floor
+        return spread if bool(gradient.any()) else spread + 1e-16  # as documented: at least 1e-16
     if name in ("max", "min"):
         return getattr(gradient, name)()
     return gradient.abs().sum() if name == "l1" else gradient.norm()
@@ -141,7 +141,7 @@ def examined(make: Any, seconds: int) -> dict[str, Any]:
         return {"verdict": "not run", "reason": _line(error)}
     slow = [str(warning.message) for warning in caught if "no fast rule" in str(warning.message)]
     if slow and result["verdict"] == "exact":
-        result |= {"verdict": "exact, slow way", "reason": _line(slow[0])}
+        result |= {"verdict": "exact, slow fallback", "reason": _line(slow[0])}
     entries = sum(p.numel() for p in model.parameters())
     return result | {"parameters": entries, "seconds": round(time.perf_counter() - start, 1)}
 
@@ -196,18 +196,21 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
             "The engine runs published architectures with random weights in float64 on four samples, in a first and in a "
             "second call. The statistics of the gradients of up to 12 parameters per model are compared with autograd on "
             f"one sample at a time (`python -m benchmarks zoo`, torch {torch.__version__.partition('+')[0]}, CPU). "
-            f'"Exact" means that the largest relative error is below {BOUND:g}. "Slow way" means that no fast rule could '
+            f'"Exact" means that the largest relative error is below {BOUND:g}. "Slow fallback" means that no fast rule could '
             "be used for some parameters. Logits with a range above 10 are divided by a temperature, because their "
             "gradients vanish."
         ),
     ]
-    lines += ["", "| library | models | exact | exact, slow way | refused | wrong | crash | worst error | not run |"]
+    lines += [
+        "",
+        "| library | models | exact | exact, slow fallback | refused | wrong | crash | worst error | not run |",
+    ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for family in FAMILIES:
         chosen = [row for row in rows if row["family"] == family]
         counts = Counter(row["verdict"] for row in chosen)
         worst = max((row["error"] for row in chosen if "error" in row), default=0.0)
-        cells = [counts[verdict] for verdict in ("exact", "exact, slow way", "refused", "WRONG", "crash")]
+        cells = [counts[verdict] for verdict in ("exact", "exact, slow fallback", "refused", "WRONG", "crash")]
         ran = len(chosen) - counts["not run"]
         lines.append(f"| {family} | {ran} | {' | '.join(map(str, cells))} | {worst:.0e} | {counts['not run']} |")
     lines += [

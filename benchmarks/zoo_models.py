@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "Made", "UnsuitableError"]
 SAMPLES = 4
 
 LARGEST = 5_000_000
-"""Largest number of parameters of a Hugging Face model; larger models ignore the small configuration."""
+"""Largest number of parameters of a Hugging Face model. A larger one ignored its small configuration and is not run."""
 
 Made = tuple[nn.Module, dict[str, Tensor] | Tensor]
 Entry = tuple[str, Callable[[], Made]]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import lightning_gradmetrics as lgm
 
 BACKGROUND, UNKNOWN, IGNORED = 8, 9, 255
-"""Labels of noise, of the digits 8 and 9, and of digit edges, which no metric counts."""
+"""Labels of the noise, of the digits 8 and 9, and of the edges of digits; no metric counts the edges."""
 
 
 def scenes(count: int, seed: int, digits: range) -> list[tuple[Tensor, Tensor]]:

@@ -161,7 +161,7 @@ def check_targets(scores: Sequence[Score], model: nn.Module) -> None:
     for score in scores:
         for target in score.needs.gradients:
             accepts = parameter_filter(target)
-            may_be_tied = target == TIED and has_embedding  # which weights are tied is known in a batch of texts
+            may_be_tied = target == TIED and has_embedding  # the first batch of texts shows which weights are tied
             is_known = may_be_tied or accepts is None or any(map(accepts, names))
             if not is_known:
                 raise ValueError(

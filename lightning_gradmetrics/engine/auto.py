@@ -332,9 +332,9 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
 
 
 def _check_hidden_gradients(table: MomentTable, strategy: Strategy, laid_out: Task, state: ForwardState) -> None:
-    """Compare the gradients of two samples, others in each batch, with autograd.
+    """Compare the gradients of two samples with autograd; each batch checks two others.
 
-    One of them may be the only sample with the value that changes the gradients of the batch.
+    A single sample is not enough: it may be the one whose value changes the gradients of the batch.
 
     Raises:
         PlanError: If they differ.

@@ -80,7 +80,7 @@ def runs_custom_code(output: Tensor) -> bool:
 
 
 def runs_users_code(output: Tensor) -> bool:
-    """Return whether it runs code of custom autograd functions that are not part of torch, as its checkpoints are."""
+    """Return whether its graph contains custom autograd functions of the user; torch's own, such as checkpoints, do not count."""
     return any(map(_is_of_user, _nodes(output)))
 
 

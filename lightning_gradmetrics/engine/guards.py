@@ -181,9 +181,9 @@ def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state:
 def _differs_by_rounding(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> bool:
     """Return whether rounding at a different batch size explains why a sample has different logits alone.
 
-    A batch of the same size that repeats the sample must return the same logits in every row. A model that depends on the size
-    of the batch also passes this test. So rounding noise must change the logits of the sample alone by as much, in the
-    precision that is used for it alone.
+    Two tests must pass. A batch of the same size that repeats the sample must return the same logits in every row. Rounding
+    noise in the inputs of the sample alone must change its logits by as much as the batch does; a model that depends on the
+    size of the batch fails this test.
     """
     expected = logits[number : number + 1].detach()
     repeated = _logits(task, [number] * task.size, state, True)
@@ -233,7 +233,8 @@ def check_others(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -
 def check_copies(task: Task, logits: Tensor, numbers: Sequence[int], state: ForwardState, quiet: bool) -> None:
     """Compare samples with a batch in which all others are copies of them, with the same random numbers.
 
-    This is the check of a sample alone for a model that draws random numbers: in its own place, the sample gets its own.
+    For a model that draws random numbers, this replaces the check of a sample alone: a sample gets the same random numbers
+    only at the same place in a batch of the same size.
 
     Raises:
         CoupledSamplesError: If the logits of such a sample differ.

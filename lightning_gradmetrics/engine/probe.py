@@ -45,10 +45,10 @@ class Probe:
         losses: For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale.
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
-        reads_activations: Whether Python reads values that depend on samples and parameters, or a torch call reads a number
-            of the samples itself.
-        alone_because: Why each sample must run alone: a number of all samples may change the gradients of any sample, or hooks
-            on tensors may; empty if nothing is known to.
+        reads_activations: Whether Python reads values that depend on samples and parameters, or a torch call converts such a
+            value to a number.
+        alone_because: Why each sample must run alone, such as a number computed from all samples, or hooks on tensors, which
+            may change the gradients of any sample; empty if there is no such reason.
         proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
         reads: The values that Python reads from tensors.
         sizes: The sizes for which the proof holds; ``None`` if it holds for those of the probe only.

@@ -74,8 +74,8 @@ def check_sample(
         PlanError: If they differ.
 
     Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
-    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table. If ``strict``, it
-    does not: custom functions and hooks may change the gradients of the batch there too.
+    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table. With ``strict``,
+    they must agree: custom functions and hooks could change the gradients of the batch's own pass too.
     """
     alone = table.task.rows(number, number + 1).restricted(names)
     outline = Outline(alone.leaves())

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _EQUAL_AT: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, int]]] = WeakKeyDictionary()
-"""The batch size at which a tensor as long as the batch was found to be shared; 0 if it has had another length."""
+"""For each tensor, the batch size at which it was as long as the batch and found to be shared; 0 once its length differed."""
 
 _DECIDED: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, bool]]] = WeakKeyDictionary()
 """The tensors with samples, by number, for each model and structure of its inputs."""
@@ -60,8 +60,8 @@ def with_sample_axes(task: Task) -> Task:
     """Return the task with ``per_sample`` filled in.
 
     A tensor that is as long as the batch may nevertheless be shared: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
-    ``N = T``. Running the model on parts of the batch decides, once for each structure of the inputs. A tensor that is as long as the
-    batch at two sizes, and never has another length, has samples.
+    ``N = T``. Running the model on parts of the batch decides, once for each structure of the inputs. If the tensor is as long as the
+    batch at a second size too, it has samples, unless its length ever differed.
 
     Raises:
         SampleAxisError: If the model fails for every choice of the shared tensors.
@@ -187,7 +187,7 @@ def close_rows(found: Tensor, expected: Tensor, tolerance: float | None = None) 
 
 
 def _are_clearly_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Return whether the largest difference is small beside the smallest row, which a few operations show."""
+    """Return whether the largest difference is small beside the smallest row: a cheap test that settles most cases."""
     is_plain = found.dtype == expected.dtype and expected.dtype in (torch.float32, torch.float64)
     if not is_plain or found.shape != expected.shape or not expected.numel():
         return False

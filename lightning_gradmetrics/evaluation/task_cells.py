@@ -26,8 +26,8 @@ class TaskCells:
         metrics: The names of the metrics.
         reads: The classes whose scores the metrics read.
         scores: ``(M,)``, the lowest score of each merged cell, ascending.
-        rows: ``(S,)``, the rows of the sums of all classes and cells that are not zero, by class of the task and merged cell.
-        starts: ``(T * M,)``, the position in ``rows`` of the first row of each class of the task and merged cell.
+        rows: ``(S,)``, numbers of pairs of a row class and a cell that contain rows, sorted by class of the task and merged cell.
+        starts: ``(T * M,)``, where the numbers of each class of the task and merged cell start in ``rows``.
         places: The merged cells that contain rows which the metrics read.
     """
 

@@ -59,7 +59,7 @@ class Needs:
 
     @property
     def of_texts(self) -> bool:
-        """Whether batches of texts have one value per text: a gradient of the network or hidden states are needed."""
+        """Whether the score has one value per text of a batch of texts: true if it needs gradients of the network or hidden states."""
         return bool(self.gradients) or any(isinstance(probe, TextProbe) for probe in self.probes)
 
     @property

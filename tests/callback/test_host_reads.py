@@ -22,7 +22,7 @@ CHECKS = {"_check_head", "_checked", "changed"}
 """The checks of a batch: the head's output is the logits, labels are classes, and the step changed no input in place."""
 
 ON_CPU = {"_rows_without_nan", "_warn_of_unknown_index"}
-"""They read from tensors on the CPU only: rows that are tested for NaN there, and the index of the samples."""
+"""Functions that read only tensors that are on the CPU already: rows to test for NaN, and the index of the samples."""
 
 aten = torch.ops.aten
 READS = {

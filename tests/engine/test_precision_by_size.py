@@ -84,7 +84,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _stored_by(pack: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Logits whose graph stores tensors through a function of the input and of the tensor."""
+    """Return a forward pass whose graph stores each tensor as ``pack(input, tensor)``."""
 
     def forward(net: Any, x: Tensor) -> Tensor:
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: pack(x, tensor), _same):

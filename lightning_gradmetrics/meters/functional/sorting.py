@@ -115,7 +115,7 @@ def _sort_bits(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _flip_negative(bits: Any, result: Any) -> Any:
-    """Write the bits of float32 numbers as integers in the same order, or such integers as bits; return the result."""
+    """Map the bits of float32 numbers to integers in the same order, or such integers back to bits; return ``result``."""
     mask = bits >> 31
     mask &= 0x7FFFFFFF
     return np.bitwise_xor(bits, mask, out=result)
