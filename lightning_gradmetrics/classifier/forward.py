@@ -171,7 +171,7 @@ def batch_size(inputs: Inputs) -> int:
     for tensor in tensors_in(inputs):
         if tensor.ndim == 0:
             break
-        return len(tensor)
+        return tensor.shape[0]
     raise ValueError(
         "the inputs contain no tensor with a sample axis; expected a tensor (N, ...), or a mapping or sequence of them"
     )

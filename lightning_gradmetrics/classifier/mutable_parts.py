@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from enum import Enum
+from operator import is_
 from types import ModuleType
 from typing import Any
 
@@ -136,7 +137,7 @@ def _has_entries(container: Any, before: Any) -> bool:
 
 
 def _are_same(entries: Iterable[Any], before: Iterable[Any]) -> bool:
-    return all(one is other for one, other in zip(entries, before, strict=True))
+    return all(map(is_, entries, before))
 
 
 def restore_array(array: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> None:

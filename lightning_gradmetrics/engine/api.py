@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -22,6 +21,7 @@ from lightning_gradmetrics.classifier.forward import (
     map_tensors,
     preserved,
 )
+from lightning_gradmetrics.classifier.preservation import named_parameters
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
 from lightning_gradmetrics.engine.auto import auto_moments
@@ -33,7 +33,9 @@ from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.statistics import (
     STATISTICS,
     GradientStatistics,
+    Moment,
     Moments,
+    merged_moments,
     moments_for,
     result_dtype,
 )
@@ -70,7 +72,7 @@ def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool
     Raises:
         ValueError: If no parameter is chosen, or a parameter's gradient has no such statistics.
     """
-    named = dict(model.named_parameters())
+    named = named_parameters(model)
     chosen = {}
     for name, parameter in named.items():
         if parameter.numel() and (parameters is None or parameters(name)):
@@ -193,20 +195,20 @@ def gradient_statistics(  # type: ignore[misc]
     several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
     objectives = list(map(Objective.of, several))
     wanted = moments_for(statistics)
-    norms_only = wanted.isdisjoint({"sum", "max", "min"})
-    with _task(model, inputs, objectives, parameters, targets, logits, norms_only, sample_axis) as task:
+    with _task(model, inputs, objectives, parameters, targets, logits, wanted, memory, sample_axis) as task:
         if engine not in ("auto", "compiled"):
             check_rows(task)
-        moments = ENGINES[engine](replace(task, wanted=wanted, memory=memory))
+        moments = ENGINES[engine](task)
     results = [_result(task.parameters, m, per_parameter) for m in moments]
     return results[0] if single else results
 
 
 def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter: bool) -> GradientStatistics:
-    counts = torch.tensor([p.numel() for p in chosen.values()])
+    counts = list(map(Tensor.numel, chosen.values()))
     dtype = result_dtype(next(iter(chosen.values())).dtype)
-    result = GradientStatistics(tuple(chosen), counts, moments, dtype)
-    return result if per_parameter else result.merged()
+    if per_parameter:
+        return GradientStatistics(tuple(chosen), torch.tensor(counts), moments, dtype)
+    return GradientStatistics(tuple(chosen), torch.tensor(sum(counts)), merged_moments(moments), dtype)
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -222,28 +224,32 @@ def _task(
     parameters: Parameters,
     targets: Tensor | None,
     logits: Callable[[Any], Tensor],
-    norms_only: bool = False,
+    wanted: frozenset[Moment],
+    memory: int | None = None,
     sample_axis: SampleAxis = 0,
 ) -> Iterator[Task]:
     """Yield the task with gradients enabled; the model is restored afterwards."""
-    with ExitStack() as stack:
-        record = stack.enter_context(preserved(model))
+    with preserved(model) as record:
         check_model(model, record.modules)
         check_inputs(model, inputs)
-        chosen = select_parameters(model, parameters, norms_only)
-        inputs = stack.enter_context(samples_first(model, inputs, sample_axis))
-        for context in (gradients_enabled(model), eager(), _parametrizations_computed()):
-            stack.enter_context(context)
-        check_differentiable(model, inputs, chosen.values(), record.modules)
-        task = Task(
-            model=model,
-            inputs=map_tensors(inputs, _detached),
-            size=batch_size(inputs),
-            objectives=tuple(objectives),
-            targets=None if targets is None else _detached(targets),
-            parameters=chosen,
-            wanted=moments_for(STATISTICS),
-            logits=logits,
-            record=record if sample_axis == 0 else None,
-        )
-        yield with_sample_axes(task)
+        chosen = select_parameters(model, parameters, norms_only=wanted.isdisjoint({"sum", "max", "min"}))
+        with (
+            samples_first(model, inputs, sample_axis) as inputs,
+            gradients_enabled(model),
+            eager(),
+            _parametrizations_computed(),
+        ):
+            check_differentiable(model, inputs, chosen.values(), record.modules)
+            task = Task(
+                model=model,
+                inputs=map_tensors(inputs, _detached),
+                size=batch_size(inputs),
+                objectives=tuple(objectives),
+                targets=None if targets is None else _detached(targets),
+                parameters=chosen,
+                wanted=wanted,
+                logits=logits,
+                memory=memory,
+                record=record if sample_axis == 0 else None,
+            )
+            yield with_sample_axes(task)

@@ -322,29 +322,31 @@ def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
     everything = _values_and_gradients(objective, logits, task.targets)
     weights = 1 + torch.arange(task.size, device=logits.device) % 3 % 2  # powers of two are exact in half precision too
     weighted = _values_and_gradients(objective, logits, task.targets, weights)
-    _require_equal(objective, weighted[:, 1:], everything[:, 1:] * weights.to(everything.dtype)[:, None], everything)
+    usual = everything[everything.isfinite().all(1)].abs().sum() / len(everything)
+    _require_equal(objective, weighted[:, 1:], everything[:, 1:] * weights.to(everything.dtype)[:, None], usual)
     order = list(range(task.size))
     _CHOICE.shuffle(order)
     # Two halves can agree with the whole batch by chance, for example where a median decides: samples alone rarely do.
     pieces = [order[: task.size // 2], order[task.size // 2 :]]
     for number in order[:_ALONE]:
         pieces.append([number])
+    computed: list[Tensor] = []
     for rows in pieces:
         targets = None if task.targets is None else task.targets[rows]
         try:
-            computed = _values_and_gradients(objective, logits[rows], targets)
+            computed.append(_values_and_gradients(objective, logits[rows], targets))
         except Exception as error:
             raise ValueError(
                 f"the objective {objective.name!r} cannot be computed on {len(rows)} of {task.size} samples "
                 f"({type(error).__name__}: {error}). It must accept any number of rows; pass true labels as targets="
             ) from error
-        _require_equal(objective, computed, everything[rows], everything)
+    _require_equal(objective, torch.cat(computed), everything[order + order[:_ALONE]], usual)
 
 
-def _require_equal(objective: Objective, found: Tensor, expected: Tensor, everything: Tensor) -> None:
+def _require_equal(objective: Objective, found: Tensor, expected: Tensor, usual: Tensor) -> None:
+    """Refuse an objective if its losses and gradients differ, beside the usual size of a row."""
     finite = expected.isfinite().all(1)
     error = (found - expected).abs().amax(1)
-    usual = everything[everything.isfinite().all(1)].abs().sum() / len(everything)
     if bool((error > 1e-5 * expected.abs().amax(1) + 1e-10 * usual)[finite].any()):
         raise coupled_objective(objective.name)
 

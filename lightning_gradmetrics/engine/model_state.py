@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -114,7 +115,9 @@ def _attributes(
     modules = tuple(model.modules()) if record is None else record.modules
     for number, module in enumerate(modules):
         attributes = vars(module)
-        for name in sorted(_names_of(attributes, read)):
+        for name in _sorted_names(tuple(attributes)):
+            if read is not None and name not in read:
+                continue
             value = attributes[name]
             if type(value) in _SIMPLE:
                 yield number, name, value
@@ -125,13 +128,10 @@ def _attributes(
             yield from _plain_entries(-1 - number, kind.__name__, vars(kind))
 
 
-def _names_of(attributes: Mapping[str, Any], read: set[str] | None) -> list[str]:
-    """Return the names of the attributes that not all modules have, and that are read."""
-    names = []
-    for name in attributes:
-        if name not in _INTERNAL and (read is None or name in read):
-            names.append(name)
-    return names
+@lru_cache(maxsize=1024)
+def _sorted_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the attributes that not all modules have, in alphabetical order."""
+    return tuple(sorted(name for name in names if name not in _INTERNAL))
 
 
 def _plain_parts(number: int, name: str, value: Any, seen: set[int]) -> Iterator[tuple[int, str, Hashable]]:

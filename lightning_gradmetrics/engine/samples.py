@@ -67,6 +67,8 @@ def with_sample_axes(task: Task) -> Task:
         SampleAxisError: If the model fails for every choice of the shared tensors.
     """
     tensors = list(tensors_in(task.inputs))
+    if len(tensors) == 1:
+        return replace(task, per_sample=(True,))
     flags = [tensor.ndim > 0 and len(tensor) == task.size for tensor in tensors]
     first = flags.index(True)
     decided = _DECIDED.setdefault(task.model, {}).setdefault(input_structure(task.inputs), {})

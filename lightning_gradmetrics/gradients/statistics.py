@@ -27,6 +27,7 @@ __all__ = [
     "factor_moments",
     "factors_moments_for",
     "gradient_moments",
+    "merged_moments",
     "moments_for",
     "power_sum",
     "product_moments",
@@ -227,6 +228,17 @@ def stacked_moments(columns: Sequence[Mapping[Moment, Tensor]]) -> Moments:
     return stacked
 
 
+def merged_moments(moments: Mapping[Moment, Tensor]) -> Moments:
+    """Merge the moments ``(N, P)`` of several parameters to ``(N,)``."""
+    merged: Moments = {}
+    for key, value in moments.items():
+        if key == "max":
+            merged[key] = value.amax(1)
+        else:
+            merged[key] = value.amin(1) if key == "min" else value.sum(1)
+    return merged
+
+
 @dataclass(frozen=True)
 class GradientStatistics:
     r"""Statistics of each sample's gradient entries: over all chosen parameters together, or for each parameter.
@@ -275,13 +287,7 @@ class GradientStatistics:
 
     def merged(self) -> GradientStatistics:
         """Merge statistics per parameter into statistics over all parameters."""
-        moments: Moments = {}
-        for key, value in self.moments.items():
-            if key == "max":
-                moments[key] = value.amax(1)
-            else:
-                moments[key] = value.amin(1) if key == "min" else value.sum(1)
-        return GradientStatistics(self.names, self.count.sum(), moments, self.dtype)
+        return GradientStatistics(self.names, self.count.sum(), merged_moments(self.moments), self.dtype)
 
     def select(self, parameters: Callable[[str], bool] | None) -> GradientStatistics:
         """Select some of the parameters of statistics per parameter.

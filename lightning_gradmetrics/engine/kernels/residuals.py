@@ -30,20 +30,21 @@ def class_residuals(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tens
     Returns:
         ``(N, C)``, with the largest magnitude of each row in [1/2, 1), and ``(N,)``; ``None`` if plain torch must be used.
     """
-    if not _is_supported(logits) or (labels is not None and not _are_indices(labels, len(logits))):
+    samples, classes = logits.shape
+    if not _is_supported(logits) or (labels is not None and not _are_indices(labels, samples)):
         return None
     library = library_for(logits.dtype)
     if library is None:
         return None
     gradient = torch.empty(logits.shape, dtype=logits.dtype)
-    undo = torch.empty(len(logits), dtype=torch.float64)
+    undo = torch.empty(samples, dtype=torch.float64)
     job = ResidualJob(
         logits=logits.data_ptr(),
         labels=None if labels is None else labels.data_ptr(),
         gradient=gradient.data_ptr(),
         undo=undo.data_ptr(),
-        samples=len(logits),
-        classes=logits.shape[1],
+        samples=samples,
+        classes=classes,
         step=logits.stride(0),
         ignored=IGNORED,
     )
@@ -52,7 +53,7 @@ def class_residuals(logits: Tensor, labels: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _is_supported(logits: Tensor) -> bool:
-    is_on_cpu = logits.device.type == "cpu" and logits.layout == torch.strided
+    is_on_cpu = logits.is_cpu and logits.layout == torch.strided
     return is_on_cpu and logits.shape[1] > 1 and logits.stride(1) == 1 and 0 < logits.numel() <= LARGEST
 
 

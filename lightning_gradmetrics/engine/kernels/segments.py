@@ -6,6 +6,7 @@ The parameters of small networks have few entries each. One call for all of them
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Hashable, Iterable, Sequence
 
 import torch
@@ -90,36 +91,29 @@ class Segments:
         """
         order = list(map(self.names.index, names))
         undo = None if undo is None else undo.to(torch.float64).contiguous()
-        matrices, samples, outputs = self._matrices, len(self._matrices[0]), len(self.names)
+        matrices, samples, outputs = self._matrices, self._matrices[0].shape[0], len(self.names)
         out = torch.empty(len(ORDER), samples, outputs, dtype=torch.float64)
-        total = sum(map(Tensor.numel, matrices))
-        alone = parallel_runner() is None or total <= ONE_THREAD_ENTRIES
-        numbers, starts = [], [0]
-        for values in (
-            [matrix.data_ptr() for matrix in matrices],
-            [matrix.shape[1] for matrix in matrices],
-            [matrix.stride(0) for matrix in matrices],
-            [self._left[number] for number in order],
-            [self._right[number] for number in order],
-        ):
-            numbers += values
-            starts.append(len(numbers))
-        array = (ctypes.c_int64 * len(numbers))(*numbers)  # alive until the call returns
-        base = ctypes.addressof(array)
-        x, columns, step, left, right = [base + 8 * start for start in starts[:-1]]
+        alone = parallel_runner() is None or sum(map(Tensor.numel, matrices)) <= ONE_THREAD_ENTRIES
+        segments = len(matrices)
+        numbers = array("q", map(Tensor.data_ptr, matrices))  # alive until the call returns
+        numbers.extend([matrix.shape[1] for matrix in matrices])
+        numbers.extend([matrix.stride(0) for matrix in matrices])
+        numbers.extend(map(self._left.__getitem__, order))
+        numbers.extend(map(self._right.__getitem__, order))
+        x = numbers.buffer_info()[0]
         job = SegmentJob(
             x=x,
-            columns=columns,
-            step=step,
-            left=left,
-            right=right,
+            columns=x + 8 * segments,
+            step=x + 16 * segments,
+            left=x + 24 * segments,
+            right=x + 24 * segments + 8 * outputs,
             undo=None if undo is None else undo.data_ptr(),
             out=out.data_ptr(),
             samples=samples,
-            segments=len(matrices),
+            segments=segments,
             outputs=outputs,
             mode=int(not self._wanted <= {"sum", 2.0}),
         )
         run = library_for(matrices[0].dtype).segment_statistics
         run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())
-        return {key: moment for key, moment in zip(ORDER, out.unbind(), strict=True) if key in self._wanted}
+        return {key: out[number] for number, key in enumerate(ORDER) if key in self._wanted}
