@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,10 +108,14 @@ class HookState:
         self._empty: list[dict[int, Any] | None] = []
         for module in model.modules() if modules is None else modules:
             containers = list(map(vars(module).get, HOOKS))
-            if any(containers):
-                self._hooks += [(hooks, dict(hooks)) for hooks in containers if hooks]
-                containers = [hooks for hooks in containers if not hooks]
-            self._empty += containers
+            if not any(containers):
+                self._empty += containers
+                continue
+            for hooks in containers:
+                if hooks:
+                    self._hooks.append((hooks, dict(hooks)))
+                else:
+                    self._empty.append(hooks)
 
     def restore(self) -> None:
         """Remove new hooks, and register removed ones again."""
@@ -162,9 +167,10 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(parameter, prefix + name)
-        children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
-        waiting += reversed(children)
-    return {name: parameter for parameter, name in names.items()}
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{prefix}{name}.", child))
+    return dict(zip(names.values(), names.keys(), strict=True))
 
 
 def _lock_of(model: nn.Module) -> threading.RLock:
@@ -175,7 +181,7 @@ def _lock_of(model: nn.Module) -> threading.RLock:
 @lru_cache(maxsize=1024)
 def _own_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the attributes that not all modules have."""
-    return tuple(name for name in names if name not in INTERNAL)
+    return tuple(itertools.filterfalse(INTERNAL.__contains__, names))
 
 
 class ModelRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -131,7 +132,7 @@ def _attributes(
 @lru_cache(maxsize=1024)
 def _sorted_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the attributes that not all modules have, in alphabetical order."""
-    return tuple(sorted(name for name in names if name not in _INTERNAL))
+    return tuple(sorted(itertools.filterfalse(_INTERNAL.__contains__, names)))
 
 
 def _plain_parts(number: int, name: str, value: Any, seen: set[int]) -> Iterator[tuple[int, str, Hashable]]:
