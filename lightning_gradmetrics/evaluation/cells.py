@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_gradmetrics.evaluation.tasks import DetectionTask, Rows
 from lightning_gradmetrics.meters.functional.counts import Counts
-from lightning_gradmetrics.meters.functional.sorting import Ranked, positions, rank
+from lightning_gradmetrics.meters.functional.selective import TABLE_LIMIT, harmonic_table
+from lightning_gradmetrics.meters.functional.sorting import Ranked, positions, rank, sort_with
 
 __all__ = [
     "Cells",
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 
+MANY_SCORES = 2**16
+"""From this number of distinct scores on, compiled code computes what the metrics share; its first use takes a second."""
+
 FEWEST_FINE = 64
 """The smallest number of fine cells around the threshold of a task."""
 
@@ -34,7 +38,7 @@ class RankedRows:
     """The rows in ascending order of one score, sorted once for all tasks.
 
     Args:
-        ranked: The order of the rows.
+        ranked: The rows in this order; its numbers are the row classes, or the positions of the rows if they are needed.
         codes: ``(N,)`` in uint8, the class of each row, in the order of the score.
         sums: For each class with rows, the number ``(G,)`` of its rows at or below each distinct score.
         classes: ``C``, the number of row classes.
@@ -60,14 +64,29 @@ class RankedRows:
         return self.sums[code] if weight is None else weight * self.sums[code].double()
 
 
-def rank_rows(rows: Rows, score: str) -> RankedRows:
-    """Sort the rows by one score."""
-    ranked = rank(rows.scores[score])
-    codes = rows.codes.index_select(0, ranked.order)
+def rank_rows(rows: Rows, score: str, with_positions: bool = True) -> RankedRows:
+    """Sort the rows by one score.
+
+    Args:
+        rows: The rows.
+        score: The score.
+        with_positions: Whether to find the position of each row, which :func:`make_cells` needs.
+    """
+    if with_positions:
+        ranked = rank(rows.scores[score])
+        codes = rows.codes.index_select(0, ranked.numbers)
+    else:
+        ranked = sort_with(rows.scores[score], rows.codes)
+        codes = ranked.numbers
+    present = [code for code, row_class in enumerate(rows.classes) if row_class.rows]
     sums = {}
-    for code, row_class in enumerate(rows.classes):
-        if row_class.rows:
-            sums[code] = ranked.sums_to(codes == code)
+    for code in present[:-1]:
+        sums[code] = ranked.sums_to(torch.from_numpy(codes.numpy() == code))
+    if present:  # the rows that are of no other class
+        rest = ranked.ends.add(1)
+        for known in sums.values():
+            rest -= known
+        sums[present[-1]] = rest
     return RankedRows(ranked, codes, sums, len(rows.classes))
 
 
@@ -131,7 +150,7 @@ def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (),
         members.append(chosen)
         class_starts.append(torch.searchsorted(chosen, cell_starts) + number)
         number += len(chosen)
-    order = rows.ranked.order.index_select(0, torch.cat(members))
+    order = rows.ranked.numbers.index_select(0, torch.cat(members))
     return Cells(rows.ranked.scores[first], order, torch.cat(class_starts).to(order.dtype), rows.classes)
 
 
@@ -196,4 +215,20 @@ def weighted_counts(task: DetectionTask, counts: Tensor | Mapping[int, Tensor], 
 
 def exact_counts(rows: RankedRows, task: DetectionTask) -> Counts:
     """Return the exact counts ``(G,)`` of one task."""
-    return Counts(rows.ranked.scores, rows.sums_of(task, task.negative), rows.sums_of(task, task.positive))
+    counts = Counts(rows.ranked.distinct, rows.sums_of(task, task.negative), rows.sums_of(task, task.positive))
+    samples = float(counts.negatives + counts.positives)
+    if len(counts.negatives_to) >= MANY_SCORES and samples < TABLE_LIMIT:
+        counts.known.update(_totals(counts, samples))
+    return counts
+
+
+def _totals(counts: Counts, samples: float) -> dict[str, Tensor]:
+    """Return what several metrics are computed from, by one compiled kernel; nothing if there is no kernel."""
+    from lightning_gradmetrics.engine.kernels.ranking import ranking_totals
+
+    harmonic = harmonic_table(int(samples) + 1, counts.negatives_to.device)
+    totals = ranking_totals(counts.negatives_to, counts.positives_to, harmonic)
+    if totals is None:
+        return {}
+    pairs, risk, precision, precision_in = torch.tensor(totals, dtype=torch.float64)
+    return {"pairs": pairs, "aurc": risk / samples, "precision": precision, "precision_in": precision_in}

@@ -133,7 +133,7 @@ def _metrics(
     most = most_cells(len(rows.codes))
     level = question.level if resamples and rows.clusters is None else None
     for score in rows.scores:
-        ranked = rank_rows(rows, score)
+        ranked = rank_rows(rows, score, with_positions=bool(resamples))
         for number, task in enumerate(tasks):
             counts = exact_counts(ranked, task)
             entries[number, score] = entries_of(counts, task, score, question.rate, level, question.seed)

@@ -12,6 +12,7 @@ __all__ = [
     "DepthwiseJob",
     "GramJob",
     "ProductJob",
+    "RankingJob",
     "ResidualJob",
     "RowJob",
     "SegmentJob",
@@ -146,6 +147,12 @@ class ResidualJob(ctypes.Structure):
     )
 
 
+class RankingJob(ctypes.Structure):
+    """``ranking_job`` of ``ranking.c``."""
+
+    _fields_ = _pointers("negatives positives harmonic out") + _integers("scores negatives_are_real positives_are_real")
+
+
 JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "product_job_bytes": ProductJob,
     "row_job_bytes": RowJob,
@@ -157,5 +164,6 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "gram_job_bytes": GramJob,
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,
+    "ranking_job_bytes": RankingJob,
 }
 """The C function that returns each struct's size."""

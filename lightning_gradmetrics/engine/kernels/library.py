@@ -53,6 +53,7 @@ JOBS = (
     "softmax_maps",
     "softmax_rows",
     "softmax_powers",
+    "ranking_totals",
 )
 """The kernel functions; each takes a job, a thread runner and a number of threads."""
 

@@ -7,6 +7,7 @@ batch dimensions, such as bootstrap resamples, and work on histograms as well as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from lightning_gradmetrics.meters.functional.sorting import positions, sort_with, sums_at
+from lightning_gradmetrics.meters.functional.sorting import positions, sort_with
 
 __all__ = [
     "Counts",
@@ -60,12 +61,12 @@ class Counts:
     """Distinct scores in ascending order, and the samples of each class up to each score.
 
     Args:
-        scores: ``(G,)``, ascending and distinct.
+        distinct: The distinct scores ``(G,)``, ascending, or a function that returns them.
         negatives_to: ``(..., G)``, the number (or total weight) of samples with target 0 at or below each score.
         positives_to: ``(..., G)``, the number (or total weight) of samples with target 1 at or below each score.
     """
 
-    scores: Tensor
+    distinct: Tensor | Callable[[], Tensor]
     negatives_to: Tensor
     positives_to: Tensor
     known: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
@@ -77,6 +78,11 @@ class Counts:
         """Return counts from the numbers of negatives and positives at each score, ``(..., G)`` each."""
         known = {"negative": negative, "positive": positive}
         return cls(scores, negative.cumsum(-1), positive.cumsum(-1), known)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """``(G,)``, the distinct scores, ascending."""
+        return self.distinct if isinstance(self.distinct, Tensor) else self.distinct()
 
     @cached_property
     def negative(self) -> Tensor:
@@ -266,7 +272,8 @@ def _is_binary(target: Tensor) -> bool:
     if not len(target):
         return True
     if not target.is_floating_point() and not target.is_complex():
-        return bool(target.min() >= 0) and bool(target.max() <= 1)
+        least, largest = target.aminmax()
+        return bool(least >= 0) and bool(largest <= 1)
     return bool(((target == 0) | (target == 1)).all())
 
 
@@ -302,10 +309,10 @@ def count(scores: Tensor, target: Tensor) -> Counts:
     """
     scores = check_scores(scores)
     target = check_target(target, scores)
-    distinct, targets, ends = sort_with(scores, target.view(torch.uint8))
-    positives_to = sums_at(targets, ends)
-    negatives_to = ends.to(positives_to.dtype).add_(1).sub_(positives_to)
-    return Counts(distinct, negatives_to, positives_to)
+    ranked = sort_with(scores, target.view(torch.uint8))
+    positives_to = ranked.sums_to(ranked.numbers)
+    negatives_to = ranked.ends.to(positives_to.dtype).add(1).sub_(positives_to)
+    return Counts(ranked.distinct, negatives_to, positives_to)
 
 
 def real(number: Tensor) -> Tensor:

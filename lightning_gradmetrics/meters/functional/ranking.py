@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -102,14 +103,28 @@ def average_precision(scores: Tensor, target: Tensor, positive: Positive = "out"
 def average_precision_of_counts(counts: Counts, positive: Positive = "out") -> Tensor:
     """Return the average precision of counts, ``(...)``; NaN without a positive."""
     if positive == "in":
-        sums = counts.at_negatives
-        precision = sums.negatives_to / (sums.negatives_to + sums.positives_to).clamp(min=TINY)
-        return dot(sums.negative, precision) / counts.negatives
+        return _once(counts, "precision_in", _precision_in) / counts.negatives
+    return _once(counts, "precision", _precision) / counts.positives
+
+
+def _once(counts: Counts, name: str, function: Callable[[Counts], Tensor]) -> Tensor:
+    if name not in counts.known:
+        counts.known[name] = function(counts)
+    return counts.known[name]
+
+
+def _precision(counts: Counts) -> Tensor:
+    """Return the total over all positives of the precision at their scores."""
     sums = counts.at_positives
     hits = counts.positives[..., None] - sums.positives_to + sums.positive
     false = counts.negatives[..., None] - sums.negatives_to + sums.negative
-    precision = hits / (hits + false).clamp(min=TINY)
-    return dot(sums.positive, precision) / counts.positives
+    return dot(sums.positive, hits / (hits + false).clamp(min=TINY))
+
+
+def _precision_in(counts: Counts) -> Tensor:
+    """Return the total over all negatives of the precision at their scores."""
+    sums = counts.at_negatives
+    return dot(sums.negative, sums.negatives_to / (sums.negatives_to + sums.positives_to).clamp(min=TINY))
 
 
 def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Positive = "out") -> Tensor:
@@ -144,13 +159,16 @@ def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Pos
 def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive = "out") -> Tensor:
     """Return the FPR at a TPR of counts, ``(...)``; NaN if a class is missing."""
     check_rate(rate, "rate")
-    if not len(counts.scores):
+    distinct = counts.positives_to.shape[-1]
+    if not distinct:
         return counts.negatives * torch.nan
     if positive == "in":
         counts = flip(counts)
     # The highest threshold with enough positives at or above it: at most the surplus of positives is below it.
     spare = counts.positives * (1 - rate * (1 - _rounding(counts.positives)))
-    index = torch.searchsorted(counts.positives_to, spare[..., None], right=True).clamp(max=len(counts.scores) - 1)
+    if not counts.positives_to.is_floating_point():
+        spare = spare.floor().to(counts.positives_to.dtype)
+    index = torch.searchsorted(counts.positives_to, spare[..., None], right=True).clamp(max=distinct - 1)
     value = counts.negatives_above(index).squeeze(-1) / counts.negatives
     return torch.where((counts.positives > 0) & (counts.negatives > 0), value, torch.nan)
 

@@ -25,6 +25,7 @@ __all__ = [
     "e_aurc",
     "e_aurc_of_counts",
     "harmonic",
+    "harmonic_table",
     "oracle_counts",
     "risk_coverage_curve",
     "risk_coverage_curve_of_counts",
@@ -47,12 +48,16 @@ def harmonic(number: Tensor) -> Tensor:
     if largest > TABLE_LIMIT:
         values = torch.digamma(whole.double() + 1) + EULER
     else:
-        size = min(1 << largest.bit_length(), TABLE_LIMIT + 1)
-        values = _harmonic_table(size, number.device).index_select(0, whole.reshape(-1)).view_as(whole)
+        values = harmonic_table(largest, number.device).index_select(0, whole.reshape(-1)).view_as(whole)
     if not number.is_floating_point():
         return values
     fraction = number - whole
     return values + fraction / (whole + 1) if bool(fraction.any()) else values
+
+
+def harmonic_table(largest: int, device: torch.device) -> Tensor:
+    """Return the harmonic numbers from 0 to ``largest`` or more; ``largest`` is at most ``TABLE_LIMIT``."""
+    return _harmonic_table(min(1 << largest.bit_length(), TABLE_LIMIT + 1), device)
 
 
 @lru_cache(maxsize=2)
@@ -116,7 +121,7 @@ def _aurc(counts: Counts) -> Tensor:
 def oracle_counts(counts: Counts) -> Counts:
     """Return the counts of a perfect score, which ranks all correct predictions below all errors."""
     none = torch.zeros_like(counts.negatives)
-    order = torch.arange(2, dtype=counts.scores.dtype, device=counts.scores.device)
+    order = torch.arange(2, dtype=torch.float64, device=none.device)
     return Counts.of(order, torch.stack([counts.negatives, none], -1), torch.stack([none, counts.positives], -1))
 
 

@@ -155,7 +155,7 @@ def _counts(
     chosen = _chosen(tasks, dataset, task)
     counts = {}
     for name in names:
-        counts[name] = exact_counts(rank_rows(rows, name), chosen)
+        counts[name] = exact_counts(rank_rows(rows, name, with_positions=False), chosen)
     return chosen, counts
 
 
