@@ -61,7 +61,7 @@ class RankedRows:
 
     def _weighted(self, task: DetectionTask, code: int) -> Tensor:
         weight = task.weights.get(code)
-        return self.sums[code] if weight is None else weight * self.sums[code].double()
+        return self.sums[code] if weight is None else self.sums[code].double().mul_(weight)
 
 
 def rank_rows(rows: Rows, score: str, with_positions: bool = True) -> RankedRows:

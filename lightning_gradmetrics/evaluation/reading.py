@@ -112,5 +112,18 @@ def finite_rows(results: pa.Table, scores: Sequence[str]) -> Any:
     if "finite" in results.column_names:
         keep &= results["finite"].fill_null(False).to_numpy().astype(bool)
     for score in scores:
-        keep &= np.isfinite(float_column(results, score))
+        keep &= _is_finite(results, score)
     return keep
+
+
+def _is_finite(results: pa.Table, name: str) -> Any:
+    """Return which values ``(N,)`` of a column are finite, chunk by chunk, which copies no floating column."""
+    column = results[name] if name in results.column_names else None
+    if column is None or not pa.types.is_floating(column.type):
+        return np.isfinite(float_column(results, name))
+    finite = np.empty(len(column), dtype=bool)
+    start = 0
+    for chunk in column.chunks:
+        np.isfinite(chunk.to_numpy(zero_copy_only=False), out=finite[start : start + len(chunk)])
+        start += len(chunk)
+    return finite

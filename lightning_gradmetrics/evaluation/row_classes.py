@@ -65,7 +65,7 @@ class RowSorter:
         self.totals = np.zeros(len(self.names), dtype=np.int64)
         self.labelled = np.zeros(len(self.names), dtype=np.int64)
 
-    def sort(self, table: pa.Table, scores: Sequence[str]) -> tuple[Any, Any]:
+    def sort(self, table: pa.Table, scores: Sequence[str], places: Any = None) -> tuple[Any, Any]:
         """Return the class of each row ``(N,)``, uint8, and whether it can be ranked ``(N,)``, bool; count the rows.
 
         A row is not ranked for any score if it is flagged as not finite, or if any of the scores is missing, NaN or
@@ -74,11 +74,12 @@ class RowSorter:
         Args:
             table: With the columns ``dataset``, ``prediction``, ``label`` and the scores.
             scores: The columns to evaluate.
+            places: The result of :meth:`places`, if it is known.
 
         Raises:
             ValueError: If a dataset has no role.
         """
-        datasets = self.places(table)
+        datasets = self.places(table) if places is None else places
         keep = finite_rows(table, scores)
         label, prediction = float_column(table, "label"), float_column(table, "prediction")
         is_labelled = ~np.isnan(label) & ~np.isnan(prediction)

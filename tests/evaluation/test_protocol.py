@@ -16,6 +16,7 @@ import torch
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics import meters
+from lightning_gradmetrics.engine.kernels.library import plain_kernels
 from lightning_gradmetrics.evaluation import (
     Evaluation,
     bootstrap,
@@ -473,6 +474,16 @@ def test_merged_cells_keep_every_metric(monkeypatch):
     assert merged.keys() == unmerged.keys()
     for key, values in unmerged.items():
         torch.testing.assert_close(merged[key], values, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_totals_change_no_value(monkeypatch):
+    results = table()
+    with plain_kernels():
+        expected = evaluate(results, ["good", "fair"], ROLES, resamples=0)
+    monkeypatch.setattr("lightning_gradmetrics.evaluation.cells.MANY_SCORES", 1)
+    found = evaluate(results, ["good", "fair"], ROLES, resamples=0)
+    for entry, other in zip(found.metrics, expected.metrics, strict=True):
+        assert entry == {**other, "value": pytest.approx(other["value"], rel=1e-12)}
 
 
 def test_json_round_trip(evaluation):

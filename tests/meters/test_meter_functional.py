@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from lightning_gradmetrics.meters import functional as F
 from lightning_gradmetrics.meters.functional import curves as C
 from lightning_gradmetrics.meters.functional import ranking as R
+from lightning_gradmetrics.meters.functional import sorting
 from lightning_gradmetrics.meters.functional.counts import count, flip
 
 COUNTED = [
@@ -324,3 +325,33 @@ def test_wrong_arguments_are_refused():
         F.distribution(scores, quantiles=[1.5])
     with pytest.raises(ValueError, match=r"\(N, S\)"):
         F.spearman(scores)
+
+
+BESIDE_ONE = torch.tensor(1.0, dtype=torch.float64).nextafter(torch.tensor(2.0, dtype=torch.float64))
+FLOAT64 = {
+    "distinct": lambda z: z,
+    "tied": lambda z: (7 * z).round() / 7,
+    "all equal": lambda z: z * 0 + 0.1,
+    "differ in the last bit": lambda z: torch.where(z > 0, 1.0, BESIDE_ONE),
+    "some differ in the last bit": lambda z: torch.where(z > 1, z, torch.where(z > 0, -1.0, -BESIDE_ONE)),
+    "zeros of both signs": lambda z: torch.where(z.abs() < 0.5, z * 0, z),
+    "infinite": lambda z: torch.where(z.abs() > 1, z * torch.inf, z),
+    "below the smallest normal number": lambda z: z * 1e-310,
+}
+
+
+@pytest.mark.parametrize("shape", FLOAT64.values(), ids=FLOAT64)
+@pytest.mark.parametrize("classes", [1, 2, 5, 250])
+@pytest.mark.parametrize("block", [7, 2**15])
+def test_sorting_float64_scores_with_their_classes(shape, classes, block, monkeypatch):
+    monkeypatch.setattr(sorting, "BLOCK", block)
+    scores = shape(torch.randn(301, dtype=torch.float64))
+    numbers = torch.randint(classes, (301,), dtype=torch.uint8)
+    ranked = sorting.sort_with(scores, numbers)
+    distinct = sorted(set(scores.tolist()))
+    assert ranked.scores.tolist() == distinct
+    start = 0
+    for score, end in zip(distinct, ranked.ends.tolist(), strict=True):
+        assert sorted(ranked.numbers[start : end + 1].tolist()) == sorted(numbers[scores == score].tolist())
+        start = end + 1
+    assert start == 301

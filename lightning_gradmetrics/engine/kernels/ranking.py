@@ -15,7 +15,9 @@ __all__ = ["ranking_totals"]
 TYPES = (torch.int32, torch.float64)
 
 
-def ranking_totals(negatives_to: Tensor, positives_to: Tensor, harmonic: Tensor) -> tuple[float, float, float, float] | None:
+def ranking_totals(
+    negatives_to: Tensor, positives_to: Tensor, harmonic: Tensor
+) -> tuple[float, float, float, float] | None:
     """Return the totals over all samples that ranking metrics need, or None if plain torch computes them.
 
     Args:
