@@ -48,6 +48,7 @@ from lightning_gradmetrics.callback.storing import is_limited, store_of
 from lightning_gradmetrics.callback.text_outcome import TextOutcome, evaluate_tokens, logged_of_tokens
 from lightning_gradmetrics.classifier.batches import split_batch
 from lightning_gradmetrics.classifier.forward import Inputs, logits_in
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis, check_sample_axis
 from lightning_gradmetrics.evaluation import Evaluation, Thresholds
 from lightning_gradmetrics.pictures import PictureSource, check_top_k, picture_sources
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
@@ -85,6 +86,8 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         logits_fn: A function from the model's output to its logits ``(N, C)``.
         engine: The engine of the scores that need a backward pass, as in
             :func:`lightning_gradmetrics.gradient_statistics`.
+        sample_axis: The axis of the samples in the model's inputs, as in :func:`lightning_gradmetrics.score`: 1 for time
+            first ``(T, N, D)``, or a mapping from arguments to axes, with ``None`` for an argument that all samples share.
         prefix: The start of the names of the logged metrics.
         metrics: The metrics to log: any of ``"auroc"``, ``"fpr95"``, ``"aurc"``, ``"e_aurc"``, ``"augrc"``, ``"aupr"``
             and ``"aupr_in"``. These names cover every task except the joint one; a name such as ``"joint_auroc"`` or
@@ -159,6 +162,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         split_batch: Callable[[Any], tuple[Inputs, Tensor | None]] = split_batch,
         logits_fn: Callable[[Any], Tensor] = logits_in,
         engine: str = "auto",
+        sample_axis: SampleAxis = 0,
         prefix: str = "gradmetrics",
         metrics: Sequence[str] = checks.DEFAULT_METRICS,
         stages: str | Sequence[str] | None = None,
@@ -183,6 +187,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         )
         self.datasets = check_datasets(datasets)
         self.submodule = checks.check_name("submodule", submodule, "net")
+        self.sample_axis = check_sample_axis(sample_axis)
         self.prefix = checks.check_prefix(prefix)
         self.metrics = checks.check_metrics(metrics)
         self.stages = check_stages(stages)
@@ -246,8 +251,6 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         finally:
             self._fitting = None
 
-    # A run: its start, its batches, its end
-
     def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:
         self._run = None
         stage = str(trainer.state.fn.value)  # type: ignore[union-attr]
@@ -273,7 +276,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
             if names is None:
                 self._notices.of_roles(datasets)
             self.scorer.scores = with_configured_states(
-                self.scorer, model, module, trainer, self.split_batch, self.fit_on, self.fitted
+                self.scorer, model, module, trainer, self.split_batch, self.fit_on, self.fitted, self.sample_axis
             )
             check_fitted(self.scorer.scores, model)
             checks.check_targets(self.scorer.scores, model)
@@ -296,11 +299,12 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         reader = BatchReader(self.split_batch, processes.warn, self.pixels)
         context = trainer.precision_plugin.forward_context
         drawn, transfers = self._indices.of_loaders(counted.all), self._indices.transfers(trainer, module)
-        self._run = Run(made, model, drawn, transfers, roles, reader, context, None if is_fit else self.sample_id)
+        ids = None if is_fit else self.sample_id
+        self._run = Run(made, model, drawn, transfers, roles, reader, context, ids, self.sample_axis)
 
     def _described(self, stage: str) -> dict[str, Any]:
         """Return the arguments that change the results, besides the scores and the model."""
-        names = ("submodule", "split_batch", "columns", "sample_id")
+        names = ("submodule", "split_batch", "columns", "sample_id", "sample_axis")
         return {"stage": stage, **{name: getattr(self, name) for name in names}, "logits_fn": self.scorer.logits_fn}
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
@@ -323,8 +327,7 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         stage = run.stage
         stage.warn_of_empty(processes)
         with closing(stage.store):
-            shared = processes.together(stage.store.share)
-            parts = processes.gather((shared, stage.kept()))
+            parts = processes.gather((processes.together(stage.store.share), stage.kept()))
             metrics = processes.from_first(lambda: self._evaluated(trainer, stage, run.roles, parts))
         self._results = self._pixels.results = stage.store.results()
         return metrics

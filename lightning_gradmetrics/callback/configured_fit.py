@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from lightning_gradmetrics.callback.dataloaders import loader_list
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis
 from lightning_gradmetrics.scores import FittedScore, Score, load_fitted
 from lightning_gradmetrics.scoring.fitting import fit
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -48,6 +49,7 @@ def with_configured_states(
     split: SplitBatch,
     fit_on: str | None,
     fitted: str | Path | None,
+    sample_axis: SampleAxis = 0,
 ) -> tuple[Score, ...]:
     """Return the scores with the states that are still missing, from a folder or from a fit.
 
@@ -59,6 +61,7 @@ def with_configured_states(
         split: Returns the inputs and labels of a batch.
         fit_on: ``"train"``, ``"val"``, or ``None`` for no fit.
         fitted: A folder of states, or ``None``.
+        sample_axis: The axis of the samples in the model's inputs.
 
     Raises:
         ValueError: If there is no such dataloader, or a state does not belong to the model.
@@ -76,7 +79,7 @@ def with_configured_states(
         batches = _batches(_loader(trainer, module, str(fit_on)), split, trainer, module)
         options: dict[str, Any] = {"head": scorer.head, "logits_fn": scorer.logits_fn, "engine": scorer.engine}
         with torch.inference_mode(False), torch.no_grad():
-            made = fit(model, batches, missing, **options)  # type: ignore[arg-type]
+            made = fit(model, batches, missing, sample_axis=sample_axis, **options)  # type: ignore[arg-type]
     scores = list(scorer.scores)
     for position, score in zip(missing_places(scores), made, strict=True):
         scores[position] = score

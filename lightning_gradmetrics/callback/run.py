@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_gradmetrics.callback.step_wrapper import around_next_call
 from lightning_gradmetrics.callback.transfers import HOOKS, Transfers
 from lightning_gradmetrics.classifier.forward import check_model
 from lightning_gradmetrics.classifier.observation import Observation
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
 from lightning_gradmetrics.language.observed_texts import ObservedTexts
 from lightning_gradmetrics.results.sample_index import UNKNOWN
 from lightning_gradmetrics.scoring.batch import ObservedBatch
@@ -52,6 +53,7 @@ class Run:
         reader: Reads inputs and labels.
         surroundings: The context of the model's forward passes.
         sample_id: Returns the id of each sample of a batch, or ``None``.
+        sample_axis: The axis of the samples in the model's inputs.
     """
 
     stage: Stage
@@ -62,6 +64,7 @@ class Run:
     reader: BatchReader
     surroundings: Callable[[], AbstractContextManager[Any]]
     sample_id: SampleIds | None = None
+    sample_axis: SampleAxis = 0
     _observer: StepObserver = field(init=False)
     _texts: ObservedTexts | None = field(default=None, init=False)
     _read: ReadBatch | None = None
@@ -118,9 +121,12 @@ class Run:
         indices = self.drawn.of_batch(place, number)
         if self.stage.skips(place, read.size if indices is None else len(indices), indices):
             return
-        with self.surroundings(), observation.surroundings():
+        with ExitStack() as stack:
+            stack.enter_context(self.surroundings())
+            stack.enter_context(observation.surroundings())
             size = read.size if indices is None else len(indices)
             observed = self._observer.batch(observation, read.inputs, size, self._stepped)
+            observed = self._placed(stack, observed)
             observed = self._ordered(self._completed(observed, read, observation, place), read, observation)
             evidence = self.stage.scorer.evidence(self.model, observed)
             if observed.tokens is not None and self._texts is not None:
@@ -133,6 +139,14 @@ class Run:
         self.stage.add(place, observed, evidence, indices, ids)
         self._warn_of_unknown_index(place, moved)
         self._warn_of_repeats(place)
+
+    def _placed(self, stack: ExitStack, batch: ObservedBatch) -> ObservedBatch:
+        """Return the batch with the samples on the first axis of its inputs, where they stay until the stack is left."""
+        if self.sample_axis == 0 or batch.inputs is None:
+            return batch
+        model = batch.called or self.model
+        inputs, stated = stack.enter_context(samples_first(model, batch.inputs, self.sample_axis))
+        return replace(batch, inputs=inputs, sample_axis=stated)
 
     def _ordered(self, batch: ObservedBatch, read: ReadBatch, seen: Observation) -> ObservedBatch:
         """Return the batch with its labels in the order in which the step passed the samples to the model."""

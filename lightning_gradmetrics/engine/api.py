@@ -23,11 +23,11 @@ from lightning_gradmetrics.classifier.forward import (
 )
 from lightning_gradmetrics.classifier.preservation import named_parameters
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
-from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.auto import auto_moments
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
-from lightning_gradmetrics.engine.samples import check_rows, with_sample_axes
+from lightning_gradmetrics.engine.shared_inputs import check_rows, with_sample_axes
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.statistics import (
@@ -166,7 +166,8 @@ def gradient_statistics(  # type: ignore[misc]
             warning. In every batch the compiled logits are compared with those of the model; if they differ, this batch
             and all later ones run eagerly.
         sample_axis: The axis of the samples in the inputs, such as 1 for ``(T, N, D)``; or a mapping from names or
-            positions of arguments to axes, with 0 for the others.
+            positions of arguments to axes, with 0 for the others, and ``None`` for an argument that all samples share
+            and that may be as long as the batch, as in ``{"x": 1, "table": None}``.
 
     Returns:
         A :class:`GradientStatistics`, or a list with one per objective.
@@ -234,22 +235,22 @@ def _task(
         check_inputs(model, inputs)
         chosen = select_parameters(model, parameters, norms_only=wanted.isdisjoint({"sum", "max", "min"}))
         with (
-            samples_first(model, inputs, sample_axis) as inputs,
+            samples_first(model, inputs, sample_axis) as (placed, stated),
             gradients_enabled(model),
             eager(),
             _parametrizations_computed(),
         ):
-            check_differentiable(model, inputs, chosen.values(), record.modules)
+            check_differentiable(model, placed, chosen.values(), record.modules)
             task = Task(
                 model=model,
-                inputs=map_tensors(inputs, _detached),
-                size=batch_size(inputs),
+                inputs=map_tensors(placed, _detached),
+                size=batch_size(tensors_with_samples(model, placed, stated)),
                 objectives=tuple(objectives),
                 targets=None if targets is None else _detached(targets),
                 parameters=chosen,
                 wanted=wanted,
                 logits=logits,
                 memory=memory,
-                record=record if sample_axis == 0 else None,
+                record=record if placed is inputs else None,
             )
-            yield with_sample_axes(task)
+            yield with_sample_axes(task, stated)

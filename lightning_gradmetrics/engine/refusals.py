@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ __all__ = [
     "CoupledSamplesError",
     "NotReproducibleError",
     "SampleAxisError",
+    "ambiguous_inputs",
     "coupled_model",
     "coupled_objective",
     "list_as_long_as_the_batch",
@@ -18,6 +19,7 @@ __all__ = [
     "other_precisions",
     "raise_if_out_of_memory",
     "rows_not_samples",
+    "wrong_length",
 ]
 
 
@@ -41,8 +43,8 @@ def coupled_model(where: str) -> CoupledSamplesError:
     """
     return CoupledSamplesError(
         f"the samples of a batch depend on each other: {where} couples them, so per-sample gradients are not defined. "
-        "Make the model treat each sample separately, pass one sample at a time, or pass sample_axis= if the samples are on another "
-        "axis of the inputs"
+        "Make the model treat each sample separately, pass one sample at a time, or pass sample_axis= if an input has the samples on "
+        "another axis or all samples share it"
     )
 
 
@@ -76,8 +78,8 @@ def not_without_others(model: object, count: int, samples: int, error: Exception
     return SampleAxisError(
         f"{type(model).__name__} runs on the batch of {samples} samples but not on {count} of them ({reason[:200]}). Every "
         "tensor of the inputs must have the samples on its first axis or be shared by all samples. For another layout, such as a "
-        "hidden state (L, N, H), pass sample_axis= to score or gradient_statistics, an axis or a mapping from arguments to axes, "
-        "as {1: 1}; or wrap the model in a module whose forward transposes its inputs"
+        "hidden state (L, N, H), pass sample_axis= to score, gradient_statistics or GradientMetrics, an axis or a mapping from "
+        "arguments to axes, as {1: 1}; or wrap the model in a module whose forward transposes its inputs"
     )
 
 
@@ -101,8 +103,32 @@ def rows_not_samples(shape: tuple[int, ...], samples: int) -> SampleAxisError:
     return SampleAxisError(
         f"the model returned logits of shape {shape} for {samples} samples; expected one row per sample, in their order. "
         "The first axis of the inputs must be the sample axis; for a model that takes time first (T, N, ...) pass "
-        "sample_axis=1 to score or gradient_statistics, or wrap it in a module whose forward transposes its input. Pass logits= to "
-        "reduce several rows per sample to one"
+        "sample_axis=1 to score, gradient_statistics or GradientMetrics, or wrap it in a module whose forward transposes its input. "
+        "Pass logits= to reduce several rows per sample to one"
+    )
+
+
+def ambiguous_inputs(names: Sequence[object], samples: int) -> SampleAxisError:
+    """Return the error for inputs as long as the batch that may have one row per sample or be shared by all samples.
+
+    Args:
+        names: The names or positions of the arguments.
+        samples: The number of samples in the batch.
+    """
+    listed, shared = ", ".join(map(repr, names)), dict.fromkeys(names)
+    return SampleAxisError(
+        f"it is ambiguous whether all samples share the input {listed}: it is as long as the batch of {samples}, and samples "
+        "without the others have the same logits only if it is not split. If all samples share it, pass "
+        f"sample_axis={shared!r} to score, gradient_statistics or GradientMetrics. If it has one row per sample, the samples of "
+        "a batch depend on each other through it, so per-sample gradients are not defined"
+    )
+
+
+def wrong_length(name: object, shape: tuple[int, ...], samples: int) -> SampleAxisError:
+    """Return the error for an input that ``sample_axis=`` states to have samples, with another length than the batch."""
+    return SampleAxisError(
+        f"sample_axis= states that the input {name!r} has samples, but on that axis it is not as long as the batch of {samples}: its "
+        f"shape is {shape}, with that axis first. Pass None for an input that all samples share"
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.classifier.head import Head
+from lightning_gradmetrics.classifier.sample_axis import SampleAxis
 from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.scoring.evidence import Probe
 
@@ -52,6 +53,8 @@ class ObservedBatch:
         one_logit: Whether the logits are ``(0, z)`` of a model with one logit z.
         slope: The derivative of the logits with respect to the head's output: a number, or ``(N, C, *P)``.
         observed: The results of the probes that were evaluated during this forward pass.
+        sample_axis: What the user states about the arguments in ``inputs``: 0 if they have samples, ``None`` if all samples
+            share them.
         tokens: The scored tokens of a batch of texts, whose logits and features are rows ``(M, V)`` and ``(M, D)``, one
             per token; otherwise ``None``.
     """
@@ -68,6 +71,7 @@ class ObservedBatch:
     one_logit: bool = False
     slope: Tensor | float = 1.0
     observed: Mapping[Probe, Tensor] = field(default_factory=dict)
+    sample_axis: SampleAxis = 0
     tokens: ScoredTokens | None = None
 
     @property

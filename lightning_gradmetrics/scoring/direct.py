@@ -49,7 +49,8 @@ def score(
         engine: The engine of the scores that need a backward pass, as in
             :func:`lightning_gradmetrics.gradient_statistics`.
         sample_axis: The axis of the samples in the inputs, such as 1 for ``(T, N, D)``; or a mapping from names or
-            positions of arguments to axes, with 0 for the others.
+            positions of arguments to axes, with 0 for the others, and ``None`` for an argument that all samples share
+            and that may be as long as the batch, as in ``{"x": 1, "table": None}``.
 
     Returns:
         Each score ``(N, *P)`` by name, on the model's device; NaN where a score needs a label that is unknown, and at
@@ -73,9 +74,9 @@ def score(
     check_fitted(scorer.scores, model)
     if _is_empty(inputs):
         return {s.name: torch.empty(0, device=next(model.parameters()).device) for s in scorer.scores}
-    with samples_first(model, inputs, sample_axis) as placed:
+    with samples_first(model, inputs, sample_axis) as (placed, stated):
         batch = StepObserver(scorer, model).own(placed)
-        batch = replace(batch, labels=given_labels(targets, batch.logits))
+        batch = replace(batch, labels=given_labels(targets, batch.logits), sample_axis=stated)
         values = scorer(scorer.evidence(model, batch))
         return without_padding(values, padding_of(placed)) if batch.logits.ndim == 3 else values
 

@@ -223,8 +223,8 @@ def gathered(
     for batch in batches:
         inputs, labels = split_batch(batch)
         moved = map_tensors(inputs, lambda tensor: tensor.to(device))
-        with samples_first(model, moved, sample_axis) as placed:
-            observed = observer.own(placed)
+        with samples_first(model, moved, sample_axis) as (placed, stated):
+            observed = replace(observer.own(placed), sample_axis=stated)
             if sample_axis != 0:  # the first axis of the inputs is not as long as the labels
                 labels = labels_in(batch, observed.size)
             labelled = _with_labels(observer, observed, batch, labels, ood, inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +18,28 @@ from lightning_gradmetrics.classifier.forward import (
     logits_of,
     map_tensors,
     preserved,
-    tensors_in,
     with_two_classes,
 )
 from lightning_gradmetrics.classifier.head import returning_logits
 from lightning_gradmetrics.classifier.observation import redirected
+from lightning_gradmetrics.classifier.sample_axis import tensors_with_samples
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.api import ENGINES, eager
+from lightning_gradmetrics.engine.shared_inputs import sample_flags
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, Moment, result_dtype
 from lightning_gradmetrics.scoring.agreement import LOGITS_OF_PARTS, OTHER_LOGITS, are_close, check_same_logits
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence, Target, by_passes, parameter_filter
+from lightning_gradmetrics.scoring.evidence_checks import (
+    NO_SAMPLE_AXIS,
+    check_first_rows,
+    check_parameters,
+    has_two_sample_axes,
+    is_row_wise,
+    label_problem,
+)
 from lightning_gradmetrics.scoring.fitted import FittedScore
 from lightning_gradmetrics.scoring.logit_checks import check_logits, known_labels, not_per_position, two_columns
 from lightning_gradmetrics.scoring.positions import by_blocks
@@ -37,12 +47,6 @@ from lightning_gradmetrics.scoring.registry import Score
 from lightning_gradmetrics.scoring.states import check_head
 
 __all__ = ["Scorer"]
-
-NO_SAMPLE_AXIS = (
-    "have no sample axis: scores over more than the head need inputs with one row per sample on the first axis. Logit and "
-    "head scores work with any inputs; for samples on another axis, as in (T, N, ...), pass sample_axis= to "
-    "lightning_gradmetrics.score, or transpose in the model's forward"
-)
 
 
 @dataclass
@@ -163,7 +167,7 @@ class Scorer:
             ValueError: If a label is missing or is not one of the logits' classes.
         """
         where = f" in the dataset {dataset!r}" if dataset else ""
-        problem = _label_problem(labels, len(logits), logits.shape[1], where)
+        problem = label_problem(labels, len(logits), logits.shape[1], where)
         if problem is not None:
             names = ", ".join(repr(score.name) for score in self.scores if score.needs.labels)
             raise ValueError(f"{f'the score {names}' if names else 'the profile'} needs {problem}")
@@ -175,26 +179,27 @@ class Scorer:
             ValueError: If the inputs are unknown or have no sample axis, or a second forward pass differs.
         """
         kind = type(model).__name__
-        _check_parameters(model)
+        check_parameters(model)
         if batch.inputs is None:
             raise ValueError(
                 f"the step does not call {kind} with known inputs, which scores over more than the head need. "
                 "Pass submodule=, the part of the model that the step calls"
             )
-        first = next(tensors_in(batch.inputs), None)
-        if first is None or not _is_row_wise(first, batch.size):
+        first = next(iter(tensors_with_samples(model, batch.inputs, batch.sample_axis)), None)
+        if first is None or not is_row_wise(first, batch.size):
             raise ValueError(f"the inputs of {kind} {NO_SAMPLE_AXIS}")
         needs = self.needs(batch.logits.shape[1])
         is_observed = not needs.gradients and needs.probes == list(batch.observed)
-        if self._is_checked or (is_observed and not _has_two_sample_axes(first)):
+        if self._is_checked or (is_observed and not has_two_sample_axes(first)):
             return
         self._is_checked = True
         few = min(2, batch.size - 1)
         if not few:
             self._check_forward(model, batch)
             return
+        flags = self._flags(model, batch)
         try:
-            _check_sample_axis(lambda: self._forward(model, batch, few), batch.logits[:few], kind)
+            check_first_rows(lambda: self._forward(model, batch, range(few), flags), batch.logits[:few], kind)
         except ValueError:
             self._check_forward(model, batch)
             if not self._is_random(model, batch):
@@ -202,7 +207,7 @@ class Scorer:
 
     def _check_forward(self, model: nn.Module, batch: ObservedBatch) -> None:
         """Refuse a model whose second forward pass on the batch returns different logits."""
-        logits = self._forward(model, batch, batch.size)
+        logits = self._forward(model, batch)
         problem = LOGITS_OF_PARTS if batch.called is None else OTHER_LOGITS
         check_same_logits(logits, batch.logits, f"{type(model).__name__} {problem}")
 
@@ -210,17 +215,42 @@ class Scorer:
         """Return whether the model draws random numbers, so that logits of a batch and of part of it differ."""
         with preserved(model):
             torch.rand((), device=batch.logits.device)
-            logits = self._forward(model, batch, batch.size)
+            logits = self._forward(model, batch)
         return not are_close(logits, batch.logits)
 
-    def _forward(self, model: nn.Module, batch: ObservedBatch, rows: int, with_graph: bool = False) -> Tensor:
-        """Return the logits of the first rows of the batch, by a forward pass on them alone."""
+    def _flags(self, model: nn.Module, batch: ObservedBatch) -> tuple[bool, ...]:
+        """Return for each tensor of the inputs whether it has one row per sample.
 
-        def first_rows(tensor: Tensor) -> Tensor:
-            return tensor[:rows].clone() if _is_row_wise(tensor, batch.size) else tensor.clone()
+        Raises:
+            SampleAxisError: If that is ambiguous.
+        """
+        forward = partial(self._forward, model, batch)
+        return sample_flags(model, batch.inputs, batch.size, forward, batch.sample_axis)  # type: ignore[arg-type]
+
+    def _forward(
+        self,
+        model: nn.Module,
+        batch: ObservedBatch,
+        samples: Sequence[int] | None = None,
+        flags: Sequence[bool] = (),
+        with_graph: bool = False,
+    ) -> Tensor:
+        """Return the logits of some samples of the batch, or of all, by a forward pass on them alone.
+
+        Args:
+            model: The model.
+            batch: The batch.
+            samples: The numbers of the samples; ``None`` for all.
+            flags: For each tensor of the inputs, whether it has one row per sample.
+            with_graph: Whether the logits have a graph.
+        """
+        has_samples = iter(flags)
+
+        def picked(tensor: Tensor) -> Tensor:
+            return tensor[list(samples)] if samples is not None and next(has_samples) else tensor.clone()
 
         with preserved(model), torch.set_grad_enabled(with_graph), eager(), self._made_to_return_logits(model, batch):
-            logits: Tensor = call(model, map_tensors(batch.inputs, first_rows))
+            logits: Tensor = call(model, map_tensors(batch.inputs, picked))
         return with_two_classes(logits) if batch.one_logit else logits
 
     @contextmanager
@@ -228,57 +258,6 @@ class Scorer:
         """Make calls of the model inside the block repeat the observed call and return its logits."""
         with redirected(model, batch.called or model), returning_logits(model, self.head, self.logits_fn):
             yield
-
-
-def _is_row_wise(tensor: Tensor, size: int) -> bool:
-    return bool(tensor.ndim) and len(tensor) == size
-
-
-def _has_two_sample_axes(tensor: Tensor) -> bool:
-    """Return whether the first two axes have equal lengths, so that the shape does not show which one is the samples."""
-    return tensor.ndim > 1 and tensor.shape[0] == tensor.shape[1]
-
-
-def _check_sample_axis(forward: Callable[[], Tensor], expected: Tensor, kind: str) -> None:
-    """Refuse inputs whose first rows have different logits alone than in the batch."""
-    message = f"the first {len(expected)} rows of the inputs of {kind}, passed alone, "
-    remedy = (
-        "so the rows of the first axis are not the samples, or samples depend on each other. Scores over more than the head "
-        "need inputs with one row per sample on the first axis: pass sample_axis= to lightning_gradmetrics.score if it is another "
-        "one; logit and head scores work with any inputs"
-    )
-    try:
-        logits = forward()
-    except Exception as error:
-        raise ValueError(f"{message}fail with {type(error).__name__}: {error}; {remedy}") from error
-    if not are_close(logits, expected):
-        raise ValueError(f"{message}give different logits than in their batch, {remedy}")
-
-
-def _check_parameters(model: nn.Module) -> None:
-    """Refuse parameters that can have no gradient."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_inference():
-            raise ValueError(
-                f"the parameter {name!r} was created in torch.inference_mode, so it has no gradient. Create the model, and call "
-                "lazy layers for the first time, outside of it, or pass Trainer(inference_mode=False)"
-            )
-
-
-def _label_problem(labels: Tensor | None, size: int, classes: int, place: str) -> str | None:
-    """Return a description of the problem with the labels of a batch, or ``None``."""
-    remedy = "remove the score, or score labelled data only: pass targets=, or return batches (inputs, labels)"
-    if labels is None:
-        return f"true labels, but there are none{place}: {remedy}"
-    if labels.shape != (size,) or labels.is_floating_point() or labels.is_complex():
-        return f"true labels ({size},), integers; these are {tuple(labels.shape)}, {labels.dtype}{place}"
-    unknown = int(((labels < 0) | (labels >= classes)).sum())
-    if not unknown:
-        return None
-    return (
-        f"the true label of every sample, but {unknown} of {size} samples of a batch{place} have none "
-        f"from 0 to {classes - 1}: {remedy}"
-    )
 
 
 def _gradients(
@@ -308,6 +287,7 @@ def _gradients(
             targets=labels,
             logits=witness,
             engine=scorer.engine,
+            sample_axis=batch.sample_axis,
         )
     if witness.seen is not None and not witness.seen.requires_grad and not _has_graph(scorer, model, batch):
         raise ValueError(
@@ -338,7 +318,7 @@ def _has_graph(scorer: Scorer, model: nn.Module, batch: ObservedBatch) -> bool:
         for parameter in frozen:
             parameter.requires_grad_(parameter.is_floating_point())
         with gradients_enabled():
-            return scorer._forward(model, batch, 1, with_graph=True).requires_grad
+            return scorer._forward(model, batch, [0], scorer._flags(model, batch), with_graph=True).requires_grad
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)

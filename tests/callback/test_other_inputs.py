@@ -291,3 +291,44 @@ def test_trainers_and_fabric_in_half_precision(precision: Any) -> None:
         torch.testing.assert_close(column(callback, name).float(), values.float(), rtol=0.05, atol=0.05)
         torch.testing.assert_close(found[name].float(), values.float(), rtol=0.05, atol=0.05)
     assert wrappers._in_fabric_backward is False
+
+
+class Weighted(nn.Module):
+    """Time first; the second input weights the products of hidden units, as long as the batch in the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh().mean(0) @ (table.T @ table))
+
+
+class PassesTimeFirst(Stepped):
+    table: Tensor
+
+    def step(self, batch: Any) -> Any:
+        return self.net(batch[0].transpose(0, 1), self.table)
+
+
+def test_sample_axis_of_a_time_first_input_and_a_shared_input() -> None:
+    """Time, samples and table have the same length, so nothing but ``sample_axis`` tells them apart."""
+    torch.manual_seed(0)
+    module, x = PassesTimeFirst(Weighted().double().eval()), numbers(8, 4, 5)
+    module.table = numbers(4, 6)
+    score = {"norm": "pseudo_label(target='all', statistic='l2')"}
+    with pytest.raises(ValueError, match=r"sample_axis=\{'table': None\} to score, .* or GradientMetrics|first axis"):
+        test_run(lgm.GradientMetrics(score, submodule="net"), module, batches(x, Y))
+    callback = lgm.GradientMetrics(score, submodule="net", sample_axis={"x": 1, "table": None})
+    test_run(callback, module, batches(x, Y))
+    for number, value in enumerate(column(callback, "norm")):
+        logits = module.net(x[number : number + 1].transpose(0, 1), module.table)
+        gradients = torch.autograd.grad(-logits.log_softmax(1).amax(), list(module.parameters()))
+        torch.testing.assert_close(value, torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    assert callback.results["label"].to_pylist() == Y.tolist() and "forward" not in vars(module.net)
+
+
+@pytest.mark.parametrize("wrong", [None, True, -1, "x", {"x": "first"}])
+def test_a_wrong_sample_axis_is_refused_when_the_callback_is_made(wrong: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"sample_axis=.*expected an axis from 0 on, or a mapping"):
+        lgm.GradientMetrics("entropy", sample_axis=wrong)

@@ -104,10 +104,10 @@ def test_padding_is_that_of_the_samples():
 
 def test_other_axes_and_hooks_are_refused():
     model, x = _TimeFirst(), torch.randn(5, 4, 6)
-    for wrong in (True, 1.0, {0: None}):
-        with pytest.raises(TypeError, match="expected an axis, or a mapping"):
+    for wrong in (True, 1.0, None, {0: 1.0}, {1.0: 1}):
+        with pytest.raises(TypeError, match="expected an axis from 0 on, or a mapping"):
             lgm.score(model, x, "entropy", sample_axis=wrong)
-    with pytest.raises(ValueError, match="no axis -2: allowed are 0 to 2"):
+    with pytest.raises(ValueError, match="sample_axis=-2: expected an axis from 0 on"):
         lgm.score(model, x, "entropy", sample_axis=-2)
     model.register_forward_pre_hook(lambda module, args: None)
     with pytest.raises(ValueError, match="forward pre-hooks"):
@@ -195,10 +195,76 @@ def _trimmed(net, x, mask):
     return net.head(torch.tanh(net.a(x[:, :length])).mean(1))
 
 
-def test_an_input_that_is_as_long_as_the_batch_at_two_sizes_is_not_shared():
+def _gram(net, x, other):
+    return net.head(torch.tanh(net.a(x)) @ torch.tanh(net.b(other)).T @ torch.tanh(net.b(other)))
+
+
+def _positions(net, x, table):
+    return net.head(torch.tanh(net.a(x) + table).mean(1))
+
+
+def _with_shared(model, x, other):
+    """Returns the gradient norms of each sample, all with the same second input."""
+    rows = []
+    for number in range(len(x)):
+        logits = model(x[number : number + 1], other)
+        loss = F.cross_entropy(logits, logits.argmax(1))
+        gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        rows.append(torch.stack([gradient.norm() for gradient in gradients]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize(("forward", "length"), [(_trimmed, (4,)), (_gram, ())])
+def test_an_input_as_long_as_the_batch_that_may_be_shared_is_refused(forward, length, engine):
+    """The samples alone have the logits of the batch only if the second input is shared, which the model does not require."""
     torch.manual_seed(0)
-    model = Net(_trimmed).double().eval()
-    masks = torch.arange(4) < torch.tensor([[3], [3], [4], [2], [1]])
-    gradient_statistics(model, (numbers(3, 4, WIDTH), masks[:3]), "pseudo_label")
-    with pytest.raises(CoupledSamplesError):
-        gradient_statistics(model, (numbers(5, 4, WIDTH), masks), "pseudo_label")
+    model, x = Net(forward).double().eval(), numbers(5, *length, WIDTH)
+    other = torch.arange(4) < torch.tensor([[1], [2], [3], [3], [4]]) if length else numbers(5, WIDTH)
+
+    def found(axis):
+        return gradient_statistics(
+            model, (x, other), "pseudo_label", per_parameter=True, engine=engine, sample_axis=axis
+        )
+
+    with pytest.raises(SampleAxisError, match=r"the input 1: it is as long as the batch of 5.*sample_axis={1: None}"):
+        found(0)
+    for stated in ({1: None}, {0: 0, 1: None}):
+        torch.testing.assert_close(found(stated).norm(2), _with_shared(model, x, other))
+    if engine == "auto":
+        with pytest.raises(CoupledSamplesError):
+            found({1: 0})
+    with pytest.raises(SampleAxisError, match="it is ambiguous"):  # every time
+        found(0)
+
+
+def test_score_names_the_ambiguous_input_and_takes_its_axis():
+    torch.manual_seed(0)
+    model, inputs = _Named().double().eval(), {"x": numbers(4, 6), "others": {"table": numbers(4, 6)}}
+    with pytest.raises(
+        SampleAxisError, match=r"sample_axis={'table': None} to score, gradient_statistics or GradientM"
+    ):
+        lgm.score(model, inputs, "pseudo_label(target='all', statistic='l2')")
+    for axis in ({"table": None}, {"others": None, "x": 0}):
+        values = lgm.score(model, inputs, {"norm": "pseudo_label(target='all', statistic='l2')"}, sample_axis=axis)
+        expected = _with_shared(model, inputs["x"], inputs["others"]).norm(dim=1)
+        torch.testing.assert_close(values["norm"], expected)
+
+
+class _Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x, others):
+        return self.head(torch.tanh(self.a(x)) @ (others["table"].T @ others["table"]))
+
+
+def test_an_input_that_had_another_length_or_does_not_fit_the_samples_is_shared():
+    torch.manual_seed(0)
+    for forward, table, sizes in ((_positions, numbers(4, WIDTH), (4, 3, 4)), (_gram, numbers(4, WIDTH), (3, 4, 4))):
+        model = Net(forward).double().eval()
+        for size in sizes:
+            x = numbers(size, 4, WIDTH) if forward is _positions else numbers(size, WIDTH)
+            found = gradient_statistics(model, (x, table), "pseudo_label", per_parameter=True).norm(2)
+            torch.testing.assert_close(found, _with_shared(model, x, table))
