@@ -70,9 +70,9 @@ def sample_flags(
     """Return for each tensor of the inputs whether it has one row per sample.
 
     A tensor that is as long as the batch may nevertheless be shared: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
-    ``N = T``. It is known to be shared if it had another length in an earlier batch, or if the model cannot be called with
-    as many of its rows as samples. If the model can, and samples without the others have the same logits only if the tensor is
-    not split, then it is ambiguous: a mask of which only the longest row counts, for example.
+    ``N = T``. It is known to be shared if it had another length in an earlier batch, or if the model cannot be called with as many
+    of its rows as samples, or has other classes then. If the model can, and samples without the others have the same logits
+    only if the tensor is not split, then it is ambiguous: a mask of which only the longest row counts, for example.
 
     Args:
         model: The model.
@@ -157,7 +157,7 @@ def _decided(
     for reading in readings if size > 1 else reversed(readings):  # of a single sample, an unsplit input is always right
         runs, agrees = _tried(reading, size, forward, everything)
         if agrees:
-            _check_unambiguous(reading, flags, ambiguous, size, forward, names)
+            _check_unambiguous(reading, ambiguous, everything, forward, names)
             return reading
         if runs:
             runnable.append(reading)
@@ -184,34 +184,36 @@ def _readings(flags: Sequence[bool], ambiguous: Sequence[int]) -> Iterator[list[
 
 def _check_unambiguous(
     reading: Sequence[bool],
-    flags: Sequence[bool],
     ambiguous: Sequence[int],
-    size: int,
+    everything: Tensor,
     forward: SampleForward,
     names: Sequence[object],
 ) -> None:
     """Refuse a reading with shared tensors if the model also runs with as many of their rows as samples.
 
+    Rows that are classes, such as prototypes, are shared: otherwise the number of classes would be that of the samples.
+
     Raises:
         SampleAxisError: If it does.
     """
-    if size == 1:  # both readings are the same
+    if len(everything) == 1:  # both readings are the same
         return
-    for other in _readings(flags, ambiguous):
+    for other in _readings(reading, ambiguous):
         split = [number for number in ambiguous if other[number] and not reading[number]]
         keeps = all(other[number] for number in ambiguous if reading[number])
-        if split and keeps and _runs_at_some_size(other, size, forward):
-            raise ambiguous_inputs([names[number] for number in split], size)
+        if split and keeps and _runs_at_some_size(other, everything, forward):
+            raise ambiguous_inputs([names[number] for number in split], len(everything))
 
 
-def _runs_at_some_size(flags: Sequence[bool], size: int, forward: SampleForward) -> bool:
-    """Return whether the model runs on another number of samples; a single sample is broadcast, so it shows nothing."""
+def _runs_at_some_size(flags: Sequence[bool], everything: Tensor, forward: SampleForward) -> bool:
+    """Return whether the model runs on another number of samples with as many classes; a single sample is broadcast."""
+    size = len(everything)
     for count in sorted({2, 3, size - 1, size + 1} - {0, 1, size}):
         try:
             logits = forward([number % size for number in range(count)], flags)
         except Exception:  # any error of the model
             continue
-        if logits.ndim > 0 and len(logits) == count:
+        if logits.shape == (count, *everything.shape[1:]):
             return True
     return False
 
