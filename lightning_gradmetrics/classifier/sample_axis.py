@@ -38,9 +38,10 @@ def check_sample_axis(sample_axis: Any) -> SampleAxis:
         >>> check_sample_axis({"x": 1, "table": None})
         {'x': 1, 'table': None}
     """
-    is_mapping = isinstance(sample_axis, Mapping)
-    axes = [axis for axis in sample_axis.values() if axis is not None] if is_mapping else [sample_axis]
-    keys = list(sample_axis) if is_mapping else []
+    keys, axes = [], [sample_axis]
+    if isinstance(sample_axis, Mapping):
+        keys, axes = list(sample_axis), list(sample_axis.values())
+        axes = [axis for axis in axes if axis is not None]
     if not all(type(axis) is int for axis in axes) or not all(type(key) in (int, str) for key in keys):
         raise TypeError(f"sample_axis={sample_axis!r}: {_ALLOWED}")
     if any(axis < 0 for axis in axes):
