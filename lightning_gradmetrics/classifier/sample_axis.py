@@ -38,14 +38,13 @@ def check_sample_axis(sample_axis: Any) -> SampleAxis:
         >>> check_sample_axis({"x": 1, "table": None})
         {'x': 1, 'table': None}
     """
-    keys, axes = [], [sample_axis]
-    if isinstance(sample_axis, Mapping):
-        keys, axes = list(sample_axis), list(sample_axis.values())
-        axes = [axis for axis in axes if axis is not None]
-    if not all(type(axis) is int for axis in axes) or not all(type(key) in (int, str) for key in keys):
-        raise TypeError(f"sample_axis={sample_axis!r}: {_ALLOWED}")
-    if any(axis < 0 for axis in axes):
-        raise ValueError(f"sample_axis={sample_axis!r}: {_ALLOWED}")
+    is_mapping = isinstance(sample_axis, Mapping)
+    for key, axis in sample_axis.items() if is_mapping else [(0, sample_axis)]:
+        is_none = is_mapping and axis is None
+        if type(key) not in (int, str) or not (is_none or type(axis) is int):
+            raise TypeError(f"sample_axis={sample_axis!r}: {_ALLOWED}")
+        if not is_none and axis < 0:
+            raise ValueError(f"sample_axis={sample_axis!r}: {_ALLOWED}")
     return sample_axis  # type: ignore[no-any-return]
 
 
@@ -87,7 +86,10 @@ class _Axes:
         if isinstance(value, Tensor):
             return function(value, axis)
         if isinstance(value, Mapping):
-            return {key: self._mapped(entry, self._of_entry(key, axis), function) for key, entry in value.items()}
+            entries = {}
+            for key, entry in value.items():
+                entries[key] = self._mapped(entry, self._of_entry(key, axis), function)
+            return entries
         if not isinstance(value, (list, tuple)):
             return value
         values = [self._mapped(entry, axis, function) for entry in value]
@@ -96,7 +98,7 @@ class _Axes:
         return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
 
     def _of_entry(self, key: Any, outer: TensorAxis) -> TensorAxis:
-        if not isinstance(key, str):
+        if not isinstance(key, str):  # a number is the position of an argument
             return outer
         if key in self.entries:
             return TensorAxis(key, self.entries[key], is_stated=True)
@@ -219,7 +221,7 @@ def _axes(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> _Axes:
             if alias in stated:
                 arguments[key] = TensorAxis(name, stated[alias], is_stated=True)
                 used.add(alias)
-    entries = {key: axis for key, axis in stated.items() if isinstance(key, str)}
+    entries = dict(stated)
     unknown = stated.keys() - used - _entry_names(list(named.values()))
     if unknown:
         raise ValueError(f"sample_axis= names {list(stated)}; the arguments in the inputs are {list(named)}")
@@ -242,7 +244,8 @@ def _stated(axes: _Axes) -> dict[Any, int | None]:
     """Return what is stated about inputs whose samples are on the first axis."""
     stated: dict[Any, int | None] = {}
     for key, axis in axes.entries.items():
-        stated[key] = None if axis is None else 0
+        if isinstance(key, str):
+            stated[key] = None if axis is None else 0
     for key, argument in axes.arguments.items():
         stated.pop(argument.argument, None)
         if argument.is_stated:
