@@ -354,8 +354,6 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
         self._logged.update(logged)
         return logged
 
-    # What Lightning calls
-
     @property
     def state_key(self) -> str:
         """Return the key of the fitted states in a checkpoint."""
