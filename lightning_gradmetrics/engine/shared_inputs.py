@@ -115,7 +115,7 @@ def _key(stated: SampleAxis) -> Hashable:
 
 
 def _note_decision(known: dict[int, _Known], number: int, has_samples: bool, size: int) -> None:
-    """Record what was found for a tensor that is as long as the batch."""
+    """Record the decision on a tensor that is as long as the batch."""
     entry = known.get(number)
     if entry is None or entry.equal_at != NO_SIZE:
         known[number] = _Known(has_samples, EVERY_SIZE if has_samples and size > 1 else size)
@@ -206,7 +206,7 @@ def _check_unambiguous(
 
 
 def _runs_at_some_size(flags: Sequence[bool], everything: Tensor, forward: SampleForward) -> bool:
-    """Return whether the model runs on another number of samples with as many classes; a single sample is broadcast."""
+    """Return whether the model runs with more or fewer samples with as many classes; a single sample is broadcast."""
     size = len(everything)
     for count in sorted({2, 3, size - 1, size + 1} - {0, 1, size}):
         try:
