@@ -58,7 +58,7 @@ class Outcome:
 
     @property
     def score_names(self) -> list[str]:
-        """The names of the scores: the columns of the results."""
+        """The names of the scores, which are columns of the results."""
         return [score.name for score in self.scorer.scores]
 
     @property

@@ -22,7 +22,7 @@ class PixelOutcome:
 
     @property
     def segments(self) -> pa.Table:
-        """The predicted segments: one row per segment with its class, size, box, IoU, error and mean scores.
+        """The predicted segments, one per row, with class, size, box, IoU, error and mean scores.
 
         With ``output=`` they are read from the directory.
         """
@@ -30,7 +30,7 @@ class PixelOutcome:
 
     @property
     def pixel_metrics(self) -> pa.Table:
-        """The metrics of pixels, images and segments: one row per unit, dataset, task, score, metric and kind of pooling.
+        """The metrics of pixels, images and segments, with one row per unit, dataset, task, score, metric and kind of pooling.
 
         ``low`` and ``high`` are the ends of the 95 % interval over images. ``difference`` is the difference to the
         first score, with its paired interval.
@@ -39,7 +39,7 @@ class PixelOutcome:
 
     @property
     def class_metrics(self) -> pa.Table:
-        """One row per dataset, task, score and predicted class: its pixels, the fraction of positives, and the AUROC within it."""
+        """One row per dataset, task, score and predicted class, with its pixels, the fraction of positives, and the AUROC within it."""
         return pa.Table.from_pylist(self._pixels.by_class())
 
     def write_maps(self, directory: Path | str) -> list[Path]:

@@ -18,7 +18,7 @@ from lightning_gradmetrics.scoring.registry import RECIPES, Recipe
 __all__ = ["Line", "lines", "markdown", "stub"]
 
 INTRODUCTION = (
-    "This page is generated: `python -m lightning_gradmetrics.cli.score_catalogue`. `gradmetrics scores` prints the table.",
+    "Look up here what a score computes, what it needs and costs, and its paper. `gradmetrics scores` prints the table.",
     "Every score is an uncertainty: higher = more uncertain. If the paper defines a confidence, the last column shows how "
     "to convert. *Free* means that the score needs nothing beyond the forward pass that runs anyway. All other "
     "scores share one extra forward pass, and those of one objective share its backward pass. C is the number of classes.",
@@ -29,14 +29,17 @@ callback = lgm.GradientMetrics(["max_softmax", "oberdiek", "confounding_detector
 trainer = Trainer(callbacks=[callback])
 callback.fit(trainer, model, [held_out, others], datasets={"held_out": "id", "others": "far"})
 trainer.test(model, loaders)
-lgm.scores.save_fitted(callback.scorer.scores, "fitted")                 # and load_fitted(scores, "fitted", model)
-scores = lgm.fit(model, batches, ["oberdiek"])                           # without a Trainer
+
+fitted = lgm.fit(model, batches, ["oberdiek"])  # without a Trainer
+lgm.scores.save_fitted(fitted, "folder")  # for GradientMetrics(fitted="folder")
+fitted = lgm.scores.load_fitted(["oberdiek"], "folder", model)
 ```""",
     "The command fits them automatically, on `data.fit` and `data.fit_ood`, or on `data.train` if those are not set; "
     "`fitted_folder=FOLDER` loads the states of an earlier run. A detector of errors that is fitted on the model's training "
     "samples sees few errors.",
     "A score is given by its name, as `gradnorm`; with arguments, as `gradnorm(temperature=2, target=all)` or "
     "`{gradnorm: {temperature: 2}}`; as an object, as `lgm.scores.gradnorm(temperature=2)`; or as a function of the evidence.",
+    "`python -m lightning_gradmetrics.cli.score_catalogue` generates this page from the docstrings.",
 )
 
 SECTIONS = ("Args", "Returns", "Attributes", "Raises", "Example", "Reference")

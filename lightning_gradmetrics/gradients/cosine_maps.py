@@ -31,13 +31,11 @@ def cosine_similarity_maps(
 ) -> Tensor:
     r"""Compute the cosine similarity of the saliency maps of every pair of classes, for each sample.
 
-    With logits :math:`z(x)` and :math:`z' = 10 z / \max_j |z_j|` (``rescale``), the saliency map of class :math:`c` is
+    With logits ``z(x)`` and ``z' = 10 z / max_j |z_j|`` (``rescale``), the saliency map of class ``c`` is
+    ``S_c = max over channels of sign(d CE(z', c) / d x)``, and the map's entry is ``<S_c, S_d> / (|S_c|_2 |S_d|_2)``.
 
-    .. math:: S_c = \max_\text{channel} \operatorname{sign} \frac{\partial\, \mathrm{CE}(z', c)}{\partial x},
-        \qquad \mathrm{CSM}_{cd} = \frac{\langle S_c, S_d \rangle}{\|S_c\|_2 \|S_d\|_2} .
-
-    This takes one forward pass and computes input gradients only. Since :math:`\sum_c p_c \nabla L_c = 0`, the gradient
-    of the likeliest class follows from the others without a backward pass.
+    This takes one forward pass and computes input gradients only. Since ``sum_c p_c dL_c/dx = 0``, the gradient of the
+    likeliest class follows from the others without a backward pass.
 
     The maximum over channels is taken over axis 1 of inputs with four or more axes, ``(N, channels, H, W)``. Inputs with
     fewer axes, such as ``(N, D)``, have no channel axis: all their entries are used.
@@ -116,13 +114,11 @@ def _in_class_order(csm: Tensor, order: Tensor) -> Tensor:
 
 
 def class_covectors(logits: Tensor, classes: Tensor, *, rescale: bool = True) -> Tensor:
-    r"""Compute the gradient of each class's loss with respect to the logits, up to a positive factor.
+    """Compute the gradient of each class's loss with respect to the logits, up to a positive factor.
 
-    The gradient of :math:`\mathrm{CE}(z', c)` is :math:`p - e_c`. This function returns it divided by :math:`1 - p_c`,
-    which is :math:`q - e_c` with q the softmax over the other classes: it stays accurate even if :math:`p_c` rounds to
-    1.
-    With ``rescale`` the gradient is propagated through :math:`z' = 10 z / \max_j |z_j|`, without the factor
-    :math:`10 / \max_j |z_j|`.
+    The gradient of ``CE(z', c)`` is ``p - e_c``. This function returns it divided by ``1 - p_c``, which is ``q - e_c`` with
+    ``q`` the softmax over the other classes: it stays accurate even if ``p_c`` rounds to 1. With ``rescale`` the gradient is
+    propagated through ``z' = 10 z / max_j |z_j|``, without the factor ``10 / max_j |z_j|``.
 
     Args:
         logits: ``(N, C)``.
