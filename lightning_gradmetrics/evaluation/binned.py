@@ -135,15 +135,15 @@ class BlockCells:
         return self.blocks.sum(1) > 0
 
     def counts(self, weights: Tensor) -> Tensor:
-        """Return the weighted counts ``(C, B, K)``, float64.
+        """Return the weighted counts ``(E, B)`` of each class and cell with rows, float64.
 
         Args:
             weights: The weight of each dataset's blocks in each resample ``(D, BLOCKS, B)``.
         """
         counts = []
-        for number, rows in zip(self.dataset, self.blocks, strict=True):
-            counts.append(weights[number].T.double() @ rows.double())
-        return torch.stack(counts)
+        for number, rows, is_present in zip(self.dataset, self.blocks, self.present, strict=True):
+            counts.append(rows[:, is_present].T.double() @ weights[number].double())
+        return torch.cat(counts)
 
 
 def count_blocks(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.evaluation.cells import Cells
 from lightning_gradmetrics.evaluation.metrics import metrics_of
-from lightning_gradmetrics.evaluation.task_cells import TaskCells, cells_of_tasks
+from lightning_gradmetrics.evaluation.task_cells import GroupTable, TaskCells, cells_of_tasks
 from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows
 
 __all__ = ["EXACT_ROWS", "Key", "Replicates", "collect", "drawn", "method_of", "most_cells", "replicate", "shift"]
@@ -113,7 +113,7 @@ class CountedCells(Protocol):
         ...
 
     def counts(self, weights: Tensor) -> Tensor:
-        """Return the weighted counts ``(C, B, K)``."""
+        """Return the weighted counts ``(E, B)`` of each class and cell with rows, in this order."""
         ...
 
 
@@ -136,10 +136,10 @@ def collect(
         progress: Called with the fraction that is done.
     """
     replicates: Replicates = {}
-    merged = _merged(cells, tasks)
+    read = _read_cells(cells, tasks)
     for start, weights in draws:
         stop = start + weights.shape[-1]
-        for key, values in _values(cells, merged, rate, weights):
+        for key, values in _values(read, rate, weights):
             if key not in replicates:
                 replicates[key] = torch.empty(resamples, dtype=torch.float64)
             replicates[key][start:stop] = values
@@ -166,26 +166,35 @@ def shift(
         ones: The weights of one resample that draws each row once.
         exact: The exact value of every metric that is defined.
     """
-    for key, values in _values(cells, _merged(cells, tasks), rate, ones):
+    for key, values in _values(_read_cells(cells, tasks), rate, ones):
         if key in exact:
             replicates[key] += exact[key] - values
 
 
-def _merged(cells: Mapping[str, CountedCells], tasks: Sequence[DetectionTask]) -> dict[str, list[TaskCells]]:
-    merged = {}
+@dataclass(frozen=True)
+class _ReadCells:
+    """The cells of one score, the table of the groups of their classes, and what each task reads of it."""
+
+    cells: CountedCells
+    table: GroupTable
+    tasks: list[TaskCells]
+
+
+def _read_cells(cells: Mapping[str, CountedCells], tasks: Sequence[DetectionTask]) -> dict[str, _ReadCells]:
+    read = {}
     for score, grouped in cells.items():
-        merged[score] = cells_of_tasks(tasks, grouped.scores, grouped.present)
-    return merged
+        table = GroupTable.of(tasks, grouped.present)
+        read[score] = _ReadCells(grouped, table, cells_of_tasks(tasks, grouped.scores, table))
+    return read
 
 
-def _values(
-    cells: Mapping[str, CountedCells], merged: Mapping[str, Sequence[TaskCells]], rate: float, weights: Tensor
-) -> Iterator[tuple[Key, Tensor]]:
+def _values(read: Mapping[str, _ReadCells], rate: float, weights: Tensor) -> Iterator[tuple[Key, Tensor]]:
     """Yield the value ``(b,)`` of every metric with weighted rows."""
-    for score, grouped in cells.items():
-        counts = grouped.counts(weights)
-        for part in merged[score]:
-            for metric, values in metrics_of(part.metrics, part.counts(counts), rate).items():
+    for score, of_score in read.items():
+        counts = of_score.table.counts(of_score.cells.counts(weights))
+        sums = of_score.table.sums(counts)
+        for part in of_score.tasks:
+            for metric, values in metrics_of(part.metrics, part.counts(counts, sums), rate).items():
                 yield _key(part.task, score, metric), values
 
 

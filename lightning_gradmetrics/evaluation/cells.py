@@ -97,20 +97,14 @@ class Cells:
     Args:
         scores: ``(K,)``, the lowest score of each cell, ascending.
         order: ``(N,)``, the rows in the order of their class and cell.
-        starts: ``(C * K,)``, the position in ``order`` of the first row of each class and cell.
-        classes: ``C``, the number of row classes.
+        present: ``(C, K)``, whether a class has rows in a cell.
+        starts: ``(E,)``, the position in ``order`` of the first row of each class and cell with rows.
     """
 
     scores: Tensor
     order: Tensor
+    present: Tensor
     starts: Tensor
-    classes: int
-
-    @property
-    def present(self) -> Tensor:
-        """Whether a class has rows in a cell ``(C, K)``."""
-        ends = torch.cat([self.starts[1:], self.starts.new_full((1,), len(self.order))])[: len(self.starts)]
-        return (ends > self.starts).view(self.classes, -1)
 
     def counts(self, weights: Tensor) -> Tensor:
         """Sum the weights of the rows in each cell and class.
@@ -119,10 +113,9 @@ class Cells:
             weights: ``(N, B)`` in float32, whole numbers.
 
         Returns:
-            ``(C, B, K)`` in float64; sums are exact up to 2^24.
+            ``(E, B)`` in float64, for each class and cell with rows; sums are exact up to 2^24.
         """
-        sums = torch.nn.functional.embedding_bag(self.order, weights, self.starts, mode="sum")
-        return sums.view(self.classes, len(self.scores), weights.shape[1]).transpose(1, 2).double()
+        return torch.nn.functional.embedding_bag(self.order, weights, self.starts, mode="sum").double()
 
 
 def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (), rate: float = 0.95) -> Cells:
@@ -144,14 +137,17 @@ def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (),
 
     first = chosen_cells(starts, len(rows.codes), most, tasks, positives_to, rate)
     cell_starts = starts[first]
-    members, class_starts, number = [], [], 0
+    members, present, starts, number = [], [], [], 0
     for code in range(rows.classes):
         chosen = positions(rows.codes == code)
         members.append(chosen)
-        class_starts.append(torch.searchsorted(chosen, cell_starts) + number)
+        bounds = torch.cat([torch.searchsorted(chosen, cell_starts), cell_starts.new_full((1,), len(chosen))])
+        is_present = bounds.diff() > 0
+        present.append(is_present)
+        starts.append(bounds[:-1][is_present] + number)
         number += len(chosen)
     order = rows.ranked.numbers.index_select(0, torch.cat(members))
-    return Cells(rows.ranked.scores[first], order, torch.cat(class_starts).to(order.dtype), rows.classes)
+    return Cells(rows.ranked.scores[first], order, torch.stack(present), torch.cat(starts).to(order.dtype))
 
 
 def chosen_cells(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from lightning_gradmetrics import meters
 from lightning_gradmetrics.meters.base import ScoreMeter
-from lightning_gradmetrics.meters.functional.counts import Counts
+from lightning_gradmetrics.meters.functional.counts import Counts, Reads
 from lightning_gradmetrics.meters.functional.ranking import (
     auroc_of_counts,
     average_precision_of_counts,
@@ -22,9 +21,6 @@ __all__ = ["HIGHER_IS_BETTER", "METRICS", "SHOWN", "TASKS", "Metric", "metrics_o
 
 MISCLASSIFICATION, OOD, JOINT = "misclassification", "ood", "joint"
 TASK_NAMES = (JOINT, MISCLASSIFICATION, OOD)
-
-Reads = Literal["all", "positives", "negatives"]
-"""The classes whose scores a metric reads; of other samples, it reads how many lie between these scores."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def register_metric(
         shown: The tasks whose main table shows it.
         digits: The number of decimals of the value times 100.
         reads: ``"positives"`` if the metric depends only on the counts at the scores of positives and on both totals, so
-            that the bootstrap may merge other scores; ``"negatives"`` likewise; by default, no scores are merged.
+            that the bootstrap may leave out other scores; ``"negatives"`` likewise; by default, no score is left out.
 
     Returns:
         None.

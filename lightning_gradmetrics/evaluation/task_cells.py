@@ -1,88 +1,215 @@
-"""The cells that the metrics of a task depend on, found once for all resamples."""
+"""The counts that the metrics of each task read, as rows of one table of counts for all tasks and all resamples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.evaluation.cells import counts_of_task
-from lightning_gradmetrics.evaluation.metrics import METRICS, TASKS, Reads
+from lightning_gradmetrics.evaluation.metrics import METRICS, TASKS
 from lightning_gradmetrics.evaluation.tasks import DetectionTask
-from lightning_gradmetrics.meters.functional.counts import Counts
+from lightning_gradmetrics.meters.functional.counts import Counts, Reads
 from lightning_gradmetrics.meters.functional.sorting import positions
 
-__all__ = ["TaskCells", "cells_of_tasks"]
+__all__ = ["GroupTable", "TaskCells", "cells_of_tasks"]
+
+Codes = tuple[int, ...]
+"""A group of row classes whose rows a task counts together."""
+
+Places = slice | Tensor
+"""Rows of a table; a slice is read without a copy."""
+
+
+def _groups_of(task: DetectionTask, side: Codes) -> list[Codes]:
+    """Return the groups of the classes of one side: all those without a weight, and each with one."""
+    plain = tuple(code for code in side if code not in task.weights)
+    return [*([plain] if plain else []), *((code,) for code in side if code in task.weights)]
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """Where the groups of row classes are in a table: for each group a row of zeros, and one row per cell with its rows.
+
+    Args:
+        rows: The rows ``(S,)`` of a table of class counts, by row of this table.
+        starts: The position ``(R,)`` in ``rows`` of the first one of each row.
+        first: The row of zeros of each group.
+        present: Whether a group has rows in a cell ``(K,)``.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    first: Mapping[Codes, int]
+    present: Mapping[Codes, Tensor]
+
+    @classmethod
+    def of(cls, tasks: Sequence[DetectionTask], present: Tensor) -> GroupTable:
+        """Return the table of all groups that the tasks count.
+
+        Args:
+            tasks: The tasks.
+            present: ``(C, K)``, whether a class has rows in a cell.
+        """
+        groups: dict[Codes, None] = {}
+        for task in tasks:
+            for side in (task.negative, task.positive):
+                groups.update(dict.fromkeys(_groups_of(task, side)))
+        row_of = (present.flatten().cumsum(0) - 1).view_as(present)
+        rows, starts, first, of_group, number, row = [], [], {}, {}, 0, 0
+        for codes in groups:
+            classes = present[list(codes)].T
+            of_group[codes] = classes.any(1)
+            rows.append(row_of[list(codes)].T[classes])
+            sizes = classes.sum(1)[of_group[codes]]
+            starts += [sizes.new_full((1,), number), number + sizes.cumsum(0) - sizes]
+            first[codes] = row
+            number, row = number + len(rows[-1]), row + len(sizes) + 1
+        return cls(torch.cat(rows), torch.cat(starts), first, of_group)
+
+    def counts(self, of_classes: Tensor) -> Tensor:
+        """Return the counts ``(R, B)`` from those of the classes, one row per class and cell in which it has rows."""
+        return torch.nn.functional.embedding_bag(self.rows, of_classes, self.starts, mode="sum")
+
+    def sums(self, counts: Tensor) -> Tensor:
+        """Return the cumulative sums ``(R, B)`` of counts ``(R, B)``, which begin again at each group."""
+        sums = torch.empty_like(counts)
+        bounds = [*self.first.values(), len(counts)]
+        for begin, end in pairwise(bounds):
+            torch.cumsum(counts[begin:end], 0, out=sums[begin:end])
+        return sums
+
+
+@dataclass(frozen=True)
+class _GroupRows:
+    """The rows of one group in a table of counts or sums, at the ``M`` cells that some metrics read.
+
+    Args:
+        weight: The weight of each sample.
+        here: The row of the count of each cell; ``None`` if all counts are zero.
+        until: The row of the sum up to each cell.
+        total: The row of the sum of all cells.
+    """
+
+    weight: float
+    here: Places | None
+    until: Places
+    total: int
 
 
 @dataclass(frozen=True)
 class TaskCells:
-    """The cells of one score for some metrics of one task. Adjacent cells whose rows these metrics do not read are merged.
+    """The cells of one score that some metrics of one task read.
 
     Args:
         task: The task.
         metrics: The names of the metrics.
         reads: The classes whose scores the metrics read.
-        scores: ``(M,)``, the lowest score of each merged cell, ascending.
-        rows: ``(S,)``, numbers of pairs of a row class and a cell that contain rows, sorted by class of the task and merged cell.
-        starts: ``(T * M,)``, where the numbers of each class of the task and merged cell start in ``rows``.
-        places: The merged cells that contain rows which the metrics read.
+        scores: ``(M,)``, the lowest score of each of these cells, ascending.
+        negative: The rows of each group of negatives.
+        positive: The rows of each group of positives.
     """
 
     task: DetectionTask
     metrics: tuple[str, ...]
     reads: Reads
     scores: Tensor
-    rows: Tensor
-    starts: Tensor
-    places: Tensor
+    negative: tuple[_GroupRows, ...]
+    positive: tuple[_GroupRows, ...]
 
-    def counts(self, counts: Tensor) -> Counts:
-        """Return the counts ``(B, M)`` of the merged cells from those ``(C, B, K)`` of all classes and cells, float64."""
-        sums = counts.transpose(1, 2).reshape(-1, counts.shape[1])
-        merged = torch.nn.functional.embedding_bag(self.rows, sums, self.starts, mode="sum")
-        by_class = merged.view(-1, len(self.scores), counts.shape[1]).transpose(1, 2)
-        codes = (*self.task.negative, *self.task.positive)
-        of_task = counts_of_task(self.task, self.scores, dict(zip(codes, by_class, strict=True)))
-        of_task.known[self.reads] = self.places
-        return of_task
+    def counts(self, counts: Tensor, sums: Tensor) -> Counts:
+        """Return the counts ``(B, M)`` of the task, float64.
+
+        Args:
+            counts: The table of counts ``(R, B)`` of the groups.
+            sums: Its cumulative sums ``(R, B)``.
+        """
+        zero = counts.new_zeros(()).expand(counts.shape[1], len(self.scores))
+        negative, positive = _weighted(counts, self.negative, "here"), _weighted(counts, self.positive, "here")
+        known = {
+            "negative": zero if negative is None else negative,
+            "positive": zero if positive is None else positive,
+            "negatives": _total(sums, self.negative),
+            "positives": _total(sums, self.positive),
+        }
+        negatives_to, positives_to = _weighted(sums, self.negative, "until"), _weighted(sums, self.positive, "until")
+        assert negatives_to is not None and positives_to is not None
+        tied = negative is not None and positive is not None
+        return Counts(self.scores, negatives_to, positives_to, self.reads, tied, known)
 
 
-def cells_of_tasks(tasks: Sequence[DetectionTask], scores: Tensor, present: Tensor) -> list[TaskCells]:
-    """Return the merged cells of one score for the metrics of every task.
+def _weighted(table: Tensor, groups: Sequence[_GroupRows], name: str) -> Tensor | None:
+    """Return the weighted sum ``(B, M)`` of rows of several groups; ``None`` if it is zero everywhere."""
+    total: Tensor | None = None
+    for group in groups:
+        places = getattr(group, name)
+        if places is None:
+            continue
+        rows = table.index_select(0, places) if isinstance(places, Tensor) else table[places]
+        if total is not None:
+            total = torch.add(total, rows, alpha=group.weight)
+        else:
+            total = rows if group.weight == 1 else group.weight * rows
+    return None if total is None else total.mT
+
+
+def _total(sums: Tensor, groups: Sequence[_GroupRows]) -> Tensor:
+    """Return the weighted number ``(B,)`` of the rows of several groups."""
+    total = sums.new_zeros(sums.shape[1])
+    for group in groups:
+        total = torch.add(total, sums[group.total], alpha=group.weight)
+    return total
+
+
+def cells_of_tasks(tasks: Sequence[DetectionTask], scores: Tensor, table: GroupTable) -> list[TaskCells]:
+    """Return the cells of one score that the metrics of every task read.
 
     Args:
         tasks: The tasks.
         scores: ``(K,)``, the lowest score of each cell.
-        present: ``(C, K)``, whether a class has rows in a cell.
+        table: The groups of the tasks.
     """
-    merged = []
+    chosen = []
     for task in tasks:
-        metrics: dict[Reads, tuple[str, ...]] = {}
-        for name in TASKS[task.task]:
-            reads = METRICS[name].reads
-            metrics[reads] = (*metrics.get(reads, ()), name)
-        for reads, names in metrics.items():
-            merged.append(_merged(task, names, reads, scores, present))
-    return merged
+        for reads, names in _metrics_by_reads(task).items():
+            chosen.append(_task_cells(task, names, reads, scores, table))
+    return chosen
 
 
-def _merged(task: DetectionTask, metrics: tuple[str, ...], reads: Reads, scores: Tensor, present: Tensor) -> TaskCells:
-    codes = (*task.negative, *task.positive)
-    read = {"positives": task.positive, "negatives": task.negative, "all": codes}[reads]
-    is_read = present[list(read)].any(0)
-    first = is_read.clone()
-    first[1:] |= is_read[:-1]
-    first[:1] = True
-    begins = positions(first)
-    rows, starts, number = [], [], 0
-    for code in codes:
-        cells = positions(present[code])
-        rows.append(cells + code * len(scores))
-        starts.append(torch.searchsorted(cells, begins) + number)
-        number += len(cells)
-    return TaskCells(
-        task, metrics, reads, scores[begins], torch.cat(rows), torch.cat(starts), positions(is_read[begins])
-    )
+def _metrics_by_reads(task: DetectionTask) -> dict[Reads, tuple[str, ...]]:
+    metrics: dict[Reads, tuple[str, ...]] = {}
+    for name in TASKS[task.task]:
+        reads = METRICS[name].reads
+        metrics[reads] = (*metrics.get(reads, ()), name)
+    return metrics
+
+
+def _task_cells(
+    task: DetectionTask, metrics: tuple[str, ...], reads: Reads, scores: Tensor, table: GroupTable
+) -> TaskCells:
+    negative, positive = _groups_of(task, task.negative), _groups_of(task, task.positive)
+    read = {"positives": positive, "negatives": negative, "all": [*negative, *positive]}[reads]
+    cells = positions(torch.stack([table.present[codes] for codes in read]).any(0))
+    sides = []
+    for groups in (negative, positive):
+        sides.append(tuple(_group_rows(table, codes, task.weights.get(codes[0], 1.0), cells) for codes in groups))
+    return TaskCells(task, metrics, reads, scores[cells], *sides)
+
+
+def _group_rows(table: GroupTable, codes: Codes, weight: float, cells: Tensor) -> _GroupRows:
+    """Return the rows of one group at some cells ``(M,)``."""
+    first, number = table.first[codes], table.present[codes].cumsum(0)
+    is_here = table.present[codes].index_select(0, cells)
+    until = number.index_select(0, cells) + first
+    here = _places(torch.where(is_here, until, first)) if bool(is_here.any()) else None
+    total = first + (int(number[-1]) if len(number) else 0)
+    return _GroupRows(weight, here, _places(until), total)
+
+
+def _places(rows: Tensor) -> Places:
+    """Return rows ``(M,)`` as a slice if each follows the one before."""
+    if len(rows) and bool((rows.diff() == 1).all()):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows

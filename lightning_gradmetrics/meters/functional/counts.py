@@ -22,6 +22,7 @@ from lightning_gradmetrics.meters.functional.sorting import positions, sort_with
 __all__ = [
     "Counts",
     "Positive",
+    "Reads",
     "announce_undefined",
     "check_rate",
     "check_scores",
@@ -36,6 +37,9 @@ __all__ = [
 Positive = Literal["out", "in"]
 """The positive class: ``"out"`` is target 1 (an error, or out-of-distribution), ``"in"`` is target 0."""
 
+Reads = Literal["all", "positives", "negatives"]
+"""The samples whose scores a metric reads; of other samples, it reads how many lie between these scores."""
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -47,6 +51,7 @@ class Sums:
         negatives_to: ``(..., M)``, negatives at or below each score.
         positives_to: ``(..., M)``, positives at or below each score.
         complete: Whether no score was left out.
+        tied: Whether a score may have samples of both classes.
     """
 
     negative: Tensor
@@ -54,6 +59,7 @@ class Sums:
     negatives_to: Tensor
     positives_to: Tensor
     complete: bool = False
+    tied: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,20 +70,24 @@ class Counts:
         distinct: The distinct scores ``(G,)``, ascending, or a function that returns them.
         negatives_to: ``(..., G)``, the number (or total weight) of samples with target 0 at or below each score.
         positives_to: ``(..., G)``, the number (or total weight) of samples with target 1 at or below each score.
+        reads: ``"positives"`` or ``"negatives"`` if only scores with samples of this class are listed; the sums, and the
+            totals in ``known``, count the samples at all scores.
+        tied: Whether a score may have samples of both classes.
+        known: Cached results: the counts at each score, the totals, and metrics that other metrics use.
     """
 
     distinct: Tensor | Callable[[], Tensor]
     negatives_to: Tensor
     positives_to: Tensor
+    reads: Reads = "all"
+    tied: bool = True
     known: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """Cached results: the counts at each score, metrics that other metrics use, and, under ``"positives"`` and
-    ``"negatives"``, the positions ``(M,)`` of all scores with samples of this class, if they are known."""
 
     @classmethod
     def of(cls, scores: Tensor, negative: Tensor, positive: Tensor) -> Counts:
         """Return counts from the numbers of negatives and positives at each score, ``(..., G)`` each."""
         known = {"negative": negative, "positive": positive}
-        return cls(scores, negative.cumsum(-1), positive.cumsum(-1), known)
+        return cls(scores, negative.cumsum(-1), positive.cumsum(-1), known=known)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -112,18 +122,18 @@ class Counts:
     @cached_property
     def negatives(self) -> Tensor:
         """``(...)``, the number of negatives, in float64."""
-        return _last(self.negatives_to)
+        return self.known["negatives"] if "negatives" in self.known else _last(self.negatives_to)
 
     @cached_property
     def positives(self) -> Tensor:
         """``(...)``, the number of positives, in float64."""
-        return _last(self.positives_to)
+        return self.known["positives"] if "positives" in self.known else _last(self.positives_to)
 
     @cached_property
     def at_positives(self) -> Sums:
         """The sums at the scores of positives; with batch dimensions, maybe at other scores too."""
         if self.positives_to.ndim > 1:
-            return self._batch_sums(self.positive, "positives")
+            return self._batch_sums("positives")
         chosen = _steps_up(self.positives_to)
         negatives_to, negative = _steps_at(self.negatives_to, chosen)
         positives_to = real(self.positives_to.index_select(0, chosen))
@@ -133,31 +143,30 @@ class Counts:
     def at_negatives(self) -> Sums:
         """The sums at the scores of negatives; with batch dimensions, maybe at other scores too."""
         if self.negatives_to.ndim > 1:
-            return self._batch_sums(self.negative, "negatives")
+            return self._batch_sums("negatives")
         chosen = _steps_up(self.negatives_to)
         positives_to, positive = _steps_at(self.positives_to, chosen)
         negatives_to = real(self.negatives_to.index_select(0, chosen))
         return Sums(_steps(negatives_to), positive, negatives_to, positives_to)
 
-    def _batch_sums(self, number: Tensor, name: str) -> Sums:
-        """Return the sums at all scores, or at those with samples in ``number`` ``(..., G)`` if they are few."""
-        parts = [self.negative, self.positive, self.negatives_to, self.positives_to]
-        if name in self.known:
-            chosen = self.known[name]
-        else:
-            chosen = (number.flatten(0, -2) != 0).any(0).nonzero().squeeze(1)
-        complete = 2 * len(chosen) > number.shape[-1]
-        if not complete:
-            parts = [sums.index_select(-1, chosen) for sums in parts]
-        negative, positive, negatives_to, positives_to = map(real, parts)
-        return Sums(negative, positive, negatives_to, positives_to, complete)
+    def _batch_sums(self, name: Reads) -> Sums:
+        """Return the sums at all listed scores.
+
+        Raises:
+            ValueError: If the scores of the other class only are listed.
+        """
+        if self.reads not in (name, "all"):
+            raise ValueError(f"these counts list the scores of {self.reads} only, not those of {name}")
+        parts = map(real, (self.negative, self.positive, self.negatives_to, self.positives_to))
+        return Sums(*parts, complete=self.reads == "all", tied=self.tied)
 
     @property
     def pairs(self) -> Tensor:
         """``(...)``, the pairs of a positive and a negative with a lower score, ties by half, in float64."""
         if "pairs" not in self.known:
             sums = self.at_positives
-            self.known["pairs"] = dot(sums.positive, sums.negatives_to) - dot(sums.positive, sums.negative) / 2
+            pairs = dot(sums.positive, sums.negatives_to)
+            self.known["pairs"] = pairs - dot(sums.positive, sums.negative) / 2 if sums.tied else pairs
         return self.known["pairs"]
 
     def negatives_above(self, index: Tensor) -> Tensor:
@@ -327,7 +336,13 @@ def dot(one: Tensor, other: Tensor) -> Tensor:
 
 
 def flip(counts: Counts) -> Counts:
-    """Return the counts of negated scores with the classes exchanged, so that target 0 is the positive class."""
+    """Return the counts of negated scores with the classes exchanged, so that target 0 is the positive class.
+
+    Raises:
+        ValueError: If the scores of one class only are listed.
+    """
+    if counts.reads != "all":
+        raise ValueError(f"these counts list the scores of {counts.reads} only, and flipped counts need all scores")
     return Counts.of(-counts.scores.flip(-1), counts.positive.flip(-1), counts.negative.flip(-1))
 
 

@@ -168,7 +168,8 @@ def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive 
     spare = counts.positives * (1 - rate * (1 - _rounding(counts.positives)))
     if not counts.positives_to.is_floating_point():
         spare = spare.floor().to(counts.positives_to.dtype)
-    index = torch.searchsorted(counts.positives_to, spare[..., None], right=True).clamp(max=distinct - 1)
+    positives_to = counts.positives_to.contiguous()
+    index = torch.searchsorted(positives_to, spare[..., None], right=True).clamp(max=distinct - 1)
     value = counts.negatives_above(index).squeeze(-1) / counts.negatives
     return torch.where((counts.positives > 0) & (counts.negatives > 0), value, torch.nan)
 

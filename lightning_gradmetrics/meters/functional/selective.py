@@ -37,22 +37,31 @@ TINY = torch.finfo(torch.float64).tiny
 EULER = 0.5772156649015329
 
 
-def harmonic(number: Tensor) -> Tensor:
+def harmonic(number: Tensor, largest: Tensor | None = None) -> Tensor:
     """Return harmonic numbers ``H_n = sum_{k<=n} 1/k`` in float64, interpolated linearly between whole numbers.
 
     Args:
         number: ``(...)``, at least 0.
+        largest: Any numbers, at least one of which is as large as the largest ``number``; by default, ``number``.
     """
-    largest = int(number.max()) + 1 if number.numel() else 0
-    whole = number.long()
-    if largest > TABLE_LIMIT:
+    largest = number if largest is None else largest
+    size = int(largest.max()) + 1 if largest.numel() else 0
+    whole = number.floor() if number.is_floating_point() else number
+    if size > TABLE_LIMIT:
         values = torch.digamma(whole.double() + 1) + EULER
     else:
-        values = harmonic_table(largest, number.device).index_select(0, whole.reshape(-1)).view_as(whole)
+        values = _looked_up(harmonic_table(size, number.device), whole.long())
     if not number.is_floating_point():
         return values
     fraction = number - whole
-    return values + fraction / (whole + 1) if bool(fraction.any()) else values
+    return values + fraction / (whole + 1) if bool(fraction.sum()) else values
+
+
+def _looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """Return the elements of a table ``(T,)`` at the given places ``(...)``, in the memory layout of the places."""
+    if places.ndim == 2 and not places.is_contiguous() and places.mT.is_contiguous():
+        return _looked_up(table, places.mT).mT
+    return table.index_select(0, places.reshape(-1)).view(places.shape)
 
 
 def harmonic_table(largest: int, device: torch.device) -> Tensor:
@@ -111,9 +120,12 @@ def _aurc(counts: Counts) -> Tensor:
     samples = counts.positives + counts.negatives
     ends = sums.positives_to + sums.negatives_to
     size = sums.positive + sums.negative
-    end = harmonic(ends)
+    end = harmonic(ends, samples)
     # If every group is present, a group starts where the one before it ends.
-    start = torch.nn.functional.pad(end, (1, 0))[..., :-1] if sums.complete else harmonic(ends - size)
+    start = torch.nn.functional.pad(end, (1, 0))[..., :-1] if sums.complete else harmonic(ends - size, samples)
+    if not sums.tied:  # the terms of the mean, times the number of errors, which is the size of their group
+        total = dot(sums.positive, start) + dot(ends, end - start) - counts.positives
+        return (counts.positives * harmonic(samples) - total) / samples
     mean = start + ends * (end - start) / size.clamp(min=TINY) - 1
     return dot(sums.positive, harmonic(samples)[..., None] - mean) / samples
 
