@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ContainerRecord", "has_settings", "mutable_parts", "restore_array"]
+__all__ = ["ContainerRecord", "has_settings", "mutable_parts"]
 
 _PLAIN = (
     bool,
@@ -138,9 +138,3 @@ def _has_entries(container: Any, before: Any) -> bool:
 
 def _are_same(entries: Iterable[Any], before: Iterable[Any]) -> bool:
     return all(map(is_, entries, before))
-
-
-def restore_array(array: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> None:
-    """Set the entries of an array to earlier ones, if they have changed."""
-    if array.dtype.hasobject or array.tobytes() != before.tobytes():
-        array[...] = before

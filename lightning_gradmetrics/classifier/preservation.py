@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts, restore_array
+from lightning_gradmetrics.classifier.large_parts import ArrayRecord, fingerprint, recorded_copy
+from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts
 
 __all__ = ["HookState", "ModelRecord", "RandomState", "named_parameters", "preserved"]
 
@@ -203,7 +204,7 @@ class ModelRecord:
         self._containers: list[ContainerRecord] = []
         self._registers: list[ContainerRecord] = []
         self._empty: list[Any] = []
-        self._arrays: list[tuple[Any, Any]] = []
+        self._arrays: list[ArrayRecord] = []
         self._buffers: list[_TensorRecord] = []
         self._tensors: list[_TensorRecord] = []
         seen: set[int] = set()
@@ -231,7 +232,7 @@ class ModelRecord:
 
     def _record_part(self, part: Any, complete: bool) -> None:
         if isinstance(part, np.ndarray):
-            self._arrays.append((part, part.copy()))
+            self._arrays.append(ArrayRecord(part))
         elif not isinstance(part, Tensor):
             self._record_container(part, self._containers)
         elif complete:
@@ -305,29 +306,32 @@ class ModelRecord:
         _clear_all(self._empty)
         for container in self._containers:
             container.restore()
-        for array, entries in self._arrays:
-            restore_array(array, entries)
+        for array in self._arrays:
+            array.restore()
 
 
 class _TensorRecord:
     """The values of a tensor, which are restored without a version bump, so that graphs with the tensor stay valid."""
 
-    __slots__ = ("_requires_grad", "_value", "_version", "tensor")
+    __slots__ = ("_mark", "_requires_grad", "_value", "_version", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self._requires_grad = tensor, tensor.requires_grad
         self._version = -1 if tensor.is_inference() else tensor._version
-        self._value = tensor.detach().clone() if self._requires_grad else tensor.clone()
+        self._mark = fingerprint(tensor)
+        self._value = recorded_copy(tensor, self._mark)
 
     def restore(self) -> None:
         tensor, value = self.tensor, self._value
-        if tensor.is_inference():
+        if self._mark is not None and tensor.shape == value.shape and fingerprint(tensor) == self._mark:
+            pass  # a large tensor that no forward pass has changed
+        elif tensor.is_inference():
             with torch.inference_mode():
                 tensor.copy_(value)
         elif tensor.shape == value.shape:
             tensor.data.copy_(value)
         else:
-            tensor.data = value
+            tensor.data = value.clone()  # the copy may be used again
         if tensor.requires_grad != self._requires_grad and tensor.is_leaf:
             tensor.requires_grad_(self._requires_grad)
 

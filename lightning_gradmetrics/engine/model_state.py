@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_gradmetrics.classifier.large_parts import fingerprint
 from lightning_gradmetrics.classifier.mutable_parts import has_settings
 from lightning_gradmetrics.classifier.preservation import INTERNAL, ModelRecord
 from lightning_gradmetrics.engine.attribute_reads import are_reads_visible
@@ -143,7 +144,7 @@ def _plain_parts(number: int, name: str, value: Any, seen: set[int]) -> Iterator
         if isinstance(value, _PLAIN):
             yield number, name, value
         elif isinstance(value, np.ndarray):
-            yield number, name, value.tobytes()
+            yield number, name, fingerprint(value) or value.tobytes()
         elif isinstance(value, (list, tuple, set, frozenset, deque)) and all(
             isinstance(entry, _PLAIN) for entry in value
         ):
