@@ -1,50 +1,25 @@
-"""Matplotlib figures as inline SVG in the colours of the page, light or dark.
-
-A figure is drawn in placeholder colours, which are replaced by CSS variables of the page. Text remains text.
-"""
+"""The plots of the report as inline SVG, in the colours of the page, light or dark. Text remains text."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
-from typing import Any
 
-import matplotlib
 import numpy as np
-from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from lightning_gradmetrics.report.run import Floats
+from lightning_gradmetrics.report.svg import Axis, Drawing, linear_ticks, log_ticks
 
 __all__ = ["CARD_SIZE", "PANEL_SIZE", "Line", "curves_svg", "histogram_svg", "line_styles", "strip_svg"]
 
-INK, MUTED, GRID, FAINT = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
-SERIES = ("#0a0c01", "#0a0c02", "#0a0c03", "#0a0c04", "#0a0c05", "#0a0c06")
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", FAINT: "--faint"}
+SERIES = tuple(f"var(--s{number})" for number in range(1, 7))
+"""The CSS colours of curves and groups; the first curve has the colour of text."""
+
 DASHES = ("", "6 2", "2 1.5", "7 2 2 2", "9 2 2 2 2 2")
 PANEL_SIZE = (4.0, 3.0)
 CARD_SIZE = (2.8, 2.3)
 """Size of a picture in a card, in inches; cards are narrower than panels."""
-SETTINGS: Any = {
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.4,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-}
 
 
 @dataclass(frozen=True)
@@ -61,9 +36,12 @@ def line_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Return the CSS colour and the dashes of each highlighted curve; max softmax, the first, has the text colour."""
     styles = {}
     for number, name in enumerate(names):
-        colour = "var(--ink)" if number == 0 else f"var(--s{number})"
-        styles[name] = (colour, DASHES[number % len(DASHES)])
+        styles[name] = (_colour(number), DASHES[number % len(DASHES)])
     return styles
+
+
+def _colour(style: int) -> str:
+    return "var(--ink)" if style == 0 else SERIES[style - 1]
 
 
 def curves_svg(
@@ -88,27 +66,25 @@ def curves_svg(
         size: The width and height in inches; in a narrow column, text in a smaller drawing appears larger.
     """
     width, height = size
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=size, facecolor="none")
-        axes = figure.add_axes((0.48 / width, 0.45 / height, 1 - 0.6 / width, 1 - 0.54 / height), facecolor="none")
-        axes.set(xlim=(0, 100), ylim=(0, 100 * top), xlabel=labels[0], ylabel=labels[1])
-        for line in dotted:
-            axes.plot(100 * line.x, 100 * line.y, ":", color=MUTED, linewidth=1)
-        for line in sorted(lines, key=lambda line: line.style is not None):
-            _draw(axes, line)
-        return _svg(figure, title, key)
+    across = Axis(0.0, 100.0, linear_ticks(0, 100), labels[0])
+    down = Axis(0.0, 100 * top, linear_ticks(0, 100 * top), labels[1])
+    drawing = Drawing(size, (0.48, 0.45, width - 0.12, height - 0.09), across, down, title, key)
+    drawing.frame()
+    for line in dotted:
+        drawing.line(100 * line.x, 100 * line.y, "var(--muted)", 1, "1 1.65")
+    for line in sorted(lines, key=_order):
+        if line.style is None:
+            x, y = _thinned(line.x, line.y, 120)
+            drawing.line(100 * x, 100 * y, "var(--faint)", 0.6)
+        else:
+            x, y = _thinned(line.x, line.y, 300)
+            drawing.line(100 * x, 100 * y, _colour(line.style), 1.6, DASHES[line.style % len(DASHES)])
+    return drawing.markup()
 
 
-def _draw(axes: Axes, line: Line) -> None:
-    x, y = _thinned(line.x, line.y, 120 if line.style is None else 300)
-    if line.style is None:
-        axes.plot(100 * x, 100 * y, color=FAINT, linewidth=0.6)
-        return
-    dashes = np.fromstring(DASHES[line.style % len(DASHES)], sep=" ") / 1.6
-    colour = INK if line.style == 0 else SERIES[line.style - 1]
-    (drawn,) = axes.plot(100 * x, 100 * y, color=colour, linewidth=1.6, zorder=5 - line.style / 10)
-    if len(dashes):
-        drawn.set_dashes(dashes.tolist())
+def _order(line: Line) -> float:
+    """Return the place of a curve in the order of drawing: the grey ones first, the first style last."""
+    return -np.inf if line.style is None else -line.style
 
 
 def _thinned(x: Floats, y: Floats, steps: int) -> tuple[Floats, Floats]:
@@ -131,25 +107,22 @@ def histogram_svg(groups: Mapping[str, Floats], *, title: str, key: str) -> Mark
     low, high = np.quantile(values, [0.005, 0.995])
     if not high > low:
         low, high = low - max(1.0, abs(low)) / 2, high + max(1.0, abs(high)) / 2
-    scale, edges = _bins(float(low), float(high))
+    is_log, edges = _bins(float(low), float(high))
+    first, last = float(edges[0]), float(edges[-1])
     height = 0.55 + 0.42 * len(groups)
-    with matplotlib.rc_context({**SETTINGS, "axes.grid": False, "axes.spines.left": False}):
-        figure = Figure(figsize=(4.0, height), facecolor="none")
-        axes = figure.add_axes((0.03, 0.25 / height, 0.94, 1 - 0.3 / height), facecolor="none")
-        axes.set(yticks=[], xlim=(edges[0], edges[-1]), ylim=(-len(groups) + 0.9, 1.05))
-        if scale == "log":
-            axes.set_xscale("log")
-        elif scale == "symlog":
-            axes.set_xscale("symlog", linthresh=abs(edges[-1]))
-        for number, group in enumerate(groups.values()):
-            counts, _ = np.histogram(np.clip(group, edges[0], edges[-1]), edges)
-            base = -float(number)
-            tops = base + 0.95 * counts / max(1, counts.max())
-            colour = SERIES[number % len(SERIES)]
-            axes.stairs(tops, edges, baseline=base, fill=True, facecolor=colour, alpha=0.55)
-            axes.axhline(base, color=GRID, linewidth=0.6)
-            axes.plot(np.full(2, np.median(group)), [base, base + 0.95], color=INK, linewidth=1.2)
-        return _svg(figure, title, key)
+    ticks = log_ticks(first, last) if is_log else linear_ticks(first, last, 7)
+    across, down = Axis(first, last, ticks, is_log=is_log), Axis(-len(groups) + 0.9, 1.05)
+    drawing = Drawing((4.0, height), (0.12, 0.25, 3.88, height - 0.05), across, down, title, key)
+    drawing.frame("bottom", grid=False)
+    for number, group in enumerate(groups.values()):
+        base = -float(number)
+        drawing.line(edges[[0, -1]], np.full(2, base), "var(--grid)", 0.6)
+        counts, _ = np.histogram(np.clip(group, first, last), edges)
+        tops = base + 0.95 * counts / max(1, counts.max())
+        x, y = np.repeat(edges, 2), np.concatenate([[base], np.repeat(tops, 2), [base]])
+        drawing.line(x, y, "", 0, fill=SERIES[number % len(SERIES)])
+        drawing.line(np.full(2, np.median(group)), np.array([base, base + 0.95]), "var(--ink)", 1.2)
+    return drawing.markup()
 
 
 def strip_svg(values: Mapping[str, Floats], *, label: str, title: str, key: str) -> Markup:
@@ -162,41 +135,23 @@ def strip_svg(values: Mapping[str, Floats], *, label: str, title: str, key: str)
         key: Makes the ids of the drawing unique on the page.
     """
     height = 0.5 + 0.2 * len(values)
-    with matplotlib.rc_context({**SETTINGS, "axes.spines.left": False}):
-        figure = Figure(figsize=(4.0, height), facecolor="none")
-        axes = figure.add_axes((0.42, 0.42 / height, 0.55, 1 - 0.46 / height), facecolor="none")
-        axes.set(yticks=range(len(values)), yticklabels=list(values), ylim=(len(values) - 0.5, -0.5), xlabel=label)
-        axes.tick_params(axis="y", length=0)
-        for row, numbers in enumerate(values.values()):
-            axes.plot(100 * numbers, np.full(len(numbers), row), "o", color=SERIES[1], markersize=3.5, alpha=0.7)
-            axes.plot(np.full(2, 100 * numbers.mean()), [row - 0.35, row + 0.35], color=INK, linewidth=1.2)
-        return _svg(figure, title, key)
+    percents = 100 * np.concatenate(list(values.values()))
+    margin = 0.05 * float(np.ptp(percents)) or 1.0
+    low, high = float(percents.min()) - margin, float(percents.max()) + margin
+    across = Axis(low, high, linear_ticks(low, high, 7), label)
+    down = Axis(len(values) - 0.5, -0.5, [(float(row), name) for row, name in enumerate(values)])
+    drawing = Drawing((4.0, height), (1.68, 0.42, 3.88, height - 0.04), across, down, title, key)
+    drawing.frame("bottom")
+    for row, numbers in enumerate(values.values()):
+        drawing.dots(100 * numbers, np.full(len(numbers), row), SERIES[1], 1.75)
+        drawing.line(np.full(2, 100 * numbers.mean()), np.array([row - 0.35, row + 0.35]), "var(--ink)", 1.2)
+    return drawing.markup()
 
 
-def _bins(low: float, high: float, count: int = 36) -> tuple[str, Floats]:
-    """Return the scale of the axis and the edges of the bins: logarithmic if the values span three decades."""
+def _bins(low: float, high: float, count: int = 36) -> tuple[bool, Floats]:
+    """Return whether the axis is logarithmic, which it is if the values span three decades, and the edges of the bins."""
     if low > 0 and high / low > 1000:
-        return "log", np.geomspace(low, high, count + 1)
+        return True, np.geomspace(low, high, count + 1)
     if high < 0 and low / high > 1000:
-        return "symlog", -np.geomspace(-low, -high, count + 1)
-    return "linear", np.linspace(low, high, count + 1)
-
-
-def _svg(figure: Figure, title: str, key: str) -> Markup:
-    """Return a figure as an ``<svg>`` element that screen readers announce as one image."""
-    buffer = StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": key}):
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the browser uses other fonts
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace("xlink:href", "href")
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    for number, colour in enumerate(SERIES, 1):
-        text = text.replace(colour, f"var(--s{number})")
-    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{key}-", text)
-    text = re.sub(r"(\d\.\d)\d+", r"\1", text)
-    text = re.sub(r" font-family: [^;\"]*;", "", text)  # the page sets the font
-    text = re.sub(r"\s*\n\s*", " ", text)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))
+        return True, -np.geomspace(-low, -high, count + 1)
+    return False, np.linspace(low, high, count + 1)
