@@ -25,8 +25,14 @@ Places = slice | Tensor
 
 def _groups_of(task: DetectionTask, side: Codes) -> list[Codes]:
     """Return the groups of the classes of one side: all those without a weight, and each with one."""
-    plain = tuple(code for code in side if code not in task.weights)
-    return [*([plain] if plain else []), *((code,) for code in side if code in task.weights)]
+    plain: Codes = ()
+    weighted: list[Codes] = []
+    for code in side:
+        if code in task.weights:
+            weighted.append((code,))
+        else:
+            plain = (*plain, code)
+    return [plain, *weighted] if plain else weighted
 
 
 @dataclass(frozen=True)

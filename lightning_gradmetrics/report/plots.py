@@ -13,7 +13,7 @@ from lightning_gradmetrics.report.svg import Axis, Drawing, linear_ticks, log_ti
 
 __all__ = ["CARD_SIZE", "PANEL_SIZE", "Line", "curves_svg", "histogram_svg", "line_styles", "strip_svg"]
 
-SERIES = tuple(f"var(--s{number})" for number in range(1, 7))
+SERIES = ("var(--s1)", "var(--s2)", "var(--s3)", "var(--s4)", "var(--s5)", "var(--s6)")
 """The CSS colours of curves and groups; the first curve has the colour of text."""
 
 DASHES = ("", "6 2", "2 1.5", "7 2 2 2", "9 2 2 2 2 2")
@@ -139,7 +139,7 @@ def strip_svg(values: Mapping[str, Floats], *, label: str, title: str, key: str)
     margin = 0.05 * float(np.ptp(percents)) or 1.0
     low, high = float(percents.min()) - margin, float(percents.max()) + margin
     across = Axis(low, high, linear_ticks(low, high, 7), label)
-    down = Axis(len(values) - 0.5, -0.5, [(float(row), name) for row, name in enumerate(values)])
+    down = Axis(len(values) - 0.5, -0.5, list(enumerate(values)))
     drawing = Drawing((4.0, height), (1.68, 0.42, 3.88, height - 0.04), across, down, title, key)
     drawing.frame("bottom")
     for row, numbers in enumerate(values.values()):

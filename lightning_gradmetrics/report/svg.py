@@ -111,10 +111,10 @@ class Drawing:
     root: ElementTree.Element = field(init=False)
 
     def __post_init__(self) -> None:
-        width, height = (POINTS * length for length in self.size)
+        width, height = POINTS * self.size[0], POINTS * self.size[1]
         size = {"width": f"{width:g}pt", "height": f"{height:g}pt", "viewBox": f"0 0 {width:g} {height:g}"}
         self.root = ElementTree.Element("svg", {"role": "img", "aria-label": self.title, **size})
-        left, lower, right, upper = (POINTS * length for length in self.box)
+        left, lower, right, upper = POINTS * np.array(self.box)
         clip = ElementTree.SubElement(self.root, "clipPath", id=f"{self.key}-box")
         place = {"x": f"{left:.1f}", "y": f"{height - upper:.1f}"}
         ElementTree.SubElement(
@@ -159,7 +159,7 @@ class Drawing:
 
     def frame(self, sides: str = "left bottom", grid: bool = True) -> None:
         """Draw the axes with ticks and labels, before the data: the lines of ``sides``, and with ``grid`` lines at the ticks."""
-        left, lower, right, upper = (POINTS * length for length in self.box)
+        left, lower, right, upper = (POINTS * np.array(self.box)).tolist()
         top, bottom = POINTS * self.size[1] - upper, POINTS * self.size[1] - lower
         for value, text in self.x.ticks:
             at = float(self.across(np.array([value]))[0])
