@@ -7,7 +7,10 @@ import weakref
 from collections.abc import Hashable
 from typing import Any
 
-__all__ = ["first_time", "warn_once"]
+__all__ = ["RANDOM", "first_time", "warn_once"]
+
+RANDOM = "random numbers"
+"""The key of all warnings that a model draws random numbers, of which one is enough."""
 
 _given: weakref.WeakKeyDictionary[Any, set[Hashable]] = weakref.WeakKeyDictionary()
 

@@ -191,7 +191,8 @@ def _observe_layer(seen: Observation, name: str, layer: nn.Module) -> Callable[[
 def _layer_call(name: str, given: Any, output: Any) -> LayerCall:
     shapes: list[tuple[int, ...] | None] = []
     for value in (given, output):
-        shapes.append(tuple(value.shape) if isinstance(value, Tensor) else None)
+        has_shape = isinstance(value, Tensor) and not value.is_nested  # torch's encoder layers may pass nested tensors
+        shapes.append(tuple(value.shape) if has_shape else None)
     if any(shape is None or len(shape) != 2 for shape in shapes):
         return LayerCall(name, None, None, *shapes)
     return LayerCall(name, given.detach().clone(), output.detach().clone(), *shapes)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.notices import first_time, warn_once
+from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import reached_parameters
@@ -98,11 +98,13 @@ def warn_slow(task: Task, strategy: Strategy) -> None:
 
 def warn_random(model: nn.Module) -> None:
     """Warn once that a model draws random numbers."""
-    warn_once(
-        model,
+    if not first_time(model, RANDOM):
+        return
+    warnings.warn(
         f"{type(model).__name__} draws random numbers in its forward pass (dropout left on, noise, stochastic depth). Its gradients "
         "are those of one draw for the whole batch, the same in every call with the same state of torch's generators. If that is "
         "not intended, call model.eval() or make the forward pass deterministic",
+        stacklevel=2,
     )
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.labels import class_numbers
+from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 
 __all__ = ["check_call", "given_labels"]
 
@@ -91,6 +92,7 @@ def _check_signature(model: nn.Module, inputs: Inputs) -> None:
 def _warn_of_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            first_time(model, RANDOM)  # the engine does not warn again
             warnings.warn(
                 f"the dropout {name!r} is in train mode, so the scores are random: call model.eval() first",
                 stacklevel=4,

@@ -155,7 +155,7 @@ def test_active_dropout_gives_the_same_numbers_in_every_call() -> None:
     torch.testing.assert_close(first, seeded(alone))
 
 
-@pytest.mark.filterwarnings("ignore:the dropout 'drop' is in train mode", "ignore:Draws draws random numbers")
+@pytest.mark.filterwarnings("ignore:the dropout 'drop' is in train mode")
 def test_random_numbers_of_the_caller_are_not_drawn() -> None:
     model, x = Draws().train(), torch.rand(6, 6)
     drawn = seeded(lambda: torch.rand(2).tolist())

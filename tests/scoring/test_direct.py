@@ -88,6 +88,34 @@ def test_a_frozen_model_has_gradients() -> None:
 
 def test_active_dropout_causes_a_warning() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(), nn.Linear(8, 3)).double()
-    with pytest.warns(UserWarning, match=r"the dropout '1' is in train mode.*model.eval\(\)"):
-        lgm.score(model, X, "energy")
+    with pytest.warns(UserWarning, match=r"the dropout '1' is in train mode.*model.eval\(\)") as caught:
+        lgm.score(model, X, ["energy", "pseudo_label(target=all)"])
+    assert len(caught) == 1  # the engine's warning of random numbers would repeat it
     lgm.score(model.eval(), X, "energy")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_layers_with_nested_tensors_are_observed() -> None:
+    """In eval mode torch's encoder passes nested tensors, which have no shape, between its layers."""
+    torch.manual_seed(0)
+    model, x = Padded().double().eval(), torch.randn(4, 5, 8, dtype=torch.float64)
+    mask = torch.arange(5) >= torch.tensor([[5], [2], [3], [5]])
+    scores = ["gradnorm", "pseudo_label(target=all)"]
+    found = lgm.score(model, {"x": x, "mask": mask}, scores)
+    for number in range(4):
+        one = slice(number, number + 1)
+        for name, value in lgm.score(model, {"x": x[one], "mask": mask[one]}, scores).items():
+            torch.testing.assert_close(found[name][one], value)
+
+
+class Padded(nn.Module):
+    """An encoder that drops padding inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder(x, src_key_padding_mask=mask).masked_fill(mask[..., None], 0)
+        return self.head(hidden.sum(1))
