@@ -30,7 +30,13 @@ from benchmarks.measure import environment, interleaved, summary
 __all__ = ["main"]
 
 PRECISIONS = ("tf32", "bf16", "float32")
-ENGINE = {"all six": peers.FULL, "L2": ("l2",)}
+ENGINE: dict[str, tuple[tuple[str, ...], bool]] = {
+    "all six": (peers.FULL, False),
+    "L2": (("l2",), False),
+    "all six, compile=True": (peers.FULL, True),
+}
+"""The statistics, and whether the plan is compiled."""
+
 PEERS: dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]] = {
     "vmap(grad), all six": peers.vmap_grad,
     "pytorch-ood, L2": peers.pytorch_ood,
@@ -125,6 +131,15 @@ def _peak(function: Callable[[], Any], device: str) -> float:
     return float((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
+def _held(device: str) -> float:
+    """Return the memory in MiB that no tensor uses and that cannot be freed: that of CUDA graphs."""
+    if device != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return float((torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / 2**20)
+
+
 class Report:
     """The results so far, in a file that is rewritten after every result.
 
@@ -199,8 +214,8 @@ def _measured(case: str, precision: str, report: Report, options: argparse.Names
         report.content.setdefault("errors", {})[f"{case}, {precision}"] = errors
     with precision_of(precision, options.device):
         step = peers.training_step(model, batch)
-        for name, statistics in ENGINE.items():
-            function = peers.lgm_engine(model, batch, statistics)
+        for name, (statistics, compiled) in ENGINE.items():
+            function = peers.lgm_engine(model, batch, statistics, compiled)
             _beside_step(step, {name: function}, (case, precision), report, options)
         for name, build in {} if options.no_peers else PEERS.items():
             try:
@@ -228,7 +243,7 @@ def _beside_step(
         try:
             peaks = {"training step": _peak(step, options.device)}
             function()  # the first call plans and compiles kernels
-            peaks[name] = _peak(function, options.device)
+            peaks[name] = _peak(function, options.device) + _held(options.device)
             one_round = _seconds(step, options.device) + _seconds(function, options.device)
             rounds = max(1, min(options.rounds, int(report.left() / 4 / one_round)))
             results = summary(

@@ -142,8 +142,12 @@ def _error(measured: GradientStatistics, exact: GradientStatistics) -> float:
     return worst
 
 
+def _is_about_speed(message: str) -> bool:
+    return "no fast rule" in message or "is not compiled" in message
+
+
 def engine_check(name: str, precision: str, device: str) -> Check:
-    """Compare the engine with autograd on one model, in the first and in the second call."""
+    """Compare the engine with autograd on one model: a first and a second call, and two calls with a compiled plan."""
     start = time.monotonic()
     model, batch = _built(name, device)
     double_model = deepcopy(model).double()
@@ -155,10 +159,12 @@ def engine_check(name: str, precision: str, device: str) -> Check:
             autograd_error = _error(_by_autograd(model, batch), exact)
             limit = 2 * autograd_error + HALF_LIMIT
         worst = 0.0
-        for _ in range(2):
-            measured = lgm.gradient_statistics(model, batch, "pseudo_label", per_parameter=True, statistics=STATISTICS)
+        for compiled in (False, False, True, True):
+            measured = lgm.gradient_statistics(
+                model, batch, "pseudo_label", per_parameter=True, statistics=STATISTICS, compile=compiled
+            )
             worst = max(worst, _error(measured, exact))
-    slow = [str(warning.message)[:160] for warning in caught if "no fast rule" in str(warning.message)]
+    slow = [str(warning.message)[:160] for warning in caught if _is_about_speed(str(warning.message))]
     note = slow[0] if slow else (f"error of autograd {autograd_error:.1e}" if autograd_error else "")
     return Check(f"{name}, {precision}", worst <= limit and not slow, worst, note, time.monotonic() - start)
 

@@ -42,9 +42,9 @@ def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def lgm_engine(model: nn.Module, x: Tensor, statistics: tuple[str, ...]) -> Callable[[], Any]:
-    """Return a function that runs the engine of this package."""
-    return lambda: lgm.gradient_statistics(model, x, "pseudo_label", statistics=statistics)
+def lgm_engine(model: nn.Module, x: Tensor, statistics: tuple[str, ...], compiled: bool = False) -> Callable[[], Any]:
+    """Return a function that runs the engine of this package, with a compiled plan if ``compiled`` is set."""
+    return lambda: lgm.gradient_statistics(model, x, "pseudo_label", statistics=statistics, compile=compiled)
 
 
 def vmap_grad(model: nn.Module, x: Tensor) -> Callable[[], Any]:

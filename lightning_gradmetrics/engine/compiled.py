@@ -1,11 +1,15 @@
-"""Compiled plans: a planned batch is traced once into a graph of torch operators, which inductor compiles."""
+"""Compiled plans: a planned batch is traced once into a graph of torch operators.
+
+On a CPU, inductor compiles the graph. On a CUDA device, its kernels are recorded and replayed as a CUDA graph.
+"""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,21 +21,73 @@ from torch.nn.utils import stateless
 from lightning_gradmetrics.classifier.forward import map_tensors, tensors_in
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.auto import auto_moments, verified_strategy
+from lightning_gradmetrics.engine.cuda_graph import RecordedGraph
 from lightning_gradmetrics.engine.gather import MomentTable
+from lightning_gradmetrics.engine.guards import forward_alone
 from lightning_gradmetrics.engine.kernels.library import plain_kernels
+from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.samples import close_rows, input_structure
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
-from lightning_gradmetrics.gradients.precision import rounding
+from lightning_gradmetrics.gradients.precision import allows_tf32, rounding
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["compiled_moments"]
 
 MOST_PROGRAMS = 8
 """Largest number of programs that are stored for one model."""
+
+CANCELLATION = 64
+"""Rounding error of a gradient whose terms cancel, in units of the precision."""
+
+
+class _State:
+    """The tensors of a batch and of its model, and everything else that a graph depends on.
+
+    Args:
+        task: The batch.
+
+    Attributes:
+        parameters: The model's parameters, each once, in the order of ``named_parameters``.
+        buffers: The model's buffers, likewise.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._record = ModelRecord(task.model) if task.record is None else task.record
+        self._numbers: dict[int, int] = {}
+        self._modules: list[Hashable] = []
+        self.parameters: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+        for module in self._record.modules:
+            self._modules.append((id(module), type(module), vars(module).get("forward"), _has_hooks(module)))
+            self._add(module._parameters, self.parameters)
+            self._add(module._buffers, self.buffers)
+
+    def _add(self, registered: Mapping[str, Tensor | None], tensors: list[Tensor]) -> None:
+        for name, tensor in registered.items():
+            if tensor is not None:
+                number = self._numbers.setdefault(id(tensor), len(self._numbers))
+                self._modules.append((name, number, tensor.shape, tensor.dtype))
+                if number == len(self.parameters) + len(self.buffers):
+                    tensors.append(tensor.detach())
+
+    def key(self) -> Hashable:
+        """Return everything that a graph depends on, except the values of tensors and the number of samples."""
+        task = self._task
+        shapes = [tuple(t.shape[1:]) for t in tensors_in(task.inputs)]
+        labels = None if task.targets is None else task.targets.dtype
+        options = (task.objectives, task.wanted, task.memory, _precision(_device(task)), labels)
+        structure = (tuple(shapes), task.per_sample, input_structure(task.inputs))
+        attributes = attribute_key(task.model, self._record)
+        return tuple(self._modules), attributes, tuple(task.parameters), structure, options
+
+    def arguments(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+        """Return the arguments of a graph: parameters, buffers, the model's inputs, and the labels."""
+        return self.parameters, self.buffers, list(tensors_in(self._task.inputs)), self._task.targets
 
 
 @dataclass(frozen=True)
@@ -44,34 +100,55 @@ class Program:
         keys: The moments of one objective.
         size: The number of samples in the batch.
         logits: The function from the model's output to the logits.
+        channels_last: Whether images use the channels-last layout.
+        path: A number for the calls of the model's own forward pass of one sample.
+        turns: Counts the batches, so that each of them checks another sample.
     """
 
     run: Callable[..., tuple[Tensor, ...]]
     keys: tuple[Any, ...]
     size: int
     logits: Callable[[Any], Tensor]
+    channels_last: bool
+    path: int
+    turns: Iterator[int] = field(default_factory=itertools.count)
 
     def fits(self, task: Task) -> bool:
         """Return whether the program was made for batches of this size."""
         return self.size == task.size and self.logits == _logits_function(task)
 
-    def moments(self, task: Task) -> list[Moments]:
+    def moments(self, task: Task, state: _State) -> list[Moments]:
         """Return the moments ``(N, P)`` of each objective.
 
         Raises:
-            PlanError: If the model's own forward pass returns different logits than the graph.
+            PlanError: If the model's own forward pass makes other calls, or returns other logits, than the graph.
         """
-        with torch.no_grad(), torch.compiler.set_stance("default"):
-            *values, logits = self.run(*_tensors(task))
+        no_more_casts = torch.autocast(_device(task).type, enabled=False)  # the graph contains the model's
+        with torch.no_grad(), torch.compiler.set_stance("default"), no_more_casts:
+            *values, logits = self.run(*state.arguments())
         if hasattr(task.logits, "seen"):  # an observer that compares them with the logits of another forward pass
             task.logits.seen = logits
         else:
-            _check_forward(task, logits)
+            self._check_forward(task, logits)
         count = len(self.keys)
         moments = []
         for start in range(0, len(values), count):
             moments.append(dict(zip(self.keys, values[start : start + count], strict=True)))
         return moments
+
+    def _check_forward(self, task: Task, logits: Tensor) -> None:
+        """Compare one sample's logits with the model's, which may depend on state that the graph does not read.
+
+        The calls of this sample's forward pass, with their constants, show a change that does not affect its logits.
+
+        Raises:
+            PlanError: If they differ.
+        """
+        laid_out = task.channels_last() if self.channels_last else task
+        number = next(self.turns) % task.size
+        alone, path = forward_alone(laid_out, number, ForwardState(task.model, task.record))
+        if path != self.path or not close_rows(alone, logits[number : number + 1]):
+            raise PlanError("its forward pass no longer computes what was compiled")
 
 
 _PROGRAMS: WeakKeyDictionary[nn.Module, dict[Hashable, Program | None]] = WeakKeyDictionary()
@@ -85,34 +162,27 @@ def compiled_moments(task: Task) -> list[Moments]:
     models that cannot be compiled, run eagerly.
     """
     programs = _PROGRAMS.setdefault(task.model, {})
-    key = _key(task)
+    state = _State(task)
+    key = state.key()
     program = programs.get(key)
     if program is not None and program.fits(task):
         try:
-            return program.moments(task)
+            return program.moments(task, state)
         except PlanError as error:
             programs[key] = None
             _warn_eager(task, str(error))
     expected = auto_moments(task)
-    key = _key(task)  # the first batch shows which attributes the model reads; only those are in the key
+    key = state.key()  # the first batch shows which attributes the model reads; only those are in the key
     is_new = key not in programs or (program is not None and program.size < task.size)
     if is_new and task.size > 0 and len(programs) < MOST_PROGRAMS:
         programs[key] = _checked_program(task, expected)
     return expected
 
 
-def _key(task: Task) -> Hashable:
-    """Return everything that a graph depends on, except the values of tensors and the number of samples."""
-    modules: list[Hashable] = []
-    record = ModelRecord(task.model) if task.record is None else task.record
-    for module in record.modules:
-        modules.append((id(module), type(module), vars(module).get("forward"), _has_hooks(module)))
-    shapes = [tuple(t.shape[1:]) for t in tensors_in(task.inputs)]
-    named = [(name, p.shape, p.dtype) for name, p in task.model.named_parameters()]
-    labels = None if task.targets is None else task.targets.dtype
-    options = (task.objectives, task.wanted, task.memory, torch.is_autocast_enabled(_device(task).type), labels)
-    structure = (tuple(shapes), task.per_sample, input_structure(task.inputs))
-    return tuple(modules), attribute_key(task.model, record), tuple(named), tuple(task.parameters), structure, options
+def _precision(device: torch.device) -> Hashable:
+    """Return the settings of torch that change the precision of kernels."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return (autocast, allows_tf32(False), allows_tf32(True)) if device.type == "cuda" else (autocast,)
 
 
 def _device(task: Task) -> torch.device:
@@ -127,12 +197,6 @@ def _logits_function(task: Task) -> Callable[[Any], Tensor]:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _tensors(task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Tensor], Tensor | None]:
-    """Return the inputs of a graph: parameters and buffers by name, the model's inputs, and the labels."""
-    parameters = {name: parameter.detach() for name, parameter in task.model.named_parameters()}
-    return parameters, dict(task.model.named_buffers()), list(tensors_in(task.inputs)), task.targets
 
 
 # -- making a program -------------------------------------------------------------------------------------------------
@@ -153,31 +217,18 @@ def _warn_eager(task: Task, reason: str) -> None:
     warnings.warn(f"{type(task.model).__name__} is not compiled and runs eagerly: {reason}", stacklevel=2)
 
 
-def _check_forward(task: Task, logits: Tensor) -> None:
-    """Compare the graph's logits with the model's, which may depend on state that the graph does not read.
-
-    Raises:
-        PlanError: If they differ.
-    """
-    state = ForwardState(task.model, task.record)
-    with torch.no_grad():
-        own = task.forward()
-    state.restore()
-    if not close_rows(own, logits):
-        raise PlanError("its forward pass no longer computes what was compiled")
-
-
 def _compared_program(task: Task, strategy: Strategy, expected: Sequence[Moments]) -> tuple[Program | None, str]:
     """Return a program whose moments of the batch are the expected ones, or ``None`` and the reason."""
     try:
         program = _program(task, strategy)
-        compiled = program.moments(task)
+        compiled = program.moments(task, _State(task))
     except Exception as error:  # tracing and compiling fail in many ways; the eager engine has the result
         return None, f"{type(error).__name__}: {error}".partition("\n")[0]
     parameters = list(task.parameters.values())
     entries = torch.tensor([p.numel() for p in parameters], dtype=torch.float64, device=parameters[0].device)
     for moments, wanted in zip(compiled, expected, strict=True):
-        if not _agree(moments, wanted, rounding(parameters[0]), entries):
+        noise = CANCELLATION * torch.finfo(parameters[0].dtype).eps
+        if not _agree(moments, wanted, rounding(parameters[0]), entries, noise):
             return None, "its compiled plan disagrees with the eager one"
     return program, ""
 
@@ -192,20 +243,31 @@ def _obstacle(task: Task, strategy: Strategy | None) -> str:
         return "its modules have hooks"
     if any(objective.function is not None for objective in task.objectives):
         return "user-defined objectives are checked in every batch"
-    if task.memory is not None or torch.is_autocast_enabled(_device(task).type):
-        return "memory limits and autocast are not supported"
+    if task.memory is not None:
+        return "memory limits are not supported"
+    if torch.is_autocast_enabled(_device(task).type) and not _is_on_gpu(task):
+        return "autocast is not supported on this device"
     return ""
+
+
+def _is_on_gpu(task: Task) -> bool:
+    return _device(task).type == "cuda"
 
 
 def _program(task: Task, strategy: Strategy) -> Program:
     keys = tuple(sorted(task.wanted, key=str))
+    channels_last = strategy.channels_last and _is_on_gpu(task)  # inductor chooses the layout itself
+
+    names = list(dict(task.model.named_parameters())), list(dict(task.model.named_buffers()))
 
     def planned(
-        parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor], labels: Tensor | None
+        parameters: list[Tensor], buffers: list[Tensor], inputs: list[Tensor], labels: Tensor | None
     ) -> tuple[Tensor, ...]:
         flat_inputs = iter(inputs)
-        chosen: Any = {name: parameters[name] for name in task.parameters}
-        with _holding(task.model, {**parameters, **buffers}), plain_kernels(), torch.enable_grad():
+        named = dict(zip(names[0], parameters, strict=True))
+        tensors = {**named, **dict(zip(names[1], buffers, strict=True))}
+        chosen: Any = {name: named[name] for name in task.parameters}
+        with _holding(task.model, tensors), plain_kernels(), traced_operators(), torch.enable_grad():
             batch = replace(
                 task,
                 inputs=map_tensors(task.inputs, lambda _: next(flat_inputs)),
@@ -213,6 +275,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
                 parameters=chosen,
                 record=None,
             )
+            batch = batch.channels_last() if channels_last else batch
             table = MomentTable(batch)
             logits: list[Tensor] = []
 
@@ -225,10 +288,13 @@ def _program(task: Task, strategy: Strategy) -> Program:
             results += map(moments.__getitem__, keys)
         return tuple(map(Tensor.detach, [*results, *logits]))
 
-    graph = make_fx(planned)(*_tensors(task))
+    graph = make_fx(planned)(*_State(task).arguments())
     if any(node.op == "get_attr" for node in graph.graph.nodes):
         raise ValueError("its forward uses tensors that are neither parameters nor buffers, or makes tensors of data")
-    return Program(torch.compile(graph, dynamic=False), keys, task.size, _logits_function(task))
+    run = RecordedGraph(graph) if _is_on_gpu(task) else torch.compile(graph, dynamic=False)
+    laid_out = task.channels_last() if channels_last else task
+    _, path = forward_alone(laid_out, 0, ForwardState(task.model, task.record))
+    return Program(run, keys, task.size, _logits_function(task), channels_last, path)
 
 
 @contextmanager
@@ -238,7 +304,7 @@ def _holding(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         yield
 
 
-def _agree(found: Moments, expected: Moments, tolerance: float, entries: Tensor) -> bool:
+def _agree(found: Moments, expected: Moments, tolerance: float, entries: Tensor, noise: float) -> bool:
     """Return whether two computations of the moments ``(N, P)`` of the same batch are equal up to rounding.
 
     Args:
@@ -246,15 +312,30 @@ def _agree(found: Moments, expected: Moments, tolerance: float, entries: Tensor)
         expected: The moments of the eager engine.
         tolerance: The relative error of entries.
         entries: The number of entries of each parameter, ``(P,)``.
+        noise: The rounding error of a parameter's gradient whose terms cancel, such as that of the bias of an attention's
+            keys, relative to the norm of the largest gradient of the sample.
     """
+    norms = noise * _norms(expected).amax(1, keepdim=True)
     for key, value in expected.items():
-        size = value.abs()
+        size, least = value.abs(), norms
         if isinstance(key, str):
             size = _size_of_terms(expected, key, entries)
+        if key in ("sum", 1.0):
+            least = norms * entries.sqrt()
+        elif not isinstance(key, str):
+            least = norms**key
         error = (found[key] - value).abs()
-        if not bool((error <= tolerance * size + torch.finfo(value.dtype).tiny)[value.isfinite()].all()):
+        allowed = tolerance * size + least + torch.finfo(value.dtype).tiny
+        if not bool((error <= allowed)[value.isfinite()].all()):
             return False
     return True
+
+
+def _norms(moments: Moments) -> Tensor:
+    """Return the L2 norm of each parameter's gradient, or the best known bound of it, ``(N, P)``."""
+    if 2.0 in moments:
+        return moments[2.0].sqrt()
+    return moments.get(1.0, torch.zeros_like(next(iter(moments.values()))))
 
 
 def _size_of_terms(moments: Moments, key: str, entries: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ class Task:
         flags = iter(self.per_sample)
 
         def take(tensor: Tensor) -> Tensor:
-            return tensor[index] if next(flags) else tensor
+            return _rows(tensor, index) if next(flags) else tensor
 
-        targets = None if self.targets is None else self.targets[index]
+        targets = None if self.targets is None else _rows(self.targets, index)
         return replace(self, inputs=map_tensors(self.inputs, take), size=size, targets=targets)
 
     def restricted(self, names: Collection[str]) -> Task:
@@ -145,6 +145,13 @@ class Task:
     def unit_losses(self, index: int, logits: Tensor, only_tiny: bool = False) -> tuple[Tensor, Tensor]:
         """Return losses ``(N,)`` whose gradients are scaled by a power of two per sample, and the factors that undo it."""
         return unit_losses(self.losses[index](self.targets), logits, only_tiny)
+
+
+def _rows(tensor: Tensor, index: slice | list[int]) -> Tensor:
+    """Return some rows: a view for a slice, otherwise a copy. A list of numbers is copied to the device, which waits for it."""
+    if isinstance(index, list) and len(index) == 1:
+        return tensor[index[0] : index[0] + 1].clone()
+    return tensor[index]
 
 
 def empty_moments(task: Task, size: int = 0) -> list[Moments]:

@@ -40,6 +40,9 @@ from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
 __all__ = ["make_strategy"]
 
+CHANNELS_LAST_TYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+"""The types of weights for which convolutions are faster in the channels-last layout, on each kind of device."""
+
 
 def make_strategy(task: Task) -> Strategy:
     """Return the strategy for a model, from a probe on some samples of a batch.
@@ -48,8 +51,12 @@ def make_strategy(task: Task) -> Strategy:
         CoupledSamplesError: If the samples depend on each other.
         SampleAxisError: If the logits do not have one row per sample.
     """
-    with full_float32():
+    with full_float32(_device(task)):
         return _make_strategy(task)
+
+
+def _device(task: Task) -> torch.device:
+    return next(iter(task.parameters.values())).device
 
 
 def _make_strategy(task: Task) -> Strategy:
@@ -89,11 +96,18 @@ def _draws_numbers(task: Task, state: ForwardState) -> bool:
 
 
 def _channels_last_pays(task: Task) -> bool:
-    """Return whether the channels-last layout is faster: on a CPU it saves about 10 % of a ResNet's training step."""
-    if next(iter(task.parameters.values())).device.type != "cpu":
+    """Return whether the channels-last layout is faster.
+
+    On a CPU it saves about 10 % of a ResNet's training step. On a GPU the tensor cores compute half precision and TF32 in
+    this layout; from other layouts, images are copied for every convolution and every kernel of the engine.
+    """
+    dtypes = CHANNELS_LAST_TYPES.get(_device(task).type)
+    if dtypes is None:
         return False
     for module in task.model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.weight.dtype == torch.float32:
+        if not isinstance(module, nn.Conv2d) or module.groups > 1:
+            continue
+        if module.weight.dtype in dtypes:
             return True
     return False
 

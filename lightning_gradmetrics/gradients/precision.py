@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["accumulator", "at_least_float32", "full_float32", "precision_of", "result_dtype", "rounding", "wide_dtype"]
+__all__ = [
+    "accumulator",
+    "allows_tf32",
+    "at_least_float32",
+    "full_float32",
+    "precision_of",
+    "result_dtype",
+    "rounding",
+    "wide_dtype",
+]
 
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALF, TF32 = 0.1, 0.05
@@ -56,19 +66,50 @@ def precision_of(tensor: Tensor) -> float:
 
 
 def _tf32() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return allows_tf32(convolutions=False) or allows_tf32(convolutions=True)
+
+
+def allows_tf32(convolutions: bool) -> bool:
+    """Return whether torch computes float32 convolutions, or else matrix products, on CUDA devices as TF32.
+
+    torch has an older setting, ``allow_tf32``, and a newer one, ``fp32_precision``. The older one cannot be read after the
+    newer one was changed.
+
+    Args:
+        convolutions: Whether to return the setting of convolutions instead of that of matrix products.
+    """
+    older: Any = torch.backends.cudnn if convolutions else torch.backends.cuda.matmul
+    try:
+        return bool(older.allow_tf32)
+    except RuntimeError:
+        newer: Any = torch.backends.cudnn.conv if convolutions else older  # type: ignore[attr-defined, unused-ignore]
+        return bool(newer.fp32_precision == "tf32")
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Compute float32 products on CUDA devices in full precision inside the block, regardless of torch's settings.
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Compute float32 products on a CUDA device in full precision inside the block, regardless of torch's settings.
 
     torch computes float32 convolutions as TF32 by default. Two correct computations of one gradient then differ in the
     third digit, which makes comparisons meaningless.
+
+    Args:
+        device: The device of the computation; nothing is changed for other devices than CUDA's.
     """
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if device.type != "cuda":
+        yield
+        return
+    backends: Any = torch.backends
+    settings, name, full = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
     try:
+        before = [getattr(setting, name) for setting in settings]
+    except RuntimeError:  # the newer setting was changed
+        settings, name, full = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn], "fp32_precision", "ieee"
+        before = [getattr(setting, name) for setting in settings]
+    try:
+        for setting in settings:
+            setattr(setting, name, full)
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        for setting, value in zip(settings, before, strict=True):
+            setattr(setting, name, value)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
 from tests.engine.kinds import WIDTH, Net, error_of
 
@@ -65,6 +66,26 @@ def test_low_precision_in_large_batches_only_is_refused(name: str) -> None:
             CoupledSamplesError, match=r"the precision of Net depends on the size of the batch.*bfloat16"
         ):
             error_of(model, x)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.layer, self.head = kind(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layer(x)[0][:, -1])
+        return logits
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_under_autocast_have_the_types_of_torch(kind: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = _Recurrent(kind).eval(), torch.randn(5, 3, 4)
+    exact = gradient_statistics(model, x, "pseudo_label", engine="reference").norm(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradient_statistics(model, x, "pseudo_label").norm(2)  # a warning of a slower way would be an error
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:no fast rule")

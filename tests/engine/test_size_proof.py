@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine import auto, gradient_statistics
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
 from tests.engine.kinds import WIDTH, Net, error_of, numbers
 
@@ -253,3 +253,12 @@ def test_constants_that_grow_with_the_batch_are_exact() -> None:
     model = Net(lambda net, x: net.head(_hidden(net, x) * (torch.ones_like(x) * net.scale) + F.relu(x))).double()
     for size in (3, 8, 1):
         assert error_of(model, numbers(size, WIDTH)) < 1e-8
+
+
+def test_group_norm_needs_no_check_of_each_batch() -> None:
+    """Its operator takes the length of the first axis, which grows with the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(12, 3)).eval()
+    gradient_statistics(model, torch.randn(4, 2, 5), "pseudo_label")
+    [[strategy]] = auto._STRATEGIES[model].values()
+    assert strategy.alone == 0

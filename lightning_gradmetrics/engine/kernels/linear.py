@@ -11,6 +11,7 @@ from lightning_gradmetrics.engine.kernels.fused import fused_products, fused_sup
 from lightning_gradmetrics.engine.kernels.geometry import POINTWISE
 from lightning_gradmetrics.engine.kernels.gram import linear_gram_pays, linear_square
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
+from lightning_gradmetrics.engine.kernels.operators import reads_are_slow
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments, row_moments
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
@@ -109,7 +110,7 @@ def embedding_moments(
         full = slot.amax(1) + 1 == num_embeddings
     # Unused slots are zero, like untouched rows. They matter only if a sample touches every row and some rows twice.
     may_be_full = indices.shape[1] >= num_embeddings  # needs no read of the data
-    if ("max" in keys or "min" in keys) and may_be_full and bool(full.any()):
+    if ("max" in keys or "min" in keys) and may_be_full and (reads_are_slow(g) or bool(full.any())):
         spare = torch.arange(g.shape[1], device=g.device) > slot.amax(1, keepdim=True)
         low = touched.masked_fill(spare.unsqueeze(-1), -torch.inf).flatten(1)
         high = touched.masked_fill(spare.unsqueeze(-1), torch.inf).flatten(1)

@@ -22,15 +22,15 @@ __all__ = [
 
 
 @triton.jit
-def _store_statistics(out, values, valid, EXTREMES: tl.constexpr):
-    """Write sum, sum of squares, sum of magnitudes, max and min of the valid values of a tile."""
-    finite = tl.where(valid, values, 0.0)
+def _store_statistics(out, values, valid, EXTREMES: tl.constexpr, FULL: tl.constexpr):
+    """Write sum, sum of squares, sum of magnitudes, max and min of the valid values of a tile; all are with ``FULL``."""
+    finite = values if FULL else tl.where(valid, values, 0.0)
     tl.store(out, tl.sum(finite))
     tl.store(out + 1, tl.sum(finite * finite))
     if EXTREMES:
         tl.store(out + 2, tl.sum(tl.abs(finite)))
-        tl.store(out + 3, tl.max(tl.where(valid, values, float("-inf"))))
-        tl.store(out + 4, tl.min(tl.where(valid, values, float("inf"))))
+        tl.store(out + 3, tl.max(values if FULL else tl.where(valid, values, float("-inf"))))
+        tl.store(out + 4, tl.min(values if FULL else tl.where(valid, values, float("inf"))))
 
 
 @triton.jit
@@ -56,6 +56,7 @@ def products_kernel(
     ROWS: tl.constexpr,
     POSITIONS: tl.constexpr,
     ADJACENT: tl.constexpr,
+    FULL: tl.constexpr,
     EXTREMES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -63,6 +64,7 @@ def products_kernel(
 
     The grid is (tiles of a group, samples x groups). With ``ADJACENT``, a tile's rows are adjacent channels of one
     kernel entry, and ``row_offsets`` contains the offset of the first; otherwise it contains the offset of every row.
+    With ``FULL``, no tile is cut off at an edge.
     """
     tile = tl.program_id(0)
     member = tl.program_id(1).to(tl.int64)
@@ -86,14 +88,15 @@ def products_kernel(
     for start in range(0, positions, POSITIONS):
         p = start + tl.arange(0, POSITIONS)
         valid = p < positions
-        left = tl.load(
-            g + o[:, None] * g_output + p[None, :] * g_position, mask=valid_output[:, None] & valid[None, :], other=0.0
-        )
+        of_g, of_x = valid[None, :], valid[:, None]
+        if not FULL:
+            of_g, of_x = of_g & valid_output[:, None], of_x & valid_row[None, :]
+        left = tl.load(g + o[:, None] * g_output + p[None, :] * g_position, mask=of_g, other=0.0)
         offsets = tl.load(position_offsets + p, mask=valid, other=0)
-        right = tl.load(x + offsets[:, None] + rows[None, :], mask=valid[:, None] & valid_row[None, :], other=0.0)
+        right = tl.load(x + offsets[:, None] + rows[None, :], mask=of_x, other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     out += (member * tl.num_programs(0) + tile) * 5
-    _store_statistics(out, total, valid_output[:, None] & valid_row[None, :], EXTREMES)
+    _store_statistics(out, total, valid_output[:, None] & valid_row[None, :], EXTREMES, FULL)
 
 
 @triton.jit
@@ -184,7 +187,7 @@ def row_statistics_kernel(flat, out, row_stride, columns, COLUMNS: tl.constexpr,
     valid = column < columns
     values = tl.load(flat + row * row_stride + column, mask=valid, other=0.0).to(tl.float32)
     out += (row * tl.num_programs(0) + piece) * 5
-    _store_statistics(out, values, valid, EXTREMES)
+    _store_statistics(out, values, valid, EXTREMES, False)
 
 
 @triton.jit

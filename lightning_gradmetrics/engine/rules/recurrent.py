@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_gradmetrics.engine.calls import DECOMPOSED
 
@@ -90,7 +91,7 @@ def layers(
     """
     if isinstance(has_biases, (tuple, list)):
         return fused(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+    input, *states = _cast(fused, input, *(hx if isinstance(hx, (tuple, list)) else (hx,)))
     directions = 2 if bidirectional else 1
     weights = _weights(params, num_layers * directions, has_biases)
     x, last = input.transpose(0, 1) if batch_first else input, []
@@ -107,17 +108,58 @@ def layers(
     return (x.transpose(0, 1) if batch_first else x, *ends)
 
 
-def _cell(cell: Cell, input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
-    state = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
-    result = cell(_linear(input, w_ih, b_ih), state, (w_hh, b_hh, None))
+def _cell(
+    fused: Callable[..., Any],
+    cell: Cell,
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Any = None,
+    b_hh: Any = None,
+) -> Any:
+    input, *state = _cast(fused, input, *(hx if isinstance(hx, (tuple, list)) else (hx,)))
+    result = cell(_linear(input, w_ih, b_ih), tuple(state), (w_hh, b_hh, None))
     return result if len(result) > 1 else result[0]
 
 
-for _fused, _one, _function in (
-    (torch.lstm, torch.lstm_cell, lstm_cell),
-    (torch.gru, torch.gru_cell, gru_cell),
-    (torch.rnn_tanh, torch.rnn_tanh_cell, partial(plain_cell, torch.tanh)),
-    (torch.rnn_relu, torch.rnn_relu_cell, partial(plain_cell, torch.relu)),
+def _cast(fused: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
+    """Return the input and the states in the type in which autocast lets a fused function compute."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if not torch.is_autocast_enabled(device.type):
+        return list(tensors)
+    chosen = _type_of_results(fused, device, dtype, torch.get_autocast_dtype(device.type))
+    return [tensor.to(chosen) for tensor in tensors]
+
+
+@lru_cache(maxsize=64)
+def _type_of_results(
+    fused: Callable[..., Any], device: torch.device, dtype: torch.dtype, autocast: torch.dtype
+) -> torch.dtype:
+    """Return the type of a fused function's results under autocast, from a call with one hidden unit.
+
+    It differs between functions and devices: on a CPU, autocast applies to ``lstm`` but not to ``gru``.
+    """
+    is_whole, gates, states = _SIZES[fused]
+    shape = (1, 1, 1) if is_whole else (1, 1)
+    with torch._C.DisableTorchFunction(), torch.no_grad(), _disable_current_modes():  # no call of the model
+        x = torch.zeros(shape, dtype=dtype, device=device)
+        state: Any = [x] * states if states > 1 else x
+        weights = [x.new_zeros(gates, 1), x.new_zeros(gates, 1), x.new_zeros(gates), x.new_zeros(gates)]
+        arguments = (x, state, weights, True, 1, 0.0, False, False, True) if is_whole else (x, state, *weights)
+        result = fused(*arguments)
+    return (result[0] if isinstance(result, tuple) else result).dtype  # type: ignore[no-any-return]
+
+
+_SIZES: dict[Callable[..., Any], tuple[bool, int, int]] = {}
+"""For each fused function, whether it runs whole layers, and its numbers of gates and of states."""
+
+for _fused, _one, _function, _gates, _states in (
+    (torch.lstm, torch.lstm_cell, lstm_cell, 4, 2),
+    (torch.gru, torch.gru_cell, gru_cell, 3, 1),
+    (torch.rnn_tanh, torch.rnn_tanh_cell, partial(plain_cell, torch.tanh), 1, 1),
+    (torch.rnn_relu, torch.rnn_relu_cell, partial(plain_cell, torch.relu), 1, 1),
 ):
     DECOMPOSED[_fused] = partial(layers, _fused, _function)
-    DECOMPOSED[_one] = partial(_cell, _function)
+    DECOMPOSED[_one] = partial(_cell, _one, _function)
+    _SIZES[_fused], _SIZES[_one] = (True, _gates, _states), (False, _gates, _states)

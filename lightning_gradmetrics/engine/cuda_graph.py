@@ -1,0 +1,81 @@
+"""Records the kernels of a graph of torch operators on a CUDA device, and replays them without Python between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.kernels.operators import noted_tensors
+
+__all__ = ["RecordedGraph"]
+
+WARM_UP = 2
+"""Number of runs before a recording, in which libraries allocate their workspaces and kernels are compiled."""
+
+
+class RecordedGraph:
+    """A function of tensors on a CUDA device; its kernels are recorded in the first call and replayed in later ones.
+
+    Kernels read parameters and buffers where they are, so a recording follows changes of their values. It is made anew
+    when one of them has moved. Inputs and labels are copied to a fixed place first.
+
+    Args:
+        function: A function from parameters, buffers, inputs and labels to a tuple of tensors. It reads no values on the
+            host.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._function = function
+        self._places: Hashable = None
+        self._graph: Any = None
+        self._inputs: list[Tensor] = []
+        self._outputs: tuple[Tensor, ...] = ()
+        self._read: list[Tensor] = []
+
+    def __call__(
+        self,
+        parameters: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        labels: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Return the function's results, in memory that later calls do not change."""
+        given = [*inputs] if labels is None else [*inputs, labels]
+        places = _places([*parameters, *buffers])
+        if places != self._places:
+            self._record(parameters, buffers, given, len(inputs))
+            self._places = places
+        for fixed, tensor in zip(self._inputs, given, strict=True):
+            fixed.copy_(tensor)
+        self._graph.replay()
+        return tuple(map(Tensor.clone, self._outputs))
+
+    def _record(
+        self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], given: Sequence[Tensor], count: int
+    ) -> None:
+        self._graph, self._outputs = None, ()  # frees the memory of an earlier recording
+        self._inputs = list(map(Tensor.clone, given))
+        labels = self._inputs[count] if len(given) > count else None
+        device = self._inputs[0].device
+
+        def run() -> tuple[Tensor, ...]:
+            return self._function(list(parameters), list(buffers), self._inputs[:count], labels)
+
+        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                run()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with noted_tensors() as self._read, torch.cuda.graph(graph):
+            self._outputs = run()
+        self._graph = graph
+
+
+def _places(tensors: Sequence[Tensor]) -> Hashable:
+    """Return where tensors are in memory, and how they are laid out."""
+    return tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)

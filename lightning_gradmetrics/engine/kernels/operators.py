@@ -1,0 +1,84 @@
+"""Functions that launch kernels, as operators of torch while a plan is traced, and as plain functions otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Operator", "noted", "noted_tensors", "operator", "reads_are_slow", "traced_operators"]
+
+_traced = False
+_noted: list[Tensor] | None = None
+
+
+class Operator:
+    """A function of tensors that is one node of a traced graph, whatever it does inside.
+
+    Args:
+        function: The function. Its results share no memory with its arguments.
+        schema: Its arguments and results in torch's notation, such as ``"(Tensor x, int size) -> Tensor"``.
+        empty: Returns results of the right shape, type and device, with any values.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], schema: str, empty: Callable[..., Tensor]) -> None:
+        self.function, self.schema, self.empty = function, schema, empty
+        self.__doc__ = function.__doc__
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Return the function's result."""
+        result: Tensor = (self._registered if _traced else self.function)(*args)
+        return result
+
+    @cached_property
+    def _registered(self) -> Any:
+        name = f"lightning_gradmetrics::{self.function.__name__.strip('_')}"
+        registered: Any = torch.library.custom_op(name, self.function, mutates_args=(), schema=self.schema)
+        registered.register_fake(self.empty)
+        return registered
+
+
+def operator(schema: str, empty: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Operator]:
+    """Return a decorator that makes an :class:`Operator` of a function; see there for the arguments."""
+    return lambda function: Operator(function, schema, empty)
+
+
+@contextmanager
+def traced_operators() -> Iterator[None]:
+    """Call operators through torch inside the block, so that a trace records them."""
+    global _traced
+    before, _traced = _traced, True
+    try:
+        yield
+    finally:
+        _traced = before
+
+
+def reads_are_slow(tensor: Tensor) -> bool:
+    """Return whether Python waits for a device to read a value of such a tensor, or cannot read it in a trace."""
+    return _traced or tensor.device.type != "cpu"
+
+
+def noted(tensor: Tensor) -> Tensor:
+    """Return a stored tensor, and note it for whoever needs it longer than it is stored."""
+    if _noted is not None:
+        _noted.append(tensor)
+    return tensor
+
+
+@contextmanager
+def noted_tensors() -> Iterator[list[Tensor]]:
+    """Collect the stored tensors that kernels read inside the block, in a list.
+
+    A CUDA graph reads them in every replay, so it must hold them even if a cache drops them.
+    """
+    global _noted
+    before, _noted = _noted, []
+    try:
+        yield _noted
+    finally:
+        _noted = before
