@@ -19,8 +19,8 @@ WARM_UP = 2
 class RecordedGraph:
     """A function of tensors on a CUDA device; its kernels are recorded in the first call and replayed in later ones.
 
-    Kernels read parameters and buffers where they are, so a recording follows changes of their values. It is made anew
-    when one of them has moved. Inputs and labels are copied to a fixed place first.
+    Kernels read parameters and buffers at fixed addresses, so a recording follows changes of their values. If one of them
+    has moved, the kernels are recorded again. Inputs and labels are copied to fixed addresses first.
 
     Args:
         function: A function from parameters, buffers, inputs and labels to a tuple of tensors. It reads no values on the

@@ -64,7 +64,7 @@ def reads_are_slow(tensor: Tensor) -> bool:
 
 
 def noted(tensor: Tensor) -> Tensor:
-    """Return a stored tensor, and note it for whoever needs it longer than it is stored."""
+    """Return a stored tensor, and add it to the list of :func:`noted_tensors`."""
     if _noted is not None:
         _noted.append(tensor)
     return tensor
