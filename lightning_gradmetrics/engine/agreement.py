@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,6 +28,22 @@ class VerificationNotes:
 
     scales: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
     failures: dict[str, str] = field(default_factory=dict)
+
+    def add_scale(self, names: Iterable[str], x: Tensor, g: Tensor) -> None:
+        """Add the magnitude of a gradient's terms, because rounding errors are relative to the terms, not to their sum."""
+        factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
+        size = factor * (g.abs() if g.is_complex() else g).double().norm().item()
+        for name in names:
+            self.scales[name] += size
+
+    @contextmanager
+    def guarding(self, names: Iterable[str]) -> Iterator[None]:
+        """Attribute an error inside the block to the parameters that it concerns."""
+        try:
+            yield
+        except Exception as error:
+            for name in names:
+                self.failures[name] = f"{type(error).__name__}: {error}"
 
 
 def largest_norm(gradients: Iterable[Tensor]) -> float:

@@ -25,6 +25,7 @@ from lightning_gradmetrics.engine.guards import (
     compare_alone,
     logits_without_graph,
 )
+from lightning_gradmetrics.engine.known_path import PathChanged
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
 from lightning_gradmetrics.engine.outline import HOOKS, Outline
 from lightning_gradmetrics.engine.plan import PlanError
@@ -198,6 +199,12 @@ class _BatchChecks:
         check = check_copies if strategy.random else check_samples
         check(task, logits, readers, self.state, strategy.quiet)
 
+    def accept(self, logits: Tensor, tracer: Tracer) -> None:
+        """Check the logits of a batch on a known path, which the proof covers."""
+        self.logits.append(logits.detach())
+        check_objectives(self.task, logits)
+        self.is_covered = True
+
     def _covers(self, logits: Tensor, tracer: Tracer, readers: Sequence[int]) -> bool:
         """Return whether the proof covers the batch."""
         record, outline, (shapes, size) = self.strategy.sizes, tracer.outline, self.here
@@ -305,9 +312,12 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
     laid_out = task.channels_last() if strategy.channels_last else task
     free = shapes != strategy.shapes
     restricted = laid_out.restricted(strategy.fast)
-    times, calls = collect_fast(table, restricted, strategy.plan, checks, free=free)
-    outline = calls.number
+    if _fill_by_path(table, restricted, strategy, checks, free, state):
+        return
     verified = strategy.times.get(checks.here, {})
+    recorder = strategy.recorder(restricted, checks.here)
+    times, calls = collect_fast(table, restricted, strategy.plan, checks, free=free, recorder=recorder)
+    outline = calls.number
     if outline not in verified:
         if strategy.random and verified:
             raise PlanError("the model makes other calls than in earlier batches of this size")
@@ -329,6 +339,24 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
         raise PlanError("a sample has a different number of positions than in earlier batches of this size")
     elif checks.hides_gradients:
         _check_hidden_gradients(table, strategy, laid_out, state)
+    elif recorder is not None:
+        strategy.add_path(checks.here, recorder.path() if checks.is_covered else None)
+
+
+def _fill_by_path(
+    table: MomentTable, task: Task, strategy: Strategy, checks: _BatchChecks, free: bool, state: ForwardState
+) -> bool:
+    """Fill a table while the calls are compared with the known ones; return False if no path is known, or if it has changed."""
+    path = strategy.paths.get(checks.here)
+    if path is None or strategy.sizes is None or task.memory is not None:
+        return False
+    try:
+        collect_fast(table, task, strategy.plan, checks.accept, free=free, path=path)
+    except PathChanged:
+        strategy.add_path(checks.here, None)
+        state.restore()
+        return False
+    return True
 
 
 def _check_hidden_gradients(table: MomentTable, strategy: Strategy, laid_out: Task, state: ForwardState) -> None:

@@ -14,7 +14,7 @@ from lightning_gradmetrics.engine.kernels.segments import Segments
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.reference import moments_of_draw, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
-from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
+from lightning_gradmetrics.engine.uses import EmbeddingUse, OuterUse, RowsUse, Use
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
@@ -63,7 +63,7 @@ class MomentTable:
         """Add a parameter's gradients of the current objective."""
         if name not in self._columns:
             return
-        factors = use.factors() if isinstance(use, (RowsUse, LinearUse)) else None
+        factors = use.factors() if isinstance(use, (RowsUse, OuterUse, EmbeddingUse)) else None
         if factors is not None and self._segments[-1].add(name, factors):
             return
         if isinstance(use, RowsUse) and fused_supports(use.value, self.task.wanted):

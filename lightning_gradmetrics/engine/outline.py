@@ -170,15 +170,20 @@ class Outline:
             self._values.append((kind, content() if content is not None else repr(value)))
 
     def _identity(self, tensor: Tensor) -> Hashable:
-        """Return where a tensor comes from."""
+        """Return where a tensor comes from, and note the values of one of unknown origin."""
+        origin = self.origin(tensor)
+        if origin is None:
+            self._values.append(_content(tensor))
+            return "unknown"
+        return origin
+
+    def origin(self, tensor: Tensor) -> Hashable:
+        """Return where a tensor comes from; ``None`` if that is unknown."""
         made = self._made.get(id(tensor))
         if made is not None and made[0]() is tensor:
             changes = version_of(tensor) - made[2]  # in place, possibly by an operator that is not recorded
             return (made[1], changes) if changes else made[1]
-        if id(tensor) in self.leaves:
-            return self.leaves[id(tensor)]
-        self._values.append(_content(tensor))
-        return "unknown"
+        return self.leaves.get(id(tensor))
 
 
 def _is_of_libraries() -> bool:

@@ -13,8 +13,10 @@ from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import reached_parameters
+from lightning_gradmetrics.engine.known_path import KnownTracer
 from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.owners import OwnershipPass
+from lightning_gradmetrics.engine.path_record import KnownPath, PathRecorder
 from lightning_gradmetrics.engine.plan import Plan
 from lightning_gradmetrics.engine.size_record import SizeRecord
 from lightning_gradmetrics.engine.task import Task
@@ -26,6 +28,9 @@ ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
 """Number of samples of each batch that also run alone, to detect samples that depend on each other."""
 
 EVERY_SAMPLE = 10**9
+
+MOST_PATHS = 64
+"""Largest number of combinations of input shapes and batch size for which the calls are stored."""
 
 Checks = Callable[[Tensor, Tracer], None]
 """Gets the logits of a batch, and the tracer of the forward pass."""
@@ -59,6 +64,8 @@ class Strategy:
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
         turn: Counts the batches of which one sample was checked, so that each batch checks another one.
+        paths: For combinations of input shapes and batch size, the calls of the forward pass; ``None`` if they are not
+            compared one by one.
     """
 
     plan: Plan | None
@@ -78,6 +85,24 @@ class Strategy:
     settled: bool = False
     reads_samples: bool = False
     turn: int = 0
+    paths: dict[tuple[Any, int], KnownPath | None] = field(default_factory=dict)
+
+    def recorder(self, task: Task, here: tuple[Any, int]) -> PathRecorder | None:
+        """Return a recorder for a batch, if all batches of its shapes made the same calls, which the proof covers.
+
+        Python must read no values of tensors.
+        """
+        verified = self.times.get(here, {})
+        if here in self.paths or len(verified) != 1 or self.plan is None or self.plan.reads != ():
+            return None
+        is_unusual = self.random or self.quiet or bool(self.slow) or task.memory is not None
+        return None if is_unusual else PathRecorder(task)
+
+    def add_path(self, here: tuple[Any, int], path: KnownPath | None) -> None:
+        """Store the calls of batches of these shapes; ``None`` if they are not compared one by one."""
+        self.paths[here] = path
+        if len(self.paths) > MOST_PATHS:
+            del self.paths[next(iter(self.paths))]
 
 
 def warn_slow(task: Task, strategy: Strategy) -> None:
@@ -118,6 +143,8 @@ def collect_fast(
     checks: Checks,
     notes: VerificationNotes | None = None,
     free: bool = False,
+    path: KnownPath | None = None,
+    recorder: PathRecorder | None = None,
 ) -> tuple[tuple[int, ...], Outline]:
     """Fill a table by one forward pass and one backward pass per objective (two without a plan).
 
@@ -128,25 +155,34 @@ def collect_fast(
         checks: Gets the logits and the tracer before any gradient is computed.
         notes: Filled in a run that verifies a plan.
         free: Whether axes may have a different number of positions per sample than planned.
+        path: The calls that the model must make, if they are known.
+        recorder: Gets the calls.
 
     Returns:
         The positions of a sample on each axis, and the calls.
 
     Raises:
         PlanError: If the model does not follow the plan, or rows have no single owner.
+        PathChanged: If it does not follow the path.
     """
     freeze(task)
     tracer: Tracer
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
+    elif path is not None:
+        tracer = KnownTracer(plan, table.add, path, task, free)
     else:
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
-    tracer.notes, tracer.outline.leaves = notes, task.leaves()
+        tracer.recorder = recorder
+    if path is None:
+        tracer.notes, tracer.outline.leaves = notes, task.leaves()
     if notes is None:
         with tracer:
             logits = task.forward()
     else:
         logits = _forward_with_notes(task, tracer, notes)
+    if isinstance(tracer, KnownTracer):
+        tracer.require_end()
     checks(logits, tracer)
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):

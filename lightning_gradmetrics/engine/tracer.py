@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from lightning_gradmetrics.engine.graph import Copies, Root, saves_through_hooks
 from lightning_gradmetrics.engine.host_reads import READING, ReadWatch, tensors_read
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.outline import Outline
+from lightning_gradmetrics.engine.path_record import PathRecorder
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
@@ -71,12 +72,13 @@ class Tracer(OpeningMode):
         self._roots: dict[Source, tuple[str, ...]] = {name: (name,) for name in parameters}
         self._expected: Counter[str] = Counter()
         self._pending: defaultdict[str, list[Use]] = defaultdict(list)
-        self._position = 0
+        self.position = 0
         self._delayed: list[Step] = []
         self._backward = self._checkpoints = self._recomputes = False
         self._silence = Silence(first.device.type)
         self._collecting, self._last = True, False
         self.notes: VerificationNotes | None = None
+        self.recorder: PathRecorder | None = None
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -88,7 +90,10 @@ class Tracer(OpeningMode):
             return func(*args, **kwargs)
         if self._backward or self._open:
             return self._run(func, args, kwargs)
+        position = self.position
         result = self._run(func, args, kwargs)
+        if self.recorder is not None:
+            self.recorder.add(self.outline, func, args, kwargs, result, position, self.position)
         self.outline.add(func, args, kwargs, result)
         return result
 
@@ -133,10 +138,10 @@ class Tracer(OpeningMode):
         """Return the step for a call: the next one or, in the backward pass, the one that a checkpoint repeats."""
         if self._backward:
             return self._again(function, sources)
-        step = self.plan.steps[self._position] if self._position < len(self.plan.steps) else None
+        step = self.plan.steps[self.position] if self.position < len(self.plan.steps) else None
         if step is None or step.function != function or step.sources != sources:
             return None
-        self._position += 1
+        self.position += 1
         if not torch.is_grad_enabled() and step.kind in ("rule", "broadcast", "vmap"):
             self._delayed.append(step)
             self._checkpoints = True
@@ -171,7 +176,7 @@ class Tracer(OpeningMode):
 
     def _derive(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run on leaves, and record which parameters the outputs depend on."""
-        index = self._position - 1
+        index = self.position - 1
         args, kwargs = map_arguments(self._leaf, args), map_arguments(self._leaf, kwargs)
         result = step.function(*args, **kwargs)
         outputs = list(tensors_in(result))
@@ -207,19 +212,26 @@ class Tracer(OpeningMode):
         x = values["input"]
         axis = axis_of(x, step.inputs, args, kwargs)
         assert axis is not None and step.output is not None
-        if rule.dense and x.ndim > 2 and not x.is_contiguous():
-            args, kwargs = map_arguments(partial(made_contiguous, x), (args, kwargs))
-        run = None if rule.run is None or not self._constant(values) else rule.run
-        result = self._rooted(step, run(values) if run else step.function(*args, **kwargs))
+        result = self._run_rule(step, rule, values, args, kwargs)
         axis, out = self._fitted(axis, x.shape), self._fitted(step.output, result.shape)
         if not self._collecting:
             return result
         for source in slots.values():
             self._expect(source)
         call = Call(values, axis, out, frozenset(slots))
+        if self.recorder is not None:
+            self.recorder.note_step(self.position - 1, step, rule, slots, call)
         hook = partial(self._rule_gradient, rule, call, slots, x._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
+
+    def _run_rule(self, step: Step, rule: Rule, values: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
+        """Return the result of a call, which always has a graph."""
+        x = values["input"]
+        if rule.dense and x.ndim > 2 and not x.is_contiguous():
+            args, kwargs = map_arguments(partial(made_contiguous, x), (args, kwargs))
+        run = None if rule.run is None or not self._constant(values) else rule.run
+        return self._rooted(step, run(values) if run else step.function(*args, **kwargs))
 
     def _slots(self, values: Mapping[str, Any]) -> dict[str, Source]:
         """Return the chosen parameters and derived tensors among a rule's arguments by their names."""
@@ -327,7 +339,7 @@ class Tracer(OpeningMode):
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
         """Run the backward pass with a gradient (1 for a scalar); the sink receives every reached parameter once."""
         self._backward, self._last, delayed = True, last, list(self._delayed)
-        intercepted = self if self._intercepts_backward() else nullcontext()
+        intercepted = self if self._recomputes or self._delayed else nullcontext()
         try:
             with intercepted, torch.autograd.set_multithreading_enabled(False):
                 if total.requires_grad and delayed:
@@ -341,34 +353,23 @@ class Tracer(OpeningMode):
         for name in list(self._pending):
             self._finish(name)
 
-    def _intercepts_backward(self) -> bool:
-        """Return whether calls of the forward pass may be repeated in the backward pass."""
-        return self._recomputes or bool(self._delayed)
-
     def _rule_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
         if call.values["input"]._version != version:
             raise PlanError("a layer's input was changed in place after its use")
         with self._silence, self._guarded(slots.values()):
-            if self.notes is not None:
-                self._scale(slots.values(), call.values["input"], g)
-            for slot, use in found.uses(call, call.out.split(g)):
+            self._scale(slots.values(), call.values["input"], g)
+            for slot, use in found.uses(call, found.split(call.out, g)):
                 self._arrive(slots[slot], use)
         if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
             call.values.clear()
 
     def _guarded(self, sources: Iterable[Source]) -> AbstractContextManager[None]:
         """During verification, attribute an error to the parameters that it concerns."""
-        return _UNGUARDED if self.notes is None else self._noting(sources)
+        return _UNGUARDED if self.notes is None else self.notes.guarding(self._names(sources))
 
-    @contextmanager
-    def _noting(self, sources: Iterable[Source]) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if self.notes is None:
-                raise
-            for name in {name for source in sources for name in self._roots[source]}:
-                self.notes.failures[name] = f"{type(error).__name__}: {error}"
+    def _names(self, sources: Iterable[Source]) -> set[str]:
+        """Return the names of the parameters behind some sources."""
+        return set().union(*map(self._roots.__getitem__, sources))
 
     def _copy_gradient(self, source: Source, g: Tensor) -> None:
         with self._silence, self._guarded([source]):
@@ -376,11 +377,9 @@ class Tracer(OpeningMode):
             self._arrive(source, RowsUse(g))
 
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
-        """Record the magnitude of a gradient's terms, because rounding errors are relative to the terms, not to their sum."""
+        """Record the magnitude of a gradient's terms during verification."""
         if self.notes is not None:
-            factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
-            for name in {name for source in sources for name in self._roots[source]}:
-                self.notes.scales[name] += factor * (g.abs() if g.is_complex() else g).double().norm().item()
+            self.notes.add_scale(self._names(sources), x, g)
 
     def _arrive(self, source: Source, use: Use) -> None:
         if not self._backward:

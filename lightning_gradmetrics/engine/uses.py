@@ -18,9 +18,10 @@ from lightning_gradmetrics.engine.kernels import (
     linear_gradient,
     linear_moments,
     row_moments,
+    touched_rows,
 )
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
-from lightning_gradmetrics.engine.kernels.segments import Factors
+from lightning_gradmetrics.engine.kernels.segments import LARGEST, Factors
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
 
@@ -29,6 +30,7 @@ __all__ = [
     "DerivedUse",
     "EmbeddingUse",
     "LinearUse",
+    "OuterUse",
     "RowsUse",
     "SumUse",
     "Use",
@@ -143,11 +145,42 @@ class LinearUse:
             return factor_moments(self.g[:, 0], self.a[:, 0], wanted)
         return linear_moments(self.a, self.g, wanted)
 
-    def factors(self) -> Factors | None:
-        """Return the factors of the gradients, which are outer products if a sample has one position."""
-        if self.a.shape[1] != 1:
-            return None
-        return at_least_float32(self.g.squeeze(1)), at_least_float32(self.a.squeeze(1))
+
+@dataclass(frozen=True)
+class OuterUse:
+    """Outer products ``left_n right_n^T``, of shape ``(A, B)``, as for a linear layer with one position per sample.
+
+    Args:
+        left: ``(N, A)``.
+        right: ``(N, B)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # noqa: D102
+        return (self.left.shape[1], self.right.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def rows(self, start: int, stop: int) -> OuterUse:  # noqa: D102
+        return OuterUse(self.left[start:stop], self.right[start:stop])
+
+    def gradient(self) -> Tensor:  # noqa: D102
+        return self.sequence().gradient()
+
+    def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
+        return factor_moments(self.left, self.right, wanted)
+
+    def factors(self) -> Factors:
+        """Return both factors."""
+        return at_least_float32(self.left), at_least_float32(self.right)
+
+    def sequence(self) -> LinearUse:
+        """Return the same gradients as those of a linear layer with a sequence of length 1."""
+        return LinearUse(self.right.unsqueeze(1), self.left.unsqueeze(1))
 
 
 @dataclass(frozen=True)
@@ -216,6 +249,13 @@ class EmbeddingUse:
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
         return embedding_moments(self.indices, self.g, self.shape[0], self.padding, wanted)
+
+    def factors(self) -> Factors | None:
+        """Return the rows that a sample looks up, and zeros, if the table always has other rows and the rows are few."""
+        samples, positions, width = self.g.shape
+        if not self.g.is_cpu or not 0 < positions < self.shape[0] or samples * (positions + 1) * width > LARGEST:
+            return None
+        return touched_rows(self.indices, self.g, self.padding).flatten(1), None
 
 
 @dataclass(frozen=True)
@@ -311,9 +351,10 @@ class SumUse:
 
 def combined(uses: Sequence[Use]) -> Use:
     """Return all uses of one parameter as one use: linear and embedding uses are concatenated, others are added."""
-    first = uses[0]
     if len(uses) == 1:
-        return first
+        return uses[0]
+    uses = [use.sequence() if isinstance(use, OuterUse) else use for use in uses]
+    first = uses[0]
     kinds = {(type(use), getattr(use, "transposed", None), getattr(use, "padding", None)) for use in uses}
     if len(kinds) == 1 and isinstance(first, LinearUse):
         return replace(first, a=_joined(uses, "a"), g=_joined(uses, "g"))

@@ -3,7 +3,7 @@
 from lightning_gradmetrics.engine.kernels.convolution import conv_gradient, conv_moments
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
 from lightning_gradmetrics.engine.kernels.library import describe_kernels
-from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments
+from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments, touched_rows
 from lightning_gradmetrics.engine.kernels.reduction import position_sums, row_moments
 from lightning_gradmetrics.engine.kernels.residuals import class_residuals
 
@@ -18,4 +18,5 @@ __all__ = [
     "linear_moments",
     "position_sums",
     "row_moments",
+    "touched_rows",
 ]

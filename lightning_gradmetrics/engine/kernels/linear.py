@@ -16,7 +16,7 @@ from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunk
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
-__all__ = ["embedding_moments", "linear_gradient", "linear_moments"]
+__all__ = ["embedding_moments", "linear_gradient", "linear_moments", "touched_rows"]
 
 
 def linear_gradient(a: Tensor, g: Tensor) -> Tensor:
@@ -75,6 +75,42 @@ def _total(a: Tensor, g: Tensor) -> Tensor:
     return (a.sum(2, dtype=dtype) * g.sum(2, dtype=dtype)).sum(1)
 
 
+MOST_COMPARED = 64
+"""Largest number of indices per sample that are compared with each other; more are sorted."""
+
+
+def _slots(indices: Tensor) -> Tensor:
+    """Return a number from 0 to T - 1 for each index, ``(N, T)``, the same for equal indices of a sample."""
+    if 0 < indices.shape[1] <= MOST_COMPARED:
+        equal = indices.unsqueeze(2) == indices.unsqueeze(1)
+        return equal.to(torch.int8).argmax(1)  # the position of the first equal index
+    ordered, order = indices.sort(1)
+    fresh = torch.ones_like(ordered)
+    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.empty_like(indices).scatter_(1, order, fresh.cumsum(1) - 1)
+
+
+def touched_rows(indices: Tensor, g: Tensor, padding_idx: int | None) -> Tensor:
+    """Return the gradients of the rows of a table that each sample looks up, and rows of zeros, ``(N, T + 1, D)``.
+
+    Args:
+        indices: Rows of the table ``(N, T)``.
+        g: The gradient of the layer's output, ``(N, T, D)``.
+        padding_idx: The row without a gradient, or ``None``.
+
+    Example:
+        >>> touched_rows(torch.tensor([[7, 7]]), torch.ones(1, 2, 1), None)
+        tensor([[[2.],
+                 [0.],
+                 [0.]]])
+    """
+    g = at_least_float32(g)
+    if padding_idx is not None:
+        g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    rows = g.new_zeros(g.shape[0], g.shape[1] + 1, g.shape[2])
+    return rows.scatter_add_(1, _slots(indices).unsqueeze(-1).expand_as(g), g)
+
+
 def embedding_moments(
     indices: Tensor, g: Tensor, num_embeddings: int, padding_idx: int | None, wanted: Iterable[Moment]
 ) -> Moments:
@@ -98,20 +134,16 @@ def embedding_moments(
     g = at_least_float32(g)
     if padding_idx is not None:
         g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
-    # Equal indices of a sample share one slot: the position of the index among the sample's sorted distinct indices.
-    ordered, order = indices.sort(1)
-    fresh = torch.ones_like(ordered)
-    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    slot = torch.empty_like(indices).scatter_(1, order, fresh.cumsum(1) - 1)
+    slot = _slots(indices)
     touched = torch.zeros_like(g).scatter_add_(1, slot.unsqueeze(-1).expand_as(g), g)
     moments = row_moments(touched.flatten(1), keys)
     full = torch.zeros(len(g), dtype=torch.bool, device=g.device)
-    if indices.shape[1]:
-        full = slot.amax(1) + 1 == num_embeddings
     # Unused slots are zero, like untouched rows. They matter only if a sample touches every row and some rows twice.
-    may_be_full = indices.shape[1] >= num_embeddings  # needs no read of the data
+    may_be_full = 0 < indices.shape[1] >= num_embeddings  # needs no read of the data
+    if may_be_full:
+        spare = torch.ones_like(indices, dtype=torch.bool).scatter_(1, slot, False)
+        full = (~spare).sum(1) == num_embeddings
     if ("max" in keys or "min" in keys) and may_be_full and (reads_are_slow(g) or bool(full.any())):
-        spare = torch.arange(g.shape[1], device=g.device) > slot.amax(1, keepdim=True)
         low = touched.masked_fill(spare.unsqueeze(-1), -torch.inf).flatten(1)
         high = touched.masked_fill(spare.unsqueeze(-1), torch.inf).flatten(1)
         exact = {**row_moments(low, keys & {"max"}), **row_moments(high, keys & {"min"})}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Segments:
         self._are_known = self._wanted <= set(ORDER)
         self._matrices: list[Tensor] = []
         self._versions: list[int] = []
-        self._numbers: dict[Hashable, int] = {}
+        self._numbers: dict[int, int] = {}
         self._left: list[int] = []
         self._right: list[int] = []
         self.names: list[str] = []
@@ -70,10 +70,9 @@ class Segments:
 
     def _number(self, matrix: Tensor) -> int | None:
         """Return a matrix's number, ``None`` if it is not supported; a layer's weight and bias share the gradient of its output."""
-        key = (matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype)
-        number = self._numbers.get(key)
+        number = self._numbers.get(id(matrix))
         if number is None and self._takes(matrix):
-            number = self._numbers[key] = len(self._matrices)
+            number = self._numbers[id(matrix)] = len(self._matrices)
             self._matrices.append(matrix)
             self._versions.append(matrix._version)
         return number

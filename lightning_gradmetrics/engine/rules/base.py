@@ -75,6 +75,7 @@ class Rule:
             than the function's own.
         row_axes: Returns, for the arguments, the number of leading axes of input and output whose positions are
             independent.
+        takes_rows: Whether ``uses`` also takes the gradient of an output ``(N, D)`` as it is, without an axis of positions.
     """
 
     uses: Function
@@ -84,6 +85,13 @@ class Rule:
     dense: bool = False
     run: Callable[[dict[str, Any]], Tensor] | None = None
     row_axes: Callable[[dict[str, Any]], int] = one_axis
+    takes_rows: bool = False
+
+    def split(self, out: Axis, gradient: Tensor) -> Tensor:
+        """Return the gradient of an output in the form that ``uses`` takes."""
+        if self.takes_rows and gradient.ndim == 2 and out.times == 1 and out.dim == 0:
+            return gradient
+        return out.split(gradient)
 
 
 RULES: dict[Any, Rule] = {}
@@ -108,13 +116,14 @@ def rule(
     dense: bool = False,
     run: Callable[[dict[str, Any]], Tensor] | None = None,
     row_axes: Callable[[dict[str, Any]], int] = one_axis,
+    takes_rows: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a rule for torch functions; ``arguments`` and ``weights`` are names separated by spaces."""
 
     def register(uses: Function) -> Function:
         for function in functions:
             RULES[function] = Rule(
-                uses, tuple(arguments.split()), frozenset(weights.split()), accepts, dense, run, row_axes
+                uses, tuple(arguments.split()), frozenset(weights.split()), accepts, dense, run, row_axes, takes_rows
             )
         return uses
 

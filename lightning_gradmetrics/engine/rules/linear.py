@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.rules.base import Call, all_but_last, rule, summed
-from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
+from lightning_gradmetrics.engine.uses import LinearUse, OuterUse, RowsUse, Use
 
 __all__ = ["linear", "product"]
 
@@ -34,9 +34,16 @@ def _inner_axis(call: Call) -> bool:
     accepts=_inner_axis,
     dense=True,
     row_axes=all_but_last,
+    takes_rows=True,
 )
 def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W^T + b``: the weight's gradient is ``sum_t g_t a_t^T``, the bias' ``sum_t g_t``."""
+    if g.ndim == 2:
+        if "bias" in call.slots:
+            yield "bias", RowsUse(g)
+        if "weight" in call.slots:
+            yield "weight", OuterUse(g, call.values["input"].to(g.dtype))
+        return
     g = _sequence(g)
     if "bias" in call.slots:
         yield "bias", RowsUse(g.squeeze(1) if g.shape[1] == 1 else summed(g.mT))

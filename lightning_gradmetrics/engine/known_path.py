@@ -1,0 +1,186 @@
+"""Repeats a known forward pass with less work per call: calls are compared with recorded ones as they are made.
+
+A batch of a known size makes the same calls with the same tensors as an earlier one, unless the model has changed. The
+ordinary way records all calls and compares them at the end. Here each call is compared with the recorded one, whose step
+of the plan, slots and axes are known. The first difference raises :class:`PathChanged`, and the batch runs in the
+ordinary way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_gradmetrics.engine.calls import opened, version_of
+from lightning_gradmetrics.engine.graph import storing_hooks
+from lightning_gradmetrics.engine.path_record import HeldStep, KnownCall, KnownPath, is_equal, leaves_of
+from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
+from lightning_gradmetrics.engine.rules import Call, Rule, bind
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracer import Sink, Tracer
+
+__all__ = ["KnownTracer", "PathChanged"]
+
+_HARMLESS = frozenset(
+    [
+        "__len__",
+        "dim",
+        "ndimension",
+        "size",
+        "stride",
+        "numel",
+        "nelement",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "_assert",
+    ]
+)
+"""Functions that return no tensors, read no values and change nothing."""
+
+_HARMLESS_ATTRIBUTES = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ["shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_leaf"]
+)
+
+
+class PathChanged(Exception):
+    """A forward pass makes another call than the recorded one."""
+
+
+class KnownTracer(Tracer):
+    """A tracer for a known path.
+
+    Args:
+        plan: The plan of the calls.
+        sink: Called once per parameter and backward pass.
+        path: The path.
+        task: The batch.
+        free: Whether axes may have a different number of positions per sample than planned.
+
+    Raises:
+        PathChanged: If the model has other leaves.
+    """
+
+    def __init__(self, plan: Plan, sink: Sink, path: KnownPath, task: Task, free: bool) -> None:
+        super().__init__(plan, plan.known_parameters(task.model, task.parameters), task.size, sink, free)
+        leaves = leaves_of(task)
+        if leaves is None or len(leaves) != path.leaves:
+            raise PathChanged
+        self._tensors = leaves
+        self._versions = [0] * len(leaves)
+        self._calls, self._place, self._is_lost, self._is_direct = path.calls, 0, False, path.is_direct
+        self._held: list[tuple[HeldStep, Call, int]] = []
+        self._edges: list[Any] = []
+        self._inner = path.held
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call, which must be the recorded one."""
+        if self._silence.depth or self._open or self._backward or type(func) is torch._ops.OpOverload:
+            return super().__torch_function__(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        known = self._calls[self._place] if self._place < len(self._calls) else None
+        if known is None or known.function != func:
+            return self._harmless(func, args, kwargs)
+        self._place += 1
+        values = (*args, *kwargs.values()) if kwargs else args
+        if not self._has_arguments(known, values) or tuple(kwargs) != known.names:
+            self._lose()
+        if known.held is not None:
+            self.position += 1
+            result = self._hold(known.held, args, kwargs)
+        else:
+            result = self._run(func, args, kwargs) if known.has_sources else func(*args, **kwargs)
+        if type(result) is not Tensor or result.dtype is not known.dtype or result.shape != known.shape:
+            self._lose()
+        for position, number, changes in known.results:
+            if version_of(values[position]) - self._versions[number] != changes:
+                self._lose()
+        self._tensors.append(result)
+        self._versions.append(version_of(result))
+        return result
+
+    def _lose(self) -> None:
+        """Note that the path has changed, and raise the exception, which the model may catch."""
+        self._is_lost = True
+        raise PathChanged
+
+    def _harmless(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a call that is not recorded since it returns no tensor."""
+        name = getattr(func, "__name__", "")
+        if name not in _HARMLESS and not (name == "__get__" and func in _HARMLESS_ATTRIBUTES):
+            self._lose()
+        return func(*args, **kwargs)
+
+    def _has_arguments(self, known: KnownCall, values: Sequence[Any]) -> bool:
+        """Return whether the arguments are the recorded tensors and constants, and gradients are on or off as recorded."""
+        if len(values) != len(known.arguments) or self._is_lost:
+            return False
+        tensors = self._tensors
+        for value, (number, constant) in zip(values, known.arguments, strict=True):
+            expected = constant if number < 0 else tensors[number]
+            if value is not expected and (number >= 0 or not is_equal(value, constant)):
+                return False
+        usual = torch.is_grad_enabled() is known.has_gradients and not torch.is_inference_mode_enabled()
+        return usual and not storing_hooks(True)
+
+    def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
+        """Run a step inside of a composite function."""
+        held = self._inner.get(self.position - 1)
+        values = {} if held is None else bind(held.rule, args, kwargs) or {}
+        if held is None or self._slots(values) != held.slots or values["input"].shape[held.axis.dim] != held.length:
+            if self._is_direct:
+                self._lose()
+            return super()._rule(step, args, kwargs)
+        return self._hold(held, args, kwargs)
+
+    def _hold(self, held: HeldStep, args: Any, kwargs: Any) -> Tensor:
+        """Run a call by a rule, and note the edge of the graph at its result."""
+        values = bind(held.rule, args, kwargs) or {}
+        result = self._run_rule(held.step, held.rule, values, args, kwargs)
+        if not self._is_direct:
+            for name in held.slots.values():
+                self._expect(name)
+        self._held.append((held, Call(values, held.axis, held.out, held.names), values["input"]._version))
+        self._edges.append(GradientEdge(result.grad_fn, result.output_nr))
+        return result
+
+    def require_end(self) -> None:
+        """Require that the model made all calls.
+
+        Raises:
+            PathChanged: If it did not.
+        """
+        if self._is_lost or self._place != len(self._calls):
+            raise PathChanged
+
+    def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
+        """Run the backward pass, which returns the gradients of the held results."""
+        if not total.requires_grad:
+            return
+        self._backward, self._last = True, last
+        ends = self._edges if self._is_direct else [*self._edges, self.anchor]
+        collect = self._send if self._is_direct else self._rule_gradient
+        try:
+            with torch.autograd.set_multithreading_enabled(False):
+                gradients = opened(torch.autograd.grad)(total, ends, gradient, retain_graph=not last, allow_unused=True)
+            with self._silence:
+                for (held, call, version), of_result in zip(self._held, gradients, strict=False):
+                    if of_result is not None:
+                        collect(held.rule, call, held.slots, version, of_result)
+        finally:
+            self._backward = False
+        for name in list(self._pending):
+            self._finish(name)
+
+    def _send(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
+        """Send the gradients of a step's parameters, which no other step uses, to the sink."""
+        if call.values["input"]._version != version:
+            raise PlanError("a layer's input was changed in place after its use")
+        for slot, use in found.uses(call, found.split(call.out, g)):
+            self.sink(str(slots[slot]), use)

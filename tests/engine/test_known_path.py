@@ -1,0 +1,201 @@
+"""Later batches repeat a known forward pass with less work per call, and notice every change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.engine.auto import _STRATEGIES
+
+CHANGED: dict[str, Any] = {"on": False}
+"""State that is not part of any model, so that no key of a strategy shows its changes."""
+
+
+class Clipping(torch.autograd.Function):
+    """Returns its input; its gradient is clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient.clamp(-1e-3, 1e-3)
+
+
+class Net(nn.Module):
+    """A classifier with the usual layers; ``change`` alters the hidden activations while the state is on."""
+
+    def __init__(self, change: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table, self.body, self.norm = nn.Embedding(30, 6), nn.Linear(6, 8), nn.BatchNorm1d(8)
+        self.other, self.middle, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.register_buffer("near", torch.linspace(0.5, 1.5, 8))
+        self.register_buffer("far", torch.linspace(2.0, 1.0, 8))
+        self.change = change
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.norm(self.body(self.table(tokens).mean(1))).relu()
+        h = self.change(self, h)
+        return self.head(torch.tanh(self.middle(h)) + h)
+
+
+def is_on() -> bool:
+    return bool(CHANGED["on"])
+
+
+def without_gradient(net: Net, h: Tensor) -> Tensor:
+    if is_on():
+        with torch.no_grad():
+            return net.other(h) + h
+    return net.other(h) + h
+
+
+def hooked(net: Net, h: Tensor) -> Tensor:
+    h = h * 2
+    if is_on() and h.requires_grad:
+        h.register_hook(lambda gradient: gradient * 3)
+    return h
+
+
+def caught(net: Net, h: Tensor) -> Tensor:
+    try:
+        return (h.sigmoid() if is_on() else h.tanh()) * h
+    except Exception:
+        return h.tanh() * h
+
+
+def read(net: Net, h: Tensor) -> Tensor:
+    return h * (1.5 if is_on() and h[0].sum().item() > -1e9 else 1.0)
+
+
+def in_place(net: Net, h: Tensor) -> Tensor:
+    first = h + 0.5
+    if is_on():
+        first.detach().mul_(2)
+    return first - 0.5
+
+
+def checkpointed(net: Net, h: Tensor) -> Tensor:
+    return checkpoint(net.other, h, use_reentrant=False) if is_on() else net.other(h)
+
+
+CHANGES: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "a constant": lambda net, h: h * (2.0 if is_on() else 1.0),
+    "the sign of zero": lambda net, h: h + torch.copysign(h, -0.0 if is_on() else 0.0),
+    "a list": lambda net, h: F.pad(h, CHANGED.setdefault("pad", [0, 0]))[:, :8],
+    "a buffer": lambda net, h: h * (net.far if is_on() else net.near),
+    "a layer": lambda net, h: (net.middle if is_on() else net.other)(h),
+    "a tensor": lambda net, h: torch.where(h > 0.5, h, h.neg() if is_on() else h.exp()),
+    "which result": lambda net, h: torch.add(a := h.tanh(), h.sigmoid() if is_on() else a),
+    "another function": lambda net, h: h.tanh() if is_on() else h.sigmoid(),
+    "one more call": lambda net, h: h.exp() if is_on() else h,
+    "one call less": lambda net, h: h if is_on() else h.exp(),
+    "detached": lambda net, h: net.other(h.detach() if is_on() else h.clone()) + h,
+    "a keyword": lambda net, h: torch.add(h, h, alpha=2) if is_on() else torch.add(h, h),
+    "a custom function": lambda net, h: Clipping.apply(h) * 1 if is_on() else h * 1,
+    "gradients off": without_gradient,
+    "a hook": hooked,
+    "an exception that the model catches": caught,
+    "a value that Python reads": read,
+    "an operation in place": in_place,
+    "a checkpoint": checkpointed,
+}
+
+
+def paths_of(model: nn.Module) -> list[Any]:
+    """Return the known paths of a model."""
+    found = []
+    for strategies in _STRATEGIES[model].values():
+        for strategy in strategies:
+            found += strategy.paths.values()
+    return found
+
+
+def batch() -> Tensor:
+    tokens = torch.randint(30, (5, 3))
+    tokens[:, 2] = tokens[:, 0]  # a row that is looked up twice
+    return tokens
+
+
+def require_equal(model: nn.Module, tokens: Tensor) -> None:
+    """Require the statistics of the slow engine, for two objectives."""
+    objectives = ["pseudo_label", "uniform"]
+    results = lgm.gradient_statistics(model, tokens, objectives, per_parameter=True)
+    expected = lgm.gradient_statistics(model, tokens, objectives, per_parameter=True, engine="reference")
+    for one, other in zip(results, expected, strict=True):
+        for key, value in other.moments.items():
+            torch.testing.assert_close(one.moments[key], value, rtol=1e-9, atol=1e-12)
+
+
+FAST = ("a constant", "a buffer")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CHANGES]
+)
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_a_change_of_a_known_path_is_noticed(name: str) -> None:
+    torch.manual_seed(0)
+    CHANGED.clear()
+    CHANGED["on"] = False
+    model = Net(CHANGES[name]).double().eval()
+    for _ in range(4):
+        require_equal(model, batch())
+    assert any(path is not None for path in paths_of(model)), "no path is known"
+    CHANGED["on"] = True
+    CHANGED["pad"] = [0, 1]
+    if name == "a list":
+        CHANGED["pad"] = [1, 0]
+    for _ in range(2):
+        require_equal(model, batch())
+    CHANGED["on"] = False
+    require_equal(model, batch())
+
+
+def test_new_values_tied_layers_and_chosen_parameters() -> None:
+    torch.manual_seed(0)
+    model = Net(CHANGES["a layer"]).double().eval()
+    CHANGED["on"] = False
+    for _ in range(4):
+        require_equal(model, batch())
+    with torch.no_grad():
+        model.other.weight.mul_(2)
+        model.norm.running_var.mul_(3)
+    require_equal(model, batch())
+    for _ in range(3):
+        chosen = lgm.gradient_statistics(model, tokens := batch(), "uniform", lambda name: name.startswith("head"))
+        expected = lgm.gradient_statistics(
+            model, tokens, "uniform", lambda name: name.startswith("head"), engine="reference"
+        )
+        torch.testing.assert_close(chosen.norm(2), expected.norm(2))
+    model.middle = model.other  # one layer, used twice
+    for _ in range(4):
+        require_equal(model, batch())
+
+
+class Repeated(nn.Module):
+    """Uses one layer several times, with one position per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.body(x).tanh()) @ self.body.weight)
+
+
+def test_a_layer_that_is_used_several_times() -> None:
+    torch.manual_seed(0)
+    model = Repeated().double().eval()
+    for _ in range(4):
+        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
+    (path,) = paths_of(model)
+    assert path is not None and not path.is_direct
