@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class PathRecorder:
         self._steps = end
         if not self._is_simple or _is_ignored(function, result):
             return
-        entries: Any = tuple(self._entry(outline, value) for value in (*args, *kwargs.values()))
+        entries: Any = tuple(map(partial(self._entry, outline), (*args, *kwargs.values())))
         has_gradients = torch.is_grad_enabled()
         self._is_simple = None not in entries and _is_comparable(outline, result) and (has_gradients or start == end)
         if not self._is_simple:

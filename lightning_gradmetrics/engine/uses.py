@@ -353,7 +353,7 @@ def combined(uses: Sequence[Use]) -> Use:
     """Return all uses of one parameter as one use: linear and embedding uses are concatenated, others are added."""
     if len(uses) == 1:
         return uses[0]
-    uses = [use.sequence() if isinstance(use, OuterUse) else use for use in uses]
+    uses = list(map(_as_sequence, uses))
     first = uses[0]
     kinds = {(type(use), getattr(use, "transposed", None), getattr(use, "padding", None)) for use in uses}
     if len(kinds) == 1 and isinstance(first, LinearUse):
@@ -364,6 +364,10 @@ def combined(uses: Sequence[Use]) -> Use:
     if len(kinds) == 1 and isinstance(first, RowsUse):
         return RowsUse(total.gradient())
     return total
+
+
+def _as_sequence(use: Use) -> Use:
+    return use.sequence() if isinstance(use, OuterUse) else use
 
 
 def _joined(uses: Sequence[Use], field: str) -> Tensor:
