@@ -75,7 +75,7 @@ class Rule:
             than the function's own.
         row_axes: Returns, for the arguments, the number of leading axes of input and output whose positions are
             independent.
-        takes_rows: Whether ``uses`` also takes the gradient of an output ``(N, D)`` as it is, without an axis of positions.
+        takes_rows: Whether ``uses`` also takes the gradient of an output ``(N, D)``, without an axis of positions.
     """
 
     uses: Function
