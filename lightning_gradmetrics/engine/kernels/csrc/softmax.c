@@ -16,20 +16,22 @@ enum { MOST_CLASSES = 256, PIECE = 2048 };
 
 #ifdef SINGLE
 typedef int32_t whole;
+typedef uint32_t natural;
 #define LOWEST (-104.0f) /* exp is 0 below */
 #define ROUNDER 12582912.0f
 #define LN2_HIGH 0.693145751953125f
 #define LN2_LOW 1.428606765330187e-6f
-#define TERMS 7
+#define DEGREE 6
 #define MANTISSA 23
 #define BIAS 127
 #else
 typedef int64_t whole;
+typedef uint64_t natural;
 #define LOWEST (-746.0)
 #define ROUNDER 6755399441055744.0
 #define LN2_HIGH 0.693147180369123816490
 #define LN2_LOW 1.90821492927058770002e-10
-#define TERMS 13
+#define DEGREE 11
 #define MANTISSA 52
 #define BIAS 1023
 #endif
@@ -41,27 +43,54 @@ typedef int64_t whole;
 #define FARTHEST ((REAL)1e4)
 #define LARGEST_SURPRISE ((REAL)745) /* rarer classes have probability 0 in double precision */
 typedef whole wholes __attribute__((vector_size(BYTES)));
+typedef natural naturals __attribute__((vector_size(BYTES)));
 
-static const REAL INVERSE_FACTORIALS[] = {1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
-                                          1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+/* The polynomials of this degree whose largest relative error from exp on [-log(2) / 2, log(2) / 2] is smallest, 3.1e-9 and
+ * 3.6e-18, among those that are exact to first order at 0. */
+#ifdef SINGLE
+static const REAL COEFFICIENTS[] = {1,
+                                    1,
+                                    0.49999993447838350424f,
+                                    0.16666520631773323329f,
+                                    0.041668388031037608677f,
+                                    0.008368716875262359943f,
+                                    0.0013814599553094665779f};
+#else
+static const REAL COEFFICIENTS[] = {1,
+                                    1,
+                                    0.50000000000000106271,
+                                    0.16666666666666412515,
+                                    0.041666666666530159082,
+                                    0.0083333333334944675334,
+                                    0.0013888888943629989842,
+                                    0.00019841269506564000929,
+                                    0.000024801493099030417868,
+                                    2.755758638842914442e-6,
+                                    2.7630248336116405948e-7,
+                                    2.5000056604513258036e-8};
+#endif
 
 inline_always vec filled(REAL value) { return (vec){0} + value; }
 
 /* exp(x) for x <= 0; NaN stays NaN. */
 inline_always vec exponential(vec x) {
   x = larger(filled(LOWEST), x);
-  vec n = (x * (REAL)1.44269504088896340736 + ROUNDER) - ROUNDER;
-  vec r = (x - n * LN2_HIGH) - n * LN2_LOW;
-  vec p = filled(INVERSE_FACTORIALS[TERMS]);
-#pragma GCC unroll 16
-  for (int k = TERMS - 1; k >= 0; k--) p = p * r + INVERSE_FACTORIALS[k];
+  const vec shifted = x * (REAL)1.44269504088896340736 + ROUNDER, n = shifted - ROUNDER;
+  const vec r = (x - n * LN2_HIGH) - n * LN2_LOW;
+  /* Even and odd powers apart: two short chains of operations that depend on each other instead of a long one. */
+  const vec square = r * r;
+  vec even = filled(COEFFICIENTS[DEGREE / 2 * 2]), odd = filled(COEFFICIENTS[(DEGREE - 1) / 2 * 2 + 1]);
+#pragma GCC unroll 8
+  for (int k = DEGREE / 2 * 2 - 2; k >= 0; k -= 2) even = even * square + COEFFICIENTS[k];
+#pragma GCC unroll 8
+  for (int k = (DEGREE - 1) / 2 * 2 - 1; k >= 1; k -= 2) odd = odd * square + COEFFICIENTS[k];
+  const vec p = odd * r + even;
   /* 2^n in two factors, so that results below the smallest normal number keep their digits. */
 #if defined(__AVX512F__)
   return scaled(p, n);
 #else
-  wholes power = __builtin_convertvector(n, wholes), half = power >> 1;
-  wholes first = (half + BIAS) << MANTISSA, second = (power - half + BIAS) << MANTISSA;
-  return p * (vec)first * (vec)second;
+  const naturals power = (naturals)shifted - (naturals)filled(ROUNDER) + 2 * BIAS, half = power >> 1;
+  return p * (vec)(half << MANTISSA) * (vec)((power - half) << MANTISSA);
 #endif
 }
 
@@ -123,16 +152,17 @@ void softmax_maps(softmax_job *j, parallel run, int threads) {
   run_threads(softmax_work, j, run, threads);
 }
 
-/* -- samples: the classes are contiguous -- */
+/* -- samples: the classes are contiguous, in REAL or, if `narrow`, in float -- */
 
 typedef struct {
-  const REAL *z; /* (samples, classes) */
+  const void *z; /* (samples, classes) */
   REAL *out;     /* (OUTPUTS, samples) */
-  int64_t samples, classes, z_sample;
+  int64_t samples, classes, z_sample, narrow;
   atomic_int next;
 } softmax_row_job;
 
 enum { MOST_ROW_CLASSES = 16384 };
+typedef float narrows __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 inline_always REAL lanes_total(vec a) {
   REAL total = 0;
@@ -146,12 +176,20 @@ inline_always REAL lanes_largest(vec a) {
   return largest;
 }
 
-/* The logits from class c on; missing ones have weight zero. */
-inline_always vec logits_from(const REAL *z, int c, int classes) {
-  if (c + WIDTH <= classes) return *(const loose *)(z + c);
-  vec tail = filled(-(REAL)INFINITY);
-  memcpy(&tail, z + c, sizeof(REAL) * (classes - c));
-  return tail;
+/* Copies a row of logits; returns the number of vectors. The lanes behind the last class get weight zero. */
+inline_always int row_of_logits(const void *z, int classes, int narrow, vec *row) {
+  const int count = classes / WIDTH, rest = classes % WIDTH;
+  if (narrow)
+    for (int k = 0; k < count; k++) row[k] = __builtin_convertvector(*(const narrows *)((const float *)z + k * WIDTH), vec);
+  else
+    memcpy(row, z, sizeof(vec) * count);
+  if (!rest) return count;
+  REAL last[WIDTH];
+  for (int j = 0; j < WIDTH; j++) last[j] = -(REAL)INFINITY;
+  for (int j = 0; j < rest; j++)
+    last[j] = narrow ? (REAL)((const float *)z)[count * WIDTH + j] : ((const REAL *)z)[count * WIDTH + j];
+  memcpy(row + count, last, sizeof last);
+  return count + 1;
 }
 
 inline_always wholes lane_numbers(void) {
@@ -160,57 +198,66 @@ inline_always wholes lane_numbers(void) {
   return numbers;
 }
 
-/* The vector with 0 in one of its lanes; unchanged if it has no such lane. */
-inline_always vec without_lane(vec a, int lane) { return (vec)((wholes)a & (wholes)(lane_numbers() != lane)); }
-
 /* The vector with 0 behind its first lanes. */
 inline_always vec first_lanes(vec a, int count) { return (vec)((wholes)a & (wholes)(lane_numbers() < count)); }
 
-/* The first class with the largest logit. */
-inline_always int predicted_class(const REAL *z, int classes, REAL top) {
-  vec number = __builtin_convertvector(lane_numbers(), vec), first = filled((REAL)classes);
-  for (int c = 0; c < classes; c += WIDTH, number += WIDTH) {
-    const wholes is_top = logits_from(z, c, classes) == top;
-    first = smaller((vec)(((wholes)number & is_top) | ((wholes)filled((REAL)classes) & ~is_top)), first);
+/* The largest logit of a row, and the first class that has it. */
+inline_always REAL largest_logit(const vec *row, int count, int classes, int *own) {
+  vec highest = filled(-(REAL)INFINITY);
+  for (int k = 0; k < count; k++) highest = larger(row[k], highest);
+  const REAL top = lanes_largest(highest);
+  const vec none = filled((REAL)classes);
+  vec number = __builtin_convertvector(lane_numbers(), vec), first = none;
+  for (int k = 0; k < count; k++, number += WIDTH) {
+    const wholes is_top = row[k] == top;
+    first = smaller((vec)(((wholes)number & is_top) | ((wholes)none & ~is_top)), first);
   }
-  const int own = (int)-lanes_largest(-first);
-  return own < classes ? own : classes - 1;
+  *own = (int)-lanes_largest(-first);
+  if (*own >= classes) *own = classes - 1; /* a logit is NaN */
+  return top;
 }
 
-static void softmax_row(const REAL *z, int classes, REAL *out, int64_t row) {
-  vec weights[MOST_ROW_CLASSES / WIDTH + 1], highest = filled(-(REAL)INFINITY);
-  for (int c = 0; c < classes; c += WIDTH) highest = larger(logits_from(z, c, classes), highest);
-  const REAL top = lanes_largest(highest);
-  const int own = predicted_class(z, classes, top);
-  vec odds = {0}, spread = {0}, squares = {0}, second = {0}, uniform = {0};
-  for (int c = 0; c < classes; c += WIDTH) {
-    vec below = top - logits_from(z, c, classes), weight = exponential(-below);
-    weights[c / WIDTH] = weight;
-    weight = without_lane(weight, own - c);
+static void softmax_row(const void *z, int classes, int narrow, REAL *out, int64_t step) {
+  vec row[MOST_ROW_CLASSES / WIDTH + 1], weights[MOST_ROW_CLASSES / WIDTH + 1];
+  int own, count = row_of_logits(z, classes, narrow, row);
+  const REAL top = largest_logit(row, count, classes, &own);
+  for (int k = 0; k < count; k++) weights[k] = exponential(row[k] - top);
+  const REAL own_weight = ((REAL *)weights)[own]; /* 1, or NaN */
+  ((REAL *)weights)[own] = 0;
+  vec odds = {0}, spread = {0}, squares = {0}, second = {0}, uniform = {0}, slope = {0};
+  for (int k = 0; k < count; k++) {
+    const vec weight = weights[k], below = smaller(filled(FARTHEST), top - row[k]);
+    row[k] = below;
     odds += weight;
-    spread += weight * smaller(filled(FARTHEST), below);
+    spread += weight * below;
     squares += weight * weight;
     second = larger(weight, second);
   }
+  ((REAL *)weights)[own] = own_weight;
   const REAL against = lanes_total(odds) + (top - top); /* NaN if the top is infinite */
   const REAL size = 1 / (1 + against), share = (REAL)1 / classes;
   const REAL around = lanes_total(spread), mean = around * size;
-  vec slope = {0};
-  for (int c = 0; c < classes; c += WIDTH) {
-    vec probability = weights[c / WIDTH] * size, difference = magnitude(probability - share);
-    vec rise = probability * (mean - smaller(filled(FARTHEST), top - logits_from(z, c, classes)));
-    uniform += c + WIDTH <= classes ? difference : first_lanes(difference, classes - c);
+  for (int k = 0; k < count; k++) {
+    const vec probability = weights[k] * size, rise = probability * (mean - row[k]);
     slope += rise * rise;
+    if (k == count - 1 && classes % WIDTH)
+      uniform += first_lanes(magnitude(probability - share), classes % WIDTH);
+    else
+      uniform += magnitude(probability - share);
   }
   const REAL results[OUTPUTS] = {
       top, against, around, lanes_total(squares), lanes_largest(second), lanes_total(uniform), lanes_total(slope)};
-  for (int k = 0; k < OUTPUTS; k++) out[k * row] = results[k];
+  for (int k = 0; k < OUTPUTS; k++) out[k * step] = results[k];
+}
+
+inline_always const void *row_start(const void *z, int64_t first, int64_t narrow) {
+  return narrow ? (const void *)((const float *)z + first) : (const void *)((const REAL *)z + first);
 }
 
 static void softmax_row_work(void *data) {
   softmax_row_job *j = data;
   for (int64_t n; (n = atomic_fetch_add(&j->next, 1)) < j->samples;)
-    softmax_row(j->z + n * j->z_sample, (int)j->classes, j->out + n, j->samples);
+    softmax_row(row_start(j->z, n * j->z_sample, j->narrow), (int)j->classes, (int)j->narrow, j->out + n, j->samples);
 }
 
 int64_t softmax_row_job_bytes(void) { return sizeof(softmax_row_job); }
@@ -223,10 +270,11 @@ void softmax_rows(softmax_row_job *j, parallel run, int threads) {
 /* -- samples: sums of p^a (1 - p)^b over all classes but the predicted one, with the results of softmax_rows known -- */
 
 typedef struct {
-  const REAL *z, *top, *odds, *second; /* (samples, classes), and (samples) each; the second largest probability */
-  REAL *out;                           /* (samples) */
-  double power, complement;            /* a and b */
-  int64_t samples, classes, z_sample;
+  const void *z;                   /* (samples, classes) */
+  const REAL *top, *odds, *second; /* (samples) each; the second largest probability */
+  REAL *out;                       /* (samples) */
+  double power, complement;        /* a and b */
+  int64_t samples, classes, z_sample, narrow;
   atomic_int next;
 } softmax_power_job;
 
@@ -239,32 +287,77 @@ inline_always vec log_complement(vec p, const int terms) {
   return -2 * s * series;
 }
 
-/* The sum of p^a (1 - p)^b; b is zero if there are no terms of the logarithm. */
-inline_always REAL sum_of_powers(const REAL *z, const softmax_power_job *j, REAL top, REAL least, const int terms) {
-  const int classes = (int)j->classes, own = predicted_class(z, classes, top);
+enum { SERIES = 17 };
+
+/* How (1 - p)^b is computed: not at all, as b is zero; by its series in p, for p < 1/8 and b <= 1; by the logarithm. */
+enum { NONE, BINOMIAL, LOGARITHM };
+
+/* t^m by repeated multiplication. */
+inline_always vec whole_power(vec t, int m) {
+  vec result = filled(1);
+  for (; m; m >>= 1, t *= t)
+    if (m & 1) result *= t;
+  return result;
+}
+
+/* p^a (1 - p)^b for p = exp(-surprise). With a = 1 / m, p is the m-th power of p^a. */
+inline_always vec power_of_one(vec surprise, REAL a, REAL b, int m, const REAL *series, const int form) {
+  const vec limited = smaller(filled(FARTHEST), surprise);
+  vec term;
+  if (form == LOGARITHM)
+    term = exponential(b * log_complement(smaller(filled((REAL)0.5), exponential(-limited)), 18) - a * limited);
+  else
+    term = exponential(-a * limited);
+  if (form == BINOMIAL) {
+    const vec p = m ? whole_power(term, m) : exponential(-limited), square = p * p;
+    vec even = filled(series[SERIES - 1]), odd = filled(series[SERIES - 2]);
+#pragma GCC unroll 8
+    for (int k = SERIES - 3; k >= 0; k -= 2) even = even * square + series[k];
+#pragma GCC unroll 8
+    for (int k = SERIES - 4; k >= 0; k -= 2) odd = odd * square + series[k];
+    term *= even + odd * p;
+  }
+  return (vec)((wholes)term & (wholes)(surprise < LARGEST_SURPRISE));
+}
+
+/* The sum over all classes but one of those with the largest logit. */
+inline_always REAL sum_of_powers(const vec *row, int count, const softmax_power_job *j, REAL top, REAL least, int m,
+                                 const REAL *series, const int form) {
   const REAL a = (REAL)j->power, b = (REAL)j->complement;
   vec total = {0};
-  for (int c = 0; c < classes; c += WIDTH) {
-    const vec surprise = top - logits_from(z, c, classes) + least, limited = smaller(filled(FARTHEST), surprise);
-    vec exponent = -a * limited;
-    if (terms) exponent += b * log_complement(smaller(filled((REAL)0.5), exponential(-limited)), terms);
-    vec term = (vec)((wholes)exponential(exponent) & (wholes)(surprise < LARGEST_SURPRISE));
-    total += without_lane(term, own - c);
+  wholes tops = {0};
+  for (int k = 0; k < count; k++) {
+    const wholes is_top = row[k] == top;
+    tops -= is_top;
+    total += (vec)((wholes)power_of_one(top - row[k] + least, a, b, m, series, form) & ~is_top);
   }
+  whole others = -1;
+  for (int lane = 0; lane < WIDTH; lane++) others += tops[lane];
+  if (others > 0) total[0] += (REAL)others * power_of_one(filled(least), a, b, m, series, form)[0];
   return lanes_total(total);
 }
 
-static REAL powers_of_row(const REAL *z, const softmax_power_job *j, int64_t n) {
+static REAL powers_of_row(const void *z, const softmax_power_job *j, int64_t n, int m, const REAL *series) {
+  vec row[MOST_ROW_CLASSES / WIDTH + 1];
+  const int count = row_of_logits(z, (int)j->classes, (int)j->narrow, row);
   const REAL top = j->top[n], least = (REAL)log1p((double)j->odds[n]);
-  if (j->complement == 0) return sum_of_powers(z, j, top, least, 0);
-  if (j->second[n] < (REAL)1 / 8) return sum_of_powers(z, j, top, least, 7);
-  return sum_of_powers(z, j, top, least, 18);
+  if (j->complement == 0) return sum_of_powers(row, count, j, top, least, 0, series, NONE);
+  if (j->second[n] < (REAL)1 / 8 && j->complement <= 1)
+    return sum_of_powers(row, count, j, top, least, m, series, BINOMIAL);
+  return sum_of_powers(row, count, j, top, least, m, series, LOGARITHM);
 }
 
 static void softmax_power_work(void *data) {
   softmax_power_job *j = data;
+  REAL series[SERIES];
+  double coefficient = 1;
+  for (int k = 0; k < SERIES; k++) {
+    series[k] = (REAL)coefficient;
+    coefficient *= (k - j->complement) / (k + 1);
+  }
+  const int inverse = (int)(1 / j->power + 0.5), m = inverse <= 16 && inverse * j->power == 1 ? inverse : 0;
   for (int64_t n; (n = atomic_fetch_add(&j->next, 1)) < j->samples;)
-    j->out[n] = powers_of_row(j->z + n * j->z_sample, j, n);
+    j->out[n] = powers_of_row(row_start(j->z, n * j->z_sample, j->narrow), j, n, m, series);
 }
 
 int64_t softmax_power_job_bytes(void) { return sizeof(softmax_power_job); }
