@@ -41,12 +41,19 @@ class Term:
         patches: The geometry of the layer.
         carries: The maps to the logits' grid, in order.
         share: The factor of the call in the logits.
+        dtype: The type of all computations; by default that of the input.
     """
 
     input: Tensor
     patches: Patches = LINEAR
     carries: tuple[Carry, ...] = ()
     share: float = 1.0
+    dtype: torch.dtype | None = None
+
+    @property
+    def wide_input(self) -> Tensor:
+        """The input in the type of the computations."""
+        return self.input if self.dtype is None else self.input.to(self.dtype)
 
     def carried(self, maps: Tensor) -> Tensor:
         """Map tensors from the layer's output grid to the logits' grid, ``(N, K, *P)``."""
@@ -56,7 +63,8 @@ class Term:
 
     def vectors(self, channels: slice) -> Tensor:
         """Return the mapped patches of some of the input's channels, ``(N, K, *P)``."""
-        carried = self.carried(self.patches.stacked(self.input[:, channels]))
+        part = self.input[:, channels]
+        carried = self.carried(self.patches.stacked(part if self.dtype is None else part.to(self.dtype)))
         return carried if self.share == 1 else self.share * carried
 
     @property
@@ -73,7 +81,7 @@ class Term:
 
     def moment(self, key: Moment) -> Tensor:
         """Return a moment of the patch at every position of the layer's output grid, ``(N, 1, *Q)``."""
-        own = axis_moments(self.input, [key])[key].to(self.input.dtype).unsqueeze(1)
+        own = axis_moments(self.input, [key], self.dtype)[key].to(self.dtype or self.input.dtype).unsqueeze(1)
         total: Tensor | None = None
         for tap in self.patches.taps(own):
             if total is None:
@@ -235,7 +243,7 @@ class HeadFeatures:
 
     def rows(self, keep: Tensor) -> HeadFeatures:
         """Return the features of the samples that ``keep`` marks or lists."""
-        return self._with_inputs(lambda tensor: tensor[keep])
+        return self._with_terms(lambda term: replace(term, input=term.input[keep]))
 
     def carried(self, carry: Carry) -> HeadFeatures:
         """Return the features after one more map of every channel."""
@@ -247,22 +255,23 @@ class HeadFeatures:
 
     def scaled(self, factor: float) -> HeadFeatures:
         """Return the features times a number."""
-        return self._with_inputs(lambda tensor: factor * tensor)
+        return self._with_terms(lambda term: replace(term, input=factor * term.wide_input))
 
     def precise(self) -> HeadFeatures:
-        """Return the features in float64 for samples, and in at least float32 for positions."""
+        """Return the features that are computed in float64 for samples, and in at least float32 for positions."""
 
-        def converted(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach()
-            return tensor.to(accumulator(tensor)) if tensor.ndim == 2 else at_least_float32(tensor)
+        def converted(term: Term) -> Term:
+            features = term.input.detach()
+            if features.ndim > 2:
+                return replace(term, input=at_least_float32(features))
+            return replace(term, input=features, dtype=accumulator(features))
 
-        return self._with_inputs(converted)
+        return self._with_terms(converted)
 
-    def _with_inputs(self, change: Callable[[Tensor], Tensor]) -> HeadFeatures:
+    def _with_terms(self, change: Callable[[Term], Term]) -> HeadFeatures:
         blocks = []
         for block in self.blocks:
-            terms = [replace(term, input=change(term.input)) for term in block.terms]
-            blocks.append(replace(block, terms=tuple(terms)))
+            blocks.append(replace(block, terms=tuple(map(change, block.terms))))
         return HeadFeatures(tuple(blocks))
 
 

@@ -54,12 +54,12 @@ class LogitGradient:
     """A gradient with respect to the logits, which is computed only where its moments are not known.
 
     Args:
-        logits: ``(N, C, *P)``.
+        like: A tensor with the shape, the type and the device of the logits, ``(N, C, *P)``; its values are not read.
         compute: Returns the gradient ``(N, C, *P)``.
         known: Functions that return moments over the classes, ``(N, *P)``, without the gradient.
     """
 
-    logits: Tensor
+    like: Tensor
     compute: Callable[[], Tensor]
     known: Mapping[Moment, Callable[[], Tensor]] = field(default_factory=dict)
 
@@ -77,36 +77,41 @@ class LogitGradient:
         moments: Moments = {}
         for key in wanted:
             if key in self.known:
-                moments[key] = self.known[key]().to(accumulator(self.logits))
+                moments[key] = self.known[key]().to(accumulator(self.like))
             else:
                 moments |= axis_moments(self.tensor, [key])
         return moments
 
 
 def lazy_output_gradient(
-    objective: Objective, logits: Tensor, softmax: Softmaxes, targets: Tensor | None = None
+    objective: Objective,
+    like: Tensor,
+    logits: Callable[[], Tensor],
+    softmax: Softmaxes,
+    targets: Tensor | None = None,
 ) -> LogitGradient:
     """Return the gradient of :func:`output_gradient`, which is computed only where its moments are not known.
 
     Args:
         objective: The objective.
-        logits: ``(N, C, *P)``.
+        like: A tensor with the shape, the type and the device of the logits, ``(N, C, *P)``; its values are not read.
+        logits: Returns the logits.
         softmax: A function from a temperature to the softmax of the logits.
         targets: True labels ``(N, *P)``, for objectives that need them.
 
     Example:
-        >>> logits = torch.tensor([[[2.0], [0.0]]])
-        >>> gradient = lazy_output_gradient(Objective.of("uniform"), logits, lambda temperature: Softmax(logits, temperature))
+        >>> logits, uniform = torch.tensor([[[2.0], [0.0]]]), Objective.of("uniform")
+        >>> gradient = lazy_output_gradient(uniform, logits, lambda: logits, lambda temperature: Softmax(logits, temperature))
         >>> gradient.moments([1.0])[1.0]
         tensor([[0.7616]], dtype=torch.float64)
     """
-    known = _known_moments(objective, logits, softmax)
-    return LogitGradient(logits, lambda: output_gradient(objective, logits, softmax, targets), known)
+    known = _known_moments(objective, like, softmax)
+    return LogitGradient(like, lambda: output_gradient(objective, logits(), softmax, targets), known)
 
 
-def _known_moments(objective: Objective, logits: Tensor, softmaxes: Softmaxes) -> dict[Moment, Callable[[], Tensor]]:
+def _known_moments(objective: Objective, like: Tensor, softmaxes: Softmaxes) -> dict[Moment, Callable[[], Tensor]]:
     """Return the moments that are functions of few numbers of each position's softmax."""
-    if objective.function is not None or logits.shape[1] < 2 or objective.name not in ("uniform", "pseudo_label"):
+    if objective.function is not None or like.shape[1] < 2 or objective.name not in ("uniform", "pseudo_label"):
         return {}
     temperature = dict(objective.arguments).get("temperature", 1.0)
     softmax = softmaxes(temperature)

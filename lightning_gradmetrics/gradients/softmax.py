@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.precision import at_least_float32
+from lightning_gradmetrics.gradients.precision import wide_dtype
 
 __all__ = ["Softmax"]
 
@@ -24,6 +24,7 @@ class Softmax:
     Args:
         logits: ``(N, C, *P)``.
         temperature: Divides the logits.
+        dtype: The type of all quantities; by default that of the logits, at least float32.
 
     Example:
         >>> softmax = Softmax(torch.tensor([[50.0, 0.0, 0.0]]))
@@ -31,10 +32,16 @@ class Softmax:
         (tensor([3.8575e-22]), tensor([1.9673e-20]))
     """
 
-    def __init__(self, logits: Tensor, temperature: float = 1.0) -> None:
-        logits = at_least_float32(logits.detach())
-        self.logits = logits if temperature == 1 else logits / temperature
+    def __init__(self, logits: Tensor, temperature: float = 1.0, dtype: torch.dtype | None = None) -> None:
+        self.given = logits.detach()
         self.temperature = temperature
+        self.dtype = wide_dtype(logits.dtype) if dtype is None else dtype
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The logits divided by the temperature, ``(N, C, *P)``."""
+        logits = self.given.to(self.dtype)
+        return logits if self.temperature == 1 else logits / self.temperature
 
     @cached_property
     def _largest(self) -> tuple[Tensor, Tensor]:

@@ -100,12 +100,13 @@ def gradient_moments(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
     return axis_moments(gradient.reshape(len(gradient), math.prod(gradient.shape[1:])), wanted)
 
 
-def axis_moments(entries: Tensor, wanted: Iterable[Moment]) -> Moments:
+def axis_moments(entries: Tensor, wanted: Iterable[Moment], dtype: torch.dtype | None = None) -> Moments:
     """Compute moments over axis 1 only, separately for each position of the axes after it.
 
     Args:
         entries: ``(N, A, *P)``.
         wanted: The moments to compute.
+        dtype: The type of the computations; by default that of the entries, at least float32.
 
     Returns:
         Each moment, ``(N, *P)``.
@@ -113,8 +114,25 @@ def axis_moments(entries: Tensor, wanted: Iterable[Moment]) -> Moments:
     entries = at_least_float32(entries)
     moments: Moments = {}
     for key in wanted:
-        moments[key] = _moment(entries, key).to(accumulator(entries))
+        if dtype is None or dtype == entries.dtype:
+            moment = _moment(entries, key)
+        else:
+            moment = _wide_moment(entries, key, dtype)
+        moments[key] = moment.to(accumulator(entries))
     return moments
+
+
+def _wide_moment(entries: Tensor, key: Moment, dtype: torch.dtype) -> Tensor:
+    """Return a moment that is computed in a wider type, without a copy of all entries in it."""
+    if key in ("max", "min"):
+        return _moment(entries, key)
+    if key == "sum":
+        return entries.sum(1, dtype=dtype)
+    if key == 1.0:
+        return entries.abs().sum(1, dtype=dtype)
+    if key == 0.5 and (entries.dtype, dtype) == (torch.float32, torch.float64):
+        return by_blocks(lambda block: _sums_of_normal_roots(block.to(dtype)), entries)
+    return by_blocks(lambda block: _moment(block.to(dtype), key), entries)
 
 
 def _moment(flat: Tensor, key: Moment) -> Tensor:
@@ -161,6 +179,13 @@ def _sums_of_roots(entries: Tensor) -> Tensor:
     limits = torch.finfo(magnitudes.dtype)
     roots = magnitudes.clamp(min=limits.tiny).sqrt_()
     roots.mul_((magnitudes * (1 / limits.tiny)).clamp_(limits.eps, 1).sqrt_())
+    return roots.mul_(magnitudes.sign()).sum(1)
+
+
+def _sums_of_normal_roots(entries: Tensor) -> Tensor:
+    """Return the sums of roots of numbers that are zero or not below the smallest normal number."""
+    magnitudes = entries.abs()
+    roots = magnitudes.clamp(min=torch.finfo(magnitudes.dtype).tiny).sqrt_()
     return roots.mul_(magnitudes.sign()).sum(1)
 
 

@@ -129,9 +129,9 @@ def gradnorm_kl(evidence: Evidence) -> Tensor:
         M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
         Networks", 2024, https://arxiv.org/abs/2405.13758
     """
-    softmax, classes = evidence.softmax(), evidence.logits.shape[1]
+    softmax, classes = evidence.softmax(), evidence.logits_like.shape[1]
     gradient = LogitGradient(
-        evidence.logits,
+        evidence.logits_like,
         lambda: softmax.entropy_gradient / classes,
         {2.0: lambda: softmax.squared_entropy_gradient / classes**2},
     )

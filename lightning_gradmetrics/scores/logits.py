@@ -170,7 +170,7 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
         M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
         Networks", 2024, https://arxiv.org/abs/2405.13758
     """
-    return by_blocks(lambda block: _negative_trust(block, k), evidence.logits)
+    return by_blocks(lambda block: _negative_trust(block.to(evidence.dtype), k), evidence.given_logits.detach())
 
 
 def _negative_trust(logits: Tensor, k: int | None) -> Tensor:

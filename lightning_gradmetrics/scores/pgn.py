@@ -53,7 +53,7 @@ def pgn(evidence: Evidence, *, p: Norm = 0.5, label: Literal["uniform", "one_hot
     """
     softmax, share = evidence.softmax(), 1.0
     if label == "uniform":
-        share = 1 - 1 / evidence.logits.shape[1]
+        share = 1 - 1 / evidence.logits_like.shape[1]
 
     def factor() -> Tensor:
         probabilities = softmax.probabilities
@@ -64,4 +64,4 @@ def pgn(evidence: Evidence, *, p: Norm = 0.5, label: Literal["uniform", "one_hot
         return others if label == "one_hot" else ((1 - softmax.error).pow(p) + others) * share**p
 
     known: dict[Moment, Callable[[], Tensor]] = {} if math.isinf(p) else {float(p): powers}
-    return HeadGradient(LogitGradient(evidence.logits, factor, known), evidence.head_input).norm(p)
+    return HeadGradient(LogitGradient(evidence.logits_like, factor, known), evidence.head_input).norm(p)

@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.engine.kernels.softmax import softmax_of
 from lightning_gradmetrics.gradients.head_features import HeadFeatures
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.output_gradients import lazy_output_gradient
-from lightning_gradmetrics.gradients.precision import at_least_float32
+from lightning_gradmetrics.gradients.precision import at_least_float32, wide_dtype
 from lightning_gradmetrics.gradients.softmax import Softmax
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, accumulator
 from lightning_gradmetrics.scoring.gradient import Gradient, HeadColumn, HeadGradient, ParameterGradients
@@ -177,13 +178,23 @@ class Evidence:
     @cached_property
     def logits(self) -> Tensor:
         """Logits ``(N, C, *P)``: of samples in float64 where the device has it, of positions in at least float32."""
-        logits = self.given_logits.detach()
-        return at_least_float32(logits) if self.has_positions else logits.to(accumulator(logits))
+        return self.given_logits.detach().to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of :attr:`logits`."""
+        given = self.given_logits
+        return wide_dtype(given.dtype) if self.has_positions else accumulator(given)
+
+    @property
+    def logits_like(self) -> Tensor:
+        """A tensor with the shape, the type and the device of :attr:`logits`, without their memory; its values are arbitrary."""
+        return self.given_logits.new_empty((), dtype=self.dtype).expand(self.given_logits.shape)
 
     def softmax(self, temperature: float = 1.0) -> Softmax:
         """Return the softmax of the logits divided by a temperature, computed once for all scores."""
         if temperature not in self._softmax:
-            self._softmax[temperature] = softmax_of(self.logits, temperature)
+            self._softmax[temperature] = softmax_of(self.given_logits, temperature, self.dtype)
         return self._softmax[temperature]
 
     @property
@@ -320,7 +331,7 @@ class Evidence:
 
     def _head_gradient(self, objective: Objective) -> HeadGradient:
         targets = self.labels if objective.needs_targets else None
-        known = lazy_output_gradient(objective, self.logits, self.softmax, targets)
+        known = lazy_output_gradient(objective, self.logits_like, lambda: self.logits, self.softmax, targets)
         output = known.tensor[:, 1:] if self.one_logit else known
         if isinstance(self.given_slope, Tensor):
             whole = output if isinstance(output, Tensor) else known.tensor

@@ -114,7 +114,7 @@ class HeadGradient(Gradient):
     @property
     def _logits(self) -> Tensor:
         """A tensor with the shape and the type of the logits."""
-        return self.given if isinstance(self.given, Tensor) else self.given.logits
+        return self.given if isinstance(self.given, Tensor) else self.given.like
 
     def statistic(self, name: str) -> Tensor:
         """Return a statistic by name, ``(N, *P)``."""

@@ -86,7 +86,7 @@ def test_other_logits_take_plain_torch() -> None:
 def test_moments_that_need_no_gradient_of_the_logits_are_those_of_the_gradient(name: str, scale: float) -> None:
     logits = maps(torch.float64, scale)[:, :, :9, :9]
     objective = Objective.of(name, temperature=3.0)
-    gradient = lazy_output_gradient(objective, logits, lambda temperature: Softmax(logits, temperature))
+    gradient = lazy_output_gradient(objective, logits, lambda: logits, lambda temperature: Softmax(logits, temperature))
     wanted = (0.5, 1.0, 2.0, "max", "min", "sum")
     found, expected = gradient.moments(wanted), axis_moments(gradient.tensor, wanted)
     for key in wanted:

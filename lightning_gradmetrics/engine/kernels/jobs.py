@@ -98,7 +98,7 @@ class SoftmaxJob(ctypes.Structure):
 class SoftmaxRowJob(ctypes.Structure):
     """``softmax_row_job`` of ``softmax.c``."""
 
-    _fields_ = _pointers("z out") + _integers("samples classes z_sample") + _counters("next")
+    _fields_ = _pointers("z out") + _integers("samples classes z_sample narrow") + _counters("next")
 
 
 class SoftmaxPowerJob(ctypes.Structure):
@@ -107,7 +107,7 @@ class SoftmaxPowerJob(ctypes.Structure):
     _fields_ = (
         _pointers("z top odds second out")
         + _fields(ctypes.c_double, "power complement")
-        + _integers("samples classes z_sample")
+        + _integers("samples classes z_sample narrow")
         + _counters("next")
     )
 

@@ -30,44 +30,56 @@ PARTS = ("top", "odds", "spread", "squares", "second", "uniform", "slope")
 """The results of the kernel, in its order."""
 
 
-def softmax_of(logits: Tensor, temperature: float = 1.0) -> Softmax:
+def softmax_of(logits: Tensor, temperature: float = 1.0, dtype: torch.dtype | None = None) -> Softmax:
     """Return the softmax over axis 1 of logits ``(N, C, *P)``, by the compiled kernel if they are many and on a CPU.
 
     Args:
         logits: ``(N, C, *P)``.
         temperature: Divides the logits.
+        dtype: The type of the results; by default that of the logits, at least float32. The kernel computes float64 results
+            of float32 samples without a copy in float64.
 
     Example:
         >>> softmax_of(torch.zeros(1, 4, 128, 128)).error[0, 0, 0]
         tensor(0.7500)
     """
-    softmax = Softmax(logits, temperature)
-    parts = _parts(softmax.logits)
-    return softmax if parts is None else _FusedSoftmax(softmax, parts)
+    softmax = _FusedSoftmax(logits, temperature, dtype)
+    parts = _parts(softmax)
+    if parts is None:
+        return Softmax(logits, temperature, dtype)
+    softmax.take(parts)
+    return softmax
 
 
-def _parts(logits: Tensor) -> dict[str, Tensor] | None:
+def _parts(softmax: _FusedSoftmax) -> dict[str, Tensor] | None:
     """Return the kernel's results ``(N, *P)`` by name; ``None`` where the kernel does not apply or a result is NaN."""
-    if logits.ndim == 2:
-        is_fit = logits.numel() >= FEWEST_ROW_ENTRIES and logits.shape[1] <= MOST_ROW_CLASSES and logits.stride(1) == 1
+    given, classes = softmax.given, softmax.given.shape[1]
+    if given.ndim == 2:
+        is_fit = given.numel() >= FEWEST_ROW_ENTRIES and classes <= MOST_ROW_CLASSES and given.stride(1) == 1
     else:
-        is_fit = logits.numel() >= FEWEST_ENTRIES and logits.shape[1] <= MOST_CLASSES
-    library = library_for(logits.dtype) if is_fit and logits.device.type == "cpu" else None
+        is_fit = given.numel() >= FEWEST_ENTRIES and classes <= MOST_CLASSES
+    library = library_for(softmax.dtype) if is_fit and given.device.type == "cpu" else None
     if library is None:
         return None
-    out = _of_rows(library, logits) if logits.ndim == 2 else _of_maps(library, logits)
+    out = _of_rows(library, softmax) if given.ndim == 2 else _of_maps(library, softmax.logits)
     if bool(out[1].isnan().any()):
         return None
-    shape = (len(PARTS), len(logits), *logits.shape[2:])
+    shape = (len(PARTS), len(given), *given.shape[2:])
     return dict(zip(PARTS, out.view(shape).unbind(), strict=True))
 
 
-def _of_rows(library: Any, logits: Tensor) -> Tensor:
+def _of_rows(library: Any, softmax: _FusedSoftmax) -> Tensor:
     """Return the kernel's results ``(7, N)`` for logits ``(N, C)``."""
-    samples, classes = logits.shape
-    out = logits.new_empty(len(PARTS), samples)
+    rows = softmax.rows
+    samples, classes = rows.shape
+    out = rows.new_empty(len(PARTS), samples, dtype=softmax.dtype)
     job = SoftmaxRowJob(
-        z=logits.data_ptr(), out=out.data_ptr(), samples=samples, classes=classes, z_sample=logits.stride(0)
+        z=rows.data_ptr(),
+        out=out.data_ptr(),
+        samples=samples,
+        classes=classes,
+        z_sample=rows.stride(0),
+        narrow=rows.dtype == torch.float32,
     )
     library.softmax_rows(ctypes.byref(job), parallel_runner(), torch.get_num_threads())
     return out
@@ -92,18 +104,18 @@ def _of_maps(library: Any, logits: Tensor) -> Tensor:
 
 
 class _FusedSoftmax(Softmax):
-    """A softmax whose parts per position are known.
+    """A softmax whose parts per position are known."""
 
-    Args:
-        softmax: The softmax.
-        parts: The results of the kernel by name, ``(N, *P)`` each.
-    """
+    @property
+    def rows(self) -> Tensor:
+        """The logits of samples as the kernel reads them: in the type of the results, or in float32."""
+        is_direct = self.temperature == 1 and self.given.dtype == torch.float32
+        return self.given if is_direct else self.logits
 
-    def __init__(self, softmax: Softmax, parts: dict[str, Tensor]) -> None:
-        self.logits, self.temperature = softmax.logits, softmax.temperature
+    def take(self, parts: dict[str, Tensor]) -> None:
+        """Store the kernel's results by name, ``(N, *P)`` each, as the cached properties of the base class."""
         odds = parts["odds"]
         share = 1 / (1 + odds)
-        # Cached properties of the base class
         self._top_of_map = parts["top"]
         self.odds = odds
         self.entropy = odds.log1p() + parts["spread"] * share
@@ -114,13 +126,14 @@ class _FusedSoftmax(Softmax):
 
     def powers_of_others(self, power: float, complement: float = 0.0) -> Tensor:
         """Return ``sum_c p_c^a (1 - p_c)^b`` over all classes but the predicted one, ``(N, *P)``."""
-        library = library_for(self.logits.dtype) if self.logits.ndim == 2 else None
+        library = library_for(self.dtype) if self.given.ndim == 2 else None
         if library is None:
             return super().powers_of_others(power, complement)
-        samples, classes = self.logits.shape
-        out = self.logits.new_empty(samples)
+        rows = self.rows
+        samples, classes = rows.shape
+        out = torch.empty_like(self.odds)
         job = SoftmaxPowerJob(
-            z=self.logits.data_ptr(),
+            z=rows.data_ptr(),
             top=self.top.data_ptr(),
             odds=self.odds.data_ptr(),
             second=self.second.data_ptr(),
@@ -129,7 +142,8 @@ class _FusedSoftmax(Softmax):
             complement=complement,
             samples=samples,
             classes=classes,
-            z_sample=self.logits.stride(0),
+            z_sample=rows.stride(0),
+            narrow=rows.dtype == torch.float32,
         )
         library.softmax_powers(ctypes.byref(job), parallel_runner(), torch.get_num_threads())
         return out
