@@ -37,11 +37,11 @@ def is_compiled(softmax: Softmax) -> bool:
     return type(softmax) is not Softmax
 
 
-def assert_parts(found: Softmax, logits: Tensor, bound: float) -> None:
-    """Every part equals that of plain torch in float64, at temperature 2."""
-    expected = Softmax(logits.double(), 2.0)
+def assert_parts(found: Softmax, logits: Tensor, bound: float, temperature: float = 2.0) -> None:
+    """Every part equals that of plain torch in float64."""
+    expected = Softmax(logits.double(), temperature)
     assert is_compiled(found)
-    assert torch.equal(found.is_top, Softmax(logits, 2.0).is_top)
+    assert torch.equal(found.is_top, Softmax(logits, temperature).is_top)
     for name in PARTS:
         value, reference = getattr(found, name).double(), getattr(expected, name)
         error = (value - reference).abs() / reference.abs().clamp_min(1e-30)
@@ -119,10 +119,30 @@ def test_samples_have_the_parts_of_plain_torch(dtype: torch.dtype, bound: float,
     assert_parts(found, logits, bound)
     expected = Softmax(logits.double(), 2.0)
     torch.testing.assert_close(found.probabilities.double(), expected.probabilities, rtol=10 * bound, atol=1e-30)
-    for power, complement in ((0.5, 0.0), (0.1, 0.1), (1.0, 0.5), (3.0, 1.0)):
+    assert_powers(found, expected, 100 * bound)
+
+
+def assert_powers(found: Softmax, expected: Softmax, bound: float) -> None:
+    """Exponents with a power of a power, a whole inverse, a series and a logarithm."""
+    for power, complement in ((0.5, 0.0), (0.1, 0.1), (0.3, 0.4), (1.0, 0.5), (3.0, 1.0), (2.0, 2.5)):
         sums = found.powers_of_others(power, complement)
         reference = expected.powers_of_others(power, complement)
-        torch.testing.assert_close(sums.double(), reference, rtol=100 * bound, atol=1e-30)
+        torch.testing.assert_close(sums.double(), reference, rtol=bound, atol=1e-30)
+
+
+@pytest.mark.parametrize("classes", [64, 1003])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 50.0])
+def test_float32_samples_have_float64_parts(classes: int, scale: float) -> None:
+    """The kernel reads the logits in float32: strided rows with ties, equal logits and a masked class."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (scale * torch.randn(300, 1010, generator=generator))[:, :classes]
+    logits[0], logits[1, 3] = 1.0, -torch.inf
+    logits[2, 2] = logits[2, 60] = logits[2].amax() + 1
+    found, expected = softmax_of(logits, dtype=torch.float64), Softmax(logits.double())
+    assert "logits" not in vars(found)
+    assert found.entropy.dtype == torch.float64
+    assert_powers(found, expected, 1e-13)
+    assert_parts(found, logits, 1e-14, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

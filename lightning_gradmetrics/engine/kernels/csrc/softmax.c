@@ -81,10 +81,10 @@ inline_always vec exponential(vec x) {
   const vec square = r * r;
   vec even = filled(COEFFICIENTS[DEGREE / 2 * 2]), odd = filled(COEFFICIENTS[(DEGREE - 1) / 2 * 2 + 1]);
 #pragma GCC unroll 8
-  for (int k = DEGREE / 2 * 2 - 2; k >= 0; k -= 2) even = even * square + COEFFICIENTS[k];
+  for (int k = DEGREE / 2 * 2 - 2; k >= 2; k -= 2) even = even * square + COEFFICIENTS[k];
 #pragma GCC unroll 8
   for (int k = (DEGREE - 1) / 2 * 2 - 1; k >= 1; k -= 2) odd = odd * square + COEFFICIENTS[k];
-  const vec p = odd * r + even;
+  const vec p = 1 + (odd * r + even * square); /* the one last, so that it is rounded once */
   /* 2^n in two factors, so that results below the smallest normal number keep their digits. */
 #if defined(__AVX512F__)
   return scaled(p, n);
