@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.blocks import by_blocks
+from lightning_gradmetrics.gradients.powers import power_sum, sums_of_normal_roots
 from lightning_gradmetrics.gradients.precision import accumulator, at_least_float32, result_dtype
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "gradient_moments",
     "merged_moments",
     "moments_for",
-    "power_sum",
     "product_moments",
     "result_dtype",
     "stacked_moments",
@@ -131,7 +131,7 @@ def _wide_moment(entries: Tensor, key: Moment, dtype: torch.dtype) -> Tensor:
     if key == 1.0:
         return entries.abs().sum(1, dtype=dtype)
     if key == 0.5 and (entries.dtype, dtype) == (torch.float32, torch.float64):
-        return by_blocks(lambda block: _sums_of_normal_roots(block.to(dtype)), entries)
+        return by_blocks(lambda block: sums_of_normal_roots(block.to(dtype)), entries)
     return by_blocks(lambda block: _moment(block.to(dtype), key), entries)
 
 
@@ -148,58 +148,6 @@ def _moment(flat: Tensor, key: Moment) -> Tensor:
         squares: Tensor = torch.linalg.vecdot(flat, flat, dim=1)  # the first factor is conjugated
         return squares.real if squares.is_complex() else squares
     return power_sum(flat, float(key))
-
-
-MOST_MULTIPLIED = 16
-"""Larger whole powers are not computed by multiplication."""
-
-
-def power_sum(entries: Tensor, p: float) -> Tensor:
-    """Return ``sum_c |x_c|^p`` over axis 1; whole powers by multiplication, which is several times faster.
-
-    Args:
-        entries: ``(N, C, *P)``.
-        p: A number above 0.
-
-    Example:
-        >>> power_sum(torch.tensor([[1.0, -2.0]]), 5.0)
-        tensor([33.])
-    """
-    if p == 0.5:
-        return by_blocks(_sums_of_roots, entries)
-    if float(p).is_integer() and 2 <= p <= MOST_MULTIPLIED:
-        return by_blocks(lambda block: _sums_of_whole_powers(block, int(p)), entries)
-    return by_blocks(lambda block: block.abs().pow(p).sum(1), entries)
-
-
-def _sums_of_roots(entries: Tensor) -> Tensor:
-    # The square root of torch takes ten times longer for zeros, such as those of a ReLU.
-    # Other numbers below the smallest normal one have the root of this number times that of their share of it.
-    magnitudes = entries.abs()
-    limits = torch.finfo(magnitudes.dtype)
-    roots = magnitudes.clamp(min=limits.tiny).sqrt_()
-    roots.mul_((magnitudes * (1 / limits.tiny)).clamp_(limits.eps, 1).sqrt_())
-    return roots.mul_(magnitudes.sign()).sum(1)
-
-
-def _sums_of_normal_roots(entries: Tensor) -> Tensor:
-    """Return the sums of roots of numbers that are zero or not below the smallest normal number."""
-    magnitudes = entries.abs()
-    roots = magnitudes.clamp(min=torch.finfo(magnitudes.dtype).tiny).sqrt_()
-    return roots.mul_(magnitudes.sign()).sum(1)
-
-
-def _sums_of_whole_powers(entries: Tensor, p: int) -> Tensor:
-    square, product, rest = entries.abs(), None, p
-    while rest > 1:
-        if rest % 2:
-            product = square if product is None else product * square
-        square = square * square
-        rest //= 2
-    if product is None:
-        return square.sum(1)
-    total: Tensor = torch.linalg.vecdot(product, square, dim=1)
-    return total
 
 
 def factor_moments(left: Tensor, right: Tensor, wanted: Iterable[Moment]) -> Moments:

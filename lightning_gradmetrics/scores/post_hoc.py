@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.statistics import power_sum
+from lightning_gradmetrics.gradients.powers import power_sum
 from lightning_gradmetrics.scoring.arguments import Count, Norm, Share
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import register

@@ -48,7 +48,7 @@ def assert_parts(found: Softmax, logits: Tensor, bound: float, temperature: floa
         assert float(error.max()) <= bound, name
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 6e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float64, 3e-14)])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 50.0])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_part_is_that_of_plain_torch(dtype: torch.dtype, bound: float, scale: float, threads: int) -> None:
@@ -105,7 +105,7 @@ def test_scores_of_large_maps_do_not_depend_on_the_compiler() -> None:
         torch.testing.assert_close(found[name].double(), expected[name], rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 6e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float64, 3e-14)])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 50.0])
 @pytest.mark.parametrize("classes", [64, 1000, 1003])
 def test_samples_have_the_parts_of_plain_torch(dtype: torch.dtype, bound: float, scale: float, classes: int) -> None:
@@ -142,7 +142,7 @@ def test_float32_samples_have_float64_parts(classes: int, scale: float) -> None:
     assert "logits" not in vars(found)
     assert found.entropy.dtype == torch.float64
     assert_powers(found, expected, 1e-13)
-    assert_parts(found, logits, 1e-14, 1.0)
+    assert_parts(found, logits, 3e-14, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
