@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import lightning_gradmetrics as lgm
 from benchmarks import peers
 from benchmarks.measure import environment, summary
 from benchmarks.models import resnet20
@@ -133,8 +132,8 @@ def functions(model: nn.Module, x: Tensor, options: argparse.Namespace) -> dict[
         "L2": peers.lgm_engine(model, x, ("l2",)),
     }
     if options.compile:
-        runs["all six, compiled"] = _compiled(model, x, peers.FULL)
-        runs["L2, compiled"] = _compiled(model, x, ("l2",))
+        runs["all six, compiled"] = peers.lgm_engine(model, x, peers.FULL, compiled=True)
+        runs["L2, compiled"] = peers.lgm_engine(model, x, ("l2",), compiled=True)
     if options.peers:
         for name, make in peers.SMALL.items():
             runs[name] = _lazily(make, model, x)
@@ -151,10 +150,6 @@ def _lazily(make: Callable[[nn.Module, Tensor], Callable[[], Any]], model: nn.Mo
         return cached[0]()
 
     return run
-
-
-def _compiled(model: nn.Module, x: Tensor, statistic_names: tuple[str, ...]) -> Callable[[], Any]:
-    return lambda: lgm.gradient_statistics(model, x, "pseudo_label", statistics=statistic_names, compile=True)
 
 
 def processor_seconds(function: Callable[[], Any], repeats: int) -> float:

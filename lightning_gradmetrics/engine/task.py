@@ -106,13 +106,16 @@ class Task:
 
         return replace(self, inputs=map_tensors(self.inputs, laid_out))
 
-    def forward(self) -> Tensor:
+    def forward(self, for_gradients: bool = True) -> Tensor:
         """Return the model's logits ``(N, C)``.
+
+        Args:
+            for_gradients: Whether a backward pass may follow.
 
         Raises:
             SampleAxisError: If the logits do not have one row per sample.
         """
-        with contiguous_batch_norm_gradients(self.size):
+        with contiguous_batch_norm_gradients(self.size if for_gradients else 0):
             logits = self.logits(call(self.model, self.inputs))
         with torch._C.DisableTorchFunction():
             shape = tuple(logits.shape)
