@@ -271,6 +271,11 @@ class ModelRecord:
             if buffer is not None:
                 self._buffers.append(_TensorRecord(buffer))
 
+    @property
+    def has_attribute_tensors(self) -> bool:
+        """Whether attributes contain tensors that are neither parameters nor buffers."""
+        return bool(self._tensors)
+
     def tensors(self) -> list[Tensor]:
         """Return the buffers and the tensors among the attributes, in a fixed order."""
         return [record.tensor for record in (*self._buffers, *self._tensors)]

@@ -25,6 +25,7 @@ from lightning_gradmetrics.classifier.preservation import named_parameters
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.auto import auto_moments
+from lightning_gradmetrics.engine.cached_tensors import without_cached_tensors
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
 from lightning_gradmetrics.engine.shared_inputs import check_rows, with_sample_axes
@@ -253,4 +254,4 @@ def _task(
                 memory=memory,
                 record=record if placed is inputs else None,
             )
-            yield with_sample_axes(task, stated)
+            yield without_cached_tensors(with_sample_axes(task, stated))
