@@ -16,6 +16,15 @@ from lightning_gradmetrics.results.escaping import visible
 
 __all__ = ["csm_figure", "draw_image", "literal"]
 
+_SIZE = 1.9
+"""Width of a map with its margin, in inches."""
+
+_MARGINS = {"left": 0.3, "right": 0.8, "top": 0.3, "bottom": 0.3}
+"""Margins around all maps, in inches; the scale is in the right one."""
+
+_BETWEEN = (0.12, 0.3)
+"""Horizontal and vertical distance between axes, in inches."""
+
 _LABELLED = 12
 """Up to this number of classes, each has a tick; above, matplotlib chooses the ticks."""
 
@@ -60,9 +69,12 @@ def csm_figure(
     rows = math.ceil(len(csm) / columns)
     axes_per_sample = 1 if images is None else 2
     row_height = 2.1 if images is None else 3.7
-    figure = Figure(figsize=(1.9 * columns + 0.8, row_height * rows + 0.3), layout="constrained")
+    # Fixed margins, because a computed layout takes as long as drawing; names of classes have any length.
+    layout = "constrained" if class_names is not None else None
+    figure = Figure(figsize=(_SIZE * columns + 0.8, row_height * rows + 0.3), layout=layout)
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows * axes_per_sample, columns, squeeze=False)
+    shape = (rows * axes_per_sample, columns)
+    grid = figure.subplots(*shape, squeeze=False, gridspec_kw=None if layout else _margins(figure, *shape))
     for axes in grid.flat:
         axes.set_axis_off()
     for index, values in enumerate(csm.detach().float().cpu()):
@@ -72,8 +84,24 @@ def csm_figure(
         heat_map = _draw_map(grid[(row + 1) * axes_per_sample - 1, column], values, class_names, first=column == 0)
         if titles is not None:
             grid[row * axes_per_sample, column].set_title(literal(titles[index]), fontsize=9)
-    _draw_scale(figure, heat_map, list(grid.flat))
+    _draw_scale(figure, heat_map, list(grid.flat), is_fixed=layout is None)
     return figure
+
+
+def _margins(figure: Figure, rows: int, columns: int) -> dict[str, float]:
+    """Return the margins of a grid of axes, as fractions of the figure and of the axes."""
+    width, height = figure.get_size_inches()
+    beside, below = _BETWEEN
+    across = (width - _MARGINS["left"] - _MARGINS["right"] + beside) / columns - beside
+    down = (height - _MARGINS["top"] - _MARGINS["bottom"] + below) / rows - below
+    return {
+        "left": _MARGINS["left"] / width,
+        "right": 1 - _MARGINS["right"] / width,
+        "bottom": _MARGINS["bottom"] / height,
+        "top": 1 - _MARGINS["top"] / height,
+        "wspace": beside / across,
+        "hspace": below / down,
+    }
 
 
 def _check_counts(
@@ -134,7 +162,15 @@ def draw_image(axes: Axes, image: Tensor) -> None:
         axes.imshow(pixels.permute(1, 2, 0).numpy())
 
 
-def _draw_scale(figure: Figure, heat_map: AxesImage, axes: list[Axes]) -> None:
-    bar = figure.colorbar(heat_map, ax=axes, ticks=[-1, -0.5, 0, 0.5, 1], fraction=0.04, pad=0.02)
+def _draw_scale(figure: Figure, heat_map: AxesImage, axes: list[Axes], is_fixed: bool) -> None:
+    """Draw the colour scale to the right of the axes, in the margin if the margins are fixed."""
+    ticks = [-1, -0.5, 0, 0.5, 1]
+    if is_fixed:
+        width, height = figure.get_size_inches()
+        low, high = _MARGINS["bottom"] / height, 1 - _MARGINS["top"] / height
+        place = figure.add_axes((1 - 0.65 / width, low, 0.12 / width, high - low))
+        bar = figure.colorbar(heat_map, cax=place, ticks=ticks)
+    else:
+        bar = figure.colorbar(heat_map, ax=axes, ticks=ticks, fraction=0.04, pad=0.02)
     bar.set_label("cosine similarity", fontsize=8)
     bar.ax.tick_params(labelsize=7)
