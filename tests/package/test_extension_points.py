@@ -91,10 +91,15 @@ def test_a_rule_equals_the_reference_and_a_wrong_one_changes_no_number(mine: Mod
 
 @pytest.mark.slow
 def test_the_command_uses_all_extensions(folder: Path) -> None:
+    """Also a score in a file of the user's own configuration folder."""
     words = shlex.split(blocks("bash").replace("\\\n", " "))[1:]
-    command = [sys.executable, "-m", "lightning_gradmetrics.cli", *words, "report=false", "logger=none", "resamples=0"]
+    (folder / "conf" / "score").mkdir(parents=True)
+    (folder / "conf" / "score" / "from_file.yaml").write_text("from_file: {_target_: mine.top_two, scale: 3.0}")
+    words = [word.replace("score=[max_softmax,energy]", "score=[max_softmax,energy,from_file]") for word in words]
+    options = [f"--config-dir={folder / 'conf'}", "report=false", "logger=none", "resamples=0"]
+    command = [sys.executable, "-m", "lightning_gradmetrics.cli", *words, *options]
     done = subprocess.run([*command, f"hydra.run.dir={folder / 'run'}"], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0 and "no fast rule" not in done.stderr, done.stderr
     found = json.loads((folder / "run" / "metrics.json").read_text())["metrics"]
-    assert {m["score"] for m in found} == {"max_softmax", "energy", "top_two", "above", "all"}
+    assert {m["score"] for m in found} == {"max_softmax", "energy", "from_file", "top_two", "above", "all"}
     assert "detection_error" in {m["metric"] for m in found}

@@ -206,6 +206,8 @@ def test_lightning_cli_keeps_the_arguments_of_a_score(python: Path, app: Path, p
     ]
     printed = run(python, "cli.py", *arguments, cwd=app)
     assert "['energy', 'gradnorm(temperature=2.0)'] ('test',) 60" in printed
+    if package == "pytorch_lightning":
+        return  # the parser of the arguments is the same
     wrong = [argument.replace('"temperature"', '"nonsense"') for argument in arguments]
     done = subprocess.run(
         [python, "cli.py", *wrong],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_ray_data_over_parquet_and_images(ray, tmp_path: Path) -> None:
     wanted = lgm.score(make_model(), inputs({"image": pixels[order]}), SCORES)
     assert sorted(order) == list(range(5))
     torch.testing.assert_close(torch.tensor([row["gradnorm"] for row in rows]).float(), wanted["gradnorm"].float())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_example_runs(ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray, "init", lambda **options: None)  # Ray runs already
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "ray_data.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("gradnorm") == 6
 
 
 @pytest.mark.slow

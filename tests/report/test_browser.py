@@ -149,12 +149,18 @@ document.getElementById("cards").textContent = JSON.stringify({rows: [...tops.va
 """
 
 
-@pytest.mark.parametrize(("width", "rows"), [(500, [1] * 5), (800, [3, 2]), (1280, [5])])
-def test_no_card_is_alone_in_a_row_of_a_wide_window(chromium, tmp_path, width, rows):
+@pytest.fixture(scope="module")
+def page_of_cards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cards")
     others = (("birds", "birds", 60, False), ("cars", "cars", 60, False))
-    page, run = tmp_path / "cards.html", make_run(tmp_path / "run", sets=[*SETS, *others], intervals=True)
+    page, run = folder / "cards.html", make_run(folder / "run", sets=[*SETS, *others], intervals=True)
     page.write_text(write_report(run).read_text().replace("</body>", f"{ROWS_OF_CARDS}</body>"))
-    document, console = browse(chromium, page, tmp_path, f"--window-size={width},900", "--dump-dom")
+    return page
+
+
+@pytest.mark.parametrize(("width", "rows"), [(500, [1] * 5), (800, [3, 2]), (1280, [5])])
+def test_no_card_is_alone_in_a_row_of_a_wide_window(chromium, page_of_cards, tmp_path, width, rows):
+    document, console = browse(chromium, page_of_cards, tmp_path, f"--window-size={width},900", "--dump-dom")
     assert console == ""
     found = re.search(r'<pre id="cards">(.*?)</pre>', document, re.DOTALL)
     assert found is not None

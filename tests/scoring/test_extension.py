@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -98,22 +96,6 @@ def test_a_package_of_scores_works_in_the_callback(package: str, tmp_path: Path)
     names = ["top_two(scale=2.0)", "norm_above_mean", "logit_range"]
     assert callback.score_names == names and callback.results.num_rows == 12
     assert abs(float(torch.tensor(callback.results["norm_above_mean"].to_numpy()).mean())) < 1e-5
-
-
-@pytest.mark.slow
-def test_a_package_of_scores_works_in_the_command(package: str, tmp_path: Path) -> None:
-    """With a file in the user's own configuration folder."""
-    folder = tmp_path / "conf" / "score"
-    folder.mkdir(parents=True)
-    (folder / "top_two.yaml").write_text("top_two:\n  _target_: my_scores.top_two\n  scale: 2.0\n")
-    (folder / "norm_above_mean.yaml").write_text("norm_above_mean:\n  _target_: my_scores.norm_above_mean\n")
-    command = "from lightning_gradmetrics.cli.command import main; main()"
-    arguments = [f"--config-dir={tmp_path / 'conf'}", "score=[max_softmax,top_two,norm_above_mean]", "model.epochs=1"]
-    arguments += ["resamples=10", "report=false", f"hydra.run.dir={tmp_path / 'run'}"]
-    code = f"import sys; sys.path.insert(0, {package!r}); {command}"
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=tmp_path)
-    columns = pq.read_table(next((tmp_path / "run").glob("*.parquet"))).column_names
-    assert {"max_softmax", "top_two", "norm_above_mean"} <= set(columns)
 
 
 def wrong_scalar(evidence: Evidence) -> Tensor:
