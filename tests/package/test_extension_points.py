@@ -96,8 +96,8 @@ def test_the_command_uses_all_extensions(folder: Path) -> None:
     (folder / "conf" / "score").mkdir(parents=True)
     (folder / "conf" / "score" / "from_file.yaml").write_text("from_file: {_target_: mine.top_two, scale: 3.0}")
     words = [word.replace("score=[max_softmax,energy]", "score=[max_softmax,energy,from_file]") for word in words]
-    options = [f"--config-dir={folder / 'conf'}", "report=false", "logger=none", "resamples=0"]
-    command = [sys.executable, "-m", "lightning_gradmetrics.cli", *words, *options]
+    words = [f"--config-dir={folder / 'conf'}", *words, "report=false", "logger=none", "resamples=0"]
+    command = [sys.executable, "-m", "lightning_gradmetrics.cli", *words]
     done = subprocess.run([*command, f"hydra.run.dir={folder / 'run'}"], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0 and "no fast rule" not in done.stderr, done.stderr
     found = json.loads((folder / "run" / "metrics.json").read_text())["metrics"]
