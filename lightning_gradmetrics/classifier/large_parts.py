@@ -75,7 +75,7 @@ def recorded_copy(part: Any, mark: Fingerprint | None) -> Any:
         part: The array or the tensor.
         mark: Its fingerprint.
     """
-    known = None if mark is None else _COPIES.get(part)
+    known = None if mark is None else _COPIES.get(part)  # type: ignore[no-untyped-call]
     if known is not None and known[0] == mark and known[1].shape == part.shape and known[1].dtype == part.dtype:
         return known[1]
     if isinstance(part, Tensor):
