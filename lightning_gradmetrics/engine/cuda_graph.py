@@ -64,14 +64,15 @@ class RecordedGraph:
         def run() -> tuple[Tensor, ...]:
             return self._function(list(parameters), list(buffers), self._inputs[:count], labels)
 
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        cuda: Any = torch.cuda  # its streams have no types
+        current, side = cuda.current_stream(device), cuda.Stream(device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):
+        with cuda.stream(side):
             for _ in range(WARM_UP):
                 run()
         current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with noted_tensors() as self._read, torch.cuda.graph(graph):
+        graph = cuda.CUDAGraph()
+        with noted_tensors() as self._read, cuda.graph(graph):
             self._outputs = run()
         self._graph = graph
 

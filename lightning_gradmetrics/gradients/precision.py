@@ -100,11 +100,13 @@ def full_float32(device: torch.device) -> Iterator[None]:
         yield
         return
     backends: Any = torch.backends
-    settings, name, full = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
+    full: bool | str = False
+    settings, name = [backends.cuda.matmul, backends.cudnn], "allow_tf32"
     try:
         before = [getattr(setting, name) for setting in settings]
     except RuntimeError:  # the newer setting was changed
-        settings, name, full = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn], "fp32_precision", "ieee"
+        settings, name = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn], "fp32_precision"
+        full = "ieee"
         before = [getattr(setting, name) for setting in settings]
     try:
         for setting in settings:

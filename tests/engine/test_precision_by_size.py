@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -71,14 +72,16 @@ def test_low_precision_in_large_batches_only_is_refused(name: str) -> None:
 class _Recurrent(nn.Module):
     def __init__(self, kind: Callable[..., nn.Module]) -> None:
         super().__init__()
-        self.layer, self.head = kind(4, 6, batch_first=True), nn.Linear(6, 3)
+        self.layer, self.head = kind(4, 6, batch_first=True), nn.LazyLinear(3)
+        self(torch.zeros(1, 1, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.layer(x)[0][:, -1])
         return logits
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, partial(nn.LSTM, proj_size=4)])
 def test_recurrent_layers_under_autocast_have_the_types_of_torch(kind: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = _Recurrent(kind).eval(), torch.randn(5, 3, 4)

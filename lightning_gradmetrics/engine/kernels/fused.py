@@ -210,9 +210,10 @@ def _products(
     return _merged(out.view(samples, -1, len(STATISTICS)), extremes)
 
 
-def _geometry(*fields: Any) -> ConvGeometry:
-    *sizes, groups = fields
-    return ConvGeometry(*map(tuple, sizes), groups)
+def _geometry(
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> ConvGeometry:
+    return ConvGeometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 class Tiling(NamedTuple):

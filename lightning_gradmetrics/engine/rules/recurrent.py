@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_gradmetrics.engine.calls import DECOMPOSED
+from lightning_gradmetrics.engine.calls import DECOMPOSED, tensors_in
 
 __all__ = ["gru_cell", "layers", "lstm_cell", "plain_cell"]
 
@@ -91,9 +91,9 @@ def layers(
     """
     if isinstance(has_biases, (tuple, list)):
         return fused(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    input, *states = _cast(fused, input, *(hx if isinstance(hx, (tuple, list)) else (hx,)))
     directions = 2 if bidirectional else 1
     weights = _weights(params, num_layers * directions, has_biases)
+    states = _cast(fused, weights[0][-1] is not None, hx)
     x, last = input.transpose(0, 1) if batch_first else input, []
     for layer in range(num_layers):
         runs = []
@@ -118,37 +118,47 @@ def _cell(
     b_ih: Any = None,
     b_hh: Any = None,
 ) -> Any:
-    input, *state = _cast(fused, input, *(hx if isinstance(hx, (tuple, list)) else (hx,)))
+    state = _cast(fused, False, hx)
     result = cell(_linear(input, w_ih, b_ih), tuple(state), (w_hh, b_hh, None))
     return result if len(result) > 1 else result[0]
 
 
-def _cast(fused: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
-    """Return the input and the states in the type in which autocast lets a fused function compute."""
-    device, dtype = tensors[0].device, tensors[0].dtype
-    if not torch.is_autocast_enabled(device.type):
-        return list(tensors)
-    chosen = _type_of_results(fused, device, dtype, torch.get_autocast_dtype(device.type))
-    return [tensor.to(chosen) for tensor in tensors]
+def _cast(fused: Callable[..., Any], projects: bool, hx: Any) -> list[Tensor]:
+    """Return the states in the types in which autocast lets a fused function compute them."""
+    states = list(hx) if isinstance(hx, (tuple, list)) else [hx]
+    device = states[0].device
+    if torch.is_autocast_enabled(device.type):
+        types = _types_of_states(fused, projects, device, states[0].dtype, torch.get_autocast_dtype(device.type))
+        states = list(map(Tensor.to, states, types))
+    return states
 
 
 @lru_cache(maxsize=64)
-def _type_of_results(
-    fused: Callable[..., Any], device: torch.device, dtype: torch.dtype, autocast: torch.dtype
-) -> torch.dtype:
-    """Return the type of a fused function's results under autocast, from a call with one hidden unit.
+def _types_of_states(
+    fused: Callable[..., Any], projects: bool, device: torch.device, dtype: torch.dtype, autocast: torch.dtype
+) -> tuple[torch.dtype, ...]:
+    """Return the types of a fused function's states under autocast, from a call with two hidden units.
 
-    It differs between functions and devices: on a CPU, autocast applies to ``lstm`` but not to ``gru``.
+    It differs between functions and devices: on a CPU, autocast applies to ``lstm`` without projections but not to ``gru``.
     """
     is_whole, gates, states = _SIZES[fused]
-    shape = (1, 1, 1) if is_whole else (1, 1)
+    outputs = 1 if projects else 2
     with torch._C.DisableTorchFunction(), torch.no_grad(), _disable_current_modes():  # no call of the model
-        x = torch.zeros(shape, dtype=dtype, device=device)
-        state: Any = [x] * states if states > 1 else x
-        weights = [x.new_zeros(gates, 1), x.new_zeros(gates, 1), x.new_zeros(gates), x.new_zeros(gates)]
+        x = torch.zeros((1, 1, 1) if is_whole else (1, 1), dtype=dtype, device=device)
+        state: Any = x.new_zeros(*x.shape[:-1], outputs)
+        if states > 1:
+            state = [state, x.new_zeros(*x.shape[:-1], 2)]
+        weights = [
+            x.new_zeros(2 * gates, 1),
+            x.new_zeros(2 * gates, outputs),
+            x.new_zeros(2 * gates),
+            x.new_zeros(2 * gates),
+        ]
+        if projects:
+            weights.append(x.new_zeros(1, 2))
         arguments = (x, state, weights, True, 1, 0.0, False, False, True) if is_whole else (x, state, *weights)
         result = fused(*arguments)
-    return (result[0] if isinstance(result, tuple) else result).dtype  # type: ignore[no-any-return]
+    return tuple(tensor.dtype for tensor in tensors_in(result))[is_whole:]
 
 
 _SIZES: dict[Callable[..., Any], tuple[bool, int, int]] = {}
