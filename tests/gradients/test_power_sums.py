@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_gradmetrics.gradients.statistics import power_sum
+from lightning_gradmetrics.gradients.powers import power_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
