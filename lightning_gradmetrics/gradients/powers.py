@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +43,12 @@ def _sums_of_roots(entries: Tensor) -> Tensor:
 
 
 def sums_of_normal_roots(entries: Tensor) -> Tensor:
-    """Return the sums over axis 1 of roots of magnitudes that are zero or at least the smallest normal number."""
+    """Return the sums over axis 1 of roots of magnitudes, without a graph; none is below the smallest normal number but zero."""
     magnitudes = entries.abs()
-    roots = magnitudes.clamp(min=torch.finfo(magnitudes.dtype).tiny).sqrt_()
-    return roots.mul_(magnitudes.sign()).sum(1)
+    if entries.device.type == "cpu":  # the square root of NumPy takes no longer for zeros
+        np.sqrt(magnitudes.numpy(), out=magnitudes.numpy())
+        return magnitudes.sum(1)
+    return magnitudes.sqrt_().sum(1)
 
 
 def _sums_of_whole_powers(entries: Tensor, p: int) -> Tensor:

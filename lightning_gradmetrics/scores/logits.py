@@ -170,11 +170,11 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
         M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
         Networks", 2024, https://arxiv.org/abs/2405.13758
     """
-    return by_blocks(lambda block: _negative_trust(block.to(evidence.dtype), k), evidence.given_logits.detach())
+    return by_blocks(lambda block: _negative_trust(block, k, evidence.dtype), evidence.given_logits.detach())
 
 
-def _negative_trust(logits: Tensor, k: int | None) -> Tensor:
-    a = logits - 1 / logits.shape[1]
+def _negative_trust(logits: Tensor, k: int | None, dtype: torch.dtype) -> Tensor:
+    a = logits.to(dtype, copy=True).sub_(1 / logits.shape[1])
     if k is not None and k < a.shape[1]:
         a = a.topk(k, 1).values
     # Division by the largest entry keeps the fourth power in range; an all-zero sample has equal rows, so its trust is

@@ -287,10 +287,9 @@ inline_always vec log_complement(vec p, const int terms) {
   return -2 * s * series;
 }
 
-enum { SERIES = 17 };
-
-/* How (1 - p)^b is computed: not at all, as b is zero; by its series in p, for p < 1/8 and b <= 1; by the logarithm. */
-enum { NONE, BINOMIAL, LOGARITHM };
+/* How (1 - p)^b is computed: not at all, as b is zero; by its series in p, for b <= 1, with 10 terms for p < 1/64 and 17 for
+ * p < 1/8; by the logarithm. */
+enum { NONE, LOGARITHM, SHORT_SERIES = 10, SERIES = 17 };
 
 /* t^m by repeated multiplication. */
 inline_always vec whole_power(vec t, int m) {
@@ -308,14 +307,14 @@ inline_always vec power_of_one(vec surprise, REAL a, REAL b, int m, const REAL *
     term = exponential(b * log_complement(smaller(filled((REAL)0.5), exponential(-limited)), 18) - a * limited);
   else
     term = exponential(-a * limited);
-  if (form == BINOMIAL) {
+  if (form >= SHORT_SERIES) {
     const vec p = m ? whole_power(term, m) : exponential(-limited), square = p * p;
-    vec even = filled(series[SERIES - 1]), odd = filled(series[SERIES - 2]);
+    vec last = filled(series[form - 1]), other = filled(series[form - 2]);
 #pragma GCC unroll 8
-    for (int k = SERIES - 3; k >= 0; k -= 2) even = even * square + series[k];
+    for (int k = form - 3; k >= 0; k -= 2) last = last * square + series[k];
 #pragma GCC unroll 8
-    for (int k = SERIES - 4; k >= 0; k -= 2) odd = odd * square + series[k];
-    term *= even + odd * p;
+    for (int k = form - 4; k >= 0; k -= 2) other = other * square + series[k];
+    term *= form % 2 ? last + other * p : other + last * p;
   }
   return (vec)((wholes)term & (wholes)(surprise < LARGEST_SURPRISE));
 }
@@ -342,8 +341,10 @@ static REAL powers_of_row(const void *z, const softmax_power_job *j, int64_t n, 
   const int count = row_of_logits(z, (int)j->classes, (int)j->narrow, row);
   const REAL top = j->top[n], least = (REAL)log1p((double)j->odds[n]);
   if (j->complement == 0) return sum_of_powers(row, count, j, top, least, 0, series, NONE);
+  if (j->second[n] < (REAL)1 / 64 && j->complement <= 1)
+    return sum_of_powers(row, count, j, top, least, m, series, SHORT_SERIES);
   if (j->second[n] < (REAL)1 / 8 && j->complement <= 1)
-    return sum_of_powers(row, count, j, top, least, m, series, BINOMIAL);
+    return sum_of_powers(row, count, j, top, least, m, series, SERIES);
   return sum_of_powers(row, count, j, top, least, m, series, LOGARITHM);
 }
 
