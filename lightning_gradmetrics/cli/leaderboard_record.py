@@ -146,7 +146,7 @@ def write_record(record: Record, directory: Path) -> None:
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """Return the command as it is published: absolute paths become ``PATH``; Hydra's settings and the title are left out.
+    """Return the published form of the command: absolute paths become ``PATH``; Hydra's settings and the title are left out.
 
     Example:
         >>> shown_command(["experiment=leaderboard", "root=/home/me/data", "hydra.run.dir=out"])

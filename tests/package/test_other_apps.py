@@ -65,6 +65,18 @@ def main(config):
 main()
 """
 
+SHOWN_CONFIG = """
+import hydra
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="main")
+def main(config):
+    print(config.callbacks)
+
+
+main()
+"""
+
 MAIN_YAML = """
 trainer: {accelerator: cpu, logger: false, enable_progress_bar: false, enable_checkpointing: false}
 hydra: {output_subdir: null, run: {dir: .}, job: {chdir: false}}
@@ -187,7 +199,9 @@ def test_the_configuration_of_the_app_comes_first(python: Path, app: Path) -> No
     (folder / "gradient_metrics.yaml").write_text(
         "mine: {_target_: lightning_gradmetrics.GradientMetrics, scores: energy}"
     )
-    assert "['energy'] 60" in run(python, "main.py", "+callbacks=gradient_metrics", cwd=app)
+    (app / "show.py").write_text(SHOWN_CONFIG)
+    shown = run(python, "show.py", "+callbacks=gradient_metrics", cwd=app)
+    assert "{'mine': {'_target_': 'lightning_gradmetrics.GradientMetrics', 'scores': 'energy'}}" in shown
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
