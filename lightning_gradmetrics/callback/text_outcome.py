@@ -27,7 +27,7 @@ class TextOutcome:
 
     @property
     def tokens(self) -> pa.Table:
-        """The scored tokens, with one row per token with its text, position, label, prediction and scores.
+        """The scored tokens, one per row, with text, position, label, prediction and scores.
 
         Raises:
             ValueError: If the last run was not over texts.

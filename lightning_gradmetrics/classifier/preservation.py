@@ -132,7 +132,7 @@ class HookState:
 
 
 def _modules_of(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return what ``model.modules()`` yields, which takes several times as long."""
+    """Return the same modules as ``model.modules()``, several times faster."""
     if type(model).modules is not nn.Module.modules or type(model).named_modules is not nn.Module.named_modules:
         return tuple(model.modules())
     modules: dict[nn.Module, None] = {}
@@ -147,7 +147,7 @@ def _modules_of(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return ``dict(model.named_parameters())``, which takes several times as long.
+    """Return the same as ``dict(model.named_parameters())``, several times faster.
 
     Example:
         >>> list(named_parameters(nn.Sequential(nn.Linear(2, 3))))

@@ -363,7 +363,7 @@ def _check_objective(task: Task, objective: Objective, logits: Tensor) -> None:
 
 
 def _require_equal(objective: Objective, found: Tensor, expected: Tensor, usual: Tensor) -> None:
-    """Refuse an objective if its losses and gradients differ, beside the usual size of a row."""
+    """Refuse an objective if its losses or gradients differ by more than rounding, which is relative to ``usual`` in small rows."""
     finite = expected.isfinite().all(1)
     error = (found - expected).abs().amax(1)
     if bool((error > 1e-5 * expected.abs().amax(1) + 1e-10 * usual)[finite].any()):

@@ -70,9 +70,9 @@ def sample_flags(
     """Return for each tensor of the inputs whether it has one row per sample.
 
     A tensor that is as long as the batch may nevertheless be shared: class weights ``(C,)`` with ``N = C``, positions ``(T,)`` with
-    ``N = T``. It is known to be shared if it had another length in an earlier batch, or if the model cannot be called with as many
-    of its rows as samples, or has other classes then. If the model can, and samples without the others have the same logits
-    only if the tensor is not split, then it is ambiguous: a mask of which only the longest row counts, for example.
+    ``N = T``. It is shared if it had another length in an earlier batch, or if a call with fewer samples and as many of its rows fails
+    or returns a different number of classes. If such calls work, but their logits equal those of the batch only without splitting
+    the tensor, it is ambiguous: for example, a mask of which only the longest row counts.
 
     Args:
         model: The model.
@@ -154,7 +154,7 @@ def _decided(
     everything = forward(None, flags)
     runnable = []
     readings = list(_readings(flags, ambiguous))
-    for reading in readings if size > 1 else reversed(readings):  # of a single sample, an unsplit input is always right
+    for reading in readings if size > 1 else reversed(readings):  # for a single sample, nothing needs to be split
         runs, agrees = _tried(reading, size, forward, everything)
         if agrees:
             _check_unambiguous(reading, ambiguous, everything, forward, names)
@@ -206,7 +206,7 @@ def _check_unambiguous(
 
 
 def _runs_at_some_size(flags: Sequence[bool], everything: Tensor, forward: SampleForward) -> bool:
-    """Return whether the model runs with more or fewer samples with as many classes; a single sample is broadcast."""
+    """Return whether the model has the same classes with more or fewer samples; one sample, which is broadcast, does not count."""
     size = len(everything)
     for count in sorted({2, 3, size - 1, size + 1} - {0, 1, size}):
         try:

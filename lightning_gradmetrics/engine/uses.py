@@ -251,7 +251,7 @@ class EmbeddingUse:
         return embedding_moments(self.indices, self.g, self.shape[0], self.padding, wanted)
 
     def factors(self) -> Factors | None:
-        """Return the rows that a sample looks up, and zeros, if the table always has other rows and the rows are few."""
+        """Return the gradients of the rows that a sample looks up, and a zero; ``None`` if they are many, or may be all rows."""
         samples, positions, width = self.g.shape
         if not self.g.is_cpu or not 0 < positions < self.shape[0] or samples * (positions + 1) * width > LARGEST:
             return None

@@ -37,7 +37,7 @@ def _groups_of(task: DetectionTask, side: Codes) -> list[Codes]:
 
 @dataclass(frozen=True)
 class GroupTable:
-    """Where the groups of row classes are in a table: for each group a row of zeros, and one row per cell with its rows.
+    """The layout of a table of counts: each group of row classes has a row of zeros, then one row per cell that it occupies.
 
     Args:
         rows: The rows ``(S,)`` of a table of class counts, by row of this table.

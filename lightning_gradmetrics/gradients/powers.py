@@ -43,7 +43,7 @@ def _sums_of_roots(entries: Tensor) -> Tensor:
 
 
 def sums_of_normal_roots(entries: Tensor) -> Tensor:
-    """Return the sums over axis 1 of roots of magnitudes, without a graph; none is below the smallest normal number but zero."""
+    """Return the sums over axis 1 of roots of magnitudes, without a graph; every magnitude must be zero or a normal number."""
     magnitudes = entries.abs()
     if entries.device.type == "cpu":  # the square root of NumPy takes no longer for zeros
         np.sqrt(magnitudes.numpy(), out=magnitudes.numpy())

@@ -153,7 +153,7 @@ class Counts:
         """Return the sums at all listed scores.
 
         Raises:
-            ValueError: If the scores of the other class only are listed.
+            ValueError: If only the scores of the other class are listed.
         """
         if self.reads not in (name, "all"):
             raise ValueError(f"these counts list the scores of {self.reads} only, not those of {name}")
@@ -339,7 +339,7 @@ def flip(counts: Counts) -> Counts:
     """Return the counts of negated scores with the classes exchanged, so that target 0 is the positive class.
 
     Raises:
-        ValueError: If the scores of one class only are listed.
+        ValueError: If only the scores of one class are listed.
     """
     if counts.reads != "all":
         raise ValueError(f"these counts list the scores of {counts.reads} only, and flipped counts need all scores")
