@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_gradmetrics.engine.calls import DECOMPOSED, tensors_in
+from lightning_gradmetrics.engine.rules.recurrence import is_supported, lstm_direction
 
 __all__ = ["gru_cell", "layers", "lstm_cell", "plain_cell"]
 
@@ -52,7 +53,10 @@ def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 def _direction(cell: Cell, x: Tensor, state: State, weights: Sequence[Tensor | None], reverse: bool) -> Any:
     """Return one direction of one layer, ``(T, N, D) -> (T, N, H)``, and its last state."""
     w_ih, w_hh, b_ih, b_hh, projection = weights
-    projected = _linear(x, w_ih, b_ih).unbind(0)
+    whole = _linear(x, w_ih, b_ih)
+    if cell is lstm_cell and projection is None and w_hh is not None and is_supported(whole, (*state, w_hh)):
+        return lstm_direction(whole, state, w_hh, b_hh, reverse)
+    projected = whole.unbind(0)
     outputs = []
     for step in projected[::-1] if reverse else projected:
         state = cell(step, state, (w_hh, b_hh, projection))

@@ -1,0 +1,134 @@
+"""One direction of an LSTM layer as one node of the graph, with a written-out backward pass through time.
+
+Let ``z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` be the gates. The gradients of all parameters follow from those of the gates:
+``W_hh`` is used by one linear layer on the earlier hidden states ``h_{t-1}``, which are known constants once the forward
+pass has run. The node returns the gradients of the gates, which include all later steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["is_supported", "lstm_direction"]
+
+
+def is_supported(projected: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Return whether all tensors are in full precision on the CPU: lower precision rounds in the order of the calls.
+
+    Args:
+        projected: The product of the inputs and the weights.
+        tensors: The first states and the recurrent weights.
+    """
+    if (
+        not projected.is_cpu
+        or projected.dtype not in (torch.float32, torch.float64)
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    kinds = {(tensor.dtype, tensor.device.type) for tensor in tensors}
+    return kinds == {(projected.dtype, "cpu")}
+
+
+@dataclass
+class _Run:
+    """A forward pass without a graph; everything but the last states has the shape ``(T, N, ...)``.
+
+    Args:
+        hidden: The hidden states.
+        earlier: The hidden states before each step.
+        cells: The cell states.
+        earlier_cells: The cell states before each step.
+        gates: The sigmoids of all gates, ``(T, N, 4 H)``.
+        candidates: The hyperbolic tangents of the third gates.
+        last: The hidden and the cell state at the end, ``(N, H)``.
+        backwards: Whether the last time comes first.
+    """
+
+    hidden: Tensor
+    earlier: Tensor
+    cells: Tensor
+    earlier_cells: Tensor
+    gates: Tensor
+    candidates: Tensor
+    last: tuple[Tensor, Tensor]
+    backwards: bool
+
+
+def lstm_direction(
+    projected: Tensor, state: Sequence[Tensor], w_hh: Tensor, b_hh: Tensor | None, backwards: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the hidden states of one direction of a layer, ``(T, N, H)``, and its last hidden and cell states.
+
+    Args:
+        projected: ``W_ih x_t + b_ih``, ``(T, N, 4 H)``.
+        state: The first hidden and cell states, ``(N, H)``.
+        w_hh: The recurrent weights, ``(4 H, H)``.
+        b_hh: Their biases, ``(4 H,)``.
+        backwards: Whether the last time comes first.
+    """
+    hidden, cell = state
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # the parameters are used in the linear layer below
+        weight, bias = w_hh.detach(), None if b_hh is None else b_hh.detach()
+        run = _run(projected.detach(), hidden.detach(), cell.detach(), weight, bias, backwards)
+    recurrent = F.linear(run.earlier, w_hh, b_hh)
+    outputs, *last = _Recurrence.apply(projected, recurrent, hidden, cell, weight, run)  # type: ignore[no-untyped-call]
+    return outputs, tuple(last)
+
+
+def _run(projected: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool) -> _Run:
+    rows: list[tuple[Tensor, ...]] = []
+    steps, first = projected.unbind(0), (hidden.unsqueeze(0), cell.unsqueeze(0))
+    for step in steps[::-1] if backwards else steps:
+        values = step + F.linear(hidden, weight, bias)
+        gates = values.sigmoid()
+        i, f, _, o = gates.chunk(4, -1)
+        candidate = values.chunk(4, -1)[2].tanh()
+        cell = f * cell + i * candidate
+        hidden = o * cell.tanh()
+        rows.append((hidden, cell, gates, candidate))
+    columns = map(torch.stack, zip(*(rows[::-1] if backwards else rows), strict=True))
+    every_hidden, cells, every_gate, candidates = columns
+    earlier, earlier_cells = _shifted(first[0], every_hidden, backwards), _shifted(first[1], cells, backwards)
+    return _Run(every_hidden, earlier, cells, earlier_cells, every_gate, candidates, (hidden, cell), backwards)
+
+
+def _shifted(first: Tensor, states: Tensor, backwards: bool) -> Tensor:
+    """Return the state before each step."""
+    return torch.cat([states[1:], first] if backwards else [first, states[:-1]])
+
+
+class _Recurrence(torch.autograd.Function):
+    """Returns the states of a run; its backward pass returns the gradients of the gates and of the first states."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, projected: Tensor, recurrent: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, run: _Run
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.backwards = run.backwards
+        ctx.save_for_backward(weight, run.gates, run.candidates, run.cells, run.earlier_cells)
+        return run.hidden, *run.last
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, gates, candidates, cells, earlier_cells = ctx.saved_tensors
+        of_outputs, of_hidden, of_cell = gradients
+        i, f, _, o = gates.chunk(4, -1)
+        slope_i, slope_f, _, slope_o = (gates * (1 - gates)).chunk(4, -1)
+        squashed = cells.tanh()
+        factors = (slope_i * candidates, slope_f * earlier_cells, i * (1 - candidates.square()), slope_o * squashed)
+        rows = zip(of_outputs, torch.stack(factors, 2), o * (1 - squashed.square()), f, strict=True)
+        of_gates: list[Tensor] = []
+        for of_output, factor, through_cell, forget in list(rows)[:: 1 if ctx.backwards else -1]:
+            of_hidden = of_hidden + of_output
+            of_cell = of_cell + of_hidden * through_cell
+            of_gates.append((torch.stack((of_cell, of_cell, of_cell, of_hidden), 1) * factor).flatten(1))
+            of_hidden = of_gates[-1] @ weight
+            of_cell = of_cell * forget
+        together = torch.stack(of_gates if ctx.backwards else of_gates[::-1])
+        return together, together, of_hidden, of_cell, None, None
