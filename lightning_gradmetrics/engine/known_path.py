@@ -147,7 +147,8 @@ class KnownTracer(Tracer):
             for name in held.slots.values():
                 self._expect(name)
         self._held.append((held, Call(values, held.axis, held.out, held.names), values["input"]._version))
-        self._edges.append(GradientEdge(result.grad_fn, result.output_nr))
+        node: Any = result.grad_fn
+        self._edges.append(GradientEdge(node, result.output_nr))
         return result
 
     def require_end(self) -> None:
