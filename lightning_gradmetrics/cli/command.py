@@ -51,6 +51,7 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def _run_hydra(arguments: Sequence[str]) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait actively delay small work on a busy machine
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # silences a warning of torch's profiler about earlier memory
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences two lines for every measured score
     if os.environ.get(FULL_ERROR) != "1":
