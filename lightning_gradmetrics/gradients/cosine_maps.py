@@ -25,6 +25,9 @@ BUDGET = 2**28
 ROWS = {"cpu": 4, "cuda": 512}
 """Largest number of samples times classes in one backward pass. Small batches process several classes at once."""
 
+ROWS_OF_ONE = 16
+"""The same for one sample on a CPU, where a backward pass is mostly overhead."""
+
 
 def cosine_similarity_maps(
     model: nn.Module, inputs: Tensor, *, sign: bool = True, rescale: bool = True, classes: int | None = None
@@ -189,7 +192,10 @@ def _weights_of_others(logits: Tensor, order: Tensor, rescale: bool) -> Tensor:
 def _gradients(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Iterator[Tensor]:
     """Yield the input gradients ``(N, G, ...)`` of groups of covectors ``(N, K, C)``; :data:`ROWS` limits a group."""
     rows = len(leaf) * covectors.shape[1]
-    groups = max(1, math.ceil(rows / max(ROWS.get(leaf.device.type, 1), len(leaf))))
+    limit = ROWS.get(leaf.device.type, 1)
+    if leaf.device.type == "cpu" and len(leaf) == 1:
+        limit = ROWS_OF_ONE
+    groups = max(1, math.ceil(rows / max(limit, len(leaf))))
     for group in covectors.transpose(0, 1).tensor_split(groups):
         yield _vector_jacobian(leaf, logits, group).transpose(0, 1)
 
