@@ -135,7 +135,7 @@ def fit_thresholds(
     Raises:
         ValueError: If the rule is unknown, an argument is out of range, a column or label is missing, no row is finite, or
             there are too few rows for the rule; the message then states how many rows are needed.
-        TypeError: If the rule has no such argument.
+        TypeError: If the rule has no such argument, or ``scores`` is a text.
 
     Example:
         >>> table = pa.table({"entropy": [0.1, 0.2, 0.3, 9.0]})
@@ -147,7 +147,7 @@ def fit_thresholds(
 
 def _rule_of(name: str, arguments: Mapping[str, Any]) -> Rule:
     """Return a rule from its name and arguments."""
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"unknown rule {name!r};{did_you_mean(name, RULES)} available: {', '.join(RULES)}")
     rule = RULES[name]
     allowed = {field.name: field.default for field in fields(rule)}
@@ -160,6 +160,8 @@ def _rule_of(name: str, arguments: Mapping[str, Any]) -> Rule:
 
 def fit_rule(results: Any, scores: Sequence[str], rule: Rule, roles: Mapping[str, str] | None = None) -> Thresholds:
     """Return the thresholds of a rule; see :func:`fit_thresholds`."""
+    if isinstance(scores, str):
+        raise TypeError(f"scores= is the text {scores!r}; expected a list of columns, as in [{scores!r}]")
     if len(set(scores)) != len(scores):
         raise ValueError(f"a score is named twice: {list(scores)}; name each once")
     table = as_table(results)

@@ -82,8 +82,8 @@ def register(family: Family, paper: str, *, alias_of: str | None = None) -> Deco
 
     Raises:
         ValueError: If the family is unknown, or the name belongs to another score.
-        TypeError: If an argument of the function is positional or has no default, or if a class is not a subclass of
-            :class:`FittedScore` or lacks one of its four methods.
+        TypeError: If an argument of the function is positional or has no default, if a class is not a subclass of
+            :class:`FittedScore` or lacks one of its four methods, or if it is neither or has no name.
 
     Example:
         >>> @register("baseline", "this example")
@@ -109,6 +109,8 @@ def register(family: Family, paper: str, *, alias_of: str | None = None) -> Deco
     _check_family(family)
 
     def decorate(method: Any) -> Any:
+        if not str(getattr(method, "__name__", "")).isidentifier():
+            raise TypeError(f"only a function or a class with a name can be registered as a score, got {method!r}")
         recipe = Recipe(method.__name__, method, family, paper, alias_of)
         if not isinstance(method, type):
             _check_signature(recipe.name, method)

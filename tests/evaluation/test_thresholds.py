@@ -106,6 +106,8 @@ def test_the_joint_rule_adds_one_decision():
         fit_thresholds(results(), ["error"], "joint_risk", roles=ROLES, risk=0.2)
     with pytest.raises(ValueError, match="named twice"):
         fit_thresholds(results(), ["error", "error"], "joint_risk", roles=ROLES, risk=0.2)
+    with pytest.raises(TypeError, match="expected a list of columns"):
+        fit_thresholds(results(), "error")
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,7 @@ def test_accepted_rows_are_counted_by_dataset() -> None:
             {},
             "unknown rule 'selective_risc'; did you mean 'selective_risk'.* available: true_positive_rate",
         ),
+        (["conformal"], {}, "unknown rule .'conformal'.;"),
         (0.95, {}, "unknown rule 0.95; available: true_positive_rate"),
         ("conformal", {"alfa": 0.1}, "the rule 'conformal' has no argument 'alfa'; its arguments are: alpha=0.05"),
         ("selective_risk", {"tpr": 0.9}, "has no argument 'tpr'; its arguments are: risk=0.05, delta=0.05"),

@@ -172,6 +172,9 @@ def test_wrong_registrations_are_refused() -> None:
         register("baseline", "a test")(positional)
     with pytest.raises(TypeError, match="must be a subclass of FittedScore"):
         register("baseline", "a test")(dict)
+    for unnamed in (lambda evidence: evidence.logits.sum(1), functools.partial(positional), 3):
+        with pytest.raises(TypeError, match="only a function or a class with a name"):
+            register("baseline", "a test")(unnamed)
     with pytest.raises(TypeError, match="'half' lacks finish, score"):
 
         @register("baseline", "a test")
