@@ -162,10 +162,10 @@ class KnownTracer(Tracer):
 
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
         """Run the backward pass, which returns the gradients of the held results."""
-        if not total.requires_grad:
+        ends = self._edges if self._is_direct else [*self._edges, self.anchor]
+        if not total.requires_grad or not ends:
             return
         self._backward, self._last = True, last
-        ends = self._edges if self._is_direct else [*self._edges, self.anchor]
         collect = self._send if self._is_direct else self._rule_gradient
         try:
             with torch.autograd.set_multithreading_enabled(False):

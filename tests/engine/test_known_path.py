@@ -199,3 +199,22 @@ def test_a_layer_that_is_used_several_times() -> None:
         require_equal(model, torch.randn(5, 6, dtype=torch.float64))
     (path,) = paths_of(model)
     assert path is not None and not path.is_direct
+
+
+class Unused(nn.Module):
+    """Has a parameter that its forward pass does not use, and a buffer with a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(3))
+        self.register_buffer("scale", torch.ones(6, requires_grad=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_no_parameter_is_used() -> None:
+    model = Unused().double()
+    for _ in range(4):
+        statistics = lgm.gradient_statistics(model, torch.randn(5, 6, dtype=torch.float64), "uniform")
+        assert not statistics.norm(1).any()
