@@ -1,7 +1,7 @@
 """Sorts samples by score; on a CPU with NumPy's vectorised integer sort, which is several times faster than torch.sort.
 
-The number of each sample travels in the same 64-bit integer as its score: below the 32 bits of a float32 score, or in
-place of the last bits of a float64 score, if the other bits still tell all scores apart.
+The number of each sample travels in the same 64-bit integer as its score: a position below the 32 bits of a float32 score,
+a class in place of the last bits of a score in float64, if the other bits still tell all scores apart.
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ BLOCK = 2**15
 
 MOST_POSITIONS = 2**31
 """Up to this number of samples, a position fits into 31 bits."""
-
-MOST_BITS = 8
-"""Numbers of at most this number of bits replace the last bits of float64 scores."""
 
 UPPER = 1 if sys.byteorder == "little" else 0
 """The place of the upper 32 bits of a 64-bit integer among its two halves."""
@@ -93,11 +90,12 @@ def sort_with(scores: Tensor, numbers: Tensor) -> Ranked:
     """
     if scores.device.type != "cpu":
         return _sorted(*torch.sort(scores), numbers)
-    if numbers.dtype != torch.int64 and _is_single(scores):
+    if numbers.dtype == torch.uint8:
+        ranked = _sort_leading(scores, numbers)
+        if ranked is not None:
+            return ranked
+    elif numbers.dtype != torch.int64 and _is_single(scores):
         return _sort_halves(scores, numbers)
-    ranked = _sort_leading(scores, numbers) if numbers.dtype == torch.uint8 else None
-    if ranked is not None:
-        return ranked
     order = torch.from_numpy(np.argsort(scores.numpy()))
     return _sorted(scores.index_select(0, order), order, numbers)
 
@@ -154,7 +152,7 @@ def _scores_of(upper: Any, ends: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sort_leading(scores: Tensor, numbers: Tensor) -> Ranked | None:
-    """Sort the bits of float64 scores whose last bits are replaced by the number; None if other scores become equal."""
+    """Sort the bits of scores in float64, whose last bits are replaced by the number; None if other scores become equal."""
     number_bits = int(numbers.max()).bit_length() if len(numbers) else 0
     last_bits = (1 << number_bits) - 1
     keys = np.empty(len(scores), dtype=np.int64)
@@ -167,7 +165,7 @@ def _sort_leading(scores: Tensor, numbers: Tensor) -> Ranked | None:
     keys.sort()
     ends = _run_ends(len(keys), partial(_differs_in_leading, keys.view(np.uint64), last_bits))
     distinct = partial(_distinct, scores)
-    if len(ends) < len(keys):
+    if len(ends) < len(keys) and not _is_single(scores):  # the last bits of a float32 score are zero
         known = _distinct(scores)
         if len(known) != len(ends):
             return None
