@@ -137,17 +137,17 @@ def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (),
 
     first = chosen_cells(starts, len(rows.codes), most, tasks, positives_to, rate)
     cell_starts = starts[first]
-    members, present, starts, number = [], [], [], 0
+    members, present, class_starts, number = [], [], [], 0
     for code in range(rows.classes):
         chosen = positions(rows.codes == code)
         members.append(chosen)
         bounds = torch.cat([torch.searchsorted(chosen, cell_starts), cell_starts.new_full((1,), len(chosen))])
         is_present = bounds.diff() > 0
         present.append(is_present)
-        starts.append(bounds[:-1][is_present] + number)
+        class_starts.append(bounds[:-1][is_present] + number)
         number += len(chosen)
     order = rows.ranked.numbers.index_select(0, torch.cat(members))
-    return Cells(rows.ranked.scores[first], order, torch.stack(present), torch.cat(starts).to(order.dtype))
+    return Cells(rows.ranked.scores[first], order, torch.stack(present), torch.cat(class_starts).to(order.dtype))
 
 
 def chosen_cells(

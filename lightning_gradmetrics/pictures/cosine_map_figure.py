@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,7 +71,7 @@ def csm_figure(
     axes_per_sample = 1 if images is None else 2
     row_height = 2.1 if images is None else 3.7
     # Fixed margins, because a computed layout takes as long as drawing; names of classes have any length.
-    layout = "constrained" if class_names is not None else None
+    layout: Literal["constrained"] | None = "constrained" if class_names is not None else None
     figure = Figure(figsize=(_SIZE * columns + 0.8, row_height * rows + 0.3), layout=layout)
     FigureCanvasAgg(figure)
     shape = (rows * axes_per_sample, columns)

@@ -34,7 +34,7 @@ def linear_ticks(low: float, high: float, most: int = 9) -> Ticks:
         >>> linear_ticks(0, 9, 5), linear_ticks(-0.2, 0.3, 3)
         ([(0.0, '0'), (2.0, '2'), (4.0, '4'), (6.0, '6'), (8.0, '8')], [(-0.2, '−0.2'), (0.0, '0.0'), (0.2, '0.2')])
     """
-    values = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    values = np.asarray(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
     step = float(np.diff(values).min())
     decimals = 1 - math.floor(math.log10(step))
     decimals -= abs(round(step, decimals - 1) - step) < 1e-6 * step  # all steps but 2.5 have one digit

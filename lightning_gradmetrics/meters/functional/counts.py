@@ -157,8 +157,14 @@ class Counts:
         """
         if self.reads not in (name, "all"):
             raise ValueError(f"these counts list the scores of {self.reads} only, not those of {name}")
-        parts = map(real, (self.negative, self.positive, self.negatives_to, self.positives_to))
-        return Sums(*parts, complete=self.reads == "all", tied=self.tied)
+        return Sums(
+            real(self.negative),
+            real(self.positive),
+            real(self.negatives_to),
+            real(self.positives_to),
+            complete=self.reads == "all",
+            tied=self.tied,
+        )
 
     @property
     def pairs(self) -> Tensor:
