@@ -56,10 +56,10 @@ class _Place:
         else:
             self.owner[self.name] = None
 
-    def has_graph(self) -> bool:
-        """Return whether there are tensors with a graph."""
+    def graphs(self) -> list[bool]:
+        """Return for each tensor whether it has a graph."""
         value = self.owner if self.name is None else self.owner.get(self.name)
-        return any(tensor.grad_fn is not None for tensor in _tensors(value))
+        return [tensor.grad_fn is not None for tensor in _tensors(value)]
 
 
 def without_cached_tensors(task: Task) -> Task:
@@ -79,11 +79,11 @@ def without_cached_tensors(task: Task) -> Task:
     try:
         for parameter in record.parameters:
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-        expected, _ = _run_without(task, {}, record)
+        expected, graphs = _run_without(task, {}, record, unknown)
         if expected is not None:
-            _examine(task, unknown, examined, expected, record)
+            _examine(task, _not_overwritten(unknown, graphs, examined), examined, expected, record)
         caches = {place: examined[place.path] for place in places if examined.get(place.path)}
-        logits = _run_without(task, caches, record)[0] if caches else None
+        logits = _run_without(task, caches, record, [])[0] if caches else None
     finally:
         record.restore()
     if not _are_same(logits, expected):  # there are none, or the weights have changed since
@@ -156,6 +156,19 @@ def _tensors(value: Any) -> list[Tensor]:
     return tensors
 
 
+def _not_overwritten(
+    places: Sequence[_Place], graphs: Sequence[list[bool]], examined: dict[Path, str | None]
+) -> list[_Place]:
+    """Return the places except those whose tensors a forward pass has replaced, which it did not need, and record these."""
+    left = []
+    for place, flags in zip(places, graphs, strict=True):
+        if flags and all(flags):
+            examined[place.path] = None
+        else:
+            left.append(place)
+    return left
+
+
 def _examine(
     task: Task,
     places: Sequence[_Place],
@@ -181,10 +194,10 @@ def _is_examined(
 ) -> bool:
     """Return whether the model returns the same logits without some places, and record those that have a graph then."""
     for way in (DELETED, SET_TO_NONE):
-        logits, again = _run_without(task, dict.fromkeys(places, way), record)
+        logits, graphs = _run_without(task, dict.fromkeys(places, way), record, places)
         if _are_same(logits, expected):
-            for place in again:
-                examined[place.path] = way
+            for place, flags in zip(places, graphs, strict=True):
+                examined[place.path] = way if any(flags) else None
             return True
     return False
 
@@ -196,22 +209,22 @@ def _are_same(logits: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def _run_without(
-    task: Task, places: Mapping[_Place, str | None], record: ModelRecord
-) -> tuple[Tensor | None, list[_Place]]:
-    """Return the logits of one sample without some places, and the places that have a graph then.
+    task: Task, removed: Mapping[_Place, str | None], record: ModelRecord, places: Sequence[_Place]
+) -> tuple[Tensor | None, list[list[bool]]]:
+    """Return the logits of one sample without removed places, and which tensors of some places have a graph after that.
 
-    The logits are ``None`` if the model needs one of the places.
+    The logits are ``None`` if the model needs one of the removed places.
     """
-    for place, way in places.items():
+    for place, way in removed.items():
         place.remove(way)
     try:
         with torch.enable_grad():
             logits = task.picked([0]).forward().detach()
-        again = [place for place in places if place.has_graph()]
+        graphs = [place.graphs() for place in places]
     except Exception as error:  # any error of the model
         raise_if_out_of_memory(error)
         return None, []
     finally:
         record.restore_for_forward()
         record.generators.restore()
-    return logits, again
+    return logits, graphs
