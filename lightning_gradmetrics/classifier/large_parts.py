@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -14,20 +15,16 @@ __all__ = ["ArrayRecord", "Fingerprint", "fingerprint", "recorded_copy"]
 LARGE = 2**20
 """The size in bytes from which an array or a tensor is not copied in every call."""
 
-_ROWS = 2**8
-"""The entries of 8 bytes are summed in square blocks of this width, which fit in a cache."""
-
-Fingerprint = tuple[int, int, int]
+Fingerprint = tuple[int, int]
 
 _COPIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The copy of each large array and tensor, with its fingerprint."""
 
 
 def fingerprint(part: Tensor | np.ndarray[Any, Any]) -> Fingerprint | None:
-    """Return checksums of the bytes of a large array or tensor on the CPU, ``None`` for others.
+    """Return a checksum (CRC-32) of the bytes of a large array or tensor on the CPU and their number, ``None`` for others.
 
-    The checksums weight rows and columns of blocks, so that they change if entries are swapped or sorted. Reading takes a
-    fraction of the time of a copy.
+    Sums of the entries do not suffice: they overflow, so that doubled or negated entries may have the same sums.
 
     Example:
         >>> table = np.ones(2**18)
@@ -37,10 +34,18 @@ def fingerprint(part: Tensor | np.ndarray[Any, Any]) -> Fingerprint | None:
         (False, None)
     """
     if isinstance(part, Tensor):
-        return _checksums(part.detach().reshape(-1).view(torch.uint8)) if _is_readable(part) else None
-    if part.nbytes < LARGE or not (part.flags.c_contiguous and part.flags.writeable) or part.dtype.hasobject:
+        return _checksum(part.detach().reshape(-1).view(torch.uint8).numpy()) if _is_readable(part) else None
+    if part.nbytes < LARGE or not part.flags.c_contiguous or part.dtype.hasobject or type(part) not in _ARRAYS:
         return None
-    return _checksums(torch.from_numpy(part.reshape(-1).view(np.uint8)))
+    return _checksum(part.reshape(-1).view(np.uint8))
+
+
+_ARRAYS = (np.ndarray, np.memmap)
+"""Types of arrays without further content, such as a mask."""
+
+
+def _checksum(content: np.ndarray[Any, Any]) -> Fingerprint:
+    return zlib.crc32(content), content.nbytes
 
 
 def _is_readable(tensor: Tensor) -> bool:
@@ -49,23 +54,6 @@ def _is_readable(tensor: Tensor) -> bool:
         return False
     is_plain = not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     return is_plain and tensor.nbytes >= LARGE and tensor.is_contiguous()
-
-
-def _checksums(content: Tensor) -> Fingerprint | None:
-    """Return the checksums of a vector of bytes; ``None`` if they are not aligned."""
-    if content.data_ptr() % 8:
-        return None
-    size = content.numel() // (8 * _ROWS * _ROWS) * (8 * _ROWS * _ROWS)
-    columns, rows = torch.zeros(_ROWS, dtype=torch.int64), []
-    for block in content[:size].view(torch.int64).view(-1, _ROWS, _ROWS):
-        columns += block.sum(0)
-        rows.append(block.sum(1))
-    numbers = torch.cat(rows)
-    return _weighted(numbers), _weighted(columns), _weighted(content[size:].long())
-
-
-def _weighted(numbers: Tensor) -> int:
-    return int((numbers * torch.arange(1, len(numbers) + 1)).sum())
 
 
 def recorded_copy(part: Any, mark: Fingerprint | None) -> Any:

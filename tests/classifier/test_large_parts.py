@@ -71,3 +71,13 @@ def test_a_part_is_copied_again_only_after_the_user_has_changed_it(part: Any) ->
     with preserved(model):
         part[3] = 1
     assert part[3] == 9 and recorded_copy(part, fingerprint(part)) is not first
+
+
+@pytest.mark.parametrize("factor", [-1, 2, 0.5])
+def test_fingerprint_sees_factors_and_permutations(factor: float) -> None:
+    """The fingerprint changes if all numbers are negated, doubled or halved, and if equal sums are kept."""
+    numbers = np.random.default_rng(0).normal(size=(512, 256))
+    rows = np.eye(256)[np.arange(512) % 256]
+    assert fingerprint(numbers) != fingerprint(factor * numbers)
+    assert fingerprint(torch.from_numpy(numbers)) != fingerprint(torch.from_numpy(factor * numbers))
+    assert fingerprint(rows) != fingerprint(np.roll(rows, 1, 0))
