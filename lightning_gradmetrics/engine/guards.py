@@ -137,6 +137,7 @@ def forward_alone(task: Task, number: int, state: ForwardState) -> tuple[Tensor,
     try:
         with quiet_no_grad(True), torch.enable_grad(), Recording(outline):
             logits = single.forward(for_gradients=False)
+        outline.end(logits)
         return logits.detach(), outline.path
     finally:
         state.restore()
@@ -320,7 +321,9 @@ def _recorded(task: Task, outline: Outline, quiet: bool) -> Tensor:
     """Return the logits and record the calls, with gradients enabled as in the forward pass of a batch."""
     outline.leaves = task.leaves()
     with quiet_no_grad(quiet), torch.enable_grad(), Recording(outline):
-        return task.forward()
+        logits = task.forward()
+    outline.end(logits)
+    return logits
 
 
 def check_objectives(task: Task, logits: Tensor) -> None:

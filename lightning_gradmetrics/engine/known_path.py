@@ -9,6 +9,7 @@ ordinary way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class PathChanged(Exception):
     """A forward pass makes another call than the recorded one."""
 
 
+def _are_at(chosen: Sequence[int], leaves: Sequence[Tensor], task: Task) -> bool:
+    """Return whether the chosen parameters have these numbers among the leaves."""
+    return all(map(is_, map(leaves.__getitem__, chosen), task.parameters.values()))
+
+
 class KnownTracer(Tracer):
     """A tracer for a known path.
 
@@ -70,11 +76,12 @@ class KnownTracer(Tracer):
     def __init__(self, plan: Plan, sink: Sink, path: KnownPath, task: Task, free: bool) -> None:
         super().__init__(plan, plan.known_parameters(task.model, task.parameters), task.size, sink, free)
         leaves = leaves_of(task)
-        if leaves is None or len(leaves) != path.leaves:
+        if leaves is None or len(leaves) != path.leaves or not _are_at(path.chosen, leaves, task):
             raise PathChanged
         self._tensors = leaves
         self._versions = [0] * len(leaves)
         self._calls, self._place, self._is_lost, self._is_direct = path.calls, 0, False, path.is_direct
+        self._end = path.end
         self._held: list[tuple[HeldStep, Call, int]] = []
         self._edges: list[Any] = []
         self._inner = path.held
@@ -151,13 +158,16 @@ class KnownTracer(Tracer):
         self._edges.append(GradientEdge(node, result.output_nr))
         return result
 
-    def require_end(self) -> None:
-        """Require that the model made all calls.
+    def require_end(self, logits: Tensor) -> None:
+        """Require that the model made all calls, and that the logits are the recorded tensor.
 
         Raises:
             PathChanged: If it did not.
         """
-        if self._is_lost or self._place != len(self._calls):
+        number, changes = self._end
+        if self._is_lost or self._place != len(self._calls) or logits is not self._tensors[number]:
+            raise PathChanged
+        if changes is not None and version_of(logits) - self._versions[number] != changes:
             raise PathChanged
 
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:

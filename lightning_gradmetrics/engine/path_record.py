@@ -84,12 +84,16 @@ class KnownPath:
 
     Args:
         calls: The calls.
+        end: The number of the tensor that is the logits, and how often it was changed in place.
+        chosen: The numbers of the chosen parameters.
         leaves: The number of inputs, parameters, buffers and tensors among the attributes.
         held: The steps whose gradients are computed after the backward pass, by their positions in the plan.
         is_direct: Whether all steps of the plan are held, and each parameter has one step.
     """
 
     calls: tuple[KnownCall, ...]
+    end: tuple[int, Any]
+    chosen: tuple[int, ...]
     leaves: int
     held: Mapping[int, HeldStep]
     is_direct: bool
@@ -103,6 +107,15 @@ def leaves_of(task: Task) -> list[Tensor] | None:
     return leaves if len(set(map(id, leaves))) == len(leaves) else None
 
 
+def _chosen_leaves(task: Task, leaves: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the numbers of the chosen parameters among the leaves."""
+    numbers = dict(zip(map(id, leaves), range(len(leaves)), strict=True))
+    chosen: list[int] = []
+    for parameter in task.parameters.values():
+        chosen.append(numbers.get(id(parameter), -1))
+    return tuple(chosen)
+
+
 class PathRecorder:
     """Records the calls of a forward pass that follows a plan.
 
@@ -114,6 +127,8 @@ class PathRecorder:
         leaves = leaves_of(task)
         self._is_simple = leaves is not None
         self._count = len(leaves or ())
+        self._end: tuple[int, Any] | None = None
+        self._chosen = _chosen_leaves(task, leaves or ())
         self._calls: list[KnownCall] = []
         self._held: dict[int, HeldStep] = {}
         self._steps = self._bytes = 0
@@ -124,7 +139,13 @@ class PathRecorder:
         for held in self._held.values():
             names += held.slots.values()
         is_direct = len(self._held) == self._steps and len(set(names)) == len(names)
-        return KnownPath(tuple(self._calls), self._count, self._held, is_direct) if self._is_simple else None
+        if self._end is None or not self._is_simple:
+            return None
+        return KnownPath(tuple(self._calls), self._end, self._chosen, self._count, self._held, is_direct)
+
+    def end(self, outline: Outline, logits: Tensor) -> None:
+        """Note which tensor the logits are."""
+        self._end = self._entry(outline, logits)
 
     def note_step(self, position: int, step: Step, rule: Rule, slots: Mapping[str, Source], call: Call) -> None:
         """Add a step of the plan that a rule covers, unless one of its parameters is a derived tensor."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -91,7 +90,7 @@ def check_sample(
     raise PlanError("the gradients of a sample disagree with autograd")
 
 
-def _logits(task: Task, state: ForwardState, recording: AbstractContextManager[Any] | None = None) -> Tensor:
+def _logits(task: Task, state: ForwardState, recording: Recording | None = None) -> Tensor:
     """Return the logits with their graph."""
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)
@@ -99,6 +98,8 @@ def _logits(task: Task, state: ForwardState, recording: AbstractContextManager[A
     state.restore()
     with recording or nullcontext():
         logits = task.forward()
+    if recording is not None:
+        recording.outline.end(logits)
     now.restore()
     return logits
 

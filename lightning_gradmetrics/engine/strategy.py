@@ -182,7 +182,10 @@ def collect_fast(
     else:
         logits = _forward_with_notes(task, tracer, notes)
     if isinstance(tracer, KnownTracer):
-        tracer.require_end()
+        tracer.require_end(logits)
+    tracer.outline.end(logits)
+    if recorder is not None:
+        recorder.end(tracer.outline, logits)
     checks(logits, tracer)
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):

@@ -218,3 +218,55 @@ def test_no_parameter_is_used() -> None:
     for _ in range(4):
         statistics = lgm.gradient_statistics(model, torch.randn(5, 6, dtype=torch.float64), "uniform")
         assert not statistics.norm(1).any()
+
+
+class InOrder(nn.Module):
+    """Calls its layers in their order; ``end`` changes the logits."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.head, self.end = nn.Linear(6, 6), nn.Linear(6, 6), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x).tanh()
+        return self.end(x)
+
+
+def test_chosen_layers_in_another_order() -> None:
+    torch.manual_seed(0)
+    model = InOrder(nn.functional.softplus).double().eval()
+    for number in range(7):
+        if number == 4:
+            model._modules["body"] = model._modules.pop("body")  # the last one
+        x = torch.randn(5, 6, dtype=torch.float64)
+        of_head = [
+            lgm.gradient_statistics(model, x, "uniform", lambda name: "head" in name, engine=engine).norm(2)
+            for engine in ("auto", "reference")
+        ]
+        torch.testing.assert_close(*of_head)
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_logits_that_a_dispatcher_operator_couples_later(is_in_place: bool) -> None:
+    """No function mode sees a dispatcher operator at the end of a forward pass."""
+    torch.manual_seed(0)
+
+    def end(logits: Tensor) -> Tensor:
+        if not is_on():
+            return logits
+        mean = torch.ops.aten.mean.dim(logits, [0], True)
+        subtract = torch.ops.aten.sub_.Tensor if is_in_place else torch.ops.aten.sub.Tensor
+        return subtract(logits, mean)
+
+    CHANGED["on"] = False
+    model = InOrder(end).double().eval()
+    for _ in range(4):
+        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
+    assert any(path is not None for path in paths_of(model)), "no path is known"
+    CHANGED["on"] = True
+    try:
+        with pytest.raises(ValueError, match="depend on each other"):
+            lgm.gradient_statistics(model, torch.randn(5, 6, dtype=torch.float64), "uniform")
+    finally:
+        CHANGED["on"] = False
