@@ -126,9 +126,10 @@ class Outline:
             calls.append(len(shape))
             self.sizes += shape
 
-    def end(self, logits: Tensor) -> None:
+    def end(self, logits: Tensor) -> Outline:
         """Add which tensor the logits are: a dispatcher operator, which is not recorded, may have made or changed them."""
         self._calls.append(self.origin(logits) or "unknown")
+        return self
 
     def _storing(self) -> str:
         """Return the name of the hook that decides what autograd stores; one that is not part of torch may change gradients."""

@@ -192,8 +192,7 @@ def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, Depende
     trace = CallTrace(task.parameters, on_read=dependence.note_read)
     with dependence, trace, recording:
         logits = task.forward()
-    recording.outline.end(logits)
-    return trace, logits, dependence, recording.outline
+    return trace, logits, dependence, recording.outline.end(logits)
 
 
 def _require_gradients(task: Task) -> None:
