@@ -177,7 +177,7 @@ class Evidence:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Logits ``(N, C, *P)``: of samples in float64 where the device has it, of positions in at least float32."""
+        """Logits ``(N, C, *P)``, in float64 for samples where the device has it, and in at least float32 for positions."""
         return self.given_logits.detach().to(self.dtype)
 
     @property
