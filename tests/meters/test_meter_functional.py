@@ -355,3 +355,13 @@ def test_sorting_float64_scores_with_their_classes(shape, classes, block, monkey
         assert sorted(ranked.numbers[start : end + 1].tolist()) == sorted(numbers[scores == score].tolist())
         start = end + 1
     assert start == 301
+
+
+@pytest.mark.parametrize("metric", [F.auroc, F.aurc, F.average_precision, F.risk_coverage_curve])
+def test_integers_that_float64_merges_are_refused(metric):
+    target = torch.tensor([0, 1])
+    for merged in (torch.tensor([2**53, 2**53 + 1]), torch.tensor([-(2**63), 1 - 2**63])):
+        with pytest.raises(ValueError, match=r"2\^53 or more in magnitude"):
+            metric(merged, target)
+    assert float(F.auroc(torch.tensor([2**53 - 2, 2**53 - 1]), target)) == 1
+    assert float(F.auroc(torch.tensor([2**53, 2**53 + 1]).unique(return_inverse=True)[1], target)) == 1

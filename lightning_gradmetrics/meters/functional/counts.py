@@ -40,6 +40,9 @@ Positive = Literal["out", "in"]
 Reads = Literal["all", "positives", "negatives"]
 """The samples whose scores a metric reads; of other samples, it reads how many lie between these scores."""
 
+LEAST_INEXACT = 2**53
+"""Smaller integers are exact in float64."""
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -238,7 +241,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
 
     Raises:
         TypeError: If it is not a tensor of real numbers.
-        ValueError: If it is not one-dimensional or contains NaN.
+        ValueError: If it is not one-dimensional, contains NaN, or contains integers that float64 cannot tell apart.
     """
     check_tensor(scores, name)
     if scores.is_complex() or scores.dtype == torch.bool:
@@ -247,7 +250,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
         raise ValueError(f"{name} must have the shape (N,), one score per sample, got {tuple(scores.shape)}")
     scores = scores.detach()
     if scores.dtype not in (torch.float32, torch.float64):
-        scores = scores.to(torch.float32 if scores.is_floating_point() else torch.float64)
+        scores = scores.to(torch.float32) if scores.is_floating_point() else _whole_numbers(scores, name)
     # The maximum is NaN if any value is NaN, and is five times faster than isnan().
     if len(scores) and bool(torch.isnan(scores.max())):
         number = int(torch.isnan(scores).sum())
@@ -256,6 +259,17 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
             "their number"
         )
     return scores
+
+
+def _whole_numbers(scores: Tensor, name: str) -> Tensor:
+    """Return integers ``(N,)`` in float64, if it holds all of them exactly."""
+    exact = scores.double()
+    if len(exact) and bool(exact.abs().max() >= LEAST_INEXACT):
+        raise ValueError(
+            f"{name} has integers of 2^53 or more in magnitude, which float64 cannot tell apart: subtract a constant from "
+            "all of them, or replace each by its rank, as by scores.unique(return_inverse=True)[1]"
+        )
+    return exact
 
 
 def check_target(target: Tensor, scores: Tensor) -> Tensor:
