@@ -13,9 +13,9 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.cosine_map_summaries import zero_saliency
-from lightning_gradmetrics.results.escaping import visible
+from lightning_gradmetrics.results.escaping import literal
 
-__all__ = ["csm_figure", "draw_image", "literal"]
+__all__ = ["csm_figure", "draw_image"]
 
 _SIZE = 1.9
 """Width of a map with its margin, in inches."""
@@ -124,11 +124,6 @@ def _check_counts(
     ):
         if given is not None and len(given) != wanted:
             raise ValueError(f"{len(given)} {name} for maps of shape {tuple(csm.shape)}; expected {wanted}")
-
-
-def literal(text: str) -> str:
-    """Return the text with dollar signs escaped, because matplotlib would parse them as mathematics, and no control characters."""
-    return visible(text).replace("$", r"\$")
 
 
 def _draw_map(axes: Axes, values: Tensor, class_names: Sequence[str] | None, first: bool) -> AxesImage:

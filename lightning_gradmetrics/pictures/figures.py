@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_gradmetrics.pictures.cosine_map_figure import draw_image, literal
+from lightning_gradmetrics.pictures.cosine_map_figure import draw_image
+from lightning_gradmetrics.results.escaping import literal
 
 __all__ = ["examples_figure", "profile_figure"]
 

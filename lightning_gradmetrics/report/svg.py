@@ -12,6 +12,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from lightning_gradmetrics.report.run import Floats
+from lightning_gradmetrics.results.escaping import visible
 
 __all__ = ["Axis", "Drawing", "linear_ticks", "log_ticks"]
 
@@ -113,7 +114,7 @@ class Drawing:
     def __post_init__(self) -> None:
         width, height = POINTS * self.size[0], POINTS * self.size[1]
         size = {"width": f"{width:g}pt", "height": f"{height:g}pt", "viewBox": f"0 0 {width:g} {height:g}"}
-        self.root = ElementTree.Element("svg", {"role": "img", "aria-label": self.title, **size})
+        self.root = ElementTree.Element("svg", {"role": "img", "aria-label": visible(self.title), **size})
         left, lower, right, upper = POINTS * np.array(self.box)
         clip = ElementTree.SubElement(self.root, "clipPath", id=f"{self.key}-box")
         place = {"x": f"{left:.1f}", "y": f"{height - upper:.1f}"}
@@ -187,7 +188,7 @@ class Drawing:
         if turned:
             place["transform"] = f"rotate(-90 {x:.1f} {y:.1f})"
         style = f"fill: var(--muted); font-size: {size}px; text-anchor: {anchor}"
-        ElementTree.SubElement(self.root, "text", {**place, "style": style}).text = text
+        ElementTree.SubElement(self.root, "text", {**place, "style": style}).text = visible(text)
 
     def markup(self) -> Markup:
         """Return the ``<svg>`` element, which screen readers announce as one image."""

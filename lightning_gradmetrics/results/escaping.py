@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["visible"]
+__all__ = ["literal", "visible"]
 
 
 def visible(text: str) -> str:
@@ -18,3 +18,13 @@ def visible(text: str) -> str:
         '\\x1b[2Jscore'
     """
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda match: repr(match.group())[1:-1], text)
+
+
+def literal(text: str) -> str:
+    r"""Return the text for matplotlib: dollar signs escaped, which it would parse as mathematics, and no control characters.
+
+    Example:
+        >>> literal("$x$")
+        '\\$x\\$'
+    """
+    return visible(text).replace("$", r"\$")

@@ -241,7 +241,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
 
     Raises:
         TypeError: If it is not a tensor of real numbers.
-        ValueError: If it is not one-dimensional, contains NaN, or contains integers that float64 cannot tell apart.
+        ValueError: If it is not one-dimensional, contains NaN, or contains integers that float64 would round.
     """
     check_tensor(scores, name)
     if scores.is_complex() or scores.dtype == torch.bool:
@@ -266,7 +266,7 @@ def _whole_numbers(scores: Tensor, name: str) -> Tensor:
     exact = scores.double()
     if len(exact) and bool(exact.abs().max() >= LEAST_INEXACT):
         raise ValueError(
-            f"{name} has integers of 2^53 or more in magnitude, which float64 cannot tell apart: subtract a constant from "
+            f"{name} has integers of 2^53 or more in magnitude, which float64 would round: subtract a constant from "
             "all of them, or replace each by its rank, as by scores.unique(return_inverse=True)[1]"
         )
     return exact

@@ -18,6 +18,7 @@ from lightning_gradmetrics.meters.functional.curves import roc_of_counts
 from lightning_gradmetrics.meters.functional.ranking import auroc_of_counts
 from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, risk_coverage_curve_of_counts
 from lightning_gradmetrics.pictures.plot.style import Plot, new_axes, score_styles
+from lightning_gradmetrics.results.escaping import literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,10 +75,10 @@ def roc(
     styles = score_styles(list(curves))
     for name, counts in curves.items():
         false, true, _ = roc_of_counts(counts)
-        label = f"{name} {100 * float(auroc_of_counts(counts)):.1f}"
+        label = f"{literal(name)} {100 * float(auroc_of_counts(counts)):.1f}"
         (artists[name],) = axes.plot(*_distinct(false, true), label=label, **styles[name])
     axes.set(xlabel="false-positive rate", ylabel="true-positive rate", xlim=(0, 1), ylim=(0, 1.01))
-    axes.set_title(TITLES[chosen.task].format(dataset=chosen.dataset), fontsize="medium")
+    axes.set_title(TITLES[chosen.task].format(dataset=literal(chosen.dataset)), fontsize="medium")
     axes.legend(title="AUROC × 100", fontsize="small", title_fontsize="small", loc="lower right")
     return Plot(axes, artists)
 
@@ -128,13 +129,13 @@ def risk_coverage(
     for name, counts in curves.items():
         coverage, risk, _ = risk_coverage_curve_of_counts(counts)
         base = float(risk[-1])
-        label = f"{name} {100 * float(aurc_of_counts(counts)):.2f}"
+        label = f"{literal(name)} {100 * float(aurc_of_counts(counts)):.2f}"
         is_point = coverage > 0  # lower scores belong to rows of other tasks only
         points = _distinct(coverage[is_point], risk[is_point])
         (artists[name],) = axes.plot(*points, label=label, **styles[name])
     axes.axhline(base, color="0.6", linewidth=0.8, linestyle=":")
     axes.set(xlabel="coverage", ylabel="error rate", xlim=(0, 1), ylim=(0, 1.3 * base or 1))
-    axes.set_title(TITLES[chosen.task].format(dataset=chosen.dataset), fontsize="medium")
+    axes.set_title(TITLES[chosen.task].format(dataset=literal(chosen.dataset)), fontsize="medium")
     axes.legend(title="AURC × 100", fontsize="small", title_fontsize="small", loc="upper left")
     return Plot(axes, artists)
 

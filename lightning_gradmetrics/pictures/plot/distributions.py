@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_gradmetrics.evaluation.tasks import KINDS, Rows, rows_of
 from lightning_gradmetrics.pictures.plot.style import COLOURS, Plot, new_axes
+from lightning_gradmetrics.results.escaping import literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,10 +57,10 @@ def distributions(
     artists = {}
     for number, (name, values) in enumerate(groups.items()):
         density, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges, density=True)
-        label, colour = f"{name} ({len(values):,})", COLOURS[number % len(COLOURS)]
+        label, colour = f"{literal(name)} ({len(values):,})", COLOURS[number % len(COLOURS)]
         artists[name] = axes.stairs(density, edges, fill=True, alpha=0.35, color=colour, label=label)
         axes.stairs(density, edges, color=colour)
-    axes.set(xlabel=score, ylabel="density", xlim=(edges[0], edges[-1]))
+    axes.set(xlabel=literal(score), ylabel="density", xlim=(edges[0], edges[-1]))
     axes.legend(fontsize="small")
     return Plot(axes, artists)
 
