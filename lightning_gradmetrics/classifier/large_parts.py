@@ -45,7 +45,7 @@ _ARRAYS = (np.ndarray, np.memmap)
 
 
 def _checksum(content: np.ndarray[Any, Any]) -> Fingerprint:
-    return zlib.crc32(content), content.nbytes
+    return zlib.crc32(content.data), content.nbytes
 
 
 def _is_readable(tensor: Tensor) -> bool:
