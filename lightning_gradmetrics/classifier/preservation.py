@@ -190,8 +190,7 @@ class ModelRecord:
 
     Args:
         model: The model.
-        complete: Whether :meth:`restore` will be called, which needs the parameters and the tensors among the attributes;
-            :meth:`restore_for_forward` needs neither.
+        complete: Whether :meth:`restore` will be called, which needs the parameters; :meth:`restore_for_forward` does not.
     """
 
     def __init__(self, model: nn.Module, complete: bool = True) -> None:
@@ -209,14 +208,14 @@ class ModelRecord:
         self._tensors: list[_TensorRecord] = []
         seen: set[int] = set()
         for module in self.modules:
-            self._record_attributes(vars(module), complete, seen)
+            self._record_attributes(vars(module), seen)
             self._record_buffers(module)
             if complete:
                 self._record_parameters(module)
         self._hooks = HookState(model, self.modules)
         self.generators = RandomState(model)
 
-    def _record_attributes(self, attributes: dict[str, Any], complete: bool, seen: set[int]) -> None:
+    def _record_attributes(self, attributes: dict[str, Any], seen: set[int]) -> None:
         before, changeable = {}, []
         for name in _own_names(tuple(attributes)):
             before[name] = value = attributes[name]
@@ -224,19 +223,19 @@ class ModelRecord:
                 changeable.append(name)
         for name in sorted(changeable):
             for part in mutable_parts(before[name], seen):
-                self._record_part(part, complete)
+                self._record_part(part)
         if "training" in attributes:  # a compiled module does not have it
             before["training"] = attributes["training"]
         self.attributes.append((attributes, before))
         self._sizes.append(len(attributes))
 
-    def _record_part(self, part: Any, complete: bool) -> None:
+    def _record_part(self, part: Any) -> None:
         if isinstance(part, np.ndarray):
             self._arrays.append(ArrayRecord(part))
-        elif not isinstance(part, Tensor):
-            self._record_container(part, self._containers)
-        elif complete:
+        elif isinstance(part, Tensor):
             self._tensors.append(_TensorRecord(part))
+        else:
+            self._record_container(part, self._containers)
 
     def _record_container(self, container: Any, records: list[ContainerRecord]) -> None:
         if container:

@@ -29,10 +29,10 @@ def reference_moments(task: Task, check: Callable[[int, Tensor], None] | None = 
     for number in range(task.size):
         sample = task.rows(number, number + 1)
         logits = _forward_alone(task, number)
-        state.restore_attributes()
         if check is not None:
             check(number, logits)
         parts.append(_sample_moments(sample, logits))
+        state.restore_attributes()  # not before: the graph may hold attributes that the forward pass has changed in place
     return joined(parts)
 
 

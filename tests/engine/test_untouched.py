@@ -75,3 +75,29 @@ def test_a_users_error_in_the_first_call_is_raised_unchanged():
 
     with pytest.raises(KeyError, match="mine"):
         gradient_statistics(model, x, wrong)
+
+
+class _Alternating(nn.Module):
+    """Changes the sign of an attribute in place before it multiplies by an entry of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.sign = nn.Linear(5, 3), torch.ones(2, 2, dtype=torch.float64)
+
+    def forward(self, x):
+        self.sign.mul_(-1)
+        return self.layer(x) * self.sign[0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_an_attribute_that_is_changed_in_place_keeps_its_value_for_the_backward_pass(engine):
+    torch.manual_seed(0)
+    model, x = _Alternating().double(), torch.randn(1, 5).double()
+    with torch.no_grad():
+        expected = model.layer(x).neg().softmax(1)
+    gradient = torch.cat([expected, expected * x.norm()], 1)
+    gradient[0, expected.argmax()] -= 1
+    gradient[0, 3 + expected.argmax()] -= x.norm()
+    found = gradient_statistics(model, x, "pseudo_label", engine=engine).norm(2)
+    torch.testing.assert_close(found, gradient.norm()[None])
