@@ -65,9 +65,12 @@ def chosen_parameters(model: nn.Module) -> list[str]:
 
 
 def temperature_of(model: nn.Module, inputs: Any) -> float:
-    """Return a temperature of at least 1 that limits the range of the logits to 10; gradients vanish beyond."""
-    with torch.no_grad():
-        logits = logits_of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+    """Return a temperature of at least 1 that limits the range of the logits to 10; gradients vanish beyond.
+
+    Gradients are enabled: models such as TinyViT store tensors made from parameters in their first forward pass, and
+    autograd has no gradient of these parameters if that pass ran without gradients. The engine has it in both cases.
+    """
+    logits = logits_of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs)).detach()
     return max(1.0, float(logits.amax(1).sub(logits.amin(1)).max()) / 10)
 
 
@@ -88,7 +91,8 @@ def autograd_statistics(model: nn.Module, inputs: Any, names: Sequence[str], tem
         else:
             output = model(inputs[sample])
         logits = logits_of(output)
-        from_autograd = torch.autograd.grad(pseudo_label_loss(logits / temperature)[0], parameters, allow_unused=True)
+        loss = pseudo_label_loss(logits / temperature)[0]
+        from_autograd = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, from_autograd, strict=True)]
         for name in STATISTICS:
             rows[name].append(torch.stack([statistic(gradient, name) for gradient in gradients]))

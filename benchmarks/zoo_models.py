@@ -50,12 +50,11 @@ def checked(model: nn.Module, inputs: dict[str, Tensor] | Tensor) -> Made:
         UnsuitableError: If the forward pass fails, or its logits are not finite or not ``(N, C)``.
     """
     try:
-        with torch.no_grad():
-            for count in (1, SAMPLES):
-                batch = {k: v[:count] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[:count]
-                logits = logits_of(model(**batch) if isinstance(batch, dict) else model(batch))
-                if logits.ndim != 2 or len(logits) != count or not bool(logits.isfinite().all()):
-                    raise UnsuitableError(f"logits {tuple(logits.shape)} for {count} samples, or not finite")
+        for count in (1, SAMPLES):
+            batch = {k: v[:count] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[:count]
+            logits = logits_of(model(**batch) if isinstance(batch, dict) else model(batch))
+            if logits.ndim != 2 or len(logits) != count or not bool(logits.isfinite().all()):
+                raise UnsuitableError(f"logits {tuple(logits.shape)} for {count} samples, or not finite")
     except UnsuitableError:
         raise
     except Exception as error:
