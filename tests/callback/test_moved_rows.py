@@ -11,9 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader
 
 from lightning_gradmetrics.callback.transfers import Transfers
 from lightning_gradmetrics.classifier.row_order import RowOrder
