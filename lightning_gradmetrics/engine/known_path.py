@@ -79,7 +79,7 @@ class KnownTracer(Tracer):
         if leaves is None or len(leaves) != path.leaves or not _are_at(path.chosen, leaves, task):
             raise PathChanged
         self._tensors = leaves
-        self._versions = [0] * len(leaves)
+        self._versions = list(map(version_of, leaves))
         self._calls, self._place, self._is_lost, self._is_direct = path.calls, 0, False, path.is_direct
         self._end = path.end
         self._held: list[tuple[HeldStep, Call, int]] = []
@@ -105,7 +105,7 @@ class KnownTracer(Tracer):
             result = self._run(func, args, kwargs) if known.has_sources else func(*args, **kwargs)
         if type(result) is not Tensor or result.dtype is not known.dtype or result.shape != known.shape:
             self._lose()
-        for position, number, changes in known.results:
+        for position, number, changes in known.tensors:
             if version_of(values[position]) - self._versions[number] != changes:
                 self._lose()
         self._tensors.append(result)
@@ -167,7 +167,7 @@ class KnownTracer(Tracer):
         number, changes = self._end
         if self._is_lost or self._place != len(self._calls) or logits is not self._tensors[number]:
             raise PathChanged
-        if changes is not None and version_of(logits) - self._versions[number] != changes:
+        if version_of(logits) - self._versions[number] != changes:
             raise PathChanged
 
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:

@@ -55,17 +55,17 @@ class Outline:
     model that chooses another tensor in larger batches has another outline, even if it makes the same calls.
 
     Args:
-        leaves: A name for each parameter, buffer and input, by the identity of the tensor.
+        leaves: The kind, the number and the first version of each parameter, buffer and input, by the identity of the tensor.
 
     Attributes:
-        leaves: These names.
+        leaves: These entries.
         sizes: Every integer that may be a size: those of functions that set a shape, and the shapes of all results.
         has_hooks: Whether the forward pass registers hooks on tensors, stores tensors through hooks or reads nodes of the graph,
             which may change gradients.
         reads: How often Python reads values of a tensor.
     """
 
-    def __init__(self, leaves: Mapping[int, Hashable] | None = None) -> None:
+    def __init__(self, leaves: Mapping[int, tuple[str, int, int]] | None = None) -> None:
         self.sizes: list[int] = []
         self.has_hooks = False
         self.reads = 0
@@ -188,7 +188,12 @@ class Outline:
         if made is not None and made[0]() is tensor:
             changes = version_of(tensor) - made[2]  # in place, possibly by an operator that is not recorded
             return (made[1], changes) if changes else made[1]
-        return self.leaves.get(id(tensor))
+        leaf = self.leaves.get(id(tensor))
+        if leaf is None:
+            return None
+        kind, number, version = leaf
+        changes = version_of(tensor) - version
+        return (kind, number, changes) if changes else (kind, number)
 
 
 def _is_of_libraries() -> bool:

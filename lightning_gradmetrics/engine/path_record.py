@@ -41,7 +41,7 @@ class KnownCall:
         shape: Its shape.
         has_sources: Whether the plan has steps for this call.
         held: How the parameters' gradients follow from that of the result; ``None`` if the ordinary step is repeated.
-        results: The position, the number and the changes of each argument that is the result of an earlier call.
+        tensors: The position, the number and the changes of each argument that is a tensor.
     """
 
     function: Any
@@ -52,7 +52,7 @@ class KnownCall:
     shape: torch.Size
     has_sources: bool
     held: HeldStep | None
-    results: tuple[tuple[int, int, int], ...]
+    tensors: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -185,15 +185,7 @@ class PathRecorder:
         if held is not None and held.step.function != function:
             held = None  # the step is inside of the call
         compared = (function, entries, tuple(kwargs), has_gradients, result.dtype, result.shape)
-        self._calls.append(KnownCall(*compared, end > start, held, self._results(entries)))
-
-    def _results(self, entries: Sequence[tuple[int, Any]]) -> tuple[tuple[int, int, int], ...]:
-        """Return the position, the number and the changes of each argument that is the result of an earlier call."""
-        results: list[tuple[int, int, int]] = []
-        for position, (number, changes) in enumerate(entries):
-            if number >= self._count:
-                results.append((position, number, changes))
-        return tuple(results)
+        self._calls.append(KnownCall(*compared, end > start, held, _tensors(entries)))
 
     def _entry(self, outline: Outline, value: Any) -> tuple[int, Any] | None:
         """Return what an argument is compared with; ``None`` if that is not possible."""
@@ -204,8 +196,18 @@ class PathRecorder:
             return self._count + origin - 1, 0
         if not isinstance(origin, tuple):
             return None
-        is_changed = isinstance(origin[0], int)  # the number of a result, and how often it was changed
-        return (self._count + origin[0] - 1, origin[1]) if is_changed else (origin[1], None)
+        if isinstance(origin[0], int):  # the number of a result, and how often it was changed
+            return self._count + origin[0] - 1, origin[1]
+        return (origin[1], 0) if len(origin) == 2 else None  # a leaf, which no operator has changed
+
+
+def _tensors(entries: Sequence[tuple[int, Any]]) -> tuple[tuple[int, int, int], ...]:
+    """Return the position, the number and the changes of each argument that is a tensor."""
+    tensors: list[tuple[int, int, int]] = []
+    for position, (number, changes) in enumerate(entries):
+        if number >= 0:
+            tensors.append((position, number, changes))
+    return tuple(tensors)
 
 
 def _is_ignored(function: Any, result: Any) -> bool:

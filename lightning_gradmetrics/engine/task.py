@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gradients
 from lightning_gradmetrics.classifier.preservation import ModelRecord
+from lightning_gradmetrics.engine.calls import version_of
 from lightning_gradmetrics.engine.kernels import class_residuals
 from lightning_gradmetrics.engine.refusals import rows_not_samples
 from lightning_gradmetrics.engine.uses import merge_rows
@@ -59,17 +60,19 @@ class Task:
         """For each objective, a function from the true labels (or ``None``) to the loss on logits."""
         return tuple(objective.loss for objective in self.objectives)
 
-    def leaves(self) -> dict[int, Hashable]:
-        """Return a name for each input, parameter and buffer by the identity of the tensor, the same in every batch."""
-        names: dict[int, Hashable] = {}
-        for number, tensor in enumerate(tensors_in(self.inputs)):
-            names.setdefault(id(tensor), ("input", number))
+    def leaves(self) -> dict[int, tuple[str, int, int]]:
+        """Return a kind, a number and the version of each input, parameter and buffer by the identity of the tensor.
+
+        Kinds and numbers are the same in every batch.
+        """
+        leaves: dict[int, tuple[str, int, int]] = {}
         record = self.record
-        for tensor in self.model.parameters() if record is None else record.parameters:
-            names.setdefault(id(tensor), ("parameter", len(names)))
-        for tensor in self.model.buffers() if record is None else record.tensors():
-            names.setdefault(id(tensor), ("buffer", len(names)))
-        return names
+        parameters = self.model.parameters() if record is None else record.parameters
+        buffers = self.model.buffers() if record is None else record.tensors()
+        for kind, tensors in (("input", tensors_in(self.inputs)), ("parameter", parameters), ("buffer", buffers)):
+            for tensor in tensors:
+                leaves.setdefault(id(tensor), (kind, len(leaves), version_of(tensor)))
+        return leaves
 
     def rows(self, start: int, stop: int) -> Task:
         """Return the same task for the samples ``start`` to ``stop``."""

@@ -270,3 +270,28 @@ def test_logits_that_a_dispatcher_operator_couples_later(is_in_place: bool) -> N
             lgm.gradient_statistics(model, torch.randn(5, 6, dtype=torch.float64), "uniform")
     finally:
         CHANGED["on"] = False
+
+
+@pytest.mark.parametrize("later", [True, False], ids=["in a later batch", "in larger batches"])
+def test_buffers_that_a_dispatcher_operator_changes(later: bool) -> None:
+    """No function mode sees a dispatcher operator, but the buffer has a new version."""
+    torch.manual_seed(0)
+
+    def end(logits: Tensor) -> Tensor:
+        if is_on() if later else len(logits) > 8:
+            torch.ops.aten.copy_.default(model.offset, torch.ops.aten.mean.dim(logits, [0]))
+        return logits - model.offset
+
+    CHANGED["on"] = False
+    model: Any = InOrder(end).double().eval()
+    model.register_buffer("offset", torch.ones(6, dtype=torch.float64))
+    for _ in range(4):
+        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
+    assert any(path is not None for path in paths_of(model)), "no path is known"
+    CHANGED["on"] = later
+    try:
+        with pytest.raises(ValueError, match="depend on each other"):
+            lgm.gradient_statistics(model, torch.randn(5 if later else 12, 6, dtype=torch.float64), "uniform")
+    finally:
+        CHANGED["on"] = False
+    assert torch.equal(model.offset, torch.ones(6, dtype=torch.float64))
