@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.large_parts import ArrayRecord, fingerprint, recorded_copy
 from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts
 
-__all__ = ["HookState", "ModelRecord", "RandomState", "named_parameters", "preserved"]
+__all__ = ["HookState", "ModelRecord", "RandomState", "exclusive", "named_parameters", "preserved"]
 
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes of every module."""
@@ -60,7 +60,7 @@ def preserved(model: nn.Module) -> Iterator[ModelRecord]:
 
     A second thread that enters with the same model waits for the first one. The block gets the record of that state.
     """
-    with _lock_of(model):
+    with exclusive(model):
         record = ModelRecord(model)
         try:
             yield record
@@ -174,7 +174,8 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(zip(names.values(), names.keys(), strict=True))
 
 
-def _lock_of(model: nn.Module) -> threading.RLock:
+def exclusive(model: nn.Module) -> threading.RLock:
+    """Return the lock of a model, which one thread can take repeatedly."""
     with _GUARD:
         return _LOCKS.setdefault(model, threading.RLock())
 

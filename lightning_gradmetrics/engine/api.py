@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -21,7 +21,7 @@ from lightning_gradmetrics.classifier.forward import (
     map_tensors,
     preserved,
 )
-from lightning_gradmetrics.classifier.preservation import named_parameters
+from lightning_gradmetrics.classifier.preservation import exclusive, named_parameters
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.auto import auto_moments
@@ -49,6 +49,12 @@ def _compiled_moments(task: Task) -> list[Moments]:
     from lightning_gradmetrics.engine.compiled import compiled_moments
 
     return compiled_moments(task)
+
+
+def _started_ahead(model: nn.Module, inputs: Inputs, targets: Tensor | None) -> AbstractContextManager[None]:
+    from lightning_gradmetrics.engine.compiled import started_ahead
+
+    return started_ahead(model, inputs, targets)
 
 
 ENGINES: dict[str, Callable[[Task], list[Moments]]] = {
@@ -197,7 +203,11 @@ def gradient_statistics(  # type: ignore[misc]
     several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
     objectives = list(map(Objective.of, several))
     wanted = moments_for(statistics)
-    with _task(model, inputs, objectives, parameters, targets, logits, wanted, memory, sample_axis) as task:
+    with (
+        exclusive(model),
+        _started_ahead(model, inputs, targets) if engine == "compiled" and sample_axis == 0 else nullcontext(),
+        _task(model, inputs, objectives, parameters, targets, logits, wanted, memory, sample_axis) as task,
+    ):
         if engine not in ("auto", "compiled"):
             check_rows(task)
         moments = ENGINES[engine](task)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 
-from lightning_gradmetrics.classifier.forward import map_tensors, tensors_in
+from lightning_gradmetrics.classifier.forward import Inputs, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.auto import auto_moments, verified_strategy
 from lightning_gradmetrics.engine.cuda_graph import RecordedGraph
@@ -35,7 +35,7 @@ from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.gradients.precision import allows_tf32, rounding
 from lightning_gradmetrics.gradients.statistics import Moments
 
-__all__ = ["compiled_moments"]
+__all__ = ["compiled_moments", "started_ahead"]
 
 MOST_PROGRAMS = 8
 """Largest number of programs that are stored for one model."""
@@ -154,6 +154,18 @@ class Program:
 _PROGRAMS: WeakKeyDictionary[nn.Module, dict[Hashable, Program | None]] = WeakKeyDictionary()
 """The program of each kind of batch; ``None`` if the engine runs eagerly."""
 
+_LATEST: WeakKeyDictionary[nn.Module, RecordedGraph] = WeakKeyDictionary()
+"""The recorded graph that the latest batch of a model has used."""
+
+
+def started_ahead(model: nn.Module, inputs: Inputs, labels: Tensor | None) -> AbstractContextManager[None]:
+    """Return a block in which the kernels of the latest recorded graph already run for a new batch.
+
+    Meanwhile, Python records the model and finds the graph of the batch. If it is another one, the results are not used.
+    """
+    graph = _LATEST.get(model)
+    return nullcontext() if graph is None else graph.ahead(list(tensors_in(inputs)), labels)
+
 
 def compiled_moments(task: Task) -> list[Moments]:
     """Return the moments ``(N, P)`` of each objective's gradient by a compiled plan.
@@ -167,10 +179,15 @@ def compiled_moments(task: Task) -> list[Moments]:
     program = programs.get(key)
     if program is not None and program.fits(task):
         try:
-            return program.moments(task, state)
+            moments = program.moments(task, state)
         except PlanError as error:
             programs[key] = None
+            _LATEST.pop(task.model, None)
             _warn_eager(task, str(error))
+        else:
+            if isinstance(program.run, RecordedGraph):
+                _LATEST[task.model] = program.run
+            return moments
     expected = auto_moments(task)
     key = state.key()  # the first batch shows which attributes the model reads; only those are in the key
     is_new = key not in programs or (program is not None and program.size < task.size)

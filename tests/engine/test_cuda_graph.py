@@ -31,9 +31,10 @@ class _Graph:
     """Repeats the recorded operators and writes the results to their first places."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.replays = [], 0
 
     def replay(self):
+        self.replays += 1
         for func, args, kwargs, results in self.calls:
             again = func(*args, **kwargs)
             for place, value in zip(tree_leaves(results), tree_leaves(again), strict=True):
@@ -60,7 +61,7 @@ def recordings(monkeypatch):
         current_stream=lambda device: stream,
         Stream=lambda device: stream,
     )
-    monkeypatch.setattr(cuda_graph, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(cuda_graph, "torch", SimpleNamespace(cuda=cuda, no_grad=torch.no_grad))
     monkeypatch.setattr(compiled, "_is_on_gpu", lambda task: True)
     return graphs
 
@@ -70,6 +71,55 @@ def _largest_error(found, expected) -> float:
     for key, value in expected.moments.items():
         errors.append(float((found.moments[key] - value).abs().max() / value.abs().max()))
     return max(errors)
+
+
+class _Counting(nn.Module):
+    """A classifier that may count its calls in a buffer."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.head, self.counts = nn.Linear(3, 4), counts
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.counts:
+            self.calls.add_(1)
+        return self.head(x).tanh()
+
+
+def _require_compiled(model, x, objective="pseudo_label"):
+    found = gradient_statistics(model, x, objective, compile=True, per_parameter=True)
+    expected = gradient_statistics(model, x, objective, engine="reference", per_parameter=True)
+    assert _largest_error(found, expected) < 1e-8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [False, True])
+def test_kernels_start_before_the_model_is_examined_if_they_change_nothing(recordings, monkeypatch, counts):
+    torch.manual_seed(0)
+    model, before = _Counting(counts).double().eval(), []
+    for objective in ("pseudo_label", "uniform"):
+        _require_compiled(model, torch.randn(5, 3).double(), objective)
+        _require_compiled(model, torch.randn(5, 3).double(), objective)
+    assert len(recordings) == 2
+    monkeypatch.setattr(compiled, "auto_moments", None)  # later batches must not run eagerly
+    record = compiled._State.__init__
+
+    def examined(state, task):
+        before.append([graph.replays for graph in recordings])
+        record(state, task)
+
+    monkeypatch.setattr(compiled._State, "__init__", examined)
+    replays = [graph.replays for graph in recordings]
+    for _ in range(2):
+        _require_compiled(model, torch.randn(5, 3).double(), "uniform")
+    assert [graph.replays for graph in recordings] == [replays[0], replays[1] + 2], "each batch runs once"
+    assert before[0] == ([replays[0], replays[1] + 1] if not counts else replays)
+    with torch.no_grad():
+        model.head.weight.mul_(-2)
+    _require_compiled(model, torch.randn(5, 3).double(), "pseudo_label")  # the other graph was started
+    assert float(model.calls) == 0
+    assert recordings[0].replays == replays[0] + 1
 
 
 @pytest.mark.slow
