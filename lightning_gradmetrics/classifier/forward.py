@@ -57,10 +57,10 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         return _called(model, inputs)
     except (IndexError, RuntimeError) as error:
         is_about_values = isinstance(error, IndexError) or "type" in str(error)
-        problem = problem_of(model, list(tensors_in(inputs))) if is_about_values else ""
+        words = " ".join(str(error).split())
+        problem = problem_of(model, list(tensors_in(inputs)), words) if is_about_values else ""
         if not problem:
             raise
-        words = " ".join(str(error).split())
         raise ValueError(f"{type(model).__name__} cannot be called with these inputs: {problem} ({words})") from None
 
 

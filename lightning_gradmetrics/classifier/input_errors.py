@@ -10,12 +10,13 @@ from torch import Tensor, nn
 __all__ = ["problem_of"]
 
 
-def problem_of(model: nn.Module, tensors: list[Tensor]) -> str:
+def problem_of(model: nn.Module, tensors: list[Tensor], error: str = "") -> str:
     """Return why a model cannot take some inputs; ``""`` if their types and values show no reason.
 
     Args:
         model: The model.
         tensors: The tensors in its inputs.
+        error: What the model's error says.
 
     Example:
         >>> problem_of(nn.Sequential(nn.Embedding(5, 2)), [torch.tensor([[1, 7]])])
@@ -25,6 +26,8 @@ def problem_of(model: nn.Module, tensors: list[Tensor]) -> str:
     """
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     if not tables:
+        return _other_type(model, tensors)
+    if "same dtype" in error:  # of a product: no embedding has raised it
         return _other_type(model, tensors)
     ids = [tensor for tensor in tensors if tensor.dtype in (torch.int32, torch.int64) and tensor.numel()]
     if not ids:

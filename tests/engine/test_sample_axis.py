@@ -143,6 +143,14 @@ class _Flipped(nn.Module):
         return x.transpose(0, 1)
 
 
+class _WithTable(nn.Linear):
+    """A linear layer with an embedding that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.table = nn.Embedding(10, 4)
+
+
 @pytest.mark.parametrize(
     ("layers", "inputs", "words"),
     [
@@ -155,6 +163,8 @@ class _Flipped(nn.Module):
         ([nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 3)], torch.ones(1, 3), r"takes ids.*inputs\.long\(\)"),
         ([nn.Linear(4, 3)], torch.ones(2, 4, dtype=torch.int64), r"torch\.int64.*inputs\.float\(\)"),
         ([nn.Linear(4, 3)], torch.ones(2, 4).double(), r"torch\.float64.*inputs\.float\(\)"),
+        ([_WithTable()], torch.ones(2, 4).double(), r"torch\.float64.*inputs\.float\(\)"),
+        ([_WithTable()], torch.ones(2, 4, dtype=torch.int64), r"torch\.int64.*inputs\.float\(\)"),
     ],
 )
 def test_inputs_of_the_wrong_type_or_range_are_refused_in_words(layers, inputs, words):
