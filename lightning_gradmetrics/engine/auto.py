@@ -123,6 +123,7 @@ def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:
         unplanned.alone = max(unplanned.alone, EVERY_SAMPLE if strategy.reads_samples else strategy.alone)
         unplanned.quiet = unplanned.quiet or strategy.quiet
         unplanned.random = unplanned.random or strategy.random
+        unplanned.reads = strategy.reads
     return unplanned
 
 
@@ -264,6 +265,8 @@ class _BatchChecks:
         strategy = self.strategy
         if strategy.sizes is not None and new_size:
             return EVERY_SAMPLE  # the model makes other calls at this size than in the proof
+        if strategy.plan is None and outline is not None and outline.reads != strategy.reads:
+            return EVERY_SAMPLE  # Python may read a number that would differ for any sample alone
         if self.is_new:
             return max(strategy.alone, ALONE_IF_NEW)
         is_usual = strategy.sizes is None and outline is not None and outline.path == strategy.path

@@ -61,6 +61,7 @@ class Strategy:
         sizes: The sizes for which every operation is known to keep the samples apart, while Python reads the same values;
             ``None`` if that is not known.
         path: A number for the path of the probe's forward pass.
+        reads: How often Python read values of tensors in it.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
         turn: Counts the batches of which one sample was checked, so that each batch checks another one.
@@ -82,6 +83,7 @@ class Strategy:
     channels_last: bool = False
     sizes: SizeRecord | None = None
     path: int = 0
+    reads: int = 0
     settled: bool = False
     reads_samples: bool = False
     turn: int = 0

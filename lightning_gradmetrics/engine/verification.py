@@ -13,6 +13,7 @@ from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.guards import logits_without_graph
 from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.probe import Probe, probe_model
 from lightning_gradmetrics.engine.probe_samples import with_others_replaced
@@ -119,14 +120,14 @@ def _verified(task: Task) -> Strategy:
     """
     state, probe = ForwardState(task.model), probe_model(task)
     if probe.alone_because:
-        plan, path = None, 0
+        plan, outline = None, Outline()
         slow = dict.fromkeys(task.parameters, probe.alone_because)
     else:
-        plan, slow, path = _covered(probe, probe.plan, state)
+        plan, slow, outline = _covered(probe, probe.plan, state)
     if plan is not None and slow:
-        _, others, _ = _covered(probe, None, state)
+        _, others, outline_of_owners = _covered(probe, None, state)
         if len(others) < len(slow):
-            plan, slow = None, others
+            plan, slow, outline = None, others, outline_of_owners
     state.restore()
     if slow:
         _check_backward(probe, slow, state)
@@ -144,18 +145,19 @@ def _verified(task: Task) -> Strategy:
         random=probe.random,
         provisional=task.size < 3,
         sizes=probe.sizes if plan is not None else None,
-        path=path,
+        path=outline.path,
+        reads=outline.reads,
         reads_samples=probe.reads_samples,
     )
 
 
-def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str], int]:
-    """Return the plan without steps that fail, the parameters with wrong results, with reasons, and the path."""
+def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str], Outline]:
+    """Return the plan without steps that fail, the parameters with wrong results, with reasons, and the calls."""
     slow: dict[str, str] = {} if plan is None else dict(plan.uncovered)
     while True:
         names = [name for name in probe.task.parameters if name not in slow]
         if not names:
-            return plan, slow, 0
+            return plan, slow, Outline()
         state.restore()
         table, notes = MomentTable(probe.task.restricted(names), scaled=True), VerificationNotes()
         try:
@@ -169,7 +171,7 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
         if name in names:
             wrong[name] = reason
     wrong.update(_disagreements(probe, table, notes.scales, set(names) - wrong.keys()))
-    return plan, {**slow, **wrong}, outline.path
+    return plan, {**slow, **wrong}, outline
 
 
 def _alone(probe: Probe, plan: Plan | None) -> int:

@@ -1,4 +1,4 @@
-"""Models whose gradients may change without a trace in the forward pass: two samples of every later batch are checked."""
+"""Models whose later batches differ from the probe: gradients that change without a trace, and questions that were not asked before."""
 
 from __future__ import annotations
 
@@ -81,3 +81,29 @@ def test_a_hook_that_is_a_function_of_torch_may_change_gradients() -> None:
     with pytest.warns(UserWarning, match="hooks on tensors"):
         for size in (5, 3, 4):
             assert error_of(model, numbers(size, WIDTH)) < 1e-8
+
+
+ASKS = {"now": False}
+
+
+def _sorted_first(net: Any, x: Tensor) -> Tensor:
+    order = x[:, 0].argsort()  # the order of the rows depends on the data, so there is no plan
+    h = torch.tanh(net.a(x[order]))[order.argsort()]
+    return net.head(h * 1.5 if ASKS["now"] and bool((x[:, 1] > 0).any()) else h)
+
+
+def test_a_question_that_a_model_without_a_plan_asks_later_is_asked_of_each_sample_alone() -> None:
+    """Only one of the samples would get another answer alone."""
+    torch.manual_seed(0)
+    model = Net(_sorted_first).double().eval()
+    for _ in range(3):
+        assert error_of(model, numbers(30, WIDTH)) < 1e-8
+    x = numbers(30, WIDTH)
+    x[:, 1] = x[:, 1].abs()
+    x[17, 1] = -1.0
+    ASKS["now"] = True
+    try:
+        with pytest.raises(ValueError, match="depend on each other"):
+            gradient_statistics(model, x, "pseudo_label")
+    finally:
+        ASKS["now"] = False
