@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).parents[2] / "lightning_gradmetrics"
 ROOMS = {
     # room:      the rooms it may import; each of them is above it in the table
     "classifier": set(),
-    "meters": set(),
     "gradients": {"classifier"},
     "results": {"classifier"},
     "engine": {"classifier", "gradients"},
+    "meters": {"engine"},
     "evaluation": {"classifier", "meters", "results", "engine"},
     "scoring": {"classifier", "gradients", "results", "evaluation", "engine"},
     "scores": {"classifier", "gradients", "engine", "scoring"},

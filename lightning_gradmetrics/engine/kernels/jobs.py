@@ -19,6 +19,7 @@ __all__ = [
     "SoftmaxJob",
     "SoftmaxPowerJob",
     "SoftmaxRowJob",
+    "SortingJob",
     "SumJob",
     "Triple",
 ]
@@ -153,6 +154,16 @@ class RankingJob(ctypes.Structure):
     _fields_ = _pointers("negatives positives harmonic out") + _integers("scores negatives_are_real positives_are_real")
 
 
+class SortingJob(ctypes.Structure):
+    """``sorting_job`` of ``sorting.c``."""
+
+    _fields_ = (
+        _pointers("scores positive words negatives positives")
+        + _fields(ctypes.c_double, "pairs")
+        + _integers("samples below groups")
+    )
+
+
 JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "product_job_bytes": ProductJob,
     "row_job_bytes": RowJob,
@@ -165,5 +176,6 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,
     "ranking_job_bytes": RankingJob,
+    "sorting_job_bytes": SortingJob,
 }
 """The C function that returns each struct's size."""

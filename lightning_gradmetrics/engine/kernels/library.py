@@ -54,6 +54,8 @@ JOBS = (
     "softmax_rows",
     "softmax_powers",
     "ranking_totals",
+    "words_to_sort",
+    "counts_of_sorted",
 )
 """The kernel functions; each takes a job, a thread runner and a number of threads."""
 

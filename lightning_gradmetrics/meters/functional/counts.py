@@ -43,6 +43,9 @@ Reads = Literal["all", "positives", "negatives"]
 LEAST_INEXACT = 2**53
 """Smaller integers are exact in float64."""
 
+FEWEST_FOR_KERNEL = 2**16
+"""Fewer scores are not worth a compiler, nor the import of the engine."""
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -338,6 +341,13 @@ def count(scores: Tensor, target: Tensor) -> Counts:
     """
     scores = check_scores(scores)
     target = check_target(target, scores)
+    if len(scores) >= FEWEST_FOR_KERNEL:
+        from lightning_gradmetrics.engine.kernels.sorting import sorted_counts
+
+        found = sorted_counts(scores, target)
+        if found is not None:
+            pairs = torch.tensor(found.pairs, dtype=torch.float64)
+            return Counts(found.distinct, found.negatives_to, found.positives_to, known={"pairs": pairs})
     ranked = sort_with(scores, target.view(torch.uint8))
     positives_to = ranked.sums_to(ranked.numbers)
     negatives_to = ranked.ends.to(positives_to.dtype).add(1).sub_(positives_to)
