@@ -167,6 +167,8 @@ def tensor_axes(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> li
 
 def tensors_with_samples(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> list[Tensor]:
     """Return the tensors of the inputs except those of which it is stated that all samples share them."""
+    if not sample_axis:  # nothing is stated
+        return list(tensors_in(inputs))
     tensors = []
     for tensor, axis in zip(tensors_in(inputs), tensor_axes(model, inputs, sample_axis), strict=True):
         if axis.axis is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,7 +35,14 @@ from lightning_gradmetrics.engine.row_check import check_row_owners
 from lightning_gradmetrics.engine.sample_check import check_draw, check_sample, check_some_samples
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
 from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
-from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow
+from lightning_gradmetrics.engine.strategy import (
+    EVERY_SAMPLE,
+    Strategy,
+    collect_fast,
+    collect_on_path,
+    warn_random,
+    warn_slow,
+)
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.verification import make_strategy
@@ -200,12 +208,6 @@ class _BatchChecks:
         check = check_copies if strategy.random else check_samples
         check(task, logits, readers, self.state, strategy.quiet)
 
-    def accept(self, logits: Tensor, tracer: Tracer) -> None:
-        """Check the logits of a batch on a known path, which the proof covers."""
-        self.logits.append(logits.detach())
-        check_objectives(self.task, logits)
-        self.is_covered = True
-
     def _covers(self, logits: Tensor, tracer: Tracer, readers: Sequence[int]) -> bool:
         """Return whether the proof covers the batch."""
         record, outline, (shapes, size) = self.strategy.sizes, tracer.outline, self.here
@@ -298,11 +300,8 @@ def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
         warn_slow(task, Strategy(None, slow=slow))
         return
 
-    def check(number: int, logits: Tensor) -> None:
-        compare_alone(task, checks.logits[-1], number, logits, state)
-
     mapped = strategy.mapped and slow.keys() == strategy.slow.keys()
-    table.add_slowly(slow, mapped, check)
+    table.add_slowly(slow, mapped, lambda number, found: compare_alone(task, checks.logits[-1], number, found, state))
     warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
 
 
@@ -351,10 +350,10 @@ def _fill_by_path(
 ) -> bool:
     """Fill a table while the calls are compared with the known ones; return False if no path is known, or if it has changed."""
     path = strategy.paths.get(checks.here)
-    if path is None or strategy.sizes is None or task.memory is not None:
+    if path is None or strategy.plan is None or strategy.sizes is None or task.memory is not None:
         return False
     try:
-        collect_fast(table, task, strategy.plan, checks.accept, free=free, path=path)
+        collect_on_path(table, task, strategy.plan, partial(check_objectives, table.task), path, free)
     except PathChanged:
         strategy.add_path(checks.here, None)
         state.restore()

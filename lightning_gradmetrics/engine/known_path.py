@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
 
 from lightning_gradmetrics.engine.calls import opened, version_of
@@ -59,6 +60,14 @@ def _are_at(chosen: Sequence[int], leaves: Sequence[Tensor], task: Task) -> bool
     return all(map(is_, map(leaves.__getitem__, chosen), task.parameters.values()))
 
 
+def _gradients(total: Tensor, ends: Sequence[Any], gradient: Tensor | None, is_kept: bool) -> Sequence[Tensor | None]:
+    """Return the same as ``torch.autograd.grad``, without its checks of the arguments if the gradient has the type of the total."""
+    if gradient is None or gradient.shape != total.shape or gradient.dtype != total.dtype:
+        return opened(torch.autograd.grad)(total, ends, gradient, retain_graph=is_kept, allow_unused=True)  # type: ignore[no-any-return]
+    run = torch.autograd.graph._engine_run_backward
+    return run((total,), (gradient,), is_kept, False, tuple(ends), True, accumulate_grad=False)
+
+
 class KnownTracer(Tracer):
     """A tracer for a known path.
 
@@ -88,13 +97,13 @@ class KnownTracer(Tracer):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call, which must be the recorded one."""
-        if self._silence.depth or self._open or self._backward or type(func) is torch._ops.OpOverload:
+        if self._backward or self._open or self._silence.depth or type(func) is OpOverload:
             return super().__torch_function__(func, types, args, kwargs)
-        kwargs = kwargs or {}
-        known = self._calls[self._place] if self._place < len(self._calls) else None
+        kwargs, place = kwargs or {}, self._place
+        known = self._calls[place] if place < len(self._calls) else None
         if known is None or known.function != func:
             return self._harmless(func, args, kwargs)
-        self._place += 1
+        self._place = place + 1
         values = (*args, *kwargs.values()) if kwargs else args
         if not self._has_arguments(known, values) or tuple(kwargs) != known.names:
             self._lose()
@@ -130,8 +139,10 @@ class KnownTracer(Tracer):
             return False
         tensors = self._tensors
         for value, (number, constant) in zip(values, known.arguments, strict=True):
-            expected = constant if number < 0 else tensors[number]
-            if value is not expected and (number >= 0 or not is_equal(value, constant)):
+            if number >= 0:
+                if value is not tensors[number]:
+                    return False
+            elif value is not constant and not is_equal(value, constant):
                 return False
         usual = torch.is_grad_enabled() is known.has_gradients and not torch.is_inference_mode_enabled()
         return usual and not storing_hooks(True)
@@ -149,11 +160,18 @@ class KnownTracer(Tracer):
     def _hold(self, held: HeldStep, args: Any, kwargs: Any) -> Tensor:
         """Run a call by a rule, and note the edge of the graph at its result."""
         values = bind(held.rule, args, kwargs) or {}
-        result = self._run_rule(held.step, held.rule, values, args, kwargs)
+        x = values["input"]
+        if self._is_direct and x is args[0] and not x.requires_grad and x.is_floating_point():
+            # The backward pass ends at the edge of the result, so the result only needs some graph.
+            args = (x.detach().requires_grad_(), *args[1:])
+            run_with = {**values, "input": args[0]}
+        else:
+            run_with = values
+        result = self._run_rule(held.step, held.rule, run_with, args, kwargs)
         if not self._is_direct:
             for name in held.slots.values():
                 self._expect(name)
-        self._held.append((held, Call(values, held.axis, held.out, held.names), values["input"]._version))
+        self._held.append((held, Call(values, held.axis, held.out, held.names), x._version))
         node: Any = result.grad_fn
         self._edges.append(GradientEdge(node, result.output_nr))
         return result
@@ -179,7 +197,7 @@ class KnownTracer(Tracer):
         collect = self._send if self._is_direct else self._rule_gradient
         try:
             with torch.autograd.set_multithreading_enabled(False):
-                gradients = opened(torch.autograd.grad)(total, ends, gradient, retain_graph=not last, allow_unused=True)
+                gradients = _gradients(total, ends, gradient, not last)
             with self._silence:
                 for (held, call, version), of_result in zip(self._held, gradients, strict=False):
                     if of_result is not None:

@@ -22,7 +22,17 @@ from lightning_gradmetrics.engine.size_record import SizeRecord
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
 
-__all__ = ["EVERY_SAMPLE", "Checks", "Strategy", "collect_fast", "freeze", "unchecked", "warn_random", "warn_slow"]
+__all__ = [
+    "EVERY_SAMPLE",
+    "Checks",
+    "Strategy",
+    "collect_fast",
+    "collect_on_path",
+    "freeze",
+    "unchecked",
+    "warn_random",
+    "warn_slow",
+]
 
 ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
 """Number of samples of each batch that also run alone, to detect samples that depend on each other."""
@@ -145,7 +155,6 @@ def collect_fast(
     checks: Checks,
     notes: VerificationNotes | None = None,
     free: bool = False,
-    path: KnownPath | None = None,
     recorder: PathRecorder | None = None,
 ) -> tuple[tuple[int, ...], Outline]:
     """Fill a table by one forward pass and one backward pass per objective (two without a plan).
@@ -157,7 +166,6 @@ def collect_fast(
         checks: Gets the logits and the tracer before any gradient is computed.
         notes: Filled in a run that verifies a plan.
         free: Whether axes may have a different number of positions per sample than planned.
-        path: The calls that the model must make, if they are known.
         recorder: Gets the calls.
 
     Returns:
@@ -165,36 +173,61 @@ def collect_fast(
 
     Raises:
         PlanError: If the model does not follow the plan, or rows have no single owner.
-        PathChanged: If it does not follow the path.
     """
     freeze(task)
     tracer: Tracer
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
-    elif path is not None:
-        tracer = KnownTracer(plan, table.add, path, task, free)
     else:
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
         tracer.recorder = recorder
-    if path is None:
-        tracer.notes, tracer.outline.leaves = notes, task.leaves()
+    tracer.notes, tracer.outline.leaves = notes, task.leaves()
     if notes is None:
         with tracer:
             logits = task.forward()
     else:
         logits = _forward_with_notes(task, tracer, notes)
-    if isinstance(tracer, KnownTracer):
-        tracer.require_end(logits)
     tracer.outline.end(logits)
     if recorder is not None:
         recorder.end(tracer.outline, logits)
     checks(logits, tracer)
+    _collect_gradients(table, task, tracer, logits)
+    return tuple(tracer.times), tracer.outline
+
+
+def collect_on_path(
+    table: MomentTable, task: Task, plan: Plan, checks: Callable[[Tensor], None], path: KnownPath, free: bool = False
+) -> None:
+    """Fill a table as :func:`collect_fast` does, by a forward pass that must make known calls.
+
+    Args:
+        table: The table to fill.
+        task: The batch, restricted to the parameters to collect for.
+        plan: The plan.
+        checks: Gets the logits before any gradient is computed.
+        path: The calls.
+        free: Whether axes may have a different number of positions per sample than planned.
+
+    Raises:
+        PlanError: If the model does not follow the plan.
+        PathChanged: If it does not follow the path.
+    """
+    freeze(task)
+    tracer = KnownTracer(plan, table.add, path, task, free)
+    with tracer:
+        logits = task.forward()
+    tracer.require_end(logits)
+    checks(logits)
+    _collect_gradients(table, task, tracer, logits)
+
+
+def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer, logits: Tensor) -> None:
+    """Fill a table by one backward pass per objective."""
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
         tracer.collect(logits, gradient, last=index == len(scaled) - 1)
     table.finish()
-    return tuple(tracer.times), tracer.outline
 
 
 def freeze(task: Task) -> None:

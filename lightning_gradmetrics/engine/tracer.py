@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,7 +16,6 @@ from torch.utils.checkpoint import _StopRecomputationError
 from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.axes import Axis, axis_of
 from lightning_gradmetrics.engine.calls import (
-    OpeningMode,
     Silence,
     has_tensors,
     made_contiguous,
@@ -26,12 +25,12 @@ from lightning_gradmetrics.engine.calls import (
     tensors_in,
 )
 from lightning_gradmetrics.engine.graph import Copies, Root, saves_through_hooks
-from lightning_gradmetrics.engine.host_reads import READING, ReadWatch, tensors_read
+from lightning_gradmetrics.engine.host_reads import READING, tensors_read
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
-from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.path_record import PathRecorder
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
+from lightning_gradmetrics.engine.tracer_state import TracerState
 from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
 
 __all__ = ["Tracer"]
@@ -42,7 +41,7 @@ Sink = Callable[[str, Use], None]
 _UNGUARDED = nullcontext()
 
 
-class Tracer(OpeningMode):
+class Tracer(TracerState):
     """A forward pass that passes the per-sample gradients of chosen parameters to ``sink`` in each backward pass.
 
     The parameters must not require gradients. The mode is active during the forward pass and, for activation
@@ -58,24 +57,16 @@ class Tracer(OpeningMode):
     """
 
     def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int, sink: Sink, free: bool = False) -> None:
-        super().__init__()
-        self.plan, self.size, self.sink, self.free = plan, size, sink, free
+        super().__init__(plan, parameters, size)
+        self.sink, self.free = sink, free
         self.times: list[int] = []
-        self.outline = Outline()
-        self.reads = ReadWatch(plan.reads, size)
-        first = next(iter(parameters.values()))
-        self.anchor = torch.zeros((), device=first.device, requires_grad=True)
-        self.parameters = parameters
-        self._tracked: dict[int, Source] = {id(p): name for name, p in parameters.items()}
         self._leaves: dict[str, Tensor] = {}
         self._derived: dict[Source, Tensor] = {}
-        self._roots: dict[Source, tuple[str, ...]] = {name: (name,) for name in parameters}
-        self._expected: Counter[str] = Counter()
         self._pending: defaultdict[str, list[Use]] = defaultdict(list)
         self.position = 0
         self._delayed: list[Step] = []
         self._backward = self._checkpoints = self._recomputes = False
-        self._silence = Silence(first.device.type)
+        self._silence = Silence(self.device.type)
         self._collecting, self._last = True, False
         self.notes: VerificationNotes | None = None
         self.recorder: PathRecorder | None = None

@@ -89,7 +89,8 @@ class Segments:
             undo: Factors of the gradients, ``(N,)``.
         """
         order = list(map(self.names.index, names))
-        undo = None if undo is None else undo.to(torch.float64).contiguous()
+        if undo is not None and not (undo.dtype == torch.float64 and undo.is_contiguous()):
+            undo = undo.to(torch.float64).contiguous()
         matrices, samples, outputs = self._matrices, self._matrices[0].shape[0], len(self.names)
         out = torch.empty(len(ORDER), samples, outputs, dtype=torch.float64)
         alone = parallel_runner() is None or sum(map(Tensor.numel, matrices)) <= ONE_THREAD_ENTRIES
