@@ -93,6 +93,11 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in tensors:
                 self._add(tensor, bit)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: torch would import its compiler, which takes a second, to keep it away from this class."""
+        return False
+
     def _key(self, tensor: Tensor) -> int:
         """Return the identity of a tensor's storage, which views share."""
         try:
