@@ -7,14 +7,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.gradients.precision import rounding
+from lightning_gradmetrics.engine.axes import Axis
+from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gradient_moments, stacked_moments
 
-__all__ = ["VerificationNotes", "agreeing", "largest_norm"]
+__all__ = ["SampleNotes", "VerificationNotes", "agreeing", "gradient_norms", "largest_norm"]
 
 
 @dataclass
@@ -28,8 +30,10 @@ class VerificationNotes:
 
     scales: defaultdict[str, float] = field(default_factory=partial(defaultdict, float))
     failures: dict[str, str] = field(default_factory=dict)
+    finds_uses: ClassVar[bool] = True
+    """Whether the run finds parameters that are used outside of torch functions."""
 
-    def add_scale(self, names: Iterable[str], x: Tensor, g: Tensor) -> None:
+    def add_scale(self, names: Iterable[str], x: Tensor, g: Tensor, axis: Axis) -> None:
         """Add the magnitude of a gradient's terms, because rounding errors are relative to the terms, not to their sum."""
         factor = max(1.0, x.double().norm().item()) if x.is_floating_point() and x is not g else 1.0
         size = factor * (g.abs() if g.is_complex() else g).double().norm().item()
@@ -46,11 +50,64 @@ class VerificationNotes:
                 self.failures[name] = f"{type(error).__name__}: {error}"
 
 
+class SampleNotes(VerificationNotes):
+    """Notes of a run of a batch, of which one random sample verifies a plan.
+
+    The plan has a proof, so all uses of parameters are known.
+
+    Args:
+        size: The number of samples.
+
+    Attributes:
+        sample: The number of the sample.
+        unseen: The numbers of objectives, and the parameters whose gradients are zero for the samples compared so far.
+    """
+
+    finds_uses = False
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.sample = int(torch.randint(size, (), generator=_GENERATOR))
+        self.unseen: set[tuple[int, str]] = set()
+        self._norms: list[tuple[set[str], Tensor]] = []
+        self._compared: set[tuple[int, str]] = set()
+
+    def add_scale(self, names: Iterable[str], x: Tensor, g: Tensor, axis: Axis) -> None:
+        """Add the magnitude of the sample's gradient of a result, a lower bound of that of the terms."""
+        own = axis.split(g)[self.sample]
+        self._norms.append((set(names), at_least_float32(own.abs() if own.is_complex() else own).norm()))
+
+    def scales_of(self, names: Iterable[str], largest: Sequence[float], factor: float) -> list[float]:
+        """Return the scales of some parameters, times a factor; none exceeds the given ones."""
+        for concerned, norm in self._norms:
+            for name in concerned:
+                self.scales[name] += float(norm)
+        self._norms = []
+        return [min(factor * self.scales[name], limit) for name, limit in zip(names, largest, strict=True)]
+
+    def add_gradients(self, objective: int, names: Iterable[str], norms: Sequence[float]) -> None:
+        """Record which gradients of a compared sample are zero."""
+        for name, norm in zip(names, norms, strict=True):
+            key = objective, name
+            if norm:
+                self._compared.add(key)
+                self.unseen.discard(key)
+            elif key not in self._compared:
+                self.unseen.add(key)
+
+
+_GENERATOR = torch.Generator().manual_seed(0)
+
+
+def gradient_norms(gradients: Iterable[Tensor]) -> list[float]:
+    """Return the norms of some gradients."""
+    norms: list[float] = torch.stack([gradient.norm() for gradient in gradients]).tolist()
+    return norms
+
+
 def largest_norm(gradients: Iterable[Tensor]) -> float:
     """Return the largest norm of some gradients."""
-    norms = [gradient.norm() for gradient in gradients]
-    largest: float = max(torch.stack(norms).tolist())
-    return largest
+    return max(gradient_norms(gradients))
 
 
 def agreeing(

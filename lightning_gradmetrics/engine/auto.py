@@ -7,32 +7,19 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_gradmetrics.engine.agreement import SampleNotes
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
+from lightning_gradmetrics.engine.batch_checks import BatchChecks
 from lightning_gradmetrics.engine.gather import MomentTable
-from lightning_gradmetrics.engine.graph import runs_custom_code, runs_users_code
-from lightning_gradmetrics.engine.guards import (
-    check_alone,
-    check_copies,
-    check_halves,
-    check_new_shapes,
-    check_objectives,
-    check_others,
-    check_precisions,
-    check_repeated,
-    check_samples,
-    chosen_samples,
-    compare_alone,
-    logits_without_graph,
-)
+from lightning_gradmetrics.engine.guards import check_objectives, compare_alone, logits_without_graph
 from lightning_gradmetrics.engine.known_path import PathChanged
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
-from lightning_gradmetrics.engine.outline import HOOKS, Outline
 from lightning_gradmetrics.engine.plan import PlanError
-from lightning_gradmetrics.engine.refusals import not_reproducible
+from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, raise_if_out_of_memory
 from lightning_gradmetrics.engine.row_check import check_row_owners
-from lightning_gradmetrics.engine.sample_check import check_draw, check_sample, check_some_samples
+from lightning_gradmetrics.engine.sample_check import check_draw, check_sample, check_some_samples, verify_by_sample
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
 from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
 from lightning_gradmetrics.engine.strategy import (
@@ -44,14 +31,10 @@ from lightning_gradmetrics.engine.strategy import (
     warn_slow,
 )
 from lightning_gradmetrics.engine.task import Task, empty_moments
-from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.engine.verification import make_strategy
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "verified_strategy"]
-
-ALONE_IF_NEW = 3
-"""Number of samples that run alone in the first batch of each shape, since the model may branch on the shape."""
 
 GRADIENTS_IF_UNPROVEN = 4
 """Number of samples whose gradients are compared with autograd in a new kind of batch that no proof covers, and without a plan."""
@@ -95,25 +78,42 @@ def _by_strategy(task: Task) -> list[Moments]:
             state.restore()
     here = (key, shapes, task.size)
     if len(strategies) < MOST_STRATEGIES and here not in unplannable:
-        with reading_attributes() as read:
-            strategy = make_strategy(task)
-        note_read(task.model, read)
-        strategy.shapes = shapes
-        state.restore()
-        try:
-            moments = _moments(task, strategy, state)
-        except PlanError:
-            if len(unplannable) >= MOST_KINDS:
-                unplannable.clear()
-            unplannable[here] = strategy
-            state.restore()
-        else:
+        strategy, moments = _by_new_strategy(task, state)
+        if moments is not None:
             known.setdefault(_kind(task), []).append(strategy)
             while len(known) > MOST_KINDS:
                 del known[next(iter(known))]
             return moments
+        if len(unplannable) >= MOST_KINDS:
+            unplannable.clear()
+        unplannable[here] = strategy
     failed = [unplannable[here]] if here in unplannable else []
     return _moments(task, _unplanned(task, [*strategies, *failed]), state)
+
+
+def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Moments] | None]:
+    """Return a new strategy, and the moments; ``None`` if the batch does not follow its plan.
+
+    A plan with a proof is verified on the batch. If that fails in any way, it is made again and verified on the probe, which
+    shows which parameters need slower ways.
+    """
+    for on_batch in (task.size > 3 and task.memory is None, False):
+        with reading_attributes() as read:
+            strategy = make_strategy(task, on_batch)
+        note_read(task.model, read)
+        strategy.shapes = _shapes(task)
+        state.restore()
+        is_verified = strategy.verified
+        try:
+            return strategy, _moments(task, strategy, state)
+        except Exception as error:
+            if isinstance(error, REFUSALS) or (is_verified and not isinstance(error, PlanError)):
+                raise
+            raise_if_out_of_memory(error)
+            state.restore()
+            if is_verified:
+                break
+    return strategy, None
 
 
 def verified_strategy(task: Task) -> Strategy | None:
@@ -166,122 +166,13 @@ def _moments(task: Task, strategy: Strategy, state: ForwardState) -> list[Moment
     return MomentTable.join(parts)
 
 
-class _BatchChecks:
-    """The checks of one batch for samples that depend on each other.
-
-    Args:
-        task: The batch.
-        strategy: How the model is handled.
-        state: The state of the model before the batch.
-
-    Attributes:
-        logits: The logits of the forward passes so far.
-        is_covered: Whether the proof that samples are kept apart covers the batch.
-        hides_gradients: Whether custom functions may change gradients by the data of the batch.
-    """
-
-    def __init__(self, task: Task, strategy: Strategy, state: ForwardState) -> None:
-        self.task, self.strategy, self.state = task, strategy, state
-        self.here = (_shapes(task), task.size)
-        self.is_new = self.here not in strategy.times
-        self.logits: list[Tensor] = []
-        self.is_covered = self.hides_gradients = False
-
-    def __call__(self, logits: Tensor, tracer: Tracer | None = None) -> None:
-        """Check the logits of the batch.
-
-        Raises:
-            CoupledSamplesError: If samples depend on each other.
-            PlanError: If hooks on tensors may change gradients.
-        """
-        task, strategy = self.task, self.strategy
-        if tracer is not None and tracer.outline.has_hooks:
-            raise PlanError(HOOKS)
-        self.logits.append(logits.detach())
-        check_objectives(task, logits)
-        readers = [] if tracer is None else tracer.reads.differing()
-        if tracer is not None:
-            self.is_covered = self._covers(logits, tracer, readers)
-        if not self.is_covered:
-            self.hides_gradients = tracer is not None and runs_users_code(logits)
-            self._check_unproven(logits, None if tracer is None else tracer.outline)
-        check = check_copies if strategy.random else check_samples
-        check(task, logits, readers, self.state, strategy.quiet)
-
-    def _covers(self, logits: Tensor, tracer: Tracer, readers: Sequence[int]) -> bool:
-        """Return whether the proof covers the batch."""
-        record, outline, (shapes, size) = self.strategy.sizes, tracer.outline, self.here
-        if record is None or outline.path != record.path:
-            return False
-        _, is_known = self.strategy.times.get(self.here, {}).get(outline.number, ((), False))
-        if is_known:
-            return True
-        if runs_custom_code(logits):
-            return False
-        if shapes in record.units:
-            return record.covers(outline, size, shapes)
-        if self.strategy.random or not self.is_new:
-            return False
-        alone = check_new_shapes(self.task, logits, readers, self.state, self.strategy.quiet)
-        return alone is not None and record.learn(outline, size, alone, shapes)
-
-    def compare_paths(self, outline: Outline, alone: Outline) -> None:
-        """Check the batch without the proof if one sample alone takes another path through the model.
-
-        Raises:
-            CoupledSamplesError: If samples depend on each other.
-        """
-        strategy = self.strategy
-        if not self.is_covered or (alone.path, alone.reads) == (outline.path, outline.reads):
-            return
-        self.is_covered, strategy.sizes = False, None
-        strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads else EVERY_SAMPLE
-        check_precisions(self.task, outline, alone)
-        self._check_unproven(self.logits[-1], outline)
-
-    def _check_unproven(self, logits: Tensor, outline: Outline | None) -> None:
-        """Compare samples with the same samples run alone and, for a new batch size, the batch with its halves."""
-        task, strategy, state = self.task, self.strategy, self.state
-        new_size = all(task.size != size for _, size in strategy.times)
-        strategy.turn += 1
-        if strategy.random:
-            check_others(task, logits, state, strategy.quiet)
-            if strategy.alone == EVERY_SAMPLE:
-                check_copies(task, logits, range(task.size), state, strategy.quiet)
-            return
-        if task.size == 1:
-            check_repeated(task, logits, state, strategy.quiet)
-        alone = self._alone(new_size, outline)
-        check_alone(task, logits, self._numbers(logits, alone), state, strategy.quiet, outline)
-        if (new_size or strategy.plan is None) and alone < task.size:
-            check_halves(task, logits, state, strategy.quiet)
-
-    def _numbers(self, logits: Tensor, count: int) -> Sequence[int]:
-        """Return the numbers of the samples to run alone; a single one is another sample in each batch."""
-        if count != 1:
-            return chosen_samples(logits, count) if count else ()
-        return [self.strategy.turn % self.task.size]
-
-    def _alone(self, new_size: bool, outline: Outline | None) -> int:
-        """Return how many samples to run alone."""
-        strategy = self.strategy
-        if strategy.sizes is not None and new_size:
-            return EVERY_SAMPLE  # the model makes other calls at this size than in the proof
-        if strategy.plan is None and outline is not None and outline.reads != strategy.reads:
-            return EVERY_SAMPLE  # Python may read a number that would differ for any sample alone
-        if self.is_new:
-            return max(strategy.alone, ALONE_IF_NEW)
-        is_usual = strategy.sizes is None and outline is not None and outline.path == strategy.path
-        return max(strategy.alone, 0 if is_usual else 1)
-
-
 def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
     """Fill a table: the fast parameters, then the others.
 
     Raises:
         PlanError: If the model does not follow the strategy's plan.
     """
-    task, checks = table.task, _BatchChecks(table.task, strategy, state)
+    task, checks = table.task, BatchChecks(table.task, strategy, state)
     slow = dict(strategy.slow)
     if strategy.plan is not None and strategy.fast:
         _fill_by_plan(table, strategy, checks, state)
@@ -305,7 +196,7 @@ def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
     warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
 
 
-def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, state: ForwardState) -> None:
+def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: ForwardState) -> None:
     """Fill a table by the plan, and compare a sample with autograd where nothing proves that this is unnecessary."""
     task, (shapes, _) = table.task, checks.here
     if task.size == 1 and needs_no_plan(task, strategy, checks.here):
@@ -318,7 +209,8 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
         return
     verified = strategy.times.get(checks.here, {})
     recorder = strategy.recorder(restricted, checks.here)
-    times, calls = collect_fast(table, restricted, strategy.plan, checks, free=free, recorder=recorder)
+    notes = None if strategy.verified else SampleNotes(task.size)
+    times, calls = collect_fast(table, restricted, strategy.plan, checks, notes, free, recorder=recorder)
     outline = calls.number
     if outline not in verified:
         if strategy.random and verified:
@@ -327,6 +219,9 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
             count = 1 if checks.is_covered else GRADIENTS_IF_UNPROVEN
             if strategy.random:
                 check_draw(table, strategy.fast, laid_out, state)
+            elif notes is not None:
+                checks.compare_paths(calls, verify_by_sample(table, laid_out, state, notes))
+                strategy.verified, strategy.path = True, calls.path
             else:
                 alone = check_some_samples(table, strategy.fast, laid_out, state, count, checks.hides_gradients)
                 checks.compare_paths(calls, alone)
@@ -346,7 +241,7 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: _BatchChecks, 
 
 
 def _fill_by_path(
-    table: MomentTable, task: Task, strategy: Strategy, checks: _BatchChecks, free: bool, state: ForwardState
+    table: MomentTable, task: Task, strategy: Strategy, checks: BatchChecks, free: bool, state: ForwardState
 ) -> bool:
     """Fill a table while the calls are compared with the known ones; return False if no path is known, or if it has changed."""
     path = strategy.paths.get(checks.here)
@@ -377,7 +272,7 @@ def _check_hidden_gradients(table: MomentTable, strategy: Strategy, laid_out: Ta
         check_sample(table, strategy.fast, laid_out, state, number, strict=True)
 
 
-def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: _BatchChecks) -> dict[str, str]:
+def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: BatchChecks) -> dict[str, str]:
     """Fill a table by recovered owners; return the parameters for which that is impossible, with reasons."""
     task, state = table.task, ForwardState(table.task.model)
     names, lost = list(strategy.fast), {}

@@ -8,6 +8,7 @@ import torch
 
 __all__ = [
     "CoupledSamplesError",
+    "REFUSALS",
     "NotReproducibleError",
     "SampleAxisError",
     "ambiguous_inputs",
@@ -33,6 +34,10 @@ class SampleAxisError(ValueError):
 
 class NotReproducibleError(ValueError):
     """The model returns different logits for the same inputs."""
+
+
+REFUSALS = (CoupledSamplesError, SampleAxisError, NotReproducibleError)
+"""The errors that no other way of computing the gradients avoids."""
 
 
 def coupled_model(where: str) -> CoupledSamplesError:

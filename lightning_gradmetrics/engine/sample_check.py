@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.agreement import agreeing, largest_norm
+from lightning_gradmetrics.engine.agreement import SampleNotes, agreeing, gradient_norms
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.outline import Outline, Recording
@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["check_draw", "check_sample", "check_some_samples"]
+__all__ = ["check_draw", "check_sample", "check_some_samples", "verify_by_sample"]
 
 
 def check_some_samples(
@@ -45,6 +45,31 @@ def check_some_samples(
     return outline
 
 
+def verify_by_sample(table: MomentTable, laid_out: Task, state: ForwardState, notes: SampleNotes) -> Outline:
+    """Compare the moments of a sample with autograd on that sample alone, to verify a plan, and return the outline of its pass.
+
+    Other samples are compared too if one of its gradients is zero.
+
+    Args:
+        table: The filled table of the batch.
+        laid_out: The batch in the layout that it ran in.
+        state: The state of the model before the batch.
+        notes: The notes of the run.
+
+    Raises:
+        PlanError: If they differ, or gradients could not be collected.
+    """
+    if notes.failures:
+        raise PlanError(next(iter(notes.failures.values())))
+    size = table.task.size
+    outlines = []
+    for number in (notes.sample, (notes.sample + 1) % size, (notes.sample + size // 2) % size):
+        outlines.append(check_sample(table, table.task.parameters, laid_out, state, number, notes=notes))
+        if not notes.unseen:
+            break
+    return outlines[0]
+
+
 def check_draw(table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState) -> None:
     """Compare the moments of some samples with autograd on the batch, with the same random numbers.
 
@@ -65,7 +90,13 @@ def _some_numbers(size: int, count: int) -> list[int]:
 
 
 def check_sample(
-    table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState, number: int, strict: bool
+    table: MomentTable,
+    names: Collection[str],
+    laid_out: Task,
+    state: ForwardState,
+    number: int,
+    strict: bool = False,
+    notes: SampleNotes | None = None,
 ) -> Outline:
     """Compare one sample's moments with autograd on that sample alone, and return the outline of its forward pass.
 
@@ -78,14 +109,14 @@ def check_sample(
     """
     alone = table.task.rows(number, number + 1).restricted(names)
     outline = Outline(alone.leaves())
-    if _agree_on_sample(table, number, alone, _logits(alone, state, Recording(outline)), 0):
+    if _agree_on_sample(table, number, alone, _logits(alone, state, Recording(outline)), 0, notes=notes):
         return outline
     if strict:
         raise PlanError("the gradients of a sample disagree with autograd")
     together = laid_out.restricted(names)
     gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
-    is_close = _agree_on_sample(table, number, alone, _logits(alone, state), 0, gates)
-    if is_close and _agree_on_sample(table, number, together, _logits(together, state), number):
+    is_close = _agree_on_sample(table, number, alone, _logits(alone, state), 0, gates, notes)
+    if is_close and _agree_on_sample(table, number, together, _logits(together, state), number, notes=notes):
         return outline
     raise PlanError("the gradients of a sample disagree with autograd")
 
@@ -111,6 +142,7 @@ def _agree_on_sample(
     logits: Tensor,
     row: int,
     tolerance: float | None = None,
+    notes: SampleNotes | None = None,
 ) -> bool:
     """Return whether a sample's moments agree with autograd's; the sample is one row of a task's logits."""
     parameters = list(task.parameters.values())
@@ -120,7 +152,11 @@ def _agree_on_sample(
         own = undo[row : row + 1].double()
         factor = torch.where(own > LEAST_SCALE, 1 / own, 1.0)
         shrunk = float(own * factor)
-        scales = [1e-2 * shrunk * largest_norm(gradients)] * len(gradients)
+        norms = gradient_norms(gradients)
+        scales = [1e-2 * shrunk * max(norms)] * len(gradients)
+        if notes is not None:
+            scales = notes.scales_of(task.parameters, scales, shrunk)
+            notes.add_gradients(objective, task.parameters, norms)
         # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
         moments = rescaled_moments(table.of_samples(slice(number, number + 1), task.parameters, objective), factor)
         if not bool(agreeing(moments, _scaled(gradients, shrunk), scales, tolerance).all()):

@@ -72,6 +72,7 @@ class Strategy:
             ``None`` if that is not known.
         path: A number for the path of the probe's forward pass.
         reads: How often Python read values of tensors in it.
+        verified: Whether the plan was compared with autograd; if it was not on the probe, this is done in the first batch.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
         turn: Counts the batches of which one sample was checked, so that each batch checks another one.
@@ -94,6 +95,7 @@ class Strategy:
     sizes: SizeRecord | None = None
     path: int = 0
     reads: int = 0
+    verified: bool = True
     settled: bool = False
     reads_samples: bool = False
     turn: int = 0
@@ -182,7 +184,7 @@ def collect_fast(
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
         tracer.recorder = recorder
     tracer.notes, tracer.outline.leaves = notes, task.leaves()
-    if notes is None:
+    if notes is None or not notes.finds_uses:
         with tracer:
             logits = task.forward()
     else:

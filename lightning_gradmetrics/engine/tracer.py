@@ -348,7 +348,7 @@ class Tracer(TracerState):
         if call.values["input"]._version != version:
             raise PlanError("a layer's input was changed in place after its use")
         with self._silence, self._guarded(slots.values()):
-            self._scale(slots.values(), call.values["input"], g)
+            self._scale(slots.values(), call.values["input"], g, call.out)
             for slot, use in found.uses(call, found.split(call.out, g)):
                 self._arrive(slots[slot], use)
         if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
@@ -367,10 +367,10 @@ class Tracer(TracerState):
             self._scale([source], g, g)
             self._arrive(source, RowsUse(g))
 
-    def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor) -> None:
+    def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor, axis: Axis | None = None) -> None:
         """Record the magnitude of a gradient's terms during verification."""
         if self.notes is not None:
-            self.notes.add_scale(self._names(sources), x, g)
+            self.notes.add_scale(self._names(sources), x, g, axis or Axis(0))
 
     def _arrive(self, source: Source, use: Use) -> None:
         if not self._backward:

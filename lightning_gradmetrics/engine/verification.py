@@ -19,9 +19,7 @@ from lightning_gradmetrics.engine.probe import Probe, probe_model
 from lightning_gradmetrics.engine.probe_samples import with_others_replaced
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.refusals import (
-    CoupledSamplesError,
-    NotReproducibleError,
-    SampleAxisError,
+    REFUSALS,
     coupled_model,
     not_reproducible,
     raise_if_out_of_memory,
@@ -45,34 +43,38 @@ CHANNELS_LAST_TYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.fl
 """The types of weights for which convolutions are faster in the channels-last layout, on each kind of device."""
 
 
-def make_strategy(task: Task) -> Strategy:
+def make_strategy(task: Task, on_batch: bool = False) -> Strategy:
     """Return the strategy for a model, from a probe on some samples of a batch.
+
+    Args:
+        task: The batch.
+        on_batch: Whether a proven plan may remain unverified, because it will be verified on the batch.
 
     Raises:
         CoupledSamplesError: If the samples depend on each other.
         SampleAxisError: If the logits do not have one row per sample.
     """
     with full_float32(_device(task)):
-        return _make_strategy(task)
+        return _make_strategy(task, on_batch)
 
 
 def _device(task: Task) -> torch.device:
     return next(iter(task.parameters.values())).device
 
 
-def _make_strategy(task: Task) -> Strategy:
+def _make_strategy(task: Task, on_batch: bool) -> Strategy:
     state = ForwardState(task.model)
     if _channels_last_pays(task):
         try:
-            strategy = replace(_verified(task.channels_last()), channels_last=True)
+            strategy = replace(_planned(task.channels_last(), on_batch), channels_last=True)
             if not strategy.slow:
                 return strategy
         except Exception as error:  # a model may insist on another layout, with views of its tensors
             raise_if_out_of_memory(error)
         state.restore()
     try:
-        strategy = _verified(task)
-    except (CoupledSamplesError, NotReproducibleError, SampleAxisError):
+        strategy = _planned(task, on_batch)
+    except REFUSALS:
         raise
     except Exception as error:  # a probe may fail in any way; one sample at a time raises the model's own error
         raise_if_out_of_memory(error)
@@ -113,12 +115,17 @@ def _channels_last_pays(task: Task) -> bool:
     return False
 
 
-def _verified(task: Task) -> Strategy:
-    """Plan on a probe, and compare every parameter's moments with autograd's.
+def _planned(task: Task, on_batch: bool) -> Strategy:
+    """Plan on a probe; if the plan is not verified on the batch, compare every parameter's moments with autograd's.
 
     If the plan leaves parameters to slower ways, recovered owners are tried too.
     """
     state, probe = ForwardState(task.model), probe_model(task)
+    if on_batch and _is_plan_proven(probe):
+        state.restore()
+        return Strategy(
+            probe.plan, tuple(task.parameters), alone=0, bytes=probe.bytes, sizes=probe.sizes, verified=False
+        )
     if probe.alone_because:
         plan, outline = None, Outline()
         slow = dict.fromkeys(task.parameters, probe.alone_because)
@@ -149,6 +156,18 @@ def _verified(task: Task) -> Strategy:
         reads=outline.reads,
         reads_samples=probe.reads_samples,
     )
+
+
+def _is_plan_proven(probe: Probe) -> bool:
+    """Return whether every call of the model is known to keep the samples apart, and the plan covers all parameters.
+
+    Then no parameter is used outside of torch functions, and no custom function computes gradients.
+    """
+    plan = probe.plan
+    if plan is None or plan.uncovered or probe.sizes is None or probe.alone_because:
+        return False
+    is_plain = not probe.random and not probe.pauses_gradients and not probe.reads_activations
+    return is_plain and all(step.kind != "uncovered" for step in plan.steps)
 
 
 def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str], Outline]:

@@ -39,9 +39,9 @@ def values(model: nn.Module, x: Tensor, engine: str = "auto") -> Tensor:
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     tasks, make = [], auto.make_strategy
 
-    def counted(task: Any) -> Any:
+    def counted(task: Any, on_batch: bool) -> Any:
         tasks.append(task)
-        return make(task)
+        return make(task, on_batch)
 
     monkeypatch.setattr(auto, "make_strategy", counted)
     return tasks

@@ -173,7 +173,7 @@ def test_a_new_sequence_length_is_not_planned_again(monkeypatch):
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
     model = nn.Sequential(nn.Embedding(9, 8), layer, _Mean(), nn.Linear(8, 3)).double().eval()
     planned = []
-    monkeypatch.setattr(auto, "make_strategy", lambda task: planned.append(1) or verification.make_strategy(task))
+    monkeypatch.setattr(auto, "make_strategy", lambda *given: planned.append(1) or verification.make_strategy(*given))
     for length in (5, 7, 6, 7):
         assert error_of(model, torch.randint(9, (4, length))) < 1e-8
     assert len(planned) == 1

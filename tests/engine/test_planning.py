@@ -1,13 +1,18 @@
-"""What the first batch, a new batch size and a new length cost: the number of forward passes."""
+"""What the first batch, a new batch size and a new length cost, and what the checks in them find."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine.dependence import DependenceTrace
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
+from lightning_gradmetrics.engine.rules import RULES
 from tests.engine.kinds import WIDTH, Net, error_of, numbers
 
 
@@ -41,9 +46,8 @@ def test_proven_models_run_once_for_every_size_and_once_more_for_new_lengths():
     torch.manual_seed(0)
     model = _Texts().double().eval()
     first = _passes(model, torch.randint(1, 20, (5, 6)))
-    # Two and three samples are traced, and the plan is verified on three. Then come the batch, and a sample that is compared
-    # with autograd.
-    assert first == [2, 3, 3, 5, 1]
+    # Two and three samples are traced. Then come the batch, and a sample that is compared with autograd.
+    assert first == [2, 3, 5, 1]
     (known,) = auto._STRATEGIES[model].values()
     assert (known[0].alone, known[0].random, known[0].reads_samples) == (0, False, False)
     checks = {(5, 6): [], (4, 6): [], (1, 6): [], (5, 9): [1], (7, 9): [], (7, 3): [1], (2, 3): []}
@@ -85,3 +89,41 @@ def test_a_number_of_all_samples_that_python_reads_is_checked_in_every_batch():
     gradient_statistics(model, (numbers(3, 6, WIDTH), torch.tensor([4, 4, 4])), "pseudo_label")
     with pytest.raises(CoupledSamplesError):
         gradient_statistics(model, (numbers(3, 6, WIDTH), torch.tensor([1, 4, 2])), "pseudo_label")
+
+
+class _Gated(nn.Module):
+    """A layer whose gradient is tiny, or zero for the samples with a negative first number."""
+
+    def __init__(self, scale, is_gated):
+        super().__init__()
+        self.scale, self.is_gated = scale, is_gated
+        self.small, self.large = nn.Linear(6, 5), nn.Linear(6, 3)
+
+    def forward(self, x):
+        added = self.small(x)[:, :3]
+        if self.is_gated:
+            added = added * (x[:, :1] > 0)
+        return self.large(x) + self.scale * added
+
+
+@pytest.mark.parametrize(("scale", "is_gated"), [(1e-6, False), (1.0, True)])
+def test_a_wrong_rule_is_found_on_the_batch_where_its_gradients_are_small_or_zero(monkeypatch, scale, is_gated):
+    rule = RULES[F.linear]
+
+    def wrong(call, gradient):
+        return rule.uses(call, 2 * gradient if len(call.values["weight"]) == 5 else gradient)
+
+    monkeypatch.setitem(RULES, F.linear, replace(rule, uses=wrong))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x = _Gated(scale, is_gated), torch.randn(8, 6)
+        x[:, 0] = torch.tensor([1.0, -1.0]).repeat(4)
+        with pytest.warns(UserWarning, match="disagrees with autograd"):
+            found = gradient_statistics(model, x, "pseudo_label", per_parameter=True)
+        expected = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine="reference")
+        torch.testing.assert_close(found.norm(2), expected.norm(2), rtol=1e-4, atol=1e-12)
+
+
+def test_tracing_does_not_import_the_compiler():
+    """Torch wraps other dispatch modes in a function that imports torch._dynamo, which takes a second."""
+    assert not hasattr(DependenceTrace.__torch_dispatch__, "__wrapped__")
