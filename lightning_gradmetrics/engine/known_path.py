@@ -161,7 +161,7 @@ class KnownTracer(Tracer):
         """Run a call by a rule, and note the edge of the graph at its result."""
         values = bind(held.rule, args, kwargs) or {}
         x = values["input"]
-        if self._is_direct and x is args[0] and not x.requires_grad and x.is_floating_point():
+        if self._is_direct and args and x is args[0] and not x.requires_grad and x.is_floating_point():
             # The backward pass ends at the edge of the result, so the result only needs some graph.
             args = (x.detach().requires_grad_(), *args[1:])
             run_with = {**values, "input": args[0]}

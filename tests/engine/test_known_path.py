@@ -295,3 +295,13 @@ def test_buffers_that_a_dispatcher_operator_changes(later: bool) -> None:
     finally:
         CHANGED["on"] = False
     assert torch.equal(model.offset, torch.ones(6, dtype=torch.float64))
+
+
+def test_inputs_by_keyword() -> None:
+    torch.manual_seed(0)
+    model: Any = InOrder(lambda logits: F.linear(input=logits, weight=model.weight))
+    model.weight = nn.Parameter(torch.randn(6, 6))
+    model.double().eval()
+    for _ in range(4):
+        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
+    assert any(path is not None for path in paths_of(model)), "no path is known"
