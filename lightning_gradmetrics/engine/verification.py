@@ -121,7 +121,8 @@ def _planned(task: Task, on_batch: bool) -> Strategy:
     If the plan leaves parameters to slower ways, recovered owners are tried too.
     """
     state, probe = ForwardState(task.model), probe_model(task)
-    if on_batch and _is_plan_proven(probe):
+    # The probe runs in full precision, which a batch on a CUDA device may not do.
+    if on_batch and _device(task).type != "cuda" and _is_plan_proven(probe):
         state.restore()
         return Strategy(
             probe.plan, tuple(task.parameters), alone=0, bytes=probe.bytes, sizes=probe.sizes, verified=False
