@@ -90,6 +90,8 @@ class BatchChecks:
             return record.covers(outline, size, shapes)
         if self.strategy.random or not self.is_new:
             return False
+        if record.continues(outline, size, shapes):
+            return True
         alone = check_new_shapes(self.task, logits, readers, self.state, self.strategy.quiet)
         return alone is not None and record.learn(outline, size, alone, shapes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_gradmetrics.engine import auto, gradient_statistics
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
+from lightning_gradmetrics.engine.size_record import SizeRecord
 from tests.engine.kinds import WIDTH, Net, error_of, numbers
 
 
@@ -144,6 +146,42 @@ def test_models_that_couple_at_some_lengths_are_refused(forward: Callable[..., T
     assert error_of(model, numbers(3, 1, WIDTH)) < 1e-8
     with pytest.raises(CoupledSamplesError):
         gradient_statistics(model, numbers(4, 8, WIDTH), "pseudo_label")
+
+
+def _regrouped_at(lengths: tuple[int, ...], least: int) -> Callable[..., Tensor]:
+    """The average over time; at some lengths, rows of large batches are joined in pairs of steps, which mixes the samples."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        h = _hidden(net, x).transpose(0, 1).contiguous()
+        is_joined = x.shape[1] in lengths and len(x) >= least
+        steps = len(h) // 2 if is_joined else len(h)
+        return net.head(h.view(steps, len(x), -1).mean(0)[:, :WIDTH])
+
+    return forward
+
+
+@pytest.mark.parametrize("least", [1, 4])
+def test_lengths_with_other_sizes_than_several_others_are_checked(least: int) -> None:
+    torch.manual_seed(0)
+    model = Net(_regrouped_at((12,), least)).double()
+    for shape in ((3, 5), (4, 8), (5, 6), (4, 7), (3, 10)):
+        assert error_of(model, numbers(*shape, WIDTH)) < 1e-8
+    with pytest.raises(CoupledSamplesError):
+        gradient_statistics(model, numbers(4, 12, WIDTH), "pseudo_label")
+
+
+@pytest.mark.parametrize(("area", "is_linear"), [(lambda length: 5 * length, True), (lambda length: length**2, False)])
+def test_sizes_that_are_no_linear_function_of_a_length_need_a_sample_alone(
+    area: Callable[[int], int], is_linear: bool
+) -> None:
+    def outline(length: int, samples: int) -> Any:
+        return SimpleNamespace(path=1, sizes=[area(length) * samples])
+
+    record = SizeRecord(1, (True,), {((5,),): (area(5),)}, [(5, area(5))])
+    for length in (6, 7):
+        assert not record.continues(outline(length, 4), 4, ((length,),))
+        assert record.learn(outline(length, 4), 4, outline(length, 1), ((length,),))
+    assert record.continues(outline(8, 4), 4, ((8,),)) == is_linear
 
 
 # -- numbers that Python reads ----------------------------------------------------------------------------------------
