@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -107,11 +107,12 @@ class HookState:
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
         self._hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
         self._empty: list[dict[int, Any] | None] = []
+        containers: list[dict[int, Any] | None] = []
         for module in model.modules() if modules is None else modules:
-            containers = list(map(vars(module).get, HOOKS))
-            if not any(containers):
-                self._empty += containers
-                continue
+            containers += map(vars(module).get, HOOKS)
+        if not any(containers):
+            self._empty = containers
+        else:
             for hooks in containers:
                 if hooks:
                     self._hooks.append((hooks, dict(hooks)))
@@ -131,47 +132,44 @@ class HookState:
                 hooks.update(recorded)
 
 
-def _modules_of(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the same modules as ``model.modules()``, several times faster."""
-    if type(model).modules is not nn.Module.modules or type(model).named_modules is not nn.Module.named_modules:
-        return tuple(model.modules())
-    modules: dict[nn.Module, None] = {}
-    waiting = [model]
+def _prefixes(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the same modules as ``model.named_modules()``, several times faster, with prefixes of their parameters' names."""
+    prefixes: dict[nn.Module, str] = {}
+    waiting = [("", model)]
     while waiting:
-        module = waiting.pop()
-        if module not in modules:
-            modules[module] = None
-            children = [child for child in module._modules.values() if child is not None]
-            waiting += reversed(children)
-    return tuple(modules)
+        prefix, module = waiting.pop()
+        if module not in prefixes:
+            prefixes[module] = prefix
+            for name, child in reversed(module._modules.items()):
+                if child is not None:
+                    waiting.append((f"{prefix}{name}.", child))
+    return prefixes
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _overrides(model: nn.Module, *names: str) -> bool:
+    kind = type(model)
+    return any(getattr(kind, name) is not getattr(nn.Module, name) for name in names)
+
+
+def named_parameters(model: nn.Module, prefixes: Mapping[nn.Module, str] | None = None) -> dict[str, nn.Parameter]:
     """Return the same as ``dict(model.named_parameters())``, several times faster.
+
+    Args:
+        model: The model.
+        prefixes: Its modules, with the prefixes of their parameters' names, if they are known.
 
     Example:
         >>> list(named_parameters(nn.Sequential(nn.Linear(2, 3))))
         ['0.weight', '0.bias']
     """
-    kind = type(model)
-    for name in ("named_parameters", "_named_members", "named_modules"):
-        if getattr(kind, name) is not getattr(nn.Module, name):
-            return dict(model.named_parameters())
+    if _overrides(model, "named_parameters", "_named_members", "named_modules"):
+        return dict(model.named_parameters())
     names: dict[nn.Parameter, str] = {}
-    visited: set[nn.Module] = set()
-    waiting = [("", model)]
-    while waiting:
-        prefix, module = waiting.pop()
-        if module in visited:
-            continue
-        visited.add(module)
+    for module, prefix in (prefixes or _prefixes(model)).items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(parameter, prefix + name)
-        for name, child in reversed(module._modules.items()):
-            if child is not None:
-                waiting.append((f"{prefix}{name}.", child))
-    return dict(zip(names.values(), names.keys(), strict=True))
+    return dict(zip(names.values(), names, strict=True))
 
 
 def exclusive(model: nn.Module) -> threading.RLock:
@@ -192,10 +190,16 @@ class ModelRecord:
     Args:
         model: The model.
         complete: Whether :meth:`restore` will be called, which needs the parameters; :meth:`restore_for_forward` does not.
+
+    Attributes:
+        modules: The modules of the model.
+        prefixes: The prefixes of their parameters' names; ``None`` if the model lists its modules in another way.
     """
 
     def __init__(self, model: nn.Module, complete: bool = True) -> None:
-        self.modules = _modules_of(model)
+        is_usual = not _overrides(model, "modules", "named_modules")
+        self.prefixes = _prefixes(model) if is_usual else None
+        self.modules = tuple(model.modules() if self.prefixes is None else self.prefixes)
         self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         """For each module its attributes, and a copy of its mode and of the attributes that not all modules have."""
         self._sizes: list[int] = []

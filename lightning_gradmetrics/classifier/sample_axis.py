@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -105,19 +105,19 @@ class _Axes:
         return TensorAxis(key, outer.axis, outer.is_stated)
 
 
-@contextmanager
-def samples_first(
-    model: nn.Module, inputs: Inputs, sample_axis: SampleAxis
-) -> Iterator[tuple[Inputs, Mapping[Any, int | None]]]:
-    """Yield the inputs with the samples on the first axis; inside the block the model's forward moves them back.
+Placed = tuple[Inputs, Mapping[Any, int | None]]
+
+
+def samples_first(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> AbstractContextManager[Placed]:
+    """Return a block that gets the inputs with the samples on the first axis; inside, the model's forward moves them back.
 
     Args:
         model: The model; its ``forward`` is replaced inside the block.
         inputs: Its inputs.
         sample_axis: The axis of the samples; for arguments missing in a mapping it is the first axis.
 
-    Yields:
-        The inputs, which are the same object if nothing is moved, and what ``sample_axis`` states about them: 0 for
+    Returns:
+        The block. It gets the inputs, which are the same object if nothing is moved, and what ``sample_axis`` states about them: 0 for
         arguments with samples, ``None`` for those that all samples share.
 
     Raises:
@@ -130,9 +130,11 @@ def samples_first(
         (torch.Size([4, 5, 3]), torch.Size([5, 4, 2]), {})
     """
     check_sample_axis(sample_axis)
-    if sample_axis == 0 or sample_axis == {}:
-        yield inputs, {}
-        return
+    return _samples_first(model, inputs, sample_axis) if sample_axis else nullcontext((inputs, {}))
+
+
+@contextmanager
+def _samples_first(model: nn.Module, inputs: Inputs, sample_axis: SampleAxis) -> Iterator[Placed]:
     axes = _axes(model, inputs, sample_axis)
     moved, stated = _moved(inputs, axes), _stated(axes)
     is_moved = any(bool(argument.axis) for argument in _listed(inputs, axes))

@@ -21,7 +21,7 @@ from lightning_gradmetrics.classifier.forward import (
     map_tensors,
     preserved,
 )
-from lightning_gradmetrics.classifier.preservation import exclusive, named_parameters
+from lightning_gradmetrics.classifier.preservation import ModelRecord, exclusive, named_parameters
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.auto import auto_moments
@@ -68,18 +68,21 @@ ENGINES: dict[str, Callable[[Task], list[Moments]]] = {
 Parameters = Callable[[str], bool] | None
 
 
-def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool = False) -> dict[str, nn.Parameter]:
+def select_parameters(
+    model: nn.Module, parameters: Parameters, norms_only: bool = False, record: ModelRecord | None = None
+) -> dict[str, nn.Parameter]:
     """Return the chosen parameters by name, including frozen parameters and without empty ones.
 
     Args:
         model: The model.
         parameters: ``None`` for all, or a predicate on the parameter's name.
         norms_only: Whether only norms are computed, which complex parameters allow.
+        record: The record of the model's present state, if there is one.
 
     Raises:
         ValueError: If no parameter is chosen, or a parameter's gradient has no such statistics.
     """
-    named = named_parameters(model)
+    named = named_parameters(model, None if record is None else record.prefixes)
     chosen = {}
     for name, parameter in named.items():
         if parameter.numel() and (parameters is None or parameters(name)):
@@ -93,14 +96,11 @@ def select_parameters(model: nn.Module, parameters: Parameters, norms_only: bool
     return chosen
 
 
-@contextmanager
-def eager() -> Iterator[None]:
-    """Run compiled modules uncompiled, so that their calls can be intercepted."""
+def eager() -> AbstractContextManager[None]:
+    """Return a block in which compiled modules run uncompiled, so that their calls can be intercepted."""
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return, no-untyped-call]
 
 
 @contextmanager
@@ -244,7 +244,7 @@ def _task(
     with preserved(model) as record:
         check_model(model, record.modules)
         check_inputs(model, inputs)
-        chosen = select_parameters(model, parameters, norms_only=wanted.isdisjoint({"sum", "max", "min"}))
+        chosen = select_parameters(model, parameters, wanted.isdisjoint({"sum", "max", "min"}), record)
         with (
             samples_first(model, inputs, sample_axis) as (placed, stated),
             gradients_enabled(model),

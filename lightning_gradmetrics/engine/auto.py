@@ -14,8 +14,8 @@ from lightning_gradmetrics.engine.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.batch_checks import BatchChecks
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.guards import check_objectives, compare_alone, logits_without_graph
-from lightning_gradmetrics.engine.known_path import PathChanged
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
+from lightning_gradmetrics.engine.path_check import PathChanged
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, raise_if_out_of_memory
 from lightning_gradmetrics.engine.row_check import check_row_owners

@@ -23,10 +23,12 @@ from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.auto import auto_moments, verified_strategy
 from lightning_gradmetrics.engine.cuda_graph import RecordedGraph
 from lightning_gradmetrics.engine.gather import MomentTable
-from lightning_gradmetrics.engine.guards import forward_alone
+from lightning_gradmetrics.engine.inductor import compiled_graph
 from lightning_gradmetrics.engine.kernels.library import plain_kernels
 from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
+from lightning_gradmetrics.engine.path_check import forward_alone, logits_on_path
+from lightning_gradmetrics.engine.path_record import KnownPath
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.samples import close_rows, input_structure
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
@@ -71,17 +73,17 @@ class _State:
         for name, tensor in registered.items():
             if tensor is not None:
                 number = self._numbers.setdefault(id(tensor), len(self._numbers))
-                self._modules.append((name, number, tensor.shape, tensor.dtype))
+                self._modules.append((name, number, tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
                 if number == len(self.parameters) + len(self.buffers):
                     tensors.append(tensor.detach())
 
     def key(self) -> Hashable:
         """Return everything that a graph depends on, except the values of tensors and the number of samples."""
         task = self._task
-        shapes = [tuple(t.shape[1:]) for t in tensors_in(task.inputs)]
-        labels = None if task.targets is None else task.targets.dtype
+        layouts = [(tensor.shape[1:], tensor.stride()) for tensor in tensors_in(task.inputs)]
+        labels = None if task.targets is None else (task.targets.dtype, task.targets.stride())
         options = (task.objectives, task.wanted, task.memory, _precision(_device(task)), labels)
-        structure = (tuple(shapes), task.per_sample, input_structure(task.inputs))
+        structure = (tuple(layouts), task.per_sample, input_structure(task.inputs))
         attributes = attribute_key(task.model, self._record)
         return tuple(self._modules), attributes, tuple(task.parameters), structure, options
 
@@ -102,15 +104,17 @@ class Program:
         logits: The function from the model's output to the logits.
         channels_last: Whether images use the channels-last layout.
         path: A number for the calls of the model's own forward pass of one sample.
+        calls: These calls; ``None`` if they cannot be compared one by one.
         turns: Counts the batches, so that each of them checks another sample.
     """
 
-    run: Callable[..., tuple[Tensor, ...]]
+    run: Callable[..., Sequence[Tensor]]
     keys: tuple[Any, ...]
     size: int
     logits: Callable[[Any], Tensor]
     channels_last: bool
     path: int
+    calls: KnownPath | None = None
     turns: Iterator[int] = field(default_factory=itertools.count)
 
     def fits(self, task: Task) -> bool:
@@ -123,8 +127,7 @@ class Program:
         Raises:
             PlanError: If the model's own forward pass makes other calls, or returns other logits, than the graph.
         """
-        no_more_casts = torch.autocast(_device(task).type, enabled=False)  # the graph contains the model's
-        with torch.no_grad(), torch.compiler.set_stance("default"), no_more_casts:
+        with torch.no_grad(), _no_more_casts(_device(task).type):
             *values, logits = self.run(*state.arguments())
         if hasattr(task.logits, "seen"):  # an observer that compares them with the logits of another forward pass
             task.logits.seen = logits
@@ -145,9 +148,14 @@ class Program:
             PlanError: If they differ.
         """
         laid_out = task.channels_last() if self.channels_last else task
-        number = next(self.turns) % task.size
-        alone, path = forward_alone(laid_out, number, ForwardState(task.model, task.record))
+        number, path = next(self.turns) % task.size, self.path
+        alone = None if self.calls is None else logits_on_path(laid_out, number, self.calls)
+        if alone is None:
+            state = ForwardState(task.model, task.record)
+            state.restore()
+            alone, path, _ = forward_alone(laid_out, number, state)
         if path != self.path or not close_rows(alone, logits[number : number + 1]):
+            ForwardState(task.model, task.record).restore()
             raise PlanError("its forward pass no longer computes what was compiled")
 
 
@@ -173,6 +181,8 @@ def compiled_moments(task: Task) -> list[Moments]:
     The first batch runs eagerly, and its result is compared with that of the newly compiled plan. Smaller batches, and
     models that cannot be compiled, run eagerly.
     """
+    if torch._C._len_torch_dispatch_stack():  # a mode that must see all operators, such as a counter
+        return auto_moments(task)
     programs = _PROGRAMS.setdefault(task.model, {})
     state = _State(task)
     key = state.key()
@@ -197,9 +207,16 @@ def compiled_moments(task: Task) -> list[Moments]:
 
 
 def _precision(device: torch.device) -> Hashable:
-    """Return the settings of torch that change the precision of kernels."""
+    """Return the settings of torch that change the precision of kernels, or that a compiled graph contains."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return (autocast, allows_tf32(False), allows_tf32(True)) if device.type == "cuda" else (autocast,)
+    if device.type == "cuda":
+        return autocast, allows_tf32(False), allows_tf32(True)
+    return autocast, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+
+def _no_more_casts(device: str) -> AbstractContextManager[Any]:
+    """Return a block without autocast: a graph contains the casts of the model."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _device(task: Task) -> torch.device:
@@ -308,10 +325,11 @@ def _program(task: Task, strategy: Strategy) -> Program:
     graph = make_fx(planned)(*_State(task).arguments())
     if any(node.op == "get_attr" for node in graph.graph.nodes):
         raise ValueError("its forward uses tensors that are neither parameters nor buffers, or makes tensors of data")
-    run = RecordedGraph(graph) if _is_on_gpu(task) else torch.compile(graph, dynamic=False)
+    run = RecordedGraph(graph) if _is_on_gpu(task) else compiled_graph(graph, *_State(task).arguments())
     laid_out = task.channels_last() if channels_last else task
-    _, path = forward_alone(laid_out, 0, ForwardState(task.model, task.record))
-    return Program(run, keys, task.size, _logits_function(task), channels_last, path)
+    _, path, calls = forward_alone(laid_out, 0, ForwardState(task.model, task.record))
+    known = None if strategy.quiet else calls  # a checkpoint may warn that it runs without gradients
+    return Program(run, keys, task.size, _logits_function(task), channels_last, path, known)
 
 
 @contextmanager

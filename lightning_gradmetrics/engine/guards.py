@@ -36,7 +36,6 @@ __all__ = [
     "check_samples",
     "chosen_samples",
     "compare_alone",
-    "forward_alone",
     "logits_without_graph",
 ]
 
@@ -122,25 +121,6 @@ def check_new_shapes(
     number, outline = _CHOICE.choice(candidates), Outline()
     compare_alone(task, logits, number, _logits(task, [number], state, quiet, outline), state)
     return outline
-
-
-def forward_alone(task: Task, number: int, state: ForwardState) -> tuple[Tensor, int]:
-    """Return the logits ``(1, C)`` of one sample alone, and a number for the calls of its forward pass.
-
-    Args:
-        task: The batch.
-        number: The number of the sample.
-        state: The present state of the model.
-    """
-    single = task.picked([number])
-    outline = Outline(single.leaves())
-    try:
-        with quiet_no_grad(True), torch.enable_grad(), Recording(outline):
-            logits = single.forward(for_gradients=False)
-        outline.end(logits)
-        return logits.detach(), outline.path
-    finally:
-        state.restore()
 
 
 def check_repeated(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:

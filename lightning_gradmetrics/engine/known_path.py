@@ -17,42 +17,15 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
 
-from lightning_gradmetrics.engine.calls import opened, version_of
-from lightning_gradmetrics.engine.graph import storing_hooks
-from lightning_gradmetrics.engine.path_record import HeldStep, KnownCall, KnownPath, is_equal, leaves_of
+from lightning_gradmetrics.engine.calls import opened
+from lightning_gradmetrics.engine.path_check import PathChanged, PathFollower
+from lightning_gradmetrics.engine.path_record import HeldStep, KnownPath, leaves_of
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import Call, Rule, bind
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Sink, Tracer
 
-__all__ = ["KnownTracer", "PathChanged"]
-
-_HARMLESS = frozenset(
-    [
-        "__len__",
-        "dim",
-        "ndimension",
-        "size",
-        "stride",
-        "numel",
-        "nelement",
-        "element_size",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "_assert",
-    ]
-)
-"""Functions that return no tensors, read no values and change nothing."""
-
-_HARMLESS_ATTRIBUTES = frozenset(
-    getattr(Tensor, name).__get__
-    for name in ["shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_leaf"]
-)
-
-
-class PathChanged(Exception):
-    """A forward pass makes another call than the recorded one."""
+__all__ = ["KnownTracer"]
 
 
 def _are_at(chosen: Sequence[int], leaves: Sequence[Tensor], task: Task) -> bool:
@@ -68,7 +41,7 @@ def _gradients(total: Tensor, ends: Sequence[Any], gradient: Tensor | None, is_k
     return run((total,), (gradient,), is_kept, False, tuple(ends), True, accumulate_grad=False)
 
 
-class KnownTracer(Tracer):
+class KnownTracer(PathFollower, Tracer):
     """A tracer for a known path.
 
     Args:
@@ -87,10 +60,8 @@ class KnownTracer(Tracer):
         leaves = leaves_of(task)
         if leaves is None or len(leaves) != path.leaves or not _are_at(path.chosen, leaves, task):
             raise PathChanged
-        self._tensors = leaves
-        self._versions = list(map(version_of, leaves))
-        self._calls, self._place, self._is_lost, self._is_direct = path.calls, 0, False, path.is_direct
-        self._end = path.end
+        self.follow(path, leaves)
+        self._is_direct = path.is_direct
         self._held: list[tuple[HeldStep, Call, int]] = []
         self._edges: list[Any] = []
         self._inner = path.held
@@ -99,53 +70,18 @@ class KnownTracer(Tracer):
         """Run one call, which must be the recorded one."""
         if self._backward or self._open or self._silence.depth or type(func) is OpOverload:
             return super().__torch_function__(func, types, args, kwargs)
-        kwargs, place = kwargs or {}, self._place
-        known = self._calls[place] if place < len(self._calls) else None
-        if known is None or known.function != func:
-            return self._harmless(func, args, kwargs)
-        self._place = place + 1
+        kwargs = kwargs or {}
         values = (*args, *kwargs.values()) if kwargs else args
-        if not self._has_arguments(known, values) or tuple(kwargs) != known.names:
-            self._lose()
+        known = self._next_call(func, values, kwargs)
+        if known is None:
+            return self._harmless(func, args, kwargs)
         if known.held is not None:
             self.position += 1
             result = self._hold(known.held, args, kwargs)
         else:
             result = self._run(func, args, kwargs) if known.has_sources else func(*args, **kwargs)
-        if type(result) is not Tensor or result.dtype is not known.dtype or result.shape != known.shape:
-            self._lose()
-        for position, number, changes in known.tensors:
-            if version_of(values[position]) - self._versions[number] != changes:
-                self._lose()
-        self._tensors.append(result)
-        self._versions.append(version_of(result))
+        self._note(known, values, result)
         return result
-
-    def _lose(self) -> None:
-        """Note that the path has changed, and raise the exception, which the model may catch."""
-        self._is_lost = True
-        raise PathChanged
-
-    def _harmless(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a call that is not recorded since it returns no tensor."""
-        name = getattr(func, "__name__", "")
-        if name not in _HARMLESS and not (name == "__get__" and func in _HARMLESS_ATTRIBUTES):
-            self._lose()
-        return func(*args, **kwargs)
-
-    def _has_arguments(self, known: KnownCall, values: Sequence[Any]) -> bool:
-        """Return whether the arguments are the recorded tensors and constants, and gradients are on or off as recorded."""
-        if len(values) != len(known.arguments) or self._is_lost:
-            return False
-        tensors = self._tensors
-        for value, (number, constant) in zip(values, known.arguments, strict=True):
-            if number >= 0:
-                if value is not tensors[number]:
-                    return False
-            elif value is not constant and not is_equal(value, constant):
-                return False
-        usual = torch.is_grad_enabled() is known.has_gradients and not torch.is_inference_mode_enabled()
-        return usual and not storing_hooks(True)
 
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run a step inside of a composite function."""
@@ -175,18 +111,6 @@ class KnownTracer(Tracer):
         node: Any = result.grad_fn
         self._edges.append(GradientEdge(node, result.output_nr))
         return result
-
-    def require_end(self, logits: Tensor) -> None:
-        """Require that the model made all calls, and that the logits are the recorded tensor.
-
-        Raises:
-            PathChanged: If it did not.
-        """
-        number, changes = self._end
-        if self._is_lost or self._place != len(self._calls) or logits is not self._tensors[number]:
-            raise PathChanged
-        if version_of(logits) - self._versions[number] != changes:
-            raise PathChanged
 
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
         """Run the backward pass, which returns the gradients of the held results."""

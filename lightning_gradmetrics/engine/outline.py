@@ -255,5 +255,9 @@ class Recording(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             self.depth -= 1
-        self.outline.add(func, args, kwargs, result)
+        self.note(func, args, kwargs, result)
         return result
+
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Record one call."""
+        self.outline.add(func, args, kwargs, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,10 @@ def shared_list(task: Task) -> SampleAxisError | None:
     return None
 
 
+FEW_ENTRIES = 64
+"""Largest number of entries of a single row that Python compares, which is faster than several torch calls."""
+
+
 def close_rows(found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:
     """Return whether two tensors are equal up to the rounding of a different batch size, relative to each row's largest entry.
 
@@ -75,6 +80,11 @@ def _are_clearly_close(found: Tensor, expected: Tensor, tolerance: float) -> boo
     is_plain = found.dtype == expected.dtype and expected.dtype in (torch.float32, torch.float64)
     if not is_plain or found.shape != expected.shape or not expected.numel():
         return False
+    if expected.is_cpu and len(expected) == 1 and expected.numel() <= FEW_ENTRIES:
+        row = expected.flatten().tolist()
+        allowed = tolerance * max(map(abs, row))
+        differences = map(operator.sub, found.flatten().tolist(), row)
+        return all(abs(difference) < allowed for difference in differences)  # false if anything is not finite
     error = (found - expected).abs().amax()
     smallest = expected.flatten(1).abs().amax(1).amin()
     return bool(error < tolerance * smallest)  # false if anything is infinite or not a number

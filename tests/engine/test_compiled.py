@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine import compiled as compiled_plans
 
 
 def _errors(found, expected) -> float:
@@ -23,7 +24,7 @@ def _errors(found, expected) -> float:
 @pytest.fixture
 def graphs(monkeypatch):
     """Graphs run as they are traced, without the minute that their compilation takes."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    monkeypatch.setattr(compiled_plans, "compiled_graph", lambda graph, *_: graph)
 
 
 @pytest.mark.slow
@@ -92,9 +93,10 @@ def test_a_plan_compiled_by_inductor_equals_the_eager_one():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Sequential is not compiled")
         gradient_statistics(model, torch.randn(5, 4), "pseudo_label", compile=True)
-    x = torch.randn(5, 4)
-    compiled = gradient_statistics(model, x, "pseudo_label", compile=True)
-    assert _errors(compiled, gradient_statistics(model, x, "pseudo_label")) < 1e-5
+    for x in (torch.randn(5, 4), torch.randn(4, 5).T, torch.randn(5, 8)[:, ::2]):  # kernels are made for one layout
+        compiled = gradient_statistics(model, x, "pseudo_label", compile=True)
+        assert _errors(compiled, gradient_statistics(model, x, "pseudo_label")) < 1e-5
+    assert all(program.calls is not None for program in compiled_plans._PROGRAMS[model].values())
 
 
 class _Branch(nn.Module):

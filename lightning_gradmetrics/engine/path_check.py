@@ -1,0 +1,210 @@
+"""Compares the calls of a forward pass with those of an earlier one as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+
+from lightning_gradmetrics.engine.calls import version_of
+from lightning_gradmetrics.engine.graph import storing_hooks
+from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
+from lightning_gradmetrics.engine.outline import Outline, Recording
+from lightning_gradmetrics.engine.path_record import KnownCall, KnownPath, PathRecorder, is_equal, leaves_of
+from lightning_gradmetrics.engine.task import Task
+
+__all__ = ["PathChanged", "PathCheck", "PathFollower", "forward_alone", "logits_on_path"]
+
+_HARMLESS = frozenset(
+    [
+        "__len__",
+        "dim",
+        "ndimension",
+        "size",
+        "stride",
+        "numel",
+        "nelement",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "_assert",
+    ]
+)
+"""Functions that return no tensors, read no values and change nothing."""
+
+_HARMLESS_ATTRIBUTES = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ["shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_leaf"]
+)
+
+
+class PathChanged(Exception):
+    """A forward pass makes another call than the recorded one."""
+
+
+class PathFollower:
+    """The part of a torch function mode that compares calls with recorded ones.
+
+    Args:
+        path: The recorded calls.
+        leaves: The inputs, parameters, buffers and tensors among the attributes.
+    """
+
+    def follow(self, path: KnownPath, leaves: list[Tensor]) -> None:
+        """Begin a forward pass."""
+        self._tensors, self._versions = leaves, list(map(version_of, leaves))
+        self._calls, self._end, self._place, self._is_lost = path.calls, path.end, 0, False
+
+    def _next_call(self, func: Any, values: Sequence[Any], kwargs: Any) -> KnownCall | None:
+        """Return the recorded call if it has the same function and arguments; ``None`` if it has another function."""
+        place = self._place
+        known = self._calls[place] if place < len(self._calls) else None
+        if known is None or known.function != func:
+            return None
+        self._place = place + 1
+        if not self._has_arguments(known, values) or tuple(kwargs) != known.names:
+            self._lose()
+        return known
+
+    def _note(self, known: KnownCall, values: Sequence[Any], result: Any) -> None:
+        """Compare the result of a call with the recorded one."""
+        if type(result) is not Tensor or result.dtype is not known.dtype or result.shape != known.shape:
+            self._lose()
+        for position, number, changes in known.tensors:
+            if version_of(values[position]) - self._versions[number] != changes:
+                self._lose()
+        self._tensors.append(result)
+        self._versions.append(version_of(result))
+
+    def _lose(self) -> None:
+        """Note that the path has changed, and raise the exception, which the model may catch."""
+        self._is_lost = True
+        raise PathChanged
+
+    def _harmless(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a call that is not recorded since it returns no tensor."""
+        name = getattr(func, "__name__", "")
+        if name not in _HARMLESS and not (name == "__get__" and func in _HARMLESS_ATTRIBUTES):
+            self._lose()
+        return func(*args, **kwargs)
+
+    def _has_arguments(self, known: KnownCall, values: Sequence[Any]) -> bool:
+        """Return whether the arguments are the recorded tensors and constants, and gradients are on or off as recorded."""
+        if len(values) != len(known.arguments) or self._is_lost:
+            return False
+        tensors = self._tensors
+        for value, (number, constant) in zip(values, known.arguments, strict=True):
+            if number >= 0:
+                if value is not tensors[number]:
+                    return False
+            elif value is not constant and not is_equal(value, constant):
+                return False
+        usual = torch.is_grad_enabled() is known.has_gradients and not torch.is_inference_mode_enabled()
+        return usual and not storing_hooks(True)
+
+    def require_end(self, logits: Tensor) -> None:
+        """Require that the model made all calls, and that the logits are the recorded tensor.
+
+        Raises:
+            PathChanged: If it did not.
+        """
+        number, changes = self._end
+        if self._is_lost or self._place != len(self._calls) or logits is not self._tensors[number]:
+            raise PathChanged
+        if changes is not None and version_of(logits) - self._versions[number] != changes:
+            raise PathChanged
+
+
+class PathCheck(PathFollower, TorchFunctionMode):
+    """Runs a forward pass unchanged, and requires that it makes recorded calls.
+
+    Args:
+        path: The recorded calls.
+        leaves: The inputs, parameters, buffers and tensors among the attributes.
+    """
+
+    def __init__(self, path: KnownPath, leaves: list[Tensor]) -> None:
+        super().__init__()
+        self.follow(path, leaves)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call, which must be the recorded one."""
+        kwargs = kwargs or {}
+        if type(func) is OpOverload:
+            return func(*args, **kwargs)
+        values = (*args, *kwargs.values()) if kwargs else args
+        known = self._next_call(func, values, kwargs)
+        if known is None:
+            return self._harmless(func, args, kwargs)
+        result = func(*args, **kwargs)
+        self._note(known, values, result)
+        return result
+
+
+class _PathRecording(Recording):
+    """Records every torch call inside the block in an outline, and call by call.
+
+    Args:
+        outline: The outline.
+        recorder: Gets the calls.
+    """
+
+    def __init__(self, outline: Outline, recorder: PathRecorder) -> None:
+        super().__init__(outline)
+        self._recorder = recorder
+
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Record one call."""
+        self._recorder.add(self.outline, func, args, kwargs, result, 0, 0)
+        super().note(func, args, kwargs, result)
+
+
+def forward_alone(task: Task, number: int, state: ForwardState) -> tuple[Tensor, int, KnownPath | None]:
+    """Return the logits ``(1, C)`` of one sample alone, a number for the calls of its forward pass, and these calls.
+
+    The calls are ``None`` if they cannot be compared one by one.
+
+    Args:
+        task: The batch.
+        number: The number of the sample.
+        state: The present state of the model.
+    """
+    single = task.picked([number])
+    outline, recorder = Outline(single.leaves()), PathRecorder(single)
+    try:
+        with quiet_no_grad(True), torch.enable_grad(), _PathRecording(outline, recorder):
+            logits = single.forward(for_gradients=False)
+        outline.end(logits)
+        recorder.end(outline, logits)
+        return logits.detach(), outline.path, recorder.path()
+    finally:
+        state.restore()
+
+
+def logits_on_path(task: Task, number: int, path: KnownPath) -> Tensor | None:
+    """Return the logits ``(1, C)`` of one sample alone if its forward pass makes known calls, else ``None``.
+
+    The caller restores the model.
+
+    Args:
+        task: The batch.
+        number: The number of the sample.
+        path: The calls.
+    """
+    single = task.picked([number])
+    leaves = leaves_of(single)
+    if leaves is None or len(leaves) != path.leaves:
+        return None
+    check = PathCheck(path, leaves)
+    try:
+        with torch.enable_grad(), check:
+            logits = single.forward(for_gradients=False)
+        check.require_end(logits)
+    except PathChanged:
+        return None
+    return logits.detach()
