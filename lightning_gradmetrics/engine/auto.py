@@ -139,7 +139,7 @@ def _kind(task: Task) -> Hashable:
     """Return everything that a strategy depends on, except the sizes of the inputs."""
     device = next(iter(task.parameters.values())).device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    names = tuple((name, p.shape, p.dtype) for name, p in task.parameters.items())
+    names = tuple((name, p.shape, p.dtype, bool(p._backward_hooks)) for name, p in task.parameters.items())
     structure = (type(task.inputs).__name__, input_structure(task.inputs), task.per_sample)
     return structure, names, attribute_key(task.model, task.record), autocast, task.wanted
 

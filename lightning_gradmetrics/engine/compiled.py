@@ -73,7 +73,8 @@ class _State:
         for name, tensor in registered.items():
             if tensor is not None:
                 number = self._numbers.setdefault(id(tensor), len(self._numbers))
-                self._modules.append((name, number, tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
+                layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+                self._modules.append((name, number, layout, bool(tensor._backward_hooks)))
                 if number == len(self.parameters) + len(self.buffers):
                     tensors.append(tensor.detach())
 

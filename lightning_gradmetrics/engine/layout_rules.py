@@ -109,6 +109,15 @@ def _rows(step: Step) -> Layout:
     return step.first
 
 
+def _padded(step: Step) -> Layout:
+    """Padding of other axes; a positive and a negative width on the sample axis would shift the samples."""
+    widths = step.operation.arguments["pad"]
+    place = 2 * (len(step.shape) - 1 - step.first.dim)
+    if any(widths[place : place + 2]):
+        raise UnprovenError
+    return step.first
+
+
 def _batch_norm(step: Step) -> Layout:
     if step.operation.arguments.get("training", False) or step.operation.arguments.get("train", False):
         raise UnprovenError
@@ -244,9 +253,10 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     _unfolded: "unfold",
     _rows: "convolution _convolution mkldnn_convolution cudnn_convolution native_group_norm max_pool1d max_pool2d max_pool3d "
     "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d constant_pad_nd "
+    "adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
     "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d "
     "upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d pixel_shuffle pixel_unshuffle im2col mkldnn_max_pool2d",
+    _padded: "constant_pad_nd",
     _batch_norm: "native_batch_norm batch_norm cudnn_batch_norm _native_batch_norm_legit_no_training",
     _before_shape: "native_layer_norm _fused_rms_norm rms_norm",
     _joined: "cat",

@@ -22,6 +22,7 @@ from lightning_gradmetrics.engine.dependence import (
 from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.host_reads import HostRead, PlannedRead
 from lightning_gradmetrics.engine.layouts import Layout
+from lightning_gradmetrics.engine.mixing import mixes_samples
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
 from lightning_gradmetrics.engine.outline import HOOKS, Outline, Recording
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
@@ -45,11 +46,10 @@ class Probe:
         losses: For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale.
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
-        reads_activations: Whether Python reads values that depend on samples and parameters, or a torch call converts such a
-            value to a number.
-        alone_because: Why each sample must run alone, such as a number computed from all samples, or hooks on tensors, which
-            may change the gradients of any sample; empty if there is no such reason.
+        reads_activations: Whether Python, or a torch call itself, reads a value that depends on samples and parameters.
+        alone_because: Why each sample must run alone; empty if there is no reason.
         proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
+        mixes: Whether an operation works along the sample axis, although the samples of the probe do not change each other.
         reads: The values that Python reads from tensors.
         sizes: The sizes for which the proof holds; ``None`` if it holds for those of the probe only.
         random: Whether it draws random numbers.
@@ -64,6 +64,7 @@ class Probe:
     reads_activations: bool
     alone_because: str
     proven: bool
+    mixes: bool
     reads: tuple[PlannedRead, ...]
     sizes: SizeRecord | None
     random: bool
@@ -94,11 +95,10 @@ def probe_model(task: Task) -> Probe:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
     reason = choice_by_data(few.operations, many.operations)
     reads_inside = hides_reads(many.operations)
-    layouts = (
-        None
-        if reason or reads_inside
-        else layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
-    )
+    layouts = None
+    if not (reason or reads_inside):
+        layouts = layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
+    mixes = layouts is None and not reason and mixes_samples(few.operations, many.operations, many.serial(logits))
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
         sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
@@ -126,7 +126,7 @@ def probe_model(task: Task) -> Probe:
     if outline_of_three.has_hooks:
         alone = HOOKS
     proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
-    return Probe(three, losses, plan, reason, activations, alone, proven, reads, sizes, random, pauses, size)
+    return Probe(three, losses, plan, reason, activations, alone, proven, mixes, reads, sizes, random, pauses, size)
 
 
 def _planned_reads(

@@ -120,9 +120,9 @@ def _planned(task: Task, on_batch: bool) -> Strategy:
 
     If the plan leaves parameters to slower ways, recovered owners are tried too.
     """
-    state, probe = ForwardState(task.model), probe_model(task)
+    state, probe, hooked = ForwardState(task.model), probe_model(task), _with_hooks(task)
     # The probe runs in full precision, which a batch on a CUDA device may not do.
-    if on_batch and _device(task).type != "cuda" and _is_plan_proven(probe):
+    if on_batch and not hooked and _device(task).type != "cuda" and _is_plan_proven(probe):
         state.restore()
         return Strategy(
             probe.plan, tuple(task.parameters), alone=0, bytes=probe.bytes, sizes=probe.sizes, verified=False
@@ -136,11 +136,12 @@ def _planned(task: Task, on_batch: bool) -> Strategy:
         _, others, outline_of_owners = _covered(probe, None, state)
         if len(others) < len(slow):
             plan, slow, outline = None, others, outline_of_owners
+    slow = {**slow, **hooked}
     state.restore()
     if slow:
         _check_backward(probe, slow, state)
     fast = tuple(name for name in task.parameters if name not in slow)
-    mapped = bool(slow) and not probe.random and _can_be_mapped(probe, slow)
+    mapped = bool(slow) and not (probe.random or hooked) and _can_be_mapped(probe, slow)
     state.restore()
     return Strategy(
         plan,
@@ -171,6 +172,15 @@ def _is_plan_proven(probe: Probe) -> bool:
     return is_plain and all(step.kind != "uncovered" for step in plan.steps)
 
 
+def _with_hooks(task: Task) -> dict[str, str]:
+    """Return the parameters whose gradient autograd passes to hooks, which may change it, with the reason."""
+    hooked: dict[str, str] = {}
+    for name, parameter in task.parameters.items():
+        if parameter._backward_hooks:
+            hooked[name] = "a hook on it may change its gradient"
+    return hooked
+
+
 def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan | None, dict[str, str], Outline]:
     """Return the plan without steps that fail, the parameters with wrong results, with reasons, and the calls."""
     slow: dict[str, str] = {} if plan is None else dict(plan.uncovered)
@@ -197,9 +207,10 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
 def _alone(probe: Probe, plan: Plan | None) -> int:
     """Return how many samples of each batch are run alone.
 
-    Returns the number of all samples if Python reads a number that may differ for any of them, and no plan tells which.
+    Returns the number of all samples if Python reads a number that may differ for any of them, and no plan tells which, or
+    if an operation works along the sample axis.
     """
-    if probe.reads_activations or (plan is None and probe.reads_samples):
+    if probe.mixes or probe.reads_activations or (plan is None and probe.reads_samples):
         return EVERY_SAMPLE
     if probe.proven:
         return 0

@@ -1,0 +1,67 @@
+"""Couplings and hooks that no earlier batch shows: they must not change a later batch of a known size silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_gradmetrics as lgm
+
+D, SIZE = 6, 16
+
+
+class _Gated(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner, self.head = kind, nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x))
+        return self.head(getattr(self, self.kind)(x, hidden))
+
+    def neighbours(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The sample before opens a gate."""
+        return hidden * (1 + F.relu(F.pad(x, (0, 0, 1, -1))[:, :1] - 6))
+
+    def cumulated(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return hidden + F.relu(x[:, :1] - 6).cumsum(0)
+
+    def duplicates(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Each sample is averaged with its duplicates."""
+        alike = (torch.cdist(x, x) < 1e-2).to(x.dtype)
+        return alike @ hidden / alike.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "cumulated", "duplicates"])
+def test_a_coupling_of_few_samples_that_a_later_batch_shows_is_refused(kind: str) -> None:
+    """Its operation is seen on the probe, whose values do not show it."""
+    torch.manual_seed(0)
+    model = _Gated(kind).double().eval()
+    for size in (3, SIZE, SIZE, SIZE):
+        lgm.gradient_statistics(model, torch.randn(size, D, dtype=torch.float64), "pseudo_label")
+    rare = torch.randn(SIZE, D, dtype=torch.float64)
+    rare[11, 0], rare[14] = 9.0, rare[15] + 1e-3
+    if kind == "cumulated":
+        rare[14, 0] = 9.0
+    with pytest.raises(ValueError, match="depend on each other"):
+        lgm.gradient_statistics(model, rare, "pseudo_label")
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule", "ignore:.* is not compiled")
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_hook_on_a_parameter_changes_its_statistics(compile: bool) -> None:
+    """A hook that is registered after the first batches is not ignored."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3)).double().eval()
+    x = torch.randn(5, D, dtype=torch.float64)
+    for _ in range(4):
+        before = lgm.gradient_statistics(model, x, "pseudo_label", per_parameter=True, compile=compile)
+    handle = model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    after = lgm.gradient_statistics(model, x, "pseudo_label", per_parameter=True, compile=compile)
+    factors = torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    assert torch.allclose(after.norm(1), factors * before.norm(1))
+    handle.remove()
+    after = lgm.gradient_statistics(model, x, "pseudo_label", per_parameter=True, compile=compile)
+    assert torch.allclose(after.norm(1), before.norm(1))
