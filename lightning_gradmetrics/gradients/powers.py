@@ -14,22 +14,28 @@ MOST_MULTIPLIED = 16
 """Larger whole powers are not computed by multiplication."""
 
 
-def power_sum(entries: Tensor, p: float) -> Tensor:
+def power_sum(entries: Tensor, p: float, dtype: torch.dtype | None = None) -> Tensor:
     """Return ``sum_c |x_c|^p`` over axis 1; whole powers by multiplication, which is several times faster.
 
     Args:
         entries: ``(N, C, *P)``.
         p: A number above 0.
+        dtype: The type of the computation and of the result; by default that of the entries. Only a block at a time is
+            converted.
 
     Example:
         >>> power_sum(torch.tensor([[1.0, -2.0]]), 5.0)
         tensor([33.])
     """
+    return by_blocks(lambda block: _power_sums(block.to(dtype or block.dtype), p), entries)
+
+
+def _power_sums(entries: Tensor, p: float) -> Tensor:
     if p == 0.5:
-        return by_blocks(_sums_of_roots, entries)
+        return _sums_of_roots(entries)
     if float(p).is_integer() and 2 <= p <= MOST_MULTIPLIED:
-        return by_blocks(lambda block: _sums_of_whole_powers(block, int(p)), entries)
-    return by_blocks(lambda block: block.abs().pow(p).sum(1), entries)
+        return _sums_of_whole_powers(entries, int(p))
+    return entries.abs().pow(p).sum(1)
 
 
 def _sums_of_roots(entries: Tensor) -> Tensor:

@@ -170,18 +170,33 @@ def gradtrust(evidence: Evidence, *, k: AtLeastTwo | None = None) -> Tensor:
         M. Prabhushankar and G. AlRegib, "Counterfactual Gradients-based Quantification of Prediction Trust in Neural
         Networks", 2024, https://arxiv.org/abs/2405.13758
     """
-    return by_blocks(lambda block: _negative_trust(block, k, evidence.dtype), evidence.given_logits.detach())
+    logits, mean = evidence.given_logits.detach(), 1 / evidence.given_logits.shape[1]
+    if k is not None and k < logits.shape[1]:
+        logits = logits.topk(k, 1).values
+    if evidence.dtype == torch.float64 and logits.dtype != torch.float64:
+        return _negative_trust_of_narrow(logits, mean)
+    return by_blocks(lambda block: _negative_trust(block, mean, evidence.dtype), logits)
 
 
-def _negative_trust(logits: Tensor, k: int | None, dtype: torch.dtype) -> Tensor:
-    a = logits.to(dtype, copy=True).sub_(1 / logits.shape[1])
-    if k is not None and k < a.shape[1]:
-        a = a.topk(k, 1).values
+def _negative_trust_of_narrow(logits: Tensor, mean: float) -> Tensor:
+    """Return the score of logits in float32 or half precision, whose fourth powers float64 holds without a scale."""
+    largest = torch.maximum(logits.amax(1).double() - mean, mean - logits.amin(1).double())
+    fourth_powers = by_blocks(lambda block: _fourth_powers(block.double().sub_(mean)), logits)
+    return torch.where(largest == 0, -1.0, -logits.shape[1] * largest.pow(4) / fourth_powers)
+
+
+def _fourth_powers(a: Tensor) -> Tensor:
+    squares = a.square_()  # in place, because allocating memory takes longer than the arithmetic
+    total: Tensor = torch.linalg.vecdot(squares, squares, dim=1)
+    return total
+
+
+def _negative_trust(logits: Tensor, mean: float, dtype: torch.dtype) -> Tensor:
+    a = logits.to(dtype, copy=True).sub_(mean)
     # Division by the largest entry keeps the fourth power in range; an all-zero sample has equal rows, so its trust is
-    # 1. In place, because allocating memory takes longer than the arithmetic.
+    # 1. In place again.
     largest = torch.maximum(a.amax(1), -a.amin(1))
-    squares = a.div_(largest.unsqueeze(1)).square_()
-    return torch.where(largest == 0, -1.0, -a.shape[1] / torch.linalg.vecdot(squares, squares, dim=1))
+    return torch.where(largest == 0, -1.0, -a.shape[1] / _fourth_powers(a.div_(largest.unsqueeze(1))))
 
 
 @register("baseline", "Granese et al. 2021, arXiv:2106.02395")

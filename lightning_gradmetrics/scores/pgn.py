@@ -51,7 +51,7 @@ def pgn(evidence: Evidence, *, p: Norm = 0.5, label: Literal["uniform", "one_hot
         Out-of-Distribution Segmentation", 2023, https://arxiv.org/abs/2303.06920, and its code,
         https://github.com/tobiasriedlinger/uncertainty-gradients-seg
     """
-    softmax, share = evidence.softmax(), 1.0
+    softmax, share = evidence.softmax(roots=p == 0.5), 1.0
     if label == "uniform":
         share = 1 - 1 / evidence.logits_like.shape[1]
 

@@ -69,9 +69,10 @@ def max_logit_pnorm(evidence: Evidence, *, p: Norm = 5.0) -> Tensor:
         L. Cattelan and D. Silva, "How to Fix a Broken Confidence Estimator: Evaluating Post-hoc Methods for Selective
         Classification with Deep Neural Networks", UAI 2024, https://arxiv.org/abs/2305.15508
     """
-    logits = evidence.logits
+    logits = evidence.given_logits.detach()
+    largest = logits.amax(1).to(evidence.dtype)
     if math.isinf(p):
-        norm = logits.abs().amax(1)
+        norm = torch.maximum(largest, -logits.amin(1).to(evidence.dtype))
     else:
-        norm = power_sum(logits, p).pow(1 / p)
-    return -logits.amax(1) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        norm = power_sum(logits, p, evidence.dtype).pow(1 / p)
+    return -largest / norm.clamp(min=torch.finfo(norm.dtype).tiny)

@@ -191,10 +191,15 @@ class Evidence:
         """A tensor with the shape, the type and the device of :attr:`logits`, without their memory; its values are arbitrary."""
         return self.given_logits.new_empty((), dtype=self.dtype).expand(self.given_logits.shape)
 
-    def softmax(self, temperature: float = 1.0) -> Softmax:
-        """Return the softmax of the logits divided by a temperature, computed once for all scores."""
+    def softmax(self, temperature: float = 1.0, *, roots: bool = False) -> Softmax:
+        """Return the softmax of the logits divided by a temperature, computed once for all scores.
+
+        Args:
+            temperature: The temperature.
+            roots: Whether the score reads ``powers_of_others(0.5)``, which is then computed in the same pass.
+        """
         if temperature not in self._softmax:
-            self._softmax[temperature] = softmax_of(self.given_logits, temperature, self.dtype)
+            self._softmax[temperature] = softmax_of(self.given_logits, temperature, self.dtype, roots)
         return self._softmax[temperature]
 
     @property

@@ -139,7 +139,10 @@ def test_float32_samples_have_float64_parts(classes: int, scale: float) -> None:
     logits[0], logits[1, 3] = 1.0, -torch.inf
     logits[2, 2] = logits[2, 60] = logits[2].amax() + 1
     found, expected = softmax_of(logits, dtype=torch.float64), Softmax(logits.double())
+    with_roots = softmax_of(logits, dtype=torch.float64, roots=True)
     assert "logits" not in vars(found)
+    assert_powers(with_roots, expected, 1e-13)
+    assert_parts(with_roots, logits, 3e-14, 1.0)
     assert found.entropy.dtype == torch.float64
     assert_powers(found, expected, 1e-13)
     assert_parts(found, logits, 3e-14, 1.0)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.scores import detectors
+from lightning_gradmetrics.scoring.evidence import Evidence
+from lightning_gradmetrics.scoring.registry import make
 from tests.models import assert_same_state, cnn, images, state_of
 from tests.scores import trust_cases
 
@@ -52,6 +54,16 @@ def test_gradtrust_in_half_precision_is_exact(dtype: torch.dtype) -> None:
     exact = torch.stack([trust_cases.trust(model.double(), x[None]) for x in inputs.double()])
     found = only(model.to(dtype), inputs, "gradtrust")
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gradtrust", "gradtrust(k=5)", "max_logit_pnorm", "max_logit_pnorm(p=inf)"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 3e38])
+def test_scores_of_float32_logits_are_those_in_float64(scale: float, name: str) -> None:
+    """No power of a float32 number overflows or vanishes."""
+    logits = scale * (2 * torch.rand(20, 50) - 1)
+    logits[0], logits[1], logits[2] = 0, 1 / 50, 7
+    found, expected = (make(name)(Evidence(given)) for given in (logits, logits.double()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_gradtrust_is_from_one_to_the_number_of_classes() -> None:

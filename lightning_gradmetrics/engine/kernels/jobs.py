@@ -99,7 +99,7 @@ class SoftmaxJob(ctypes.Structure):
 class SoftmaxRowJob(ctypes.Structure):
     """``softmax_row_job`` of ``softmax.c``."""
 
-    _fields_ = _pointers("z out") + _integers("samples classes z_sample narrow") + _counters("next")
+    _fields_ = _pointers("z out") + _integers("samples classes z_sample narrow with_roots") + _counters("next")
 
 
 class SoftmaxPowerJob(ctypes.Structure):

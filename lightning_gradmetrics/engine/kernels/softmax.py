@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,10 +29,12 @@ MOST_ROW_CLASSES = 16384
 """``MOST_ROW_CLASSES`` of ``softmax.c``."""
 
 PARTS = ("top", "odds", "spread", "squares", "second", "uniform", "slope")
-"""The results of the kernel, in its order."""
+"""The results of the kernels, in their order."""
 
 
-def softmax_of(logits: Tensor, temperature: float = 1.0, dtype: torch.dtype | None = None) -> Softmax:
+def softmax_of(
+    logits: Tensor, temperature: float = 1.0, dtype: torch.dtype | None = None, roots: bool = False
+) -> Softmax:
     """Return the softmax over axis 1 of logits ``(N, C, *P)``, by the compiled kernel if they are many and on a CPU.
 
     Args:
@@ -38,20 +42,22 @@ def softmax_of(logits: Tensor, temperature: float = 1.0, dtype: torch.dtype | No
         temperature: Divides the logits.
         dtype: The type of the results; by default that of the logits, at least float32. The kernel computes float64 results
             of float32 samples without a copy in float64.
+        roots: Whether the kernel also sums the square roots of the probabilities of samples, which ``powers_of_others(0.5)``
+            otherwise does in a second pass.
 
     Example:
         >>> softmax_of(torch.zeros(1, 4, 128, 128)).error[0, 0, 0]
         tensor(0.7500)
     """
     softmax = _FusedSoftmax(logits, temperature, dtype)
-    parts = _parts(softmax)
+    parts = _parts(softmax, roots)
     if parts is None:
         return Softmax(logits, temperature, dtype)
     softmax.take(parts)
     return softmax
 
 
-def _parts(softmax: _FusedSoftmax) -> dict[str, Tensor] | None:
+def _parts(softmax: _FusedSoftmax, roots: bool) -> dict[str, Tensor] | None:
     """Return the kernel's results ``(N, *P)`` by name; ``None`` where the kernel does not apply or a result is NaN."""
     given, classes = softmax.given, softmax.given.shape[1]
     if given.ndim == 2:
@@ -61,18 +67,18 @@ def _parts(softmax: _FusedSoftmax) -> dict[str, Tensor] | None:
     library = library_for(softmax.dtype) if is_fit and given.device.type == "cpu" else None
     if library is None:
         return None
-    out = _of_rows(library, softmax) if given.ndim == 2 else _of_maps(library, softmax.logits)
-    if bool(out[1].isnan().any()):
+    out = _of_rows(library, softmax, roots) if given.ndim == 2 else _of_maps(library, softmax.logits)
+    if math.isnan(out[1].sum().item()):
         return None
-    shape = (len(PARTS), len(given), *given.shape[2:])
-    return dict(zip(PARTS, out.view(shape).unbind(), strict=True))
+    names = (*PARTS, "roots") if len(out) > len(PARTS) else PARTS
+    return dict(zip(names, out.view(-1, len(given), *given.shape[2:]).unbind(), strict=True))
 
 
-def _of_rows(library: Any, softmax: _FusedSoftmax) -> Tensor:
-    """Return the kernel's results ``(7, N)`` for logits ``(N, C)``."""
+def _of_rows(library: Any, softmax: _FusedSoftmax, roots: bool) -> Tensor:
+    """Return the kernel's results ``(7, N)`` for logits ``(N, C)``, with roots ``(8, N)``."""
     rows = softmax.rows
     samples, classes = rows.shape
-    out = rows.new_empty(len(PARTS), samples, dtype=softmax.dtype)
+    out = rows.new_empty(len(PARTS) + roots, samples, dtype=softmax.dtype)
     job = SoftmaxRowJob(
         z=rows.data_ptr(),
         out=out.data_ptr(),
@@ -80,6 +86,7 @@ def _of_rows(library: Any, softmax: _FusedSoftmax) -> Tensor:
         classes=classes,
         z_sample=rows.stride(0),
         narrow=rows.dtype == torch.float32,
+        with_roots=roots,
     )
     library.softmax_rows(ctypes.byref(job), parallel_runner(), torch.get_num_threads())
     return out
@@ -106,6 +113,9 @@ def _of_maps(library: Any, logits: Tensor) -> Tensor:
 class _FusedSoftmax(Softmax):
     """A softmax whose parts per position are known."""
 
+    _parts: dict[str, Tensor]
+    """The kernel's results."""
+
     @property
     def rows(self) -> Tensor:
         """The logits of samples as the kernel reads them: in the type of the results, or in float32."""
@@ -113,19 +123,37 @@ class _FusedSoftmax(Softmax):
         return self.given if is_direct else self.logits
 
     def take(self, parts: dict[str, Tensor]) -> None:
-        """Store the kernel's results by name, ``(N, *P)`` each, as the cached properties of the base class."""
-        odds = parts["odds"]
-        share = 1 / (1 + odds)
+        """Store the kernel's results by name, ``(N, *P)`` each; those that need no more arithmetic as cached properties."""
+        self._parts = parts
         self._top_of_map = parts["top"]
-        self.odds = odds
-        self.entropy = odds.log1p() + parts["spread"] * share
-        self.other_squares = parts["squares"] * share.square()
-        self.second = parts["second"] * share
+        self.odds = parts["odds"]
         self.distance_to_uniform = parts["uniform"]
         self.squared_entropy_gradient = parts["slope"]
 
+    @cached_property
+    def _top_share(self) -> Tensor:
+        """The largest probability, ``(N, *P)``."""
+        return 1 / (1 + self.odds)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """The entropy in nats, ``(N, *P)``."""
+        return self.odds.log1p() + self._parts["spread"] * self._top_share
+
+    @cached_property
+    def other_squares(self) -> Tensor:
+        """The sum of the squared probabilities of all classes but the predicted one, ``(N, *P)``."""
+        return self._parts["squares"] * self._top_share.square()
+
+    @cached_property
+    def second(self) -> Tensor:
+        """The second largest probability, ``(N, *P)``."""
+        return self._parts["second"] * self._top_share
+
     def powers_of_others(self, power: float, complement: float = 0.0) -> Tensor:
         """Return ``sum_c p_c^a (1 - p_c)^b`` over all classes but the predicted one, ``(N, *P)``."""
+        if "roots" in self._parts and (power, complement) == (0.5, 0.0):
+            return self._parts["roots"] * self._top_share.sqrt()
         library = library_for(self.dtype) if self.given.ndim == 2 else None
         if library is None:
             return super().powers_of_others(power, complement)

@@ -37,8 +37,10 @@ typedef uint64_t natural;
 #endif
 #if defined(__AVX512F__) && defined(SINGLE)
 #define scaled _mm512_scalef_ps
+#define lanes_equal(a, b) _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ)
 #elif defined(__AVX512F__)
 #define scaled _mm512_scalef_pd
+#define lanes_equal(a, b) _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ)
 #endif
 #define FARTHEST ((REAL)1e4)
 #define LARGEST_SURPRISE ((REAL)745) /* rarer classes have probability 0 in double precision */
@@ -156,18 +158,21 @@ void softmax_maps(softmax_job *j, parallel run, int threads) {
 
 typedef struct {
   const void *z; /* (samples, classes) */
-  REAL *out;     /* (OUTPUTS, samples) */
-  int64_t samples, classes, z_sample, narrow;
+  REAL *out;     /* (ROW_OUTPUTS, samples) with roots, otherwise (OUTPUTS, samples) */
+  int64_t samples, classes, z_sample, narrow, with_roots;
   atomic_int next;
 } softmax_row_job;
 
-enum { MOST_ROW_CLASSES = 16384 };
+enum { MOST_ROW_CLASSES = 16384, ROW_OUTPUTS = OUTPUTS + 1 }; /* and the sum of the square roots of w */
 typedef float narrows __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 inline_always REAL lanes_total(vec a) {
-  REAL total = 0;
-  for (int j = 0; j < WIDTH; j++) total += a[j];
-  return total;
+  REAL t[WIDTH];
+  for (int j = 0; j < WIDTH; j++) t[j] = a[j];
+#pragma GCC unroll 8
+  for (int w = WIDTH / 2; w > 0; w /= 2)
+    for (int j = 0; j < w; j++) t[j] += t[j + w];
+  return t[0];
 }
 
 inline_always REAL lanes_largest(vec a) {
@@ -201,53 +206,89 @@ inline_always wholes lane_numbers(void) {
 /* The vector with 0 behind its first lanes. */
 inline_always vec first_lanes(vec a, int count) { return (vec)((wholes)a & (wholes)(lane_numbers() < count)); }
 
-/* The largest logit of a row, and the first class that has it. */
-inline_always REAL largest_logit(const vec *row, int count, int classes, int *own) {
-  vec highest = filled(-(REAL)INFINITY);
-  for (int k = 0; k < count; k++) highest = larger(row[k], highest);
-  const REAL top = lanes_largest(highest);
+/* The first class whose logit is the largest one, `top`; the last class if none is, as a logit is NaN. */
+inline_always int first_class_of(const vec *row, int count, int classes, REAL top) {
+#ifdef lanes_equal
+  for (int k = 0; k < count; k++) {
+    const unsigned lanes = lanes_equal(row[k], filled(top));
+    if (lanes) return k * WIDTH + __builtin_ctz(lanes);
+  }
+  return classes - 1;
+#else
   const vec none = filled((REAL)classes);
   vec number = __builtin_convertvector(lane_numbers(), vec), first = none;
   for (int k = 0; k < count; k++, number += WIDTH) {
     const wholes is_top = row[k] == top;
     first = smaller((vec)(((wholes)number & is_top) | ((wholes)none & ~is_top)), first);
   }
-  *own = (int)-lanes_largest(-first);
-  if (*own >= classes) *own = classes - 1; /* a logit is NaN */
-  return top;
+  const int own = (int)-lanes_largest(-first);
+  return own < classes ? own : classes - 1;
+#endif
 }
 
-static void softmax_row(const void *z, int classes, int narrow, REAL *out, int64_t step) {
+inline_always REAL largest_logit(const vec *row, int count) {
+  vec highest = filled(-(REAL)INFINITY);
+  for (int k = 0; k < count; k++) highest = larger(row[k], highest);
+  return lanes_largest(highest);
+}
+
+/* Sums over the classes; two of each hide the latency of additions. */
+typedef struct {
+  vec odds, spread, squares, second, uniform, slope, roots;
+} row_sums;
+
+inline_always void add_weights(row_sums *s, vec weight, vec below) {
+  s->odds += weight;
+  s->spread += weight * below;
+  s->squares += weight * weight;
+  s->second = larger(weight, s->second);
+}
+
+/* `lanes` is the number of lanes with a class. */
+inline_always void add_probabilities(row_sums *s, vec probability, vec below, REAL mean, REAL share, int lanes) {
+  const vec rise = probability * (mean - below), distance = magnitude(probability - share);
+  s->slope += rise * rise;
+  s->uniform += lanes < WIDTH ? first_lanes(distance, lanes) : distance;
+}
+
+/* With roots, the weights are squares of exponentials of half the logits. */
+inline_always void softmax_row(const void *z, int classes, int narrow, REAL *out, int64_t step, const int with_roots) {
   vec row[MOST_ROW_CLASSES / WIDTH + 1], weights[MOST_ROW_CLASSES / WIDTH + 1];
-  int own, count = row_of_logits(z, classes, narrow, row);
-  const REAL top = largest_logit(row, count, classes, &own);
-  for (int k = 0; k < count; k++) weights[k] = exponential(row[k] - top);
-  const REAL own_weight = ((REAL *)weights)[own]; /* 1, or NaN */
-  ((REAL *)weights)[own] = 0;
-  vec odds = {0}, spread = {0}, squares = {0}, second = {0}, uniform = {0}, slope = {0};
-  for (int k = 0; k < count; k++) {
-    const vec weight = weights[k], below = smaller(filled(FARTHEST), top - row[k]);
+  row_sums sums[2] = {{{0}}};
+  int k, count = row_of_logits(z, classes, narrow, row);
+  const REAL top = largest_logit(row, count);
+  const int own = first_class_of(row, count, classes, top);
+  ((REAL *)row)[own] = -(REAL)INFINITY; /* the first sums are over the other classes */
+  for (k = 0; k < count; k++) {
+    const vec below = smaller(filled(FARTHEST), top - row[k]);
+    const vec exponent = exponential(below * (with_roots ? (REAL)-0.5 : (REAL)-1));
     row[k] = below;
-    odds += weight;
-    spread += weight * below;
-    squares += weight * weight;
-    second = larger(weight, second);
+    weights[k] = with_roots ? exponent * exponent : exponent;
+    if (with_roots) sums->roots += (vec)((wholes)exponent & (wholes)(below < LARGEST_SURPRISE));
   }
-  ((REAL *)weights)[own] = own_weight;
-  const REAL against = lanes_total(odds) + (top - top); /* NaN if the top is infinite */
+  for (k = 0; k + 1 < count; k += 2) {
+    add_weights(sums, weights[k], row[k]);
+    add_weights(sums + 1, weights[k + 1], row[k + 1]);
+  }
+  if (k < count) add_weights(sums, weights[k], row[k]);
+  ((REAL *)row)[own] = 0, ((REAL *)weights)[own] = 1;
+  const REAL against = lanes_total(sums[0].odds + sums[1].odds) + (top - top); /* NaN if the top is infinite */
   const REAL size = 1 / (1 + against), share = (REAL)1 / classes;
-  const REAL around = lanes_total(spread), mean = around * size;
-  for (int k = 0; k < count; k++) {
-    const vec probability = weights[k] * size, rise = probability * (mean - row[k]);
-    slope += rise * rise;
-    if (k == count - 1 && classes % WIDTH)
-      uniform += first_lanes(magnitude(probability - share), classes % WIDTH);
-    else
-      uniform += magnitude(probability - share);
+  const REAL around = lanes_total(sums[0].spread + sums[1].spread), mean = around * size;
+  for (k = 0; k + 2 < count; k += 2) {
+    add_probabilities(sums, weights[k] * size, row[k], mean, share, WIDTH);
+    add_probabilities(sums + 1, weights[k + 1] * size, row[k + 1], mean, share, WIDTH);
   }
-  const REAL results[OUTPUTS] = {
-      top, against, around, lanes_total(squares), lanes_largest(second), lanes_total(uniform), lanes_total(slope)};
-  for (int k = 0; k < OUTPUTS; k++) out[k * step] = results[k];
+  for (; k < count; k++) add_probabilities(sums, weights[k] * size, row[k], mean, share, classes - k * WIDTH);
+  const REAL results[ROW_OUTPUTS] = {top,
+                                     against,
+                                     around,
+                                     lanes_total(sums[0].squares + sums[1].squares),
+                                     lanes_largest(larger(sums[0].second, sums[1].second)),
+                                     lanes_total(sums[0].uniform + sums[1].uniform),
+                                     lanes_total(sums[0].slope + sums[1].slope),
+                                     lanes_total(sums->roots)};
+  for (k = 0; k < (with_roots ? ROW_OUTPUTS : OUTPUTS); k++) out[k * step] = results[k];
 }
 
 inline_always const void *row_start(const void *z, int64_t first, int64_t narrow) {
@@ -256,8 +297,13 @@ inline_always const void *row_start(const void *z, int64_t first, int64_t narrow
 
 static void softmax_row_work(void *data) {
   softmax_row_job *j = data;
-  for (int64_t n; (n = atomic_fetch_add(&j->next, 1)) < j->samples;)
-    softmax_row(row_start(j->z, n * j->z_sample, j->narrow), (int)j->classes, (int)j->narrow, j->out + n, j->samples);
+  for (int64_t n; (n = atomic_fetch_add(&j->next, 1)) < j->samples;) {
+    const void *z = row_start(j->z, n * j->z_sample, j->narrow);
+    if (j->with_roots)
+      softmax_row(z, (int)j->classes, (int)j->narrow, j->out + n, j->samples, 1);
+    else
+      softmax_row(z, (int)j->classes, (int)j->narrow, j->out + n, j->samples, 0);
+  }
 }
 
 int64_t softmax_row_job_bytes(void) { return sizeof(softmax_row_job); }
@@ -319,20 +365,12 @@ inline_always vec power_of_one(vec surprise, REAL a, REAL b, int m, const REAL *
   return (vec)((wholes)term & (wholes)(surprise < LARGEST_SURPRISE));
 }
 
-/* The sum over all classes but one of those with the largest logit. */
+/* The sum over all classes of a row; those with logit -infinity add nothing. */
 inline_always REAL sum_of_powers(const vec *row, int count, const softmax_power_job *j, REAL top, REAL least, int m,
                                  const REAL *series, const int form) {
   const REAL a = (REAL)j->power, b = (REAL)j->complement;
   vec total = {0};
-  wholes tops = {0};
-  for (int k = 0; k < count; k++) {
-    const wholes is_top = row[k] == top;
-    tops -= is_top;
-    total += (vec)((wholes)power_of_one(top - row[k] + least, a, b, m, series, form) & ~is_top);
-  }
-  whole others = -1;
-  for (int lane = 0; lane < WIDTH; lane++) others += tops[lane];
-  if (others > 0) total[0] += (REAL)others * power_of_one(filled(least), a, b, m, series, form)[0];
+  for (int k = 0; k < count; k++) total += power_of_one(top - row[k] + least, a, b, m, series, form);
   return lanes_total(total);
 }
 
@@ -340,6 +378,7 @@ static REAL powers_of_row(const void *z, const softmax_power_job *j, int64_t n, 
   vec row[MOST_ROW_CLASSES / WIDTH + 1];
   const int count = row_of_logits(z, (int)j->classes, (int)j->narrow, row);
   const REAL top = j->top[n], least = (REAL)log1p((double)j->odds[n]);
+  ((REAL *)row)[first_class_of(row, count, (int)j->classes, top)] = -(REAL)INFINITY;
   if (j->complement == 0) return sum_of_powers(row, count, j, top, least, 0, series, NONE);
   if (j->second[n] < (REAL)1 / 64 && j->complement <= 1)
     return sum_of_powers(row, count, j, top, least, m, series, SHORT_SERIES);
