@@ -96,6 +96,24 @@ class ScoreMeter(Metric):
                 setattr(self, name, value)
             raise
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another meter; :meth:`compute` then returns the metric of both.
+
+        Args:
+            incoming_state: The other meter, or its state.
+
+        Raises:
+            ValueError: If the other meter has other ``bins``, or is of another class.
+        """
+        if isinstance(incoming_state, ScoreMeter) and incoming_state.bins != self.bins:
+            raise ValueError(
+                f"a meter with bins={incoming_state.bins} cannot be merged into one with bins={self.bins}: create both with "
+                "the same bins"
+            )
+        super().merge_state(incoming_state)
+        self._update_count += incoming_state._update_count if isinstance(incoming_state, Metric) else 1
+        self._computed = None  # torchmetrics would return the value before the merge
+
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
         """Move the states to a device without changing their types, because a narrower type would merge distinct scores."""
 
@@ -115,6 +133,7 @@ class ScoreMeter(Metric):
             value = state_dict.get(prefix + key)
             if value is not None:
                 state_dict[prefix + key] = list(value) if isinstance(value, list) else value.clone()
+                self._computed = None  # the value of the state before
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _take(self, scores: Tensor, target: Tensor) -> None:

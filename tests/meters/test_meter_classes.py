@@ -46,18 +46,25 @@ def test_torchmetrics_life(name, bins):
         assert_same(other.compute(), wanted)
     meter.persistent(True)
     loaded = made(case, bins)
+    loaded.update(*first)
+    loaded.compute()
     loaded.load_state_dict(meter.state_dict(), strict=False)
-    loaded._update_count = 1
     assert_same(loaded.compute(), wanted)
     other = made(case, bins)
     other.update(*second)
     merged = made(case, bins)
     merged.update(*first)
+    merged.compute()
     merged.merge_state(other)
     assert_same(merged.compute(), wanted)
     meter.reset()
     meter.update(*second)
     assert_same(meter.compute(), expected(case, tuple(second)))
+
+
+def test_merging_refuses_other_bins():
+    with pytest.raises(ValueError, match="bins=1024 cannot be merged into one with bins=None"):
+        M.AUROC().merge_state(M.AUROC(bins=1024))
 
 
 @both_modes
