@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 from lightning_gradmetrics.engine.agreement import SampleNotes
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
@@ -141,7 +142,9 @@ def _kind(task: Task) -> Hashable:
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     names = tuple((name, p.shape, p.dtype, bool(p._backward_hooks)) for name, p in task.parameters.items())
     structure = (type(task.inputs).__name__, input_structure(task.inputs), task.per_sample)
-    return structure, names, attribute_key(task.model, task.record), autocast, task.wanted
+    # Function modes of the caller may change the result of every call.
+    modes = tuple(map(type, _get_current_function_mode_stack()))  # type: ignore[no-untyped-call]
+    return structure, names, attribute_key(task.model, task.record), autocast, task.wanted, modes
 
 
 def _shapes(task: Task) -> Hashable:
@@ -225,7 +228,9 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
             else:
                 alone = check_some_samples(table, strategy.fast, laid_out, state, count, checks.hides_gradients)
                 checks.compare_paths(calls, alone)
-            if not checks.is_covered and task.size > 3:  # the probe has checked the rows of three samples
+            if (
+                not (checks.is_covered or strategy.mixes) and task.size > 3
+            ):  # the probe has checked the rows of three samples
                 check_row_owners(table, restricted, strategy.plan, free, state)
             strategy.settled = strategy.settled or checks.is_covered
         known = verified if len(verified) < MOST_OUTLINES else {}
@@ -238,6 +243,8 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
         _check_hidden_gradients(table, strategy, laid_out, state)
     elif recorder is not None:
         strategy.add_path(checks.here, recorder.path() if checks.is_covered else None)
+    if strategy.mixes and task.size > 1:
+        check_row_owners(table, restricted, strategy.plan, free, state)
 
 
 def _fill_by_path(

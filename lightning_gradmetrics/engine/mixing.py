@@ -17,7 +17,7 @@ __all__ = ["mixes_samples"]
 
 
 def mixes_samples(two: Sequence[Operation], three: Sequence[Operation], logits: int) -> bool:
-    """Return whether the logits depend on an operation along the sample axis, such as a sum over the batch.
+    """Return whether the logits depend on an operation along the sample axis, such as a sum over the batch, or on an unknown one.
 
     Args:
         two: The operations with two samples.
@@ -64,9 +64,13 @@ def _is_of_each_sample(operation: Operation, two: Shape, three: Shape) -> bool:
     return not any(math.prod(shape) % 3 == 0 for shape in operation.inputs)
 
 
-_ALONG = frozenset(
-    "cumsum cumprod cummax cummin logcumsumexp _softmax _log_softmax softmax log_softmax sort argsort topk roll flip".split()
+_OF_TORCH = frozenset(["aten", "prim", "prims", "mkldnn", "onednn", "quantized", "quantized_decomposed"])
+"""Namespaces of operations of torch; what others do is unknown, because the operations inside them are not traced."""
+
+_NAMES = (
+    "cumsum cumprod cummax cummin logcumsumexp _softmax _log_softmax softmax log_softmax sort argsort topk roll flip"
 )
+_ALONG = frozenset(_NAMES.split())
 """Operations along the axes that ``dim`` or ``dims`` name, whose results have as many positions as their argument."""
 
 _WINDOWED = ("convolution", "_convolution", "max_pool", "avg_pool", "adaptive_", "_adaptive_", "upsample_", "im2col")
@@ -74,12 +78,14 @@ _WINDOWED = ("convolution", "_convolution", "max_pool", "avg_pool", "adaptive_",
 
 
 def _works_along(small: Operation, large: Operation) -> bool:
-    """Return whether an operation combines positions of an axis that is longer with three samples than with two."""
+    """Return whether an operation may combine positions of an axis that is longer with three samples than with two."""
     if not large.inputs or not small.inputs:
         return False
     before, after = small.inputs[0], large.inputs[0]
     grown = {dim for dim, (short, long) in enumerate(zip(before, after, strict=False)) if short != long}
     name, arguments = large.name.rstrip("_"), large.arguments
+    if "::" in name and name.partition("::")[0] not in _OF_TORCH:
+        return True
     if name in _ALONG:
         dims = arguments.get("dims", arguments.get("dim", -1))
         axes = [dims] if isinstance(dims, int) else dims or range(len(after))

@@ -75,6 +75,7 @@ class Strategy:
         verified: Whether the plan was compared with autograd; if it was not on the probe, this is done in the first batch.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
+        mixes: Whether an operation may work along the sample axis, so that the rows of every batch are checked.
         turn: Counts the batches of which one sample was checked, so that each batch checks another one.
         paths: For combinations of input shapes and batch size, the calls of the forward pass; ``None`` if they are not
             compared one by one.
@@ -98,6 +99,7 @@ class Strategy:
     verified: bool = True
     settled: bool = False
     reads_samples: bool = False
+    mixes: bool = False
     turn: int = 0
     paths: dict[tuple[Any, int], KnownPath | None] = field(default_factory=dict)
 

@@ -157,6 +157,7 @@ def _planned(task: Task, on_batch: bool) -> Strategy:
         path=outline.path,
         reads=outline.reads,
         reads_samples=probe.reads_samples,
+        mixes=probe.mixes,
     )
 
 

@@ -1,15 +1,33 @@
-"""Couplings and hooks that no earlier batch shows: they must not change a later batch of a known size silently."""
+"""Couplings, hooks and modes that no earlier batch shows: they must not change a later batch of a known size silently."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import lightning_gradmetrics as lgm
 
 D, SIZE = 6, 16
+
+
+@torch.library.custom_op("gradmetrics_tests::after_large", mutates_args=())
+def _after_large(hidden: Tensor, x: Tensor) -> Tensor:
+    """Double the sample after one with a large number."""
+    return hidden * (1 + (x.roll(1, 0)[:, :1] > 6))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+_after_large.register_autograd(
+    lambda ctx, gradient: (gradient * (1 + (ctx.saved_tensors[0].roll(1, 0)[:, :1] > 6)), None), setup_context=_save
+)
 
 
 class _Gated(nn.Module):
@@ -28,13 +46,17 @@ class _Gated(nn.Module):
     def cumulated(self, x: Tensor, hidden: Tensor) -> Tensor:
         return hidden + F.relu(x[:, :1] - 6).cumsum(0)
 
+    def unknown(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """An operation of another library couples the samples."""
+        return _after_large(hidden, x)
+
     def duplicates(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Each sample is averaged with its duplicates."""
         alike = (torch.cdist(x, x) < 1e-2).to(x.dtype)
         return alike @ hidden / alike.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", ["neighbours", "cumulated", "duplicates"])
+@pytest.mark.parametrize("kind", ["neighbours", "cumulated", "duplicates", "unknown"])
 def test_a_coupling_of_few_samples_that_a_later_batch_shows_is_refused(kind: str) -> None:
     """Its operation is seen on the probe, whose values do not show it."""
     torch.manual_seed(0)
@@ -65,3 +87,22 @@ def test_a_hook_on_a_parameter_changes_its_statistics(compile: bool) -> None:
     handle.remove()
     after = lgm.gradient_statistics(model, x, "pseudo_label", per_parameter=True, compile=compile)
     assert torch.allclose(after.norm(1), before.norm(1))
+
+
+class _Doubling(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is F.linear else result
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_a_function_mode_of_the_caller_changes_the_statistics() -> None:
+    """A plan made without the mode is not used."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3)).double().eval(), torch.randn(5, D).double()
+    for _ in range(4):
+        lgm.gradient_statistics(model, x, "pseudo_label")
+    with _Doubling():
+        found = lgm.gradient_statistics(model, x, "pseudo_label")
+        expected = lgm.gradient_statistics(model, x, "pseudo_label", engine="reference")
+    assert torch.allclose(found.norm(1), expected.norm(1))
