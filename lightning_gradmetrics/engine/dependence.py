@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -129,20 +130,21 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and record it."""
         kwargs = kwargs or {}
-        arguments = _by_name(func, args, kwargs)
+        schema = _schema(func)
+        arguments = schema.bind(args, kwargs)
         tensors = list(tensors_in(tuple(arguments.values())))
         bits = self.depends(tensors)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in schema.tags:
             bits |= SAMPLES
         shapes = _shapes(tensors)
-        chosen, by_data, read = self._choices(func, bits, arguments, tensors)
+        chosen, by_data, read = self._choices(schema, bits, arguments, tensors)
         result = func(*args, **kwargs)
-        outputs, written = list(tensors_in(result)), list(_written(func, arguments))
+        outputs, written = list(tensors_in(result)), list(tensors_in([arguments.get(name) for name in schema.written]))
         if bits:
             for tensor in (*outputs, *written):
                 self._add(tensor, bits)
         operation = Operation(
-            _name(func),
+            schema.name,
             bits,
             shapes,
             _shapes(outputs),
@@ -152,7 +154,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             read,
             tuple(map(self.serial, tensors)),
             tuple(map(self.serial, outputs)),
-            torch.Tag.pointwise in func.tags and func.namespace == "aten",
+            schema.pointwise,
             self._recording is not None and self._recording.depth == 0,
             tuple(map(self._key, tensors)),
             tuple(map(self._key, written)),
@@ -168,16 +170,16 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._serials[id(tensor)]
 
     def _choices(
-        self, func: Any, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
+        self, schema: _Schema, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str, str]:
         """Return the axes that an operation selects along, why its shape depends on data, and the kind of value read from it."""
-        name = _name(func)
-        if torch.Tag.data_dependent_output in func.tags and bits:
+        name = schema.name
+        if torch.Tag.data_dependent_output in schema.tags and bits:
             return (), "", "float" if tensors[0].is_floating_point() and name != "equal" else "other"
         if name in _INDEXING:
             return (*self._indexed(name, arguments), "")
-        if bits & SAMPLES and torch.Tag.pointwise not in func.tags:
-            return (*self._selected(func, name, arguments), "")
+        if bits & SAMPLES and torch.Tag.pointwise not in schema.tags:
+            return (*self._selected(schema, arguments), "")
         return (), "", ""
 
     def _indexed(self, name: str, arguments: Mapping[str, Any]) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
@@ -201,9 +203,10 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tuple(chosen), ""
 
     def _selected(
-        self, func: Any, name: str, arguments: Mapping[str, Any]
+        self, schema: _Schema, arguments: Mapping[str, Any]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
-        if torch.Tag.dynamic_output_shape in func.tags:
+        name = schema.name
+        if torch.Tag.dynamic_output_shape in schema.tags:
             return (), name
         for key in _BOUNDARIES & arguments.keys():
             if self.depends(arguments[key]) & SAMPLES:
@@ -233,7 +236,7 @@ def _name(operator: Any) -> str:
 
 
 def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in tensors)
+    return tuple([tuple(tensor.shape) for tensor in tensors])
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,24 +248,51 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _by_name(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an operation's arguments by the names of its schema, defaults included."""
-    bound = {}
-    for number, argument in enumerate(func._schema.arguments):
-        if number < len(args):
-            bound[argument.name] = args[number]
-        elif argument.name in kwargs:
-            bound[argument.name] = kwargs[argument.name]
-        elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
-    return bound
+@dataclass(frozen=True)
+class _Schema:
+    """What does not depend on the arguments of an operator.
+
+    Args:
+        name: Its name, with its namespace if torch does not define it.
+        arguments: For each argument its name, whether it has a default value, and this value.
+        written: The names of the arguments that it changes in place.
+        tags: Its tags.
+        pointwise: Whether it works element by element.
+    """
+
+    name: str
+    arguments: tuple[tuple[str, bool, Any], ...]
+    written: tuple[str, ...]
+    tags: frozenset[torch.Tag]
+    pointwise: bool
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name, defaults included."""
+        bound = dict(zip(self._names, args, strict=False))
+        for name, has_default, default in self.arguments[len(args) :]:
+            if name in kwargs:
+                bound[name] = kwargs[name]
+            elif has_default:
+                bound[name] = default
+        return bound
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [name for name, _, _ in self.arguments]
 
 
-def _written(func: Any, arguments: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Yield the tensors that an operation changes in place."""
-    for argument in func._schema.arguments:
+@lru_cache(maxsize=4096)
+def _schema(operator: Any) -> _Schema:
+    """Return the schema of an operator; reading torch's own takes longer than a small operation."""
+    arguments, written = [], []
+    for argument in operator._schema.arguments:
+        has_default = argument.has_default_value()
+        arguments.append((argument.name, has_default, argument.default_value if has_default else None))
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from tensors_in(arguments.get(argument.name))
+            written.append(argument.name)
+    tags = frozenset(operator.tags)
+    is_pointwise = torch.Tag.pointwise in tags and operator.namespace == "aten"
+    return _Schema(_name(operator), tuple(arguments), tuple(written), tags, is_pointwise)
 
 
 def _counts_up(index: Tensor, length: int) -> bool:

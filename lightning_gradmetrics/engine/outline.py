@@ -255,7 +255,8 @@ class Recording(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             self.depth -= 1
-        self.note(func, args, kwargs, result)
+        with torch._C.DisableTorchFunction():  # other modes would intercept even the reading of a shape
+            self.note(func, args, kwargs, result)
         return result
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
