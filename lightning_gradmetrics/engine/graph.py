@@ -111,15 +111,10 @@ def _nodes(output: Tensor) -> Iterator[Any]:
         waiting += [following for following, _ in node.next_functions]
 
 
-def _unknown_hooks(ignore_is_tracing: bool) -> None:
-    """Return ``None``: torch before 2.8 does not show these hooks."""
-
-
-storing_hooks: Callable[[bool], tuple[Any, Any] | None]
-storing_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", _unknown_hooks)
+storing_hooks: Callable[[bool], tuple[Any, Any] | None] = torch._C._autograd._top_saved_tensors_default_hooks
 """Returns the hooks that decide what autograd stores, as in a checkpoint, or ``None``; its argument is always ``True``."""
 
 
 def saves_through_hooks() -> bool:
-    """Return whether hooks decide what autograd stores; true for torch before 2.8, which does not show it."""
-    return storing_hooks is _unknown_hooks or storing_hooks(True) is not None
+    """Return whether hooks decide what autograd stores."""
+    return storing_hooks(True) is not None
