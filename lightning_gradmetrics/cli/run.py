@@ -1,4 +1,4 @@
-"""One run: prepare, fit, score, evaluate, write, show."""
+"""One run: prepare, fit, score, draw, evaluate, write, show."""
 
 from __future__ import annotations
 
@@ -93,6 +93,7 @@ def _evaluate_scores(config: DictConfig) -> None:
 
 
 def _run_steps(experiment: Experiment, clock: _Clock) -> None:
+    from lightning_gradmetrics.cli.steps.draw import drawn
     from lightning_gradmetrics.cli.steps.evaluate import evaluate
     from lightning_gradmetrics.cli.steps.fit import fit
     from lightning_gradmetrics.cli.steps.score import score
@@ -105,9 +106,10 @@ def _run_steps(experiment: Experiment, clock: _Clock) -> None:
     clock.note("score_seconds")
     if not experiment.trainer.is_global_zero:  # rank 0 continues with the rows of all processes
         return
-    evaluated = evaluate(experiment, scored)
-    clock.note("evaluate_seconds")
-    tables = write(experiment, scored, evaluated, clock.seconds)
+    with drawn(experiment, scored) as figures:
+        evaluated = evaluate(experiment, scored)
+        clock.note("evaluate_seconds")
+    tables = write(experiment, scored, evaluated, figures, clock.seconds)
     show(experiment, evaluated, tables)
 
 

@@ -127,7 +127,7 @@ def _check_counts(
 
 
 def _draw_map(axes: Axes, values: Tensor, class_names: Sequence[str] | None, first: bool) -> AxesImage:
-    """Draw one heat map with class names at the ticks; only the first map of a row has ticks on the left."""
+    """Draw one heat map. The first map of a row has ticks with the classes; more ticks would take longer than all maps."""
     size = len(values)
     axes.set_axis_on()
     axes.set_facecolor("0.8")
@@ -137,8 +137,10 @@ def _draw_map(axes: Axes, values: Tensor, class_names: Sequence[str] | None, fir
         axes.axhspan(index - 0.5, index + 0.5, fill=False, hatch="////", edgecolor="0.6", linewidth=0)
         axes.axvspan(index - 0.5, index + 0.5, fill=False, hatch="////", edgecolor="0.6", linewidth=0)
     axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-    axes.tick_params(labelsize=6, length=2, labelleft=first)
-    if class_names is not None:
+    axes.tick_params(labelsize=6, length=2)
+    if not first:
+        axes.set(xticks=[], yticks=[])
+    elif class_names is not None:
         names = [literal(name) for name in class_names]
         axes.set_xticks(range(size), names, rotation=90)
         axes.set_yticks(range(size), names)

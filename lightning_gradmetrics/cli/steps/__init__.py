@@ -1,1 +1,1 @@
-"""The steps of a run, in order: prepare, fit, score, evaluate, write, show."""
+"""The steps of a run, in order: prepare, fit, score, draw, evaluate, write, show."""

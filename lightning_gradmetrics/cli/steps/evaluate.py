@@ -1,4 +1,4 @@
-"""Step 4: evaluate the scores, and compute the other requested tables."""
+"""Step 5: evaluate the scores, and compute the other requested tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_gradmetrics.evaluation import Evaluation
 from lightning_gradmetrics.report.tables.marks import detects
 from lightning_gradmetrics.scores import Score
 
-__all__ = ["Evaluated", "evaluate"]
+__all__ = ["Evaluated", "evaluate", "evaluation_of"]
 
 Record = dict[str, Any]
 
@@ -55,7 +55,7 @@ def evaluate(experiment: Experiment, scored: Scored) -> Evaluated:
     """
     settings = experiment.settings
     detectors = [score for score in scored.scores if detects(score)]
-    evaluation = _evaluation(experiment, scored)
+    evaluation = evaluation_of(experiment, scored, settings.resamples)
     compared, costs, areas = [], [], []
     if scored.without:
         compared = compare_fitted(
@@ -73,14 +73,19 @@ def evaluate(experiment: Experiment, scored: Scored) -> Evaluated:
     return Evaluated(evaluation, detectors, compared, costs, areas, _planted(experiment, scored))
 
 
-def _evaluation(experiment: Experiment, scored: Scored) -> Evaluation:
-    """Return the metrics of the detectors, with intervals and a progress bar."""
+def evaluation_of(experiment: Experiment, scored: Scored, resamples: int) -> Evaluation:
+    """Return the metrics of the detectors, with intervals from this number of resamples and a progress bar.
+
+    Args:
+        experiment: The run.
+        scored: Its results.
+        resamples: The number of bootstrap resamples; 0 computes no intervals.
+    """
     present = set(scored.results["dataset"].to_pylist())
     roles = {name: role for name, role in experiment.data.roles.items() if name in present}
-    settings = experiment.settings
     with progress_bar("Intervals") as progress:
         return evaluate_detectors(
-            scored.results, scored.scores, roles, settings.resamples, seed=settings.seed, progress=progress
+            scored.results, scored.scores, roles, resamples, seed=experiment.settings.seed, progress=progress
         )
 
 

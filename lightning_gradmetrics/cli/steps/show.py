@@ -1,4 +1,4 @@
-"""Step 6: print the tables to the standard output stream, and the paths of the files to the standard error stream."""
+"""Step 7: print the tables to the standard output stream, and the paths of the files to the standard error stream."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Step 5: write the files of a run, each under a temporary name first."""
+"""Step 6: write the other files of a run, each under a temporary name first."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ from lightning_gradmetrics.cli.leaderboard_record import leaderboard_record, wri
 from lightning_gradmetrics.cli.steps.evaluate import Evaluated
 from lightning_gradmetrics.cli.steps.prepare import Experiment
 from lightning_gradmetrics.cli.steps.score import Scored
-from lightning_gradmetrics.pictures import curve_pictures, sample_paths, write_pictures, write_thumbnails
+from lightning_gradmetrics.pictures import sample_paths, write_thumbnails
 from lightning_gradmetrics.report import (
     listed_samples,
     write_metrics_tables,
@@ -30,25 +30,25 @@ __all__ = ["write"]
 
 
 def write(
-    experiment: Experiment, scored: Scored, evaluated: Evaluated, seconds: Mapping[str, float]
+    experiment: Experiment,
+    scored: Scored,
+    evaluated: Evaluated,
+    figures: Sequence[Mapping[str, str]],
+    seconds: Mapping[str, float],
 ) -> dict[str, pa.Table]:
-    """Write all results of a run to its directory.
+    """Write all results of a run to its directory, except the figures.
 
     Args:
         experiment: The run.
         scored: Its results.
         evaluated: Its metrics.
+        figures: The files of the figures and their captions.
         seconds: The duration of each step.
 
     Returns:
         The tables of the callback, such as the samples with the largest scores.
     """
     directory, callback = experiment.directory, experiment.callback
-    with replaced(directory / "figures") as folder:
-        figures = write_pictures(callback.pictures(), folder.parent)
-        if experiment.settings.report and evaluated.detectors:
-            write_pictures(curve_pictures(scored.results, evaluated.evaluation), folder.parent, pdf=True)
-        folder.mkdir(exist_ok=True)
     write_run(
         directory,
         _with_paths(scored.results, experiment.data.sets),
