@@ -27,8 +27,8 @@ save_all(*pickle.load(sys.stdin.buffer))
 def saving(figures: Sequence[Saving]) -> Iterator[None]:
     """Save figures in a second process during the block, and wait for it at the end of the block.
 
-    If this process may use one core only, it saves the figures before the block. Warnings of the second process are
-    printed to the standard error stream.
+    If this process may use one core only, or if a figure cannot be pickled, this process saves the figures before the block.
+    Warnings of the second process are printed to the standard error stream.
 
     Args:
         figures: The figures. They may not change during the block.
@@ -38,11 +38,12 @@ def saving(figures: Sequence[Saving]) -> Iterator[None]:
     """
     import torch
 
-    if torch.get_num_threads() < 2:
+    content = _pickled(figures) if torch.get_num_threads() > 1 else None
+    if content is None:
         save_all(figures, {})
         yield
         return
-    with _started(figures) as process:
+    with _started(content) as process:
         try:
             yield
             _, messages = process.communicate()
@@ -56,12 +57,20 @@ def saving(figures: Sequence[Saving]) -> Iterator[None]:
     sys.stderr.write(messages)
 
 
-def _started(figures: Sequence[Saving]) -> subprocess.Popen[str]:
+def _pickled(figures: Sequence[Saving]) -> bytes | None:
+    """Return the figures and the settings as bytes; ``None`` if that is impossible, as for a tick formatter that is a lambda."""
+    try:
+        return pickle.dumps((figures, _settings()))
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return None
+
+
+def _started(content: bytes) -> subprocess.Popen[str]:
     """Start the process that saves the figures."""
     options = [f"-W{option}" for option in sys.warnoptions]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with TemporaryFile() as file:  # a pipe would block this process until the figures are read
-        pickle.dump((figures, _settings()), file)
+        file.write(content)
         file.seek(0)
         command = [sys.executable, *options, "-c", PROGRAM]
         return subprocess.Popen(

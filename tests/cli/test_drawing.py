@@ -58,3 +58,11 @@ def test_an_error_in_the_block_ends_the_second_process(tmp_path: Path, monkeypat
     with pytest.raises(KeyError, match="mine"), saving([(partial(Figure().savefig, tmp_path / "a.svg"), {})]):
         raise KeyError("mine")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_figure_that_cannot_be_pickled_is_saved_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    figure = Figure(figsize=(1, 1))
+    figure.add_subplot().xaxis.set_major_formatter(lambda value, position: "x")
+    with saving([(partial(figure.savefig, tmp_path / "a.svg"), {})]):
+        assert (tmp_path / "a.svg").exists()
