@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradmetrics.classifier.input_errors import problem_of
 from lightning_gradmetrics.classifier.labels import MULTI_LABEL
-from lightning_gradmetrics.classifier.preservation import preserved
+from lightning_gradmetrics.classifier.preservation import modules_of, preserved
 
 __all__ = [
     "Inputs",
@@ -236,7 +236,7 @@ def check_model(model: nn.Module, modules: Iterable[nn.Module] | None = None) ->
     Raises:
         ValueError: If a batch norm is in train mode, or a model of transformers is declared multi-label.
     """
-    for module in model.modules() if modules is None else modules:
+    for module in modules_of(model) if modules is None else modules:
         if getattr(vars(module).get("config"), "problem_type", None) == "multi_label_classification":
             raise ValueError(f"{type(module).__name__} is configured as a multi-label model: {MULTI_LABEL}")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):

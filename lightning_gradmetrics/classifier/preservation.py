@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.large_parts import ArrayRecord, fingerprint, recorded_copy
 from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts
 
-__all__ = ["HookState", "ModelRecord", "RandomState", "exclusive", "named_parameters", "preserved"]
+__all__ = ["HookState", "ModelRecord", "RandomState", "exclusive", "modules_of", "named_parameters", "preserved"]
 
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes of every module."""
@@ -151,6 +151,15 @@ def _overrides(model: nn.Module, *names: str) -> bool:
     return any(getattr(kind, name) is not getattr(nn.Module, name) for name in names)
 
 
+def _lists_modules_as_usual(model: nn.Module) -> bool:
+    return not _overrides(model, "modules", "named_modules")
+
+
+def modules_of(model: nn.Module) -> Iterable[nn.Module]:
+    """Return the same modules as ``model.modules()``, several times faster."""
+    return _prefixes(model) if _lists_modules_as_usual(model) else model.modules()
+
+
 def named_parameters(model: nn.Module, prefixes: Mapping[nn.Module, str] | None = None) -> dict[str, nn.Parameter]:
     """Return the same as ``dict(model.named_parameters())``, several times faster.
 
@@ -197,8 +206,7 @@ class ModelRecord:
     """
 
     def __init__(self, model: nn.Module, complete: bool = True) -> None:
-        is_usual = not _overrides(model, "modules", "named_modules")
-        self.prefixes = _prefixes(model) if is_usual else None
+        self.prefixes = _prefixes(model) if _lists_modules_as_usual(model) else None
         self.modules = tuple(model.modules() if self.prefixes is None else self.prefixes)
         self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         """For each module its attributes, and a copy of its mode and of the attributes that not all modules have."""

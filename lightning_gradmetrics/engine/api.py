@@ -220,7 +220,8 @@ def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter:
     dtype = result_dtype(next(iter(chosen.values())).dtype)
     if per_parameter:
         return GradientStatistics(tuple(chosen), torch.tensor(counts), moments, dtype)
-    return GradientStatistics(tuple(chosen), torch.tensor(sum(counts)), merged_moments(moments), dtype)
+    total = torch.scalar_tensor(sum(counts), dtype=torch.int64)  # torch.tensor takes several times as long
+    return GradientStatistics(tuple(chosen), total, merged_moments(moments), dtype)
 
 
 def _detached(tensor: Tensor) -> Tensor:

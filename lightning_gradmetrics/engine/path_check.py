@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ _HARMLESS_ATTRIBUTES = frozenset(
 )
 
 
+_VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
+"""The same as :func:`version_of`, much faster, for tensors that are no inference tensors."""
+
+
 class PathChanged(Exception):
     """A forward pass makes another call than the recorded one."""
 
@@ -57,7 +61,12 @@ class PathFollower:
 
     def follow(self, path: KnownPath, leaves: list[Tensor]) -> None:
         """Begin a forward pass."""
-        self._tensors, self._versions = leaves, list(map(version_of, leaves))
+        self._version_of: Callable[[Tensor], int] = _VERSION
+        try:
+            self._versions = list(map(_VERSION, leaves))
+        except RuntimeError:  # a leaf is an inference tensor
+            self._version_of, self._versions = version_of, list(map(version_of, leaves))
+        self._tensors = leaves
         self._calls, self._end, self._place, self._is_lost = path.calls, path.end, 0, False
 
     def _next_call(self, func: Any, values: Sequence[Any], kwargs: Any) -> KnownCall | None:
@@ -75,11 +84,12 @@ class PathFollower:
         """Compare the result of a call with the recorded one."""
         if type(result) is not Tensor or result.dtype is not known.dtype or result.shape != known.shape:
             self._lose()
+        versions, version = self._versions, self._version_of
         for position, number, changes in known.tensors:
-            if version_of(values[position]) - self._versions[number] != changes:
+            if version(values[position]) - versions[number] != changes:
                 self._lose()
         self._tensors.append(result)
-        self._versions.append(version_of(result))
+        versions.append(version(result))
 
     def _lose(self) -> None:
         """Note that the path has changed, and raise the exception, which the model may catch."""

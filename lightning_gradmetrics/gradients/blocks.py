@@ -29,5 +29,7 @@ def by_blocks(function: Callable[[Tensor], Tensor], entries: Tensor) -> Tensor:
     if entries.device.type != "cpu":
         return function(entries)
     samples = max(1, CACHED_ENTRIES // max(1, entries[0].numel())) if len(entries) else 1
+    if 0 < len(entries) <= samples:
+        return function(entries)
     blocks = [function(block) for block in torch.split(entries, samples)]  # type: ignore[no-untyped-call]
     return torch.cat(blocks)

@@ -184,9 +184,14 @@ class HeadFeatures:
     _known: dict[Moment, list[Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, features: Tensor) -> HeadFeatures:
-        """Return the features of a tensor ``(N, D, *P)``."""
-        return cls((Block((Term(features),)),))
+    def of(cls, features: Tensor, is_precise: bool = False) -> HeadFeatures:
+        """Return the features of a tensor ``(N, D, *P)``.
+
+        Args:
+            features: The tensor.
+            is_precise: Whether to compute as :meth:`precise` features do.
+        """
+        return cls((Block((_precise(Term(features)) if is_precise else Term(features),)),))
 
     @property
     def is_product(self) -> bool:
@@ -259,20 +264,20 @@ class HeadFeatures:
 
     def precise(self) -> HeadFeatures:
         """Return the features that are computed in float64 for samples, and in at least float32 for positions."""
-
-        def converted(term: Term) -> Term:
-            features = term.input.detach()
-            if features.ndim > 2:
-                return replace(term, input=at_least_float32(features))
-            return replace(term, input=features, dtype=accumulator(features))
-
-        return self._with_terms(converted)
+        return self._with_terms(_precise)
 
     def _with_terms(self, change: Callable[[Term], Term]) -> HeadFeatures:
         blocks = []
         for block in self.blocks:
             blocks.append(replace(block, terms=tuple(map(change, block.terms))))
         return HeadFeatures(tuple(blocks))
+
+
+def _precise(term: Term) -> Term:
+    features = term.input.detach()
+    if features.ndim > 2:
+        return replace(term, input=at_least_float32(features))
+    return replace(term, input=features, dtype=accumulator(features))
 
 
 def merged_moments(parts: list[Moments]) -> Moments:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -70,7 +71,8 @@ def moments_for(statistics: Iterable[str]) -> frozenset[Moment]:
 _NEEDED: dict[str, set[Moment]] = {"max": {"max"}, "min": {"min"}, "mean": {"sum"}, "std": {"sum", 2.0}}
 
 
-def _norm_moments(name: str) -> set[Moment]:
+@lru_cache(maxsize=256)
+def _norm_moments(name: str) -> frozenset[Moment]:
     """Return the moments of ``l<p>``."""
     try:
         p = float(name.removeprefix("l")) if name.startswith("l") else -1.0
@@ -80,7 +82,7 @@ def _norm_moments(name: str) -> set[Moment]:
         raise ValueError(
             f"unknown statistic {name!r}; available: {', '.join(STATISTICS)}, and l<p> for a p-norm with p > 0"
         )
-    return {"max", "min"} if math.isinf(p) else {p}
+    return frozenset({"max", "min"} if math.isinf(p) else {p})
 
 
 def gradient_moments(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:

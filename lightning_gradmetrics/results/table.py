@@ -41,6 +41,7 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
     flags: list[Tensor] = []
     columns: list[Tensor] = []
     tensors: list[Tensor] = []
+    matrices: list[Tensor] = []
     for argument in _arguments(inputs):
         if _is_one_tensor_per_sample(argument, size):
             flags.append(torch.stack([sample.detach().isfinite().all() for sample in argument]))
@@ -52,10 +53,14 @@ def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> T
         if tensor.ndim == 1:
             columns.append(tensor.detach())
         else:
-            flags.append(_rows_without_nan(tensor.detach().reshape(size, -1)))
-    if columns:
-        flags.append(torch.stack(columns).isfinite().all(0))
-    return torch.stack(flags).all(0) if flags else torch.ones(size, dtype=torch.bool)
+            matrices.append(tensor.detach().reshape(size, -1))
+    joined = [torch.stack(columns)] if columns else []
+    if not flags and all(map(_has_finite_sum, (*matrices, *joined))):
+        return torch.ones(size, dtype=torch.bool)
+    flags += map(_rows_without_nan, matrices)
+    for values in joined:
+        flags.append(values.isfinite().all(0))
+    return torch.stack(flags).all(0)
 
 
 def _arguments(inputs: Inputs | None) -> Iterable[Any]:
@@ -69,6 +74,11 @@ def _is_one_tensor_per_sample(argument: Any, size: int) -> bool:
     """Return whether an argument is a list of N tensors, such as images of several sizes."""
     is_list = isinstance(argument, list) and len(argument) == size > 0
     return is_list and all(isinstance(sample, Tensor) for sample in argument)
+
+
+def _has_finite_sum(tensor: Tensor) -> bool:
+    """Return whether the sum of a tensor on the CPU is finite, which proves that all entries are; an overflow does not."""
+    return tensor.device.type == "cpu" and math.isfinite(float(tensor.sum()))
 
 
 def _rows_without_nan(rows: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class Evidence:
         if self.given_features is None:
             _missing("the head's input")
         features = self.given_features
-        return (HeadFeatures.of(features) if isinstance(features, Tensor) else features).precise()
+        return HeadFeatures.of(features, is_precise=True) if isinstance(features, Tensor) else features.precise()
 
     @property
     def has_product_gradient(self) -> bool:

@@ -102,7 +102,9 @@ class HeadGradient(Gradient):
             parts.append(product_moments(left, right, wanted))
             count += classes * block.width
         dtype = result_dtype(self._logits.dtype)
-        return GradientStatistics(("head",), torch.tensor(count), merged_moments(parts), dtype)
+        return GradientStatistics(
+            ("head",), torch.scalar_tensor(count, dtype=torch.int64), merged_moments(parts), dtype
+        )
 
     def _left(self, block: Block, needed: Iterable[Moment]) -> tuple[Moments, int]:
         """Return the moments of the block's part of the logits' gradient, and its number of classes."""

@@ -189,9 +189,10 @@ class StepObserver:
 
     def _is_unobserved(self, seen: Observation) -> bool:
         """Return whether the hooks of the layers did not run."""
-        calls = seen.layers if self._name is None else seen.of_layer(self._name)
-        heads = {self._name, *linear_layers(self.model)}
-        return not any(call.name in heads for call in calls)
+        if self._name is not None:
+            return not seen.of_layer(self._name)
+        heads = set(linear_layers(self.model))
+        return not any(call.name in heads for call in seen.layers)
 
     def _joined(self, calls: Sequence[ModelCall], size: int | None) -> tuple[Inputs | None, Tensor | None]:
         """Return inputs and logits of the samples, from calls with consecutive parts of the batch or from equal calls."""
@@ -206,8 +207,10 @@ class StepObserver:
 
     def _check_head(self, output: Tensor, logits: Tensor | None) -> None:
         assert logits is not None
-        if output.shape == logits.shape and torch.equal(output.to(logits.dtype).nan_to_num(), logits.nan_to_num()):
-            return
+        if output.shape == logits.shape:
+            same = output.to(logits.dtype)
+            if torch.equal(same, logits) or torch.equal(same.nan_to_num(), logits.nan_to_num()):
+                return
         raise HeadNotFoundError(
             f"the layer {self._name!r} returned the model's logits in an earlier batch, but not in this one. Pass "
             "head=, the layer whose output is the logits, or submodule=, the part of the model to score"
