@@ -30,7 +30,7 @@ from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
 from lightning_gradmetrics.engine.path_check import forward_alone, logits_on_path
 from lightning_gradmetrics.engine.path_record import KnownPath
 from lightning_gradmetrics.engine.plan import PlanError
-from lightning_gradmetrics.engine.samples import close_rows, input_structure
+from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
@@ -81,10 +81,11 @@ class _State:
     def key(self) -> Hashable:
         """Return everything that a graph depends on, except the values of tensors and the number of samples."""
         task = self._task
-        layouts = [(tensor.shape[1:], tensor.stride()) for tensor in tensors_in(task.inputs)]
+        strides = tuple(map(Tensor.stride, tensors_in(task.inputs)))
         labels = None if task.targets is None else (task.targets.dtype, task.targets.stride())
         options = (task.objectives, task.wanted, task.memory, _precision(_device(task)), labels)
-        structure = (tuple(layouts), task.per_sample, input_structure(task.inputs))
+        shapes = input_shapes(task.inputs, task.per_sample)
+        structure = (shapes, strides, task.per_sample, input_structure(task.inputs))
         attributes = attribute_key(task.model, self._record)
         return tuple(self._modules), attributes, tuple(task.parameters), structure, options
 

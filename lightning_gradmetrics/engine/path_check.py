@@ -206,14 +206,14 @@ def logits_on_path(task: Task, number: int, path: KnownPath) -> Tensor | None:
         number: The number of the sample.
         path: The calls.
     """
-    single = task.picked([number])
-    leaves = leaves_of(single)
+    inputs = task.inputs_at([number])
+    leaves = leaves_of(task, inputs)
     if leaves is None or len(leaves) != path.leaves:
         return None
     check = PathCheck(path, leaves)
     try:
         with torch.enable_grad(), check:
-            logits = single.forward(for_gradients=False)
+            logits = task.logits_of(inputs, 1)
         check.require_end(logits)
     except PathChanged:
         return None

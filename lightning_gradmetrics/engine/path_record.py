@@ -99,11 +99,16 @@ class KnownPath:
     is_direct: bool
 
 
-def leaves_of(task: Task) -> list[Tensor] | None:
-    """Return the inputs, parameters, buffers and tensors among the attributes; ``None`` if two are the same tensor."""
+def leaves_of(task: Task, inputs: Any = None) -> list[Tensor] | None:
+    """Return the inputs, parameters, buffers and tensors among the attributes; ``None`` if two are the same tensor.
+
+    Args:
+        task: The batch.
+        inputs: Other inputs than those of the batch.
+    """
     if task.record is None:
         return None
-    leaves = [*tensors_in(task.inputs), *task.record.parameters, *task.record.tensors()]
+    leaves = [*tensors_in(task.inputs if inputs is None else inputs), *task.record.parameters, *task.record.tensors()]
     return leaves if len(set(map(id, leaves))) == len(leaves) else None
 
 

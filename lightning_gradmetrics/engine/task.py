@@ -83,13 +83,17 @@ class Task:
         return self._take(list(samples), len(samples))
 
     def _take(self, index: slice | list[int], size: int) -> Task:
+        targets = None if self.targets is None else _rows(self.targets, index)
+        return replace(self, inputs=self.inputs_at(index), size=size, targets=targets)
+
+    def inputs_at(self, index: slice | list[int]) -> Any:
+        """Return the inputs of some samples."""
         flags = iter(self.per_sample)
 
         def take(tensor: Tensor) -> Tensor:
             return _rows(tensor, index) if next(flags) else tensor
 
-        targets = None if self.targets is None else _rows(self.targets, index)
-        return replace(self, inputs=map_tensors(self.inputs, take), size=size, targets=targets)
+        return map_tensors(self.inputs, take)
 
     def restricted(self, names: Collection[str]) -> Task:
         """Return the same task for some of its parameters."""
@@ -119,11 +123,19 @@ class Task:
             SampleAxisError: If the logits do not have one row per sample.
         """
         with contiguous_batch_norm_gradients(self.size if for_gradients else 0):
-            logits = self.logits(call(self.model, self.inputs))
+            return self.logits_of(self.inputs, self.size)
+
+    def logits_of(self, inputs: Any, size: int) -> Tensor:
+        """Return the model's logits ``(size, C)`` of other inputs.
+
+        Raises:
+            SampleAxisError: If the logits do not have one row per sample.
+        """
+        logits = self.logits(call(self.model, inputs))
         with torch._C.DisableTorchFunction():
             shape = tuple(logits.shape)
-        if len(shape) != 2 or shape[0] != self.size:
-            raise rows_not_samples(shape, self.size)
+        if len(shape) != 2 or shape[0] != size:
+            raise rows_not_samples(shape, size)
         return logits
 
     def loss(self, index: int, logits: Tensor) -> Tensor:

@@ -108,6 +108,23 @@ class _Branch(nn.Module):
         return self.layer(x) if bool((x.abs() < 1e9).all()) else self.layer(-x)
 
 
+class _SharedTable(_Branch):
+    def forward(self, x, table):
+        return self.layer(x) + table.mean(0)
+
+
+def test_a_shared_input_of_another_length_has_its_own_plan(graphs):
+    torch.manual_seed(0)
+    model, axes = _SharedTable(), {"x": 0, "table": None}
+    for rows in (7, 9, 7):
+        inputs = {"x": torch.randn(5, 4), "table": torch.randn(rows, 3)}
+        options = {"statistics": ["l2"], "sample_axis": axes}
+        compiled = gradient_statistics(model, inputs, "pseudo_label", compile=True, **options)
+        expected = gradient_statistics(model, inputs, "pseudo_label", engine="reference", **options)
+        assert _errors(compiled, expected) < 1e-5
+    assert len(compiled_plans._PROGRAMS[model]) == 2
+
+
 class _Unregistered(_Branch):
     def __init__(self) -> None:
         super().__init__()
