@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.compat.gradient_metrics import GradientMetricCollector, metrics
 
 D, SIZE = 6, 16
 
@@ -87,6 +88,17 @@ def test_a_hook_on_a_parameter_changes_its_statistics(compile: bool) -> None:
     handle.remove()
     after = lgm.gradient_statistics(model, x, "pseudo_label", per_parameter=True, compile=compile)
     assert torch.allclose(after.norm(1), before.norm(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*one backward pass per loss", "ignore:.*hook on a parameter")
+def test_a_hook_on_a_parameter_changes_what_the_collector_returns() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 3)), torch.randn(5, D)
+    collector = GradientMetricCollector(metrics.PNorm(model[0], p=1))
+    before = [collector(model(x).logsumexp(1)) for _ in range(2)]
+    model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    model[0].bias.register_hook(lambda gradient: 2 * gradient)
+    torch.testing.assert_close(collector(model(x).logsumexp(1)), 2 * before[1])
 
 
 class _Doubling(TorchFunctionMode):

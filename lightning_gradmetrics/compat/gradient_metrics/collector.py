@@ -97,9 +97,11 @@ class GradientMetricCollector:
 
     def _collected(self, loss: Tensor, retain_graph: bool) -> _Collected | None:
         """Collect from one backward pass for all losses; return ``None`` if each loss needs a backward pass."""
-        collected = _Collected(len(loss), self._metrics)
+        collected, parameters = _Collected(len(loss), self._metrics), self._parameters
         try:
-            reason = collect(loss, self._parameters, collected.add, retain_graph, self._watch.why_unseen)
+            if any(parameter._backward_hooks for parameter in parameters.values()):
+                raise PlanError("a hook on a parameter may change its gradient")
+            reason = collect(loss, parameters, collected.add, retain_graph, self._watch.why_unseen)
         except PlanError as error:
             reason = str(error)
         if reason:
