@@ -41,10 +41,10 @@ def test_threads_that_score_one_model_get_the_scores_of_their_samples() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_an_out_of_memory_error_while_planning_is_raised(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(task: object) -> None:
+    def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(verification, "_verified", fail)
+    monkeypatch.setattr(verification, "_planned", fail)
     with pytest.raises(type(error), match=str(error)):
         lgm.score(cnn(), images(3), "pseudo_label(target=all)")
 
