@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import call, logits_of
+from lightning_gradmetrics.classifier.frozen_norm import frozen_batch_norms
 
 __all__ = ["check_floats", "differentiable_logits"]
 
@@ -47,7 +48,8 @@ def differentiable_logits(model: nn.Module, inputs: Tensor, who: str) -> tuple[T
         ValueError: If the logits do not depend on the inputs.
     """
     leaf = (inputs.clone() if inputs.is_inference() else inputs).detach().requires_grad_()
-    logits = logits_of(call(model, leaf.clone()))
+    with frozen_batch_norms(model):
+        logits = logits_of(call(model, leaf.clone()))
     if not logits.requires_grad:
         raise ValueError(
             f"the logits of {type(model).__name__} do not depend on its inputs by autograd; {who} "

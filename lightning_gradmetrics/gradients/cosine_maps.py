@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,11 @@ _WHO = "cosine similarity maps"
 BUDGET = 2**28
 """Memory limit in bytes for saliency maps. A batch that needs more is split into chunks, with one forward pass each."""
 
-ROWS = {"cpu": 4, "cuda": 512}
+ROWS = {"cpu": 16, "cuda": 512}
 """Largest number of samples times classes in one backward pass. Small batches process several classes at once."""
 
-ROWS_OF_ONE = 16
-"""The same for one sample on a CPU, where a backward pass is mostly overhead."""
+MOST_ENTRIES = 2**23
+"""Limits the same number on a CPU to this number of entries of the inputs, because the memory grows with them."""
 
 
 def cosine_similarity_maps(
@@ -193,8 +194,8 @@ def _gradients(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Iterator[Tens
     """Yield the input gradients ``(N, G, ...)`` of groups of covectors ``(N, K, C)``; :data:`ROWS` limits a group."""
     rows = len(leaf) * covectors.shape[1]
     limit = ROWS.get(leaf.device.type, 1)
-    if leaf.device.type == "cpu" and len(leaf) == 1:
-        limit = ROWS_OF_ONE
+    if leaf.device.type == "cpu":
+        limit = min(limit, MOST_ENTRIES // max(1, leaf[0].numel()))
     groups = max(1, math.ceil(rows / max(limit, len(leaf))))
     for group in covectors.transpose(0, 1).tensor_split(groups):
         yield _vector_jacobian(leaf, logits, group).transpose(0, 1)
@@ -206,12 +207,16 @@ def _vector_jacobian(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Tensor:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
-                return torch.autograd.grad(logits, leaf, covectors, retain_graph=True, is_grads_batched=True)[0]
+                return torch.func.vmap(partial(_backward, leaf, logits))(covectors)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # an operation does not support batched gradients
             pass
-    return torch.stack([torch.autograd.grad(logits, leaf, row, retain_graph=True)[0] for row in covectors])
+    return torch.stack([_backward(leaf, logits, row) for row in covectors])
+
+
+def _backward(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Tensor:
+    return torch.autograd.grad(logits, leaf, covectors, retain_graph=True)[0]
 
 
 def _reduce(gradients: Tensor, sign: bool) -> Tensor:

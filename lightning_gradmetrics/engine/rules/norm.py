@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_gradmetrics.classifier.frozen_norm import frozen_batch_norm
 from lightning_gradmetrics.engine.kernels import position_sums
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
 from lightning_gradmetrics.engine.uses import RowsUse, Use
@@ -30,29 +31,12 @@ def _frozen_statistics(call: Call) -> bool:
     return first_axis(call) and not call.get("training", False)
 
 
-class _Frozen(torch.autograd.Function):
-    """Batch norm with running statistics as an affine map of the input, so that its backward is one product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
-        bias, mean, variance, eps, cudnn = rest
-        factor = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(factor if weight is None else factor * weight)
-        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, cudnn)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (factor,) = ctx.saved_tensors
-        product = gradient * factor.reshape(1, -1, *[1] * (gradient.ndim - 2))
-        return product.to(gradient.dtype), *[None] * 6
-
-
 def _run_frozen(values: dict[str, Any]) -> Tensor:
     x = values["input"]
     if x.ndim == 2 and len(x) > 1:  # without positions, torch's own backward pass is faster than a custom function
         return torch.batch_norm(**values)
     names = ("input", "weight", "bias", "running_mean", "running_var", "eps", "cudnn_enabled")
-    return _Frozen.apply(*(values[name] for name in names))  # type: ignore[no-untyped-call, no-any-return]
+    return frozen_batch_norm(*(values[name] for name in names))
 
 
 @rule(

@@ -1,0 +1,105 @@
+"""Batch norm with running statistics as an affine map of its input, so that its backward pass is one product.
+
+The backward pass of torch's batch norm also sums over all positions in eval mode, which takes several times longer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from lightning_gradmetrics.classifier.forward import has_compiled_parts
+
+__all__ = ["frozen_batch_norm", "frozen_batch_norms"]
+
+SIGNATURE = inspect.signature(F.batch_norm)
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
+        bias, mean, variance, eps, cudnn = rest
+        factor = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(factor if weight is None else factor * weight)
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, cudnn)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (factor,) = ctx.saved_tensors
+        product = gradient * factor.reshape(1, -1, *[1] * (gradient.ndim - 2))
+        return product.to(gradient.dtype), *[None] * 6
+
+
+def frozen_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float, cudnn: bool
+) -> Tensor:
+    """Return ``torch.batch_norm`` with running statistics, differentiable with respect to its input only.
+
+    Args:
+        x: ``(N, C, ...)``.
+        weight: ``(C,)``.
+        bias: ``(C,)``.
+        mean: ``(C,)``, the running mean.
+        variance: ``(C,)``, the running variance.
+        eps: Added to the variance.
+        cudnn: Whether the forward pass may use cuDNN.
+
+    Example:
+        >>> x = torch.ones(2, 3, requires_grad=True)
+        >>> frozen_batch_norm(x, None, None, torch.zeros(3), torch.full((3,), 4.0), 0.0, False).sum().backward()
+        >>> x.grad[0]
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    return _Frozen.apply(x, weight, bias, mean, variance, eps, cudnn)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _FrozenNorms(TorchFunctionMode):
+    """Calls :func:`frozen_batch_norm` where only the input of a batch norm requires a gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            values = SIGNATURE.bind(*args, **(kwargs or {}))
+            values.apply_defaults()
+            if _has_constant_parameters(**values.arguments):
+                return _frozen(**values.arguments)
+        return func(*args, **(kwargs or {}))
+
+
+def _frozen(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Any, bias: Any, eps: float, **_: Any
+) -> Tensor:
+    return frozen_batch_norm(input, weight, bias, running_mean, running_var, eps, torch.backends.cudnn.enabled)
+
+
+def _has_constant_parameters(
+    input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: bool, **_: Any
+) -> bool:
+    """Return whether a batch norm uses running statistics and constants, outside transforms of ``torch.func``."""
+    if training or running_mean is None or running_var is None or type(input) is not Tensor:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    parameters = [value for value in (running_mean, running_var, weight, bias) if value is not None]
+    return not any(parameter.requires_grad for parameter in parameters)
+
+
+@contextmanager
+def frozen_batch_norms(model: nn.Module) -> Iterator[None]:
+    """Shorten the backward passes of batch norms in eval mode whose parameters require no gradient, inside the block.
+
+    Args:
+        model: The model that is called inside the block. Does nothing if ``torch.compile`` was applied to a part of it.
+    """
+    if has_compiled_parts(model):
+        yield
+        return
+    with _FrozenNorms():
+        yield
