@@ -236,3 +236,12 @@ def test_losses_of_an_unwatched_pass_do_not_slow_the_next_ones():
         expected = collector(early)
     for _ in range(2):
         torch.testing.assert_close(collector(losses()), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_scripted_target_takes_one_backward_pass_per_loss():
+    layer = torch.jit.script(nn.Linear(4, 3).double())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    collector, reference = norms(GradientMetricCollector, ours, layer), norms(Theirs, theirs, layer)
+    with pytest.warns(UserWarning, match="inside a scripted module are hidden"):
+        found = collector(losses_of(layer, x))
+    torch.testing.assert_close(found, reference(losses_of(layer, x)), rtol=1e-6, atol=1e-9, check_dtype=False)

@@ -24,6 +24,7 @@ from lightning_gradmetrics.engine.trace import CallTrace
 __all__ = ["ModulePlan", "plan_module", "samples_in"]
 
 COUPLED = "the samples of a batch depend on each other in the watched module"
+SCRIPTED = "the calls inside a scripted module are hidden"
 ROUNDING = 64
 """Differences up to this multiple of the machine precision count as rounding."""
 
@@ -68,7 +69,7 @@ def plan_module(module: nn.Module, args: Any, kwargs: Any, parameters: Mapping[s
     """
     for submodule in module.modules():
         if isinstance(submodule, torch.jit.ScriptModule):
-            return ModulePlan(None, reason="the calls inside a scripted module are hidden")
+            return ModulePlan(None, reason=SCRIPTED)
         if type(submodule).__name__ == "OptimizedModule":
             return ModulePlan(None, reason="the calls inside a compiled module are hidden")
     before = attribute_key(module)

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.compat.gradient_metrics.listener import HEARD, Listener
 from lightning_gradmetrics.compat.gradient_metrics.ownership import mark_outputs
-from lightning_gradmetrics.compat.gradient_metrics.planning import ModulePlan, plan_module, samples_in
+from lightning_gradmetrics.compat.gradient_metrics.planning import SCRIPTED, ModulePlan, plan_module, samples_in
 from lightning_gradmetrics.engine.calls import OpeningMode, tensors_in
 from lightning_gradmetrics.engine.model_state import attribute_key
 
@@ -64,7 +64,9 @@ class Watch:
         for module in modules:
             inside |= set(module.modules()) - {module}
         for module in dict.fromkeys(modules):
-            if module not in inside:
+            if isinstance(module, torch.jit.ScriptModule):  # it accepts no hooks
+                self.why_unseen = SCRIPTED
+            elif module not in inside:
                 self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._after, with_kwargs=True, always_call=True))
         _watches.add(self)
