@@ -70,7 +70,7 @@ def reached_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list
 def runs_custom_code(output: Tensor) -> bool:
     """Return whether the backward pass from a tensor runs code of custom autograd functions or of hooks on modules.
 
-    The functions of this engine do not count.
+    The functions of this package do not count.
 
     Example:
         >>> runs_custom_code(torch.ones(2, requires_grad=True).exp())
@@ -92,11 +92,11 @@ def _is_custom(node: Any) -> bool:
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         return False
     function = getattr(type(node), "_forward_cls", None)
-    return not getattr(function, "__module__", "").startswith(_ENGINE)
+    return not getattr(function, "__module__", "").startswith(_PACKAGE)
 
 
-_ENGINE = __name__.rpartition(".")[0] + "."
-"""The package of the engine."""
+_PACKAGE = __name__.partition(".")[0] + "."
+"""This package."""
 
 
 def _nodes(output: Tensor) -> Iterator[Any]:
