@@ -23,8 +23,11 @@ _WHO = "cosine similarity maps"
 BUDGET = 2**28
 """Memory limit in bytes for saliency maps. A batch that needs more is split into chunks, with one forward pass each."""
 
-ROWS = {"cpu": 16, "cuda": 512}
+ROWS = {"cpu": 4, "cuda": 512}
 """Largest number of samples times classes in one backward pass. Small batches process several classes at once."""
+
+ROWS_OF_TWO = 16
+"""The same for one or two samples on a CPU, where a backward pass is mostly overhead."""
 
 MOST_ENTRIES = 2**23
 """Limits the same number on a CPU to this number of entries of the inputs, because the memory grows with them."""
@@ -195,6 +198,7 @@ def _gradients(leaf: Tensor, logits: Tensor, covectors: Tensor) -> Iterator[Tens
     rows = len(leaf) * covectors.shape[1]
     limit = ROWS.get(leaf.device.type, 1)
     if leaf.device.type == "cpu":
+        limit = max(limit, ROWS_OF_TWO) if len(leaf) <= 2 else limit
         limit = min(limit, MOST_ENTRIES // max(1, leaf[0].numel()))
     groups = max(1, math.ceil(rows / max(limit, len(leaf))))
     for group in covectors.transpose(0, 1).tensor_split(groups):
