@@ -130,7 +130,7 @@ class BatchChecks:
         alone = self._alone(new_size, outline)
         check_alone(task, logits, self._numbers(logits, alone), state, strategy.quiet, outline)
         if (new_size or strategy.plan is None) and alone < task.size:
-            check_halves(task, logits, state, strategy.quiet)
+            check_halves(task, logits, state, strategy.quiet, all_pairs=strategy.plan is None)
 
     def _numbers(self, logits: Tensor, count: int) -> Sequence[int]:
         """Return the numbers of the samples to run alone; a single one is another sample in each batch."""

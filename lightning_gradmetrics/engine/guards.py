@@ -105,6 +105,8 @@ def check_new_shapes(
 ) -> Outline | None:
     """Compare one sample alone with this batch, and return the outline of its forward pass.
 
+    It is neither the first nor the last sample, which stay in place if a wrong view regroups the rows of a batch.
+
     Args:
         task: The batch.
         logits: Its logits ``(N, C)``.
@@ -118,7 +120,7 @@ def check_new_shapes(
     candidates = [number for number in range(task.size) if number not in set(readers)]
     if not candidates:
         return None
-    number, outline = _CHOICE.choice(candidates), Outline()
+    number, outline = _CHOICE.choice(candidates[1:-1] or candidates[-1:]), Outline()
     compare_alone(task, logits, number, _logits(task, [number], state, quiet, outline), state)
     return outline
 
@@ -143,25 +145,33 @@ def chosen_samples(logits: Tensor, count: int) -> list[int]:
     return [*extremes, *_CHOICE.sample(others, count - len(extremes))]
 
 
-def check_halves(task: Task, logits: Tensor, state: ForwardState, quiet: bool) -> None:
+def check_halves(task: Task, logits: Tensor, state: ForwardState, quiet: bool, all_pairs: bool = False) -> None:
     """Compare the logits of two random halves of a batch with those in the batch, because the model may branch on its size.
+
+    With several divisions into halves, one for each binary digit of a sample's position, any two samples are once in different
+    halves. A sample whose logits depend on another one then has other logits in its half.
 
     Args:
         task: The batch.
         logits: Its logits ``(N, C)``.
         state: The state of the model before the batch.
         quiet: Whether to silence the warning of reentrant checkpoints about running without gradients.
+        all_pairs: Whether to separate all pairs of samples.
 
     Raises:
         CoupledSamplesError: If they differ.
     """
+    if task.size < 2:
+        return
     order = _CHOICE.sample(range(task.size), task.size)
-    for half in (order[: task.size // 2], order[task.size // 2 :]):
-        if not half or task.size < 2:
-            continue
-        alone = _logits(task, half, state, quiet)
-        for position in different_rows(alone, logits[half].detach())[:1]:
-            compare_alone(task, logits, half[position], alone[position : position + 1], state)
+    for digit in range((task.size - 1).bit_length() if all_pairs else 1):
+        halves: tuple[list[int], list[int]] = ([], [])
+        for position, number in enumerate(order):
+            halves[position >> digit & 1].append(number)
+        for half in halves:
+            alone = _logits(task, half, state, quiet)
+            for position in different_rows(alone, logits[half].detach())[:1]:
+                compare_alone(task, logits, half[position], alone[position : position + 1], state)
 
 
 def compare_alone(task: Task, logits: Tensor, number: int, alone: Tensor, state: ForwardState) -> None:

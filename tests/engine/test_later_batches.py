@@ -107,3 +107,23 @@ def test_a_question_that_a_model_without_a_plan_asks_later_is_asked_of_each_samp
             gradient_statistics(model, x, "pseudo_label")
     finally:
         ASKS["now"] = False
+
+
+def _sorted_with_gates(net: Any, x: Tensor) -> Tensor:
+    order = x[:, 0].argsort()
+    h = torch.tanh(net.a(x[order]))
+    before = torch.cat([x[order][:1] * 0, x[order][:-1]])
+    return net.head((h * (1 + (before[:, 1:2] > 6)))[order.argsort()])
+
+
+def test_a_gate_between_two_sorted_samples_is_found() -> None:
+    """Only one sample has other logits than alone, and no gradient shows it: any two samples are compared in different halves."""
+    torch.manual_seed(0)
+    model = Net(_sorted_with_gates).double().eval()
+    for _ in range(3):
+        assert error_of(model, numbers(20, WIDTH)) < 1e-8
+    for number in range(5):
+        x = numbers(20, WIDTH)
+        x[x[:, 0].argsort()[3 * number], 1] = 9.0
+        with pytest.raises(ValueError, match="depend on each other"):
+            gradient_statistics(model, x, "pseudo_label")
