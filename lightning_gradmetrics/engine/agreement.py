@@ -51,7 +51,7 @@ class VerificationNotes:
 
 
 class SampleNotes(VerificationNotes):
-    """Notes of a run of a batch, of which one random sample verifies a plan.
+    """Notes of a run of a batch, of which some samples verify a plan, a random one first.
 
     The plan has a proof, so all uses of parameters are known.
 
@@ -59,7 +59,7 @@ class SampleNotes(VerificationNotes):
         size: The number of samples.
 
     Attributes:
-        sample: The number of the sample.
+        sample: The number of the first one.
         unseen: The numbers of objectives, and the parameters whose gradients are zero for the samples compared so far.
     """
 

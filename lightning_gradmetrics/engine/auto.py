@@ -20,7 +20,7 @@ from lightning_gradmetrics.engine.path_check import PathChanged
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, raise_if_out_of_memory
 from lightning_gradmetrics.engine.row_check import check_row_owners
-from lightning_gradmetrics.engine.sample_check import check_draw, check_sample, check_some_samples, verify_by_sample
+from lightning_gradmetrics.engine.sample_check import check_draw, check_sample, check_some_samples, verify_by_samples
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
 from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
 from lightning_gradmetrics.engine.strategy import (
@@ -96,11 +96,12 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
     """Return a new strategy, and the moments; ``None`` if the batch does not follow its plan.
 
     A plan with a proof is verified on the batch. If that fails in any way, it is made again and verified on the probe, which
-    shows which parameters need slower ways.
+    shows which parameters need slower ways. The probe then includes the sample that has failed.
     """
+    probed = task
     for on_batch in (task.size > 3 and task.memory is None, False):
         with reading_attributes() as read:
-            strategy = make_strategy(task, on_batch)
+            strategy = make_strategy(probed, on_batch)
         note_read(task.model, read)
         strategy.shapes = _shapes(task)
         state.restore()
@@ -114,6 +115,8 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
             state.restore()
             if is_verified:
                 break
+            if isinstance(error, PlanError) and error.sample is not None:
+                probed = task.picked([(error.sample + shift) % task.size for shift in (-1, 0, 1)])
     return strategy, None
 
 
@@ -223,7 +226,7 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
             if strategy.random:
                 check_draw(table, strategy.fast, laid_out, state)
             elif notes is not None:
-                checks.compare_paths(calls, verify_by_sample(table, laid_out, state, notes))
+                checks.compare_paths(calls, verify_by_samples(table, laid_out, state, notes))
                 strategy.verified, strategy.path = True, calls.path
             else:
                 alone = check_some_samples(table, strategy.fast, laid_out, state, count, checks.hides_gradients)

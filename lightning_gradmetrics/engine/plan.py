@@ -33,7 +33,12 @@ class PlanError(Exception):
         message: The reason.
         step: The number of the failed step, or ``None``.
         names: The parameters concerned, if the failed step has no number.
+
+    Attributes:
+        sample: The number of the sample for which the results are wrong, if it is known.
     """
+
+    sample: int | None = None
 
     def __init__(self, message: str, step: int | None = None, names: frozenset[str] = frozenset()) -> None:
         super().__init__(message)

@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["check_draw", "check_sample", "check_some_samples", "verify_by_sample"]
+__all__ = ["check_draw", "check_sample", "check_some_samples", "verify_by_samples"]
 
 
 def check_some_samples(
@@ -45,10 +45,11 @@ def check_some_samples(
     return outline
 
 
-def verify_by_sample(table: MomentTable, laid_out: Task, state: ForwardState, notes: SampleNotes) -> Outline:
-    """Compare the moments of a sample with autograd on that sample alone, to verify a plan, and return the outline of its pass.
+def verify_by_samples(table: MomentTable, laid_out: Task, state: ForwardState, notes: SampleNotes) -> Outline:
+    """Compare the moments of two samples with autograd on each alone, to verify a plan, and return the outline of a pass.
 
-    Other samples are compared too if one of its gradients is zero.
+    One sample may hide an error, such as a wrong entry of a unit that is off for it. If a gradient is zero for both, the samples
+    follow for which the table says that it is not.
 
     Args:
         table: The filled table of the batch.
@@ -62,12 +63,34 @@ def verify_by_sample(table: MomentTable, laid_out: Task, state: ForwardState, no
     if notes.failures:
         raise PlanError(next(iter(notes.failures.values())))
     size = table.task.size
-    outlines = []
-    for number in (notes.sample, (notes.sample + 1) % size, (notes.sample + size // 2) % size):
-        outlines.append(check_sample(table, table.task.parameters, laid_out, state, number, notes=notes))
-        if not notes.unseen:
-            break
+    outlines, numbers, seen = [], [notes.sample, (notes.sample + 1) % size], set[int]()
+    while numbers:
+        for number in numbers:
+            try:
+                outlines.append(check_sample(table, table.task.parameters, laid_out, state, number, notes=notes))
+            except PlanError as error:
+                error.sample = number
+                raise
+        seen.update(numbers)
+        numbers = [] if len(seen) >= MOST_VERIFIED else _not_zero_for(table, notes, seen)
     return outlines[0]
+
+
+def _not_zero_for(table: MomentTable, notes: SampleNotes, seen: Collection[int]) -> list[int]:
+    """Return another sample for which the table has a gradient that was zero for all compared samples; none if there is no such sample.
+
+    Such a gradient may also be wrong in the table, so one further sample is compared in any case.
+    """
+    if not notes.unseen:
+        return []
+    for objective, name in sorted(notes.unseen):
+        moments = table.of_samples(slice(0, table.task.size), [name], objective)
+        is_zero = torch.stack([values[:, 0] == 0 for values in moments.values()]).all(0)
+        for number in (~is_zero).nonzero()[:, 0].tolist():
+            if number not in seen:
+                return [number]
+    others = [number for number in range(table.task.size) if number not in seen]
+    return others[-1:] if len(seen) == 2 else []
 
 
 def check_draw(table: MomentTable, names: Collection[str], laid_out: Task, state: ForwardState) -> None:
@@ -176,6 +199,9 @@ LEAST_SCALE = 2.0**-400
 
 GATES = 0.05
 """Largest relative error that ReLUs switched by rounding may explain; larger in low precision."""
+
+MOST_VERIFIED = 6
+"""Largest number of samples that are compared to verify a plan."""
 
 DRAWN = 2
 """Number of samples that are compared in a batch with random numbers, besides the first and the last one."""
