@@ -98,12 +98,12 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
     A plan with a proof is verified on the batch. If that fails in any way, it is made again and verified on the probe, which
     shows which parameters need slower ways. The probe then includes the sample that has failed.
     """
-    probed = task
+    probed, failed = task, None
     for on_batch in (task.size > 3 and task.memory is None, False):
         with reading_attributes() as read:
             strategy = make_strategy(probed, on_batch)
         note_read(task.model, read)
-        strategy.shapes = _shapes(task)
+        strategy.shapes, strategy.failed = _shapes(task), failed
         state.restore()
         is_verified = strategy.verified
         try:
@@ -115,8 +115,9 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
             state.restore()
             if is_verified:
                 break
-            if isinstance(error, PlanError) and error.sample is not None:
-                probed = task.picked([(error.sample + shift) % task.size for shift in (-1, 0, 1)])
+            failed = error.sample if isinstance(error, PlanError) else None
+            if failed is not None:
+                probed = task.picked([(failed + shift) % task.size for shift in (-1, 0, 1)])
     return strategy, None
 
 
@@ -230,6 +231,9 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
                 strategy.verified, strategy.path = True, calls.path
             else:
                 alone = check_some_samples(table, strategy.fast, laid_out, state, count, checks.hides_gradients)
+                if strategy.failed is not None:
+                    check_sample(table, strategy.fast, laid_out, state, strategy.failed, checks.hides_gradients)
+                    strategy.failed = None
                 checks.compare_paths(calls, alone)
             if (
                 not (checks.is_covered or strategy.mixes) and task.size > 3

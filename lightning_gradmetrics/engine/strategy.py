@@ -73,6 +73,7 @@ class Strategy:
         path: A number for the path of the probe's forward pass.
         reads: How often Python read values of tensors in it.
         verified: Whether the plan was compared with autograd; if it was not on the probe, this is done in the first batch.
+        failed: The number of the sample of the first batch for which an earlier plan was wrong; it is compared again.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
         mixes: Whether an operation may work along the sample axis, so that the rows of every batch are checked.
@@ -97,6 +98,7 @@ class Strategy:
     path: int = 0
     reads: int = 0
     verified: bool = True
+    failed: int | None = None
     settled: bool = False
     reads_samples: bool = False
     mixes: bool = False

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine import auto, gradient_statistics, sample_check
 from lightning_gradmetrics.engine.dependence import DependenceTrace
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
 from lightning_gradmetrics.engine.rules import RULES
@@ -124,6 +124,15 @@ def test_a_wrong_rule_is_found_on_the_batch_where_its_gradients_are_small_or_zer
             found = gradient_statistics(model, x, "pseudo_label", per_parameter=True)
         expected = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine="reference")
         torch.testing.assert_close(found.norm(2), expected.norm(2), rtol=1e-4, atol=1e-12)
+
+
+def test_a_sample_for_which_a_plan_was_wrong_is_compared_again(monkeypatch):
+    """A rule that reverses the samples is right for the middle one, which the probe and the batch compare."""
+    rule = RULES[F.linear]
+    monkeypatch.setitem(RULES, F.linear, replace(rule, uses=lambda call, gradient: rule.uses(call, gradient.flip(0))))
+    monkeypatch.setattr(sample_check, "_some_numbers", lambda size, count: [size // 2] * count)
+    torch.manual_seed(0)
+    assert error_of(nn.Linear(6, 3).double(), (numbers(9, 6),)) < 1e-8
 
 
 def test_tracing_does_not_import_the_compiler():
