@@ -235,9 +235,8 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
                     check_sample(table, strategy.fast, laid_out, state, strategy.failed, checks.hides_gradients)
                     strategy.failed = None
                 checks.compare_paths(calls, alone)
-            if (
-                not (checks.is_covered or strategy.mixes) and task.size > 3
-            ):  # the probe has checked the rows of three samples
+            # The probe has checked the rows of three samples; models that mix samples are checked below.
+            if not (checks.is_covered or strategy.mixes) and task.size > 3:
                 check_row_owners(table, restricted, strategy.plan, free, state)
             strategy.settled = strategy.settled or checks.is_covered
         known = verified if len(verified) < MOST_OUTLINES else {}

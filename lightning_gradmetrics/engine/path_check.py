@@ -126,7 +126,7 @@ class PathFollower:
         number, changes = self._end
         if self._is_lost or self._place != len(self._calls) or logits is not self._tensors[number]:
             raise PathChanged
-        if changes is not None and version_of(logits) - self._versions[number] != changes:
+        if version_of(logits) - self._versions[number] != changes:
             raise PathChanged
 
 

@@ -92,7 +92,7 @@ class KnownPath:
     """
 
     calls: tuple[KnownCall, ...]
-    end: tuple[int, Any]
+    end: tuple[int, int]
     chosen: tuple[int, ...]
     leaves: int
     held: Mapping[int, HeldStep]
@@ -132,7 +132,7 @@ class PathRecorder:
         leaves = leaves_of(task)
         self._is_simple = leaves is not None
         self._count = len(leaves or ())
-        self._end: tuple[int, Any] | None = None
+        self._end: tuple[int, int] | None = None
         self._chosen = _chosen_leaves(task, leaves or ())
         self._calls: list[KnownCall] = []
         self._held: dict[int, HeldStep] = {}

@@ -201,7 +201,7 @@ class SpearmanCorrelation(ScoreMeter):
         self.scores.append(check_scores(preds.reshape(-1), "preds").reshape(preds.shape))
 
     def _width(self) -> int | None:
-        """The number of scores, or None before the first batch of a meter without names."""
+        """The number of scores; ``None`` before the first batch of a meter without names."""
         if self.names is not None:
             return len(self.names)
         return self.scores[0].shape[1] if len(self.scores) else None

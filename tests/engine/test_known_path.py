@@ -233,6 +233,13 @@ class InOrder(nn.Module):
         return self.end(x)
 
 
+def require_known_path(model: nn.Module) -> None:
+    """Run four right batches of five samples, after which a path is known."""
+    for _ in range(4):
+        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
+    assert any(path is not None for path in paths_of(model)), "no path is known"
+
+
 def test_chosen_layers_in_another_order() -> None:
     torch.manual_seed(0)
     model = InOrder(nn.functional.softplus).double().eval()
@@ -261,9 +268,7 @@ def test_logits_that_a_dispatcher_operator_couples_later(is_in_place: bool) -> N
 
     CHANGED["on"] = False
     model = InOrder(end).double().eval()
-    for _ in range(4):
-        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
-    assert any(path is not None for path in paths_of(model)), "no path is known"
+    require_known_path(model)
     CHANGED["on"] = True
     try:
         with pytest.raises(ValueError, match="depend on each other"):
@@ -285,9 +290,7 @@ def test_buffers_that_a_dispatcher_operator_changes(later: bool) -> None:
     CHANGED["on"] = False
     model: Any = InOrder(end).double().eval()
     model.register_buffer("offset", torch.ones(6, dtype=torch.float64))
-    for _ in range(4):
-        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
-    assert any(path is not None for path in paths_of(model)), "no path is known"
+    require_known_path(model)
     CHANGED["on"] = later
     try:
         with pytest.raises(ValueError, match="depend on each other"):
@@ -301,7 +304,4 @@ def test_inputs_by_keyword() -> None:
     torch.manual_seed(0)
     model: Any = InOrder(lambda logits: F.linear(input=logits, weight=model.weight))
     model.weight = nn.Parameter(torch.randn(6, 6))
-    model.double().eval()
-    for _ in range(4):
-        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
-    assert any(path is not None for path in paths_of(model)), "no path is known"
+    require_known_path(model.double().eval())

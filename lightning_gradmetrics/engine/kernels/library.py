@@ -212,7 +212,7 @@ def _run(command: Sequence[str], scratch: str) -> None:
 
 
 def _loaded(path: Path) -> Any:
-    """Return the library in a file, or None if it cannot be loaded or was built from other sources."""
+    """Return the library in a file; ``None`` if it cannot be loaded or was built from other sources."""
     try:
         library = ctypes.CDLL(str(path))
         for name, structure in JOB_SIZES.items():

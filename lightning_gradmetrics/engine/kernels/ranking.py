@@ -18,7 +18,7 @@ TYPES = (torch.int32, torch.float64)
 def ranking_totals(
     negatives_to: Tensor, positives_to: Tensor, harmonic: Tensor
 ) -> tuple[float, float, float, float] | None:
-    """Return the totals over all samples that ranking metrics need, or None if plain torch computes them.
+    """Return the totals over all samples that ranking metrics need; ``None`` if plain torch must compute them.
 
     Args:
         negatives_to: ``(G,)`` in int32 or float64, the negatives at or below each distinct score, in ascending order.

@@ -38,7 +38,7 @@ class SortedCounts(NamedTuple):
 
 
 def sorted_counts(scores: Tensor, target: Tensor) -> SortedCounts | None:
-    """Return counts per distinct score, or None if there is no kernel for these scores.
+    """Return the counts of each distinct score; ``None`` if no kernel supports the type or device of the scores.
 
     The class of each sample is sorted with its score, in one integer that has all bits of the score.
 
