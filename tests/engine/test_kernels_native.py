@@ -31,9 +31,9 @@ def test_the_compiled_kernels_support_single_and_double_precision():
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 2, 700, 40), (1, 1, 5, 300), (40, 3, 33, 7)])
+@pytest.mark.parametrize("shape", [(3, 2, 700, 40), (1, 1, 5, 300), (40, 3, 33, 7), (4, 1, 513, 16), (4, 1, 9, 32)])
 def test_every_memory_layout_has_the_same_moments(dtype, shape):
-    """More positions than a block, more columns than a panel, few and many samples; channels first and last."""
+    """More positions than a block, more columns than a panel, panels of one vector, panels in place; channels first and last."""
     n, groups, positions, width = shape
     torch.manual_seed(0)
     x, g = (torch.randn(n, groups * c, positions, dtype=dtype) for c in (5, width))
@@ -41,7 +41,8 @@ def test_every_memory_layout_has_the_same_moments(dtype, shape):
     expected = gradient_moments(kernels.conv_gradient(x.double(), g.double(), geometry), ALL)
     last = [t.mT.contiguous().mT for t in (x, g)]
     wide = [torch.stack([t, t], -1)[..., 0] for t in (x, g)]
-    for xs, gs in ((x, g), last, wide, (x, last[1]), (last[0], g)):
+    unaligned = torch.cat([g.new_zeros(1), last[1].mT.flatten()])[1:].view(n, positions, -1).mT
+    for xs, gs in ((x, g), last, wide, (x, last[1]), (last[0], g), (x, unaligned)):
         actual = native.native_products(xs, gs, geometry, ALL)
         for key in ALL:
             bound = 1e-9 if dtype == torch.float64 else 1e-4

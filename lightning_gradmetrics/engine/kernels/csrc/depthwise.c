@@ -28,7 +28,7 @@ static void pack_plane(const REAL *from, int64_t channel, const int64_t step[3],
       if (channel == 1)
         for (int64_t i = 0; i < size[2]; i++) memcpy(packed + i * COLS, line + i * step[2], sizeof(REAL) * valid);
       else if (step[2] == 1)
-        pack_line(line, channel, size[2], valid, packed);
+        pack_line(line, channel, size[2], valid, packed, COLS);
       else
         for (int64_t i = 0; i < size[2]; i++)
           for (int c = 0; c < valid; c++) packed[i * COLS + c] = line[c * channel + i * step[2]];

@@ -30,7 +30,7 @@ static void pack_positions(const REAL *x, int64_t channels, int64_t channel, int
     const REAL *from = x + first * position;
     if (valid < COLS) memset(to, 0, sizeof(REAL) * channels * COLS);
     if (channel == 1)
-      pack_line(from, position, channels, valid, to);
+      pack_line(from, position, channels, valid, to, COLS);
     else if (position == 1 && valid == COLS)
       for (int64_t c = 0; c < channels; c++) memcpy(to + c * COLS, from + c * channel, sizeof(REAL) * COLS);
     else

@@ -174,9 +174,27 @@ inline_always void product(const REAL *x, const int32_t *rows, const int32_t *po
   }
 }
 
+/* The same for tiles of one vector: acc[r][0] sums the even positions and acc[r][1] the odd ones. */
+inline_always void narrow_product(const REAL *x, const int32_t *rows, const int32_t *positions, const vec *g, int count,
+                                  vec acc[ROWS][2]) {
+  const REAL *row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = x + rows[r];
+  for (int p = 0; p + 1 < count; p += 2) {
+    int64_t even = positions[p], odd = positions[p + 1];
+    vec g0 = g[p], g1 = g[p + 1];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+      acc[r][0] += row[r][even] * g0;
+      acc[r][1] += row[r][odd] * g1;
+    }
+  }
+  if (count % 2)
+    for (int r = 0; r < ROWS; r++) acc[r][0] += row[r][positions[count - 1]] * g[count - 1];
+}
+
 #if defined(__AVX__) && defined(SINGLE)
 /* Eight columns of eight positions each, from rows of positions to rows of columns. */
-inline_always void transpose(const REAL *from, int64_t step, REAL *to) {
+inline_always void transpose(const REAL *from, int64_t step, REAL *to, int lanes) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * step);
   for (int i = 0; i < 8; i += 2)
@@ -187,27 +205,28 @@ inline_always void transpose(const REAL *from, int64_t step, REAL *to) {
       a[i + 2 * k + 1] = _mm256_shuffle_ps(b[i + k], b[i + k + 2], 0xee);
     }
   for (int i = 0; i < 4; i++) {
-    _mm256_storeu_ps(to + i * COLS, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * COLS, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    _mm256_storeu_ps(to + i * lanes, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * lanes, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
   }
 }
 #define TRANSPOSED 8
 #else
 #define TRANSPOSED 1
-inline_always void transpose(const REAL *from, int64_t step, REAL *to) { *to = *from; }
+inline_always void transpose(const REAL *from, int64_t step, REAL *to, int lanes) { *to = *from; }
 #endif
 
-/* Copies a line of positions of some columns, adjacent in memory, to rows of COLS. */
-static void pack_line(const REAL *from, int64_t step, int64_t width, int columns, REAL *to) {
+/* Copies a line of positions of some columns, adjacent in memory, to rows of `lanes` values. */
+inline_always void pack_line(const REAL *from, int64_t step, int64_t width, int columns, REAL *to, int lanes) {
   int c = 0;
   for (; c + TRANSPOSED <= columns; c += TRANSPOSED) {
     int64_t i = 0;
-    for (; i + TRANSPOSED <= width; i += TRANSPOSED) transpose(from + c * step + i, step, to + i * COLS + c);
+    for (; i + TRANSPOSED <= width; i += TRANSPOSED)
+      transpose(from + c * step + i, step, to + i * lanes + c, lanes);
     for (; i < width; i++)
-      for (int k = c; k < c + TRANSPOSED; k++) to[i * COLS + k] = from[k * step + i];
+      for (int k = c; k < c + TRANSPOSED; k++) to[i * lanes + k] = from[k * step + i];
   }
   for (; c < columns; c++)
-    for (int64_t i = 0; i < width; i++) to[i * COLS + c] = from[c * step + i];
+    for (int64_t i = 0; i < width; i++) to[i * lanes + c] = from[c * step + i];
 }
 
 #endif

@@ -48,45 +48,68 @@ static void pack_input(const product_job *j, const REAL *x, REAL *to) {
       }
 }
 
-/* Copies output gradients to panels [column / COLS][position][COLS], zeros past the last column. */
-static void pack_gradient(const product_job *j, const REAL *g, int64_t columns, REAL *to) {
+/* Copies the output gradients of some columns to rows of `lanes` values, one row per position, with zeros behind them. */
+inline_always void pack_panel(const product_job *j, const REAL *g, int valid, REAL *to, int lanes) {
   int64_t h = j->out_size[1], w = j->out_size[2];
   const int64_t count = j->out_size[0] * h * w, joined = j->g_step[2] == 1 && j->g_step[1] == w;
   if (joined) w *= h, h = 1;
+  if (valid < lanes) memset(to, 0, sizeof(REAL) * count * lanes);
+  for (int64_t z = 0; z < j->out_size[0]; z++)
+    for (int64_t y = 0; y < h; y++, to += w * lanes) {
+      const REAL *from = g + z * j->g_step[0] + y * j->g_step[1];
+      if (j->g_step[2] == 1)
+        pack_line(from, j->g_channel, w, valid, to, lanes);
+      else if (j->g_channel == 1 && valid == lanes)
+        for (int64_t i = 0; i < w; i++) memcpy(to + i * lanes, from + i * j->g_step[2], sizeof(REAL) * lanes);
+      else
+        for (int64_t i = 0; i < w; i++)
+          for (int c = 0; c < valid; c++) to[i * lanes + c] = from[c * j->g_channel + i * j->g_step[2]];
+    }
+}
+
+/* Whether the output gradients of the columns already have the order of a packed panel. */
+static int is_panel(const product_job *j, const REAL *g, int64_t columns) {
+  const int64_t h = j->out_size[1], w = j->out_size[2], *step = j->g_step;
+  const int has_rows = step[2] == columns && (h == 1 || step[1] == w * columns) &&
+                       (j->out_size[0] == 1 || step[0] == h * w * columns);
+  return (columns == COLS || columns == WIDTH) && j->g_channel == 1 && has_rows && (uintptr_t)g % BYTES == 0;
+}
+
+/* Copies output gradients to panels [column / COLS][position][COLS]; a last panel of one vector gets rows of one. */
+static void pack_gradient(const product_job *j, const REAL *g, int64_t columns, REAL *to) {
+  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
   for (int64_t first = 0; first < columns; first += COLS, to += count * COLS) {
-    int valid = columns - first < COLS ? (int)(columns - first) : COLS;
-    if (valid < COLS) memset(to, 0, sizeof(REAL) * count * COLS);
-    REAL *line = to;
-    for (int64_t z = 0; z < j->out_size[0]; z++)
-      for (int64_t y = 0; y < h; y++, line += w * COLS) {
-        const REAL *from = g + first * j->g_channel + z * j->g_step[0] + y * j->g_step[1];
-        if (j->g_step[2] == 1)
-          pack_line(from, j->g_channel, w, valid, line);
-        else if (j->g_channel == 1 && valid == COLS)
-          for (int64_t i = 0; i < w; i++) memcpy(line + i * COLS, from + i * j->g_step[2], sizeof(REAL) * COLS);
-        else
-          for (int64_t i = 0; i < w; i++)
-            for (int c = 0; c < valid; c++) line[i * COLS + c] = from[c * j->g_channel + i * j->g_step[2]];
-      }
+    const REAL *from = g + first * j->g_channel;
+    if (columns - first <= WIDTH)
+      pack_panel(j, from, (int)(columns - first), to, WIDTH);
+    else
+      pack_panel(j, from, columns - first < COLS ? (int)(columns - first) : COLS, to, COLS);
   }
 }
 
-/* All tiles of one panel of columns and one block of rows. */
+/* All tiles of one panel of columns and one block of rows. The columns of a narrow panel fill one vector. */
 inline_always void panel(const product_job *j, const REAL *x, const vec *g, int64_t begin, int64_t end, int valid,
-                         vec *buffer, running *s, int mode) {
-  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
-  for (int64_t p = 0; p < count; p += BLOCK) {
-    int size = count - p < BLOCK ? (int)(count - p) : BLOCK, last = p + BLOCK >= count;
+                         vec *buffer, running *s, int mode, int narrow) {
+  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2], block = BLOCK;
+  for (int64_t p = 0; p < count; p += block) {
+    int size = count - p < block ? (int)(count - p) : (int)block, last = p + block >= count;
     vec(*stored)[ROWS][2] = (vec(*)[ROWS][2])buffer;
     for (int64_t r = begin; r < end; r += ROWS, stored++) {
       vec acc[ROWS][2];
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++)
         for (int v = 0; v < 2; v++) acc[i][v] = p ? (*stored)[i][v] : (vec){0};
-      product(x, j->rows + r, j->positions + p, g + 2 * p, size, acc);
-      if (!last)
+      if (narrow)
+        narrow_product(x, j->rows + r, j->positions + p, g + p, size, acc);
+      else
+        product(x, j->rows + r, j->positions + p, g + 2 * p, size, acc);
+      if (!last) {
         memcpy(stored, acc, sizeof acc);
-      else if (valid == COLS && end - r >= ROWS)
+        continue;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; narrow && i < ROWS; i++) acc[i][0] += acc[i][1], acc[i][1] = (vec){0};
+      if (valid == COLS && end - r >= ROWS)
         reduce(s, acc, ROWS, COLS, mode);
       else
         reduce(s, acc, end - r < ROWS ? (int)(end - r) : ROWS, valid, mode);
@@ -103,25 +126,33 @@ static void piece(product_job *j, int64_t task, char *scratch) {
   running s;
   start(&s);
   vec *buffer = (vec *)scratch;
-  REAL *g = (REAL *)(buffer + BLOCK_TILES * ROWS * 2);
+  const REAL *g = (const REAL *)(buffer + BLOCK_TILES * ROWS * 2);
   const REAL *x = j->x + n * j->x_sample + group * j->channels * j->x_channel;
   if (first < last) {
     if (j->layout != IN_PLACE) {
-      REAL *packed = g + each * COLS * count;
+      REAL *packed = (REAL *)g + each * COLS * count;
       pack_input(j, x, packed);
       x = packed;
     }
-    pack_gradient(j, j->g + n * j->g_sample + (group * j->columns + first) * j->g_channel, last - first, g);
+    const REAL *from = j->g + n * j->g_sample + (group * j->columns + first) * j->g_channel;
+    if (is_panel(j, from, last - first))
+      g = from;
+    else
+      pack_gradient(j, from, last - first, (REAL *)g);
   }
   for (int64_t r = 0; r < j->row_count; r += BLOCK_TILES * ROWS)
     for (int64_t c = first; c < last; c += COLS) {
       int64_t end = r + BLOCK_TILES * ROWS < j->row_count ? r + BLOCK_TILES * ROWS : j->row_count;
       int valid = last - c < COLS ? (int)(last - c) : COLS;
       const vec *block = (const vec *)(g + (c - first) * count);
-      if (j->mode == ALL)
-        panel(j, x, block, r, end, valid, buffer, &s, ALL);
+      if (j->mode == ALL && valid <= WIDTH)
+        panel(j, x, block, r, end, valid, buffer, &s, ALL, 1);
+      else if (j->mode == ALL)
+        panel(j, x, block, r, end, valid, buffer, &s, ALL, 0);
+      else if (valid <= WIDTH)
+        panel(j, x, block, r, end, valid, buffer, &s, SUMS, 1);
       else
-        panel(j, x, block, r, end, valid, buffer, &s, SUMS);
+        panel(j, x, block, r, end, valid, buffer, &s, SUMS, 0);
     }
   finish(&s, j->out + task * STATISTICS);
 }
