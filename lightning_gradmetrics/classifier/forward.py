@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_gradmetrics.classifier.input_errors import problem_of
 from lightning_gradmetrics.classifier.labels import MULTI_LABEL
 from lightning_gradmetrics.classifier.preservation import modules_of, preserved
+from lightning_gradmetrics.classifier.tensor_records import first_pass_watched
 
 __all__ = [
     "Inputs",
@@ -54,7 +55,8 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         ValueError: If the model fails because of the type of the inputs, or of ids outside an embedding.
     """
     try:
-        return _called(model, inputs)
+        with first_pass_watched(model):
+            return _called(model, inputs)
     except (IndexError, RuntimeError) as error:
         is_about_values = isinstance(error, IndexError) or "type" in str(error)
         words = " ".join(str(error).split())

@@ -7,7 +7,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.large_parts import ArrayRecord, fingerprint, recorded_copy
+from lightning_gradmetrics.classifier.large_parts import ArrayRecord
 from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts
+from lightning_gradmetrics.classifier.tensor_records import (
+    MemoryRecord,
+    TensorRecord,
+    TensorRecords,
+    is_written,
+    note_open,
+    warn_of_late_writes,
+)
 
 __all__ = ["HookState", "ModelRecord", "RandomState", "exclusive", "modules_of", "named_parameters", "preserved"]
 
@@ -54,7 +63,8 @@ def preserved(model: nn.Module) -> Iterator[ModelRecord]:
       new version of the tensor;
     - attributes that a forward pass sets, replaces or deletes, including the entries of containers, nested ones too, the
       attributes of configurations and namespaces, and the values of arrays and tensors;
-    - the weights of embeddings with ``max_norm``, which a forward pass rescales; other parameters are not copied;
+    - parameters whose ``.data`` a forward pass replaces, and those that it changes in place: the weights of embeddings with
+      ``max_norm``, and those of which the first forward pass shows it. Other parameters are not copied;
     - hooks of modules, because transformers adds some in a forward pass that returns hidden states;
     - the random number generators, see :class:`RandomState`.
 
@@ -198,14 +208,13 @@ class ModelRecord:
 
     Args:
         model: The model.
-        complete: Whether :meth:`restore` will be called, which needs the parameters; :meth:`restore_for_forward` does not.
 
     Attributes:
         modules: The modules of the model.
         prefixes: The prefixes of their parameters' names; ``None`` if the model lists its modules in another way.
     """
 
-    def __init__(self, model: nn.Module, complete: bool = True) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.prefixes = _prefixes(model) if _lists_modules_as_usual(model) else None
         self.modules = tuple(model.modules() if self.prefixes is None else self.prefixes)
         self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -217,22 +226,30 @@ class ModelRecord:
         self._registers: list[ContainerRecord] = []
         self._empty: list[Any] = []
         self._arrays: list[ArrayRecord] = []
-        self._buffers: list[_TensorRecord] = []
-        self._tensors: list[_TensorRecord] = []
+        self._buffers: list[Tensor] = []
+        self._tensors: list[Tensor] = []
         seen: set[int] = set()
         for module in self.modules:
             self._record_attributes(vars(module), seen)
             self._record_buffers(module)
-            if complete:
-                self._record_parameters(module)
+            self._record_parameters(module)
         self._hooks = HookState(model, self.modules)
         self.generators = RandomState(model)
+        self._memory, self._values = MemoryRecord(self.parameters), TensorRecords(self.tensors())
+        self._written = list(map(TensorRecord, filter(is_written, self.parameters)))
+        note_open(model, self)
+
+    def note_written(self, tensor: Tensor) -> None:
+        """Store the values of a parameter before it is changed in place; those of buffers and attributes are stored already."""
+        if any(map(partial(is_, tensor), self.parameters)):
+            self._written.append(TensorRecord(tensor))
 
     def _record_attributes(self, attributes: dict[str, Any], seen: set[int]) -> None:
         before, changeable = {}, []
         for name in _own_names(tuple(attributes)):
             before[name] = value = attributes[name]
-            if type(value) not in _UNCHANGEABLE:
+            kind = type(value)
+            if not (kind in _UNCHANGEABLE or (kind is tuple and _UNCHANGEABLE.issuperset(map(type, value)))):
                 changeable.append(name)
         for name in sorted(changeable):
             for part in mutable_parts(before[name], seen):
@@ -246,7 +263,7 @@ class ModelRecord:
         if isinstance(part, np.ndarray):
             self._arrays.append(ArrayRecord(part))
         elif isinstance(part, Tensor):
-            self._tensors.append(_TensorRecord(part))
+            self._tensors.append(part)
         else:
             self._record_container(part, self._containers)
 
@@ -270,7 +287,7 @@ class ModelRecord:
         if vars(module).get("max_norm") is not None:  # an embedding that rescales its weight in place
             weight = dict(registered.items()).get("weight")
             if weight is not None:
-                self._tensors.append(_TensorRecord(weight))
+                self._tensors.append(weight)
 
     def _record_buffers(self, module: nn.Module) -> None:
         registered = module._buffers
@@ -281,7 +298,7 @@ class ModelRecord:
             self._record_container(registered, self._containers)
         for buffer in registered.values():
             if buffer is not None:
-                self._buffers.append(_TensorRecord(buffer))
+                self._buffers.append(buffer)
 
     @property
     def has_attribute_tensors(self) -> bool:
@@ -290,10 +307,11 @@ class ModelRecord:
 
     def tensors(self) -> list[Tensor]:
         """Return the buffers and the tensors among the attributes, in a fixed order."""
-        return [record.tensor for record in (*self._buffers, *self._tensors)]
+        return [*self._buffers, *self._tensors]
 
     def restore(self) -> None:
         """Set everything to this state."""
+        warn_of_late_writes(self.modules[0], self._late_writes())
         for parameter, (requires_grad, gradient) in zip(self.parameters, self._requirements, strict=True):
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
@@ -301,18 +319,35 @@ class ModelRecord:
                 parameter.grad = gradient
         for container in self._registers:
             container.restore()
+        self._restore_parameters()
         self._restore_attributes()
-        for tensor in (*self._buffers, *self._tensors):
-            tensor.restore()
+        self._values.restore()
         self._hooks.restore()
         self.generators.restore()
 
+    def _late_writes(self) -> list[Tensor]:
+        """Return the parameters that were changed in place and of which there are no copies."""
+        late = self._memory.written()
+        copied = set(map(id, self._tensors))
+        copied.update(id(record.tensor) for record in self._written)
+        return [tensor for tensor in late if id(tensor) not in copied]
+
     def restore_for_forward(self) -> None:
-        """Set the attributes, hooks and changed buffers and tensors to this state, but not the parameters and the generators."""
+        """Set the attributes, hooks, and the changed values of tensors to this state, but not the generators."""
         self._hooks.restore()
         self._restore_attributes()
-        for tensor in (*self._buffers, *self._tensors):
-            tensor.restore_if_changed()
+        self.restore_tensors()
+
+    def restore_tensors(self) -> None:
+        """Set the parameters, buffers and tensors that a forward pass has replaced or changed in place to this state."""
+        self._restore_parameters()
+        self._values.restore_if_changed()
+
+    def _restore_parameters(self) -> None:
+        """Set the values of parameters that a forward pass has replaced or changed in place to this state."""
+        self._memory.restore()
+        for parameter in self._written:
+            parameter.restore()
 
     def _restore_attributes(self) -> None:
         for (attributes, before), size in zip(self.attributes, self._sizes, strict=True):
@@ -325,37 +360,6 @@ class ModelRecord:
             container.restore()
         for array in self._arrays:
             array.restore()
-
-
-class _TensorRecord:
-    """The values of a tensor, which are restored without a version bump, so that graphs with the tensor stay valid."""
-
-    __slots__ = ("_mark", "_requires_grad", "_value", "_version", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self._requires_grad = tensor, tensor.requires_grad
-        self._version = -1 if tensor.is_inference() else tensor._version
-        self._mark = fingerprint(tensor)
-        self._value = recorded_copy(tensor, self._mark)
-
-    def restore(self) -> None:
-        tensor, value = self.tensor, self._value
-        if self._mark is not None and tensor.shape == value.shape and fingerprint(tensor) == self._mark:
-            pass  # a large tensor that no forward pass has changed
-        elif tensor.is_inference():
-            with torch.inference_mode():
-                tensor.copy_(value)
-        elif tensor.shape == value.shape:
-            tensor.data.copy_(value)
-        else:
-            tensor.data = value.clone()  # the copy may be used again
-        if tensor.requires_grad != self._requires_grad and tensor.is_leaf:
-            tensor.requires_grad_(self._requires_grad)
-
-    def restore_if_changed(self) -> None:
-        """Restore the values if the tensor has a new version."""
-        if self._version >= 0 and self.tensor._version != self._version:
-            self.tensor.data.copy_(self._value)
 
 
 def _clear_all(containers: Sequence[Any]) -> None:

@@ -22,7 +22,6 @@ __all__ = [
     "opened",
     "sources_in",
     "tensors_in",
-    "version_of",
 ]
 
 Name = TypeVar("Name")
@@ -118,11 +117,6 @@ def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if type(value) is dict:
         return {key: map_arguments(function, item) for key, item in value.items()}
     return value
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place; 0 for an inference tensor."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def made_contiguous(chosen: Tensor, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.func import functional_call, grad, vjp, vmap
+from torch.overrides import TorchFunctionMode
 
 from lightning_gradmetrics.classifier.forward import map_tensors
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
@@ -29,6 +30,19 @@ def functional_moments(task: Task) -> list[Moments]:
     for start in range(0, task.size, step):
         parts.append(_chunk_moments(task.rows(start, start + step)))
     return joined(parts)
+
+
+class _NoReplacedData(TorchFunctionMode):
+    """Refuses ``tensor.data = other``: torch.func's tensors then have invalid memory, and the process may crash."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call."""
+        if func == _SET_DATA:
+            raise RuntimeError("torch.func cannot run a forward pass that replaces the .data of a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _chunk_moments(task: Task) -> list[Moments]:
@@ -77,7 +91,7 @@ def _unit_gradients(task: Task, index: int) -> tuple[dict[str, Tensor], Tensor]:
         return 0 if next(in_order) else None
 
     in_dims = (map_tensors(task.inputs, axis_of), None if task.targets is None else 0)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _NoReplacedData():
         warnings.filterwarnings("ignore", "There is a performance drop")
         mapped = vmap(gradients, in_dims, randomness="same")
         return mapped(task.inputs, task.targets)  # type: ignore[no-any-return]

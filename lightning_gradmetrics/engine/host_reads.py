@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in, version_of
+from lightning_gradmetrics.classifier.tensor_records import version_of
+from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in
 from lightning_gradmetrics.engine.layouts import Layout
 
 __all__ = ["READING", "HostRead", "PlannedRead", "ReadWatch", "Reductions", "host_value", "tensors_read"]

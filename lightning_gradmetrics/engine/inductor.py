@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_gradmetrics.engine.calls import version_of
+from lightning_gradmetrics.classifier.tensor_records import version_of
 
 __all__ = ["compiled_graph"]
 

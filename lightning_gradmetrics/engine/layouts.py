@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from lightning_gradmetrics.engine.dependence import Operation
 
 __all__ = ["Layout", "Shape", "Step", "UnprovenError"]
@@ -29,6 +32,11 @@ class Layout:
     def moved(self, dim: int) -> Layout:
         """Return the layout on another axis."""
         return Layout(dim, self.outer, self.inner)
+
+    def positions(self, tensor: Tensor) -> Tensor:
+        """Return for each of three samples which positions on the axis of a tensor belong to it, ``(3, L)``."""
+        positions = torch.arange(tensor.shape[self.dim], device=tensor.device)
+        return positions // self.inner % 3 == torch.arange(3, device=tensor.device)[:, None]
 
     def fits(self, small: Shape, large: Shape) -> bool:
         """Return whether the shapes with two and with three samples differ on this axis only, as in the layout."""

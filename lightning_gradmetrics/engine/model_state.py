@@ -36,7 +36,7 @@ _READ: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class ForwardState:
-    """The generators, attributes and buffers of a model before a forward pass.
+    """The generators, attributes, parameters and buffers of a model before a forward pass.
 
     Restoring the state makes several forward passes draw the same random numbers, and start without caches that an
     earlier pass has filled.
@@ -47,10 +47,10 @@ class ForwardState:
     """
 
     def __init__(self, model: nn.Module, record: ModelRecord | None = None) -> None:
-        self._record = ModelRecord(model, complete=False) if record is None else record
+        self._record = ModelRecord(model) if record is None else record
 
     def restore(self) -> None:
-        """Set generators, attributes and buffers to this state."""
+        """Set generators, attributes, parameters and buffers to this state."""
         torch.clear_autocast_cache()  # so that autocast casts the weights again
         self.restore_attributes()
         self._record.generators.restore()
@@ -60,8 +60,12 @@ class ForwardState:
         return not self._record.generators.is_current()
 
     def restore_attributes(self) -> None:
-        """Set attributes, hooks and buffers to this state, but not the random number generators."""
+        """Set attributes, hooks, parameters and buffers to this state, but not the random number generators."""
         self._record.restore_for_forward()
+
+    def restore_tensors(self) -> None:
+        """Set parameters, buffers and tensors among the attributes to this state, as a graph needs that contains them."""
+        self._record.restore_tensors()
 
 
 @contextmanager

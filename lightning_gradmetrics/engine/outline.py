@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in, version_of
+from lightning_gradmetrics.classifier.tensor_records import version_of
+from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in
 from lightning_gradmetrics.engine.graph import storing_hooks
 
 __all__ = ["HOOKS", "Outline", "Recording"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-from lightning_gradmetrics.engine.calls import version_of
+from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.graph import storing_hooks
 from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
 from lightning_gradmetrics.engine.outline import Outline, Recording

@@ -44,6 +44,7 @@ class Probe:
     Args:
         task: Three samples of the batch.
         losses: For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale.
+        after: The state of the model after the forward pass of these losses, which their backward pass needs.
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
         reads_activations: Whether Python, or a torch call itself, reads a value that depends on samples and parameters.
@@ -59,6 +60,7 @@ class Probe:
 
     task: Task
     losses: Sequence[tuple[Tensor, Tensor]]
+    after: ForwardState
     plan: Plan | None
     reason: str
     reads_activations: bool
@@ -87,7 +89,7 @@ def probe_model(task: Task) -> Probe:
     three = three_samples(task)
     small, _, few, outline_of_two = _traced(three.picked([0, 1]), state)
     large, logits, many, outline_of_three = _traced(three, state)
-    random = state.random_numbers_drawn()
+    random, after = state.random_numbers_drawn(), ForwardState(task.model)
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
     selection = selection_of_samples(few.operations, many.operations)
@@ -126,7 +128,9 @@ def probe_model(task: Task) -> Probe:
     if outline_of_three.has_hooks:
         alone = HOOKS
     proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
-    return Probe(three, losses, plan, reason, activations, alone, proven, mixes, reads, sizes, random, pauses, size)
+    return Probe(
+        three, losses, after, plan, reason, activations, alone, proven, mixes, reads, sizes, random, pauses, size
+    )
 
 
 def _planned_reads(
@@ -223,18 +227,12 @@ def _changes_by_layout(
         several = 0
         for tensor, shape in zip(tensors, shapes, strict=True):
             layout = layouts.get(operations.serial(tensor))
-            rows.append(None if layout is None else _changed_by(layout, tensor))
+            rows.append(None if layout is None else layout.positions(tensor))
             several += not _has_one_position(shape, tensor.shape)
         if several and all(row is None for row in rows):
             return None
         changes[number] = rows
     return changes
-
-
-def _changed_by(layout: Layout, tensor: Tensor) -> Tensor:
-    """Return the positions ``(3, L)`` of each of three samples on the sample axis."""
-    positions = torch.arange(tensor.shape[layout.dim], device=tensor.device)
-    return positions // layout.inner % 3 == torch.arange(3, device=tensor.device)[:, None]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import Inputs, call, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.one_sample import contiguous_batch_norm_gradients
 from lightning_gradmetrics.classifier.preservation import ModelRecord
-from lightning_gradmetrics.engine.calls import version_of
+from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.kernels import class_residuals
 from lightning_gradmetrics.engine.refusals import rows_not_samples
 from lightning_gradmetrics.engine.uses import merge_rows

@@ -240,6 +240,7 @@ def _gradients(probe: Probe, names: Collection[str], objective: int, number: int
     parameters = probe.task.restricted(names).parameters
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+    probe.after.restore_tensors()
     losses = probe.losses[objective][0]
     shrunk = 2.0**-3 if losses.dtype == torch.float16 else 2.0**-10
     gradients = loss_gradients(losses[number] * shrunk, list(parameters.values()))
@@ -286,6 +287,7 @@ def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -
     parameters = list(probe.task.restricted(names).parameters.values())
     for parameter in parameters:
         parameter.requires_grad_(True)
+    probe.after.restore_tensors()
     before = loss_gradients(probe.losses[0][0][0], parameters)
     state.restore()
     try:

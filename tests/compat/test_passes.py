@@ -15,6 +15,9 @@ from lightning_gradmetrics.compat.gradient_metrics import metrics as ours
 from lightning_gradmetrics.compat.gradient_metrics import watching
 from lightning_gradmetrics.compat.gradient_metrics.collector import GradientMetricCollector
 from lightning_gradmetrics.compat.gradient_metrics.listener import HEARD
+from tests.classifier.test_tensor_records import WAYS
+from tests.classifier.test_tensor_records import made as rescaling
+from tests.classifier.test_tensor_records import norms as norms_alone
 from tests.compat.collectors import Theirs, build, layers_of, losses_of, norms, small, theirs
 from tests.engine.cases import made
 from tests.models import fast_rows
@@ -249,3 +252,16 @@ def test_autocast_around_the_forward_pass_only():
         with torch.autocast("cpu", torch.bfloat16):
             loss, other = losses_of(model, x), losses_of(model, x)
         torch.testing.assert_close(collector(loss), reference(other), rtol=5e-2, atol=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trial_runs_do_not_change_the_weights(way):
+    model, x = rescaling(way)
+    plain, expected = copy.deepcopy(model), norms_alone(model, x)
+    logits_of_plain = plain(x)
+    collector = GradientMetricCollector(ours.PNorm(model, p=2))
+    logits = model(x)
+    found = collector(nn.functional.cross_entropy(logits, logits.argmax(1), reduction="none"))
+    torch.testing.assert_close(logits, logits_of_plain)
+    torch.testing.assert_close(found[:, 0], expected, check_dtype=False)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)

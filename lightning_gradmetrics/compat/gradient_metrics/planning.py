@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import gradients_enabled
 from lightning_gradmetrics.classifier.preservation import preserved
+from lightning_gradmetrics.classifier.tensor_records import first_pass_watched
 from lightning_gradmetrics.compat.gradient_metrics.verification import Record
 from lightning_gradmetrics.engine.axes import Axis, axis_between
 from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
@@ -101,6 +102,7 @@ class _Runs:
         arguments, samples = self._batch(count)
         trace = CallTrace(self._parameters, guide.calls if guide else None)
         dependence = DependenceTrace(samples, self._module.parameters())
+        self.restore()
         with dependence, trace:
             output = self._run(arguments)
         return _Run(trace, list(tensors_in(output)), dependence)
@@ -109,6 +111,7 @@ class _Runs:
         """Run on three samples with one of them replaced."""
         arguments, _ = self._batch(3, number)
         trace = CallTrace(self._parameters, guide.calls, keep=False)
+        self.restore()
         with trace:
             output = self._run(arguments)
         return _Run(trace, list(map(Tensor.detach, tensors_in(output))))
@@ -118,8 +121,8 @@ class _Runs:
         self._state.restore()
 
     def _run(self, arguments: Any) -> Any:
-        self.restore()
-        return self._module.forward(*arguments[0], **arguments[1])
+        with first_pass_watched(self._module):
+            return self._module.forward(*arguments[0], **arguments[1])
 
     def _batch(self, count: int, other: int | None = None) -> tuple[Any, list[Tensor]]:
         """Return arguments with ``count`` samples, number ``other`` replaced, and the samples."""

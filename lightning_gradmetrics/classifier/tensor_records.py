@@ -1,0 +1,294 @@
+"""Records the values and the memory of tensors, and finds the tensors that a forward pass changes in place."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_gradmetrics.classifier.large_parts import LARGE, fingerprint, recorded_copy
+from lightning_gradmetrics.classifier.notices import warn_once
+
+__all__ = [
+    "MemoryRecord",
+    "TensorRecord",
+    "TensorRecords",
+    "first_pass_watched",
+    "is_written",
+    "note_open",
+    "version_of",
+    "warn_of_late_writes",
+]
+
+_WRITTEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The parameters, buffers and tensors among attributes that a watched forward pass has changed in place."""
+
+_WATCHED: WeakSet[nn.Module] = WeakSet()
+"""The models of which a forward pass was watched."""
+
+_OPEN: WeakSet[Any] = WeakSet()
+"""The records of models that were made before a forward pass of the model was watched."""
+
+
+class MemoryRecord:
+    """The memory of tensors, which ``tensor.data = other`` replaces, and how often they were changed in place; nothing is copied.
+
+    Args:
+        tensors: The tensors; those without ordinary memory, such as uninitialised parameters, are left out.
+    """
+
+    __slots__ = ("_aliases", "_tensors", "_versions")
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = list(filter(_is_ordinary, tensors))
+        self._aliases = list(map(Tensor.detach, self._tensors))
+        self._versions = list(map(_VERSION, self._tensors))
+
+    def written(self) -> list[Tensor]:
+        """Return the tensors that were changed in place."""
+        if list(map(_VERSION, self._tensors)) == self._versions:
+            return []
+        pairs = zip(self._tensors, self._versions, strict=True)
+        return [tensor for tensor, version in pairs if tensor._version != version]
+
+    def restore(self) -> None:
+        """Make the tensors use the recorded memory again."""
+        if all(map(Tensor.is_set_to, self._tensors, self._aliases)):
+            return
+        for tensor, alias in zip(self._tensors, self._aliases, strict=True):
+            if not tensor.is_set_to(alias):
+                tensor.data = alias
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Return whether a tensor has ordinary memory and a version, unlike uninitialised parameters and most subclasses."""
+    is_plain = type(tensor) is nn.Parameter or type(tensor) is Tensor
+    return is_plain and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_inference())
+
+
+_VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+class TensorRecord:
+    """The values of a tensor, which are restored without a version bump, so that graphs with the tensor stay valid.
+
+    Args:
+        tensor: The tensor.
+    """
+
+    __slots__ = ("_mark", "_memory", "_requires_grad", "_value", "_version", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._requires_grad = tensor, tensor.requires_grad
+        self._version = -1 if tensor.is_inference() else tensor._version
+        self._memory, self._mark = MemoryRecord([tensor]), fingerprint(tensor)
+        self._value = recorded_copy(tensor, self._mark)
+
+    def restore(self) -> None:
+        """Restore the memory, the values and the flag ``requires_grad``."""
+        self._memory.restore()
+        self._restore_values()
+        tensor = self.tensor
+        if tensor.requires_grad != self._requires_grad and tensor.is_leaf:
+            tensor.requires_grad_(self._requires_grad)
+
+    def _restore_values(self) -> None:
+        tensor, value = self.tensor, self._value
+        if self._mark is not None and tensor.shape == value.shape and fingerprint(tensor) == self._mark:
+            return  # a large tensor that no forward pass has changed
+        if tensor.is_inference():
+            with torch.inference_mode():
+                tensor.copy_(value)
+        elif tensor.shape == value.shape:
+            tensor.data.copy_(value)
+        else:
+            tensor.data = value.clone()  # the copy may be used again
+
+    def restore_if_changed(self) -> None:
+        """Restore memory that was replaced, and the values if the tensor has a new version or forward passes change it."""
+        self._memory.restore()
+        if self._version >= 0 and (self.tensor._version != self._version or is_written(self.tensor)):
+            self.tensor.data.copy_(self._value)
+
+
+class TensorRecords:
+    """The values of several tensors; those of small ones are copied together.
+
+    Args:
+        tensors: The tensors.
+    """
+
+    __slots__ = ("_copies", "_memory", "_others", "_small")
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._others: list[TensorRecord] = []
+        self._small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        small: list[Tensor] = []
+        for tensor in tensors:
+            if _is_small(tensor):
+                self._small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+                small.append(tensor)
+            else:
+                self._others.append(TensorRecord(tensor))
+        self._memory, self._copies = MemoryRecord(small), list(map(_joined, self._small.values()))
+
+    def restore(self) -> None:
+        """Restore the memory, the values and the flags ``requires_grad``."""
+        self._restore_small()
+        for tensor in itertools.chain.from_iterable(self._small.values()):
+            if tensor.requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(False)
+        for record in self._others:
+            record.restore()
+
+    def restore_if_changed(self) -> None:
+        """Restore memory that was replaced and values that were changed; large tensors are changed if they have a new version."""
+        self._restore_small()
+        for record in self._others:
+            record.restore_if_changed()
+
+    def _restore_small(self) -> None:
+        self._memory.restore()
+        for tensors, copy in zip(self._small.values(), self._copies, strict=True):
+            if copy.device.type == "cpu" and torch.equal(_bits(_joined(tensors)), _bits(copy)):
+                continue
+            values = torch._C._nn.unflatten_dense_tensors(copy, tensors)  # type: ignore[attr-defined]
+            torch._foreach_copy_([tensor.data for tensor in tensors], values)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Return whether a tensor can be copied together with others."""
+    if not _is_ordinary(tensor) or tensor.requires_grad or tensor.nbytes >= LARGE:
+        return False
+    return tensor.is_contiguous() and not (tensor.is_quantized or tensor.is_complex() or tensor.is_neg())
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Return a copy of the entries of all tensors."""
+    if len(tensors) == 1:
+        return tensors[0].clone().view(-1)
+    return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[no-any-return]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of a copy, so that NaN is equal to itself and -0.0 is not equal to 0.0."""
+    return tensor.view(torch.uint8)
+
+
+def is_written(tensor: Tensor) -> bool:
+    """Return whether a watched forward pass has changed a parameter or another tensor of its model in place."""
+    return bool(_WRITTEN) and tensor in _WRITTEN
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 for an inference tensor."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def warn_of_late_writes(model: nn.Module, late: Iterable[Tensor]) -> None:
+    """Warn about parameters that a forward pass has changed in place, although the first pass did not: no copy restores them.
+
+    Later records contain copies of them.
+    """
+    names: list[str] = []
+    for parameter in late:
+        _WRITTEN[parameter] = True
+        names += [name for name, other in model.named_parameters() if other is parameter]
+    if names:
+        warn_once(
+            model,
+            f"a forward pass of {type(model).__name__} has changed parameters in place, unlike its first pass; they keep the new "
+            f"values: {', '.join(names)}. Later calls restore them",
+            stacklevel=4,
+        )
+
+
+def note_open(model: nn.Module, record: Any) -> None:
+    """Let a record of a model store the values of tensors that the first forward pass changes in place.
+
+    The record has ``parameters`` and ``tensors()``, which are watched, and ``note_written`` is called before one is changed.
+    """
+    if model not in _WATCHED:
+        _OPEN.add(record)
+
+
+@contextmanager
+def first_pass_watched(model: nn.Module) -> Iterator[None]:
+    """Watch the first forward pass of a model, so that the tensors that it changes in place are copied first.
+
+    Later records contain copies of these tensors. Copies of all parameters in every call would take too long.
+    """
+    if model in _WATCHED or not _OPEN:
+        yield
+        return
+    # torch.compile may give up on functions that it meets inside of a mode.
+    is_compiler_loaded = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if is_compiler_loaded else nullcontext(), _Watch():  # type: ignore[no-untyped-call]
+        yield
+    _WATCHED.add(model)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes each tensor of the recorded models before an operation changes it in place."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tensors: dict[int, dict[int, Tensor]] = {}
+        for record in tuple(_OPEN):
+            for tensor in (*record.parameters, *record.tensors()):
+                for key in _keys(tensor):
+                    self._tensors.setdefault(key, {})[id(tensor)] = tensor
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: torch would import its compiler, which takes a second, to keep it away from this class."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        kwargs = kwargs or {}
+        for place, name in _written_arguments(func):
+            value = args[place] if place < len(args) else kwargs.get(name)
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                self._note(tensor)
+        return func(*args, **kwargs)
+
+    def _note(self, changed: Any) -> None:
+        """Record all tensors with the memory of one that is about to change."""
+        for key in _keys(changed) if isinstance(changed, Tensor) else ():
+            for tensor in self._tensors.pop(key, {}).values():
+                with _disable_current_modes(), torch.no_grad():
+                    for record in tuple(_OPEN):
+                        record.note_written(tensor)
+                _WRITTEN[tensor] = True
+
+
+def _keys(tensor: Tensor) -> tuple[int, ...]:
+    """Return the identity of a tensor's memory, which views share; nothing for a tensor without memory."""
+    try:
+        with torch._C.DisableTorchFunction():
+            return (tensor.untyped_storage()._cdata,)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return ()
+
+
+@lru_cache(maxsize=1024)
+def _written_arguments(function: Any) -> tuple[tuple[int, str], ...]:
+    """Return the positions and the names of the arguments that an operation changes in place."""
+    schema = getattr(function, "_schema", None)
+    written: list[tuple[int, str]] = []
+    for place, argument in enumerate(() if schema is None else schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append((place, argument.name))
+    return tuple(written)

@@ -1,0 +1,130 @@
+"""Models whose forward passes replace or change their own parameters and buffers come back unchanged, with right statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_gradmetrics as lgm
+from lightning_gradmetrics.classifier.forward import call, preserved
+
+
+class Rescaling(nn.Module):
+    """Changes its weight or a buffer in every forward pass, so that a second pass from the changed state has other logits."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.body, self.head = way, nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.full((8,), 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.body.weight
+        if self.way == "replaced":
+            weight.data = torch.renorm(-weight.data, 2, 0, 0.5)
+        elif self.way == "in place":
+            weight.data *= 0.9
+        elif self.way == "without gradients":
+            with torch.no_grad():
+                weight.copy_(-F.normalize(weight))
+        elif self.way == "buffer replaced":
+            self.scale.data = self.scale.data * 0.9
+        elif self.way == "buffer in place":
+            self.scale.data.mul_(0.9)
+        elif self.way == "late" and len(x) == 5:
+            with torch.no_grad():
+                weight.mul_(0.9)
+        return self.head(self.body(x).relu() * self.scale)
+
+
+WAYS = ["replaced", "in place", "without gradients", "buffer replaced", "buffer in place"]
+
+
+def made(way: str) -> tuple[Rescaling, Tensor]:
+    torch.manual_seed(0)
+    return Rescaling(way).double().eval(), torch.randn(9, 6).double()
+
+
+def state_of(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Return the values and the memory of all parameters and buffers."""
+    return {name: (value.clone(), value.data_ptr()) for name, value in model.state_dict(keep_vars=True).items()}
+
+
+def assert_same(model: nn.Module, before: dict[str, tuple[Tensor, int]]) -> None:
+    for name, (value, place) in state_of(model).items():
+        assert torch.equal(value, before[name][0]) and place == before[name][1], name
+
+
+def norms(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the norm of each sample's gradient, each by a copy of the model."""
+    found = []
+    for sample in x:
+        alone = copy.deepcopy(model)
+        logits = alone(sample[None])
+        F.cross_entropy(logits, logits.argmax(1)).backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in alone.parameters()]).norm())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [3, 9])
+def test_each_pass_starts_from_the_model_of_the_user(way: str, size: int) -> None:
+    model, x = made(way)
+    x = x[:size]
+    expected, before = norms(model, x), state_of(model)
+    for engine in ("auto", "auto", "auto", "reference"):
+        found = lgm.gradient_statistics(model, x, "pseudo_label", engine=engine).norm(2)
+        torch.testing.assert_close(found, expected)
+        assert_same(model, before)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_leave_the_weights_unchanged(way: str) -> None:
+    model, x = made(way)
+    with torch.no_grad():
+        expected = torch.distributions.Categorical(logits=copy.deepcopy(model)(x)).entropy()
+    before = state_of(model)
+    for _ in range(2):
+        found = lgm.score(model, x, ["entropy", "gradnorm", "odin(epsilon=0.1)"])
+        torch.testing.assert_close(found["entropy"], expected, check_dtype=False)
+        assert_same(model, before)
+
+
+def test_a_change_that_the_first_pass_does_not_make_is_reported_and_undone_later() -> None:
+    model, x = made("late")
+    lgm.gradient_statistics(model, x, "pseudo_label")
+    with pytest.warns(UserWarning, match=r"unlike its first pass; they keep the new values: body\.weight"):
+        lgm.gradient_statistics(model, x[:5], "pseudo_label", engine="vmap")
+    before = state_of(model)
+    lgm.gradient_statistics(model, x[:5], "pseudo_label", engine="vmap")
+    assert_same(model, before)
+
+
+def test_torch_func_refuses_a_model_that_replaces_data() -> None:
+    """Otherwise torch crashes the process."""
+    model, x = made("buffer replaced")
+    with pytest.raises(RuntimeError, match=r"replaces the \.data of a tensor"):
+        lgm.gradient_statistics(model, x, "pseudo_label", engine="vmap")
+
+
+def test_values_are_restored_bit_by_bit() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 2)
+            self.register_buffer("first", torch.tensor([float("nan"), -0.0]))
+            self.register_buffer("second", torch.tensor(3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.first.data.zero_()
+            self.second.data.resize_(4)
+            return self.head(x)
+
+    model = Noisy()
+    with preserved(model):
+        call(model, torch.rand(3, 2))
+    assert model.first[0].isnan() and model.first[1].signbit() and model.second.shape == ()
+    assert model.second == 3
