@@ -309,10 +309,11 @@ class GradientMetrics(Outcome, PixelOutcome, TextOutcome, RunHooks):
 
     def _finish(self, trainer: Trainer) -> dict[str, float]:
         """Store the fitted scores, or gather the rows and evaluate them. The logged metrics are the same on every rank."""
+        if self._run is not None:
+            self._run.finish()
         run, self._run, self._finished = self._run, None, True
         if run is None:
             return {}
-        run.stop()
         self._indices.pause()
         metrics = self._gathered(trainer, run, self._processes)
         self._leave()

@@ -176,29 +176,29 @@ class DrawnOnce:
     Example:
         >>> drawn = DrawnOnce()
         >>> drawn.first(np.array([3, 1, 3])), drawn.first(np.array([1, 0])), drawn.repeated
-        ([3, 1, -1], [-1, 0], 2)
+        (array([ 3,  1, -1]), array([-1,  0]), 2)
     """
 
     def __init__(self) -> None:
         self._is_drawn = np.zeros(0, dtype=bool)
         self.repeated = 0
 
-    def first(self, numbers: Indices) -> list[int]:
+    def first(self, numbers: Indices) -> Indices:
         """Return the indices of a batch, -1 for those that were drawn before."""
-        size = max(int(numbers.max()) + 1, 1)
+        is_rising = numbers[0] >= 0 and bool((numbers[1:] > numbers[:-1]).all())
+        size = max(int(numbers[-1] if is_rising else numbers.max()) + 1, 1)
         if size > len(self._is_drawn):
             self._is_drawn = np.append(self._is_drawn, np.zeros(size, dtype=bool))
-        is_rising = numbers[0] >= 0 and bool((numbers[1:] > numbers[:-1]).all())
         if is_rising and not self._is_drawn[numbers].any():
             self._is_drawn[numbers] = True
-            return numbers.tolist()  # type: ignore[no-any-return]
+            return numbers
         is_first = np.zeros(len(numbers), dtype=bool)
         is_first[np.unique(numbers, return_index=True)[1]] = True
         is_known = numbers >= 0
         is_again = is_known & (~is_first | self._is_drawn[np.maximum(numbers, 0)])
         self._is_drawn[numbers[is_known]] = True
         self.repeated += int(is_again.sum())
-        return np.where(is_again, REPEATED, numbers).tolist()  # type: ignore[no-any-return]
+        return np.where(is_again, REPEATED, numbers)
 
 
 class DrawnIndices:
@@ -225,7 +225,7 @@ class DrawnIndices:
         for recorder in self._recorders:
             recorder.remove()
 
-    def of_batch(self, place: int, batch: int) -> list[int] | None:
+    def of_batch(self, place: int, batch: int) -> Indices | None:
         """Return the indices of a batch, -1 for a sample drawn before; ``None`` if they are unknown or known in advance.
 
         Args:

@@ -186,7 +186,7 @@ class Run:
     def _checked(self, labels: Tensor | None, classes: int, place: int) -> Tensor | None:
         """Return the labels; ``None`` for in-distribution data with a label outside the classes."""
         rows = self.stage.rows[place]
-        if labels is None or self.roles.get(rows.dataset, ID) != ID or not bool((labels >= classes).any()):
+        if labels is None or not len(labels) or self.roles.get(rows.dataset, ID) != ID or int(labels.max()) < classes:
             return labels
         rows.forget_labels = True
         self.reader.warn_once(
@@ -199,7 +199,7 @@ class Run:
 
     def _warn_of_unknown_index(self, place: int, moved: Tensor | None) -> None:
         rows = self.stage.rows[place]
-        if rows.index.last is None or not bool((rows.index.last == UNKNOWN).any()):
+        if rows.index.last is None or not len(rows.index.last) or int(rows.index.last.min()) > UNKNOWN:
             return
         why = OF_LOADER if moved is None else OF_HOOK
         self.reader.warn_once(
@@ -220,6 +220,11 @@ class Run:
         if self._remove is not None:
             self._remove()
             self._remove = None
+
+    def finish(self) -> None:
+        """Stop observing, and compute all scores."""
+        self.stop()
+        self.stage.settle()
 
     def close(self) -> None:
         """Stop observing, and end the stage."""

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.callback.columns import Columns
 from lightning_gradmetrics.callback.processes import Processes
+from lightning_gradmetrics.callback.small_batches import SmallBatches, are_separable
 from lightning_gradmetrics.callback.units import row_values
 from lightning_gradmetrics.pictures import PictureSource, ScoredBatch
 from lightning_gradmetrics.pictures.pixels.settings import Pixels
 from lightning_gradmetrics.pictures.pixels.source import PixelResults
-from lightning_gradmetrics.results.sample_index import REPEATED
+from lightning_gradmetrics.results.sample_index import REPEATED, Indices
 from lightning_gradmetrics.results.stores import Store
 from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scores import FittedScore
@@ -46,12 +47,21 @@ class ScoreStage:
     sources: Sequence[PictureSource] = ()
     columns: Columns = field(default_factory=dict)
     pixels: PixelResults | None = None
+    _small: list[SmallBatches] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        reads_batches = self.columns or len(self.sources) > (self.pixels is not None)
+        if reads_batches or not are_separable(self.scorer.scores):
+            return
+        for rows in self.rows:
+            rows.unscored = small = SmallBatches(self.scorer, rows)
+            self._small.append(small)
 
     def ood(self, place: int, size: int) -> Tensor | None:
         """Returns None: while scoring, roles are not used."""
         return None
 
-    def skips(self, place: int, size: int | None, seen: Sequence[int] | None) -> bool:
+    def skips(self, place: int, size: int | None, seen: Indices | None) -> bool:
         """Return whether an earlier run stored all rows of the next batch of dataloader number ``place``."""
         return size is not None and self.rows[place].index.skip(size, seen)
 
@@ -60,11 +70,20 @@ class ScoreStage:
         place: int,
         batch: ObservedBatch,
         evidence: Evidence,
-        seen: Sequence[int] | None,
+        seen: Indices | None,
         ids: Sequence[str] = (),
     ) -> None:
         """Score a batch of the dataloader number ``place``."""
         rows = self.rows[place]
+        if self._small and SmallBatches.accepts(batch, evidence):
+            self._small[place].add(batch, evidence, seen, ids)
+        else:
+            self._score(rows, batch, evidence, seen, ids)
+        self.store.after_batch(rows)
+
+    def _score(
+        self, rows: Rows, batch: ObservedBatch, evidence: Evidence, seen: Indices | None, ids: Sequence[str]
+    ) -> None:
         pixels = Pixels() if self.pixels is None else self.pixels.settings
         values = row_values(self.scorer, batch, evidence, pixels, list(self.columns))
         vectors = {}
@@ -84,7 +103,11 @@ class ScoreStage:
                     maps=values.maps,
                 )
             )
-        self.store.after_batch(rows)
+
+    def settle(self) -> None:
+        """Compute the scores of all batches."""
+        for small in self._small:
+            small.settle()
 
     def _read(self, scored: ScoredBatch) -> None:
         """Pass a batch to the picture sources."""
@@ -146,7 +169,7 @@ class FitStage:
             return None
         return torch.full((size,), self.roles[self.rows[place].dataset] != "id")
 
-    def skips(self, place: int, size: int | None, seen: Sequence[int] | None) -> bool:
+    def skips(self, place: int, size: int | None, seen: Indices | None) -> bool:
         """Returns False: every batch is fitted on."""
         return False
 
@@ -155,7 +178,7 @@ class FitStage:
         place: int,
         batch: ObservedBatch,
         evidence: Evidence,
-        seen: Sequence[int] | None,
+        seen: Indices | None,
         ids: Sequence[str] = (),
     ) -> None:
         """Accumulate a batch of the dataloader number ``place``."""
@@ -163,6 +186,9 @@ class FitStage:
         if batch.order is not None:
             index = index[batch.order.to(index.device)]
         self.fitting.add(batch, evidence, index != REPEATED)
+
+    def settle(self) -> None:
+        """Do nothing: every batch is accumulated at once."""
 
     def fitted(self, model: nn.Module, processes: Processes) -> dict[str, FittedScore]:
         """Return the fitted scores by name, from the accumulated data of all processes."""

@@ -39,6 +39,11 @@ class Entry:
         entries = some_entries(value.detach()).clone() if _has_rows(value) else None
         return cls(value, value, entries)
 
+    def equals(self, values: Tensor) -> bool:
+        """Return whether the tensor was copied before the step, and the copy has these values."""
+        is_copy = self.entries is None and self.kept is not self.given and _has_rows(self.kept)
+        return is_copy and self.kept.dtype == values.dtype and torch.equal(self.kept, values)
+
     def before(self) -> Tensor | None:
         """Return some entries of each row before the step ``(N, K)``, or ``None`` if it has no rows of real numbers."""
         if self.entries is not None or not _has_rows(self.kept):

@@ -192,7 +192,9 @@ class BatchCopy:
         after, before = [], []
         for tensor, copy_of_call in zip(received, copies, strict=True):
             entry = entry_of(self._entries, tensor)
-            original = None if entry is None or entry.given.shape != copy_of_call.shape else entry.before()
+            if entry is None or entry.given.shape != copy_of_call.shape or entry.equals(copy_of_call):
+                continue
+            original = entry.before()
             if original is None:
                 continue
             now = some_entries(copy_of_call)

@@ -77,6 +77,11 @@ def named_layer(model: nn.Module, name: str) -> nn.Module:
     Raises:
         HeadNotFoundError: If the model has no such layer.
     """
+    layer: nn.Module | None = model
+    for part in name.split("."):
+        layer = None if layer is None else layer._modules.get(part)
+    if layer is not None:
+        return layer
     try:
         return model.get_submodule(name)
     except AttributeError:

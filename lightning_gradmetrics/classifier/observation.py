@@ -72,10 +72,12 @@ class Observation:
             self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def surroundings(self) -> AbstractContextManager[Any]:
-        """Return the autocast context in which the model was called."""
+        """Return the autocast context in which the model was called; an empty one if that is the current context."""
         if self.autocast is None:
             return nullcontext()
         device, dtype, is_enabled = self.autocast
+        if (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) == (dtype, is_enabled):
+            return nullcontext()
         return torch.autocast(device, dtype, enabled=is_enabled)
 
     def of_layer(self, name: str) -> list[LayerCall]:

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 
 from lightning_gradmetrics.results.unfinished import UnfinishedBatches
 
-__all__ = ["REPEATED", "UNKNOWN", "SampleIndex", "keeps_order", "known_order", "sample_indices"]
+__all__ = ["REPEATED", "UNKNOWN", "Indices", "SampleIndex", "keeps_order", "known_order", "sample_indices"]
 
 REPEATED = -1
 """The index of a row that is left out because a distributed sampler repeats it or it is already committed."""
@@ -23,6 +23,7 @@ UNKNOWN = -2
 """The index of a row whose position in the dataset is unknown."""
 
 Indices = Sequence[int] | np.ndarray[Any, Any]
+"""Indices in a dataset."""
 
 
 def batch_sampler_of(loader: Any) -> Any:
@@ -124,7 +125,7 @@ class SampleIndex:
         size = batches.batch_size if isinstance(batches, UnfinishedBatches) else getattr(loader, "batch_size", None)
         return cls(sample_indices(loader, rank, world_size), size)
 
-    def take(self, rows: int, seen: Sequence[int] | None = None) -> Tensor:
+    def take(self, rows: int, seen: Indices | None = None) -> Tensor:
         """Return the indices of the next batch ``(rows,)``: -1 for a row that is left out, -2 for an unknown index.
 
         Args:
@@ -143,7 +144,7 @@ class SampleIndex:
         self.last = drawn if moved is None else _moved(drawn, moved)
         return self.last
 
-    def skip(self, rows: int, seen: Sequence[int] | None = None) -> bool:
+    def skip(self, rows: int, seen: Indices | None = None) -> bool:
         """Skip the next batch and return True if an earlier run committed all its rows; otherwise return False.
 
         Args:
@@ -158,7 +159,7 @@ class SampleIndex:
         self.take(rows, seen)
         return True
 
-    def _next(self, rows: int, seen: Sequence[int] | None) -> np.ndarray[Any, Any]:
+    def _next(self, rows: int, seen: Indices | None) -> np.ndarray[Any, Any]:
         """Return the indices of the next batch; -1 for the rows that are left out."""
         following: Indices = ()
         if seen is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -13,80 +13,22 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
-from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, SampleIndex
+from lightning_gradmetrics.classifier.forward import Inputs
+from lightning_gradmetrics.results.finite import finite_rows
+from lightning_gradmetrics.results.sample_index import REPEATED, UNKNOWN, Indices, SampleIndex
 
 __all__ = [
     "RESERVED",
     "FurtherColumns",
     "Rows",
+    "Unscored",
     "empty_results",
-    "finite_rows",
     "join_scores",
     "largest",
     "largest_of_each",
     "merge_results",
     "with_scores",
 ]
-
-
-def finite_rows(inputs: Inputs | None, others: Iterable[Tensor], size: int) -> Tensor:
-    """Return which samples have no NaN or Inf in their inputs and in ``others``: ``(N,)``, bool.
-
-    Args:
-        inputs: The model's inputs; tensors without one row per sample are ignored.
-        others: Further tensors ``(N, ...)``.
-        size: The number of samples ``N``.
-    """
-    flags: list[Tensor] = []
-    columns: list[Tensor] = []
-    tensors: list[Tensor] = []
-    matrices: list[Tensor] = []
-    for argument in _arguments(inputs):
-        if _is_one_tensor_per_sample(argument, size):
-            flags.append(torch.stack([sample.detach().isfinite().all() for sample in argument]))
-        else:
-            tensors += tensors_in(argument)
-    for tensor in (*tensors, *others):
-        if not tensor.is_floating_point() or not tensor.ndim or len(tensor) != size:
-            continue
-        if tensor.ndim == 1:
-            columns.append(tensor.detach())
-        else:
-            matrices.append(tensor.detach().reshape(size, -1))
-    joined = [torch.stack(columns)] if columns else []
-    if not flags and all(map(_has_finite_sum, (*matrices, *joined))):
-        return torch.ones(size, dtype=torch.bool)
-    flags += map(_rows_without_nan, matrices)
-    for values in joined:
-        flags.append(values.isfinite().all(0))
-    return torch.stack(flags).all(0)
-
-
-def _arguments(inputs: Inputs | None) -> Iterable[Any]:
-    """Return the arguments of a call."""
-    if isinstance(inputs, Mapping):
-        return inputs.values()
-    return inputs if isinstance(inputs, tuple) else [inputs]
-
-
-def _is_one_tensor_per_sample(argument: Any, size: int) -> bool:
-    """Return whether an argument is a list of N tensors, such as images of several sizes."""
-    is_list = isinstance(argument, list) and len(argument) == size > 0
-    return is_list and all(isinstance(sample, Tensor) for sample in argument)
-
-
-def _has_finite_sum(tensor: Tensor) -> bool:
-    """Return whether the sum of a tensor on the CPU is finite, which proves that all entries are; an overflow does not."""
-    return tensor.device.type == "cpu" and math.isfinite(float(tensor.sum()))
-
-
-def _rows_without_nan(rows: Tensor) -> Tensor:
-    """Return which rows are free of NaN and Inf. A finite sum proves it in one pass; any other sum may be an overflow."""
-    if rows.device.type != "cpu":  # without a synchronisation
-        return rows.isfinite().all(1)
-    is_finite = rows.sum(1).isfinite()
-    return is_finite if bool(is_finite.all()) else rows.isfinite().all(1)
 
 
 @dataclass(frozen=True)
@@ -115,6 +57,16 @@ class FurtherColumns:
         return columns
 
 
+class Unscored(Protocol):
+    """Rows that wait for their scores."""
+
+    rows: int
+    """The number of rows."""
+
+    def settle(self) -> None:
+        """Compute their scores, and add them to the rows that are kept."""
+
+
 MERGED_BATCHES = 256
 
 
@@ -141,14 +93,16 @@ class Rows:
     ids: list[str] = field(default_factory=list)
     added: int = 0
     """The number of rows that were added so far."""
-    waiting: int = 0
-    """The number of rows in memory."""
+    kept: int = 0
+    """The number of rows in memory that have their scores."""
     size: int = 0
     """The number of bytes of the rows in memory, excluding ids."""
     are_texts: bool = False
     """Whether the rows are texts with columns of their tokens."""
     unmerged: int = 0
     """The number of the last batches that are not merged yet."""
+    unscored: Unscored | None = None
+    """Further rows, whose scores are computed before the rows are read."""
 
     def add(
         self,
@@ -156,7 +110,7 @@ class Rows:
         logits: Tensor,
         labels: Tensor | None,
         scores: Mapping[str, Tensor],
-        seen: Sequence[int] | None = None,
+        seen: Indices | None = None,
         vectors: Mapping[str, Tensor] | None = None,
         ids: Sequence[str] = (),
         further: FurtherColumns | None = None,
@@ -178,18 +132,64 @@ class Rows:
         Raises:
             ValueError: If the number of ids is not N.
         """
-        prediction, index = logits.argmax(1), self.index.take(len(logits), seen)
-        if further is not None and further.are_texts:
-            prediction, self.are_texts = torch.full_like(prediction, -1), True
+        if self.unscored is not None:
+            self.unscored.settle()
+        index = self.indices(len(logits), seen, ids, order)
+        finite = finite_rows(inputs, (logits, *scores.values()), len(logits))
+        return self.keep(index, finite, logits, labels, scores, vectors, ids, further)
+
+    def indices(
+        self, size: int, seen: Indices | None = None, ids: Sequence[str] = (), order: Tensor | None = None
+    ) -> Tensor:
+        """Return the index of each row of the next batch ``(N,)``.
+
+        Args:
+            size: The number of rows ``N``.
+            seen: As for :meth:`add`.
+            ids: As for :meth:`add`.
+            order: As for :meth:`add`.
+
+        Raises:
+            ValueError: If the number of ids is not N.
+        """
+        index = self.index.take(size, seen)
         if order is not None:
             index = index[order.to(index.device)]
-        if self.has_ids and len(ids) != len(logits):
+        if self.has_ids and len(ids) != size:
             raise ValueError(
-                f"sample_id= returned {len(ids)} ids for a batch of {len(logits)} samples; expected one id per sample"
+                f"sample_id= returned {len(ids)} ids for a batch of {size} samples; expected one id per sample"
             )
+        self.added += size
+        return index
+
+    def keep(
+        self,
+        index: Tensor,
+        finite: Tensor,
+        logits: Tensor,
+        labels: Tensor | None,
+        scores: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor] | None = None,
+        ids: Sequence[str] = (),
+        further: FurtherColumns | None = None,
+    ) -> dict[str, Tensor]:
+        """Add rows with their :meth:`indices`, and return the columns that :meth:`add` returns.
+
+        Args:
+            index: The index of each row ``(N,)``.
+            finite: Whether each row is free of NaN and Inf ``(N,)``.
+            logits: ``(N, C)``.
+            labels: True labels ``(N,)``, or ``None``.
+            scores: The scores by name, ``(N,)`` each.
+            vectors: Additional columns ``(N, ...)`` by name.
+            ids: The id of each sample, if the rows have ids.
+            further: Additional columns of texts or images.
+        """
+        prediction = logits.argmax(1)
+        if further is not None and further.are_texts:
+            prediction, self.are_texts = torch.full_like(prediction, -1), True
         known = torch.full_like(prediction, -1) if labels is None else labels.to(prediction)
-        finite = finite_rows(inputs, (logits, *scores.values()), len(logits)).to(prediction.device)
-        columns = {"index": index, "prediction": prediction, "label": known, "finite": finite}
+        columns = {"index": index, "prediction": prediction, "label": known, "finite": finite.to(prediction.device)}
         batch = dict(columns)
         for name, values in {**scores, **(vectors or {})}.items():
             batch[f"column/{name}"] = values.detach()
@@ -197,10 +197,14 @@ class Rows:
             batch.update(further.named())
         self._keep(batch)
         self.ids += ids
-        self.added += len(logits)
-        self.waiting += len(logits)
+        self.kept += len(logits)
         self.size += sum(values.nbytes for values in batch.values())
         return columns
+
+    @property
+    def waiting(self) -> int:
+        """The number of rows in memory."""
+        return self.kept if self.unscored is None else self.kept + self.unscored.rows
 
     def _keep(self, batch: dict[str, Tensor]) -> None:
         """Add the columns of a batch, and merge small batches, because a tensor needs more memory than a few values."""
@@ -217,11 +221,13 @@ class Rows:
         """Return the rows in memory and remove them."""
         table = self.table()
         self.batches, self.ids = [], []
-        self.waiting = self.size = self.unmerged = 0
+        self.kept = self.size = self.unmerged = 0
         return table
 
     def table(self) -> pa.Table:
         """Return the rows in memory, without those that are left out; an unknown index is null."""
+        if self.unscored is not None:
+            self.unscored.settle()
         if not self.batches:
             return empty_results(self.scores)
         columns = {key: _joined(self.batches, key) for key in self.batches[0]}

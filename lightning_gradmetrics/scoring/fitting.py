@@ -14,7 +14,7 @@ from lightning_gradmetrics.classifier.batches import BatchCopy, labels_in, split
 from lightning_gradmetrics.classifier.forward import check_model, map_tensors, tensors_in
 from lightning_gradmetrics.classifier.labels import described, is_like_labels, token_numbers
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first
-from lightning_gradmetrics.results.table import finite_rows
+from lightning_gradmetrics.results.finite import finite_rows
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.dry_run import Needs, needs_of
 from lightning_gradmetrics.scoring.evidence import Evidence

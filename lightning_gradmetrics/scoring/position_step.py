@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -50,12 +50,9 @@ class PositionReader:
             self.axis = class_axis(logits, self.model, calls, inputs, self.logits_fn is logits_in)
         return classes_second(logits, self.axis)
 
-    @contextmanager
-    def observing(self) -> Iterator[list[LayerCall]]:
+    def observing(self) -> AbstractContextManager[list[LayerCall]]:
         """Copy inputs and outputs of the heads inside the block, once they are known."""
-        layers = {} if self.composition is None else self._candidates(0)
-        with capturing(layers) as calls:
-            yield calls
+        return nullcontext([]) if self.composition is None else capturing(self._candidates(0))
 
     def batch(
         self, logits: Tensor, inputs: Inputs | None, called: nn.Module, calls: Sequence[LayerCall] = ()

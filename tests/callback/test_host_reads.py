@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.registry import make
 
-CHECKS = {"_check_head", "_checked", "changed"}
+CHECKS = {"_check_head", "_checked", "equals"}
 """The checks of a batch: the head's output is the logits, labels are classes, and the step changed no input in place."""
 
 ON_CPU = {"_has_finite_sum", "_warn_of_unknown_index"}
