@@ -45,6 +45,8 @@ class Outcome:
     """Whether this process took part in a run."""
     _drawn: tuple[Any, Any, list[Picture]] = (None, None, [])
     """The picture sources of a run, its evaluation, and the pictures."""
+    logs_pictures = True
+    """Whether a run passes its pictures to the loggers; the command does that after the run."""
     output: Output | None
     evaluation: Evaluation | None
     token_evaluation: Evaluation | None
@@ -193,7 +195,7 @@ class Outcome:
         """Pass the pictures to the loggers; outside a fit, also the curves and per-sample scores if they are in memory."""
         if not trainer.loggers or self.evaluation is None:
             return
-        pictures, step = self.pictures(), trainer.global_step
+        pictures, step = self.pictures() if self.logs_pictures else [], trainer.global_step
         if trainer.state.fn != "fit" and self.output is None:
             pictures += curve_pictures(self.results, self.evaluation, ("misclassification", "ood"))
             names = plain_names(self.score_names)

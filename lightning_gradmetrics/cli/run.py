@@ -16,6 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_gradmetrics.cli.second_process import SecondProcess, second_process
+
 if TYPE_CHECKING:
     from lightning_gradmetrics.cli.steps.prepare import Experiment
 
@@ -39,14 +41,19 @@ def run(config: DictConfig) -> None:
     Raises:
         ValueError: If the task is unknown.
     """
-    with _no_collection():
-        _quiet_lightning()
-        import lightning_gradmetrics.cli.steps.prepare  # noqa: F401  # imports nearly all that a task needs
-    _check_nothing_is_missing(config)
+    with second_process(wanted=config.task == "evaluate" and config.report is True) as process:
+        with _no_collection():
+            _quiet_lightning()
+            import lightning_gradmetrics.cli.steps.prepare  # noqa: F401  # imports nearly all that a task needs
+        _check_nothing_is_missing(config)
+        _run_task(config, process)
+
+
+def _run_task(config: DictConfig, process: SecondProcess) -> None:
     if config.task not in TASKS:
         raise ValueError(f"unknown task {config.task!r}; allowed: {', '.join(TASKS)}")
     if config.task == "evaluate":
-        _evaluate_scores(config)
+        _evaluate_scores(config, process)
     elif config.task == "stories":
         _stories(config)
     elif config.task == "segmentation":
@@ -75,7 +82,7 @@ def _missing_keys(prefix: str, node: Any) -> Iterator[str]:
             yield from _missing_keys(f"{prefix}{key}.", value)
 
 
-def _evaluate_scores(config: DictConfig) -> None:
+def _evaluate_scores(config: DictConfig, process: SecondProcess) -> None:
     from lightning_gradmetrics.cli.files import reserved, shown_path
     from lightning_gradmetrics.cli.interrupted import is_complete
     from lightning_gradmetrics.cli.progress import notice
@@ -89,10 +96,10 @@ def _evaluate_scores(config: DictConfig) -> None:
         clock = _Clock()
         experiment = prepare(config)
         clock.note("prepare_seconds")
-        _run_steps(experiment, clock)
+        _run_steps(experiment, clock, process)
 
 
-def _run_steps(experiment: Experiment, clock: _Clock) -> None:
+def _run_steps(experiment: Experiment, clock: _Clock, process: SecondProcess) -> None:
     from lightning_gradmetrics.cli.steps.draw import drawn
     from lightning_gradmetrics.cli.steps.evaluate import evaluate
     from lightning_gradmetrics.cli.steps.fit import fit
@@ -106,7 +113,7 @@ def _run_steps(experiment: Experiment, clock: _Clock) -> None:
     clock.note("score_seconds")
     if not experiment.trainer.is_global_zero:  # rank 0 continues with the rows of all processes
         return
-    with drawn(experiment, scored) as figures:
+    with drawn(experiment, scored, process) as figures:
         evaluated = evaluate(experiment, scored)
         clock.note("evaluate_seconds")
     tables = write(experiment, scored, evaluated, figures, clock.seconds)

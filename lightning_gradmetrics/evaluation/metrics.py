@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_gradmetrics import meters
-from lightning_gradmetrics.meters.base import ScoreMeter
 from lightning_gradmetrics.meters.functional.counts import Counts, Reads
 from lightning_gradmetrics.meters.functional.ranking import (
     auroc_of_counts,
@@ -16,6 +15,9 @@ from lightning_gradmetrics.meters.functional.ranking import (
     fpr_at_tpr_of_counts,
 )
 from lightning_gradmetrics.meters.functional.selective import augrc_of_counts, aurc_of_counts, e_aurc_of_counts
+
+if TYPE_CHECKING:
+    from lightning_gradmetrics.meters.base import ScoreMeter
 
 __all__ = ["HIGHER_IS_BETTER", "METRICS", "SHOWN", "TASKS", "Metric", "metrics_of", "register_metric"]
 
@@ -35,17 +37,12 @@ class Metric:
     name: str
     title: str
     meaning: str
-    meter: type[ScoreMeter]
+    higher_is_better: bool
     of_counts: Callable[[Counts, float], Tensor]
     tasks: tuple[str, ...]
     shown: tuple[str, ...] = ()
     digits: int = 1
     reads: Reads = "all"
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger value is better."""
-        return bool(self.meter.higher_is_better)
 
 
 METRICS: dict[str, Metric] = {}
@@ -95,6 +92,7 @@ def register_metric(
         ValueError: If the name is taken, a task is unknown, or the meter has no direction.
 
     Example:
+        >>> from lightning_gradmetrics import meters
         >>> register_metric("auroc", "AUROC", "", meters.AUROC, auroc_of_counts, tasks=["ood"])
         Traceback (most recent call last):
         ValueError: the metric name 'auroc' is taken: choose another name
@@ -107,13 +105,17 @@ def register_metric(
         raise ValueError(f"the metric {name!r} is shown for {shown}, but computed only for {tasks}")
     if meter.higher_is_better is None:
         raise ValueError(f"{meter.__name__}.higher_is_better is None: a metric of the protocol has a direction")
-    metric = Metric(name, title, meaning, meter, of_counts, tuple(tasks), tuple(shown), digits, reads)
-    METRICS[name] = metric
-    HIGHER_IS_BETTER[name] = metric.higher_is_better
+    is_better = bool(meter.higher_is_better)
+    _register(Metric(name, title, meaning, is_better, of_counts, tuple(tasks), tuple(shown), digits, reads))
+
+
+def _register(metric: Metric) -> None:
+    METRICS[metric.name] = metric
+    HIGHER_IS_BETTER[metric.name] = metric.higher_is_better
     for task in metric.tasks:
-        TASKS[task] += (name,)
+        TASKS[task] += (metric.name,)
     for task in metric.shown:
-        SHOWN[task] += (name,)
+        SHOWN[task] += (metric.name,)
 
 
 def metrics_of(names: Iterable[str], counts: Counts, rate: float) -> dict[str, Tensor]:
@@ -164,72 +166,86 @@ def _aupr_in(counts: Counts, rate: float) -> Tensor:
 ALL = (MISCLASSIFICATION, OOD, JOINT)
 SELECTIVE = (MISCLASSIFICATION, JOINT)
 
-register_metric(
-    "auroc",
-    "AUROC",
-    "probability that a random positive scores above a random negative; 50 is guessing",
-    meters.AUROC,
-    _auroc,
-    tasks=ALL,
-    shown=ALL,
-    reads="positives",
+_register(
+    Metric(
+        "auroc",
+        "AUROC",
+        "probability that a random positive scores above a random negative; 50 is guessing",
+        higher_is_better=True,
+        of_counts=_auroc,
+        tasks=ALL,
+        shown=ALL,
+        reads="positives",
+    )
 )
-register_metric(
-    "aurc",
-    "AURC",
-    "error rate among the retained samples, averaged over all coverages",
-    meters.AURC,
-    _aurc,
-    tasks=SELECTIVE,
-    shown=SELECTIVE,
-    digits=2,
-    reads="positives",
+_register(
+    Metric(
+        "aurc",
+        "AURC",
+        "error rate among the retained samples, averaged over all coverages",
+        higher_is_better=False,
+        of_counts=_aurc,
+        tasks=SELECTIVE,
+        shown=SELECTIVE,
+        digits=2,
+        reads="positives",
+    )
 )
-register_metric(
-    "e_aurc",
-    "E-AURC",
-    "AURC minus the AURC of a perfect ranking",
-    meters.EAURC,
-    _e_aurc,
-    tasks=(MISCLASSIFICATION,),
-    digits=2,
-    reads="positives",
+_register(
+    Metric(
+        "e_aurc",
+        "E-AURC",
+        "AURC minus the AURC of a perfect ranking",
+        higher_is_better=False,
+        of_counts=_e_aurc,
+        tasks=(MISCLASSIFICATION,),
+        digits=2,
+        reads="positives",
+    )
 )
-register_metric(
-    "augrc",
-    "AUGRC",
-    "fraction of all samples that are undetected errors, averaged over all coverages",
-    meters.AUGRC,
-    _augrc,
-    tasks=SELECTIVE,
-    digits=2,
-    reads="positives",
+_register(
+    Metric(
+        "augrc",
+        "AUGRC",
+        "fraction of all samples that are undetected errors, averaged over all coverages",
+        higher_is_better=False,
+        of_counts=_augrc,
+        tasks=SELECTIVE,
+        digits=2,
+        reads="positives",
+    )
 )
-register_metric(
-    "fpr95",
-    "FPR95",
-    "fraction of negatives flagged at a threshold that flags 95 % of the positives",
-    meters.FPRAtTPR,
-    _fpr,
-    tasks=ALL,
-    shown=(OOD,),
-    reads="positives",
+_register(
+    Metric(
+        "fpr95",
+        "FPR95",
+        "fraction of negatives flagged at a threshold that flags 95 % of the positives",
+        higher_is_better=False,
+        of_counts=_fpr,
+        tasks=ALL,
+        shown=(OOD,),
+        reads="positives",
+    )
 )
-register_metric(
-    "aupr",
-    "AUPR",
-    "area under the precision-recall curve",
-    meters.AveragePrecision,
-    _aupr,
-    tasks=(MISCLASSIFICATION, OOD),
-    reads="positives",
+_register(
+    Metric(
+        "aupr",
+        "AUPR",
+        "area under the precision-recall curve",
+        higher_is_better=True,
+        of_counts=_aupr,
+        tasks=(MISCLASSIFICATION, OOD),
+        reads="positives",
+    )
 )
-register_metric(
-    "aupr_in",
-    "AUPR in",
-    "area under the precision-recall curve with in-distribution samples as positives",
-    meters.AveragePrecision,
-    _aupr_in,
-    tasks=(OOD,),
-    reads="negatives",
+_register(
+    Metric(
+        "aupr_in",
+        "AUPR in",
+        "area under the precision-recall curve with in-distribution samples as positives",
+        higher_is_better=True,
+        of_counts=_aupr_in,
+        tasks=(OOD,),
+        reads="negatives",
+    )
 )

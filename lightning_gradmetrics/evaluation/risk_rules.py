@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, binom
+import scipy
 
 from lightning_gradmetrics.evaluation.rules import Fit, Rule, RuleError, check_open
 
@@ -125,7 +125,7 @@ class LearnThenTest(Rule):
     def _p_value(self, threshold: float, scores: Any, incorrect: Any) -> float:
         """The exact binomial p-value of the hypothesis that the error rate among the accepted rows exceeds the risk."""
         accepted = scores <= threshold
-        return float(binom.cdf(int(incorrect[accepted].sum()), int(accepted.sum()), self.risk))
+        return float(scipy.stats.binom.cdf(int(incorrect[accepted].sum()), int(accepted.sum()), self.risk))
 
     def guarantee(self) -> str:
         """Return the guarantee in one sentence."""
@@ -268,8 +268,8 @@ def error_bounds(errors: float, number: float, level: float) -> tuple[float, flo
         >>> round(error_bounds(0, 58, 0.05)[1], 3)
         0.05
     """
-    low = float(beta.ppf(level, errors, number - errors + 1)) if errors else 0.0
-    high = float(beta.ppf(1 - level, errors + 1, number - errors)) if errors < number else 1.0
+    low = float(scipy.stats.beta.ppf(level, errors, number - errors + 1)) if errors else 0.0
+    high = float(scipy.stats.beta.ppf(1 - level, errors + 1, number - errors)) if errors < number else 1.0
     return low, high
 
 
@@ -307,7 +307,7 @@ def _unsupported(rule: SelectiveRisk | LearnThenTest, errors: Any, level: float,
             "number of rows would be enough; allow a larger risk"
         )
     for factor in 2.0 ** np.arange(1, 20):
-        bounds = beta.ppf(1 - level, factor * errors + 1, np.maximum(factor * (number - errors), 1e-9))
+        bounds = scipy.stats.beta.ppf(1 - level, factor * errors + 1, np.maximum(factor * (number - errors), 1e-9))
         if (bounds <= rule.risk).any():
             return (
                 f"{split * len(errors)} rows cannot support {rule!r}: about {int(split * factor * len(errors))} rows like "

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.stats import binom
+import scipy
 
 from lightning_gradmetrics.meters.functional.counts import check_rate
 
@@ -115,7 +115,7 @@ class Coverage(Rule):
 
     def fit(self, scores: Any, incorrect: Any = None) -> Fit:
         """Return the lowest threshold with the guarantee."""
-        rank = int(binom.ppf(1 - self.delta, len(scores), self.coverage)) + 1
+        rank = int(scipy.stats.binom.ppf(1 - self.delta, len(scores), self.coverage)) + 1
         if rank > len(scores):
             needed = math.ceil(math.log(self.delta) / math.log(self.coverage))
             raise RuleError(f"{self!r} needs at least {needed} rows, got {len(scores)}")

@@ -1,18 +1,22 @@
 """Meters: torchmetrics of raw uncertainty scores; ``meters.functional`` has them as plain functions."""
 
-from lightning_gradmetrics.meters import functional
-from lightning_gradmetrics.meters.ranking import AUROC, OSCR, ROC, AveragePrecision, FPRAtTPR, PrecisionRecallCurve
-from lightning_gradmetrics.meters.selective import (
-    AUAC,
-    AUFC,
-    AUGRC,
-    AURC,
-    EAURC,
-    AccuracyAtCoverage,
-    CoverageAtRisk,
-    RiskCoverageCurve,
-)
-from lightning_gradmetrics.meters.summary import CalibrationError, ScoreDistribution, SpearmanCorrelation
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_gradmetrics.meters import functional
+    from lightning_gradmetrics.meters.ranking import AUROC, OSCR, ROC, AveragePrecision, FPRAtTPR, PrecisionRecallCurve
+    from lightning_gradmetrics.meters.selective import (
+        AUAC,
+        AUFC,
+        AUGRC,
+        AURC,
+        EAURC,
+        AccuracyAtCoverage,
+        CoverageAtRisk,
+        RiskCoverageCurve,
+    )
+    from lightning_gradmetrics.meters.summary import CalibrationError, ScoreDistribution, SpearmanCorrelation
 
 __all__ = [
     "AUAC",
@@ -34,3 +38,35 @@ __all__ = [
     "SpearmanCorrelation",
     "functional",
 ]
+
+_MODULES = {
+    "ranking": ("AUROC", "OSCR", "ROC", "AveragePrecision", "FPRAtTPR", "PrecisionRecallCurve"),
+    "selective": (
+        "AUAC",
+        "AUFC",
+        "AUGRC",
+        "AURC",
+        "EAURC",
+        "AccuracyAtCoverage",
+        "CoverageAtRisk",
+        "RiskCoverageCurve",
+    ),
+    "summary": ("CalibrationError", "ScoreDistribution", "SpearmanCorrelation"),
+}
+"""The meters of each module."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a meter on its first use, because torchmetrics takes a second and ``meters.functional`` does not need it."""
+    if name == "functional":
+        return import_module(f"{__name__}.functional")
+    for module, meters in _MODULES.items():
+        if name in meters:
+            value = getattr(import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ from lightning_gradmetrics.pictures.base import (
 )
 from lightning_gradmetrics.pictures.curves import curve_pictures
 from lightning_gradmetrics.pictures.examples import ExampleGallery
-from lightning_gradmetrics.pictures.loggers import log_pictures, log_samples
+from lightning_gradmetrics.pictures.loggers import log_pictures, log_pixels, log_samples, pixels_of, takes_pixels
 from lightning_gradmetrics.pictures.maps import MapGallery
 from lightning_gradmetrics.pictures.profiles import ProfileGallery
 from lightning_gradmetrics.pictures.sample_files import sample_paths, write_thumbnails
@@ -29,9 +29,12 @@ __all__ = [
     "check_top_k",
     "curve_pictures",
     "log_pictures",
+    "log_pixels",
     "log_samples",
     "picture_sources",
+    "pixels_of",
     "sample_paths",
+    "takes_pixels",
     "write_pictures",
     "write_thumbnails",
 ]

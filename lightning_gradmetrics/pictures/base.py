@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -22,13 +21,9 @@ if TYPE_CHECKING:
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
-Saving = tuple[Callable[[], None], Mapping[Any, Any]]
-"""A function that saves a figure, and the settings of Matplotlib that it requires. Both can be pickled."""
-
 __all__ = [
     "Picture",
     "PictureSource",
-    "Saving",
     "ScoredBatch",
     "file_name",
     "grouped",
@@ -196,41 +191,29 @@ def picture_path(name: str) -> PurePosixPath:
     return PurePosixPath(f"{safe}-{zlib.crc32(name.encode()):08x}")
 
 
-def save_now(saving: Saving) -> None:
-    """Save a figure."""
-    import matplotlib
-
-    save, settings = saving
-    with matplotlib.rc_context(dict(settings)):
-        save()
-
-
-def write_pictures(
-    pictures: Iterable[Picture],
-    directory: Path,
-    pdf: bool = False,
-    schedule: Callable[[Saving], None] = save_now,
-) -> list[dict[str, str]]:
+def write_pictures(pictures: Iterable[Picture], directory: Path, pdf: bool = False) -> list[dict[str, str]]:
     """Write each picture to ``directory/figures/<name>.svg``; equal pictures result in equal files.
 
     Args:
         pictures: The pictures.
         directory: The run directory.
         pdf: Whether to write each picture also as PDF.
-        schedule: Receives what saves each file; by default, the file is written immediately.
 
     Returns:
         ``file`` (relative to the directory), ``title``, ``caption`` and ``section`` of each, for ``metrics.json``.
     """
+    import matplotlib
+
     records = []
     for picture in pictures:
         settle_layout(picture.figure)
         file = Path("figures") / f"{picture_path(picture.name)}.svg"
         path, save = directory / file, picture.figure.savefig
         path.parent.mkdir(parents=True, exist_ok=True)
-        schedule((partial(save, path, metadata={"Date": None}), {"svg.hashsalt": picture.name}))
+        with matplotlib.rc_context({"svg.hashsalt": picture.name}):
+            save(path, metadata={"Date": None})
         if pdf:
-            schedule((partial(save, path.with_suffix(".pdf"), metadata={"CreationDate": None}), {}))
+            save(path.with_suffix(".pdf"), metadata={"CreationDate": None})
         words = {"title": picture.title, "caption": picture.caption, "section": picture.section}
         records.append({"file": file.as_posix(), **words})
     return records

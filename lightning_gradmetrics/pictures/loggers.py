@@ -19,7 +19,7 @@ from lightning_gradmetrics.pictures.examples import ExampleGallery, displayed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["log_pictures", "log_samples"]
+__all__ = ["log_pictures", "log_pixels", "log_samples", "pixels_of", "takes_pixels"]
 
 MOST_ROWS = 10_000
 """Largest number of rows in a table that is sent to a logger."""
@@ -38,8 +38,6 @@ def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: st
         step: The global step.
     """
     drawn = list(pictures)
-    for picture in drawn:
-        settle_layout(picture.figure)
     for logger in loggers:
         if not all(_log_picture(logger, picture, prefix, step) for picture in drawn):
             name = type(logger).__name__
@@ -51,13 +49,13 @@ def log_pictures(loggers: Sequence[Any], pictures: Iterable[Picture], prefix: st
 
 def _log_picture(logger: Any, picture: Picture, prefix: str, step: int) -> bool:
     """Log a picture, and return whether the logger supports pictures."""
+    if takes_pixels(logger):
+        log_pixels([logger], {picture.name: pixels_of(picture.figure)}, prefix, step)
+        return True
     experiment: Any = getattr(logger, "experiment", None)
     tag = f"{prefix}/{picture.name}"
-    if hasattr(logger, "log_image"):
-        logger.log_image(key=tag, images=[_pixels(picture.figure)], step=step)
-    elif hasattr(experiment, "add_image"):
-        experiment.add_image(tag, _pixels(picture.figure), step, dataformats="HWC")  # type: ignore[union-attr]
-    elif hasattr(experiment, "log_figure") and getattr(logger, "run_id", None):
+    settle_layout(picture.figure)
+    if hasattr(experiment, "log_figure") and getattr(logger, "run_id", None):
         experiment.log_figure(logger.run_id, picture.figure, f"{tag}/{step}.png")  # type: ignore[union-attr]
     elif isinstance(getattr(logger, "log_dir", None), (str, Path)):
         path = Path(logger.log_dir) / "figures" / f"{picture.name}.png"
@@ -68,8 +66,33 @@ def _log_picture(logger: Any, picture: Picture, prefix: str, step: int) -> bool:
     return True
 
 
-def _pixels(figure: Figure) -> NDArray[np.uint8]:
+def takes_pixels(logger: Any) -> bool:
+    """Return whether a logger receives pictures as arrays of pixels, as those of W&B and TensorBoard do."""
+    return hasattr(logger, "log_image") or hasattr(getattr(logger, "experiment", None), "add_image")
+
+
+def log_pixels(loggers: Sequence[Any], pixels: Mapping[str, NDArray[np.uint8]], prefix: str, step: int) -> None:
+    """Send the pixels of pictures to loggers that take them, and let TensorBoard write them.
+
+    Args:
+        loggers: The loggers; :func:`takes_pixels` is true for each.
+        pixels: The pixels ``(H, W, 3)`` of each picture, by name.
+        prefix: The prefix of their names.
+        step: The global step.
+    """
+    for logger in loggers:
+        for name, image in pixels.items():
+            if hasattr(logger, "log_image"):
+                logger.log_image(key=f"{prefix}/{name}", images=[image], step=step)
+            else:
+                logger.experiment.add_image(f"{prefix}/{name}", image, step, dataformats="HWC")
+        if pixels and hasattr(getattr(logger, "experiment", None), "flush"):
+            logger.experiment.flush()
+
+
+def pixels_of(figure: Figure) -> NDArray[np.uint8]:
     """Return the pixels of a figure ``(height, width, 3)``, bytes."""
+    settle_layout(figure)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
 

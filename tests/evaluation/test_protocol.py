@@ -15,6 +15,7 @@ import torch
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics import meters
+from lightning_gradmetrics import meters as M
 from lightning_gradmetrics.evaluation import (
     Evaluation,
     bootstrap,
@@ -22,7 +23,7 @@ from lightning_gradmetrics.evaluation import (
     evaluate,
     metrics,
 )
-from lightning_gradmetrics.evaluation.metrics import TASKS
+from lightning_gradmetrics.evaluation.metrics import HIGHER_IS_BETTER, TASKS
 from lightning_gradmetrics.meters import functional as F
 from tests.evaluation.tables import ROLES, SCORES, table
 
@@ -57,6 +58,12 @@ def test_values_are_those_of_the_meters(evaluation):
                 assert record["value"] == pytest.approx(wanted, abs=1e-6)
                 if metric != "fpr95" or dataset != "letters":
                     assert record["low"] <= record["value"] <= record["high"]
+
+
+def test_directions_are_those_of_the_meters():
+    of_metric = {"auroc": M.AUROC, "aurc": M.AURC, "e_aurc": M.EAURC, "augrc": M.AUGRC, "fpr95": M.FPRAtTPR}
+    of_metric |= dict.fromkeys(["aupr", "aupr_in"], M.AveragePrecision)
+    assert {name: meter.higher_is_better for name, meter in of_metric.items()} == HIGHER_IS_BETTER
 
 
 def test_the_joint_task_weights_ood_rows_to_the_stated_share(evaluation):

@@ -20,7 +20,7 @@ from lightning_gradmetrics.evaluation import Evaluation
 from lightning_gradmetrics.report.tables.marks import detects
 from lightning_gradmetrics.scores import Score
 
-__all__ = ["Evaluated", "evaluate", "evaluation_of"]
+__all__ = ["Evaluated", "evaluate", "present_roles"]
 
 Record = dict[str, Any]
 
@@ -55,7 +55,7 @@ def evaluate(experiment: Experiment, scored: Scored) -> Evaluated:
     """
     settings = experiment.settings
     detectors = [score for score in scored.scores if detects(score)]
-    evaluation = evaluation_of(experiment, scored, settings.resamples)
+    evaluation = _evaluation(experiment, scored)
     compared, costs, areas = [], [], []
     if scored.without:
         compared = compare_fitted(
@@ -73,19 +73,18 @@ def evaluate(experiment: Experiment, scored: Scored) -> Evaluated:
     return Evaluated(evaluation, detectors, compared, costs, areas, _planted(experiment, scored))
 
 
-def evaluation_of(experiment: Experiment, scored: Scored, resamples: int) -> Evaluation:
-    """Return the metrics of the detectors, with intervals from this number of resamples and a progress bar.
+def present_roles(experiment: Experiment, scored: Scored) -> dict[str, str]:
+    """Return the role of each dataset that has results."""
+    present = set(scored.results["dataset"].unique().to_pylist())
+    return {name: role for name, role in experiment.data.roles.items() if name in present}
 
-    Args:
-        experiment: The run.
-        scored: Its results.
-        resamples: The number of bootstrap resamples; 0 computes no intervals.
-    """
-    present = set(scored.results["dataset"].to_pylist())
-    roles = {name: role for name, role in experiment.data.roles.items() if name in present}
+
+def _evaluation(experiment: Experiment, scored: Scored) -> Evaluation:
+    """Return the metrics of the detectors, while a progress bar is shown."""
+    roles, settings = present_roles(experiment, scored), experiment.settings
     with progress_bar("Intervals") as progress:
         return evaluate_detectors(
-            scored.results, scored.scores, roles, resamples, seed=experiment.settings.seed, progress=progress
+            scored.results, scored.scores, roles, settings.resamples, seed=settings.seed, progress=progress
         )
 
 

@@ -81,6 +81,7 @@ def prepare(config: DictConfig) -> Experiment:
         output=output_of(directory, settings.resume),
         print_summary=False,
     )
+    callback.logs_pictures = False
     _check_model(callback, model, data, str(config.model._target_))
     progress = trainer_progress()
     callbacks = [callback, *progress.pop("callbacks")]

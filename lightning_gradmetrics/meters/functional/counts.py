@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.utilities.prints import rank_zero_warn
 
 from lightning_gradmetrics.meters.functional.sorting import positions, sort_with
 
@@ -385,5 +384,7 @@ def announce_undefined(value: Tensor, metric: str, needs: str) -> Tensor:
         needs: The samples that the metric needs, for the message.
     """
     if bool(torch.isnan(value).any()):
+        from torchmetrics.utilities.prints import rank_zero_warn  # its import takes a second
+
         rank_zero_warn(f"{metric} is undefined and returned as NaN: it needs {needs}", UserWarning, stacklevel=4)
     return value.to(torch.float32)

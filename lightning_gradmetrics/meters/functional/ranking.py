@@ -116,15 +116,15 @@ def _once(counts: Counts, name: str, function: Callable[[Counts], Tensor]) -> Te
 def _precision(counts: Counts) -> Tensor:
     """Return the total over all positives of the precision at their scores."""
     sums = counts.at_positives
-    hits = counts.positives[..., None] - sums.positives_to + sums.positive
-    false = counts.negatives[..., None] - sums.negatives_to + sums.negative
-    return dot(sums.positive, hits / (hits + false).clamp(min=TINY))
+    hits = (counts.positives[..., None] - sums.positives_to).add_(sums.positive)
+    false = (counts.negatives[..., None] - sums.negatives_to).add_(sums.negative)
+    return dot(sums.positive, hits / false.add_(hits).clamp_(min=TINY))
 
 
 def _precision_in(counts: Counts) -> Tensor:
     """Return the total over all negatives of the precision at their scores."""
     sums = counts.at_negatives
-    return dot(sums.negative, sums.negatives_to / (sums.negatives_to + sums.positives_to).clamp(min=TINY))
+    return dot(sums.negative, sums.negatives_to / (sums.negatives_to + sums.positives_to).clamp_(min=TINY))
 
 
 def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Positive = "out") -> Tensor:

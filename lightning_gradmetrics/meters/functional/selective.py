@@ -50,11 +50,11 @@ def harmonic(number: Tensor, largest: Tensor | None = None) -> Tensor:
     if size > TABLE_LIMIT:
         values = torch.digamma(whole.double() + 1) + EULER
     else:
-        values = _looked_up(harmonic_table(size, number.device), whole.long())
+        values = _looked_up(harmonic_table(size, number.device), whole.int())  # TABLE_LIMIT is below 2^31
     if not number.is_floating_point():
         return values
     fraction = number - whole
-    return values + fraction / (whole + 1) if bool(fraction.sum()) else values
+    return values.add_(fraction.div_(whole.add_(1))) if bool(fraction.sum()) else values
 
 
 def _looked_up(table: Tensor, places: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _aurc(counts: Counts) -> Tensor:
     if not sums.tied:  # the terms of the mean, times the number of errors, which is the size of their group
         total = dot(sums.positive, start) + dot(ends, end - start) - counts.positives
         return (counts.positives * harmonic(samples) - total) / samples
-    mean = start + ends * (end - start) / size.clamp(min=TINY) - 1
+    mean = (end - start).mul_(ends).div_(size.clamp(min=TINY)).add_(start).sub_(1)
     return dot(sums.positive, harmonic(samples)[..., None] - mean) / samples
 
 

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 from lightning_gradmetrics.meters.functional.counts import announce_undefined, check_scores, check_target, check_tensor
 
@@ -188,5 +187,7 @@ def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, nor
         raise ValueError(
             "probabilities must be in [0, 1]: raw scores are not calibrated, but fitted detectors return probabilities"
         )
+    from torchmetrics.functional.classification import binary_calibration_error
+
     value: Tensor = binary_calibration_error(probability, target.long(), n_bins=n_bins, norm=norm, validate_args=False)
     return value
