@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 from lightning_gradmetrics.engine.agreement import SampleNotes
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.batch_checks import BatchChecks
+from lightning_gradmetrics.engine.folding import FoldRefused
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.guards import check_objectives, compare_alone, logits_without_graph
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
@@ -217,7 +219,15 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
     verified = strategy.times.get(checks.here, {})
     recorder = strategy.recorder(restricted, checks.here)
     notes = None if strategy.verified else SampleNotes(task.size)
-    times, calls = collect_fast(table, restricted, strategy.plan, checks, notes, free, recorder=recorder)
+    collect = partial(collect_fast, table, restricted, checks=checks, notes=notes, free=free, recorder=recorder)
+    plan = strategy.plan
+    assert plan is not None
+    try:
+        times, calls = collect(plan, folds=recorder is None)
+    except FoldRefused:
+        strategy.plan = replace(plan, folds={})
+        state.restore()
+        times, calls = collect(strategy.plan)
     outline = calls.number
     if outline not in verified:
         if strategy.random and verified:

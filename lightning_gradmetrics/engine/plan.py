@@ -16,7 +16,7 @@ from lightning_gradmetrics.engine.host_reads import PlannedRead
 from lightning_gradmetrics.engine.rules import RULES, Call, bind
 from lightning_gradmetrics.engine.trace import CallTrace, TensorState, TracedCall
 
-__all__ = ["BROADCAST", "Changes", "Plan", "PlanError", "Source", "Step", "layout", "make_plan"]
+__all__ = ["BROADCAST", "Changes", "Fold", "Plan", "PlanError", "Source", "Step", "layout", "make_plan"]
 
 Source = str | tuple[int, int]
 """A parameter by name, or an output of an earlier step that depends on parameters and not on the samples."""
@@ -72,6 +72,27 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A batch norm whose input is the output of a convolution that nothing else uses.
+
+    Args:
+        norm: The number of the norm's step in the plan.
+        weight: The name of the norm's weight.
+        bias: The name of its bias.
+        mean: The name of the buffer with the running mean.
+        variance: The name of the buffer with the running variance.
+        eps: Added to the variance.
+    """
+
+    norm: int
+    weight: str
+    bias: str
+    mean: str
+    variance: str
+    eps: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """The steps in the order of the calls.
 
@@ -81,6 +102,8 @@ class Plan:
         roots: The parameters behind each source.
         reads: What Python reads from tensors, in order; ``None`` if that is not compared.
         undecided: Whether the layout of an axis with several positions per sample is unknown.
+        calls: For each step, the number of its call in the trace with three samples.
+        folds: The batch norms that can be folded into convolutions, by the numbers of the convolutions' steps.
     """
 
     steps: tuple[Step, ...]
@@ -88,6 +111,8 @@ class Plan:
     roots: Mapping[Source, frozenset[str]] = field(default_factory=dict)
     undecided: bool = False
     reads: tuple[PlannedRead, ...] | None = None
+    calls: tuple[int, ...] = ()
+    folds: Mapping[int, Fold] = field(default_factory=dict)
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -110,7 +135,7 @@ class Plan:
         step = self.steps[number]
         names: frozenset[str] = frozenset().union(*map(self.roots.__getitem__, step.sources))
         steps = (*self.steps[:number], replace(step, kind="uncovered"), *self.steps[number + 1 :])
-        return replace(self, steps=steps, uncovered={**dict.fromkeys(names, reason), **self.uncovered})
+        return replace(self, steps=steps, uncovered={**dict.fromkeys(names, reason), **self.uncovered}, folds={})
 
 
 _ARITHMETIC = ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow")
@@ -150,9 +175,9 @@ def make_plan(two: CallTrace, three: CallTrace, loss: Tensor | None, changes: Ch
         raise PlanError("the model makes different calls for three samples than for two")
     builder = _Builder(three.names)
     for number, (small, large) in enumerate(zip(two.calls, three.calls, strict=True)):
-        builder.add(small, large, changes[number] if changes else None)
+        builder.add(number, small, large, changes[number] if changes else None)
     steps, undecided = _with_layouts(builder, loss)
-    return Plan(tuple(steps), builder.uncovered, builder.roots, undecided)
+    return Plan(tuple(steps), builder.uncovered, builder.roots, undecided, calls=tuple(builder.numbers))
 
 
 def _functions(trace: CallTrace) -> list[Any]:
@@ -166,12 +191,13 @@ class _Builder:
         self.sources: dict[int, Source] = dict(names)
         self.roots: dict[Source, frozenset[str]] = {name: frozenset([name]) for name in names.values()}
         self.steps: list[Step] = []
+        self.numbers: list[int] = []
         self.results: list[Any] = []
         self.changes: list[Sequence[Tensor | None] | None] = []
         self.uncovered: dict[str, str] = {}
 
-    def add(self, small: TracedCall, large: TracedCall, changes: Sequence[Tensor | None] | None) -> None:
-        """Add the step for one call, if it involves parameters."""
+    def add(self, number: int, small: TracedCall, large: TracedCall, changes: Sequence[Tensor | None] | None) -> None:
+        """Add the step for the call with a number, if it involves parameters."""
         sources = self._sources_of(large)
         if not sources:
             return
@@ -181,6 +207,7 @@ class _Builder:
             step = Step(large.function, sources, "uncovered")
             self._give_up(sources, f"{_name(large.function)}: {error}")
         self.steps.append(step)
+        self.numbers.append(number)
         self.results.append(large.result)
         self.changes.append(changes)
 

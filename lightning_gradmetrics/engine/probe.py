@@ -19,6 +19,7 @@ from lightning_gradmetrics.engine.dependence import (
     selection_of_samples,
     uses_totals,
 )
+from lightning_gradmetrics.engine.folding import find_folds
 from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.host_reads import HostRead, PlannedRead
 from lightning_gradmetrics.engine.layouts import Layout
@@ -92,15 +93,14 @@ def probe_model(task: Task) -> Probe:
     random, after = state.random_numbers_drawn(), ForwardState(task.model)
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
-    selection = selection_of_samples(few.operations, many.operations)
+    operations, end, layouts = (few.operations, many.operations), many.serial(logits), None
+    selection = selection_of_samples(*operations)
     if selection:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
-    reason = choice_by_data(few.operations, many.operations)
-    reads_inside = hides_reads(many.operations)
-    layouts = None
+    reason, reads_inside = choice_by_data(*operations), hides_reads(many.operations)
     if not (reason or reads_inside):
-        layouts = layouts_apart(few.operations, many.operations, many.samples, many.serial(logits))
-    mixes = layouts is None and not reason and mixes_samples(few.operations, many.operations, many.serial(logits))
+        layouts = layouts_apart(*operations, many.samples, end)
+    mixes = layouts is None and not reason and mixes_samples(*operations, end)
     sizes = None
     if layouts is not None and not runs_custom_code(logits):
         sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
@@ -122,7 +122,7 @@ def probe_model(task: Task) -> Probe:
     if plan is not None and plan.undecided:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
-        plan = replace(plan, reads=reads)
+        plan = replace(plan, reads=reads, folds={} if sizes is None else find_folds(plan, large, many, three))
     activations = reads_inside or reads_activations(many.operations)
     alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""
     if outline_of_three.has_hooks:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.notices import RANDOM, first_time
 from lightning_gradmetrics.engine.agreement import VerificationNotes
+from lightning_gradmetrics.engine.folding import FoldingTracer
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import reached_parameters
 from lightning_gradmetrics.engine.known_path import KnownTracer
@@ -162,6 +163,7 @@ def collect_fast(
     notes: VerificationNotes | None = None,
     free: bool = False,
     recorder: PathRecorder | None = None,
+    folds: bool = False,
 ) -> tuple[tuple[int, ...], Outline]:
     """Fill a table by one forward pass and one backward pass per objective (two without a plan).
 
@@ -173,22 +175,28 @@ def collect_fast(
         notes: Filled in a run that verifies a plan.
         free: Whether axes may have a different number of positions per sample than planned.
         recorder: Gets the calls.
+        folds: Whether to fold batch norms into convolutions.
 
     Returns:
         The positions of a sample on each axis, and the calls.
 
     Raises:
+        FoldRefused: If the model uses the output of a folded convolution.
         PlanError: If the model does not follow the plan, or rows have no single owner.
     """
     freeze(task)
     tracer: Tracer
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
+    elif folds and plan.folds:
+        tracer = FoldingTracer(plan, task, table.add, free)
     else:
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
         tracer.recorder = recorder
     tracer.notes, tracer.outline.leaves = notes, task.leaves()
-    if notes is None or not notes.finds_uses:
+    if isinstance(tracer, FoldingTracer):
+        logits = tracer.forward(task)
+    elif notes is None or not notes.finds_uses:
         with tracer:
             logits = task.forward()
     else:

@@ -51,6 +51,40 @@ def test_every_memory_layout_has_the_same_moments(dtype, shape):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wanted", [ALL, frozenset({2.0})])
+def test_scaled_channels_have_their_moments_and_sums(dtype, wanted):
+    """One vector of channels and several panels, groups, strides, many positions; channels first and last."""
+    torch.manual_seed(0)
+    for channels, outputs, groups, kernel, stride, size in (
+        (5, 7, 1, 3, 1, 9),
+        (16, 16, 1, 3, 2, 40),
+        (12, 80, 2, 3, 1, 7),
+        (64, 130, 1, 1, 1, 5),
+    ):
+        geometry = ConvGeometry((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
+        x = torch.randn(3, channels, size, size, dtype=dtype)
+        weight, scale = (
+            torch.randn(outputs, channels // groups, kernel, kernel).to(dtype),
+            torch.randn(outputs).to(dtype),
+        )
+        y = torch.conv2d(x, weight, None, stride, kernel // 2, 1, groups)
+        g = torch.randn_like(y)
+        gradients = kernels.conv_gradient(x.double(), g.double(), geometry) * scale.double().view(-1, 1, 1, 1)
+        expected = gradient_moments(gradients, wanted)
+        for form in (torch.contiguous_format, torch.channels_last):
+            sums = native.ChannelScale.for_samples(3, weight, scale)
+            tensors = x.contiguous(memory_format=form), g.contiguous(memory_format=form)
+            actual = native.native_products(*tensors, geometry, wanted, sums)
+            bound = 1e-11 if dtype == torch.float64 else 1e-4
+            for key in wanted - {"sum"}:
+                torch.testing.assert_close(actual[key], expected[key], rtol=bound, atol=0)
+            terms = (y * g).double().abs().sum((2, 3))
+            assert bool(((sums.products - (y * g).double().sum((2, 3))).abs() <= 10 * bound * terms).all())
+            assert bool(((sums.totals - g.double().sum((2, 3))).abs() <= bound * g.double().abs().sum((2, 3))).all())
+
+
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_number_of_threads_does_not_matter(threads):
     torch.manual_seed(0)

@@ -16,7 +16,10 @@ from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunk
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
-__all__ = ["conv_gradient", "conv_moments"]
+__all__ = ["conv_gradient", "conv_moments", "scaled_products_pay"]
+
+MOST_ENTRIES_PER_POSITION = 16
+"""Largest ratio of entries of an output channel's weight to output positions for which scaling the output in the kernel pays."""
 
 
 def conv_gradient(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -104,6 +107,26 @@ def conv_moments(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[
     if gram and conv_gram_pays(x, g, geometry):
         return _by_gram(x, g, geometry, keys)
     return _by_products(x, g, geometry, keys)
+
+
+def scaled_products_pay(x: Tensor, outputs: int, geometry: ConvGeometry, wanted: Iterable[Moment]) -> bool:
+    """Return whether scaling the output of a convolution in the kernel of its weight gradient saves time.
+
+    The kernel must run anyway, and few of its operations should be those that every entry of the gradient costs.
+
+    Args:
+        x: ``(N, C_in, *S)``.
+        outputs: The number of output channels.
+        geometry: Kernel size, stride, padding, dilation and groups.
+        wanted: The moments to compute.
+    """
+    keys, size = frozenset(wanted), geometry.output_size(x.shape[2:])
+    g = x.new_empty(1).expand(len(x), outputs, *size)
+    if keys == {"sum"} or not supports(x, keys) or _is_depthwise(x, g, geometry) or 0 in size:
+        return False
+    if keys <= {"sum", 2.0} and conv_gram_pays(x, g, geometry):
+        return False
+    return x.shape[1] // geometry.groups * geometry.entries <= MOST_ENTRIES_PER_POSITION * g.shape[2:].numel()
 
 
 def _fused(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:

@@ -54,7 +54,7 @@ class ProductJob(ctypes.Structure):
     """``product_job`` of ``products.c``."""
 
     _fields_ = (
-        _pointers("x g out scratch rows positions")
+        _pointers("x g out scratch rows positions scale weight products totals")
         + _integers("scratch_bytes samples groups pieces mode row_count columns channels layout")
         + _triples("size pad out_size")
         + _integers("x_sample x_channel")

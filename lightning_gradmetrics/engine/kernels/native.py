@@ -7,8 +7,10 @@ import functools
 import math
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div, three
@@ -16,7 +18,15 @@ from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, GramJob, Pro
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["native_depthwise", "native_products", "native_rows", "native_squares", "native_sums", "supports"]
+__all__ = [
+    "ChannelScale",
+    "native_depthwise",
+    "native_products",
+    "native_rows",
+    "native_squares",
+    "native_sums",
+    "supports",
+]
 
 ORDER: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
 """The moments in the order in which the kernels return them."""
@@ -181,7 +191,47 @@ def _pieces(tasks: int, panels: int, threads: int) -> int:
     return max(1, min(panels, ceil_div(TASKS * threads, tasks)))
 
 
-def native_products(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
+@dataclass(frozen=True)
+class ChannelScale:
+    """A factor for each output channel of a convolution, and two sums for each sample and channel.
+
+    Args:
+        scale: The factors, ``(C_out,)``.
+        weight: The weight, ``(C_out, C_in / groups, *k)``.
+        products: Is set to the sum of the weight times its gradient over the entries of each channel, before it is scaled,
+            ``(N, C_out)``, float64. This is the sum over the positions of the output, without a bias, times its gradient.
+        totals: Is set to the sum over the positions of the gradient of the output, likewise.
+    """
+
+    scale: Tensor
+    weight: Tensor
+    products: Tensor
+    totals: Tensor
+
+    @staticmethod
+    def for_samples(samples: int, weight: Tensor, scale: Tensor) -> ChannelScale:
+        """Return the factors, with room for the sums."""
+        products, totals = torch.zeros(2, samples, len(weight), dtype=torch.float64)
+        return ChannelScale(scale, weight, products, totals)
+
+    def packed(self, groups: int, lanes: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Return the factors ``(groups, columns)`` and the weight ``(groups, rows, columns)`` in the order of the kernels.
+
+        Args:
+            groups: The groups of the convolution.
+            lanes: The number of interleaved channels; see :func:`_offsets`.
+            columns: The number of columns, which is at least that of the output channels of a group.
+        """
+        own = len(self.weight) // groups
+        weight = self.weight.detach().reshape(groups, own, self.weight.shape[1], -1)
+        weight = weight.permute((0, 2, 3, 1) if lanes == 1 else (0, 3, 2, 1))
+        padding = (0, columns - own)
+        return F.pad(self.scale.detach().reshape(groups, own), padding), F.pad(weight, padding).contiguous()
+
+
+def native_products(
+    x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment], scaled: ChannelScale | None = None
+) -> Moments:
     """Return moments of a convolution's per-sample weight gradients, without writing any of them to memory. See :func:`supports`.
 
     Args:
@@ -189,6 +239,7 @@ def native_products(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterab
         g: The gradient of its output, ``(N, C_out, *S')``, of the same type, with at least one position.
         geometry: Kernel size, stride, padding, dilation and groups.
         wanted: The moments to compute.
+        scaled: Factors of the gradients of each output channel, and where to write the sums of each channel.
     """
     keys, solid, library, threads = frozenset(wanted), geometry.in_three_dimensions(), library_for(g.dtype), _threads()
     samples, groups = len(g), geometry.groups
@@ -224,6 +275,10 @@ def native_products(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterab
     )
     job.x_sample, job.x_channel, job.x_step = x.stride(0), x.stride(1), Triple(*three(x.stride()[2:], 0))
     job.g_sample, job.g_channel, job.g_step = g.stride(0), g.stride(1), Triple(*three(g.stride()[2:], 0))
+    if scaled is not None:
+        scale, weight = scaled.packed(groups, lanes, panels * library.tile_columns())  # alive until the kernel ends
+        job.scale, job.weight = scale.data_ptr(), weight.data_ptr()
+        job.products, job.totals = scaled.products.data_ptr(), scaled.totals.data_ptr()
     _run(job, library.products, threads)
     return _moments(out, keys)
 

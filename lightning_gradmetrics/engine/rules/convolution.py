@@ -13,7 +13,7 @@ from lightning_gradmetrics.engine.kernels import ConvGeometry
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
 
-__all__ = ["convolution", "transposed_convolution"]
+__all__ = ["convolution", "padded_input", "transposed_convolution"]
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
@@ -64,13 +64,17 @@ def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     if "bias" in call.slots:
         yield "bias", _bias(g)
     if "weight" in call.slots:
-        shape = call.shape("weight")
-        kernel = shape[2:]
-        stride = _tuple(call.get("stride", 1), len(kernel))
-        dilation = _tuple(call.get("dilation", 1), len(kernel))
-        x, padding = _padded(call, call.x, kernel, dilation)
-        geometry = ConvGeometry(kernel, stride, padding, dilation, call.get("groups", 1))
-        yield "weight", ConvUse(x.to(g.dtype), g, shape, geometry)
+        x, geometry = padded_input(call)
+        yield "weight", ConvUse(x.to(g.dtype), g, call.shape("weight"), geometry)
+
+
+def padded_input(call: Call) -> tuple[Tensor, ConvGeometry]:
+    """Return the input ``(N, times, C, *S)`` of a convolution, padded if the geometry cannot describe that, and the geometry."""
+    kernel = call.shape("weight")[2:]
+    stride = _tuple(call.get("stride", 1), len(kernel))
+    dilation = _tuple(call.get("dilation", 1), len(kernel))
+    x, padding = _padded(call, call.x, kernel, dilation)
+    return x, ConvGeometry(kernel, stride, padding, dilation, call.get("groups", 1))
 
 
 @rule(

@@ -4,6 +4,9 @@
  * For each sample n the weight gradient is G[o, r] = sum_p g[o, p] x[row(r) + position(p)]. A row r is an input channel
  * at a kernel offset, p an output position. A tile of ROWS x COLS entries of G stays in registers over all positions
  * and is then added to five running statistics: sum, sum of squares, sum of absolute values, maximum, minimum.
+ *
+ * For a layer whose output is scaled, G[o, .] is also multiplied by the scale of o. Its product with the weight, before
+ * the scale, is the sum over the positions of g[o] times the layer's output without its bias.
  */
 #include "kernels.h"
 
@@ -16,6 +19,8 @@ typedef struct {
   double *out;                     /* (samples, groups, pieces, STATISTICS) */
   char *scratch;                   /* workers x scratch_bytes */
   const int32_t *rows, *positions; /* rows: padded to a multiple of ROWS with valid offsets */
+  const REAL *scale, *weight;      /* (groups, padded columns) and (groups, rows, padded columns); null if not scaled */
+  double *products, *totals;       /* (samples, groups, columns): sums over rows of weight and G, over positions of g */
   int64_t scratch_bytes, samples, groups, pieces, mode;
   int64_t row_count, columns; /* input channels of a group times kernel entries; output channels of a group */
   int64_t channels, layout, in[3], pad[3], out_size[3];
@@ -87,12 +92,45 @@ static void pack_gradient(const product_job *j, const REAL *g, int64_t columns, 
   }
 }
 
+/* What a panel of a scaled layer needs; weight is null if the layer is not scaled. */
+typedef struct {
+  const REAL *weight;
+  const vec *scale;
+  int64_t step;
+  double *products;
+} scaling;
+
+static int64_t padded_columns(const product_job *j) { return (j->columns + COLS - 1) / COLS * COLS; }
+
+/* Adds the products of a tile and the weight to `sums`, and multiplies the tile by the scale. */
+inline_always void scale_tile(const REAL *weight, int64_t step, const vec *scale, int rows, vec acc[ROWS][2], vec sums[2]) {
+  for (int i = 0; i < rows; i++)
+    for (int v = 0; v < 2; v++) sums[v] += acc[i][v] * *(const loose *)(weight + i * step + v * WIDTH);
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++)
+    for (int v = 0; v < 2; v++) acc[i][v] *= scale[v];
+}
+
+/* Adds the sums of a panel's columns to `totals`. */
+static void panel_totals(const vec *g, int64_t count, int valid, int narrow, double *totals) {
+  for (int64_t p = 0; p < count; p += BLOCK) {
+    const int64_t end = p + BLOCK < count ? p + BLOCK : count;
+    vec sums[2] = {{0}};
+    for (int64_t q = p; q < end; q++) {
+      sums[0] += g[narrow ? q : 2 * q];
+      if (!narrow) sums[1] += g[2 * q + 1];
+    }
+    for (int c = 0; c < valid; c++) totals[c] += sums[c / WIDTH][c % WIDTH];
+  }
+}
+
 /* All tiles of one panel of columns and one block of rows. The columns of a narrow panel fill one vector. */
 inline_always void panel(const product_job *j, const REAL *x, const vec *g, int64_t begin, int64_t end, int valid,
-                         vec *buffer, running *s, int mode, int narrow) {
-  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2], block = BLOCK;
-  for (int64_t p = 0; p < count; p += block) {
-    int size = count - p < block ? (int)(count - p) : (int)block, last = p + block >= count;
+                         vec *buffer, running *s, const scaling *scaled, int mode, int narrow) {
+  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
+  vec sums[2] = {{0}};
+  for (int64_t p = 0; p < count; p += BLOCK) {
+    int size = count - p < BLOCK ? (int)(count - p) : BLOCK, last = p + BLOCK >= count;
     vec(*stored)[ROWS][2] = (vec(*)[ROWS][2])buffer;
     for (int64_t r = begin; r < end; r += ROWS, stored++) {
       vec acc[ROWS][2];
@@ -109,12 +147,28 @@ inline_always void panel(const product_job *j, const REAL *x, const vec *g, int6
       }
 #pragma GCC unroll 16
       for (int i = 0; narrow && i < ROWS; i++) acc[i][0] += acc[i][1], acc[i][1] = (vec){0};
+      if (scaled->weight)
+        scale_tile(scaled->weight + r * scaled->step, scaled->step, scaled->scale, end - r < ROWS ? (int)(end - r) : ROWS,
+                   acc, sums);
       if (valid == COLS && end - r >= ROWS)
         reduce(s, acc, ROWS, COLS, mode);
       else
         reduce(s, acc, end - r < ROWS ? (int)(end - r) : ROWS, valid, mode);
     }
   }
+  for (int c = 0; scaled->weight && c < valid; c++) scaled->products[c] += sums[c / WIDTH][c % WIDTH];
+}
+
+/* The scaling of the panel that begins at a column. */
+static scaling scaling_of(const product_job *j, int64_t n, int64_t group, int64_t column) {
+  scaling found = {0};
+  if (!j->weight) return found;
+  const int64_t step = padded_columns(j);
+  found.weight = j->weight + group * j->row_count * step + column;
+  found.scale = (const vec *)(j->scale + group * step + column);
+  found.step = step;
+  found.products = j->products + (n * j->groups + group) * j->columns + column;
+  return found;
 }
 
 static void piece(product_job *j, int64_t task, char *scratch) {
@@ -140,19 +194,25 @@ static void piece(product_job *j, int64_t task, char *scratch) {
     else
       pack_gradient(j, from, last - first, (REAL *)g);
   }
+  for (int64_t c = first; j->weight && c < last; c += COLS) {
+    const int valid = last - c < COLS ? (int)(last - c) : COLS;
+    panel_totals((const vec *)(g + (c - first) * count), count, valid, valid <= WIDTH,
+                 j->totals + (n * j->groups + group) * j->columns + c);
+  }
   for (int64_t r = 0; r < j->row_count; r += BLOCK_TILES * ROWS)
     for (int64_t c = first; c < last; c += COLS) {
       int64_t end = r + BLOCK_TILES * ROWS < j->row_count ? r + BLOCK_TILES * ROWS : j->row_count;
       int valid = last - c < COLS ? (int)(last - c) : COLS;
       const vec *block = (const vec *)(g + (c - first) * count);
+      const scaling scaled = scaling_of(j, n, group, c);
       if (j->mode == ALL && valid <= WIDTH)
-        panel(j, x, block, r, end, valid, buffer, &s, ALL, 1);
+        panel(j, x, block, r, end, valid, buffer, &s, &scaled, ALL, 1);
       else if (j->mode == ALL)
-        panel(j, x, block, r, end, valid, buffer, &s, ALL, 0);
+        panel(j, x, block, r, end, valid, buffer, &s, &scaled, ALL, 0);
       else if (valid <= WIDTH)
-        panel(j, x, block, r, end, valid, buffer, &s, SUMS, 1);
+        panel(j, x, block, r, end, valid, buffer, &s, &scaled, SUMS, 1);
       else
-        panel(j, x, block, r, end, valid, buffer, &s, SUMS, 0);
+        panel(j, x, block, r, end, valid, buffer, &s, &scaled, SUMS, 0);
     }
   finish(&s, j->out + task * STATISTICS);
 }

@@ -1,0 +1,272 @@
+"""Batch norms are folded into the convolutions before them; a model that uses a convolution's output otherwise is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.folding import FoldingTracer
+from tests.engine.cases import worst_difference
+
+SEEN: dict[str, Any] = {}
+"""What a model leaves outside of itself."""
+
+
+class Net(nn.Module):
+    """Two blocks of a convolution, a batch norm and an in-place change of the norm's output; ``use`` gets the first output."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, use: Callable[[Tensor], None] | None = None) -> None:
+        super().__init__()
+        dims = first.weight.ndim - 2  # type: ignore[operator, union-attr]
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+        self.first, self.second = first, second
+        self.norms = nn.ModuleList([norm(first.out_channels), norm(second.out_channels)])  # type: ignore[arg-type]
+        self.head, self.use, self.dims = nn.Linear(second.out_channels, 3), use, dims  # type: ignore[arg-type]
+        for each in self.norms:
+            for tensor in (each.weight, each.bias, each.running_mean):
+                tensor.data.normal_()  # type: ignore[union-attr, operator]
+            each.running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
+        self.norms[0].weight.data[0] = 0  # type: ignore[union-attr, index, operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        if self.use is not None:
+            self.use(z)
+        h = F.relu(self.norms[0](z), inplace=True)
+        z = self.norms[1](self.second(h))
+        z += 1 + x.flatten(1).mean(1).view(-1, *[1] * (z.ndim - 1))
+        return self.head(z.flatten(2).amax(2))
+
+
+@pytest.fixture
+def folded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the weights of all norms whose output a convolution has returned."""
+    names: list[str] = []
+    norm = FoldingTracer._norm
+
+    def noted(self: FoldingTracer, layer: Any, *rest: Any) -> Tensor:
+        output = norm(self, layer, *rest)
+        names.append(layer.fold.weight)
+        return output
+
+    monkeypatch.setattr(FoldingTracer, "_norm", noted)
+    return names
+
+
+def compare(
+    model: nn.Module, x: Tensor, bound: float = 1e-9, parameters: Any = None, memory: int | None = None
+) -> None:
+    """Compare the statistics of every parameter with those of the slow reference."""
+    found = gradient_statistics(model, x, "pseudo_label", parameters, True, memory=memory)
+    expected = gradient_statistics(model, x, "pseudo_label", parameters, True, engine="reference")
+    assert worst_difference(found, expected) < bound
+
+
+def net(use: Callable[[Tensor], None] | None = None) -> Net:
+    return Net(nn.Conv2d(3, 20, 3, padding=1, bias=False), nn.Conv2d(20, 9, 3), use).double().eval()
+
+
+PAIRS: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], tuple[int, ...]]] = {
+    "2d": (lambda: (nn.Conv2d(3, 20, 3, padding=1, bias=False), nn.Conv2d(20, 9, 3)), (12, 12)),
+    "1d": (lambda: (nn.Conv1d(3, 6, 5, padding=2, dilation=1), nn.Conv1d(6, 4, 3, padding="same", dilation=2)), (40,)),
+    "3d": (lambda: (nn.Conv3d(3, 5, 2), nn.Conv3d(5, 4, 3, padding=1, bias=False)), (5, 6, 7)),
+    "groups": (lambda: (nn.Conv2d(3, 40, 3, 2, 1), nn.Conv2d(40, 12, 3, padding=1, groups=2)), (21, 21)),
+    "same": (lambda: (nn.Conv2d(3, 8, 4, padding="same"), nn.Conv2d(8, 8, 1)), (9, 10)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", PAIRS)
+def test_folded_layers_have_the_statistics_of_the_reference(name: str, dtype: torch.dtype, folded: list[str]) -> None:
+    torch.manual_seed(0)
+    pair, size = PAIRS[name]
+    model = Net(*pair()).to(dtype).eval()
+    compare(model, torch.randn(5, 3, *size, dtype=dtype), 1e-9 if dtype == torch.float64 else 2e-3)
+    assert folded == ["norms.0.weight", "norms.1.weight"]
+
+
+def test_some_parameters_and_other_norms_are_not_folded(folded: list[str]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 12, 12, dtype=torch.float64)
+    gradient_statistics(net(), x, "pseudo_label", statistics=["l3"])  # the kernel has no such moment
+    model = net()
+    model.norms[0].weight.requires_grad_(False)
+    model.second.weight.requires_grad_(False)
+    compare(model, x, parameters=lambda name: name not in ("norms.0.weight", "second.weight"))
+    model = net()
+    model.second = nn.Conv2d(20, 20, 3, groups=20).double()
+    model.norms[1] = nn.BatchNorm2d(20, affine=False).double().eval()
+    model.head = nn.Linear(20, 3).double()
+    compare(model, x)
+    assert folded == ["norms.0.weight"]  # of the last model
+
+
+def test_a_convolution_with_two_norms_and_a_norm_of_two_convolutions(folded: list[str]) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.head = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.conv(self.norm(self.conv(x)).tanh()))
+            z = self.conv(h)
+            return self.head((self.norm(z) * self.other(z)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Shared().double().eval()
+    model.other.running_mean.fill_(0.3)  # type: ignore[union-attr]
+    compare(model, torch.randn(5, 3, 8, 8, dtype=torch.float64))
+    assert folded == ["norm.weight"] * 2  # not of the third convolution
+
+
+def _stores(z: Tensor) -> None:
+    SEEN["left"] = z
+
+
+def _stores_in_a_list(z: Tensor) -> None:
+    SEEN["left"] = [[z]]
+
+
+def _computes(z: Tensor) -> None:
+    SEEN["left"] = F.relu(z)
+
+
+def _calls_an_operator(z: Tensor) -> None:
+    SEEN["left"] = torch.ops.aten.relu(z)
+
+
+def _reads(z: Tensor) -> None:
+    SEEN["left"] = z.flatten()[:3].tolist()
+
+
+def _reads_directly(z: Tensor) -> None:
+    SEEN["left"] = z.detach().numpy().copy()
+
+
+def _replaces_errors(z: Tensor) -> None:
+    try:
+        SEEN["left"] = z + 1
+    except Exception as error:
+        raise RuntimeError("the sum has failed") from error
+
+
+def _swallows_errors(z: Tensor) -> None:
+    try:
+        SEEN["left"] = z + 1
+    except Exception:
+        return
+
+
+def _shape_only(z: Tensor) -> None:
+    SEEN["shape"] = (z.shape, z.dtype, z.size(1), z.dim(), z.requires_grad)
+
+
+USES = [
+    _stores,
+    _stores_in_a_list,
+    _computes,
+    _calls_an_operator,
+    _reads,
+    _reads_directly,
+    _replaces_errors,
+    _swallows_errors,
+]
+
+
+LATER_ONLY = (_reads, _reads_directly)
+"""A model that always reads activations runs every sample alone at the end."""
+
+
+@pytest.mark.parametrize(
+    ("use", "later"), [(use, later) for use in USES for later in (False, True) if later or use not in LATER_ONLY]
+)
+def test_a_model_that_uses_the_output_of_a_convolution_gets_it(
+    use: Callable[[Tensor], None], later: bool, folded: list[str]
+) -> None:
+    """From the first batch on, or in a later and larger batch only."""
+    torch.manual_seed(0)
+    SEEN.clear()
+    model = net(lambda z: use(z) if not later or len(z) > 5 else None)
+    compare(model, torch.randn(5, 3, 12, 12, dtype=torch.float64))
+    x = torch.randn(6, 3, 12, 12, dtype=torch.float64)
+    found = gradient_statistics(model, x, "pseudo_label", per_parameter=True)
+    left = _numbers(SEEN.pop("left"))
+    with torch.no_grad():
+        model(x)
+    torch.testing.assert_close(left, _numbers(SEEN.pop("left")))
+    expected = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine="reference")
+    assert worst_difference(found, expected) < 1e-9
+    assert "norms.1.weight" in folded
+
+
+def _numbers(left: Any) -> Tensor:
+    while isinstance(left, list) and not isinstance(left[0], float):
+        left = left[0]
+    return torch.as_tensor(left)
+
+
+def test_the_shape_of_the_output_may_be_read(folded: list[str]) -> None:
+    torch.manual_seed(0)
+    compare(net(_shape_only), torch.randn(5, 3, 12, 12, dtype=torch.float64))
+    assert folded == ["norms.0.weight", "norms.1.weight"]
+    assert SEEN["shape"] == ((1, 20, 12, 12), torch.float64, 20, 4, True)
+
+
+def test_a_hook_gets_the_output_of_the_convolution() -> None:
+    torch.manual_seed(0)
+    model, x, outputs = net(), torch.randn(5, 3, 12, 12, dtype=torch.float64), []
+    compare(model, x)
+    model.first.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+    gradient_statistics(model, x, "pseudo_label")
+    torch.testing.assert_close(outputs[-1], model.first(x))
+
+
+def test_changed_norms_are_noticed() -> None:
+    """In a known batch, and in batches of new sizes, for which a fold is used."""
+    torch.manual_seed(0)
+    model, sizes = net(), iter(range(5, 50))
+
+    def compare_again() -> None:
+        for size in (5, next(sizes)):
+            compare(model, torch.randn(size, 3, 12, 12, dtype=torch.float64))
+
+    compare_again()
+    norm: Any = model.norms[0]
+    norm.eps = 0.5
+    compare_again()
+    norm.running_mean = norm.running_mean + 1
+    compare_again()
+    norm.running_var.mul_(2)
+    compare_again()
+    norm.weight = nn.Parameter(torch.randn_like(norm.weight))
+    compare_again()
+    model.norms[0], model.norms[1] = nn.Identity(), nn.BatchNorm2d(9).double().eval()
+    compare_again()
+
+
+def test_values_that_are_not_finite_stay_in_their_sample() -> None:
+    torch.manual_seed(0)
+    model, x = net(), torch.randn(5, 3, 12, 12, dtype=torch.float64)
+    expected = gradient_statistics(model, x, "pseudo_label", engine="reference")
+    x[1, 0, 3, 3] = float("nan")
+    found = gradient_statistics(model, x, "pseudo_label")
+    others = [0, 2, 3, 4]
+    torch.testing.assert_close(found.norm(2)[others], expected.norm(2)[others])
+    assert found.norm(2)[1].isnan()
+
+
+def test_parts_of_a_batch_and_an_odd_batch(folded: list[str]) -> None:
+    torch.manual_seed(0)
+    model = net()
+    compare(model, torch.randn(9, 3, 12, 12, dtype=torch.float64), memory=400_000)
+    for size in (1, 2, 7):
+        compare(model, torch.randn(size, 3, 12, 12, dtype=torch.float64))
+    assert folded
