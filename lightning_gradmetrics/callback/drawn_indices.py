@@ -272,6 +272,10 @@ def _whole_numbers(draw: Any, loader: Any) -> Indices | None:
     """
     if not isinstance(draw, (list, tuple)) or not draw:
         return None
+    if type(draw) is list and type(draw[0]) is int and draw == list(range(draw[0], draw[0] + len(draw))):
+        is_inside = draw[0] >= 0 and (not hasattr(loader.dataset, "__len__") or draw[-1] < len(loader.dataset))
+        if is_inside:  # a sequential sampler
+            return np.arange(draw[0], draw[0] + len(draw))
     try:
         numbers = np.asarray(draw)
     except (TypeError, ValueError):  # entries of different lengths

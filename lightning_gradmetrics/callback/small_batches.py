@@ -20,7 +20,10 @@ from lightning_gradmetrics.scoring.scorer import Scorer
 __all__ = ["MOST_ENTRIES", "SmallBatches", "are_separable"]
 
 MOST_ENTRIES = 2**16
-"""The number of logits and features from which batches are scored: 1,560 rows of 10 logits and 32 features."""
+"""The number of inputs, logits and features from which batches are scored: 1,130 rows of 16 inputs, 32 features and 10 logits."""
+
+FEW_INPUTS = 2**12
+"""Inputs of a batch up to this size are kept and tested for NaN and Inf with the scores; larger ones are tested at once."""
 
 
 def are_separable(scores: Sequence[Score]) -> bool:
@@ -53,14 +56,16 @@ class _Part:
     Args:
         evidence: The evidence.
         index: The index of each row ``(N,)``.
-        finite: Whether the inputs of each row are free of NaN and Inf ``(N,)``.
         ids: The id of each sample, if the rows have ids.
+        inputs: The model's inputs, if they are one small tensor.
+        finite: Otherwise, whether the inputs of each row are free of NaN and Inf ``(N,)``.
     """
 
     evidence: Evidence
     index: Tensor
-    finite: Tensor
     ids: Sequence[str]
+    inputs: Tensor | None
+    finite: Tensor | None
 
 
 class SmallBatches:
@@ -109,15 +114,16 @@ class SmallBatches:
         Raises:
             ValueError: If the number of ids is not the number of samples.
         """
-        kind = _kind(evidence)
+        inputs = _few_inputs(batch)
+        kind = _kind(evidence, inputs)
         if kind != self._kind:
             self.settle()
         index = self._table.indices(batch.size, seen, ids, batch.order)
-        finite = finite_rows(batch.inputs, (), batch.size)
-        self._parts.append(_Part(evidence, index, finite, ids))
+        finite = finite_rows(batch.inputs, (), batch.size) if inputs is None else None
+        self._parts.append(_Part(evidence, index, ids, inputs, finite))
         self._kind = kind
         self.rows += batch.size
-        for tensor in (evidence.given_logits, evidence.given_features):
+        for tensor in (inputs, evidence.given_logits, evidence.given_features):
             self._entries += tensor.numel() if isinstance(tensor, Tensor) else 0
         if self._entries >= MOST_ENTRIES:
             self.settle()
@@ -149,38 +155,45 @@ class SmallBatches:
 
     def _keep(self, part: _Part, scores: dict[str, Tensor]) -> None:
         logits = part.evidence.given_logits
-        finite = part.finite.to(logits.device)
-        finite = finite & finite_rows(None, (logits, *scores.values()), len(logits)).to(logits.device)
+        finite = finite_rows(part.inputs, (logits, *scores.values()), len(logits)).to(logits.device)
+        if part.finite is not None:
+            finite = finite & part.finite.to(logits.device)
         self._table.keep(part.index, finite, logits, part.evidence.given_labels, scores, ids=part.ids)
 
 
-def _kind(evidence: Evidence) -> tuple[Any, ...]:
+def _few_inputs(batch: ObservedBatch) -> Tensor | None:
+    """Return the inputs if they are one small tensor with a row per sample, copied when the model was called."""
+    inputs = batch.inputs
+    if batch.called is None or not isinstance(inputs, Tensor) or inputs.is_nested or inputs.layout != torch.strided:
+        return None
+    has_rows = inputs.ndim > 0 and len(inputs) == batch.size
+    return inputs if has_rows and inputs.numel() <= FEW_INPUTS else None
+
+
+def _kind(evidence: Evidence, inputs: Tensor | None) -> tuple[Any, ...]:
     """Return what batches have in common if they can be joined."""
     kind: list[Any] = [evidence.one_logit, evidence.given_slope]
-    for tensor in (evidence.given_logits, evidence.given_features, evidence.given_labels):
+    for tensor in (inputs, evidence.given_logits, evidence.given_features, evidence.given_labels):
         kind += [tensor.shape[1:], tensor.dtype, tensor.device] if isinstance(tensor, Tensor) else [None]
     return tuple(kind)
 
 
 def _joined(parts: Sequence[_Part]) -> _Part:
     """Return the batches as one. The head's weight is left out, because the user may change it between batches."""
-    first = parts[0].evidence
-
-    def joined(name: str) -> Tensor | None:
-        tensors = [getattr(part.evidence, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors)
-
-    logits = joined("given_logits")
-    assert logits is not None
+    first, all_evidence = parts[0], [part.evidence for part in parts]
+    logits = torch.cat([evidence.given_logits for evidence in all_evidence])
+    features, labels = _rows_of(all_evidence, "given_features"), _rows_of(all_evidence, "given_labels")
     evidence = Evidence(
-        logits,
-        joined("given_features"),
-        joined("given_labels"),
-        one_logit=first.one_logit,
-        given_slope=first.given_slope,
+        logits, features, labels, one_logit=first.evidence.one_logit, given_slope=first.evidence.given_slope
     )
     ids: list[str] = []
     for part in parts:
         ids += part.ids
-    index, finite = torch.cat([part.index for part in parts]), torch.cat([part.finite for part in parts])
-    return _Part(evidence, index, finite, ids)
+    index = torch.cat([part.index for part in parts])
+    return _Part(evidence, index, ids, _rows_of(parts, "inputs"), _rows_of(parts, "finite"))
+
+
+def _rows_of(parts: Sequence[Any], name: str) -> Tensor | None:
+    """Return the rows of an attribute of all parts; ``None`` if they do not have it."""
+    tensors = [getattr(part, name) for part in parts]
+    return None if tensors[0] is None else torch.cat(tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,18 +161,19 @@ def observing(
             f"{type(model).__name__} is scripted, and calls of a ScriptModule cannot be observed. Score the original model, or a "
             "module whose forward calls the scripted one"
         )
-    observation = Observation()
-    with ExitStack() as stack:
+    observation, removals = Observation(), []
+    try:
         for name, layer in layers.items():
-            if not _has_hooks(layer):
-                continue
-            stack.callback(_observe_layer(observation, name, layer))
+            if _has_hooks(layer):
+                removals.append(_observe_layer(observation, name, layer))
         running: list[_RunningCall] = []
         for module in filter(_has_hooks, whole_modules(model) if whole is None else whole):
             observation.models[module] = []
-            for remove in _observe_model(observation, module, logits_fn, running):
-                stack.callback(remove)
+            removals += _observe_model(observation, module, logits_fn, running)
         yield observation
+    finally:
+        for remove in removals:
+            remove()
 
 
 def _has_hooks(module: nn.Module) -> bool:

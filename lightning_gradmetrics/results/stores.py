@@ -111,7 +111,9 @@ class MemoryStore:
         return self.table
 
     def join(self, shared: Sequence[pa.Table]) -> None:
-        """Merge the rows of all processes."""
+        """Merge the rows of all processes; those of a single process are merged already."""
+        if len(shared) == 1 and shared[0] is self.table:
+            return
         names = [rows.dataset for rows in self.rows]
         scores = self.rows[0].scores if self.rows else ()
         self.table = merge_results([*shared, empty_results(scores)], names)

@@ -85,8 +85,17 @@ class Score:
 
     @property
     def needs(self) -> Needs:
-        """The evidence that the score needs."""
-        return needs_of([self])
+        """The evidence that the score needs. The dry run of a plain score has one result, which is stored."""
+        if type(self) is not Score:
+            return needs_of([self])
+        known: Needs | None = vars(self).get("_needs")
+        if known is None:
+            known = self._needs = needs_of([self])
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to pickle or to copy, without the result of the dry run, which may contain any callable."""
+        return {name: value for name, value in vars(self).items() if name != "_needs"}
 
     def named(self: S, name: str) -> S:
         """Return the same score under another name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.callback.small_batches import SmallBatches
+from lightning_gradmetrics.callback.small_batches import SmallBatches, _few_inputs
 from lightning_gradmetrics.results.output import Output
+from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.evidence import Evidence
 from lightning_gradmetrics.scoring.scorer import Scorer
 from tests.callback.runs import Stepped, batches, mlp, trainer
@@ -141,3 +143,12 @@ def test_batches_of_another_kind_are_scored_apart(counted: list[int]) -> None:
     trainer(callback).predict(Alternating(), data()[0])
     assert counted == [4, 4, 15]
     assert callback.results["sample_id"].to_pylist() == [str(number) for number in range(100, 123)]
+
+
+def test_inputs_that_are_not_copied_are_tested_at_once() -> None:
+    x = torch.zeros(4, 3)
+    batch = ObservedBatch(x, torch.zeros(4, 2), called=torch.nn.Identity())
+    assert _few_inputs(batch) is x
+    assert _few_inputs(replace(batch, called=None)) is None  # the user's tensor, which may change later
+    assert _few_inputs(replace(batch, inputs=torch.zeros(2, 4, 3))) is None  # not one row per sample
+    assert _few_inputs(replace(batch, inputs=torch.zeros(4, 3000))) is None

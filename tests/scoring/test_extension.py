@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import pickle
 import sys
@@ -288,3 +289,19 @@ def test_class_path_with_a_wrong_argument_is_refused() -> None:
         TypeError, match=r"score .energy. has no argument 'nonsense'; its arguments are: temperature=1.0"
     ):
         resolve([{"class_path": "lightning_gradmetrics.scores.energy", "init_args": {"nonsense": 2}}])
+
+
+def test_the_needs_of_a_score_are_found_once_and_are_not_pickled() -> None:
+    calls = []
+
+    def counted(evidence: Evidence) -> Tensor:
+        calls.append(1)
+        return evidence.logits.amax(1)
+
+    score = make(counted)
+    calls.clear()
+    first = score.needs
+    assert score.needs is first and len(calls) == 1
+    again = pickle.loads(pickle.dumps(make("gga")))
+    again.needs
+    assert "_needs" not in copy.copy(again).__dict__ and pickle.loads(pickle.dumps(again)).needs.probes
