@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.calls import opened
+
 __all__ = [
     "Copies",
     "Root",
+    "gradients_at",
     "reached_parameters",
     "runs_custom_code",
     "runs_users_code",
@@ -48,6 +51,23 @@ class Copies(torch.autograd.Function):
         """Pass the gradient of each copy to ``receive``."""
         ctx.receive(gradient)
         return (gradient.sum(0) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def gradients_at(total: Tensor, ends: Sequence[Any], gradient: Tensor | None, is_kept: bool) -> Sequence[Tensor | None]:
+    """Return the same as ``torch.autograd.grad``, without its checks of the arguments if the gradient has the type of the total.
+
+    These checks import SymPy in the first call of a process, which takes 0.6 s.
+
+    Args:
+        total: The tensor whose backward pass runs.
+        ends: The tensors or edges of the graph at which the gradients are returned; ``None`` if one is not reached.
+        gradient: The gradient of the tensor; ``None`` for a scalar.
+        is_kept: Whether the graph is kept.
+    """
+    if gradient is None or gradient.shape != total.shape or gradient.dtype != total.dtype:
+        return opened(torch.autograd.grad)(total, ends, gradient, retain_graph=is_kept, allow_unused=True)  # type: ignore[no-any-return]
+    run = torch.autograd.graph._engine_run_backward
+    return run((total,), (gradient,), is_kept, False, tuple(ends), True, accumulate_grad=False)
 
 
 def reached_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:

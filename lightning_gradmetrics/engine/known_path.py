@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
 
-from lightning_gradmetrics.engine.calls import opened
+from lightning_gradmetrics.engine.graph import gradients_at
 from lightning_gradmetrics.engine.path_check import PathChanged, PathFollower
 from lightning_gradmetrics.engine.path_record import HeldStep, KnownPath, leaves_of
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
@@ -31,14 +31,6 @@ __all__ = ["KnownTracer"]
 def _are_at(chosen: Sequence[int], leaves: Sequence[Tensor], task: Task) -> bool:
     """Return whether the chosen parameters have these numbers among the leaves."""
     return all(map(is_, map(leaves.__getitem__, chosen), task.parameters.values()))
-
-
-def _gradients(total: Tensor, ends: Sequence[Any], gradient: Tensor | None, is_kept: bool) -> Sequence[Tensor | None]:
-    """Return the same as ``torch.autograd.grad``, without its checks of the arguments if the gradient has the type of the total."""
-    if gradient is None or gradient.shape != total.shape or gradient.dtype != total.dtype:
-        return opened(torch.autograd.grad)(total, ends, gradient, retain_graph=is_kept, allow_unused=True)  # type: ignore[no-any-return]
-    run = torch.autograd.graph._engine_run_backward
-    return run((total,), (gradient,), is_kept, False, tuple(ends), True, accumulate_grad=False)
 
 
 class KnownTracer(PathFollower, Tracer):
@@ -121,7 +113,7 @@ class KnownTracer(PathFollower, Tracer):
         collect = self._send if self._is_direct else self._rule_gradient
         try:
             with torch.autograd.set_multithreading_enabled(False):
-                gradients = _gradients(total, ends, gradient, not last)
+                gradients = gradients_at(total, ends, gradient, not last)
             with self._silence:
                 for (held, call, version), of_result in zip(self._held, gradients, strict=False):
                     if of_result is not None:

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.gather import MomentTable
+from lightning_gradmetrics.engine.graph import gradients_at
 from lightning_gradmetrics.engine.plan import Plan
 from lightning_gradmetrics.engine.strategy import Strategy, freeze
 from lightning_gradmetrics.engine.task import Task
@@ -82,7 +83,7 @@ def collect_one_sample(table: MomentTable) -> None:
         if not logits.requires_grad:  # no chosen parameter is used
             continue
         is_last = index == len(scaled) - 1
-        gradients = torch.autograd.grad(logits, parameters, gradient, retain_graph=not is_last, allow_unused=True)
+        gradients = gradients_at(logits, parameters, gradient, not is_last)
         for name, of_parameter in zip(task.parameters, gradients, strict=True):
             if of_parameter is not None:
                 table.add(name, RowsUse(of_parameter.to_dense()[None]))

@@ -24,7 +24,7 @@ from lightning_gradmetrics.engine.calls import (
     sources_in,
     tensors_in,
 )
-from lightning_gradmetrics.engine.graph import Copies, Root, saves_through_hooks
+from lightning_gradmetrics.engine.graph import Copies, Root, gradients_at, saves_through_hooks
 from lightning_gradmetrics.engine.host_reads import READING, tensors_read
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.path_record import PathRecorder
@@ -336,9 +336,7 @@ class Tracer(TracerState):
                 if total.requires_grad and delayed:
                     opened(torch.autograd.backward)(total, gradient, retain_graph=not last)
                 elif total.requires_grad:
-                    opened(torch.autograd.grad)(
-                        total, [self.anchor], gradient, retain_graph=not last, allow_unused=True
-                    )
+                    gradients_at(total, [self.anchor], gradient, not last)
         finally:
             self._backward, self._collecting, self._delayed = False, True, delayed
         for name in list(self._pending):

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_gradmetrics.classifier import tensor_records
 from lightning_gradmetrics.engine import auto, gradient_statistics, sample_check
+from lightning_gradmetrics.engine.calls import opened
 from lightning_gradmetrics.engine.dependence import DependenceTrace
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
 from lightning_gradmetrics.engine.rules import RULES
@@ -139,3 +141,20 @@ def test_a_sample_for_which_a_plan_was_wrong_is_compared_again(monkeypatch):
 def test_tracing_does_not_import_the_compiler():
     """Torch wraps other dispatch modes in a function that imports torch._dynamo, which takes a second."""
     assert not hasattr(DependenceTrace.__torch_dispatch__, "__wrapped__")
+    assert not hasattr(tensor_records._Watch.__torch_dispatch__, "__wrapped__")
+
+
+def test_backward_passes_do_not_import_sympy(monkeypatch):
+    """Torch imports it to compare the shapes of a tensor and of a given gradient, which takes 0.6 s."""
+    checked = torch.autograd._make_grads
+
+    def without_gradients(outputs, gradients, **options):
+        assert all(gradient is None for gradient in gradients)
+        return checked(outputs, gradients, **options)
+
+    monkeypatch.setattr(torch.autograd, "_make_grads", without_gradients)
+    opened.cache_clear()  # it contains copies of torch's functions
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(5, 6)
+    for size in (5, 5, 5, 1, 1):
+        gradient_statistics(model, x[:size], "pseudo_label")
+    opened.cache_clear()
