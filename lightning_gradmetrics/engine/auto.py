@@ -225,7 +225,7 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
     try:
         times, calls = collect(plan, folds=recorder is None)
     except FoldRefused:
-        strategy.plan = replace(plan, folds={})
+        strategy.plan, table.folded = replace(plan, folds={}), None
         state.restore()
         times, calls = collect(strategy.plan)
     outline = calls.number

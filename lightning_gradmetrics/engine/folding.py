@@ -23,15 +23,16 @@ from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.calls import sources_in, tensors_in
 from lightning_gradmetrics.engine.dependence import DependenceTrace
 from lightning_gradmetrics.engine.kernels.convolution import scaled_products_pay
-from lightning_gradmetrics.engine.plan import Fold, Plan, PlanError, Step
+from lightning_gradmetrics.engine.plan import Fold, Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, bind
 from lightning_gradmetrics.engine.rules.convolution import padded_input
 from lightning_gradmetrics.engine.rules.folded import FOLDED
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 from lightning_gradmetrics.engine.tracer import Sink, Tracer
+from lightning_gradmetrics.engine.uses import Use
 
-__all__ = ["FoldRefused", "FoldingTracer", "find_folds"]
+__all__ = ["FoldRefused", "FoldingTracer", "find_folds", "folded_logits"]
 
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
@@ -199,8 +200,11 @@ class FoldingTracer(Tracer):
         fold = self.plan.folds.get(self.position - 1)
         values = None if fold is None else bind(RULES[step.function], args, kwargs)
         if fold is None or not values or not self._pays(step, values):
-            return super()._rule(step, args, kwargs)
+            return self._unfolded(step, args, kwargs)
         return self._convolve(step, fold, values)
+
+    def _unfolded(self, step: Step, args: Any, kwargs: Any) -> Any:
+        return super()._rule(step, args, kwargs)
 
     def _pays(self, step: Step, values: Mapping[str, Any]) -> bool:
         """Return whether to fold a convolution: it must run as in the trace, and the sums of the kernel must pay."""
@@ -213,28 +217,31 @@ class FoldingTracer(Tracer):
 
     def _convolve(self, step: Step, fold: Fold, values: dict[str, Any]) -> Tensor:
         """Return a hidden tensor instead of the output of a convolution."""
-        x, weight, bias = values["input"], values["weight"], values.get("bias")
+        weight, bias = values["weight"], values.get("bias")
         names = {"weight": fold.weight, "bias": fold.bias}
         arguments = {key: self.parameters[name] for key, name in names.items()}
         arguments["running_mean"] = mean = self._buffers[fold.mean]
         arguments["running_var"] = variance = self._buffers[fold.variance]
-        with self._silence:
-            per_deviation = torch.rsqrt(variance + fold.eps)
-            scale = arguments["weight"] * per_deviation
-            centre = -mean if bias is None else bias - mean
-            shift = arguments["bias"] + centre * scale
-            folded_weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        per_deviation = torch.rsqrt(variance + fold.eps)
+        scale = arguments["weight"] * per_deviation
+        centre = -mean if bias is None else bias - mean
+        folded_weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        shift = arguments["bias"] + centre * scale
         output = self._rooted(step, step.function(**{**values, "weight": folded_weight, "bias": shift}))
         slots = self._slots(values) | {f"norm_{key}": name for key, name in names.items()}
-        for source in slots.values():
-            self._expect(source)
+        self._collect_at(output, {**values, "scale": scale, "centre": centre, "per_deviation": per_deviation}, slots)
         self.times += [1, 1]
-        extra = {"scale": scale, "centre": centre, "per_deviation": per_deviation}
-        call = Call({**values, **extra}, Axis(0), Axis(0), frozenset(slots))
-        output.register_hook(partial(self._rule_gradient, FOLDED, call, slots, x._version))  # type: ignore[no-untyped-call]
         hidden = output.detach().requires_grad_()
         self._folded[id(hidden)] = _Folded(fold, hidden, output, arguments)
         return hidden
+
+    def _collect_at(self, output: Tensor, values: dict[str, Any], slots: Mapping[str, Source]) -> None:
+        """Collect the uses of a folded layer when the gradient of its output arrives."""
+        for source in slots.values():
+            self._expect(source)
+        call = Call(values, Axis(0), Axis(0), frozenset(slots))
+        hook = partial(self._rule_gradient, FOLDED, call, slots, values["input"]._version)
+        output.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _norm(self, folded: _Folded, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the output of the norm after a folded convolution."""
@@ -248,6 +255,35 @@ class FoldingTracer(Tracer):
         self.times += [1, 1]
         folded.is_used = True
         return folded.output
+
+
+class _PlainTracer(FoldingTracer):
+    """Runs the same forward pass and collects nothing, so that autograd differentiates it."""
+
+    def _plain(self, step: Step, args: Any, kwargs: Any) -> Any:
+        return step.function(*args, **kwargs)
+
+    _derive = _broadcast = _vmap = _uncovered = _unfolded = _plain
+
+    def _rooted(self, step: Step, result: Tensor) -> Tensor:
+        return result
+
+    def _collect_at(self, output: Tensor, values: dict[str, Any], slots: Mapping[str, Source]) -> None:
+        pass
+
+
+def folded_logits(plan: Plan, task: Task) -> Tensor:
+    """Return the logits with their graph, by a forward pass with the same rounding as that of :class:`FoldingTracer`.
+
+    Args:
+        plan: The plan, with folds.
+        task: The batch, whose parameters require gradients.
+    """
+
+    def ignore(name: str, use: Use) -> None:
+        pass
+
+    return _PlainTracer(plan, task, ignore, False).forward(task)
 
 
 def _metadata() -> frozenset[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.kernels.fused import fused_segments, fused_supports
 from lightning_gradmetrics.engine.kernels.segments import Segments
-from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.reference import moments_of_draw, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.uses import EmbeddingUse, OuterUse, RowsUse, Use
@@ -29,7 +29,12 @@ class MomentTable:
     Args:
         task: The batch.
         scaled: Whether to leave the scale of the losses in the moments.
+
+    Attributes:
+        folded: The plan, if the moments come from a forward pass with its folds.
     """
+
+    folded: Plan | None = None
 
     def __init__(self, task: Task, scaled: bool = False) -> None:
         self.task, self._scaled = task, scaled

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.agreement import SampleNotes, agreeing, gradient_norms
+from lightning_gradmetrics.engine.folding import folded_logits
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.outline import Outline, Recording
-from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
@@ -127,8 +128,8 @@ def check_sample(
         PlanError: If they differ.
 
     Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
-    agree, autograd on the batch's own forward pass decides, because it has the same active ReLUs as the table. With ``strict``,
-    they must agree: custom functions and hooks could change the gradients of the batch's own pass too.
+    agree, autograd on the batch's own forward pass decides, with the same folds, because it has the same active ReLUs as the
+    table. With ``strict``, they must agree: custom functions and hooks could change the gradients of the batch's own pass too.
     """
     alone = table.task.rows(number, number + 1).restricted(names)
     outline = Outline(alone.leaves())
@@ -139,19 +140,21 @@ def check_sample(
     together = laid_out.restricted(names)
     gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
     is_close = _agree_on_sample(table, number, alone, _logits(alone, state), 0, gates, notes)
-    if is_close and _agree_on_sample(table, number, together, _logits(together, state), number, notes=notes):
-        return outline
+    if is_close:
+        logits = _logits(together, state, plan=table.folded)
+        if _agree_on_sample(table, number, together, logits, number, notes=notes):
+            return outline
     raise PlanError("the gradients of a sample disagree with autograd")
 
 
-def _logits(task: Task, state: ForwardState, recording: Recording | None = None) -> Tensor:
-    """Return the logits with their graph."""
+def _logits(task: Task, state: ForwardState, recording: Recording | None = None, plan: Plan | None = None) -> Tensor:
+    """Return the logits with their graph, by a forward pass with the folds of a plan if there is one."""
     for parameter in task.parameters.values():
         parameter.requires_grad_(True)
     now = ForwardState(task.model)
     state.restore()
     with recording or nullcontext():
-        logits = task.forward()
+        logits = task.forward() if plan is None else folded_logits(plan, task)
     if recording is not None:
         recording.outline.end(logits)
     now.restore()

@@ -189,7 +189,7 @@ def collect_fast(
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
     elif folds and plan.folds:
-        tracer = FoldingTracer(plan, task, table.add, free)
+        tracer, table.folded = FoldingTracer(plan, task, table.add, free), plan
     else:
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
         tracer.recorder = recorder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine import gradient_statistics, sample_check
 from lightning_gradmetrics.engine.folding import FoldingTracer
 from tests.engine.cases import worst_difference
 
@@ -211,6 +211,28 @@ def _numbers(left: Any) -> Tensor:
     while isinstance(left, list) and not isinstance(left[0], float):
         left = left[0]
     return torch.as_tensor(left)
+
+
+def test_a_plan_is_verified_on_a_batch_with_the_same_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a sample alone has other active ReLUs: the forward pass that autograd differentiates has the same rounding."""
+    torch.manual_seed(0)
+    model, x = net().float(), torch.randn(5, 3, 12, 12)
+    agree, forward, passes = sample_check._agree_on_sample, FoldingTracer.forward, []
+
+    def alone_never_agrees(
+        table: Any, number: int, task: Any, logits: Tensor, row: int, *rest: Any, **names: Any
+    ) -> bool:
+        return (len(logits) > 1 or bool(rest)) and agree(table, number, task, logits, row, *rest, **names)
+
+    def noted(self: FoldingTracer, task: Any) -> Tensor:
+        passes.append(forward(self, task))
+        return passes[-1]
+
+    monkeypatch.setattr(sample_check, "_agree_on_sample", alone_never_agrees)
+    monkeypatch.setattr(FoldingTracer, "forward", noted)
+    compare(model, x, 2e-3)
+    assert len(passes) == 3  # that of the batch, and those that verify two samples
+    assert torch.equal(passes[0], passes[1])
 
 
 def test_the_shape_of_the_output_may_be_read(folded: list[str]) -> None:
