@@ -49,8 +49,12 @@ def _sums_of_roots(entries: Tensor) -> Tensor:
 
 
 def sums_of_normal_roots(entries: Tensor) -> Tensor:
-    """Return the sums over axis 1 of roots of magnitudes, without a graph; every magnitude must be zero or a normal number."""
-    magnitudes = entries.abs()
+    """Return the sums over axis 1 of roots of magnitudes, without a graph, and overwrite the entries.
+
+    Args:
+        entries: ``(N, C, *P)``; every magnitude must be zero or a normal number.
+    """
+    magnitudes = entries.abs_()
     if entries.device.type == "cpu":  # the square root of NumPy takes no longer for zeros
         np.sqrt(magnitudes.numpy(), out=magnitudes.numpy())
         return magnitudes.sum(1)
@@ -59,12 +63,12 @@ def sums_of_normal_roots(entries: Tensor) -> Tensor:
 
 def _sums_of_whole_powers(entries: Tensor, p: int) -> Tensor:
     square, product, rest = entries.abs(), None, p
+    in_place = not square.requires_grad  # new memory takes as long as the arithmetic
     while rest > 1:
         if rest % 2:
             product = square if product is None else product * square
-        square = square * square
+        square = square.mul_(square) if in_place and square is not product else square * square
         rest //= 2
-    if product is None:
-        return square.sum(1)
-    total: Tensor = torch.linalg.vecdot(product, square, dim=1)
-    return total
+    if product is not None:
+        square = square.mul_(product) if in_place else square * product
+    return square.sum(1)
