@@ -177,18 +177,25 @@ class DrawnOnce:
         >>> drawn = DrawnOnce()
         >>> drawn.first(np.array([3, 1, 3])), drawn.first(np.array([1, 0])), drawn.repeated
         (array([ 3,  1, -1]), array([-1,  0]), 2)
+        >>> drawn.first(range(1, 3)), drawn.first(range(4, 6))
+        (array([-1,  2]), array([4, 5]))
     """
 
     def __init__(self) -> None:
         self._is_drawn = np.zeros(0, dtype=bool)
         self.repeated = 0
 
-    def first(self, numbers: Indices) -> Indices:
+    def first(self, numbers: Indices | range) -> Indices:
         """Return the indices of a batch, -1 for those that were drawn before."""
+        if isinstance(numbers, range):
+            self._grow(numbers.stop)
+            is_drawn = self._is_drawn[numbers.start : numbers.stop]
+            numbers = np.arange(numbers.start, numbers.stop)
+            if not is_drawn.any():
+                is_drawn[:] = True
+                return numbers
         is_rising = numbers[0] >= 0 and bool((numbers[1:] > numbers[:-1]).all())
-        size = max(int(numbers[-1] if is_rising else numbers.max()) + 1, 1)
-        if size > len(self._is_drawn):
-            self._is_drawn = np.append(self._is_drawn, np.zeros(size, dtype=bool))
+        self._grow(max(int(numbers[-1] if is_rising else numbers.max()) + 1, 1))
         if is_rising and not self._is_drawn[numbers].any():
             self._is_drawn[numbers] = True
             return numbers
@@ -199,6 +206,10 @@ class DrawnOnce:
         self._is_drawn[numbers[is_known]] = True
         self.repeated += int(is_again.sum())
         return np.where(is_again, REPEATED, numbers)
+
+    def _grow(self, size: int) -> None:
+        if size > len(self._is_drawn):
+            self._is_drawn = np.append(self._is_drawn, np.zeros(size, dtype=bool))
 
 
 class DrawnIndices:
@@ -245,7 +256,7 @@ class DrawnIndices:
         """Return whether a dataloader drew a sample again."""
         return self._drawn[place].repeated > 0
 
-    def _without_added(self, indices: Indices, before: int, loader: Any) -> Indices | None:
+    def _without_added(self, indices: Indices | range, before: int, loader: Any) -> Indices | None:
         """Return the indices, -1 for rows that a distributed sampler adds as padding; ``None`` for any other wrapping sampler."""
         sampler = sampler_of(loader)
         if not isinstance(sampler, DistributedSampler):
@@ -255,7 +266,7 @@ class DrawnIndices:
         return np.where(is_added, REPEATED, indices)
 
 
-def noted_indices(loader: Any, batch: int) -> Indices | None:
+def noted_indices(loader: Any, batch: int) -> Indices | range | None:
     """Return the indices of a batch if Lightning records them, as it does in ``predict``."""
     noted = getattr(getattr(loader, "batch_sampler", None), "seen_batch_indices", None)
     if not isinstance(noted, list) or batch >= len(noted):
@@ -265,24 +276,24 @@ def noted_indices(loader: Any, batch: int) -> Indices | None:
     return _whole_numbers(noted[batch], loader) if keeps_order(loader) else None
 
 
-def _whole_numbers(draw: Any, loader: Any) -> Indices | None:
-    """Return the indices of a draw ``(N,)``, counted from the start of the dataset.
+def _whole_numbers(draw: Any, loader: Any) -> Indices | range | None:
+    """Return the indices of a draw ``(N,)``, counted from the start of the dataset; a range if they are consecutive.
 
     Returns None if the draw contains anything else, such as keys or pairs.
     """
     if not isinstance(draw, (list, tuple)) or not draw:
         return None
-    if type(draw) is list and type(draw[0]) is int and draw == list(range(draw[0], draw[0] + len(draw))):
-        is_inside = draw[0] >= 0 and (not hasattr(loader.dataset, "__len__") or draw[-1] < len(loader.dataset))
-        if is_inside:  # a sequential sampler
-            return np.arange(draw[0], draw[0] + len(draw))
+    has_size = hasattr(loader.dataset, "__len__")
+    if type(draw) is list and type(draw[0]) is int and draw[0] >= 0:  # that of a sequential sampler costs little
+        consecutive = range(draw[0], draw[0] + len(draw))
+        if draw == list(consecutive) and (not has_size or consecutive.stop <= len(loader.dataset)):
+            return consecutive
     try:
         numbers = np.asarray(draw)
     except (TypeError, ValueError):  # entries of different lengths
         return None
     if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         return None
-    has_size = hasattr(loader.dataset, "__len__")
     if has_size and int(numbers.max()) >= len(loader.dataset):
         return None  # keys
     if int(numbers.min()) >= 0:

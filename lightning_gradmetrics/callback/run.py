@@ -121,9 +121,7 @@ class Run:
         indices = self.drawn.of_batch(place, number)
         if self.stage.skips(place, read.size if indices is None else len(indices), indices):
             return
-        with ExitStack() as stack:
-            stack.enter_context(self.surroundings())
-            stack.enter_context(observation.surroundings())
+        with self.surroundings(), observation.surroundings(), ExitStack() as stack:
             size = read.size if indices is None else len(indices)
             observed = self._observer.batch(observation, read.inputs, size, self._stepped)
             observed = self._placed(stack, observed)

@@ -19,8 +19,8 @@ from lightning_gradmetrics.scoring.scorer import Scorer
 
 __all__ = ["MOST_ENTRIES", "SmallBatches", "are_separable"]
 
-MOST_ENTRIES = 2**16
-"""The number of inputs, logits and features from which batches are scored: 1,130 rows of 16 inputs, 32 features and 10 logits."""
+MOST_ENTRIES = 2**18
+"""The number of inputs, logits and features from which batches are scored: 4,500 rows of 16 inputs, 32 features and 10 logits."""
 
 FEW_INPUTS = 2**12
 """Inputs of a batch up to this size are kept and tested for NaN and Inf with the scores; larger ones are tested at once."""
