@@ -22,6 +22,7 @@ from lightning_gradmetrics.classifier.tensor_records import (
     MemoryRecord,
     TensorRecord,
     TensorRecords,
+    is_ordinary,
     is_written,
     note_open,
     warn_of_late_writes,
@@ -235,7 +236,8 @@ class ModelRecord:
             self._record_parameters(module)
         self._hooks = HookState(model, self.modules)
         self.generators = RandomState(model)
-        self._memory, self._values = MemoryRecord(self.parameters), TensorRecords(self.tensors())
+        self._memory = MemoryRecord(filter(is_ordinary, self.parameters))
+        self._values = TensorRecords(self.tensors())
         self._written = list(map(TensorRecord, filter(is_written, self.parameters)))
         note_open(model, self)
 
@@ -249,7 +251,8 @@ class ModelRecord:
         for name in _own_names(tuple(attributes)):
             before[name] = value = attributes[name]
             kind = type(value)
-            if not (kind in _UNCHANGEABLE or (kind is tuple and _UNCHANGEABLE.issuperset(map(type, value)))):
+            is_plain = _UNCHANGEABLE.issuperset(map(type, value)) if kind is tuple else kind in _UNCHANGEABLE
+            if not is_plain:
                 changeable.append(name)
         for name in sorted(changeable):
             for part in mutable_parts(before[name], seen):

@@ -23,6 +23,7 @@ __all__ = [
     "TensorRecord",
     "TensorRecords",
     "first_pass_watched",
+    "is_ordinary",
     "is_written",
     "note_open",
     "version_of",
@@ -43,13 +44,13 @@ class MemoryRecord:
     """The memory of tensors, which ``tensor.data = other`` replaces, and how often they were changed in place; nothing is copied.
 
     Args:
-        tensors: The tensors; those without ordinary memory, such as uninitialised parameters, are left out.
+        tensors: Tensors that :func:`is_ordinary`.
     """
 
     __slots__ = ("_aliases", "_tensors", "_versions")
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = list(filter(_is_ordinary, tensors))
+        self._tensors = list(tensors)
         self._aliases = list(map(Tensor.detach, self._tensors))
         self._versions = list(map(_VERSION, self._tensors))
 
@@ -69,7 +70,7 @@ class MemoryRecord:
                 tensor.data = alias
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
+def is_ordinary(tensor: Tensor) -> bool:
     """Return whether a tensor has ordinary memory and a version, unlike uninitialised parameters and most subclasses."""
     is_plain = type(tensor) is nn.Parameter or type(tensor) is Tensor
     return is_plain and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_inference())
@@ -90,7 +91,7 @@ class TensorRecord:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self._requires_grad = tensor, tensor.requires_grad
         self._version = -1 if tensor.is_inference() else tensor._version
-        self._memory, self._mark = MemoryRecord([tensor]), fingerprint(tensor)
+        self._memory, self._mark = MemoryRecord(filter(is_ordinary, [tensor])), fingerprint(tensor)
         self._value = recorded_copy(tensor, self._mark)
 
     def restore(self) -> None:
@@ -167,9 +168,13 @@ class TensorRecords:
 
 def _is_small(tensor: Tensor) -> bool:
     """Return whether a tensor can be copied together with others."""
-    if not _is_ordinary(tensor) or tensor.requires_grad or tensor.nbytes >= LARGE:
+    if not is_ordinary(tensor) or tensor.requires_grad or tensor.dtype not in _JOINED:
         return False
-    return tensor.is_contiguous() and not (tensor.is_quantized or tensor.is_complex() or tensor.is_neg())
+    return tensor.nbytes < LARGE and tensor.is_contiguous()
+
+
+_JOINED = frozenset([torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.float16, torch.bfloat16])
+"""Types of tensors that are copied together: neither quantised nor complex."""
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

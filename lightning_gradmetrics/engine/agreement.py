@@ -124,8 +124,9 @@ def agreeing(
     columns, norms, counts, tolerances = [], [], [], []
     for gradient in gradients:
         flat = gradient.reshape(1, gradient.numel())
-        columns.append(gradient_moments(flat, moments))
-        norms.append(flat.norm(dim=1).to(accumulator(flat)))
+        column = gradient_moments(flat, moments)
+        columns.append(column)
+        norms.append(column[2.0].sqrt() if 2.0 in column else flat.norm(dim=1).to(accumulator(flat)))
         counts.append(max(gradient.numel(), 1))
         tolerances.append(rounding(gradient) if tolerance is None else tolerance)
     level = torch.cat(norms)

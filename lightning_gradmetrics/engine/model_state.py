@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -89,12 +90,10 @@ def attribute_key(model: nn.Module, record: ModelRecord | None = None) -> Hashab
         model: The model.
         record: The record of its present state, if there is one.
     """
-    volatile, read = _VOLATILE.get(model, set()), _READ.get(model)
-    key = []
-    for entry in _attributes(model, record, read):
-        if not volatile or entry[:2] not in volatile:
-            key.append(entry)
-    return tuple(key)
+    volatile, entries = _VOLATILE.get(model), _attributes(model, record, _READ.get(model))
+    if not volatile:
+        return tuple(entries)
+    return tuple(entry for entry in entries if entry[:2] not in volatile)
 
 
 def note_read(model: nn.Module, names: set[str]) -> None:
@@ -125,13 +124,13 @@ def _attributes(
             if read is not None and name not in read:
                 continue
             value = attributes[name]
-            if type(value) in _SIMPLE:
+            kind = type(value)
+            if _SIMPLE.issuperset(map(type, value)) if kind is tuple else kind in _SIMPLE:
                 yield number, name, value
             else:
                 yield from _plain_parts(number, name, value, seen)
-    for number, kind in enumerate(_classes(modules)):
-        if not kind.__module__.startswith("torch."):
-            yield from _plain_entries(-1 - number, kind.__name__, vars(kind))
+    for number, kind in _classes(tuple(map(_BASES, dict.fromkeys(map(type, modules))))):
+        yield from _plain_entries(number, kind.__name__, vars(kind))
 
 
 @lru_cache(maxsize=1024)
@@ -178,13 +177,23 @@ def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
     return vars(value).items() if has_settings(value) else ()
 
 
-def _classes(modules: Sequence[nn.Module]) -> dict[type, None]:
-    """Return the classes of modules and their bases, in order, without ``object``."""
-    classes: dict[type, None] = {}
-    for kind in dict.fromkeys(map(type, modules)):
-        classes.update(dict.fromkeys(kind.__mro__))
+_BASES = attrgetter("__mro__")
+
+
+@lru_cache(maxsize=64)
+def _classes(bases: tuple[tuple[type, ...], ...]) -> tuple[tuple[int, type], ...]:
+    """Return all classes with negative numbers, without ``object`` and those of torch.
+
+    Args:
+        bases: The classes of the modules, each with its bases.
+    """
+    classes = dict.fromkeys(itertools.chain.from_iterable(bases))
     classes.pop(object, None)
-    return classes
+    numbered: list[tuple[int, type]] = []
+    for number, kind in enumerate(classes, 1):
+        if not kind.__module__.startswith("torch."):
+            numbered.append((-number, kind))
+    return tuple(numbered)
 
 
 def _plain_entries(number: int, name: str, entries: Mapping[Any, Any]) -> Iterator[tuple[int, str, Hashable]]:

@@ -191,10 +191,11 @@ def _agree_on_sample(
 
 
 def _scaled(gradients: list[Tensor], factor: float) -> Iterator[Tensor]:
-    """Yield each gradient times the factor, and delete it."""
+    """Yield each gradient times the factor, and delete it from the list."""
     gradients.reverse()
     while gradients:
-        yield gradients.pop() * factor
+        gradient = gradients.pop()
+        yield gradient if factor == 1 else gradient * factor
 
 
 LEAST_SCALE = 2.0**-400
