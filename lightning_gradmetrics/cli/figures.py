@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pyarrow as pa
-from matplotlib.backends import backend_agg, backend_pdf, backend_svg  # noqa: F401  # imported before the first figure
 from numpy.typing import NDArray
 
 from lightning_gradmetrics.evaluation import evaluate

@@ -76,7 +76,9 @@ def second_process(wanted: bool = True) -> Iterator[SecondProcess]:
 
 def serve() -> None:
     """Run the pickled function of the standard input, and write its pickled result to the standard output."""
-    import lightning_gradmetrics.cli.figures  # noqa: F401  # nearly all that the function needs
+    from matplotlib.backends import backend_agg, backend_pdf, backend_svg  # noqa: F401
+
+    import lightning_gradmetrics.cli.figures  # noqa: F401  # with these, nearly all that the function needs
 
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as answer:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the function may print
