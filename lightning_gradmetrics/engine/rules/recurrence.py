@@ -83,13 +83,15 @@ def lstm_direction(
 
 def _run(projected: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool) -> _Run:
     rows: list[tuple[Tensor, ...]] = []
-    steps, first = projected.unbind(0), (hidden.unsqueeze(0), cell.unsqueeze(0))
+    first, size = (hidden.unsqueeze(0), cell.unsqueeze(0)), cell.shape[1]
+    steps = (projected if bias is None else projected + bias).unbind(0)
+    transposed = weight.t().contiguous()  # otherwise every product transposes it
     for step in steps[::-1] if backwards else steps:
-        values = step + F.linear(hidden, weight, bias)
+        values = step + hidden @ transposed
         gates = values.sigmoid()
         i, f, _, o = gates.chunk(4, -1)
-        candidate = values.chunk(4, -1)[2].tanh()
-        cell = f * cell + i * candidate
+        candidate = values.narrow(-1, 2 * size, size).tanh()
+        cell = torch.addcmul(f * cell, i, candidate)
         hidden = o * cell.tanh()
         rows.append((hidden, cell, gates, candidate))
     columns = map(torch.stack, zip(*(rows[::-1] if backwards else rows), strict=True))
@@ -119,16 +121,22 @@ class _Recurrence(torch.autograd.Function):
         weight, gates, candidates, cells, earlier_cells = ctx.saved_tensors
         of_outputs, of_hidden, of_cell = gradients
         i, f, _, o = gates.chunk(4, -1)
-        slope_i, slope_f, _, slope_o = (gates * (1 - gates)).chunk(4, -1)
         squashed = cells.tanh()
-        factors = (slope_i * candidates, slope_f * earlier_cells, i * (1 - candidates.square()), slope_o * squashed)
-        rows = zip(of_outputs, torch.stack(factors, 2), o * (1 - squashed.square()), f, strict=True)
-        of_gates: list[Tensor] = []
-        for of_output, factor, through_cell, forget in list(rows)[:: 1 if ctx.backwards else -1]:
-            of_hidden = of_hidden + of_output
-            of_cell = of_cell + of_hidden * through_cell
-            of_gates.append((torch.stack((of_cell, of_cell, of_cell, of_hidden), 1) * factor).flatten(1))
-            of_hidden = of_gates[-1] @ weight
-            of_cell = of_cell * forget
-        together = torch.stack(of_gates if ctx.backwards else of_gates[::-1])
+        through_sigmoid, through_tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+        factors = (
+            through_sigmoid(candidates, i),
+            through_sigmoid(earlier_cells, f),
+            through_tanh(i, candidates),
+            through_sigmoid(squashed, o),
+        )
+        by_gate, through_cells = torch.stack(factors, 2), through_tanh(o, squashed)
+        times = range(len(gates)) if ctx.backwards else range(len(gates) - 1, -1, -1)
+        for t in times:
+            of_hidden = of_hidden + of_outputs[t]
+            of_cell = torch.addcmul(of_cell, of_hidden, through_cells[t])
+            by_gate[t, :, :3] *= of_cell.unsqueeze(1)
+            by_gate[t, :, 3] *= of_hidden
+            of_hidden = by_gate[t].flatten(1) @ weight
+            of_cell = of_cell * f[t]
+        together = by_gate.flatten(2)
         return together, together, of_hidden, of_cell, None, None
