@@ -63,7 +63,10 @@ class MemoryRecord:
 
     def restore(self) -> None:
         """Make the tensors use the recorded memory again."""
-        if all(map(Tensor.is_set_to, self._tensors, self._aliases)):
+        try:
+            if all(map(Tensor.is_set_to, self._tensors, self._aliases)):
+                return
+        except NotImplementedError:  # torch cannot compare memory on some devices
             return
         for tensor, alias in zip(self._tensors, self._aliases, strict=True):
             if not tensor.is_set_to(alias):
@@ -73,7 +76,11 @@ class MemoryRecord:
 def is_ordinary(tensor: Tensor) -> bool:
     """Return whether a tensor has ordinary memory and a version, unlike uninitialised parameters and most subclasses."""
     is_plain = type(tensor) is nn.Parameter or type(tensor) is Tensor
-    return is_plain and tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_inference())
+    return (
+        is_plain
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_quantized or tensor.is_inference())
+    )
 
 
 _VERSION = Tensor._version.__get__  # type: ignore[attr-defined]
@@ -110,7 +117,7 @@ class TensorRecord:
             with torch.inference_mode():
                 tensor.copy_(value)
         elif tensor.shape == value.shape:
-            tensor.data.copy_(value)
+            _write(tensor, value)
         else:
             tensor.data = value.clone()  # the copy may be used again
 
@@ -118,7 +125,16 @@ class TensorRecord:
         """Restore memory that was replaced, and the values if the tensor has a new version or forward passes change it."""
         self._memory.restore()
         if self._version >= 0 and (self.tensor._version != self._version or is_written(self.tensor)):
-            self.tensor.data.copy_(self._value)
+            _write(self.tensor, self._value)
+
+
+def _write(tensor: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor without a new version; positions that share memory, as in an expanded tensor, are written once."""
+    target = tensor.data
+    for dim, step in enumerate(tensor.stride() if tensor.layout is torch.strided else ()):
+        if step == 0 and tensor.shape[dim] > 1:
+            target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    target.copy_(values)
 
 
 class TensorRecords:

@@ -128,3 +128,26 @@ def test_values_are_restored_bit_by_bit() -> None:
         call(model, torch.rand(3, 2))
     assert model.first[0].isnan() and model.first[1].signbit() and model.second.shape == ()
     assert model.second == 3
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_buffers_of_every_kind_are_left_alone() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.nowhere = nn.Linear(6, 3), torch.zeros(3, device="meta")
+            self.register_buffer("sparse", torch.eye(3).to_sparse())
+            self.register_buffer("quantised", torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
+            self.register_buffer("conjugated", torch.ones(3, dtype=torch.complex64).conj())
+            self.register_buffer("expanded", torch.ones(1, 3).expand(4, 3))
+            self.register_buffer("empty", torch.zeros(0))
+            self.register_buffer("eighth", torch.ones(3).to(torch.float8_e4m3fn))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.expanded[0].zero_()
+            return self.head(x)
+
+    model, x = Holder(), torch.rand(5, 6)
+    for _ in range(2):
+        assert lgm.gradient_statistics(model, x, "pseudo_label").norm(2).isfinite().all()
+        assert model.expanded.sum() == 12
