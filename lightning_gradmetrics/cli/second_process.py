@@ -34,7 +34,7 @@ class SecondProcess:
     def submit(self, work: Callable[[], Value]) -> Callable[[], Value]:
         """Start a function in the second process, at most once.
 
-        If the function cannot be pickled, as with a tick formatter that is a lambda, this process runs it.
+        If the second process has ended, or the function cannot be pickled, this process runs it.
 
         Args:
             work: The function. Its result can be pickled.
@@ -43,11 +43,12 @@ class SecondProcess:
             A function that waits for the result and returns it, and prints the warnings of the second process. It raises
             a RuntimeError if the second process fails.
         """
-        content = None if self._process is None else _pickled(work)
-        if self._process is None or content is None:
+        process = self._process
+        content = _pickled(work) if process is not None and process.poll() is None else None
+        if process is None or content is None:
             value = work()
             return lambda: value
-        process, answer = self._process, self._thread.submit(self._process.communicate, content)
+        answer = self._thread.submit(process.communicate, content)
         return lambda: _result(process, *answer.result())
 
     def close(self) -> None:

@@ -91,6 +91,15 @@ def test_a_function_that_cannot_be_pickled_runs_here() -> None:
         assert process.submit(lambda: os.getpid())() == os.getpid()
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_a_process_that_has_ended_is_not_needed() -> None:
+    with second_process() as process:
+        assert process._process is not None
+        process._process.kill()
+        process._process.wait()
+        assert process.submit(partial(os.getpid))() == os.getpid()
+
+
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_only_the_first_process_of_a_distributed_run_starts_a_second_one(
     variable: str, monkeypatch: pytest.MonkeyPatch
