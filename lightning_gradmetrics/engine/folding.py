@@ -47,7 +47,7 @@ class _Folded:
 
     Args:
         fold: The fold.
-        hidden: The tensor that the model has instead of the convolution's output.
+        hidden: The tensor that the model has instead of the convolution's output, without values.
         output: The output of the norm.
         arguments: The other arguments of the norm that were used, by name.
         is_used: Whether the norm was called.
@@ -158,7 +158,10 @@ class FoldingTracer(Tracer):
         """Run one call as :class:`Tracer` does; an operator of the dispatcher must not use a hidden tensor."""
         if type(func) is OpOverload and sources_in(self._folded, args, kwargs or {}):
             self._refuse()
-        return super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if type(result) is Tensor and result.is_meta and id(result) not in self._folded:
+            self._refuse()  # it depends on a hidden tensor that was used out of sight
+        return result
 
     def forward(self, task: Task) -> Tensor:
         """Return the logits.
@@ -169,8 +172,9 @@ class FoldingTracer(Tracer):
         try:
             with self:
                 logits = task.forward()
-        except Exception:
-            if self._is_refused:  # the model may replace the error by another
+        except Exception as error:
+            # The model may replace the error by another, or use a hidden tensor out of sight, which has no values.
+            if self._is_refused or (self._folded and not isinstance(error, PlanError)):
                 self._refuse()
             raise
         unknown = _Folded(Fold(0, "", "", "", "", 0.0), torch.empty(0), logits, {})
@@ -194,12 +198,13 @@ class FoldingTracer(Tracer):
             return self._norm(uses[0], func, args, kwargs)
         if func not in METADATA:
             self._refuse()
-        return func(*args, **kwargs)
+        return func(uses[0].output, *args[1:], **kwargs)
 
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         fold = self.plan.folds.get(self.position - 1)
         values = None if fold is None else bind(RULES[step.function], args, kwargs)
-        if fold is None or not values or not self._pays(step, values):
+        statistics = () if fold is None else (fold.mean, fold.variance)
+        if fold is None or not values or not self._buffers.keys() >= {*statistics} or not self._pays(step, values):
             return self._unfolded(step, args, kwargs)
         return self._convolve(step, fold, values)
 
@@ -207,9 +212,14 @@ class FoldingTracer(Tracer):
         return super()._rule(step, args, kwargs)
 
     def _pays(self, step: Step, values: Mapping[str, Any]) -> bool:
-        """Return whether to fold a convolution: it must run as in the trace, and the sums of the kernel must pay."""
+        """Return whether to fold a convolution: it must run as in the trace, and the sums of the kernel must pay.
+
+        A mode of the dispatcher in the model would see other operators than its own.
+        """
         x, weight = values["input"], values["weight"]
         if self._recomputes or torch.is_autocast_enabled("cpu") or x.dtype != weight.dtype:
+            return False
+        if torch._C._len_torch_dispatch_stack():
             return False
         with self._silence:
             padded, geometry = padded_input(Call(dict(values), Axis(0), Axis(0), frozenset()))
@@ -217,7 +227,8 @@ class FoldingTracer(Tracer):
 
     def _convolve(self, step: Step, fold: Fold, values: dict[str, Any]) -> Tensor:
         """Return a hidden tensor instead of the output of a convolution."""
-        weight, bias = values["weight"], values.get("bias")
+        x, weight, bias = values["input"], values["weight"], values.get("bias")
+        self._fitted(Axis(0), x.shape)
         names = {"weight": fold.weight, "bias": fold.bias}
         arguments = {key: self.parameters[name] for key, name in names.items()}
         arguments["running_mean"] = mean = self._buffers[fold.mean]
@@ -230,8 +241,9 @@ class FoldingTracer(Tracer):
         output = self._rooted(step, step.function(**{**values, "weight": folded_weight, "bias": shift}))
         slots = self._slots(values) | {f"norm_{key}": name for key, name in names.items()}
         self._collect_at(output, {**values, "scale": scale, "centre": centre, "per_deviation": per_deviation}, slots)
-        self.times += [1, 1]
-        hidden = output.detach().requires_grad_()
+        self._fitted(Axis(0), output.shape)
+        # Code that this mode does not see, such as a scripted module or another thread, cannot mistake it for the output.
+        hidden = torch.empty_like(output, device="meta", requires_grad=True)
         self._folded[id(hidden)] = _Folded(fold, hidden, output, arguments)
         return hidden
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.engine import gradient_statistics, sample_check
 from lightning_gradmetrics.engine.folding import FoldingTracer
@@ -165,6 +168,13 @@ def _swallows_errors(z: Tensor) -> None:
         return
 
 
+def _uses_a_thread(z: Tensor) -> None:
+    thread = Thread(target=lambda: SEEN.update(left=z.sigmoid()))
+    thread.start()
+    thread.join()
+    SEEN["left"] = 2 * SEEN["left"]
+
+
 def _shape_only(z: Tensor) -> None:
     SEEN["shape"] = (z.shape, z.dtype, z.size(1), z.dim(), z.requires_grad)
 
@@ -178,11 +188,12 @@ USES = [
     _reads_directly,
     _replaces_errors,
     _swallows_errors,
+    _uses_a_thread,
 ]
 
 
-LATER_ONLY = (_reads, _reads_directly)
-"""A model that always reads activations runs every sample alone at the end."""
+LATER_ONLY = (_reads, _reads_directly, _uses_a_thread)
+"""A model that always reads activations runs every sample alone at the end; a mode does not see another thread."""
 
 
 @pytest.mark.parametrize(
@@ -292,3 +303,50 @@ def test_parts_of_a_batch_and_an_odd_batch(folded: list[str]) -> None:
     for size in (1, 2, 7):
         compare(model, torch.randn(size, 3, 12, 12, dtype=torch.float64))
     assert folded
+
+
+def test_a_mode_of_the_dispatcher_sees_the_output_of_the_convolution() -> None:
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.convolution.default and len(result) == 6:
+                seen.append(result.clone())
+            return result
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with Noting() if len(x) == 6 else nullcontext():
+                return self.net(x)
+
+    torch.manual_seed(0)
+    model, seen = Watched(), list[Tensor]()
+    compare(model, torch.randn(5, 3, 12, 12, dtype=torch.float64))
+    x = torch.randn(6, 3, 12, 12, dtype=torch.float64)
+    gradient_statistics(model, x, "pseudo_label")
+    outputs = [output for output in seen if output.shape[1] == 20]
+    assert outputs
+    for output in outputs:
+        torch.testing.assert_close(output, model.net.first(x))
+
+
+def test_a_convolution_of_more_rows_than_samples_is_noticed() -> None:
+    """In a later and larger batch only."""
+
+    class Mirrored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            count = len(x)
+            x = torch.cat([x, x.flip(-1)]) if count > 5 else x
+            return self.head(self.norm(self.conv(x)).tanh().mean((2, 3))[:count])
+
+    torch.manual_seed(0)
+    model = Mirrored().double().eval()
+    for size in (5, 6):
+        compare(model, torch.randn(size, 3, 8, 8, dtype=torch.float64))
