@@ -24,6 +24,9 @@ CHECKS = {"_check_head", "_checked", "equals"}
 ON_CPU = {"_warn_of_unknown_index"}
 """Functions that read only tensors that are on the CPU already: the index of the samples."""
 
+BUFFERS = {"_restore_small"}
+"""The function that compares small buffers of a model that is on the CPU."""
+
 aten = torch.ops.aten
 READS = {
     aten._local_scalar_dense,
@@ -106,7 +109,7 @@ def test_gradient_statistics_read_no_value_after_the_first_batches():
         gradient_statistics(model, torch.randn(16, 16), "pseudo_label")
     with HostReads() as reads:
         gradient_statistics(model, torch.randn(16, 16), "pseudo_label")
-    assert reads.functions == []
+    assert set(reads.functions) <= BUFFERS
 
 
 def test_later_batches_of_the_callback_only_run_the_checks_of_a_batch():
