@@ -342,7 +342,11 @@ class Tracer(TracerState):
         for name in list(self._pending):
             self._finish(name)
 
-    def _rule_gradient(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
+    def _rule_gradient(
+        self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor | None
+    ) -> None:
+        if g is None:
+            raise PlanError("a custom autograd function returns no gradient for a layer's output")
         if call.values["input"]._version != version:
             raise PlanError("a layer's input was changed in place after its use")
         with self._silence, self._guarded(slots.values()):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradmetrics.engine import auto, gradient_statistics
 from lightning_gradmetrics.gradients.statistics import STATISTICS
@@ -295,3 +296,29 @@ def test_batch_norm_of_a_half_precision_model():
     expected = _statistics(model, x, "reference", statistics=("std", "l1"))
     found = _statistics(model.bfloat16(), x.bfloat16(), statistics=("std", "l1"))
     torch.testing.assert_close(found.norm(1), expected.norm(1), rtol=0.05, atol=0.05)
+
+
+def test_a_custom_function_without_a_gradient_for_a_layer() -> None:
+    class First(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:  # type: ignore[override]
+            return first.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+            return gradient, None
+
+    class Ignoring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(First.apply(self.first(x), self.second(x)).tanh())  # type: ignore[no-untyped-call]
+
+    torch.manual_seed(0)
+    model, x = Ignoring().double(), torch.randn(5, 4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="no fast rule for these parameters"):
+        found = gradient_statistics(model, x, "pseudo_label", per_parameter=True)
+    expected = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine="reference")
+    assert worst_difference(found, expected) < 1e-9
