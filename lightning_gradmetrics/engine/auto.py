@@ -223,7 +223,7 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
     plan = strategy.plan
     assert plan is not None
     try:
-        times, calls = collect(plan, folds=recorder is None)
+        times, calls = collect(plan, folds=strategy.folds(task))
     except FoldRefused:
         strategy.plan, table.folded = replace(plan, folds={}), None
         state.restore()

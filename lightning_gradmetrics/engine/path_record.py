@@ -19,7 +19,7 @@ from lightning_gradmetrics.engine.plan import Source, Step
 from lightning_gradmetrics.engine.rules import Call, Rule
 from lightning_gradmetrics.engine.task import Task
 
-__all__ = ["HeldStep", "KnownCall", "KnownPath", "PathRecorder", "is_equal", "leaves_of"]
+__all__ = ["MOST_BYTES", "HeldStep", "KnownCall", "KnownPath", "PathRecorder", "is_equal", "leaves_of"]
 
 MOST_BYTES = 2**24
 """Largest size of all results of a known path, which are stored until its backward pass ends."""

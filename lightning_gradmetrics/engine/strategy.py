@@ -17,7 +17,7 @@ from lightning_gradmetrics.engine.graph import reached_parameters
 from lightning_gradmetrics.engine.known_path import KnownTracer
 from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.owners import OwnershipPass
-from lightning_gradmetrics.engine.path_record import KnownPath, PathRecorder
+from lightning_gradmetrics.engine.path_record import MOST_BYTES, KnownPath, PathRecorder
 from lightning_gradmetrics.engine.plan import Plan
 from lightning_gradmetrics.engine.size_record import SizeRecord
 from lightning_gradmetrics.engine.task import Task
@@ -112,10 +112,17 @@ class Strategy:
         Python must read no values of tensors.
         """
         verified = self.times.get(here, {})
-        if here in self.paths or len(verified) != 1 or self.plan is None or self.plan.reads != ():
+        if self.folds(task) or here in self.paths or len(verified) != 1 or self.plan is None or self.plan.reads != ():
             return None
         is_unusual = self.random or self.quiet or bool(self.slow) or task.memory is not None
         return None if is_unusual else PathRecorder(task)
+
+    def folds(self, task: Task) -> bool:
+        """Return whether to fold batch norms into convolutions: in batches that are too large for calls to be compared one by one.
+
+        So all batches of a size run in the same way, and the same batch has the same results again.
+        """
+        return self.plan is not None and bool(self.plan.folds) and self.bytes * task.size > MOST_BYTES
 
     def add_path(self, here: tuple[Any, int], path: KnownPath | None) -> None:
         """Store the calls of batches of these shapes; ``None`` if they are not compared one by one."""

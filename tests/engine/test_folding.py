@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradmetrics.engine import gradient_statistics, sample_check
+from lightning_gradmetrics.engine import gradient_statistics, sample_check, strategy
 from lightning_gradmetrics.engine.folding import FoldingTracer
 from tests.engine.cases import worst_difference
 
@@ -45,6 +45,11 @@ class Net(nn.Module):
         z = self.norms[1](self.second(h))
         z += 1 + x.flatten(1).mean(1).view(-1, *[1] * (z.ndim - 1))
         return self.head(z.flatten(2).amax(2))
+
+
+@pytest.fixture(autouse=True)
+def _small_batches_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategy, "MOST_BYTES", 0)
 
 
 @pytest.fixture
@@ -93,6 +98,17 @@ def test_folded_layers_have_the_statistics_of_the_reference(name: str, dtype: to
     model = Net(*pair()).to(dtype).eval()
     compare(model, torch.randn(5, 3, *size, dtype=dtype), 1e-9 if dtype == torch.float64 else 2e-3)
     assert folded == ["norms.0.weight", "norms.1.weight"]
+
+
+@pytest.mark.parametrize("limit", [0, 2**24])
+def test_a_batch_has_the_same_results_again(limit: int, folded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds are for large batches; small ones repeat a known path."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(strategy, "MOST_BYTES", limit)
+    model, x = net().float(), torch.randn(5, 3, 12, 12)
+    first, *others = [gradient_statistics(model, x, "pseudo_label").norm(2) for _ in range(4)]
+    assert all(torch.equal(first, other) for other in others)
+    assert len(folded) == (0 if limit else 2 * 4)
 
 
 def test_some_parameters_and_other_norms_are_not_folded(folded: list[str]) -> None:
