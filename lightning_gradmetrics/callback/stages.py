@@ -51,7 +51,8 @@ class ScoreStage:
 
     def __post_init__(self) -> None:
         reads_batches = self.columns or len(self.sources) > (self.pixels is not None)
-        if reads_batches or not are_separable(self.scorer.scores):
+        is_plain = type(self.scorer) is Scorer  # the scorer of a sweep's job looks up the scores of each batch
+        if reads_batches or not is_plain or not are_separable(self.scorer.scores):
             return
         for rows in self.rows:
             rows.unscored = small = SmallBatches(self.scorer, rows)

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.callback.stages import ScoreStage
 from lightning_gradmetrics.cli.shared_scorer import SharedScorer, batch_key
 from lightning_gradmetrics.cli.sharing import SharedFolder
+from lightning_gradmetrics.results.stores import MemoryStore
+from lightning_gradmetrics.results.table import Rows
 from lightning_gradmetrics.scoring.batch import ObservedBatch
 from lightning_gradmetrics.scoring.registry import resolve
 from lightning_gradmetrics.scoring.scorer import Scorer
@@ -59,6 +62,23 @@ def test_stored_values_are_read_for_the_same_batch_alone(tmp_path: Path, model: 
     assert set(reader.added) == {"energy"}
     other = scored(reader, model, second)
     torch.testing.assert_close(other, scored(Scorer(resolve([*names, "energy"])), model, second))
+
+
+def test_small_batches_are_stored_and_read_one_by_one(tmp_path: Path, model: nn.Module) -> None:
+    model.float()  # float32 logits can be scored together
+    folder, batches = SharedFolder(tmp_path, {}), torch.randn(11, 1, 4, 4).float().split([4, 4, 3])
+    plain = Scorer(resolve(["energy"]))
+    expected = torch.cat([scored(plain, model, images)["energy"] for images in batches])
+    for reads in (set[str](), {"energy"}):
+        scorer, rows = folder.scorer(plain), Rows("test", ["energy"])
+        stage = ScoreStage(scorer, [rows], MemoryStore([rows], lambda table: table))
+        for images in batches:
+            batch = StepObserver(scorer, model).own(images)
+            stage.add(0, batch, scorer.evidence(model, batch), None)
+        stage.settle()
+        folder.store(scorer)
+        assert rows.table()["energy"].to_pylist() == expected.tolist() and scorer.read == reads
+    assert sorted(map(len, folder.scorer(plain).known["energy"].values())) == [3, 4, 4]
 
 
 def test_other_arguments_other_models_and_objects_are_not_shared(tmp_path: Path) -> None:
