@@ -28,6 +28,7 @@ __all__ = [
     "note_open",
     "version_of",
     "warn_of_late_writes",
+    "written_arguments",
 ]
 
 _WRITTEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -279,7 +280,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         kwargs = kwargs or {}
-        for place, name in _written_arguments(func):
+        for place, name in written_arguments(func):
             value = args[place] if place < len(args) else kwargs.get(name)
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 self._note(tensor)
@@ -305,7 +306,7 @@ def _keys(tensor: Tensor) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _written_arguments(function: Any) -> tuple[tuple[int, str], ...]:
+def written_arguments(function: Any) -> tuple[tuple[int, str], ...]:
     """Return the positions and the names of the arguments that an operation changes in place."""
     schema = getattr(function, "_schema", None)
     written: list[tuple[int, str]] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradmetrics.classifier.tensor_records import written_arguments
 from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
 from lightning_gradmetrics.engine.outline import Recording
 
@@ -284,12 +285,11 @@ class _Schema:
 @lru_cache(maxsize=4096)
 def _schema(operator: Any) -> _Schema:
     """Return the schema of an operator; reading torch's own takes longer than a small operation."""
-    arguments, written = [], []
+    arguments = []
     for argument in operator._schema.arguments:
         has_default = argument.has_default_value()
         arguments.append((argument.name, has_default, argument.default_value if has_default else None))
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written.append(argument.name)
+    written = [name for _, name in written_arguments(operator)]
     tags = frozenset(operator.tags)
     is_pointwise = torch.Tag.pointwise in tags and operator.namespace == "aten"
     return _Schema(_name(operator), tuple(arguments), tuple(written), tags, is_pointwise)

@@ -203,15 +203,14 @@ class FoldingTracer(Tracer):
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         fold = self.plan.folds.get(self.position - 1)
         values = None if fold is None else bind(RULES[step.function], args, kwargs)
-        statistics = () if fold is None else (fold.mean, fold.variance)
-        if fold is None or not values or not self._buffers.keys() >= {*statistics} or not self._pays(step, values):
+        if fold is None or not values or not self._pays(fold, values):
             return self._unfolded(step, args, kwargs)
         return self._convolve(step, fold, values)
 
     def _unfolded(self, step: Step, args: Any, kwargs: Any) -> Any:
         return super()._rule(step, args, kwargs)
 
-    def _pays(self, step: Step, values: Mapping[str, Any]) -> bool:
+    def _pays(self, fold: Fold, values: Mapping[str, Any]) -> bool:
         """Return whether to fold a convolution: it must run as in the trace, and the sums of the kernel must pay.
 
         A mode of the dispatcher in the model would see other operators than its own.
@@ -219,7 +218,7 @@ class FoldingTracer(Tracer):
         x, weight = values["input"], values["weight"]
         if self._recomputes or torch.is_autocast_enabled("cpu") or x.dtype != weight.dtype:
             return False
-        if torch._C._len_torch_dispatch_stack():
+        if torch._C._len_torch_dispatch_stack() or not self._buffers.keys() >= {fold.mean, fold.variance}:
             return False
         with self._silence:
             padded, geometry = padded_input(Call(dict(values), Axis(0), Axis(0), frozenset()))

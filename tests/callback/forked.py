@@ -28,11 +28,11 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.results.output import Output
-from tests.callback.runs import trainer
-from tests.callback.test_output import ROLES, SCORES, Classifier, data
+from tests.callback.runs import Stopping, trainer
+from tests.callback.test_output import ROLES, SCORES, data
 
 # Import what is imported late; this starts no thread.
-lgm.score(Classifier(), torch.randn(2, 4), "energy")
+lgm.score(Stopping(), torch.randn(2, 4), "energy")
 from matplotlib.backends import backend_agg
 from lightning_gradmetrics import report
 from lightning_gradmetrics.evaluation import evaluate

@@ -87,3 +87,18 @@ class Stepped(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Stopping(Stepped):
+    """A small classifier that counts the samples of its steps, and fails in the step after a number of them."""
+
+    def __init__(self, stop_at: int | None = None, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        super().__init__(mlp(4, 6, 3).float())
+        self.stop_at, self.seen = stop_at, 0
+
+    def step(self, batch: Any) -> Tensor:
+        if self.stop_at is not None and self.seen >= self.stop_at:
+            raise RuntimeError("the machine is on fire")
+        self.seen += len(batch[0])
+        return super().step(batch)

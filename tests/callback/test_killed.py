@@ -16,7 +16,8 @@ import lightning_gradmetrics as lgm
 from lightning_gradmetrics.results import files
 from lightning_gradmetrics.results.output import Output
 from tests.callback.forked import run_forked
-from tests.callback.test_output import SCORES, Classifier, data, score
+from tests.callback.runs import Stopping
+from tests.callback.test_output import SCORES, data, score
 
 SETUP = """
 import random
@@ -36,7 +37,7 @@ def score(directory, stage, started=None):
     options = {"resamples": 20} if judged else {"metrics": (), "print_summary": False}
     callback = Announced(SCORES, datasets=ROLES, output=output, **options)
     loaders = lgm.unfinished(dict(zip(ROLES, data(size=SIZE))), directory)
-    getattr(trainer(callback), stage)(Classifier(), loaders)
+    getattr(trainer(callback), stage)(Stopping(), loaders)
 
 
 def start(directory, stage="test"):
@@ -156,7 +157,7 @@ def test_a_small_file_system_fills_up_and_the_run_resumes(tmp_path: Path) -> Non
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     """The first run is still writing."""
 
-    class Second(Classifier):
+    class Second(Stopping):
         def step(self, batch: Any) -> Any:
             if self.seen == 8:
                 with pytest.raises(RuntimeError, match="another process is writing results"):

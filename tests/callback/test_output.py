@@ -10,32 +10,17 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.results import IncompleteResultsError, ResumeError
 from lightning_gradmetrics.results.output import Output
-from tests.callback.runs import Stepped, batches, mlp, trainer
+from tests.callback.runs import Stopping, batches, mlp, trainer
 from tests.models import fast_rows
 
 SCORES = ["energy", "gradnorm", "pseudo_label(target=all)"]
 ROLES = {"in": "id", "out": "far"}
-
-
-class Classifier(Stepped):
-    """Stops at a batch, and counts the samples that it classifies."""
-
-    def __init__(self, stop_at: int | None = None, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        super().__init__(mlp(4, 6, 3).float())
-        self.stop_at, self.seen = stop_at, 0
-
-    def step(self, batch: Any) -> Tensor:
-        if self.stop_at is not None and self.seen >= self.stop_at:
-            raise RuntimeError("the machine is on fire")
-        self.seen += len(batch[0])
-        return super().step(batch)
 
 
 def data(seed: int = 0, size: int = 23, **options: Any) -> list[DataLoader[Any]]:
@@ -53,13 +38,13 @@ def score(
     callback = lgm.GradientMetrics(**arguments, output=output)
     given = data() if loaders is None else loaders
     run = getattr(trainer(callback), stage)
-    run(Classifier() if model is None else model, given, **({} if stage == "predict" else {"verbose": False}))
+    run(Stopping() if model is None else model, given, **({} if stage == "predict" else {"verbose": False}))
     return callback
 
 
 def interrupted(output: Path, stop_at: int = 10, **options: Any) -> None:
     with pytest.raises(RuntimeError, match="on fire"):
-        score(output, model=Classifier(stop_at), **options)
+        score(output, model=Stopping(stop_at), **options)
 
 
 @pytest.mark.parametrize("stage", fast_rows(["validate", "test", "predict"], ["test"]))
@@ -92,7 +77,7 @@ def test_rows_are_not_kept_in_memory_and_are_read_on_use(tmp_path: Path) -> None
             most.append(sum(rows.waiting for rows in self._run.stage.rows))
 
     callback = Watched(SCORES, output=Output(tmp_path, rows_per_part=8))
-    trainer(callback).test(Classifier(), data()[0], verbose=False)
+    trainer(callback).test(Stopping(), data()[0], verbose=False)
     assert max(most) < 8 and callable(callback._results)
     assert callback.results.num_rows == 23
 
@@ -102,7 +87,7 @@ def test_decisions_ids_features_and_metadata_are_stored(tmp_path: Path) -> None:
     names = [f"image_{number}.png" for number in range(9)]
     loader = DataLoader(list(zip(images, labels, names, strict=True)), 4)
     thresholds = lgm.evaluation.fit_thresholds(score(None).results, ["energy"])
-    model, features = Classifier(), {"double": lambda evidence: 2 * evidence.logits}
+    model, features = Stopping(), {"double": lambda evidence: 2 * evidence.logits}
     options = {"datasets": None, "split_batch": lambda batch: (batch[0], batch[1]), "thresholds": thresholds}
     callback = score(tmp_path, "predict", loader, model, **options, sample_id=2, columns=["features", "cosine_maps"])
     table = lgm.read_results(tmp_path)
@@ -126,7 +111,7 @@ def test_a_resumed_run_scores_the_rest_and_ends_with_the_same_bits(stage: str, s
     interrupted(tmp_path, stop_at, stage=stage)
     with pytest.raises(IncompleteResultsError, match=f"interrupted after {stop_at if stop_at < 23 else 31} rows"):
         lgm.read_results(tmp_path)
-    model = Classifier()
+    model = Stopping()
     left = lgm.unfinished(dict(zip(ROLES, data(), strict=True)), tmp_path)
     callback = score(tmp_path, stage, left, model, resume=True)
     assert callback.results.equals(expected)
@@ -137,7 +122,7 @@ def test_a_resumed_run_scores_the_rest_and_ends_with_the_same_bits(stage: str, s
 def test_a_resumed_run_over_whole_dataloaders_scores_no_row_twice(tmp_path: Path) -> None:
     expected = score(None).results
     interrupted(tmp_path, 12)
-    model = Classifier()
+    model = Stopping()
     assert score(tmp_path, model=model, resume=True).results.equals(expected)
     assert model.seen == 34  # Lightning runs the step; the callback scores the rest only
     assert score(tmp_path, resume=True).results.equals(expected)  # complete already
@@ -155,7 +140,7 @@ def test_a_different_batch_size_causes_a_warning_and_loses_no_row(tmp_path: Path
 
 
 REFUSED = {
-    "its model.weights is": {"model": lambda: Classifier(seed=1)},
+    "its model.weights is": {"model": lambda: Stopping(seed=1)},
     "its scores.gradnorm is": {"scores": ["energy", "pseudo_label(target=all)"]},
     "its scores.gradnorm.arguments.temperature is 1.0 and this run's is 2.0": {
         "scores": {"energy": "energy", "gradnorm": "gradnorm(temperature=2.0)", SCORES[2]: SCORES[2]}
@@ -202,7 +187,7 @@ def test_results_are_never_overwritten(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_prints_how_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="on fire"):
-        score(tmp_path, model=Classifier(10))
+        score(tmp_path, model=Stopping(10))
     said = capsys.readouterr().err
     assert f"12 rows are committed in {tmp_path}" in said and "lightning_gradmetrics.unfinished" in said
 
@@ -285,7 +270,7 @@ def test_lists_of_batches_are_resumed(tmp_path: Path) -> None:
 
 def test_a_network_without_dataset_names_resumes(tmp_path: Path) -> None:
     """The model is an ``nn.Module`` inside a module, and the only dataloader has no name."""
-    assert isinstance(Classifier().net, nn.Module)
+    assert isinstance(Stopping().net, nn.Module)
     interrupted(tmp_path, 8, loaders=data()[0], datasets=None)
     assert len(lgm.unfinished(data()[0], tmp_path)) == 4
 

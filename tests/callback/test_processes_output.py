@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 COMPLETE = """
 def work(rank):
     callback = lgm.GradientMetrics(SCORES, datasets=ROLES, output=Output(FOLDER / f"{stage}-{count}", rows_per_part=4))
-    getattr(ddp(callback, count), stage)(Classifier(), data())
+    getattr(ddp(callback, count), stage)(Stopping(), data())
     return callback.results.num_rows
 
 
@@ -52,11 +52,11 @@ def work(rank):
     elif case == "split by rank":
         loader = DataLoader(Subset(rows, range(rank, 23, 2)), 4)
     callback = lgm.GradientMetrics(SCORES, output=FOLDER / case)
-    ddp(callback, 2, use_distributed_sampler=False).test(Classifier(), loader, verbose=False)
+    ddp(callback, 2, use_distributed_sampler=False).test(Stopping(), loader, verbose=False)
 
 
 alone = lgm.GradientMetrics(SCORES, output=FOLDER / "alone")
-trainer(alone).test(Classifier(), DataLoader(rows, 4), verbose=False)
+trainer(alone).test(Stopping(), DataLoader(rows, 4), verbose=False)
 outcomes = {}
 for case in ("distributed sampler", "split by rank"):
     outcomes[case] = launch(2, work)
@@ -204,7 +204,7 @@ def test_logit_and_head_scores_of_a_module_wrapped_in_fsdp_are_right_and_others_
 
 
 STOPPED = """
-class Failing(Classifier):
+class Failing(Stopping):
     def step(self, batch):
         time.sleep(0.0 if failing is None else 0.2)
         if failing == self.trainer.global_rank and self.seen >= 12:
