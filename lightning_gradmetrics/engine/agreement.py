@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gradient_moments, stacked_moments
 
-__all__ = ["SampleNotes", "VerificationNotes", "agreeing", "gradient_norms", "largest_norm"]
+__all__ = ["SampleNotes", "VerificationNotes", "agreeing", "gradient_norms", "largest_norm", "random_sample"]
 
 
 @dataclass
@@ -67,7 +67,7 @@ class SampleNotes(VerificationNotes):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.sample = int(torch.randint(size, (), generator=_GENERATOR))
+        self.size, self.sample = size, random_sample(size)
         self.unseen: set[tuple[int, str]] = set()
         self._norms: list[tuple[set[str], Tensor]] = []
         self._compared: set[tuple[int, str]] = set()
@@ -76,6 +76,11 @@ class SampleNotes(VerificationNotes):
         """Add the magnitude of the sample's gradient of a result, a lower bound of that of the terms."""
         own = axis.split(g)[self.sample]
         self._norms.append((set(names), at_least_float32(own.abs() if own.is_complex() else own).norm()))
+
+    def avoid(self, numbers: Collection[int]) -> None:
+        """Choose another first sample if it is one of these, unless they are all samples."""
+        if self.sample in numbers:
+            self.sample = random_sample(self.size, numbers)
 
     def scales_of(self, names: Iterable[str], largest: Sequence[float], factor: float) -> list[float]:
         """Return the scales of some parameters, times a factor; none exceeds the given ones."""
@@ -97,6 +102,13 @@ class SampleNotes(VerificationNotes):
 
 
 _GENERATOR = torch.Generator().manual_seed(0)
+"""Chooses samples, without advancing the user's generators."""
+
+
+def random_sample(size: int, avoided: Collection[int] = ()) -> int:
+    """Return the number of a random sample, not one of the avoided samples unless all are."""
+    numbers = [number for number in range(size) if number not in avoided] or list(range(size))
+    return numbers[int(torch.randint(len(numbers), (), generator=_GENERATOR))]
 
 
 def gradient_norms(gradients: Iterable[Tensor]) -> list[float]:

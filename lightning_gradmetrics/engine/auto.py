@@ -15,6 +15,7 @@ from lightning_gradmetrics.engine.agreement import SampleNotes
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.batch_checks import BatchChecks
 from lightning_gradmetrics.engine.folding import FoldRefused
+from lightning_gradmetrics.engine.garbage import without_collections
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.guards import check_objectives, compare_alone, logits_without_graph
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
@@ -22,7 +23,13 @@ from lightning_gradmetrics.engine.path_check import PathChanged
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, raise_if_out_of_memory
 from lightning_gradmetrics.engine.row_check import check_row_owners
-from lightning_gradmetrics.engine.sample_check import check_draw, check_sample, check_some_samples, verify_by_samples
+from lightning_gradmetrics.engine.sample_check import (
+    check_draw,
+    check_reader,
+    check_sample,
+    check_some_samples,
+    verify_by_samples,
+)
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
 from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
 from lightning_gradmetrics.engine.strategy import (
@@ -81,7 +88,8 @@ def _by_strategy(task: Task) -> list[Moments]:
             state.restore()
     here = (key, shapes, task.size)
     if len(strategies) < MOST_STRATEGIES and here not in unplannable:
-        strategy, moments = _by_new_strategy(task, state)
+        with without_collections():
+            strategy, moments = _by_new_strategy(task, state)
         if moments is not None:
             known.setdefault(_kind(task), []).append(strategy)
             while len(known) > MOST_KINDS:
@@ -218,7 +226,7 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
         return
     verified = strategy.times.get(checks.here, {})
     recorder = strategy.recorder(restricted, checks.here)
-    notes = None if strategy.verified else SampleNotes(task.size)
+    checks.notes = notes = None if strategy.verified else SampleNotes(task.size)
     collect = partial(collect_fast, table, restricted, checks=checks, notes=notes, free=free, recorder=recorder)
     plan = strategy.plan
     assert plan is not None
@@ -237,10 +245,11 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
             if strategy.random:
                 check_draw(table, strategy.fast, laid_out, state)
             elif notes is not None:
-                checks.compare_paths(calls, verify_by_samples(table, laid_out, state, notes))
-                strategy.verified, strategy.path = True, calls.path
+                checks.compare_paths(calls, verify_by_samples(table, laid_out, state, notes, checks.readers))
+                strategy.verified, strategy.path, strategy.compared_reader = True, calls.path, bool(checks.readers)
             else:
-                alone = check_some_samples(table, strategy.fast, laid_out, state, count, checks.hides_gradients)
+                is_strict, readers = checks.hides_gradients, checks.readers
+                alone = check_some_samples(table, strategy.fast, laid_out, state, count, is_strict, readers)
                 if strategy.failed is not None:
                     check_sample(table, strategy.fast, laid_out, state, strategy.failed, checks.hides_gradients)
                     strategy.failed = None
@@ -259,6 +268,9 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
         _check_hidden_gradients(table, strategy, laid_out, state)
     elif recorder is not None:
         strategy.add_path(checks.here, recorder.path() if checks.is_covered else None)
+    if checks.readers and not (strategy.compared_reader or strategy.random):
+        check_reader(table, strategy.fast, laid_out, state, checks.readers[0])
+        strategy.compared_reader = True
     if strategy.mixes and task.size > 1:
         check_row_owners(table, restricted, strategy.plan, free, state)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lightning_gradmetrics.engine.agreement import SampleNotes
 from lightning_gradmetrics.engine.graph import runs_custom_code, runs_users_code
 from lightning_gradmetrics.engine.guards import (
     check_alone,
@@ -45,6 +46,8 @@ class BatchChecks:
         logits: The logits of the forward passes so far.
         is_covered: Whether the proof that samples are kept apart covers the batch.
         hides_gradients: Whether custom functions may change gradients by the data of the batch.
+        readers: The samples for which Python would read other values alone; they may take another path through the model.
+        notes: The notes of a run that verifies the plan, if it is one.
     """
 
     def __init__(self, task: Task, strategy: Strategy, state: ForwardState) -> None:
@@ -53,6 +56,8 @@ class BatchChecks:
         self.is_new = self.here not in strategy.times
         self.logits: list[Tensor] = []
         self.is_covered = self.hides_gradients = False
+        self.readers: Sequence[int] = ()
+        self.notes: SampleNotes | None = None
 
     def __call__(self, logits: Tensor, tracer: Tracer | None = None) -> None:
         """Check the logits of the batch.
@@ -66,7 +71,9 @@ class BatchChecks:
             raise PlanError(HOOKS)
         self.logits.append(logits.detach())
         check_objectives(task, logits)
-        readers = [] if tracer is None else tracer.reads.differing()
+        self.readers = readers = [] if tracer is None else tracer.reads.differing()
+        if self.notes is not None:
+            self.notes.avoid(readers)
         if tracer is not None:
             self.is_covered = self._covers(logits, tracer, readers)
         if not self.is_covered:

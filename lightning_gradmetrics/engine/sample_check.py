@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.agreement import SampleNotes, agreeing, gradient_norms
+from lightning_gradmetrics.engine.agreement import SampleNotes, agreeing, gradient_norms, random_sample
 from lightning_gradmetrics.engine.folding import folded_logits
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.outline import Outline, Recording
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.reference import loss_gradients
+from lightning_gradmetrics.engine.refusals import coupled_model
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["check_draw", "check_sample", "check_some_samples", "verify_by_samples"]
+__all__ = ["check_draw", "check_reader", "check_sample", "check_some_samples", "verify_by_samples"]
 
 
 def check_some_samples(
@@ -29,46 +30,56 @@ def check_some_samples(
     state: ForwardState,
     count: int = 1,
     strict: bool = False,
+    readers: Sequence[int] = (),
 ) -> Outline:
     """Compare the moments of some samples with autograd on each sample alone, and return the outline of a forward pass.
 
-    Several samples include the first and the last one; ``strict`` is that of :func:`check_sample`.
+    Several samples include the first and the last one; a single one is not among the readers, which may take another path through
+    the model. ``strict`` is that of :func:`check_sample`.
 
     Raises:
         PlanError: If they differ.
     """
     size = table.task.size
-    numbers = _some_numbers(size, count)
+    numbers = [random_sample(size, readers)]
     if count > 1:
-        numbers = [*numbers[2:], size - 1, 0]
-    for number in set(numbers):
-        outline = check_sample(table, names, laid_out, state, number, strict)
-    return outline
+        numbers = [size - 1, 0, *_some_numbers(size, count - 2)]
+    outlines = []
+    for number in dict.fromkeys(numbers):
+        outlines.append(check_sample(table, names, laid_out, state, number, strict))
+    return outlines[0]
 
 
-def verify_by_samples(table: MomentTable, laid_out: Task, state: ForwardState, notes: SampleNotes) -> Outline:
+def verify_by_samples(
+    table: MomentTable, laid_out: Task, state: ForwardState, notes: SampleNotes, readers: Sequence[int] = ()
+) -> Outline:
     """Compare the moments of two samples with autograd on each alone, to verify a plan, and return the outline of a pass.
 
-    One sample may hide an error, such as a wrong entry of a unit that is off for it. If a gradient is zero for both, the samples
-    follow for which the table says that it is not.
+    One sample may hide an error, such as a wrong entry of a unit that is off for it. The second one is a reader if there is one,
+    because it may take another path through the model alone. If a gradient is zero for both, the samples follow for which the table
+    says that it is not.
 
     Args:
         table: The filled table of the batch.
         laid_out: The batch in the layout that it ran in.
         state: The state of the model before the batch.
         notes: The notes of the run.
+        readers: The samples for which Python would read other values alone.
 
     Raises:
+        CoupledSamplesError: If the gradients of a reader are other ones alone.
         PlanError: If they differ, or gradients could not be collected.
     """
     if notes.failures:
         raise PlanError(next(iter(notes.failures.values())))
     size = table.task.size
-    outlines, numbers, seen = [], [notes.sample, (notes.sample + 1) % size], set[int]()
+    second = next((number for number in readers if number != notes.sample), (notes.sample + 1) % size)
+    outlines, numbers, seen = [], [notes.sample, second], set[int]()
     while numbers:
         for number in numbers:
+            check = check_reader if number in readers else check_sample
             try:
-                outlines.append(check_sample(table, table.task.parameters, laid_out, state, number, notes=notes))
+                outlines.append(check(table, table.task.parameters, laid_out, state, number, notes=notes))
             except PlanError as error:
                 error.sample = number
                 raise
@@ -145,6 +156,32 @@ def check_sample(
         if _agree_on_sample(table, number, together, logits, number, notes=notes):
             return outline
     raise PlanError("the gradients of a sample disagree with autograd")
+
+
+def check_reader(
+    table: MomentTable,
+    names: Collection[str],
+    laid_out: Task,
+    state: ForwardState,
+    number: int,
+    notes: SampleNotes | None = None,
+) -> Outline:
+    """Compare the moments of a sample for which Python would read another value alone, and return the outline of its forward pass.
+
+    It may take another path through the model alone, with the same logits but with other gradients.
+
+    Raises:
+        CoupledSamplesError: If the table has the gradients of the batch, but those of the sample alone are different.
+        PlanError: If the table is wrong.
+    """
+    try:
+        return check_sample(table, names, laid_out, state, number, notes=notes)
+    except PlanError:
+        together = laid_out.restricted(names)
+        logits = _logits(together, state, plan=table.folded)
+        if not _agree_on_sample(table, number, together, logits, number, notes=notes):
+            raise
+    raise coupled_model(f"the backward pass of {type(table.task.model).__name__}")
 
 
 def _logits(task: Task, state: ForwardState, recording: Recording | None = None, plan: Plan | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightning_gradmetrics.engine import auto, gradient_statistics
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
 from lightning_gradmetrics.engine.size_record import SizeRecord
+from lightning_gradmetrics.engine.verification import make_strategy
 from tests.engine.kinds import WIDTH, Net, error_of, numbers
 
 
@@ -247,6 +248,33 @@ def test_questions_about_padding_are_exact_where_they_make_no_difference(questio
     model = Net(_by_mask(QUESTIONS[question], 1.0)).double()
     for lengths in ((6, 6, 6), (4, 6, 5, 3), (6, 6, 6, 6, 6), (2, 6)):
         assert error_of(model, _texts(*lengths)) < 1e-8
+
+
+def test_a_plan_is_verified_by_a_sample_that_reads_what_the_batch_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All samples but one would alone take another path, to which the proof does not apply."""
+    planned = []
+    monkeypatch.setattr(auto, "make_strategy", lambda *args: planned.append(make_strategy(*args)) or planned[-1])
+    torch.manual_seed(0)
+    model = Net(_by_mask(QUESTIONS["all"], 1.0)).double()
+    gradient_statistics(model, _texts(5, *[6] * 15), "pseudo_label")
+    assert len(planned) == 1 and planned[0].sizes is not None and planned[0].verified
+
+
+def _without_gradient(net: Any, x: Tensor, lengths: Tensor) -> Tensor:
+    """Samples without padding have no gradient of the first layer if they are alone, but the same logits."""
+    mask = torch.arange(x.shape[1]) < lengths[:, None]
+    h = _hidden(net, x).detach() if mask.all() else _hidden(net, x)
+    return net.head((h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_gradients_that_one_text_without_padding_would_not_have_alone_are_refused(is_first: bool) -> None:
+    torch.manual_seed(0)
+    model = Net(_without_gradient).double()
+    if not is_first:
+        assert error_of(model, _texts(4, 4, 5, 5, 4)) < 1e-8
+    with pytest.raises(CoupledSamplesError, match="backward pass"):
+        gradient_statistics(model, _texts(*[4] * 14, 6, 3), "pseudo_label")
 
 
 def test_lengths_that_make_no_difference_are_exact() -> None:
