@@ -8,7 +8,8 @@ ordinary way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -16,21 +17,126 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
 
-from lightning_gradmetrics.engine.graph import gradients_at
+from lightning_gradmetrics.engine.calls import Silence, made_contiguous, map_arguments
+from lightning_gradmetrics.engine.graph import Root, gradients_at
+from lightning_gradmetrics.engine.inner_calls import HeldStep
 from lightning_gradmetrics.engine.path_check import PathChanged, PathFollower
-from lightning_gradmetrics.engine.path_record import HeldStep, KnownPath, leaves_of
-from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
-from lightning_gradmetrics.engine.rules import Call, Rule, bind
+from lightning_gradmetrics.engine.path_record import KnownCall, KnownPath, leaves_of
+from lightning_gradmetrics.engine.plan import Plan, PlanError, Step
+from lightning_gradmetrics.engine.rules import Call, bind
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Sink, Tracer
 
-__all__ = ["KnownTracer"]
+__all__ = ["DirectPass", "KnownTracer"]
 
 
-def _are_at(chosen: Sequence[int], leaves: Sequence[Tensor], task: Task) -> bool:
-    """Return whether the chosen parameters have these numbers among the leaves."""
-    return all(map(is_, map(leaves.__getitem__, chosen), task.parameters.values()))
+def _known_leaves(path: KnownPath, task: Task) -> list[Tensor]:
+    """Return the leaves of a batch.
+
+    Raises:
+        PathChanged: If the model has other leaves, or other parameters are chosen.
+    """
+    leaves = leaves_of(task)
+    if leaves is None or len(leaves) != path.leaves:
+        raise PathChanged
+    if not all(map(is_, map(leaves.__getitem__, path.chosen), task.parameters.values())):
+        raise PathChanged
+    return leaves
+
+
+class DirectPass(PathFollower, TorchFunctionMode):
+    """A forward pass on a known path that runs without the plan: each parameter has one step, by a rule.
+
+    Args:
+        path: The path.
+        task: The batch.
+        sink: Called once per parameter and backward pass.
+
+    Raises:
+        PathChanged: If the model has other leaves.
+    """
+
+    def __init__(self, path: KnownPath, task: Task, sink: Sink) -> None:
+        super().__init__()
+        self.follow(path, _known_leaves(path, task))
+        self._sink = sink
+        self._device = next(iter(task.parameters.values())).device
+        self._held: list[tuple[HeldStep, dict[str, Any], int]] = []
+        self._ends: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one call, which must be the recorded one."""
+        kwargs = kwargs or {}
+        if type(func) is OpOverload:
+            return func(*args, **kwargs)
+        values = (*args, *kwargs.values()) if kwargs else args
+        known = self._next_call(func, values, kwargs)
+        if known is None:
+            return self._harmless(func, args, kwargs)
+        if known.held is not None:
+            result = self._hold(known.held, args, kwargs)
+        elif known.inner:
+            result = self._inside(known, values)
+        else:
+            result = func(*args, **kwargs)
+        self._note(known, values, result)
+        return result
+
+    def _inside(self, known: KnownCall, values: Sequence[Any]) -> Any:
+        """Return the result of the calls inside a function."""
+        entries = [*values, *known.spare]
+        for place, call in enumerate(known.inner, len(values)):
+            args, kwargs = call.pick(entries), {}
+            if call.names:
+                count = len(args) - len(call.names)
+                args, kwargs = args[:count], dict(zip(call.names, args[count:], strict=True))
+            held = call.held
+            entries[place] = call.function(*args, **kwargs) if held is None else self._hold(held, args, kwargs)
+        return entries[place]
+
+    def _hold(self, held: HeldStep, args: Any, kwargs: Any) -> Tensor:
+        """Run a step, and note the edge of the graph at its result."""
+        rule = held.rule
+        values = bind(rule, args, kwargs) or {}
+        x = values["input"]
+        version = x._version
+        if rule.dense and x.ndim > 2 and not x.is_contiguous():
+            args, kwargs = map_arguments(partial(made_contiguous, x), (args, kwargs))
+        result: Tensor = held.step.function(*args, **kwargs) if held.run is None else held.run(values)
+        self._held.append((held, values, version))
+        if self._path.is_pure:  # a result that is changed in place must not be a leaf
+            self._ends.append(result if result.requires_grad else result.requires_grad_())
+            return result
+        if not result.requires_grad:
+            anchor = torch.zeros((), device=self._device, requires_grad=True)
+            result = Root.apply(result.data, anchor)  # type: ignore[no-untyped-call]
+        node: Any = result.grad_fn
+        self._ends.append(GradientEdge(node, result.output_nr))
+        return result
+
+    def collect(self, logits: Tensor, gradient: Tensor, last: bool) -> None:
+        """Collect the gradients of an objective from its gradient with respect to the logits, ``(N, C)``.
+
+        The graph is freed after the last objective's.
+
+        Raises:
+            PlanError: If the input of a layer was changed in place after its use.
+        """
+        if not (logits.requires_grad and self._ends):
+            return
+        with torch.autograd.set_multithreading_enabled(False):
+            gradients = gradients_at(logits, self._ends, gradient, not last)
+        with Silence(self._device.type):
+            for (held, values, version), of_result in zip(self._held, gradients, strict=True):
+                if of_result is None:
+                    continue
+                if values["input"]._version != version:
+                    raise PlanError("a layer's input was changed in place after its use")
+                call = Call(values, held.axis, held.out, held.names)
+                for slot, use in held.rule.uses(call, held.rule.split(held.out, of_result)):
+                    self._sink(held.slots[slot], use)
 
 
 class KnownTracer(PathFollower, Tracer):
@@ -49,14 +155,9 @@ class KnownTracer(PathFollower, Tracer):
 
     def __init__(self, plan: Plan, sink: Sink, path: KnownPath, task: Task, free: bool) -> None:
         super().__init__(plan, plan.known_parameters(task.model, task.parameters), task.size, sink, free)
-        leaves = leaves_of(task)
-        if leaves is None or len(leaves) != path.leaves or not _are_at(path.chosen, leaves, task):
-            raise PathChanged
-        self.follow(path, leaves)
-        self._is_direct = path.is_direct
+        self.follow(path, _known_leaves(path, task))
         self._held: list[tuple[HeldStep, Call, int]] = []
         self._edges: list[Any] = []
-        self._inner = path.held
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one call, which must be the recorded one."""
@@ -77,55 +178,36 @@ class KnownTracer(PathFollower, Tracer):
 
     def _rule(self, step: Step, args: Any, kwargs: Any) -> Any:
         """Run a step inside of a composite function."""
-        held = self._inner.get(self.position - 1)
+        held = self._path.held.get(self.position - 1)
         values = {} if held is None else bind(held.rule, args, kwargs) or {}
         if held is None or self._slots(values) != held.slots or values["input"].shape[held.axis.dim] != held.length:
-            if self._is_direct:
-                self._lose()
             return super()._rule(step, args, kwargs)
         return self._hold(held, args, kwargs)
 
     def _hold(self, held: HeldStep, args: Any, kwargs: Any) -> Tensor:
         """Run a call by a rule, and note the edge of the graph at its result."""
         values = bind(held.rule, args, kwargs) or {}
-        x = values["input"]
-        if self._is_direct and args and x is args[0] and not x.requires_grad and x.is_floating_point():
-            # The backward pass ends at the edge of the result, so the result only needs some graph.
-            args = (x.detach().requires_grad_(), *args[1:])
-            run_with = {**values, "input": args[0]}
-        else:
-            run_with = values
-        result = self._run_rule(held.step, held.rule, run_with, args, kwargs)
-        if not self._is_direct:
-            for name in held.slots.values():
-                self._expect(name)
-        self._held.append((held, Call(values, held.axis, held.out, held.names), x._version))
+        result = self._run_rule(held.step, held.rule, values, args, kwargs)
+        for name in held.slots.values():
+            self._expect(name)
+        self._held.append((held, Call(values, held.axis, held.out, held.names), values["input"]._version))
         node: Any = result.grad_fn
         self._edges.append(GradientEdge(node, result.output_nr))
         return result
 
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
         """Run the backward pass, which returns the gradients of the held results."""
-        ends = self._edges if self._is_direct else [*self._edges, self.anchor]
-        if not total.requires_grad or not ends:
+        if not total.requires_grad or not self._edges:
             return
         self._backward, self._last = True, last
-        collect = self._send if self._is_direct else self._rule_gradient
         try:
             with torch.autograd.set_multithreading_enabled(False):
-                gradients = gradients_at(total, ends, gradient, not last)
+                gradients = gradients_at(total, [*self._edges, self.anchor], gradient, not last)
             with self._silence:
                 for (held, call, version), of_result in zip(self._held, gradients, strict=False):
                     if of_result is not None:
-                        collect(held.rule, call, held.slots, version, of_result)
+                        self._rule_gradient(held.rule, call, held.slots, version, of_result)
         finally:
             self._backward = False
         for name in list(self._pending):
             self._finish(name)
-
-    def _send(self, found: Rule, call: Call, slots: Mapping[str, Source], version: int, g: Tensor) -> None:
-        """Send the gradients of a step's parameters, which no other step uses, to the sink."""
-        if call.values["input"]._version != version:
-            raise PlanError("a layer's input was changed in place after its use")
-        for slot, use in found.uses(call, found.split(call.out, g)):
-            self.sink(str(slots[slot]), use)

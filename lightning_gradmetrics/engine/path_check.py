@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -66,13 +67,13 @@ class PathFollower:
             self._versions = list(map(_VERSION, leaves))
         except RuntimeError:  # a leaf is an inference tensor
             self._version_of, self._versions = version_of, list(map(version_of, leaves))
-        self._tensors = leaves
-        self._calls, self._end, self._place, self._is_lost = path.calls, path.end, 0, False
+        self._entries: list[Any] = [*leaves, *[None] * len(path.calls), *path.constants]
+        self._path, self._place, self._is_lost = path, 0, False
 
     def _next_call(self, func: Any, values: Sequence[Any], kwargs: Any) -> KnownCall | None:
         """Return the recorded call if it has the same function and arguments; ``None`` if it has another function."""
-        place = self._place
-        known = self._calls[place] if place < len(self._calls) else None
+        calls, place = self._path.calls, self._place
+        known = calls[place] if place < len(calls) else None
         if known is None or known.function != func:
             return None
         self._place = place + 1
@@ -81,14 +82,15 @@ class PathFollower:
         return known
 
     def _note(self, known: KnownCall, values: Sequence[Any], result: Any) -> None:
-        """Compare the result of a call with the recorded one."""
+        """Compare the result of a call with the recorded one, and how often its arguments were changed in place."""
         if type(result) is not Tensor or result.dtype is not known.dtype or result.shape != known.shape:
             self._lose()
         versions, version = self._versions, self._version_of
-        for position, number, changes in known.tensors:
-            if version(values[position]) - versions[number] != changes:
-                self._lose()
-        self._tensors.append(result)
+        if not self._path.is_pure:
+            for position, number, changes in known.tensors:
+                if version(values[position]) - versions[number] != changes:
+                    self._lose()
+        self._entries[len(versions)] = result
         versions.append(version(result))
 
     def _lose(self) -> None:
@@ -105,29 +107,36 @@ class PathFollower:
 
     def _has_arguments(self, known: KnownCall, values: Sequence[Any]) -> bool:
         """Return whether the arguments are the recorded tensors and constants, and gradients are on or off as recorded."""
-        if len(values) != len(known.arguments) or self._is_lost:
+        if len(values) != len(known.numbers) or self._is_lost:
             return False
-        tensors = self._tensors
-        for value, (number, constant) in zip(values, known.arguments, strict=True):
-            if number >= 0:
-                if value is not tensors[number]:
+        expected = known.pick(self._entries)
+        if not all(map(is_, values, expected)):
+            for value, number, entry in zip(values, known.numbers, expected, strict=True):
+                if value is not entry and (number >= 0 or not is_equal(value, entry)):
                     return False
-            elif value is not constant and not is_equal(value, constant):
-                return False
         usual = torch.is_grad_enabled() is known.has_gradients and not torch.is_inference_mode_enabled()
         return usual and not storing_hooks(True)
 
     def require_end(self, logits: Tensor) -> None:
         """Require that the model made all calls, and that the logits are the recorded tensor.
 
+        If the recorded calls change no tensor in place, all tensors must have the version that they had when they were made.
+        So they had it in each call too, in which it is therefore not compared.
+
         Raises:
             PathChanged: If it did not.
         """
-        number, changes = self._end
-        if self._is_lost or self._place != len(self._calls) or logits is not self._tensors[number]:
+        number, changes = self._path.end
+        if self._is_lost or self._place != len(self._path.calls) or logits is not self._entries[number]:
             raise PathChanged
         if version_of(logits) - self._versions[number] != changes:
             raise PathChanged
+        if self._path.is_pure and not self.is_unchanged():
+            raise PathChanged
+
+    def is_unchanged(self) -> bool:
+        """Return whether no leaf or result was changed in place."""
+        return list(map(self._version_of, self._entries[: len(self._versions)])) == self._versions
 
 
 class PathCheck(PathFollower, TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -11,20 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
 from lightning_gradmetrics.engine.graph import saves_through_hooks
+from lightning_gradmetrics.engine.inner_calls import HeldStep, InnerCall, InnerCalls, Picker, is_constant, picker
 from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.plan import Source, Step
 from lightning_gradmetrics.engine.rules import Call, Rule
 from lightning_gradmetrics.engine.task import Task
 
-__all__ = ["MOST_BYTES", "HeldStep", "KnownCall", "KnownPath", "PathRecorder", "is_equal", "leaves_of"]
+__all__ = ["MOST_BYTES", "KnownCall", "KnownPath", "PathRecorder", "is_equal", "leaves_of"]
 
 MOST_BYTES = 2**24
 """Largest size of all results of a known path, which are stored until its backward pass ends."""
-
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
 
 
 @dataclass(frozen=True)
@@ -33,70 +31,60 @@ class KnownCall:
 
     Args:
         function: The function.
-        arguments: For each argument the number of the tensor and how often it was changed in place since it was made, or
-            -1 and a constant.
+        numbers: The number of each argument among the entries of the path, see :class:`KnownPath`.
+        pick: Returns the arguments from the entries.
         names: The names of the last arguments, which were passed by keyword.
         has_gradients: Whether gradients were enabled.
         dtype: The type of the result.
         shape: Its shape.
         has_sources: Whether the plan has steps for this call.
         held: How the parameters' gradients follow from that of the result; ``None`` if the ordinary step is repeated.
-        tensors: The position, the number and the changes of each argument that is a tensor.
+        inner: The calls inside a function that torch implements in Python, if they can be repeated without it.
+        spare: The entries of the inner calls: ``None`` for each result, then the constants.
+        tensors: The position and the number of each argument that is a tensor, and how often it was changed in place since it
+            was made.
     """
 
     function: Any
-    arguments: tuple[tuple[int, Any], ...]
+    numbers: tuple[int, ...]
+    pick: Picker
     names: tuple[str, ...]
     has_gradients: bool
     dtype: torch.dtype
     shape: torch.Size
     has_sources: bool
     held: HeldStep | None
+    inner: tuple[InnerCall, ...]
+    spare: tuple[Any, ...]
     tensors: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class HeldStep:
-    """A step by a rule, whose gradients are computed after the backward pass.
-
-    Args:
-        step: The step.
-        rule: The rule.
-        slots: The parameters by the names of the arguments.
-        axis: The sample axis of the input.
-        out: The sample axis of the output.
-        names: The names of the arguments.
-        length: The length of the sample axis of the input.
-    """
-
-    step: Step
-    rule: Rule
-    slots: dict[str, str]
-    axis: Axis
-    out: Axis
-    names: frozenset[str]
-    length: int
 
 
 @dataclass(frozen=True)
 class KnownPath:
     """The calls of a forward pass on a batch of one size.
 
+    Its entries are the leaves (inputs, parameters, buffers and tensors among the attributes), the result of each call, and the
+    constants among the arguments, whose numbers are negative.
+
     Args:
         calls: The calls.
+        constants: The constants, in the order of the entries.
         end: The number of the tensor that is the logits, and how often it was changed in place.
         chosen: The numbers of the chosen parameters.
-        leaves: The number of inputs, parameters, buffers and tensors among the attributes.
+        leaves: The number of leaves.
         held: The steps whose gradients are computed after the backward pass, by their positions in the plan.
-        is_direct: Whether all steps of the plan are held, and each parameter has one step.
+        is_direct: Whether all steps of the plan are held and run without the plan, and each parameter has one step.
+        is_pure: Whether no tensor was changed in place.
     """
 
     calls: tuple[KnownCall, ...]
+    constants: tuple[Any, ...]
     end: tuple[int, int]
     chosen: tuple[int, ...]
     leaves: int
     held: Mapping[int, HeldStep]
     is_direct: bool
+    is_pure: bool
 
 
 def leaves_of(task: Task, inputs: Any = None) -> list[Tensor] | None:
@@ -135,32 +123,67 @@ class PathRecorder:
         self._end: tuple[int, int] | None = None
         self._chosen = _chosen_leaves(task, leaves or ())
         self._calls: list[KnownCall] = []
+        self._constants: list[Any] = []
         self._held: dict[int, HeldStep] = {}
         self._steps = self._bytes = 0
+        self.inside = InnerCalls()
 
     def path(self) -> KnownPath | None:
         """Return the path; ``None`` if a call has arguments or results that cannot be compared."""
+        if self._end is None or not self._is_simple:
+            return None
+        changes = self._end[1]
+        for call in self._calls:
+            changes += sum(count for *_, count in call.tensors)
+        constants = tuple(reversed(self._constants))
+        fixed = (self._end, self._chosen, self._count, self._held)
+        return KnownPath(tuple(self._calls), constants, *fixed, self._is_direct(), changes == 0)
+
+    def _is_direct(self) -> bool:
+        """Return whether all steps of the plan are held and run without the plan, and each parameter has one step."""
         names: list[str] = []
         for held in self._held.values():
             names += held.slots.values()
-        is_direct = len(self._held) == self._steps and len(set(names)) == len(names)
-        if self._end is None or not self._is_simple:
-            return None
-        return KnownPath(tuple(self._calls), self._end, self._chosen, self._count, self._held, is_direct)
+        steps: list[HeldStep | None] = []
+        for call in self._calls:
+            steps += [call.held, *(inner.held for inner in call.inner)]
+        run = len(steps) - steps.count(None)
+        return run == len(self._held) == self._steps and len(set(names)) == len(names)
 
     def end(self, outline: Outline, logits: Tensor) -> None:
         """Note which tensor the logits are."""
         self._end = self._entry(outline, logits)
 
-    def note_step(self, position: int, step: Step, rule: Rule, slots: Mapping[str, Source], call: Call) -> None:
-        """Add a step of the plan that a rule covers, unless one of its parameters is a derived tensor."""
+    def note_step(
+        self,
+        position: int,
+        step: Step,
+        rule: Rule,
+        slots: Mapping[str, Source],
+        call: Call,
+        run: Callable[[dict[str, Any]], Tensor] | None,
+    ) -> None:
+        """Add a step of the plan that a rule covers, unless one of its parameters is a derived tensor.
+
+        Args:
+            position: Its position in the plan.
+            step: The step.
+            rule: The rule.
+            slots: The parameters and derived tensors by the names of the arguments.
+            call: The call.
+            run: The function of the rule that has computed the result, if it was one.
+        """
         names: dict[str, str] = {}
         for slot, source in slots.items():
             if isinstance(source, str):
                 names[slot] = source
         if len(names) == len(slots):
             length = call.values["input"].shape[call.axis.dim]
-            self._held[position] = HeldStep(step, rule, names, call.axis, call.out, call.slots, length)
+            self._held[position] = HeldStep(step, rule, names, call.axis, call.out, call.slots, length, run)
+
+    def add_inner(self, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any, start: int, end: int) -> None:
+        """Add a call inside a function that torch implements in Python; the arguments are those of :meth:`add`."""
+        self.inside.add(function, args, kwargs, result, self._held.get(start), end - start)
 
     def add(
         self, outline: Outline, function: Any, args: Any, kwargs: Mapping[str, Any], result: Any, start: int, end: int
@@ -176,10 +199,11 @@ class PathRecorder:
             start: The position in the plan before the call.
             end: The position after it.
         """
-        self._steps = end
+        self._steps, inside, self.inside = end, self.inside, InnerCalls()
         if not self._is_simple or _is_ignored(function, result):
             return
-        entries: Any = tuple(map(partial(self._entry, outline), (*args, *kwargs.values())))
+        values = (*args, *kwargs.values())
+        entries: Any = tuple(map(partial(self._entry, outline), values))
         has_gradients = torch.is_grad_enabled()
         self._is_simple = None not in entries and _is_comparable(outline, result) and (has_gradients or start == end)
         if not self._is_simple:
@@ -189,13 +213,18 @@ class PathRecorder:
         held = self._held.get(start) if end == start + 1 else None
         if held is not None and held.step.function != function:
             held = None  # the step is inside of the call
-        compared = (function, entries, tuple(kwargs), has_gradients, result.dtype, result.shape)
-        self._calls.append(KnownCall(*compared, end > start, held, _tensors(entries)))
+        inner, spare = inside.repeatable(function, values, result) if end > start and held is None else ((), ())
+        numbers = tuple(number for number, _ in entries)
+        compared = (function, numbers, picker(numbers), tuple(kwargs), has_gradients, result.dtype, result.shape)
+        self._calls.append(KnownCall(*compared, end > start, held, inner, spare, _tensors(entries)))
 
-    def _entry(self, outline: Outline, value: Any) -> tuple[int, Any] | None:
-        """Return what an argument is compared with; ``None`` if that is not possible."""
+    def _entry(self, outline: Outline, value: Any) -> tuple[int, int] | None:
+        """Return the number of an argument, and how often it was changed in place; ``None`` if it cannot be compared."""
         if not isinstance(value, Tensor):
-            return (-1, deepcopy(value)) if _is_constant(value) else None  # the caller may change a list later
+            if not is_constant(value):
+                return None
+            self._constants.append(deepcopy(value))  # the caller may change a list later
+            return -len(self._constants), 0
         origin = outline.origin(value)
         if isinstance(origin, int):
             return self._count + origin - 1, 0
@@ -225,14 +254,6 @@ def _is_comparable(outline: Outline, result: Any) -> bool:
     if type(result) is not Tensor or result.is_inference() or torch.is_inference_mode_enabled():
         return False
     return not (saves_through_hooks() or outline.has_hooks or outline.reads)
-
-
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_constant, value))
-    if type(value) is slice:
-        return _is_constant((value.start, value.stop, value.step))
-    return isinstance(value, _PLAIN)
 
 
 def is_equal(value: Any, constant: Any) -> bool:

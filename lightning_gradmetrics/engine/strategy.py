@@ -14,7 +14,7 @@ from lightning_gradmetrics.engine.agreement import VerificationNotes
 from lightning_gradmetrics.engine.folding import FoldingTracer
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import reached_parameters
-from lightning_gradmetrics.engine.known_path import KnownTracer
+from lightning_gradmetrics.engine.known_path import DirectPass, KnownTracer
 from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.owners import OwnershipPass
 from lightning_gradmetrics.engine.path_record import MOST_BYTES, KnownPath, PathRecorder
@@ -236,7 +236,8 @@ def collect_on_path(
         PathChanged: If it does not follow the path.
     """
     freeze(task)
-    tracer = KnownTracer(plan, table.add, path, task, free)
+    tracer: DirectPass | KnownTracer
+    tracer = DirectPass(path, task, table.add) if path.is_direct else KnownTracer(plan, table.add, path, task, free)
     with tracer:
         logits = task.forward()
     tracer.require_end(logits)
@@ -244,7 +245,7 @@ def collect_on_path(
     _collect_gradients(table, task, tracer, logits)
 
 
-def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer, logits: Tensor) -> None:
+def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer | DirectPass, logits: Tensor) -> None:
     """Fill a table by one backward pass per objective."""
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):

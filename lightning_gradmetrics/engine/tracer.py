@@ -79,13 +79,17 @@ class Tracer(TracerState):
         # A dispatcher operator is not a call of the model; a TorchDispatchMode such as FlopCounterMode calls it again.
         if self._silence.depth or type(func) is torch._ops.OpOverload:
             return func(*args, **kwargs)
-        if self._backward or self._open:
-            return self._run(func, args, kwargs)
-        position = self.position
+        position, recorder = self.position, self.recorder
+        count = 0 if recorder is None else len(recorder.inside)
         result = self._run(func, args, kwargs)
-        if self.recorder is not None:
-            self.recorder.add(self.outline, func, args, kwargs, result, position, self.position)
-        self.outline.add(func, args, kwargs, result)
+        if self._backward:
+            return result
+        if recorder is not None and not self._open:
+            recorder.add(self.outline, func, args, kwargs, result, position, self.position)
+        elif recorder is not None and len(recorder.inside) == count:  # no calls inside of this one were recorded
+            recorder.add_inner(func, args, kwargs, result, position, self.position)
+        if not self._open:
+            self.outline.add(func, args, kwargs, result)
         return result
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -211,7 +215,8 @@ class Tracer(TracerState):
             self._expect(source)
         call = Call(values, axis, out, frozenset(slots))
         if self.recorder is not None:
-            self.recorder.note_step(self.position - 1, step, rule, slots, call)
+            run = rule.run if self._constant(values) else None
+            self.recorder.note_step(self.position - 1, step, rule, slots, call, run)
         hook = partial(self._rule_gradient, rule, call, slots, x._version)
         result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result

@@ -300,6 +300,44 @@ def test_buffers_that_a_dispatcher_operator_changes(later: bool) -> None:
     assert torch.equal(model.offset, torch.ones(6, dtype=torch.float64))
 
 
+def changed_by_an_operator(h: Tensor) -> Tensor:
+    """Return twice ``h + 1``; in later batches an operator that no function mode sees doubles it."""
+    shifted = h + 1
+    return torch.ops.aten.mul_.Tensor(shifted, 2.0) if is_on() else shifted * 2
+
+
+ENDS: dict[str, Any] = {
+    "a result changed by an operator": changed_by_an_operator,
+    "an activation in place": lambda h: F.relu(h + 0.5, inplace=True),
+    "nothing": lambda h: h,
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_direct_passes(name: str) -> None:
+    torch.manual_seed(0)
+    CHANGED["on"] = False
+    model = nn.Sequential(nn.Linear(6, 6), InOrder(ENDS[name]), nn.Linear(6, 4))
+    require_known_path(model.double().eval())
+    (path,) = paths_of(model)
+    assert path.is_direct and path.is_pure == (name != "an activation in place")
+    CHANGED["on"] = True
+    try:
+        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
+    finally:
+        CHANGED["on"] = False
+
+
+def test_one_layer_and_functions_of_several_calls() -> None:
+    torch.manual_seed(0)
+    require_known_path(nn.Linear(6, 3).double().eval())
+    bags = nn.Sequential(nn.EmbeddingBag(30, 6, padding_idx=0), nn.BatchNorm1d(6), nn.Linear(6, 3)).double().eval()
+    for _ in range(4):
+        require_equal(bags, batch())
+    (path,) = paths_of(bags)
+    assert path.is_direct and path.calls[1].inner and path.calls[2].inner
+
+
 def test_inputs_by_keyword() -> None:
     torch.manual_seed(0)
     model: Any = InOrder(lambda logits: F.linear(input=logits, weight=model.weight))
