@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.kernels.resampling import has_kernel
 from lightning_gradmetrics.evaluation.cells import Cells
-from lightning_gradmetrics.evaluation.metrics import metrics_of
+from lightning_gradmetrics.evaluation.metrics import METRICS, metrics_of
 from lightning_gradmetrics.evaluation.task_cells import GroupTable, TaskCells, cells_of_tasks
 from lightning_gradmetrics.evaluation.tasks import KINDS, DetectionTask, Rows
+from lightning_gradmetrics.evaluation.totals import TaskTotals
 
 __all__ = ["EXACT_ROWS", "Key", "Replicates", "collect", "drawn", "method_of", "most_cells", "replicate", "shift"]
 
@@ -29,6 +31,9 @@ EXACT_ROWS = 5_000
 
 CELLS = 2048
 """The number of equal-sized cells that replace the scores above ``EXACT_ROWS`` rows; thresholds add finer cells."""
+
+FEWEST_FOR_KERNEL = 2**20
+"""With fewer cells times resamples, plain torch takes less time than a compiler would."""
 
 ELEMENTS = 2**24
 """The largest number of weights in memory at the same time."""
@@ -77,7 +82,7 @@ def replicate(
     paired. Up to ``EXACT_ROWS`` rows, each dataset is resampled with replacement to its original size, and every
     distinct score is a cell. Above that, each row gets a Poisson weight of mean 1, and a score is grouped into
     ``CELLS`` cells of equal size; the replicates are shifted by the difference between the exact value and the value of
-    the cells. Apart from the replicates, memory does not grow with ``B``. With clusters, whole clusters are drawn, and
+    the cells. Apart from a few values per task and resample, memory does not grow with ``B``. With clusters, whole clusters are drawn, and
     the limit applies to the number of clusters.
 
     Args:
@@ -138,15 +143,16 @@ def collect(
     """
     replicates: Replicates = {}
     with _one_thread():
-        read = _read_cells(cells, tasks)
+        read = _read_cells(cells, tasks, rate, resamples)
         for start, weights in draws:
             stop = start + weights.shape[-1]
-            for key, values in _values(read, rate, weights):
+            for key, values in _values(read, rate, weights, start):
                 if key not in replicates:
                     replicates[key] = torch.empty(resamples, dtype=torch.float64)
                 replicates[key][start:stop] = values
             if progress is not None:
                 progress(stop / resamples)
+        replicates.update(_values_of_totals(read))
     return replicates
 
 
@@ -179,36 +185,71 @@ def shift(
         ones: The weights of one resample that draws each row once.
         exact: The exact value of every metric that is defined.
     """
-    for key, values in _values(_read_cells(cells, tasks), rate, ones):
+    read = _read_cells(cells, tasks, rate, 1)
+    values = dict(_values(read, rate, ones, 0))
+    values.update(_values_of_totals(read))
+    for key, value in values.items():
         if key in exact:
-            replicates[key] += exact[key] - values
+            replicates[key] += exact[key] - value
 
 
 @dataclass(frozen=True)
 class _ReadCells:
-    """The cells of one score, the table of the groups of their classes, and what each task reads of it."""
+    """What the metrics read of the cells of one score.
+
+    Args:
+        cells: The cells.
+        totals: The totals of each task for the metrics that need no more; ``None`` without a kernel.
+        table: The groups of row classes, for the other metrics; ``None`` without any.
+        tasks: The cells that the other metrics of each task read.
+    """
 
     cells: CountedCells
-    table: GroupTable
+    totals: TaskTotals | None
+    table: GroupTable | None
     tasks: list[TaskCells]
 
 
-def _read_cells(cells: Mapping[str, CountedCells], tasks: Sequence[DetectionTask]) -> dict[str, _ReadCells]:
+def _read_cells(
+    cells: Mapping[str, CountedCells], tasks: Sequence[DetectionTask], rate: float, resamples: int
+) -> dict[str, _ReadCells]:
     read = {}
+    with_totals = _is_worth_a_kernel(cells, resamples) and has_kernel()
+    others = [name for name, metric in METRICS.items() if not (with_totals and metric.totals)]
     for score, grouped in cells.items():
-        table = GroupTable.of(tasks, grouped.present)
-        read[score] = _ReadCells(grouped, table, cells_of_tasks(tasks, grouped.scores, table))
+        present = grouped.present
+        totals = TaskTotals.of(tasks, present, rate, resamples) if with_totals else None
+        table = GroupTable.of(tasks, present) if others else None
+        of_tasks = [] if table is None else cells_of_tasks(tasks, grouped.scores, table, others)
+        read[score] = _ReadCells(grouped, totals, table, of_tasks)
     return read
 
 
-def _values(read: Mapping[str, _ReadCells], rate: float, weights: Tensor) -> Iterator[tuple[Key, Tensor]]:
-    """Yield the value ``(b,)`` of every metric with weighted rows."""
+def _is_worth_a_kernel(cells: Mapping[str, CountedCells], resamples: int) -> bool:
+    return resamples * sum(len(grouped.scores) for grouped in cells.values()) >= FEWEST_FOR_KERNEL
+
+
+def _values(read: Mapping[str, _ReadCells], rate: float, weights: Tensor, start: int) -> Iterator[tuple[Key, Tensor]]:
+    """Compute the totals of the resamples from ``start`` on, and yield the values ``(b,)`` of every other metric."""
     for score, of_score in read.items():
-        counts = of_score.table.counts(of_score.cells.counts(weights))
+        of_classes = of_score.cells.counts(weights)
+        if of_score.totals is not None:
+            of_score.totals.add(start, of_classes)
+        if of_score.table is None:
+            continue
+        counts = of_score.table.counts(of_classes)
         sums = of_score.table.sums(counts)
         for part in of_score.tasks:
             for metric, values in metrics_of(part.metrics, part.counts(counts, sums), rate).items():
                 yield _key(part.task, score, metric), values
+
+
+def _values_of_totals(read: Mapping[str, _ReadCells]) -> Iterator[tuple[Key, Tensor]]:
+    """Yield the values ``(B,)`` of every metric that follows from totals."""
+    for score, of_score in read.items():
+        if of_score.totals is not None:
+            for task, metric, values in of_score.totals.metrics():
+                yield _key(task, score, metric), values
 
 
 def _key(task: DetectionTask, score: str, metric: str) -> Key:

@@ -43,6 +43,8 @@ class Metric:
     shown: tuple[str, ...] = ()
     digits: int = 1
     reads: Reads = "all"
+    totals: bool = False
+    """Whether ``of_counts`` needs only the totals that :mod:`lightning_gradmetrics.evaluation.totals` computes."""
 
 
 METRICS: dict[str, Metric] = {}
@@ -176,6 +178,7 @@ _register(
         tasks=ALL,
         shown=ALL,
         reads="positives",
+        totals=True,
     )
 )
 _register(
@@ -189,6 +192,7 @@ _register(
         shown=SELECTIVE,
         digits=2,
         reads="positives",
+        totals=True,
     )
 )
 _register(
@@ -201,6 +205,7 @@ _register(
         tasks=(MISCLASSIFICATION,),
         digits=2,
         reads="positives",
+        totals=True,
     )
 )
 _register(
@@ -213,6 +218,7 @@ _register(
         tasks=SELECTIVE,
         digits=2,
         reads="positives",
+        totals=True,
     )
 )
 _register(
@@ -225,6 +231,7 @@ _register(
         tasks=ALL,
         shown=(OOD,),
         reads="positives",
+        totals=True,
     )
 )
 _register(
@@ -236,6 +243,7 @@ _register(
         of_counts=_aupr,
         tasks=(MISCLASSIFICATION, OOD),
         reads="positives",
+        totals=True,
     )
 )
 _register(
@@ -247,5 +255,6 @@ _register(
         of_counts=_aupr_in,
         tasks=(OOD,),
         reads="negatives",
+        totals=True,
     )
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from lightning_gradmetrics.evaluation.tasks import DetectionTask
 from lightning_gradmetrics.meters.functional.counts import Counts, Reads
 from lightning_gradmetrics.meters.functional.sorting import positions
 
-__all__ = ["GroupTable", "TaskCells", "cells_of_tasks"]
+__all__ = ["GroupTable", "TaskCells", "cells_of_tasks", "groups_of"]
 
 Codes = tuple[int, ...]
 """A group of row classes whose rows a task counts together."""
@@ -23,7 +23,7 @@ Places = slice | Tensor
 """Rows of a table; a slice is read without a copy."""
 
 
-def _groups_of(task: DetectionTask, side: Codes) -> list[Codes]:
+def groups_of(task: DetectionTask, side: Codes) -> list[Codes]:
     """Return the groups of the classes of one side: all those without a weight, and each with one."""
     plain: Codes = ()
     weighted: list[Codes] = []
@@ -62,7 +62,7 @@ class GroupTable:
         groups: dict[Codes, None] = {}
         for task in tasks:
             for side in (task.negative, task.positive):
-                groups.update(dict.fromkeys(_groups_of(task, side)))
+                groups.update(dict.fromkeys(groups_of(task, side)))
         row_of = (present.flatten().cumsum(0) - 1).view_as(present)
         rows, starts, first, of_group, number, row = [], [], {}, {}, 0, 0
         for codes in groups:
@@ -169,24 +169,29 @@ def _total(sums: Tensor, groups: Sequence[_GroupRows]) -> Tensor:
     return total
 
 
-def cells_of_tasks(tasks: Sequence[DetectionTask], scores: Tensor, table: GroupTable) -> list[TaskCells]:
+def cells_of_tasks(
+    tasks: Sequence[DetectionTask], scores: Tensor, table: GroupTable, names: Container[str]
+) -> list[TaskCells]:
     """Return the cells of one score that the metrics of every task read.
 
     Args:
         tasks: The tasks.
         scores: ``(K,)``, the lowest score of each cell.
         table: The groups of the tasks.
+        names: The names of the metrics.
     """
     chosen = []
     for task in tasks:
-        for reads, names in _metrics_by_reads(task).items():
-            chosen.append(_task_cells(task, names, reads, scores, table))
+        for reads, metrics in _metrics_by_reads(task, names).items():
+            chosen.append(_task_cells(task, metrics, reads, scores, table))
     return chosen
 
 
-def _metrics_by_reads(task: DetectionTask) -> dict[Reads, tuple[str, ...]]:
+def _metrics_by_reads(task: DetectionTask, names: Container[str]) -> dict[Reads, tuple[str, ...]]:
     metrics: dict[Reads, tuple[str, ...]] = {}
     for name in TASKS[task.task]:
+        if name not in names:
+            continue
         reads = METRICS[name].reads
         metrics[reads] = (*metrics.get(reads, ()), name)
     return metrics
@@ -195,7 +200,7 @@ def _metrics_by_reads(task: DetectionTask) -> dict[Reads, tuple[str, ...]]:
 def _task_cells(
     task: DetectionTask, metrics: tuple[str, ...], reads: Reads, scores: Tensor, table: GroupTable
 ) -> TaskCells:
-    negative, positive = _groups_of(task, task.negative), _groups_of(task, task.positive)
+    negative, positive = groups_of(task, task.negative), groups_of(task, task.positive)
     read = {"positives": positive, "negatives": negative, "all": [*negative, *positive]}[reads]
     cells = positions(torch.stack([table.present[codes] for codes in read]).any(0))
     sides = []

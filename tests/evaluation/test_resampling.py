@@ -15,6 +15,7 @@ from lightning_gradmetrics.evaluation import (
     evaluate,
     metrics,
     task_cells,
+    totals,
 )
 from lightning_gradmetrics.evaluation.cells import Cells, counts_of_task, make_cells, rank_rows
 from lightning_gradmetrics.evaluation.metrics import TASKS, metrics_of
@@ -155,6 +156,7 @@ def test_intervals_cover():
 def test_merged_cells_keep_every_metric(monkeypatch):
     rows, _ = rows_of(table(), SCORES, ROLES)
     tasks, _ = tasks_of(rows)
+    monkeypatch.setattr(bootstrap, "has_kernel", bool)
     cells = {}
     for score in SCORES:  # "fair" has ties of positives and negatives
         cells[score] = make_cells(rank_rows(rows, score), len(rows.codes), tasks)
@@ -167,6 +169,47 @@ def test_merged_cells_keep_every_metric(monkeypatch):
     assert merged.keys() == unmerged.keys()
     for key, values in unmerged.items():
         torch.testing.assert_close(merged[key], values, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.95, 1.0, 1e-17])
+@pytest.mark.parametrize("method", ["exact", "poisson"])
+def test_the_kernel_changes_no_replicate(method, rate, monkeypatch):
+    monkeypatch.setattr(bootstrap, "EXACT_ROWS", 10**6 if method == "exact" else 0)
+    monkeypatch.setattr(bootstrap, "CELLS", 50)
+    monkeypatch.setattr(bootstrap, "FEWEST_FOR_KERNEL", 0)
+    monkeypatch.setattr(totals, "TABLE_LIMIT", 1024)
+    kinds = np.arange(490) % 7 == 0  # some digits without a label, and a dataset whose few errors some resamples lack
+    labels = pa.array([None if kind else int(number >= 298) for number, kind in enumerate(kinds)], pa.int64())
+    results = table(label=labels, prediction=np.zeros(490, dtype=int))
+    rows, _ = rows_of(results, SCORES, ROLES)
+    tasks, _ = tasks_of(rows, 0.9)  # weighted, ten times as many samples: beyond the table of harmonic numbers
+    cells = {}
+    for score in SCORES:
+        cells[score] = make_cells(rank_rows(rows, score), bootstrap.most_cells(len(rows.codes)), tasks, rate)
+    exact = dict.fromkeys([("joint", "mnist", "far", "good", "aurc")], 0.5)
+    fast = bootstrap.replicate(rows, cells, tasks, rate, 70, 0, exact)
+    with plain_kernels():
+        plain = bootstrap.replicate(rows, cells, tasks, rate, 70, 0, exact)
+    assert fast.keys() == plain.keys()
+    for key, values in plain.items():
+        torch.testing.assert_close(fast[key], values, rtol=1e-11, atol=1e-12, equal_nan=True)
+    for task, dataset, group, score, metric in fast:  # scores of the same order have the same replicates
+        if score == "fair":
+            twin = fast[task, dataset, group, "twin", metric]
+            torch.testing.assert_close(fast[task, dataset, group, score, metric], twin, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_registered_metric_is_resampled_beside_the_kernel(monkeypatch):
+    monkeypatch.setattr(bootstrap, "FEWEST_FOR_KERNEL", 0)
+    own = dataclasses.replace(metrics.METRICS["aurc"], name="own", totals=False)
+    monkeypatch.setitem(metrics.METRICS, "own", own)
+    monkeypatch.setitem(TASKS, "joint", (*TASKS["joint"], "own"))
+    rows, _ = rows_of(table(), ["fair"], ROLES)
+    tasks, _ = tasks_of(rows)
+    cells = {"fair": make_cells(rank_rows(rows, "fair"), len(rows.codes), tasks)}
+    found = bootstrap.replicate(rows, cells, tasks, 0.95, 9, 0, {})
+    joint = "joint", "mnist", "far", "fair"
+    torch.testing.assert_close(found[(*joint, "own")], found[(*joint, "aurc")], rtol=1e-12, atol=0)
 
 
 def test_compiled_totals_change_no_value(monkeypatch):

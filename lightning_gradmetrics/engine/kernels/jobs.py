@@ -13,6 +13,7 @@ __all__ = [
     "GramJob",
     "ProductJob",
     "RankingJob",
+    "ResampledJob",
     "ResidualJob",
     "RowJob",
     "SegmentJob",
@@ -154,6 +155,16 @@ class RankingJob(ctypes.Structure):
     _fields_ = _pointers("negatives positives harmonic out") + _integers("scores negatives_are_real positives_are_real")
 
 
+class ResampledJob(ctypes.Structure):
+    """``resampled_job`` of ``resampling.c``."""
+
+    _fields_ = (
+        _pointers("counts harmonic cells rows classes of_class groups sides wanted weights out scratch")
+        + _fields(ctypes.c_double, "rate")
+        + _integers("resamples cell_count class_count task_count harmonics")
+    )
+
+
 class SortingJob(ctypes.Structure):
     """``sorting_job`` of ``sorting.c``."""
 
@@ -176,6 +187,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,
     "ranking_job_bytes": RankingJob,
+    "resampled_job_bytes": ResampledJob,
     "sorting_job_bytes": SortingJob,
 }
 """The C function that returns each struct's size."""

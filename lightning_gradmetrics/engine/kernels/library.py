@@ -54,12 +54,13 @@ JOBS = (
     "softmax_rows",
     "softmax_powers",
     "ranking_totals",
+    "resampled_totals",
     "words_to_sort",
     "counts_of_sorted",
 )
 """The kernel functions; each takes a job, a thread runner and a number of threads."""
 
-SCRATCH_SIZES = ("scratch_bytes", "gram_scratch_bytes", "depthwise_scratch_bytes")
+SCRATCH_SIZES = ("scratch_bytes", "gram_scratch_bytes", "depthwise_scratch_bytes", "resampled_scratch_bytes")
 """The functions that return the memory that one thread needs for packed operands."""
 
 

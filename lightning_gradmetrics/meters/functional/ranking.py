@@ -159,19 +159,26 @@ def fpr_at_tpr(scores: Tensor, target: Tensor, rate: float = 0.95, positive: Pos
 def fpr_at_tpr_of_counts(counts: Counts, rate: float = 0.95, positive: Positive = "out") -> Tensor:
     """Return the FPR at a TPR of counts, ``(...)``; NaN if a class is missing."""
     check_rate(rate, "rate")
+    if positive == "in":
+        counts = flip(counts)
+    value = _flagged(counts, rate) / counts.negatives
+    return torch.where((counts.positives > 0) & (counts.negatives > 0), value, torch.nan)
+
+
+def _flagged(counts: Counts, rate: float) -> Tensor:
+    """Return the negatives at or above the highest threshold with enough positives at or above it, ``(...)``."""
+    if (flagged := counts.known.get(f"flagged at {rate}")) is not None:
+        return flagged
     distinct = counts.positives_to.shape[-1]
     if not distinct:
         return counts.negatives * torch.nan
-    if positive == "in":
-        counts = flip(counts)
-    # The highest threshold with enough positives at or above it: at most the surplus of positives is below it.
+    # At most the surplus of positives is below the threshold.
     spare = counts.positives * (1 - rate * (1 - _rounding(counts.positives)))
     if not counts.positives_to.is_floating_point():
         spare = spare.floor().to(counts.positives_to.dtype)
     positives_to = counts.positives_to.contiguous()
     index = torch.searchsorted(positives_to, spare[..., None], right=True).clamp(max=distinct - 1)
-    value = counts.negatives_above(index).squeeze(-1) / counts.negatives
-    return torch.where((counts.positives > 0) & (counts.negatives > 0), value, torch.nan)
+    return counts.negatives_above(index).squeeze(-1)
 
 
 def _rounding(numbers: Tensor) -> float:
