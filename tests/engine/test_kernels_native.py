@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_gradmetrics.engine import kernels
-from lightning_gradmetrics.engine.kernels import ConvGeometry, class_residuals, gram, library, native, segments
+from lightning_gradmetrics.engine.kernels import ConvGeometry, class_residuals, gram, layers, library, native, segments
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, unit_gradient
 from lightning_gradmetrics.gradients.statistics import factor_moments, gradient_moments
@@ -154,6 +154,29 @@ def test_residuals_are_those_of_torch(dtype, gap):
         tiny = torch.finfo(dtype).tiny
         assert torch.equal(undo, right) or gap > 80
         torch.testing.assert_close(found * undo[:, None], expected * right[:, None], rtol=1e-5, atol=tiny)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_rows_of_embeddings_and_norm_weights_are_those_of_torch(dtype, padding):
+    """Repeated indices, expanded and strided gradients, more channels than are computed at a time."""
+    torch.manual_seed(0)
+    indices, g = torch.randint(6, (5, 9)), torch.randn(5, 9, 4, dtype=dtype)
+    for gradient in (g, g[:, :1].expand(5, 9, 4), g.transpose(0, 1).contiguous().transpose(0, 1)):
+        found = layers.looked_up_rows(indices, gradient, padding)
+        with library.plain_kernels():
+            assert layers.looked_up_rows(indices, gradient, padding) is None
+            torch.testing.assert_close(found, kernels.touched_rows(indices, gradient, padding))
+    assert layers.looked_up_rows(indices.int(), g, padding) is None
+    x, g, mean = (
+        torch.randn(6, 600, dtype=dtype)[:, :300],
+        torch.randn(6, 300, dtype=dtype),
+        torch.randn(300, dtype=dtype),
+    )
+    expected = (x - mean) / (mean.square() + 1e-5).sqrt() * g
+    torch.testing.assert_close(layers.norm_weight_rows(x, g, mean, mean.square(), 1e-5), expected)
+    assert layers.norm_weight_rows(x, g, mean.to(torch.bfloat16), mean.square(), 1e-5) is None
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 from lightning_gradmetrics.engine.kernels.convolution import conv_gradient, conv_moments
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
+from lightning_gradmetrics.engine.kernels.layers import norm_weight_rows
 from lightning_gradmetrics.engine.kernels.library import describe_kernels
 from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments, touched_rows
 from lightning_gradmetrics.engine.kernels.reduction import position_sums, row_moments
@@ -16,6 +17,7 @@ __all__ = [
     "embedding_moments",
     "linear_gradient",
     "linear_moments",
+    "norm_weight_rows",
     "position_sums",
     "row_moments",
     "touched_rows",

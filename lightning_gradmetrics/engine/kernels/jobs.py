@@ -11,6 +11,8 @@ __all__ = [
     "JOB_SIZES",
     "DepthwiseJob",
     "GramJob",
+    "LookupJob",
+    "NormJob",
     "ProductJob",
     "RankingJob",
     "ResampledJob",
@@ -149,6 +151,22 @@ class ResidualJob(ctypes.Structure):
     )
 
 
+class LookupJob(ctypes.Structure):
+    """``lookup_job`` of ``layers.c``."""
+
+    _fields_ = _pointers("indices g rows") + _integers("samples positions width g_sample g_position padding")
+
+
+class NormJob(ctypes.Structure):
+    """``norm_job`` of ``layers.c``."""
+
+    _fields_ = (
+        _pointers("x g mean variance out")
+        + _fields(ctypes.c_double, "eps")
+        + _integers("samples channels x_sample g_sample")
+    )
+
+
 class RankingJob(ctypes.Structure):
     """``ranking_job`` of ``ranking.c``."""
 
@@ -186,6 +204,8 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "gram_job_bytes": GramJob,
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,
+    "lookup_job_bytes": LookupJob,
+    "norm_job_bytes": NormJob,
     "ranking_job_bytes": RankingJob,
     "resampled_job_bytes": ResampledJob,
     "sorting_job_bytes": SortingJob,

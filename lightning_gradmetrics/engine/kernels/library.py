@@ -50,6 +50,8 @@ JOBS = (
     "squares",
     "depthwise",
     "class_residuals",
+    "looked_up_rows",
+    "norm_weight_rows",
     "softmax_maps",
     "softmax_rows",
     "softmax_powers",

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.fused import fused_products, fused_supports
 from lightning_gradmetrics.engine.kernels.geometry import POINTWISE
 from lightning_gradmetrics.engine.kernels.gram import linear_gram_pays, linear_square
+from lightning_gradmetrics.engine.kernels.layers import looked_up_rows
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
 from lightning_gradmetrics.engine.kernels.operators import reads_are_slow
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments, row_moments
@@ -105,6 +106,9 @@ def touched_rows(indices: Tensor, g: Tensor, padding_idx: int | None) -> Tensor:
                  [0.]]])
     """
     g = at_least_float32(g)
+    computed = looked_up_rows(indices, g, padding_idx)
+    if computed is not None:
+        return computed
     if padding_idx is not None:
         g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
     rows = g.new_zeros(g.shape[0], g.shape[1] + 1, g.shape[2])

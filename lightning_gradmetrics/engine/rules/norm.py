@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.classifier.frozen_norm import frozen_batch_norm
-from lightning_gradmetrics.engine.kernels import position_sums
+from lightning_gradmetrics.engine.kernels import norm_weight_rows, position_sums
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
 from lightning_gradmetrics.engine.uses import RowsUse, Use
 
@@ -45,11 +45,12 @@ def _run_frozen(values: dict[str, Any]) -> Tensor:
     weights="weight bias",
     accepts=_frozen_statistics,
     run=_run_frozen,
+    takes_rows=True,
 )
 def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``sum (x - m) g / sqrt(v + eps)``, from two sums over the positions, without the normalised input."""
-    if g.ndim == 3 and g.shape[1] == 1:
-        yield from _without_positions(call, g[:, 0])
+    if g.ndim == 2:
+        yield from _without_positions(call, g)
         return
     total, product = position_sums(g.transpose(1, 2), call.x.transpose(1, 2) if "weight" in call.slots else None)
     if "bias" in call.slots:
@@ -66,9 +67,11 @@ def _without_positions(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     if "bias" in call.slots:
         yield "bias", RowsUse(g)
     if "weight" in call.slots:
-        scale = torch.rsqrt(call.values["running_var"] + call.values["eps"])
-        centred = call.values["input"].to(g.dtype) - call.values["running_mean"]
-        yield "weight", RowsUse(((centred * scale) * g).to(g.dtype))
+        x, mean, variance, eps = map(call.values.__getitem__, ("input", "running_mean", "running_var", "eps"))
+        product = norm_weight_rows(x, g, mean, variance, eps)
+        if product is None:
+            product = (((x.to(g.dtype) - mean) * torch.rsqrt(variance + eps)) * g).to(g.dtype)
+        yield "weight", RowsUse(product)
 
 
 @rule(
