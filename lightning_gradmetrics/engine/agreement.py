@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
-from lightning_gradmetrics.gradients.statistics import Moments, accumulator, gradient_moments, stacked_moments
+from lightning_gradmetrics.gradients.statistics import (
+    Moment,
+    Moments,
+    accumulator,
+    gradient_moments,
+    merged_moments,
+    stacked_moments,
+)
 
 __all__ = ["SampleNotes", "VerificationNotes", "agreeing", "gradient_norms", "largest_norm", "random_sample"]
 
@@ -122,6 +129,26 @@ def largest_norm(gradients: Iterable[Tensor]) -> float:
     return max(gradient_norms(gradients))
 
 
+BLOCK = 2**17
+"""Number of entries of which moments are computed at once: temporary tensors of this size stay in the processor's caches."""
+
+
+def _moments_by_blocks(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
+    """Return the moments ``(1,)`` of one gradient, without temporary tensors of its size."""
+    flat = _in_memory_order(gradient).reshape(1, gradient.numel())
+    if gradient.numel() <= BLOCK:
+        return gradient_moments(flat, wanted)
+    parts = [gradient_moments(block, wanted) for block in torch.split(flat, BLOCK, 1)]
+    return merged_moments(stacked_moments(parts))
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """Return the tensor with its axes in the order of its memory, so that flattening a transposed one needs no copy."""
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+
+
 def agreeing(
     moments: Moments, gradients: Iterable[Tensor], scales: Sequence[float], tolerance: float | None = None
 ) -> Tensor:
@@ -135,10 +162,9 @@ def agreeing(
     """
     columns, norms, counts, tolerances = [], [], [], []
     for gradient in gradients:
-        flat = gradient.reshape(1, gradient.numel())
-        column = gradient_moments(flat, moments)
+        column = _moments_by_blocks(gradient, moments)
         columns.append(column)
-        norms.append(column[2.0].sqrt() if 2.0 in column else flat.norm(dim=1).to(accumulator(flat)))
+        norms.append(column[2.0].sqrt() if 2.0 in column else gradient.norm().to(accumulator(gradient))[None])
         counts.append(max(gradient.numel(), 1))
         tolerances.append(rounding(gradient) if tolerance is None else tolerance)
     level = torch.cat(norms)
