@@ -100,6 +100,7 @@ def _evaluate_scores(config: DictConfig, process: SecondProcess) -> None:
 
 
 def _run_steps(experiment: Experiment, clock: _Clock, process: SecondProcess) -> None:
+    from lightning_gradmetrics.cli.interrupted import delete_parts
     from lightning_gradmetrics.cli.steps.draw import drawn
     from lightning_gradmetrics.cli.steps.evaluate import evaluate
     from lightning_gradmetrics.cli.steps.fit import fit
@@ -116,7 +117,8 @@ def _run_steps(experiment: Experiment, clock: _Clock, process: SecondProcess) ->
     with drawn(experiment, scored, process) as figures:
         evaluated = evaluate(experiment, scored)
         clock.note("evaluate_seconds")
-    tables = write(experiment, scored, evaluated, figures, clock.seconds)
+        tables = write(experiment, scored, evaluated, figures(), clock.seconds)
+    delete_parts(experiment.directory)
     show(experiment, evaluated, tables)
 
 

@@ -13,6 +13,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from lightning_gradmetrics.gradients.cosine_map_summaries import zero_saliency
+from lightning_gradmetrics.pictures.plot.style import TITLE_HEIGHT
 from lightning_gradmetrics.results.escaping import literal
 
 __all__ = ["csm_figure", "draw_image"]
@@ -84,7 +85,7 @@ def csm_figure(
             draw_image(grid[row * axes_per_sample, column], images[index])
         heat_map = _draw_map(grid[(row + 1) * axes_per_sample - 1, column], values, class_names, first=column == 0)
         if titles is not None:
-            grid[row * axes_per_sample, column].set_title(literal(titles[index]), fontsize=9)
+            grid[row * axes_per_sample, column].set_title(literal(titles[index]), fontsize=9, y=TITLE_HEIGHT)
     _draw_scale(figure, heat_map, list(grid.flat), is_fixed=layout is None)
     return figure
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replaced", "restore", "write_csv", "write_text"]
+__all__ = ["added", "replaced", "restore", "write_csv", "write_text"]
 
 
 OLD = ".gradmetrics-old"
@@ -41,6 +41,26 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         _restore_one(_aside(path))
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def added(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory next to ``directory``; at the end of the block, move its files to ``directory``.
+
+    Files of the same names are replaced. After an exception, the temporary directory is deleted.
+
+    Args:
+        directory: The directory, which may be created during the block.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{directory.name}."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent, ignore_cleanup_errors=True) as scratch:
+        temporary = Path(scratch) / directory.name
+        temporary.mkdir()
+        yield temporary
+        directory.mkdir(exist_ok=True)
+        for path in temporary.iterdir():
+            path.replace(directory / path.name)
 
 
 def restore(directory: Path) -> None:

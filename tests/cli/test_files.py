@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lightning_gradmetrics.cli.files import RunDirectoryInUse, reserved
-from lightning_gradmetrics.results.replacing import replaced, write_csv, write_text
+from lightning_gradmetrics.results.replacing import added, replaced, write_csv, write_text
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -41,6 +41,20 @@ def test_a_directory_replaces_a_directory(tmp_path: Path) -> None:
             (folder / name).touch()
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["second"]
     assert [path.name for path in tmp_path.iterdir()] == ["states"]
+
+
+def test_files_are_added_when_all_are_complete(tmp_path: Path) -> None:
+    figures = tmp_path / "figures"
+    with added(figures) as folder:
+        (folder / "a").write_text("new")
+        figures.mkdir()  # meanwhile, as when another directory is replaced
+        (figures / "a").write_text("old")
+        (figures / "b").touch()
+    assert (figures / "a").read_text() == "new" and len(list(figures.iterdir())) == 2
+    with pytest.raises(RuntimeError), added(figures) as folder:
+        (folder / "c").touch()
+        raise RuntimeError
+    assert len(list(figures.iterdir())) == 2 and list(tmp_path.iterdir()) == [figures]
 
 
 def replace_and_be_killed(folder: Path, step: str) -> None:

@@ -68,6 +68,17 @@ def test_what_the_function_prints_does_not_mix_with_its_result(capsys: pytest.Ca
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
+def test_several_functions_run_one_after_the_other(tmp_path: Path) -> None:
+    with second_process() as process:
+        made = process.submit(partial((tmp_path / "a").mkdir))
+        numbers = [process.submit(os.getpid) for _ in range(2)]
+        listed = process.submit(partial(os.listdir, tmp_path))
+        assert listed() == ["a"] and made() is None
+        assert numbers[0]() == numbers[1]() != os.getpid()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_cores")
 def test_an_error_is_raised_where_the_result_is_read(tmp_path: Path) -> None:
     with second_process() as process:
         finished = process.submit(partial(os.listdir, tmp_path / "missing"))

@@ -1,9 +1,9 @@
-"""Step 4: draw the figures, while the next step evaluates the scores."""
+"""Step 4: draw the figures, while the next steps evaluate the scores and write the other files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from lightning_gradmetrics.cli.figures import Curves, Figures, matplotlib_settings
 from lightning_gradmetrics.cli.second_process import SecondProcess
@@ -12,14 +12,16 @@ from lightning_gradmetrics.cli.steps.prepare import Experiment
 from lightning_gradmetrics.cli.steps.score import Scored
 from lightning_gradmetrics.pictures import log_pictures, log_pixels, takes_pixels
 from lightning_gradmetrics.report.tables.marks import detects
-from lightning_gradmetrics.results.replacing import replaced
+from lightning_gradmetrics.results.replacing import added, replaced
 
 __all__ = ["drawn"]
 
 
 @contextmanager
-def drawn(experiment: Experiment, scored: Scored, process: SecondProcess) -> Iterator[list[dict[str, str]]]:
-    """Draw the figures of a run during the block, and pass the callback's pictures to the loggers at its end.
+def drawn(
+    experiment: Experiment, scored: Scored, process: SecondProcess
+) -> Iterator[Callable[[], list[dict[str, str]]]]:
+    """Draw the figures of a run during the block; all are in the directory ``figures`` at its end.
 
     Args:
         experiment: The run.
@@ -27,25 +29,32 @@ def drawn(experiment: Experiment, scored: Scored, process: SecondProcess) -> Ite
         process: Draws the figures.
 
     Returns:
-        The files of the callback's pictures and their captions, as :func:`~lightning_gradmetrics.pictures.write_pictures`
-        returns them. They are complete after the block.
+        A function to be called once in the block. It waits for the callback's pictures, which the report shows, but not for
+        the curves; passes the pictures to the loggers; and returns their files and captions, as
+        :func:`~lightning_gradmetrics.pictures.write_pictures` does.
     """
     callback, loggers = experiment.callback, experiment.trainer.loggers
     with_pixels = [logger for logger in loggers if takes_pixels(logger)]
-    files: list[dict[str, str]] = []
-    with replaced(experiment.directory / "figures") as folder:
+    figures, settings = experiment.directory / "figures", matplotlib_settings()
+    with ExitStack() as until_written, added(figures) as curve_folder:
+        folder = until_written.enter_context(replaced(figures))
         folder.mkdir()
-        curves, settings = _curves(experiment, scored), matplotlib_settings()
-        figures = Figures(folder.parent, callback.sources, curves, bool(with_pixels), settings)
-        finished = process.submit(figures)
-        yield files
-        made = finished()
-    files += made.files
-    step = experiment.trainer.global_step
-    log_pixels(with_pixels, made.pixels, callback.prefix, step)
-    others = [logger for logger in loggers if logger not in with_pixels]
-    if others:
-        log_pictures(others, callback.pictures(), callback.prefix, step)
+        work = Figures(folder.parent, callback.sources, None, bool(with_pixels), settings)
+        pictures = process.submit(work)
+        curves = process.submit(Figures(curve_folder.parent, [], _curves(experiment, scored), settings=settings))
+
+        def written() -> list[dict[str, str]]:
+            made = pictures()
+            until_written.close()
+            step = experiment.trainer.global_step
+            log_pixels(with_pixels, made.pixels, callback.prefix, step)
+            others = [logger for logger in loggers if logger not in with_pixels]
+            if others:
+                log_pictures(others, callback.pictures(), callback.prefix, step)
+            return made.files
+
+        yield written
+        curves()
 
 
 def _curves(experiment: Experiment, scored: Scored) -> Curves | None:

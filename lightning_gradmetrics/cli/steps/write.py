@@ -12,7 +12,6 @@ import pyarrow as pa
 from lightning_gradmetrics.cli.audit import with_planted
 from lightning_gradmetrics.cli.cost_table import write_costs
 from lightning_gradmetrics.cli.fitted_comparison import write_fitted_comparison
-from lightning_gradmetrics.cli.interrupted import delete_parts
 from lightning_gradmetrics.cli.leaderboard_record import leaderboard_record, write_record
 from lightning_gradmetrics.cli.steps.evaluate import Evaluated
 from lightning_gradmetrics.cli.steps.prepare import Experiment
@@ -77,7 +76,6 @@ def write(
             write_thumbnails(folder.parent, experiment.data.sets, listed, callback.split_batch)
         with replaced(directory / "report.html") as file:
             write_report(directory, file)
-    delete_parts(directory)
     return tables
 
 

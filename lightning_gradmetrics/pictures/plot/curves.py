@@ -17,7 +17,7 @@ from lightning_gradmetrics.meters.functional.counts import Counts
 from lightning_gradmetrics.meters.functional.curves import roc_of_counts
 from lightning_gradmetrics.meters.functional.ranking import auroc_of_counts
 from lightning_gradmetrics.meters.functional.selective import aurc_of_counts, risk_coverage_curve_of_counts
-from lightning_gradmetrics.pictures.plot.style import Plot, new_axes, score_styles
+from lightning_gradmetrics.pictures.plot.style import TITLE_HEIGHT, Plot, new_axes, score_styles
 from lightning_gradmetrics.results.escaping import literal
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def roc(
         label = f"{literal(name)} {100 * float(auroc_of_counts(counts)):.1f}"
         (artists[name],) = axes.plot(*_distinct(false, true), label=label, **styles[name])
     axes.set(xlabel="false-positive rate", ylabel="true-positive rate", xlim=(0, 1), ylim=(0, 1.01))
-    axes.set_title(TITLES[chosen.task].format(dataset=literal(chosen.dataset)), fontsize="medium")
+    axes.set_title(TITLES[chosen.task].format(dataset=literal(chosen.dataset)), fontsize="medium", y=TITLE_HEIGHT)
     axes.legend(title="AUROC × 100", fontsize="small", title_fontsize="small", loc="lower right")
     return Plot(axes, artists)
 
@@ -135,7 +135,7 @@ def risk_coverage(
         (artists[name],) = axes.plot(*points, label=label, **styles[name])
     axes.axhline(base, color="0.6", linewidth=0.8, linestyle=":")
     axes.set(xlabel="coverage", ylabel="error rate", xlim=(0, 1), ylim=(0, 1.3 * base or 1))
-    axes.set_title(TITLES[chosen.task].format(dataset=literal(chosen.dataset)), fontsize="medium")
+    axes.set_title(TITLES[chosen.task].format(dataset=literal(chosen.dataset)), fontsize="medium", y=TITLE_HEIGHT)
     axes.legend(title="AURC × 100", fontsize="small", title_fontsize="small", loc="upper left")
     return Plot(axes, artists)
 

@@ -10,13 +10,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "Plot", "new_axes", "score_styles"]
+__all__ = ["COLOURS", "TITLE_HEIGHT", "Plot", "new_axes", "score_styles"]
 
 REFERENCE = "max_softmax"
 """The score drawn in black, the baseline that every paper compares with."""
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's colours, without black and yellow."""
+
+TITLE_HEIGHT = 1.0
+"""The height of titles, at the upper end of the axes. By default, matplotlib searches for it each time it draws a figure."""
 
 DASHES = ("-", "--", "-.", ":")
 
