@@ -224,7 +224,7 @@ class Tracer(TracerState):
     def _run_rule(self, step: Step, rule: Rule, values: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
         """Return the result of a call, which always has a graph."""
         x = values["input"]
-        if rule.dense and x.ndim > 2 and not x.is_contiguous():
+        if rule.dense is not None and not x.is_contiguous() and rule.dense(values):
             args, kwargs = map_arguments(partial(made_contiguous, x), (args, kwargs))
         run = None if rule.run is None or not self._constant(values) else rule.run
         return self._rooted(step, run(values) if run else step.function(*args, **kwargs))

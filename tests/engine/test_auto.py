@@ -286,6 +286,28 @@ def test_images_use_channels_last_unless_the_model_fails():
         assert x.is_contiguous()
 
 
+@pytest.mark.parametrize("samples", [4, 40])
+@pytest.mark.parametrize(("outputs", "is_contiguous"), [(8, False), (16, True)])
+def test_convolutions_with_large_weights_do_not_use_channels_last(outputs, is_contiguous, samples):
+    """Torch would copy the weight to that layout twice. Probe and batch use the same layout, whatever their sizes are."""
+    layouts = []
+
+    class Recorded(nn.Conv2d):
+        def forward(self, x):
+            out = super().forward(x)
+            layouts.append(out.is_contiguous())
+            return out
+
+    torch.manual_seed(0)
+    conv = Recorded(8, outputs, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU(), conv, nn.Flatten(), nn.Linear(4 * outputs, 4))
+    x = torch.randn(samples, 3, 8, 8)
+    expected = _statistics(model, x, "reference")
+    for _ in range(3):
+        assert worst_difference(_statistics(model, x), expected, floor=1e-2) < 1e-4
+    assert layouts[-1] == is_contiguous
+
+
 def test_batch_norm_of_a_half_precision_model():
     """The engine replaces its backward pass if only its input is part of the graph."""
     torch.manual_seed(0)

@@ -69,8 +69,7 @@ class Rule:
         arguments: The function's arguments in order.
         weights: Those that may be parameters.
         accepts: Whether the rule covers a call.
-        dense: Whether to make the input contiguous. With a frozen weight, torch multiplies a strided input slice by
-            slice.
+        dense: Whether to make the input contiguous, for the arguments of a call; never if ``None``.
         run: Computes the call from its arguments by name; used where constant parameters allow a cheaper backward pass
             than the function's own.
         row_axes: Returns, for the arguments, the number of leading axes of input and output whose positions are
@@ -82,7 +81,7 @@ class Rule:
     arguments: tuple[str, ...]
     weights: frozenset[str]
     accepts: Callable[[Call], bool]
-    dense: bool = False
+    dense: Callable[[dict[str, Any]], bool] | None = None
     run: Callable[[dict[str, Any]], Tensor] | None = None
     row_axes: Callable[[dict[str, Any]], int] = one_axis
     takes_rows: bool = False
@@ -113,7 +112,7 @@ def rule(
     arguments: str,
     weights: str,
     accepts: Callable[[Call], bool] = first_axis,
-    dense: bool = False,
+    dense: Callable[[dict[str, Any]], bool] | None = None,
     run: Callable[[dict[str, Any]], Tensor] | None = None,
     row_axes: Callable[[dict[str, Any]], int] = one_axis,
     takes_rows: bool = False,

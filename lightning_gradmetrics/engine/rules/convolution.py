@@ -13,7 +13,10 @@ from lightning_gradmetrics.engine.kernels import ConvGeometry
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
 
-__all__ = ["convolution", "padded_input", "transposed_convolution"]
+__all__ = ["convolution", "padded_input", "transposed_convolution", "weight_dominates"]
+
+WEIGHT_ENTRIES_PER_INPUT_ENTRY = 32
+"""Smallest ratio of a weight's entries to those of one sample's input at which the layout of the weight decides the time; measured."""
 
 
 def _tuple(value: Any, dims: int) -> tuple[int, ...]:
@@ -46,6 +49,18 @@ def _padded(
     return x, tuple(padding_on_both_sides)
 
 
+def weight_dominates(values: dict[str, Any]) -> bool:
+    """Return whether a convolution on the CPU takes less time with a contiguous input, because its weight is contiguous and large.
+
+    For an input in the channels-last layout, torch copies the weight to that layout in the forward and in the backward pass.
+    The decision does not depend on the number of samples, so a probe runs in the same layouts as a batch.
+    """
+    x, weight = values["input"], values["weight"]
+    if x.ndim != weight.ndim or not x.is_cpu or weight.shape[2:].numel() == 1 or not weight.is_contiguous():
+        return False
+    return bool(weight.numel() >= WEIGHT_ENTRIES_PER_INPUT_ENTRY * x.shape[1:].numel())
+
+
 def _bias(g: Tensor) -> RowsUse:
     """Return sum ``(N, times, C, *S)`` over all axes except samples and channels."""
     return RowsUse(summed(g.transpose(1, 2)))
@@ -58,6 +73,7 @@ def _bias(g: Tensor) -> RowsUse:
     arguments="input weight bias stride padding dilation groups",
     weights="weight bias",
     accepts=_batched,
+    dense=weight_dominates,
 )
 def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = x * W + b``: a kernel entry multiplies a shifted input, and its gradient is that input times ``g``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ def _sequence(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], tensor.shape[1:-1].numel(), tensor.shape[-1])
 
 
+def _has_positions(values: dict[str, Any]) -> bool:
+    """Return whether the input has positions; torch multiplies a strided one slice by slice if the weight is frozen."""
+    return bool(values["input"].ndim > 2)
+
+
 def _inner_axis(call: Call) -> bool:
     """Return whether the samples are on the same axis of input and output, and not on the contracted axis."""
     ndim = call.values["input"].ndim
@@ -32,7 +38,7 @@ def _inner_axis(call: Call) -> bool:
     arguments="input weight bias",
     weights="weight bias",
     accepts=_inner_axis,
-    dense=True,
+    dense=_has_positions,
     row_axes=all_but_last,
     takes_rows=True,
 )
@@ -65,7 +71,7 @@ def _matrix(call: Call) -> bool:
     arguments="input weight",
     weights="weight",
     accepts=_matrix,
-    dense=True,
+    dense=_has_positions,
     row_axes=all_but_last,
 )
 def product(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
