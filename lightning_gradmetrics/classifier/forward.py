@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradmetrics.classifier.input_errors import problem_of
 from lightning_gradmetrics.classifier.labels import MULTI_LABEL
-from lightning_gradmetrics.classifier.preservation import modules_of, preserved
+from lightning_gradmetrics.classifier.model_layout import modules_of
+from lightning_gradmetrics.classifier.preservation import preserved
 from lightning_gradmetrics.classifier.tensor_records import first_pass_watched
 
 __all__ = [

@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from ctypes import string_at
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -139,30 +140,35 @@ def _write(tensor: Tensor, values: Tensor) -> None:
 
 
 class TensorRecords:
-    """The values of several tensors; those of small ones are copied together.
+    """The values of several tensors: the bytes of small ones on the CPU, and joined copies of small ones on other devices.
 
     Args:
         tensors: The tensors.
     """
 
-    __slots__ = ("_copies", "_memory", "_others", "_small")
+    __slots__ = ("_bytes", "_copies", "_joined", "_memory", "_others", "_sizes", "_small")
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._others: list[TensorRecord] = []
-        self._small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        small: list[Tensor] = []
+        self._joined: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        self._small: list[Tensor] = []
+        on_devices: list[Tensor] = []
         for tensor in tensors:
-            if _is_small(tensor):
-                self._small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-                small.append(tensor)
-            else:
+            if not _is_small(tensor):
                 self._others.append(TensorRecord(tensor))
-        self._memory, self._copies = MemoryRecord(small), list(map(_joined, self._small.values()))
+            elif tensor.is_cpu:
+                self._small.append(tensor)
+            else:
+                self._joined.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+                on_devices.append(tensor)
+        self._memory, self._copies = MemoryRecord(self._small + on_devices), list(map(_joined, self._joined.values()))
+        self._sizes = list(map(_NBYTES, self._small))
+        self._bytes = self._present_bytes()
 
     def restore(self) -> None:
         """Restore the memory, the values and the flags ``requires_grad``."""
         self._restore_small()
-        for tensor in itertools.chain.from_iterable(self._small.values()):
+        for tensor in itertools.chain(self._small, *self._joined.values()):
             if tensor.requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(False)
         for record in self._others:
@@ -174,13 +180,23 @@ class TensorRecords:
         for record in self._others:
             record.restore_if_changed()
 
+    def _present_bytes(self) -> list[bytes]:
+        """Return copies of the bytes of small tensors, which distinguish NaNs, and -0.0 from 0.0."""
+        return list(map(string_at, map(Tensor.data_ptr, self._small), self._sizes))
+
     def _restore_small(self) -> None:
         self._memory.restore()
-        for tensors, copy in zip(self._small.values(), self._copies, strict=True):
-            if copy.device.type == "cpu" and torch.equal(_bits(_joined(tensors)), _bits(copy)):
-                continue
-            values = torch._C._nn.unflatten_dense_tensors(copy, tensors)  # type: ignore[attr-defined]
-            torch._foreach_copy_([tensor.data for tensor in tensors], values)
+        if self._small and self._present_bytes() != self._bytes:
+            for tensor, content in zip(self._small, self._bytes, strict=True):
+                if content:
+                    values = torch.frombuffer(bytearray(content), dtype=tensor.dtype)
+                    tensor.data.copy_(values.view(tensor.shape))
+        for tensors, copy in zip(self._joined.values(), self._copies, strict=True):
+            values_of_all = torch._C._nn.unflatten_dense_tensors(copy, tensors)  # type: ignore[attr-defined]
+            torch._foreach_copy_([tensor.data for tensor in tensors], values_of_all)
+
+
+_NBYTES = Tensor.nbytes.__get__  # type: ignore[attr-defined]
 
 
 def _is_small(tensor: Tensor) -> bool:
@@ -199,11 +215,6 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0].clone().view(-1)
     return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[no-any-return]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of a copy, so that NaN is equal to itself and -0.0 is not equal to 0.0."""
-    return tensor.view(torch.uint8)
 
 
 def is_written(tensor: Tensor) -> bool:

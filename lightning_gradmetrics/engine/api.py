@@ -21,7 +21,8 @@ from lightning_gradmetrics.classifier.forward import (
     map_tensors,
     preserved,
 )
-from lightning_gradmetrics.classifier.preservation import ModelRecord, exclusive, named_parameters
+from lightning_gradmetrics.classifier.model_layout import named_parameters
+from lightning_gradmetrics.classifier.preservation import ModelRecord, exclusive
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.auto import auto_moments
@@ -82,7 +83,7 @@ def select_parameters(
     Raises:
         ValueError: If no parameter is chosen, or a parameter's gradient has no such statistics.
     """
-    named = named_parameters(model, None if record is None else record.prefixes)
+    named = named_parameters(model) if record is None else record.layout.named_parameters
     chosen = {}
     for name, parameter in named.items():
         if parameter.numel() and (parameters is None or parameters(name)):
@@ -243,7 +244,9 @@ def _task(
 ) -> Iterator[Task]:
     """Yield the task with gradients enabled; the model is restored afterwards."""
     with preserved(model) as record:
-        check_model(model, record.modules)
+        if not record.layout.is_accepted:
+            check_model(model, record.modules)
+            record.layout.is_accepted = True
         check_inputs(model, inputs)
         chosen = select_parameters(model, parameters, wanted.isdisjoint({"sum", "max", "min"}), record)
         with (

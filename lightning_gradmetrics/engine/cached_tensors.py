@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lightning_gradmetrics.classifier.model_layout import INTERNAL
 from lightning_gradmetrics.classifier.mutable_parts import has_settings
-from lightning_gradmetrics.classifier.preservation import INTERNAL, ModelRecord
+from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.refusals import raise_if_out_of_memory
 from lightning_gradmetrics.engine.samples import close_rows
 from lightning_gradmetrics.engine.task import Task

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from lightning_gradmetrics.classifier.large_parts import fingerprint
+from lightning_gradmetrics.classifier.model_layout import INTERNAL
 from lightning_gradmetrics.classifier.mutable_parts import has_settings
-from lightning_gradmetrics.classifier.preservation import INTERNAL, ModelRecord
+from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.attribute_reads import are_reads_visible
 
 __all__ = ["ForwardState", "attribute_key", "note_read", "note_volatile", "quiet_no_grad"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.head import linear_layers
 from lightning_gradmetrics.classifier.logit_map import recognised_map
-from lightning_gradmetrics.classifier.preservation import HookState
+from lightning_gradmetrics.classifier.model_layout import HookState
 
 __all__ = ["HeadCall", "LanguageModel", "LanguageModelError", "logits_of"]
 
