@@ -17,7 +17,7 @@ from lightning_gradmetrics.classifier.large_parts import ArrayRecord
 from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts
 from lightning_gradmetrics.classifier.tensor_records import is_ordinary
 
-__all__ = ["INTERNAL", "HookState", "ModelLayout", "layout_of", "modules_of", "named_parameters"]
+__all__ = ["HOOKS", "INTERNAL", "HookState", "ModelLayout", "layout_of", "modules_of", "named_parameters"]
 
 INTERNAL = frozenset(vars(nn.Module()))
 """Attributes of every module."""

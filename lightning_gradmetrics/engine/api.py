@@ -52,6 +52,20 @@ def _compiled_moments(task: Task) -> list[Moments]:
     return compiled_moments(task)
 
 
+def _guarded_moments(
+    model: nn.Module,
+    inputs: Inputs,
+    objectives: Sequence[Objective],
+    wanted: frozenset[Moment],
+    chosen: Mapping[str, nn.Parameter],
+    targets: Tensor | None,
+    logits: Callable[[Any], Tensor],
+) -> list[Moments] | None:
+    from lightning_gradmetrics.engine.guarded_calls import Request, guarded_moments
+
+    return guarded_moments(model, inputs, Request.of(objectives, wanted, chosen, targets), targets, logits)
+
+
 def _started_ahead(model: nn.Module, inputs: Inputs, targets: Tensor | None) -> AbstractContextManager[None]:
     from lightning_gradmetrics.engine.compiled import started_ahead
 
@@ -171,8 +185,9 @@ def gradient_statistics(  # type: ignore[misc]
         compile: Whether to compile the computation with ``torch.compile``, which pays off for small models and many
             batches of one size. Compiling adds seconds to minutes to the first batch, whose eager result is compared
             with the compiled one. Smaller batches run eagerly, and so do models that cannot be compiled, with a
-            warning. In every batch the compiled logits are compared with those of the model; if they differ, this batch
-            and all later ones run eagerly.
+            warning. In every batch one sample's compiled logits are compared with those of the model; if they differ, this
+            batch and all later ones run eagerly. On a CPU the guards of ``torch.compile`` replace this comparison where
+            they see every change of the model.
         sample_axis: The axis of the samples in the inputs, such as 1 for ``(T, N, D)``; or a mapping from names or
             positions of arguments to axes, with 0 for the others, and ``None`` for an argument that all samples share
             and that may be as long as the batch, as in ``{"x": 1, "table": None}``.
@@ -204,6 +219,13 @@ def gradient_statistics(  # type: ignore[misc]
     several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
     objectives = list(map(Objective.of, several))
     wanted = moments_for(statistics)
+    if engine == "compiled" and sample_axis == 0 and memory is None:
+        with exclusive(model):
+            chosen = select_parameters(model, parameters, wanted.isdisjoint({"sum", "max", "min"}))
+            guarded = _guarded_moments(model, inputs, objectives, wanted, chosen, targets, logits)
+        if guarded is not None:
+            results = [_result(chosen, m, per_parameter) for m in guarded]
+            return results[0] if single else results
     with (
         exclusive(model),
         _started_ahead(model, inputs, targets) if engine == "compiled" and sample_axis == 0 else nullcontext(),

@@ -5,11 +5,10 @@ On a CPU, inductor compiles the graph. On a CUDA device, its kernels are recorde
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,22 +18,27 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
 
 from lightning_gradmetrics.classifier.forward import Inputs, map_tensors, tensors_in
-from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.auto import auto_moments, verified_strategy
 from lightning_gradmetrics.engine.cuda_graph import RecordedGraph
 from lightning_gradmetrics.engine.gather import MomentTable
+from lightning_gradmetrics.engine.guarded_calls import guard_program
 from lightning_gradmetrics.engine.inductor import compiled_graph
 from lightning_gradmetrics.engine.kernels.library import plain_kernels
 from lightning_gradmetrics.engine.kernels.operators import traced_operators
-from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
-from lightning_gradmetrics.engine.path_check import forward_alone, logits_on_path
-from lightning_gradmetrics.engine.path_record import KnownPath
+from lightning_gradmetrics.engine.model_state import ForwardState
+from lightning_gradmetrics.engine.path_check import forward_alone
 from lightning_gradmetrics.engine.plan import PlanError
-from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
+from lightning_gradmetrics.engine.program import (
+    Program,
+    ProgramState,
+    device_of,
+    has_hooks,
+    logits_function,
+)
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
-from lightning_gradmetrics.gradients.precision import allows_tf32, rounding
+from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["compiled_moments", "started_ahead"]
@@ -44,121 +48,6 @@ MOST_PROGRAMS = 8
 
 CANCELLATION = 64
 """Rounding error of a gradient whose terms cancel, in units of the precision."""
-
-
-class _State:
-    """The tensors of a batch and of its model, and everything else that a graph depends on.
-
-    Args:
-        task: The batch.
-
-    Attributes:
-        parameters: The model's parameters, each once, in the order of ``named_parameters``.
-        buffers: The model's buffers, likewise.
-    """
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._record = ModelRecord(task.model) if task.record is None else task.record
-        self._numbers: dict[int, int] = {}
-        self._modules: list[Hashable] = []
-        self.parameters: list[Tensor] = []
-        self.buffers: list[Tensor] = []
-        for module in self._record.modules:
-            self._modules.append((id(module), type(module), vars(module).get("forward"), _has_hooks(module)))
-            self._add(module._parameters, self.parameters)
-            self._add(module._buffers, self.buffers)
-
-    def _add(self, registered: Mapping[str, Tensor | None], tensors: list[Tensor]) -> None:
-        for name, tensor in registered.items():
-            if tensor is not None:
-                number = self._numbers.setdefault(id(tensor), len(self._numbers))
-                layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-                self._modules.append((name, number, layout, bool(tensor._backward_hooks)))
-                if number == len(self.parameters) + len(self.buffers):
-                    tensors.append(tensor.detach())
-
-    def key(self) -> Hashable:
-        """Return everything that a graph depends on, except the values of tensors and the number of samples."""
-        task = self._task
-        strides = tuple(map(Tensor.stride, tensors_in(task.inputs)))
-        labels = None if task.targets is None else (task.targets.dtype, task.targets.stride())
-        options = (task.objectives, task.wanted, task.memory, _precision(_device(task)), labels)
-        shapes = input_shapes(task.inputs, task.per_sample)
-        structure = (shapes, strides, task.per_sample, input_structure(task.inputs))
-        attributes = attribute_key(task.model, self._record)
-        return tuple(self._modules), attributes, tuple(task.parameters), structure, options
-
-    def arguments(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
-        """Return the arguments of a graph: parameters, buffers, the model's inputs, and the labels."""
-        return self.parameters, self.buffers, list(tensors_in(self._task.inputs)), self._task.targets
-
-
-@dataclass(frozen=True)
-class Program:
-    """A compiled plan.
-
-    Args:
-        run: A function from parameters, buffers, inputs and labels to the moments of all objectives, in the order of
-            ``keys``, and the logits.
-        keys: The moments of one objective.
-        size: The number of samples in the batch.
-        logits: The function from the model's output to the logits.
-        channels_last: Whether images use the channels-last layout.
-        path: A number for the calls of the model's own forward pass of one sample.
-        calls: These calls; ``None`` if they cannot be compared one by one.
-        turns: Counts the batches, so that each of them checks another sample.
-    """
-
-    run: Callable[..., Sequence[Tensor]]
-    keys: tuple[Any, ...]
-    size: int
-    logits: Callable[[Any], Tensor]
-    channels_last: bool
-    path: int
-    calls: KnownPath | None = None
-    turns: Iterator[int] = field(default_factory=itertools.count)
-
-    def fits(self, task: Task) -> bool:
-        """Return whether the program was made for batches of this size."""
-        return self.size == task.size and self.logits == _logits_function(task)
-
-    def moments(self, task: Task, state: _State) -> list[Moments]:
-        """Return the moments ``(N, P)`` of each objective.
-
-        Raises:
-            PlanError: If the model's own forward pass makes other calls, or returns other logits, than the graph.
-        """
-        with torch.no_grad(), _no_more_casts(_device(task).type):
-            *values, logits = self.run(*state.arguments())
-        if hasattr(task.logits, "seen"):  # an observer that compares them with the logits of another forward pass
-            task.logits.seen = logits
-        else:
-            self._check_forward(task, logits)
-        count = len(self.keys)
-        moments = []
-        for start in range(0, len(values), count):
-            moments.append(dict(zip(self.keys, values[start : start + count], strict=True)))
-        return moments
-
-    def _check_forward(self, task: Task, logits: Tensor) -> None:
-        """Compare one sample's logits with the model's, which may depend on state that the graph does not read.
-
-        The calls of this sample's forward pass, with their constants, show a change that does not affect its logits.
-
-        Raises:
-            PlanError: If they differ.
-        """
-        laid_out = task.channels_last() if self.channels_last else task
-        number, path = next(self.turns) % task.size, self.path
-        alone = None if self.calls is None else logits_on_path(laid_out, number, self.calls)
-        if alone is None:
-            state = ForwardState(task.model, task.record)
-            state.restore()
-            alone, path, _ = forward_alone(laid_out, number, state)
-        if path != self.path or not close_rows(alone, logits[number : number + 1]):
-            ForwardState(task.model, task.record).restore()
-            raise PlanError("its forward pass no longer computes what was compiled")
 
 
 _PROGRAMS: WeakKeyDictionary[nn.Module, dict[Hashable, Program | None]] = WeakKeyDictionary()
@@ -186,12 +75,16 @@ def compiled_moments(task: Task) -> list[Moments]:
     if torch._C._len_torch_dispatch_stack():  # a mode that must see all operators, such as a counter
         return auto_moments(task)
     programs = _PROGRAMS.setdefault(task.model, {})
-    state = _State(task)
+    state = ProgramState(task)
     key = state.key()
     program = programs.get(key)
     if program is not None and program.fits(task):
         try:
-            moments = program.moments(task, state)
+            moments, logits = program.moments(task, state)
+        except RuntimeError:
+            if task.targets is None:
+                raise
+            return auto_moments(task)  # its error explains which labels are wrong
         except PlanError as error:
             programs[key] = None
             _LATEST.pop(task.model, None)
@@ -199,6 +92,8 @@ def compiled_moments(task: Task) -> list[Moments]:
         else:
             if isinstance(program.run, RecordedGraph):
                 _LATEST[task.model] = program.run
+            else:
+                guard_program(task, state, program, logits)
             return moments
     expected = auto_moments(task)
     key = state.key()  # the first batch shows which attributes the model reads; only those are in the key
@@ -206,33 +101,6 @@ def compiled_moments(task: Task) -> list[Moments]:
     if is_new and task.size > 0 and len(programs) < MOST_PROGRAMS:
         programs[key] = _checked_program(task, expected)
     return expected
-
-
-def _precision(device: torch.device) -> Hashable:
-    """Return the settings of torch that change the precision of kernels, or that a compiled graph contains."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    if device.type == "cuda":
-        return autocast, allows_tf32(False), allows_tf32(True)
-    return autocast, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-
-
-def _no_more_casts(device: str) -> AbstractContextManager[Any]:
-    """Return a block without autocast: a graph contains the casts of the model."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _device(task: Task) -> torch.device:
-    return next(iter(task.parameters.values())).device
-
-
-def _logits_function(task: Task) -> Callable[[Any], Tensor]:
-    """Return the function from outputs to logits, unwrapped if an observer wraps it."""
-    function: Callable[[Any], Tensor] = getattr(task.logits, "logits_fn", task.logits)
-    return function
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 # -- making a program -------------------------------------------------------------------------------------------------
@@ -257,7 +125,7 @@ def _compared_program(task: Task, strategy: Strategy, expected: Sequence[Moments
     """Return a program whose moments of the batch are the expected ones, or ``None`` and the reason."""
     try:
         program = _program(task, strategy)
-        compiled = program.moments(task, _State(task))
+        compiled, _ = program.moments(task, ProgramState(task))
     except Exception as error:  # tracing and compiling fail in many ways; the eager engine has the result
         return None, f"{type(error).__name__}: {error}".partition("\n")[0]
     parameters = list(task.parameters.values())
@@ -275,19 +143,19 @@ def _obstacle(task: Task, strategy: Strategy | None) -> str:
         return "some of its parameters have no fast rule"
     if strategy.random or strategy.alone or strategy.reads_samples:
         return "it draws random numbers, or its samples are compared with samples alone in every batch"
-    if any(map(_has_hooks, task.model.modules())):
+    if any(map(has_hooks, task.model.modules())):
         return "its modules have hooks"
     if any(objective.function is not None for objective in task.objectives):
         return "user-defined objectives are checked in every batch"
     if task.memory is not None:
         return "memory limits are not supported"
-    if torch.is_autocast_enabled(_device(task).type) and not _is_on_gpu(task):
+    if torch.is_autocast_enabled(device_of(task).type) and not _is_on_gpu(task):
         return "autocast is not supported on this device"
     return ""
 
 
 def _is_on_gpu(task: Task) -> bool:
-    return _device(task).type == "cuda"
+    return device_of(task).type == "cuda"
 
 
 def _program(task: Task, strategy: Strategy) -> Program:
@@ -324,14 +192,14 @@ def _program(task: Task, strategy: Strategy) -> Program:
             results += map(moments.__getitem__, keys)
         return tuple(map(Tensor.detach, [*results, *logits]))
 
-    graph = make_fx(planned)(*_State(task).arguments())
+    graph = make_fx(planned)(*ProgramState(task).arguments())
     if any(node.op == "get_attr" for node in graph.graph.nodes):
         raise ValueError("its forward uses tensors that are neither parameters nor buffers, or makes tensors of data")
-    run = RecordedGraph(graph) if _is_on_gpu(task) else compiled_graph(graph, *_State(task).arguments())
+    run = RecordedGraph(graph) if _is_on_gpu(task) else compiled_graph(graph, *ProgramState(task).arguments())
     laid_out = task.channels_last() if channels_last else task
     _, path, calls = forward_alone(laid_out, 0, ForwardState(task.model, task.record))
     known = None if strategy.quiet else calls  # a checkpoint may warn that it runs without gradients
-    return Program(run, keys, task.size, _logits_function(task), channels_last, path, known)
+    return Program(run, keys, task.size, logits_function(task), channels_last, path, known)
 
 
 @contextmanager

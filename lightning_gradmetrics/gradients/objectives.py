@@ -10,8 +10,8 @@ z_c)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,32 @@ def confounding_logits(logits: Tensor) -> Tensor:
 
 
 def label(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy to the true labels ``targets`` ``(N,)``; ``(N, C) -> (N,)``. The label -100 has loss zero."""
+    """Cross-entropy to the true labels ``targets`` ``(N,)``; ``(N, C) -> (N,)``. The label -100 has loss zero.
+
+    Raises:
+        ValueError: If a label is not one of the ``C`` classes. (On a CUDA device, torch reports an assertion instead.)
+    """
     known = targets != IGNORED
-    losses = class_loss(logits, targets.where(known, 0))
+    with _labels_checked(targets, logits.shape[1]):
+        losses = class_loss(logits, targets.where(known, 0))
     return losses.where(known, 0)
+
+
+@contextmanager
+def _labels_checked(targets: Tensor, classes: int) -> Iterator[None]:
+    """Explain an error in the block if it is due to the labels ``(N,)``. Labels are not compared otherwise, to save time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not targets.is_cpu:  # after an assertion, a CUDA device cannot run anything
+            raise
+        wrong = targets[((targets < 0) | (targets >= classes)) & (targets != IGNORED)]
+        if not wrong.numel():
+            raise
+        raise ValueError(
+            f"the labels contain {wrong[0].item()}, but the logits have {classes} classes; allowed: the class indices 0 to "
+            f"{classes - 1}, and {IGNORED} for samples without a label"
+        ) from error
 
 
 def class_loss(logits: Tensor, index: int | Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -222,7 +244,9 @@ class Objective:
         if targets is None:
             return None
         known = targets != IGNORED
-        return class_gradient(logits, targets.where(known, 0)).where(known[:, None], 0.0)
+        with _labels_checked(targets, logits.shape[1]):
+            gradient = class_gradient(logits, targets.where(known, 0))
+        return gradient.where(known[:, None], 0.0)
 
     def check_classes(self, logits: Tensor) -> None:
         """Refuse logits of one class for an objective of the softmax.

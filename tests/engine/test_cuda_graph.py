@@ -103,13 +103,13 @@ def test_kernels_start_before_the_model_is_examined_if_they_change_nothing(recor
         _require_compiled(model, torch.randn(5, 3).double(), objective)
     assert len(recordings) == 2
     monkeypatch.setattr(compiled, "auto_moments", None)  # later batches must not run eagerly
-    record = compiled._State.__init__
+    record = compiled.ProgramState.__init__
 
     def examined(state, task):
         before.append([graph.replays for graph in recordings])
         record(state, task)
 
-    monkeypatch.setattr(compiled._State, "__init__", examined)
+    monkeypatch.setattr(compiled.ProgramState, "__init__", examined)
     replays = [graph.replays for graph in recordings]
     for _ in range(2):
         _require_compiled(model, torch.randn(5, 3).double(), "uniform")
