@@ -229,7 +229,9 @@ def gradient_statistics(  # type: ignore[misc]
     with (
         exclusive(model),
         _started_ahead(model, inputs, targets) if engine == "compiled" and sample_axis == 0 else nullcontext(),
-        _task(model, inputs, objectives, parameters, targets, logits, wanted, memory, sample_axis) as task,
+        _task(
+            model, inputs, objectives, parameters, targets, logits, wanted, memory, sample_axis, engine == "auto"
+        ) as task,
     ):
         if engine not in ("auto", "compiled"):
             check_rows(task)
@@ -263,6 +265,7 @@ def _task(
     wanted: frozenset[Moment],
     memory: int | None = None,
     sample_axis: SampleAxis = 0,
+    may_assume: bool = False,
 ) -> Iterator[Task]:
     """Yield the task with gradients enabled; the model is restored afterwards."""
     with preserved(model) as record:
@@ -290,4 +293,4 @@ def _task(
                 memory=memory,
                 record=record if placed is inputs else None,
             )
-            yield without_cached_tensors(with_sample_axes(task, stated))
+            yield without_cached_tensors(with_sample_axes(task, stated, may_assume))

@@ -68,15 +68,53 @@ _UNPLANNABLE: WeakKeyDictionary[nn.Module, dict[Hashable, Strategy]] = WeakKeyDi
 
 def auto_moments(task: Task) -> list[Moments]:
     """Return the moments ``(N, P)`` of each objective's gradient, each computed in the fastest verified way."""
-    return _by_strategy(task) if task.size else empty_moments(task)
+    if not task.size:
+        return empty_moments(task)
+    moments = _by_assumption(task)
+    return _by_strategy(task.decided()) if moments is None else moments
+
+
+def _by_assumption(task: Task) -> list[Moments] | None:
+    """Return the moments by a new plan for inputs that are assumed to have one row per sample; ``None`` if they may not.
+
+    A plan that is verified on the batch shows whether they do: its probe runs two and three samples of the batch. Otherwise the
+    model runs on these again.
+    """
+    assumption, state = task.assumption, ForwardState(task.model, task.record)
+    if assumption is None or task.size <= 3 or task.memory is not None or _known(task).get(_kind(task)):
+        return None
+    try:
+        with without_collections():
+            strategy = _new_strategy(task, state, on_batch=True)
+            is_wrong = strategy.verified and not assumption.examine(task.per_sample)
+            moments = None if is_wrong else _moments(task, strategy, state)
+    except Exception as error:  # the model may refuse inputs that were cut in the wrong way
+        raise_if_out_of_memory(error)
+        moments = None
+    if moments is None:
+        state.restore()
+        return None
+    _remember(task, strategy)
+    return moments
+
+
+def _known(task: Task) -> dict[Hashable, list[Strategy]]:
+    return _STRATEGIES.setdefault(task.model, {})
+
+
+def _remember(task: Task, strategy: Strategy) -> None:
+    """Keep a strategy for later batches of its kind."""
+    known = _known(task)
+    known.setdefault(_kind(task), []).append(strategy)
+    while len(known) > MOST_KINDS:
+        del known[next(iter(known))]
 
 
 def _by_strategy(task: Task) -> list[Moments]:
     """Return the moments by a known strategy, by a new one if none fits, or without a plan for this batch only."""
-    known = _STRATEGIES.setdefault(task.model, {})
     unplannable = _UNPLANNABLE.setdefault(task.model, {})
     state, key, shapes = ForwardState(task.model, task.record), _kind(task), _shapes(task)
-    strategies = known.get(key, [])
+    strategies = _known(task).get(key, [])
     if task.size > 2:
         strategies[:] = [strategy for strategy in strategies if not strategy.provisional]
     for strategy in sorted(strategies, key=lambda strategy: (shapes, task.size) not in strategy.times):
@@ -91,9 +129,7 @@ def _by_strategy(task: Task) -> list[Moments]:
         with without_collections():
             strategy, moments = _by_new_strategy(task, state)
         if moments is not None:
-            known.setdefault(_kind(task), []).append(strategy)
-            while len(known) > MOST_KINDS:
-                del known[next(iter(known))]
+            _remember(task, strategy)
             return moments
         if len(unplannable) >= MOST_KINDS:
             unplannable.clear()
@@ -110,11 +146,8 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
     """
     probed, failed = task, None
     for on_batch in (task.size > 3 and task.memory is None, False):
-        with reading_attributes() as read:
-            strategy = make_strategy(probed, on_batch)
-        note_read(task.model, read)
+        strategy = _new_strategy(probed, state, on_batch)
         strategy.shapes, strategy.failed = _shapes(task), failed
-        state.restore()
         is_verified = strategy.verified
         try:
             return strategy, _moments(task, strategy, state)
@@ -129,6 +162,16 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
             if failed is not None:
                 probed = task.picked([(failed + shift) % task.size for shift in (-1, 0, 1)])
     return strategy, None
+
+
+def _new_strategy(task: Task, state: ForwardState, on_batch: bool) -> Strategy:
+    """Return the strategy of a probe, and restore the model."""
+    with reading_attributes() as read:
+        strategy = make_strategy(task, on_batch)
+    note_read(task.model, read)
+    strategy.shapes = _shapes(task)
+    state.restore()
+    return strategy
 
 
 def verified_strategy(task: Task) -> Strategy | None:
@@ -247,6 +290,7 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
             elif notes is not None:
                 checks.compare_paths(calls, verify_by_samples(table, laid_out, state, notes, checks.readers))
                 strategy.verified, strategy.path, strategy.compared_reader = True, calls.path, bool(checks.readers)
+                strategy.parts = ()
             else:
                 is_strict, readers = checks.hides_gradients, checks.readers
                 alone = check_some_samples(table, strategy.fast, laid_out, state, count, is_strict, readers)

@@ -23,7 +23,7 @@ from lightning_gradmetrics.engine.guards import (
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.outline import HOOKS, Outline
 from lightning_gradmetrics.engine.plan import PlanError
-from lightning_gradmetrics.engine.samples import input_shapes
+from lightning_gradmetrics.engine.samples import are_rows_of, input_shapes
 from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
@@ -64,11 +64,13 @@ class BatchChecks:
 
         Raises:
             CoupledSamplesError: If samples depend on each other.
-            PlanError: If hooks on tensors may change gradients, or the proof does not cover the batch and the plan is unverified.
+            PlanError: If hooks on tensors may change gradients, if an assumption on the inputs is wrong, or if the proof does not
+                cover the batch and the plan is unverified.
         """
         task, strategy = self.task, self.strategy
         if tracer is not None and tracer.outline.has_hooks:
             raise PlanError(HOOKS)
+        self._confirm_inputs(logits.detach())
         self.logits.append(logits.detach())
         check_objectives(task, logits)
         self.readers = readers = [] if tracer is None else tracer.reads.differing()
@@ -82,6 +84,19 @@ class BatchChecks:
             self._check_unproven(logits, None if tracer is None else tracer.outline)
         check = check_copies if strategy.random else check_samples
         check(task, logits, readers, self.state, strategy.quiet)
+
+    def _confirm_inputs(self, logits: Tensor) -> None:
+        """Compare the logits of two and of three samples alone with the batch, if its inputs are only assumed to have samples.
+
+        Raises:
+            PlanError: If they differ.
+        """
+        assumption, parts = self.task.assumption, self.strategy.parts
+        if assumption is None or assumption.is_confirmed:
+            return
+        if not parts or not are_rows_of(logits, parts):
+            raise PlanError("the inputs that have one row per sample are unknown")
+        assumption.confirm()
 
     def _covers(self, logits: Tensor, tracer: Tracer, readers: Sequence[int]) -> bool:
         """Return whether the proof covers the batch."""

@@ -73,6 +73,7 @@ def without_cached_tensors(task: Task) -> Task:
     places = list(_places(record))
     if not places or not task.size:
         return task
+    task = task.decided()
     examined = _EXAMINED.setdefault(task.model, {})
     unknown = [place for place in places if place.path not in examined]
     if not unknown and not any(examined[place.path] for place in places):

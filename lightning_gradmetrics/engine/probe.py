@@ -27,7 +27,7 @@ from lightning_gradmetrics.engine.mixing import mixes_samples
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
 from lightning_gradmetrics.engine.outline import HOOKS, Outline, Recording
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
-from lightning_gradmetrics.engine.probe_samples import three_samples, with_row
+from lightning_gradmetrics.engine.probe_samples import parts_of_batch, three_samples, with_row
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes
 from lightning_gradmetrics.engine.separability import layouts_apart
@@ -57,6 +57,7 @@ class Probe:
         random: Whether it draws random numbers.
         pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
         bytes: Approximate memory of one sample's activations.
+        parts: The logits of two and of all three samples, with their numbers in the batch; empty if a sample is not in the batch.
     """
 
     task: Task
@@ -73,6 +74,7 @@ class Probe:
     random: bool
     pauses_gradients: bool
     bytes: int
+    parts: tuple[tuple[Sequence[int], Tensor], ...] = ()
 
     @property
     def reads_samples(self) -> bool:
@@ -88,7 +90,7 @@ def probe_model(task: Task) -> Probe:
     """
     state, before = ForwardState(task.model), attribute_key(task.model)
     three = three_samples(task)
-    small, _, few, outline_of_two = _traced(three.picked([0, 1]), state)
+    small, logits_of_two, few, outline_of_two = _traced(three.picked([0, 1]), state)
     large, logits, many, outline_of_three = _traced(three, state)
     random, after = state.random_numbers_drawn(), ForwardState(task.model)
     note_volatile(task.model, before, attribute_key(task.model))
@@ -127,10 +129,9 @@ def probe_model(task: Task) -> Probe:
     alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""
     if outline_of_three.has_hooks:
         alone = HOOKS
-    proven, pauses, size = layouts is not None, large.pauses_gradients, large.bytes() // 3 + 1
-    return Probe(
-        three, losses, after, plan, reason, activations, alone, proven, mixes, reads, sizes, random, pauses, size
-    )
+    parts, size = parts_of_batch(task, logits_of_two, logits), large.bytes() // 3 + 1
+    seen = activations, alone, layouts is not None, mixes, reads, sizes, random, large.pauses_gradients
+    return Probe(three, losses, after, plan, reason, *seen, size, parts)
 
 
 def _planned_reads(

@@ -10,20 +10,37 @@ from torch import Tensor
 from lightning_gradmetrics.classifier.forward import map_tensors, tensors_in
 from lightning_gradmetrics.engine.task import Task
 
-__all__ = ["three_samples", "with_others_replaced", "with_row"]
+__all__ = ["parts_of_batch", "three_samples", "with_others_replaced", "with_row"]
 
 
-def three_samples(task: Task) -> Task:
-    """Return three samples, if possible without NaN or Inf; repeated samples are perturbed."""
+def _finite_samples(task: Task) -> list[int]:
+    """Return the numbers of the first three samples without NaN or Inf; fewer if the batch does not have them."""
     finite = torch.ones(task.size, dtype=torch.bool)
     for tensor, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True):
         if flag and tensor.is_floating_point():
             finite &= tensor.isfinite().reshape(task.size, -1).all(1).cpu()
-    good = finite.nonzero().flatten()[:3].tolist() or list(range(min(3, task.size)))
+    numbers: list[int] = finite.nonzero().flatten()[:3].tolist()
+    return numbers
+
+
+def three_samples(task: Task) -> Task:
+    """Return three samples, if possible without NaN or Inf; repeated samples are perturbed."""
+    good = _finite_samples(task) or list(range(min(3, task.size)))
     three = task.picked((good * 3)[:3])
     for number in range(len(good), 3):
         three = with_row(three, number, number, 0.1)
     return three
+
+
+def parts_of_batch(task: Task, of_two: Tensor, of_three: Tensor) -> tuple[tuple[list[int], Tensor], ...]:
+    """Return the logits of two and of all three samples with their numbers in the batch, if they are to confirm an assumption.
+
+    They are empty if a sample was perturbed.
+    """
+    numbers = [] if task.assumption is None else _finite_samples(task)
+    if len(numbers) < 3:
+        return ()
+    return (numbers[:2], of_two.detach()), (numbers, of_three.detach())
 
 
 def with_row(task: Task, number: int, source: int, noise: float) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import accumulator, rounding
 
 __all__ = [
+    "are_rows_of",
     "close_rows",
     "different_rows",
     "input_shapes",
@@ -61,6 +62,20 @@ def shared_list(task: Task) -> SampleAxisError | None:
 
 FEW_ENTRIES = 64
 """Largest number of entries of a single row that Python compares, which is faster than several torch calls."""
+
+
+def are_rows_of(logits: Tensor, parts: Iterable[tuple[Sequence[int], Tensor]]) -> bool:
+    """Return whether the logits of some samples alone are those of a batch ``(N, C)``, up to rounding.
+
+    Args:
+        logits: The logits of the batch.
+        parts: The numbers of some samples, and their logits without the others.
+    """
+    for samples, part in parts:
+        expected = logits[list(samples)]
+        if part.shape != expected.shape or not close_rows(part, expected):
+            return False
+    return True
 
 
 def close_rows(found: Tensor, expected: Tensor, tolerance: float | None = None) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, tensor_axes
+from lightning_gradmetrics.engine.assumption import Assumption
 from lightning_gradmetrics.engine.model_state import ForwardState, quiet_no_grad
 from lightning_gradmetrics.engine.refusals import SampleAxisError, ambiguous_inputs, wrong_length
 from lightning_gradmetrics.engine.samples import close_rows, input_structure
@@ -44,12 +45,13 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, dict[int, _Known]]] = WeakKe
 """The known tensors by number, for each model and structure of its inputs."""
 
 
-def with_sample_axes(task: Task, stated: SampleAxis = 0) -> Task:
+def with_sample_axes(task: Task, stated: SampleAxis = 0, may_assume: bool = False) -> Task:
     """Return the task with ``per_sample`` filled in.
 
     Args:
         task: The task.
         stated: For arguments, 0 if they have samples, ``None`` if all samples share them.
+        may_assume: Whether to assume that tensors of unknown kind have one row per sample, if ``Task.decided`` is called later.
 
     Raises:
         SampleAxisError: If an input is ambiguous, or the model fails for every choice of the shared tensors.
@@ -61,7 +63,20 @@ def with_sample_axes(task: Task, stated: SampleAxis = 0) -> Task:
         part = replace(task, per_sample=tuple(flags))
         return _logits(part if samples is None else part.picked(samples))
 
-    return replace(task, per_sample=sample_flags(task.model, task.inputs, task.size, forward, stated))
+    flags, ambiguous, known = _flags(task.model, task.inputs, task.size, stated)
+
+    def decide() -> tuple[bool, ...]:
+        return sample_flags(task.model, task.inputs, task.size, forward, stated)
+
+    def note() -> None:
+        for number in ambiguous:
+            _note_decision(known, number, True, task.size)
+
+    if not ambiguous or not task.size:
+        return replace(task, per_sample=tuple(flags))
+    if may_assume:
+        return replace(task, per_sample=tuple(flags), assumption=Assumption(decide, note))
+    return replace(task, per_sample=decide())
 
 
 def sample_flags(
@@ -84,6 +99,22 @@ def sample_flags(
     Raises:
         SampleAxisError: If an input is ambiguous, or the model fails for every choice of the shared tensors.
     """
+    flags, ambiguous, known = _flags(model, inputs, size, stated)
+    if ambiguous and size:
+        axes = tensor_axes(model, inputs, stated)
+        flags = _decided(flags, ambiguous, size, forward, model, [axis.argument for axis in axes])
+        for number in ambiguous:
+            _note_decision(known, number, flags[number], size)
+    return tuple(flags)
+
+
+def _flags(
+    model: nn.Module, inputs: Inputs, size: int, stated: SampleAxis
+) -> tuple[list[bool], list[int], dict[int, _Known]]:
+    """Return for each tensor whether it has one row per sample, the numbers of those that may be shared, and what is known.
+
+    Tensors that may be shared are as long as the batch, and their flags are true.
+    """
     tensors, axes = list(tensors_in(inputs)), tensor_axes(model, inputs, stated)
     flags = [tensor.ndim > 0 and len(tensor) == size for tensor in tensors]
     is_first = True
@@ -103,11 +134,7 @@ def sample_flags(
         elif not flags[number] and tensor.ndim > 0 and len(tensor) != 1:
             _note_other_length(known, number)
         is_first = is_first and not flags[number]
-    if ambiguous and size:
-        flags = _decided(flags, ambiguous, size, forward, model, [axis.argument for axis in axes])
-        for number in ambiguous:
-            _note_decision(known, number, flags[number], size)
-    return tuple(flags)
+    return flags, ambiguous, known
 
 
 def _key(stated: SampleAxis) -> Hashable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,7 @@ class Strategy:
         path: A number for the path of the probe's forward pass.
         reads: How often Python read values of tensors in it.
         verified: Whether the plan was compared with autograd; if it was not on the probe, this is done in the first batch.
+        parts: Until then, the logits of some samples of that batch without the others, with their numbers.
         failed: The number of the sample of the first batch for which an earlier plan was wrong; it is compared again.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
@@ -100,6 +101,7 @@ class Strategy:
     path: int = 0
     reads: int = 0
     verified: bool = True
+    parts: tuple[tuple[Sequence[int], Tensor], ...] = ()
     failed: int | None = None
     settled: bool = False
     reads_samples: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from lightning_gradmetrics.engine.uses import merge_rows
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.scaling import unit_gradient, unit_losses
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
+
+if TYPE_CHECKING:
+    from lightning_gradmetrics.engine.assumption import Assumption
 
 __all__ = ["Task", "empty_moments", "joined"]
 
@@ -38,6 +41,7 @@ class Task:
         logits: Returns the logits ``(N, C)`` from the model's output.
         memory: Memory limit in bytes, beyond the model and the inputs; ``None`` for no limit.
         per_sample: For each tensor of the inputs, whether its first axis is the sample; other tensors are shared.
+        assumption: Confirms or replaces ``per_sample``, if it is only assumed.
         record: The model's state when the task was made, if the model is still in it.
         weights: Powers of two ``(N,)`` by which the gradients of the samples are scaled until the end, for a check.
     """
@@ -52,6 +56,7 @@ class Task:
     logits: Callable[[Any], Tensor]
     memory: int | None = None
     per_sample: tuple[bool, ...] = ()
+    assumption: Assumption | None = None
     record: ModelRecord | None = None
     weights: Tensor | None = None
 
@@ -73,6 +78,16 @@ class Task:
             for tensor in tensors:
                 leaves.setdefault(id(tensor), (kind, len(leaves), version_of(tensor)))
         return leaves
+
+    def decided(self) -> Task:
+        """Return the task with ``per_sample`` as runs of the model show it, if it is only assumed.
+
+        Raises:
+            SampleAxisError: If an input is ambiguous, or the model fails for every choice of the shared tensors.
+        """
+        if self.assumption is None:
+            return self
+        return replace(self, per_sample=self.assumption.decide(), assumption=None)
 
     def rows(self, start: int, stop: int) -> Task:
         """Return the same task for the samples ``start`` to ``stop``."""

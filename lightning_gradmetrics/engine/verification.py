@@ -124,9 +124,9 @@ def _planned(task: Task, on_batch: bool) -> Strategy:
     # The probe runs in full precision, which a batch on a CUDA device may not do.
     if on_batch and not hooked and _device(task).type != "cuda" and _is_plan_proven(probe):
         state.restore()
-        return Strategy(
-            probe.plan, tuple(task.parameters), alone=0, bytes=probe.bytes, sizes=probe.sizes, verified=False
-        )
+        strategy = Strategy(probe.plan, tuple(task.parameters), alone=0, bytes=probe.bytes, sizes=probe.sizes)
+        strategy.verified, strategy.parts = False, probe.parts
+        return strategy
     if probe.alone_because:
         plan, outline = None, Outline()
         slow = dict.fromkeys(task.parameters, probe.alone_because)

@@ -248,6 +248,50 @@ def test_an_input_as_long_as_the_batch_that_may_be_shared_is_refused(forward, le
         found(0)
 
 
+def _sizes_of_passes(model, inputs):
+    """Returns the gradient norms, and the number of samples of each forward pass of a call."""
+    sizes = []
+    handle = model.a.register_forward_hook(lambda module, args, result: sizes.append(len(result)))
+    try:
+        return gradient_statistics(model, inputs, "pseudo_label", per_parameter=True).norm(2), sizes
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("sorts", [False, True])
+def test_the_passes_of_a_plan_show_that_a_mask_has_one_row_per_sample(sorts):
+    """A plan with a proof needs no others; without one the whole batch runs once more."""
+
+    def forward(net, x, mask):
+        hidden = torch.tanh(net.a(x))
+        if sorts:
+            hidden = hidden[x[:, 0, 0].argsort()][x[:, 0, 0].argsort().argsort()]
+        return net.head((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+    torch.manual_seed(0)
+    model, x = Net(forward).double().eval(), numbers(6, 4, WIDTH)
+    mask = (torch.arange(4) < torch.tensor([[1], [2], [3], [3], [4], [4]])).double()
+    found, sizes = _sizes_of_passes(model, (x, mask))
+    if not sorts:
+        assert sizes[:3] == [2, 3, 6] and set(sizes[3:]) == {1}
+    expected = [_with_shared(model, x[n : n + 1], mask[n : n + 1]) for n in range(6)]
+    torch.testing.assert_close(found, torch.cat(expected))
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_a_table_that_only_the_whole_batch_shows_to_be_shared_is_refused(size):
+    """Two and three samples have the same logits with as many of its rows, because its largest row is the first one of these."""
+
+    def forward(net, x, table):
+        return net.head(torch.tanh(net.a(x)) * table.amax(0))
+
+    torch.manual_seed(0)
+    table = torch.linspace(3, 1, size)[:, None].expand(size, WIDTH).double().clone()
+    table[size - 1] = 5
+    with pytest.raises(SampleAxisError, match="it is ambiguous"):
+        gradient_statistics(Net(forward).double().eval(), (numbers(size, WIDTH), table), "pseudo_label")
+
+
 def test_score_names_the_ambiguous_input_and_takes_its_axis():
     torch.manual_seed(0)
     model, inputs = _Named().double().eval(), {"x": numbers(4, 6), "others": {"table": numbers(4, 6)}}
