@@ -272,7 +272,8 @@ def gradients_enabled(model: nn.Module | None = None) -> Iterator[None]:
             model has some on a CUDA device, cuDNN is off inside the block.
     """
     inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-    with inference, torch.enable_grad(), _backward_of_fabric():
+    has_fabric = any(map(sys.modules.__contains__, FABRIC_MODULES))
+    with inference, torch.enable_grad(), _backward_of_fabric() if has_fabric else nullcontext():
         initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if model is None or not initialised or not _has_recurrent_layers(model):
             yield

@@ -9,7 +9,6 @@ ordinary way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from operator import is_
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
-from lightning_gradmetrics.engine.calls import Silence, made_contiguous, map_arguments
+from lightning_gradmetrics.engine.calls import Silence
 from lightning_gradmetrics.engine.graph import Root, gradients_at
 from lightning_gradmetrics.engine.inner_calls import HeldStep
 from lightning_gradmetrics.engine.path_check import PathChanged, PathFollower
@@ -100,10 +99,8 @@ class DirectPass(PathFollower, TorchFunctionMode):
         """Run a step, and note the edge of the graph at its result."""
         rule = held.rule
         values = bind(rule, args, kwargs) or {}
-        x = values["input"]
-        version = x._version
-        if rule.dense and x.ndim > 2 and not x.is_contiguous():
-            args, kwargs = map_arguments(partial(made_contiguous, x), (args, kwargs))
+        version = values["input"]._version
+        args, kwargs = rule.made_dense(values, args, kwargs)
         result: Tensor = held.step.function(*args, **kwargs) if held.run is None else held.run(values)
         self._held.append((held, values, version))
         if self._path.is_pure:  # a result that is changed in place must not be a leaf

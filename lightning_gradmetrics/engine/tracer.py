@@ -18,7 +18,6 @@ from lightning_gradmetrics.engine.axes import Axis, axis_of
 from lightning_gradmetrics.engine.calls import (
     Silence,
     has_tensors,
-    made_contiguous,
     map_arguments,
     opened,
     sources_in,
@@ -223,9 +222,7 @@ class Tracer(TracerState):
 
     def _run_rule(self, step: Step, rule: Rule, values: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
         """Return the result of a call, which always has a graph."""
-        x = values["input"]
-        if rule.dense is not None and not x.is_contiguous() and rule.dense(values):
-            args, kwargs = map_arguments(partial(made_contiguous, x), (args, kwargs))
+        args, kwargs = rule.made_dense(values, args, kwargs)
         run = None if rule.run is None or not self._constant(values) else rule.run
         return self._rooted(step, run(values) if run else step.function(*args, **kwargs))
 

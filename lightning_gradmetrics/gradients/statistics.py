@@ -62,8 +62,13 @@ def moments_for(statistics: Iterable[str]) -> frozenset[Moment]:
         >>> sorted(moments_for(["std", "linf"]), key=str)
         [2.0, 'max', 'min', 'sum']
     """
+    return _moments_for((statistics,) if isinstance(statistics, str) else tuple(statistics))
+
+
+@lru_cache(maxsize=256)
+def _moments_for(names: tuple[str, ...]) -> frozenset[Moment]:
     wanted: set[Moment] = set()
-    for name in (statistics,) if isinstance(statistics, str) else statistics:
+    for name in names:
         wanted |= _NEEDED[name] if name in _NEEDED else _norm_moments(name)
     return frozenset(wanted)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
+from lightning_gradmetrics.engine.calls import made_contiguous, map_arguments
 from lightning_gradmetrics.engine.kernels import position_sums
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.precision import wide_dtype as wide
@@ -85,6 +87,13 @@ class Rule:
     run: Callable[[dict[str, Any]], Tensor] | None = None
     row_axes: Callable[[dict[str, Any]], int] = one_axis
     takes_rows: bool = False
+
+    def made_dense(self, values: dict[str, Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments of a call, with a contiguous input if that is faster."""
+        x = values["input"]
+        if self.dense is None or x.is_contiguous() or not self.dense(values):
+            return args, kwargs
+        return map_arguments(partial(made_contiguous, x), args), map_arguments(partial(made_contiguous, x), kwargs)
 
     def split(self, out: Axis, gradient: Tensor) -> Tensor:
         """Return the gradient of an output in the form that ``uses`` takes."""
