@@ -246,7 +246,8 @@ class Rows:
         for name in self.vectors:
             arrays[name] = _lists(columns[f"column/{name}"])
         arrays.update(_further_columns(columns))
-        return pa.table(arrays).filter(pa.array(index != REPEATED))
+        table, is_kept = pa.table(arrays), index != REPEATED
+        return table if is_kept.all() else table.filter(pa.array(is_kept))
 
 
 def _joined(batches: Sequence[Mapping[str, Tensor]], key: str) -> Any:
@@ -293,8 +294,18 @@ def merge_results(tables: Sequence[pa.Table], datasets: Sequence[str]) -> pa.Tab
     if not merged.num_rows:
         return merged
     order = pc.index_in(merged["dataset"], pa.array(list(datasets), pa.string()))
+    if _is_ordered(order, merged["index"]):
+        return merged
     ordered = merged.append_column("_order", order).sort_by([("_order", "ascending"), ("index", "ascending")])
     return ordered.drop_columns(["_order"])
+
+
+def _is_ordered(first: pa.ChunkedArray, second: pa.ChunkedArray) -> bool:
+    """Return whether rows are in ascending order of two columns of whole numbers without nulls."""
+    if first.null_count or second.null_count:
+        return False
+    steps, further = np.diff(first.to_numpy()), np.diff(second.to_numpy())
+    return bool(np.all((steps > 0) | (steps == 0) & (further >= 0)))
 
 
 KEYS = ("dataset", "index", "prediction", "label", "sample_id")

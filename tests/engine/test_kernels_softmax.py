@@ -149,6 +149,23 @@ def test_float32_samples_have_float64_parts(classes: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.1, 50.0])
+@pytest.mark.parametrize("classes", [2, 10, 32])
+def test_many_samples_of_few_classes_have_the_parts_of_plain_torch(
+    classes: int, scale: float, dtype: torch.dtype
+) -> None:
+    logits = scale * torch.randn(2**14 // classes + 1, classes, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    logits[0], logits[1, 1] = 1.0, -torch.inf
+    found, expected = softmax_of(logits, dtype=torch.float64), Softmax(logits.double())
+    assert is_compiled(found)
+    for name in ("error", "entropy", "other_squares", "second", "distance_to_uniform"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=3e-13, atol=1e-15)
+    assert_powers(found, expected, 1e-12)
+    roots = softmax_of(logits, dtype=torch.float64, roots=True).powers_of_others(0.5)
+    torch.testing.assert_close(roots, expected.powers_of_others(0.5), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_squared_entropy_gradient_is_that_of_plain_torch(dtype: torch.dtype) -> None:
     """Logits that are nearly equal have a gradient near zero, which must not be a difference of large numbers."""
     rows = torch.randn(300, 1000, dtype=torch.float64) * torch.logspace(-6, 1.5, 300, dtype=torch.float64)[:, None]

@@ -28,6 +28,9 @@ FEWEST_ROW_ENTRIES = 2**14
 MOST_ROW_CLASSES = 16384
 """``MOST_ROW_CLASSES`` of ``softmax.c``."""
 
+FEW_CLASSES = 32
+"""Up to this number of classes, samples are processed side by side, as positions of a map: a vector would be nearly empty."""
+
 PARTS = ("top", "odds", "spread", "squares", "second", "uniform", "slope")
 """The results of the kernels, in their order."""
 
@@ -67,7 +70,12 @@ def _parts(softmax: _FusedSoftmax, roots: bool) -> dict[str, Tensor] | None:
     library = library_for(softmax.dtype) if is_fit and given.device.type == "cpu" else None
     if library is None:
         return None
-    out = _of_rows(library, softmax, roots) if given.ndim == 2 else _of_maps(library, softmax.logits)
+    if given.ndim > 2:
+        out = _of_maps(library, softmax.logits)
+    elif classes <= FEW_CLASSES and not roots:
+        out = _of_maps(library, softmax.logits.T[None])[:, 0]
+    else:
+        out = _of_rows(library, softmax, roots)
     if math.isnan(out[1].sum().item()):
         return None
     names = (*PARTS, "roots") if len(out) > len(PARTS) else PARTS
