@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -158,13 +158,13 @@ BROADCAST = _broadcasting()
 """Functions that only broadcast their tensor arguments."""
 
 
-def make_plan(two: CallTrace, three: CallTrace, loss: Tensor | None, changes: Changes = ()) -> Plan:
+def make_plan(two: CallTrace, three: CallTrace, loss: Callable[[], Tensor | None], changes: Changes = ()) -> Plan:
     """Return the plan for a model, from its calls with two and with three samples.
 
     Args:
         two: The trace with two samples.
         three: The trace with three samples, with its graph.
-        loss: The loss of the first sample, for layouts that replacing samples does not reveal.
+        loss: Returns the loss of the first sample, for layouts that replacing samples does not reveal.
         changes: For each call with three samples, and each of its tensor arguments and results: which positions on the
             sample axis change with each sample, ``(3, L)``; ``None`` where it is not known.
 
@@ -290,7 +290,7 @@ def _rule_covers(record: TracedCall, step: Step, tracked: Set[int]) -> bool:
     return rule.accepts(Call(values, axis, step.output, frozenset(slots)))
 
 
-def _with_layouts(builder: _Builder, loss: Tensor | None) -> tuple[list[Step], bool]:
+def _with_layouts(builder: _Builder, loss: Callable[[], Tensor | None]) -> tuple[list[Step], bool]:
     """Return the steps with ``minor`` set where the sample index varies fastest, and whether a layout is undecided."""
     steps, open_steps, undecided = list(builder.steps), [], False
     for number, step in enumerate(steps):
@@ -352,7 +352,7 @@ def layout(changed: Tensor, times: int) -> bool | None:
 
 
 def _minors_by_gradient(
-    steps: Sequence[Step], numbers: Sequence[int], results: Sequence[Any], loss: Tensor | None
+    steps: Sequence[Step], numbers: Sequence[int], results: Sequence[Any], loss: Callable[[], Tensor | None]
 ) -> list[bool | None]:
     """Return the layout of each step's output from one sample's gradient; ``None`` where that is zero."""
     minors: list[bool | None] = [None] * len(numbers)
@@ -361,10 +361,11 @@ def _minors_by_gradient(
         output = steps[number].output
         if output is not None and output.times > 1 and results[position].requires_grad:
             live.append(position)
-    if not live or loss is None or not loss.requires_grad:
+    total = loss() if live else None
+    if total is None or not total.requires_grad:
         return minors
     outputs = [results[position] for position in live]
-    gradients = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
     for position, gradient in zip(live, gradients, strict=True):
         axis = steps[numbers[position]].output
         if gradient is not None and axis is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from lightning_gradmetrics.engine.outline import HOOKS, Outline, Recording
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
 from lightning_gradmetrics.engine.probe_samples import parts_of_batch, three_samples, with_row
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
-from lightning_gradmetrics.engine.samples import close_rows, input_shapes
+from lightning_gradmetrics.engine.samples import close_rows, input_shapes, same_rows
 from lightning_gradmetrics.engine.separability import layouts_apart
 from lightning_gradmetrics.engine.size_record import SizeRecord, size_record
 from lightning_gradmetrics.engine.task import Task
@@ -44,8 +45,8 @@ class Probe:
 
     Args:
         task: Three samples of the batch.
-        losses: For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale.
-        after: The state of the model after the forward pass of these losses, which their backward pass needs.
+        logits: Their logits ``(3, C)`` with the graph.
+        after: The state of the model after their forward pass, which their backward pass needs.
         plan: The plan; ``None`` if the calls or the order of rows depend on the data.
         reason: Why there is no plan.
         reads_activations: Whether Python, or a torch call itself, reads a value that depends on samples and parameters.
@@ -61,7 +62,7 @@ class Probe:
     """
 
     task: Task
-    losses: Sequence[tuple[Tensor, Tensor]]
+    logits: Tensor
     after: ForwardState
     plan: Plan | None
     reason: str
@@ -75,6 +76,11 @@ class Probe:
     pauses_gradients: bool
     bytes: int
     parts: tuple[tuple[Sequence[int], Tensor], ...] = ()
+
+    @cached_property
+    def losses(self) -> list[tuple[Tensor, Tensor]]:
+        """For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale."""
+        return [self.task.unit_losses(index, self.logits) for index in range(len(self.task.losses))]
 
     @property
     def reads_samples(self) -> bool:
@@ -107,7 +113,6 @@ def probe_model(task: Task) -> Probe:
     if layouts is not None and not runs_custom_code(logits):
         sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
     reads = _planned_reads(small, large, many, layouts or {})
-    losses = [three.unit_losses(index, logits) for index in range(len(three.losses))]
     plan: Plan | None = None
     changes: Changes = ()
     if layouts is None or not _one_position_each(small, large):
@@ -118,7 +123,7 @@ def probe_model(task: Task) -> Probe:
         changes = known
     if not reason:
         try:
-            plan = make_plan(small, large, losses[0][0][0], changes)
+            plan = make_plan(small, large, lambda: three.unit_losses(0, logits)[0][0], changes)
         except (PlanError, ValueError) as error:
             reason = str(error)
     if plan is not None and plan.undecided:
@@ -131,7 +136,7 @@ def probe_model(task: Task) -> Probe:
         alone = HOOKS
     parts, size = parts_of_batch(task, logits_of_two, logits), large.bytes() // 3 + 1
     seen = activations, alone, layouts is not None, mixes, reads, sizes, random, large.pauses_gradients
-    return Probe(three, losses, after, plan, reason, *seen, size, parts)
+    return Probe(three, logits, after, plan, reason, *seen, size, parts)
 
 
 def _planned_reads(
@@ -337,7 +342,7 @@ def _replaced(
         task = with_row(runs.task, number, source, noise)
         trace, changed_logits = runs.run(task, only)
         tight = trace is not None and not irregular
-        if changed_logits is not None and not _same_rows(changed_logits[rest], logits[rest], tight):
+        if changed_logits is not None and not same_rows(changed_logits[rest], logits[rest], tight):
             raise runs.coupling(task, number, logits)
         if trace is not None:
             break
@@ -352,19 +357,6 @@ def outline(trace: CallTrace) -> list[tuple[Any, ...]]:
 def _call_outline(call: TracedCall) -> tuple[Any, ...]:
     """Return a call's function and the shapes of its tensors."""
     return call.function, *(state.shape for state in (*call.inputs, *call.outputs))
-
-
-def _same_rows(found: Tensor, expected: Tensor, tight: bool) -> bool:
-    """Return whether logits are equal up to the rounding of one kernel (``tight``) or of several."""
-    if not tight:
-        return close_rows(found, expected)
-    step = 16 * torch.finfo(expected.dtype).eps
-    level = expected.nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
-    return bool(
-        torch.isclose(found, expected, 0.0, 0.0, equal_nan=True)
-        .logical_or((found - expected).abs() <= step * level)
-        .all()
-    )
 
 
 def changed_positions(base: CallTrace, traces: Sequence[CallTrace]) -> Changes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,7 +180,7 @@ def _planned(runs: _Runs) -> ModulePlan:
     reason = choice_by_data(small.dependence.operations, large.dependence.operations)
     if reason:
         raise PlanError(reason)
-    plan = make_plan(small.trace, large.trace, _first_sample(large.outputs, axes), _changes(large, changed))
+    plan = make_plan(small.trace, large.trace, partial(_first_sample, large.outputs, axes), _changes(large, changed))
     if plan.uncovered:
         raise PlanError(f"no fast rule for {', '.join(plan.uncovered)}")
     if plan.undecided:
