@@ -168,6 +168,8 @@ def _program(task: Task, strategy: Strategy) -> Program:
         parameters: list[Tensor], buffers: list[Tensor], inputs: list[Tensor], labels: Tensor | None
     ) -> tuple[Tensor, ...]:
         flat_inputs = iter(inputs)
+        for parameter in parameters:
+            parameter._is_param = True  # so it is an instance of nn.Parameter, as rules require
         named = dict(zip(names[0], parameters, strict=True))
         tensors = {**named, **dict(zip(names[1], buffers, strict=True))}
         chosen: Any = {name: named[name] for name in task.parameters}

@@ -146,6 +146,23 @@ def test_models_whose_graph_could_change_run_eagerly(kind, graphs):
     assert _errors(again, first) == 0
 
 
+class _Splines(_Branch):
+    def forward(self, x):
+        bases = torch.exp(-((x[..., None] - torch.arange(2.0)) ** 2)).sum(2)
+        return torch.einsum("ni,oi->no", bases, self.layer.weight) + self.layer.bias
+
+
+def test_products_written_as_einsum_are_compiled(graphs):
+    torch.manual_seed(0)
+    model, x = _Splines(), torch.randn(5, 4)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            compiled = gradient_statistics(model, x, "pseudo_label", statistics=["l1", "l2"], compile=True)
+        expected = gradient_statistics(model, x, "pseudo_label", statistics=["l1", "l2"], engine="reference")
+        assert _errors(compiled, expected) < 1e-5
+
+
 def test_scores_of_the_compiled_engine_are_those_of_the_eager_one(graphs):
     torch.manual_seed(0)
     model, score = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), "pseudo_label(target=all)"
