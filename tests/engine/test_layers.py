@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.rules.attention import multi_head_attention
 from lightning_gradmetrics.engine.uses import DerivedUse
 from tests.engine.cases import worst_difference
 
@@ -242,6 +243,47 @@ def test_attention(n, queries, keys, batch_first, cross):
     _check(layer, _normal(n, queries, 4), other, other, take=0)
     same = _normal(n, queries, 4)
     _check(nn.MultiheadAttention(4, 2, batch_first=True), same, same, same, take=0)
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, bias: bool, **settings: object) -> None:
+        super().__init__()
+        self.layer, self.settings = nn.MultiheadAttention(6, 2, batch_first=True, bias=bias), settings
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, x, x, **self.settings)[0]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_self_attention_without_weights(n, bias):
+    _check(_SelfAttention(bias, need_weights=False), _normal(n, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_plain"),
+    [
+        ({"need_weights": False}, True),
+        ({}, False),
+        ({"need_weights": False, "attn_mask": torch.eye(4).bool()}, False),
+        ({"need_weights": False, "key_padding_mask": torch.tensor([[False, True, False, False]] * 3)}, False),
+        ({"need_weights": False, "attn_mask": torch.ones(4, 4).triu(1).bool(), "is_causal": True}, False),
+    ],
+)
+def test_self_attention_has_the_samples_first_if_nothing_else_is_asked_for(settings, is_plain, monkeypatch):
+    original, calls = nn.functional.multi_head_attention_forward, []
+
+    def recorded(*args, **kwargs):
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "multi_head_attention_forward", recorded)
+        expected = _SelfAttention(True, **settings).double().eval()(_normal(3, 4, 6).requires_grad_())
+    ((args, kwargs),) = calls
+    found = multi_head_attention(*args, **kwargs)[0].transpose(0, 1)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous() == is_plain
 
 
 @pytest.mark.slow
