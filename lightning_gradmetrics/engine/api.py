@@ -52,20 +52,6 @@ def _compiled_moments(task: Task) -> list[Moments]:
     return compiled_moments(task)
 
 
-def _guarded_moments(
-    model: nn.Module,
-    inputs: Inputs,
-    objectives: Sequence[Objective],
-    wanted: frozenset[Moment],
-    chosen: Mapping[str, nn.Parameter],
-    targets: Tensor | None,
-    logits: Callable[[Any], Tensor],
-) -> list[Moments] | None:
-    from lightning_gradmetrics.engine.guarded_calls import Request, guarded_moments
-
-    return guarded_moments(model, inputs, Request.of(objectives, wanted, chosen, targets), targets, logits)
-
-
 def _started_ahead(model: nn.Module, inputs: Inputs, targets: Tensor | None) -> AbstractContextManager[None]:
     from lightning_gradmetrics.engine.compiled import started_ahead
 
@@ -220,11 +206,9 @@ def gradient_statistics(  # type: ignore[misc]
     objectives = list(map(Objective.of, several))
     wanted = moments_for(statistics)
     if engine == "compiled" and sample_axis == 0 and memory is None:
-        with exclusive(model):
-            chosen = select_parameters(model, parameters, wanted.isdisjoint({"sum", "max", "min"}))
-            guarded = _guarded_moments(model, inputs, objectives, wanted, chosen, targets, logits)
+        guarded = _guarded(model, inputs, objectives, parameters, targets, logits, wanted)
         if guarded is not None:
-            results = [_result(chosen, m, per_parameter) for m in guarded]
+            results = [_result(guarded[0], m, per_parameter) for m in guarded[1]]
             return results[0] if single else results
     with (
         exclusive(model),
@@ -238,6 +222,26 @@ def gradient_statistics(  # type: ignore[misc]
         moments = ENGINES[engine](task)
     results = [_result(task.parameters, m, per_parameter) for m in moments]
     return results[0] if single else results
+
+
+def _guarded(
+    model: nn.Module,
+    inputs: Inputs,
+    objectives: Sequence[Objective],
+    parameters: Parameters,
+    targets: Tensor | None,
+    logits: Callable[[Any], Tensor],
+    wanted: frozenset[Moment],
+) -> tuple[Mapping[str, nn.Parameter], list[Moments]] | None:
+    """Return the chosen parameters and the moments by a compiled plan whose guards hold; ``None`` without one."""
+    from lightning_gradmetrics.engine.guarded_calls import Request, guarded_moments, is_guarded
+
+    if not is_guarded(model):
+        return None
+    with exclusive(model):
+        chosen = select_parameters(model, parameters, wanted.isdisjoint({"sum", "max", "min"}))
+        moments = guarded_moments(model, inputs, Request.of(objectives, wanted, chosen, targets), targets, logits)
+    return None if moments is None else (chosen, moments)
 
 
 def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter: bool) -> GradientStatistics:

@@ -28,7 +28,7 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["Request", "guarded_moments", "guard_program"]
+__all__ = ["Request", "guard_program", "guarded_moments", "is_guarded"]
 
 MOST_REQUESTS = 8
 """Largest number of requests for one model that are repeated by guards."""
@@ -158,6 +158,11 @@ _GUARDED: WeakKeyDictionary[nn.Module, dict[Request, _Guarded]] = WeakKeyDiction
 atexit.register(_GUARDED.clear)  # before Python clears the modules that torch.compile needs to forget a trace
 
 _HOOKS = attrgetter("_backward_hooks")
+
+
+def is_guarded(model: nn.Module) -> bool:
+    """Return whether a model has compiled plans with guards."""
+    return model in _GUARDED
 
 
 def guarded_moments(
