@@ -199,9 +199,16 @@ def _kind(task: Task) -> Hashable:
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     names = tuple((name, p.shape, p.dtype, bool(p._backward_hooks)) for name, p in task.parameters.items())
     structure = (type(task.inputs).__name__, input_structure(task.inputs), task.per_sample)
+    # A tensor with one row per sample can take the place of one that all samples share.
+    model, record = task.model, task.record
+    own = (*model.parameters(), *model.buffers()) if record is None else (*record.parameters, *record.tensors())
+    shapes = tuple(map(_SHAPE, own))
     # Function modes of the caller may change the result of every call.
     modes = tuple(map(type, _get_current_function_mode_stack()))  # type: ignore[no-untyped-call]
-    return structure, names, attribute_key(task.model, task.record), autocast, task.wanted, modes
+    return structure, names, attribute_key(model, record), shapes, autocast, task.wanted, modes
+
+
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
 def _shapes(task: Task) -> Hashable:

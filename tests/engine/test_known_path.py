@@ -343,3 +343,25 @@ def test_inputs_by_keyword() -> None:
     model: Any = InOrder(lambda logits: F.linear(input=logits, weight=model.weight))
     model.weight = nn.Parameter(torch.randn(6, 6))
     require_known_path(model.double().eval())
+
+
+class _Scaled(nn.Module):
+    """Multiplies the logits by a tensor that is no parameter, or by a parameter that is not chosen."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(6, 4), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, nn.Buffer, Tensor.clone])
+@pytest.mark.parametrize("calls", [1, 4])
+def test_a_tensor_of_the_model_gets_one_row_per_sample(kind: Callable[[Tensor], Tensor], calls: int) -> None:
+    model, x = _Scaled(kind(torch.ones(4))).eval(), torch.randn(5, 6)
+    for _ in range(calls):
+        lgm.gradient_statistics(model, x, "pseudo_label", lambda name: name != "scale")
+    model.scale.data = torch.rand(5, 4)
+    with pytest.raises(ValueError, match="expected one row per sample"):
+        lgm.gradient_statistics(model, x, "pseudo_label", lambda name: name != "scale")
