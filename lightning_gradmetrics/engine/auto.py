@@ -25,7 +25,7 @@ from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, ra
 from lightning_gradmetrics.engine.row_check import check_row_owners
 from lightning_gradmetrics.engine.sample_check import (
     check_draw,
-    check_reader,
+    check_reader_paths,
     check_sample,
     check_some_samples,
     verify_by_samples,
@@ -295,9 +295,9 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
             if strategy.random:
                 check_draw(table, strategy.fast, laid_out, state)
             elif notes is not None:
-                checks.compare_paths(calls, verify_by_samples(table, laid_out, state, notes, checks.readers))
-                strategy.verified, strategy.path, strategy.compared_reader = True, calls.path, bool(checks.readers)
-                strategy.parts = ()
+                alone = verify_by_samples(table, laid_out, state, notes, checks.readers, strategy.compared)
+                checks.compare_paths(calls, alone)
+                strategy.verified, strategy.path, strategy.parts = True, calls.path, ()
             else:
                 is_strict, readers = checks.hides_gradients, checks.readers
                 alone = check_some_samples(table, strategy.fast, laid_out, state, count, is_strict, readers)
@@ -319,9 +319,7 @@ def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, s
         _check_hidden_gradients(table, strategy, laid_out, state)
     elif recorder is not None:
         strategy.add_path(checks.here, recorder.path() if checks.is_covered else None)
-    if checks.readers and not (strategy.compared_reader or strategy.random):
-        check_reader(table, strategy.fast, laid_out, state, checks.readers[0])
-        strategy.compared_reader = True
+    check_reader_paths(table, strategy.fast, laid_out, state, checks.reader_paths, strategy.compared)
     if strategy.mixes and task.size > 1:
         check_row_owners(table, restricted, strategy.plan, free, state)
 

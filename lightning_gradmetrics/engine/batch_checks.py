@@ -47,6 +47,7 @@ class BatchChecks:
         is_covered: Whether the proof that samples are kept apart covers the batch.
         hides_gradients: Whether custom functions may change gradients by the data of the batch.
         readers: The samples for which Python would read other values alone; they may take another path through the model.
+        reader_paths: For each reader the number of the path that it takes alone.
         notes: The notes of a run that verifies the plan, if it is one.
     """
 
@@ -57,6 +58,7 @@ class BatchChecks:
         self.logits: list[Tensor] = []
         self.is_covered = self.hides_gradients = False
         self.readers: Sequence[int] = ()
+        self.reader_paths: dict[int, int] = {}
         self.notes: SampleNotes | None = None
 
     def __call__(self, logits: Tensor, tracer: Tracer | None = None) -> None:
@@ -82,8 +84,10 @@ class BatchChecks:
             self._require_verified()
             self.hides_gradients = tracer is not None and runs_users_code(logits)
             self._check_unproven(logits, None if tracer is None else tracer.outline)
-        check = check_copies if strategy.random else check_samples
-        check(task, logits, readers, self.state, strategy.quiet)
+        if strategy.random:
+            check_copies(task, logits, readers, self.state, strategy.quiet)
+        else:
+            self.reader_paths = check_samples(task, logits, readers, self.state, strategy.quiet)
 
     def _confirm_inputs(self, logits: Tensor) -> None:
         """Compare the logits of two and of three samples alone with the batch, if its inputs are only assumed to have samples.

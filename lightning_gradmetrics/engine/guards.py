@@ -90,14 +90,23 @@ def check_precisions(task: Task, outline: Outline, alone: Outline) -> None:
     raise other_precisions(task.model, task.size, set(together) ^ set(single))
 
 
-def check_samples(task: Task, logits: Tensor, numbers: Sequence[int], state: ForwardState, quiet: bool) -> None:
+def check_samples(
+    task: Task, logits: Tensor, numbers: Sequence[int], state: ForwardState, quiet: bool
+) -> dict[int, int]:
     """Compare the logits of the samples with these numbers, each alone in a batch, with their logits in this batch.
+
+    Returns:
+        For each sample the number of the path that it takes through the model alone.
 
     Raises:
         CoupledSamplesError: If they differ.
     """
+    paths: dict[int, int] = {}
     for number in numbers if task.size > 1 else ():
-        compare_alone(task, logits, number, _logits(task, [number], state, quiet), state)
+        outline = Outline()
+        compare_alone(task, logits, number, _logits(task, [number], state, quiet, outline), state)
+        paths[number] = outline.path
+    return paths
 
 
 def check_new_shapes(

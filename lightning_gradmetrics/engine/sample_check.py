@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -20,7 +21,11 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["check_draw", "check_reader", "check_sample", "check_some_samples", "verify_by_samples"]
+__all__ = ["check_draw", "Compared", "check_reader_paths", "check_sample", "check_some_samples", "verify_by_samples"]
+
+
+MOST_PATHS = 1024
+"""Largest number of paths of which is stored what was compared."""
 
 
 def check_some_samples(
@@ -51,7 +56,12 @@ def check_some_samples(
 
 
 def verify_by_samples(
-    table: MomentTable, laid_out: Task, state: ForwardState, notes: SampleNotes, readers: Sequence[int] = ()
+    table: MomentTable,
+    laid_out: Task,
+    state: ForwardState,
+    notes: SampleNotes,
+    readers: Sequence[int],
+    compared: Compared,
 ) -> Outline:
     """Compare the moments of two samples with autograd on each alone, to verify a plan, and return the outline of a pass.
 
@@ -65,6 +75,7 @@ def verify_by_samples(
         state: The state of the model before the batch.
         notes: The notes of the run.
         readers: The samples for which Python would read other values alone.
+        compared: Extended by what was compared.
 
     Raises:
         CoupledSamplesError: If the gradients of a reader are other ones alone.
@@ -74,18 +85,21 @@ def verify_by_samples(
         raise PlanError(next(iter(notes.failures.values())))
     size = table.task.size
     second = next((number for number in readers if number != notes.sample), (notes.sample + 1) % size)
-    outlines, numbers, seen = [], [notes.sample, second], set[int]()
+    outlines: dict[int, Outline] = {}
+    numbers = [notes.sample, second]
     while numbers:
         for number in numbers:
             check = check_reader if number in readers else check_sample
             try:
-                outlines.append(check(table, table.task.parameters, laid_out, state, number, notes=notes))
+                outlines[number] = check(table, table.task.parameters, laid_out, state, number, notes=notes)
             except PlanError as error:
                 error.sample = number
                 raise
-        seen.update(numbers)
-        numbers = [] if len(seen) >= MOST_VERIFIED else _not_zero_for(table, notes, seen)
-    return outlines[0]
+        numbers = [] if len(outlines) >= MOST_VERIFIED else _not_zero_for(table, notes, outlines)
+    found = _with_gradients(table, table.task.parameters, outlines)
+    for number, outline in outlines.items():
+        note_compared(compared, outline.path, found[number])
+    return outlines[notes.sample]
 
 
 def _not_zero_for(table: MomentTable, notes: SampleNotes, seen: Collection[int]) -> list[int]:
@@ -156,6 +170,61 @@ def check_sample(
         if _agree_on_sample(table, number, together, logits, number, notes=notes):
             return outline
     raise PlanError("the gradients of a sample disagree with autograd")
+
+
+Compared = dict[int, set[tuple[int, str]]]
+"""For each path that samples take alone, by its number, the objectives and parameters whose gradients were compared."""
+
+
+def check_reader_paths(
+    table: MomentTable,
+    names: Collection[str],
+    laid_out: Task,
+    state: ForwardState,
+    paths: Mapping[int, int],
+    compared: Compared,
+) -> None:
+    """Compare the moments of samples whose path was not compared before, or only with gradients of zero.
+
+    A gradient of zero is the same on a path that detaches it.
+
+    Args:
+        table: The filled table of the batch.
+        names: The parameters.
+        laid_out: The batch in the layout that it ran in.
+        state: The state of the model before the batch.
+        paths: The path of each sample alone, by the number of the sample.
+        compared: What was compared; it is extended.
+
+    Raises:
+        CoupledSamplesError: If the gradients of a sample alone are other ones.
+        PlanError: If the table is wrong.
+    """
+    found = _with_gradients(table, names, paths)
+    for number, path in paths.items():
+        if not found[number] <= compared.get(path, set()):
+            check_reader(table, names, laid_out, state, number)
+            note_compared(compared, path, found[number])
+
+
+def note_compared(compared: Compared, path: int, found: set[tuple[int, str]]) -> None:
+    """Extend what was compared on a path."""
+    if len(compared) >= MOST_PATHS:
+        compared.clear()
+    compared.setdefault(path, set()).update(found)
+
+
+def _with_gradients(
+    table: MomentTable, names: Collection[str], numbers: Collection[int]
+) -> dict[int, set[tuple[int, str]]]:
+    """Return for some samples the objectives and parameters whose gradients are not zero."""
+    found: dict[int, set[tuple[int, str]]] = {number: set() for number in numbers}
+    for objective in range(len(table.task.objectives)) if found else ():
+        moments = table.of_samples(slice(0, table.task.size), names, objective)
+        is_there = torch.stack([values != 0 for values in moments.values()]).any(0).tolist()
+        for number, entries in found.items():
+            entries.update((objective, name) for name in itertools.compress(names, is_there[number]))
+    return found
 
 
 def check_reader(

@@ -78,7 +78,7 @@ class Strategy:
         failed: The number of the sample of the first batch for which an earlier plan was wrong; it is compared again.
         settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
         reads_samples: Whether Python reads values that depend on the samples.
-        compared_reader: Whether the gradients of a sample for which Python would read another value alone were compared.
+        compared: Which gradients of samples were compared on each path that samples take alone.
         mixes: Whether an operation may work along the sample axis, so that the rows of every batch are checked.
         turn: Counts the batches of which one sample was checked, so that each batch checks another one.
         paths: For combinations of input shapes and batch size, the calls of the forward pass; ``None`` if they are not
@@ -105,7 +105,7 @@ class Strategy:
     failed: int | None = None
     settled: bool = False
     reads_samples: bool = False
-    compared_reader: bool = False
+    compared: dict[int, set[tuple[int, str]]] = field(default_factory=dict)
     mixes: bool = False
     turn: int = 0
     paths: dict[tuple[Any, int], KnownPath | None] = field(default_factory=dict)

@@ -277,6 +277,26 @@ def test_gradients_that_one_text_without_padding_would_not_have_alone_are_refuse
         gradient_statistics(model, _texts(*[4] * 14, 6, 3), "pseudo_label")
 
 
+def _two_reads(net: Any, x: Tensor) -> Tensor:
+    """The first value that Python reads makes no difference; if the second one is true, the first layer has no gradient."""
+    if (x[:, 0] > 0).all():
+        pass
+    h = _hidden(net, x)
+    return net.head(h.detach() if (x[:, 1] > 1).all() else h)
+
+
+def test_the_gradients_of_every_path_of_samples_alone_are_compared() -> None:
+    """Samples of the first batches take one other path alone, a later one takes another."""
+    torch.manual_seed(0)
+    model, x = Net(_two_reads).double(), numbers(6, WIDTH)
+    x[:, 0], x[:, 1] = torch.tensor([1.0, -1, -1, 1, -1, 1]), 0.0
+    for _ in range(2):
+        assert error_of(model, x) < 1e-8
+    x[4, 1] = 2.0
+    with pytest.raises(CoupledSamplesError, match="backward pass"):
+        gradient_statistics(model, x, "pseudo_label")
+
+
 def test_lengths_that_make_no_difference_are_exact() -> None:
     torch.manual_seed(0)
     model = Net(_without_padding).double()
