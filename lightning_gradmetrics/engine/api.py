@@ -240,7 +240,9 @@ def _guarded(
         return None
     with exclusive(model):
         chosen = select_parameters(model, parameters, wanted.isdisjoint({"sum", "max", "min"}))
-        moments = guarded_moments(model, inputs, Request.of(objectives, wanted, chosen, targets), targets, logits)
+        moments = guarded_moments(
+            model, inputs, Request.of(objectives, wanted, chosen, inputs, targets), targets, logits
+        )
     return None if moments is None else (chosen, moments)
 
 

@@ -17,9 +17,9 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import is_, methodcaller
+from operator import attrgetter, is_, methodcaller
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -30,8 +30,33 @@ from lightning_gradmetrics.classifier.model_layout import HOOKS
 
 __all__ = ["ForwardGuards", "ReachedGraph", "Trace", "TraceRefused", "UserCode"]
 
-MOST_TRACES = 4
-"""Largest number of traces of one function; its guards are given up after more."""
+_CONSTANTS = (bool, int, float, str, type(None), torch.device, torch.dtype)
+
+_TYPES: frozenset[type] = frozenset(
+    (
+        *_CONSTANTS,
+        tuple,
+        list,
+        dict,
+        type,
+        Tensor,
+        nn.Parameter,
+        ModuleType,
+        FunctionType,
+        BuiltinFunctionType,
+        MethodType,
+    )
+)
+"""Types of the values that code may read, whose guards notice each change. Those of other objects are incomplete."""
+
+_CALLED = frozenset([len, isinstance, abs, max, min, sum, round, all, any, divmod, pow])
+"""Built-in functions that code may call; others, such as ``sys.getrecursionlimit``, may read what has no guard."""
+
+_OWN = ("G['__import_lightning_gradmetrics_dot_", "G['__import_torch_dot_nn_dot_modules_dot_module']._global_")
+"""Beginnings of the names of guards for this package and for the hooks of all modules, which are compared here."""
+
+_NAMESPACES: tuple[Any, ...] = (torch._C._nn, *map(vars(torch._C).get, ("_linalg", "_fft", "_special")))
+"""Modules of the built-in functions of tensors."""
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -50,6 +75,11 @@ _KNOWN_FILES = (
 )
 """The folders of torch and of this package, and the files of Python that ``isinstance`` and blocks use."""
 
+_TORCH = str(Path(torch.__file__).parent)
+
+_FUNCTIONS = tuple(f"{_TORCH}{os.sep}{name}" for name in ("nn", "functional.py", "_tensor.py", "_jit_internal.py"))
+"""Files of torch with functions of tensors, and not of settings such as ``torch.compiler.is_compiling``."""
+
 _QUERIES = frozenset(
     ["hasattr", "getattr", "vars", "globals", "locals", "dir", "eval", "exec", "__dict__", "__import__"]
 )
@@ -59,6 +89,7 @@ _HANDLERS = frozenset(["PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH", "IMPORT_N
 """Instructions of exception handlers, which may catch the error of an absent name, and of imports."""
 
 _VALUES = methodcaller("values")
+_CODE = attrgetter("__code__")
 
 
 class TraceRefused(Exception):
@@ -100,17 +131,33 @@ class UserCode:
 
     def __init__(self, forward: Callable[[], Any]) -> None:
         self.codes: set[CodeType] = set()
+        self._called: dict[int, Any] = {}
+        self._is_visible = True
         self._globals: dict[int, tuple[dict[str, Any], set[str]]] = {}
-        before = sys.getprofile()
+        if sys.getprofile() is not None:  # a profiler of the user, which Python cannot always set again
+            self._is_visible = False
+            return
         sys.setprofile(self._note)
         try:
             forward()
         finally:
-            sys.setprofile(before)
+            sys.setprofile(None)
 
-    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+    def _note(self, frame: FrameType, event: str, function: Any) -> None:
         code = frame.f_code
-        if event == "call" and code not in self.codes and not code.co_filename.startswith(_KNOWN_FILES):
+        is_known = code.co_filename.startswith(_KNOWN_FILES)
+        if event == "c_call" and not is_known:
+            self._is_visible &= _is_function_of_tensors(function)
+        if event != "call":
+            return
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, nn.Module):
+            self._called[id(first)] = first
+        if is_known:
+            caller = frame.f_back
+            is_direct = caller is not None and caller.f_code in self.codes
+            self._is_visible &= not is_direct or code.co_filename.startswith(_FUNCTIONS)
+        elif code not in self.codes:
             self.codes.add(code)
             names = self._globals.setdefault(id(frame.f_globals), (frame.f_globals, set()))[1]
             names.update(itertools.filterfalse(frame.f_globals.__contains__, code.co_names))
@@ -119,10 +166,16 @@ class UserCode:
         """Return whether guards see each change that the code can see.
 
         That is so for methods of modules and for functions in the same files, without questions for names that may be absent.
+        They may call functions of tensors, and modules of the model, whose hooks are compared.
 
         Args:
             modules: The modules of the model.
         """
+        modules = list(modules)
+        is_visible = self._is_visible and self._called.keys() <= set(map(id, modules))
+        self._called.clear()  # a stored module would keep its model in memory
+        if not is_visible:
+            return False
         for entries, _ in self._globals.values():
             if entries is not vars(sys.modules.get(entries.get("__name__", ""), object)):
                 return False  # torch.compile finds globals by the name of their module
@@ -131,6 +184,15 @@ class UserCode:
     def has_same_builtins(self) -> bool:
         """Return whether no global has the name of a built-in function since."""
         return all(names.isdisjoint(entries) for entries, names in self._globals.values())
+
+
+def _is_function_of_tensors(function: Any) -> bool:
+    """Return whether a built-in function computes with its arguments only."""
+    owner = getattr(function, "__self__", None)
+    if owner is None or isinstance(owner, type):
+        return type(function) is BuiltinFunctionType and getattr(torch, function.__name__, None) is function
+    is_method = isinstance(owner, (Tensor, tuple, list, dict, str))
+    return is_method or owner in _NAMESPACES or function in _CALLED
 
 
 def _asks_for_names(code: CodeType) -> bool:
@@ -149,7 +211,7 @@ def _codes_of(modules: Iterable[nn.Module]) -> set[CodeType]:
     codes: set[CodeType] = set()
     while waiting:
         value = waiting.pop()
-        if isinstance(value, FunctionType):
+        if isinstance(value, FunctionType) and not hasattr(value, "_dynamo_marked_constant"):
             waiting += (value.__code__, getattr(value, "__wrapped__", None))
         elif isinstance(value, (staticmethod, classmethod)):
             waiting.append(value.__func__)
@@ -178,16 +240,23 @@ class ForwardGuards:
         # its own.
         self._names: dict[str, Any] = {"__builtins__": builtins}
         own = FunctionType(forward.__code__.replace(), self._names, closure=forward.__closure__)
-        self._forward = torch.compile(own, backend=self._ending, fullgraph=True, dynamic=False)
+        self._forward = torch.compile(
+            own, backend=self._ending, fullgraph=True, dynamic=False, options={"guard_filter_fn": self._all}
+        )
         self._code = code
         self._count = 0
         self._hooks: list[Any] = []
-        kinds: dict[type, None] = {}
+        self._is_complete = True
+        kinds: dict[type, None] = dict.fromkeys((Tensor, nn.Parameter))
         for module in modules:
             self._hooks += map(vars(module).get, HOOKS)
             kinds.update(dict.fromkeys(type(module).__mro__))
         self._classes = list(map(vars, kinds))
         self._methods: list[list[Any]] = []
+        self._functions: list[FunctionType] = []
+        for entries in self._classes:
+            self._functions += filter(_is_function, entries.values())
+        self._codes: list[CodeType] = []
 
     def reached(self, model: nn.Module, inputs: Tensor) -> ReachedGraph | None:
         """Return the graph that a forward pass would run, by the guards or by a new trace; nothing of it runs.
@@ -203,7 +272,10 @@ class ForwardGuards:
         """
         if any(self._hooks) or any(_GLOBAL_HOOKS) or not self._code.has_same_builtins():
             return None
-        if self._count and not all(map(_are_same, self._classes, self._methods)):
+        if self._count and not (
+            all(map(_are_same, self._classes, self._methods))
+            and all(map(is_, map(_CODE, self._functions), self._codes))
+        ):
             return None
         count = self._count
         try:
@@ -212,7 +284,8 @@ class ForwardGuards:
         except ReachedGraph as reached:
             if self._count != count:  # torch.compile itself replaces methods when it traces a class for the first time
                 self._methods = list(map(list, map(_VALUES, self._classes)))
-                if not all(map(_is_current, self._names.values())):
+                self._codes = list(map(_CODE, self._functions))
+                if not self._is_complete or not all(map(_is_current, self._names.values())):
                     raise TraceRefused from None
             return reached.with_traceback(None)
         except Exception as error:  # torch.compile raises many kinds of errors
@@ -223,7 +296,8 @@ class ForwardGuards:
         """Return a function that ends the forward pass, in place of a compiled graph."""
         self._count += 1
         results: Any = graph.graph.output_node().args[0]
-        if self._count > MOST_TRACES or len(results) != 1:
+        # the hooks, classes and code of a second trace may be others
+        if self._count > 1 or len(results) != 1 or not all(map(_is_of_torch, graph.graph.nodes)):
             raise TraceRefused
         trace = Trace(graph)
 
@@ -231,6 +305,33 @@ class ForwardGuards:
             raise ReachedGraph(trace, tensors)
 
         return end
+
+    def _all(self, guards: Sequence[Any]) -> Sequence[bool]:
+        """Keep all guards, and note whether one of them compares a value incompletely."""
+        for guard in guards:
+            value = guard.value if guard.has_value else None
+            is_known = type(value) in _TYPES or isinstance(value, nn.Module)
+            if type(value) is float and value == 0:  # a guard does not tell 0.0 from -0.0
+                is_known = False
+            is_own = guard.guard_type == "EMPTY_NN_MODULE_HOOKS_DICT" or guard.name.startswith(_OWN)
+            self._is_complete &= is_known or is_own
+        return [True] * len(guards)
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, FunctionType)
+
+
+def _is_of_torch(node: fx.Node) -> bool:
+    """Return whether a node is traced: not a function that ``torch.compile`` calls untraced, nor a user's operator."""
+    target: Any = node.target
+    if node.op == "call_function":
+        is_traced = not isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+        is_traced &= not isinstance(target, torch._ops.HigherOrderOperator)
+        return is_traced and (
+            not isinstance(target, FunctionType) or target.__code__.co_filename.startswith(_FUNCTIONS)
+        )
+    return node.op in ("placeholder", "output", "call_method")
 
 
 def _are_same(entries: Mapping[str, Any], before: Sequence[Any]) -> bool:

@@ -42,6 +42,7 @@ class Request:
         objectives: The objectives.
         wanted: The moments.
         names: The names of the chosen parameters.
+        inputs: The type and the layout of the inputs.
         labels: The type and the layout of the labels; ``None`` without labels.
         settings: The settings of torch that a graph depends on.
     """
@@ -49,6 +50,7 @@ class Request:
     objectives: tuple[Objective, ...]
     wanted: frozenset[Moment]
     names: tuple[str, ...]
+    inputs: Hashable
     labels: Hashable
     settings: Hashable
 
@@ -58,12 +60,20 @@ class Request:
         objectives: Iterable[Objective],
         wanted: frozenset[Moment],
         parameters: Mapping[str, nn.Parameter],
+        inputs: Inputs,
         targets: Tensor | None,
     ) -> Request:
         """Return the request of a call."""
-        labels = None if targets is None else (targets.dtype, targets.shape, targets.stride(), targets.device)
+        placed, labels = _layout(inputs), _layout(targets)
         settings = settings_of(next(iter(parameters.values())).device)
-        return cls(tuple(objectives), wanted, tuple(parameters), labels, settings)
+        return cls(tuple(objectives), wanted, tuple(parameters), placed, labels, settings)
+
+
+def _layout(tensor: Any) -> Hashable:
+    """Return the type and the layout of a tensor; ``None`` for anything else."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        return None
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 @dataclass(frozen=True)
@@ -104,11 +114,10 @@ class _Guarded:
     def __init__(self, guards: ForwardGuards | None, logits: Callable[[Any], Tensor]) -> None:
         self.guards, self.logits = guards, logits
         self.plans: dict[Trace, _Placed] = {}
-        self._shapes: set[torch.Size] = set()
 
     def moments(self, model: nn.Module, inputs: Tensor, targets: Tensor | None) -> list[Moments] | None:
         """Return the moments, or ``None`` if the model is not as it was in a call with a plan."""
-        if self.guards is None or inputs.shape not in self._shapes:
+        if not self.plans:
             return None
         reached = self._reached(model, inputs)
         plan = None if reached is None else self.plans.get(reached.trace)
@@ -134,7 +143,6 @@ class _Guarded:
         known = set(map(id, itertools.chain(*groups)))
         if known.issuperset(numbers) and close_rows(_logits_of(reached), logits):
             self.plans[reached.trace] = _Placed(program, tuple(_places(numbers, group) for group in groups))
-            self._shapes.add(inputs.shape)
         else:
             self.guards = None
 
@@ -203,7 +211,7 @@ def guard_program(task: Task, state: ProgramState, program: Program, logits: Ten
     if not is_simple or task.record is None or _is_watched():
         return
     known = _GUARDED.setdefault(task.model, {})
-    request = Request.of(task.objectives, task.wanted, task.parameters, task.targets)
+    request = Request.of(task.objectives, task.wanted, task.parameters, task.inputs, task.targets)
     if request not in known:
         if len(known) >= MOST_REQUESTS:
             return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from lightning_gradmetrics.engine import compiled as compiled_plans
 from lightning_gradmetrics.engine import gradient_statistics, guarded_calls
 
 SOURCE = """
-import enum, functools, os, sys, types
+import enum, functools, math, os, sys, types
+from collections import OrderedDict
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -36,6 +39,32 @@ class Helper:
     def apply(self, x):
         return x * self.k
 
+class Settings:
+    k = 1.0
+
+class Special(Settings):
+    pass
+
+class Other(type):
+    k = 1.0
+
+class Meta(metaclass=Other):
+    pass
+
+class Layer(nn.Module):
+    def forward(self, x):
+        return x
+
+@torch.compiler.allow_in_graph
+def untraced(x):
+    return x * FACTOR
+
+@torch.compiler.assume_constant_result
+def constant():
+    return FACTOR
+
+TANH = nn.Tanh()
+
 class Base(nn.Module):
     inherited = 1.0
     factors = [1.0]
@@ -53,6 +82,7 @@ class Model(Base):
         self.f, self.flag, self.list, self.dict, self.pair = 1.0, False, [1.0], {{"v": 1.0}}, (1.0, 2.0)
         self.space, self.name, self.count, self.seen, self.helper = types.SimpleNamespace(v=1.0), "f", 0, [], Helper()
         self.function, self.rest = function, nn.ModuleList()
+        self.ordered, self.zero, self.special = OrderedDict(a=1.0, b=2.0), 0.0, Special()
     @property
     def derived(self):
         return self.f
@@ -115,6 +145,19 @@ CHANGES = {
     "hook on a parameter": ("h = h * 1", "m.a.weight.register_hook(lambda g: g * 2)"),
     "forward of a layer": ("h = h * 1", "m.act.forward = torch.tanh"),
     "parametrisation": ("h = h * 1", "torch.nn.utils.parametrizations.weight_norm(m.a)"),
+    "code of a method": ("h = self.method(h)", "module.Base.method.__code__ = (lambda self, x: x * 2).__code__"),
+    "branch while compiling": ("h = h if torch.compiler.is_compiling() else h * self.f", "m.f = 2.0"),
+    "untraced function": ("h = untraced(h)", "module.FACTOR = 2.0"),
+    "constant function": ("h = h * constant()", "module.FACTOR = 2.0"),
+    "hook on a global module": ("h = TANH(h)", "module.TANH.register_forward_hook(lambda m, x, y: y * 2)"),
+    "class of a class": ("h = h * Meta.k", "module.Other.k = 2.0"),
+    "hidden attribute of a class": ("h = h * self.special.k", "module.Special.k = 2.0"),
+    "order": ("h = h * list(self.ordered.values())[0]", "m.ordered.move_to_end('a')"),
+    "sign of zero": ("h = h * math.copysign(1.0, self.zero)", "m.zero = -0.0"),
+    "setting of torch": (
+        "h = h * (2.0 if torch.get_autocast_dtype('cpu') == torch.float16 else 1.0)",
+        "torch.set_autocast_dtype('cpu', torch.float16)",
+    ),
     "class of the model": (
         "h = h * 1",
         "m.__class__ = type('Other', (module.Model,), {'__module__': module.__name__, 'inherited': 2.0})",
@@ -131,6 +174,19 @@ NEVER = {
     "absent name in a dictionary of attributes",
     "absent global",
     "stored result",
+    "counter",
+    "namespace",
+    "global object",
+    "class of a helper",
+    "branch while compiling",
+    "untraced function",
+    "constant function",
+    "hook on a global module",
+    "class of a class",
+    "hidden attribute of a class",
+    "order",
+    "sign of zero",
+    "setting of torch",
 }
 """Models whose calls are never repeated by guards, since these would not see the change."""
 
@@ -180,9 +236,36 @@ def test_a_change_between_calls_is_seen(kind, make, repeated):
     assert bool(repeated) == (kind not in NEVER)
     exec(change, {"m": model, "module": module, "nn": nn, "torch": torch, "os": os})
     x = torch.randn(6, 4)
-    expected = _norms(model, x, engine="reference") if kind != "dropout" else _norms(model, x)
-    for _ in range(3):
-        torch.testing.assert_close(_norms(model, x, compile=True), expected, rtol=1e-4, atol=1e-6)
+    try:
+        expected = _norms(model, x, engine="reference") if kind != "dropout" else _norms(model, x)
+        for _ in range(3):
+            torch.testing.assert_close(_norms(model, x, compile=True), expected, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.set_autocast_dtype("cpu", torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "first", "second"),
+    [
+        ("h = h * 1", "m.act = nn.Tanh()", "m.act.register_forward_hook(lambda m, x, y: y * 2)"),
+        ("h = h * 1", "m.act = module.Layer()", "module.Layer.forward = lambda self, x: x * 2"),
+        (
+            "h = h * float(os.environ['GRADMETRICS_TEST']) if self.flag else h",
+            "m.flag = True",
+            "os.environ['GRADMETRICS_TEST'] = '2'",
+        ),
+    ],
+)
+def test_a_change_after_another_change_is_seen(line, first, second, make, repeated):
+    model, module = make(line)
+    for change in (first, second):
+        for _ in range(4):
+            _norms(model, torch.randn(6, 4), compile=True)
+        exec(change, {"m": model, "module": module, "nn": nn, "os": os})
+    assert repeated
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(_norms(model, x, compile=True), _norms(model, x, engine="reference"))
 
 
 @pytest.mark.slow
@@ -243,3 +326,15 @@ def test_calls_are_repeated_in_every_gradient_mode(mode, make, repeated):
     assert repeated
     torch.testing.assert_close(found, _norms(model, x, engine="reference"), rtol=1e-4, atol=1e-6)
     assert model.a.weight.requires_grad
+
+
+@pytest.mark.slow
+def test_a_model_with_guards_is_freed(make, repeated):
+    model, _ = make("h = h * 1")
+    for _ in range(4):
+        _norms(model, torch.randn(6, 4), compile=True)
+    assert repeated
+    reference = weakref.ref(model)
+    del model, repeated[:]
+    gc.collect()
+    assert reference() is None
