@@ -194,7 +194,7 @@ class KnownTracer(PathFollower, Tracer):
 
     def backward(self, total: Tensor, last: bool = True, gradient: Tensor | None = None) -> None:
         """Run the backward pass, which returns the gradients of the held results."""
-        if not total.requires_grad or not self._edges:
+        if not total.requires_grad:
             return
         self._backward, self._last = True, last
         try:

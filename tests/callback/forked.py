@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = """
 import json, os, signal, socket, sys, time, traceback, warnings
 warnings.filterwarnings("ignore")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with this signal ignored
 import torch
 torch.set_num_threads(1)
 from pathlib import Path

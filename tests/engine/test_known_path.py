@@ -338,6 +338,35 @@ def test_one_layer_and_functions_of_several_calls() -> None:
     assert path.is_direct and path.calls[1].inner and path.calls[2].inner
 
 
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "einsum": lambda h, weight: torch.einsum("ni,oi->no", h, weight),
+    "matmul with a transposed weight": lambda h, weight: h @ weight.t(),
+    "linear with a scaled weight": lambda h, weight: F.linear(h, weight * 2),
+    "linear with a reshaped weight": lambda h, weight: F.linear(h, weight.reshape(2, 3, 6).flatten(0, 1)),
+    "element by element": lambda h, weight: (h[:, None] * weight).sum(2),
+}
+"""Uses of a parameter without a layer of torch."""
+
+
+class Product(nn.Module):
+    """A classifier without layers of torch."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.product = nn.Parameter(torch.randn(6, 6, dtype=torch.float64)), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_models_without_layers(name: str) -> None:
+    torch.manual_seed(0)
+    model = Product(PRODUCTS[name])
+    for _ in range(4):
+        require_equal(model, torch.randn(5, 6, dtype=torch.float64))
+
+
 def test_inputs_by_keyword() -> None:
     torch.manual_seed(0)
     model: Any = InOrder(lambda logits: F.linear(input=logits, weight=model.weight))
