@@ -21,6 +21,7 @@ from lightning_gradmetrics.classifier.forward import Inputs, map_tensors, tensor
 from lightning_gradmetrics.engine.auto import auto_moments, verified_strategy
 from lightning_gradmetrics.engine.cuda_graph import RecordedGraph
 from lightning_gradmetrics.engine.gather import MomentTable
+from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.guarded_calls import guard_program
 from lightning_gradmetrics.engine.inductor import compiled_graph
 from lightning_gradmetrics.engine.kernels.library import plain_kernels
@@ -186,6 +187,8 @@ def _program(task: Task, strategy: Strategy) -> Program:
             logits: list[Tensor] = []
 
             def keep(found: Tensor, tracer: Tracer) -> None:
+                if runs_custom_code(found):
+                    raise ValueError("its backward pass runs custom code, which may change")
                 logits.append(found)
 
             collect_fast(table, batch.restricted(strategy.fast), strategy.plan, keep, free=True)

@@ -146,6 +146,39 @@ def test_models_whose_graph_could_change_run_eagerly(kind, graphs):
     assert _errors(again, first) == 0
 
 
+SCALE = {"backward": 1.0}
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * SCALE["backward"]
+
+
+class _CustomBackward(_Branch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(_Scaled.apply(self.first(x)))
+
+
+def test_a_backward_pass_that_changes_later_is_not_compiled(graphs, monkeypatch):
+    torch.manual_seed(0)
+    model, x = _CustomBackward(), torch.randn(5, 4)
+    options = {"statistics": ["l2"], "per_parameter": True}
+    with pytest.warns(UserWarning, match="custom code"):
+        gradient_statistics(model, x, "pseudo_label", compile=True, **options)
+    monkeypatch.setitem(SCALE, "backward", 3.0)
+    compiled = gradient_statistics(model, x, "pseudo_label", compile=True, **options)
+    assert _errors(compiled, gradient_statistics(model, x, "pseudo_label", engine="reference", **options)) < 1e-5
+
+
 class _Splines(_Branch):
     def forward(self, x):
         bases = torch.exp(-((x[..., None] - torch.arange(2.0)) ** 2)).sum(2)
