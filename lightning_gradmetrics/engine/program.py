@@ -130,8 +130,9 @@ class Program:
         """
         *values, logits = self.run(parameters, buffers, inputs, labels)
         moments: list[Moments] = []
-        for start in range(0, len(values), len(self.keys)):
-            moments.append(dict(zip(self.keys, values[start:], strict=False)))
+        count = len(self.keys)
+        for start in range(0, len(values), count):
+            moments.append(dict(zip(self.keys, values[start : start + count], strict=True)))
         return moments, logits
 
     def _check_forward(self, task: Task, logits: Tensor) -> None:

@@ -24,7 +24,7 @@ from lightning_gradmetrics.gradients.scaling import rescaled_moments
 __all__ = ["check_draw", "Compared", "check_reader_paths", "check_sample", "check_some_samples", "verify_by_samples"]
 
 
-MOST_PATHS = 1024
+MOST_COMPARED = 1024
 """Largest number of paths of which is stored what was compared."""
 
 
@@ -209,7 +209,7 @@ def check_reader_paths(
 
 def note_compared(compared: Compared, path: int, found: set[tuple[int, str]]) -> None:
     """Extend what was compared on a path."""
-    if len(compared) >= MOST_PATHS:
+    if len(compared) >= MOST_COMPARED:
         compared.clear()
     compared.setdefault(path, set()).update(found)
 

@@ -26,6 +26,8 @@ from lightning_gradmetrics.meters.functional.selective import TABLE_LIMIT, harmo
 __all__ = ["TaskTotals"]
 
 FEWEST_HARMONIC = 1024
+"""Smallest length of the table of harmonic numbers."""
+
 FLAGS = {"aurc": RISK, "e_aurc": RISK, "aupr": PRECISION, "aupr_in": PRECISION_IN}
 """The totals that a metric needs, beside those that cost nothing."""
 

@@ -77,7 +77,9 @@ def resampled_totals(layout: CellGroups, counts: Tensor, rate: float, harmonic: 
     """
     library = library_for(LIBRARY)
     if library is None:
-        raise ValueError("there is no kernel for resamples: ask has_kernel() first")
+        raise ValueError(
+            "the compiled kernel for resamples is not available; call this function only if has_kernel() returns True"
+        )
     if counts.shape[0] != len(layout.rows) or counts.dtype != torch.float64 or counts.device.type != "cpu":
         raise ValueError(f"the counts must be ({len(layout.rows)}, B) in float64 on the CPU, got {tuple(counts.shape)}")
     counts = counts.contiguous()
