@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.graph import GradientEdge
-from torch.overrides import TorchFunctionMode
 
 from lightning_gradmetrics.engine.calls import Silence
 from lightning_gradmetrics.engine.graph import Root, gradients_at
 from lightning_gradmetrics.engine.inner_calls import HeldStep
-from lightning_gradmetrics.engine.path_check import PathChanged, PathFollower
+from lightning_gradmetrics.engine.path_check import PathChanged, PathCheck, PathFollower
 from lightning_gradmetrics.engine.path_record import KnownCall, KnownPath, leaves_of
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Step
 from lightning_gradmetrics.engine.rules import Call, bind
@@ -45,7 +44,7 @@ def _known_leaves(path: KnownPath, task: Task) -> list[Tensor]:
     return leaves
 
 
-class DirectPass(PathFollower, TorchFunctionMode):
+class DirectPass(PathCheck):
     """A forward pass on a known path that runs without the plan: each parameter has one step, by a rule.
 
     Args:
@@ -58,30 +57,17 @@ class DirectPass(PathFollower, TorchFunctionMode):
     """
 
     def __init__(self, path: KnownPath, task: Task, sink: Sink) -> None:
-        super().__init__()
-        self.follow(path, _known_leaves(path, task))
+        super().__init__(path, _known_leaves(path, task))
         self._sink = sink
         self._device = next(iter(task.parameters.values())).device
         self._held: list[tuple[HeldStep, dict[str, Any], int]] = []
         self._ends: list[Any] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one call, which must be the recorded one."""
-        kwargs = kwargs or {}
-        if type(func) is OpOverload:
-            return func(*args, **kwargs)
-        values = (*args, *kwargs.values()) if kwargs else args
-        known = self._next_call(func, values, kwargs)
-        if known is None:
-            return self._harmless(func, args, kwargs)
+    def _run(self, known: KnownCall, values: Sequence[Any], args: Any, kwargs: Any) -> Any:
+        """Return the result of a recorded call, and note the steps in it."""
         if known.held is not None:
-            result = self._hold(known.held, args, kwargs)
-        elif known.inner:
-            result = self._inside(known, values)
-        else:
-            result = func(*args, **kwargs)
-        self._note(known, values, result)
-        return result
+            return self._hold(known.held, args, kwargs)
+        return self._inside(known, values) if known.inner else known.function(*args, **kwargs)
 
     def _inside(self, known: KnownCall, values: Sequence[Any]) -> Any:
         """Return the result of the calls inside a function."""

@@ -160,9 +160,13 @@ class PathCheck(PathFollower, TorchFunctionMode):
         known = self._next_call(func, values, kwargs)
         if known is None:
             return self._harmless(func, args, kwargs)
-        result = func(*args, **kwargs)
+        result = self._run(known, values, args, kwargs)
         self._note(known, values, result)
         return result
+
+    def _run(self, known: KnownCall, values: Sequence[Any], args: Any, kwargs: Any) -> Any:
+        """Return the result of a recorded call."""
+        return known.function(*args, **kwargs)
 
 
 class _PathRecording(Recording):
