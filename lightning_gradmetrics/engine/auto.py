@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from lightning_gradmetrics.engine.agreement import SampleNotes
 from lightning_gradmetrics.engine.attribute_reads import reading_attributes
 from lightning_gradmetrics.engine.batch_checks import BatchChecks
-from lightning_gradmetrics.engine.folding import FoldRefused
 from lightning_gradmetrics.engine.garbage import without_collections
 from lightning_gradmetrics.engine.gather import MomentTable
-from lightning_gradmetrics.engine.guards import check_objectives, compare_alone, logits_without_graph
+from lightning_gradmetrics.engine.guards import compare_alone, logits_without_graph
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
-from lightning_gradmetrics.engine.path_check import PathChanged
 from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.planned_batch import GRADIENTS_IF_UNPROVEN, fill_by_plan
 from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, raise_if_out_of_memory
-from lightning_gradmetrics.engine.row_check import check_row_owners
-from lightning_gradmetrics.engine.sample_check import (
-    check_draw,
-    check_reader_paths,
-    check_sample,
-    check_some_samples,
-    verify_by_samples,
-)
+from lightning_gradmetrics.engine.sample_check import check_draw, check_some_samples
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
-from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
-from lightning_gradmetrics.engine.strategy import (
-    EVERY_SAMPLE,
-    Strategy,
-    collect_fast,
-    collect_on_path,
-    warn_random,
-    warn_slow,
-)
+from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
 from lightning_gradmetrics.engine.verification import make_strategy
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "verified_strategy"]
 
-GRADIENTS_IF_UNPROVEN = 4
-"""Number of samples whose gradients are compared with autograd in a new kind of batch that no proof covers, and without a plan."""
-
-MOST_OUTLINES = 16
-"""Largest number of call sequences that are stored for one batch size."""
-
 MOST_STRATEGIES = 4
 """Largest number of strategies for one kind of task; further paths through a model are handled without a plan."""
 
 MOST_KINDS = 64
 """Largest number of kinds of task for one model; the oldest is dropped."""
-
-MOST_BATCHES = 1024
-"""Largest number of combinations of input shapes and batch size that are stored for one strategy; the oldest is dropped."""
 
 _STRATEGIES: WeakKeyDictionary[nn.Module, dict[Hashable, list[Strategy]]] = WeakKeyDictionary()
 _UNPLANNABLE: WeakKeyDictionary[nn.Module, dict[Hashable, Strategy]] = WeakKeyDictionary()
@@ -242,7 +214,7 @@ def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
     task, checks = table.task, BatchChecks(table.task, strategy, state)
     slow = dict(strategy.slow)
     if strategy.plan is not None and strategy.fast:
-        _fill_by_plan(table, strategy, checks, state)
+        fill_by_plan(table, strategy, checks, state)
     elif strategy.plan is None:
         slow.update(_fill_by_owners(table, strategy, checks))
     if not slow:
@@ -261,99 +233,6 @@ def _fill(table: MomentTable, strategy: Strategy, state: ForwardState) -> None:
     mapped = strategy.mapped and slow.keys() == strategy.slow.keys()
     table.add_slowly(slow, mapped, lambda number, found: compare_alone(task, checks.logits[-1], number, found, state))
     warn_slow(task, Strategy(None, slow=slow, mapped=mapped))
-
-
-def _fill_by_plan(table: MomentTable, strategy: Strategy, checks: BatchChecks, state: ForwardState) -> None:
-    """Fill a table by the plan, and compare a sample with autograd where nothing proves that this is unnecessary."""
-    task, (shapes, _) = table.task, checks.here
-    if task.size == 1 and needs_no_plan(task, strategy, checks.here):
-        collect_one_sample(table)
-        return
-    laid_out = task.channels_last() if strategy.channels_last else task
-    free = shapes != strategy.shapes
-    restricted = laid_out.restricted(strategy.fast)
-    if _fill_by_path(table, restricted, strategy, checks, free, state):
-        return
-    verified = strategy.times.get(checks.here, {})
-    recorder = strategy.recorder(restricted, checks.here)
-    checks.notes = notes = None if strategy.verified else SampleNotes(task.size)
-    collect = partial(collect_fast, table, restricted, checks=checks, notes=notes, free=free, recorder=recorder)
-    plan = strategy.plan
-    assert plan is not None
-    try:
-        times, calls = collect(plan, folds=strategy.folds(task))
-    except FoldRefused:
-        strategy.plan, table.folded = replace(plan, folds={}), None
-        state.restore()
-        times, calls = collect(strategy.plan)
-    outline = calls.number
-    if outline not in verified:
-        if strategy.random and verified:
-            raise PlanError("the model makes other calls than in earlier batches of this size")
-        if not (checks.is_covered and strategy.settled):
-            count = 1 if checks.is_covered else GRADIENTS_IF_UNPROVEN
-            if strategy.random:
-                check_draw(table, strategy.fast, laid_out, state)
-            elif notes is not None:
-                alone = verify_by_samples(table, laid_out, state, notes, checks.readers, strategy.compared)
-                checks.compare_paths(calls, alone)
-                strategy.verified, strategy.path, strategy.parts = True, calls.path, ()
-            else:
-                is_strict, readers = checks.hides_gradients, checks.readers
-                alone = check_some_samples(table, strategy.fast, laid_out, state, count, is_strict, readers)
-                if strategy.failed is not None:
-                    check_sample(table, strategy.fast, laid_out, state, strategy.failed, checks.hides_gradients)
-                    strategy.failed = None
-                checks.compare_paths(calls, alone)
-            # The probe has checked the rows of three samples; models that mix samples are checked below.
-            if not (checks.is_covered or strategy.mixes) and task.size > 3:
-                check_row_owners(table, restricted, strategy.plan, free, state)
-            strategy.settled = strategy.settled or checks.is_covered
-        known = verified if len(verified) < MOST_OUTLINES else {}
-        strategy.times[checks.here] = {**known, outline: (times, checks.is_covered)}
-        if len(strategy.times) > MOST_BATCHES:
-            del strategy.times[next(iter(strategy.times))]
-    elif verified[outline][0] != times:
-        raise PlanError("a sample has a different number of positions than in earlier batches of this size")
-    elif checks.hides_gradients:
-        _check_hidden_gradients(table, strategy, laid_out, state)
-    elif recorder is not None:
-        strategy.add_path(checks.here, recorder.path() if checks.is_covered else None)
-    check_reader_paths(table, strategy.fast, laid_out, state, checks.reader_paths, strategy.compared)
-    if strategy.mixes and task.size > 1:
-        check_row_owners(table, restricted, strategy.plan, free, state)
-
-
-def _fill_by_path(
-    table: MomentTable, task: Task, strategy: Strategy, checks: BatchChecks, free: bool, state: ForwardState
-) -> bool:
-    """Fill a table while the calls are compared with the known ones; return False if no path is known, or if it has changed."""
-    path = strategy.paths.get(checks.here)
-    if path is None or strategy.plan is None or strategy.sizes is None or task.memory is not None:
-        return False
-    try:
-        collect_on_path(table, task, strategy.plan, partial(check_objectives, table.task), path, free)
-    except PathChanged:
-        strategy.add_path(checks.here, None)
-        state.restore()
-        return False
-    return True
-
-
-def _check_hidden_gradients(table: MomentTable, strategy: Strategy, laid_out: Task, state: ForwardState) -> None:
-    """Compare the gradients of two samples with autograd; each batch checks two others.
-
-    A single sample is not enough: it may be the one whose value changes the gradients of the batch.
-
-    Raises:
-        PlanError: If they differ.
-    """
-    if strategy.random:
-        check_draw(table, strategy.fast, laid_out, state)
-        return
-    size = table.task.size
-    for number in {strategy.turn % size, (strategy.turn + size // 2) % size}:
-        check_sample(table, strategy.fast, laid_out, state, number, strict=True)
 
 
 def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: BatchChecks) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine import auto, gradient_statistics, planned_batch
 from lightning_gradmetrics.gradients.statistics import STATISTICS
 from tests.engine.cases import CASES, Packed, made, worst_difference
 
@@ -52,7 +52,7 @@ def test_small_batches(name, size):
 def _without_plan(monkeypatch, model, batch, **options):
     """Return the statistics of a batch that is known, and fail if it is collected by a plan."""
     with monkeypatch.context() as context:
-        context.setattr(auto, "collect_fast", lambda *_, **__: pytest.fail("a plan was used"))
+        context.setattr(planned_batch, "collect_fast", lambda *_, **__: pytest.fail("a plan was used"))
         return _statistics(model, batch, **options)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.compat.gradient_metrics import GradientMetricCollector, metrics, watching
-from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine import auto, gradient_statistics, planned_batch
 
 
 class _Texts(nn.Module):
@@ -24,7 +24,7 @@ class _Texts(nn.Module):
 
 
 def test_sizes_and_lengths_seen_by_the_engine_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "MOST_BATCHES", 8)
+    monkeypatch.setattr(planned_batch, "MOST_BATCHES", 8)
     model = _Texts().double().eval()
     for length in range(2, 6):
         for size in (3, 4, 6):

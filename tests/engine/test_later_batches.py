@@ -62,7 +62,7 @@ def test_each_sample_has_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         checked.append(number)
         return sample_check.check_sample(table, names, laid_out, state, number, strict)
 
-    monkeypatch.setattr("lightning_gradmetrics.engine.auto.check_sample", noted)
+    monkeypatch.setattr("lightning_gradmetrics.engine.planned_batch.check_sample", noted)
     for _ in range(6):
         gradient_statistics(model, numbers(5, WIDTH) / 3, "pseudo_label")
     assert sorted(checked) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
