@@ -41,11 +41,11 @@ def run(config: DictConfig) -> None:
     Raises:
         ValueError: If the task is unknown.
     """
+    with _no_collection():
+        _quiet_lightning()
+        import lightning_gradmetrics.cli.steps.prepare  # noqa: F401  # imports nearly all that a task needs
+    _check_nothing_is_missing(config)
     with second_process(wanted=config.task == "evaluate" and config.report is True) as process:
-        with _no_collection():
-            _quiet_lightning()
-            import lightning_gradmetrics.cli.steps.prepare  # noqa: F401  # imports nearly all that a task needs
-        _check_nothing_is_missing(config)
         _run_task(config, process)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_gradmetrics.cli import second_process as processes
 from lightning_gradmetrics.cli.figures import Curves, Figures, matplotlib_settings
 from lightning_gradmetrics.cli.second_process import second_process
 from lightning_gradmetrics.pictures import log_pixels, picture_sources, takes_pixels
@@ -27,6 +30,7 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(processes, "_can_fork", lambda: True)  # the threads of the test runner are idle
 
 
 def figures(directory: Path) -> Figures:
@@ -58,15 +62,16 @@ def test_a_second_process_draws_the_same_figures_with_the_same_settings(tmp_path
         assert (again.pixels[name] == pixels).all()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
-def test_what_the_function_prints_does_not_mix_with_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_function_prints_appears_at_once_on_the_standard_error_stream(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     with second_process() as process:
         assert process.submit(partial(print, "on the standard output"))() is None
-    assert capsys.readouterr().err == "on the standard output\n"
+        captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "on the standard output\n")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
 def test_several_functions_run_one_after_the_other(tmp_path: Path) -> None:
     with second_process() as process:
@@ -77,25 +82,32 @@ def test_several_functions_run_one_after_the_other(tmp_path: Path) -> None:
         assert numbers[0]() == numbers[1]() != os.getpid()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
-def test_an_error_is_raised_where_the_result_is_read(tmp_path: Path) -> None:
+def test_an_error_is_raised_where_the_result_is_read_and_ends_nothing(tmp_path: Path) -> None:
     with second_process() as process:
-        finished = process.submit(partial(os.listdir, tmp_path / "missing"))
+        finished, pid = process.submit(partial(os.listdir, tmp_path / "missing")), process.submit(os.getpid)
         with pytest.raises(RuntimeError, match=r"could not be saved: .*No such file or directory"):
+            finished()
+        assert pid() != os.getpid()
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_process_that_is_killed_is_reported() -> None:
+    with second_process() as process:
+        finished = process.submit(partial(os._exit, 3))
+        with pytest.raises(RuntimeError, match="ended with status 3"):
             finished()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
 def test_an_error_in_the_block_ends_the_second_process(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="mine"), second_process() as process:
+        process.submit(partial(time.sleep, 60))
         process.submit(partial((tmp_path / "a").mkdir))
         raise KeyError("mine")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("two_cores")
 def test_a_function_that_cannot_be_pickled_runs_here() -> None:
     with second_process() as process:
@@ -105,10 +117,19 @@ def test_a_function_that_cannot_be_pickled_runs_here() -> None:
 @pytest.mark.usefixtures("two_cores")
 def test_a_process_that_has_ended_is_not_needed() -> None:
     with second_process() as process:
-        assert process._process is not None
-        process._process.kill()
-        process._process.wait()
+        assert process._worker is not None
+        process._worker.process.kill()
+        process._worker.process.join()
         assert process.submit(partial(os.getpid))() == os.getpid()
+
+
+def test_a_thread_that_runs_python_is_not_forked() -> None:
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    assert not processes._can_fork()
+    end.set()
+    thread.join()
 
 
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
