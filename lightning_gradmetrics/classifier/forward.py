@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -263,19 +263,25 @@ def has_compiled_parts(module: nn.Module) -> bool:
     return False
 
 
-@contextmanager
-def gradients_enabled(model: nn.Module | None = None) -> Iterator[None]:
+def gradients_enabled(model: nn.Module | None = None) -> AbstractContextManager[Any]:
     """Enable gradients, also inside ``torch.inference_mode`` and ``torch.no_grad``.
 
     Args:
         model: The model that runs inside the block. cuDNN's recurrent layers have no backward pass in eval mode; if the
             model has some on a CUDA device, cuDNN is off inside the block.
     """
-    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     has_fabric = any(map(sys.modules.__contains__, FABRIC_MODULES))
+    has_cuda = model is not None and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if has_fabric or has_cuda or torch.is_inference_mode_enabled():
+        return _gradients_enabled(model, has_fabric, has_cuda)
+    return torch.enable_grad()
+
+
+@contextmanager
+def _gradients_enabled(model: nn.Module | None, has_fabric: bool, has_cuda: bool) -> Iterator[None]:
+    inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with inference, torch.enable_grad(), _backward_of_fabric() if has_fabric else nullcontext():
-        initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if model is None or not initialised or not _has_recurrent_layers(model):
+        if model is None or not has_cuda or not _has_recurrent_layers(model):
             yield
             return
         before = torch.backends.cudnn.enabled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from operator import is_, itemgetter
 from typing import Any
@@ -162,6 +162,7 @@ class ModelLayout:
         buffers: All registered buffers.
         tensors: The tensors among the attributes, and parameters that a forward pass is known to change in place.
         is_accepted: Set by callers that have checked the modules and their modes, and need not check them again.
+        attribute_entries: Set by callers that have listed plain attributes, with the names of those that they have listed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -177,15 +178,18 @@ class ModelLayout:
         self._containers: list[ContainerRecord] = []
         self._registers: list[ContainerRecord] = []
         self._empty: list[Any] = []
+        self._empty_registers: list[Any] = []
         self._arrays: list[ArrayRecord] = []
         self._lists: list[list[Any]] = []
         self._is_plain = True
         self.is_accepted = False
+        self.attribute_entries: tuple[Any, tuple[Any, ...]] | None = None
         seen: set[int] = set()
         for module in modules:
             self._record_attributes(vars(module), seen)
             self._record_buffers(module)
             self._record_parameters(module)
+            self._record_registers(module)
         self._hooks = HookState(model, modules)
         self._compared: _Comparison | None = None
 
@@ -219,6 +223,11 @@ class ModelLayout:
         self._compared = compared
         return True
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether the layout is stored, and used again only if the model consists of the same objects."""
+        return self._compared is not None
+
     def is_current(self) -> bool:
         """Return whether the model still consists of the same objects; False if that cannot be found out quickly."""
         return self._compared is not None and self._compared.agrees(self.modules)
@@ -248,21 +257,16 @@ class ModelLayout:
         elif isinstance(part, Tensor):
             self.tensors.append(part)
         else:
-            self._record_container(part, self._containers)
+            self._record_container(part, self._containers, self._empty)
 
-    def _record_container(self, container: Any, records: list[ContainerRecord]) -> None:
+    def _record_container(self, container: Any, filled: list[ContainerRecord], empty: list[Any]) -> None:
         if container:
-            records.append(ContainerRecord(container))
+            filled.append(ContainerRecord(container))
         else:
-            self._empty.append(container)
+            empty.append(container)
 
     def _record_parameters(self, module: nn.Module) -> None:
         registered = module._parameters
-        if not registered and type(registered) is dict:
-            self._empty.append(registered)
-            return
-        if type(registered) in CONTAINERS:  # a scripted module's is not a dictionary
-            self._record_container(registered, self._registers)
         for parameter in registered.values():
             if parameter is not None:
                 self.parameters.append(parameter)
@@ -271,21 +275,36 @@ class ModelLayout:
             if weight is not None:
                 self.tensors.append(weight)
 
+    def _record_registers(self, module: nn.Module) -> None:
+        for registered in (module._parameters, module._modules):
+            if type(registered) in CONTAINERS:  # a scripted module's is not a dictionary
+                self._record_container(registered, self._registers, self._empty_registers)
+
     def _record_buffers(self, module: nn.Module) -> None:
         registered = module._buffers
         if not registered and type(registered) is dict:
             self._empty.append(registered)
             return
         if type(registered) in CONTAINERS:
-            self._record_container(registered, self._containers)
+            self._record_container(registered, self._containers, self._empty)
         for buffer in registered.values():
             if buffer is not None:
                 self.buffers.append(buffer)
 
-    def restore_registered(self) -> None:
-        """Set the registered parameters to those of this state."""
-        for container in self._registers:
+    def restore_registered(self) -> list[str]:
+        """Set the registered parameters and submodules to those of this state; return the names of added parameters."""
+        changed = [container for container in self._registers if container.has_changed()]
+        if not changed and not any(self._empty_registers):
+            return []
+        present = named_parameters(self.modules[0])
+        _clear_all(self._empty_registers)
+        for container in changed:
             container.restore()
+        known, added = set(map(id, self.parameters)), []
+        for name, parameter in present.items():
+            if name not in self.named_parameters and id(parameter) not in known:
+                added.append(name)
+        return added
 
     def restore(self) -> None:
         """Set attributes, hooks and buffers to those of this state."""
@@ -313,21 +332,24 @@ class _Comparison:
     def __init__(self, modules: Sequence[nn.Module], lists: Sequence[list[Any]]) -> None:
         self._own = list(map(vars, modules))
         self._kinds = list(map(type, modules))
-        self._getters: list[Callable[[Any], tuple[Any, ...]]] = []
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         dictionaries: list[dict[Any, Any]] = []
         for own in self._own:
-            self._getters.append(itemgetter(*_DICTIONARIES, "training", *_own_names(tuple(own))))
+            groups.setdefault(_own_names(tuple(own)), []).append(own)
             dictionaries += map(own.__getitem__, _DICTIONARIES)
+        self._groups = list(groups.values())
+        self._getters = [itemgetter(*_DICTIONARIES, "training", *names) for names in groups]
         self.is_possible = {dict, OrderedDict}.issuperset(map(type, dictionaries))
         self._filled = list(filter(None, dictionaries))
         self._empty = [entries for entries in dictionaries if not entries]
-        self._lists, self._lengths = lists, list(map(len, (*self._own, *self._filled, *lists)))
+        self._lists, self._sized = lists, (*self._own, *self._filled, *lists)
+        self._lengths = list(map(len, self._sized))
         self.entries = list(self._present())
         self._names = list(_chained(self._filled))
 
     def _present(self) -> Iterator[Any]:
         """Yield the compared attributes and entries."""
-        attributes = _chained(map(_apply, self._getters, self._own))
+        attributes = _chained(_chained(map(map, self._getters, self._groups)))
         return itertools.chain(attributes, _chained(map(dict.values, self._filled)), _chained(self._lists))
 
     def agrees(self, modules: Sequence[nn.Module]) -> bool:
@@ -335,7 +357,7 @@ class _Comparison:
         try:
             return (
                 not any(self._empty)
-                and list(map(len, (*self._own, *self._filled, *self._lists))) == self._lengths
+                and list(map(len, self._sized)) == self._lengths
                 and all(map(is_, map(vars, modules), self._own))
                 and all(map(is_, map(type, modules), self._kinds))
                 and all(map(is_, self._present(), self.entries))
@@ -348,10 +370,6 @@ class _Comparison:
 _chained = itertools.chain.from_iterable
 
 
-def _apply(function: Callable[[Any], Any], value: Any) -> Any:
-    return function(value)
-
-
 def layout_of(model: nn.Module) -> ModelLayout:
     """Return the present layout of a model, which is that of the last call if one pass over all dictionaries finds no other object."""
     known = _LAYOUTS.get(model)
@@ -359,12 +377,20 @@ def layout_of(model: nn.Module) -> ModelLayout:
         return known
     layout = ModelLayout(model)
     if layout.remember():
+        _drop_changed()
         _LAYOUTS[model] = layout
         while len(_LAYOUTS) > MOST_LAYOUTS:
             _LAYOUTS.pop(next(iter(_LAYOUTS)), None)
     else:
         _LAYOUTS.pop(model, None)
     return layout
+
+
+def _drop_changed() -> None:
+    """Delete the layouts of changed models: a submodule that has got a reference to its model would keep it in memory."""
+    for model, layout in list(_LAYOUTS.items()):
+        if not layout.is_current():
+            del _LAYOUTS[model]
 
 
 def _clear_all(containers: Sequence[Any]) -> None:

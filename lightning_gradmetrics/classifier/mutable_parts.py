@@ -113,6 +113,10 @@ class ContainerRecord:
         else:
             self._before = set(container) if isinstance(container, set) else list(container)
 
+    def has_changed(self) -> bool:
+        """Return whether the container has other objects as entries, or another order of them."""
+        return not _has_entries(self.container, self._before)
+
     def restore(self) -> None:
         """Set the entries to the recorded ones, if they have changed."""
         container, before = self.container, self._before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import is_
@@ -36,8 +36,8 @@ def preserved(model: nn.Module) -> Iterator[ModelRecord]:
     Restored are:
 
     - each parameter's ``requires_grad`` and ``.grad``, and each module's train or eval mode;
-    - which tensors are parameters and buffers, and the values of all buffers: batch norm changes its statistics without a
-      new version of the tensor;
+    - which tensors are parameters and buffers, which modules are submodules, and the values of all buffers: batch norm
+      changes its statistics without a new version of the tensor;
     - attributes that a forward pass sets, replaces or deletes, including the entries of containers, nested ones too, the
       attributes of configurations and namespaces, and the values of arrays and tensors;
     - parameters whose ``.data`` a forward pass replaces, and those that it changes in place: the weights of embeddings with
@@ -99,7 +99,10 @@ class ModelRecord:
         layout: The modules, attributes, hooks and registered tensors.
         modules: The modules of the model.
         parameters: All registered parameters.
+        added: Once the state is restored, the names of the parameters that forward passes had registered.
     """
+
+    added: Sequence[str] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.layout = layout_of(model)
@@ -133,8 +136,9 @@ class ModelRecord:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-        self.layout.restore_registered()
-        self.layout.restore()
+        if not self.layout.is_current():
+            self.added = self.layout.restore_registered()
+            self.layout.restore()
         self._restore_parameters()
         self._values.restore()
         self.generators.restore()
@@ -142,13 +146,16 @@ class ModelRecord:
     def _late_writes(self) -> list[Tensor]:
         """Return the parameters that were changed in place and of which there are no copies."""
         late = self._memory.written()
+        if not late:
+            return []
         copied = set(map(id, self.layout.tensors))
         copied.update(id(record.tensor) for record in self._written)
         return [tensor for tensor in late if id(tensor) not in copied]
 
     def restore_for_forward(self) -> None:
         """Set the attributes, hooks, and the changed values of tensors to this state, but not the generators."""
-        self.layout.restore()
+        if not self.layout.is_current():
+            self.layout.restore()
         self.restore_tensors()
 
     def restore_tensors(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from ctypes import string_at
 from functools import lru_cache
 from typing import Any
@@ -254,15 +254,16 @@ def note_open(model: nn.Module, record: Any) -> None:
         _OPEN.add(record)
 
 
-@contextmanager
-def first_pass_watched(model: nn.Module) -> Iterator[None]:
+def first_pass_watched(model: nn.Module) -> AbstractContextManager[None]:
     """Watch the first forward pass of a model, so that the tensors that it changes in place are copied first.
 
     Later records contain copies of these tensors. Copies of all parameters in every call would take too long.
     """
-    if model in _WATCHED or not _OPEN:
-        yield
-        return
+    return nullcontext() if model in _WATCHED or not _OPEN else _watched(model)
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[None]:
     # torch.compile may give up on functions that it meets inside of a mode.
     is_compiler_loaded = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if is_compiler_loaded else nullcontext(), _Watch():  # type: ignore[no-untyped-call]

@@ -104,9 +104,13 @@ def eager() -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return, no-untyped-call]
 
 
-@contextmanager
-def _parametrizations_computed() -> Iterator[None]:
+def _parametrizations_computed() -> AbstractContextManager[None]:
     """Compute parametrised weights in each forward pass, even inside the caller's ``parametrize.cached()``."""
+    return _uncached() if parametrize._cache_enabled or parametrize._cache else nullcontext()
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
     before = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
@@ -210,12 +214,12 @@ def gradient_statistics(  # type: ignore[misc]
         if guarded is not None:
             results = [_result(guarded[0], m, per_parameter) for m in guarded[1]]
             return results[0] if single else results
+    is_auto = engine == "auto"
+    options = (wanted, memory, sample_axis, is_auto, is_auto and not per_parameter)
     with (
         exclusive(model),
         _started_ahead(model, inputs, targets) if engine == "compiled" and sample_axis == 0 else nullcontext(),
-        _task(
-            model, inputs, objectives, parameters, targets, logits, wanted, memory, sample_axis, engine == "auto"
-        ) as task,
+        _task(model, inputs, objectives, parameters, targets, logits, *options) as task,
     ):
         if engine not in ("auto", "compiled"):
             check_rows(task)
@@ -247,12 +251,12 @@ def _guarded(
 
 
 def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter: bool) -> GradientStatistics:
-    counts = list(map(Tensor.numel, chosen.values()))
+    counts, is_merged = list(map(Tensor.numel, chosen.values())), next(iter(moments.values())).ndim == 1
     dtype = result_dtype(next(iter(chosen.values())).dtype)
     if per_parameter:
         return GradientStatistics(tuple(chosen), torch.tensor(counts), moments, dtype)
     total = torch.scalar_tensor(sum(counts), dtype=torch.int64)  # torch.tensor takes several times as long
-    return GradientStatistics(tuple(chosen), total, merged_moments(moments), dtype)
+    return GradientStatistics(tuple(chosen), total, moments if is_merged else merged_moments(moments), dtype)
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -272,6 +276,7 @@ def _task(
     memory: int | None = None,
     sample_axis: SampleAxis = 0,
     may_assume: bool = False,
+    merged: bool = False,
 ) -> Iterator[Task]:
     """Yield the task with gradients enabled; the model is restored afterwards."""
     with preserved(model) as record:
@@ -297,6 +302,19 @@ def _task(
                 wanted=wanted,
                 logits=logits,
                 memory=memory,
+                per_sample=(True,) if isinstance(placed, Tensor) else (),
                 record=record if placed is inputs else None,
+                merged=merged,
             )
             yield without_cached_tensors(with_sample_axes(task, stated, may_assume))
+    _refuse_added(model, list(filter(parameters, record.added)))
+
+
+def _refuse_added(model: nn.Module, added: Sequence[str]) -> None:
+    """Refuse parameters that only a forward pass has registered: their gradients would be missing."""
+    if added:
+        raise ValueError(
+            f"the forward pass of {type(model).__name__} registers parameters, whose gradients would be missing: "
+            f"{', '.join(added)}. Call the model once before, or leave them out, as in parameters=lambda name: name not in "
+            f"{list(added)}"
+        )

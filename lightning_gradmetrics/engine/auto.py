@@ -167,9 +167,11 @@ def _unplanned(task: Task, strategies: Sequence[Strategy]) -> Strategy:
 
 def _kind(task: Task) -> Hashable:
     """Return everything that a strategy depends on, except the sizes of the inputs."""
-    device = next(iter(task.parameters.values())).device.type
+    chosen = task.parameters.values()
+    device = next(iter(chosen)).device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    names = tuple((name, p.shape, p.dtype, bool(p._backward_hooks)) for name, p in task.parameters.items())
+    hooks = tuple(map(bool, map(_HOOKS, chosen)))
+    names = (tuple(task.parameters), tuple(map(_SHAPE, chosen)), tuple(map(_DTYPE, chosen)), hooks)
     structure = (type(task.inputs).__name__, input_structure(task.inputs), task.per_sample)
     # A tensor with one row per sample can take the place of one that all samples share.
     model, record = task.model, task.record
@@ -181,6 +183,8 @@ def _kind(task: Task) -> Hashable:
 
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+_HOOKS = torch.Tensor._backward_hooks.__get__  # type: ignore[union-attr]
 
 
 def _shapes(task: Task) -> Hashable:

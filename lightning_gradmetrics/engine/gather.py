@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.kernels.fused import fused_segments, fused_supports
-from lightning_gradmetrics.engine.kernels.segments import Segments
+from lightning_gradmetrics.engine.kernels.segments import Segments, chosen_moments
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.reference import moments_of_draw, reference_moments
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
 from lightning_gradmetrics.engine.uses import EmbeddingUse, OuterUse, RowsUse, Use
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
-from lightning_gradmetrics.gradients.statistics import Moment, Moments
+from lightning_gradmetrics.gradients.statistics import Moment, Moments, merged_moments
 
 __all__ = ["MomentTable"]
 
@@ -40,6 +40,7 @@ class MomentTable:
         self.task, self._scaled = task, scaled
         self._columns = {name: index for index, name in enumerate(task.parameters)}
         self._moments: list[Moments | None] = [None] * len(task.objectives)
+        self._statistics: list[tuple[Tensor, Tensor] | None] = [None] * len(task.objectives)
         self._undo: list[Tensor] = []
         self._waiting: list[dict[str, Moments]] = []
         self._small: list[dict[str, Tensor]] = []
@@ -51,11 +52,24 @@ class MomentTable:
         return list(map(self._table, range(len(self._moments))))
 
     def _table(self, index: int) -> Moments:
-        table = self._moments[index]
-        if table is None:
+        table, statistics = self._moments[index], self._statistics[index]
+        if table is None and statistics is not None:
+            self._moments[index] = table = chosen_moments(statistics[0], self.task.wanted)
+        elif table is None:
             only = replace(self.task, objectives=self.task.objectives[index : index + 1])
             self._moments[index] = table = empty_moments(only, self.task.size)[0]
         return table
+
+    @property
+    def results(self) -> list[Moments]:
+        """The moments of each objective, over all parameters if the task allows that."""
+        return list(map(self._merged, range(len(self._moments)))) if self.task.merged else self.moments
+
+    def _merged(self, index: int) -> Moments:
+        statistics = self._statistics[index]
+        if statistics is None:
+            return merged_moments(self._table(index))
+        return chosen_moments(statistics[1], self.task.wanted)
 
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
@@ -94,17 +108,18 @@ class MomentTable:
         if not segments.unchanged():
             raise PlanError("a layer's input or gradient was changed in place after its use")
         names = sorted(segments.names, key=self._columns.__getitem__)
-        moments = segments.moments(names, undo)
+        statistics = segments.statistics(names, undo)
         if len(names) == len(self._columns):
-            self._moments[index] = moments
+            self._moments[index], self._statistics[index] = None, statistics
             return
-        where = list(map(self._columns.__getitem__, names))
+        where, moments = list(map(self._columns.__getitem__, names)), chosen_moments(statistics[0], self.task.wanted)
         for key, table in self._table(index).items():
             table[:, where] = moments[key]
 
     def clear(self) -> None:
         """Delete all values."""
         self._moments = [None] * len(self.task.objectives)
+        self._statistics = [None] * len(self.task.objectives)
         self._undo, self._waiting, self._small, self._segments = [], [], [], []
 
     def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
@@ -128,6 +143,7 @@ class MomentTable:
         for own, added in zip(self.moments, moments, strict=True):
             for key, value in added.items():
                 own[key][:, columns] = value
+        self._statistics = [None] * len(self.task.objectives)
 
     def of_samples(self, samples: slice, names: Iterable[str], objective: int) -> Moments:
         """Return the moments ``(n, P)`` of the gradients of some samples for some parameters."""
@@ -139,10 +155,10 @@ class MomentTable:
 
     @staticmethod
     def join(parts: list[MomentTable]) -> list[Moments]:
-        """Return the moments of all samples, from consecutive groups of them."""
+        """Return the moments of all samples, from consecutive groups of them; over all parameters if the task allows that."""
         if len(parts) == 1:
-            return parts[0].moments
-        return joined([table.moments for table in parts])
+            return parts[0].results
+        return joined([table.results for table in parts])
 
 
 def _segment_moments(rows: Mapping[str, Tensor], wanted: Collection[Moment]) -> dict[str, Moments]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
@@ -33,7 +33,7 @@ _SIMPLE = frozenset([bool, int, float, str, type(None)])
 _VOLATILE: WeakKeyDictionary[nn.Module, set[tuple[int, str]]] = WeakKeyDictionary()
 """Attributes that a forward pass changes, such as counters, as pairs of module number and name."""
 
-_READ: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_READ: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 """The names of the attributes that forward passes of a model read; a model without an entry may read any."""
 
 
@@ -91,16 +91,23 @@ def attribute_key(model: nn.Module, record: ModelRecord | None = None) -> Hashab
         model: The model.
         record: The record of its present state, if there is one.
     """
-    volatile, entries = _VOLATILE.get(model), _attributes(model, record, _READ.get(model))
+    volatile, read = _VOLATILE.get(model), _READ.get(model)
+    modules = tuple(model.modules()) if record is None else record.modules
+    known = None if record is None else record.layout.attribute_entries
+    if known is None or known[0] is not read:  # a layout that is compared in each call has the same values again
+        known = (read, tuple(_attributes(modules, read)))
+        if record is not None and record.layout.is_compared:
+            record.layout.attribute_entries = known
+    entries = (*known[1], *_class_attributes(modules))
     if not volatile:
-        return tuple(entries)
+        return entries
     return tuple(entry for entry in entries if entry[:2] not in volatile)
 
 
 def note_read(model: nn.Module, names: set[str]) -> None:
     """Record the names of all attributes that the forward passes of a plan read; later keys contain them."""
     if "__dict__" not in names and are_reads_visible(model):
-        _READ.setdefault(model, set()).update(names)
+        _READ[model] = _READ.get(model, frozenset()) | names
     else:
         _READ.pop(model, None)
 
@@ -113,12 +120,9 @@ def note_volatile(model: nn.Module, before: Hashable, after: Hashable) -> None:
         volatile.add((number, name))
 
 
-def _attributes(
-    model: nn.Module, record: ModelRecord | None = None, read: set[str] | None = None
-) -> Iterator[tuple[int, str, Hashable]]:
+def _attributes(modules: Sequence[nn.Module], read: frozenset[str] | None) -> Iterator[tuple[int, str, Hashable]]:
     """Yield the number of the module, the name and the value of every plain attribute whose name is read."""
     seen: set[int] = set()
-    modules = tuple(model.modules()) if record is None else record.modules
     for number, module in enumerate(modules):
         attributes = vars(module)
         for name in _sorted_names(tuple(attributes)):
@@ -130,6 +134,10 @@ def _attributes(
                 yield number, name, value
             else:
                 yield from _plain_parts(number, name, value, seen)
+
+
+def _class_attributes(modules: Sequence[nn.Module]) -> Iterator[tuple[int, str, Hashable]]:
+    """Yield a negative number for the class, the name and the value of every plain attribute of a class."""
     for number, kind in _classes(tuple(map(_BASES, dict.fromkeys(map(type, modules))))):
         yield from _plain_entries(number, kind.__name__, vars(kind))
 

@@ -57,7 +57,7 @@ def with_sample_axes(task: Task, stated: SampleAxis = 0, may_assume: bool = Fals
         SampleAxisError: If an input is ambiguous, or the model fails for every choice of the shared tensors.
     """
     if isinstance(task.inputs, Tensor):
-        return replace(task, per_sample=(True,))
+        return task if task.per_sample else replace(task, per_sample=(True,))
 
     def forward(samples: Sequence[int] | None, flags: Sequence[bool]) -> Tensor:
         part = replace(task, per_sample=tuple(flags))

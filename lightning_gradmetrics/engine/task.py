@@ -43,6 +43,7 @@ class Task:
         per_sample: For each tensor of the inputs, whether its first axis is the sample; other tensors are shared.
         assumption: Confirms or replaces ``per_sample``, if it is only assumed.
         record: The model's state when the task was made, if the model is still in it.
+        merged: Whether the result may be the moments over all parameters, ``(N,)``.
         weights: Powers of two ``(N,)`` by which the gradients of the samples are scaled until the end, for a check.
     """
 
@@ -58,6 +59,7 @@ class Task:
     per_sample: tuple[bool, ...] = ()
     assumption: Assumption | None = None
     record: ModelRecord | None = None
+    merged: bool = False
     weights: Tensor | None = None
 
     @property
@@ -137,7 +139,9 @@ class Task:
         Raises:
             SampleAxisError: If the logits do not have one row per sample.
         """
-        with contiguous_batch_norm_gradients(self.size if for_gradients else 0):
+        if self.size > 1 or not for_gradients:
+            return self.logits_of(self.inputs, self.size)
+        with contiguous_batch_norm_gradients(self.size):
             return self.logits_of(self.inputs, self.size)
 
     def logits_of(self, inputs: Any, size: int) -> Tensor:

@@ -108,7 +108,8 @@ class RowsUse:
 
     def factors(self) -> Factors:
         """Return the gradients as rows."""
-        return _flat(at_least_float32(self.value)), None
+        rows = at_least_float32(self.value)
+        return (rows if rows.ndim == 2 else _flat(rows)), None
 
 
 @dataclass(frozen=True)

@@ -77,3 +77,13 @@ def test_a_stored_layout_keeps_no_model_in_memory() -> None:
     model, alive = None, ref(model)
     gc.collect()
     assert alive() is None
+
+
+def test_a_submodule_that_refers_to_its_model_is_released_once_another_model_is_used() -> None:
+    model = small_model()
+    layout_of(model)
+    vars(model[0])["owner"] = model
+    model = ref(model)
+    layout_of(small_model())
+    gc.collect()
+    assert model() is None

@@ -12,7 +12,7 @@ from lightning_gradmetrics.engine import kernels
 from lightning_gradmetrics.engine.kernels import ConvGeometry, class_residuals, gram, layers, library, native, segments
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, unit_gradient
-from lightning_gradmetrics.gradients.statistics import factor_moments, gradient_moments
+from lightning_gradmetrics.gradients.statistics import factor_moments, gradient_moments, merged_moments
 
 ALL = frozenset({"sum", "max", "min", 1.0, 2.0})
 SAME = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
@@ -130,11 +130,13 @@ def test_many_small_matrices_have_the_moments_of_torch(dtype, wanted):
         last = rows
     undo = 2.0 ** torch.randint(-3, 3, (19,)).double()
     names = sorted(expected)
-    found = together.moments(names, undo)
+    found, merged = (segments.chosen_moments(part, wanted) for part in together.statistics(names, undo))
     for key in wanted:
         truth = torch.stack([rescaled_moments(expected[name], undo)[key] for name in names], 1)
         bound = 1e-12 if dtype == torch.float64 else 1e-4
         torch.testing.assert_close(found[key], truth, rtol=bound, atol=bound, equal_nan=True)
+        expected_merged = merged_moments({key: found[key]})[key]
+        torch.testing.assert_close(merged[key], expected_merged, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @needs_compiler

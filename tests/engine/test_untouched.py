@@ -101,3 +101,38 @@ def test_an_attribute_that_is_changed_in_place_keeps_its_value_for_the_backward_
     gradient[0, 3 + expected.argmax()] -= x.norm()
     found = gradient_statistics(model, x, "pseudo_label", engine=engine).norm(2)
     torch.testing.assert_close(found, gradient.norm()[None])
+
+
+class _Registering(nn.Module):
+    """Registers a submodule, or a parameter, in its first forward pass."""
+
+    def __init__(self, name: str, make) -> None:
+        super().__init__()
+        self.body, self.name, self.make = nn.Linear(4, 3), name, make
+
+    def forward(self, x):
+        logits = self.body(x)
+        if not hasattr(self, self.name):
+            setattr(self, self.name, self.make())
+        added = getattr(self, self.name)
+        return logits * added if isinstance(added, torch.Tensor) else added(logits)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "reference"])
+def test_what_a_forward_pass_registers_is_removed_and_new_parameters_are_refused(engine):
+    x = torch.randn(5, 4)
+    model = _Registering("act", nn.Tanh).eval()
+    twin = nn.Sequential(model.body, nn.Tanh()).eval()
+    for _ in range(3):
+        found = gradient_statistics(model, x, "pseudo_label", engine=engine)
+        torch.testing.assert_close(found.norm(), gradient_statistics(twin, x, "pseudo_label").norm())
+        assert list(model._modules) == ["body"]
+    parameters = {"head": lambda: nn.Linear(3, 3), "scale": lambda: nn.Parameter(torch.full((3,), 2.0))}
+    for name, make in parameters.items():
+        model = _Registering(name, make).eval()
+        with pytest.raises(ValueError, match=name):
+            gradient_statistics(model, x, "pseudo_label", engine=engine)
+        assert [n for n, _ in model.named_parameters()] == ["body.weight", "body.bias"]
+        gradient_statistics(model, x, "pseudo_label", lambda n: n.startswith("body"), engine=engine)
+        model(x)
+        assert len(gradient_statistics(model, x, "pseudo_label", engine=engine).names) > 2

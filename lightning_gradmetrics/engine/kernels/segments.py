@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_gradmetrics.engine.kernels.library import library_for, parallel_r
 from lightning_gradmetrics.engine.kernels.native import ONE_THREAD_ENTRIES, ORDER, supports
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["Factors", "Segments"]
+__all__ = ["Factors", "Segments", "chosen_moments"]
 
 LARGEST = 2**18
 """Largest number of entries of a matrix that is collected; larger ones are reduced immediately."""
@@ -61,12 +61,11 @@ class Segments:
     def _takes(self, matrix: Tensor) -> bool:
         matrices = self._matrices
         if matrices:
-            is_supported = matrix.dtype == matrices[0].dtype and matrix.is_cpu
+            is_supported = matrix.dtype is matrices[0].dtype and matrix.is_cpu
         else:
             is_supported = self._are_known and supports(matrix, self._wanted)
-        if not is_supported or len(matrices) >= MOST - 1 or not 0 < matrix.numel() <= LARGEST:
-            return False
-        return matrix.stride(1) == 1 or matrix.shape[1] == 1
+        is_small = len(matrices) < MOST - 1 and 0 < matrix.numel() <= LARGEST
+        return is_supported and is_small and (matrix.stride(1) == 1 or matrix.shape[1] == 1)
 
     def _number(self, matrix: Tensor) -> int | None:
         """Return a matrix's number, ``None`` if it is not supported; a layer's weight and bias share the gradient of its output."""
@@ -81,8 +80,10 @@ class Segments:
         """Return whether no matrix was changed in place since it was added."""
         return self._versions == [matrix._version for matrix in self._matrices]
 
-    def moments(self, names: Sequence[str], undo: Tensor | None = None) -> Moments:
-        """Return each moment, ``(N, P)``.
+    def statistics(self, names: Sequence[str], undo: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the moments in the order of ``ORDER``: for each parameter, ``(5, N, P)``, and over all of them, ``(5, N)``.
+
+        :func:`chosen_moments` chooses the wanted ones; the others may be undefined.
 
         Args:
             names: The parameters that were added, in the order of the columns.
@@ -93,6 +94,7 @@ class Segments:
             undo = undo.to(torch.float64).contiguous()
         matrices, samples, outputs = self._matrices, self._matrices[0].shape[0], len(self.names)
         out = torch.empty(len(ORDER), samples, outputs, dtype=torch.float64)
+        merged = torch.empty(len(ORDER), samples, dtype=torch.float64)
         alone = parallel_runner() is None or sum(map(Tensor.numel, matrices)) <= ONE_THREAD_ENTRIES
         segments = len(matrices)
         numbers = array("q", map(Tensor.data_ptr, matrices))  # alive until the call returns
@@ -109,6 +111,7 @@ class Segments:
             right=x + 24 * segments + 8 * outputs,
             undo=None if undo is None else undo.data_ptr(),
             out=out.data_ptr(),
+            merged=merged.data_ptr(),
             samples=samples,
             segments=segments,
             outputs=outputs,
@@ -116,4 +119,13 @@ class Segments:
         )
         run = library_for(matrices[0].dtype).segment_statistics
         run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())
-        return {key: out[number] for number, key in enumerate(ORDER) if key in self._wanted}
+        return out, merged
+
+
+def chosen_moments(statistics: Tensor, wanted: Collection[Moment]) -> Moments:
+    """Return the wanted moments of statistics ``(5, ...)`` in the order of ``ORDER``."""
+    moments: Moments = {}
+    for key, values in zip(ORDER, statistics.unbind(), strict=True):
+        if key in wanted:
+            moments[key] = values
+    return moments

@@ -56,6 +56,7 @@ typedef struct {
   const int64_t *left, *right;          /* (outputs): the segments of an outer product; right < 0: of left alone */
   const double *undo;                   /* (samples): factors of the entries, or NULL */
   double *out;                          /* (STATISTICS, samples, outputs) */
+  double *merged;                       /* (STATISTICS, samples): over all outputs, or NULL */
   int64_t samples, segments, outputs, mode;
   atomic_int next;
 } segment_job;
@@ -128,11 +129,20 @@ static void product_row(const double *a, const double *b, double *out, int mode)
   }
 }
 
+/* Adds the statistics of more entries to those of others. */
+inline_always void merge(double *all, const double *more, int kept) {
+  all[SUM] += more[SUM], all[SQUARE] += more[SQUARE];
+  if (kept <= ABS) return;
+  all[ABS] += more[ABS];
+  if (more[MAX] > all[MAX] || isnan(more[MAX])) all[MAX] = more[MAX];
+  if (more[MIN] < all[MIN] || isnan(more[MIN])) all[MIN] = more[MIN];
+}
+
 static void segment_work(void *data) {
   segment_job *j = data;
   const int64_t blocks = (j->samples + BLOCK_OF_SAMPLES - 1) / BLOCK_OF_SAMPLES;
   const int kept = j->mode == ALL ? STATISTICS : ABS;
-  double found[j->segments][STATISTICS], entry[STATISTICS];
+  double found[j->segments][STATISTICS], entry[STATISTICS], scaled[STATISTICS] = {0}, all[STATISTICS] = {0};
   for (int64_t block; (block = atomic_fetch_add(&j->next, 1)) < blocks;) {
     const int64_t end = (block + 1) * BLOCK_OF_SAMPLES < j->samples ? (block + 1) * BLOCK_OF_SAMPLES : j->samples;
     for (int64_t n = block * BLOCK_OF_SAMPLES; n < end; n++) {
@@ -143,10 +153,15 @@ static void segment_work(void *data) {
         const double *value = found[j->left[o]];
         if (j->right[o] >= 0) product_row(value, found[j->right[o]], entry, (int)j->mode), value = entry;
         for (int k = 0; k < kept; k++) {
-          const double scaled = value[k] * factor;
-          j->out[(k * j->samples + n) * j->outputs + o] = k == SQUARE ? scaled * factor : scaled;
+          scaled[k] = k == SQUARE ? value[k] * factor * factor : value[k] * factor;
+          j->out[(k * j->samples + n) * j->outputs + o] = scaled[k];
         }
+        if (o)
+          merge(all, scaled, kept);
+        else
+          memcpy(all, scaled, sizeof all);
       }
+      for (int k = 0; j->merged && k < kept; k++) j->merged[k * j->samples + n] = all[k];
     }
   }
 }
