@@ -7,17 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as ds
-
 from lightning_gradmetrics.evaluation.bootstrap import Replicates
 from lightning_gradmetrics.evaluation.comparisons import compare
 from lightning_gradmetrics.evaluation.entries import fill_interval, with_groups
 from lightning_gradmetrics.evaluation.intervals import FEWEST, FEWEST_SPARE
 from lightning_gradmetrics.evaluation.judging import Judged, Question, judge_rows, judge_stream
-from lightning_gradmetrics.evaluation.reading import chosen_columns
+from lightning_gradmetrics.evaluation.reading import chosen_columns, is_dataset
 from lightning_gradmetrics.evaluation.record import Evaluation
 from lightning_gradmetrics.evaluation.statements import statements_of
-from lightning_gradmetrics.evaluation.streams import COLUMNS, stream_of
+from lightning_gradmetrics.evaluation.streams import COLUMNS, file_dataset, stream_of
 from lightning_gradmetrics.evaluation.tasks import DetectionTask
 from lightning_gradmetrics.meters.functional.counts import check_rate
 from lightning_gradmetrics.meters.functional.histogram import check_bins
@@ -185,7 +183,7 @@ def _judged(results: Any, question: Question, bins: int | None) -> Judged:
     """Evaluate in memory or in a stream, depending on the size and kind of the results."""
     if question.cluster is not None and bins is not None:
         raise ValueError("cluster= and bins= exclude each other: clusters are resampled in memory")
-    if bins is None and not isinstance(results, (str, Path, ds.Dataset)):
+    if bins is None and not isinstance(results, (str, Path)) and not is_dataset(results):
         return judge_rows(results, question)
     stream = stream_of(results)
     is_small = bins is None and stream.rows <= MOST_EXACT_ROWS
@@ -199,7 +197,7 @@ def _in_memory(results: Any, present: Sequence[str], question: Question) -> Any:
     if not isinstance(results, (str, Path)):
         return results
     if Path(results).is_file():
-        return ds.dataset(results)
+        return file_dataset(results)
     clusters = [] if question.cluster is None else [question.cluster]
     wanted = chosen_columns(present, [*COLUMNS, *question.scores, *clusters], ["finite"])
     return read_results(results, columns=wanted)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 
-__all__ = ["as_table", "chosen_columns", "finite_rows", "float_column", "score_column"]
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
+    from typing_extensions import TypeIs
+
+__all__ = ["as_table", "chosen_columns", "finite_rows", "float_column", "is_dataset", "score_column"]
 
 
 def as_table(results: Any, columns: Sequence[str] | None = None, optional: Sequence[str] = ()) -> pa.Table:
@@ -29,11 +33,17 @@ def as_table(results: Any, columns: Sequence[str] | None = None, optional: Seque
         TypeError: If the results are of an unsupported type.
         ValueError: If a column is missing.
     """
-    if isinstance(results, ds.Dataset):
+    if is_dataset(results):
         names = chosen_columns(results.schema.names, columns, optional)
         return results.to_table(columns=names)
     table = _whole_table(results)
     return table.select(chosen_columns(table.column_names, columns, optional))
+
+
+def is_dataset(results: Any) -> TypeIs[Dataset]:
+    """Return whether results are an Arrow dataset. Its module is not imported, because that imports pandas."""
+    module = sys.modules.get("pyarrow.dataset")
+    return module is not None and isinstance(results, module.Dataset)
 
 
 def _whole_table(results: Any) -> pa.Table:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 
-from lightning_gradmetrics.evaluation.reading import as_table, chosen_columns
+from lightning_gradmetrics.evaluation.reading import as_table, chosen_columns, is_dataset
 from lightning_gradmetrics.results.seen_rows import SeenRows
 from lightning_gradmetrics.results.stored import StoredResults
 
-__all__ = ["COLUMNS", "Stream", "stream_of"]
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
+
+__all__ = ["COLUMNS", "Stream", "file_dataset", "stream_of"]
 
 ROWS_PER_BATCH = 2**18
 COLUMNS = ("dataset", "index", "prediction", "label")
@@ -73,19 +75,26 @@ def stream_of(results: Any) -> Stream:
         TypeError: If the results are of another kind.
     """
     if isinstance(results, (str, Path)) and Path(results).is_file():
-        results = ds.dataset(results)
+        results = file_dataset(results)
     if isinstance(results, (str, Path)):
         stored = StoredResults(results)
         return Stream(str(results), stored.rows, stored.columns, stored.batches, stored.sizes)
-    if isinstance(results, ds.Dataset):
+    if is_dataset(results):
         return Stream("the dataset", results.count_rows(), results.schema.names, _reader_of(results))
     table = as_table(results)
     return Stream("the table", table.num_rows, table.column_names, _reader_of(table))
 
 
-def _reader_of(results: ds.Dataset | pa.Table) -> Callable[[Sequence[str]], Iterator[pa.Table]]:
+def file_dataset(path: str | Path) -> Dataset:
+    """Return a Parquet file as a dataset, which is read column by column."""
+    from pyarrow.dataset import dataset
+
+    return dataset(path)
+
+
+def _reader_of(results: Dataset | pa.Table) -> Callable[[Sequence[str]], Iterator[pa.Table]]:
     def read(columns: Sequence[str]) -> Iterator[pa.Table]:
-        if isinstance(results, ds.Dataset):
+        if is_dataset(results):
             batches = results.to_batches(columns=list(columns), batch_size=ROWS_PER_BATCH)
         else:
             batches = results.select(list(columns)).to_batches(max_chunksize=ROWS_PER_BATCH)
