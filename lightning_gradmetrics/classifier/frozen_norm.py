@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_gradmetrics.classifier.forward import has_compiled_parts
 
-__all__ = ["frozen_batch_norm", "frozen_batch_norms"]
+__all__ = ["EarlyProduct", "frozen_batch_norm", "frozen_batch_norms"]
 
 SIGNATURE = inspect.signature(F.batch_norm)
 
@@ -26,20 +27,60 @@ SIGNATURE = inspect.signature(F.batch_norm)
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, *rest: Any) -> Tensor:
-        bias, mean, variance, eps, cudnn = rest
+        bias, mean, variance, eps, cudnn, early = rest
         factor = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(factor if weight is None else factor * weight)
+        factor = factor if weight is None else factor * weight
+        ctx.save_for_backward(factor)
+        ctx.early = early
+        if early is not None:
+            early.factor = factor
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, cudnn)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (factor,) = ctx.saved_tensors
+        product = None if ctx.early is None else ctx.early.taken(gradient)
+        if product is not None:
+            return product, *[None] * 7
         product = gradient * factor.reshape(1, -1, *[1] * (gradient.ndim - 2))
-        return product.to(gradient.dtype), *[None] * 6
+        return product.to(gradient.dtype), *[None] * 7
+
+
+@dataclass
+class EarlyProduct:
+    """The gradient of a frozen batch norm's input, computed by a hook of its output in the same pass as other sums.
+
+    Args:
+        factor: The factors of the output's gradient, ``(C,)``, set in the forward pass.
+        is_late: Whether the backward pass ran without a product, so that a hook would compute it for nothing.
+    """
+
+    factor: Tensor | None = None
+    is_late: bool = False
+    _product: tuple[Tensor, int, Tensor] | None = None
+
+    def set(self, gradient: Tensor, product: Tensor) -> None:
+        """Store the product of a gradient."""
+        self._product = gradient, gradient._version, product
+
+    def taken(self, gradient: Tensor) -> Tensor | None:
+        """Return the product of this gradient, once; ``None`` if it was not computed, or is that of another gradient."""
+        stored, self._product = self._product, None
+        if stored is not None and stored[0] is gradient and gradient._version == stored[1]:
+            return stored[2]
+        self.is_late = True
+        return None
 
 
 def frozen_batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float, cudnn: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    cudnn: bool,
+    early: EarlyProduct | None = None,
 ) -> Tensor:
     """Return ``torch.batch_norm`` with running statistics, differentiable with respect to its input only.
 
@@ -51,6 +92,7 @@ def frozen_batch_norm(
         variance: ``(C,)``, the running variance.
         eps: Added to the variance.
         cudnn: Whether the forward pass may use cuDNN.
+        early: Room for the gradient of the input, which a hook of the output may compute.
 
     Example:
         >>> x = torch.ones(2, 3, requires_grad=True)
@@ -58,7 +100,7 @@ def frozen_batch_norm(
         >>> x.grad[0]
         tensor([0.5000, 0.5000, 0.5000])
     """
-    return _Frozen.apply(x, weight, bias, mean, variance, eps, cudnn)  # type: ignore[no-untyped-call, no-any-return]
+    return _Frozen.apply(x, weight, bias, mean, variance, eps, cudnn, early)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _FrozenNorms(TorchFunctionMode):

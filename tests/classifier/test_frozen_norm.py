@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier import frozen_norm
-from lightning_gradmetrics.classifier.frozen_norm import frozen_batch_norms
+from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct, frozen_batch_norms
 
 
 class Norm(nn.Module):
@@ -90,3 +90,20 @@ def test_compiled_models_run_without_the_mode() -> None:
     model.compile(backend="eager")
     with frozen_batch_norms(model):
         assert not torch.overrides._get_current_function_mode_stack()
+
+
+def _doubled(gradient: Tensor) -> None:
+    gradient.mul_(2)
+
+
+@pytest.mark.parametrize("hook", [lambda g: 2 * g, _doubled, None])
+def test_a_product_is_used_only_for_the_gradient_of_which_it_was_computed(hook: Callable[[Tensor], Tensor]) -> None:
+    x, early = torch.randn(2, 3, 4, requires_grad=True), EarlyProduct()
+    mean, variance = torch.zeros(3), torch.ones(3)
+    out = frozen_norm.frozen_batch_norm(x, None, None, mean, variance, 0.0, False, early)
+    out.register_hook(lambda g: early.set(g, torch.full_like(g, 7)))
+    if hook is not None:
+        out.register_hook(hook)
+    (1 * out).backward(torch.ones(2, 3, 4))
+    assert x.grad is not None and early.is_late == (hook is not None)
+    torch.testing.assert_close(x.grad, torch.full_like(x, 7 if hook is None else 2))

@@ -251,3 +251,19 @@ def test_position_sums(n, c, size, layout, paired, dtype):
             bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
             assert actual.dtype == torch.float64 and bool(((actual - reference).abs() <= bound * scale).all())
     assert (product is None) == (not paired)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("channels", "size"), [(5, (1, 1)), (40, (9, 80)), (530, (3, 5))])
+def test_gradients_of_a_batch_norm(channels, size, layout):
+    torch.manual_seed(0)
+    x, g = (torch.randn(3, channels, *size).contiguous(memory_format=layout) for _ in range(2))
+    mean, variance, factor = torch.randn(channels), torch.rand(channels) + 0.1, torch.randn(channels)
+    if not kernels.describe_kernels().startswith("compiled") or library.library_for(torch.float32) is None:
+        pytest.skip("no compiled kernels")
+    found = kernels.native_norm(x, g, mean, variance, 0.5, factor)
+    normalised = (x.double() - mean.view(-1, 1, 1)) / (variance.double() + 0.5).sqrt().view(-1, 1, 1)
+    torch.testing.assert_close(found.bias.double(), g.double().sum((2, 3)), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.weight.double(), (g.double() * normalised).sum((2, 3)), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.product, g * factor.view(-1, 1, 1), rtol=0, atol=0)
+    assert kernels.native_norm(x, g, mean, variance, 0.5, None).product is None

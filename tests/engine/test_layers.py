@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct
+from lightning_gradmetrics.engine import gradient_statistics, path_record
+from lightning_gradmetrics.engine.kernels import describe_kernels
 from lightning_gradmetrics.engine.rules.attention import multi_head_attention
 from lightning_gradmetrics.engine.uses import DerivedUse
 from tests.engine.cases import worst_difference
@@ -292,3 +294,32 @@ def test_self_attention_has_the_samples_first_if_nothing_else_is_asked_for(setti
 def test_recurrent(kind, n, steps, layers, bias, both):
     layer = kind(3, 2, layers, bias=bias, batch_first=True, bidirectional=both)
     _check(layer, _normal(n, steps, 3), take=0)
+
+
+class _Norms(nn.Module):
+    """Batch norms in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        for norm in (self.first, self.second, self.third):
+            for tensor in (norm.weight, norm.bias, norm.running_mean):
+                tensor.data.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.second(self.first(x).relu_())
+        return self.third(h.transpose(2, 3).tanh() + h).square().mean((2, 3))
+
+
+def test_batch_norms_compute_their_gradients_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(path_record, "MOST_BYTES", 0)
+    taken = []
+    original = EarlyProduct.taken
+    monkeypatch.setattr(EarlyProduct, "taken", lambda *given: taken.append(original(*given)) or taken[-1])
+    model, x, objectives = _Norms().double().eval(), _normal(6, 4, 5, 5), ["pseudo_label", "uniform"]
+    expected = gradient_statistics(model, x, objectives, per_parameter=True, engine="reference")
+    for _ in range(3):
+        for one, other in zip(gradient_statistics(model, x, objectives, per_parameter=True), expected, strict=True):
+            assert worst_difference(one, other) < 1e-9
+    assert any(product is not None for product in taken) == describe_kernels(torch.float64).startswith("compiled")

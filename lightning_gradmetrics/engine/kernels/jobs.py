@@ -88,7 +88,8 @@ class SumJob(ctypes.Structure):
     """``sum_job`` of ``sums.c``."""
 
     _fields_ = (
-        _pointers("x g out")
+        _pointers("x g out rows scaled mean variance factor")
+        + _fields(ctypes.c_double, "eps")
         + _integers("samples channels positions")
         + _integers("x_sample x_channel x_position g_sample g_channel g_position")
         + _counters("next")

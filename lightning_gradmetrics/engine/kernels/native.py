@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div, three
-from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, GramJob, ProductJob, RowJob, SumJob, Triple
+from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, GramJob, ProductJob, RowJob, Triple
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
@@ -24,8 +24,9 @@ __all__ = [
     "native_products",
     "native_rows",
     "native_squares",
-    "native_sums",
+    "run_job",
     "supports",
+    "threads_for",
 ]
 
 ORDER: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
@@ -60,13 +61,14 @@ def supports(tensor: Tensor, wanted: Iterable[Moment]) -> bool:
     return tensor.device.type == "cpu" and set(wanted) <= set(ORDER) and library_for(tensor.dtype) is not None
 
 
-def _threads(entries: int | None = None) -> int:
+def threads_for(entries: int | None = None) -> int:
     """Return the number of threads for work on this number of entries."""
     alone = parallel_runner() is None or (entries is not None and entries <= ONE_THREAD_ENTRIES)
     return 1 if alone else torch.get_num_threads()
 
 
-def _run(job: ctypes.Structure, function: object, threads: int) -> None:
+def run_job(job: ctypes.Structure, function: object, threads: int) -> None:
+    """Run a kernel."""
     function(ctypes.byref(job), parallel_runner(), threads)  # type: ignore[operator]
 
 
@@ -103,7 +105,7 @@ def native_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
     """Return moments of the rows of ``(N, D)``, in one pass over them. See :func:`supports`."""
     keys = frozenset(wanted)
     flat = flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-    (samples, columns), threads = flat.shape, _threads()
+    (samples, columns), threads = flat.shape, threads_for()
     pieces = 1 if samples >= TASKS * threads else max(1, min(TASKS * threads, columns // ROW_PIECE))
     out = torch.empty(samples, pieces, len(ORDER), dtype=torch.float64)
     job = RowJob(
@@ -115,37 +117,8 @@ def native_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
         x_sample=flat.stride(0),
         mode=_mode(keys),
     )
-    _run(job, library_for(flat.dtype).row_statistics, _threads(flat.numel()))
+    run_job(job, library_for(flat.dtype).row_statistics, threads_for(flat.numel()))
     return _moments(out, keys)
-
-
-def native_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass; without ``x`` zeros."""
-    if not _share_unit_stride(g, g if x is None else x):
-        g, x = g.contiguous(), None if x is None else x.contiguous()
-    out = torch.empty(2, *g.shape[:2], dtype=torch.float64)
-    samples, channels, positions = g.shape
-    job = SumJob(g=g.data_ptr(), out=out.data_ptr(), samples=samples, channels=channels, positions=positions)
-    job.g_sample, job.g_channel, job.g_position = _strides(g)
-    if x is not None:
-        job.x = x.data_ptr()
-        job.x_sample, job.x_channel, job.x_position = _strides(x)
-    _run(job, library_for(g.dtype).position_statistics, _threads(g.numel()))
-    return out[0], out[1]
-
-
-def _share_unit_stride(g: Tensor, x: Tensor) -> bool:
-    """Return whether channels, or positions, are adjacent in the memory of both ``(N, C, P)``."""
-    return any(_has_unit_stride(g, dim) and _has_unit_stride(x, dim) for dim in (1, 2))
-
-
-def _has_unit_stride(t: Tensor, dim: int) -> bool:
-    return t.shape[dim] == 1 or t.stride(dim) == 1
-
-
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    """Return the strides of ``(N, C, P)``; a single position gets stride one."""
-    return t.stride(0), t.stride(1), 1 if t.shape[2] == 1 else t.stride(2)
 
 
 @functools.lru_cache(maxsize=512)
@@ -241,7 +214,12 @@ def native_products(
         wanted: The moments to compute.
         scaled: Factors of the gradients of each output channel, and where to write the sums of each channel.
     """
-    keys, solid, library, threads = frozenset(wanted), geometry.in_three_dimensions(), library_for(g.dtype), _threads()
+    keys, solid, library, threads = (
+        frozenset(wanted),
+        geometry.in_three_dimensions(),
+        library_for(g.dtype),
+        threads_for(),
+    )
     samples, groups = len(g), geometry.groups
     size, out_size = three(x.shape[2:], 1), three(g.shape[2:], 1)
     channels, columns = x.shape[1] // groups, g.shape[1] // groups
@@ -279,13 +257,18 @@ def native_products(
         scale, weight = scaled.packed(groups, lanes, panels * library.tile_columns())  # alive until the kernel ends
         job.scale, job.weight = scale.data_ptr(), weight.data_ptr()
         job.products, job.totals = scaled.products.data_ptr(), scaled.totals.data_ptr()
-    _run(job, library.products, threads)
+    run_job(job, library.products, threads)
     return _moments(out, keys)
 
 
 def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
     """Return the moments for a depthwise convolution, ``C_in = C_out = groups``, whose channels are vector lanes."""
-    keys, solid, library, threads = frozenset(wanted), geometry.in_three_dimensions(), library_for(g.dtype), _threads()
+    keys, solid, library, threads = (
+        frozenset(wanted),
+        geometry.in_three_dimensions(),
+        library_for(g.dtype),
+        threads_for(),
+    )
     samples, channels = g.shape[:2]
     size, out_size, lanes = three(x.shape[2:], 1), three(g.shape[2:], 1), library.tile_columns()
     entries, positions = _offsets(1, lanes, size, out_size, solid)
@@ -312,7 +295,7 @@ def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Itera
     )
     job.x_sample, job.x_channel, job.x_step = x.stride(0), x.stride(1), Triple(*three(x.stride()[2:], 0))
     job.g_sample, job.g_channel, job.g_step = g.stride(0), g.stride(1), Triple(*three(g.stride()[2:], 0))
-    _run(job, library.depthwise, threads)
+    run_job(job, library.depthwise, threads)
     return _moments(out, keys)
 
 
@@ -322,7 +305,12 @@ def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor
     The arguments are those of :func:`native_products`. The bound is ``(sum_p |g_p| |x_p|)^2`` for each sample and
     group, which would be reached without any cancellation. Each result is ``(N, groups)``.
     """
-    library, threads, solid, groups = library_for(g.dtype), _threads(), geometry.in_three_dimensions(), geometry.groups
+    library, threads, solid, groups = (
+        library_for(g.dtype),
+        threads_for(),
+        geometry.in_three_dimensions(),
+        geometry.groups,
+    )
     pixels, gradients = _neighbours(x.flatten(2)), _neighbours(g.flatten(2))
     masks = (geometry.kernel_size[-1] + 1) * g.shape[-1]
     scratch_bytes = library.gram_scratch_bytes(pixels.shape[2], gradients.shape[2], masks)
@@ -346,7 +334,7 @@ def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor
     )
     job.x_sample, job.x_channel, job.x_position = pixels.stride()
     job.g_sample, job.g_channel, job.g_position = gradients.stride()
-    _run(job, library.squares, threads)
+    run_job(job, library.squares, threads)
     return out[..., 0], out[..., 1], out[..., 2]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.fused import fused_rows, fused_sums, fused_supports
-from lightning_gradmetrics.engine.kernels.native import native_rows, native_sums, supports
+from lightning_gradmetrics.engine.kernels.native import native_rows, supports
+from lightning_gradmetrics.engine.kernels.sums import native_sums
 from lightning_gradmetrics.gradients.precision import wide_dtype
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, gradient_moments
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.classifier.frozen_norm import frozen_batch_norm
-from lightning_gradmetrics.engine.kernels import norm_weight_rows, position_sums
+from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct, frozen_batch_norm
+from lightning_gradmetrics.engine.kernels import native_norm, norm_weight_rows, position_sums
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
 from lightning_gradmetrics.engine.uses import RowsUse, Use
 
@@ -35,8 +35,11 @@ def _run_frozen(values: dict[str, Any]) -> Tensor:
     x = values["input"]
     if x.ndim == 2 and len(x) > 1:  # without positions, torch's own backward pass is faster than a custom function
         return torch.batch_norm(**values)
-    names = ("input", "weight", "bias", "running_mean", "running_var", "eps", "cudnn_enabled")
-    return frozen_batch_norm(*(values[name] for name in names))
+    names = ("weight", "bias", "running_mean", "running_var", "eps", "cudnn_enabled")
+    weight, bias, mean, variance, eps, cudnn = map(values.__getitem__, names)
+    if x.requires_grad:
+        values["early"] = EarlyProduct()
+    return frozen_batch_norm(x, weight, bias, mean, variance, eps, cudnn, values.get("early"))
 
 
 @rule(
@@ -52,6 +55,10 @@ def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     if g.ndim == 2:
         yield from _without_positions(call, g)
         return
+    rows = _by_kernel(call, g)
+    if rows is not None:
+        yield from rows.items()
+        return
     total, product = position_sums(g.transpose(1, 2), call.x.transpose(1, 2) if "weight" in call.slots else None)
     if "bias" in call.slots:
         yield "bias", RowsUse(total.to(wide(g.dtype)))
@@ -59,6 +66,30 @@ def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         mean, variance = call.values["running_mean"], call.values["running_var"]
         scale = torch.rsqrt(variance + call.values["eps"])
         yield "weight", RowsUse(((product - total * mean) * scale).to(wide(g.dtype)))
+
+
+def _by_kernel(call: Call, g: Tensor) -> dict[str, Use] | None:
+    """Return the uses, computed in one pass together with the gradient of the input; ``None`` if the kernel does not cover the call."""
+    values = call.values
+    if call.slots != {"weight", "bias"} or call.axis.times != 1:
+        return None
+    gradient, early = _base(g.squeeze(1)), values.get("early")
+    factor = early.factor if early is not None and not early.is_late and gradient is g._base else None
+    statistics = (values["running_mean"], values["running_var"], values["eps"])
+    found = native_norm(values["input"], gradient, *statistics, factor)
+    if found is None:
+        return None
+    if early is not None and found.product is not None:
+        early.set(gradient, found.product)
+    return {"bias": RowsUse(found.bias), "weight": RowsUse(found.weight)}
+
+
+def _base(view: Tensor) -> Tensor:
+    """Return the tensor of which a tensor is a view, if both are the same; otherwise the view."""
+    base = view._base
+    if base is None or base.shape != view.shape or base.stride() != view.stride() or base.dtype != view.dtype:
+        return view
+    return base if base.data_ptr() == view.data_ptr() else view
 
 
 def _without_positions(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:

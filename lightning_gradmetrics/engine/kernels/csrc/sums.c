@@ -1,9 +1,16 @@
-/* Sums over positions of g and of x g, in one pass: the gradients of a bias and of a norm layer's weight. */
+/* Sums over positions of g and of x g, in one pass: the gradients of a bias and of a norm layer's weight.
+ *
+ * For a batch norm with running statistics the pass also returns the gradient of its input, g times a factor per channel.
+ */
 #include "kernels.h"
 
 typedef struct {
-  const REAL *x, *g; /* x may be null */
-  double *out;       /* (2, samples, channels): sums of g, sums of x g */
+  const REAL *x, *g;                    /* x may be null */
+  double *out;                          /* (2, samples, channels): sums of g, sums of x g; null if rows are wanted */
+  REAL *rows;                           /* (2, samples, channels): the same, where x is normalised if there is a mean */
+  REAL *scaled;                         /* g times the factor of its channel, with the strides of g; may be null */
+  const REAL *mean, *variance, *factor; /* (channels) */
+  double eps;
   int64_t samples, channels, positions;
   int64_t x_sample, x_channel, x_position, g_sample, g_channel, g_position;
   atomic_int next;
@@ -11,30 +18,48 @@ typedef struct {
 
 enum { CHUNK = 512 }; /* terms summed in single precision before they move to double */
 
+/* Writes the sums of one channel. */
+inline_always void store(const sum_job *j, int64_t n, int64_t c, double sum, double product) {
+  const int64_t at = n * j->channels + c, second = at + j->samples * j->channels;
+  if (j->out) {
+    j->out[at] = sum, j->out[second] = product;
+    return;
+  }
+  j->rows[at] = (REAL)sum;
+  if (j->x) j->rows[second] = (REAL)(j->mean ? (product - sum * j->mean[c]) / sqrt(j->variance[c] + j->eps) : product);
+}
+
 /* One channel whose positions are adjacent in memory. */
-static void channel_sums(const REAL *x, const REAL *g, int64_t count, double *sum, double *product) {
-  *sum = *product = 0;
-  for (int64_t p = 0; p < count; p += CHUNK) {
-    int size = count - p < CHUNK ? (int)(count - p) : CHUNK, i = 0;
+inline_always void channel_sums(const sum_job *j, int64_t n, int64_t c, const REAL *x, const REAL *g, REAL *scaled) {
+  const REAL factor = scaled ? j->factor[c] : 1;
+  double sum = 0, product = 0;
+  for (int64_t p = 0; p < j->positions; p += CHUNK) {
+    int size = j->positions - p < CHUNK ? (int)(j->positions - p) : CHUNK, i = 0;
     vec a[4] = {{0}}, b[4] = {{0}};
     for (; i + 4 * WIDTH <= size; i += 4 * WIDTH)
       for (int v = 0; v < 4; v++) {
         vec value = *(const loose *)(g + p + i + v * WIDTH);
         a[v] += value;
         if (x) b[v] += value * *(const loose *)(x + p + i + v * WIDTH);
+        if (scaled) *(loose *)(scaled + p + i + v * WIDTH) = value * factor;
       }
     a[0] += a[1] + a[2] + a[3], b[0] += b[1] + b[2] + b[3];
-    for (int j = 0; j < WIDTH; j++) *sum += a[0][j], *product += b[0][j];
+    for (int k = 0; k < WIDTH; k++) sum += a[0][k], product += b[0][k];
     for (; i < size; i++) {
-      *sum += g[p + i];
-      if (x) *product += (double)x[p + i] * g[p + i];
+      sum += g[p + i];
+      if (x) product += (double)x[p + i] * g[p + i];
+      if (scaled) scaled[p + i] = g[p + i] * factor;
     }
   }
+  store(j, n, c, sum, product);
 }
 
-/* Up to CHUNK channels that are adjacent in memory. */
-static void position_sums(const sum_job *j, const REAL *x, const REAL *g, int width, double *sum, double *product) {
+/* Up to CHUNK channels from `first` on, which are adjacent in memory. */
+inline_always void position_sums(const sum_job *j, int64_t n, int64_t first, int width, const REAL *x, const REAL *g,
+                                 REAL *scaled) {
+  const REAL *factor = scaled ? j->factor + first : NULL;
   REAL a[CHUNK], b[CHUNK];
+  double sum[CHUNK], product[CHUNK];
   for (int c = 0; c < width; c++) sum[c] = product[c] = 0;
   for (int64_t p = 0; p < j->positions; p += 64) {
     int64_t end = p + 64 < j->positions ? p + 64 : j->positions;
@@ -42,26 +67,41 @@ static void position_sums(const sum_job *j, const REAL *x, const REAL *g, int wi
     memset(b, 0, sizeof(REAL) * width);
     for (int64_t q = p; q < end; q++) {
       const REAL *gq = g + q * j->g_position, *xq = x ? x + q * j->x_position : NULL;
-      for (int c = 0; c < width; c++) a[c] += gq[c];
-      if (x)
-        for (int c = 0; c < width; c++) b[c] += gq[c] * xq[c];
+      REAL *sq = scaled ? scaled + q * j->g_position : NULL;
+#pragma GCC ivdep
+      for (int c = 0; c < width; c++) {
+        a[c] += gq[c];
+        if (x) b[c] += gq[c] * xq[c];
+        if (scaled) sq[c] = gq[c] * factor[c];
+      }
     }
     for (int c = 0; c < width; c++) sum[c] += a[c], product[c] += b[c];
   }
+  for (int c = 0; c < width; c++) store(j, n, first + c, sum[c], product[c]);
+}
+
+/* All channels of a sample; the compiler makes one version for each of the operands that may be null. */
+inline_always void sample_sums(const sum_job *j, int64_t n, const REAL *x, const REAL *g, REAL *scaled) {
+  if (j->g_position == 1 && (!x || j->x_position == 1))
+    for (int64_t c = 0; c < j->channels; c++)
+      channel_sums(j, n, c, x ? x + c * j->x_channel : NULL, g + c * j->g_channel, scaled ? scaled + c * j->g_channel : NULL);
+  else
+    for (int64_t c = 0; c < j->channels; c += CHUNK)
+      position_sums(j, n, c, j->channels - c < CHUNK ? (int)(j->channels - c) : CHUNK, x ? x + c : NULL, g + c,
+                    scaled ? scaled + c : NULL);
 }
 
 static void sum_work(void *data) {
   sum_job *j = data;
   for (int64_t n; (n = atomic_fetch_add(&j->next, 1)) < j->samples;) {
-    const REAL *x = j->x ? j->x + n * j->x_sample : NULL, *g = j->g + n * j->g_sample;
-    double *sum = j->out + n * j->channels, *product = sum + j->samples * j->channels;
-    if (j->g_position == 1 && (!x || j->x_position == 1))
-      for (int64_t c = 0; c < j->channels; c++)
-        channel_sums(x ? x + c * j->x_channel : NULL, g + c * j->g_channel, j->positions, sum + c, product + c);
+    const REAL *x = j->x + n * j->x_sample, *g = j->g + n * j->g_sample;
+    REAL *scaled = j->scaled + n * j->g_sample;
+    if (j->scaled)
+      sample_sums(j, n, x, g, scaled);
+    else if (j->x)
+      sample_sums(j, n, x, g, NULL);
     else
-      for (int64_t c = 0; c < j->channels; c += CHUNK)
-        position_sums(j, x ? x + c : NULL, g + c, j->channels - c < CHUNK ? (int)(j->channels - c) : CHUNK, sum + c,
-                      product + c);
+      sample_sums(j, n, NULL, g, NULL);
   }
 }
 

@@ -1,0 +1,100 @@
+"""Sums over positions, by a compiled kernel: the gradients of biases and of norm layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.kernels.jobs import SumJob
+from lightning_gradmetrics.engine.kernels.library import library_for
+from lightning_gradmetrics.engine.kernels.native import run_job, supports, threads_for
+
+__all__ = ["NormRows", "native_norm", "native_sums"]
+
+
+def native_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass; without ``x`` zeros."""
+    if not _share_unit_stride(g, g if x is None else x):
+        g, x = g.contiguous(), None if x is None else x.contiguous()
+    out = torch.empty(2, *g.shape[:2], dtype=torch.float64)
+    _run(_job(g, x, out=out.data_ptr()), g)
+    return out[0], out[1]
+
+
+@dataclass(frozen=True)
+class NormRows:
+    """The gradients of a batch norm with running statistics.
+
+    Args:
+        bias: Each sample's gradient of the bias, ``(N, C)``.
+        weight: Each sample's gradient of the weight, ``(N, C)``.
+        product: The gradient of the input, with the shape and the strides of that of the output; ``None`` without factors.
+    """
+
+    bias: Tensor
+    weight: Tensor
+    product: Tensor | None
+
+
+def native_norm(
+    x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float, factor: Tensor | None
+) -> NormRows | None:
+    """Return the gradients of a batch norm with running statistics, in one pass over both tensors.
+
+    Args:
+        x: The layer's input, ``(N, C, *S)``.
+        g: The gradient of its output, of the same shape.
+        mean: The running mean, ``(C,)``.
+        variance: The running variance, ``(C,)``.
+        eps: Added to the variance.
+        factor: The factors of ``g`` in the gradient of the input, ``(C,)``; ``None`` if that gradient is not wanted.
+
+    Returns:
+        The gradients; ``None`` if the kernel does not cover these types or this order in memory.
+    """
+    channels = [mean, variance] if factor is None else [mean, variance, factor]
+    if not g.numel() or not supports(g, ()) or {x.dtype, *(t.dtype for t in channels)} != {g.dtype}:
+        return None
+    product = None if factor is None else torch.empty_like(g)
+    flat_x, flat_g = x.flatten(2), g.flatten(2)
+    is_view = flat_x.data_ptr() == x.data_ptr() and flat_g.data_ptr() == g.data_ptr()
+    is_dense = product is None or product.stride() == g.stride()
+    if not (is_view and is_dense and _share_unit_stride(flat_g, flat_x) and all(t.is_contiguous() for t in channels)):
+        return None
+    rows = torch.empty(2, *g.shape[:2], dtype=g.dtype)
+    job = _job(flat_g, flat_x, rows=rows.data_ptr(), mean=mean.data_ptr(), variance=variance.data_ptr(), eps=eps)
+    if factor is not None and product is not None:
+        job.factor, job.scaled = factor.data_ptr(), product.data_ptr()
+    _run(job, g)
+    return NormRows(rows[0], rows[1], product)
+
+
+def _job(g: Tensor, x: Tensor | None, **fields: float) -> SumJob:
+    """Return the arguments of the kernel for ``(N, C, P)``."""
+    samples, channels, positions = g.shape
+    job = SumJob(g=g.data_ptr(), samples=samples, channels=channels, positions=positions, **fields)
+    job.g_sample, job.g_channel, job.g_position = _strides(g)
+    if x is not None:
+        job.x = x.data_ptr()
+        job.x_sample, job.x_channel, job.x_position = _strides(x)
+    return job
+
+
+def _run(job: SumJob, g: Tensor) -> None:
+    run_job(job, library_for(g.dtype).position_statistics, threads_for(g.numel()))
+
+
+def _share_unit_stride(g: Tensor, x: Tensor) -> bool:
+    """Return whether channels, or positions, are adjacent in the memory of both ``(N, C, P)``."""
+    return any(_has_unit_stride(g, dim) and _has_unit_stride(x, dim) for dim in (1, 2))
+
+
+def _has_unit_stride(t: Tensor, dim: int) -> bool:
+    return t.shape[dim] == 1 or t.stride(dim) == 1
+
+
+def _strides(t: Tensor) -> tuple[int, int, int]:
+    """Return the strides of ``(N, C, P)``; a single position gets stride one."""
+    return t.stride(0), t.stride(1), 1 if t.shape[2] == 1 else t.stride(2)
