@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.axes import Axis
+from lightning_gradmetrics.engine.uses import merge_rows
 from lightning_gradmetrics.gradients.precision import at_least_float32, rounding
 from lightning_gradmetrics.gradients.statistics import (
     Moment,
     Moments,
-    accumulator,
     gradient_moments,
     merged_moments,
     stacked_moments,
@@ -120,7 +120,7 @@ def random_sample(size: int, avoided: Collection[int] = ()) -> int:
 
 def gradient_norms(gradients: Iterable[Tensor]) -> list[float]:
     """Return the norms of some gradients."""
-    norms: list[float] = torch.stack([gradient.norm() for gradient in gradients]).tolist()
+    norms: list[float] = torch.stack(list(map(torch.linalg.vector_norm, gradients))).tolist()
     return norms
 
 
@@ -142,6 +142,51 @@ def _moments_by_blocks(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
     return merged_moments(stacked_moments(parts))
 
 
+def _moments_of_each(gradients: Iterable[Tensor], wanted: Collection[Moment]) -> Moments:
+    """Return the moments ``(P,)`` of some gradients; those of consecutive small ones are computed together."""
+    parts: list[Moments] = []
+    small: list[Tensor] = []
+    for gradient in gradients:
+        if _is_small(gradient, wanted):
+            small.append(gradient)
+            if len(small) < MOST_TOGETHER:
+                continue
+        if small:
+            parts.append(_moments_of_small(small, wanted))
+        if not small or small[-1] is not gradient:
+            parts.append(_moments_by_blocks(gradient, wanted))
+        small = []
+    if small:
+        parts.append(_moments_of_small(small, wanted))
+    return merge_rows(parts)
+
+
+SMALL = 2**13
+"""Largest number of entries of a gradient whose moments are computed together with those of others."""
+
+MOST_TOGETHER = 64
+"""Largest number of such gradients."""
+
+_SEGMENTED = frozenset[Moment](["sum", "max", "min", 1.0, 2.0])
+
+
+def _is_small(gradient: Tensor, wanted: Collection[Moment]) -> bool:
+    is_plain = gradient.is_cpu and gradient.layout is torch.strided and gradient.dtype in (torch.float32, torch.float64)
+    return is_plain and 0 < gradient.numel() <= SMALL and _SEGMENTED.issuperset(wanted)
+
+
+def _moments_of_small(gradients: Sequence[Tensor], wanted: Iterable[Moment]) -> Moments:
+    """Return the moments ``(P,)`` of small gradients, by a few calls for all of them."""
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).double()
+    lengths = torch.tensor(list(map(Tensor.numel, gradients)))
+    entries: dict[Moment, Tensor] = {1.0: flat.abs(), 2.0: flat * flat}
+    moments: Moments = {}
+    for key in wanted:
+        kind = key if isinstance(key, str) else "sum"
+        moments[key] = torch.segment_reduce(entries.get(key, flat), kind, lengths=lengths, unsafe=True)
+    return moments
+
+
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """Return the tensor with its axes in the order of its memory, so that flattening a transposed one needs no copy."""
     if tensor.is_contiguous():
@@ -160,25 +205,29 @@ def agreeing(
         scales: For each parameter, the magnitude of the terms whose sum is the gradient; rounding errors are relative to it.
         tolerance: The largest relative difference; by default that of rounding.
     """
-    columns, norms, counts, tolerances = [], [], [], []
-    for gradient in gradients:
-        column = _moments_by_blocks(gradient, moments)
-        columns.append(column)
-        norms.append(column[2.0].sqrt() if 2.0 in column else gradient.norm().to(accumulator(gradient))[None])
-        counts.append(max(gradient.numel(), 1))
-        tolerances.append(rounding(gradient) if tolerance is None else tolerance)
-    level = torch.cat(norms)
+    counts: list[int] = []
+    tolerances: list[float] = []
+
+    def noted() -> Iterator[Tensor]:
+        for gradient in gradients:
+            counts.append(max(gradient.numel(), 1))
+            tolerances.append(rounding(gradient) if tolerance is None else tolerance)
+            yield gradient
+
+    all_expected = _moments_of_each(noted(), {*moments, 2.0})
+    level = all_expected[2.0].sqrt()
     level = level + level.new_tensor(scales)
     entries, allowed = level.new_tensor(counts), level.new_tensor(tolerances)
     agrees = torch.ones(len(level), dtype=torch.bool, device=level.device)
-    for key, expected in stacked_moments(columns).items():
+    for key, found in moments.items():
+        expected = all_expected[key]
         # The moment of a gradient whose norm is ``level``: an error in it is at most about ``tolerance`` times this.
         if key in ("max", "min", "sum"):
             largest = level * entries**0.5 if key == "sum" else level
         else:
             p = float(key)
-            largest = expected[0] + level**p * entries ** max(0.0, 1 - p / 2) * allowed ** max(0.0, p - 1)
-        error = (moments[key] - expected)[0].abs()
+            largest = expected + level**p * entries ** max(0.0, 1 - p / 2) * allowed ** max(0.0, p - 1)
+        error = (found[0] - expected).abs()
         is_close = error <= allowed * largest + torch.finfo(error.dtype).tiny
-        agrees &= is_close | ~expected[0].isfinite()
+        agrees &= is_close | ~expected.isfinite()
     return agrees

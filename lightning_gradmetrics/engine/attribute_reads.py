@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ _SILENT = (f"{Path(__file__).parents[1]}{os.sep}", str(Path(nn.modules.module.__
 """Files whose reads of a module's ``__dict__`` do not count: this package and ``nn.Module``."""
 
 _ACTIVE: list[set[str]] = []
+_WATCHED: Counter[type[nn.Module]] = Counter()
+"""For each class how many blocks watch the reads of its modules."""
+
 _LOCK = Lock()
 
 
@@ -37,25 +41,41 @@ def _recorded(module: nn.Module, name: str) -> Any:
 
 
 @contextmanager
-def reading_attributes() -> Iterator[set[str]]:
-    """Collect the names of the attributes that are read from modules inside the block, including missing ones.
+def reading_attributes(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of the attributes that are read from a model's modules inside the block, including missing ones.
 
-    The name ``__dict__`` means that any attribute may have been read.
+    The name ``__dict__`` means that any attribute may have been read. Only the classes of the modules are changed: a change of
+    ``nn.Module`` invalidates the caches of all classes of layers, of which large libraries have thousands.
+
+    Args:
+        model: The model.
     """
-    names: set[str] = set()
-    if "__getattribute__" in vars(nn.Module) and not _ACTIVE:  # another tool intercepts reads
+    names, kinds = set[str](), set(map(type, model.modules()))
+    with _LOCK:
+        is_free = not any(map(_intercepts, kinds - _WATCHED.keys()))
+        if is_free:
+            _ACTIVE.append(names)
+            for kind in kinds - _WATCHED.keys():
+                kind.__getattribute__ = _recorded  # type: ignore[method-assign, assignment]
+            _WATCHED.update(kinds)
+    if not is_free:  # another tool intercepts reads
         yield {"__dict__"}
         return
-    with _LOCK:
-        _ACTIVE.append(names)
-        nn.Module.__getattribute__ = _recorded  # type: ignore[method-assign, assignment]
     try:
         yield names
     finally:
         with _LOCK:
             _ACTIVE[:] = [active for active in _ACTIVE if active is not names]
-            if not _ACTIVE:
-                del nn.Module.__getattribute__
+            _WATCHED.subtract(kinds)
+            for kind in kinds:
+                if not _WATCHED[kind]:
+                    del _WATCHED[kind], kind.__getattribute__
+
+
+def _intercepts(kind: type) -> bool:
+    """Return whether a class, or one of its bases, intercepts reads of attributes, except for this module."""
+    present: Any = kind.__getattribute__
+    return present is not object.__getattribute__ and present is not _recorded
 
 
 def are_reads_visible(model: nn.Module) -> bool:

@@ -138,7 +138,7 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
 
 def _new_strategy(task: Task, state: ForwardState, on_batch: bool) -> Strategy:
     """Return the strategy of a probe, and restore the model."""
-    with reading_attributes() as read:
+    with reading_attributes(task.model) as read:
         strategy = make_strategy(task, on_batch)
     note_read(task.model, read)
     strategy.shapes = _shapes(task)
