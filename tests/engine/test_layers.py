@@ -104,6 +104,28 @@ def test_norm(kind, n, groups, positions):
     _check(layer, _normal(n, channels, positions + 1))
 
 
+class _NormOfFrames(nn.Module):
+    """A group norm of the frames of a video, all of them on the first axis; far from zero, with channels last or transposed."""
+
+    def __init__(self, layout: torch.memory_format | None) -> None:
+        super().__init__()
+        self.norm, self.layout = nn.GroupNorm(2, 4), layout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        frames = x.flatten(0, 1).add(50)
+        frames = frames.mT if self.layout is None else frames.contiguous(memory_format=self.layout)
+        out: torch.Tensor = self.norm(frames).unflatten(0, x.shape[:2]).sum(1)
+        return out
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, None])
+def test_group_norm_of_frames(layout):
+    layer = _NormOfFrames(layout)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    _check(layer, _normal(3, 2, 4, 3, 5))
+
+
 @settings(max_examples=15, deadline=None)
 @given(SIZES, st.integers(1, 6), st.sampled_from([None, 0, 1]), SIZES)
 def test_embedding(rows, length, padding, n):

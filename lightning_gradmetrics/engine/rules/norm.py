@@ -18,6 +18,9 @@ from lightning_gradmetrics.engine.uses import RowsUse, Use
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
+FULL_PRECISION = (torch.float32, torch.float64)
+
+
 def _channels(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Yield the uses of ``w`` and ``b`` with one entry per channel, from ``(N, times, C, *S)``."""
     total, product = position_sums(g.transpose(1, 2), normalised.transpose(1, 2) if "weight" in call.slots else None)
@@ -105,17 +108,42 @@ def _without_positions(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         yield "weight", RowsUse(product)
 
 
+def _run_group_norm(values: dict[str, Any]) -> Tensor:
+    """Return the output of a group norm, and add the ``mean`` and ``scale`` ``(N, groups)`` of each group to the arguments."""
+    x = values["input"]
+    is_dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    if not is_dense or x.dtype not in FULL_PRECISION or torch.is_autocast_enabled(x.device.type):
+        return torch.group_norm(**values)
+    sizes = len(x), x.shape[1], x[0, 0].numel()
+    weight, bias, groups, eps = values.get("weight"), values.get("bias"), values["num_groups"], values.get("eps", 1e-5)
+    y, values["mean"], values["scale"] = torch.native_group_norm(x, weight, bias, *sizes, groups, eps)
+    return y
+
+
 @rule(
     torch.group_norm,
     arguments="input num_groups weight bias eps cudnn_enabled",
     weights="weight bias",
+    run=_run_group_norm,
 )
 def group_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
-    """Group norm: normalises over groups of channels of one sample."""
-    normalised = F.group_norm(
-        call.values["input"].to(wide(g.dtype)), call.values["num_groups"], eps=call.get("eps", 1e-5)
-    )
-    yield from _channels(call, call.axis.split(normalised), g)
+    """Group norm: ``sum (x - m) g s`` over the positions, with mean ``m`` and scale ``s`` of a group of channels of one sample.
+
+    The two sums of ``x g`` and of ``g`` need no normalised input, as in the backward pass of torch.
+    """
+    groups = call.values["num_groups"]
+    if "mean" not in call.values:
+        normalised = F.group_norm(call.values["input"].to(wide(g.dtype)), groups, eps=call.get("eps", 1e-5))
+        yield from _channels(call, call.axis.split(normalised), g)
+        return
+    rows = g.flatten(0, 1)
+    total, product = position_sums(rows, call.values["input"] if "weight" in call.slots else None)
+    if "bias" in call.slots:
+        yield "bias", RowsUse(total.reshape(*g.shape[:3]).sum(1).to(wide(g.dtype)))
+    if product is not None:
+        per_channel = rows.shape[1] // groups
+        mean, scale = (call.values[name].repeat_interleave(per_channel, 1) for name in ("mean", "scale"))
+        yield "weight", RowsUse(((product - total * mean) * scale).reshape(*g.shape[:3]).sum(1).to(wide(g.dtype)))
 
 
 @rule(
