@@ -210,7 +210,7 @@ def gradient_statistics(  # type: ignore[misc]
     objectives = list(map(Objective.of, several))
     wanted = moments_for(statistics)
     if engine == "compiled" and sample_axis == 0 and memory is None:
-        guarded = _guarded(model, inputs, objectives, parameters, targets, logits, wanted)
+        guarded = _guarded(model, inputs, objectives, parameters, per_parameter, targets, logits, wanted)
         if guarded is not None:
             results = [_result(guarded[0], m, per_parameter) for m in guarded[1]]
             return results[0] if single else results
@@ -233,6 +233,7 @@ def _guarded(
     inputs: Inputs,
     objectives: Sequence[Objective],
     parameters: Parameters,
+    per_parameter: bool,
     targets: Tensor | None,
     logits: Callable[[Any], Tensor],
     wanted: frozenset[Moment],
@@ -244,9 +245,8 @@ def _guarded(
         return None
     with exclusive(model):
         chosen = select_parameters(model, parameters, wanted.isdisjoint({"sum", "max", "min"}))
-        moments = guarded_moments(
-            model, inputs, Request.of(objectives, wanted, chosen, inputs, targets), targets, logits
-        )
+        request = Request.of(objectives, wanted, chosen, inputs, targets)
+        moments = guarded_moments(model, inputs, request, targets, logits, per_parameter)
     return None if moments is None else (chosen, moments)
 
 

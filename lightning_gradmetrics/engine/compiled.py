@@ -24,7 +24,6 @@ from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.guarded_calls import guard_program
 from lightning_gradmetrics.engine.inductor import compiled_graph
-from lightning_gradmetrics.engine.kernels.library import plain_kernels
 from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.path_check import forward_alone
@@ -40,7 +39,7 @@ from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
 from lightning_gradmetrics.gradients.precision import rounding
-from lightning_gradmetrics.gradients.statistics import Moments
+from lightning_gradmetrics.gradients.statistics import Moments, merged_moments
 
 __all__ = ["compiled_moments", "started_ahead"]
 
@@ -49,6 +48,9 @@ MOST_PROGRAMS = 8
 
 CANCELLATION = 64
 """Rounding error of a gradient whose terms cancel, in units of the precision."""
+
+MERGING = 1e-9
+"""Largest relative difference of two sums over parameters in float64."""
 
 
 _PROGRAMS: WeakKeyDictionary[nn.Module, dict[Hashable, Program | None]] = WeakKeyDictionary()
@@ -81,7 +83,7 @@ def compiled_moments(task: Task) -> list[Moments]:
     program = programs.get(key)
     if program is not None and program.fits(task):
         try:
-            moments, logits = program.moments(task, state)
+            moments, _, logits = program.moments(task, state)
         except RuntimeError:
             if task.targets is None:
                 raise
@@ -126,7 +128,7 @@ def _compared_program(task: Task, strategy: Strategy, expected: Sequence[Moments
     """Return a program whose moments of the batch are the expected ones, or ``None`` and the reason."""
     try:
         program = _program(task, strategy)
-        compiled, _ = program.moments(task, ProgramState(task))
+        compiled, merged, _ = program.moments(task, ProgramState(task))
     except Exception as error:  # tracing and compiling fail in many ways; the eager engine has the result
         return None, f"{type(error).__name__}: {error}".partition("\n")[0]
     parameters = list(task.parameters.values())
@@ -135,6 +137,8 @@ def _compared_program(task: Task, strategy: Strategy, expected: Sequence[Moments
         noise = CANCELLATION * torch.finfo(parameters[0].dtype).eps
         if not _agree(moments, wanted, rounding(parameters[0]), entries, noise):
             return None, "its compiled plan disagrees with the eager one"
+    if not all(map(_are_merged, merged, compiled)):
+        return None, "its compiled plan merges the moments of parameters in another way"
     return program, ""
 
 
@@ -174,7 +178,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
         named = dict(zip(names[0], parameters, strict=True))
         tensors = {**named, **dict(zip(names[1], buffers, strict=True))}
         chosen: Any = {name: named[name] for name in task.parameters}
-        with _holding(task.model, tensors), plain_kernels(), traced_operators(), torch.enable_grad():
+        with _holding(task.model, tensors), traced_operators(), torch.enable_grad():
             batch = replace(
                 task,
                 inputs=map_tensors(task.inputs, lambda _: next(flat_inputs)),
@@ -193,11 +197,12 @@ def _program(task: Task, strategy: Strategy) -> Program:
 
             collect_fast(table, batch.restricted(strategy.fast), strategy.plan, keep, free=True)
         results: list[Tensor] = []
-        for moments in table.moments:
+        for moments in [*table.moments, *table.merged]:
             results += map(moments.__getitem__, keys)
         return tuple(map(Tensor.detach, [*results, *logits]))
 
-    graph = make_fx(planned)(*ProgramState(task).arguments())
+    decompositions = {} if _is_on_gpu(task) else {torch.ops.aten.addmm.default: _product_and_bias}
+    graph = make_fx(planned, decompositions)(*ProgramState(task).arguments())
     if any(node.op == "get_attr" for node in graph.graph.nodes):
         raise ValueError("its forward uses tensors that are neither parameters nor buffers, or makes tensors of data")
     run = RecordedGraph(graph) if _is_on_gpu(task) else compiled_graph(graph, *ProgramState(task).arguments())
@@ -205,6 +210,12 @@ def _program(task: Task, strategy: Strategy) -> Program:
     _, path, calls = forward_alone(laid_out, 0, ForwardState(task.model, task.record))
     known = None if strategy.quiet else calls  # a checkpoint may warn that it runs without gradients
     return Program(run, keys, task.size, logits_function(task), channels_last, path, known)
+
+
+def _product_and_bias(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Compute ``addmm`` without a copy of the bias to each row: inductor adds it together with the next operations."""
+    product = left @ right
+    return (product if alpha == 1 else alpha * product) + (bias if beta == 1 else beta * bias)
 
 
 @contextmanager
@@ -237,6 +248,15 @@ def _agree(found: Moments, expected: Moments, tolerance: float, entries: Tensor,
         error = (found[key] - value).abs()
         allowed = tolerance * size + least + torch.finfo(value.dtype).tiny
         if not bool((error <= allowed)[value.isfinite()].all()):
+            return False
+    return True
+
+
+def _are_merged(found: Moments, moments: Moments) -> bool:
+    """Return whether moments ``(N,)`` are those of all parameters ``(N, P)`` together, up to rounding."""
+    for key, value in merged_moments(moments).items():
+        allowed = MERGING * moments[key].abs().sum(1)
+        if not bool(((found[key] - value).abs() <= allowed)[value.isfinite()].all()):
             return False
     return True
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.kernels.fused import fused_segments, fused_supports
+from lightning_gradmetrics.engine.kernels.operators import is_traced
 from lightning_gradmetrics.engine.kernels.segments import Segments, chosen_moments
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.reference import moments_of_draw, reference_moments
@@ -63,7 +64,12 @@ class MomentTable:
     @property
     def results(self) -> list[Moments]:
         """The moments of each objective, over all parameters if the task allows that."""
-        return list(map(self._merged, range(len(self._moments)))) if self.task.merged else self.moments
+        return self.merged if self.task.merged else self.moments
+
+    @property
+    def merged(self) -> list[Moments]:
+        """The moments ``(N,)`` of each objective, over all parameters."""
+        return list(map(self._merged, range(len(self._moments))))
 
     def _merged(self, index: int) -> Moments:
         statistics = self._statistics[index]
@@ -96,9 +102,12 @@ class MomentTable:
             factors = None if self._scaled else undo
             waiting = self._waiting[index]
             waiting.update(_segment_moments(self._small[index], self.task.wanted))
+            if waiting and is_traced():  # a graph has no lists of columns to assign to
+                waiting.update(self._segments[index].by_name())
+            else:
+                self._fill_segments(index, factors)
             if waiting:
                 _fill_columns(self._table(index), waiting, self._columns, factors)
-            self._fill_segments(index, factors)
         self._waiting, self._small, self._segments, self._undo = [], [], [], []
 
     def _fill_segments(self, index: int, undo: Tensor | None) -> None:
@@ -181,7 +190,7 @@ def _fill_columns(
     where = list(map(columns.__getitem__, names))
     filled: Moments = {}
     for key, table in moments.items():
-        filled[key] = torch.stack([_as_type(parts[name][key], table.dtype) for name in names], 1)
+        filled[key] = torch.stack([_as_type(parts[name][key], table.dtype) for name in names]).mT
     if undo is not None:
         filled = rescaled_moments(filled, undo)
     for key, values in filled.items():

@@ -89,18 +89,20 @@ class _Placed:
     program: Program
     places: tuple[tuple[int | Tensor, ...], ...]
 
-    def moments(self, tensors: Sequence[Tensor], targets: Tensor | None) -> list[Moments]:
-        """Return the moments ``(N, P)`` of each objective.
+    def moments(self, tensors: Sequence[Tensor], targets: Tensor | None, per_parameter: bool) -> list[Moments]:
+        """Return the moments of each objective, ``(N, P)`` for each parameter or ``(N,)``.
 
         Args:
             tensors: The arguments of the trace.
             targets: The labels.
+            per_parameter: Whether to return one value per parameter.
         """
         parameters, buffers, inputs = ([], [], [])  # type: tuple[list[Tensor], list[Tensor], list[Tensor]]
         for arguments, places in zip((parameters, buffers, inputs), self.places, strict=True):
             for place in places:
                 arguments.append(tensors[place] if isinstance(place, int) else place)
-        return self.program.run_on(parameters, buffers, inputs, targets)[0]
+        moments, merged, _ = self.program.run_on(parameters, buffers, inputs, targets)
+        return moments if per_parameter else merged
 
 
 class _Guarded:
@@ -115,7 +117,9 @@ class _Guarded:
         self.guards, self.logits = guards, logits
         self.plans: dict[Trace, _Placed] = {}
 
-    def moments(self, model: nn.Module, inputs: Tensor, targets: Tensor | None) -> list[Moments] | None:
+    def moments(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor | None, per_parameter: bool
+    ) -> list[Moments] | None:
         """Return the moments, or ``None`` if the model is not as it was in a call with a plan."""
         if not self.plans:
             return None
@@ -125,7 +129,7 @@ class _Guarded:
             return None
         try:
             with torch.no_grad():
-                return plan.moments(reached.tensors, targets)
+                return plan.moments(reached.tensors, targets, per_parameter)
         except RuntimeError:  # the eager engine explains which labels are wrong
             if targets is None:
                 raise
@@ -174,9 +178,14 @@ def is_guarded(model: nn.Module) -> bool:
 
 
 def guarded_moments(
-    model: nn.Module, inputs: Inputs, request: Request, targets: Tensor | None, logits: Callable[[Any], Tensor]
+    model: nn.Module,
+    inputs: Inputs,
+    request: Request,
+    targets: Tensor | None,
+    logits: Callable[[Any], Tensor],
+    per_parameter: bool,
 ) -> list[Moments] | None:
-    """Return the moments ``(N, P)`` of each objective; ``None`` if a guard does not hold, or if there are none.
+    """Return the moments of each objective; ``None`` if a guard does not hold, or if there are none.
 
     Args:
         model: The model.
@@ -184,6 +193,7 @@ def guarded_moments(
         request: What the call asks for.
         targets: The labels.
         logits: Returns the logits ``(N, C)`` from the model's output.
+        per_parameter: Whether to return one value per parameter, ``(N, P)``, instead of ``(N,)``.
     """
     known = _GUARDED.get(model, {}).get(request)
     if (
@@ -195,7 +205,8 @@ def guarded_moments(
     ):
         return None
     with torch.inference_mode(False):
-        return known.moments(model, inputs.detach(), None if targets is None else targets.detach())
+        labels = None if targets is None else targets.detach()
+        return known.moments(model, inputs.detach(), labels, per_parameter)
 
 
 def guard_program(task: Task, state: ProgramState, program: Program, logits: Tensor) -> None:

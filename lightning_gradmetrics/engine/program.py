@@ -80,7 +80,7 @@ class Program:
 
     Args:
         run: A function from parameters, buffers, inputs and labels to the moments of all objectives, in the order of
-            ``keys``, and the logits.
+            ``keys``, the same merged over the parameters, and the logits.
         keys: The moments of one objective.
         size: The number of samples in the batch.
         logits: The function from the model's output to the logits.
@@ -103,37 +103,44 @@ class Program:
         """Return whether the program was made for batches of this size."""
         return self.size == task.size and self.logits == logits_function(task)
 
-    def moments(self, task: Task, state: ProgramState) -> tuple[list[Moments], Tensor]:
-        """Return the moments ``(N, P)`` of each objective, and the logits ``(N, C)``.
+    def moments(self, task: Task, state: ProgramState) -> tuple[list[Moments], list[Moments], Tensor]:
+        """Return the results of :meth:`run_on`, and compare the model with the graph.
 
         Raises:
             PlanError: If the model's own forward pass makes other calls, or returns other logits, than the graph.
         """
         with torch.no_grad(), _no_more_casts(device_of(task).type):
-            moments, logits = self.run_on(*state.arguments())
+            moments, merged, logits = self.run_on(*state.arguments())
         if hasattr(task.logits, "seen"):  # an observer that compares them with the logits of another forward pass
             task.logits.seen = logits
         else:
             self._check_forward(task, logits)
-        return moments, logits
+        return moments, merged, logits
 
     def run_on(
         self, parameters: list[Tensor], buffers: list[Tensor], inputs: list[Tensor], labels: Tensor | None
-    ) -> tuple[list[Moments], Tensor]:
-        """Return the moments ``(N, P)`` of each objective, and the logits ``(N, C)``, without comparing the model.
+    ) -> tuple[list[Moments], list[Moments], Tensor]:
+        """Return the results without comparing the model.
 
         Args:
             parameters: The model's parameters.
             buffers: The model's buffers.
             inputs: The model's inputs.
             labels: The labels, if there are any.
+
+        Returns:
+            The moments ``(N, P)`` of each objective, the same merged over the parameters, ``(N,)``, and the logits ``(N, C)``.
         """
         *values, logits = self.run(parameters, buffers, inputs, labels)
-        moments: list[Moments] = []
+        half = len(values) // 2
+        return self._by_objective(values[:half]), self._by_objective(values[half:]), logits
+
+    def _by_objective(self, values: Sequence[Tensor]) -> list[Moments]:
         count = len(self.keys)
+        moments: list[Moments] = []
         for start in range(0, len(values), count):
             moments.append(dict(zip(self.keys, values[start : start + count], strict=True)))
-        return moments, logits
+        return moments
 
     def _check_forward(self, task: Task, logits: Tensor) -> None:
         """Compare one sample's logits with the model's, which may depend on state that the graph does not read.

@@ -225,3 +225,29 @@ def test_a_flop_counter_has_no_effect_on_this_call_or_later_ones():
     assert _errors(counted, expected) < 1e-5 and _errors(later, expected) == 0
     after = [list(known) for known in auto._STRATEGIES[model].values()]
     assert kept == after and len(kept[0]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statistics", [("l2",), ("l1", "l2", "max", "min", "mean")])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Conv2d(8, 64, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(256, 3)),  # sums of squares by Gram matrices
+        (nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(32, 3)),
+        (nn.Flatten(2), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 4), nn.Flatten(), nn.Linear(32, 3)),
+    ],
+    ids=["convolution", "depthwise", "sequence"],
+)
+def test_kernels_of_layers_are_operators_of_the_graph(layers, statistics, graphs):
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(4):
+            x = torch.randn(5, 8, 4, 4)
+            found = gradient_statistics(model, x, "pseudo_label", statistics=statistics, compile=True)
+    (program,) = compiled_plans._PROGRAMS[model].values()
+    assert "lightning_gradmetrics" in str(program.run.graph)
+    expected = gradient_statistics(model, x, "pseudo_label", statistics=statistics, engine="reference")
+    for name in statistics:
+        torch.testing.assert_close(found.statistic(name), expected.statistic(name), rtol=1e-4, atol=1e-6)

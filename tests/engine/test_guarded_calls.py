@@ -295,6 +295,7 @@ def test_calls_are_repeated_for_the_same_request_only(make, repeated):
     for _ in range(3):
         both(objective="label", targets=labels)
     assert both(objective="label", targets=labels.flip(0))
+    assert both(objective="label", targets=labels, per_parameter=True)
     assert not both(objective="uniform")
     assert not both(objective="label", targets=labels, statistics=["l2"])
     assert not both(objective="label", targets=labels, parameters=lambda name: name.startswith("b"))

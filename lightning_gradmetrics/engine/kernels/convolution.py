@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from lightning_gradmetrics.engine.kernels.fused import fused_depthwise, fused_pr
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
 from lightning_gradmetrics.engine.kernels.gram import conv_gram_pays, conv_square
 from lightning_gradmetrics.engine.kernels.native import native_depthwise, native_products, supports
+from lightning_gradmetrics.engine.kernels.operators import operator
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments
+from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments, stacked_by_name
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
@@ -81,7 +83,7 @@ def _patches(x: Tensor, size: Sequence[int], geometry: ConvGeometry) -> Tensor:
     x = geometry.pad(x)
     strides = list(x.stride()[:2])
     for moves in (geometry.dilation, geometry.stride):
-        strides += map(operator.mul, x.stride()[2:], moves)
+        strides += map(mul, x.stride()[2:], moves)
     return x.as_strided((*x.shape[:2], *geometry.kernel_size, *size), strides)
 
 
@@ -99,6 +101,32 @@ def conv_moments(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[
     keys = frozenset(wanted)
     if g.numel() and keys != {"sum"} and fused_supports(g, keys) and x.dtype == g.dtype:
         return _fused(x, g, geometry, keys)
+    if in_graph(g):
+        names = key_names(keys)
+        return named_moments(_conv_moments(x, g, *geometry.lists(), geometry.groups, names), names)
+    return _unfused(x, g, geometry, keys)
+
+
+@operator(
+    "(Tensor x, Tensor g, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, str[] names) -> Tensor",
+    lambda x, g, *fields: g.new_empty(len(fields[-1]), len(g), dtype=accumulator(g)),
+)
+def _conv_moments(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    names: Sequence[str],
+) -> Tensor:
+    geometry = ConvGeometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
+    return stacked_by_name(_unfused(x, g, geometry, keys_of(names)), names)
+
+
+def _unfused(x: Tensor, g: Tensor, geometry: ConvGeometry, keys: frozenset[Moment]) -> Moments:
+    """Return the moments on a CPU, or by plain torch."""
     g = at_least_float32(g)
     x = x.to(g.dtype)
     if keys == {"sum"}:

@@ -150,13 +150,8 @@ def fused_products(
         Each moment of the weight's entries, ``(N,)``, float64.
     """
     keys = frozenset(wanted)
-    merged = _products(x, g, *_fields(geometry), geometry.groups, _needs_extremes(keys), convolution)
+    merged = _products(x, g, *geometry.lists(), geometry.groups, _needs_extremes(keys), convolution)
     return _by_name(merged.unbind(1), keys)
-
-
-def _fields(geometry: ConvGeometry) -> tuple[list[int], ...]:
-    """Return kernel size, stride, padding and dilation as lists, as torch's operators take them."""
-    return tuple(map(list, (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation)))
 
 
 @operator(
@@ -252,7 +247,7 @@ def fused_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
         g: The gradient of its output, ``(N, C, *S')``, of the same type.
         geometry: Kernel size, stride, padding, dilation and groups.
     """
-    return _depthwise(x, g, *_fields(geometry), geometry.groups)
+    return _depthwise(x, g, *geometry.lists(), geometry.groups)
 
 
 @operator(

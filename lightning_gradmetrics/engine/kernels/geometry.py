@@ -52,6 +52,10 @@ class ConvGeometry:
         if len(lengths) != 1 or not lengths <= set(range(1, DIMENSIONS + 1)):
             raise ValueError(f"a convolution has 1 to {DIMENSIONS} spatial dimensions, the same in each field: {self}")
 
+    def lists(self) -> tuple[list[int], ...]:
+        """Return kernel size, stride, padding and dilation as lists, as torch's operators take them."""
+        return tuple(map(list, (self.kernel_size, self.stride, self.padding, self.dilation)))
+
     @property
     def entries(self) -> int:
         """Number of kernel entries of one channel."""

@@ -31,6 +31,7 @@ from lightning_gradmetrics.engine.kernels.cache import (
     sweep,
 )
 from lightning_gradmetrics.engine.kernels.jobs import JOB_SIZES
+from lightning_gradmetrics.engine.kernels.operators import is_traced
 
 __all__ = ["SWITCH", "describe_kernels", "library_for", "parallel_runner", "plain_kernels"]
 
@@ -80,9 +81,14 @@ class _BuildError(Exception):
 _suspended = False
 
 
-def library_for(dtype: torch.dtype) -> Any:
-    """Return the loaded library for a floating type, or None."""
-    return None if _suspended else _kernels(dtype).library
+def library_for(dtype: torch.dtype, in_graph: bool = False) -> Any:
+    """Return the loaded library for a floating type, or None.
+
+    Args:
+        dtype: The floating type.
+        in_graph: Whether the kernel is called by an operator, so that a traced graph can contain the call.
+    """
+    return None if _suspended or (is_traced() and not in_graph) else _kernels(dtype).library
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from lightning_gradmetrics.engine.kernels.geometry import POINTWISE
 from lightning_gradmetrics.engine.kernels.gram import linear_gram_pays, linear_square
 from lightning_gradmetrics.engine.kernels.layers import looked_up_rows
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
-from lightning_gradmetrics.engine.kernels.operators import reads_are_slow
+from lightning_gradmetrics.engine.kernels.operators import operator, reads_are_slow
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments, row_moments
+from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments, stacked_by_name
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
@@ -55,6 +56,22 @@ def linear_moments(a: Tensor, g: Tensor, wanted: Iterable[Moment]) -> Moments:
     keys = frozenset(wanted)
     if g.numel() and keys != {"sum"} and fused_supports(g, keys) and a.dtype == g.dtype:
         return fused_products(a.mT, g.mT, POINTWISE, keys, convolution=False)
+    if in_graph(g):
+        names = key_names(keys)
+        return named_moments(_linear_moments(a, g, names), names)
+    return _unfused(a, g, keys)
+
+
+@operator(
+    "(Tensor a, Tensor g, str[] names) -> Tensor",
+    lambda a, g, names: g.new_empty(len(names), len(g), dtype=accumulator(g)),
+)
+def _linear_moments(a: Tensor, g: Tensor, names: Sequence[str]) -> Tensor:
+    return stacked_by_name(_unfused(a, g, keys_of(names)), names)
+
+
+def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment]) -> Moments:
+    """Return the moments on a CPU, or by plain torch."""
     a, g = at_least_float32(a), at_least_float32(g)
     if keys == {"sum"}:
         return {"sum": _total(a, g)}
@@ -106,6 +123,14 @@ def touched_rows(indices: Tensor, g: Tensor, padding_idx: int | None) -> Tensor:
                  [0.]]])
     """
     g = at_least_float32(g)
+    return _touched_rows(indices, g, padding_idx)
+
+
+@operator(
+    "(Tensor indices, Tensor g, int? padding) -> Tensor",
+    lambda indices, g, padding: g.new_empty(g.shape[0], g.shape[1] + 1, g.shape[2]),
+)
+def _touched_rows(indices: Tensor, g: Tensor, padding_idx: int | None) -> Tensor:
     computed = looked_up_rows(indices, g, padding_idx)
     if computed is not None:
         return computed

@@ -51,14 +51,16 @@ Sizes = tuple[int, ...]
 _local = threading.local()
 
 
-def supports(tensor: Tensor, wanted: Iterable[Moment]) -> bool:
+def supports(tensor: Tensor, wanted: Iterable[Moment], in_graph: bool = False) -> bool:
     """Return whether the compiled kernels return these moments of tensors like this one.
 
     Args:
         tensor: A tensor of the type and on the device in question.
         wanted: The moments to compute.
+        in_graph: Whether the kernel is called by an operator; see :func:`.library_for`.
     """
-    return tensor.device.type == "cpu" and set(wanted) <= set(ORDER) and library_for(tensor.dtype) is not None
+    is_possible = tensor.device.type == "cpu" and set(wanted) <= set(ORDER)
+    return is_possible and library_for(tensor.dtype, in_graph) is not None
 
 
 def threads_for(entries: int | None = None) -> int:

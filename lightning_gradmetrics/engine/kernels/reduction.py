@@ -99,8 +99,8 @@ def position_sums(g: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | 
     if shape[2] == 1:  # nothing to sum
         flat_g, flat_x = flat_g.squeeze(2), None if flat_x is None else flat_x.squeeze(2)
         return flat_g.to(accumulator(g)), None if flat_x is None else (flat_x * flat_g).to(accumulator(g))
-    if g.numel() and supports(g, ()):
-        total, product = native_sums(flat_g, flat_x)
+    if g.numel() and supports(g, (), in_graph=True):
+        total, product = native_sums(flat_g, flat_x).unbind()
         return total, None if x is None else product
     total = flat_g.sum(2, dtype=accumulator(g))
     return total, None if flat_x is None else (flat_x * flat_g).sum(2, dtype=accumulator(g))

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.jobs import SegmentJob
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
 from lightning_gradmetrics.engine.kernels.native import ONE_THREAD_ENTRIES, ORDER, supports
+from lightning_gradmetrics.engine.kernels.operators import operator
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = ["Factors", "Segments", "chosen_moments"]
@@ -63,7 +64,7 @@ class Segments:
         if matrices:
             is_supported = matrix.dtype is matrices[0].dtype and matrix.is_cpu
         else:
-            is_supported = self._are_known and supports(matrix, self._wanted)
+            is_supported = self._are_known and supports(matrix, self._wanted, in_graph=True)
         is_small = len(matrices) < MOST - 1 and 0 < matrix.numel() <= LARGEST
         return is_supported and is_small and (matrix.stride(1) == 1 or matrix.shape[1] == 1)
 
@@ -92,34 +93,63 @@ class Segments:
         order = list(map(self.names.index, names))
         if undo is not None and not (undo.dtype == torch.float64 and undo.is_contiguous()):
             undo = undo.to(torch.float64).contiguous()
-        matrices, samples, outputs = self._matrices, self._matrices[0].shape[0], len(self.names)
-        out = torch.empty(len(ORDER), samples, outputs, dtype=torch.float64)
-        merged = torch.empty(len(ORDER), samples, dtype=torch.float64)
-        alone = parallel_runner() is None or sum(map(Tensor.numel, matrices)) <= ONE_THREAD_ENTRIES
-        segments = len(matrices)
-        numbers = array("q", map(Tensor.data_ptr, matrices))  # alive until the call returns
-        numbers.extend([matrix.shape[1] for matrix in matrices])
-        numbers.extend([matrix.stride(0) for matrix in matrices])
-        numbers.extend(map(self._left.__getitem__, order))
-        numbers.extend(map(self._right.__getitem__, order))
-        x = numbers.buffer_info()[0]
-        job = SegmentJob(
-            x=x,
-            columns=x + 8 * segments,
-            step=x + 16 * segments,
-            left=x + 24 * segments,
-            right=x + 24 * segments + 8 * outputs,
-            undo=None if undo is None else undo.data_ptr(),
-            out=out.data_ptr(),
-            merged=merged.data_ptr(),
-            samples=samples,
-            segments=segments,
-            outputs=outputs,
-            mode=int(not self._wanted <= {"sum", 2.0}),
-        )
-        run = library_for(matrices[0].dtype).segment_statistics
-        run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())
-        return out, merged
+        left, right = list(map(self._left.__getitem__, order)), list(map(self._right.__getitem__, order))
+        out = _segment_statistics(self._matrices, undo, left, right, not self._wanted <= {"sum", 2.0})
+        return out[:, :-1].mT, out[:, -1]
+
+    def by_name(self) -> dict[str, Moments]:
+        """Return each parameter's moments, ``(N,)``."""
+        columns: dict[str, Moments] = {}
+        if self.names:
+            statistics = self.statistics(self.names)[0]
+            for name, column in zip(self.names, statistics.unbind(2), strict=True):
+                columns[name] = chosen_moments(column, self._wanted)
+        return columns
+
+
+@operator(
+    "(Tensor[] matrices, Tensor? undo, int[] left, int[] right, bool extremes) -> Tensor",
+    lambda matrices, undo, left, *_: matrices[0].new_empty(
+        len(ORDER), len(left) + 1, len(matrices[0]), dtype=torch.float64
+    ),
+)
+def _segment_statistics(
+    matrices: Sequence[Tensor], undo: Tensor | None, left: Sequence[int], right: Sequence[int], extremes: bool
+) -> Tensor:
+    """Return the moments in the order of ``ORDER``, for each parameter and then over all of them, ``(5, P + 1, N)``.
+
+    Args:
+        matrices: Each ``(N, D)``.
+        undo: Factors of the entries, ``(N,)``.
+        left: The number of each parameter's matrix, or of its left factor.
+        right: The number of its right factor, or -1.
+        extremes: Whether to compute more than sums and sums of squares.
+    """
+    samples, segments, outputs = matrices[0].shape[0], len(matrices), len(left)
+    out = torch.empty(len(ORDER), outputs + 1, samples, dtype=torch.float64)
+    alone = parallel_runner() is None or sum(map(Tensor.numel, matrices)) <= ONE_THREAD_ENTRIES
+    numbers = array("q", map(Tensor.data_ptr, matrices))  # alive until the call returns
+    numbers.extend([matrix.shape[1] for matrix in matrices])
+    numbers.extend([matrix.stride(0) for matrix in matrices])
+    numbers.extend(left)
+    numbers.extend(right)
+    x = numbers.buffer_info()[0]
+    job = SegmentJob(
+        x=x,
+        columns=x + 8 * segments,
+        step=x + 16 * segments,
+        left=x + 24 * segments,
+        right=x + 24 * segments + 8 * outputs,
+        undo=None if undo is None else undo.data_ptr(),
+        out=out.data_ptr(),
+        samples=samples,
+        segments=segments,
+        outputs=outputs,
+        mode=int(extremes),
+    )
+    run = library_for(matrices[0].dtype, in_graph=True).segment_statistics
+    run(ctypes.byref(job), parallel_runner(), 1 if alone else torch.get_num_threads())
+    return out
 
 
 def chosen_moments(statistics: Tensor, wanted: Collection[Moment]) -> Moments:

@@ -10,17 +10,19 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.jobs import SumJob
 from lightning_gradmetrics.engine.kernels.library import library_for
 from lightning_gradmetrics.engine.kernels.native import run_job, supports, threads_for
+from lightning_gradmetrics.engine.kernels.operators import operator
 
 __all__ = ["NormRows", "native_norm", "native_sums"]
 
 
-def native_sums(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass; without ``x`` zeros."""
+@operator("(Tensor g, Tensor? x) -> Tensor", lambda g, x: g.new_empty(2, *g.shape[:2], dtype=torch.float64))
+def native_sums(g: Tensor, x: Tensor | None) -> Tensor:
+    """Return sums over the last axis of ``g`` and of ``x g``, ``(N, C, P)`` each, in one pass: ``(2, N, C)``; zeros without ``x``."""
     if not _share_unit_stride(g, g if x is None else x):
         g, x = g.contiguous(), None if x is None else x.contiguous()
     out = torch.empty(2, *g.shape[:2], dtype=torch.float64)
     _run(_job(g, x, out=out.data_ptr()), g)
-    return out[0], out[1]
+    return out
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def _job(g: Tensor, x: Tensor | None, **fields: float) -> SumJob:
 
 
 def _run(job: SumJob, g: Tensor) -> None:
-    run_job(job, library_for(g.dtype).position_statistics, threads_for(g.numel()))
+    run_job(job, library_for(g.dtype, in_graph=True).position_statistics, threads_for(g.numel()))
 
 
 def _share_unit_stride(g: Tensor, x: Tensor) -> bool:

@@ -97,7 +97,15 @@ static void start(running *s) {
   s->part[MIN] += (REAL)INFINITY;
 }
 
-/* The sum of all lanes, in double precision. */
+/* The sum of all lanes in double precision, and the extremes of lanes that are no NaN. */
+#if defined(__AVX512F__) && defined(SINGLE)
+inline_always double lane_total(vec a) {
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(upper)));
+}
+#define largest_lane _mm512_reduce_max_ps
+#define smallest_lane _mm512_reduce_min_ps
+#else
 inline_always double lane_total(vec a) {
   double t[WIDTH];
   for (int j = 0; j < WIDTH; j++) t[j] = a[j];
@@ -106,6 +114,18 @@ inline_always double lane_total(vec a) {
     for (int j = 0; j < w; j++) t[j] += t[j + w];
   return t[0];
 }
+
+inline_always REAL largest_lane(vec a) {
+  REAL t[WIDTH];
+  memcpy(t, &a, sizeof t);
+#pragma GCC unroll 8
+  for (int w = WIDTH / 2; w > 0; w /= 2)
+    for (int j = 0; j < w; j++) t[j] = t[j] > t[j + w] ? t[j] : t[j + w];
+  return t[0];
+}
+
+inline_always REAL smallest_lane(vec a) { return -largest_lane(-a); }
+#endif
 
 static void flush(running *s) {
   for (int k = SUM; k <= ABS; k++) {

@@ -55,13 +55,12 @@ typedef struct {
   const int64_t *columns, *step;        /* (segments) */
   const int64_t *left, *right;          /* (outputs): the segments of an outer product; right < 0: of left alone */
   const double *undo;                   /* (samples): factors of the entries, or NULL */
-  double *out;                          /* (STATISTICS, samples, outputs) */
-  double *merged;                       /* (STATISTICS, samples): over all outputs, or NULL */
+  double *out;                          /* (STATISTICS, outputs + 1, samples): the last over all outputs */
   int64_t samples, segments, outputs, mode;
   atomic_int next;
 } segment_job;
 
-enum { SHORT = 256, BLOCK_OF_SAMPLES = 16 };
+enum { SHORT = 256, BLOCK_OF_SAMPLES = 8 };
 
 /* A row of at most SHORT entries: one sum per lane is precise enough. */
 inline_always void short_row(const REAL *x, int64_t count, double *out, int mode) {
@@ -87,15 +86,7 @@ inline_always void short_row(const REAL *x, int64_t count, double *out, int mode
   out[SUM] = lane_total(sum), out[SQUARE] = lane_total(square);
   if (mode != ALL) return;
   out[ABS] = lane_total(absolute);
-  REAL h[WIDTH], l[WIDTH];
-  memcpy(h, &high, sizeof h), memcpy(l, &low, sizeof l);
-#pragma GCC unroll 8
-  for (int w = WIDTH / 2; w > 0; w /= 2)
-    for (int k = 0; k < w; k++) {
-      h[k] = h[k] > h[k + w] ? h[k] : h[k + w];
-      l[k] = l[k] < l[k + w] ? l[k] : l[k + w];
-    }
-  out[MAX] = h[0], out[MIN] = l[0];
+  out[MAX] = largest_lane(high), out[MIN] = smallest_lane(low);
   if (isnan(out[SQUARE])) out[MAX] = out[MIN] = NAN; /* comparisons drop NaN */
 }
 
@@ -116,52 +107,69 @@ static void segment_row(const REAL *x, int64_t count, double *out, int mode) {
   finish(&s, out);
 }
 
-/* The statistics of an outer product are products of the factors' statistics. */
-static void product_row(const double *a, const double *b, double *out, int mode) {
-  out[SUM] = a[SUM] * b[SUM], out[SQUARE] = a[SQUARE] * b[SQUARE];
-  if (mode != ALL) return;
-  out[ABS] = a[ABS] * b[ABS];
-  const double ends[4] = {a[MAX] * b[MAX], a[MAX] * b[MIN], a[MIN] * b[MAX], a[MIN] * b[MIN]};
-  out[MAX] = out[MIN] = ends[0];
-  for (int k = 1; k < 4; k++) {
-    if (ends[k] > out[MAX] || isnan(ends[k])) out[MAX] = ends[k];
-    if (ends[k] < out[MIN] || isnan(ends[k])) out[MIN] = ends[k];
+/* A block of samples: each statistic of all of them is adjacent in memory. */
+typedef double block_of[STATISTICS][BLOCK_OF_SAMPLES];
+
+/* Replaces extremes by those of more values; NaN remains. */
+inline_always void widen(block_of all, const double *high, const double *low) {
+  for (int n = 0; n < BLOCK_OF_SAMPLES; n++) {
+    all[MAX][n] = (high[n] > all[MAX][n]) | (high[n] != high[n]) ? high[n] : all[MAX][n];
+    all[MIN][n] = (low[n] < all[MIN][n]) | (low[n] != low[n]) ? low[n] : all[MIN][n];
   }
 }
 
-/* Adds the statistics of more entries to those of others. */
-inline_always void merge(double *all, const double *more, int kept) {
-  all[SUM] += more[SUM], all[SQUARE] += more[SQUARE];
-  if (kept <= ABS) return;
-  all[ABS] += more[ABS];
-  if (more[MAX] > all[MAX] || isnan(more[MAX])) all[MAX] = more[MAX];
-  if (more[MIN] < all[MIN] || isnan(more[MIN])) all[MIN] = more[MIN];
+/* The statistics of outer products are products of the factors' statistics. */
+static void product_block(const block_of a, const block_of b, block_of out, int mode) {
+  for (int k = SUM; k <= (mode == ALL ? ABS : SQUARE); k++)
+    for (int n = 0; n < BLOCK_OF_SAMPLES; n++) out[k][n] = a[k][n] * b[k][n];
+  if (mode != ALL) return;
+  double end[BLOCK_OF_SAMPLES];
+  for (int n = 0; n < BLOCK_OF_SAMPLES; n++) out[MAX][n] = out[MIN][n] = a[MAX][n] * b[MAX][n];
+  for (int k = 1; k < 4; k++) {
+    for (int n = 0; n < BLOCK_OF_SAMPLES; n++) end[n] = a[k & 1 ? MIN : MAX][n] * b[k & 2 ? MIN : MAX][n];
+    widen(out, end, end);
+  }
+}
+
+/* Removes the scale of each sample, and adds the statistics to those of other entries. */
+static void scale_block(block_of value, const double *factor, block_of all, int mode) {
+  for (int k = SUM; k < (mode == ALL ? STATISTICS : ABS); k++)
+    for (int n = 0; n < BLOCK_OF_SAMPLES; n++) value[k][n] *= k == SQUARE ? factor[n] * factor[n] : factor[n];
+  for (int k = SUM; k <= (mode == ALL ? ABS : SQUARE); k++)
+    for (int n = 0; n < BLOCK_OF_SAMPLES; n++) all[k][n] += value[k][n];
+  if (mode == ALL) widen(all, value[MAX], value[MIN]);
 }
 
 static void segment_work(void *data) {
   segment_job *j = data;
-  const int64_t blocks = (j->samples + BLOCK_OF_SAMPLES - 1) / BLOCK_OF_SAMPLES;
+  const int64_t blocks = (j->samples + BLOCK_OF_SAMPLES - 1) / BLOCK_OF_SAMPLES, rows = j->outputs + 1;
   const int kept = j->mode == ALL ? STATISTICS : ABS;
-  double found[j->segments][STATISTICS], entry[STATISTICS], scaled[STATISTICS] = {0}, all[STATISTICS] = {0};
+  block_of found[j->segments], value, all;
+  double row[STATISTICS], factor[BLOCK_OF_SAMPLES] = {0};
+  memset(found, 0, sizeof found);
   for (int64_t block; (block = atomic_fetch_add(&j->next, 1)) < blocks;) {
-    const int64_t end = (block + 1) * BLOCK_OF_SAMPLES < j->samples ? (block + 1) * BLOCK_OF_SAMPLES : j->samples;
-    for (int64_t n = block * BLOCK_OF_SAMPLES; n < end; n++) {
-      const double factor = j->undo ? j->undo[n] : 1;
-      for (int64_t s = 0; s < j->segments; s++)
-        segment_row(j->x[s] + n * j->step[s], j->columns[s], found[s], (int)j->mode);
-      for (int64_t o = 0; o < j->outputs; o++) {
-        const double *value = found[j->left[o]];
-        if (j->right[o] >= 0) product_row(value, found[j->right[o]], entry, (int)j->mode), value = entry;
-        for (int k = 0; k < kept; k++) {
-          scaled[k] = k == SQUARE ? value[k] * factor * factor : value[k] * factor;
-          j->out[(k * j->samples + n) * j->outputs + o] = scaled[k];
-        }
-        if (o)
-          merge(all, scaled, kept);
-        else
-          memcpy(all, scaled, sizeof all);
+    const int64_t first = block * BLOCK_OF_SAMPLES, rest = j->samples - first;
+    const int count = rest < BLOCK_OF_SAMPLES ? (int)rest : BLOCK_OF_SAMPLES;
+    for (int n = 0; n < count; n++) factor[n] = j->undo ? j->undo[first + n] : 1;
+    for (int64_t s = 0; s < j->segments; s++)
+      for (int n = 0; n < count; n++) {
+        segment_row(j->x[s] + (first + n) * j->step[s], j->columns[s], row, (int)j->mode);
+        for (int k = 0; k < kept; k++) found[s][k][n] = row[k];
       }
-      for (int k = 0; j->merged && k < kept; k++) j->merged[k * j->samples + n] = all[k];
+    memset(all, 0, sizeof all);
+    for (int n = 0; n < BLOCK_OF_SAMPLES; n++) all[MAX][n] = -INFINITY, all[MIN][n] = INFINITY;
+    for (int64_t o = 0; o < rows; o++) {
+      if (o == j->outputs)
+        memcpy(value, all, sizeof all);
+      else {
+        if (j->right[o] >= 0)
+          product_block(found[j->left[o]], found[j->right[o]], value, (int)j->mode);
+        else
+          memcpy(value, found[j->left[o]], sizeof value);
+        scale_block(value, factor, all, (int)j->mode);
+      }
+      for (int k = 0; k < kept; k++)
+        memcpy(j->out + (k * rows + o) * j->samples + first, value[k], sizeof(double) * count);
     }
   }
 }

@@ -1,0 +1,52 @@
+"""Tells when the moments of a layer are an operator of a traced graph, and translates their keys.
+
+Such an operator chooses between the compiled kernels when the graph runs. Inductor would write each sample's weight gradient
+to memory, and a graph cannot depend on the values of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.kernels.operators import is_traced
+from lightning_gradmetrics.gradients.statistics import Moment, Moments
+
+__all__ = ["in_graph", "key_names", "keys_of", "named_moments", "stacked_by_name"]
+
+
+def in_graph(g: Tensor) -> bool:
+    """Return whether the moments of a layer with this gradient ``(N, ...)`` of its output are one operator."""
+    return is_traced() and g.is_cpu and g.numel() > 0
+
+
+def key_names(wanted: Iterable[Moment]) -> list[str]:
+    """Return the names of moments in a fixed order, as torch's operators take them.
+
+    Example:
+        >>> key_names({"sum", 2.0})
+        ['2.0', 'sum']
+    """
+    return sorted(map(str, wanted))
+
+
+def stacked_by_name(moments: Moments, names: Sequence[str]) -> Tensor:
+    """Return moments ``(N,)`` as the rows of ``(K, N)``, in the order of their names."""
+    return torch.stack(list(map(moments.__getitem__, map(_key, names))))
+
+
+def named_moments(rows: Tensor, names: Sequence[str]) -> Moments:
+    """Return the moments from the rows ``(K, N)`` of :func:`stacked_by_name`."""
+    return dict(zip(map(_key, names), rows.unbind(), strict=True))
+
+
+def keys_of(names: Iterable[str]) -> frozenset[Moment]:
+    """Return the moments of :func:`key_names`."""
+    return frozenset(map(_key, names))
+
+
+def _key(name: str) -> Moment:
+    return cast(Moment, name) if name in ("sum", "max", "min") else float(name)
