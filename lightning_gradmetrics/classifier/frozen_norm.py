@@ -5,7 +5,6 @@ The backward pass of torch's batch norm also sums over all positions in eval mod
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from lightning_gradmetrics.classifier.forward import has_compiled_parts
 
 __all__ = ["EarlyProduct", "frozen_batch_norm", "frozen_batch_norms"]
 
-SIGNATURE = inspect.signature(F.batch_norm)
-
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
@@ -30,7 +27,7 @@ class _Frozen(torch.autograd.Function):
         bias, mean, variance, eps, cudnn, early = rest
         factor = torch.rsqrt(variance + eps)
         factor = factor if weight is None else factor * weight
-        ctx.save_for_backward(factor)
+        ctx.save_for_backward(factor.reshape(1, -1, *[1] * (x.ndim - 2)))
         ctx.early = early
         if early is not None:
             early.factor = factor
@@ -42,8 +39,8 @@ class _Frozen(torch.autograd.Function):
         product = None if ctx.early is None else ctx.early.taken(gradient)
         if product is not None:
             return product, *[None] * 7
-        product = gradient * factor.reshape(1, -1, *[1] * (gradient.ndim - 2))
-        return product.to(gradient.dtype), *[None] * 7
+        product = gradient * factor
+        return product if product.dtype == gradient.dtype else product.to(gradient.dtype), *[None] * 7
 
 
 @dataclass
@@ -107,22 +104,34 @@ class _FrozenNorms(TorchFunctionMode):
     """Calls :func:`frozen_batch_norm` where only the input of a batch norm requires a gradient."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.batch_norm:
-            values = SIGNATURE.bind(*args, **(kwargs or {}))
-            values.apply_defaults()
-            if _has_constant_parameters(**values.arguments):
-                return _frozen(**values.arguments)
+        if func is F.batch_norm and _has_constant_parameters(*args, **(kwargs or {})):
+            return _frozen(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def _frozen(
-    input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Any, bias: Any, eps: float, **_: Any
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
+    """Return a frozen batch norm, with the arguments of :func:`torch.nn.functional.batch_norm`."""
     return frozen_batch_norm(input, weight, bias, running_mean, running_var, eps, torch.backends.cudnn.enabled)
 
 
 def _has_constant_parameters(
-    input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: bool, **_: Any
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> bool:
     """Return whether a batch norm uses running statistics and constants, outside transforms of ``torch.func``."""
     if training or running_mean is None or running_var is None or type(input) is not Tensor:
