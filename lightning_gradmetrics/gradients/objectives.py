@@ -91,13 +91,21 @@ def _labels_checked(targets: Tensor, classes: int) -> Iterator[None]:
     except RuntimeError as error:
         if not targets.is_cpu:  # after an assertion, a CUDA device cannot run anything
             raise
-        wrong = targets[((targets < 0) | (targets >= classes)) & (targets != IGNORED)]
+        labels = _without_vmap(targets)
+        wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
         if not wrong.numel():
             raise
         raise ValueError(
             f"the labels contain {wrong[0].item()}, but the logits have {classes} classes; allowed: the class indices 0 to "
             f"{classes - 1}, and {IGNORED} for samples without a label"
         ) from error
+
+
+def _without_vmap(tensor: Tensor) -> Tensor:
+    """Return the tensor of all samples inside ``vmap``, where values cannot choose rows."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def class_loss(logits: Tensor, index: int | Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -253,3 +253,11 @@ def test_the_smallest_standard_deviation_scales_with_the_gradient() -> None:
     entries = torch.tensor([[1.0, 1.0, 1.0], [1e-30, 3e-30, 2e-30], [0.0, 0.0, 0.0]], dtype=torch.float64)
     std = GradientStatistics.of({"w": entries}).std
     torch.testing.assert_close(std, torch.tensor([1e-16, 1e-30, 1e-16], dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "reference"])
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_every_engine_names_a_label_outside_of_the_classes(engine: str, wrong: int) -> None:
+    targets = torch.tensor([0, -100, wrong])
+    with pytest.raises(ValueError, match=f"the labels contain {wrong}, but the logits have 3 classes"):
+        lgm.gradient_statistics(nn.Linear(4, 3), torch.randn(3, 4), "label", targets=targets, engine=engine)
