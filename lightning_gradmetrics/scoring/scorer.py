@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -219,12 +218,15 @@ class Scorer:
         return not are_close(logits, batch.logits)
 
     def _flags(self, model: nn.Module, batch: ObservedBatch) -> tuple[bool, ...]:
-        """Return for each tensor of the inputs whether it has one row per sample.
+        """Return for each tensor of the inputs whether it has one row per sample. The model runs on parts of the batch only.
 
         Raises:
             SampleAxisError: If that is ambiguous.
         """
-        forward = partial(self._forward, model, batch)
+
+        def forward(samples: Sequence[int] | None, flags: Sequence[bool]) -> Tensor:
+            return batch.logits if samples is None else self._forward(model, batch, samples, flags)
+
         return sample_flags(model, batch.inputs, batch.size, forward, batch.sample_axis)  # type: ignore[arg-type]
 
     def _forward(

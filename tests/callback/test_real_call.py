@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.scoring import scorer
 from tests.callback.runs import Stepped, assert_scores, batches, column, mlp, numbers, test_run, trainer
 
 SCORES = ["max_softmax", "gradnorm", "pseudo_label(target=all)", "odin"]
@@ -332,3 +333,40 @@ def test_a_call_that_raises_is_ignored() -> None:
     test_run(callback, RetriesInHalves(net), batches(x, torch.arange(8) % 3))
     assert_scores(callback, net.net, x, LOGIT_AND_HEAD)
     assert callback.results["label"].to_pylist() == [n % 3 for n in range(8)]
+
+
+SIZES: list[int] = []
+"""The number of samples of each call of ``Masked``; the callback restores lists of the model."""
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(5, 8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        SIZES.append(len(x))
+        return self.net(x * mask)
+
+
+class CallsWithAMask(Stepped):
+    def step(self, batch: Any) -> Any:
+        return self(batch[0], batch[1])
+
+
+def test_the_logits_of_the_step_show_which_inputs_have_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, mask = Masked(), numbers(6, 5), numbers(6, 5).gt(0).double()
+    SIZES.clear()
+    seen: list[int] = []
+    engine = scorer.gradient_statistics
+
+    def statistics(*args: Any, **options: Any) -> Any:
+        seen.extend(SIZES)
+        return engine(*args, **options)
+
+    monkeypatch.setattr(scorer, "gradient_statistics", statistics)
+    callback = lgm.GradientMetrics(["pseudo_label(target=all)"])
+    trainer(callback).predict(CallsWithAMask(net), batches(x, mask, batch_size=6))
+    assert seen.count(6) == 1 and max(seen[1:]) < 6
+    expected = lgm.score(net.net, x * mask, "pseudo_label(target=all)")
+    torch.testing.assert_close(column(callback, "pseudo_label(target=all)"), *expected.values(), rtol=1e-9, atol=1e-12)
