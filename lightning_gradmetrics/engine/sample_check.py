@@ -39,8 +39,8 @@ def check_some_samples(
 ) -> Outline:
     """Compare the moments of some samples with autograd on each sample alone, and return the outline of a forward pass.
 
-    Several samples include the first and the last one; a single one is not among the readers, which may take another path through
-    the model. ``strict`` is that of :func:`check_sample`.
+    Several samples include the first and the last one, and are all samples of a small batch; a single one is not among the readers,
+    which may take another path through the model. ``strict`` is that of :func:`check_sample`.
 
     Raises:
         PlanError: If they differ.
@@ -48,7 +48,7 @@ def check_some_samples(
     size = table.task.size
     numbers = [random_sample(size, readers)]
     if count > 1:
-        numbers = [size - 1, 0, *_some_numbers(size, count - 2)]
+        numbers = [size - 1, 0, *(range(size) if size <= MOST_VERIFIED else _some_numbers(size, count - 2))]
     outlines = []
     for number in dict.fromkeys(numbers):
         outlines.append(check_sample(table, names, laid_out, state, number, strict))
@@ -67,7 +67,7 @@ def verify_by_samples(
 
     One sample may hide an error, such as a wrong entry of a unit that is off for it. The second one is a reader if there is one,
     because it may take another path through the model alone. If a gradient is zero for both, the samples follow for which the table
-    says that it is not.
+    says that it is not. All samples of a small batch are compared.
 
     Args:
         table: The filled table of the batch.
@@ -87,6 +87,8 @@ def verify_by_samples(
     second = next((number for number in readers if number != notes.sample), (notes.sample + 1) % size)
     outlines: dict[int, Outline] = {}
     numbers = [notes.sample, second]
+    if size <= MOST_VERIFIED:
+        numbers = list(dict.fromkeys([*numbers, *range(size)]))
     while numbers:
         for number in numbers:
             check = check_reader if number in readers else check_sample
@@ -311,7 +313,7 @@ GATES = 0.05
 """Largest relative error that ReLUs switched by rounding may explain; larger in low precision."""
 
 MOST_VERIFIED = 6
-"""Largest number of samples that are compared to verify a plan."""
+"""Largest number of samples that are compared to verify a plan; all samples of a batch that is not larger."""
 
 DRAWN = 2
 """Number of samples that are compared in a batch with random numbers, besides the first and the last one."""

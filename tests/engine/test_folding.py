@@ -262,7 +262,7 @@ def test_a_plan_is_verified_on_a_batch_with_the_same_folds(monkeypatch: pytest.M
     monkeypatch.setattr(sample_check, "_agree_on_sample", alone_never_agrees)
     monkeypatch.setattr(FoldingTracer, "forward", noted)
     compare(model, x, 2e-3)
-    assert len(passes) == 3  # that of the batch, and those that verify two samples
+    assert len(passes) == 6  # that of the batch, and those that verify its five samples
     assert torch.equal(passes[0], passes[1])
 
 

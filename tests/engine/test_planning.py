@@ -48,8 +48,8 @@ def test_proven_models_run_once_for_every_size_and_once_more_for_two_new_lengths
     torch.manual_seed(0)
     model = _Texts().double().eval()
     first = _passes(model, torch.randint(1, 20, (5, 6)))
-    # Two and three samples are traced. Then come the batch, and two samples that are compared with autograd.
-    assert first == [2, 3, 5, 1, 1]
+    # Two and three samples are traced. Then come the batch, and its samples, which are compared with autograd.
+    assert first == [2, 3, 5, 1, 1, 1, 1, 1]
     (known,) = auto._STRATEGIES[model].values()
     assert (known[0].alone, known[0].random, known[0].reads_samples) == (0, False, False)
     checks = {(5, 6): [], (4, 6): [], (1, 6): [], (5, 9): [1], (7, 9): [], (7, 3): [1], (2, 3): []}
@@ -158,3 +158,22 @@ def test_backward_passes_do_not_import_sympy(monkeypatch):
     for size in (5, 5, 5, 1, 1):
         gradient_statistics(model, x[:size], "pseudo_label")
     opened.cache_clear()
+
+
+@pytest.mark.parametrize("row", range(6))
+def test_a_rule_that_is_wrong_for_one_row_of_a_small_batch_is_not_used(row, monkeypatch):
+    right = RULES[F.linear]
+
+    def wrong(call, g):
+        factors = torch.ones(len(g), 1)
+        factors[row if len(g) == 6 else slice(0)] = 1.5
+        return right.uses(call, g * factors)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(6, 4)
+    expected = gradient_statistics(model, x, "pseudo_label", engine="reference").norm()
+    monkeypatch.setitem(RULES, F.linear, replace(right, uses=wrong))
+    with pytest.warns(UserWarning, match="no fast rule"):
+        found = gradient_statistics(model, x, "pseudo_label").norm()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient_statistics(model, x, "pseudo_label").norm(), expected)
