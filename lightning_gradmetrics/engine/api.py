@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, overload
@@ -30,6 +29,7 @@ from lightning_gradmetrics.engine.cached_tensors import without_cached_tensors
 from lightning_gradmetrics.engine.functional import functional_moments
 from lightning_gradmetrics.engine.reference import reference_moments
 from lightning_gradmetrics.engine.shared_inputs import check_rows, with_sample_axes
+from lightning_gradmetrics.engine.stance import eager
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.statistics import (
@@ -95,13 +95,6 @@ def select_parameters(
         )
     check_types(chosen, norms_only)
     return chosen
-
-
-def eager() -> AbstractContextManager[None]:
-    """Return a block in which compiled modules run uncompiled, so that their calls can be intercepted."""
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _parametrizations_computed() -> AbstractContextManager[None]:

@@ -33,6 +33,7 @@ from lightning_gradmetrics.engine.program import (
     ProgramState,
     device_of,
     has_hooks,
+    is_transformed,
     logits_function,
 )
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
@@ -75,7 +76,8 @@ def compiled_moments(task: Task) -> list[Moments]:
     The first batch runs eagerly, and its result is compared with that of the newly compiled plan. Smaller batches, and
     models that cannot be compiled, run eagerly.
     """
-    if torch._C._len_torch_dispatch_stack():  # a mode that must see all operators, such as a counter
+    # a mode that must see all operators, such as a counter; or a transformation of functions, which the eager engine refuses
+    if torch._C._len_torch_dispatch_stack() or is_transformed():
         return auto_moments(task)
     programs = _PROGRAMS.setdefault(task.model, {})
     state = ProgramState(task)

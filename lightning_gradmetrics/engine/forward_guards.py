@@ -13,6 +13,7 @@ import abc
 import builtins
 import contextlib
 import dis
+import functools
 import itertools
 import os
 import sys
@@ -27,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from lightning_gradmetrics.classifier.model_layout import HOOKS
+from lightning_gradmetrics.engine.stance import compiling
 
 __all__ = ["ForwardGuards", "ReachedGraph", "Trace", "TraceRefused", "UserCode"]
 
@@ -84,6 +86,13 @@ _QUERIES = frozenset(
     ["hasattr", "getattr", "vars", "globals", "locals", "dir", "eval", "exec", "__dict__", "__import__"]
 )
 """Names by which code can ask whether another name exists."""
+
+_CALLERS: frozenset[Any] = frozenset(
+    [map, filter, functools.partial, functools.partialmethod, functools.reduce, itertools.starmap, itertools.accumulate]
+)
+"""Functions that call others out of a profiler's sight: these may be built-in functions that read settings."""
+
+_CALLER_NAMES = frozenset(caller.__name__ for caller in _CALLERS)
 
 _HANDLERS = frozenset(["PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH", "IMPORT_NAME"])
 """Instructions of exception handlers, which may catch the error of an absent name, and of imports."""
@@ -179,7 +188,7 @@ class UserCode:
         for entries, _ in self._globals.values():
             if entries is not vars(sys.modules.get(entries.get("__name__", ""), object)):
                 return False  # torch.compile finds globals by the name of their module
-        return self.codes <= _codes_of(modules) and not any(map(_asks_for_names, self.codes))
+        return self.codes <= _codes_of(modules) and not any(map(_may_hide_changes, self.codes))
 
     def has_same_builtins(self) -> bool:
         """Return whether no global has the name of a built-in function since."""
@@ -195,9 +204,13 @@ def _is_function_of_tensors(function: Any) -> bool:
     return is_method or owner in _NAMESPACES or function in _CALLED
 
 
-def _asks_for_names(code: CodeType) -> bool:
-    """Return whether code can notice that a name is absent, or import one."""
-    if not _QUERIES.isdisjoint(code.co_names):
+def _may_hide_changes(code: CodeType) -> bool:
+    """Return whether code can notice that a name is absent, import one, or call built-in functions out of sight."""
+    if not (_QUERIES | _CALLER_NAMES).isdisjoint(code.co_names):
+        return True
+    if any(
+        isinstance(value, tuple) and "key" in value for value in code.co_consts
+    ):  # such as max(values, key=function)
         return True
     return any(instruction.opname in _HANDLERS for instruction in dis.get_instructions(code))
 
@@ -261,7 +274,8 @@ class ForwardGuards:
     def reached(self, model: nn.Module, inputs: Tensor) -> ReachedGraph | None:
         """Return the graph that a forward pass would run, by the guards or by a new trace; nothing of it runs.
 
-        It is ``None`` while there are hooks, or other methods of modules or built-in functions than before.
+        It is ``None`` while there are hooks, or other methods of modules or built-in functions than before, or while another
+        thread needs uncompiled modules.
 
         Args:
             model: The model.
@@ -279,7 +293,9 @@ class ForwardGuards:
             return None
         count = self._count
         try:
-            with torch.enable_grad(), torch.compiler.set_stance("default"):  # type: ignore[no-untyped-call]
+            with torch.enable_grad(), compiling() as is_possible:
+                if not is_possible:
+                    return None
                 self._forward(model, inputs)
         except ReachedGraph as reached:
             if self._count != count:  # torch.compile itself replaces methods when it traces a class for the first time
@@ -311,6 +327,8 @@ class ForwardGuards:
         for guard in guards:
             value = guard.value if guard.has_value else None
             is_known = type(value) in _TYPES or isinstance(value, nn.Module)
+            if isinstance(value, (type, BuiltinFunctionType)) and value in _CALLERS:
+                is_known = False
             if type(value) is float and value == 0:  # a guard does not tell 0.0 from -0.0
                 is_known = False
             is_own = guard.guard_type == "EMPTY_NN_MODULE_HOOKS_DICT" or guard.name.startswith(_OWN)

@@ -22,7 +22,7 @@ from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.forward_guards import ForwardGuards, ReachedGraph, Trace, TraceRefused, UserCode
 from lightning_gradmetrics.engine.model_state import ForwardState
-from lightning_gradmetrics.engine.program import Program, ProgramState, settings_of
+from lightning_gradmetrics.engine.program import Program, ProgramState, is_transformed, settings_of
 from lightning_gradmetrics.engine.samples import close_rows
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Objective
@@ -252,4 +252,4 @@ def _logits_of(reached: ReachedGraph) -> Tensor:
 def _is_watched() -> bool:
     """Return whether something must see all operators, or computes parametrised weights in another way."""
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return bool(modes or parametrize._cache_enabled)
+    return bool(modes or parametrize._cache_enabled) or is_transformed()

@@ -22,7 +22,7 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import allows_tf32
 from lightning_gradmetrics.gradients.statistics import Moments
 
-__all__ = ["Program", "ProgramState", "device_of", "has_hooks", "logits_function", "settings_of"]
+__all__ = ["Program", "ProgramState", "device_of", "has_hooks", "is_transformed", "logits_function", "settings_of"]
 
 
 class ProgramState:
@@ -178,6 +178,11 @@ def _no_more_casts(device: str) -> AbstractContextManager[Any]:
 def device_of(task: Task) -> torch.device:
     """Return the device of the first chosen parameter."""
     return next(iter(task.parameters.values())).device
+
+
+def is_transformed() -> bool:
+    """Return whether a function of ``torch.func``, such as ``grad``, has called this one."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def logits_function(task: Task) -> Callable[[Any], Tensor]:

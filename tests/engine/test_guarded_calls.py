@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import sys
+import threading
 import types
 import warnings
 import weakref
@@ -64,6 +65,7 @@ def constant():
     return FACTOR
 
 TANH = nn.Tanh()
+MAP = map
 
 class Base(nn.Module):
     inherited = 1.0
@@ -158,6 +160,14 @@ CHANGES = {
         "h = h * (2.0 if torch.get_autocast_dtype('cpu') == torch.float16 else 1.0)",
         "torch.set_autocast_dtype('cpu', torch.float16)",
     ),
+    "setting through a partial function": (
+        "h = h * (2.0 if functools.partial(torch.get_autocast_dtype, 'cpu')() == torch.float16 else 1.0)",
+        "torch.set_autocast_dtype('cpu', torch.float16)",
+    ),
+    "setting through a map": (
+        "h = h * (2.0 if list(MAP(torch.get_autocast_dtype, ['cpu']))[0] == torch.float16 else 1.0)",
+        "torch.set_autocast_dtype('cpu', torch.float16)",
+    ),
     "class of the model": (
         "h = h * 1",
         "m.__class__ = type('Other', (module.Model,), {'__module__': module.__name__, 'inherited': 2.0})",
@@ -187,6 +197,8 @@ NEVER = {
     "order",
     "sign of zero",
     "setting of torch",
+    "setting through a partial function",
+    "setting through a map",
 }
 """Models whose calls are never repeated by guards, since these would not see the change."""
 
@@ -327,6 +339,41 @@ def test_calls_are_repeated_in_every_gradient_mode(mode, make, repeated):
     assert repeated
     torch.testing.assert_close(found, _norms(model, x, engine="reference"), rtol=1e-4, atol=1e-6)
     assert model.a.weight.requires_grad
+
+
+@pytest.mark.slow
+def test_several_threads_leave_the_stance_of_the_compiler(make, repeated):
+    models = [make("h = h * 1")[0] for _ in range(2)]
+    x = torch.randn(6, 4)
+    expected = [_norms(model, x) for model in models]
+    wrong = []
+    for model in models * 3:
+        _norms(model, x, compile=True)
+
+    def run(model, norms):
+        for _ in range(20):
+            if not torch.allclose(_norms(model, x, compile=True), norms, rtol=1e-4, atol=1e-6):
+                wrong.append(model)
+            _norms(model, x)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(models, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    compiled = torch.compile(lambda x: torch.compiler.is_compiling(), backend="eager")
+    assert not wrong and repeated and compiled(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("transform", "shape"), [(torch.func.grad, (6, 4)), (torch.func.vmap, (2, 6, 4))])
+def test_transformed_calls_are_refused_as_without_compilation(transform, shape, make, repeated):
+    model, _ = make("h = h * 1")
+    for _ in range(4):
+        _norms(model, torch.randn(6, 4), compile=True)
+    for compile in (False, True):
+        with pytest.raises(RuntimeError, match="requires_grad_"):
+            transform(lambda x, compile=compile: _norms(model, x, compile=compile).sum())(torch.randn(shape))
 
 
 @pytest.mark.slow
