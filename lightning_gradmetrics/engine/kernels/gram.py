@@ -82,22 +82,23 @@ def _summed(left: Tensor, right: Tensor, direct: Callable[[Tensor], Tensor]) -> 
     dtype = accumulator(left)
     norms = (left.diagonal(dim1=2, dim2=3) * right.diagonal(dim1=2, dim2=3)).clamp(min=0).sqrt()
     bound = norms.sum(2, dtype=dtype).square()
-    return {2.0: _reliable((left * right).sum((2, 3), dtype=dtype), bound, direct)}
+    return {2.0: _reliable((left * right).sum((1, 2, 3), dtype=dtype), bound.sum(1), direct)}
 
 
 def _compiled(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
     """Return the sums of squares and the sums by the compiled kernels."""
-    total, square, bound = native_squares(x, g, geometry)
-    return {"sum": total.sum(1), 2.0: _reliable(square, bound, direct)}
+    sums, has_lost = native_squares(x, g, geometry, CANCELLED)
+    total, square, bound = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)).unbind(1)
+    return {"sum": total, 2.0: _reliable(square, bound, direct) if has_lost else square}
 
 
 def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return sum ``(N, B)`` over groups; compute the sum directly where cancellation lost digits."""
-    total, most = square.sum(1), bound.sum(1)
-    lost = (total < CANCELLED * most) & most.isfinite()
+    """Return the sums of squares ``(N,)``, computed directly where cancellation lost digits."""
+    lost = (square < CANCELLED * bound) & bound.isfinite()
     if bool(lost.any()):
-        total[lost] = direct(lost).to(total.dtype)
-    return total
+        square = square.clone()
+        square[lost] = direct(lost).to(square.dtype)
+    return square
 
 
 def linear_square(a: Tensor, g: Tensor) -> Moments:

@@ -140,7 +140,8 @@ class GramJob(ctypes.Structure):
         + _integers("scratch_bytes samples groups channels columns")
         + _triples("size out_size kernel stride pad dilation")
         + _integers("x_sample x_channel x_position g_sample g_channel g_position")
-        + _counters("next worker")
+        + _fields(ctypes.c_double, "cancelled")
+        + _counters("next worker lost")
     )
 
 

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = [
     "ChannelScale",
+    "GramSums",
     "native_depthwise",
     "native_products",
     "native_rows",
@@ -84,11 +86,12 @@ def _scratch(size: int) -> int:
 
 def _moments(out: Tensor, wanted: Iterable[Moment]) -> Moments:
     """Return the moments from partial statistics ``(N, pieces, 5)``."""
+    columns = out.squeeze(1).unbind(-1)
     moments: Moments = {}
     for key in wanted:
-        pieces = out[..., ORDER.index(key)]
-        if pieces.shape[1] == 1:
-            moments[key] = pieces.squeeze(1)
+        pieces = columns[ORDER.index(key)]
+        if pieces.ndim == 1:
+            moments[key] = pieces
         elif key == "max":
             moments[key] = pieces.amax(1)
         elif key == "min":
@@ -301,11 +304,27 @@ def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Itera
     return _moments(out, keys)
 
 
-def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sum, sum of squares, and an upper bound of the sum of squares of a convolution's weight gradients, by Gram matrices.
+class GramSums(NamedTuple):
+    """Sums of each sample's and each group's weight gradients.
 
-    The arguments are those of :func:`native_products`. The bound is ``(sum_p |g_p| |x_p|)^2`` for each sample and
-    group, which would be reached without any cancellation. Each result is ``(N, groups)``.
+    Args:
+        sums: The sum, the sum of squares and an upper bound of the latter, ``(N, groups, 3)``. The bound is
+            ``(sum_p |g_p| |x_p|)^2``, which would be reached without any cancellation.
+        has_lost: Whether a sum of squares is too small a fraction of its bound.
+    """
+
+    sums: Tensor
+    has_lost: bool
+
+
+def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry, cancelled: float) -> GramSums:
+    """Return sums of a convolution's weight gradients, by Gram matrices.
+
+    Args:
+        x: The layer's input; see :func:`native_products`.
+        g: The gradient of its output.
+        geometry: Kernel size, stride, padding, dilation and groups.
+        cancelled: The fraction of its upper bound below which a sum of squares has lost precision.
     """
     library, threads, solid, groups = (
         library_for(g.dtype),
@@ -333,11 +352,12 @@ def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor
         stride=Triple(*solid.stride),
         pad=Triple(*solid.padding),
         dilation=Triple(*solid.dilation),
+        cancelled=cancelled,
     )
     job.x_sample, job.x_channel, job.x_position = pixels.stride()
     job.g_sample, job.g_channel, job.g_position = gradients.stride()
     run_job(job, library.squares, threads)
-    return out[..., 0], out[..., 1], out[..., 2]
+    return GramSums(out, job.lost > 0)
 
 
 def _neighbours(flat: Tensor) -> Tensor:

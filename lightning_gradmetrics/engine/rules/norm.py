@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct, frozen_batch_norm
 from lightning_gradmetrics.engine.kernels import native_norm, norm_weight_rows, position_sums
+from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
 from lightning_gradmetrics.engine.uses import RowsUse, Use
 
@@ -74,7 +75,7 @@ def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
 def _by_kernel(call: Call, g: Tensor) -> dict[str, Use] | None:
     """Return the uses, computed in one pass together with the gradient of the input; ``None`` if the kernel does not cover the call."""
     values = call.values
-    if call.slots != {"weight", "bias"} or call.axis.times != 1:
+    if call.slots != {"weight", "bias"} or call.axis.times != 1 or not supports(g, ()):
         return None
     gradient, early = _base(g.squeeze(1)), values.get("early")
     factor = early.factor if early is not None and not early.is_late and gradient is g._base else None

@@ -13,7 +13,8 @@ typedef struct {
   int64_t scratch_bytes, samples, groups, channels, columns; /* channels and columns of a group */
   int64_t in[3], out_size[3], kernel[3], stride[3], pad[3], dilation[3];
   int64_t x_sample, x_channel, x_position, g_sample, g_channel, g_position;
-  atomic_int next, worker;
+  double cancelled;              /* a sum of squares below this fraction of its largest value has lost digits */
+  atomic_int next, worker, lost; /* lost: the number of such sums */
 } gram_job;
 
 enum { ENTRIES_MAX = 64, GUARD = 4096 }; /* kernel entries at most; bytes that lanes in the border may touch */
@@ -207,7 +208,9 @@ static void gram_piece(gram_job *j, int64_t task, char *scratch) {
   gram_matrix(x, j->channels, j->x_channel, pixels, j->x_position, packed, k, x_sums);
   gram_matrix(j->g + n * j->g_sample + group * j->columns * j->g_channel, j->columns, j->g_channel, positions,
               j->g_position, packed, g, g_sums);
-  combine(j, k, x_sums, g, g_sums, masks, j->out + 3 * task);
+  double *out = j->out + 3 * task;
+  combine(j, k, x_sums, g, g_sums, masks, out);
+  if (out[1] < j->cancelled * out[2] && isfinite(out[2])) atomic_fetch_add(&j->lost, 1);
 }
 
 static void gram_work(void *data) {
@@ -226,6 +229,7 @@ int64_t gram_scratch_bytes(int64_t pixels, int64_t positions, int64_t masks) {
 int64_t gram_job_bytes(void) { return sizeof(gram_job); }
 
 void squares(gram_job *j, parallel run, int threads) {
+  atomic_init(&j->lost, 0);
   atomic_init(&j->next, 0);
   atomic_init(&j->worker, 0);
   run_threads(gram_work, j, run, threads);
