@@ -18,7 +18,7 @@ from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.planned_batch import GRADIENTS_IF_UNPROVEN, fill_by_plan
 from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, raise_if_out_of_memory
-from lightning_gradmetrics.engine.sample_check import check_draw, check_sample, check_some_samples
+from lightning_gradmetrics.engine.sample_check import check_draw, check_reader_paths, check_sample, check_some_samples
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
 from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
@@ -253,6 +253,7 @@ def _fill_by_owners(table: MomentTable, strategy: Strategy, checks: BatchChecks)
                 check_some_samples(table, names, task, state, GRADIENTS_IF_UNPROVEN, checks.hides_gradients)
                 if strategy.failed is not None and strategy.failed < task.size:  # a plan was wrong for it
                     check_sample(table, names, task, state, strategy.failed, checks.hides_gradients)
+                check_reader_paths(table, names, task, state, checks.reader_paths, strategy.compared)
             break
         except PlanError as error:
             given_up = error.names & set(names) or set(names)

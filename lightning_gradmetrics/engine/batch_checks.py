@@ -87,7 +87,7 @@ class BatchChecks:
         if strategy.random:
             check_copies(task, logits, readers, self.state, strategy.quiet)
         else:
-            self.reader_paths = check_samples(task, logits, readers, self.state, strategy.quiet)
+            self.reader_paths = check_samples(task, logits, self.readers, self.state, strategy.quiet)
 
     def _confirm_inputs(self, logits: Tensor) -> None:
         """Compare the logits of two and of three samples alone with the batch, if its inputs are only assumed to have samples.
@@ -136,6 +136,8 @@ class BatchChecks:
         strategy.alone = ALONE_IF_NEW if alone.reads == outline.reads else EVERY_SAMPLE
         check_precisions(self.task, outline, alone)
         self._check_unproven(self.logits[-1], outline)
+        if not strategy.random:
+            self.reader_paths = check_samples(self.task, self.logits[-1], self.readers, self.state, strategy.quiet)
 
     def _require_verified(self) -> None:
         if not self.strategy.verified:
@@ -154,7 +156,9 @@ class BatchChecks:
         if task.size == 1:
             check_repeated(task, logits, state, strategy.quiet)
         alone = self._alone(new_size, outline)
-        check_alone(task, logits, self._numbers(logits, alone), state, strategy.quiet, outline)
+        outlines = check_alone(task, logits, self._numbers(logits, alone), state, strategy.quiet, outline)
+        if outline is not None and not outline.reads and any(one.reads for one in outlines):
+            self.readers = range(task.size)  # alone, each sample may take another path by the values that Python reads
         if (new_size or strategy.plan is None) and alone < task.size:
             check_halves(task, logits, state, strategy.quiet, all_pairs=strategy.plan is None)
 

@@ -53,7 +53,7 @@ def check_alone(
     state: ForwardState,
     quiet: bool,
     outline: Outline | None = None,
-) -> None:
+) -> list[Outline]:
     """Compare the logits of some samples, each alone in a batch, with their logits in this batch, and the precisions.
 
     Args:
@@ -64,15 +64,21 @@ def check_alone(
         quiet: Whether to silence the warning of reentrant checkpoints about running without gradients.
         outline: The forward pass of the batch, whose precisions must be those of one sample alone.
 
+    Returns:
+        The outline of each forward pass, if there is one of the batch.
+
     Raises:
         CoupledSamplesError: If they differ.
     """
+    outlines: list[Outline] = []
     for number in numbers if task.size > 1 else ():
         alone = None if outline is None else Outline()
         logits_alone = _logits(task, [number], state, quiet, alone)
         if outline is not None and alone is not None:
             check_precisions(task, outline, alone)
+            outlines.append(alone)
         compare_alone(task, logits, number, logits_alone, state)
+    return outlines
 
 
 def check_precisions(task: Task, outline: Outline, alone: Outline) -> None:

@@ -177,3 +177,36 @@ def test_a_rule_that_is_wrong_for_one_row_of_a_small_batch_is_not_used(row, monk
         found = gradient_statistics(model, x, "pseudo_label").norm()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient_statistics(model, x, "pseudo_label").norm(), expected)
+
+
+class _DetachedAlone(nn.Module):
+    """Without the other samples, some samples take a path with the same logits and without some gradients."""
+
+    def __init__(self, sorts):
+        super().__init__()
+        self.first, self.second, self.head, self.sorts = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3), sorts
+
+    def forward(self, x):
+        order = x[:, 0].argsort() if self.sorts else torch.arange(len(x))
+        hidden = torch.tanh(self.first(x[order]))
+        further = self.second(hidden)
+        if len(x) == 1 and x[0, 1] > 1:
+            further = further.detach()
+        return self.head(torch.tanh(further) + hidden)[order.argsort()]
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("sorts", [True, False])
+def test_a_path_that_only_samples_alone_take_by_their_values_is_found(sorts):
+    refused = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, x = _DetachedAlone(sorts).eval(), torch.randn(12, 4)
+        try:
+            found = gradient_statistics(model, x, "pseudo_label").norm()
+        except CoupledSamplesError:
+            refused += 1
+            continue
+        expected = gradient_statistics(model, x, "pseudo_label", engine="reference").norm()
+        torch.testing.assert_close(found, expected)
+    assert refused < 6
