@@ -267,3 +267,20 @@ def test_gradients_of_a_batch_norm(channels, size, layout):
     torch.testing.assert_close(found.weight.double(), (g.double() * normalised).sum((2, 3)), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found.product, g * factor.view(-1, 1, 1), rtol=0, atol=0)
     assert kernels.native_norm(x, g, mean, variance, 0.5, None).product is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("positions", "width"), [(1, 7), (70, 200), (3, 4096)])
+def test_gradients_of_a_layer_norm(positions, width, dtype):
+    torch.manual_seed(0)
+    if library.library_for(dtype) is None:
+        pytest.skip("no compiled kernels")
+    x, g = 3 * torch.randn(2, positions, width, dtype=dtype) + 5, torch.randn(2, positions, width, dtype=dtype)
+    bias, weight = kernels.native_layer_norm(x, g, 0.1)
+    products = g.double() * F.layer_norm(x.double(), [width], eps=0.1)
+    bound = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(bias.double(), g.double().sum(1), rtol=bound, atol=10 * bound)
+    torch.testing.assert_close(weight.double(), products.sum(1), rtol=bound, atol=10 * bound)
+    strided = kernels.native_layer_norm(x.movedim(0, 1).contiguous().movedim(1, 0), g, 0.1)
+    assert torch.equal(strided[1], weight)
+    assert kernels.native_layer_norm(x.mT, g.mT, 0.1) is None or positions == 1

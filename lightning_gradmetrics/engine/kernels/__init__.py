@@ -7,7 +7,7 @@ from lightning_gradmetrics.engine.kernels.library import describe_kernels
 from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments, touched_rows
 from lightning_gradmetrics.engine.kernels.reduction import position_sums, row_moments
 from lightning_gradmetrics.engine.kernels.residuals import class_residuals
-from lightning_gradmetrics.engine.kernels.sums import native_norm
+from lightning_gradmetrics.engine.kernels.sums import native_layer_norm, native_norm
 
 __all__ = [
     "ConvGeometry",
@@ -18,6 +18,7 @@ __all__ = [
     "embedding_moments",
     "linear_gradient",
     "linear_moments",
+    "native_layer_norm",
     "native_norm",
     "norm_weight_rows",
     "position_sums",

@@ -89,7 +89,7 @@ class SumJob(ctypes.Structure):
         _pointers("x g out rows scaled mean variance factor")
         + _fields(ctypes.c_double, "eps")
         + _integers("samples channels positions")
-        + _integers("x_sample x_channel x_position g_sample g_channel g_position")
+        + _integers("x_sample x_channel x_position g_sample g_channel g_position normalised")
         + _counters("next")
     )
 

@@ -12,7 +12,7 @@ from lightning_gradmetrics.engine.kernels.library import library_for
 from lightning_gradmetrics.engine.kernels.native import run_job, supports, threads_for
 from lightning_gradmetrics.engine.kernels.operators import operator
 
-__all__ = ["NormRows", "native_norm", "native_sums"]
+__all__ = ["NormRows", "native_layer_norm", "native_norm", "native_sums"]
 
 
 @operator("(Tensor g, Tensor? x) -> Tensor", lambda g, x: g.new_empty(2, *g.shape[:2], dtype=torch.float64))
@@ -71,6 +71,29 @@ def native_norm(
         job.factor, job.scaled = factor.data_ptr(), product.data_ptr()
     _run(job, g)
     return NormRows(rows[0], rows[1], product)
+
+
+WIDEST = 4096
+"""Largest number of entries that a layer norm normalises over: ``WIDEST`` of ``sums.c``."""
+
+
+def native_layer_norm(x: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """Return the gradients of a layer norm's bias and weight, ``(N, D)`` each, in one pass over both tensors.
+
+    Args:
+        x: The layer's input, ``(N, P, D)``.
+        g: The gradient of its output, of the same shape and type.
+        eps: Added to the variance.
+
+    Returns:
+        The gradients; ``None`` if the kernel does not cover these types, this order in memory or this width.
+    """
+    is_covered = g.numel() > 0 and g.shape[2] <= WIDEST and x.dtype == g.dtype and supports(g, ())
+    if not (is_covered and _has_unit_stride(x, 2) and _has_unit_stride(g, 2)):
+        return None
+    rows = torch.empty(2, len(g), g.shape[2], dtype=g.dtype)
+    _run(_job(g.mT, x.mT, rows=rows.data_ptr(), eps=eps, normalised=1), g)
+    return rows[0], rows[1]
 
 
 def _job(g: Tensor, x: Tensor | None, **fields: float) -> SumJob:

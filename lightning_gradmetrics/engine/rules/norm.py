@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct, frozen_batch_norm
-from lightning_gradmetrics.engine.kernels import native_norm, norm_weight_rows, position_sums
+from lightning_gradmetrics.engine.kernels import native_layer_norm, native_norm, norm_weight_rows, position_sums
 from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
 from lightning_gradmetrics.engine.uses import RowsUse, Use
@@ -175,16 +175,23 @@ def _outside(call: Call) -> bool:
 def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Yield the uses of ``w`` and ``b`` over the last axes, from ``(N, times, *positions, *shape)``."""
     shape = tuple(call.values["normalized_shape"])
-    entries = math.prod(shape)
-
-    def columns(tensor: Tensor) -> Tensor:
-        return tensor.reshape(len(g), tensor[0].numel() // entries, entries).mT
-
-    total, product = position_sums(columns(g), columns(call.axis.split(normalised)) if "weight" in call.slots else None)
+    columns = _positions(call, normalised).mT if "weight" in call.slots else None
+    total, product = position_sums(_as_positions(g, shape).mT, columns)
     if "bias" in call.slots:
         yield "bias", RowsUse(total.to(wide(g.dtype)).reshape(-1, *shape))
     if product is not None:
         yield "weight", RowsUse(product.to(wide(g.dtype)).reshape(-1, *shape))
+
+
+def _as_positions(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return ``(N, times, *positions, *shape)`` as ``(N, P, D)``."""
+    entries = math.prod(shape)
+    return tensor.reshape(len(tensor), tensor[0].numel() // entries, entries)
+
+
+def _positions(call: Call, tensor: Tensor) -> Tensor:
+    """Return a tensor with the shape of the input as ``(N, P, D)``."""
+    return _as_positions(call.axis.split(tensor), call.values["normalized_shape"])
 
 
 @rule(
@@ -196,8 +203,14 @@ def _trailing(call: Call, normalised: Tensor, g: Tensor) -> Iterator[tuple[str, 
 )
 def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Layer norm: normalises over the last axes."""
-    shape = list(call.values["normalized_shape"])
-    normalised = F.layer_norm(call.values["input"].to(wide(g.dtype)), shape, eps=call.get("eps", 1e-5))
+    shape, eps = list(call.values["normalized_shape"]), call.get("eps", 1e-5)
+    rows = native_layer_norm(_positions(call, call.values["input"]), _as_positions(g, shape), eps)
+    if rows is not None:
+        for slot, row in zip(("bias", "weight"), rows, strict=True):
+            if slot in call.slots:
+                yield slot, RowsUse(row.reshape(-1, *shape))
+        return
+    normalised = F.layer_norm(call.values["input"].to(wide(g.dtype)), shape, eps=eps)
     yield from _trailing(call, normalised, g)
 
 

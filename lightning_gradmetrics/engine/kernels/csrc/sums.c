@@ -13,10 +13,12 @@ typedef struct {
   double eps;
   int64_t samples, channels, positions;
   int64_t x_sample, x_channel, x_position, g_sample, g_channel, g_position;
+  int64_t normalised; /* whether x is normalised over the channels of each position, as in a layer norm */
   atomic_int next;
 } sum_job;
 
-enum { CHUNK = 512 }; /* terms summed in single precision before they move to double */
+enum { WIDEST = 4096 }; /* channels of a layer norm at most */
+enum { CHUNK = 512 };   /* terms summed in single precision before they move to double */
 
 /* Writes the sums of one channel. */
 inline_always void store(const sum_job *j, int64_t n, int64_t c, double sum, double product) {
@@ -91,12 +93,55 @@ inline_always void sample_sums(const sum_job *j, int64_t n, const REAL *x, const
                     scaled ? scaled + c : NULL);
 }
 
+/* The sum of (x - shift) or, if `squared`, of its square over the channels of a position. */
+inline_always double row_sum(const REAL *x, int64_t count, REAL shift, int squared) {
+  vec part[4] = {{0}};
+  int64_t c = 0;
+  for (; c + 4 * WIDTH <= count; c += 4 * WIDTH)
+    for (int v = 0; v < 4; v++) {
+      const vec value = *(const loose *)(x + c + v * WIDTH) - shift;
+      part[v] += squared ? value * value : value;
+    }
+  part[0] += part[1] + part[2] + part[3];
+  double sum = 0;
+  for (int k = 0; k < WIDTH; k++) sum += part[0][k];
+  for (; c < count; c++) sum += squared ? (double)(x[c] - shift) * (x[c] - shift) : x[c] - shift;
+  return sum;
+}
+
+/* All channels of a sample, which are adjacent in memory, for a layer norm. */
+static void normalised_sums(const sum_job *j, int64_t n, const REAL *x, const REAL *g) {
+  const int64_t width = j->channels;
+  REAL a[WIDEST], b[WIDEST];
+  double sum[WIDEST], product[WIDEST];
+  for (int64_t c = 0; c < width; c++) sum[c] = product[c] = 0;
+  for (int64_t p = 0; p < j->positions; p += 64) {
+    const int64_t end = p + 64 < j->positions ? p + 64 : j->positions;
+    memset(a, 0, sizeof(REAL) * width);
+    memset(b, 0, sizeof(REAL) * width);
+    for (int64_t q = p; q < end; q++) {
+      const REAL *gq = g + q * j->g_position, *xq = x + q * j->x_position;
+      const REAL mean = (REAL)(row_sum(xq, width, 0, 0) / width);
+      const REAL scale = (REAL)(1 / sqrt(row_sum(xq, width, mean, 1) / width + j->eps));
+#pragma GCC ivdep
+      for (int64_t c = 0; c < width; c++) {
+        a[c] += gq[c];
+        b[c] += gq[c] * ((xq[c] - mean) * scale);
+      }
+    }
+    for (int64_t c = 0; c < width; c++) sum[c] += a[c], product[c] += b[c];
+  }
+  for (int64_t c = 0; c < width; c++) store(j, n, c, sum[c], product[c]);
+}
+
 static void sum_work(void *data) {
   sum_job *j = data;
   for (int64_t n; (n = atomic_fetch_add(&j->next, 1)) < j->samples;) {
     const REAL *x = j->x + n * j->x_sample, *g = j->g + n * j->g_sample;
     REAL *scaled = j->scaled + n * j->g_sample;
-    if (j->scaled)
+    if (j->normalised)
+      normalised_sums(j, n, x, g);
+    else if (j->scaled)
       sample_sums(j, n, x, g, scaled);
     else if (j->x)
       sample_sums(j, n, x, g, NULL);
