@@ -25,6 +25,7 @@ from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.guarded_calls import guard_program
 from lightning_gradmetrics.engine.inductor import compiled_graph
 from lightning_gradmetrics.engine.kernels.operators import traced_operators
+from lightning_gradmetrics.engine.kernels.traced import looked_up
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.path_check import forward_alone
 from lightning_gradmetrics.engine.plan import PlanError
@@ -203,7 +204,7 @@ def _program(task: Task, strategy: Strategy) -> Program:
             results += map(moments.__getitem__, keys)
         return tuple(map(Tensor.detach, [*results, *logits]))
 
-    decompositions = {} if _is_on_gpu(task) else {torch.ops.aten.addmm.default: _product_and_bias}
+    decompositions = {} if _is_on_gpu(task) else {torch.ops.aten.embedding.default: looked_up}
     graph = make_fx(planned, decompositions)(*ProgramState(task).arguments())
     if any(node.op == "get_attr" for node in graph.graph.nodes):
         raise ValueError("its forward uses tensors that are neither parameters nor buffers, or makes tensors of data")
@@ -212,12 +213,6 @@ def _program(task: Task, strategy: Strategy) -> Program:
     _, path, calls = forward_alone(laid_out, 0, ForwardState(task.model, task.record))
     known = None if strategy.quiet else calls  # a checkpoint may warn that it runs without gradients
     return Program(run, keys, task.size, logits_function(task), channels_last, path, known)
-
-
-def _product_and_bias(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Compute ``addmm`` without a copy of the bias to each row: inductor adds it together with the next operations."""
-    product = left @ right
-    return (product if alpha == 1 else alpha * product) + (bias if beta == 1 else beta * bias)
 
 
 @contextmanager

@@ -235,8 +235,9 @@ def test_a_flop_counter_has_no_effect_on_this_call_or_later_ones():
         (nn.Conv2d(8, 64, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(256, 3)),  # sums of squares by Gram matrices
         (nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(32, 3)),
         (nn.Flatten(2), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 4), nn.Flatten(), nn.Linear(32, 3)),
+        (nn.Flatten(), nn.Embedding(9, 4, padding_idx=2), nn.Flatten(), nn.Linear(512, 3)),
     ],
-    ids=["convolution", "depthwise", "sequence"],
+    ids=["convolution", "depthwise", "sequence", "embedding"],
 )
 def test_kernels_of_layers_are_operators_of_the_graph(layers, statistics, graphs):
     torch.manual_seed(0)
@@ -244,7 +245,7 @@ def test_kernels_of_layers_are_operators_of_the_graph(layers, statistics, graphs
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         for _ in range(4):
-            x = torch.randn(5, 8, 4, 4)
+            x = torch.randn(5, 8, 4, 4) if not isinstance(layers[1], nn.Embedding) else torch.randint(9, (5, 8, 4, 4))
             found = gradient_statistics(model, x, "pseudo_label", statistics=statistics, compile=True)
     (program,) = compiled_plans._PROGRAMS[model].values()
     assert "lightning_gradmetrics" in str(program.run.graph)

@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.operators import is_traced
+from lightning_gradmetrics.engine.kernels.operators import is_traced, operator
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
-__all__ = ["in_graph", "key_names", "keys_of", "named_moments", "stacked_by_name"]
+__all__ = ["in_graph", "key_names", "keys_of", "looked_up", "named_moments", "stacked_by_name"]
 
 
 def in_graph(g: Tensor) -> bool:
@@ -46,6 +46,18 @@ def named_moments(rows: Tensor, names: Sequence[str]) -> Moments:
 def keys_of(names: Iterable[str]) -> frozenset[Moment]:
     """Return the moments of :func:`key_names`."""
     return frozenset(map(_key, names))
+
+
+def looked_up(table: Tensor, indices: Tensor, *_: object) -> Tensor:
+    """Return rows of a table, for a graph on a CPU: inductor computes them an entry at a time."""
+    return _looked_up(table, indices)
+
+
+@operator(
+    "(Tensor table, Tensor indices) -> Tensor", lambda table, indices: table.new_empty(*indices.shape, table.shape[1])
+)
+def _looked_up(table: Tensor, indices: Tensor) -> Tensor:
+    return torch.embedding(table, indices)
 
 
 def _key(name: str) -> Moment:

@@ -60,7 +60,7 @@ typedef struct {
   atomic_int next;
 } segment_job;
 
-enum { SHORT = 256, BLOCK_OF_SAMPLES = 8 };
+enum { SHORT = 256, BLOCK_OF_SAMPLES = 16 };
 
 /* A row of at most SHORT entries: one sum per lane is precise enough. */
 inline_always void short_row(const REAL *x, int64_t count, double *out, int mode) {
