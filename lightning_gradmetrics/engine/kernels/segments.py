@@ -40,6 +40,8 @@ class Segments:
     def __init__(self, wanted: Iterable[Moment]) -> None:
         self._wanted = frozenset(wanted)
         self._are_known = self._wanted <= set(ORDER)
+        # In a graph, inductor fuses mere sums with the operations before them, which is faster than a call of the kernel.
+        self._has_extremes = not self._wanted <= {"sum", 2.0}
         self._matrices: list[Tensor] = []
         self._versions: list[int] = []
         self._numbers: dict[int, int] = {}
@@ -64,7 +66,7 @@ class Segments:
         if matrices:
             is_supported = matrix.dtype is matrices[0].dtype and matrix.is_cpu
         else:
-            is_supported = self._are_known and supports(matrix, self._wanted, in_graph=True)
+            is_supported = self._are_known and supports(matrix, self._wanted, in_graph=self._has_extremes)
         is_small = len(matrices) < MOST - 1 and 0 < matrix.numel() <= LARGEST
         return is_supported and is_small and (matrix.stride(1) == 1 or matrix.shape[1] == 1)
 
@@ -94,7 +96,7 @@ class Segments:
         if undo is not None and not (undo.dtype == torch.float64 and undo.is_contiguous()):
             undo = undo.to(torch.float64).contiguous()
         left, right = list(map(self._left.__getitem__, order)), list(map(self._right.__getitem__, order))
-        out = _segment_statistics(self._matrices, undo, left, right, not self._wanted <= {"sum", 2.0})
+        out = _segment_statistics(self._matrices, undo, left, right, self._has_extremes)
         return out[:, :-1].mT, out[:, -1]
 
     def by_name(self) -> dict[str, Moments]:
