@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ _blocks = 0
 _outer: Any = None
 
 
-@contextmanager
-def eager() -> Iterator[None]:
+def eager() -> AbstractContextManager[None]:
     """Run compiled modules uncompiled inside the block, so that their calls can be intercepted."""
+    return _eager() if "torch._dynamo" in sys.modules else nullcontext()  # otherwise nothing has been compiled
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
     global _blocks, _outer
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
-        yield
-        return
     with _LOCK:
         if not _blocks:
             _outer = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
