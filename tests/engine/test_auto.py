@@ -275,6 +275,17 @@ class _Views(nn.Module):
         return self.head(self.conv(x).view(len(x), -1))
 
 
+def test_group_norms_do_not_use_channels_last_where_their_variance_cancels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 3))
+    with torch.no_grad():
+        model[0].bias.add_(100)
+    inputs = torch.randn(7, 3, 8, 8)
+    found = gradient_statistics(model, inputs, "pseudo_label", per_parameter=True).statistic("l2")
+    exact = gradient_statistics(model.double(), inputs.double(), "pseudo_label", per_parameter=True, engine="reference")
+    torch.testing.assert_close(found.double(), exact.statistic("l2"), rtol=2e-3, atol=1e-6)
+
+
 def test_images_use_channels_last_unless_the_model_fails():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
