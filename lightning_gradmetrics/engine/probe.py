@@ -59,6 +59,7 @@ class Probe:
         pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
         bytes: Approximate memory of one sample's activations.
         parts: The logits of two and of all three samples, with their numbers in the batch; empty if a sample is not in the batch.
+        operations: The names of all basic operations.
     """
 
     task: Task
@@ -76,6 +77,7 @@ class Probe:
     pauses_gradients: bool
     bytes: int
     parts: tuple[tuple[Sequence[int], Tensor], ...] = ()
+    operations: frozenset[str] = frozenset()
 
     @cached_property
     def losses(self) -> list[tuple[Tensor, Tensor]]:
@@ -136,7 +138,8 @@ def probe_model(task: Task) -> Probe:
         alone = HOOKS
     parts, size = parts_of_batch(task, logits_of_two, logits), large.bytes() // 3 + 1
     seen = activations, alone, layouts is not None, mixes, reads, sizes, random, large.pauses_gradients
-    return Probe(three, logits, after, plan, reason, *seen, size, parts)
+    names = frozenset(operation.name for operation in many.operations)
+    return Probe(three, logits, after, plan, reason, *seen, size, parts, names)
 
 
 def _planned_reads(

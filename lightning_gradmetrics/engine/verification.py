@@ -42,6 +42,12 @@ __all__ = ["make_strategy"]
 CHANNELS_LAST_TYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 """The types of weights for which convolutions are faster in the channels-last layout, on each kind of device."""
 
+CANCELLING = ("native_group_norm",)
+"""Operations that torch does not compute exactly in the channels-last layout on CPUs.
+
+The variance of a group norm is ``E[x^2] - E[x]^2`` there, which cancels if the mean is larger than the deviation.
+"""
+
 
 def make_strategy(task: Task, on_batch: bool = False) -> Strategy:
     """Return the strategy for a model, from a probe on some samples of a batch.
@@ -66,7 +72,8 @@ def _make_strategy(task: Task, on_batch: bool) -> Strategy:
     state = ForwardState(task.model)
     if _channels_last_pays(task):
         try:
-            strategy = replace(_planned(task.channels_last(), on_batch), channels_last=True)
+            unwanted = CANCELLING if _device(task).type == "cpu" else ()
+            strategy = replace(_planned(task.channels_last(), on_batch, unwanted), channels_last=True)
             if not strategy.slow:
                 return strategy
         except Exception as error:  # a model may insist on another layout, with views of its tensors
@@ -104,8 +111,7 @@ def _channels_last_pays(task: Task) -> bool:
     On a CPU it saves about 10 % of a ResNet's training step. On a GPU the tensor cores compute half precision and TF32 in
     this layout; from other layouts, images are copied for every convolution and every kernel of the engine.
 
-    On a CPU torch computes the variance of a group norm in this layout as ``E[x^2] - E[x]^2``, which cancels if the mean
-    is larger than the deviation. Models with group norms keep their layout there.
+    Models with group norms keep their layout on CPUs, see ``CANCELLING``.
     """
     device = _device(task).type
     dtypes = CHANNELS_LAST_TYPES.get(device)
@@ -120,12 +126,17 @@ def _channels_last_pays(task: Task) -> bool:
     return False
 
 
-def _planned(task: Task, on_batch: bool) -> Strategy:
+def _planned(task: Task, on_batch: bool, unwanted: Collection[str] = ()) -> Strategy:
     """Plan on a probe; if the plan is not verified on the batch, compare every parameter's moments with autograd's.
 
     If the plan leaves parameters to slower ways, recovered owners are tried too.
+
+    Raises:
+        PlanError: If the model runs one of the unwanted basic operations.
     """
     state, probe, hooked = ForwardState(task.model), probe_model(task), _with_hooks(task)
+    if not probe.operations.isdisjoint(unwanted):
+        raise PlanError("the model runs an operation that is not exact in this layout")
     # The probe runs in full precision, which a batch on a CUDA device may not do.
     if on_batch and not hooked and _device(task).type != "cuda" and _is_plan_proven(probe):
         state.restore()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_gradmetrics.engine import auto, gradient_statistics, planned_batch
@@ -275,9 +276,21 @@ class _Views(nn.Module):
         return self.head(self.conv(x).view(len(x), -1))
 
 
-def test_group_norms_do_not_use_channels_last_where_their_variance_cancels():
+class _Grouped(nn.Module):
+    """A group norm as a function, of parameters of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return F.group_norm(x, 4, self.scale, self.shift)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(4, 8), _Grouped])
+def test_group_norms_do_not_use_channels_last_where_their_variance_cancels(norm):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 3))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(), nn.ReLU(), nn.Flatten(), nn.Linear(512, 3))
     with torch.no_grad():
         model[0].bias.add_(100)
     inputs = torch.randn(7, 3, 8, 8)
