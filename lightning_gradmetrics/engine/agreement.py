@@ -147,15 +147,14 @@ def _moments_of_each(gradients: Iterable[Tensor], wanted: Collection[Moment]) ->
     parts: list[Moments] = []
     small: list[Tensor] = []
     for gradient in gradients:
-        if _is_small(gradient, wanted):
-            small.append(gradient)
-            if len(small) < MOST_TOGETHER:
-                continue
-        if small:
+        is_small = _is_small(gradient, wanted)
+        if small and not (is_small and len(small) < MOST_TOGETHER and small[0].dtype == gradient.dtype):
             parts.append(_moments_of_small(small, wanted))
-        if not small or small[-1] is not gradient:
+            small = []
+        if is_small:
+            small.append(gradient)
+        else:
             parts.append(_moments_by_blocks(gradient, wanted))
-        small = []
     if small:
         parts.append(_moments_of_small(small, wanted))
     return merge_rows(parts)
@@ -176,14 +175,17 @@ def _is_small(gradient: Tensor, wanted: Collection[Moment]) -> bool:
 
 
 def _moments_of_small(gradients: Sequence[Tensor], wanted: Iterable[Moment]) -> Moments:
-    """Return the moments ``(P,)`` of small gradients, by a few calls for all of them."""
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).double()
+    """Return the moments ``(P,)`` of small gradients of one type, by a few calls for all of them.
+
+    Squares have the type of the gradients, as in the moments that they are compared with: those of tiny entries are zero.
+    """
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     lengths = torch.tensor(list(map(Tensor.numel, gradients)))
     entries: dict[Moment, Tensor] = {1.0: flat.abs(), 2.0: flat * flat}
     moments: Moments = {}
     for key in wanted:
         kind = key if isinstance(key, str) else "sum"
-        moments[key] = torch.segment_reduce(entries.get(key, flat), kind, lengths=lengths, unsafe=True)
+        moments[key] = torch.segment_reduce(entries.get(key, flat).double(), kind, lengths=lengths, unsafe=True)
     return moments
 
 
