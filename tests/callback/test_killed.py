@@ -79,7 +79,8 @@ for stage in ("test", "predict"):
     for name in ("SIGINT", "SIGTERM"):
         directory = f"{sys.argv[1]}/{stage}-{name}"
         child = start(directory, stage)
-        time.sleep(0.05)
+        while len(list(Path(directory).glob("*.parquet"))) < 3:  # of 51 parts
+            time.sleep(0.001)
         os.kill(child, getattr(signal, name))
         outcomes[f"{stage}-{name}"] = ended(child), ended(start(directory, stage))
 print(json.dumps([killed, outcomes]))
