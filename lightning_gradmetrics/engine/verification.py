@@ -110,15 +110,11 @@ def _channels_last_pays(task: Task) -> bool:
 
     On a CPU it saves about 10 % of a ResNet's training step. On a GPU the tensor cores compute half precision and TF32 in
     this layout; from other layouts, images are copied for every convolution and every kernel of the engine.
-
-    Models with group norms keep their layout on CPUs, see ``CANCELLING``.
     """
-    device = _device(task).type
-    dtypes = CHANNELS_LAST_TYPES.get(device)
-    modules = list(task.model.modules())
-    if dtypes is None or (device == "cpu" and any(isinstance(module, nn.GroupNorm) for module in modules)):
+    dtypes = CHANNELS_LAST_TYPES.get(_device(task).type)
+    if dtypes is None:
         return False
-    for module in modules:
+    for module in task.model.modules():
         if not isinstance(module, nn.Conv2d) or module.groups > 1:
             continue
         if module.weight.dtype in dtypes:

@@ -277,7 +277,7 @@ class _Views(nn.Module):
 
 
 class _Grouped(nn.Module):
-    """A group norm as a function, of parameters of its own."""
+    """Calls the group norm as a function, with its own parameters."""
 
     def __init__(self):
         super().__init__()
