@@ -96,7 +96,7 @@ def judge_rows(results: Any, question: Question) -> Judged:
     resamples = 0 if few else question.resamples
     metrics, cells = _metrics(rows, tasks, question, resamples)
     replicates: Replicates = {}
-    if resamples:
+    if resamples and tasks:
         exact = defined_values(metrics)
         replicates = replicate(rows, cells, tasks, question.rate, resamples, question.seed, exact, question.progress)
     bootstrap = _bootstrap(len(rows.codes), question.cluster) if resamples else None

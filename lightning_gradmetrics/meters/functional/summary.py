@@ -161,7 +161,7 @@ def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, nor
         probability: ``(N,)`` in [0, 1], the probability that the sample is positive. Scores outside [0, 1] are
             refused.
         target: ``(N,)``, 1 = an error or out-of-distribution, 0 = any other sample.
-        n_bins: The number of bins.
+        n_bins: The number of bins; a probability of 1 is in the last one.
         norm: ``"l1"`` the mean distance, ``"l2"`` the root mean square, ``"max"`` the largest.
 
     Returns:
@@ -187,7 +187,22 @@ def calibration_error(probability: Tensor, target: Tensor, n_bins: int = 15, nor
         raise ValueError(
             "probabilities must be in [0, 1]: raw scores are not calibrated, but fitted detectors return probabilities"
         )
-    from torchmetrics.functional.classification import binary_calibration_error
+    return _distance(*_bin_sums(probability.double(), target, n_bins), norm).to(torch.float32)
 
-    value: Tensor = binary_calibration_error(probability, target.long(), n_bins=n_bins, norm=norm, validate_args=False)
-    return value
+
+def _bin_sums(probability: Tensor, target: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
+    """Return the number of samples in each bin ``(n_bins,)``, and the sum of ``probability - target`` there; 1 is in the last bin."""
+    ends = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=probability.device)
+    bins = torch.bucketize(probability, ends[1:-1], right=True)
+    number, excess = probability.new_zeros(2, n_bins)
+    number.index_add_(0, bins, torch.ones_like(probability))
+    excess.index_add_(0, bins, probability - target.double())
+    return number, excess
+
+
+def _distance(number: Tensor, excess: Tensor, norm: Norm) -> Tensor:
+    """Return the norm over the bins of the mean distance in each."""
+    share, distance = number / number.sum(), excess.abs() / number.clamp(min=1)
+    if norm == "max":
+        return distance.amax()
+    return (share * distance).sum() if norm == "l1" else (share * distance.square()).sum().sqrt()
