@@ -20,6 +20,7 @@ from lightning_gradmetrics.evaluation.tasks import DetectionTask
 from lightning_gradmetrics.meters.functional.bounds import CellEnds
 from lightning_gradmetrics.meters.functional.counts import Counts
 from lightning_gradmetrics.meters.functional.histogram import append, class_counts, empty_table
+from lightning_gradmetrics.results.reading import index_numbers
 
 __all__ = ["BLOCKS", "BinnedScore", "BlockCells", "bin_scores", "block_weights", "count_blocks"]
 
@@ -206,7 +207,7 @@ def _edges(binned: BinnedScore, tasks: Sequence[DetectionTask], rate: float) -> 
 
 def blocks_of(batch: pa.Table, row: int, places: Any, seed: int) -> Any:
     """Return the block of each row ``(N,)``: a hash of its dataset and index; of its position where the index is unknown."""
-    column = batch["index"]
+    column = index_numbers(batch["index"])
     is_known = column.is_valid().to_numpy()
     index = np.where(is_known, column.fill_null(0).to_numpy(), row + np.arange(batch.num_rows))
     mixed = index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * (places + 1 + 1000 * seed).astype(np.uint64)

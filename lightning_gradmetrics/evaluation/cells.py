@@ -29,6 +29,9 @@ __all__ = [
 MANY_SCORES = 2**16
 """From this number of distinct scores on, compiled code computes what the metrics share; its first use takes a second."""
 
+MOST_SUMMED = 2**20
+"""The number of rows whose weights are summed in float32, which is exact up to 2^24."""
+
 FEWEST_FINE = 64
 """The smallest number of fine cells around the threshold of a task."""
 
@@ -113,9 +116,15 @@ class Cells:
             weights: ``(N, B)`` in float32, whole numbers.
 
         Returns:
-            ``(E, B)`` in float64, for each class and cell with rows; sums are exact up to 2^24.
+            ``(E, B)`` in float64, for each class and cell with rows.
         """
-        return torch.nn.functional.embedding_bag(self.order, weights, self.starts, mode="sum").double()
+        if len(self.order) <= MOST_SUMMED:
+            return torch.nn.functional.embedding_bag(self.order, weights, self.starts, mode="sum").double()
+        pieces = torch.arange(0, len(self.order), MOST_SUMMED, dtype=self.starts.dtype)
+        starts = torch.cat([self.starts, pieces]).unique()  # type: ignore[no-untyped-call]
+        sums = torch.nn.functional.embedding_bag(self.order, weights, starts, mode="sum").double()
+        of_piece = torch.searchsorted(self.starts, starts, right=True) - 1
+        return sums.new_zeros(len(self.starts), sums.shape[1]).index_add_(0, of_piece, sums)
 
 
 def make_cells(rows: RankedRows, most: int, tasks: Sequence[DetectionTask] = (), rate: float = 0.95) -> Cells:

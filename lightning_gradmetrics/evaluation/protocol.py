@@ -107,7 +107,7 @@ def evaluate(
         Jaeger et al.: A Call to Reflect on Evaluation Practices for Failure Detection in Image Classification,
         ICLR 2023.
     """
-    _check(scores, baselines, baseline, rate, ood_share, resamples, level)
+    _check(scores, baselines, baseline, rate, ood_share, resamples, level, seed)
     question = Question(list(scores), roles, rate, ood_share, resamples, level, seed, cluster, progress)
     judged = _judged(results, question, check_bins(bins))
     metrics, replicates = _with_means(judged, rate)
@@ -164,7 +164,7 @@ def compare_with_each(
     """
     rate, level = 0.95, 0.95
     for other in others:
-        _check(scores, (), other, rate, 0.5, resamples, level)
+        _check(scores, (), other, rate, 0.5, resamples, level, seed)
     question = Question(list(scores), roles, rate, 0.5, resamples, level, seed, None, None)
     metrics, replicates = _with_means(_judged(results, question, None), rate)
     comparisons = []
@@ -211,14 +211,16 @@ def _check(
     ood_share: float,
     resamples: int,
     level: float,
+    seed: int,
 ) -> None:
     if isinstance(scores, str) or not scores:
         raise ValueError(f"scores must be a list of at least one column name, got {scores!r}")
     named = [*baselines, *([] if baseline is None else [baseline])]
     if unknown := [name for name in named if name not in scores]:
         raise ValueError(f"the baselines {unknown} are not among the scores: {', '.join(scores)}")
-    if not isinstance(resamples, int) or isinstance(resamples, bool) or resamples < 0:
-        raise ValueError(f"resamples must be a whole number of at least 0, got {resamples!r}")
+    for name, number in (("resamples", resamples), ("seed", seed)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, got {number!r}")
     check_rate(rate, "rate")
     if check_rate(level, "level") == 1:
         raise ValueError("level must be between 0 and 1, e.g. 0.95")

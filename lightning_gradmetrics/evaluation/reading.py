@@ -120,7 +120,7 @@ def finite_rows(results: pa.Table, scores: Sequence[str]) -> Any:
     """Return which rows ``(N,)`` are not flagged as not finite and have finite values of all these scores."""
     keep = np.ones(len(results), dtype=bool)
     if "finite" in results.column_names:
-        keep &= results["finite"].fill_null(False).to_numpy().astype(bool)
+        keep &= np.nan_to_num(float_column(results, "finite")) != 0
     for score in scores:
         keep &= _is_finite(results, score)
     return keep

@@ -139,6 +139,14 @@ def test_no_labels_and_one_class():
     assert '100 of 300 rows of "test" have no label: misclassification ignores them' in found.notes
 
 
+def test_columns_of_other_types_are_read_alike():
+    plain = table(index=pa.nulls(len(table()), pa.int64()))
+    other = table(index=pa.nulls(len(table())), finite=np.ones(len(table()), dtype=int))
+    for bins in (None, 1024):
+        expected = evaluate(plain, ["good"], ROLES, ["good"], resamples=20, bins=bins)
+        assert evaluate(other, ["good"], ROLES, ["good"], resamples=20, bins=bins).metrics == expected.metrics
+
+
 def test_few_positives_and_missing_roles_are_noted():
     small = table().filter(pa.array(np.arange(len(table())) < 305))
     found = evaluate(small, ["good"], ROLES, ["good"], resamples=20)
@@ -241,6 +249,8 @@ def test_json_round_trip(evaluation):
         ({"rate": 0}, "rate must be"),
         ({"level": 1.0}, "level must be between 0 and 1"),
         ({"resamples": -1}, "resamples must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"results": table(finite=["yes"] * len(table()))}, "the column 'finite' contains"),
         ({"results": pa.concat_tables([table(), table()])}, "rows repeat a"),
         ({"results": table().drop_columns(["label"])}, "no column 'label'"),
     ],

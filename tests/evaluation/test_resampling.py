@@ -199,6 +199,14 @@ def test_the_kernel_changes_no_replicate(method, rate, monkeypatch):
             torch.testing.assert_close(fast[task, dataset, group, score, metric], twin, rtol=0, atol=0, equal_nan=True)
 
 
+def test_weights_of_many_tied_rows_are_summed_exactly(monkeypatch):
+    monkeypatch.setattr("lightning_gradmetrics.evaluation.cells.MOST_SUMMED", 1)
+    order, starts = torch.tensor([1, 0, 2, 3, 4], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    cells = Cells(torch.zeros(1), order, torch.ones(2, 1, dtype=torch.bool), starts)
+    weights = torch.tensor([[1.0], [2.0**24], [1], [1], [5]])  # in float32, 2^24 + 1 is 2^24
+    assert cells.counts(weights).tolist() == [[2**24 + 3], [5]]
+
+
 def test_a_registered_metric_is_resampled_beside_the_kernel(monkeypatch):
     monkeypatch.setattr(bootstrap, "FEWEST_FOR_KERNEL", 0)
     own = dataclasses.replace(metrics.METRICS["aurc"], name="own", totals=False)
