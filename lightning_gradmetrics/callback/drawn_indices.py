@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_gradmetrics.results.sample_index import (
     REPEATED,
-    UNKNOWN,
     keeps_order,
     sample_indices,
     sampler_of,
+    whole_numbers,
 )
 
 Indices = np.ndarray[Any, Any]
@@ -247,7 +247,7 @@ class DrawnIndices:
         indices = noted_indices(loader, batch)
         if indices is None:
             draw, before = self._recorders[place].read(batch, place == 0)
-            indices = _whole_numbers(draw, loader)
+            indices = whole_numbers(draw, loader)
             if indices is not None and self.world_size > 1:
                 indices = self._without_added(indices, before, loader)
         return None if indices is None else self._drawn[place].first(indices)
@@ -273,29 +273,4 @@ def noted_indices(loader: Any, batch: int) -> Indices | range | None:
         return None
     if batch:
         noted[batch - 1] = []  # Lightning would keep the indices of all batches
-    return _whole_numbers(noted[batch], loader) if keeps_order(loader) else None
-
-
-def _whole_numbers(draw: Any, loader: Any) -> Indices | range | None:
-    """Return the indices of a draw ``(N,)``, counted from the start of the dataset; a range if they are consecutive.
-
-    Returns None if the draw contains anything else, such as keys or pairs.
-    """
-    if not isinstance(draw, (list, tuple)) or not draw:
-        return None
-    has_size = hasattr(loader.dataset, "__len__")
-    if type(draw) is list and type(draw[0]) is int and draw[0] >= 0:  # that of a sequential sampler costs little
-        consecutive = range(draw[0], draw[0] + len(draw))
-        if draw == list(consecutive) and (not has_size or consecutive.stop <= len(loader.dataset)):
-            return consecutive
-    try:
-        numbers = np.asarray(draw)
-    except (TypeError, ValueError):  # entries of different lengths
-        return None
-    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-        return None
-    if has_size and int(numbers.max()) >= len(loader.dataset):
-        return None  # keys
-    if int(numbers.min()) >= 0:
-        return numbers
-    return np.where(numbers >= 0, numbers, numbers + len(loader.dataset) if has_size else UNKNOWN)
+    return whole_numbers(noted[batch], loader) if keeps_order(loader) else None

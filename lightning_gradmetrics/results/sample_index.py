@@ -14,7 +14,16 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 
 from lightning_gradmetrics.results.unfinished import UnfinishedBatches
 
-__all__ = ["REPEATED", "UNKNOWN", "Indices", "SampleIndex", "keeps_order", "known_order", "sample_indices"]
+__all__ = [
+    "REPEATED",
+    "UNKNOWN",
+    "Indices",
+    "SampleIndex",
+    "keeps_order",
+    "known_order",
+    "sample_indices",
+    "whole_numbers",
+]
 
 REPEATED = -1
 """The index of a row that is left out because a distributed sampler repeats it or it is already committed."""
@@ -48,6 +57,31 @@ def keeps_order(loader: Any) -> bool:
     return type(loader).__iter__ is DataLoader.__iter__ and not is_unordered
 
 
+def whole_numbers(draw: Any, loader: Any) -> np.ndarray[Any, Any] | range | None:
+    """Return the indices of a draw ``(N,)``, counted from the start of the dataset; a range if they are consecutive.
+
+    Returns None if the draw contains anything else, such as keys or pairs.
+    """
+    if not isinstance(draw, (list, tuple)) or not draw:
+        return None
+    has_size = hasattr(loader.dataset, "__len__")
+    if type(draw) is list and type(draw[0]) is int and draw[0] >= 0:  # that of a sequential sampler costs little
+        consecutive = range(draw[0], draw[0] + len(draw))
+        if draw == list(consecutive) and (not has_size or consecutive.stop <= len(loader.dataset)):
+            return consecutive
+    try:
+        numbers = np.asarray(draw)
+    except (TypeError, ValueError):  # entries of different lengths
+        return None
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        return None
+    if has_size and int(numbers.max()) >= len(loader.dataset):
+        return None  # keys
+    if int(numbers.min()) >= 0:
+        return numbers
+    return np.where(numbers >= 0, numbers, numbers + len(loader.dataset) if has_size else UNKNOWN)
+
+
 def known_order(loader: Any) -> Indices | None:
     """Return the order in which one process reads a dataset, if it is known in advance and always the same.
 
@@ -61,7 +95,7 @@ def known_order(loader: Any) -> Indices | None:
         return None
     batches = batch_sampler_of(loader)
     if isinstance(batches, (list, tuple)):
-        return np.fromiter(chain.from_iterable(getattr(batches, "whole", batches)), dtype=np.int64)
+        return whole_numbers(list(chain.from_iterable(getattr(batches, "whole", batches))), loader)
     sampler = sampler_of(loader)
     if isinstance(sampler, SequentialSampler):
         return range(len(sampler))
@@ -83,8 +117,8 @@ def sample_indices(loader: Any, rank: int = 0, world_size: int = 1) -> Indices |
         return None
     known, sampler, batches = order, sampler_of(loader), batch_sampler_of(loader)
     if isinstance(batches, (list, tuple)):
-        drawn = np.fromiter(chain.from_iterable(batches), dtype=np.int64)
-        return drawn if len(np.unique(drawn)) == len(drawn) else None
+        drawn = whole_numbers(list(chain.from_iterable(batches)), loader)
+        return drawn if drawn is not None and len(np.unique(drawn)) == len(drawn) else None
     if isinstance(sampler, DistributedSampler):
         position = rank + np.arange(len(order)) * world_size
         known = np.where(position < len(sampler.dataset), order, REPEATED)  # type: ignore[arg-type]

@@ -44,6 +44,10 @@ def test_unknown_orders() -> None:
     assert sample_indices([1, 2, 3]) is None
     batches = [[3, 1], [0, 2]]
     assert list(sample_indices(DataLoader(TensorDataset(torch.arange(4)), batch_sampler=batches))) == [3, 1, 0, 2]
+    from_the_end = DataLoader(TensorDataset(torch.arange(4)), batch_sampler=[[-1, -2], [0]])
+    assert list(sample_indices(from_the_end)) == [3, 2, 0]
+    for keys in ([["a", "b"]], [[(0, 1)]], [[0.5]], [[900, 901]]):
+        assert sample_indices(DataLoader(TensorDataset(torch.arange(4)), batch_sampler=keys)) is None
 
 
 def test_labels_and_order_of_datasets() -> None:
