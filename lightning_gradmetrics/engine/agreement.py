@@ -23,7 +23,15 @@ from lightning_gradmetrics.gradients.statistics import (
     stacked_moments,
 )
 
-__all__ = ["SampleNotes", "VerificationNotes", "agreeing", "gradient_norms", "largest_norm", "random_sample"]
+__all__ = [
+    "SampleNotes",
+    "VerificationNotes",
+    "agreeing",
+    "agreeing_within",
+    "gradient_norms",
+    "largest_norm",
+    "random_sample",
+]
 
 
 @dataclass
@@ -207,29 +215,44 @@ def agreeing(
         scales: For each parameter, the magnitude of the terms whose sum is the gradient; rounding errors are relative to it.
         tolerance: The largest relative difference; by default that of rounding.
     """
+    return agreeing_within(moments, gradients, scales, [tolerance])[0]
+
+
+def agreeing_within(
+    moments: Moments, gradients: Iterable[Tensor], scales: Sequence[float], tolerances: Sequence[float | None]
+) -> list[Tensor]:
+    """Return the same as :func:`agreeing` for each of several tolerances, with one pass over the gradients."""
     counts: list[int] = []
-    tolerances: list[float] = []
+    by_rounding: list[float] = []
 
     def noted() -> Iterator[Tensor]:
         for gradient in gradients:
             counts.append(max(gradient.numel(), 1))
-            tolerances.append(rounding(gradient) if tolerance is None else tolerance)
+            by_rounding.append(rounding(gradient))
             yield gradient
 
-    all_expected = _moments_of_each(noted(), {*moments, 2.0})
-    level = all_expected[2.0].sqrt()
+    expected = _moments_of_each(noted(), {*moments, 2.0})
+    level = expected[2.0].sqrt()
     level = level + level.new_tensor(scales)
-    entries, allowed = level.new_tensor(counts), level.new_tensor(tolerances)
+    entries = level.new_tensor(counts)
+    agrees: list[Tensor] = []
+    for tolerance in tolerances:
+        allowed = level.new_tensor(by_rounding) if tolerance is None else torch.full_like(level, tolerance)
+        agrees.append(_are_close(moments, expected, level, entries, allowed))
+    return agrees
+
+
+def _are_close(moments: Moments, expected: Moments, level: Tensor, entries: Tensor, allowed: Tensor) -> Tensor:
+    """Return for each parameter whether its moments differ by at most the allowed fraction of their levels, ``(P,)``."""
     agrees = torch.ones(len(level), dtype=torch.bool, device=level.device)
     for key, found in moments.items():
-        expected = all_expected[key]
-        # The moment of a gradient whose norm is ``level``: an error in it is at most about ``tolerance`` times this.
+        # The moment of a gradient whose norm is ``level``: an error in it is at most about ``allowed`` times this.
         if key in ("max", "min", "sum"):
             largest = level * entries**0.5 if key == "sum" else level
         else:
             p = float(key)
-            largest = expected + level**p * entries ** max(0.0, 1 - p / 2) * allowed ** max(0.0, p - 1)
-        error = (found[0] - expected).abs()
+            largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * allowed ** max(0.0, p - 1)
+        error = (found[0] - expected[key]).abs()
         is_close = error <= allowed * largest + torch.finfo(error.dtype).tiny
-        agrees &= is_close | ~expected.isfinite()
+        agrees &= is_close | ~expected[key].isfinite()
     return agrees

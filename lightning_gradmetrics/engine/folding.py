@@ -274,7 +274,14 @@ class _PlainTracer(FoldingTracer):
     def _plain(self, step: Step, args: Any, kwargs: Any) -> Any:
         return step.function(*args, **kwargs)
 
-    _derive = _broadcast = _vmap = _uncovered = _unfolded = _plain
+    _derive = _broadcast = _vmap = _uncovered = _plain
+
+    def _unfolded(self, step: Step, args: Any, kwargs: Any) -> Any:
+        rule = RULES[step.function]
+        args, kwargs = rule.made_dense(
+            bind(rule, args, kwargs) or {}, args, kwargs
+        )  # another layout rounds differently
+        return step.function(*args, **kwargs)
 
     def _rooted(self, step: Step, result: Tensor) -> Tensor:
         return result

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.agreement import SampleNotes, agreeing, gradient_norms, random_sample
+from lightning_gradmetrics.engine.agreement import SampleNotes, agreeing_within, gradient_norms, random_sample
 from lightning_gradmetrics.engine.folding import folded_logits
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.model_state import ForwardState
@@ -155,23 +155,40 @@ def check_sample(
         PlanError: If they differ.
 
     Rounding differs between one sample and a batch, and may switch a ReLU on or off. If the two are close but do not
-    agree, autograd on the batch's own forward pass decides, with the same folds, because it has the same active ReLUs as the
-    table. With ``strict``, they must agree: custom functions and hooks could change the gradients of the batch's own pass too.
+    agree, autograd on it and one other sample decides, in the layout and with the folds of the batch, because it usually has
+    the same active ReLUs as the table. If it does not agree either, autograd on the batch's own forward pass decides.
+    With ``strict``, the sample alone must agree: custom functions and hooks could change the gradients of other passes too.
     """
     alone = table.task.rows(number, number + 1).restricted(names)
     outline = Outline(alone.leaves())
-    if _agree_on_sample(table, number, alone, _logits(alone, state, Recording(outline)), 0, notes=notes):
-        return outline
-    if strict:
-        raise PlanError("the gradients of a sample disagree with autograd")
-    together = laid_out.restricted(names)
     gates = max(GATES, 5 * rounding(next(iter(alone.parameters.values()))))
-    is_close = _agree_on_sample(table, number, alone, _logits(alone, state), 0, gates, notes)
-    if is_close:
-        logits = _logits(together, state, plan=table.folded)
-        if _agree_on_sample(table, number, together, logits, number, notes=notes):
-            return outline
+    logits = _logits(alone, state, Recording(outline))
+    agrees, is_close = _agreement(table, number, alone, logits, 0, (None, None if strict else gates), notes)
+    del logits
+    if agrees or (is_close and _agrees_as_it_ran(table, number, laid_out.restricted(names), state, notes)):
+        return outline
     raise PlanError("the gradients of a sample disagree with autograd")
+
+
+def _agrees_as_it_ran(
+    table: MomentTable, number: int, laid_out: Task, state: ForwardState, notes: SampleNotes | None
+) -> bool:
+    """Return whether a sample's moments agree with autograd in the layout and with the folds of the batch.
+
+    Two samples usually have the rounding of the batch, unlike one, for which products of matrices are computed in another way.
+    """
+    if laid_out.size > 2 and (table.folded is not None or laid_out.inputs is not table.task.inputs):
+        first = min(number, laid_out.size - 2)
+        pair = laid_out.rows(first, first + 2)
+        try:
+            logits = _logits(pair, state, plan=table.folded)
+            if _agree_on_sample(table, number, pair, logits, number - first, notes):
+                return True
+            del logits
+        except PlanError:  # without the others, Python may read another value
+            pass
+    logits = _logits(laid_out, state, plan=table.folded)
+    return _agree_on_sample(table, number, laid_out, logits, number, notes)
 
 
 Compared = dict[int, set[tuple[int, str]]]
@@ -270,16 +287,24 @@ def _logits(task: Task, state: ForwardState, recording: Recording | None = None,
 
 
 def _agree_on_sample(
+    table: MomentTable, number: int, task: Task, logits: Tensor, row: int, notes: SampleNotes | None = None
+) -> bool:
+    """Return whether a sample's moments agree with autograd's; the sample is one row of a task's logits."""
+    return _agreement(table, number, task, logits, row, (None,), notes)[0]
+
+
+def _agreement(
     table: MomentTable,
     number: int,
     task: Task,
     logits: Tensor,
     row: int,
-    tolerance: float | None = None,
+    tolerances: Sequence[float | None],
     notes: SampleNotes | None = None,
-) -> bool:
-    """Return whether a sample's moments agree with autograd's; the sample is one row of a task's logits."""
+) -> list[bool]:
+    """Return for each tolerance whether a sample's moments agree with autograd's; ``None`` is that of rounding."""
     parameters = list(task.parameters.values())
+    agrees = [True] * len(tolerances)
     for objective in range(len(task.objectives)):
         losses, undo = task.unit_losses(objective, logits)
         gradients = loss_gradients(losses[row], parameters)
@@ -293,9 +318,11 @@ def _agree_on_sample(
             notes.add_gradients(objective, task.parameters, norms)
         # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
         moments = rescaled_moments(table.of_samples(slice(number, number + 1), task.parameters, objective), factor)
-        if not bool(agreeing(moments, _scaled(gradients, shrunk), scales, tolerance).all()):
-            return False
-    return True
+        for place, close in enumerate(agreeing_within(moments, _scaled(gradients, shrunk), scales, tolerances)):
+            agrees[place] = agrees[place] and bool(close.all())
+        if not any(agrees):
+            break
+    return agrees
 
 
 def _scaled(gradients: list[Tensor], factor: float) -> Iterator[Tensor]:

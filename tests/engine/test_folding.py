@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.engine import gradient_statistics, sample_check, strategy
 from lightning_gradmetrics.engine.folding import FoldingTracer
+from lightning_gradmetrics.engine.rules import convolution
 from tests.engine.cases import worst_difference
 
 SEEN: dict[str, Any] = {}
@@ -244,26 +245,31 @@ def _numbers(left: Any) -> Tensor:
     return torch.as_tensor(left)
 
 
-def test_a_plan_is_verified_on_a_batch_with_the_same_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a sample alone has other active ReLUs: the forward pass that autograd differentiates has the same rounding."""
+def test_a_plan_is_verified_in_passes_with_the_same_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a sample alone has other active ReLUs: passes of two samples, and then of the batch, run with the same folds and layouts."""
     torch.manual_seed(0)
     model, x = net().float(), torch.randn(5, 3, 12, 12)
-    agree, forward, passes = sample_check._agree_on_sample, FoldingTracer.forward, []
+    agree, forward, passes = sample_check._agreement, FoldingTracer.forward, []
 
-    def alone_never_agrees(
-        table: Any, number: int, task: Any, logits: Tensor, row: int, *rest: Any, **names: Any
-    ) -> bool:
-        return (len(logits) > 1 or bool(rest)) and agree(table, number, task, logits, row, *rest, **names)
+    def only_batches_agree(
+        table: Any, number: int, task: Any, logits: Tensor, row: int, tolerances: Any, *rest: Any
+    ) -> list[bool]:
+        found = agree(table, number, task, logits, row, tolerances, *rest)
+        return found if len(logits) > 2 else [False, *found[1:]]
 
     def noted(self: FoldingTracer, task: Any) -> Tensor:
         passes.append(forward(self, task))
         return passes[-1]
 
-    monkeypatch.setattr(sample_check, "_agree_on_sample", alone_never_agrees)
+    monkeypatch.setattr(sample_check, "_agreement", only_batches_agree)
     monkeypatch.setattr(FoldingTracer, "forward", noted)
+    monkeypatch.setattr(convolution, "WEIGHT_ENTRIES_PER_INPUT_ENTRY", 0)  # inputs are made contiguous
     compare(model, x, 2e-3)
-    assert len(passes) == 6  # that of the batch, and those that verify its five samples
-    assert torch.equal(passes[0], passes[1])
+    assert [len(logits) for logits in passes] == [
+        5,
+        *[2, 5] * 5,
+    ]  # that of the batch, and those that verify its five samples
+    assert torch.equal(passes[0], passes[2])
 
 
 def test_the_shape_of_the_output_may_be_read(folded: list[str]) -> None:
