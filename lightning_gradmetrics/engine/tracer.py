@@ -30,7 +30,7 @@ from lightning_gradmetrics.engine.path_record import PathRecorder
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.tracer_state import TracerState
-from lightning_gradmetrics.engine.uses import DerivedUse, RowsUse, Use, combined
+from lightning_gradmetrics.engine.uses import RowsUse, Use, combined, pulled_back
 
 __all__ = ["Tracer"]
 
@@ -381,7 +381,7 @@ class Tracer(TracerState):
             raise PlanError("the model computes gradients in its forward pass")
         for name in self._roots[source]:
             derived = self._derived.get(source)
-            self._pending[name].append(use if derived is None else DerivedUse(use, derived, self._leaves[name]))
+            self._pending[name].append(use if derived is None else pulled_back(use, derived, self._leaves[name]))
             if len(self._pending[name]) == self._expected[name] and not self._checkpoints:
                 self._finish(name)
 

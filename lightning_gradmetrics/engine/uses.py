@@ -36,6 +36,7 @@ __all__ = [
     "Use",
     "combined",
     "merge_rows",
+    "pulled_back",
 ]
 
 
@@ -296,6 +297,26 @@ class DerivedUse:
         if _rearranges(self.derived, self.parameter):
             return self.use.moments(wanted)
         return chunked_moments(self, wanted)
+
+
+def pulled_back(use: Use, derived: Tensor, parameter: Tensor) -> Use:
+    """Return the use of a derived tensor as one of its parameter.
+
+    Rows of a table at indices that all samples share, such as position embeddings, are not pulled back: they would become
+    a gradient of the whole table for each sample.
+    """
+    node = derived.grad_fn
+    is_lookup = node is not None and node.name() == "EmbeddingBackward0" and not node._saved_scale_grad_by_freq
+    source = getattr(node.next_functions[0][0], "variable", None) if is_lookup else None
+    if source is not parameter or not isinstance(use, RowsUse):
+        return DerivedUse(use, derived, parameter)
+    indices, padding = node._saved_indices, node._saved_padding_idx
+    return EmbeddingUse(
+        indices.reshape(1, -1).expand(len(use), -1),
+        use.gradient().reshape(len(use), indices.numel(), parameter.shape[1]),
+        tuple(parameter.shape),
+        padding if padding < len(parameter) else None,  # autograd stores a number beyond the table if there is none
+    )
 
 
 _ORDERS = frozenset(

@@ -240,6 +240,28 @@ def test_reordered_parameters_are_not_pulled_back(monkeypatch):
     gradient_statistics(Summed(layer), (_normal(3, 5, 4),), "pseudo_label")
 
 
+@pytest.mark.parametrize("padding", [None, 1, -1])
+def test_shared_rows_of_a_table_are_not_pulled_back(padding, monkeypatch):
+    """Position embeddings have no gradient of the whole table for each sample."""
+
+    class Positions(nn.Module):
+        def __init__(self, scale: int | None = None) -> None:
+            super().__init__()
+            self.table, self.scale = nn.Embedding(5, 3, padding_idx=padding), scale
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * self.table(torch.tensor([[0, 4, 1, 4]])) + self.table(torch.tensor(2))
+            if self.scale is None:
+                return y
+            return y + nn.functional.embedding(torch.tensor([3]), self.table.weight * self.scale)
+
+    _check(Positions(scale=2), _normal(3, 4, 3))
+    layer = Positions()
+    _check(layer, _normal(3, 4, 3))
+    monkeypatch.delattr(DerivedUse, "gradient")
+    gradient_statistics(Summed(layer), (_normal(3, 4, 3),), "pseudo_label")
+
+
 @settings(max_examples=10, deadline=None)
 @given(SIZES, SIZES, st.sampled_from([None, 0.3]), st.booleans())
 def test_attention_with_a_learned_bias(n, steps, scale, grouped):
