@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -305,7 +305,7 @@ def pulled_back(use: Use, derived: Tensor, parameter: Tensor) -> Use:
     Rows of a table at indices that all samples share, such as position embeddings, are not pulled back: they would become
     a gradient of the whole table for each sample.
     """
-    node = derived.grad_fn
+    node: Any = derived.grad_fn
     is_lookup = node is not None and node.name() == "EmbeddingBackward0" and not node._saved_scale_grad_by_freq
     source = getattr(node.next_functions[0][0], "variable", None) if is_lookup else None
     if source is not parameter or not isinstance(use, RowsUse):
