@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from lightning_gradmetrics.classifier.model_layout import HOOKS
+from lightning_gradmetrics.engine.checked_trace import CheckedTrace
 from lightning_gradmetrics.engine.stance import compiling
 
 __all__ = ["ForwardGuards", "ReachedGraph", "Trace", "TraceRefused", "UserCode"]
@@ -136,10 +137,12 @@ class UserCode:
 
     Attributes:
         codes: The code of each function.
+        all_codes: The same, with that of torch and of this package.
     """
 
     def __init__(self, forward: Callable[[], Any]) -> None:
         self.codes: set[CodeType] = set()
+        self.all_codes: set[CodeType] = set()
         self._called: dict[int, Any] = {}
         self._is_visible = True
         self._globals: dict[int, tuple[dict[str, Any], set[str]]] = {}
@@ -159,6 +162,7 @@ class UserCode:
             self._is_visible &= _is_function_of_tensors(function)
         if event != "call":
             return
+        self.all_codes.add(code)
         first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(first, nn.Module):
             self._called[id(first)] = first
@@ -253,6 +257,8 @@ class ForwardGuards:
         # its own.
         self._names: dict[str, Any] = {"__builtins__": builtins}
         own = FunctionType(forward.__code__.replace(), self._names, closure=forward.__closure__)
+        self._own = own
+        self._checked: CheckedTrace | None = None
         self._forward = torch.compile(
             own, backend=self._ending, fullgraph=True, dynamic=False, options={"guard_filter_fn": self._all}
         )
@@ -267,15 +273,16 @@ class ForwardGuards:
         self._classes = list(map(vars, kinds))
         self._methods: list[list[Any]] = []
         self._functions: list[FunctionType] = []
-        for entries in self._classes:
-            self._functions += filter(_is_function, entries.values())
+        for function in filter(_is_function, itertools.chain.from_iterable(map(_VALUES, self._classes))):
+            if function.__code__ in code.all_codes:
+                self._functions.append(function)
         self._codes: list[CodeType] = []
 
     def reached(self, model: nn.Module, inputs: Tensor) -> ReachedGraph | None:
         """Return the graph that a forward pass would run, by the guards or by a new trace; nothing of it runs.
 
-        It is ``None`` while there are hooks, or other methods of modules or built-in functions than before, or while another
-        thread needs uncompiled modules.
+        It is ``None`` while there are hooks, or other methods of modules or built-in functions than before, or, if there is no trace
+        yet, while another thread needs uncompiled modules.
 
         Args:
             model: The model.
@@ -291,22 +298,37 @@ class ForwardGuards:
             and all(map(is_, map(_CODE, self._functions), self._codes))
         ):
             return None
+        with torch.enable_grad():
+            if self._checked is not None and self._checked.holds(model, inputs):
+                return _reached_by(self._checked.run, model, inputs)
+            return self._reached_by_compiler(model, inputs)
+
+    def _reached_by_compiler(self, model: nn.Module, inputs: Tensor) -> ReachedGraph | None:
+        """Return the graph that a forward pass would run; ``torch.compile`` compares the guards, or traces the function."""
         count = self._count
+        with compiling() as is_possible:
+            if not is_possible:
+                return None
+            reached = _reached_by(self._forward, model, inputs)
+        if self._count != count:  # torch.compile itself replaces methods when it traces a class for the first time
+            self._methods = list(map(list, map(_VALUES, self._classes)))
+            self._codes = list(map(_CODE, self._functions))
+            if not self._is_complete or not all(map(_is_current, self._names.values())):
+                raise TraceRefused
+            self._checked = self._checked_trace(model, inputs, reached)
+        return reached
+
+    def _checked_trace(self, model: nn.Module, inputs: Tensor, reached: ReachedGraph) -> CheckedTrace | None:
+        """Return the new trace if its guards can be compared without ``torch.compile``, with the same result."""
         try:
-            with torch.enable_grad(), compiling() as is_possible:
-                if not is_possible:
-                    return None
-                self._forward(model, inputs)
-        except ReachedGraph as reached:
-            if self._count != count:  # torch.compile itself replaces methods when it traces a class for the first time
-                self._methods = list(map(list, map(_VALUES, self._classes)))
-                self._codes = list(map(_CODE, self._functions))
-                if not self._is_complete or not all(map(_is_current, self._names.values())):
-                    raise TraceRefused from None
-            return reached.with_traceback(None)
-        except Exception as error:  # torch.compile raises many kinds of errors
-            raise TraceRefused from error
-        raise TraceRefused("torch.compile is disabled")
+            checked = CheckedTrace(self._own)
+        except LookupError:
+            return None
+        if not checked.holds(model, inputs) or checked.holds(model, inputs[1:]):
+            return None
+        found = _reached_by(checked.run, model, inputs)
+        is_same = found.trace is reached.trace and all(map(is_, found.tensors, reached.tensors))
+        return checked if is_same else None
 
     def _ending(self, graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
         """Return a function that ends the forward pass, in place of a compiled graph."""
@@ -334,6 +356,21 @@ class ForwardGuards:
             is_own = guard.guard_type == "EMPTY_NN_MODULE_HOOKS_DICT" or guard.name.startswith(_OWN)
             self._is_complete &= is_known or is_own
         return [True] * len(guards)
+
+
+def _reached_by(forward: Callable[..., Any], model: nn.Module, inputs: Tensor) -> ReachedGraph:
+    """Return the graph that a traced forward pass reaches.
+
+    Raises:
+        TraceRefused: If it reaches none.
+    """
+    try:
+        forward(model, inputs)
+    except ReachedGraph as reached:
+        return reached.with_traceback(None)
+    except Exception as error:  # torch.compile raises many kinds of errors
+        raise TraceRefused from error
+    raise TraceRefused("torch.compile is disabled")
 
 
 def _is_function(value: Any) -> bool:
