@@ -19,19 +19,26 @@ if TYPE_CHECKING:
 
 __all__ = ["configuration_directory", "main"]
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C at any moment."""
+
 FULL_ERROR = "HYDRA_FULL_ERROR"
 ONE_LINE = "GRADMETRICS_ONE_LINE_ERRORS"
 """Tells child processes that :data:`FULL_ERROR` in their environment was not set by the user."""
 
 
 def main() -> None:
-    """Run a subcommand, or otherwise the Hydra command line; errors print one line and exit with status 1."""
+    """Run a subcommand, or otherwise the Hydra command line; errors print one line and exit with status 1, Ctrl-C with 130."""
     arguments = sys.argv[1:]
     wants_traceback = os.environ.get(FULL_ERROR) == "1" and ONE_LINE not in os.environ
     try:
         _dispatch(arguments)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except SystemExit as ending:
+        if isinstance(ending.__context__, KeyboardInterrupt):  # a Trainer ends an interrupted run with status 1
+            sys.exit(INTERRUPTED)
+        raise
     except Exception as error:
         if wants_traceback:
             raise

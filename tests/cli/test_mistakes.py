@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_gradmetrics.cli import command
 from lightning_gradmetrics.cli.arguments import check_arguments
 from lightning_gradmetrics.cli.errors import UsageError, one_line, unknown_name
 from lightning_gradmetrics.cli.help import help_text
@@ -24,6 +25,7 @@ CASES = [
         "data.near is a mapping with other keys; to replace all of it, write '~data.near' '+data.near={...}'",
     ),
     (["model=torchvison"], "unknown model 'torchvison'; did you mean 'torchvision'?"),
+    (["experiment=cifar"], "unknown experiment 'cifar'; did you mean 'cifar10'?"),
     (["batch_size=0"], "batch_size must be a whole number of at least 1, got 0"),
     (["model=resnet20_cifar"], "on the first batch of 'digits' (inputs (1, 1, 8, 8)) fails: Given groups=1"),
     (["list"], "unknown command 'list'; available: compare, help, report, scores, version"),
@@ -116,6 +118,19 @@ def test_unknown_words_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown command 'report1'; did you mean 'report'"):
         check_arguments(["report1"], ["scores", "report"])
     check_arguments(["--config-dir", "mine", "score=[doctor]"], [])  # the folder may have that score
+
+
+def test_ctrl_c_while_scoring_has_the_status_of_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted_run(arguments: list[str]) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does
+
+    monkeypatch.setattr(command, "_dispatch", interrupted_run)
+    with pytest.raises(SystemExit) as ending:
+        command.main()
+    assert ending.value.code == 130
 
 
 def test_unexpected_errors_are_named() -> None:
