@@ -46,12 +46,12 @@ inline_always void gram_tile(const REAL *packed, const int32_t *steps, int64_t c
   int32_t rows[ROWS];
   vec acc[ROWS][2];
   for (int r = 0; r < ROWS; r++) {
-    int64_t row = first + r < width ? first + r : width - 1;
+    int64_t row = first + r < width ? first + r : width - RUN + r % RUN;
     rows[r] = (int32_t)(row / COLS * channels * COLS + row % COLS);
     for (int v = 0; v < 2; v++)
       acc[r][v] = fresh ? (vec){0} : *(const vec *)(gram + row * width + panel * COLS + v * WIDTH);
   }
-  product(packed, rows, steps, (const vec *)(packed + panel * channels * COLS), (int)channels, acc);
+  product(packed, rows, steps, (const vec *)(packed + panel * channels * COLS), (int)channels, acc, IN_RUNS);
   for (int r = 0; r < ROWS && first + r < width; r++)
     for (int v = 0; v < 2; v++) *(vec *)(gram + (first + r) * width + panel * COLS + v * WIDTH) = acc[r][v];
 }

@@ -177,17 +177,32 @@ inline_always void reduce(running *s, vec acc[ROWS][2], int rows, int valid, int
   if (++s->tiles == FLUSH) flush(s);
 }
 
+/* Rows of a tile, in the input at each position. If the channels of the input are interleaved, the tile consists of RUNS runs of
+ * rows that are adjacent in memory, so that RUNS addresses are enough: ROWS addresses do not fit into the registers. */
+#define RUNS 3
+#define RUN (ROWS / RUNS)
+enum { SCATTERED = 0, IN_RUNS = 1 };
+
+/* The address of a row at a position, from those of all rows or of all runs. */
+inline_always const REAL *row_at(const REAL *const *start, int r, int64_t position, int runs) {
+  return runs ? start[r / RUN] + position + r % RUN : start[r] + position;
+}
+
+inline_always void row_starts(const REAL *x, const int32_t *rows, const REAL **start, int runs) {
+  for (int r = 0; r < (runs ? RUNS : ROWS); r++) start[r] = x + rows[runs ? r * RUN : r];
+}
+
 /* acc[r][.] += sum_p x[row r + position p] g[p, .] */
 inline_always void product(const REAL *x, const int32_t *rows, const int32_t *positions, const vec *g, int count,
-                           vec acc[ROWS][2]) {
-  const REAL *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = x + rows[r];
+                           vec acc[ROWS][2], int runs) {
+  const REAL *start[ROWS];
+  row_starts(x, rows, start, runs);
   for (int p = 0; p < count; p++) {
-    int64_t at = positions[p];
-    vec g0 = g[2 * p], g1 = g[2 * p + 1];
+    const int64_t at = positions[p];
+    const vec g0 = g[2 * p], g1 = g[2 * p + 1];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-      REAL value = row[r][at];
+      const REAL value = *row_at(start, r, at, runs);
       acc[r][0] += value * g0;
       acc[r][1] += value * g1;
     }
@@ -196,20 +211,21 @@ inline_always void product(const REAL *x, const int32_t *rows, const int32_t *po
 
 /* The same for tiles of one vector: acc[r][0] sums the even positions and acc[r][1] the odd ones. */
 inline_always void narrow_product(const REAL *x, const int32_t *rows, const int32_t *positions, const vec *g, int count,
-                                  vec acc[ROWS][2]) {
-  const REAL *row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = x + rows[r];
+                                  vec acc[ROWS][2], int runs) {
+  const REAL *start[ROWS];
+  row_starts(x, rows, start, runs);
   for (int p = 0; p + 1 < count; p += 2) {
-    int64_t even = positions[p], odd = positions[p + 1];
-    vec g0 = g[p], g1 = g[p + 1];
+    const int64_t even = positions[p], odd = positions[p + 1];
+    const vec g0 = g[p], g1 = g[p + 1];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-      acc[r][0] += row[r][even] * g0;
-      acc[r][1] += row[r][odd] * g1;
+      acc[r][0] += *row_at(start, r, even, runs) * g0;
+      acc[r][1] += *row_at(start, r, odd, runs) * g1;
     }
   }
   if (count % 2)
-    for (int r = 0; r < ROWS; r++) acc[r][0] += row[r][positions[count - 1]] * g[count - 1];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) acc[r][0] += *row_at(start, r, positions[count - 1], runs) * g[count - 1];
 }
 
 #if defined(__AVX__) && defined(SINGLE)

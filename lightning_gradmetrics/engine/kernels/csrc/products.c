@@ -34,22 +34,26 @@ static void pack_input(const product_job *j, const REAL *x, REAL *to) {
   const int64_t d = j->in[0], h = j->in[1], w = j->in[2];
   const int64_t dp = d + 2 * j->pad[0], hp = h + 2 * j->pad[1], wp = w + 2 * j->pad[2];
   const int64_t lanes = j->layout == INTERLEAVED ? ROWS : 1, planes = (j->channels + lanes - 1) / lanes;
-  if (dp * hp * wp != d * h * w || planes * lanes != j->channels)
-    memset(to, 0, sizeof(REAL) * planes * lanes * dp * hp * wp);
-  for (int64_t c = 0; c < planes; c++)
+  const int64_t plane = dp * hp * wp;
+  if (plane != d * h * w || planes * lanes != j->channels) memset(to, 0, sizeof(REAL) * planes * lanes * plane);
+  for (int64_t z = 0; z < d; z++)
+    for (int64_t y = 0; y < h; y++)
+      for (int64_t i = 0; lanes > 1 && i < w; i++) { /* all channels of a pixel, in the order of the memory */
+        const REAL *from = x + z * j->x_step[0] + y * j->x_step[1] + i * j->x_step[2];
+        REAL *pixel = to + (((z + j->pad[0]) * hp + y + j->pad[1]) * wp + j->pad[2] + i) * ROWS;
+        int64_t c = 0;
+        for (; c + ROWS <= j->channels; c += ROWS) memcpy(pixel + c * plane, from + c, sizeof(REAL) * ROWS);
+        for (int64_t k = 0; c + k < j->channels; k++) pixel[c * plane + k] = from[c + k];
+      }
+  for (int64_t c = 0; lanes == 1 && c < planes; c++)
     for (int64_t z = 0; z < d; z++)
       for (int64_t y = 0; y < h; y++) {
-        const REAL *from = x + c * lanes * j->x_channel + z * j->x_step[0] + y * j->x_step[1];
-        REAL *line = to + (((c * dp + z + j->pad[0]) * hp + y + j->pad[1]) * wp + j->pad[2]) * lanes;
-        if (lanes == 1 && j->x_step[2] == 1)
+        const REAL *from = x + c * j->x_channel + z * j->x_step[0] + y * j->x_step[1];
+        REAL *line = to + ((c * dp + z + j->pad[0]) * hp + y + j->pad[1]) * wp + j->pad[2];
+        if (j->x_step[2] == 1)
           memcpy(line, from, sizeof(REAL) * w);
-        else if (lanes == 1)
-          for (int64_t i = 0; i < w; i++) line[i] = from[i * j->x_step[2]];
-        else if ((c + 1) * ROWS <= j->channels)
-          for (int64_t i = 0; i < w; i++) memcpy(line + i * ROWS, from + i * j->x_step[2], sizeof(REAL) * ROWS);
         else
-          for (int64_t i = 0; i < w; i++)
-            memcpy(line + i * ROWS, from + i * j->x_step[2], sizeof(REAL) * (j->channels % ROWS));
+          for (int64_t i = 0; i < w; i++) line[i] = from[i * j->x_step[2]];
       }
 }
 
@@ -80,9 +84,25 @@ static int is_panel(const product_job *j, const REAL *g, int64_t columns) {
   return (columns == COLS || columns == WIDTH) && j->g_channel == 1 && has_rows && (uintptr_t)g % BYTES == 0;
 }
 
+/* Copies the output gradients of whole panels whose columns are adjacent in memory, in the order of the memory. */
+static void pack_panels(const product_job *j, const REAL *g, int64_t panels, REAL *to) {
+  const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
+  for (int64_t z = 0; z < j->out_size[0]; z++)
+    for (int64_t y = 0; y < j->out_size[1]; y++)
+      for (int64_t i = 0; i < j->out_size[2]; i++, to += COLS) {
+        const REAL *from = g + z * j->g_step[0] + y * j->g_step[1] + i * j->g_step[2];
+        for (int64_t c = 0; c < panels; c++) memcpy(to + c * count * COLS, from + c * COLS, sizeof(REAL) * COLS);
+      }
+}
+
 /* Copies output gradients to panels [column / COLS][position][COLS]; a last panel of one vector gets rows of one. */
 static void pack_gradient(const product_job *j, const REAL *g, int64_t columns, REAL *to) {
   const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
+  if (j->g_channel == 1) {
+    const int64_t panels = columns / COLS;
+    pack_panels(j, g, panels, to);
+    g += panels * COLS, columns -= panels * COLS, to += panels * COLS * count;
+  }
   for (int64_t first = 0; first < columns; first += COLS, to += count * COLS) {
     const REAL *from = g + first * j->g_channel;
     if (columns - first <= WIDTH)
@@ -126,7 +146,7 @@ static void panel_totals(const vec *g, int64_t count, int valid, int narrow, dou
 
 /* All tiles of one panel of columns and one block of rows. The columns of a narrow panel fill one vector. */
 inline_always void panel(const product_job *j, const REAL *x, const vec *g, int64_t begin, int64_t end, int valid,
-                         vec *buffer, running *s, const scaling *scaled, int mode, int narrow) {
+                         vec *buffer, running *s, const scaling *scaled, int mode, int narrow, int runs) {
   const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
   vec sums[2] = {{0}};
   for (int64_t p = 0; p < count; p += BLOCK) {
@@ -138,9 +158,9 @@ inline_always void panel(const product_job *j, const REAL *x, const vec *g, int6
       for (int i = 0; i < ROWS; i++)
         for (int v = 0; v < 2; v++) acc[i][v] = p ? (*stored)[i][v] : (vec){0};
       if (narrow)
-        narrow_product(x, j->rows + r, j->positions + p, g + p, size, acc);
+        narrow_product(x, j->rows + r, j->positions + p, g + p, size, acc, runs);
       else
-        product(x, j->rows + r, j->positions + p, g + 2 * p, size, acc);
+        product(x, j->rows + r, j->positions + p, g + 2 * p, size, acc, runs);
       if (!last) {
         memcpy(stored, acc, sizeof acc);
         continue;
@@ -157,6 +177,27 @@ inline_always void panel(const product_job *j, const REAL *x, const vec *g, int6
     }
   }
   for (int c = 0; scaled->weight && c < valid; c++) scaled->products[c] += sums[c / WIDTH][c % WIDTH];
+}
+
+/* The same, compiled for each mode, width and order of rows. */
+static void any_panel(const product_job *j, const REAL *x, const vec *g, int64_t begin, int64_t end, int valid, vec *buffer,
+                      running *s, const scaling *scaled) {
+  const int narrow = valid <= WIDTH, runs = j->layout == INTERLEAVED && j->channels % RUN == 0;
+#define CASE(mode, narrow, runs)                                              \
+  case 4 * mode + 2 * narrow + runs:                                          \
+    panel(j, x, g, begin, end, valid, buffer, s, scaled, mode, narrow, runs); \
+    break;
+  switch (4 * (int)j->mode + 2 * narrow + runs) {
+    CASE(SUMS, 0, SCATTERED)
+    CASE(SUMS, 0, IN_RUNS)
+    CASE(SUMS, 1, SCATTERED)
+    CASE(SUMS, 1, IN_RUNS)
+    CASE(ALL, 0, SCATTERED)
+    CASE(ALL, 0, IN_RUNS)
+    CASE(ALL, 1, SCATTERED)
+    CASE(ALL, 1, IN_RUNS)
+  }
+#undef CASE
 }
 
 /* The scaling of the panel that begins at a column. */
@@ -205,14 +246,7 @@ static void piece(product_job *j, int64_t task, char *scratch) {
       int valid = last - c < COLS ? (int)(last - c) : COLS;
       const vec *block = (const vec *)(g + (c - first) * count);
       const scaling scaled = scaling_of(j, n, group, c);
-      if (j->mode == ALL && valid <= WIDTH)
-        panel(j, x, block, r, end, valid, buffer, &s, &scaled, ALL, 1);
-      else if (j->mode == ALL)
-        panel(j, x, block, r, end, valid, buffer, &s, &scaled, ALL, 0);
-      else if (valid <= WIDTH)
-        panel(j, x, block, r, end, valid, buffer, &s, &scaled, SUMS, 1);
-      else
-        panel(j, x, block, r, end, valid, buffer, &s, &scaled, SUMS, 0);
+      any_panel(j, x, block, r, end, valid, buffer, &s, &scaled);
     }
   finish(&s, j->out + task * STATISTICS);
 }
