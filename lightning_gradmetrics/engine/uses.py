@@ -22,6 +22,7 @@ from lightning_gradmetrics.engine.kernels import (
 )
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
 from lightning_gradmetrics.engine.kernels.segments import LARGEST, Factors
+from lightning_gradmetrics.engine.selection import rearranges, selection_of
 from lightning_gradmetrics.gradients.precision import at_least_float32
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, factor_moments
 
@@ -264,7 +265,8 @@ class EmbeddingUse:
 class DerivedUse:
     """A use of a tensor that was computed from the parameter alone, pulled back through that computation.
 
-    If the computation only reorders the parameter's entries, the moments are those of the use.
+    If the computation only reorders the parameter's entries, the moments are those of the use. If it selects entries, the gradients
+    of these entries are enough.
 
     Args:
         use: The use of the derived tensor.
@@ -294,8 +296,11 @@ class DerivedUse:
         return self.parameter.new_zeros(len(self), *self.shape) if pulled is None else pulled
 
     def moments(self, wanted: Iterable[Moment]) -> Moments:  # noqa: D102
-        if _rearranges(self.derived, self.parameter):
+        if rearranges(self.derived, self.parameter):
             return self.use.moments(wanted)
+        selection = selection_of(self.derived, self.parameter) if isinstance(self.use, RowsUse) else None
+        if selection is not None:
+            return row_moments(selection.touched(_flat(self.use.gradient())), wanted)
         return chunked_moments(self, wanted)
 
 
@@ -317,32 +322,6 @@ def pulled_back(use: Use, derived: Tensor, parameter: Tensor) -> Use:
         tuple(parameter.shape),
         padding if padding < len(parameter) else None,  # autograd stores a number beyond the table if there is none
     )
-
-
-_ORDERS = frozenset(
-    name + "Backward0"
-    for name in (
-        "Alias",
-        "Clone",
-        "Permute",
-        "ReshapeAlias",
-        "Squeeze",
-        "T",
-        "Transpose",
-        "Unsqueeze",
-        "UnsafeView",
-        "View",
-    )
-)
-"""Nodes of autograd graphs that keep every entry and change only the shape or the order."""
-
-
-def _rearranges(derived: Tensor, parameter: Tensor) -> bool:
-    """Return whether a tensor contains each entry of a parameter exactly once."""
-    node = derived.grad_fn
-    while node is not None and node.name() in _ORDERS and len(node.next_functions) == 1:
-        node = node.next_functions[0][0]
-    return getattr(node, "variable", None) is parameter and derived.numel() == parameter.numel()
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,46 @@ def test_shared_rows_of_a_table_are_not_pulled_back(padding, monkeypatch):
     gradient_statistics(Summed(layer), (_normal(3, 4, 3),), "pseudo_label")
 
 
+SELECTED = {
+    "a slice": lambda table: table[:5].unsqueeze(0),
+    "repeated entries": lambda table: table[torch.tensor([[0, 1, 1], [3, 0, 0]])].permute(1, 0, 2).contiguous()[0],
+    "a row without a gradient": lambda table: torch.nn.functional.embedding(
+        torch.tensor([2, 1, 2, 0]), table, padding_idx=2
+    )[1:],
+    "an expanded entry": lambda table: table.index_select(0, torch.tensor([4])).expand(3, 4),
+}
+
+
+@pytest.mark.parametrize("select", SELECTED.values(), ids=SELECTED)
+def test_selected_entries_are_not_pulled_back(select, monkeypatch):
+    """A table of positions has gradients at the selected entries only, and zeros elsewhere."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(_normal(6, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + select(self.table)).tanh()
+
+    inputs = _normal(3, *select(Positions().table).shape[-2:])
+    _check(Positions(), inputs)
+    monkeypatch.delattr(DerivedUse, "gradient")
+    gradient_statistics(Summed(Positions()), (inputs,), "pseudo_label")
+
+
+def test_gradients_scaled_by_frequency_are_pulled_back():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(_normal(6, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.nn.functional.embedding(torch.tensor([1, 1, 2]), self.table, scale_grad_by_freq=True)
+
+    _check(Positions(), _normal(3, 3, 4))
+
+
 @settings(max_examples=10, deadline=None)
 @given(SIZES, SIZES, st.sampled_from([None, 0.3]), st.booleans())
 def test_attention_with_a_learned_bias(n, steps, scale, grouped):
