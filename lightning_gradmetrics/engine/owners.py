@@ -274,7 +274,7 @@ class OwnershipPass(Tracer):
             self._scale(slots.values(), x, g)
             index = self._grouping(number, flat, slots.values())
             grouped, gradient = _regrouped(call, g.reshape(rows, *g.shape[count:]), index)
-            for slot, use in found.uses(grouped, grouped.out.split(gradient)):
+            for slot, use in found.uses(grouped, found.split(grouped.out, gradient)):
                 self._arrive(slots[slot], use)
 
     def _copies_arrive(self, number: int, source: Source, g: Tensor) -> None:

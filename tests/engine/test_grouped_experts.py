@@ -47,3 +47,26 @@ def test_grouped_experts_are_exact_without_a_slow_way() -> None:
         expected = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine="reference").norm(2)
         found = gradient_statistics(model, x, "pseudo_label", per_parameter=True).norm(2)  # a warning would be an error
         assert float(((found - expected) / expected.norm(dim=1, keepdim=True)).abs().max()) < 1e-5
+
+
+class _Unique(nn.Module):
+    """Computes each distinct sample once; a batch norm has one row per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        distinct, places = torch.unique(x, dim=0, return_inverse=True)
+        logits: Tensor = self.head(torch.tanh(self.norm(self.body(distinct))))[places]
+        return logits
+
+
+def test_batch_norms_without_positions_are_exact_without_a_plan() -> None:
+    torch.manual_seed(0)
+    model = _Unique().eval()
+    for _ in range(2):
+        x = torch.randn(5, WIDTH)
+        expected = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine="reference").norm(2)
+        found = gradient_statistics(model, x, "pseudo_label", per_parameter=True).norm(2)
+        assert float(((found - expected) / expected.norm(dim=1, keepdim=True)).abs().max()) < 1e-5

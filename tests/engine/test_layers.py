@@ -104,6 +104,17 @@ def test_norm(kind, n, groups, positions):
     _check(layer, _normal(n, channels, positions + 1))
 
 
+def test_instance_norms_with_running_statistics_far_from_zero_are_as_exact_as_torch():
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+    norm.running_mean.fill_(1e3)
+    norm.running_var.fill_(1e-6)
+    model, x = Summed(norm).eval(), 1e3 + 1e-3 * torch.randn(3, 4, 20, dtype=torch.float64).float()
+    found = gradient_statistics(model, x, "uniform", per_parameter=True)
+    expected = gradient_statistics(model, x, "uniform", per_parameter=True, engine="reference")
+    assert worst_difference(found, expected) < 1e-3
+
+
 class _NormOfFrames(nn.Module):
     """A group norm of the frames of a video, all of them on the first axis; far from zero, with channels last or transposed."""
 

@@ -154,11 +154,12 @@ def group_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
 )
 def instance_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Instance norm: normalises over the positions of one channel of one sample, or by the running statistics."""
-    use_input = call.get("use_input_stats", True)
-    mean, variance = (None, None) if use_input else (call.values["running_mean"], call.values["running_var"])
-    normalised = F.instance_norm(
-        call.values["input"].to(wide(g.dtype)), mean, variance, use_input_stats=use_input, eps=call.values["eps"]
-    )
+    x = call.values["input"].to(wide(g.dtype))
+    if call.get("use_input_stats", True):
+        normalised = F.instance_norm(x, eps=call.values["eps"])
+    else:  # the forward pass of torch loses digits where the mean is much larger than the deviation
+        mean, variance = (call.values[name].view(-1, *[1] * (x.ndim - 2)) for name in ("running_mean", "running_var"))
+        normalised = (x - mean) * torch.rsqrt(variance + call.values["eps"])
     yield from _channels(call, call.axis.split(normalised), g)
 
 
