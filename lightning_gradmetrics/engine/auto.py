@@ -128,9 +128,10 @@ def _by_new_strategy(task: Task, state: ForwardState) -> tuple[Strategy, list[Mo
                 raise
             raise_if_out_of_memory(error)
             state.restore()
+            if isinstance(error, PlanError) and error.sample is not None:
+                strategy.failed = failed = error.sample
             if is_verified:
                 break
-            failed = error.sample if isinstance(error, PlanError) else None
             if failed is not None:
                 probed = task.picked([(failed + shift) % task.size for shift in (-1, 0, 1)])
     return strategy, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_gradmetrics.engine.agreement import SampleNotes
@@ -15,7 +16,9 @@ from lightning_gradmetrics.engine.path_check import PathChanged
 from lightning_gradmetrics.engine.path_record import PathRecorder
 from lightning_gradmetrics.engine.plan import Plan, PlanError
 from lightning_gradmetrics.engine.row_check import check_row_owners
+from lightning_gradmetrics.engine.row_sums import RowSums
 from lightning_gradmetrics.engine.sample_check import (
+    MOST_VERIFIED,
     check_draw,
     check_reader_paths,
     check_sample,
@@ -29,6 +32,9 @@ __all__ = ["GRADIENTS_IF_UNPROVEN", "fill_by_plan"]
 
 GRADIENTS_IF_UNPROVEN = 4
 """Number of samples whose gradients are compared with autograd in a new kind of batch that no proof covers, and without a plan."""
+
+MOST_SUSPECTS = 2
+"""Largest number of samples that are compared with autograd because a second computation of their sums differs."""
 
 MOST_OUTLINES = 16
 """Largest number of call sequences that are stored for one batch size."""
@@ -109,10 +115,11 @@ class _PlannedBatch:
         strategy, checks = self.strategy, self.checks
         checks.notes = notes = None if strategy.verified else SampleNotes(self.table.task.size)
         recorder = strategy.recorder(self.fast, checks.here)
-        times, calls = self._run(notes, recorder)
+        rows = RowSums() if self._has_new_rows() else None
+        times, calls = self._run(notes, recorder, rows)
         verified = strategy.times.get(checks.here, {})
         if calls.number not in verified:
-            self._compare_new_calls(calls, notes)
+            self._compare_new_calls(calls, notes, rows)
             self._note_calls(calls, times)
         elif verified[calls.number][0] != times:
             raise PlanError("a sample has a different number of positions than in earlier batches of this size")
@@ -124,45 +131,63 @@ class _PlannedBatch:
         if strategy.mixes and self.table.task.size > 1:
             self._check_rows()
 
-    def _run(self, notes: SampleNotes | None, recorder: PathRecorder | None) -> tuple[tuple[int, ...], Outline]:
+    def _has_new_rows(self) -> bool:
+        """Return whether the sums of all samples are computed a second time: in the first batch of each size.
+
+        In a small first batch all samples are compared with autograd. Samples alone have other random numbers.
+        """
+        strategy, size = self.strategy, self.table.task.size
+        if strategy.random or (not strategy.verified and size <= MOST_VERIFIED):
+            return False
+        return size > 1 and all(size != other for _, other in strategy.times)
+
+    def _run(
+        self, notes: SampleNotes | None, recorder: PathRecorder | None, rows: RowSums | None
+    ) -> tuple[tuple[int, ...], Outline]:
         """Return the positions of a sample on each axis, and the calls, of passes with folds where the model allows them."""
         strategy, plan = self.strategy, self._plan
         folds = strategy.folds(self.fast)
         try:
-            return collect_fast(self.table, self.fast, plan, self.checks, notes, self.free, recorder, folds)
+            return collect_fast(self.table, self.fast, plan, self.checks, notes, self.free, recorder, folds, rows)
         except FoldRefused:
             strategy.plan, self.table.folded = replace(plan, folds={}), None
             self.state.restore()
-        return collect_fast(self.table, self.fast, self._plan, self.checks, notes, self.free, recorder)
+            if rows is not None:
+                rows.clear()
+        return collect_fast(self.table, self.fast, self._plan, self.checks, notes, self.free, recorder, rows=rows)
 
-    def _compare_new_calls(self, calls: Outline, notes: SampleNotes | None) -> None:
+    def _compare_new_calls(self, calls: Outline, notes: SampleNotes | None, rows: RowSums | None) -> None:
         """Compare the gradients of some samples with autograd in a batch whose calls are new, unless the proof covers it."""
         strategy, checks = self.strategy, self.checks
         if strategy.random and strategy.times.get(checks.here):
             raise PlanError("the model makes other calls than in earlier batches of this size")
-        if not (checks.is_covered and strategy.settled):
-            self._compare_samples(calls, notes)
+        suspects = [] if rows is None else rows.differing(self.table)[:MOST_SUSPECTS]
+        if suspects or not (checks.is_covered and strategy.settled):
+            self._compare_samples(calls, notes, suspects)
         # The probe has checked the rows of three samples; models that mix samples are checked in every batch.
         if not (checks.is_covered or strategy.mixes) and self.table.task.size > 3:
             self._check_rows()
         strategy.settled = strategy.settled or checks.is_covered
 
-    def _compare_samples(self, calls: Outline, notes: SampleNotes | None) -> None:
-        """Compare the gradients of some samples with autograd: two to verify the plan, otherwise one, or more without a proof."""
+    def _compare_samples(self, calls: Outline, notes: SampleNotes | None, suspects: Sequence[int]) -> None:
+        """Compare the gradients of some samples with autograd: two to verify the plan, otherwise one, or more without a proof.
+
+        Samples for which a second computation of their sums differs are compared in any case.
+        """
         table, strategy, checks, laid_out, state = self.table, self.strategy, self.checks, self.laid_out, self.state
         if strategy.random:
             check_draw(table, strategy.fast, laid_out, state)
             return
         if notes is not None:
-            alone = verify_by_samples(table, laid_out, state, notes, checks.readers, strategy.compared)
+            alone = verify_by_samples(table, laid_out, state, notes, checks.readers, strategy.compared, suspects)
             checks.compare_paths(calls, alone)
             strategy.verified, strategy.path, strategy.parts = True, calls.path, ()
             return
         count = 1 if checks.is_covered else GRADIENTS_IF_UNPROVEN
         alone = check_some_samples(table, strategy.fast, laid_out, state, count, checks.hides_gradients, checks.readers)
-        if strategy.failed is not None:
-            check_sample(table, strategy.fast, laid_out, state, strategy.failed, checks.hides_gradients)
-            strategy.failed = None
+        for number in suspects if strategy.failed is None else (strategy.failed, *suspects):
+            check_sample(table, strategy.fast, laid_out, state, number, checks.hides_gradients)
+        strategy.failed = None
         checks.compare_paths(calls, alone)
 
     def _note_calls(self, calls: Outline, times: tuple[int, ...]) -> None:

@@ -21,7 +21,15 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 
-__all__ = ["check_draw", "Compared", "check_reader_paths", "check_sample", "check_some_samples", "verify_by_samples"]
+__all__ = [
+    "MOST_VERIFIED",
+    "check_draw",
+    "Compared",
+    "check_reader_paths",
+    "check_sample",
+    "check_some_samples",
+    "verify_by_samples",
+]
 
 
 MOST_COMPARED = 1024
@@ -62,12 +70,14 @@ def verify_by_samples(
     notes: SampleNotes,
     readers: Sequence[int],
     compared: Compared,
+    suspects: Sequence[int] = (),
 ) -> Outline:
     """Compare the moments of two samples with autograd on each alone, to verify a plan, and return the outline of a pass.
 
     One sample may hide an error, such as a wrong entry of a unit that is off for it. The second one is a reader if there is one,
-    because it may take another path through the model alone. If a gradient is zero for both, the samples follow for which the table
-    says that it is not. All samples of a small batch are compared.
+    because it may take another path through the model alone, and otherwise the last sample, because blocks of rows end there.
+    If a gradient is zero for both, the samples follow for which the table says that it is not. All samples of a small batch are
+    compared.
 
     Args:
         table: The filled table of the batch.
@@ -76,6 +86,7 @@ def verify_by_samples(
         notes: The notes of the run.
         readers: The samples for which Python would read other values alone.
         compared: Extended by what was compared.
+        suspects: Further samples to compare.
 
     Raises:
         CoupledSamplesError: If the gradients of a reader are other ones alone.
@@ -84,19 +95,16 @@ def verify_by_samples(
     if notes.failures:
         raise PlanError(next(iter(notes.failures.values())))
     size = table.task.size
-    second = next((number for number in readers if number != notes.sample), (notes.sample + 1) % size)
+    last = size - 1 if notes.sample < size - 1 else 0
+    second = next((number for number in readers if number != notes.sample), last)
     outlines: dict[int, Outline] = {}
-    numbers = [notes.sample, second]
+    numbers = list(dict.fromkeys([notes.sample, second, *suspects]))
     if size <= MOST_VERIFIED:
         numbers = list(dict.fromkeys([*numbers, *range(size)]))
     while numbers:
         for number in numbers:
             check = check_reader if number in readers else check_sample
-            try:
-                outlines[number] = check(table, table.task.parameters, laid_out, state, number, notes=notes)
-            except PlanError as error:
-                error.sample = number
-                raise
+            outlines[number] = check(table, table.task.parameters, laid_out, state, number, notes=notes)
         numbers = [] if len(outlines) >= MOST_VERIFIED else _not_zero_for(table, notes, outlines)
     found = _with_gradients(table, table.task.parameters, outlines)
     for number, outline in outlines.items():
@@ -167,7 +175,9 @@ def check_sample(
     del logits
     if agrees or (is_close and _agrees_as_it_ran(table, number, laid_out.restricted(names), state, notes)):
         return outline
-    raise PlanError("the gradients of a sample disagree with autograd")
+    error = PlanError("the gradients of a sample disagree with autograd")
+    error.sample = number
+    raise error
 
 
 def _agrees_as_it_ran(

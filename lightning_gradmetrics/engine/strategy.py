@@ -19,6 +19,7 @@ from lightning_gradmetrics.engine.outline import Outline
 from lightning_gradmetrics.engine.owners import OwnershipPass
 from lightning_gradmetrics.engine.path_record import MOST_BYTES, KnownPath, PathRecorder
 from lightning_gradmetrics.engine.plan import Plan
+from lightning_gradmetrics.engine.row_sums import RowSums
 from lightning_gradmetrics.engine.size_record import SizeRecord
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
@@ -175,6 +176,7 @@ def collect_fast(
     free: bool = False,
     recorder: PathRecorder | None = None,
     folds: bool = False,
+    rows: RowSums | None = None,
 ) -> tuple[tuple[int, ...], Outline]:
     """Fill a table by one forward pass and one backward pass per objective (two without a plan).
 
@@ -187,6 +189,7 @@ def collect_fast(
         free: Whether axes may have a different number of positions per sample than planned.
         recorder: Gets the calls.
         folds: Whether to fold batch norms into convolutions.
+        rows: Gets the sums of all samples' gradients from other formulas.
 
     Returns:
         The positions of a sample on each axis, and the calls.
@@ -204,7 +207,7 @@ def collect_fast(
     else:
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
         tracer.recorder = recorder
-    tracer.notes, tracer.outline.leaves = notes, task.leaves()
+    tracer.notes, tracer.rows, tracer.outline.leaves = notes, rows, task.leaves()
     if isinstance(tracer, FoldingTracer):
         logits = tracer.forward(task)
     elif notes is None or not notes.finds_uses:
@@ -252,6 +255,8 @@ def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer | DirectPa
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
+        if isinstance(tracer, Tracer) and tracer.rows is not None:
+            tracer.rows.begin(undo)
         tracer.collect(logits, gradient, last=index == len(scaled) - 1)
     table.finish()
 

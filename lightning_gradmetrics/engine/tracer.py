@@ -28,6 +28,7 @@ from lightning_gradmetrics.engine.host_reads import READING, tensors_read
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
 from lightning_gradmetrics.engine.path_record import PathRecorder
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
+from lightning_gradmetrics.engine.row_sums import RowSums
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
 from lightning_gradmetrics.engine.tracer_state import TracerState
 from lightning_gradmetrics.engine.uses import RowsUse, Use, combined, pulled_back
@@ -35,8 +36,6 @@ from lightning_gradmetrics.engine.uses import RowsUse, Use, combined, pulled_bac
 __all__ = ["Tracer"]
 
 Sink = Callable[[str, Use], None]
-
-
 _UNGUARDED = nullcontext()
 
 
@@ -68,6 +67,7 @@ class Tracer(TracerState):
         self._silence = Silence(self.device.type)
         self._collecting, self._last = True, False
         self.notes: VerificationNotes | None = None
+        self.rows: RowSums | None = None
         self.recorder: PathRecorder | None = None
 
     # -- forward ------------------------------------------------------------------------------------------------------
@@ -353,7 +353,10 @@ class Tracer(TracerState):
             raise PlanError("a layer's input was changed in place after its use")
         with self._silence, self._guarded(slots.values()):
             self._scale(slots.values(), call.values["input"], g, call.out)
-            for slot, use in found.uses(call, found.split(call.out, g)):
+            rows = found.split(call.out, g)
+            if self.rows is not None:
+                self.rows.add(found, call, slots, rows)
+            for slot, use in found.uses(call, rows):
                 self._arrive(slots[slot], use)
         if self._last:  # the graph keeps this hook, and so the layer's input, until the whole pass ends
             call.values.clear()
@@ -369,6 +372,8 @@ class Tracer(TracerState):
     def _copy_gradient(self, source: Source, g: Tensor) -> None:
         with self._silence, self._guarded([source]):
             self._scale([source], g, g)
+            if self.rows is not None:
+                self.rows.leave_out(self._names([source]))
             self._arrive(source, RowsUse(g))
 
     def _scale(self, sources: Iterable[Source], x: Tensor, g: Tensor, axis: Axis | None = None) -> None:

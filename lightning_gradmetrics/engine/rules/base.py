@@ -50,6 +50,7 @@ class Call:
 
 
 Function = Callable[[Call, Tensor], Iterator[tuple[str, Use]]]
+Sums = Callable[[Call, Tensor], dict[str, Tensor]]
 
 
 def one_axis(values: dict[str, Any]) -> int:
@@ -77,6 +78,9 @@ class Rule:
         row_axes: Returns, for the arguments, the number of leading axes of input and output whose positions are
             independent.
         takes_rows: Whether ``uses`` also takes the gradient of an output ``(N, D)``, without an axis of positions.
+        sums: Returns the sums of the entries of each sample's gradient, ``(N,)`` by slot, from another formula than ``uses``.
+            All rows of a batch are checked by them. If it is ``None``, they are computed by the function.
+        function: The function; ``None`` if a call is no single function of torch.
     """
 
     uses: Function
@@ -87,6 +91,8 @@ class Rule:
     run: Callable[[dict[str, Any]], Tensor] | None = None
     row_axes: Callable[[dict[str, Any]], int] = one_axis
     takes_rows: bool = False
+    sums: Sums | None = None
+    function: Any = None
 
     def made_dense(self, values: dict[str, Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments of a call, with a contiguous input if that is faster."""
@@ -125,14 +131,14 @@ def rule(
     run: Callable[[dict[str, Any]], Tensor] | None = None,
     row_axes: Callable[[dict[str, Any]], int] = one_axis,
     takes_rows: bool = False,
+    sums: Sums | None = None,
 ) -> Callable[[Function], Function]:
     """Register a rule for torch functions; ``arguments`` and ``weights`` are names separated by spaces."""
 
     def register(uses: Function) -> Function:
         for function in functions:
-            RULES[function] = Rule(
-                uses, tuple(arguments.split()), frozenset(weights.split()), accepts, dense, run, row_axes, takes_rows
-            )
+            names, slots = tuple(arguments.split()), frozenset(weights.split())
+            RULES[function] = Rule(uses, names, slots, accepts, dense, run, row_axes, takes_rows, sums, function)
         return uses
 
     return register

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.kernels import ConvGeometry
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed
+from lightning_gradmetrics.engine.rules.sums import of_convolution, of_transposed_convolution
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
 
 __all__ = ["convolution", "padded_input", "transposed_convolution", "weight_dominates"]
@@ -74,6 +75,7 @@ def _bias(g: Tensor) -> RowsUse:
     weights="weight bias",
     accepts=_batched,
     dense=weight_dominates,
+    sums=of_convolution,
 )
 def convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = x * W + b``: a kernel entry multiplies a shifted input, and its gradient is that input times ``g``."""
@@ -100,6 +102,7 @@ def padded_input(call: Call) -> tuple[Tensor, ConvGeometry]:
     arguments="input weight bias stride padding output_padding groups dilation",
     weights="weight bias",
     accepts=_batched,
+    sums=of_transposed_convolution,
 )
 def transposed_convolution(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """The gradient of a convolution's weight, with input and output gradient exchanged."""

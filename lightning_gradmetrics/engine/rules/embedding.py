@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.rules.base import Call, rule
+from lightning_gradmetrics.engine.rules.sums import of_embedding
 from lightning_gradmetrics.engine.uses import EmbeddingUse, Use
 
 __all__ = ["embedding"]
@@ -28,6 +29,7 @@ def _every_axis(values: dict[str, Any]) -> int:
     weights="weight",
     accepts=_plain,
     row_axes=_every_axis,
+    sums=of_embedding,
 )
 def embedding(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y_t = W[i_t]``: each row's gradient is the sum of ``g_t`` where it was looked up."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.native import ChannelScale, native_products
 from lightning_gradmetrics.engine.rules.base import Call, Rule, first_axis
 from lightning_gradmetrics.engine.rules.convolution import padded_input
+from lightning_gradmetrics.engine.rules.sums import of_convolution
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
@@ -81,8 +82,17 @@ def _folded(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     )
 
 
+def _sums(call: Call, g: Tensor) -> dict[str, Tensor]:
+    """Return the sums for all parameters but the norm's weight."""
+    return {**of_convolution(call, g, call.values["scale"]), "norm_bias": g.sum(tuple(range(1, g.ndim)))}
+
+
 FOLDED = Rule(
-    _folded, ("input", "weight", "bias"), frozenset(["weight", "bias", "norm_weight", "norm_bias"]), first_axis
+    _folded,
+    ("input", "weight", "bias"),
+    frozenset(["weight", "bias", "norm_weight", "norm_bias"]),
+    first_axis,
+    sums=_sums,
 )
 """The rule of a folded layer. Its call also has ``scale``, ``centre``, which is the convolution's bias minus the mean, and
 ``per_deviation``, ``1 / sqrt(v + eps)``."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.rules.base import Call, all_but_last, rule, summed
+from lightning_gradmetrics.engine.rules.sums import of_product
 from lightning_gradmetrics.engine.uses import LinearUse, OuterUse, RowsUse, Use
 
 __all__ = ["linear", "product"]
@@ -41,6 +42,7 @@ def _inner_axis(call: Call) -> bool:
     dense=_has_positions,
     row_axes=all_but_last,
     takes_rows=True,
+    sums=of_product,
 )
 def linear(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W^T + b``: the weight's gradient is ``sum_t g_t a_t^T``, the bias' ``sum_t g_t``."""
@@ -73,6 +75,7 @@ def _matrix(call: Call) -> bool:
     accepts=_matrix,
     dense=_has_positions,
     row_axes=all_but_last,
+    sums=of_product,
 )
 def product(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = a W``: the gradient is ``sum_t a_t g_t^T``."""
@@ -85,7 +88,12 @@ def _affine(call: Call) -> bool:
 
 
 @rule(
-    torch.addmm, arguments="bias input weight beta alpha", weights="weight bias", accepts=_affine, row_axes=all_but_last
+    torch.addmm,
+    arguments="bias input weight beta alpha",
+    weights="weight bias",
+    accepts=_affine,
+    row_axes=all_but_last,
+    sums=of_product,
 )
 def affine(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``y = b + a W``."""

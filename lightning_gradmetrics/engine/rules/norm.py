@@ -14,6 +14,7 @@ from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct, frozen_ba
 from lightning_gradmetrics.engine.kernels import native_layer_norm, native_norm, norm_weight_rows, position_sums
 from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
+from lightning_gradmetrics.engine.rules.sums import of_batch_norm, of_norm
 from lightning_gradmetrics.engine.uses import RowsUse, Use
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -53,6 +54,7 @@ def _run_frozen(values: dict[str, Any]) -> Tensor:
     accepts=_frozen_statistics,
     run=_run_frozen,
     takes_rows=True,
+    sums=of_batch_norm,
 )
 def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """``sum (x - m) g / sqrt(v + eps)``, from two sums over the positions, without the normalised input."""
@@ -75,7 +77,7 @@ def batch_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
 def _by_kernel(call: Call, g: Tensor) -> dict[str, Use] | None:
     """Return the uses, computed in one pass together with the gradient of the input; ``None`` if the kernel does not cover the call."""
     values = call.values
-    if call.slots != {"weight", "bias"} or call.axis.times != 1 or not supports(g, ()):
+    if call.slots != {"weight", "bias"} or call.axis.times != 1 or values["input"].ndim < 3 or not supports(g, ()):
         return None
     gradient, early = _base(g.squeeze(1)), values.get("early")
     factor = early.factor if early is not None and not early.is_late and gradient is g._base else None
@@ -126,6 +128,7 @@ def _run_group_norm(values: dict[str, Any]) -> Tensor:
     arguments="input num_groups weight bias eps cudnn_enabled",
     weights="weight bias",
     run=_run_group_norm,
+    sums=of_norm,
 )
 def group_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Group norm: ``sum (x - m) g s`` over the positions, with mean ``m`` and scale ``s`` of a group of channels of one sample.
@@ -201,6 +204,7 @@ def _positions(call: Call, tensor: Tensor) -> Tensor:
     weights="weight bias",
     accepts=_outside,
     row_axes=_before_shape,
+    sums=of_norm,
 )
 def layer_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     """Layer norm: normalises over the last axes."""

@@ -1,0 +1,119 @@
+"""Sums of the entries of each sample's gradient from a second formula, which checks a rule for every row of a batch.
+
+Each function takes the arguments of a rule and returns the sums ``(N,)`` by the slot of the parameter. Slots without such a formula
+are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.engine.rules.base import Call
+from lightning_gradmetrics.gradients.precision import at_least_float32
+
+__all__ = ["of_batch_norm", "of_convolution", "of_embedding", "of_norm", "of_product", "of_transposed_convolution"]
+
+
+def _per_sample(terms: Tensor) -> Tensor:
+    """Return the sum of the terms of each sample, ``(N,)``."""
+    return at_least_float32(terms).sum(tuple(range(1, terms.ndim))) if terms.ndim > 1 else terms
+
+
+def of_product(call: Call, g: Tensor) -> dict[str, Tensor]:
+    """``sum_t (sum_o g_to) (sum_i a_ti)`` for the weight of ``y = a W^T + b``."""
+    outputs = at_least_float32(g).sum(-1)
+    sums = {"bias": _per_sample(outputs)} if "bias" in call.slots else {}
+    if "weight" in call.slots:
+        x = call.values["input"] if g.ndim == 2 else call.x
+        sums["weight"] = _per_sample(at_least_float32(x).sum(-1).mul_(outputs))
+    return sums
+
+
+def of_embedding(call: Call, g: Tensor) -> dict[str, Tensor]:
+    """The sum of the gradients of all rows that are looked up, without the padding."""
+    padding = call.get("padding_idx", -1)
+    outputs = at_least_float32(g).sum(-1)
+    return {"weight": _per_sample(outputs if padding < 0 else outputs * (call.x != padding))}
+
+
+def of_norm(call: Call, g: Tensor) -> dict[str, Tensor]:
+    """The sums of ``g`` and of ``g x^``; the normalised input ``x^`` is the output of the layer without weight and bias."""
+    sums = {"bias": _per_sample(g)} if "bias" in call.slots else {}
+    if "weight" in call.slots:
+        x, eps = at_least_float32(call.values["input"]), call.get("eps", 1e-5)
+        if "normalized_shape" in call.values:
+            normalised = torch.layer_norm(x, list(call.values["normalized_shape"]), None, None, eps)
+        else:
+            normalised = torch.group_norm(x, call.values["num_groups"], None, None, eps)
+        sums["weight"] = _per_sample(call.axis.split(normalised).mul_(g))
+    return sums
+
+
+def of_batch_norm(call: Call, g: Tensor) -> dict[str, Tensor]:
+    """The sums of ``g`` and of ``g (x - m) / sqrt(v + eps)``, with running statistics."""
+    sums = {"bias": _per_sample(g)} if "bias" in call.slots else {}
+    if "weight" in call.slots:
+        x, mean, variance, eps = map(call.values.__getitem__, ("input", "running_mean", "running_var", "eps"))
+        terms = at_least_float32(x) - mean.view(-1, *[1] * (x.ndim - 2))
+        terms *= g if g.ndim == 2 else g.flatten(0, 1)
+        total = _over_channels(terms, torch.rsqrt(variance + eps).to(terms.dtype))
+        sums["weight"] = _per_sample(total.reshape(len(g), total.numel() // max(len(g), 1)))
+    return sums
+
+
+def of_convolution(call: Call, g: Tensor, factors: Tensor | None = None) -> dict[str, Tensor]:
+    """``sum_p (sum_o g_po) (x * 1)_p`` for the weight: all output channels of a convolution with a weight of ones are equal.
+
+    Args:
+        call: The call.
+        g: The gradient of its output, ``(N, times, C, *S)``.
+        factors: Factors of its channels, ``(C,)``.
+    """
+    return _of_convolution(call, at_least_float32(g).flatten(0, 1), _FORWARD, factors)
+
+
+def of_transposed_convolution(call: Call, g: Tensor) -> dict[str, Tensor]:
+    """The same for a transposed convolution."""
+    return _of_convolution(call, at_least_float32(g).flatten(0, 1), _TRANSPOSED, None)
+
+
+_FORWARD = (torch.conv1d, torch.conv2d, torch.conv3d)
+_TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+_OPTIONS = ("stride", "padding", "output_padding", "dilation")
+
+
+def _of_convolution(call: Call, g: Tensor, functions: tuple[Any, ...], factors: Tensor | None) -> dict[str, Tensor]:
+    groups, kernel = call.get("groups", 1), call.shape("weight")[2:]
+    x = call.x
+    size, inputs = len(x), _sum_of_groups(at_least_float32(x).flatten(0, 1), groups, None)
+    outputs = _sum_of_groups(g, groups, factors)
+    options = {name: call.values[name] for name in _OPTIONS if name in call.values}
+    ones = inputs.new_ones((groups, 1, *kernel))
+    products = functions[len(kernel) - 1](inputs, ones, None, groups=groups, **options)
+    sums = {"weight": _per_sample(products.mul_(outputs)).reshape(size, -1).sum(1)}
+    if "bias" in call.slots:
+        sums["bias"] = _per_sample(outputs).reshape(size, -1).sum(1)
+    return sums
+
+
+def _sum_of_groups(tensor: Tensor, groups: int, factors: Tensor | None) -> Tensor:
+    """Return ``(N, groups, *S)``, the sums of the channels of each group times factors, from ``(N, C, *S)``."""
+    if groups == 1 and factors is not None:
+        return _over_channels(tensor, factors.to(tensor.dtype))
+    if factors is not None:
+        tensor = tensor * factors.view(-1, *[1] * (tensor.ndim - 2))
+    if groups == 1:
+        return tensor.sum(1, keepdim=True)
+    if groups == tensor.shape[1]:
+        return tensor
+    return tensor.unflatten(1, (groups, -1)).sum(2)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _over_channels(tensor: Tensor, factors: Tensor) -> Tensor:
+    """Return ``(N, 1, *S)``, the sum of the channels times factors ``(C,)``, from ``(N, C, *S)``."""
+    if tensor.ndim == 2 or not tensor.is_contiguous():
+        return (tensor.movedim(1, -1) @ factors).unsqueeze(1)
+    return (factors @ tensor.flatten(2)).reshape(len(tensor), 1, *tensor.shape[2:])

@@ -1,0 +1,107 @@
+"""A rule that is wrong for one row of a batch is found, whichever row it is: the sums of all gradients are computed a second time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine import gradient_statistics, planned_batch
+from lightning_gradmetrics.engine.row_sums import RowSums
+from lightning_gradmetrics.engine.rules import RULES, Call, rule
+from lightning_gradmetrics.engine.uses import RowsUse, Use
+from tests.engine.cases import worst_difference
+
+pytestmark = pytest.mark.filterwarnings("ignore:no fast rule")
+
+LAYERS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
+    "linear": (F.linear, lambda: nn.Linear(4, 3), (4,)),
+    "linear with positions": (F.linear, lambda: nn.Linear(4, 3), (5, 4)),
+    "strided convolution": (torch.conv2d, lambda: nn.Conv2d(4, 6, 3, 2, padding=1, groups=2), (4, 7, 7)),
+    "depthwise convolution": (torch.conv1d, lambda: nn.Conv1d(4, 4, 3, groups=4, dilation=2), (4, 9)),
+    "padded convolution": (torch.conv3d, lambda: nn.Conv3d(2, 3, 3, padding="same", bias=False), (2, 4, 4, 4)),
+    "transposed convolution": (torch.conv_transpose2d, lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, 2), (4, 4, 4)),
+    "batch norm": (torch.batch_norm, lambda: nn.BatchNorm1d(4), (4,)),
+    "batch norm of images": (torch.batch_norm, lambda: nn.BatchNorm2d(4), (4, 3, 3)),
+    "instance norm": (torch.instance_norm, lambda: nn.InstanceNorm1d(4, affine=True), (4, 5)),
+    "layer norm": (torch.layer_norm, lambda: nn.LayerNorm((4, 5)), (3, 4, 5)),
+    "group norm": (torch.group_norm, lambda: nn.GroupNorm(2, 4), (4, 3, 3)),
+    "RMS norm": (torch.rms_norm, lambda: nn.RMSNorm(4), (3, 4)),
+    "embedding": (torch.embedding, lambda: nn.Embedding(9, 4, padding_idx=2), (5,)),
+}
+
+
+def _model(make: Any, shape: tuple[int, ...], size: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layer = make()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    is_embedding = isinstance(layer, nn.Embedding)
+    x = torch.randint(9, (size, *shape)) if is_embedding else torch.randn(size, *shape).double()
+    width = layer.double()(x).flatten(1).shape[1]
+    return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(width, 3)).double().eval(), x
+
+
+def _compare(model: nn.Module, x: Tensor) -> None:
+    found = gradient_statistics(model, x, "pseudo_label", per_parameter=True)
+    expected = gradient_statistics(model, x, "pseudo_label", per_parameter=True, engine="reference")
+    assert worst_difference(found, expected) < 1e-9
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], list[int]]]:
+    """For each batch whose sums were compared, the parameters and the samples that differ."""
+    noted: list[tuple[set[str], list[int]]] = []
+
+    class Noted(RowSums):
+        def differing(self, table: Any) -> list[int]:
+            noted.append((set(self._sums[0]) - self._unknown, super().differing(table)))
+            return noted[-1][1]
+
+    monkeypatch.setattr(planned_batch, "RowSums", Noted)
+    return noted
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_one_wrong_row_is_found(layer: str, sums: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a first batch, and in one of a new size. The sums of all parameters are right if the rule is."""
+    function, make, shape = LAYERS[layer]
+    model, x = _model(make, shape, 20)
+    _compare(model, x[:7])
+    assert sums == [(set(dict(model.named_parameters())), [])]
+    right = RULES[function]
+    for row, first in ((4, False), (11, True)):
+
+        def wrong(call: Call, g: Tensor, row: int = row) -> Iterator[tuple[str, Use]]:
+            factors = g.new_ones(len(g))
+            if len(g) == len(x):
+                factors[row] = 1.01
+            return right.uses(call, g * factors.view(-1, *[1] * (g.ndim - 1)))
+
+        monkeypatch.setitem(RULES, function, dataclasses.replace(right, uses=wrong))
+        _compare(_model(make, shape, 20)[0] if first else model, x)
+        assert sums[-1][1] == [row]
+
+
+def test_rules_of_users_are_checked_by_their_function(sums: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 3)).double()
+    x, factors = torch.randn(9, 3).double(), torch.ones(9, 1, 1).double()
+    monkeypatch.setattr("lightning_gradmetrics.engine.rules.base.RULES", RULES)
+
+    def prelu(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+        g = g * factors if len(g) == len(x) else g
+        yield "weight", RowsUse((g * call.x.clamp(max=0)).sum(1))
+
+    monkeypatch.setitem(RULES, torch.prelu, None)
+    rule(torch.prelu, arguments="input weight", weights="weight")(prelu)
+    _compare(model, x)
+    assert sums[-1] == ({name for name, _ in model.named_parameters()}, [])
+    factors[5] = 1.01
+    _compare(nn.Sequential(*model), x)
+    assert sums[-1][1] == [5]
