@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,23 +105,31 @@ def stored_parts(directory: str | Path, incomplete: bool = False) -> StoredParts
 
     Raises:
         FileNotFoundError: If the directory contains no results.
-        IncompleteResultsError: If the run was interrupted, or a part is missing or was changed.
+        IncompleteResultsError: If the run was interrupted, or a part is missing, damaged or was changed.
     """
     directory = Path(directory)
     parts = sorted(directory.glob(PART))
     manifest = directory / MANIFEST
     if not parts and not manifest.exists():
         raise FileNotFoundError(f"{directory} contains no results; expected the directory that was passed as output=")
-    rows = {part.name: pq.read_metadata(part).num_rows for part in parts}
+    rows = {part.name: _undamaged(part, pq.read_metadata).num_rows for part in parts}
     total = sum(rows.values())
     if manifest.exists():
-        content = json.loads(manifest.read_text())
+        content = _undamaged(manifest, lambda path: json.loads(path.read_text()))
         _check_parts(directory, content["parts"], rows)
         return StoredParts(parts, total, content["datasets"])
     sizes = _sizes_of_run(parts[0])
     if not incomplete:
         raise _interrupted(directory, total, sizes)
     return StoredParts(parts, total, sizes)
+
+
+def _undamaged(path: Path, read: Callable[[Path], Any]) -> Any:
+    """Return what a function reads from a file of the results; an error names the file."""
+    try:
+        return read(path)
+    except ValueError as error:  # of Arrow or JSON
+        raise IncompleteResultsError(f"{path} is damaged ({error}): copy it again, or score the data again") from error
 
 
 def is_complete(directory: Path) -> bool:

@@ -70,6 +70,13 @@ def test_a_part_that_was_removed_or_changed_is_refused(tmp_path: Path) -> None:
         writer.add(rows([2, 3]))
         writer.finish({"val": None})
     last = sorted(tmp_path.glob("part-*.parquet"))[-1]
+    manifest = tmp_path / "_manifest.json"
+    for path in (last, manifest):
+        content = path.read_bytes()
+        path.write_bytes(content[:-9])
+        with pytest.raises(IncompleteResultsError, match=f"{path.name} is damaged"):
+            read_results(tmp_path)
+        path.write_bytes(content)
     pq.write_table(rows([2]), last)
     with pytest.raises(IncompleteResultsError, match="has 1 rows, but the manifest lists 2"):
         read_results(tmp_path)
