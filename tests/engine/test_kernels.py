@@ -270,6 +270,34 @@ def test_gradients_of_a_batch_norm(channels, size, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("groups", "channels", "size"), [(1, 1, (2, 3)), (2, 6, (5, 7)), (3, 3, (33, 41)), (4, 16, ())]
+)
+def test_gradients_of_a_group_norm(groups, channels, size, dtype):
+    """Far from zero, with fewer and more positions than those of a chunk, and without positions."""
+    torch.manual_seed(0)
+    if library.library_for(dtype) is None:
+        pytest.skip("no compiled kernels")
+    x, g = 20 + torch.randn(3, channels, *size, dtype=dtype), torch.randn(3, channels, *size, dtype=dtype)
+    weight, leaf = torch.randn(channels, dtype=dtype), x.double().requires_grad_()
+    normalised = F.group_norm(leaf, groups, eps=0.1)
+    along_channels = (-1, *[1] * len(size))
+    (product,) = torch.autograd.grad(normalised, leaf, g.double() * weight.double().view(along_channels))
+    grouped = x.double().view(3, groups, -1)
+    mean, scale = grouped.mean(2), (grouped.var(2, correction=0) + 0.1).rsqrt()
+    arguments = x, g, mean.to(dtype), scale.to(dtype), weight
+    found = kernels.native_group_norm_gradients(*arguments, True)
+    bound = 2e-5 if dtype == torch.float32 else 1e-12
+    pairs = (found.bias, g.double()), (found.weight, g.double() * normalised.detach())
+    for rows, terms in pairs:
+        torch.testing.assert_close(
+            rows.double(), terms.flatten(2).sum(2) if size else terms, rtol=bound, atol=20 * bound
+        )
+    torch.testing.assert_close(found.product.double(), product, rtol=bound, atol=bound)
+    assert kernels.native_group_norm_gradients(*arguments, False).product is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("positions", "width"), [(1, 7), (70, 200), (3, 4096)])
 def test_gradients_of_a_layer_norm(positions, width, dtype):
     torch.manual_seed(0)

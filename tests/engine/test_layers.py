@@ -137,6 +137,27 @@ def test_group_norm_of_frames(layout):
     _check(layer, _normal(3, 2, 4, 3, 5))
 
 
+class _Normed(nn.Sequential):
+    """Convolutions with group norms, activations in place, and an output that is used twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third = self
+        y = first(x)
+        z = second(y)
+        return third(torch.cat([y, z.mul(2).add_(y)], 1).transpose(2, 3))
+
+
+def test_group_norms_between_layers():
+    def block(channels: int) -> nn.Sequential:
+        norm = nn.GroupNorm(2, 4)
+        nn.init.normal_(norm.weight)
+        return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), norm, nn.ReLU(inplace=True))
+
+    layer, inputs = _Normed(block(3), block(4), block(8)), _normal(4, 3, 5, 6)
+    for batch in (inputs, inputs + 1, inputs - 1):
+        _check(layer, batch)
+
+
 @settings(max_examples=15, deadline=None)
 @given(SIZES, st.integers(1, 6), st.sampled_from([None, 0, 1]), SIZES)
 def test_embedding(rows, length, padding, n):

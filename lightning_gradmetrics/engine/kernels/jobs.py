@@ -11,6 +11,7 @@ __all__ = [
     "JOB_SIZES",
     "DepthwiseJob",
     "GramJob",
+    "GroupNormJob",
     "LookupJob",
     "NormJob",
     "ProductJob",
@@ -90,6 +91,16 @@ class SumJob(ctypes.Structure):
         + _fields(ctypes.c_double, "eps")
         + _integers("samples channels positions")
         + _integers("x_sample x_channel x_position g_sample g_channel g_position normalised")
+        + _counters("next")
+    )
+
+
+class GroupNormJob(ctypes.Structure):
+    """``group_norm_job`` of ``group_norm.c``."""
+
+    _fields_ = (
+        _pointers("x g mean scale weight rows product")
+        + _integers("samples groups channels positions")
         + _counters("next")
     )
 
@@ -204,6 +215,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "softmax_row_job_bytes": SoftmaxRowJob,
     "softmax_power_job_bytes": SoftmaxPowerJob,
     "gram_job_bytes": GramJob,
+    "group_norm_job_bytes": GroupNormJob,
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,
     "lookup_job_bytes": LookupJob,

@@ -53,6 +53,7 @@ JOBS = (
     "class_residuals",
     "looked_up_rows",
     "norm_weight_rows",
+    "group_norm_gradients",
     "softmax_maps",
     "softmax_rows",
     "softmax_powers",

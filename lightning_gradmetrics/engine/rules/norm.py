@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct, frozen_batch_norm
-from lightning_gradmetrics.engine.kernels import native_layer_norm, native_norm, norm_weight_rows, position_sums
+from lightning_gradmetrics.engine.kernels import (
+    native_group_norm_gradients,
+    native_layer_norm,
+    native_norm,
+    norm_weight_rows,
+    position_sums,
+)
 from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
 from lightning_gradmetrics.engine.rules.sums import of_batch_norm, of_norm
@@ -111,16 +117,59 @@ def _without_positions(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         yield "weight", RowsUse(product)
 
 
+class _GroupNorm(torch.autograd.Function):
+    """A group norm whose parameters are constant; a hook of its output may compute the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: dict[str, Any]) -> Tensor:
+        weight, bias, groups, eps = (values[name] for name in ("weight", "bias", "num_groups", "eps"))
+        sizes = len(x), x.shape[1], x[0, 0].numel()
+        y, mean, scale = torch.native_group_norm(x, weight, bias, *sizes, groups, eps)
+        values["mean"], values["scale"], ctx.early = mean, scale, values["early"]
+        ctx.save_for_backward(x, mean, scale, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        product = ctx.early.taken(gradient)
+        if product is None:
+            x, mean, scale, weight = ctx.saved_tensors
+            sizes = len(x), x.shape[1], x[0, 0].numel(), mean.shape[1]
+            arguments = gradient.contiguous(), x, mean, scale, weight, *sizes, [True, False, False]
+            product = torch.ops.aten.native_group_norm_backward(*arguments)[0]
+        return product, None
+
+
 def _run_group_norm(values: dict[str, Any]) -> Tensor:
     """Return the output of a group norm, and add the ``mean`` and ``scale`` ``(N, groups)`` of each group to the arguments."""
     x = values["input"]
     is_dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
     if not is_dense or x.dtype not in FULL_PRECISION or torch.is_autocast_enabled(x.device.type):
         return torch.group_norm(**values)
+    weight, bias = values.setdefault("weight", None), values.setdefault("bias", None)
+    groups, eps = values["num_groups"], values.setdefault("eps", 1e-5)
+    if x.requires_grad and weight is not None and x.numel() and x.is_contiguous() and supports(x, ()):
+        values["early"] = EarlyProduct()
+        return _GroupNorm.apply(x, values)  # type: ignore[no-untyped-call, no-any-return]
     sizes = len(x), x.shape[1], x[0, 0].numel()
-    weight, bias, groups, eps = values.get("weight"), values.get("bias"), values["num_groups"], values.get("eps", 1e-5)
     y, values["mean"], values["scale"] = torch.native_group_norm(x, weight, bias, *sizes, groups, eps)
     return y
+
+
+def _group_norm_by_kernel(call: Call, g: Tensor) -> dict[str, Use] | None:
+    """Return the uses, computed together with the gradient of the input; ``None`` if the kernel does not cover the call."""
+    values = call.values
+    if call.slots != {"weight", "bias"} or call.axis.times != 1:
+        return None
+    gradient, early = _base(g.squeeze(1)), values.get("early")
+    is_early = early is not None and not early.is_late and gradient is g._base
+    mean, scale, weight = map(values.__getitem__, ("mean", "scale", "weight"))
+    found = native_group_norm_gradients(values["input"], gradient, mean, scale, weight, is_early)
+    if found is None:
+        return None
+    if early is not None and found.product is not None:
+        early.set(gradient, found.product)
+    return {"bias": RowsUse(found.bias), "weight": RowsUse(found.weight)}
 
 
 @rule(
@@ -139,6 +188,10 @@ def group_norm(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
     if "mean" not in call.values:
         normalised = F.group_norm(call.values["input"].to(wide(g.dtype)), groups, eps=call.get("eps", 1e-5))
         yield from _channels(call, call.axis.split(normalised), g)
+        return
+    uses = _group_norm_by_kernel(call, g)
+    if uses is not None:
+        yield from uses.items()
         return
     rows = g.flatten(0, 1)
     total, product = position_sums(rows, call.values["input"] if "weight" in call.slots else None)
