@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
 
@@ -19,30 +20,34 @@ __all__ = ["compiling", "eager"]
 _LOCK = threading.RLock()
 _own = threading.local()
 _blocks = 0
-_outer: Any = None
+_restore: Callable[[], Any]
 
 
 def eager() -> AbstractContextManager[None]:
     """Run compiled modules uncompiled inside the block, so that their calls can be intercepted."""
-    return _eager() if "torch._dynamo" in sys.modules else nullcontext()  # otherwise nothing has been compiled
+    return _Eager() if "torch._dynamo" in sys.modules else nullcontext()  # otherwise nothing has been compiled
 
 
-@contextmanager
-def _eager() -> Iterator[None]:
-    global _blocks, _outer
-    with _LOCK:
-        if not _blocks:
-            _outer = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
-        _blocks += 1
-        _own.blocks = _own_blocks() + 1
-    try:
-        yield
-    finally:
+class _Eager:
+    """A block in which compiled modules run uncompiled; it is entered in each call on a small model."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        global _blocks, _restore
+        with _LOCK:
+            if not _blocks:
+                _restore = _switched("force_eager")
+            _blocks += 1
+            _own.blocks = _own_blocks() + 1
+
+    def __exit__(self, *_: object) -> None:
+        global _blocks
         with _LOCK:
             _blocks -= 1
             _own.blocks -= 1
             if not _blocks:
-                _outer.__exit__(None, None, None)
+                _restore()
 
 
 @contextmanager
@@ -55,10 +60,40 @@ def compiling() -> Iterator[bool]:
     with _LOCK:
         if _blocks > _own_blocks():
             yield False
-        else:
-            with torch.compiler.set_stance("default"):  # type: ignore[no-untyped-call]
-                yield True
+            return
+        restore = _switched("default")
+        try:
+            yield True
+        finally:
+            restore()
 
 
 def _own_blocks() -> int:
     return getattr(_own, "blocks", 0)
+
+
+def _switched(stance: Literal["default", "force_eager"]) -> Callable[[], Any]:
+    """Set the stance of ``torch.compile``, and return a function that restores the earlier one.
+
+    ``torch.compiler.set_stance`` makes a new stance and sets it several times, so the function behind it is called if it is there.
+    """
+    known = _private_stance(stance)
+    if known is None:
+        block = torch.compiler.set_stance(stance)  # type: ignore[no-untyped-call]
+        return partial(block.__exit__, None, None, None)
+    set_to, value = known
+    return partial(set_to, set_to(value))
+
+
+@lru_cache
+def _private_stance(name: Literal["default", "force_eager"]) -> tuple[Callable[[Any], Any], Any] | None:
+    """Return torch's function that sets a stance and returns the earlier one, and the stance; ``None`` if they are unknown."""
+    try:
+        from torch._dynamo.eval_frame import DynamoStance, _set_stance
+
+        stance = DynamoStance(name)  # type: ignore[arg-type]
+        before = _set_stance(stance)
+        is_set = _set_stance(before) is stance
+    except (ImportError, AttributeError, TypeError):
+        return None
+    return (_set_stance, stance) if is_set and type(before) is DynamoStance else None
