@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -16,10 +17,13 @@ from lightning_gradmetrics.scores import FittedScore, Score, load_fitted
 from lightning_gradmetrics.scoring.fitting import fit
 from lightning_gradmetrics.scoring.scorer import Scorer
 
-__all__ = ["FIT_ON", "check_fit_source", "with_configured_states"]
+__all__ = ["FIT_ON", "check_fit_source", "note_loaders", "with_configured_states"]
 
 FIT_ON = ("train", "val")
 """The dataloaders that scores can be fitted on."""
+
+LOADERS: WeakKeyDictionary[Trainer, dict[str, Any]] = WeakKeyDictionary()
+"""The dataloaders of the last fit of each trainer, which forgets those that were passed to ``fit`` when it tests."""
 
 SplitBatch = Callable[[Any], tuple[Any, Any]]
 
@@ -95,6 +99,17 @@ def missing_places(scores: Sequence[Score]) -> list[int]:
     return positions
 
 
+def note_loaders(trainer: Trainer) -> None:
+    """Store the dataloaders of a fit for later fits of scores."""
+    LOADERS[trainer] = _loaders(trainer)
+
+
+def _loaders(trainer: Trainer) -> dict[str, Any]:
+    """Return the training and validation dataloaders that a trainer has now, by name."""
+    loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
+    return {name: loader for name, loader in loaders.items() if loader is not None}
+
+
 def _batches(loader: Any, split: SplitBatch, trainer: Trainer, module: LightningModule) -> Iterator[tuple[Any, Any]]:
     """Yield the inputs and labels of each batch, on the device of the module."""
     for loader_of_dataset in loader_list(loader, True):
@@ -108,9 +123,9 @@ def _loader(trainer: Trainer, module: LightningModule, name: str) -> Any:
     Raises:
         ValueError: If there is none.
     """
-    known = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}[name]
-    if known is not None:
-        return known
+    known = {**LOADERS.get(trainer, {}), **_loaders(trainer)}
+    if name in known:
+        return known[name]
     data: Any = getattr(trainer, "datamodule", None)
     hook = f"{name}_dataloader"
     if data is not None and getattr(type(data), hook) is not getattr(LightningDataModule, hook):

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_gradmetrics.callback.configured_fit import note_loaders
 from lightning_gradmetrics.callback.index_recording import IndexRecording
 from lightning_gradmetrics.callback.module import processes_of_run
 from lightning_gradmetrics.callback.processes import Processes
@@ -41,6 +42,7 @@ class RunHooks(Callback):
 
     _run: Run | None = None
     _indices: IndexRecording
+    fit_on: str | None = None
     _finished = False
     _processes = Processes()
     """The processes of the current run."""
@@ -57,6 +59,11 @@ class RunHooks(Callback):
             "_drawn": (None, None, []),
         }
         return {**vars(self), **forgotten, "_indices": IndexRecording()}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the dataloaders of the fit, if scores are fitted on one of them."""
+        if self.fit_on is not None:
+            note_loaders(trainer)
 
     def _start(self, trainer: Trainer, module: LightningModule, dataloaders: Any) -> None:
         """Start a run over the dataloaders of a stage."""

@@ -22,6 +22,9 @@ __all__ = ["MOST_ENTRIES", "SmallBatches", "are_separable"]
 MOST_ENTRIES = 2**18
 """The number of inputs, logits and features from which batches are scored: 4,500 rows of 16 inputs, 32 features and 10 logits."""
 
+MOST_BATCHES = 4096
+"""The largest number of batches without scores; each takes about 3 kB, also if it has one row."""
+
 FEW_INPUTS = 2**12
 """Inputs of a batch up to this size are kept and tested for NaN and Inf with the scores; larger ones are tested at once."""
 
@@ -125,7 +128,7 @@ class SmallBatches:
         self.rows += batch.size
         for tensor in (inputs, evidence.given_logits, evidence.given_features):
             self._entries += tensor.numel() if isinstance(tensor, Tensor) else 0
-        if self._entries >= MOST_ENTRIES:
+        if self._entries >= MOST_ENTRIES or len(self._parts) >= MOST_BATCHES:
             self.settle()
 
     def settle(self) -> None:

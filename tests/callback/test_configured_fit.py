@@ -47,6 +47,20 @@ def test_fit_on_a_dataloader_of_the_data_module(source: str) -> None:
         torch.testing.assert_close(found, values, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
+@pytest.mark.parametrize("source", ["train", "val"])
+def test_fit_on_a_dataloader_of_an_earlier_fit(source: str) -> None:
+    x, y = images(20), torch.arange(20) % 5
+    parts = {"train": (x[:12], y[:12]), "val": (x[4:], y[4:])}
+    module, callback = Module().train(), lgm.GradientMetrics("gradorth", fit_on=source, stages="test")
+    used = trainer(callback, max_epochs=1)
+    used.fit(module, batches(*parts["train"]), batches(*parts["val"]))
+    used.test(module, batches(x, y), verbose=False)
+    module.eval()
+    expected = lgm.score(module, x, lgm.fit(module, [parts[source][0]], ["gradorth"]))["gradorth"]
+    found = torch.tensor(callback.results["gradorth"].to_pylist())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
 def test_states_from_a_folder(tmp_path: Path) -> None:
     module, x = Module(), images(20)
     fitted = lgm.fit(module, [x], ["gradorth"])

@@ -125,6 +125,12 @@ def test_parts_on_disk_have_their_size(tmp_path: Path) -> None:
     assert sum(parts) == 34 and max(parts) == 8 and lgm.read_results(tmp_path).num_rows == 34
 
 
+def test_the_number_of_batches_in_memory_is_bounded(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gradmetrics.callback.small_batches.MOST_BATCHES", 2)
+    run()
+    assert counted == [8, 8, 7, 8, 3]
+
+
 def test_batches_of_another_kind_are_scored_apart(counted: list[int]) -> None:
     class Alternating(Classifier):
         def step(self, batch: Any) -> Tensor:
