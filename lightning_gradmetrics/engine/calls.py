@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, ClassVar, TypeVar
@@ -97,13 +97,21 @@ def sources_in(tracked: Mapping[int, Name], args: Any, kwargs: Mapping[str, Any]
         kwargs: The keyword arguments.
     """
     sources: list[Name] = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
+    _collect_sources(tracked, (*args, *kwargs.values()) if kwargs else args, sources)
+    return tuple(sources)
+
+
+def _collect_sources(tracked: Mapping[int, Name], values: Iterable[Any], sources: list[Name]) -> None:
+    """Append the names of the tracked tensors in nested values to a list."""
+    for value in values:
         source = tracked.get(id(value))
+        kind = type(value)
         if source is not None:
             sources.append(source)
-        elif type(value) not in NEVER_NESTED:
+        elif kind is list or kind is tuple:
+            _collect_sources(tracked, value, sources)
+        elif kind not in NEVER_NESTED:
             sources += [tracked[id(t)] for t in tensors_in(value) if id(t) in tracked]
-    return tuple(sources)
 
 
 def map_arguments(function: Callable[[Tensor], Tensor], value: Any) -> Any:

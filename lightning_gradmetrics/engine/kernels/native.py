@@ -155,11 +155,24 @@ def _grid(size: Sizes, step: Sizes, plane: Sizes) -> Tensor:
     return (z[:, None, None] + y[:, None] + x).flatten()
 
 
-def _layout(x: Tensor, padded: bool) -> int:
+def _layout(x: TensorLayout, padded: bool) -> int:
     """Return the layout: 0 for the input as given, 1 for one plane per channel, 2 for planes of interleaved channels."""
-    if x.is_contiguous() and not padded:
+    if x.is_contiguous and not padded:
         return 0
-    return 2 if x.stride(1) == 1 and x.shape[2:].numel() > 1 else 1
+    return 2 if x.stride[1] == 1 and math.prod(x.shape[2:]) > 1 else 1
+
+
+class TensorLayout(NamedTuple):
+    """Where the entries of a tensor are in memory."""
+
+    shape: Sizes
+    stride: Sizes
+    is_contiguous: bool
+
+    @staticmethod
+    def of(tensor: Tensor) -> TensorLayout:
+        """Return the layout of a tensor."""
+        return TensorLayout(tuple(tensor.shape), tensor.stride(), tensor.is_contiguous())
 
 
 def _pieces(tasks: int, panels: int, threads: int) -> int:
@@ -219,13 +232,44 @@ def native_products(
         wanted: The moments to compute.
         scaled: Factors of the gradients of each output channel, and where to write the sums of each channel.
     """
-    keys, solid, library, threads = (
-        frozenset(wanted),
-        geometry.in_three_dimensions(),
-        library_for(g.dtype),
-        threads_for(),
-    )
-    samples, groups = len(g), geometry.groups
+    keys, library, threads = frozenset(wanted), library_for(g.dtype), threads_for()
+    plan = _product_plan(TensorLayout.of(x), TensorLayout.of(g), geometry, _mode(keys), g.dtype, threads)
+    out = torch.empty(plan.out_shape, dtype=torch.float64)
+    job = ProductJob.from_buffer_copy(plan.job)
+    job.x, job.g, job.out = x.data_ptr(), g.data_ptr(), out.data_ptr()
+    job.scratch = _scratch(job.scratch_bytes * threads)
+    if scaled is not None:
+        scale, weight = scaled.packed(geometry.groups, plan.lanes, plan.columns)  # alive until the kernel ends
+        job.scale, job.weight = scale.data_ptr(), weight.data_ptr()
+        job.products, job.totals = scaled.products.data_ptr(), scaled.totals.data_ptr()
+    run_job(job, library.products, threads)
+    return _moments(out, keys)
+
+
+class _ProductPlan(NamedTuple):
+    """What calls of the product kernel with tensors of the same shapes and strides share.
+
+    Args:
+        job: The arguments without the addresses of tensors.
+        offsets: The tensors whose addresses are among the arguments.
+        out_shape: The shape of the partial statistics.
+        lanes: The number of interleaved channels.
+        columns: The number of columns of all panels.
+    """
+
+    job: ProductJob
+    offsets: tuple[Tensor, Tensor]
+    out_shape: Sizes
+    lanes: int
+    columns: int
+
+
+@functools.lru_cache(maxsize=512)
+def _product_plan(
+    x: TensorLayout, g: TensorLayout, geometry: ConvGeometry, mode: int, dtype: torch.dtype, threads: int
+) -> _ProductPlan:
+    library, solid = library_for(dtype), geometry.in_three_dimensions()
+    samples, groups = g.shape[0], geometry.groups
     size, out_size = three(x.shape[2:], 1), three(g.shape[2:], 1)
     channels, columns = x.shape[1] // groups, g.shape[1] // groups
     layout = _layout(x, any(geometry.padding))
@@ -234,20 +278,14 @@ def native_products(
     panels = ceil_div(columns, library.tile_columns())
     pieces = _pieces(samples * groups, panels, threads)
     packed = ceil_div(channels, lanes) * lanes * math.prod(solid.padded_size(size)) if layout else 0
-    scratch_bytes = library.scratch_bytes(ceil_div(panels, pieces), len(positions), packed)
-    out = torch.empty(samples, groups * pieces, len(ORDER), dtype=torch.float64)
     job = ProductJob(
-        x=x.data_ptr(),
-        g=g.data_ptr(),
-        out=out.data_ptr(),
-        scratch=_scratch(scratch_bytes * threads),
         rows=rows.data_ptr(),
         positions=positions.data_ptr(),
-        scratch_bytes=scratch_bytes,
+        scratch_bytes=library.scratch_bytes(ceil_div(panels, pieces), len(positions), packed),
         samples=samples,
         groups=groups,
         pieces=pieces,
-        mode=_mode(keys),
+        mode=mode,
         row_count=channels * geometry.entries,
         columns=columns,
         channels=channels,
@@ -256,14 +294,10 @@ def native_products(
         pad=Triple(*solid.padding),
         out_size=Triple(*out_size),
     )
-    job.x_sample, job.x_channel, job.x_step = x.stride(0), x.stride(1), Triple(*three(x.stride()[2:], 0))
-    job.g_sample, job.g_channel, job.g_step = g.stride(0), g.stride(1), Triple(*three(g.stride()[2:], 0))
-    if scaled is not None:
-        scale, weight = scaled.packed(groups, lanes, panels * library.tile_columns())  # alive until the kernel ends
-        job.scale, job.weight = scale.data_ptr(), weight.data_ptr()
-        job.products, job.totals = scaled.products.data_ptr(), scaled.totals.data_ptr()
-    run_job(job, library.products, threads)
-    return _moments(out, keys)
+    job.x_sample, job.x_channel, job.x_step = x.stride[0], x.stride[1], Triple(*three(x.stride[2:], 0))
+    job.g_sample, job.g_channel, job.g_step = g.stride[0], g.stride[1], Triple(*three(g.stride[2:], 0))
+    out_shape = (samples, groups * pieces, len(ORDER))
+    return _ProductPlan(job, (rows, positions), out_shape, lanes, panels * library.tile_columns())
 
 
 def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
