@@ -68,7 +68,6 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
 )
 
-
 _KNOWN_FILES = (
     f"{Path(torch.__file__).parent}{os.sep}",
     f"{Path(__file__).parents[1]}{os.sep}",
@@ -99,7 +98,7 @@ _HANDLERS = frozenset(["PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH", "IMPORT_N
 """Instructions of exception handlers, which may catch the error of an absent name, and of imports."""
 
 _VALUES = methodcaller("values")
-_CODE = attrgetter("__code__")
+_CODE, _ORDER = attrgetter("__code__"), attrgetter("__mro__")
 
 
 class TraceRefused(Exception):
@@ -230,10 +229,8 @@ def _codes_of(modules: Iterable[nn.Module]) -> set[CodeType]:
         value = waiting.pop()
         if isinstance(value, FunctionType) and not hasattr(value, "_dynamo_marked_constant"):
             waiting += (value.__code__, getattr(value, "__wrapped__", None))
-        elif isinstance(value, (staticmethod, classmethod)):
-            waiting.append(value.__func__)
-        elif isinstance(value, property):
-            waiting.append(value.fget)
+        elif isinstance(value, (staticmethod, classmethod, property)):
+            waiting.append(_function_in(value))
         elif isinstance(value, CodeType) and value not in codes:
             codes.add(value)
             waiting += value.co_consts
@@ -256,25 +253,24 @@ class ForwardGuards:
         # torch.compile stores traces with the code of a function and compiled functions in its globals, so each model gets
         # its own.
         self._names: dict[str, Any] = {"__builtins__": builtins}
-        own = FunctionType(forward.__code__.replace(), self._names, closure=forward.__closure__)
-        self._own = own
+        self._own = FunctionType(forward.__code__.replace(), self._names, closure=forward.__closure__)
         self._checked: CheckedTrace | None = None
         self._forward = torch.compile(
-            own, backend=self._ending, fullgraph=True, dynamic=False, options={"guard_filter_fn": self._all}
+            self._own, backend=self._ending, fullgraph=True, dynamic=False, options={"guard_filter_fn": self._all}
         )
         self._code = code
-        self._count = 0
+        self._count, self._is_complete = 0, True
         self._hooks: list[Any] = []
-        self._is_complete = True
         kinds: dict[type, None] = dict.fromkeys((Tensor, nn.Parameter))
         for module in modules:
             self._hooks += map(vars(module).get, HOOKS)
             kinds.update(dict.fromkeys(type(module).__mro__))
+        self._kinds, self._orders = list(kinds), list(map(_ORDER, kinds))
         self._classes = list(map(vars, kinds))
         self._methods: list[list[Any]] = []
         self._functions: list[FunctionType] = []
-        for function in filter(_is_function, itertools.chain.from_iterable(map(_VALUES, self._classes))):
-            if function.__code__ in code.all_codes:
+        for function in map(_function_in, itertools.chain.from_iterable(map(_VALUES, self._classes))):
+            if isinstance(function, FunctionType) and function.__code__ in code.all_codes:
                 self._functions.append(function)
         self._codes: list[CodeType] = []
 
@@ -294,7 +290,8 @@ class ForwardGuards:
         if any(self._hooks) or any(_GLOBAL_HOOKS) or not self._code.has_same_builtins():
             return None
         if self._count and not (
-            all(map(_are_same, self._classes, self._methods))
+            all(map(is_, map(_ORDER, self._kinds), self._orders))
+            and all(map(_are_same, self._classes, self._methods))
             and all(map(is_, map(_CODE, self._functions), self._codes))
         ):
             return None
@@ -373,8 +370,11 @@ def _reached_by(forward: Callable[..., Any], model: nn.Module, inputs: Tensor) -
     raise TraceRefused("torch.compile is disabled")
 
 
-def _is_function(value: Any) -> bool:
-    return isinstance(value, FunctionType)
+def _function_in(value: Any) -> Any:
+    """Return the function in an attribute of a class, such as a class method or a property; otherwise the attribute."""
+    if isinstance(value, (staticmethod, classmethod)):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
 
 
 def _is_of_torch(node: fx.Node) -> bool:

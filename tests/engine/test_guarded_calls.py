@@ -75,6 +75,13 @@ class Base(nn.Module):
     @staticmethod
     def static(x):
         return x
+    @classmethod
+    def shared(cls, x):
+        return x
+
+class Doubled(Base):
+    def method(self, x):
+        return x * 2
 
 class Model(Base):
     def __init__(self):
@@ -148,6 +155,11 @@ CHANGES = {
     "forward of a layer": ("h = h * 1", "m.act.forward = torch.tanh"),
     "parametrisation": ("h = h * 1", "torch.nn.utils.parametrizations.weight_norm(m.a)"),
     "code of a method": ("h = self.method(h)", "module.Base.method.__code__ = (lambda self, x: x * 2).__code__"),
+    "code of a class method": (
+        "h = self.shared(h)",
+        "vars(module.Base)['shared'].__func__.__code__ = (lambda cls, x: x * 2).__code__",
+    ),
+    "base of a class": ("h = self.method(h)", "module.Model.__bases__ = (module.Doubled,)"),
     "branch while compiling": ("h = h if torch.compiler.is_compiling() else h * self.f", "m.f = 2.0"),
     "untraced function": ("h = untraced(h)", "module.FACTOR = 2.0"),
     "constant function": ("h = h * constant()", "module.FACTOR = 2.0"),
