@@ -25,7 +25,9 @@ __all__ = ["are_reads_visible", "reading_attributes"]
 _SILENT = (f"{Path(__file__).parents[1]}{os.sep}", str(Path(nn.modules.module.__file__)))
 """Files whose reads of a module's ``__dict__`` do not count: this package and ``nn.Module``."""
 
-_ACTIVE: list[set[str]] = []
+_ACTIVE: list[tuple[set[str], ...]] = [()]
+"""The sets of names that are being collected, as one tuple, which other threads may replace meanwhile."""
+
 _WATCHED: Counter[type[nn.Module]] = Counter()
 """For each class how many blocks watch the reads of its modules."""
 
@@ -35,9 +37,12 @@ _LOCK = Lock()
 def _recorded(module: nn.Module, name: str) -> Any:
     """Read an attribute of a module and record its name."""
     if name != "__dict__" or not sys._getframe(1).f_code.co_filename.startswith(_SILENT):
-        for names in list(_ACTIVE):
+        for names in _ACTIVE[0]:
             names.add(name)
-    return object.__getattribute__(module, name)
+    return _READ(module, name)
+
+
+_READ = object.__getattribute__
 
 
 @contextmanager
@@ -54,7 +59,7 @@ def reading_attributes(model: nn.Module) -> Iterator[set[str]]:
     with _LOCK:
         is_free = not any(map(_intercepts, kinds - _WATCHED.keys()))
         if is_free:
-            _ACTIVE.append(names)
+            _ACTIVE[0] = (*_ACTIVE[0], names)
             for kind in kinds - _WATCHED.keys():
                 kind.__getattribute__ = _recorded  # type: ignore[method-assign, assignment]
             _WATCHED.update(kinds)
@@ -65,7 +70,7 @@ def reading_attributes(model: nn.Module) -> Iterator[set[str]]:
         yield names
     finally:
         with _LOCK:
-            _ACTIVE[:] = [active for active in _ACTIVE if active is not names]
+            _ACTIVE[0] = tuple(active for active in _ACTIVE[0] if active is not names)
             _WATCHED.subtract(kinds)
             for kind in kinds:
                 if not _WATCHED[kind]:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "HOST_READS",
     "NEVER_NESTED",
+    "PLAIN_TYPES",
     "OpeningMode",
     "Silence",
     "has_tensors",
@@ -62,25 +63,41 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return iter(tensors)
 
 
-_PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
+PLAIN_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.Size})
 """Types of values without tensors, which most arguments have."""
 
+_TENSORS = frozenset({Tensor, nn.Parameter})
 
-NEVER_NESTED = _PLAIN_TYPES | {Tensor, nn.Parameter}
+NEVER_NESTED = PLAIN_TYPES | _TENSORS
 """Types of values that contain no other tensors."""
 
 
 def _collect_tensors(value: Any, found: list[Tensor]) -> None:
     """Append every tensor in a nested value to a list, which is faster than nested generators."""
-    if isinstance(value, Tensor):
+    kind = type(value)
+    if kind in _TENSORS:
+        found.append(value)
+    elif kind in PLAIN_TYPES:
+        return
+    elif kind is tuple or kind is list:
+        _collect_from_all(value, found)
+    elif kind is dict:
+        _collect_from_all(value.values(), found)
+    elif isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, (tuple, list)):
-        for item in value:
-            if type(item) not in _PLAIN_TYPES:
-                _collect_tensors(item, found)
-    elif type(value) not in _PLAIN_TYPES and isinstance(value, Mapping):
-        for item in value.values():
-            _collect_tensors(item, found)
+        _collect_from_all(value, found)
+    elif isinstance(value, Mapping):
+        _collect_from_all(value.values(), found)
+
+
+def _collect_from_all(values: Iterable[Any], found: list[Tensor]) -> None:
+    for value in values:
+        kind = type(value)
+        if kind in _TENSORS:
+            found.append(value)
+        elif kind not in PLAIN_TYPES:
+            _collect_tensors(value, found)
 
 
 def has_tensors(value: Any) -> bool:

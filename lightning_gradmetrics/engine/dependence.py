@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.classifier.tensor_records import written_arguments
-from lightning_gradmetrics.engine.calls import has_tensors, tensors_in
+from lightning_gradmetrics.engine.calls import PLAIN_TYPES, has_tensors, tensors_in
 from lightning_gradmetrics.engine.outline import Recording
 
 __all__ = [
@@ -34,8 +34,7 @@ _ALONG_INDEX = ("index_", "gather", "scatter", "take", "put")
 _BOUNDARIES = frozenset(["offs", "offsets", "lengths", "batch_sizes", "per_sample_weights"])
 
 
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """One basic operation.
 
     Args:
@@ -134,13 +133,18 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema = _schema(func)
         arguments = schema.bind(args, kwargs)
         tensors = list(tensors_in(tuple(arguments.values())))
-        bits = self.depends(tensors)
+        bits, memory = 0, tuple(map(self._key, tensors))
+        for key in memory:
+            bits |= self._bits.get(key, 0)
         if torch.Tag.nondeterministic_seeded in schema.tags:
             bits |= SAMPLES
         shapes = _shapes(tensors)
         chosen, by_data, read = self._choices(schema, bits, arguments, tensors)
         result = func(*args, **kwargs)
-        outputs, written = list(tensors_in(result)), list(tensors_in([arguments.get(name) for name in schema.written]))
+        outputs, written = list(tensors_in(result)), []
+        if schema.written:  # such an operation may replace the memory of a tensor
+            written = list(tensors_in([arguments.get(name) for name in schema.written]))
+            memory = tuple(map(self._key, tensors))
         if bits:
             for tensor in (*outputs, *written):
                 self._add(tensor, bits)
@@ -157,7 +161,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tuple(map(self.serial, outputs)),
             schema.pointwise,
             self._recording is not None and self._recording.depth == 0,
-            tuple(map(self._key, tensors)),
+            memory,
             tuple(map(self._key, written)),
         )
         self.operations.append(operation)
@@ -244,7 +248,8 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments without tensors, and without packed weights, which cannot be compared."""
     plain = {}
     for name, value in arguments.items():
-        if not isinstance(value, (Tensor, torch.ScriptObject)) and not has_tensors(value):
+        kind = type(value)
+        if kind in PLAIN_TYPES or not (isinstance(value, (Tensor, torch.ScriptObject)) or has_tensors(value)):
             plain[name] = value
     return plain
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Hashable, Iterable, Mapping
+from functools import lru_cache
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -38,8 +39,10 @@ HOOKS = "hooks on tensors, or on what autograd stores, may change its gradients"
 _NODE = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 """The function that returns the node of the graph, on which hooks may be registered too."""
 
-_STRUCTURAL = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_STRUCTURAL = frozenset([str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format])
 """Types of constants with distinct hashes."""
+
+_TENSORS = frozenset([Tensor, nn.Parameter])
 
 MOST_ENTRIES = 64
 """Largest number of entries of a tensor of unknown origin that are compared by value."""
@@ -98,11 +101,11 @@ class Outline:
     def add(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Add one call."""
         outputs: Iterable[Tensor] = (result,) if type(result) is Tensor else tuple(tensors_in(result))
-        name = getattr(function, "__name__", "")
-        if (name in _HOOKING or function == _NODE) and not _is_of_libraries():
+        traits = _traits(function)
+        if traits.hooks and not _is_of_libraries():
             self.has_hooks = True
-        self.reads += name in HOST_READS
-        if not outputs and (result is not None or name == "_assert"):
+        self.reads += traits.reads
+        if not outputs and (result is not None or traits.asserts):
             return
         calls = self._calls
         calls += (
@@ -113,18 +116,22 @@ class Outline:
             storing_hooks(True) and self._storing(),
         )
         values = (*args, *kwargs.values()) if kwargs else args
-        is_size = name in _SHAPING or self._compares_numbers(values, outputs)
+        is_size = traits.shapes or self._compares_numbers(values, outputs)
         for value in values:
-            if isinstance(value, Tensor):
+            kind = type(value)
+            if kind in _STRUCTURAL:
+                calls.append(value)
+            elif kind in _TENSORS or isinstance(value, Tensor):
                 calls.append(self._identity(value))
             else:
-                self._add(value, is_size and not (name in _FILLING and not isinstance(value, (tuple, list))))
+                self._add(
+                    value, is_size and not (traits.fills and kind is not tuple and not isinstance(value, (tuple, list)))
+                )
         for output in outputs:
             self._count += 1
             self._made[id(output)] = ref(output), self._count, version_of(output)
-            calls.append(output.dtype)
             shape = output.shape
-            calls.append(len(shape))
+            calls += (output.dtype, len(shape))
             self.sizes += shape
 
     def end(self, logits: Tensor) -> Outline:
@@ -195,6 +202,31 @@ class Outline:
         kind, number, version = leaf
         changes = version_of(tensor) - version
         return (kind, number, changes) if changes else (kind, number)
+
+
+class _Traits(NamedTuple):
+    """What the name of a function tells.
+
+    Args:
+        hooks: Whether it may change how gradients are computed.
+        reads: Whether it returns values of a tensor to Python.
+        shapes: Whether its integer arguments may depend on the sizes of the inputs.
+        fills: Whether its plain numbers are values of the result.
+        asserts: Whether it is an assertion, which returns nothing.
+    """
+
+    hooks: bool
+    reads: bool
+    shapes: bool
+    fills: bool
+    asserts: bool
+
+
+@lru_cache(maxsize=1024)
+def _traits(function: Any) -> _Traits:
+    name = getattr(function, "__name__", "")
+    is_hooking = name in _HOOKING or function == _NODE
+    return _Traits(is_hooking, name in HOST_READS, name in _SHAPING, name in _FILLING, name == "_assert")
 
 
 def _is_of_libraries() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from lightning_gradmetrics.gradients.precision import at_least_float32
 __all__ = ["CallTrace", "TensorState", "TracedCall"]
 
 
-@dataclass(frozen=True)
-class TensorState:
+class TensorState(NamedTuple):
     """A tensor during a call: its serial number, its shape, and whether it requires a gradient."""
 
     serial: int
@@ -87,10 +86,11 @@ class CallTrace(OpeningMode):
         self.names = {self._state(parameter).serial: name for name, parameter in parameters.items()}
 
     def _state(self, tensor: Tensor) -> TensorState:
-        if id(tensor) not in self._serials:
-            self._serials[id(tensor)] = len(self._tensors)
+        serial = self._serials.get(id(tensor))
+        if serial is None:
+            serial = self._serials[id(tensor)] = len(self._tensors)
             self._tensors.append(tensor)
-        return TensorState(self._serials[id(tensor)], tuple(tensor.shape), tensor.requires_grad)
+        return TensorState(serial, tuple(tensor.shape), tensor.requires_grad)
 
     def bytes(self) -> int:
         """Return the size of all computed tensors, an upper bound of the memory that the forward pass keeps."""
@@ -134,8 +134,7 @@ class CallTrace(OpeningMode):
     def _marks(self, tensors: Sequence[Tensor], states: Sequence[TensorState], first: int) -> tuple[Tensor | None, ...]:
         """Return the marks of a call's tensors; ``first`` is the position of their states in the guide."""
         number = len(self.calls)
-        unmarked = self._only is not None and number not in self._only
-        if self._guide is None or unmarked or number >= len(self._guide):
+        if self._guide is None or number >= len(self._guide) or (self._only is not None and number not in self._only):
             return (None,) * len(tensors)
         guide = self._guide[number]
         shapes = [state.shape for state in (*guide.inputs, *guide.outputs)]

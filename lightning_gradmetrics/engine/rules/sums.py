@@ -6,11 +6,14 @@ are left out.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.kernels import position_sums
 from lightning_gradmetrics.engine.rules.base import Call
 from lightning_gradmetrics.gradients.precision import at_least_float32
 
@@ -54,14 +57,15 @@ def of_norm(call: Call, g: Tensor) -> dict[str, Tensor]:
 
 def of_batch_norm(call: Call, g: Tensor) -> dict[str, Tensor]:
     """The sums of ``g`` and of ``g (x - m) / sqrt(v + eps)``, with running statistics."""
-    sums = {"bias": _per_sample(g)} if "bias" in call.slots else {}
-    if "weight" in call.slots:
-        x, mean, variance, eps = map(call.values.__getitem__, ("input", "running_mean", "running_var", "eps"))
-        terms = at_least_float32(x) - mean.view(-1, *[1] * (x.ndim - 2))
-        terms *= g if g.ndim == 2 else g.flatten(0, 1)
-        total = _over_channels(terms, torch.rsqrt(variance + eps).to(terms.dtype))
-        sums["weight"] = _per_sample(total.reshape(len(g), total.numel() // max(len(g), 1)))
-    return sums
+    x, mean, variance, eps = map(call.values.__getitem__, ("input", "running_mean", "running_var", "eps"))
+    if g.ndim == 2:
+        total = at_least_float32(g)
+        product = (x - mean) * total
+    else:  # another kernel than that of the rule, in float64
+        total, products = position_sums(g.transpose(1, 2), call.x.transpose(1, 2))
+        assert products is not None
+        product = products - total * mean
+    return {"bias": total.sum(1), "weight": (product * torch.rsqrt(variance + eps)).sum(1)}
 
 
 def of_convolution(call: Call, g: Tensor, factors: Tensor | None = None) -> dict[str, Tensor]:
@@ -91,22 +95,32 @@ def _of_convolution(call: Call, g: Tensor, functions: tuple[Any, ...], factors: 
     size, inputs = len(x), _sum_of_groups(at_least_float32(x).flatten(0, 1), groups, None)
     outputs = _sum_of_groups(g, groups, factors)
     options = {name: call.values[name] for name in _OPTIONS if name in call.values}
-    ones = inputs.new_ones((groups, 1, *kernel))
-    products = functions[len(kernel) - 1](inputs, ones, None, groups=groups, **options)
-    sums = {"weight": _per_sample(products.mul_(outputs)).reshape(size, -1).sum(1)}
+    if _is_pointwise(kernel, options):
+        products = inputs * outputs
+    else:
+        ones = inputs.new_ones((groups, 1, *kernel))
+        products = functions[len(kernel) - 1](inputs, ones, None, groups=groups, **options).mul_(outputs)
+    sums = {"weight": _per_sample(products).reshape(size, -1).sum(1)}
     if "bias" in call.slots:
         sums["bias"] = _per_sample(outputs).reshape(size, -1).sum(1)
     return sums
 
 
+def _is_pointwise(kernel: tuple[int, ...], options: Mapping[str, Any]) -> bool:
+    """Return whether a convolution multiplies the channels of each position."""
+    for name, usual in (("stride", 1), ("padding", 0), ("output_padding", 0)):
+        value = options.get(name, usual)
+        if {*value} != {usual} if isinstance(value, (tuple, list)) else value != usual:
+            return False
+    return math.prod(kernel) == 1
+
+
 def _sum_of_groups(tensor: Tensor, groups: int, factors: Tensor | None) -> Tensor:
     """Return ``(N, groups, *S)``, the sums of the channels of each group times factors, from ``(N, C, *S)``."""
-    if groups == 1 and factors is not None:
-        return _over_channels(tensor, factors.to(tensor.dtype))
+    if groups == 1:
+        return tensor.sum(1, keepdim=True) if factors is None else _over_channels(tensor, factors.to(tensor.dtype))
     if factors is not None:
         tensor = tensor * factors.view(-1, *[1] * (tensor.ndim - 2))
-    if groups == 1:
-        return tensor.sum(1, keepdim=True)
     if groups == tensor.shape[1]:
         return tensor
     return tensor.unflatten(1, (groups, -1)).sum(2)  # type: ignore[no-untyped-call, no-any-return]
