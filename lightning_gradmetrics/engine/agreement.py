@@ -221,7 +221,7 @@ def agreeing(
 def agreeing_within(
     moments: Moments, gradients: Iterable[Tensor], scales: Sequence[float], tolerances: Sequence[float | None]
 ) -> list[Tensor]:
-    """Return the same as :func:`agreeing` for each of several tolerances, with one pass over the gradients."""
+    """Return the same as :func:`agreeing` for each of several tolerances in ascending order, with one pass over the gradients."""
     counts: list[int] = []
     by_rounding: list[float] = []
 
@@ -237,6 +237,9 @@ def agreeing_within(
     entries = level.new_tensor(counts)
     agrees: list[Tensor] = []
     for tolerance in tolerances:
+        if agrees and bool(agrees[-1].all()):  # by a smaller tolerance
+            agrees.append(agrees[-1])
+            continue
         allowed = level.new_tensor(by_rounding) if tolerance is None else torch.full_like(level, tolerance)
         agrees.append(_are_close(moments, expected, level, entries, allowed))
     return agrees

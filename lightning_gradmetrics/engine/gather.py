@@ -157,9 +157,10 @@ class MomentTable:
     def of_samples(self, samples: slice, names: Iterable[str], objective: int) -> Moments:
         """Return the moments ``(n, P)`` of the gradients of some samples for some parameters."""
         columns = list(map(self._columns.__getitem__, names))
+        is_all = columns == list(range(len(self._columns)))
         rows: Moments = {}
         for key, value in self._table(objective).items():
-            rows[key] = value[samples, columns]
+            rows[key] = value[samples] if is_all else value[samples, columns]
         return rows
 
     @staticmethod

@@ -250,9 +250,9 @@ def _with_gradients(
     found: dict[int, set[tuple[int, str]]] = {number: set() for number in numbers}
     for objective in range(len(table.task.objectives)) if found else ():
         moments = table.of_samples(slice(0, table.task.size), names, objective)
-        is_there = torch.stack([values != 0 for values in moments.values()]).any(0).tolist()
-        for number, entries in found.items():
-            entries.update((objective, name) for name in itertools.compress(names, is_there[number]))
+        is_there = torch.stack([values[list(found)] != 0 for values in moments.values()]).any(0).tolist()
+        for entries, flags in zip(found.values(), is_there, strict=True):
+            entries.update((objective, name) for name in itertools.compress(names, flags))
     return found
 
 
