@@ -134,12 +134,12 @@ def named_parameters(model: nn.Module, prefixes: Mapping[nn.Module, str] | None 
     """
     if _overrides(model, "named_parameters", "_named_members", "named_modules"):
         return dict(model.named_parameters())
-    names: dict[nn.Parameter, str] = {}
+    named: dict[int, tuple[str, nn.Parameter]] = {}  # the hash of a tensor is computed in Python
     for module, prefix in (prefixes or _prefixes(model)).items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                names.setdefault(parameter, prefix + name)
-    return dict(zip(names.values(), names, strict=True))
+                named.setdefault(id(parameter), (prefix + name, parameter))
+    return dict(named.values())
 
 
 @lru_cache(maxsize=1024)

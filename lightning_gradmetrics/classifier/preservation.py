@@ -85,8 +85,11 @@ class RandomState:
 
 def exclusive(model: nn.Module) -> threading.RLock:
     """Return the lock of a model, which one thread can take repeatedly."""
-    with _GUARD:
-        return _LOCKS.setdefault(model, threading.RLock())
+    lock = _LOCKS.get(model)
+    if lock is None:
+        with _GUARD:
+            lock = _LOCKS.setdefault(model, threading.RLock())
+    return lock
 
 
 class ModelRecord:

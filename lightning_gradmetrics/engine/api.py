@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, overload
 
 import torch
@@ -232,15 +233,22 @@ def _guarded(
     wanted: frozenset[Moment],
 ) -> tuple[Mapping[str, nn.Parameter], list[Moments]] | None:
     """Return the chosen parameters and the moments by a compiled plan whose guards hold; ``None`` without one."""
-    from lightning_gradmetrics.engine.guarded_calls import Request, guarded_moments, is_guarded
-
-    if not is_guarded(model):
+    guarded = _guarded_calls()
+    if not guarded.is_guarded(model):
         return None
     with exclusive(model):
         chosen = select_parameters(model, parameters, wanted.isdisjoint({"sum", "max", "min"}))
-        request = Request.of(objectives, wanted, chosen, inputs, targets)
-        moments = guarded_moments(model, inputs, request, targets, logits, per_parameter)
+        request = guarded.Request.of(objectives, wanted, chosen, inputs, targets)
+        moments = guarded.guarded_moments(model, inputs, request, targets, logits, per_parameter)
     return None if moments is None else (chosen, moments)
+
+
+@cache
+def _guarded_calls() -> Any:
+    # Imported here because it takes seconds; cached because an import inside a function is looked up in each call.
+    from lightning_gradmetrics.engine import guarded_calls
+
+    return guarded_calls
 
 
 def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter: bool) -> GradientStatistics:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.utils import parametrize
 
 from lightning_gradmetrics.classifier.forward import Inputs
@@ -204,9 +206,10 @@ def guarded_moments(
         or _is_watched()
     ):
         return None
-    with torch.inference_mode(False):
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
         labels = None if targets is None else targets.detach()
-        return known.moments(model, inputs.detach(), labels, per_parameter)
+        plain = inputs.detach() if inputs.requires_grad else inputs
+        return known.moments(model, plain, labels, per_parameter)
 
 
 def guard_program(task: Task, state: ProgramState, program: Program, logits: Tensor) -> None:
@@ -250,6 +253,10 @@ def _logits_of(reached: ReachedGraph) -> Tensor:
 
 
 def _is_watched() -> bool:
-    """Return whether something must see all operators, or computes parametrised weights in another way."""
+    """Return whether something must see all operators, or computes parametrised weights in another way.
+
+    Inside a function that ``torch.compile`` compiles, code may be traced instead of run; the eager engine refuses such calls.
+    """
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return bool(modes or parametrize._cache_enabled) or is_transformed()
+    is_compiled = get_eval_frame_callback() not in (None, False)
+    return bool(modes or parametrize._cache_enabled) or is_compiled or is_transformed()

@@ -76,7 +76,12 @@ def _switched(stance: Literal["default", "force_eager"]) -> Callable[[], Any]:
     """Set the stance of ``torch.compile``, and return a function that restores the earlier one.
 
     ``torch.compiler.set_stance`` makes a new stance and sets it several times, so the function behind it is called if it is there.
+
+    Raises:
+        RuntimeError: If a function runs that ``torch.compile`` compiles.
     """
+    if torch.compiler.is_compiling():  # torch.compile is tracing this line
+        raise RuntimeError("the stance cannot be set in a torch.compile region")
     known = _private_stance(stance)
     if known is None:
         block = torch.compiler.set_stance(stance)  # type: ignore[no-untyped-call]

@@ -389,6 +389,20 @@ def test_transformed_calls_are_refused_as_without_compilation(transform, shape, 
 
 
 @pytest.mark.slow
+def test_calls_inside_a_compiled_function_are_refused_as_without_guards(make, repeated):
+    model, _ = make("h = h * 1")
+    x = torch.randn(6, 4)
+    for _ in range(4):
+        _norms(model, x, compile=True)
+    assert repeated
+    for compile in (True, False):
+        compiled = torch.compile(lambda x, c=compile: _norms(model, x * 1, compile=c), backend="eager")
+        with pytest.raises(RuntimeError, match="compile region"):
+            compiled(x)
+    torch.testing.assert_close(_norms(model, x, compile=True), _norms(model, x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_model_with_guards_is_freed(make, repeated):
     model, _ = make("h = h * 1")
     for _ in range(4):
