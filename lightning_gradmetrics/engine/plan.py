@@ -104,6 +104,7 @@ class Plan:
         undecided: Whether the layout of an axis with several positions per sample is unknown.
         calls: For each step, the number of its call in the trace with three samples.
         folds: The batch norms that can be folded into convolutions, by the numbers of the convolutions' steps.
+        selects: Whether the model reads several entries of one tensor along its first axis.
     """
 
     steps: tuple[Step, ...]
@@ -113,6 +114,7 @@ class Plan:
     reads: tuple[PlannedRead, ...] | None = None
     calls: tuple[int, ...] = ()
     folds: Mapping[int, Fold] = field(default_factory=dict)
+    selects: bool = False
 
     @cached_property
     def _names(self) -> frozenset[str]:

@@ -25,6 +25,7 @@ from lightning_gradmetrics.engine.sample_check import (
     check_some_samples,
     verify_by_samples,
 )
+from lightning_gradmetrics.engine.selects import SelectsRefused
 from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast, collect_on_path
 
@@ -144,17 +145,20 @@ class _PlannedBatch:
     def _run(
         self, notes: SampleNotes | None, recorder: PathRecorder | None, rows: RowSums | None
     ) -> tuple[tuple[int, ...], Outline]:
-        """Return the positions of a sample on each axis, and the calls, of passes with folds where the model allows them."""
-        strategy, plan = self.strategy, self._plan
-        folds = strategy.folds(self.fast)
-        try:
-            return collect_fast(self.table, self.fast, plan, self.checks, notes, self.free, recorder, folds, rows)
-        except FoldRefused:
-            strategy.plan, self.table.folded = replace(plan, folds={}), None
+        """Return the positions of a sample on each axis, and the calls, of passes with folds and joined selects, if possible."""
+        strategy, folds = self.strategy, self.strategy.folds(self.fast)
+        while True:
+            try:
+                return collect_fast(
+                    self.table, self.fast, self._plan, self.checks, notes, self.free, recorder, folds, rows
+                )
+            except FoldRefused:
+                strategy.plan, self.table.folded = replace(self._plan, folds={}), None
+            except SelectsRefused:
+                strategy.plan, recorder = replace(self._plan, selects=False), None
             self.state.restore()
             if rows is not None:
                 rows.clear()
-        return collect_fast(self.table, self.fast, self._plan, self.checks, notes, self.free, recorder, rows=rows)
 
     def _compare_new_calls(self, calls: Outline, notes: SampleNotes | None, rows: RowSums | None) -> None:
         """Compare the gradients of some samples with autograd in a batch whose calls are new, unless the proof covers it."""

@@ -31,6 +31,7 @@ from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_pla
 from lightning_gradmetrics.engine.probe_samples import parts_of_batch, three_samples, with_row
 from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
 from lightning_gradmetrics.engine.samples import close_rows, input_shapes, same_rows
+from lightning_gradmetrics.engine.selects import has_repeated_selects
 from lightning_gradmetrics.engine.separability import layouts_apart
 from lightning_gradmetrics.engine.size_record import SizeRecord, size_record
 from lightning_gradmetrics.engine.task import Task
@@ -131,7 +132,8 @@ def probe_model(task: Task) -> Probe:
     if plan is not None and plan.undecided:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
-        plan = replace(plan, reads=reads, folds={} if sizes is None else find_folds(plan, large, many, three))
+        folds = {} if sizes is None else find_folds(plan, large, many, three)
+        plan = replace(plan, reads=reads, folds=folds, selects=has_repeated_selects(large))
     activations = reads_inside or reads_activations(many.operations)
     alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""
     if outline_of_three.has_hooks:

@@ -20,6 +20,7 @@ from lightning_gradmetrics.engine.owners import OwnershipPass
 from lightning_gradmetrics.engine.path_record import MOST_BYTES, KnownPath, PathRecorder
 from lightning_gradmetrics.engine.plan import Plan
 from lightning_gradmetrics.engine.row_sums import RowSums
+from lightning_gradmetrics.engine.selects import joined_selects
 from lightning_gradmetrics.engine.size_record import SizeRecord
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
@@ -197,6 +198,7 @@ def collect_fast(
     Raises:
         FoldRefused: If the model uses the output of a folded convolution.
         PlanError: If the model does not follow the plan, or rows have no single owner.
+        SelectsRefused: If the model changes a selected entry of a tensor in place.
     """
     freeze(task)
     tracer: Tracer
@@ -211,7 +213,7 @@ def collect_fast(
     if isinstance(tracer, FoldingTracer):
         logits = tracer.forward(task)
     elif notes is None or not notes.finds_uses:
-        with tracer:
+        with joined_selects(plan is not None and plan.selects), tracer:
             logits = task.forward()
     else:
         logits = _forward_with_notes(task, tracer, notes)

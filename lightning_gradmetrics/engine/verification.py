@@ -25,6 +25,7 @@ from lightning_gradmetrics.engine.refusals import (
     raise_if_out_of_memory,
 )
 from lightning_gradmetrics.engine.samples import close_rows
+from lightning_gradmetrics.engine.selects import SelectsRefused
 from lightning_gradmetrics.engine.strategy import (
     ALONE_IF_PLANNED,
     ALONE_IF_UNPLANNED,
@@ -206,6 +207,8 @@ def _covered(probe: Probe, plan: Plan | None, state: ForwardState) -> tuple[Plan
         try:
             _, outline = collect_fast(table, table.task, plan, unchecked, notes)
             break
+        except SelectsRefused:
+            plan = None if plan is None else replace(plan, selects=False)
         except PlanError as error:
             plan = _without_failed_step(plan, slow, error, names)
     state.restore()
