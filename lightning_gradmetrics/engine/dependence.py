@@ -91,33 +91,41 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         samples = list(samples)
         self.samples = list(map(self.serial, samples))
         for bit, tensors in ((SAMPLES, samples), (WEIGHTS, weights)):
-            for tensor in tensors:
-                self._add(tensor, bit)
+            self._add(tensors, bit)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Return False: torch would import its compiler, which takes a second, to keep it away from this class."""
         return False
 
-    def _key(self, tensor: Tensor) -> int:
-        """Return the identity of a tensor's storage, which views share."""
-        try:
-            with torch._C.DisableTorchFunction():
-                storage: Any = tensor.untyped_storage()
-        except (RuntimeError, NotImplementedError):
-            storage = tensor
-        self._alive.append(storage)
-        return storage._cdata if isinstance(storage, torch.UntypedStorage) else id(storage)
+    def _keys(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
+        """Return the identities of the storages of tensors, which views share."""
+        keys: list[int] = []
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors:
+                try:
+                    storage = tensor.untyped_storage()
+                except (RuntimeError, NotImplementedError):
+                    self._alive.append(tensor)
+                    keys.append(id(tensor))
+                    continue
+                self._alive.append(storage)
+                keys.append(storage._cdata)
+        return tuple(keys)
 
-    def _add(self, tensor: Tensor, bits: int) -> None:
-        key = self._key(tensor)
-        self._bits[key] = self._bits.get(key, 0) | bits
+    def _add(self, tensors: Iterable[Tensor], bits: int) -> None:
+        known = self._bits
+        for key in self._keys(tensors):
+            known[key] = known.get(key, 0) | bits
 
     def depends(self, value: Any) -> int:
         """Return the combined bits of all tensors in a nested value."""
+        return self._bits_of(self._keys(tensors_in(value)))
+
+    def _bits_of(self, keys: Iterable[int]) -> int:
         bits = 0
-        for tensor in tensors_in(value):
-            bits |= self._bits.get(self._key(tensor), 0)
+        for key in keys:
+            bits |= self._bits.get(key, 0)
         return bits
 
     def note_read(self, tensor: Tensor) -> None:
@@ -133,9 +141,8 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         schema = _schema(func)
         arguments = schema.bind(args, kwargs)
         tensors = list(tensors_in(tuple(arguments.values())))
-        bits, memory = 0, tuple(map(self._key, tensors))
-        for key in memory:
-            bits |= self._bits.get(key, 0)
+        memory = self._keys(tensors)
+        bits = self._bits_of(memory)
         if torch.Tag.nondeterministic_seeded in schema.tags:
             bits |= SAMPLES
         shapes = _shapes(tensors)
@@ -144,10 +151,9 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs, written = list(tensors_in(result)), []
         if schema.written:  # such an operation may replace the memory of a tensor
             written = list(tensors_in([arguments.get(name) for name in schema.written]))
-            memory = tuple(map(self._key, tensors))
+            memory = self._keys(tensors)
         if bits:
-            for tensor in (*outputs, *written):
-                self._add(tensor, bits)
+            self._add((*outputs, *written), bits)
         operation = Operation(
             schema.name,
             bits,
@@ -162,17 +168,18 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             schema.pointwise,
             self._recording is not None and self._recording.depth == 0,
             memory,
-            tuple(map(self._key, written)),
+            self._keys(written) if written else (),
         )
         self.operations.append(operation)
         return result
 
     def serial(self, tensor: Tensor) -> int:
         """Return the serial number of a tensor."""
-        if id(tensor) not in self._serials:
-            self._serials[id(tensor)] = len(self._serials)
+        serial = self._serials.get(id(tensor))
+        if serial is None:
+            serial = self._serials[id(tensor)] = len(self._serials)
             self._alive.append(tensor)
-        return self._serials[id(tensor)]
+        return serial
 
     def _choices(
         self, schema: _Schema, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
