@@ -104,7 +104,8 @@ def probe_model(task: Task) -> Probe:
     random, after = state.random_numbers_drawn(), ForwardState(task.model)
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
-    operations, end, layouts = (few.operations, many.operations), many.serial(logits), None
+    operations = few.used_operations(logits_of_two), many.used_operations(logits)
+    end, layouts = many.serial(logits), None
     selection = selection_of_samples(*operations)
     if selection:
         raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
