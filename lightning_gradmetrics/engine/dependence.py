@@ -105,7 +105,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in tensors:
                 try:
                     storage = tensor.untyped_storage()
-                except (RuntimeError, NotImplementedError):
+                except RuntimeError:  # it has no storage
                     self._alive.append(tensor)
                     keys.append(id(tensor))
                     continue

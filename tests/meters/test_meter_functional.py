@@ -246,7 +246,7 @@ def test_calibration_error():
     target = torch.cat([torch.arange(100) < 25, torch.arange(100) < 45])
     assert F.calibration_error(probability, target, n_bins=10).item() == pytest.approx(0.2, abs=1e-6)
     assert F.calibration_error(probability, target, n_bins=10, norm="max").item() == pytest.approx(0.4, abs=1e-6)
-    certain, wrong = torch.tensor([1.0, 0.99]), torch.tensor([0, 1])  # 1 has no bin of its own
+    certain, wrong = torch.tensor([1.0, 0.99]), torch.tensor([0, 1])  # both are in the last bin
     assert F.calibration_error(certain, wrong).item() == pytest.approx(0.495, abs=1e-6)
     with pytest.raises(ValueError, match="raw scores are not calibrated"):
         F.calibration_error(torch.tensor([0.5, 1.5]), torch.tensor([0, 1]))
