@@ -69,11 +69,11 @@ def _wrong_key(error: BaseException) -> str:
     key = match.group(1).removesuffix(".")
     if f"full_key: {key}." in str(error.__cause__):
         return f"{key} is a mapping with other keys; to replace all of it, write '~{key}' '+{key}={{...}}'"
-    return f"unknown key {key!r};{did_you_mean(key, _known_keys())} gradmetrics --help lists the keys; +{key}=VALUE adds a new one"
+    return f"unknown key {key!r};{did_you_mean(key, _known_keys(key))} gradmetrics --help lists the keys; +{key}=VALUE adds a new one"
 
 
-def _known_keys() -> list[str]:
-    """Return the dotted keys of the configuration, given the options of the command line."""
+def _known_keys(wrong: str) -> list[str]:
+    """Return the dotted keys of the configuration, given the options of the command line without the wrong key."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -83,14 +83,14 @@ def _known_keys() -> list[str]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(configuration_directory()), version_base="1.3"):
         try:
-            return list(_keys_below("", compose("config", _chosen_options(sys.argv[1:]))))
+            return list(_keys_below("", compose("config", _chosen_options(sys.argv[1:], wrong))))
         except HydraException:
             return list(_keys_below("", compose("config")))
 
 
-def _chosen_options(arguments: Iterable[str]) -> list[str]:
-    """Return the arguments that choose options of groups or set keys without a dot."""
-    return [argument for argument in arguments if re.match(r"\w+=", argument)]
+def _chosen_options(arguments: Iterable[str], wrong: str) -> list[str]:
+    """Return the arguments that choose options of groups or set keys without a dot, except the wrong key."""
+    return [argument for argument in arguments if re.match(r"\w+=", argument) and not argument.startswith(f"{wrong}=")]
 
 
 def _keys_below(prefix: str, node: Any) -> Iterable[str]:
