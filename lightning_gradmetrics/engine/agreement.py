@@ -28,6 +28,7 @@ __all__ = [
     "VerificationNotes",
     "agreeing",
     "agreeing_within",
+    "are_close",
     "gradient_norms",
     "largest_norm",
     "random_sample",
@@ -236,18 +237,27 @@ def agreeing_within(
     level = level + level.new_tensor(scales)
     entries = level.new_tensor(counts)
     agrees: list[Tensor] = []
+    rows: Moments = {key: value[0] for key, value in moments.items()}
     for tolerance in tolerances:
         if agrees and bool(agrees[-1].all()):  # by a smaller tolerance
             agrees.append(agrees[-1])
             continue
         allowed = level.new_tensor(by_rounding) if tolerance is None else torch.full_like(level, tolerance)
-        agrees.append(_are_close(moments, expected, level, entries, allowed))
+        agrees.append(are_close(rows, expected, level, entries, allowed))
     return agrees
 
 
-def _are_close(moments: Moments, expected: Moments, level: Tensor, entries: Tensor, allowed: Tensor) -> Tensor:
-    """Return for each parameter whether its moments differ by at most the allowed fraction of their levels, ``(P,)``."""
-    agrees = torch.ones(len(level), dtype=torch.bool, device=level.device)
+def are_close(moments: Moments, expected: Moments, level: Tensor, entries: Tensor, allowed: Tensor) -> Tensor:
+    """Return for each parameter whether its moments differ by at most the allowed fraction of their levels.
+
+    Args:
+        moments: The moments, ``(P,)`` or ``(N, P)``.
+        expected: The moments to compare them with, of the same shape, and possibly others.
+        level: The magnitude of the gradient, of the same shape.
+        entries: The number of entries, ``(P,)``.
+        allowed: The fractions, ``(P,)``.
+    """
+    agrees = torch.ones_like(level, dtype=torch.bool)
     for key, found in moments.items():
         # The moment of a gradient whose norm is ``level``: an error in it is at most about ``allowed`` times this.
         if key in ("max", "min", "sum"):
@@ -255,7 +265,7 @@ def _are_close(moments: Moments, expected: Moments, level: Tensor, entries: Tens
         else:
             p = float(key)
             largest = expected[key] + level**p * entries ** max(0.0, 1 - p / 2) * allowed ** max(0.0, p - 1)
-        error = (found[0] - expected[key]).abs()
+        error = (found - expected[key]).abs()
         is_close = error <= allowed * largest + torch.finfo(error.dtype).tiny
         agrees &= is_close | ~expected[key].isfinite()
     return agrees

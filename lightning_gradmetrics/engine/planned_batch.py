@@ -116,7 +116,7 @@ class _PlannedBatch:
         strategy, checks = self.strategy, self.checks
         checks.notes = notes = None if strategy.verified else SampleNotes(self.table.task.size)
         recorder = strategy.recorder(self.fast, checks.here)
-        rows = RowSums() if self._has_new_rows() else None
+        rows = RowSums(self.table.task) if self._has_new_rows() else None
         times, calls = self._run(notes, recorder, rows)
         verified = strategy.times.get(checks.here, {})
         if calls.number not in verified:

@@ -202,12 +202,13 @@ def collect_fast(
     """
     freeze(task)
     tracer: Tracer
+    sink = table.add if rows is None else rows.sink(table.add)
     if plan is None:
-        tracer = OwnershipPass(task.parameters, task.size, table.add, task.model.buffers())
+        tracer = OwnershipPass(task.parameters, task.size, sink, task.model.buffers())
     elif folds and plan.folds:
-        tracer, table.folded = FoldingTracer(plan, task, table.add, free), plan
+        tracer, table.folded = FoldingTracer(plan, task, sink, free), plan
     else:
-        tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, table.add, free)
+        tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, sink, free)
         tracer.recorder = recorder
     tracer.notes, tracer.rows, tracer.outline.leaves = notes, rows, task.leaves()
     if isinstance(tracer, FoldingTracer):
@@ -255,12 +256,15 @@ def collect_on_path(
 def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer | DirectPass, logits: Tensor) -> None:
     """Fill a table by one backward pass per objective."""
     scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
+    rows = tracer.rows if isinstance(tracer, Tracer) else None
     for index, (gradient, undo) in enumerate(scaled):
         table.begin(index, undo)
-        if isinstance(tracer, Tracer) and tracer.rows is not None:
-            tracer.rows.begin(undo)
+        if rows is not None:
+            rows.begin(index, undo)
         tracer.collect(logits, gradient, last=index == len(scaled) - 1)
     table.finish()
+    if rows is not None:
+        rows.finish()
 
 
 def freeze(task: Task) -> None:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from lightning_gradmetrics.engine import gradient_statistics, planned_batch
 from lightning_gradmetrics.engine.row_sums import RowSums
-from lightning_gradmetrics.engine.rules import RULES, Call, rule
-from lightning_gradmetrics.engine.uses import RowsUse, Use
+from lightning_gradmetrics.engine.rules import RULES, Call, Rule, rule
+from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
 from tests.engine.cases import worst_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore:no fast rule")
@@ -53,6 +53,24 @@ def _compare(model: nn.Module, x: Tensor) -> None:
     assert worst_difference(found, expected) < 1e-9
 
 
+def _compare_one(model: nn.Module, x: Tensor, statistic: str) -> None:
+    found = gradient_statistics(model, x, "pseudo_label", statistics=(statistic,))
+    expected = gradient_statistics(model, x, "pseudo_label", statistics=(statistic,), engine="reference")
+    torch.testing.assert_close(found.moments, expected.moments, rtol=1e-9, atol=1e-12)
+
+
+def _wrong_for(row: int, right: Rule) -> Rule:
+    """Return a rule that is wrong for one row of a batch of 20."""
+
+    def wrong(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
+        factors = g.new_ones(len(g))
+        if len(g) == 20:
+            factors[row] = 1.01
+        return right.uses(call, g * factors.view(-1, *[1] * (g.ndim - 1)))
+
+    return dataclasses.replace(right, uses=wrong)
+
+
 @pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], list[int]]]:
     """For each batch whose sums were compared, the parameters and the samples that differ."""
@@ -76,16 +94,40 @@ def test_one_wrong_row_is_found(layer: str, sums: Any, monkeypatch: pytest.Monke
     assert sums == [(set(dict(model.named_parameters())), [])]
     right = RULES[function]
     for row, first in ((4, False), (11, True)):
-
-        def wrong(call: Call, g: Tensor, row: int = row) -> Iterator[tuple[str, Use]]:
-            factors = g.new_ones(len(g))
-            if len(g) == len(x):
-                factors[row] = 1.01
-            return right.uses(call, g * factors.view(-1, *[1] * (g.ndim - 1)))
-
-        monkeypatch.setitem(RULES, function, dataclasses.replace(right, uses=wrong))
+        monkeypatch.setitem(RULES, function, _wrong_for(row, right))
         _compare(_model(make, shape, 20)[0] if first else model, x)
         assert sums[-1][1] == [row]
+
+
+@pytest.mark.parametrize("statistic", ["l2", "linf", "mean", "l0.5"])
+def test_one_wrong_row_is_found_by_one_statistic(statistic: str, sums: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums and L2 norms are computed in addition."""
+    for layer in ("linear", "strided convolution", "layer norm"):
+        function, make, shape = LAYERS[layer]
+        model, x = _model(make, shape, 20)
+        _compare_one(model, x[:7], statistic)
+        assert sums[-1] == (set(dict(model.named_parameters())), [])
+        with monkeypatch.context() as patch:
+            patch.setitem(RULES, function, _wrong_for(11, RULES[function]))
+            _compare_one(_model(make, shape, 20)[0], x, statistic)
+            assert sums[-1][1] == [11]
+
+
+def test_a_kernel_that_is_wrong_for_one_row_is_found(sums: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of the second table are right if only L2 norms without sums are wrong."""
+    _, make, shape = LAYERS["linear with positions"]
+    model, x = _model(make, shape, 20)
+    right = LinearUse.moments
+
+    def wrong(use: LinearUse, wanted: Any) -> Any:
+        moments = right(use, wanted)
+        if len(use) == len(x) and set(wanted) == {2.0}:
+            moments[2.0][11] *= 1.01
+        return moments
+
+    monkeypatch.setattr(LinearUse, "moments", wrong)
+    _compare_one(model, x, "l2")
+    assert sums[-1][1] == [11]
 
 
 def test_rules_of_users_are_checked_by_their_function(sums: Any, monkeypatch: pytest.MonkeyPatch) -> None:
