@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ContainerRecord", "has_settings", "mutable_parts"]
+__all__ = ["ContainerRecord", "has_settings", "module_of", "mutable_parts"]
 
 _PLAIN = (
     bool,
@@ -60,8 +60,18 @@ def has_settings(value: Any) -> bool:
     return _DATA_PACKAGES.isdisjoint(map(_package, type(value).__mro__))
 
 
+def module_of(kind: type) -> str:
+    """Return the name of the module that defines a class; empty if it is unknown, as for a class that ``type()`` has made.
+
+    Example:
+        >>> module_of(nn.Linear)
+        'torch.nn.modules.linear'
+    """
+    return str(getattr(kind, "__module__", ""))
+
+
 def _package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
+    return module_of(kind).partition(".")[0]
 
 
 def mutable_parts(value: Any, seen: set[int]) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, tensors_in
+from lightning_gradmetrics.classifier.mutable_parts import module_of
 
 __all__ = ["check_differentiable", "check_types"]
 
@@ -53,7 +54,7 @@ def check_differentiable(
     Raises:
         ValueError: If a quantised layer's input depends on a chosen parameter.
     """
-    kinds = tuple(kind for kind in set(map(type, modules)) if kind.__module__.startswith(QUANTISED))
+    kinds = tuple(kind for kind in set(map(type, modules)) if module_of(kind).startswith(QUANTISED))
     if not kinds:
         return
     layers: list[tuple[str, nn.Module]] = []

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-__all__ = ["SecondProcess", "second_process"]
+__all__ = ["SecondProcess", "second_process", "usable_cores"]
 
 Value = TypeVar("Value")
 
@@ -165,8 +165,13 @@ def _has_free_core() -> bool:
     """Return whether this process may use several cores, and is not one of several processes that draw nothing."""
     if os.environ.get("OMP_NUM_THREADS") == "1" or any(os.environ.get(name, "0") != "0" for name in RANKS):
         return False
+    return usable_cores() > 1
+
+
+def usable_cores() -> int:
+    """Return the number of processor cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return (cores or 1) > 1
+    return cores or 1
 
 
 def _started() -> _Worker | None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_gradmetrics.callback import GradientMetrics
 from lightning_gradmetrics.callback.describing import PACKAGES, describe_score, described
 from lightning_gradmetrics.classifier.forward import tensors_in
+from lightning_gradmetrics.classifier.mutable_parts import module_of
 from lightning_gradmetrics.cli.configuration import Settings
 from lightning_gradmetrics.cli.data.sets import EvaluationData
 from lightning_gradmetrics.cli.progress import notice
@@ -77,7 +78,7 @@ def _source_of(model: nn.Module) -> list[str]:
     """Return the source code of the user's classes in a model: a forward pass may change without its weights."""
     sources = []
     for kind in sorted(set(map(type, model.modules())), key=str):
-        if not kind.__module__.startswith("torch."):
+        if not module_of(kind).startswith("torch."):
             try:
                 sources.append(inspect.getsource(kind))
             except (OSError, TypeError):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.model_layout import INTERNAL
-from lightning_gradmetrics.classifier.mutable_parts import has_settings
+from lightning_gradmetrics.classifier.mutable_parts import has_settings, module_of
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.refusals import raise_if_out_of_memory
 from lightning_gradmetrics.engine.samples import close_rows
@@ -99,7 +99,7 @@ def _places(record: ModelRecord) -> Iterator[_Place]:
     """Yield the places of floating-point tensors without a graph, except in modules of torch."""
     seen: set[int] = set()
     for number, module in enumerate(record.modules):
-        if type(module).__module__.startswith("torch."):
+        if module_of(type(module)).startswith("torch."):
             continue
         if module._buffers:
             yield from _among((number, "buffers"), module._buffers)

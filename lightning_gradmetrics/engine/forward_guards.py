@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from lightning_gradmetrics.classifier.model_layout import HOOKS
+from lightning_gradmetrics.classifier.mutable_parts import module_of
 from lightning_gradmetrics.engine.checked_trace import CheckedTrace
 from lightning_gradmetrics.engine.stance import compiling
 
@@ -222,8 +223,7 @@ def _codes_of(modules: Iterable[nn.Module]) -> set[CodeType]:
     """Return the code of the methods of modules, of functions in the same files, and of functions inside of them."""
     waiting: list[Any] = []
     for kind in dict.fromkeys(itertools.chain.from_iterable(type(module).__mro__ for module in modules)):
-        waiting += vars(kind).values()
-        waiting += vars(sys.modules.get(kind.__module__, kind)).values()
+        waiting += (*vars(kind).values(), *vars(sys.modules.get(module_of(kind), kind)).values())
     codes: set[CodeType] = set()
     while waiting:
         value = waiting.pop()

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_gradmetrics.classifier.large_parts import fingerprint
 from lightning_gradmetrics.classifier.model_layout import INTERNAL
-from lightning_gradmetrics.classifier.mutable_parts import has_settings
+from lightning_gradmetrics.classifier.mutable_parts import has_settings, module_of
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.attribute_reads import are_reads_visible
 
@@ -200,7 +200,7 @@ def _classes(bases: tuple[tuple[type, ...], ...]) -> tuple[tuple[int, type], ...
     classes.pop(object, None)
     numbered: list[tuple[int, type]] = []
     for number, kind in enumerate(classes, 1):
-        if not kind.__module__.startswith("torch."):
+        if not module_of(kind).startswith("torch."):
             numbered.append((-number, kind))
     return tuple(numbered)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def evaluate(
         Jaeger et al.: A Call to Reflect on Evaluation Practices for Failure Detection in Image Classification,
         ICLR 2023.
     """
-    _check(scores, baselines, baseline, rate, ood_share, resamples, level, seed)
+    _check(scores, baselines, baseline, rate, ood_share, level)
+    resamples, seed = _whole("resamples", resamples), _whole("seed", seed)
     question = Question(list(scores), roles, rate, ood_share, resamples, level, seed, cluster, progress)
     judged = _judged(results, question, check_bins(bins))
     metrics, replicates = _with_means(judged, rate)
@@ -164,7 +166,8 @@ def compare_with_each(
     """
     rate, level = 0.95, 0.95
     for other in others:
-        _check(scores, (), other, rate, 0.5, resamples, level, seed)
+        _check(scores, (), other, rate, 0.5, level)
+    resamples, seed = _whole("resamples", resamples), _whole("seed", seed)
     question = Question(list(scores), roles, rate, 0.5, resamples, level, seed, None, None)
     metrics, replicates = _with_means(_judged(results, question, None), rate)
     comparisons = []
@@ -209,23 +212,29 @@ def _check(
     baseline: str | None,
     rate: float,
     ood_share: float,
-    resamples: int,
     level: float,
-    seed: int,
 ) -> None:
     if isinstance(scores, str) or not scores:
         raise ValueError(f"scores must be a list of at least one column name, got {scores!r}")
     named = [*baselines, *([] if baseline is None else [baseline])]
     if unknown := [name for name in named if name not in scores]:
         raise ValueError(f"the baselines {unknown} are not among the scores: {', '.join(scores)}")
-    for name, number in (("resamples", resamples), ("seed", seed)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise ValueError(f"{name} must be a whole number of at least 0, got {number!r}")
     check_rate(rate, "rate")
     if check_rate(level, "level") == 1:
         raise ValueError("level must be between 0 and 1, e.g. 0.95")
     if check_rate(ood_share, "ood_share") == 1:
         raise ValueError("ood_share must be between 0 and 1, e.g. 0.5")
+
+
+def _whole(name: str, number: Any) -> int:
+    """Return a number of any integral type, such as one of NumPy, as an ``int``."""
+    try:
+        whole = -1 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        whole = -1
+    if whole < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {number!r}")
+    return whole
 
 
 def _baseline(scores: Sequence[str], baselines: Sequence[str], baseline: str | None) -> str | None:

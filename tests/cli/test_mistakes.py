@@ -35,6 +35,7 @@ CASES = [
 SLOW = [
     (["cross_validation_folds=5", "fitted_folder=x"], "exclude each other"),
     (["trainer.accelerator=gpu"], "gpu"),
+    (["trainer.accelerator=cpu", "trainer.devices=9999"], "set trainer.devices to at most"),
     (["experiment=cifar10"], "root is missing: give it a value, as in root=VALUE"),
     (["score=[]"], "score is empty: choose at least one of"),
     (

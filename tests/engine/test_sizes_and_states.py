@@ -108,6 +108,15 @@ def test_hooks_that_a_forward_pass_adds_are_removed():
     assert error_of(model, batch) < 1e-8
 
 
+def test_a_class_without_the_name_of_a_module():
+    names = {"nn": nn, "forward": lambda net, x: net.head(net.a(x).tanh())}
+    exec("kind = type('Kind', (nn.Sequential,), {'forward': forward})", names)
+    assert not hasattr(names["kind"], "__module__")
+    model = names["kind"]()
+    model.a, model.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+    assert error_of(model.double().eval(), numbers(4, WIDTH)) < 1e-12
+
+
 def _cut(net, x, lengths):
     return net.head(torch.stack([torch.tanh(net.a(row[:n])).mean(0) for row, n in zip(x, lengths, strict=False)]))
 

@@ -250,6 +250,8 @@ def test_json_round_trip(evaluation):
         ({"level": 1.0}, "level must be between 0 and 1"),
         ({"resamples": -1}, "resamples must be"),
         ({"seed": -1}, "seed must be"),
+        ({"seed": 1.0}, "seed must be"),
+        ({"seed": True}, "seed must be"),
         ({"results": table(finite=["yes"] * len(table()))}, "the column 'finite' contains"),
         ({"results": pa.concat_tables([table(), table()])}, "rows repeat a"),
         ({"results": table().drop_columns(["label"])}, "no column 'label'"),
@@ -258,6 +260,13 @@ def test_json_round_trip(evaluation):
 def test_wrong_arguments_are_refused(arguments, error):
     with pytest.raises(ValueError, match=error):
         evaluate(**{"results": table(), "scores": ["good"], "roles": ROLES, **arguments})
+
+
+def test_numbers_of_numpy_are_accepted():
+    found = evaluate(table(), ["good"], ROLES, resamples=np.int32(10), seed=np.int64(3))
+    expected = evaluate(table(), ["good"], ROLES, resamples=10, seed=3)
+    assert json.dumps(found.settings) == json.dumps(expected.settings)
+    assert found.metrics == expected.metrics
 
 
 @pytest.mark.slow

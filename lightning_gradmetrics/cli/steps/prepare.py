@@ -20,6 +20,7 @@ from lightning_gradmetrics.cli.data.sets import EvaluationData
 from lightning_gradmetrics.cli.factories import build_data, build_model, build_scores
 from lightning_gradmetrics.cli.interrupted import check_directory, output_of
 from lightning_gradmetrics.cli.progress import notice, trainer_progress
+from lightning_gradmetrics.cli.second_process import usable_cores
 from lightning_gradmetrics.cli.sharing import SharedFolder, shared_folder
 from lightning_gradmetrics.scores import FittedScore, Score
 
@@ -88,9 +89,20 @@ def prepare(config: DictConfig) -> Experiment:
     trainer = instantiate(config.trainer, _partial_=True)(
         callbacks=callbacks, logger=instantiate(config.logger) or False, **progress
     )
+    _check_processes(trainer)
     description = _description(config.model, model, data)
     shared = shared_folder(settings, callback, callback.scored_model(model), trainer)
     return Experiment(settings, scores, data, model, callback, trainer, directory, description, shared)
+
+
+def _check_processes(trainer: Trainer) -> None:
+    """Refuse more processes than processor cores: each of them loads the model, and together they are slower."""
+    most = max(usable_cores(), 2)  # two are allowed anywhere, to try a run with several processes
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > most:
+        raise ValueError(
+            f"trainer.devices={trainer.num_devices} starts as many processes, but this one may use {usable_cores()} CPU cores: "
+            f"set trainer.devices to at most {most}"
+        )
 
 
 def _check_top_k(top_k: Any) -> None:
