@@ -102,8 +102,9 @@ class MomentTable:
             factors = None if self._scaled else undo
             waiting = self._waiting[index]
             waiting.update(_segment_moments(self._small[index], self.task.wanted))
-            if waiting and is_traced():  # a graph has no lists of columns to assign to
-                waiting.update(self._segments[index].by_name())
+            segments = self._segments[index]
+            if is_traced() and (waiting or len(segments.names) < len(self._columns)):
+                waiting.update(segments.by_name())  # a graph has no lists of columns to assign to
             else:
                 self._fill_segments(index, factors)
             if waiting:
@@ -197,8 +198,18 @@ def _fill_columns(
     for key, values in filled.items():
         if len(names) == moments[key].shape[1]:
             moments[key] = values
+        elif is_traced():
+            moments[key] = _with_columns(moments[key], where, values)
         else:
             moments[key][:, where] = values
+
+
+def _with_columns(table: Tensor, where: Sequence[int], values: Tensor) -> Tensor:
+    """Return a table ``(N, P)`` with other values ``(N, p)`` in some columns, without an index, which would be a constant of a graph."""
+    columns = list(table.unbind(1))
+    for number, column in zip(where, values.unbind(1), strict=True):
+        columns[number] = column
+    return torch.stack(columns, 1)
 
 
 def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:

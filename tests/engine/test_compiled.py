@@ -196,6 +196,30 @@ def test_products_written_as_einsum_are_compiled(graphs):
         assert _errors(compiled, expected) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("statistics", [("l2",), ("l1", "l2", "max", "min", "mean")])
+@pytest.mark.parametrize("convolves", [False, True])
+def test_models_with_unused_parameters_are_compiled(convolves, statistics, graphs):
+    """The gradients of these parameters are zero, in every batch."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(2, 4, 3) if convolves else nn.Flatten()
+    model = nn.Sequential(first, nn.Flatten(), nn.Linear(16 if convolves else 32, 3)).eval()
+    first.register_parameter("unused", nn.Parameter(torch.ones(2, 3)))
+    for _ in range(4):
+        x = torch.randn(5, 2, 4, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            found = gradient_statistics(
+                model, x, "pseudo_label", per_parameter=True, statistics=statistics, compile=True
+            )
+    assert all(compiled_plans._PROGRAMS[model].values())
+    expected = gradient_statistics(
+        model, x, "pseudo_label", per_parameter=True, statistics=statistics, engine="reference"
+    )
+    for name in statistics:
+        torch.testing.assert_close(found.statistic(name), expected.statistic(name), rtol=1e-4, atol=1e-6)
+
+
 def test_scores_of_the_compiled_engine_are_those_of_the_eager_one(graphs):
     torch.manual_seed(0)
     model, score = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), "pseudo_label(target=all)"
