@@ -237,6 +237,17 @@ def _attention(step: Step) -> list[Layout]:
     return [first] * len(step.operation.outputs)
 
 
+def _lstm(step: Step) -> list[Layout]:
+    """One direction of an LSTM layer: projected inputs ``(T, N, ...)``, states ``(N, ...)`` and weights, as in ``rules/recurrence.py``."""
+    projected, *states = step.layouts[:3]
+    if projected is None or projected.dim != 1 or any(layout is not None for layout in step.layouts[3:]):
+        raise UnprovenError
+    row = projected.moved(0)
+    if any(layout not in (None, row) for layout in states):
+        raise UnprovenError
+    return [projected] * 6 + [row] * 2
+
+
 _FAMILIES: dict[Callable[[Step], Any], str] = {
     _reshaped: "view _unsafe_view reshape _reshape_alias unsqueeze squeeze alias clone detach _to_copy lift_fresh "
     "contiguous flatten",
@@ -268,6 +279,7 @@ _FAMILIES: dict[Callable[[Step], Any], str] = {
     _looked_up: "embedding",
     _gathered: "gather",
     _picked: "index",
+    _lstm: "lightning_gradmetrics::lstm_run",
     _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "scaled_dot_product_attention _scaled_dot_product_fused_attention_overrideable",

@@ -23,6 +23,7 @@ from lightning_gradmetrics.engine.dependence import (
 from lightning_gradmetrics.engine.folding import find_folds
 from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.host_reads import HostRead, PlannedRead
+from lightning_gradmetrics.engine.kernels.operators import traced_operators
 from lightning_gradmetrics.engine.layouts import Layout
 from lightning_gradmetrics.engine.mixing import mixes_samples
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
@@ -206,7 +207,7 @@ def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, Depende
     recording = Recording(Outline(task.leaves()))
     dependence = DependenceTrace(samples, task.model.parameters(), recording)
     trace = CallTrace(task.parameters, on_read=dependence.note_read)
-    with dependence, trace, recording:
+    with traced_operators(), dependence, trace, recording:
         logits = task.forward()
     return trace, logits, dependence, recording.outline.end(logits)
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lightning_gradmetrics as lgm
+from lightning_gradmetrics.engine import probe
 from lightning_gradmetrics.engine.auto import _STRATEGIES
+from lightning_gradmetrics.engine.dependence import DependenceTrace
+from lightning_gradmetrics.engine.refusals import CoupledSamplesError
 
 Use = Callable[["Reader", Tensor], Tensor]
 
@@ -84,3 +87,29 @@ def test_lstm_with_normalised_recurrent_weights() -> None:
     found = lgm.gradient_statistics(model, x, "uniform", per_parameter=True).norm(2)
     expected = lgm.gradient_statistics(model, x, "uniform", per_parameter=True, engine="reference").norm(2)
     torch.testing.assert_close(found, expected)
+
+
+def test_a_probe_traces_a_direction_as_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the time that a plan takes does not grow with the number of time steps."""
+    counts: list[int] = []
+
+    class Counted(DependenceTrace):
+        def __exit__(self, *error: object) -> None:
+            counts.append(len(self.operations))
+            super().__exit__(*error)
+
+    monkeypatch.setattr(probe, "DependenceTrace", Counted)
+    for length in (3, 30):
+        torch.manual_seed(0)
+        net = Reader(last_output).double().eval()
+        lgm.gradient_statistics(net, torch.randn(7, length, 5).double(), "pseudo_label")
+        (strategy,) = next(iter(_STRATEGIES[net].values()))
+        assert strategy.sizes is not None and strategy.alone == 0
+    assert len(counts) == 4 and len(set(counts)) == 1
+
+
+def test_samples_along_the_time_axis_are_refused() -> None:
+    torch.manual_seed(0)
+    net = Reader(lambda net, x: net.layers(x.transpose(0, 1))[0][0]).double().eval()
+    with pytest.raises(CoupledSamplesError):
+        lgm.gradient_statistics(net, torch.randn(7, 1, 5).double(), "pseudo_label")

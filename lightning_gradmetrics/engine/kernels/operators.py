@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +15,22 @@ __all__ = ["Operator", "is_traced", "noted", "noted_tensors", "operator", "reads
 
 _LIBRARY = torch.library.Library("lightning_gradmetrics", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-_traced = False
 _noted: list[Tensor] | None = None
 
 
-class Operator:
+class _OfThread(threading.local):
+    """Whether the current thread traces operators; another thread may compute meanwhile."""
+
+    traces = False
+
+
+_THREAD = _OfThread()
+
+
+Result = TypeVar("Result")
+
+
+class Operator(Generic[Result]):
     """A function of tensors that is one node of a traced graph, whatever it does inside.
 
     Args:
@@ -27,16 +39,16 @@ class Operator:
         empty: Returns results of the right shape, type and device, with any values.
     """
 
-    def __init__(self, function: Callable[..., Tensor], schema: str, empty: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[..., Result], schema: str, empty: Callable[..., Any]) -> None:
         self.function, self.schema, self.empty = function, schema, empty
         self.__doc__ = function.__doc__
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Result:
         """Return the function's result, in a trace without a graph of autograd."""
-        if not _traced:
+        if not _THREAD.traces:
             return self.function(*args)
         with torch.no_grad():
-            result: Tensor = self._registered(*args)
+            result: Result = self._registered(*args)
         return result
 
     @cached_property
@@ -49,7 +61,7 @@ class Operator:
         return getattr(torch.ops.lightning_gradmetrics, name).default
 
 
-def operator(schema: str, empty: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Operator]:
+def operator(schema: str, empty: Callable[..., Any]) -> Callable[[Callable[..., Result]], Operator[Result]]:
     """Return a decorator that makes an :class:`Operator` of a function; see there for the arguments."""
     return lambda function: Operator(function, schema, empty)
 
@@ -57,22 +69,21 @@ def operator(schema: str, empty: Callable[..., Tensor]) -> Callable[[Callable[..
 @contextmanager
 def traced_operators() -> Iterator[None]:
     """Call operators through torch inside the block, so that a trace records them."""
-    global _traced
-    before, _traced = _traced, True
+    before, _THREAD.traces = _THREAD.traces, True
     try:
         yield
     finally:
-        _traced = before
+        _THREAD.traces = before
 
 
 def is_traced() -> bool:
-    """Return whether a plan is being traced."""
-    return _traced
+    """Return whether the current thread traces a plan."""
+    return _THREAD.traces
 
 
 def reads_are_slow(tensor: Tensor) -> bool:
     """Return whether Python waits for a device to read a value of such a tensor, or cannot read it in a trace."""
-    return _traced or tensor.device.type != "cpu"
+    return _THREAD.traces or tensor.device.type != "cpu"
 
 
 def noted(tensor: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 Let ``z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` be the gates. The gradients of all parameters follow from those of the gates:
 ``W_hh`` is used by one linear layer on the earlier hidden states ``h_{t-1}``, which are known constants once the forward
 pass has run. The node returns the gradients of the gates, which include all later steps.
+
+While a model is probed, the forward pass of a direction is one operator. A proof that samples are kept apart needs one rule for it
+(:mod:`~lightning_gradmetrics.engine.layout_rules`), and no trace of each time step.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["is_supported", "lstm_direction"]
+from lightning_gradmetrics.engine.kernels.operators import operator
+
+__all__ = ["is_supported", "lstm_direction", "lstm_run"]
 
 
 def is_supported(projected: Tensor, tensors: Sequence[Tensor]) -> bool:
@@ -40,24 +45,26 @@ class _Run:
     """A forward pass without a graph; everything but the last states has the shape ``(T, N, ...)``.
 
     Args:
+        backwards: Whether the last time comes first.
         hidden: The hidden states.
-        earlier: The hidden states before each step.
         cells: The cell states.
-        earlier_cells: The cell states before each step.
         gates: The sigmoids of all gates, ``(T, N, 4 H)``.
         candidates: The hyperbolic tangents of the third gates.
-        last: The hidden and the cell state at the end, ``(N, H)``.
-        backwards: Whether the last time comes first.
+        earlier: The hidden states before each step.
+        earlier_cells: The cell states before each step.
+        last: The hidden state at the end, ``(N, H)``.
+        last_cell: The cell state at the end.
     """
 
+    backwards: bool
     hidden: Tensor
-    earlier: Tensor
     cells: Tensor
-    earlier_cells: Tensor
     gates: Tensor
     candidates: Tensor
-    last: tuple[Tensor, Tensor]
-    backwards: bool
+    earlier: Tensor
+    earlier_cells: Tensor
+    last: Tensor
+    last_cell: Tensor
 
 
 def lstm_direction(
@@ -75,13 +82,28 @@ def lstm_direction(
     hidden, cell = state
     with torch._C.DisableTorchFunction(), torch.no_grad():  # the parameters are used in the linear layer below
         weight, bias = w_hh.detach(), None if b_hh is None else b_hh.detach()
-        run = _run(projected.detach(), hidden.detach(), cell.detach(), weight, bias, backwards)
+        results = lstm_run(projected.detach(), hidden.detach(), cell.detach(), weight, bias, backwards)
+        run = _Run(backwards, *results)
     recurrent = F.linear(run.earlier, w_hh, b_hh)
     outputs, *last = _Recurrence.apply(projected, recurrent, hidden, cell, weight, run)  # type: ignore[no-untyped-call]
     return outputs, tuple(last)
 
 
-def _run(projected: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool) -> _Run:
+def _empty(projected: Tensor, hidden: Tensor, *_: Any) -> list[Tensor]:
+    """Return tensors like the results of :func:`lstm_run`."""
+    times, size = projected.shape[0], hidden.shape[-1]
+    widths = (size, size, 4 * size, size, size, size)
+    rows = [hidden.new_empty(times, hidden.shape[0], width) for width in widths]
+    return [*rows, torch.empty_like(hidden), torch.empty_like(hidden)]
+
+
+@operator(
+    "(Tensor projected, Tensor hidden, Tensor cell, Tensor weight, Tensor? bias, bool backwards) -> Tensor[]", _empty
+)
+def lstm_run(
+    projected: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: Tensor | None, backwards: bool
+) -> list[Tensor]:
+    """Return the tensors of a :class:`_Run`; the arguments are those of :func:`lstm_direction`, without graphs."""
     rows: list[tuple[Tensor, ...]] = []
     first, size = (hidden.unsqueeze(0), cell.unsqueeze(0)), cell.shape[1]
     steps = (projected if bias is None else projected + bias).unbind(0)
@@ -94,10 +116,9 @@ def _run(projected: Tensor, hidden: Tensor, cell: Tensor, weight: Tensor, bias: 
         cell = torch.addcmul(f * cell, i, candidate)
         hidden = o * cell.tanh()
         rows.append((hidden, cell, gates, candidate))
-    columns = map(torch.stack, zip(*(rows[::-1] if backwards else rows), strict=True))
-    every_hidden, cells, every_gate, candidates = columns
-    earlier, earlier_cells = _shifted(first[0], every_hidden, backwards), _shifted(first[1], cells, backwards)
-    return _Run(every_hidden, earlier, cells, earlier_cells, every_gate, candidates, (hidden, cell), backwards)
+    columns = list(map(torch.stack, zip(*(rows[::-1] if backwards else rows), strict=True)))
+    earlier = [_shifted(state, states, backwards) for state, states in zip(first, columns, strict=False)]
+    return [*columns, *earlier, hidden, cell]
 
 
 def _shifted(first: Tensor, states: Tensor, backwards: bool) -> Tensor:
@@ -114,7 +135,7 @@ class _Recurrence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.backwards = run.backwards
         ctx.save_for_backward(weight, run.gates, run.candidates, run.cells, run.earlier_cells)
-        return run.hidden, *run.last
+        return run.hidden, run.last, run.last_cell
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
