@@ -95,12 +95,17 @@ def prepare(config: DictConfig) -> Experiment:
     return Experiment(settings, scores, data, model, callback, trainer, directory, description, shared)
 
 
+MOST_PROCESSES_PER_CORE = 4
+"""More processes than cores are slow, but may be wanted to try a run; many more are a typing error."""
+
+
 def _check_processes(trainer: Trainer) -> None:
-    """Refuse more processes than processor cores: each of them loads the model, and together they are slower."""
-    most = max(usable_cores(), 2)  # two are allowed anywhere, to try a run with several processes
+    """Refuse many more processes than processor cores: each of them loads the model and the data."""
+    cores = usable_cores()
+    most = MOST_PROCESSES_PER_CORE * cores
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > most:
         raise ValueError(
-            f"trainer.devices={trainer.num_devices} starts as many processes, but this one may use {usable_cores()} CPU cores: "
+            f"trainer.devices={trainer.num_devices} would start as many processes on {cores} CPU cores: "
             f"set trainer.devices to at most {most}"
         )
 
