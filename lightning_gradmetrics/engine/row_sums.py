@@ -116,25 +116,31 @@ class RowSums:
 
     def _relative_errors(self, table: MomentTable, objective: int) -> Tensor:
         """Return the largest difference of each sample's sums from those in a table, in units of what is allowed, ``(N,)``."""
-        sums, parameters = self._sums[objective], self._task.parameters
+        sums, parameters = self._sums[objective], table.task.parameters
         names = [name for name in sums if name not in self._unknown and name in parameters]
-        if not names:
+        if not names or not table.task.wanted >= _COMPARED:
             return torch.zeros(self._task.size, dtype=torch.float64)
         moments = table.of_samples(slice(0, self._task.size), names, objective)
         entries = _entries(table.task, names)
         allowed = entries.new_tensor([FRACTION * rounding(parameters[name]) for name in names])
-        norms = moments[2.0].double().cpu().sqrt()
+        norms = _wide(moments[2.0]).sqrt()
         norms = norms + LEVEL * norms.amax(1, keepdim=True)
         expected = torch.stack([sums[name].double().cpu() for name in names], 1)
         expected = rescaled_rows(expected, self._undo[objective].cpu())
-        error = (moments["sum"].double().cpu() - expected).abs()
+        error = (_wide(moments["sum"]) - expected).abs()
         relative = error / (allowed * entries.sqrt() * norms + torch.finfo(torch.float64).tiny)
         return relative.where(expected.isfinite(), 0.0).amax(1)
 
 
 def _second_table(task: Task) -> MomentTable | None:
-    """Return a table with the moments of a batch and those that the comparison needs; ``None`` if the batch has them."""
-    return None if task.wanted >= _COMPARED else MomentTable(replace(task, wanted=task.wanted | _COMPARED))
+    """Return a table with the moments of a batch and those that the comparison needs; ``None`` if the batch has them.
+
+    Complex parameters have norms only.
+    """
+    names = [name for name, parameter in task.parameters.items() if not parameter.is_complex()]
+    if task.wanted >= _COMPARED or not names:
+        return None
+    return MomentTable(replace(task.restricted(names), wanted=task.wanted | _COMPARED))
 
 
 def _entries(task: Task, names: Iterable[str]) -> Tensor:
@@ -144,13 +150,18 @@ def _entries(task: Task, names: Iterable[str]) -> Tensor:
 
 def _agree(table: MomentTable, second: MomentTable, objective: int) -> Tensor:
     """Return for each sample whether a second table has the moments of the first one, up to rounding, ``(N,)``."""
-    parameters, every = table.task.parameters, slice(0, table.task.size)
-    found = {key: value.double().cpu() for key, value in table.of_samples(every, parameters, objective).items()}
-    expected = {key: value.double().cpu() for key, value in second.of_samples(every, parameters, objective).items()}
+    parameters, every = second.task.parameters, slice(0, table.task.size)
+    found = {key: _wide(value) for key, value in table.of_samples(every, parameters, objective).items()}
+    expected = {key: _wide(value) for key, value in second.of_samples(every, parameters, objective).items()}
     norms = expected[2.0].sqrt()
     level = norms + LEVEL * norms.amax(1, keepdim=True)
     allowed = level.new_tensor(list(map(rounding, parameters.values())))
-    return are_close(found, expected, level, _entries(table.task, parameters), allowed).all(1)
+    return are_close(found, expected, level, _entries(second.task, parameters), allowed).all(1)
+
+
+def _wide(moment: Tensor) -> Tensor:
+    """Return a moment of real parameters on the CPU in float64; the table is complex if other parameters are."""
+    return (moment.real if moment.is_complex() else moment).double().cpu()
 
 
 def _sums(rule: Rule, call: Call, g: Tensor) -> dict[str, Tensor]:
