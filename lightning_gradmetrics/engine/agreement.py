@@ -184,17 +184,14 @@ def _is_small(gradient: Tensor, wanted: Collection[Moment]) -> bool:
 
 
 def _moments_of_small(gradients: Sequence[Tensor], wanted: Iterable[Moment]) -> Moments:
-    """Return the moments ``(P,)`` of small gradients of one type, by a few calls for all of them.
-
-    Squares have the type of the gradients, as in the moments that they are compared with: those of tiny entries are zero.
-    """
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    """Return the moments ``(P,)`` of small gradients of one type, by a few calls for all of them."""
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).double()
     lengths = torch.tensor(list(map(Tensor.numel, gradients)))
     entries: dict[Moment, Tensor] = {1.0: flat.abs(), 2.0: flat * flat}
     moments: Moments = {}
     for key in wanted:
         kind = key if isinstance(key, str) else "sum"
-        moments[key] = torch.segment_reduce(entries.get(key, flat).double(), kind, lengths=lengths, unsafe=True)
+        moments[key] = torch.segment_reduce(entries.get(key, flat), kind, lengths=lengths, unsafe=True)
     return moments
 
 

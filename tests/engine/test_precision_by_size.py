@@ -137,3 +137,30 @@ def test_hooks_on_stored_tensors_at_some_sizes_do_not_change_a_samples_gradients
     model = Net(STORED[name]).double().eval()
     for size in SIZES:
         assert error_of(model, torch.randn(size, WIDTH, dtype=torch.float64)) < 1e-8
+
+
+@pytest.mark.parametrize("size", [1e-22, 1e20])
+@pytest.mark.parametrize("kind", ["rows", "sequence", "conv", "depthwise", "wide"])
+def test_squares_neither_overflow_nor_vanish_in_single_precision(kind, size):
+    """One input of 1e20 made the L2 norm of the first layer infinite; one of 1e-22 made it zero."""
+    torch.manual_seed(0)
+    first, shape = {
+        "rows": (nn.Linear(4, 8, bias=False), (4,)),
+        "sequence": (nn.Linear(4, 8, bias=False), (5, 4)),
+        "conv": (nn.Conv1d(4, 8, 3, bias=False), (4, 6)),
+        "depthwise": (nn.Conv1d(4, 4, 3, bias=False, groups=4), (4, 6)),
+        "wide": (nn.Linear(2000, 200, bias=False), (2000,)),
+    }[kind]
+    x = torch.randn(8, *shape)
+    model = nn.Sequential(first, nn.Flatten(), nn.Linear(first(x[:1]).numel(), 3)).eval()
+    for wanted in (["l2"], ["std", "l1", "l2"]):
+        for _ in range(2):
+            gradient_statistics(model, x, "uniform", per_parameter=True, statistics=wanted)
+        far = x.clone()
+        far[3] *= size
+        found = gradient_statistics(model, far, "uniform", per_parameter=True, statistics=wanted)
+        loss = -model(far[3:4]).log_softmax(1).mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        expected = torch.stack([gradient.double().norm() for gradient in gradients])
+        assert 0 < float(expected[0]) < torch.inf
+        torch.testing.assert_close(found.norm(2)[3].double(), expected, rtol=1e-4, atol=0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import POINTWISE, ConvGeometry
 from lightning_gradmetrics.engine.kernels.native import native_squares, supports
+from lightning_gradmetrics.gradients.lost_digits import LEAST
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator
 
 __all__ = ["conv_gram_pays", "conv_square", "linear_gram_pays", "linear_square"]
@@ -89,12 +90,14 @@ def _compiled(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Te
     """Return the sums of squares and the sums by the compiled kernels."""
     sums, has_lost = native_squares(x, g, geometry, CANCELLED)
     total, square, bound = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)).unbind(1)
+    bound = bound.where((bound != 0) | (total == 0), torch.inf)
     return {"sum": total, 2.0: _reliable(square, bound, direct) if has_lost else square}
 
 
 def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the sums of squares ``(N,)``, computed directly where cancellation lost digits."""
-    lost = (square < CANCELLED * bound) & bound.isfinite()
+    in_range = (bound == 0) | ((bound >= LEAST) & bound.isfinite())
+    lost = (square < CANCELLED * bound) | ~in_range
     if bool(lost.any()):
         square = square.clone()
         square[lost] = direct(lost).to(square.dtype)

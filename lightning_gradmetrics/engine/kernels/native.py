@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div, three
 from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, GramJob, ProductJob, RowJob, Triple
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
+from lightning_gradmetrics.engine.kernels.partial import ORDER, checked_moments, joined_moments
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = [
@@ -30,9 +31,6 @@ __all__ = [
     "supports",
     "threads_for",
 ]
-
-ORDER: tuple[Moment, ...] = ("sum", 2.0, 1.0, "max", "min")
-"""The moments in the order in which the kernels return them."""
 
 TASKS = 4
 """Smallest number of work pieces per thread when there are few samples."""
@@ -84,23 +82,6 @@ def _scratch(size: int) -> int:
     return ceil_div(memory.data_ptr(), ALIGNMENT) * ALIGNMENT
 
 
-def _moments(out: Tensor, wanted: Iterable[Moment]) -> Moments:
-    """Return the moments from partial statistics ``(N, pieces, 5)``."""
-    columns = out.squeeze(1).unbind(-1)
-    moments: Moments = {}
-    for key in wanted:
-        pieces = columns[ORDER.index(key)]
-        if pieces.ndim == 1:
-            moments[key] = pieces
-        elif key == "max":
-            moments[key] = pieces.amax(1)
-        elif key == "min":
-            moments[key] = pieces.amin(1)
-        else:
-            moments[key] = pieces.sum(1)
-    return moments
-
-
 def _mode(wanted: Iterable[Moment]) -> int:
     """Return 0 if the sum and the sum of squares are enough, else 1."""
     return int(not set(wanted) <= {"sum", 2.0})
@@ -123,7 +104,7 @@ def native_rows(flat: Tensor, wanted: Iterable[Moment]) -> Moments:
         mode=_mode(keys),
     )
     run_job(job, library_for(flat.dtype).row_statistics, threads_for(flat.numel()))
-    return _moments(out, keys)
+    return joined_moments(out, keys)
 
 
 @functools.lru_cache(maxsize=512)
@@ -243,7 +224,14 @@ def native_products(
         job.scale, job.weight = scale.data_ptr(), weight.data_ptr()
         job.products, job.totals = scaled.products.data_ptr(), scaled.totals.data_ptr()
     run_job(job, library.products, threads)
-    return _moments(out, keys)
+
+    def wide(rows: Tensor) -> Moments:
+        own = None
+        if scaled is not None:
+            own = ChannelScale.for_samples(len(rows), scaled.weight.double(), scaled.scale.double())
+        return native_products(x[rows].double(), g[rows].double(), geometry, keys, own)
+
+    return checked_moments(out, g, keys, wide)
 
 
 class _ProductPlan(NamedTuple):
@@ -335,7 +323,11 @@ def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Itera
     job.x_sample, job.x_channel, job.x_step = x.stride(0), x.stride(1), Triple(*three(x.stride()[2:], 0))
     job.g_sample, job.g_channel, job.g_step = g.stride(0), g.stride(1), Triple(*three(g.stride()[2:], 0))
     run_job(job, library.depthwise, threads)
-    return _moments(out, keys)
+
+    def wide(rows: Tensor) -> Moments:
+        return native_depthwise(x[rows].double(), g[rows].double(), geometry, keys)
+
+    return checked_moments(out, g, keys, wide)
 
 
 class GramSums(NamedTuple):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.jobs import SegmentJob
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
-from lightning_gradmetrics.engine.kernels.native import ONE_THREAD_ENTRIES, ORDER, supports
+from lightning_gradmetrics.engine.kernels.native import ONE_THREAD_ENTRIES, supports
 from lightning_gradmetrics.engine.kernels.operators import operator
+from lightning_gradmetrics.engine.kernels.partial import ORDER
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = ["Factors", "Segments", "chosen_moments"]

@@ -37,6 +37,12 @@
 typedef REAL vec __attribute__((vector_size(BYTES), aligned(BYTES)));
 typedef REAL loose __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 
+#ifdef SINGLE
+#define LEAST 1e-28 /* smaller sums of squares may lack entries whose squares vanish in single precision */
+#else
+#define LEAST 0
+#endif
+
 enum { SUMS = 0, ALL = 1 }; /* modes: sum and sum of squares only, or all five statistics */
 enum { SUM, SQUARE, ABS, MAX, MIN, STATISTICS };
 

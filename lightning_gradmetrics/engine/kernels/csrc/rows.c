@@ -25,6 +25,14 @@ inline_always void stretch(const REAL *x, int64_t count, running *s, int mode) {
   }
 }
 
+/* Computes a sum of squares in double precision if squares in single precision have overflowed or may have vanished. */
+static void check_square(const REAL *x, int64_t count, double *out) {
+  if (out[SQUARE] >= LEAST && out[SQUARE] < INFINITY) return;
+  double square = 0;
+  for (int64_t i = 0; i < count; i++) square += (double)x[i] * x[i];
+  out[SQUARE] = square;
+}
+
 static void row_work(void *data) {
   row_job *j = data;
   const int64_t each = (j->columns + j->pieces - 1) / j->pieces;
@@ -38,6 +46,7 @@ static void row_work(void *data) {
     else
       stretch(x, last - first, &s, SUMS);
     finish(&s, j->out + task * STATISTICS);
+    check_square(x, last - first, j->out + task * STATISTICS);
   }
 }
 
@@ -90,7 +99,7 @@ inline_always void short_row(const REAL *x, int64_t count, double *out, int mode
   if (isnan(out[SQUARE])) out[MAX] = out[MIN] = NAN; /* comparisons drop NaN */
 }
 
-static void segment_row(const REAL *x, int64_t count, double *out, int mode) {
+static void unchecked_row(const REAL *x, int64_t count, double *out, int mode) {
   if (count <= SHORT) {
     if (mode == ALL)
       short_row(x, count, out, ALL);
@@ -105,6 +114,11 @@ static void segment_row(const REAL *x, int64_t count, double *out, int mode) {
   else
     stretch(x, count, &s, SUMS);
   finish(&s, out);
+}
+
+static void segment_row(const REAL *x, int64_t count, double *out, int mode) {
+  unchecked_row(x, count, out, mode);
+  check_square(x, count, out);
 }
 
 /* A block of samples: each statistic of all of them is adjacent in memory. */

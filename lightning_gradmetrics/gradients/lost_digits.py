@@ -1,0 +1,44 @@
+"""Sums of squares and of higher powers in single precision, of entries whose powers overflow or vanish."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEAST", "lost_rows", "may_have_lost"]
+
+LEAST = 1e-28
+"""Smaller sums may lack entries below 1e-19, whose squares have few digits in float32, or none."""
+
+
+def may_have_lost(powers: Tensor) -> bool:
+    """Return whether sums of powers, computed in float32, may be wrong: infinite, or without their small entries.
+
+    Example:
+        >>> may_have_lost(torch.tensor([1.0, 2.0])), may_have_lost(torch.tensor([1.0, 0.0]))
+        (False, True)
+    """
+    if not powers.numel():
+        return False
+    low, high = torch.aminmax(powers)
+    return not (float(low) >= LEAST and float(high) < math.inf)  # a comparison with NaN is False
+
+
+def lost_rows(powers: Tensor, sums: Tensor) -> Tensor | None:
+    """Return the numbers of the samples for which that may be so; ``None`` if there are none.
+
+    Args:
+        powers: The sums of powers, ``(N,)``.
+        sums: The sums of the entries, ``(N,)``: where both are zero, all entries are.
+
+    Example:
+        >>> lost_rows(torch.tensor([1.0, 0.0, torch.inf]), torch.tensor([1.0, 0.0, 2.0]))
+        tensor([2])
+    """
+    if not may_have_lost(powers):
+        return None
+    is_in_range = (powers >= LEAST) & (powers < math.inf)
+    rows = (~is_in_range & ((powers != 0) | (sums != 0))).nonzero()[:, 0]
+    return rows if len(rows) else None
