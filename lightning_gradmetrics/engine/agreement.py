@@ -24,6 +24,7 @@ from lightning_gradmetrics.gradients.statistics import (
 )
 
 __all__ = [
+    "Expected",
     "SampleNotes",
     "VerificationNotes",
     "agreeing",
@@ -152,21 +153,27 @@ def _moments_by_blocks(gradient: Tensor, wanted: Iterable[Moment]) -> Moments:
 
 
 def _moments_of_each(gradients: Iterable[Tensor], wanted: Collection[Moment]) -> Moments:
-    """Return the moments ``(P,)`` of some gradients; those of consecutive small ones are computed together."""
+    """Return the moments ``(P,)`` of some gradients; those of small ones are computed together."""
     parts: list[Moments] = []
-    small: list[Tensor] = []
-    for gradient in gradients:
-        is_small = _is_small(gradient, wanted)
-        if small and not (is_small and len(small) < MOST_TOGETHER and small[0].dtype == gradient.dtype):
-            parts.append(_moments_of_small(small, wanted))
-            small = []
-        if is_small:
-            small.append(gradient)
-        else:
+    order: list[int] = []
+    small: defaultdict[torch.dtype, dict[int, Tensor]] = defaultdict(dict)
+    for number, gradient in enumerate(gradients):
+        if not _is_small(gradient, wanted):
             parts.append(_moments_by_blocks(gradient, wanted))
-    if small:
-        parts.append(_moments_of_small(small, wanted))
-    return merge_rows(parts)
+            order.append(number)
+            continue
+        together = small[gradient.dtype]
+        together[number] = gradient
+        if len(together) == MOST_TOGETHER:
+            parts.append(_moments_of_small(list(together.values()), wanted))
+            order += together
+            together.clear()
+    for together in small.values():
+        if together:
+            parts.append(_moments_of_small(list(together.values()), wanted))
+            order += together
+    positions = torch.tensor(order).argsort()
+    return {key: value[positions] for key, value in merge_rows(parts).items()}
 
 
 SMALL = 2**13
@@ -202,6 +209,41 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
 
 
+@dataclass(frozen=True)
+class Expected:
+    """The moments of autograd's gradients of one sample.
+
+    Args:
+        moments: Those of each parameter, ``(P,)``.
+        entries: The number of entries of each parameter.
+        rounding: The relative rounding error of each parameter.
+    """
+
+    moments: Moments
+    entries: list[int]
+    rounding: list[float]
+
+    @classmethod
+    def of(cls, gradients: Iterable[Tensor], wanted: Iterable[Moment]) -> Expected:
+        """Return the moments of each gradient, with the squares; an iterator may delete each gradient before it yields the next."""
+        entries: list[int] = []
+        by_rounding: list[float] = []
+
+        def noted() -> Iterator[Tensor]:
+            for gradient in gradients:
+                entries.append(max(gradient.numel(), 1))
+                by_rounding.append(rounding(gradient))
+                yield gradient
+
+        moments = _moments_of_each(noted(), {*wanted, 2.0})
+        return cls(moments, entries, by_rounding)
+
+    def norms(self) -> list[float]:
+        """Return the norm of each gradient."""
+        norms: list[float] = self.moments[2.0].sqrt().tolist()
+        return norms
+
+
 def agreeing(
     moments: Moments, gradients: Iterable[Tensor], scales: Sequence[float], tolerance: float | None = None
 ) -> Tensor:
@@ -213,34 +255,24 @@ def agreeing(
         scales: For each parameter, the magnitude of the terms whose sum is the gradient; rounding errors are relative to it.
         tolerance: The largest relative difference; by default that of rounding.
     """
-    return agreeing_within(moments, gradients, scales, [tolerance])[0]
+    return agreeing_within(moments, Expected.of(gradients, moments), scales, [tolerance])[0]
 
 
 def agreeing_within(
-    moments: Moments, gradients: Iterable[Tensor], scales: Sequence[float], tolerances: Sequence[float | None]
+    moments: Moments, expected: Expected, scales: Sequence[float], tolerances: Sequence[float | None]
 ) -> list[Tensor]:
-    """Return the same as :func:`agreeing` for each of several tolerances in ascending order, with one pass over the gradients."""
-    counts: list[int] = []
-    by_rounding: list[float] = []
-
-    def noted() -> Iterator[Tensor]:
-        for gradient in gradients:
-            counts.append(max(gradient.numel(), 1))
-            by_rounding.append(rounding(gradient))
-            yield gradient
-
-    expected = _moments_of_each(noted(), {*moments, 2.0})
-    level = expected[2.0].sqrt()
+    """Return the same as :func:`agreeing` for each of several tolerances in ascending order."""
+    level = expected.moments[2.0].sqrt()
     level = level + level.new_tensor(scales)
-    entries = level.new_tensor(counts)
+    entries = level.new_tensor(expected.entries)
     agrees: list[Tensor] = []
     rows: Moments = {key: value[0] for key, value in moments.items()}
     for tolerance in tolerances:
         if agrees and bool(agrees[-1].all()):  # by a smaller tolerance
             agrees.append(agrees[-1])
             continue
-        allowed = level.new_tensor(by_rounding) if tolerance is None else torch.full_like(level, tolerance)
-        agrees.append(are_close(rows, expected, level, entries, allowed))
+        allowed = level.new_tensor(expected.rounding) if tolerance is None else torch.full_like(level, tolerance)
+        agrees.append(are_close(rows, expected.moments, level, entries, allowed))
     return agrees
 
 

@@ -8,11 +8,11 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradmetrics.classifier.tensor_records import written_arguments
-from lightning_gradmetrics.engine.calls import PLAIN_TYPES, has_tensors, tensors_in
+from lightning_gradmetrics.engine.calls import PLAIN_TYPES, tensors_in
 from lightning_gradmetrics.engine.outline import Recording
 
 __all__ = [
@@ -140,10 +140,10 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         schema = _schema(func)
         arguments = schema.bind(args, kwargs)
-        tensors = list(tensors_in(tuple(arguments.values())))
+        plain, tensors = _parted(arguments)
         memory = self._keys(tensors)
         bits = self._bits_of(memory)
-        if torch.Tag.nondeterministic_seeded in schema.tags:
+        if schema.is_random:
             bits |= SAMPLES
         shapes = _shapes(tensors)
         chosen, by_data, read = self._choices(schema, bits, arguments, tensors)
@@ -159,7 +159,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             bits,
             shapes,
             _shapes(outputs),
-            _plain(arguments),
+            plain,
             chosen,
             by_data,
             read,
@@ -196,11 +196,11 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str, str]:
         """Return the axes that an operation selects along, why its shape depends on data, and the kind of value read from it."""
         name = schema.name
-        if torch.Tag.data_dependent_output in schema.tags and bits:
+        if schema.reads_data and bits:
             return (), "", "float" if tensors[0].is_floating_point() and name != "equal" else "other"
         if name in _INDEXING:
             return (*self._indexed(name, arguments), "")
-        if bits & SAMPLES and torch.Tag.pointwise not in schema.tags:
+        if bits & SAMPLES and not schema.is_tagged_pointwise:
             return (*self._selected(schema, arguments), "")
         return (), "", ""
 
@@ -228,7 +228,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, schema: _Schema, arguments: Mapping[str, Any]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
         name = schema.name
-        if torch.Tag.dynamic_output_shape in schema.tags:
+        if schema.sizes_by_data:
             return (), name
         for key in _BOUNDARIES & arguments.keys():
             if self.depends(arguments[key]) & SAMPLES:
@@ -258,17 +258,28 @@ def _name(operator: Any) -> str:
 
 
 def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple([tuple(tensor.shape) for tensor in tensors])
+    return tuple(map(_SHAPE, tensors))
 
 
-def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments without tensors, and without packed weights, which cannot be compared."""
-    plain = {}
+_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+def _parted(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return the arguments without tensors and without packed weights, which cannot be compared; and all tensors, in order."""
+    plain: dict[str, Any] = {}
+    tensors: list[Tensor] = []
     for name, value in arguments.items():
         kind = type(value)
-        if kind in PLAIN_TYPES or not (isinstance(value, (Tensor, torch.ScriptObject)) or has_tensors(value)):
+        if kind in PLAIN_TYPES:
             plain[name] = value
-    return plain
+        elif kind is Tensor or kind is nn.Parameter:
+            tensors.append(value)
+        else:
+            inside = list(tensors_in(value))
+            tensors += inside
+            if not inside and not isinstance(value, torch.ScriptObject):
+                plain[name] = value
+    return plain, tensors
 
 
 @dataclass(frozen=True)
@@ -279,15 +290,21 @@ class _Schema:
         name: Its name, with its namespace if torch does not define it.
         arguments: For each argument its name, whether it has a default value, and this value.
         written: The names of the arguments that it changes in place.
-        tags: Its tags.
         pointwise: Whether it works element by element.
+        is_tagged_pointwise: The same for an operator of any library, according to its tags.
+        is_random: Whether it draws random numbers.
+        reads_data: Whether Python reads values of its arguments.
+        sizes_by_data: Whether the shapes of its results depend on values.
     """
 
     name: str
     arguments: tuple[tuple[str, bool, Any], ...]
     written: tuple[str, ...]
-    tags: frozenset[torch.Tag]
     pointwise: bool
+    is_tagged_pointwise: bool
+    is_random: bool
+    reads_data: bool
+    sizes_by_data: bool
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name, defaults included."""
@@ -313,8 +330,17 @@ def _schema(operator: Any) -> _Schema:
         arguments.append((argument.name, has_default, argument.default_value if has_default else None))
     written = [name for _, name in written_arguments(operator)]
     tags = frozenset(operator.tags)
-    is_pointwise = torch.Tag.pointwise in tags and operator.namespace == "aten"
-    return _Schema(_name(operator), tuple(arguments), tuple(written), tags, is_pointwise)
+    is_pointwise = torch.Tag.pointwise in tags
+    return _Schema(
+        _name(operator),
+        tuple(arguments),
+        tuple(written),
+        is_pointwise and operator.namespace == "aten",
+        is_pointwise,
+        torch.Tag.nondeterministic_seeded in tags,
+        torch.Tag.data_dependent_output in tags,
+        torch.Tag.dynamic_output_shape in tags,
+    )
 
 
 def _counts_up(index: Tensor, length: int) -> bool:

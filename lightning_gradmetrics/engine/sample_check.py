@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.agreement import SampleNotes, agreeing_within, gradient_norms, random_sample
+from lightning_gradmetrics.engine.agreement import Expected, SampleNotes, agreeing_within, gradient_norms, random_sample
 from lightning_gradmetrics.engine.folding import folded_logits
 from lightning_gradmetrics.engine.gather import MomentTable
 from lightning_gradmetrics.engine.model_state import ForwardState
@@ -321,14 +321,16 @@ def _agreement(
         own = undo[row : row + 1].double()
         factor = torch.where(own > LEAST_SCALE, 1 / own, 1.0)
         shrunk = float(own * factor)
-        norms = gradient_norms(gradients)
-        scales = [1e-2 * shrunk * max(norms)] * len(gradients)
+        tiny_norms = [] if shrunk == 1 else gradient_norms(gradients)
+        # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
+        moments = rescaled_moments(table.of_samples(slice(number, number + 1), task.parameters, objective), factor)
+        expected = Expected.of(_scaled(gradients, shrunk), moments)
+        norms = tiny_norms or expected.norms()
+        scales = [1e-2 * shrunk * max(norms)] * len(norms)
         if notes is not None:
             scales = notes.scales_of(task.parameters, scales, shrunk)
             notes.add_gradients(objective, task.parameters, norms)
-        # Scaled moments are compared: squares of a confident sample's own gradient underflow in float32.
-        moments = rescaled_moments(table.of_samples(slice(number, number + 1), task.parameters, objective), factor)
-        for place, close in enumerate(agreeing_within(moments, _scaled(gradients, shrunk), scales, tolerances)):
+        for place, close in enumerate(agreeing_within(moments, expected, scales, tolerances)):
             agrees[place] = agrees[place] and bool(close.all())
         if not any(agrees):
             break

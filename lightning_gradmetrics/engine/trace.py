@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +26,7 @@ class TensorState(NamedTuple):
     requires_grad: bool
 
 
-@dataclass(frozen=True)
-class TracedCall:
+class TracedCall(NamedTuple):
     """One call that returned tensors.
 
     Args:
@@ -90,7 +88,7 @@ class CallTrace(OpeningMode):
         if serial is None:
             serial = self._serials[id(tensor)] = len(self._tensors)
             self._tensors.append(tensor)
-        return TensorState(serial, tuple(tensor.shape), tensor.requires_grad)
+        return TensorState(serial, tensor.shape, tensor.requires_grad)
 
     def bytes(self) -> int:
         """Return the size of all computed tensors, an upper bound of the memory that the forward pass keeps."""
@@ -128,7 +126,7 @@ class CallTrace(OpeningMode):
             differentiable = not torch.is_grad_enabled() or any(state.requires_grad for state in outputs)
             marks = (*before, *self._marks(results, outputs, len(inputs)))
             call = TracedCall(func, inputs, outputs, args, kwargs, result, differentiable, marks)
-            self.calls.append(call if self._keep else replace(call, args=(), kwargs={}, result=None))
+            self.calls.append(call if self._keep else call._replace(args=(), kwargs={}, result=None))
         return result
 
     def _marks(self, tensors: Sequence[Tensor], states: Sequence[TensorState], first: int) -> tuple[Tensor | None, ...]:
