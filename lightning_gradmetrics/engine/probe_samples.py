@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -15,12 +16,19 @@ __all__ = ["parts_of_batch", "three_samples", "with_others_replaced", "with_row"
 
 def _finite_samples(task: Task) -> list[int]:
     """Return the numbers of the first three samples without NaN or Inf; fewer if the batch does not have them."""
-    finite = torch.ones(task.size, dtype=torch.bool)
+    first = _are_finite(task, min(3, task.size))
+    flags = first if all(first) else _are_finite(task, task.size)
+    return list(itertools.compress(range(task.size), flags))[:3]
+
+
+def _are_finite(task: Task, count: int) -> list[bool]:
+    """Return for each of the first samples whether it has neither NaN nor Inf."""
+    finite = torch.ones(count, dtype=torch.bool)
     for tensor, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True):
         if flag and tensor.is_floating_point():
-            finite &= tensor.isfinite().reshape(task.size, -1).all(1).cpu()
-    numbers: list[int] = finite.nonzero().flatten()[:3].tolist()
-    return numbers
+            finite &= tensor[:count].isfinite().reshape(count, -1).all(1).cpu()
+    flags: list[bool] = finite.tolist()
+    return flags
 
 
 def three_samples(task: Task) -> Task:

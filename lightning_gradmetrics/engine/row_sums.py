@@ -111,13 +111,14 @@ class RowSums:
             worst = torch.maximum(worst, self._relative_errors(compared, objective))
             if compared is not table:
                 worst[~_agree(table, compared, objective)] = torch.inf
-        numbers: list[int] = worst.argsort(descending=True)[: int((worst > 1).sum())].tolist()
+        wrong = (worst > 1).nonzero().flatten()
+        numbers: list[int] = wrong[worst[wrong].argsort(descending=True)].tolist()
         return numbers
 
     def _relative_errors(self, table: MomentTable, objective: int) -> Tensor:
         """Return the largest difference of each sample's sums from those in a table, in units of what is allowed, ``(N,)``."""
         sums, parameters = self._sums[objective], table.task.parameters
-        names = [name for name in sums if name not in self._unknown and name in parameters]
+        names = [name for name in parameters if name in sums and name not in self._unknown]
         if not names or not table.task.wanted >= _COMPARED:
             return torch.zeros(self._task.size, dtype=torch.float64)
         moments = table.of_samples(slice(0, self._task.size), names, objective)
