@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradmetrics.classifier.tensor_records import written_arguments
 from lightning_gradmetrics.engine.calls import PLAIN_TYPES, tensors_in
 from lightning_gradmetrics.engine.outline import Recording
+from lightning_gradmetrics.engine.schema import Schema, schema_of
 
 __all__ = [
     "DependenceTrace",
@@ -138,7 +136,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and record it."""
         kwargs = kwargs or {}
-        schema = _schema(func)
+        schema = schema_of(func)
         arguments = schema.bind(args, kwargs)
         plain, tensors = _parted(arguments)
         memory = self._keys(tensors)
@@ -192,7 +190,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return kept[::-1]
 
     def _choices(
-        self, schema: _Schema, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
+        self, schema: Schema, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str, str]:
         """Return the axes that an operation selects along, why its shape depends on data, and the kind of value read from it."""
         name = schema.name
@@ -225,7 +223,7 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tuple(chosen), ""
 
     def _selected(
-        self, schema: _Schema, arguments: Mapping[str, Any]
+        self, schema: Schema, arguments: Mapping[str, Any]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str]:
         name = schema.name
         if schema.sizes_by_data:
@@ -251,12 +249,6 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return ((tuple(first.shape), dim),), ""
 
 
-def _name(operator: Any) -> str:
-    """Return the name of an operator, with its namespace if torch does not define it."""
-    name: str = operator._overloadpacket.__name__
-    return name if operator.namespace in ("aten", "prim", "prims") else f"{operator.namespace}::{name}"
-
-
 def _shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(map(_SHAPE, tensors))
 
@@ -280,67 +272,6 @@ def _parted(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[Tensor]]
             if not inside and not isinstance(value, torch.ScriptObject):
                 plain[name] = value
     return plain, tensors
-
-
-@dataclass(frozen=True)
-class _Schema:
-    """What does not depend on the arguments of an operator.
-
-    Args:
-        name: Its name, with its namespace if torch does not define it.
-        arguments: For each argument its name, whether it has a default value, and this value.
-        written: The names of the arguments that it changes in place.
-        pointwise: Whether it works element by element.
-        is_tagged_pointwise: The same for an operator of any library, according to its tags.
-        is_random: Whether it draws random numbers.
-        reads_data: Whether Python reads values of its arguments.
-        sizes_by_data: Whether the shapes of its results depend on values.
-    """
-
-    name: str
-    arguments: tuple[tuple[str, bool, Any], ...]
-    written: tuple[str, ...]
-    pointwise: bool
-    is_tagged_pointwise: bool
-    is_random: bool
-    reads_data: bool
-    sizes_by_data: bool
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by name, defaults included."""
-        bound = dict(zip(self._names, args, strict=False))
-        for name, has_default, default in self.arguments[len(args) :]:
-            if name in kwargs:
-                bound[name] = kwargs[name]
-            elif has_default:
-                bound[name] = default
-        return bound
-
-    @cached_property
-    def _names(self) -> list[str]:
-        return [name for name, _, _ in self.arguments]
-
-
-@lru_cache(maxsize=4096)
-def _schema(operator: Any) -> _Schema:
-    """Return the schema of an operator; reading torch's own takes longer than a small operation."""
-    arguments = []
-    for argument in operator._schema.arguments:
-        has_default = argument.has_default_value()
-        arguments.append((argument.name, has_default, argument.default_value if has_default else None))
-    written = [name for _, name in written_arguments(operator)]
-    tags = frozenset(operator.tags)
-    is_pointwise = torch.Tag.pointwise in tags
-    return _Schema(
-        _name(operator),
-        tuple(arguments),
-        tuple(written),
-        is_pointwise and operator.namespace == "aten",
-        is_pointwise,
-        torch.Tag.nondeterministic_seeded in tags,
-        torch.Tag.data_dependent_output in tags,
-        torch.Tag.dynamic_output_shape in tags,
-    )
 
 
 def _counts_up(index: Tensor, length: int) -> bool:
