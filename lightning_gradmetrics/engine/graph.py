@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from lightning_gradmetrics.engine.calls import opened
 
 __all__ = [
     "Copies",
     "Root",
+    "ends_of_group_norms",
     "gradients_at",
     "reached_parameters",
     "runs_custom_code",
@@ -68,6 +70,48 @@ def gradients_at(total: Tensor, ends: Sequence[Any], gradient: Tensor | None, is
         return opened(torch.autograd.grad)(total, ends, gradient, retain_graph=is_kept, allow_unused=True)  # type: ignore[no-any-return]
     run = torch.autograd.graph._engine_run_backward
     return run((total,), (gradient,), is_kept, False, tuple(ends), True, accumulate_grad=False)
+
+
+def ends_of_group_norms(total: Tensor) -> list[Any]:
+    """Return edges at which gradients must be computed too, so that the backward pass to weights does not end the process.
+
+    Torch before 2.14 crashes on a CPU if it computes the gradient of a group norm's weights without that of its input, with
+    channels last.
+
+    Args:
+        total: The tensor whose backward pass runs.
+
+    Raises:
+        RuntimeError: If the input of such a group norm requires no gradient.
+    """
+    ends: list[Any] = []
+    if not _GROUP_NORMS_CRASH:
+        return ends
+    for node in _nodes(total):
+        if node.name() != "NativeGroupNormBackward0":
+            continue
+        (source, number), *weights = node.next_functions
+        if source is not None:
+            ends.append(torch.autograd.graph.GradientEdge(source, number))
+        elif any(weight is not None for weight, _ in weights) and _crashes(node._saved_input):
+            raise RuntimeError(
+                f"torch {torch.__version__} would crash in the backward pass of this model, because no layer before a group norm "
+                "with channels last has chosen parameters. Choose some of an earlier layer too, convert the model and its inputs "
+                "to torch.contiguous_format, or install a newer torch (2.14)"
+            )
+    return ends
+
+
+_GROUP_NORMS_CRASH = torch.__version__ < "2.14"
+_LARGEST_CRASHING = 2047
+"""Largest number of positions per channel with which they do."""
+
+
+def _crashes(tensor: Tensor) -> bool:
+    """Return whether a group norm of a tensor is one of those that crash."""
+    if not tensor.is_cpu or tensor.shape[2:].numel() > _LARGEST_CRASHING:
+        return False
+    return suggest_memory_format(tensor) in (torch.channels_last, torch.channels_last_3d)
 
 
 def reached_parameters(output: Tensor, parameters: Mapping[str, Tensor]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_gradmetrics.engine.graph import ends_of_group_norms
 from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.refusals import SampleAxisError, not_without_others
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
@@ -85,14 +86,15 @@ def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """
     if not loss.requires_grad:
         return list(map(torch.zeros_like, parameters))
+    ends = [*parameters, *ends_of_group_norms(loss)]
     try:
-        reached: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        reached: Sequence[Tensor | None] = torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():
             raise
         reached = _backward_gradients(loss, parameters)
     gradients = []
-    for parameter, gradient in zip(parameters, reached, strict=True):
+    for parameter, gradient in zip(parameters, reached, strict=False):
         gradients.append(torch.zeros_like(parameter) if gradient is None else gradient.to_dense())
     return gradients
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.gather import MomentTable
-from lightning_gradmetrics.engine.graph import gradients_at
+from lightning_gradmetrics.engine.graph import ends_of_group_norms, gradients_at
 from lightning_gradmetrics.engine.plan import Plan
 from lightning_gradmetrics.engine.strategy import Strategy, freeze
 from lightning_gradmetrics.engine.task import Task
@@ -83,8 +83,8 @@ def collect_one_sample(table: MomentTable) -> None:
         if not logits.requires_grad:  # no chosen parameter is used
             continue
         is_last = index == len(scaled) - 1
-        gradients = gradients_at(logits, parameters, gradient, not is_last)
-        for name, of_parameter in zip(task.parameters, gradients, strict=True):
+        gradients = gradients_at(logits, [*parameters, *ends_of_group_norms(logits)], gradient, not is_last)
+        for name, of_parameter in zip(task.parameters, gradients, strict=False):
             if of_parameter is not None:
                 table.add(name, RowsUse(of_parameter.to_dense()[None]))
     table.finish()
