@@ -42,7 +42,8 @@ def watching_generation(
 
     Hooks read the input and the output of the head at the last position of each call, and compute the scores
     immediately. There is no second pass, and only the logits of one step are stored. Greedy search and all kinds of
-    sampling work, including several answers per prompt. Beam search needs ``return_dict_in_generate=True``.
+    sampling work, including several answers per prompt. Beam search needs ``return_dict_in_generate=True``, and before
+    transformers 4.50 also ``output_scores=True``.
 
     Args:
         model: A causal language model with ``generate``: of transformers, or a peft model around one.
@@ -218,12 +219,10 @@ class WatchedGeneration:
                 f"generate called the model {len(self._steps)} times for {answers.shape[1]} tokens; expected one call per "
                 "token: use score_generation"
             )
-        beams = None
         if self._beams > 1:
-            beams = output.beam_indices.cpu()
-        else:
-            self._check_tokens(answers)
-        return self._collected(sequences.cpu(), width, beams)
+            return self._collected(sequences.cpu(), width, _order_of_beams(output))
+        self._check_tokens(answers)
+        return self._collected(sequences.cpu(), width, None)
 
     def _check_tokens(self, answers: Tensor) -> None:
         """Compare the tokens that the model received with those of the result."""
@@ -271,6 +270,14 @@ class WatchedGeneration:
             return torch.ones(width, dtype=torch.bool)
         is_prompt: Tensor = mask[number * len(mask) // rows].bool().cpu()
         return is_prompt
+
+
+def _order_of_beams(output: Any) -> Tensor:
+    """Return the number of the row that each token was drawn in, ``(N, T)``; -1 after the end."""
+    beams: Tensor | None = output.beam_indices
+    if beams is None:  # before transformers 4.50
+        raise ValueError("generate did not return the order of the beams: pass output_scores=True to it")
+    return beams.cpu()
 
 
 def _is_empty_cache(value: Any) -> bool:

@@ -167,8 +167,8 @@ def test_huggingface_images(tmp_path: Path) -> None:
     columns = {"image": [Image.fromarray(image) for image in pixels], "label": [0, 1, 1, 0]}
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     made = datasets.Dataset.from_dict(columns, kinds)
-    datasets.DatasetDict({"test": made}).save_to_disk(tmp_path / "pets")
-    made.remove_columns("label").save_to_disk(tmp_path / "noise")
+    datasets.DatasetDict({"test": made}).save_to_disk(str(tmp_path / "pets"))
+    made.remove_columns("label").save_to_disk(str(tmp_path / "noise"))
     data = huggingface_data(str(tmp_path / "pets"), far=str(tmp_path / "noise"), size=20, mean=[0] * 3, std=[1] * 3)
     assert dict(data.roles) == {"pets": "id", "noise": "far"} and data.classes == ("cat", "dog")
     image, label = data.sets["pets"][1]

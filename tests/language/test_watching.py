@@ -23,7 +23,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "without a cache": {"do_sample": False, "use_cache": False},
     "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 5, "num_return_sequences": 3},
     "repetition penalty": {"do_sample": False, "repetition_penalty": 1.5, "return_dict_in_generate": True},
-    "beams": {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "do_sample": False},
+    "beams": {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "do_sample": False,
+    },
 }
 
 
@@ -86,18 +92,24 @@ def test_ids_of_another_call_are_refused() -> None:
         watch.result(ids.flip(0))
 
 
+@pytest.mark.parametrize("returns_scores", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_beam_that_ends_early_may_win(seed: int) -> None:
+def test_a_beam_that_ends_early_may_win(seed: int, returns_scores: bool) -> None:
     model = language_model()
     options: dict[str, Any] = {
         "num_beams": 3,
         "do_sample": False,
         "return_dict_in_generate": True,
+        "output_scores": returns_scores,
         "max_new_tokens": 12,
     }
     prompt = torch.tensor([[1, 5 + seed, 7]])
     with lgm.watching_generation(model, ["entropy"]) as watch:
         output = model.generate(prompt, length_penalty=-2.0, **options)  # type: ignore[operator]
+    if output.beam_indices is None and not returns_scores:  # before transformers 4.50
+        with pytest.raises(ValueError, match="output_scores=True"):
+            watch.result(output)
+        return
     found = watch.result(output)
     (sequence,) = found.sequences
     expected = lgm.score_generation(model, prompt, [sequence.answer], ["entropy"])

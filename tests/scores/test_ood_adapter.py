@@ -55,6 +55,7 @@ def quiet(*callbacks) -> Trainer:
     return Trainer(accelerator="cpu", callbacks=list(callbacks), **dict.fromkeys(options, False))
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning")  # torch 2.8
 @pytest.mark.parametrize("detector", sorted(set(DETECTORS) - set(REFUSED) - {"SHE"}))
 def test_every_detector_runs(detector: str) -> None:
     """Every other detector is refused with the reason; SHE needs a correct prediction of every class, which a random network lacks."""

@@ -33,7 +33,7 @@ class Recorder:
         self.sizes += code.co_name == "batch_size"
         arguments = (frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
         if any(argument is self.inputs for argument in arguments):
-            self.functions.append((str(path.relative_to(ROOT)), code.co_qualname))
+            self.functions.append((str(path.relative_to(ROOT)), f"{code.co_name}:{code.co_firstlineno}"))
 
 
 @pytest.mark.parametrize(("score", "sizes"), [("entropy", 0), ("gradnorm", 0), ("gradnorm(target=all)", 1)])
