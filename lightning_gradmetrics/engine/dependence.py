@@ -179,16 +179,6 @@ class DependenceTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._alive.append(tensor)
         return serial
 
-    def used_operations(self, end: Tensor) -> list[Operation]:
-        """Return the operations without detached tensors that nothing uses; ``end`` is the result of the forward pass."""
-        used, kept = {self.serial(end)}, []
-        for operation in reversed(self.operations):
-            # How often autograd detaches what it stores depends on the version of torch.
-            if operation.name != "detach" or not used.isdisjoint(operation.output_serials):
-                used.update(operation.input_serials)
-                kept.append(operation)
-        return kept[::-1]
-
     def _choices(
         self, schema: Schema, bits: int, arguments: Mapping[str, Any], tensors: Sequence[Tensor]
     ) -> tuple[tuple[tuple[tuple[int, ...], int], ...], str, str]:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_gradmetrics.classifier import one_sample
 from lightning_gradmetrics.classifier.tensor_records import version_of
 from lightning_gradmetrics.engine.calls import HOST_READS, tensors_in
 from lightning_gradmetrics.engine.graph import storing_hooks
@@ -238,16 +239,16 @@ def _is_of_libraries() -> bool:
 
 
 def _is_passed_through(frame: FrameType) -> bool:
-    """Return whether a frame is of the engine, or of torch between a caller and the engine."""
+    """Return whether a frame is of the engine and its modes, or of torch between a caller and the engine."""
     module = str(frame.f_globals.get("__name__", ""))
-    return module.startswith(_ENGINE) or module == "torch.overrides" or frame.f_code.co_name in _HOOKING
+    return module.startswith(_OWN) or module == "torch.overrides" or frame.f_code.co_name in _HOOKING
 
 
 _LIBRARIES = ("torch.", "lightning.fabric.", "lightning_fabric.")
 """Modules whose hooks change no gradients."""
 
-_ENGINE = __name__.rpartition(".")[0] + "."
-"""The package of the engine."""
+_OWN = (__name__.rpartition(".")[0] + ".", one_sample.__name__)
+"""The package of the engine, and the module of a function mode that runs with the engine's."""
 
 
 def _content(tensor: Tensor) -> str:

@@ -20,6 +20,7 @@ from lightning_gradmetrics.engine.dependence import (
     selection_of_samples,
     uses_totals,
 )
+from lightning_gradmetrics.engine.detaches import used_operations
 from lightning_gradmetrics.engine.folding import find_folds
 from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.host_reads import HostRead, PlannedRead
@@ -105,7 +106,7 @@ def probe_model(task: Task) -> Probe:
     random, after = state.random_numbers_drawn(), ForwardState(task.model)
     note_volatile(task.model, before, attribute_key(task.model))
     state.restore()
-    operations = few.used_operations(logits_of_two), many.used_operations(logits)
+    operations = used_operations(few, [logits_of_two]), used_operations(many, [logits])
     end, layouts = many.serial(logits), None
     selection = selection_of_samples(*operations)
     if selection:

@@ -121,8 +121,8 @@ class CallTrace(OpeningMode):
         results = list(tensors_in(result))
         outputs = tuple(map(self._state, results))
         if outputs:
-            # Reentrant checkpoints run without gradients here and once more in the backward pass.
-            self.pauses_gradients = self.pauses_gradients or not torch.is_grad_enabled()
+            # Reentrant checkpoints run without gradients here and once more in the backward pass; a new tensor has no gradient.
+            self.pauses_gradients = self.pauses_gradients or (bool(inputs) and not torch.is_grad_enabled())
             differentiable = not torch.is_grad_enabled() or any(state.requires_grad for state in outputs)
             marks = (*before, *self._marks(results, outputs, len(inputs)))
             call = TracedCall(func, inputs, outputs, args, kwargs, result, differentiable, marks)

@@ -17,6 +17,7 @@ from lightning_gradmetrics.compat.gradient_metrics.verification import Record
 from lightning_gradmetrics.engine.axes import Axis, axis_between
 from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
 from lightning_gradmetrics.engine.dependence import DependenceTrace, choice_by_data
+from lightning_gradmetrics.engine.detaches import used_operations
 from lightning_gradmetrics.engine.host_reads import PlannedRead
 from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile
 from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
@@ -177,7 +178,8 @@ def _planned(runs: _Runs) -> ModulePlan:
         axes.append(axis)
         others = [run.outputs[index] for run in changed]
         outputs.append(None if axis is None else _layout(after.detach(), others, axis))
-    reason = choice_by_data(small.dependence.operations, large.dependence.operations)
+    operations = used_operations(small.dependence, small.outputs), used_operations(large.dependence, large.outputs)
+    reason = choice_by_data(*operations)
     if reason:
         raise PlanError(reason)
     plan = make_plan(small.trace, large.trace, partial(_first_sample, large.outputs, axes), _changes(large, changed))
