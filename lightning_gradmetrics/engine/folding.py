@@ -1,7 +1,11 @@
-"""Folds batch norms into the convolutions before them, so that a convolution returns the output of its norm.
+"""Runs the layers of large batches in a cheaper way than the model does.
 
-This saves the passes over the norm's input. The model then has a tensor that does not hold the convolution's output, so
-nothing but the norm may use it. A call that does is refused, and the plan runs without folds.
+Batch norms are folded into the convolutions before them, so that a convolution returns the output of its norm. This saves the passes
+over the norm's input. The model then has a tensor that does not hold the convolution's output, so nothing but the norm may use it. A call
+that does is refused, and the plan runs without folds.
+
+Images of models with group norms are laid out channels last at the first convolution, and group norms run in a kernel that is exact in
+that layout. If the model fails with it, the plan runs in the model's own layout.
 """
 
 from __future__ import annotations
@@ -24,21 +28,22 @@ from lightning_gradmetrics.engine.calls import sources_in, tensors_in
 from lightning_gradmetrics.engine.dependence import DependenceTrace
 from lightning_gradmetrics.engine.kernels.convolution import scaled_products_pay
 from lightning_gradmetrics.engine.plan import Fold, Plan, PlanError, Source, Step
-from lightning_gradmetrics.engine.rules import RULES, Call, bind
-from lightning_gradmetrics.engine.rules.convolution import padded_input
+from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
+from lightning_gradmetrics.engine.rules.convolution import padded_input, weight_dominates
 from lightning_gradmetrics.engine.rules.folded import FOLDED
+from lightning_gradmetrics.engine.rules.norm import channels_last_group_norm
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.trace import CallTrace, TracedCall
 from lightning_gradmetrics.engine.tracer import Sink, Tracer
 from lightning_gradmetrics.engine.uses import Use
 
-__all__ = ["FoldRefused", "FoldingTracer", "find_folds", "folded_logits"]
+__all__ = ["FoldRefused", "FoldingTracer", "can_lay_out", "find_folds", "folded_logits"]
 
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 class FoldRefused(PlanError):
-    """The model uses the output of a convolution that is folded with its batch norm."""
+    """The model uses the output of a convolution that is folded with its batch norm, or insists on a layout."""
 
 
 @dataclass
@@ -95,6 +100,29 @@ def find_folds(plan: Plan, trace: CallTrace, operations: DependenceTrace, task: 
             if fold is not None and id(values["input"]) in made and step.sources == (fold.weight, fold.bias):
                 folds[made[id(values["input"])]] = fold
     return folds
+
+
+def can_lay_out(plan: Plan, trace: CallTrace, operations: DependenceTrace) -> bool:
+    """Return whether images may be laid out channels last on a CPU although the model has group norms.
+
+    Torch computes the variance of a group norm as ``E[x^2] - E[x]^2`` in that layout, so all of them must have rules.
+
+    Args:
+        plan: The plan.
+        trace: The trace that it was made from.
+        operations: The operations of the same run.
+    """
+    norms = convolutions = 0
+    for step, position in zip(plan.steps, plan.calls, strict=True):
+        call = trace.calls[position]
+        if _is_step_of(step, torch.conv2d) and _is_convolution(step, call):
+            convolutions += call.result.dtype is torch.float32
+        elif _is_step_of(step, torch.group_norm) and len(step.sources) == 2:
+            x = (bind(RULES[step.function], call.args, call.kwargs) or {})["input"]
+            norms += x.is_cpu and x.is_contiguous() and all(isinstance(source, str) for source in step.sources)
+    names = [operation.name for operation in operations.operations]
+    reads_strides = "as_strided" in names
+    return 0 < norms == names.count("native_group_norm") and convolutions > 0 and not reads_strides
 
 
 def _is_step_of(step: Step, *functions: Any) -> bool:
@@ -174,7 +202,8 @@ class FoldingTracer(Tracer):
                 logits = task.forward()
         except Exception as error:
             # The model may replace the error by another, or use a hidden tensor out of sight, which has no values.
-            if self._is_refused or (self._folded and not isinstance(error, PlanError)):
+            is_changed = bool(self._folded) or self.plan.lays_out
+            if self._is_refused or (is_changed and not isinstance(error, PlanError)):
                 self._refuse()
             raise
         unknown = _Folded(Fold(0, "", "", "", "", 0.0), torch.empty(0), logits, {})
@@ -186,7 +215,7 @@ class FoldingTracer(Tracer):
 
     def _refuse(self) -> NoReturn:
         self._is_refused = True  # the model may catch the error
-        raise FoldRefused("the model uses the output of a convolution that is folded with its batch norm")
+        raise FoldRefused("the model uses the output of a folded convolution, or fails in another layout")
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         uses = sources_in(self._folded, args, kwargs) if self._folded else ()
@@ -209,6 +238,28 @@ class FoldingTracer(Tracer):
 
     def _unfolded(self, step: Step, args: Any, kwargs: Any) -> Any:
         return super()._rule(step, args, kwargs)
+
+    def _run_rule(self, step: Step, rule: Rule, values: dict[str, Any], args: Any, kwargs: Any) -> Tensor:
+        result = self._in_layout(step, values)
+        return super()._run_rule(step, rule, values, args, kwargs) if result is None else self._rooted(step, result)
+
+    def _in_layout(self, step: Step, values: dict[str, Any]) -> Tensor | None:
+        """Return the result of a layer of images in the channels-last layout; ``None`` for other layers.
+
+        Group norms add to the arguments.
+        """
+        x = values["input"]
+        if not self.plan.lays_out or x.ndim != 4:
+            return None
+        if step.function is torch.conv2d and x.is_contiguous() and not weight_dominates(values):
+            output: Tensor = torch.conv2d(**{**values, "input": x.contiguous(memory_format=torch.channels_last)})
+            return output
+        if step.function is not torch.group_norm or x.is_contiguous():
+            return None
+        result = channels_last_group_norm(values)
+        if result is None:
+            self._refuse()
+        return result
 
     def _pays(self, fold: Fold, values: Mapping[str, Any]) -> bool:
         """Return whether to fold a convolution: it must run as in the trace, and the sums of the kernel must pay.
@@ -278,9 +329,11 @@ class _PlainTracer(FoldingTracer):
 
     def _unfolded(self, step: Step, args: Any, kwargs: Any) -> Any:
         rule = RULES[step.function]
-        args, kwargs = rule.made_dense(
-            bind(rule, args, kwargs) or {}, args, kwargs
-        )  # another layout rounds differently
+        values = bind(rule, args, kwargs) or {}
+        result = self._in_layout(step, values)
+        if result is not None:
+            return result
+        args, kwargs = rule.made_dense(values, args, kwargs)  # another layout rounds differently
         return step.function(*args, **kwargs)
 
     def _rooted(self, step: Step, result: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class Plan:
         calls: For each step, the number of its call in the trace with three samples.
         folds: The batch norms that can be folded into convolutions, by the numbers of the convolutions' steps.
         selects: Whether the model reads several entries of one tensor along its first axis.
+        lays_out: Whether images can be laid out channels last from the first convolution on, although there are group norms.
     """
 
     steps: tuple[Step, ...]
@@ -115,6 +116,12 @@ class Plan:
     calls: tuple[int, ...] = ()
     folds: Mapping[int, Fold] = field(default_factory=dict)
     selects: bool = False
+    lays_out: bool = False
+
+    @property
+    def changes_layers(self) -> bool:
+        """Whether layers of a large batch run in another way than in the model."""
+        return bool(self.folds) or self.lays_out
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -137,7 +144,9 @@ class Plan:
         step = self.steps[number]
         names: frozenset[str] = frozenset().union(*map(self.roots.__getitem__, step.sources))
         steps = (*self.steps[:number], replace(step, kind="uncovered"), *self.steps[number + 1 :])
-        return replace(self, steps=steps, uncovered={**dict.fromkeys(names, reason), **self.uncovered}, folds={})
+        return replace(
+            self, steps=steps, uncovered={**dict.fromkeys(names, reason), **self.uncovered}, folds={}, lays_out=False
+        )
 
 
 _ARITHMETIC = ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow")

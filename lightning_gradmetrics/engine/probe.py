@@ -21,7 +21,7 @@ from lightning_gradmetrics.engine.dependence import (
     uses_totals,
 )
 from lightning_gradmetrics.engine.detaches import used_operations
-from lightning_gradmetrics.engine.folding import find_folds
+from lightning_gradmetrics.engine.folding import can_lay_out, find_folds
 from lightning_gradmetrics.engine.graph import runs_custom_code
 from lightning_gradmetrics.engine.host_reads import HostRead, PlannedRead
 from lightning_gradmetrics.engine.kernels.operators import traced_operators
@@ -136,7 +136,8 @@ def probe_model(task: Task) -> Probe:
         plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
     if plan is not None:
         folds = {} if sizes is None else find_folds(plan, large, many, three)
-        plan = replace(plan, reads=reads, folds=folds, selects=has_repeated_selects(large))
+        lays_out = sizes is not None and can_lay_out(plan, large, many)
+        plan = replace(plan, reads=reads, folds=folds, lays_out=lays_out, selects=has_repeated_selects(large))
     activations = reads_inside or reads_activations(many.operations)
     alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""
     if outline_of_three.has_hooks:

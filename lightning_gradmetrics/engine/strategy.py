@@ -124,11 +124,12 @@ class Strategy:
         return None if is_unusual else PathRecorder(task)
 
     def folds(self, task: Task) -> bool:
-        """Return whether to fold batch norms into convolutions: in batches that are too large for calls to be compared one by one.
+        """Return whether to fold batch norms into convolutions, or to change the layout of images.
 
-        So all batches of a size run in the same way, and the same batch has the same results again.
+        This is done in batches that are too large for calls to be compared one by one, so that all batches of a size run in the same
+        way, and the same batch has the same results again.
         """
-        return self.plan is not None and bool(self.plan.folds) and self.bytes * task.size > MOST_BYTES
+        return self.plan is not None and self.plan.changes_layers and self.bytes * task.size > MOST_BYTES
 
     def add_path(self, here: tuple[Any, int], path: KnownPath | None) -> None:
         """Store the calls of batches of these shapes; ``None`` if they are not compared one by one."""
@@ -205,7 +206,7 @@ def collect_fast(
     sink = table.add if rows is None else rows.sink(table.add)
     if plan is None:
         tracer = OwnershipPass(task.parameters, task.size, sink, task.model.buffers())
-    elif folds and plan.folds:
+    elif folds and plan.changes_layers:
         tracer, table.folded = FoldingTracer(plan, task, sink, free), plan
     else:
         tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, sink, free)

@@ -2,7 +2,11 @@
 
 from lightning_gradmetrics.engine.kernels.convolution import conv_gradient, conv_moments
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry
-from lightning_gradmetrics.engine.kernels.group_norm import native_group_norm_gradients
+from lightning_gradmetrics.engine.kernels.group_norm import (
+    covers_channels_last,
+    native_group_norm,
+    native_group_norm_gradients,
+)
 from lightning_gradmetrics.engine.kernels.layers import norm_weight_rows
 from lightning_gradmetrics.engine.kernels.library import describe_kernels
 from lightning_gradmetrics.engine.kernels.linear import embedding_moments, linear_gradient, linear_moments, touched_rows
@@ -15,10 +19,12 @@ __all__ = [
     "class_residuals",
     "conv_gradient",
     "conv_moments",
+    "covers_channels_last",
     "describe_kernels",
     "embedding_moments",
     "linear_gradient",
     "linear_moments",
+    "native_group_norm",
     "native_group_norm_gradients",
     "native_layer_norm",
     "native_norm",

@@ -12,6 +12,7 @@ __all__ = [
     "DepthwiseJob",
     "GramJob",
     "GroupNormJob",
+    "GroupNormLastJob",
     "LookupJob",
     "NormJob",
     "ProductJob",
@@ -100,6 +101,17 @@ class GroupNormJob(ctypes.Structure):
 
     _fields_ = (
         _pointers("x g mean scale weight rows product")
+        + _integers("samples groups channels positions")
+        + _counters("next")
+    )
+
+
+class GroupNormLastJob(ctypes.Structure):
+    """``group_norm_last_job`` of ``group_norm_last.c``."""
+
+    _fields_ = (
+        _pointers("x g weight bias mean scale rows y")
+        + _fields(ctypes.c_double, "eps")
         + _integers("samples groups channels positions")
         + _counters("next")
     )
@@ -216,6 +228,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "softmax_power_job_bytes": SoftmaxPowerJob,
     "gram_job_bytes": GramJob,
     "group_norm_job_bytes": GroupNormJob,
+    "group_norm_last_job_bytes": GroupNormLastJob,
     "depthwise_job_bytes": DepthwiseJob,
     "residual_job_bytes": ResidualJob,
     "lookup_job_bytes": LookupJob,

@@ -54,6 +54,7 @@ JOBS = (
     "looked_up_rows",
     "norm_weight_rows",
     "group_norm_gradients",
+    "group_norm_last",
     "softmax_maps",
     "softmax_rows",
     "softmax_powers",

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct, frozen_batch_norm
 from lightning_gradmetrics.engine.kernels import (
+    covers_channels_last,
+    native_group_norm,
     native_group_norm_gradients,
     native_layer_norm,
     native_norm,
@@ -23,7 +25,7 @@ from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, wide
 from lightning_gradmetrics.engine.rules.sums import of_batch_norm, of_norm
 from lightning_gradmetrics.engine.uses import RowsUse, Use
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = ["batch_norm", "channels_last_group_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 FULL_PRECISION = (torch.float32, torch.float64)
@@ -154,6 +156,47 @@ def _run_group_norm(values: dict[str, Any]) -> Tensor:
     sizes = len(x), x.shape[1], x[0, 0].numel()
     y, values["mean"], values["scale"] = torch.native_group_norm(x, weight, bias, *sizes, groups, eps)
     return y
+
+
+class _ChannelsLastGroupNorm(torch.autograd.Function):
+    """A group norm in the channels-last layout; a hook of its output may compute the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, values: dict[str, Any]) -> Tensor:
+        y, values["mean"], values["scale"] = native_group_norm(x, values["num_groups"], weight, bias, values["eps"])
+        ctx.early = values["early"]
+        ctx.save_for_backward(x, values["mean"], values["scale"], weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        product = ctx.early.taken(gradient)
+        if product is not None and not any(ctx.needs_input_grad[1:]):
+            return product, None, None, None
+        x, mean, scale, weight = ctx.saved_tensors
+        rows = native_group_norm_gradients(x, gradient, mean, scale, weight, True)
+        assert rows is not None
+        return rows.product, rows.weight.sum(0), rows.bias.sum(0), None
+
+
+def channels_last_group_norm(values: dict[str, Any]) -> Tensor | None:
+    """Return the output of a group norm in the channels-last layout, where that of torch is not exact.
+
+    Adds the ``mean`` and ``scale`` ``(N, groups)`` of each group to the arguments.
+
+    Args:
+        values: The arguments by name.
+
+    Returns:
+        The output, which is differentiable; ``None`` if the kernel does not cover the call.
+    """
+    x, weight, bias = values["input"], values.get("weight"), values.get("bias")
+    if weight is None or bias is None or torch.is_autocast_enabled("cpu") or x.is_contiguous():
+        return None
+    if not covers_channels_last(x, weight, bias):
+        return None
+    values["early"], values["eps"] = EarlyProduct(), values.get("eps", 1e-5)
+    return _ChannelsLastGroupNorm.apply(x, weight, bias, values)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _group_norm_by_kernel(call: Call, g: Tensor) -> dict[str, Use] | None:

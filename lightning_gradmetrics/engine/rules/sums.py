@@ -50,6 +50,7 @@ def of_norm(call: Call, g: Tensor) -> dict[str, Tensor]:
         if "normalized_shape" in call.values:
             normalised = torch.layer_norm(x, list(call.values["normalized_shape"]), None, None, eps)
         else:
+            x = x.contiguous()  # torch's variance is not exact in the channels-last layout
             normalised = torch.group_norm(x, call.values["num_groups"], None, None, eps)
         sums["weight"] = _per_sample(call.axis.split(normalised).mul_(g))
     return sums
