@@ -26,9 +26,14 @@ def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False
         norms_only: Whether only norms are computed, which complex gradients have too.
 
     Raises:
-        ValueError: If a parameter is of an integer type, or is complex and more than norms are computed.
+        ValueError: If a parameter is of an integer type, was made in inference mode, or is complex and more than norms are computed.
     """
     for name, parameter in parameters.items():
+        if parameter.is_inference():
+            raise ValueError(
+                f"the parameter {name!r} was made in torch.inference_mode(), so it can have no gradient: create or load the model "
+                "outside of it"
+            )
         if parameter.is_floating_point() or (parameter.is_complex() and norms_only):
             continue
         why = "does not exist"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -21,6 +22,7 @@ from lightning_gradmetrics.classifier.forward import (
     map_tensors,
     preserved,
 )
+from lightning_gradmetrics.classifier.labels import class_numbers, described
 from lightning_gradmetrics.classifier.model_layout import named_parameters
 from lightning_gradmetrics.classifier.preservation import ModelRecord, exclusive
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
@@ -180,7 +182,7 @@ def gradient_statistics(  # type: ignore[misc]
         A :class:`GradientStatistics`, or a list with one per objective.
 
     Raises:
-        ValueError: If a batch norm is in train mode, or a name is unknown.
+        ValueError: If a batch norm is in train mode, a name is unknown, or labels are not one class number per sample.
         TypeError: If the inputs have no sample axis.
 
     Example:
@@ -203,6 +205,8 @@ def gradient_statistics(  # type: ignore[misc]
     several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
     objectives = list(map(Objective.of, several))
     wanted = moments_for(statistics)
+    if not any(map(_NEEDS_TARGETS, objectives)):
+        targets = None
     if engine == "compiled" and sample_axis == 0 and memory is None:
         guarded = _guarded(model, inputs, objectives, parameters, per_parameter, targets, logits, wanted)
         if guarded is not None:
@@ -265,6 +269,26 @@ def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
+def _labels(targets: Any, size: int) -> Tensor | None:
+    """Return the class numbers of the samples, ``(N,)``.
+
+    Raises:
+        ValueError: If the labels are anything else.
+    """
+    if targets is None:
+        return None  # the objective raises the error
+    if isinstance(targets, Tensor) and targets.shape == (size,) and targets.dtype in _WHOLE:
+        return _detached(targets)
+    labels = class_numbers(targets, size)
+    if labels is None:
+        raise ValueError(f"targets= must be the class numbers ({size},) of the samples, got {described(targets)}")
+    return labels
+
+
+_NEEDS_TARGETS = attrgetter("needs_targets")
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
 @contextmanager
 def _task(
     model: nn.Module,
@@ -293,12 +317,13 @@ def _task(
             _parametrizations_computed(),
         ):
             check_differentiable(model, placed, chosen.values(), record.modules)
+            size = batch_size(tensors_with_samples(model, placed, stated))
             task = Task(
                 model=model,
                 inputs=map_tensors(placed, _detached),
-                size=batch_size(tensors_with_samples(model, placed, stated)),
+                size=size,
                 objectives=tuple(objectives),
-                targets=None if targets is None else _detached(targets),
+                targets=_labels(targets, size),
                 parameters=chosen,
                 wanted=wanted,
                 logits=logits,

@@ -117,6 +117,30 @@ def test_a_class_without_the_name_of_a_module():
     assert error_of(model.double().eval(), numbers(4, WIDTH)) < 1e-12
 
 
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1]), torch.tensor(1), torch.tensor([0.5, 1, 2, 0]), torch.ones(4, 2, dtype=int)]
+)
+def test_labels_that_are_not_one_class_per_sample_are_refused(engine, labels):
+    """A tensor of one label was repeated for all samples, and fractions were cut off."""
+    model = nn.Linear(WIDTH, 3).double()
+    with pytest.raises(ValueError, match=r"class numbers \(4,\) of the samples"):
+        gradient_statistics(model, numbers(4, WIDTH), "label", targets=labels, engine=engine)
+    expected = gradient_statistics(
+        model, numbers(4, WIDTH) * 0, "label", targets=torch.tensor([0, 1, 2, 0]), engine=engine
+    )
+    for same in ([0, 1, 2, 0], torch.tensor([[0.0], [1], [2], [0]])):
+        found = gradient_statistics(model, numbers(4, WIDTH) * 0, "label", targets=same, engine=engine)
+        assert torch.equal(found.norm(1), expected.norm(1))
+
+
+def test_parameters_made_in_inference_mode_are_named():
+    with torch.inference_mode():
+        model = nn.Linear(WIDTH, 3).double()
+    with pytest.raises(ValueError, match="'weight' was made in torch"):
+        gradient_statistics(model, numbers(4, WIDTH), "pseudo_label")
+
+
 def _cut(net, x, lengths):
     return net.head(torch.stack([torch.tanh(net.a(row[:n])).mean(0) for row, n in zip(x, lengths, strict=False)]))
 
