@@ -95,7 +95,8 @@ def test_a_probe_traces_a_direction_as_one_operation(monkeypatch: pytest.MonkeyP
 
     class Counted(DependenceTrace):
         def __exit__(self, *error: object) -> None:
-            counts.append(len(self.operations))
+            names = [operation.name for operation in self.operations]
+            counts.append(len(names) - names.count("detach"))  # torch 2.8 repeats those of stored tensors
             super().__exit__(*error)
 
     monkeypatch.setattr(probe, "DependenceTrace", Counted)
