@@ -27,9 +27,11 @@ from lightning_gradmetrics.classifier.model_layout import named_parameters
 from lightning_gradmetrics.classifier.preservation import ModelRecord, exclusive
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
+from lightning_gradmetrics.engine.arguments import check_arguments
 from lightning_gradmetrics.engine.auto import auto_moments
 from lightning_gradmetrics.engine.cached_tensors import without_cached_tensors
 from lightning_gradmetrics.engine.functional import functional_moments
+from lightning_gradmetrics.engine.no_gradient import check_gradients
 from lightning_gradmetrics.engine.reference import reference_moments
 from lightning_gradmetrics.engine.shared_inputs import check_rows, with_sample_axes
 from lightning_gradmetrics.engine.stance import eager
@@ -182,8 +184,9 @@ def gradient_statistics(  # type: ignore[misc]
         A :class:`GradientStatistics`, or a list with one per objective.
 
     Raises:
-        ValueError: If a batch norm is in train mode, a name is unknown, or labels are not one class number per sample.
-        TypeError: If the inputs have no sample axis.
+        ValueError: If a batch norm is in train mode, a name is unknown, labels are not one class number per sample, or the logits have no
+            gradient.
+        TypeError: If the inputs have no sample axis, or an argument has a wrong type.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -201,6 +204,7 @@ def gradient_statistics(  # type: ignore[misc]
     engine = "compiled" if compile else engine
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; available: {', '.join(ENGINES)}")
+    check_arguments(model, objective, parameters, logits, memory)
     single = isinstance(objective, (str, Objective)) or callable(objective)
     several: Sequence[Any] = [objective] if single else objective  # type: ignore[assignment, list-item]
     objectives = list(map(Objective.of, several))
@@ -222,6 +226,7 @@ def gradient_statistics(  # type: ignore[misc]
         if engine not in ("auto", "compiled"):
             check_rows(task)
         moments = ENGINES[engine](task)
+        check_gradients(task, moments)
     results = [_result(task.parameters, m, per_parameter) for m in moments]
     return results[0] if single else results
 

@@ -15,6 +15,7 @@ __all__ = [
     "coupled_model",
     "coupled_objective",
     "list_as_long_as_the_batch",
+    "no_gradient",
     "not_reproducible",
     "not_without_others",
     "other_precisions",
@@ -142,6 +143,14 @@ def list_as_long_as_the_batch(kind: str, samples: int) -> SampleAxisError:
     return SampleAxisError(
         f"an input is a {kind} of {samples} entries, as long as the batch, and the model returns different logits in parts of "
         "the batch: only tensors are split into samples. Pass it as a tensor with the samples on its first axis"
+    )
+
+
+def no_gradient(model: object) -> ValueError:
+    """Return the error for a model whose logits have no gradient."""
+    return ValueError(
+        f"the logits of {type(model).__name__} have no gradient: its forward runs under torch.no_grad or torch.inference_mode, or "
+        "detaches its output"
     )
 
 

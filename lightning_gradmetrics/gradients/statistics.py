@@ -68,6 +68,10 @@ def moments_for(statistics: Iterable[str]) -> frozenset[Moment]:
 
 @lru_cache(maxsize=256)
 def _moments_for(names: tuple[str, ...]) -> frozenset[Moment]:
+    if not names:
+        raise ValueError(
+            f"statistics must name at least one of {', '.join(STATISTICS)}, and l<p> for a p-norm with p > 0"
+        )
     wanted: set[Moment] = set()
     for name in names:
         wanted |= _NEEDED[name] if name in _NEEDED else _norm_moments(name)
@@ -82,7 +86,7 @@ def _norm_moments(name: str) -> frozenset[Moment]:
     """Return the moments of ``l<p>``."""
     try:
         p = float(name.removeprefix("l")) if name.startswith("l") else -1.0
-    except ValueError:
+    except (ValueError, AttributeError):
         p = -1.0
     if not p > 0:
         raise ValueError(

@@ -134,6 +134,37 @@ def test_labels_that_are_not_one_class_per_sample_are_refused(engine, labels):
         assert torch.equal(found.norm(1), expected.norm(1))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": None}, "model must be a torch.nn.Module, got a NoneType"),
+        ({"parameters": ["weight"]}, "parameters= must be a predicate on names"),
+        ({"objective": nn.CrossEntropyLoss()}, "CrossEntropyLoss needs labels"),
+        ({"objective": 3}, "an objective is a name"),
+        ({"statistics": []}, "statistics must name at least one of"),
+        ({"statistics": [2]}, "unknown statistic 2"),
+        ({"memory": -1}, "memory= must be a whole number"),
+        ({"logits": lambda output: None}, "logits= must return a tensor"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(arguments, words):
+    given = {"model": nn.Linear(WIDTH, 3).double(), "inputs": numbers(4, WIDTH), "objective": "uniform", **arguments}
+    with pytest.raises((TypeError, ValueError), match=words):
+        gradient_statistics(**given)
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference", "vmap"])
+def test_logits_without_a_gradient_are_refused(engine):
+    """All statistics were zero."""
+    model = Net(lambda net, x: net.head(x).detach()).double()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="logits of Net have no gradient"):
+            gradient_statistics(model, numbers(4, WIDTH), "uniform", engine=engine)
+    unused = Net(lambda net, x: net.head(x)).double()
+    found = gradient_statistics(unused, numbers(4, WIDTH), "uniform", lambda name: name.startswith("a."), engine=engine)
+    assert not bool(found.norm(1).any())
+
+
 def test_parameters_made_in_inference_mode_are_named():
     with torch.inference_mode():
         model = nn.Linear(WIDTH, 3).double()
