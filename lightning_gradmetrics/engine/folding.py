@@ -26,10 +26,9 @@ from torch.overrides import _get_current_function_mode_stack
 from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.calls import sources_in, tensors_in
 from lightning_gradmetrics.engine.dependence import DependenceTrace
-from lightning_gradmetrics.engine.kernels.convolution import scaled_products_pay
 from lightning_gradmetrics.engine.plan import Fold, Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
-from lightning_gradmetrics.engine.rules.convolution import padded_input, weight_dominates
+from lightning_gradmetrics.engine.rules.convolution import scaling_pays, weight_dominates
 from lightning_gradmetrics.engine.rules.folded import FOLDED
 from lightning_gradmetrics.engine.rules.norm import channels_last_group_norm
 from lightning_gradmetrics.engine.task import Task
@@ -271,9 +270,7 @@ class FoldingTracer(Tracer):
             return False
         if torch._C._len_torch_dispatch_stack() or not self._buffers.keys() >= {fold.mean, fold.variance}:
             return False
-        with self._silence:
-            padded, geometry = padded_input(Call(dict(values), Axis(0), Axis(0), frozenset()))
-            return scaled_products_pay(padded[:, 0], len(weight), geometry, self._wanted)
+        return scaling_pays(values, self._wanted)
 
     def _convolve(self, step: Step, fold: Fold, values: dict[str, Any]) -> Tensor:
         """Return a hidden tensor instead of the output of a convolution."""

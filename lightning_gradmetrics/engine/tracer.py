@@ -26,7 +26,6 @@ from lightning_gradmetrics.engine.calls import (
 from lightning_gradmetrics.engine.graph import Copies, Root, gradients_at, saves_through_hooks
 from lightning_gradmetrics.engine.host_reads import READING, tensors_read
 from lightning_gradmetrics.engine.mapped_calls import mapped_call
-from lightning_gradmetrics.engine.path_record import PathRecorder
 from lightning_gradmetrics.engine.plan import Plan, PlanError, Source, Step
 from lightning_gradmetrics.engine.row_sums import RowSums
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, bind
@@ -68,7 +67,6 @@ class Tracer(TracerState):
         self._collecting, self._last = True, False
         self.notes: VerificationNotes | None = None
         self.rows: RowSums | None = None
-        self.recorder: PathRecorder | None = None
 
     # -- forward ------------------------------------------------------------------------------------------------------
 

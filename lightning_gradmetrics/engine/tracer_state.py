@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_gradmetrics.engine.calls import OpeningMode
 from lightning_gradmetrics.engine.host_reads import ReadWatch
 from lightning_gradmetrics.engine.outline import Outline
+from lightning_gradmetrics.engine.path_record import PathRecorder
 from lightning_gradmetrics.engine.plan import Plan, Source
 
 __all__ = ["TracerState"]
+
+_BATCH_NORM = F.batch_norm if F.batch_norm.__code__.co_filename == F.__file__ else None
+"""Torch's own function; ``None`` if another library has replaced it."""
 
 
 class TracerState(OpeningMode):
@@ -29,7 +35,25 @@ class TracerState(OpeningMode):
     def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int) -> None:
         super().__init__()
         self.plan, self.parameters, self.size = plan, parameters, size
+        self.recorder: PathRecorder | None = None
         self.device = next(iter(parameters.values())).device
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one call as planned."""
+        raise NotImplementedError
+
+    def _inside(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Return the function's result, with the calls inside it intercepted; that of a batch norm is made directly."""
+        arguments = None
+        if self.recorder is None and function is _BATCH_NORM:
+            arguments = _batch_norm_arguments(*args, **kwargs)
+        if arguments is None:
+            return super()._inside(function, args, kwargs)
+        self._open.append(function)
+        try:
+            return self._run(torch.batch_norm, arguments, {})
+        finally:
+            self._open.pop()
 
     @cached_property
     def outline(self) -> Outline:
@@ -60,3 +84,20 @@ class TracerState(OpeningMode):
     def _expected(self) -> Counter[str]:
         """The number of uses of each parameter."""
         return Counter()
+
+
+def _batch_norm_arguments(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Any, ...] | None:
+    """Return the arguments with which :func:`torch.nn.functional.batch_norm` calls ``torch.batch_norm``; ``None`` in training."""
+    if training:
+        return None
+    statistics = running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
+    return input, weight, bias, *statistics

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from lightning_gradmetrics.engine import kernels
-from lightning_gradmetrics.engine.kernels import ConvGeometry, class_residuals, gram, layers, library, native, segments
+from lightning_gradmetrics.engine.kernels import (
+    ConvGeometry,
+    class_residuals,
+    gram,
+    layers,
+    library,
+    native,
+    segments,
+    squares,
+)
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.scaling import rescaled_moments, unit_gradient
 from lightning_gradmetrics.gradients.statistics import factor_moments, gradient_moments, merged_moments
@@ -249,7 +258,7 @@ def test_gram_form_over_blocks_and_panels(shape, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        total, square, bound = native.native_squares(x, g, geometry, 0.0).sums.unbind(2)
+        total, square, bound = squares.native_squares(x, g, geometry, 0.0).sums.unbind(2)
     finally:
         torch.set_num_threads(before)
     gradient = kernels.conv_gradient(x.double(), g.double(), geometry).flatten(1)
@@ -262,10 +271,10 @@ def test_gram_form_over_blocks_and_panels(shape, threads):
 def test_a_non_finite_sample_leaves_the_gram_sums_of_others_unchanged():
     torch.manual_seed(0)
     x, g = torch.randn(3, 20, 5, 5), torch.randn(3, 30, 5, 5)
-    clean = native.native_squares(x, g, SAME, 0.0).sums.unbind(2)
+    clean = squares.native_squares(x, g, SAME, 0.0).sums.unbind(2)
     for bad in (float("nan"), float("inf")):
         x[1, 4, 2, 3] = bad
-        for before, after in zip(clean, native.native_squares(x, g, SAME, 0.0).sums.unbind(2), strict=True):
+        for before, after in zip(clean, squares.native_squares(x, g, SAME, 0.0).sums.unbind(2), strict=True):
             assert not bool(after[1].isfinite().any())
             assert torch.equal(after[[0, 2]], before[[0, 2]])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from operator import mul
@@ -151,20 +150,11 @@ def scaled_products_pay(x: Tensor, outputs: int, geometry: ConvGeometry, wanted:
         wanted: The moments to compute.
     """
     keys = frozenset(wanted)
-    if keys == {"sum"} or not supports(x, keys):
+    size = geometry.output_size(x.shape[2:])
+    g = torch.empty(1, dtype=x.dtype).expand(len(x), outputs, *size)
+    if keys == {"sum"} or not supports(x, keys) or _is_depthwise(x, g, geometry) or 0 in size:
         return False
-    only_squares = keys <= {"sum", 2.0}
-    return _scaling_pays(tuple(x.shape), x.dtype, outputs, geometry, only_squares, torch.get_num_threads())
-
-
-@functools.lru_cache(maxsize=4096)
-def _scaling_pays(
-    shape: tuple[int, ...], dtype: torch.dtype, outputs: int, geometry: ConvGeometry, only_squares: bool, threads: int
-) -> bool:
-    """Return the same for a type that the kernels support and a number of threads."""
-    size = geometry.output_size(shape[2:])
-    x, g = torch.empty(1, dtype=dtype).expand(shape), torch.empty(1, dtype=dtype).expand(shape[0], outputs, *size)
-    if _is_depthwise(x, g, geometry) or 0 in size or (only_squares and conv_gram_pays(x, g, geometry)):
+    if keys <= {"sum", 2.0} and conv_gram_pays(x, g, geometry):
         return False
     return x.shape[1] // geometry.groups * geometry.entries <= MOST_ENTRIES_PER_POSITION * math.prod(size)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import POINTWISE, ConvGeometry
-from lightning_gradmetrics.engine.kernels.native import native_squares, supports
+from lightning_gradmetrics.engine.kernels.native import supports
+from lightning_gradmetrics.engine.kernels.squares import native_squares
 from lightning_gradmetrics.gradients.lost_digits import LEAST
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator
 
@@ -90,8 +91,10 @@ def _compiled(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Te
     """Return the sums of squares and the sums by the compiled kernels."""
     sums, has_lost = native_squares(x, g, geometry, CANCELLED)
     total, square, bound = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)).unbind(1)
-    bound = bound.where((bound != 0) | (total == 0), torch.inf)
-    return {"sum": total, 2.0: _reliable(square, bound, direct) if has_lost else square}
+    if has_lost:
+        bound = bound.where((bound != 0) | (total == 0), torch.inf)
+        square = _reliable(square, bound, direct)
+    return {"sum": total, 2.0: square}
 
 
 def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ class ProductJob(ctypes.Structure):
         + _triples("x_step")
         + _integers("g_sample g_channel")
         + _triples("g_step")
-        + _counters("next worker")
+        + _counters("next worker lost")
     )
 
 
@@ -151,7 +151,7 @@ class DepthwiseJob(ctypes.Structure):
         + _triples("x_step")
         + _integers("g_sample g_channel")
         + _triples("g_step")
-        + _counters("next worker")
+        + _counters("next worker lost")
     )
 
 

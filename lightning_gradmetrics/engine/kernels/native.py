@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, ceil_div, three
-from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, GramJob, ProductJob, RowJob, Triple
+from lightning_gradmetrics.engine.kernels.jobs import DepthwiseJob, ProductJob, RowJob, Triple
 from lightning_gradmetrics.engine.kernels.library import library_for, parallel_runner
 from lightning_gradmetrics.engine.kernels.partial import ORDER, checked_moments, joined_moments
 from lightning_gradmetrics.gradients.statistics import Moment, Moments
 
 __all__ = [
     "ChannelScale",
-    "GramSums",
+    "TensorLayout",
     "native_depthwise",
     "native_products",
     "native_rows",
-    "native_squares",
     "run_job",
+    "scratch_address",
     "supports",
     "threads_for",
 ]
@@ -74,7 +74,7 @@ def run_job(job: ctypes.Structure, function: object, threads: int) -> None:
     function(ctypes.byref(job), parallel_runner(), threads)  # type: ignore[operator]
 
 
-def _scratch(size: int) -> int:
+def scratch_address(size: int) -> int:
     """Return the aligned address of scratch memory for packed operands; reused, because new pages cost more than packing."""
     memory: Tensor | None = getattr(_local, "scratch", None)
     if memory is None or len(memory) < size + ALIGNMENT:
@@ -218,7 +218,7 @@ def native_products(
     out = torch.empty(plan.out_shape, dtype=torch.float64)
     job = ProductJob.from_buffer_copy(plan.job)
     job.x, job.g, job.out = x.data_ptr(), g.data_ptr(), out.data_ptr()
-    job.scratch = _scratch(job.scratch_bytes * threads)
+    job.scratch = scratch_address(job.scratch_bytes * threads)
     if scaled is not None:
         scale, weight = scaled.packed(geometry.groups, plan.lanes, plan.columns)  # alive until the kernel ends
         job.scale, job.weight = scale.data_ptr(), weight.data_ptr()
@@ -231,7 +231,7 @@ def native_products(
             own = ChannelScale.for_samples(len(rows), scaled.weight.double(), scaled.scale.double())
         return native_products(x[rows].double(), g[rows].double(), geometry, keys, own)
 
-    return checked_moments(out, g, keys, wide)
+    return checked_moments(out, g, keys, job.lost > 0, wide)
 
 
 class _ProductPlan(NamedTuple):
@@ -290,102 +290,50 @@ def _product_plan(
 
 def native_depthwise(x: Tensor, g: Tensor, geometry: ConvGeometry, wanted: Iterable[Moment]) -> Moments:
     """Return the moments for a depthwise convolution, ``C_in = C_out = groups``, whose channels are vector lanes."""
-    keys, solid, library, threads = (
-        frozenset(wanted),
-        geometry.in_three_dimensions(),
-        library_for(g.dtype),
-        threads_for(),
-    )
-    samples, channels = g.shape[:2]
-    size, out_size, lanes = three(x.shape[2:], 1), three(g.shape[2:], 1), library.tile_columns()
-    entries, positions = _offsets(1, lanes, size, out_size, solid)
-    blocks = ceil_div(channels, lanes)
-    plane = math.prod(solid.padded_size(size))
-    scratch_bytes = library.depthwise_scratch_bytes(plane, len(positions), 0)
-    out = torch.empty(samples, blocks, len(ORDER), dtype=torch.float64)
-    job = DepthwiseJob(
-        x=x.data_ptr(),
-        g=g.data_ptr(),
-        out=out.data_ptr(),
-        scratch=_scratch(scratch_bytes * threads),
-        entries=entries.data_ptr(),
-        positions=positions.data_ptr(),
-        scratch_bytes=scratch_bytes,
-        samples=samples,
-        channels=channels,
-        blocks=blocks,
-        mode=_mode(keys),
-        entry_count=geometry.entries,
-        size=Triple(*size),
-        pad=Triple(*solid.padding),
-        out_size=Triple(*out_size),
-    )
-    job.x_sample, job.x_channel, job.x_step = x.stride(0), x.stride(1), Triple(*three(x.stride()[2:], 0))
-    job.g_sample, job.g_channel, job.g_step = g.stride(0), g.stride(1), Triple(*three(g.stride()[2:], 0))
+    keys, library, threads = frozenset(wanted), library_for(g.dtype), threads_for()
+    plan = _depthwise_plan(TensorLayout.of(x), TensorLayout.of(g), geometry, _mode(keys), g.dtype)
+    out = torch.empty(plan.out_shape, dtype=torch.float64)
+    job = DepthwiseJob.from_buffer_copy(plan.job)
+    job.x, job.g, job.out = x.data_ptr(), g.data_ptr(), out.data_ptr()
+    job.scratch = scratch_address(job.scratch_bytes * threads)
     run_job(job, library.depthwise, threads)
 
     def wide(rows: Tensor) -> Moments:
         return native_depthwise(x[rows].double(), g[rows].double(), geometry, keys)
 
-    return checked_moments(out, g, keys, wide)
+    return checked_moments(out, g, keys, job.lost > 0, wide)
 
 
-class GramSums(NamedTuple):
-    """Sums of each sample's and each group's weight gradients.
+class _DepthwisePlan(NamedTuple):
+    """What calls of the depthwise kernel with tensors of the same shapes and strides share; see :class:`_ProductPlan`."""
 
-    Args:
-        sums: The sum, the sum of squares and an upper bound of the latter, ``(N, groups, 3)``. The bound is
-            ``(sum_p |g_p| |x_p|)^2``, which would be reached without any cancellation.
-        has_lost: Whether a sum of squares is too small a fraction of its bound.
-    """
-
-    sums: Tensor
-    has_lost: bool
+    job: DepthwiseJob
+    offsets: tuple[Tensor, Tensor]
+    out_shape: Sizes
 
 
-def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry, cancelled: float) -> GramSums:
-    """Return sums of a convolution's weight gradients, by Gram matrices.
-
-    Args:
-        x: The layer's input; see :func:`native_products`.
-        g: The gradient of its output.
-        geometry: Kernel size, stride, padding, dilation and groups.
-        cancelled: The fraction of its upper bound below which a sum of squares has lost precision.
-    """
-    library, threads, solid, groups = (
-        library_for(g.dtype),
-        threads_for(),
-        geometry.in_three_dimensions(),
-        geometry.groups,
-    )
-    pixels, gradients = _neighbours(x.flatten(2)), _neighbours(g.flatten(2))
-    masks = (geometry.kernel_size[-1] + 1) * g.shape[-1]
-    scratch_bytes = library.gram_scratch_bytes(pixels.shape[2], gradients.shape[2], masks)
-    out = torch.empty(len(g), groups, 3, dtype=torch.float64)
-    job = GramJob(
-        x=pixels.data_ptr(),
-        g=gradients.data_ptr(),
-        out=out.data_ptr(),
-        scratch=_scratch(scratch_bytes * threads),
-        scratch_bytes=scratch_bytes,
-        samples=len(g),
-        groups=groups,
-        channels=x.shape[1] // groups,
-        columns=g.shape[1] // groups,
-        size=Triple(*three(x.shape[2:], 1)),
-        out_size=Triple(*three(g.shape[2:], 1)),
-        kernel=Triple(*solid.kernel_size),
-        stride=Triple(*solid.stride),
+@functools.lru_cache(maxsize=512)
+def _depthwise_plan(
+    x: TensorLayout, g: TensorLayout, geometry: ConvGeometry, mode: int, dtype: torch.dtype
+) -> _DepthwisePlan:
+    library, solid = library_for(dtype), geometry.in_three_dimensions()
+    samples, channels = g.shape[:2]
+    size, out_size, lanes = three(x.shape[2:], 1), three(g.shape[2:], 1), library.tile_columns()
+    entries, positions = _offsets(1, lanes, size, out_size, solid)
+    blocks = ceil_div(channels, lanes)
+    job = DepthwiseJob(
+        entries=entries.data_ptr(),
+        positions=positions.data_ptr(),
+        scratch_bytes=library.depthwise_scratch_bytes(math.prod(solid.padded_size(size)), len(positions), 0),
+        samples=samples,
+        channels=channels,
+        blocks=blocks,
+        mode=mode,
+        entry_count=geometry.entries,
+        size=Triple(*size),
         pad=Triple(*solid.padding),
-        dilation=Triple(*solid.dilation),
-        cancelled=cancelled,
+        out_size=Triple(*out_size),
     )
-    job.x_sample, job.x_channel, job.x_position = pixels.stride()
-    job.g_sample, job.g_channel, job.g_position = gradients.stride()
-    run_job(job, library.squares, threads)
-    return GramSums(out, job.lost > 0)
-
-
-def _neighbours(flat: Tensor) -> Tensor:
-    """Return ``(N, C, P)`` with channels or positions adjacent in memory."""
-    return flat if 1 in flat.stride()[1:] else flat.contiguous()
+    job.x_sample, job.x_channel, job.x_step = x.stride[0], x.stride[1], Triple(*three(x.stride[2:], 0))
+    job.g_sample, job.g_channel, job.g_step = g.stride[0], g.stride[1], Triple(*three(g.stride[2:], 0))
+    return _DepthwisePlan(job, (entries, positions), (samples, blocks, len(ORDER)))

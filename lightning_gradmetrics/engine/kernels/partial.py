@@ -34,17 +34,20 @@ def joined_moments(out: Tensor, wanted: Iterable[Moment]) -> Moments:
     return moments
 
 
-def checked_moments(out: Tensor, g: Tensor, wanted: Collection[Moment], wide: Callable[[Tensor], Moments]) -> Moments:
+def checked_moments(
+    out: Tensor, g: Tensor, wanted: Collection[Moment], may_have_lost: bool, wide: Callable[[Tensor], Moments]
+) -> Moments:
     """Return the same, in double precision for samples whose squares overflow or vanish in single precision.
 
     Args:
         out: Statistics of pieces, ``(N, pieces, 5)``.
         g: A tensor of the type of the entries.
         wanted: The wanted moments.
+        may_have_lost: Whether the kernel has found a sum of squares out of range.
         wide: Computes the moments of the samples with these numbers in double precision.
     """
     moments = joined_moments(out, wanted)
-    if 2.0 not in moments or g.dtype != torch.float32 or library_for(torch.float64) is None:
+    if not may_have_lost or 2.0 not in moments or g.dtype != torch.float32 or library_for(torch.float64) is None:
         return moments
     rows = lost_rows(moments[2.0], out[..., 0].sum(1))
     if rows is not None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.kernels import ConvGeometry
+from lightning_gradmetrics.engine.kernels.convolution import scaled_products_pay
+from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed
 from lightning_gradmetrics.engine.rules.sums import of_convolution, of_transposed_convolution
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
+from lightning_gradmetrics.gradients.statistics import Moment
 
-__all__ = ["convolution", "padded_input", "transposed_convolution", "weight_dominates"]
+__all__ = ["convolution", "padded_input", "scaling_pays", "transposed_convolution", "weight_dominates"]
 
 WEIGHT_ENTRIES_PER_INPUT_ENTRY = 32
 """Smallest ratio of a weight's entries to those of one sample's input at which the layout of the weight decides the time; measured."""
@@ -92,7 +97,48 @@ def padded_input(call: Call) -> tuple[Tensor, ConvGeometry]:
     stride = _tuple(call.get("stride", 1), len(kernel))
     dilation = _tuple(call.get("dilation", 1), len(kernel))
     x, padding = _padded(call, call.x, kernel, dilation)
-    return x, ConvGeometry(kernel, stride, padding, dilation, call.get("groups", 1))
+    return x, _geometry(kernel, stride, padding, dilation, call.get("groups", 1))
+
+
+@functools.lru_cache(maxsize=512)
+def _geometry(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> ConvGeometry:
+    """Return the same geometry for the same fields."""
+    return ConvGeometry(kernel, stride, padding, dilation, groups)
+
+
+def scaling_pays(values: Mapping[str, Any], wanted: Collection[Moment]) -> bool:
+    """Return whether to scale the output of a convolution in the kernel of its weight gradient; see :func:`.scaled_products_pay`.
+
+    Args:
+        values: The arguments by name.
+        wanted: The moments to compute.
+    """
+    x, keys = values["input"], frozenset(wanted)
+    fields: list[Any] = []
+    for name in ("stride", "padding", "dilation", "groups"):
+        value = values.get(name)
+        fields.append(tuple(value) if isinstance(value, list) else value)
+    shapes = x.shape, values["weight"].shape
+    return supports(x, keys) and _scaling_pays(*shapes, x.dtype, tuple(fields), keys, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _scaling_pays(
+    shape: torch.Size,
+    weight_shape: torch.Size,
+    dtype: torch.dtype,
+    fields: tuple[Any, ...],
+    keys: frozenset[Moment],
+    threads: int,
+) -> bool:
+    """Return the same for a type that the kernels support and a number of threads."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        x, weight = (torch.empty(1, dtype=dtype).expand(size) for size in (shape, weight_shape))
+        values = dict(zip(("stride", "padding", "dilation", "groups"), fields, strict=True))
+        padded, geometry = padded_input(Call({"input": x, "weight": weight, **values}, Axis(0), Axis(0), frozenset()))
+        return scaled_products_pay(padded[:, 0], len(weight), geometry, keys)
 
 
 @rule(

@@ -13,7 +13,7 @@ typedef struct {
   int64_t scratch_bytes, samples, channels, blocks, mode, entry_count;
   int64_t size[3], pad[3], out_size[3];
   int64_t x_sample, x_channel, x_step[3], g_sample, g_channel, g_step[3];
-  atomic_int next, worker;
+  atomic_int next, worker, lost; /* lost: the number of sums of squares out of range */
 } depthwise_job;
 
 /* Copies `valid` channels with a border of zeros to a plane of COLS channels; the other channels are zeros. */
@@ -104,6 +104,7 @@ static void channel_block(depthwise_job *j, int64_t task, char *scratch) {
       reduce(&s, acc, count, valid, SUMS);
   }
   finish(&s, j->out + task * STATISTICS);
+  if (!in_range(j->out[task * STATISTICS + SQUARE])) atomic_fetch_add(&j->lost, 1);
 }
 
 static void depthwise_work(void *data) {
@@ -122,5 +123,6 @@ int64_t depthwise_scratch_bytes(int64_t plane, int64_t positions, int64_t spare)
 void depthwise(depthwise_job *j, parallel run, int threads) {
   atomic_init(&j->next, 0);
   atomic_init(&j->worker, 0);
+  atomic_init(&j->lost, 0);
   run_threads(depthwise_work, j, run, threads);
 }

@@ -210,8 +210,8 @@ static void gram_piece(gram_job *j, int64_t task, char *scratch) {
               j->g_position, packed, g, g_sums);
   double *out = j->out + 3 * task;
   combine(j, k, x_sums, g, g_sums, masks, out);
-  const int in_range = out[2] == 0 ? out[0] == 0 : out[2] >= LEAST && out[2] < INFINITY;
-  if (out[1] < j->cancelled * out[2] || !in_range) atomic_fetch_add(&j->lost, 1);
+  const int has_digits = out[2] == 0 ? out[0] == 0 : in_range(out[2]);
+  if (out[1] < j->cancelled * out[2] || !has_digits) atomic_fetch_add(&j->lost, 1);
 }
 
 static void gram_work(void *data) {

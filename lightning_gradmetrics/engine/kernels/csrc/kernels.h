@@ -43,6 +43,9 @@ typedef REAL loose __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may
 #define LEAST 0
 #endif
 
+/* Whether a sum of squares has all digits. */
+#define in_range(square) ((square) >= LEAST && (square) < (double)INFINITY)
+
 enum { SUMS = 0, ALL = 1 }; /* modes: sum and sum of squares only, or all five statistics */
 enum { SUM, SQUARE, ABS, MAX, MIN, STATISTICS };
 

@@ -25,7 +25,7 @@ typedef struct {
   int64_t row_count, columns; /* input channels of a group times kernel entries; output channels of a group */
   int64_t channels, layout, in[3], pad[3], out_size[3];
   int64_t x_sample, x_channel, x_step[3], g_sample, g_channel, g_step[3];
-  atomic_int next, worker;
+  atomic_int next, worker, lost; /* lost: the number of sums of squares out of range */
 } product_job;
 
 /* Copies one group's input with a border of zeros: to channel planes or, if channels are adjacent in memory, to
@@ -249,6 +249,7 @@ static void piece(product_job *j, int64_t task, char *scratch) {
       any_panel(j, x, block, r, end, valid, buffer, &s, &scaled);
     }
   finish(&s, j->out + task * STATISTICS);
+  if (!in_range(j->out[task * STATISTICS + SQUARE])) atomic_fetch_add(&j->lost, 1);
 }
 
 static void work(void *data) {
@@ -269,5 +270,6 @@ int64_t scratch_bytes(int64_t panels, int64_t positions, int64_t input) {
 void products(product_job *j, parallel run, int threads) {
   atomic_init(&j->next, 0);
   atomic_init(&j->worker, 0);
+  atomic_init(&j->lost, 0);
   run_threads(work, j, run, threads);
 }
