@@ -59,13 +59,13 @@ def _compare_one(model: nn.Module, x: Tensor, statistic: str) -> None:
     torch.testing.assert_close(found.moments, expected.moments, rtol=1e-9, atol=1e-12)
 
 
-def _wrong_for(row: int, right: Rule) -> Rule:
+def _wrong_for(row: int, right: Rule, factor: float = 1.01) -> Rule:
     """Return a rule that is wrong for one row of a batch of 20."""
 
     def wrong(call: Call, g: Tensor) -> Iterator[tuple[str, Use]]:
         factors = g.new_ones(len(g))
         if len(g) == 20:
-            factors[row] = 1.01
+            factors[row] = factor
         return right.uses(call, g * factors.view(-1, *[1] * (g.ndim - 1)))
 
     return dataclasses.replace(right, uses=wrong)
@@ -83,6 +83,15 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[str], list[int]]]:
 
     monkeypatch.setattr(planned_batch, "RowSums", Noted)
     return noted
+
+
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_found(factor: float, sums: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, make, shape = LAYERS["linear"]
+    model, x = _model(make, shape, 20)
+    monkeypatch.setitem(RULES, function, _wrong_for(11, RULES[function], factor))
+    _compare(model, x)
+    assert 11 in sums[-1][1]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
