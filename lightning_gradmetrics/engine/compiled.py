@@ -30,6 +30,7 @@ from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.path_check import forward_alone
 from lightning_gradmetrics.engine.plan import PlanError
 from lightning_gradmetrics.engine.program import (
+    OutOfRange,
     Program,
     ProgramState,
     device_of,
@@ -40,6 +41,7 @@ from lightning_gradmetrics.engine.program import (
 from lightning_gradmetrics.engine.strategy import Strategy, collect_fast
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.engine.tracer import Tracer
+from lightning_gradmetrics.gradients.lost_digits import LEAST
 from lightning_gradmetrics.gradients.precision import rounding
 from lightning_gradmetrics.gradients.statistics import Moments, merged_moments
 
@@ -91,6 +93,8 @@ def compiled_moments(task: Task) -> list[Moments]:
             if task.targets is None:
                 raise
             return auto_moments(task)  # its error explains which labels are wrong
+        except OutOfRange:
+            return auto_moments(task)
         except PlanError as error:
             programs[key] = None
             _LATEST.pop(task.model, None)
@@ -171,6 +175,8 @@ def _program(task: Task, strategy: Strategy) -> Program:
     channels_last = strategy.channels_last and _is_on_gpu(task)  # inductor chooses the layout itself
 
     names = list(dict(task.model.named_parameters())), list(dict(task.model.named_buffers()))
+    # Operators compute all other squares; see kernels/partial.py and rows.c.
+    reads_range = not _is_on_gpu(task) and 2.0 in task.wanted and task.wanted <= {"sum", 2.0} and _is_narrow(task)
 
     def planned(
         parameters: list[Tensor], buffers: list[Tensor], inputs: list[Tensor], labels: Tensor | None
@@ -202,7 +208,8 @@ def _program(task: Task, strategy: Strategy) -> Program:
         results: list[Tensor] = []
         for moments in [*table.moments, *table.merged]:
             results += map(moments.__getitem__, keys)
-        return tuple(map(Tensor.detach, [*results, *logits]))
+        checks = [_are_in_range(table)] if reads_range else []
+        return tuple(map(Tensor.detach, [*results, *checks, *logits]))
 
     decompositions = {} if _is_on_gpu(task) else {torch.ops.aten.embedding.default: looked_up}
     graph = make_fx(planned, decompositions)(*ProgramState(task).arguments())
@@ -212,7 +219,21 @@ def _program(task: Task, strategy: Strategy) -> Program:
     laid_out = task.channels_last() if channels_last else task
     _, path, calls = forward_alone(laid_out, 0, ForwardState(task.model, task.record))
     known = None if strategy.quiet else calls  # a checkpoint may warn that it runs without gradients
-    return Program(run, keys, task.size, logits_function(task), channels_last, path, known)
+    return Program(run, keys, task.size, logits_function(task), channels_last, path, known, reads_range)
+
+
+def _is_narrow(task: Task) -> bool:
+    """Return whether a chosen parameter is in single precision."""
+    return any(parameter.dtype == torch.float32 for parameter in task.parameters.values())
+
+
+def _are_in_range(table: MomentTable) -> Tensor:
+    """Return whether no sum of squares in a graph, in single precision, has overflowed or may lack entries whose squares vanish."""
+    checks: list[Tensor] = []
+    for moments, undo in zip(table.moments, table.scales, strict=True):
+        squares = moments[2.0] / undo.to(moments[2.0].dtype).square()[:, None]
+        checks.append((((squares >= LEAST) & (squares < torch.inf)) | (squares == 0)).all())
+    return torch.stack(checks).all()
 
 
 @contextmanager

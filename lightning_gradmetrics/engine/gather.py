@@ -33,6 +33,7 @@ class MomentTable:
 
     Attributes:
         folded: The plan, if the moments come from a forward pass with its folds.
+        scales: The factors ``(N,)`` that remove the scale of each objective's gradients.
     """
 
     folded: Plan | None = None
@@ -43,6 +44,7 @@ class MomentTable:
         self._moments: list[Moments | None] = [None] * len(task.objectives)
         self._statistics: list[tuple[Tensor, Tensor] | None] = [None] * len(task.objectives)
         self._undo: list[Tensor] = []
+        self.scales: list[Tensor] = []
         self._waiting: list[dict[str, Moments]] = []
         self._small: list[dict[str, Tensor]] = []
         self._segments: list[Segments] = []
@@ -80,6 +82,7 @@ class MomentTable:
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
         self._undo.append(undo)
+        self.scales.append(undo)
         self._waiting.append({})
         self._small.append({})
         self._segments.append(Segments(self.task.wanted))
@@ -131,6 +134,7 @@ class MomentTable:
         self._moments = [None] * len(self.task.objectives)
         self._statistics = [None] * len(self.task.objectives)
         self._undo, self._waiting, self._small, self._segments = [], [], [], []
+        self.scales = []
 
     def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
         """Add parameters without a fast rule, after :meth:`finish`: mapped over the samples, or one at a time."""

@@ -24,7 +24,7 @@ from lightning_gradmetrics.classifier.forward import Inputs
 from lightning_gradmetrics.classifier.preservation import ModelRecord
 from lightning_gradmetrics.engine.forward_guards import ForwardGuards, ReachedGraph, Trace, TraceRefused, UserCode
 from lightning_gradmetrics.engine.model_state import ForwardState
-from lightning_gradmetrics.engine.program import Program, ProgramState, is_transformed, settings_of
+from lightning_gradmetrics.engine.program import OutOfRange, Program, ProgramState, is_transformed, settings_of
 from lightning_gradmetrics.engine.samples import close_rows
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Objective
@@ -132,6 +132,8 @@ class _Guarded:
         try:
             with torch.no_grad():
                 return plan.moments(reached.tensors, targets, per_parameter)
+        except OutOfRange:
+            return None
         except RuntimeError:  # the eager engine explains which labels are wrong
             if targets is None:
                 raise

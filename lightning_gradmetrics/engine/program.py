@@ -22,7 +22,16 @@ from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.precision import allows_tf32
 from lightning_gradmetrics.gradients.statistics import Moments
 
-__all__ = ["Program", "ProgramState", "device_of", "has_hooks", "is_transformed", "logits_function", "settings_of"]
+__all__ = [
+    "OutOfRange",
+    "Program",
+    "ProgramState",
+    "device_of",
+    "has_hooks",
+    "is_transformed",
+    "logits_function",
+    "settings_of",
+]
 
 
 class ProgramState:
@@ -74,6 +83,10 @@ class ProgramState:
         return parameters, buffers, list(tensors_in(self._task.inputs)), self._task.targets
 
 
+class OutOfRange(Exception):
+    """Squares of gradient entries overflow or vanish in single precision, so the batch runs eagerly."""
+
+
 @dataclass(frozen=True)
 class Program:
     """A compiled plan.
@@ -87,6 +100,7 @@ class Program:
         channels_last: Whether images use the channels-last layout.
         path: A number for the calls of the model's own forward pass of one sample.
         calls: These calls; ``None`` if they cannot be compared one by one.
+        reads_range: Whether the function returns, before the logits, whether the sums of squares are in the range of single precision.
         turns: Counts the batches, so that each of them checks another sample.
     """
 
@@ -97,6 +111,7 @@ class Program:
     channels_last: bool
     path: int
     calls: KnownPath | None = None
+    reads_range: bool = False
     turns: Iterator[int] = field(default_factory=itertools.count)
 
     def fits(self, task: Task) -> bool:
@@ -130,8 +145,13 @@ class Program:
 
         Returns:
             The moments ``(N, P)`` of each objective, the same merged over the parameters, ``(N,)``, and the logits ``(N, C)``.
+
+        Raises:
+            OutOfRange: If squares of gradient entries overflow or vanish.
         """
         *values, logits = self.run(parameters, buffers, inputs, labels)
+        if self.reads_range and not bool(values.pop()):
+            raise OutOfRange
         half = len(values) // 2
         return self._by_objective(values[:half]), self._by_objective(values[half:]), logits
 

@@ -276,3 +276,18 @@ def test_kernels_of_layers_are_operators_of_the_graph(layers, statistics, graphs
     expected = gradient_statistics(model, x, "pseudo_label", statistics=statistics, engine="reference")
     for name in statistics:
         torch.testing.assert_close(found.statistic(name), expected.statistic(name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_batches_whose_squares_overflow_or_vanish_run_eagerly(size):
+    """In single precision; all later batches are compiled again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3)).eval()
+    batches = [torch.randn(8, 4) for _ in range(8)]
+    batches[1][2] *= size
+    batches[5][2] *= size
+    for x in batches:
+        found = gradient_statistics(model, x, "uniform", per_parameter=True, statistics=["l2"], compile=True)
+        expected = gradient_statistics(model, x, "uniform", per_parameter=True, statistics=["l2"])
+        torch.testing.assert_close(found.norm(2), expected.norm(2), rtol=1e-4, atol=0)
