@@ -113,10 +113,11 @@ class _Guarded:
     Args:
         guards: The guards of the model's forward pass; ``None`` if they cannot be used.
         logits: Returns the logits ``(N, C)`` from the model's output.
+        unguarded: What the guards overlook.
     """
 
-    def __init__(self, guards: ForwardGuards | None, logits: Callable[[Any], Tensor]) -> None:
-        self.guards, self.logits = guards, logits
+    def __init__(self, guards: ForwardGuards | None, logits: Callable[[Any], Tensor], unguarded: Hashable) -> None:
+        self.guards, self.logits, self._unguarded = guards, logits, unguarded
         self.plans: dict[Trace, _Placed] = {}
 
     def moments(
@@ -156,7 +157,7 @@ class _Guarded:
 
     def _reached(self, model: nn.Module, inputs: Tensor) -> ReachedGraph | None:
         """Return the graph that the forward pass would run; ``None`` if that is not known."""
-        if self.guards is None:
+        if self.guards is None or self._unguarded != _unguarded(model):
             return None
         try:
             return self.guards.reached(model, inputs)
@@ -231,7 +232,7 @@ def guard_program(task: Task, state: ProgramState, program: Program, logits: Ten
     if request not in known:
         if len(known) >= MOST_REQUESTS:
             return
-        known[request] = _Guarded(_guards(task, task.record), task.logits)
+        known[request] = _Guarded(_guards(task, task.record), task.logits, _unguarded(task.model))
     if known[request].logits is task.logits:
         known[request].add(task, state, program, logits)
 
@@ -245,6 +246,14 @@ def _guards(task: Task, record: ModelRecord) -> ForwardGuards | None:
     finally:
         state.restore()
     return ForwardGuards(record.modules, task.logits, code) if code.is_guarded(record.modules) else None
+
+
+def _unguarded(model: nn.Module) -> Hashable:
+    """Return what guards overlook: with torch 2.8, that a module has an attribute with the name of a method."""
+    return tuple(map(tuple, map(vars, model.modules()))) if _OVERLOOKS_ATTRIBUTES else ()
+
+
+_OVERLOOKS_ATTRIBUTES = torch.__version__ < "2.9"
 
 
 def _logits_of(reached: ReachedGraph) -> Tensor:

@@ -23,7 +23,8 @@ class _Layer(nn.Module):
 @pytest.fixture
 def traced():
     names = {"__builtins__": __builtins__}
-    exec("def run(model, x):\n    return model(x) + offset()\n\ndef offset():\n    return 1", names)
+    source = "def run(model, x):\n    return model(x) + offset()\n\ndef offset():\n    return 1"
+    exec(compile(source, __file__, "exec"), names)  # torch 2.8 wraps functions without a file
     compiled = torch.compile(names["run"], backend="eager", fullgraph=True, dynamic=False)
     model, x = _Layer(2.0), torch.randn(3, 4)
     compiled(model, x)

