@@ -27,7 +27,7 @@ class _Frozen(torch.autograd.Function):
         bias, mean, variance, eps, cudnn, early = rest
         factor = torch.rsqrt(variance + eps)
         factor = factor if weight is None else factor * weight
-        ctx.save_for_backward(factor.reshape(1, -1, *[1] * (x.ndim - 2)))
+        ctx.save_for_backward(factor)
         ctx.early = early
         if early is not None:
             early.factor = factor
@@ -39,7 +39,7 @@ class _Frozen(torch.autograd.Function):
         product = None if ctx.early is None else ctx.early.taken(gradient)
         if product is not None:
             return product, *[None] * 7
-        product = gradient * factor
+        product = gradient * factor.view(1, -1, *[1] * (gradient.ndim - 2))
         return product if product.dtype == gradient.dtype else product.to(gradient.dtype), *[None] * 7
 
 

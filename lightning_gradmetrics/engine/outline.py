@@ -123,7 +123,11 @@ class Outline:
             if kind in _STRUCTURAL:
                 calls.append(value)
             elif kind in _TENSORS or isinstance(value, Tensor):
-                calls.append(self._identity(value))
+                made = self._made.get(id(value))
+                if made is not None and made[2] == version_of(value) and made[0]() is value:
+                    calls.append(made[1])
+                else:
+                    calls.append(self._identity(value))
             else:
                 self._add(
                     value, is_size and not (traits.fills and kind is not tuple and not isinstance(value, (tuple, list)))

@@ -18,7 +18,7 @@ __all__ = ["LARGEST", "looked_up_rows", "norm_weight_rows"]
 LARGEST = 2**18
 """Largest number of entries of a gradient; for more, several threads of torch are faster."""
 
-MOST_POSITIONS = 64
+MOST_POSITIONS = 512
 """Largest number of indices per sample, which are compared with each other."""
 
 
@@ -31,7 +31,8 @@ def looked_up_rows(indices: Tensor, g: Tensor, padding: int | None) -> Tensor | 
         padding: The row without a gradient, or ``None``.
     """
     samples, positions, width = g.shape
-    is_small = 0 < positions <= MOST_POSITIONS and 0 < g.numel() <= LARGEST
+    is_small = g.numel() <= LARGEST or torch.get_num_threads() == 1
+    is_small = is_small and 0 < positions <= MOST_POSITIONS and g.numel() > 0
     if not (is_small and g.is_cpu and g.stride(2) == 1 and indices.dtype == torch.int64 and indices.is_contiguous()):
         return None
     library = library_for(g.dtype)

@@ -12,7 +12,7 @@ from lightning_gradmetrics.engine.kernels.geometry import POINTWISE
 from lightning_gradmetrics.engine.kernels.gram import linear_gram_pays, linear_square
 from lightning_gradmetrics.engine.kernels.layers import looked_up_rows
 from lightning_gradmetrics.engine.kernels.native import native_products, supports
-from lightning_gradmetrics.engine.kernels.operators import operator, reads_are_slow
+from lightning_gradmetrics.engine.kernels.operators import operator
 from lightning_gradmetrics.engine.kernels.reduction import chosen_moments, chunked_moments, row_moments
 from lightning_gradmetrics.engine.kernels.traced import in_graph, key_names, keys_of, named_moments, stacked_by_name
 from lightning_gradmetrics.gradients.precision import at_least_float32
@@ -140,6 +140,14 @@ def _touched_rows(indices: Tensor, g: Tensor, padding_idx: int | None) -> Tensor
     return rows.scatter_add_(1, _slots(indices).unsqueeze(-1).expand_as(g), g)
 
 
+def _table_rows(indices: Tensor, g: Tensor, padding_idx: int | None, num_embeddings: int) -> Tensor:
+    """Return the gradients of all rows of a table, ``(N, V, D)``."""
+    if padding_idx is not None:
+        g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    table = g.new_zeros(len(g), num_embeddings, g.shape[2])
+    return table.scatter_add_(1, indices.unsqueeze(-1).expand_as(g), g)
+
+
 def embedding_moments(
     indices: Tensor, g: Tensor, num_embeddings: int, padding_idx: int | None, wanted: Iterable[Moment]
 ) -> Moments:
@@ -159,29 +167,8 @@ def embedding_moments(
         >>> embedding_moments(torch.tensor([[2, 2]]), torch.ones(1, 2, 3), 5, None, ["max", "min"])["max"]
         tensor([2.], dtype=torch.float64)
     """
-    keys = frozenset(wanted)
-    if g.is_cpu and g.numel() and keys.isdisjoint({"max", "min"}):  # further zeros change no other moment
-        return row_moments(touched_rows(indices, g, padding_idx).flatten(1), keys)
-    g = at_least_float32(g)
-    if padding_idx is not None:
-        g = g.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
-    slot = _slots(indices)
-    touched = torch.zeros_like(g).scatter_add_(1, slot.unsqueeze(-1).expand_as(g), g)
-    moments = row_moments(touched.flatten(1), keys)
-    full = torch.zeros(len(g), dtype=torch.bool, device=g.device)
-    # Unused slots are zero, like untouched rows. They matter only if a sample touches every row and some rows twice.
-    may_be_full = 0 < indices.shape[1] >= num_embeddings  # needs no read of the data
-    if may_be_full:
-        spare = torch.ones_like(indices, dtype=torch.bool).scatter_(1, slot, False)
-        full = (~spare).sum(1) == num_embeddings
-    if ("max" in keys or "min" in keys) and may_be_full and (reads_are_slow(g) or bool(full.any())):
-        low = touched.masked_fill(spare.unsqueeze(-1), -torch.inf).flatten(1)
-        high = touched.masked_fill(spare.unsqueeze(-1), torch.inf).flatten(1)
-        exact = {**row_moments(low, keys & {"max"}), **row_moments(high, keys & {"min"})}
-        for extreme, value in exact.items():
-            moments[extreme] = torch.where(full, value, moments[extreme])
-    untouched = ~full if num_embeddings > 0 else full
-    for key, bound in (("max", torch.Tensor.clamp_min), ("min", torch.Tensor.clamp_max)):
-        if key in keys:
-            moments[key] = torch.where(untouched, bound(moments[key], 0), moments[key])  # type: ignore[index, operator]
-    return moments
+    keys, g = frozenset(wanted), at_least_float32(g)
+    has_untouched_rows = indices.shape[1] < num_embeddings
+    if has_untouched_rows or keys.isdisjoint({"max", "min"}):  # the further zeros change no moment
+        return row_moments(_touched_rows(indices, g, padding_idx).flatten(1), keys)
+    return row_moments(_table_rows(indices, g, padding_idx, num_embeddings).flatten(1), keys)

@@ -48,6 +48,7 @@ ALIGNMENT = 64
 """Alignment in bytes: the size of a cache line and of the widest vector."""
 
 Sizes = tuple[int, ...]
+_KNOWN = frozenset(ORDER)
 _local = threading.local()
 
 
@@ -59,7 +60,7 @@ def supports(tensor: Tensor, wanted: Iterable[Moment], in_graph: bool = False) -
         wanted: The moments to compute.
         in_graph: Whether the kernel is called by an operator; see :func:`.library_for`.
     """
-    is_possible = tensor.device.type == "cpu" and set(wanted) <= set(ORDER)
+    is_possible = tensor.is_cpu and _KNOWN.issuperset(wanted)
     return is_possible and library_for(tensor.dtype, in_graph) is not None
 
 
