@@ -66,7 +66,7 @@ SMALL_VIT = {
 HUGGINGFACE: dict[str, tuple[str, dict[str, Any]]] = {
     "SegformerForSemanticSegmentation": (
         "SegformerConfig",
-        {"hidden_sizes": [8, 16, 24, 32], "decoder_hidden_size": 16},
+        {"hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 3, 4], "decoder_hidden_size": 16},
     ),
     "UperNetForSemanticSegmentation": ("UperNetConfig", {"hidden_size": 32, "use_auxiliary_head": False}),
     "MobileNetV2ForSemanticSegmentation": ("MobileNetV2Config", {}),

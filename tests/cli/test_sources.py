@@ -203,8 +203,8 @@ def test_huggingface_texts_with_a_model_of_transformers(tmp_path: Path, command:
     for part in (fast, transformers.BertForSequenceClassification(config)):
         part.save_pretrained(tmp_path / "bert")
     texts = {"text": ["good film", "bad film", "good rain", "bad bad"] * 5, "label": [1, 0, 1, 0] * 5}
-    datasets.Dataset.from_dict(texts).save_to_disk(tmp_path / "films")
-    datasets.Dataset.from_dict({"text": ["rain rain rain", "nothing"] * 10}).save_to_disk(tmp_path / "weather")
+    datasets.Dataset.from_dict(texts).save_to_disk(str(tmp_path / "films"))
+    datasets.Dataset.from_dict({"text": ["rain rain rain", "nothing"] * 10}).save_to_disk(str(tmp_path / "weather"))
     done = command(
         *("data=huggingface", "data.id=films", "data.far=weather", "data.text=text", "data.tokenizer=bert"),
         *(

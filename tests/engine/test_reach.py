@@ -211,6 +211,8 @@ def test_quantised_layers_after_chosen_parameters_are_refused():
 def test_grouped_products_of_experts(family):
     """Mixtures of experts whose tokens are sorted by expert, in float32: grouped products do not support float64 on CPUs."""
     transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip("Qwen3 needs transformers 4.51")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "vocab_size": 40, "pad_token_id": 0, "num_labels": 3, "head_dim": 8}
     experts = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 8}
