@@ -109,7 +109,9 @@ def test_gradient_statistics_read_no_value_after_the_first_batches():
         gradient_statistics(model, torch.randn(16, 16), "pseudo_label")
     with HostReads() as reads:
         gradient_statistics(model, torch.randn(16, 16), "pseudo_label")
-    assert set(reads.functions) <= BUFFERS
+    assert set(reads.functions) <= BUFFERS | {
+        "check_gradients"
+    }  # which reads nothing of a known model on other devices
 
 
 def test_later_batches_of_the_callback_only_run_the_checks_of_a_batch():
