@@ -303,7 +303,7 @@ class ForwardGuards:
     def _reached_by_compiler(self, model: nn.Module, inputs: Tensor) -> ReachedGraph | None:
         """Return the graph that a forward pass would run; ``torch.compile`` compares the guards, or traces the function."""
         count = self._count
-        with compiling() as is_possible:
+        with compiling(model) as is_possible:
             if not is_possible:
                 return None
             reached = _reached_by(self._forward, model, inputs)

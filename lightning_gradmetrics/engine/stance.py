@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 __all__ = ["compiling", "eager"]
 
@@ -51,8 +52,10 @@ class _Eager:
 
 
 @contextmanager
-def compiling() -> Iterator[bool]:
+def compiling(model: nn.Module) -> Iterator[bool]:
     """Let ``torch.compile`` trace and run functions inside the block, in this thread only.
+
+    The attributes that it adds to the parameters and buffers of a model are removed at the end.
 
     Yields:
         False if it cannot, because another thread is in a block of :func:`eager`.
@@ -61,11 +64,18 @@ def compiling() -> Iterator[bool]:
         if _blocks > _own_blocks():
             yield False
             return
+        unmarked = [tensor for tensor in (*model.parameters(), *model.buffers()) if _MARK not in vars(tensor)]
         restore = _switched("default")
         try:
             yield True
         finally:
             restore()
+            for tensor in unmarked:
+                vars(tensor).pop(_MARK, None)
+
+
+_MARK = "_dynamo_static_input_type"
+"""The attribute of tensors that stay at one address in all calls; no guard reads it."""
 
 
 def _own_blocks() -> int:

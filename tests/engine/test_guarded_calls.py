@@ -403,6 +403,19 @@ def test_calls_inside_a_compiled_function_are_refused_as_without_guards(make, re
 
 
 @pytest.mark.slow
+def test_tensors_have_no_attributes_of_the_compiler(make, repeated):
+    model, _ = make("h = h * 1")
+    model.register_buffer("unused", torch.zeros(1))
+    for _ in range(3):
+        _norms(model, torch.randn(6, 4), compile=True)
+    model.a.weight = nn.Parameter(model.a.weight.detach().clone())
+    for _ in range(3):
+        _norms(model, torch.randn(6, 4), compile=True)
+    assert repeated
+    assert not any(map(vars, (*model.parameters(), *model.buffers())))
+
+
+@pytest.mark.slow
 def test_a_model_with_guards_is_freed(make, repeated):
     model, _ = make("h = h * 1")
     for _ in range(4):
