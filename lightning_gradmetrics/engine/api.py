@@ -29,12 +29,12 @@ from lightning_gradmetrics.classifier.quantised import check_differentiable, che
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.arguments import check_arguments
 from lightning_gradmetrics.engine.auto import auto_moments
-from lightning_gradmetrics.engine.cached_tensors import without_cached_tensors
+from lightning_gradmetrics.engine.checks.no_gradient import check_gradients
+from lightning_gradmetrics.engine.compilation.stance import eager
 from lightning_gradmetrics.engine.functional import functional_moments
-from lightning_gradmetrics.engine.no_gradient import check_gradients
+from lightning_gradmetrics.engine.inputs.cached_tensors import without_cached_tensors
+from lightning_gradmetrics.engine.inputs.shared_inputs import check_rows, with_sample_axes
 from lightning_gradmetrics.engine.reference import reference_moments
-from lightning_gradmetrics.engine.shared_inputs import check_rows, with_sample_axes
-from lightning_gradmetrics.engine.stance import eager
 from lightning_gradmetrics.engine.task import Task
 from lightning_gradmetrics.gradients.objectives import Loss, Objective
 from lightning_gradmetrics.gradients.statistics import (
@@ -52,13 +52,13 @@ __all__ = ["ENGINES", "eager", "gradient_statistics", "select_parameters"]
 
 def _compiled_moments(task: Task) -> list[Moments]:
     # Imported here because it takes seconds and only compiled calls need it.
-    from lightning_gradmetrics.engine.compiled import compiled_moments
+    from lightning_gradmetrics.engine.compilation.compiled import compiled_moments
 
     return compiled_moments(task)
 
 
 def _started_ahead(model: nn.Module, inputs: Inputs, targets: Tensor | None) -> AbstractContextManager[None]:
-    from lightning_gradmetrics.engine.compiled import started_ahead
+    from lightning_gradmetrics.engine.compilation.compiled import started_ahead
 
     return started_ahead(model, inputs, targets)
 
@@ -255,7 +255,7 @@ def _guarded(
 @cache
 def _guarded_calls() -> Any:
     # Imported here because it takes seconds; cached because an import inside a function is looked up in each call.
-    from lightning_gradmetrics.engine import guarded_calls
+    from lightning_gradmetrics.engine.compilation import guarded_calls
 
     return guarded_calls
 

@@ -9,20 +9,25 @@ import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
-from lightning_gradmetrics.engine.attribute_reads import reading_attributes
-from lightning_gradmetrics.engine.batch_checks import BatchChecks
-from lightning_gradmetrics.engine.garbage import without_collections
-from lightning_gradmetrics.engine.gather import MomentTable
-from lightning_gradmetrics.engine.guards import compare_alone, logits_without_graph
-from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_read
-from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.checks.batch_checks import BatchChecks
+from lightning_gradmetrics.engine.checks.guards import compare_alone, logits_without_graph
+from lightning_gradmetrics.engine.checks.sample_check import (
+    check_draw,
+    check_reader_paths,
+    check_sample,
+    check_some_samples,
+)
+from lightning_gradmetrics.engine.inputs.samples import close_rows, input_shapes, input_structure
+from lightning_gradmetrics.engine.passes.gather import MomentTable
+from lightning_gradmetrics.engine.passes.plan import PlanError
+from lightning_gradmetrics.engine.passes.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow
 from lightning_gradmetrics.engine.planned_batch import GRADIENTS_IF_UNPROVEN, fill_by_plan
+from lightning_gradmetrics.engine.planning.garbage import without_collections
+from lightning_gradmetrics.engine.planning.verification import make_strategy
 from lightning_gradmetrics.engine.refusals import REFUSALS, not_reproducible, raise_if_out_of_memory
-from lightning_gradmetrics.engine.sample_check import check_draw, check_reader_paths, check_sample, check_some_samples
-from lightning_gradmetrics.engine.samples import close_rows, input_shapes, input_structure
-from lightning_gradmetrics.engine.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow
 from lightning_gradmetrics.engine.task import Task, empty_moments
-from lightning_gradmetrics.engine.verification import make_strategy
+from lightning_gradmetrics.engine.tracing.attribute_reads import reading_attributes
+from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key, note_read
 from lightning_gradmetrics.gradients.statistics import Moments
 
 __all__ = ["auto_moments", "verified_strategy"]

@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lightning_gradmetrics.engine.agreement import SampleNotes
-from lightning_gradmetrics.engine.batch_checks import BatchChecks
-from lightning_gradmetrics.engine.folding import FoldRefused
-from lightning_gradmetrics.engine.gather import MomentTable
-from lightning_gradmetrics.engine.guards import check_objectives
-from lightning_gradmetrics.engine.model_state import ForwardState
-from lightning_gradmetrics.engine.outline import Outline
-from lightning_gradmetrics.engine.path_check import PathChanged
-from lightning_gradmetrics.engine.path_record import PathRecorder
-from lightning_gradmetrics.engine.plan import Plan, PlanError
-from lightning_gradmetrics.engine.row_check import check_row_owners
-from lightning_gradmetrics.engine.row_sums import RowSums
-from lightning_gradmetrics.engine.sample_check import (
+from lightning_gradmetrics.engine.checks.batch_checks import BatchChecks
+from lightning_gradmetrics.engine.checks.guards import check_objectives
+from lightning_gradmetrics.engine.checks.row_check import check_row_owners
+from lightning_gradmetrics.engine.checks.sample_check import (
     MOST_VERIFIED,
     check_draw,
     check_reader_paths,
@@ -25,9 +16,18 @@ from lightning_gradmetrics.engine.sample_check import (
     check_some_samples,
     verify_by_samples,
 )
-from lightning_gradmetrics.engine.selects import SelectsRefused
-from lightning_gradmetrics.engine.single_sample import collect_one_sample, needs_no_plan
-from lightning_gradmetrics.engine.strategy import Strategy, collect_fast, collect_on_path
+from lightning_gradmetrics.engine.passes.agreement import SampleNotes
+from lightning_gradmetrics.engine.passes.folding import FoldRefused
+from lightning_gradmetrics.engine.passes.gather import MomentTable
+from lightning_gradmetrics.engine.passes.path_check import PathChanged
+from lightning_gradmetrics.engine.passes.path_record import PathRecorder
+from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
+from lightning_gradmetrics.engine.passes.row_sums import RowSums
+from lightning_gradmetrics.engine.passes.selects import SelectsRefused
+from lightning_gradmetrics.engine.passes.single_sample import collect_one_sample, needs_no_plan
+from lightning_gradmetrics.engine.passes.strategy import Strategy, collect_fast, collect_on_path
+from lightning_gradmetrics.engine.tracing.model_state import ForwardState
+from lightning_gradmetrics.engine.tracing.outline import Outline
 
 __all__ = ["GRADIENTS_IF_UNPROVEN", "fill_by_plan"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.graph import ends_of_group_norms
-from lightning_gradmetrics.engine.model_state import ForwardState
 from lightning_gradmetrics.engine.refusals import SampleAxisError, not_without_others
 from lightning_gradmetrics.engine.task import Task, empty_moments, joined
+from lightning_gradmetrics.engine.tracing.graph import ends_of_group_norms
+from lightning_gradmetrics.engine.tracing.model_state import ForwardState
 from lightning_gradmetrics.gradients.scaling import rescaled_moments
 from lightning_gradmetrics.gradients.statistics import Moments, gradient_moments, stacked_moments
 

@@ -21,7 +21,7 @@ from lightning_gradmetrics.gradients.scaling import unit_gradient, unit_losses
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator
 
 if TYPE_CHECKING:
-    from lightning_gradmetrics.engine.assumption import Assumption
+    from lightning_gradmetrics.engine.inputs.assumption import Assumption
 
 __all__ = ["Task", "empty_moments", "joined"]
 

@@ -24,7 +24,7 @@ from lightning_gradmetrics.classifier.observation import redirected
 from lightning_gradmetrics.classifier.sample_axis import tensors_with_samples
 from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.api import ENGINES, eager
-from lightning_gradmetrics.engine.shared_inputs import sample_flags
+from lightning_gradmetrics.engine.inputs.shared_inputs import sample_flags
 from lightning_gradmetrics.gradients.objectives import Objective
 from lightning_gradmetrics.gradients.statistics import GradientStatistics, Moment, result_dtype
 from lightning_gradmetrics.scoring.agreement import LOGITS_OF_PARTS, OTHER_LOGITS, are_close, check_same_logits

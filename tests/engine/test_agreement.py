@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_gradmetrics.engine.agreement import BLOCK, SMALL, agreeing
+from lightning_gradmetrics.engine.passes.agreement import BLOCK, SMALL, agreeing
 from lightning_gradmetrics.gradients.statistics import gradient_moments, stacked_moments
 
 

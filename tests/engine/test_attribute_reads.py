@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine import auto
-from lightning_gradmetrics.engine.attribute_reads import reading_attributes
+from lightning_gradmetrics.engine.tracing.attribute_reads import reading_attributes
 
 
 class Counting(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradmetrics.engine.checked_trace import CheckedTrace
+from lightning_gradmetrics.engine.compilation.checked_trace import CheckedTrace
 
 pytestmark = pytest.mark.slow
 

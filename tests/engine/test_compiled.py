@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_gradmetrics as lgm
 from lightning_gradmetrics.engine import auto, gradient_statistics
-from lightning_gradmetrics.engine import compiled as compiled_plans
+from lightning_gradmetrics.engine.compilation import compiled as compiled_plans
 
 
 def _errors(found, expected) -> float:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_gradmetrics.engine import compiled, cuda_graph, gradient_statistics
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.compilation import compiled, cuda_graph
 
 
 class _Calls(TorchDispatchMode):

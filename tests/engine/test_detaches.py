@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lightning_gradmetrics.engine.dependence import DependenceTrace
-from lightning_gradmetrics.engine.detaches import used_operations
-from lightning_gradmetrics.engine.outline import Outline, Recording
+from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace
+from lightning_gradmetrics.engine.tracing.detaches import used_operations
+from lightning_gradmetrics.engine.tracing.outline import Outline, Recording
 
 
 def test_repeated_and_unused_detaches_are_no_operations():

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradmetrics.engine import auto, gradient_statistics, verification
+from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine.planning import verification
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError, SampleAxisError
 from tests.engine.kinds import (
     AXES,

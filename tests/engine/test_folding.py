@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradmetrics.engine import gradient_statistics, sample_check, strategy
-from lightning_gradmetrics.engine.folding import FoldingTracer
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.checks import sample_check
+from lightning_gradmetrics.engine.passes import strategy
+from lightning_gradmetrics.engine.passes.folding import FoldingTracer
 from lightning_gradmetrics.engine.rules import convolution
 from tests.engine.cases import worst_difference
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine import auto, folding, gradient_statistics, strategy
+from lightning_gradmetrics.engine import auto, gradient_statistics
 from lightning_gradmetrics.engine.kernels import library
-from lightning_gradmetrics.engine.plan import Plan
+from lightning_gradmetrics.engine.passes import folding, strategy
+from lightning_gradmetrics.engine.passes.plan import Plan
 from lightning_gradmetrics.engine.rules.norm import channels_last_group_norm
 from tests.engine.cases import worst_difference
 

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_gradmetrics.engine import compiled as compiled_plans
-from lightning_gradmetrics.engine import gradient_statistics, guarded_calls
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.compilation import compiled as compiled_plans
+from lightning_gradmetrics.engine.compilation import guarded_calls
 
 SOURCE = """
 import enum, functools, math, os, sys, types

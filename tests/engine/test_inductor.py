@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lightning_gradmetrics.engine import inductor
-from lightning_gradmetrics.engine.inductor import compiled_graph
+from lightning_gradmetrics.engine.compilation import inductor
+from lightning_gradmetrics.engine.compilation.inductor import compiled_graph
 
 pytestmark = pytest.mark.slow
 

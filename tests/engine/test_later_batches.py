@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine import gradient_statistics, sample_check
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.checks import sample_check
 from tests.engine.kinds import WIDTH, Net, error_of, numbers
 
 LARGE = 3.0

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradmetrics.classifier.frozen_norm import EarlyProduct
-from lightning_gradmetrics.engine import gradient_statistics, path_record
+from lightning_gradmetrics.engine import gradient_statistics
 from lightning_gradmetrics.engine.kernels import describe_kernels
+from lightning_gradmetrics.engine.passes import path_record
 from lightning_gradmetrics.engine.rules.attention import multi_head_attention
 from lightning_gradmetrics.engine.uses import DerivedUse
 from tests.engine.cases import worst_difference

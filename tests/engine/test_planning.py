@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_gradmetrics.classifier import tensor_records
-from lightning_gradmetrics.engine import auto, gradient_statistics, sample_check
-from lightning_gradmetrics.engine.calls import opened
-from lightning_gradmetrics.engine.dependence import DependenceTrace
+from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine.checks import sample_check
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
 from lightning_gradmetrics.engine.rules import RULES
+from lightning_gradmetrics.engine.tracing.calls import opened
+from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace
 from tests.engine.kinds import WIDTH, Net, error_of, numbers
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.engine import probe
 from lightning_gradmetrics.engine.auto import _STRATEGIES
-from lightning_gradmetrics.engine.dependence import DependenceTrace
+from lightning_gradmetrics.engine.planning import probe
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
+from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace
 
 Use = Callable[["Reader", Tensor], Tensor]
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from lightning_gradmetrics.engine.rounding_noise import rounding_noise
+from lightning_gradmetrics.engine.checks.rounding_noise import rounding_noise
 
 
 def test_models_of_other_threads_are_not_changed() -> None:

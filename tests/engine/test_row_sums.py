@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine import gradient_statistics, planned_batch
-from lightning_gradmetrics.engine.row_sums import RowSums
+from lightning_gradmetrics.engine.passes.row_sums import RowSums
 from lightning_gradmetrics.engine.rules import RULES, Call, Rule, rule
 from lightning_gradmetrics.engine.uses import LinearUse, RowsUse, Use
 from tests.engine.cases import worst_difference

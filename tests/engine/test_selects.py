@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradmetrics.engine import gradient_statistics, selects
+from lightning_gradmetrics.engine import gradient_statistics
+from lightning_gradmetrics.engine.passes import selects
 from tests.engine.cases import worst_difference
 
 

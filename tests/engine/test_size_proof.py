@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_gradmetrics.engine import auto, gradient_statistics
+from lightning_gradmetrics.engine.planning.verification import make_strategy
 from lightning_gradmetrics.engine.refusals import CoupledSamplesError
-from lightning_gradmetrics.engine.size_record import SizeRecord
-from lightning_gradmetrics.engine.verification import make_strategy
+from lightning_gradmetrics.engine.tracing.size_record import SizeRecord
 from tests.engine.kinds import WIDTH, Net, error_of, numbers
 
 

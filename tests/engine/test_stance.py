@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lightning_gradmetrics import gradient_statistics
-from lightning_gradmetrics.engine import stance
-from lightning_gradmetrics.engine.stance import compiling, eager
+from lightning_gradmetrics.engine.compilation import stance
+from lightning_gradmetrics.engine.compilation.stance import compiling, eager
 
 pytestmark = pytest.mark.slow
 

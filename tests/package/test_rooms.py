@@ -37,6 +37,9 @@ ROOMS = {
 }
 """From the ground up. A new folder needs a row here."""
 
+ENGINE = ["kernels", "tracing", "rules", "inputs", "passes", "checks", "planning", "compilation"]
+"""The folders of the engine; each imports only from those before it."""
+
 MAY_IMPORT = {
     "lightning": {"callback", "cli"},
     "hydra": {"cli"},
@@ -97,6 +100,15 @@ def test_a_room_imports_what_its_row_allows_and_all_of_it(room: str) -> None:
     for path in (PACKAGE / room).rglob("*.py"):
         used |= rooms_imported_by(path)
     assert used == ROOMS[room]
+
+
+def test_every_folder_of_the_engine_imports_only_folders_before_it() -> None:
+    engine = PACKAGE / "engine"
+    assert {path.name for path in engine.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ENGINE)
+    for place, folder in enumerate(ENGINE):
+        for path in (engine / folder).rglob("*.py"):
+            used = {name.split(".")[2] for name in imported(path) if name.startswith("lightning_gradmetrics.engine.")}
+            assert used.isdisjoint(ENGINE[place + 1 :]), path
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lightning_gradmetrics as lgm
-from lightning_gradmetrics.engine import verification
+from lightning_gradmetrics.engine.planning import verification
 from tests.models import cnn, images
 
 SCORES = ["energy", "gradnorm", "pseudo_label(target=all)", "gga"]

@@ -21,7 +21,7 @@ from lightning_gradmetrics.compat.gradient_metrics.ownership import (
     resolution,
 )
 from lightning_gradmetrics.compat.gradient_metrics.verification import DisagreementError, Record, Verification
-from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.uses import Use, combined
 
 __all__ = ["collect"]

@@ -13,7 +13,7 @@ from lightning_gradmetrics.compat.gradient_metrics.collecting import collect
 from lightning_gradmetrics.compat.gradient_metrics.metrics import GradientMetric, _MomentMetric, merged
 from lightning_gradmetrics.compat.gradient_metrics.watching import Watch
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
-from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.statistics import Moment, Moments, accumulator, result_dtype
 

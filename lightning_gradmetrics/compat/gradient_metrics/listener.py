@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.compat.gradient_metrics.planning import ModulePlan
-from lightning_gradmetrics.engine.calls import opened
-from lightning_gradmetrics.engine.plan import PlanError, Step
-from lightning_gradmetrics.engine.tracer import Tracer
+from lightning_gradmetrics.engine.passes.plan import PlanError, Step
+from lightning_gradmetrics.engine.passes.tracer import Tracer
+from lightning_gradmetrics.engine.tracing.calls import opened
 from lightning_gradmetrics.engine.uses import Use
 
 __all__ = ["HEARD", "Listener", "listen"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_gradmetrics.compat.gradient_metrics.listener import Listener
-from lightning_gradmetrics.engine.axes import Axis
+from lightning_gradmetrics.engine.tracing.axes import Axis
 
 __all__ = ["Graph", "LossWeights", "OwnershipError", "mark_outputs", "owners", "resolution"]
 

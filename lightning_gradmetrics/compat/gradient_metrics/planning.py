@@ -14,15 +14,15 @@ from lightning_gradmetrics.classifier.forward import gradients_enabled
 from lightning_gradmetrics.classifier.preservation import preserved
 from lightning_gradmetrics.classifier.tensor_records import first_pass_watched
 from lightning_gradmetrics.compat.gradient_metrics.verification import Record
-from lightning_gradmetrics.engine.axes import Axis, axis_between
-from lightning_gradmetrics.engine.calls import map_arguments, tensors_in
-from lightning_gradmetrics.engine.dependence import DependenceTrace, choice_by_data
-from lightning_gradmetrics.engine.detaches import used_operations
-from lightning_gradmetrics.engine.host_reads import PlannedRead
-from lightning_gradmetrics.engine.model_state import ForwardState, attribute_key, note_volatile
-from lightning_gradmetrics.engine.plan import Changes, Plan, PlanError, make_plan
-from lightning_gradmetrics.engine.probe import changed_positions, outline
-from lightning_gradmetrics.engine.trace import CallTrace
+from lightning_gradmetrics.engine.passes.plan import Changes, Plan, PlanError, make_plan
+from lightning_gradmetrics.engine.planning.probe import changed_positions, outline
+from lightning_gradmetrics.engine.tracing.axes import Axis, axis_between
+from lightning_gradmetrics.engine.tracing.calls import map_arguments, tensors_in
+from lightning_gradmetrics.engine.tracing.dependence import DependenceTrace, choice_by_data
+from lightning_gradmetrics.engine.tracing.detaches import used_operations
+from lightning_gradmetrics.engine.tracing.host_reads import PlannedRead
+from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key, note_volatile
+from lightning_gradmetrics.engine.tracing.trace import CallTrace
 
 __all__ = ["ModulePlan", "plan_module", "samples_in"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.reduction import CHUNK_ENTRIES
-from lightning_gradmetrics.engine.plan import PlanError
+from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.statistics import accumulator
 

@@ -16,8 +16,8 @@ from lightning_gradmetrics.classifier.notices import warn_once
 from lightning_gradmetrics.compat.gradient_metrics.listener import HEARD, Listener
 from lightning_gradmetrics.compat.gradient_metrics.ownership import mark_outputs
 from lightning_gradmetrics.compat.gradient_metrics.planning import SCRIPTED, ModulePlan, plan_module, samples_in
-from lightning_gradmetrics.engine.calls import OpeningMode, tensors_in
-from lightning_gradmetrics.engine.model_state import attribute_key
+from lightning_gradmetrics.engine.tracing.calls import OpeningMode, tensors_in
+from lightning_gradmetrics.engine.tracing.model_state import attribute_key
 
 __all__ = ["Watch"]
 

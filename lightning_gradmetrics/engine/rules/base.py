@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_gradmetrics.engine.axes import Axis
-from lightning_gradmetrics.engine.calls import made_contiguous, map_arguments
 from lightning_gradmetrics.engine.kernels import position_sums
+from lightning_gradmetrics.engine.tracing.axes import Axis
+from lightning_gradmetrics.engine.tracing.calls import made_contiguous, map_arguments
 from lightning_gradmetrics.engine.uses import Use
 from lightning_gradmetrics.gradients.precision import wide_dtype as wide
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.calls import DECOMPOSED
+from lightning_gradmetrics.engine.tracing.calls import DECOMPOSED
 
 __all__ = ["bilinear"]
 

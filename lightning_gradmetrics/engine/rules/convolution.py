@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.axes import Axis
 from lightning_gradmetrics.engine.kernels import ConvGeometry
 from lightning_gradmetrics.engine.kernels.convolution import scaled_products_pay
 from lightning_gradmetrics.engine.kernels.native import supports
 from lightning_gradmetrics.engine.rules.base import Call, first_axis, rule, summed
 from lightning_gradmetrics.engine.rules.sums import of_convolution, of_transposed_convolution
+from lightning_gradmetrics.engine.tracing.axes import Axis
 from lightning_gradmetrics.engine.uses import ConvUse, RowsUse, Use
 from lightning_gradmetrics.gradients.statistics import Moment
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.calls import DECOMPOSED, opened
+from lightning_gradmetrics.engine.tracing.calls import DECOMPOSED, opened
 
 __all__ = ["einsum"]
 

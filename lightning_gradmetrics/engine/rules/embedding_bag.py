@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_gradmetrics.engine.calls import DECOMPOSED, opened
+from lightning_gradmetrics.engine.tracing.calls import DECOMPOSED, opened
 
 __all__ = ["embedding_bag"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.calls import DECOMPOSED
+from lightning_gradmetrics.engine.tracing.calls import DECOMPOSED
 
 __all__ = ["grouped_product"]
 

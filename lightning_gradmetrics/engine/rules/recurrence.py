@@ -5,7 +5,7 @@ Let ``z_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` be the gates. The gradients 
 pass has run. The node returns the gradients of the gates, which include all later steps.
 
 While a model is probed, the forward pass of a direction is one operator. A proof that samples are kept apart needs one rule for it
-(:mod:`~lightning_gradmetrics.engine.layout_rules`), and no trace of each time step.
+(:mod:`~lightning_gradmetrics.engine.tracing.layout_rules`), and no trace of each time step.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_gradmetrics.engine.calls import DECOMPOSED, tensors_in
 from lightning_gradmetrics.engine.rules.recurrence import is_supported, lstm_direction
+from lightning_gradmetrics.engine.tracing.calls import DECOMPOSED, tensors_in
 
 __all__ = ["gru_cell", "layers", "lstm_cell", "plain_cell"]
 

@@ -1,0 +1,90 @@
+"""Batches of one sample of a known model: its statistics are those of the ordinary gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine.passes.gather import MomentTable
+from lightning_gradmetrics.engine.passes.plan import Plan
+from lightning_gradmetrics.engine.passes.strategy import Strategy, freeze
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracing.graph import ends_of_group_norms, gradients_at
+from lightning_gradmetrics.engine.uses import RowsUse
+
+__all__ = ["collect_one_sample", "needs_no_plan"]
+
+MOST_ENTRIES = 2**24
+"""Largest number of entries of the gradients, which are stored together."""
+
+MOST_TABLE_ENTRIES = 2**18
+"""The same number for embeddings, whose gradients are zero almost everywhere: the rule for embeddings skips the zeros."""
+
+_EXACT = (torch.float32, torch.float64)
+
+
+def needs_no_plan(task: Task, strategy: Strategy, here: tuple[Hashable, int]) -> bool:
+    """Return whether an ordinary backward pass is exact and faster for a batch of one sample.
+
+    The proof must cover every earlier batch of these shapes. Python must read no values of tensors, and there must be no
+    random numbers, reentrant checkpoints or low precision.
+
+    Args:
+        task: The batch.
+        strategy: How the model is handled.
+        here: The shapes of the inputs, and the number of samples.
+    """
+    plan, verified = strategy.plan, strategy.times.get(here)
+    if plan is None or plan.reads != () or not verified or task.memory is not None:
+        return False
+    if strategy.random or strategy.quiet or strategy.slow:
+        return False
+    for _, is_covered in verified.values():
+        if not is_covered:
+            return False
+    return _are_gradients_small(task, plan)
+
+
+def _are_gradients_small(task: Task, plan: Plan) -> bool:
+    """Return whether all gradients are in full precision, and can be stored together."""
+    sizes: dict[str, int] = {}
+    for name, parameter in task.parameters.items():
+        if parameter.dtype not in _EXACT or torch.is_autocast_enabled(parameter.device.type):
+            return False
+        sizes[name] = parameter.numel()
+    return sum(sizes.values()) <= MOST_ENTRIES and _table_entries(plan, sizes) <= MOST_TABLE_ENTRIES
+
+
+def _table_entries(plan: Plan, sizes: Mapping[str, int]) -> int:
+    """Return the number of entries of the tables of embeddings."""
+    tables: set[str] = set()
+    for step in plan.steps:
+        if step.function in (F.embedding, F.embedding_bag):
+            tables.update(*map(plan.roots.__getitem__, step.sources))
+    total = 0
+    for name in tables:
+        total += sizes.get(name, 0)
+    return total
+
+
+def collect_one_sample(table: MomentTable) -> None:
+    """Fill a table by an ordinary forward pass, and one ordinary backward pass per objective."""
+    task = table.task
+    parameters = list(task.parameters.values())
+    freeze(task)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    logits = task.forward()
+    scaled = [task.unit_gradient(index, logits) for index in range(len(task.objectives))]
+    for index, (gradient, undo) in enumerate(scaled):
+        table.begin(index, undo)
+        if not logits.requires_grad:  # no chosen parameter is used
+            continue
+        is_last = index == len(scaled) - 1
+        gradients = gradients_at(logits, [*parameters, *ends_of_group_norms(logits)], gradient, not is_last)
+        for name, of_parameter in zip(task.parameters, gradients, strict=False):
+            if of_parameter is not None:
+                table.add(name, RowsUse(of_parameter.to_dense()[None]))
+    table.finish()

@@ -1,0 +1,291 @@
+"""How a model is handled, and the fast ways of running it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_gradmetrics.classifier.notices import RANDOM, first_time
+from lightning_gradmetrics.engine.passes.agreement import VerificationNotes
+from lightning_gradmetrics.engine.passes.folding import FoldingTracer
+from lightning_gradmetrics.engine.passes.gather import MomentTable
+from lightning_gradmetrics.engine.passes.known_path import DirectPass, KnownTracer
+from lightning_gradmetrics.engine.passes.owners import OwnershipPass
+from lightning_gradmetrics.engine.passes.path_record import MOST_BYTES, KnownPath, PathRecorder
+from lightning_gradmetrics.engine.passes.plan import Plan
+from lightning_gradmetrics.engine.passes.row_sums import RowSums
+from lightning_gradmetrics.engine.passes.selects import joined_selects
+from lightning_gradmetrics.engine.passes.tracer import Tracer
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracing.graph import reached_parameters
+from lightning_gradmetrics.engine.tracing.outline import Outline
+from lightning_gradmetrics.engine.tracing.size_record import SizeRecord
+
+__all__ = [
+    "EVERY_SAMPLE",
+    "Checks",
+    "Strategy",
+    "collect_fast",
+    "collect_on_path",
+    "freeze",
+    "unchecked",
+    "warn_random",
+    "warn_slow",
+]
+
+ALONE_IF_PLANNED, ALONE_IF_UNPLANNED = 1, 3
+"""Number of samples of each batch that also run alone, to detect samples that depend on each other."""
+
+EVERY_SAMPLE = 10**9
+
+MOST_PATHS = 64
+"""Largest number of combinations of input shapes and batch size for which the calls are stored."""
+
+Checks = Callable[[Tensor, Tracer], None]
+"""Gets the logits of a batch, and the tracer of the forward pass."""
+
+
+def unchecked(logits: Tensor, tracer: Tracer) -> None:
+    """Accept logits that have been checked before."""
+
+
+@dataclass
+class Strategy:
+    """How the engine handles a model.
+
+    Args:
+        plan: The plan; ``None`` identifies the owners of rows in every batch.
+        fast: The parameters that the plan or the owners handle, verified on the probe.
+        slow: The other parameters, with reasons.
+        mapped: Whether the slow parameters can be mapped over the samples, verified on the probe.
+        alone: The number of samples of each batch that also run alone.
+        bytes: Approximate memory of a sample's activations, to split batches by.
+        shapes: The shapes of the inputs that it was planned for.
+        times: For each combination of input shapes, batch size and outline number, the number of positions of a sample on
+            each axis, and whether the proof covers the batch.
+        quiet: Whether to silence the warnings of torch's checkpoints in runs without gradients.
+        random: Whether the model draws random numbers, so that a sample alone gets different ones.
+        provisional: Whether it was planned on fewer than three different samples.
+        channels_last: Whether images use the channels-last layout.
+        sizes: The sizes for which every operation is known to keep the samples apart, while Python reads the same values;
+            ``None`` if that is not known.
+        path: A number for the path of the probe's forward pass.
+        reads: How often Python read values of tensors in it.
+        verified: Whether the plan was compared with autograd; if it was not on the probe, this is done in the first batch.
+        parts: Until then, the logits of some samples of that batch without the others, with their numbers.
+        failed: The number of the sample of the first batch for which an earlier plan was wrong; it is compared again.
+        settled: Whether gradients were compared with autograd in a covered batch, and need no further comparison.
+        reads_samples: Whether Python reads values that depend on the samples.
+        compared: Which gradients of samples were compared on each path that samples take alone.
+        mixes: Whether an operation may work along the sample axis, so that the rows of every batch are checked.
+        turn: Counts the batches of which one sample was checked, so that each batch checks another one.
+        paths: For combinations of input shapes and batch size, the calls of the forward pass; ``None`` if they are not
+            compared one by one.
+    """
+
+    plan: Plan | None
+    fast: tuple[str, ...] = ()
+    slow: Mapping[str, str] = field(default_factory=dict)
+    mapped: bool = False
+    alone: int = ALONE_IF_UNPLANNED
+    bytes: int = 1
+    shapes: Any = None
+    times: dict[tuple[Any, int], dict[int, tuple[tuple[int, ...], bool]]] = field(default_factory=dict)
+    quiet: bool = False
+    random: bool = False
+    provisional: bool = False
+    channels_last: bool = False
+    sizes: SizeRecord | None = None
+    path: int = 0
+    reads: int = 0
+    verified: bool = True
+    parts: tuple[tuple[Sequence[int], Tensor], ...] = ()
+    failed: int | None = None
+    settled: bool = False
+    reads_samples: bool = False
+    compared: dict[int, set[tuple[int, str]]] = field(default_factory=dict)
+    mixes: bool = False
+    turn: int = 0
+    paths: dict[tuple[Any, int], KnownPath | None] = field(default_factory=dict)
+
+    def recorder(self, task: Task, here: tuple[Any, int]) -> PathRecorder | None:
+        """Return a recorder for a batch, if all batches of its shapes made the same calls, which the proof covers.
+
+        Python must read no values of tensors.
+        """
+        verified = self.times.get(here, {})
+        if self.folds(task) or here in self.paths or len(verified) != 1 or self.plan is None or self.plan.reads != ():
+            return None
+        is_unusual = self.random or self.quiet or bool(self.slow) or task.memory is not None
+        return None if is_unusual else PathRecorder(task)
+
+    def folds(self, task: Task) -> bool:
+        """Return whether to fold batch norms into convolutions, or to change the layout of images.
+
+        This is done in batches that are too large for calls to be compared one by one, so that all batches of a size run in the same
+        way, and the same batch has the same results again.
+        """
+        return self.plan is not None and self.plan.changes_layers and self.bytes * task.size > MOST_BYTES
+
+    def add_path(self, here: tuple[Any, int], path: KnownPath | None) -> None:
+        """Store the calls of batches of these shapes; ``None`` if they are not compared one by one."""
+        self.paths[here] = path
+        if len(self.paths) > MOST_PATHS:
+            del self.paths[next(iter(self.paths))]
+
+
+def warn_slow(task: Task, strategy: Strategy) -> None:
+    """Warn about the parameters without a fast rule, once per model and parameter."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in strategy.slow.items():
+        if first_time(task.model, ("slow", name)):
+            by_reason.setdefault(reason, []).append(name)
+    if by_reason:
+        rows = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+        way = "by torch.func.vmap, checked against autograd on a probe" if strategy.mapped else "one sample at a time"
+        warnings.warn(
+            f"no fast rule for these parameters of {type(task.model).__name__}, whose gradients are computed {way}, which is "
+            f"slower: {'; '.join(rows)}",
+            stacklevel=2,
+        )
+
+
+def warn_random(model: nn.Module) -> None:
+    """Warn once that a model draws random numbers."""
+    if not first_time(model, RANDOM):
+        return
+    warnings.warn(
+        f"{type(model).__name__} draws random numbers in its forward pass (dropout left on, noise, stochastic depth). Its gradients "
+        "are those of one draw for the whole batch, the same in every call with the same state of torch's generators. If that is "
+        "not intended, call model.eval() or make the forward pass deterministic",
+        stacklevel=2,
+    )
+
+
+# -- running the fast methods -----------------------------------------------------------------------------------------
+
+
+def collect_fast(
+    table: MomentTable,
+    task: Task,
+    plan: Plan | None,
+    checks: Checks,
+    notes: VerificationNotes | None = None,
+    free: bool = False,
+    recorder: PathRecorder | None = None,
+    folds: bool = False,
+    rows: RowSums | None = None,
+) -> tuple[tuple[int, ...], Outline]:
+    """Fill a table by one forward pass and one backward pass per objective (two without a plan).
+
+    Args:
+        table: The table to fill.
+        task: The batch, restricted to the parameters to collect for.
+        plan: The plan; ``None`` recovers the owners of rows.
+        checks: Gets the logits and the tracer before any gradient is computed.
+        notes: Filled in a run that verifies a plan.
+        free: Whether axes may have a different number of positions per sample than planned.
+        recorder: Gets the calls.
+        folds: Whether to fold batch norms into convolutions.
+        rows: Gets the sums of all samples' gradients from other formulas.
+
+    Returns:
+        The positions of a sample on each axis, and the calls.
+
+    Raises:
+        FoldRefused: If the model uses the output of a folded convolution.
+        PlanError: If the model does not follow the plan, or rows have no single owner.
+        SelectsRefused: If the model changes a selected entry of a tensor in place.
+    """
+    freeze(task)
+    tracer: Tracer
+    sink = table.add if rows is None else rows.sink(table.add)
+    if plan is None:
+        tracer = OwnershipPass(task.parameters, task.size, sink, task.model.buffers())
+    elif folds and plan.changes_layers:
+        tracer, table.folded = FoldingTracer(plan, task, sink, free), plan
+    else:
+        tracer = Tracer(plan, plan.known_parameters(task.model, task.parameters), task.size, sink, free)
+        tracer.recorder = recorder
+    tracer.notes, tracer.rows, tracer.outline.leaves = notes, rows, task.leaves()
+    if isinstance(tracer, FoldingTracer):
+        logits = tracer.forward(task)
+    elif notes is None or not notes.finds_uses:
+        with joined_selects(plan is not None and plan.selects), tracer:
+            logits = task.forward()
+    else:
+        logits = _forward_with_notes(task, tracer, notes)
+    tracer.outline.end(logits)
+    if recorder is not None:
+        recorder.end(tracer.outline, logits)
+    checks(logits, tracer)
+    _collect_gradients(table, task, tracer, logits)
+    return tuple(tracer.times), tracer.outline
+
+
+def collect_on_path(
+    table: MomentTable, task: Task, plan: Plan, checks: Callable[[Tensor], None], path: KnownPath, free: bool = False
+) -> None:
+    """Fill a table as :func:`collect_fast` does, by a forward pass that must make known calls.
+
+    Args:
+        table: The table to fill.
+        task: The batch, restricted to the parameters to collect for.
+        plan: The plan.
+        checks: Gets the logits before any gradient is computed.
+        path: The calls.
+        free: Whether axes may have a different number of positions per sample than planned.
+
+    Raises:
+        PlanError: If the model does not follow the plan.
+        PathChanged: If it does not follow the path.
+    """
+    freeze(task)
+    tracer: DirectPass | KnownTracer
+    tracer = DirectPass(path, task, table.add) if path.is_direct else KnownTracer(plan, table.add, path, task, free)
+    with tracer:
+        logits = task.forward()
+    tracer.require_end(logits)
+    checks(logits)
+    _collect_gradients(table, task, tracer, logits)
+
+
+def _collect_gradients(table: MomentTable, task: Task, tracer: Tracer | DirectPass, logits: Tensor) -> None:
+    """Fill a table by one backward pass per objective."""
+    scaled = [task.unit_gradient(index, logits) for index in range(len(table.task.objectives))]
+    rows = tracer.rows if isinstance(tracer, Tracer) else None
+    for index, (gradient, undo) in enumerate(scaled):
+        table.begin(index, undo)
+        if rows is not None:
+            rows.begin(index, undo)
+        tracer.collect(logits, gradient, last=index == len(scaled) - 1)
+    table.finish()
+    if rows is not None:
+        rows.finish()
+
+
+def freeze(task: Task) -> None:
+    """Let no parameter of the model require gradients."""
+    for parameter in task.model.parameters() if task.record is None else task.record.parameters:
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+
+
+def _forward_with_notes(task: Task, tracer: Tracer, notes: VerificationNotes) -> Tensor:
+    """Return the logits, and record parameters that are used outside of calls of torch functions.
+
+    The tracer replaces parameters in every call that it intercepts. If the graph still reaches one, a use was missed.
+    """
+    for parameter in task.parameters.values():
+        parameter.requires_grad_(True)
+    with tracer:
+        logits = task.forward()
+    for name in reached_parameters(logits, task.parameters):
+        notes.failures[name] = "it is used outside of torch functions, as in a custom autograd function"
+    for parameter in task.parameters.values():
+        parameter.requires_grad_(False)
+    return logits

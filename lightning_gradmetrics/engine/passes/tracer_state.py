@@ -1,0 +1,103 @@
+"""What a tracer notes during a forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_gradmetrics.engine.passes.path_record import PathRecorder
+from lightning_gradmetrics.engine.passes.plan import Plan, Source
+from lightning_gradmetrics.engine.tracing.calls import OpeningMode
+from lightning_gradmetrics.engine.tracing.host_reads import ReadWatch
+from lightning_gradmetrics.engine.tracing.outline import Outline
+
+__all__ = ["TracerState"]
+
+_BATCH_NORM = F.batch_norm if F.batch_norm.__code__.co_filename == F.__file__ else None
+"""Torch's own function; ``None`` if another library has replaced it."""
+
+
+class TracerState(OpeningMode):
+    """The notes of a tracer. Each is made when it is first used, because a known path needs few of them.
+
+    Args:
+        plan: The plan of the calls.
+        parameters: The chosen parameters by name.
+        size: The number of samples.
+    """
+
+    def __init__(self, plan: Plan, parameters: Mapping[str, Tensor], size: int) -> None:
+        super().__init__()
+        self.plan, self.parameters, self.size = plan, parameters, size
+        self.recorder: PathRecorder | None = None
+        self.device = next(iter(parameters.values())).device
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one call as planned."""
+        raise NotImplementedError
+
+    def _inside(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Return the function's result, with the calls inside it intercepted; that of a batch norm is made directly."""
+        arguments = None
+        if self.recorder is None and function is _BATCH_NORM:
+            arguments = _batch_norm_arguments(*args, **kwargs)
+        if arguments is None:
+            return super()._inside(function, args, kwargs)
+        self._open.append(function)
+        try:
+            return self._run(torch.batch_norm, arguments, {})
+        finally:
+            self._open.pop()
+
+    @cached_property
+    def outline(self) -> Outline:
+        """The calls."""
+        return Outline()
+
+    @cached_property
+    def reads(self) -> ReadWatch:
+        """What Python reads from tensors."""
+        return ReadWatch(self.plan.reads, self.size)
+
+    @cached_property
+    def anchor(self) -> Tensor:
+        """A leaf at which the graphs of all uses of parameters end."""
+        return torch.zeros((), device=self.device, requires_grad=True)
+
+    @cached_property
+    def _tracked(self) -> dict[int, Source]:
+        """The chosen parameters, and tensors derived from them, by the identity of the tensor."""
+        return {id(parameter): name for name, parameter in self.parameters.items()}
+
+    @cached_property
+    def _roots(self) -> dict[Source, tuple[str, ...]]:
+        """The parameters behind each source."""
+        return {name: (name,) for name in self.parameters}
+
+    @cached_property
+    def _expected(self) -> Counter[str]:
+        """The number of uses of each parameter."""
+        return Counter()
+
+
+def _batch_norm_arguments(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Any, ...] | None:
+    """Return the arguments with which :func:`torch.nn.functional.batch_norm` calls ``torch.batch_norm``; ``None`` in training."""
+    if training:
+        return None
+    statistics = running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
+    return input, weight, bias, *statistics

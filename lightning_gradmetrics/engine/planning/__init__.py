@@ -1,0 +1,1 @@
+"""The first batch of a model: it is probed, planned, and the plan is verified."""

@@ -1,0 +1,399 @@
+"""Probes a model before the first batch: runs it on two and on three samples, and with each sample replaced in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gradmetrics.classifier.forward import tensors_in
+from lightning_gradmetrics.engine.inputs.samples import close_rows, input_shapes, same_rows
+from lightning_gradmetrics.engine.kernels.operators import traced_operators
+from lightning_gradmetrics.engine.passes.folding import can_lay_out, find_folds
+from lightning_gradmetrics.engine.passes.plan import Changes, Plan, PlanError, make_plan
+from lightning_gradmetrics.engine.passes.selects import has_repeated_selects
+from lightning_gradmetrics.engine.planning.mixing import mixes_samples
+from lightning_gradmetrics.engine.planning.probe_samples import parts_of_batch, three_samples, with_row
+from lightning_gradmetrics.engine.planning.separability import layouts_apart
+from lightning_gradmetrics.engine.refusals import coupled_model, not_reproducible
+from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracing.dependence import (
+    SAMPLES,
+    DependenceTrace,
+    choice_by_data,
+    hides_reads,
+    reads_activations,
+    selection_of_samples,
+    uses_totals,
+)
+from lightning_gradmetrics.engine.tracing.detaches import used_operations
+from lightning_gradmetrics.engine.tracing.graph import runs_custom_code
+from lightning_gradmetrics.engine.tracing.host_reads import HostRead, PlannedRead
+from lightning_gradmetrics.engine.tracing.layouts import Layout
+from lightning_gradmetrics.engine.tracing.model_state import ForwardState, attribute_key, note_volatile, quiet_no_grad
+from lightning_gradmetrics.engine.tracing.outline import HOOKS, Outline, Recording
+from lightning_gradmetrics.engine.tracing.size_record import SizeRecord, size_record
+from lightning_gradmetrics.engine.tracing.trace import CallTrace, TracedCall
+
+__all__ = ["Probe", "changed_positions", "outline", "probe_model"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The result of a probe.
+
+    Args:
+        task: Three samples of the batch.
+        logits: Their logits ``(3, C)`` with the graph.
+        after: The state of the model after their forward pass, which their backward pass needs.
+        plan: The plan; ``None`` if the calls or the order of rows depend on the data.
+        reason: Why there is no plan.
+        reads_activations: Whether Python, or a torch call itself, reads a value that depends on samples and parameters.
+        alone_because: Why each sample must run alone; empty if there is no reason.
+        proven: Whether every operation is known to keep the samples apart, while Python reads the same values.
+        mixes: Whether an operation works along the sample axis, although the samples of the probe do not change each other.
+        reads: The values that Python reads from tensors.
+        sizes: The sizes for which the proof holds; ``None`` if it holds for those of the probe only.
+        random: Whether it draws random numbers.
+        pauses_gradients: Whether a part of it runs without gradients, as reentrant activation checkpoints do.
+        bytes: Approximate memory of one sample's activations.
+        parts: The logits of two and of all three samples, with their numbers in the batch; empty if a sample is not in the batch.
+        operations: The names of all basic operations.
+    """
+
+    task: Task
+    logits: Tensor
+    after: ForwardState
+    plan: Plan | None
+    reason: str
+    reads_activations: bool
+    alone_because: str
+    proven: bool
+    mixes: bool
+    reads: tuple[PlannedRead, ...]
+    sizes: SizeRecord | None
+    random: bool
+    pauses_gradients: bool
+    bytes: int
+    parts: tuple[tuple[Sequence[int], Tensor], ...] = ()
+    operations: frozenset[str] = frozenset()
+
+    @cached_property
+    def losses(self) -> list[tuple[Tensor, Tensor]]:
+        """For each objective the scaled losses ``(3,)`` with their graph, and the factors that undo the scale."""
+        return [self.task.unit_losses(index, self.logits) for index in range(len(self.task.losses))]
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether Python reads values that depend on the samples."""
+        return any(read.by_samples for read in self.reads)
+
+
+def probe_model(task: Task) -> Probe:
+    """Return the probe of a model on some samples of a batch.
+
+    Raises:
+        CoupledSamplesError: If the samples depend on each other.
+    """
+    state, before = ForwardState(task.model), attribute_key(task.model)
+    three = three_samples(task)
+    small, logits_of_two, few, outline_of_two = _traced(three.picked([0, 1]), state)
+    large, logits, many, outline_of_three = _traced(three, state)
+    random, after = state.random_numbers_drawn(), ForwardState(task.model)
+    note_volatile(task.model, before, attribute_key(task.model))
+    state.restore()
+    operations = used_operations(few, [logits_of_two]), used_operations(many, [logits])
+    end, layouts = many.serial(logits), None
+    selection = selection_of_samples(*operations)
+    if selection:
+        raise coupled_model(f"{selection!r} of the samples in {type(task.model).__name__}")
+    reason, reads_inside = choice_by_data(*operations), hides_reads(many.operations)
+    if not (reason or reads_inside):
+        layouts = layouts_apart(*operations, many.samples, end)
+    mixes = layouts is None and not reason and mixes_samples(*operations, end)
+    sizes = None
+    if layouts is not None and not runs_custom_code(logits):
+        sizes = size_record(outline_of_two, outline_of_three, input_shapes(three.inputs, three.per_sample))
+    reads = _planned_reads(small, large, many, layouts or {})
+    plan: Plan | None = None
+    changes: Changes = ()
+    if layouts is None or not _one_position_each(small, large):
+        known = None if layouts is None else _changes_by_layout(small, large, many, layouts)
+        if known is None:
+            known, moved = _changes_by_sample(_Runs(three, small, large, state), logits, reason)
+            reason = reason or moved
+        changes = known
+    if not reason:
+        try:
+            plan = make_plan(small, large, lambda: three.unit_losses(0, logits)[0][0], changes)
+        except (PlanError, ValueError) as error:
+            reason = str(error)
+    if plan is not None and plan.undecided:
+        plan, reason = None, "no probe shows the order of rows on an axis with several positions per sample"
+    if plan is not None:
+        folds = {} if sizes is None else find_folds(plan, large, many, three)
+        lays_out = sizes is not None and can_lay_out(plan, large, many)
+        plan = replace(plan, reads=reads, folds=folds, lays_out=lays_out, selects=has_repeated_selects(large))
+    activations = reads_inside or reads_activations(many.operations)
+    alone = "a number computed from all samples enters the forward pass" if uses_totals(many.operations) else ""
+    if outline_of_three.has_hooks:
+        alone = HOOKS
+    parts, size = parts_of_batch(task, logits_of_two, logits), large.bytes() // 3 + 1
+    seen = activations, alone, layouts is not None, mixes, reads, sizes, random, large.pauses_gradients
+    names = frozenset(operation.name for operation in many.operations)
+    return Probe(three, logits, after, plan, reason, *seen, size, parts, names)
+
+
+def _planned_reads(
+    small: CallTrace, large: CallTrace, many: DependenceTrace, layouts: Mapping[int, Layout]
+) -> tuple[PlannedRead, ...]:
+    """Return the values that Python reads, and where the samples are in the tensors that they are computed from."""
+    planned = []
+    for number, read in enumerate(large.reads):
+        by_samples = bool(many.depends(read.tensor) & SAMPLES)
+        layout = None if read.reduction is None else layouts.get(many.serial(read.reduction.source))
+        grows = _count_grows(small.reads[number], read) if len(small.reads) == len(large.reads) else None
+        planned.append(PlannedRead(read.value, by_samples, layout, grows))
+    return tuple(planned)
+
+
+def _count_grows(two: HostRead, three: HostRead) -> bool | None:
+    """Return whether a sum is compared with a multiple of the number of samples; ``None`` if that is not known."""
+    small = None if two.reduction is None else two.reduction.count
+    large = None if three.reduction is None else three.reduction.count
+    if small is None or large is None or not (small == large or 3 * small == 2 * large):
+        return None
+    return small != large
+
+
+def _one_position_each(small: CallTrace, large: CallTrace) -> bool:
+    """Return whether every tensor at a call with parameters has one position per sample, so that the order is unambiguous."""
+    if len(small.calls) != len(large.calls):
+        return False
+    for number in _meeting_parameters(small, large):
+        before, after = small.calls[number], large.calls[number]
+        for two, three in zip((*before.inputs, *before.outputs), (*after.inputs, *after.outputs), strict=False):
+            if not _has_one_position(two.shape, three.shape):
+                return False
+    return True
+
+
+def _has_one_position(two: Sequence[int], three: Sequence[int]) -> bool:
+    """Return whether a tensor has no sample axis, or a sample axis as long as the batch."""
+    lengths = []
+    for short, long in zip(two, three, strict=False):
+        if short != long:
+            lengths.append(long)
+    return lengths in ([], [3])
+
+
+def _meeting_parameters(small: CallTrace, large: CallTrace) -> set[int]:
+    """Return the numbers of the calls with a parameter, or a tensor made from parameters alone, among their arguments."""
+    numbers = set()
+    for number, (before, after) in enumerate(zip(small.calls, large.calls, strict=False)):
+        for two, three in zip(before.inputs, after.inputs, strict=False):
+            if three.serial in large.names or (three.requires_grad and two.shape == three.shape):
+                numbers.add(number)
+    return numbers
+
+
+def _traced(task: Task, state: ForwardState) -> tuple[CallTrace, Tensor, DependenceTrace, Outline]:
+    """Return a traced forward pass with its graph, its logits, the operations in it, and its outline."""
+    _require_gradients(task)
+    state.restore()
+    samples = [t for t, flag in zip(tensors_in(task.inputs), task.per_sample, strict=True) if flag]
+    recording = Recording(Outline(task.leaves()))
+    dependence = DependenceTrace(samples, task.model.parameters(), recording)
+    trace = CallTrace(task.parameters, on_read=dependence.note_read)
+    with traced_operators(), dependence, trace, recording:
+        logits = task.forward()
+    return trace, logits, dependence, recording.outline.end(logits)
+
+
+def _require_gradients(task: Task) -> None:
+    for parameter in task.model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in task.parameters.values():
+        parameter.requires_grad_(True)
+
+
+# -- replacing each sample --------------------------------------------------------------------------------------------
+
+
+def _changes_by_layout(
+    small: CallTrace, large: CallTrace, operations: DependenceTrace, layouts: Mapping[int, Layout]
+) -> Changes | None:
+    """Return the positions that change with each sample, from proven layouts; ``None`` if a call has no proven layout.
+
+    Calls whose tensors all have one position per sample need no layout.
+    """
+    changes: list[Sequence[Tensor | None]] = [()] * len(large.calls)
+    for number in _meeting_parameters(small, large):
+        before, after = small.calls[number], large.calls[number]
+        tensors = [*tensors_in((after.args, after.kwargs)), *tensors_in(after.result)]
+        shapes = [state.shape for state in (*before.inputs, *before.outputs)]
+        if [tuple(tensor.shape) for tensor in tensors] != [state.shape for state in (*after.inputs, *after.outputs)]:
+            return None  # an axis was moved in place
+        rows: list[Tensor | None] = []
+        several = 0
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            layout = layouts.get(operations.serial(tensor))
+            rows.append(None if layout is None else layout.positions(tensor))
+            several += not _has_one_position(shape, tensor.shape)
+        if several and all(row is None for row in rows):
+            return None
+        changes[number] = rows
+    return changes
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs with a sample replaced, and the traces to compare them with.
+
+    Args:
+        task: Three samples.
+        small: The trace of two of them.
+        large: The trace of all three.
+        state: The state of the model before a run.
+    """
+
+    task: Task
+    small: CallTrace
+    large: CallTrace
+    state: ForwardState
+
+    def run(self, task: Task, only: Collection[int] | None) -> tuple[CallTrace | None, Tensor | None]:
+        """Return the trace of a run, or ``None`` if its calls differ from the large trace, and its logits."""
+        self.state.restore()
+        trace = CallTrace(task.parameters, self.small.calls, only, keep=False)
+        try:
+            with quiet_no_grad(True), trace:
+                logits = task.forward()
+        except Exception:  # the model may refuse a synthetic sample
+            return None, None
+        finally:
+            self.state.restore()
+        same_calls = outline(trace) == outline(self.large)
+        return trace if same_calls else None, logits
+
+    def coupling(self, other: Task, number: int, logits: Tensor) -> ValueError:
+        """Return the error for a model in which replacing one sample changes the logits ``(3, C)`` of other samples."""
+        base, again = self.run(self.task, None)
+        if again is not None and not close_rows(again, logits):
+            return not_reproducible(self.task.model)
+        return coupled_model(self._coupling_call(base, other, number))
+
+    def _coupling_call(self, base: CallTrace | None, other: Task, number: int) -> str:
+        """Return the first call in which replacing one sample changes rows of other samples, and its module."""
+        trace, _ = self.run(other, None)
+        if base is None or trace is None:
+            return f"a decision of {type(self.task.model).__name__} for the whole batch"
+        for call_number, (call, rows) in enumerate(zip(base.calls, changed_positions(base, [trace]), strict=True)):
+            for changed in rows[len(call.inputs) :]:
+                if changed is not None and _foreign(changed, number):
+                    return f"{getattr(call.function, '__name__', 'a function')!r} in {self._module(call_number)}"
+        return type(self.task.model).__name__
+
+    def _module(self, call: int) -> str:
+        """Return the type of the module that makes a call."""
+        watching = CallTrace(self.task.parameters, keep=False)
+        watching.watched = call
+        with quiet_no_grad(True), watching:
+            self.task.forward()
+        self.state.restore()
+        return watching.where or type(self.task.model).__name__
+
+
+def _changes_by_sample(runs: _Runs, logits: Tensor, irregular: str) -> tuple[Changes, str]:
+    """Return the positions that change with each sample, for calls with parameters; or why they are unknown.
+
+    Raises:
+        CoupledSamplesError: If the logits of a sample, or a row that meets a parameter, change with another sample.
+    """
+    only = set() if irregular else _meeting_parameters(runs.small, runs.large)
+    base, _ = runs.run(runs.task, only)
+    traces, others = [], []
+    for number in range(3):
+        trace, other = _replaced(runs, number, logits.detach(), only, bool(irregular) or base is None)
+        traces.append(trace)
+        others.append(other)
+    same = [trace for trace in traces if trace is not None]
+    if base is None or len(same) < 3:
+        return (), "it makes different calls for different samples"
+    changes = changed_positions(base, same)
+    for rows in changes:
+        for changed in rows:
+            if changed is not None and int(changed.sum(0).max()) > 1:
+                number = _first_foreign(changed)
+                raise runs.coupling(others[number], number, logits.detach())
+    return changes, ""
+
+
+def _first_foreign(changed: Tensor) -> int:
+    """Return the first sample that changes rows of other samples; 0 if there is none."""
+    for number in range(3):
+        if _foreign(changed[number : number + 1], number):
+            return number
+    return 0
+
+
+def _replaced(
+    runs: _Runs, number: int, logits: Tensor, only: Collection[int], irregular: bool
+) -> tuple[CallTrace | None, Task]:
+    """Return the trace of a run with one sample replaced by another, or by a similar one if that changes the calls."""
+    rest = [(number + 1) % 3, (number + 2) % 3]
+    trace, task = None, runs.task
+    for source, noise in (((number + 1) % 3, 0.3), (number, 0.01)):
+        task = with_row(runs.task, number, source, noise)
+        trace, changed_logits = runs.run(task, only)
+        tight = trace is not None and not irregular
+        if changed_logits is not None and not same_rows(changed_logits[rest], logits[rest], tight):
+            raise runs.coupling(task, number, logits)
+        if trace is not None:
+            break
+    return trace, task
+
+
+def outline(trace: CallTrace) -> list[tuple[Any, ...]]:
+    """Return each call's function and the shapes of its tensors."""
+    return [_call_outline(call) for call in trace.calls]
+
+
+def _call_outline(call: TracedCall) -> tuple[Any, ...]:
+    """Return a call's function and the shapes of its tensors."""
+    return call.function, *(state.shape for state in (*call.inputs, *call.outputs))
+
+
+def changed_positions(base: CallTrace, traces: Sequence[CallTrace]) -> Changes:
+    """Return the positions ``(3, L)`` that change with each sample, for each call and each of its tensors."""
+    changes = []
+    for number, call in enumerate(base.calls):
+        rows = []
+        for tensor_number, marks in enumerate(call.marks):
+            others = [trace.calls[number].marks[tensor_number] for trace in traces]
+            rows.append(None if marks is None else _differences(marks, others))
+        changes.append(rows)
+    return changes
+
+
+def _differences(marks: Tensor, others: Sequence[Tensor | None]) -> Tensor | None:
+    rows = []
+    step = 16 * torch.finfo(marks.dtype).eps
+    for other in others:
+        if other is None:
+            return None
+        rows.append((other - marks).abs() > step * marks.abs())
+    return torch.stack(rows)
+
+
+def _foreign(changed: Tensor, first: int) -> bool:
+    """Return whether rows change with samples that they do not belong to, whichever layout they have."""
+    positions = torch.arange(changed.shape[1], device=changed.device)
+    samples = torch.arange(first, first + len(changed), device=changed.device)[:, None]
+    times = max(1, changed.shape[1] // 3)
+    major = bool((changed & (positions // times != samples)).any())
+    return major and bool((changed & (positions % 3 != samples)).any())

@@ -1,0 +1,205 @@
+"""Proves from the basic operations of two traces that a forward pass treats each sample separately.
+
+Each operation with a rule keeps the samples apart as long as it does not mix positions of the sample axis. If all operations of
+a model have one, no batch can couple its samples, and batches need no check. Nothing in the proof depends on the number of
+samples: layouts are the same with two and with three, and no constant that meets a sample changes with their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+
+from lightning_gradmetrics.engine.tracing.dependence import SAMPLES, Operation
+from lightning_gradmetrics.engine.tracing.layout_rules import LAYOUT_RULES, aligned
+from lightning_gradmetrics.engine.tracing.layouts import Layout, Step, UnprovenError
+
+__all__ = ["layouts_apart"]
+
+
+def layouts_apart(
+    two: Sequence[Operation], three: Sequence[Operation], inputs: Sequence[int], logits: int
+) -> dict[int, Layout] | None:
+    """Return the layout of each tensor with samples, if every operation keeps the samples apart and the logits are ``(N, C)``.
+
+    A number that is computed from all samples may only be read by Python. The proof holds for samples that give the same number
+    alone: for most samples, the longest text in the batch is longer than their own.
+
+    Args:
+        two: The operations with two samples.
+        three: The operations with three samples.
+        inputs: The serial numbers of the tensors with samples, in ``three``.
+        logits: The serial number of the logits, in ``three``.
+
+    Returns:
+        The layouts by serial number; ``None`` if that is not proven.
+    """
+    proof = _Proof(dict.fromkeys(inputs, Layout(0)))
+    try:
+        for small, large in zip(two, three, strict=True):
+            proof.add(small, large)
+    except (UnprovenError, IndexError, TypeError):
+        return None
+    return proof.layouts if proof.layouts.get(logits) == Layout(0) else None
+
+
+_REDUCING = frozenset(["all", "any", "max", "min", "amax", "amin", "sum", "count_nonzero"])
+
+
+def _is_number_of_all(operation: Operation) -> bool:
+    """Return whether an operation computes one number from all samples."""
+    return operation.name in _REDUCING and operation.outputs == ((),) and bool(operation.depends & SAMPLES)
+
+
+def _stays_a_number(operation: Operation, known: Set[int]) -> bool:
+    """Return whether numbers computed from all samples are only read by Python, or only lead to other such numbers."""
+    return known >= set(operation.input_serials) and all(shape == () for shape in operation.outputs)
+
+
+_CONSTANT = frozenset(
+    ["zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"]
+)
+"""Operations whose results are the same at all positions."""
+
+_CHOOSING = frozenset(
+    ["view", "_unsafe_view", "unsqueeze", "squeeze", "select", "slice", "clone", "detach", "alias", "_to_copy"]
+)
+"""Operations whose results are some entries of their argument, in the same order."""
+
+_UNIFORM = _CHOOSING.union(
+    ["expand", "transpose", "t", "permute", "embedding", "gather", "mm", "addmm", "linear", "lift_fresh"]
+)
+"""Operations whose results are the same for all samples if their arguments are."""
+
+_SHAPE_ARGUMENTS = frozenset(["size", "shape", "sizes", "split_sizes", "repeats", "stride"])
+"""Arguments that may depend on the number of samples; the shapes of the results show whether they grow as they must."""
+
+
+@dataclass
+class _Proof:
+    """What is known of the tensors of a forward pass, by serial number.
+
+    Args:
+        layouts: Where the samples are.
+        uniform: Tensors that are the same for all samples.
+        numbers: Numbers that are computed from all samples.
+        sized: Tensors whose values may depend on the number of samples or on the place of a sample.
+        counting: Tensors that contain ``0, 1, ..., N - 1``.
+        written: Memory that other tensors were written into.
+    """
+
+    layouts: dict[int, Layout]
+    uniform: set[int] = field(default_factory=set)
+    numbers: set[int] = field(default_factory=set)
+    sized: set[int] = field(default_factory=set)
+    counting: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
+
+    def add(self, small: Operation, large: Operation) -> None:
+        """Follow the samples through one operation.
+
+        Raises:
+            UnprovenError: If it may mix samples, or treats them differently in batches of different sizes.
+        """
+        depends = bool(large.depends & SAMPLES)
+        serials = large.input_serials
+        varied = large.hidden or _varied(small, large)
+        if large.name == "read":
+            return
+        if self.numbers.intersection(serials) or _is_number_of_all(large):
+            if large.hidden or not _stays_a_number(large, self.numbers | self.layouts.keys()):
+                raise UnprovenError
+            self.numbers.update(large.output_serials)
+        elif large.name in _CONSTANT and not varied:
+            self.uniform.update(large.output_serials)
+        elif depends and not (self.uniform.issuperset(serials) and self.written.isdisjoint(large.memory)):
+            if varied:
+                raise UnprovenError
+            self._place(small, large)
+        elif varied or self.sized.intersection(serials):
+            self._note_sized(large)
+        else:
+            self._keep_constant(small, large)
+
+    def _note_sized(self, operation: Operation) -> None:
+        self.sized.update(operation.output_serials)
+        self.written.update(operation.written)
+
+    def _place(self, small: Operation, large: Operation) -> None:
+        """Find the layouts of an operation's results."""
+        layouts = self._layouts_of(small, large)
+        shapes = zip(small.outputs, large.outputs, strict=True)
+        for serial, layout, (before, after) in zip(large.output_serials, layouts, shapes, strict=True):
+            if layout.fits(before, after):
+                self.layouts[serial] = layout
+            else:
+                self.sized.add(serial)  # such as the state of a generator
+        self.written.update(large.written)
+
+    def _layouts_of(self, small: Operation, large: Operation) -> Sequence[Layout]:
+        known = []
+        for number, (serial, memory) in enumerate(zip(large.input_serials, large.memory, strict=True)):
+            layout = self.layouts.get(serial)
+            grown = small.inputs[number] != large.inputs[number]
+            counts_up = large.name == "index" and number == 1 and serial in self.counting
+            if layout is None and grown and serial not in self.uniform and not counts_up:
+                raise UnprovenError
+            is_replaced = large.name == "copy_" and number == 0
+            if serial in self.sized or (layout is None and memory in self.written and not is_replaced):
+                raise UnprovenError
+            known.append(layout)
+        step = Step(large, known, small)
+        name = large.name.rstrip("_") if large.name not in LAYOUT_RULES else large.name
+        if name not in LAYOUT_RULES and not large.pointwise:
+            raise UnprovenError
+        layouts = LAYOUT_RULES.get(name, aligned)(step)
+        return [layouts] * len(large.outputs) if isinstance(layouts, Layout) else layouts
+
+    def _keep_constant(self, small: Operation, large: Operation) -> None:
+        """Follow tensors that do not depend on the samples: they are the same for all of them, or may depend on their number."""
+        pairs = zip(large.input_serials, small.inputs, large.inputs, strict=True)
+        grown = {serial for serial, before, after in pairs if before != after}
+        shapes_stay = small.outputs == large.outputs
+        if large.name == "arange" and not shapes_stay:
+            self._count(small, large)
+        elif not grown and (shapes_stay or large.name == "expand"):
+            self.uniform.update(large.output_serials)
+        elif self._keeps_counting(large, grown, shapes_stay):
+            self.counting.update(large.output_serials)
+        elif self._stays_uniform(large, grown, shapes_stay):
+            self.uniform.update(large.output_serials)
+        else:
+            self._note_sized(large)
+
+    def _count(self, small: Operation, large: Operation) -> None:
+        """Note a range that counts the samples."""
+        start = large.arguments.get("start", 0), large.arguments.get("step", 1)
+        if start == (0, 1) and (small.outputs, large.outputs) == (((2,),), ((3,),)):
+            self.counting.update(large.output_serials)
+        else:
+            self._note_sized(large)
+
+    def _keeps_counting(self, operation: Operation, grown: Set[int], shapes_stay: bool) -> bool:
+        counts = bool(grown) and self.counting.issuperset(operation.input_serials)
+        return counts and not shapes_stay and operation.name in _CHOOSING
+
+    def _stays_uniform(self, operation: Operation, grown: Set[int], shapes_stay: bool) -> bool:
+        """Return whether a result is the same for all samples, because all arguments that grow with their number are."""
+        if not grown or not self.uniform.issuperset(grown):
+            return False
+        if shapes_stay:  # a sum of them would depend on their number
+            return operation.name in _CHOOSING
+        return operation.name in _UNIFORM or operation.pointwise
+
+
+def _varied(small: Operation, large: Operation) -> bool:
+    """Return whether a plain argument differs between two and three samples, except for one that sets a shape."""
+    if small.arguments == large.arguments:
+        return False
+    names = (small.arguments.keys() | large.arguments.keys()) - _SHAPE_ARGUMENTS
+    differing = {name for name in names if small.arguments.get(name) != large.arguments.get(name)}
+    if small.outputs != large.outputs:  # the end of a slice, the length of a piece or a range may grow with the samples
+        differing -= {"end", "length", "split_size"}
+    if small.name == "native_group_norm":
+        differing.discard("N")  # the length of the first axis
+    return bool(differing)

@@ -1,0 +1,290 @@
+"""Where the samples are in the results of each basic operation that keeps them apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lightning_gradmetrics.engine.tracing.layouts import Layout, Shape, Step, UnprovenError
+
+__all__ = ["LAYOUT_RULES", "aligned"]
+
+
+def aligned(step: Step) -> Layout:
+    """Element by element: the axes of all arguments are aligned at the end."""
+    ndim, layouts = len(step.operation.outputs[0]), set()
+    for layout, shape in zip(step.layouts, step.operation.inputs, strict=True):
+        if layout is not None:
+            layouts.add(layout.moved(layout.dim + ndim - len(shape)))
+    if len(layouts) != 1:
+        raise UnprovenError
+    return layouts.pop()
+
+
+def _reshaped(step: Step) -> Layout:
+    """Reshape: the order of all entries stays, and the axes are split differently, in the same way for every batch."""
+    small = step.small
+    layouts = _split(step.first, step.shape, step.operation.outputs[0], 3)
+    common = [layout for layout in _split(step.first, small.inputs[0], small.outputs[0], 2) if layout in layouts]
+    if not common:
+        raise UnprovenError
+    return common[0]
+
+
+def _split(layout: Layout, old: Shape, new: Shape, samples: int) -> list[Layout]:
+    """Return the layouts that fit a tensor after a reshape."""
+    before = math.prod(old[: layout.dim]) * layout.outer
+    after = math.prod(old[layout.dim + 1 :]) * layout.inner
+    layouts = []
+    for dim, size in enumerate(new):
+        outer, left = divmod(before, math.prod(new[:dim]) or 1)
+        inner, right = divmod(after, math.prod(new[dim + 1 :]) or 1)
+        if not left and not right and size == samples * outer * inner and size:
+            layouts.append(Layout(dim, outer, inner))
+    return layouts
+
+
+def _permuted(step: Step) -> Layout:
+    ndim = len(step.shape)
+    order = [dim % ndim for dim in step.operation.arguments["dims"]]
+    return step.first.moved(order.index(step.first.dim))
+
+
+def _transposed(step: Step) -> Layout:
+    ndim, arguments = len(step.shape), step.operation.arguments
+    pair = [arguments.get("dim0", 0) % ndim, arguments.get("dim1", 1) % ndim]
+    if step.first.dim in pair and ndim > 1:
+        return step.first.moved(pair[1 - pair.index(step.first.dim)])
+    return step.first
+
+
+def _expanded(step: Step) -> Layout:
+    return step.first.moved(step.first.dim + len(step.operation.outputs[0]) - len(step.shape))
+
+
+def _along(step: Step) -> Layout:
+    """Return the layout after an operation that works along other axes and keeps them."""
+    if step.first.dim in step.dims():
+        raise UnprovenError
+    return step.first
+
+
+def _along_dims(step: Step) -> Layout:
+    if step.first.dim in step.dims("dims"):
+        raise UnprovenError
+    return step.first
+
+
+def _removed(step: Step) -> Layout:
+    """Return the layout after an operation that removes other axes."""
+    dims = step.dims()
+    if step.first.dim in dims:
+        raise UnprovenError
+    return step.first.moved(step.first.dim - sum(dim < step.first.dim for dim in dims))
+
+
+def _reduced(step: Step) -> Layout:
+    removed = _removed(step)
+    return step.first if step.operation.arguments.get("keepdim") else removed
+
+
+def _sliced(step: Step) -> Layout:
+    dim = step.operation.arguments.get("dim", 0) % len(step.shape)
+    if dim == step.first.dim and step.operation.outputs[0] != step.shape:
+        raise UnprovenError
+    return step.first
+
+
+def _unfolded(step: Step) -> Layout:
+    if step.first.dim == step.operation.arguments["dimension"] % len(step.shape):
+        raise UnprovenError
+    return step.first
+
+
+def _rows(step: Step) -> Layout:
+    """Return the layout after an operation that treats each position of the first axis separately."""
+    if step.first.dim != 0 or step.operation.outputs[0][0] != step.shape[0]:
+        raise UnprovenError
+    return step.first
+
+
+def _padded(step: Step) -> Layout:
+    """Padding of other axes; a positive and a negative width on the sample axis would shift the samples."""
+    widths = step.operation.arguments["pad"]
+    place = 2 * (len(step.shape) - 1 - step.first.dim)
+    if any(widths[place : place + 2]):
+        raise UnprovenError
+    return step.first
+
+
+def _batch_norm(step: Step) -> Layout:
+    if step.operation.arguments.get("training", False) or step.operation.arguments.get("train", False):
+        raise UnprovenError
+    return _rows(step)
+
+
+def _before_shape(step: Step) -> Layout:
+    if step.first.dim >= len(step.shape) - len(step.operation.arguments["normalized_shape"]):
+        raise UnprovenError
+    return step.first
+
+
+def _joined(step: Step) -> Layout:
+    """Concatenated along another axis."""
+    dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
+    layouts = {layout for layout in step.layouts if layout is not None}
+    if len(layouts) != 1 or next(iter(layouts)).dim == dim:
+        raise UnprovenError
+    for shape in step.operation.inputs:
+        if len(shape) != len(step.operation.outputs[0]) and shape != (0,):
+            raise UnprovenError
+    return layouts.pop()
+
+
+def _gathered(step: Step) -> Layout:
+    """Gather along another axis; the values may be the same for all samples."""
+    source, index = step.layouts
+    if index is None or source not in (None, index) or index.dim == step.operation.arguments["dim"] % len(step.shape):
+        raise UnprovenError
+    return index
+
+
+def _picked(step: Step) -> Layout:
+    """Index: some positions of another axis, or positions of it for each sample, ``x[arange(N), positions]``."""
+    layout, chosen = step.layouts[0], {dim for _, dim in step.operation.chosen}
+    indices = step.operation.inputs[1:]
+    if layout is None or layout.dim in chosen or step.layouts[1] is not None:
+        raise UnprovenError
+    if len(indices) == 1 and len(indices[0]) == 1 and len(chosen) == 1:
+        return layout
+    if len(indices) != 2 or layout != Layout(0) or not chosen <= {1}:
+        raise UnprovenError
+    return _along_first_index(step)
+
+
+def _along_first_index(step: Step) -> Layout:
+    """Return the layout of ``x[samples, positions]``, where the first index counts up and both are broadcast."""
+    _, samples, positions = step.operation.inputs
+    ndim = max(len(samples), len(positions))
+    long = [dim for dim, size in enumerate(samples) if size != 1]
+    if len(long) != 1:
+        raise UnprovenError
+    layout = Layout(long[0] + ndim - len(samples))
+    other = step.layouts[2]
+    if other is not None and other.moved(other.dim + ndim - len(positions)) != layout:
+        raise UnprovenError
+    return layout
+
+
+def _stacked(step: Step) -> Layout:
+    """Stacked along a new axis."""
+    dim = step.operation.arguments.get("dim", 0) % len(step.operation.outputs[0])
+    layouts = set(step.layouts)
+    layout = layouts.pop()
+    if layouts or layout is None:
+        raise UnprovenError
+    return layout.moved(layout.dim + (dim <= layout.dim))
+
+
+def _strided_rows(step: Step) -> Layout:
+    """As strided: the shape stays, and the strides keep each sample in one piece."""
+    arguments, shape = step.operation.arguments, step.shape
+    in_one_piece = arguments["stride"][0] == math.prod(shape[1:]) and not arguments.get("storage_offset")
+    if step.first != Layout(0) or list(arguments["size"]) != list(shape) or not in_one_piece:
+        raise UnprovenError
+    return step.first
+
+
+def _product(step: Step, skip: int = 0) -> Layout:
+    """Matrix product, after ``skip`` summands: the contracted axis is not the sample axis."""
+    left, right = step.layouts[skip], step.layouts[skip + 1]
+    ndim = len(step.operation.inputs[skip])
+    if any(layout is not None for layout in step.layouts[:skip]):
+        raise UnprovenError
+    if left is not None and right is not None:
+        if left == right and left.dim == 0 and ndim == 3:
+            return left
+        raise UnprovenError
+    layout, summed = (left, ndim - 1) if left is not None else (right, ndim - 2)
+    if layout is None or layout.dim == summed:
+        raise UnprovenError
+    return layout
+
+
+def _shifted_product(step: Step) -> Layout:
+    return _product(step, 1)
+
+
+def _looked_up(step: Step) -> Layout:
+    """Embedding: a table and indices."""
+    table, indices = step.layouts
+    if table is not None or indices is None:
+        raise UnprovenError
+    return indices
+
+
+def _attention(step: Step) -> list[Layout]:
+    """Attention: queries, keys and values of the same sample, and possibly a mask."""
+    for layout in step.layouts[:3]:
+        if layout is None or layout.dim != 0 or layout != step.layouts[0]:
+            raise UnprovenError
+    for layout, shape in zip(step.layouts[3:], step.operation.inputs[3:], strict=True):
+        if layout is not None and layout.moved(layout.dim + len(step.shape) - len(shape)) != step.layouts[0]:
+            raise UnprovenError
+    first = step.layouts[0]
+    assert first is not None
+    return [first] * len(step.operation.outputs)
+
+
+def _lstm(step: Step) -> list[Layout]:
+    """One direction of an LSTM layer: projected inputs ``(T, N, ...)``, states ``(N, ...)`` and weights, as in ``rules/recurrence.py``."""
+    projected, *states = step.layouts[:3]
+    if projected is None or projected.dim != 1 or any(layout is not None for layout in step.layouts[3:]):
+        raise UnprovenError
+    row = projected.moved(0)
+    if any(layout not in (None, row) for layout in states):
+        raise UnprovenError
+    return [projected] * 6 + [row] * 2
+
+
+_FAMILIES: dict[Callable[[Step], Any], str] = {
+    _reshaped: "view _unsafe_view reshape _reshape_alias unsqueeze squeeze alias clone detach _to_copy lift_fresh "
+    "contiguous flatten",
+    _permuted: "permute",
+    _transposed: "transpose t",
+    _expanded: "expand",
+    _along: "_softmax _log_softmax softmax log_softmax cumsum cumprod split split_with_sizes unsafe_split unsafe_chunk "
+    "chunk narrow glu sort topk",
+    _along_dims: "roll flip",
+    _removed: "select unbind",
+    _reduced: "sum mean amax amin var std var_mean std_mean logsumexp prod any all max min argmax argmin "
+    "linalg_vector_norm norm",
+    _sliced: "slice",
+    _unfolded: "unfold",
+    _rows: "convolution _convolution mkldnn_convolution cudnn_convolution native_group_norm max_pool1d max_pool2d max_pool3d "
+    "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d "
+    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d upsample_nearest1d upsample_nearest2d "
+    "upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d pixel_shuffle pixel_unshuffle im2col mkldnn_max_pool2d",
+    _padded: "constant_pad_nd",
+    _batch_norm: "native_batch_norm batch_norm cudnn_batch_norm _native_batch_norm_legit_no_training",
+    _before_shape: "native_layer_norm _fused_rms_norm rms_norm",
+    _joined: "cat",
+    _stacked: "stack",
+    _strided_rows: "as_strided as_strided_",
+    aligned: "hardswish hardsigmoid hardtanh relu6 _prelu_kernel copy masked_fill",
+    _product: "mm bmm matmul mv linear",
+    _shifted_product: "addmm baddbmm",
+    _looked_up: "embedding",
+    _gathered: "gather",
+    _picked: "index",
+    _lstm: "lightning_gradmetrics::lstm_run",
+    _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
+    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "scaled_dot_product_attention _scaled_dot_product_fused_attention_overrideable",
+}
+LAYOUT_RULES: dict[str, Callable[[Step], Any]] = {}
+for _family, _names in _FAMILIES.items():
+    LAYOUT_RULES.update(dict.fromkeys(_names.split(), _family))
+"""For each basic operation, where the samples are in its results."""
