@@ -134,8 +134,17 @@ class _Unregistered(_Branch):
         return self.layer(x) * self.factors
 
 
-@pytest.mark.parametrize("kind", [_Branch, _Unregistered])
-def test_models_whose_graph_could_change_run_eagerly(kind, graphs):
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.LSTM(1, 3, batch_first=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.layers(x[:, :, None])[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [_Branch, _Unregistered, _Recurrent])
+def test_models_whose_graph_could_change_or_is_slower_run_eagerly(kind, graphs):
     torch.manual_seed(0)
     model, x = kind(), torch.randn(5, 4)
     with pytest.warns(UserWarning, match="runs eagerly"):

@@ -163,6 +163,8 @@ def _obstacle(task: Task, strategy: Strategy | None) -> str:
         return "memory limits are not supported"
     if torch.is_autocast_enabled(device_of(task).type) and not _is_on_gpu(task):
         return "autocast is not supported on this device"
+    if not _is_on_gpu(task) and any(isinstance(module, nn.LSTM) for module in task.model.modules()):
+        return "LSTM layers run faster uncompiled"  # and inductor takes minutes for the graph of all time steps
     return ""
 
 
