@@ -72,6 +72,7 @@ def prepare(config: DictConfig) -> Experiment:
     directory = Path(HydraConfig.get().runtime.output_dir)
     check_directory(directory, settings.resume)
     seed_everything(settings.seed, verbose=False)
+    _check_processes(config.trainer)
     scores = build_scores(config, settings.every_score)
     data = build_data(config.data)
     model = build_model(config.model, data)
@@ -89,7 +90,6 @@ def prepare(config: DictConfig) -> Experiment:
     trainer = instantiate(config.trainer, _partial_=True)(
         callbacks=callbacks, logger=instantiate(config.logger) or False, **progress
     )
-    _check_processes(trainer)
     description = _description(config.model, model, data)
     shared = shared_folder(settings, callback, callback.scored_model(model), trainer)
     return Experiment(settings, scores, data, model, callback, trainer, directory, description, shared)
@@ -99,14 +99,15 @@ MOST_PROCESSES_PER_CORE = 4
 """More processes than cores are slow, but may be wanted to try a run; many more are a typing error."""
 
 
-def _check_processes(trainer: Trainer) -> None:
+def _check_processes(trainer: DictConfig) -> None:
     """Refuse many more processes than processor cores: each of them loads the model and the data."""
+    devices, accelerator = trainer.get("devices"), trainer.get("accelerator", "auto")
+    is_on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     cores = usable_cores()
     most = MOST_PROCESSES_PER_CORE * cores
-    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > most:
+    if is_on_cpu and isinstance(devices, int) and devices > most:
         raise ValueError(
-            f"trainer.devices={trainer.num_devices} would start as many processes on {cores} CPU cores: "
-            f"set trainer.devices to at most {most}"
+            f"trainer.devices={devices} would start as many processes on {cores} CPU cores: set trainer.devices to at most {most}"
         )
 
 
