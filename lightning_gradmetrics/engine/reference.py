@@ -94,7 +94,7 @@ def loss_gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
             raise
         reached = _backward_gradients(loss, parameters)
     gradients = []
-    for parameter, gradient in zip(parameters, reached, strict=False):
+    for parameter, gradient in zip(parameters, reached[: len(parameters)], strict=True):
         gradients.append(torch.zeros_like(parameter) if gradient is None else gradient.to_dense())
     return gradients
 

@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["LEAST", "lost_rows", "may_have_lost"]
 
 LEAST = 1e-28
-"""Smaller sums may lack entries below 1e-19, whose squares have few digits in float32, or none."""
+"""Smaller sums may lack entries below 1e-19, whose squares have few digits in float32, or none. ``kernels.h`` has the same number."""
 
 
 def may_have_lost(powers: Tensor) -> bool:

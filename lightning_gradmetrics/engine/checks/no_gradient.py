@@ -15,7 +15,7 @@ from lightning_gradmetrics.gradients.statistics import Moments
 __all__ = ["check_gradients"]
 
 _DIFFERENTIABLE: WeakSet[nn.Module] = WeakSet()
-"""Models with a gradient that is not zero. On a GPU, later batches of theirs are not read."""
+"""Models on a GPU with a gradient that is not zero; their later batches are not read."""
 
 
 def check_gradients(task: Task, moments: Iterable[Moments]) -> None:
@@ -33,7 +33,8 @@ def check_gradients(task: Task, moments: Iterable[Moments]) -> None:
         if not values.numel() or (not values.is_cpu and task.model in _DIFFERENTIABLE):
             return
         if bool(values.any()):
-            _DIFFERENTIABLE.add(task.model)
+            if not values.is_cpu:
+                _DIFFERENTIABLE.add(task.model)
             return
     logits = _logits_of_first(task)
     if logits is not None and not logits.requires_grad:

@@ -43,7 +43,6 @@ class MomentTable:
         self._columns = {name: index for index, name in enumerate(task.parameters)}
         self._moments: list[Moments | None] = [None] * len(task.objectives)
         self._statistics: list[tuple[Tensor, Tensor] | None] = [None] * len(task.objectives)
-        self._undo: list[Tensor] = []
         self.scales: list[Tensor] = []
         self._waiting: list[dict[str, Moments]] = []
         self._small: list[dict[str, Tensor]] = []
@@ -81,8 +80,7 @@ class MomentTable:
 
     def begin(self, objective: int, undo: Tensor) -> None:
         """Begin an objective; multiplying by ``undo`` ``(N,)`` removes the scale of its gradients."""
-        self._undo.append(undo)
-        self.scales.append(undo)
+        self.scales[objective:] = [undo]
         self._waiting.append({})
         self._small.append({})
         self._segments.append(Segments(self.task.wanted))
@@ -101,7 +99,8 @@ class MomentTable:
 
     def finish(self) -> None:
         """Write all parameters' moments into the table and undo the scales."""
-        for index, undo in enumerate(self._undo):
+        for index in range(len(self._waiting)):
+            undo = self.scales[index]
             factors = None if self._scaled else undo
             waiting = self._waiting[index]
             waiting.update(_segment_moments(self._small[index], self.task.wanted))
@@ -112,7 +111,7 @@ class MomentTable:
                 self._fill_segments(index, factors)
             if waiting:
                 _fill_columns(self._table(index), waiting, self._columns, factors)
-        self._waiting, self._small, self._segments, self._undo = [], [], [], []
+        self._waiting, self._small, self._segments = [], [], []
 
     def _fill_segments(self, index: int, undo: Tensor | None) -> None:
         segments = self._segments[index]
@@ -133,8 +132,7 @@ class MomentTable:
         """Delete all values."""
         self._moments = [None] * len(self.task.objectives)
         self._statistics = [None] * len(self.task.objectives)
-        self._undo, self._waiting, self._small, self._segments = [], [], [], []
-        self.scales = []
+        self.scales, self._waiting, self._small, self._segments = [], [], [], []
 
     def add_slowly(self, names: Collection[str], mapped: bool, check: Check) -> None:
         """Add parameters without a fast rule, after :meth:`finish`: mapped over the samples, or one at a time."""

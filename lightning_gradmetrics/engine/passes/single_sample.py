@@ -84,7 +84,7 @@ def collect_one_sample(table: MomentTable) -> None:
             continue
         is_last = index == len(scaled) - 1
         gradients = gradients_at(logits, [*parameters, *ends_of_group_norms(logits)], gradient, not is_last)
-        for name, of_parameter in zip(task.parameters, gradients, strict=False):
+        for name, of_parameter in zip(task.parameters, gradients[: len(parameters)], strict=True):
             if of_parameter is not None:
                 table.add(name, RowsUse(of_parameter.to_dense()[None]))
     table.finish()

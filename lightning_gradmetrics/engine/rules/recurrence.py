@@ -117,7 +117,7 @@ def lstm_run(
         hidden = o * cell.tanh()
         rows.append((hidden, cell, gates, candidate))
     columns = list(map(torch.stack, zip(*(rows[::-1] if backwards else rows), strict=True)))
-    earlier = [_shifted(state, states, backwards) for state, states in zip(first, columns, strict=False)]
+    earlier = [_shifted(state, states, backwards) for state, states in zip(first, columns[:2], strict=True)]
     return [*columns, *earlier, hidden, cell]
 
 

@@ -27,7 +27,7 @@ inline_always void stretch(const REAL *x, int64_t count, running *s, int mode) {
 
 /* Computes a sum of squares in double precision if squares in single precision have overflowed or may have vanished. */
 static void check_square(const REAL *x, int64_t count, double *out) {
-  if (out[SQUARE] >= LEAST && out[SQUARE] < INFINITY) return;
+  if (in_range(out[SQUARE])) return;
   double square = 0;
   for (int64_t i = 0; i < count; i++) square += (double)x[i] * x[i];
   out[SQUARE] = square;
