@@ -22,12 +22,11 @@ from lightning_gradmetrics.classifier.forward import (
     map_tensors,
     preserved,
 )
-from lightning_gradmetrics.classifier.labels import class_numbers, described
 from lightning_gradmetrics.classifier.model_layout import named_parameters
 from lightning_gradmetrics.classifier.preservation import ModelRecord, exclusive
 from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
-from lightning_gradmetrics.engine.arguments import check_arguments
+from lightning_gradmetrics.engine.arguments import check_arguments, checked_targets, detached
 from lightning_gradmetrics.engine.auto import auto_moments
 from lightning_gradmetrics.engine.checks.no_gradient import check_gradients
 from lightning_gradmetrics.engine.compilation.stance import eager
@@ -269,29 +268,7 @@ def _result(chosen: Mapping[str, nn.Parameter], moments: Moments, per_parameter:
     return GradientStatistics(tuple(chosen), total, moments if is_merged else merged_moments(moments), dtype)
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    """Return the tensor without its graph; a copy if it is an inference tensor."""
-    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
-
-
-def _labels(targets: Any, size: int) -> Tensor | None:
-    """Return the class numbers of the samples, ``(N,)``.
-
-    Raises:
-        ValueError: If the labels are anything else.
-    """
-    if targets is None:
-        return None  # the objective raises the error
-    if isinstance(targets, Tensor) and targets.shape == (size,) and targets.dtype in _WHOLE:
-        return _detached(targets)
-    labels = class_numbers(targets, size)
-    if labels is None:
-        raise ValueError(f"targets= must be the class numbers ({size},) of the samples, got {described(targets)}")
-    return labels
-
-
 _NEEDS_TARGETS = attrgetter("needs_targets")
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 @contextmanager
@@ -325,10 +302,10 @@ def _task(
             size = batch_size(tensors_with_samples(model, placed, stated))
             task = Task(
                 model=model,
-                inputs=map_tensors(placed, _detached),
+                inputs=map_tensors(placed, detached),
                 size=size,
                 objectives=tuple(objectives),
-                targets=_labels(targets, size),
+                targets=checked_targets(targets, size),
                 parameters=chosen,
                 wanted=wanted,
                 logits=logits,

@@ -1,4 +1,4 @@
-"""Checks the arguments of the engine's public function, whose types Python does not enforce."""
+"""Checks of the engine's arguments, whose types Python does not enforce."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_gradmetrics.classifier.labels import described
+from lightning_gradmetrics.classifier.labels import class_numbers, described
 from lightning_gradmetrics.gradients.objectives import Objective
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "checked_targets", "detached"]
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def check_arguments(model: Any, objective: Any, parameters: Any, logits: Any, memory: Any) -> None:
@@ -48,3 +51,24 @@ def _is_positive(number: Any) -> bool:
         return operator.index(number) >= 1
     except TypeError:
         return False
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph; a copy if it is an inference tensor."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+
+
+def checked_targets(targets: Any, size: int) -> Tensor | None:
+    """Return the class numbers of the samples, ``(N,)``.
+
+    Raises:
+        ValueError: If the labels are anything else.
+    """
+    if targets is None:
+        return None  # the objective raises the error
+    if isinstance(targets, Tensor) and targets.shape == (size,) and targets.dtype in _WHOLE:
+        return detached(targets)
+    labels = class_numbers(targets, size)
+    if labels is None:
+        raise ValueError(f"targets= must be the class numbers ({size},) of the samples, got {described(targets)}")
+    return labels
