@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_gradmetrics.classifier.large_parts import ArrayRecord
-from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts
+from lightning_gradmetrics.classifier.mutable_parts import ContainerRecord, mutable_parts, sort_entries
 from lightning_gradmetrics.classifier.tensor_records import is_ordinary
 
 __all__ = ["HOOKS", "INTERNAL", "HookState", "ModelLayout", "layout_of", "modules_of", "named_parameters"]
@@ -108,8 +108,7 @@ def _overrides(model: nn.Module, *names: str) -> bool:
     return any(getattr(kind, name) is not getattr(nn.Module, name) for name in names)
 
 
-_LISTING = ("modules", "named_modules", "named_parameters", "_named_members")
-"""Methods of a module that list its parts."""
+_LISTING = ("modules", "named_modules", "named_parameters", "_named_members")  # methods that list a module's parts
 
 
 def _lists_modules_as_usual(model: nn.Module) -> bool:
@@ -171,7 +170,7 @@ class ModelLayout:
         self._model, self._others = ref(model), modules[1:]
         self._prefixes = None if prefixes is None else list(prefixes.values())
         self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._sizes: list[int] = []
+        self._names: list[tuple[str, ...]] = []
         self.parameters: list[nn.Parameter] = []
         self.buffers: list[Tensor] = []
         self.tensors: list[Tensor] = []
@@ -233,8 +232,8 @@ class ModelLayout:
         return self._compared is not None and self._compared.agrees(self.modules)
 
     def _record_attributes(self, attributes: dict[str, Any], seen: set[int]) -> None:
-        before, changeable = {}, []
-        for name in _own_names(tuple(attributes)):
+        before, changeable, names = {}, [], tuple(attributes)
+        for name in _own_names(names):
             before[name] = value = attributes[name]
             kind = type(value)
             is_plain = _UNCHANGEABLE.issuperset(map(type, value)) if kind in (tuple, list) else kind in _UNCHANGEABLE
@@ -249,7 +248,7 @@ class ModelLayout:
         if "training" in attributes:  # a compiled module does not have it
             before["training"] = attributes["training"]
         self.attributes.append((attributes, before))
-        self._sizes.append(len(attributes))
+        self._names.append(names)
 
     def _record_part(self, part: Any) -> None:
         if isinstance(part, np.ndarray):
@@ -309,11 +308,12 @@ class ModelLayout:
     def restore(self) -> None:
         """Set attributes, hooks and buffers to those of this state."""
         self._hooks.restore()
-        for (attributes, before), size in zip(self.attributes, self._sizes, strict=True):
+        for (attributes, before), names in zip(self.attributes, self._names, strict=True):
             attributes.update(before)
-            if len(attributes) != size:
+            if tuple(attributes) != names:
                 for name in attributes.keys() - INTERNAL - before.keys():
                     del attributes[name]
+                sort_entries(attributes, names)
         _clear_all(self._empty)
         for container in self._containers:
             container.restore()

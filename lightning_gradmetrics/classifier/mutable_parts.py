@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from enum import Enum
 from operator import is_
 from types import ModuleType
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ContainerRecord", "has_settings", "module_of", "mutable_parts"]
+__all__ = ["ContainerRecord", "has_settings", "module_of", "mutable_parts", "sort_entries"]
 
 _PLAIN = (
     bool,
@@ -105,6 +105,20 @@ def mutable_parts(value: Any, seen: set[int]) -> Iterator[Any]:
             waiting.append(vars(part))
         if 0 < len(entries) <= MOST_ENTRIES:
             waiting.extend(reversed(list(entries)))
+
+
+def sort_entries(entries: dict[str, Any], names: Sequence[str]) -> None:
+    """Put the entries of a dictionary in the order of some names; entries without a name here stay behind them.
+
+    Example:
+        >>> entries = {"b": 2, "c": 3, "a": 1}
+        >>> sort_entries(entries, ["a", "b"])
+        >>> entries
+        {'a': 1, 'b': 2, 'c': 3}
+    """
+    ordered = {name: entries[name] for name in names if name in entries} | entries
+    entries.clear()
+    entries.update(ordered)
 
 
 class ContainerRecord:

@@ -35,7 +35,7 @@ def preserved(model: nn.Module) -> Iterator[ModelRecord]:
 
     Restored are:
 
-    - each parameter's ``requires_grad`` and ``.grad``, and each module's train or eval mode;
+    - each parameter's ``requires_grad`` and ``.grad``, which is ``None`` inside the block, and each module's train or eval mode;
     - which tensors are parameters and buffers, which modules are submodules, and the values of all buffers: batch norm
       changes its statistics without a new version of the tensor;
     - attributes that a forward pass sets, replaces or deletes, including the entries of containers, nested ones too, the
@@ -50,6 +50,7 @@ def preserved(model: nn.Module) -> Iterator[ModelRecord]:
     with exclusive(model):
         record = ModelRecord(model)
         try:
+            record.hide_gradients()
             yield record
         finally:
             record.restore()
@@ -131,9 +132,16 @@ class ModelRecord:
         """Return the buffers and the tensors among the attributes, in a fixed order."""
         return [*self.layout.buffers, *self.layout.tensors]
 
+    def hide_gradients(self) -> None:
+        """Set each ``.grad`` to ``None``: a forward pass may zero it, convert it or add to it, and nothing is copied."""
+        for parameter, (_, gradient) in zip(self.parameters, self._requirements, strict=True):
+            if gradient is not None and gradient.dtype is parameter.dtype:  # others could not be assigned again
+                parameter.grad = None
+
     def restore(self) -> None:
         """Set everything to this state."""
         warn_of_late_writes(self.modules[0], self._late_writes())
+        self._memory.restore()  # a gradient can only be assigned to a parameter of its type
         for parameter, (requires_grad, gradient) in zip(self.parameters, self._requirements, strict=True):
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)

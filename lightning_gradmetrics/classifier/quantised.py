@@ -1,4 +1,4 @@
-"""Refuses parameters without a gradient: complex and integer parameters, and those before a quantised layer."""
+"""Refuses parameters without a gradient: complex and integer parameters, those of new lazy modules, and those before a quantised layer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_gradmetrics.classifier.forward import Inputs, call, tensors_in
 from lightning_gradmetrics.classifier.mutable_parts import module_of
 
-__all__ = ["check_differentiable", "check_types"]
+__all__ = ["check_differentiable", "check_types", "refuse_uninitialised"]
 
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 """Modules that define torch's quantised layers, whose outputs have no gradient."""
@@ -43,6 +44,19 @@ def check_types(parameters: Mapping[str, nn.Parameter], norms_only: bool = False
             f"the parameter {name!r} is {parameter.dtype}, and its gradient {why}; choose floating-point parameters "
             f"only, as in parameters=lambda name: name != {name!r} or by the target of a score"
         )
+
+
+def refuse_uninitialised(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters of lazy modules that have no values before the first forward pass.
+
+    Raises:
+        ValueError: If there is such a parameter.
+    """
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"the parameter {name!r} of a lazy module has no values yet: call the model once on a batch, so that it creates them"
+            )
 
 
 def check_differentiable(

@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -155,7 +156,8 @@ class TensorRecords:
         on_devices: list[Tensor] = []
         for tensor in tensors:
             if not _is_small(tensor):
-                self._others.append(TensorRecord(tensor))
+                if not is_lazy(tensor):  # a lazy buffer has no values yet
+                    self._others.append(TensorRecord(tensor))
             elif tensor.is_cpu:
                 self._small.append(tensor)
             else:

@@ -24,7 +24,7 @@ from lightning_gradmetrics.classifier.forward import (
 )
 from lightning_gradmetrics.classifier.model_layout import named_parameters
 from lightning_gradmetrics.classifier.preservation import ModelRecord, exclusive
-from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types
+from lightning_gradmetrics.classifier.quantised import check_differentiable, check_types, refuse_uninitialised
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, samples_first, tensors_with_samples
 from lightning_gradmetrics.engine.arguments import check_arguments, checked_targets, detached
 from lightning_gradmetrics.engine.auto import auto_moments
@@ -85,13 +85,17 @@ def select_parameters(
         record: The record of the model's present state, if there is one.
 
     Raises:
-        ValueError: If no parameter is chosen, or a parameter's gradient has no such statistics.
+        ValueError: If no parameter is chosen, a parameter of a lazy module has no values yet, or its gradient has no such statistics.
     """
     named = named_parameters(model) if record is None else record.layout.named_parameters
     chosen = {}
-    for name, parameter in named.items():
-        if parameter.numel() and (parameters is None or parameters(name)):
-            chosen[name] = parameter
+    try:
+        for name, parameter in named.items():
+            if parameter.numel() and (parameters is None or parameters(name)):
+                chosen[name] = parameter
+    except ValueError:
+        refuse_uninitialised(named)
+        raise
     if not chosen:
         raise ValueError(
             f"no parameter of {type(model).__name__} was chosen; its parameters are: "

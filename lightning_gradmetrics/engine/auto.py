@@ -10,14 +10,14 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 
 from lightning_gradmetrics.engine.checks.batch_checks import BatchChecks
-from lightning_gradmetrics.engine.checks.guards import compare_alone, logits_without_graph
+from lightning_gradmetrics.engine.checks.guards import compare_alone
 from lightning_gradmetrics.engine.checks.sample_check import (
     check_draw,
     check_reader_paths,
     check_sample,
     check_some_samples,
 )
-from lightning_gradmetrics.engine.inputs.samples import close_rows, input_shapes, input_structure
+from lightning_gradmetrics.engine.inputs.samples import close_rows, input_shapes, input_structure, logits_without_graph
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.plan import PlanError
 from lightning_gradmetrics.engine.passes.strategy import EVERY_SAMPLE, Strategy, collect_fast, warn_random, warn_slow

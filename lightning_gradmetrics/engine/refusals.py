@@ -16,6 +16,7 @@ __all__ = [
     "coupled_objective",
     "list_as_long_as_the_batch",
     "no_gradient",
+    "no_gradient_of_loss",
     "not_reproducible",
     "not_without_others",
     "other_precisions",
@@ -151,6 +152,14 @@ def no_gradient(model: object) -> ValueError:
     return ValueError(
         f"the logits of {type(model).__name__} have no gradient: its forward runs under torch.no_grad or torch.inference_mode, or "
         "detaches its output"
+    )
+
+
+def no_gradient_of_loss(name: str) -> ValueError:
+    """Return the error for an objective whose losses have no gradient."""
+    return ValueError(
+        f"the losses of the objective {name!r} have no gradient: it detaches the logits, returns whole numbers or constants, or "
+        "computes them outside of torch"
     )
 
 

@@ -230,6 +230,11 @@ class Objective:
         def checked(logits: Tensor) -> Tensor:
             self.check_classes(logits)
             losses = function(logits, **arguments) if self.function is None else _precise(function, logits, arguments)
+            if not isinstance(losses, Tensor) or losses.is_complex():
+                kind = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
+                raise TypeError(
+                    f"objective {self.name!r} must return a tensor of real losses ({len(logits)},), got {kind}"
+                )
             if losses.shape != logits.shape[:1]:
                 raise ValueError(
                     f"objective {self.name!r} returned shape {tuple(losses.shape)} for logits of shape {tuple(logits.shape)}; "

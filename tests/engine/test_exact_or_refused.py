@@ -207,3 +207,82 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / siz
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout.split()[-1]) < 3
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda logits: logits.detach().square().sum(1), "have no gradient"),
+        (lambda logits: logits.argmax(1), "have no gradient"),
+        (lambda logits: logits.square().sum(1).tolist(), "a tensor of real losses .*got list"),
+        (lambda logits: torch.complex(logits, logits).sum(1), "a tensor of real losses .*got torch.complex"),
+    ],
+)
+def test_objectives_without_a_gradient_are_refused(objective, message):
+    model = nn.Linear(4, 3)
+    with pytest.raises((TypeError, ValueError), match=message):
+        gradient_statistics(model, torch.randn(5, 4), ["uniform", objective])
+
+
+def test_lazy_modules_without_parameters_are_refused():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3)).eval()
+    with pytest.raises(ValueError, match=r"'0\.weight' of a lazy module has no values yet: call the model once"):
+        gradient_statistics(model, torch.randn(2, 3, 5, 5), "uniform")
+
+
+class _OfLengths(nn.Module):
+    """Divides by lengths from a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, lengths):
+        return self.layer(x) / torch.tensor(lengths)[:, None]
+
+
+def test_a_list_with_an_entry_per_sample_is_named():
+    with pytest.raises(ValueError, match="a list of 5 entries, as long as the batch"):
+        gradient_statistics(_OfLengths(), {"x": torch.randn(5, 4), "lengths": [1, 2, 3, 4, 5]}, "uniform")
+
+
+class _Casting(nn.Module):
+    """Rounds its weights to bfloat16 in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        self.to(torch.bfloat16).to(x.dtype)
+        return self.head(self.body(x).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_a_forward_pass_that_converts_its_weights_is_exact():
+    model, x = _Casting().eval(), torch.randn(5, 4)
+    found = [
+        gradient_statistics(model, x, "pseudo_label", engine=engine).norm() for engine in ("auto", "auto", "reference")
+    ]
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+
+
+class _OwnGradient(nn.Module):
+    """Classifies the gradient of an energy with respect to the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.energy(x).tanh().sum(), x, create_graph=True)
+        return self.head(gradient)
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+def test_forward_passes_that_need_gradients_run_with_the_reference_engine():
+    model, x = _OwnGradient().double(), torch.randn(3, 4).double()
+    found = [gradient_statistics(model, x, "uniform", engine=engine).norm() for engine in ("auto", "reference")]
+    torch.testing.assert_close(*found)

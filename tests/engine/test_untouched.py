@@ -136,3 +136,52 @@ def test_what_a_forward_pass_registers_is_removed_and_new_parameters_are_refused
         gradient_statistics(model, x, "pseudo_label", lambda n: n.startswith("body"), engine=engine)
         model(x)
         assert len(gradient_statistics(model, x, "pseudo_label", engine=engine).names) > 2
+
+
+class _ChangesGradients(nn.Module):
+    """Zeroes, converts or adds to the gradients of its parameters in its forward pass."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.body, self.head, self.way = nn.Linear(4, 4), nn.Linear(4, 3), way
+
+    def forward(self, x):
+        if self.way == "zeroes":
+            self.zero_grad(set_to_none=False)
+        elif self.way == "converts":
+            self.to(torch.bfloat16).to(x.dtype)
+        elif torch.is_grad_enabled() and self.body.weight.requires_grad:
+            self.body.weight.square().sum().backward()
+        return self.head(self.body(x).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:no fast rule")
+@pytest.mark.parametrize("way", ["zeroes", "converts", "adds"])
+def test_gradients_of_the_user_that_a_forward_pass_changes_come_back(way):
+    model, x = _ChangesGradients(way).eval(), torch.randn(5, 4)
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    before = _snapshot(model)
+    for _ in range(2):
+        gradient_statistics(model, x, "pseudo_label")
+        _same(({}, *before[1:]), _snapshot(model))
+
+
+class _Caching(nn.Module):
+    """Keeps a tensor between two other attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table, self.last, self.layer = 1, torch.ones(4), 2, nn.Linear(4, 3)
+
+    def forward(self, x):
+        if not hasattr(self, "table"):
+            self.table = torch.ones(4)
+        return self.layer(x * self.table)
+
+
+def test_attributes_keep_their_order():
+    model = _Caching().eval()
+    before = list(vars(model))
+    gradient_statistics(model, torch.randn(5, 4), "pseudo_label")
+    assert list(vars(model)) == before

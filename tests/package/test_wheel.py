@@ -81,6 +81,7 @@ def test_a_typed_program_runs_and_passes_mypy_strict(python: Path, tmp_path: Pat
     printed = run(python, "program.py", cwd=tmp_path)
     assert str(python.parent.parent) in printed, "the program must import the installed wheel"
     assert str(python.parent.parent) in run(python, "-c", CONFIGURATION, cwd=tmp_path), "the command must find conf/"
+    pytest.importorskip("mypy")
     (tmp_path / "mistake.py").write_text(MISTAKE)
     mypy = [sys.executable, "-m", "mypy", "--python-executable", str(python), "program.py", "mistake.py"]
     done = subprocess.run(mypy, cwd=tmp_path, env=clean(), capture_output=True, text=True, timeout=600)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.checks.rounding_noise import noisy_inputs, rounding_noise
-from lightning_gradmetrics.engine.inputs.samples import close_rows, different_rows, shared_list
+from lightning_gradmetrics.engine.inputs.samples import close_rows, different_rows, logits_without_graph, shared_list
 from lightning_gradmetrics.engine.refusals import (
     SampleAxisError,
     coupled_model,
@@ -36,7 +36,6 @@ __all__ = [
     "check_samples",
     "chosen_samples",
     "compare_alone",
-    "logits_without_graph",
 ]
 
 _CHOICE = random.Random(0)
@@ -297,29 +296,12 @@ def _logits(task: Task, samples: list[int], state: ForwardState, quiet: bool, ou
     state.restore()
     try:
         return logits_without_graph(picked, quiet) if outline is None else _recorded(picked, outline, quiet)
-    except SampleAxisError:
-        raise
+    except SampleAxisError as error:
+        raise (shared_list(task) or error) from None
     except Exception as error:
         raise (shared_list(task) or not_without_others(task.model, len(samples), task.size, error)) from error
     finally:
         now.restore()
-
-
-def logits_without_graph(task: Task, quiet: bool) -> Tensor:
-    """Return the logits, computed without gradients unless the forward pass itself computes some.
-
-    Args:
-        task: The batch.
-        quiet: Whether reentrant checkpoints may warn that they run without gradients.
-    """
-    with quiet_no_grad(quiet):
-        try:
-            return task.forward()
-        except RuntimeError as error:
-            if "require grad" not in str(error):
-                raise
-            with torch.enable_grad():
-                return task.forward().detach()
 
 
 def _recorded(task: Task, outline: Outline, quiet: bool) -> Tensor:

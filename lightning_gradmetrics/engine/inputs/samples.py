@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_gradmetrics.classifier.forward import tensors_in
 from lightning_gradmetrics.engine.refusals import SampleAxisError, list_as_long_as_the_batch
 from lightning_gradmetrics.engine.task import Task
+from lightning_gradmetrics.engine.tracing.model_state import quiet_no_grad
 from lightning_gradmetrics.gradients.precision import accumulator, rounding
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "different_rows",
     "input_shapes",
     "input_structure",
+    "logits_without_graph",
     "same_rows",
     "shared_list",
 ]
@@ -42,6 +44,27 @@ def input_shapes(inputs: Any, per_sample: Sequence[bool]) -> Hashable:
     for tensor, has_samples in zip(tensors_in(inputs), per_sample, strict=True):
         shapes.append(tuple(tensor.shape[1:] if has_samples else tensor.shape))
     return tuple(shapes)
+
+
+def logits_without_graph(task: Task, quiet: bool) -> Tensor:
+    """Return the logits, computed without gradients unless the forward pass itself computes some.
+
+    Args:
+        task: The batch.
+        quiet: Whether reentrant checkpoints may warn that they run without gradients.
+    """
+    with quiet_no_grad(quiet):
+        try:
+            return task.forward()
+        except RuntimeError as error:
+            if not any(map(str(error).__contains__, _NEED_GRAPHS)):
+                raise
+            with torch.enable_grad():
+                return task.forward().detach()
+
+
+_NEED_GRAPHS = ("require grad", "not have been used in the graph")
+"""Parts of the errors of ``torch.autograd.grad`` inside a forward pass that runs without gradients."""
 
 
 def shared_list(task: Task) -> SampleAxisError | None:

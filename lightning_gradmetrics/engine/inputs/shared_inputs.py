@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_gradmetrics.classifier.forward import Inputs, tensors_in
 from lightning_gradmetrics.classifier.sample_axis import SampleAxis, tensor_axes
 from lightning_gradmetrics.engine.inputs.assumption import Assumption
-from lightning_gradmetrics.engine.inputs.samples import close_rows, input_structure
+from lightning_gradmetrics.engine.inputs.samples import close_rows, input_structure, logits_without_graph
 from lightning_gradmetrics.engine.refusals import SampleAxisError, ambiguous_inputs, wrong_length
 from lightning_gradmetrics.engine.task import Task
-from lightning_gradmetrics.engine.tracing.model_state import ForwardState, quiet_no_grad
+from lightning_gradmetrics.engine.tracing.model_state import ForwardState
 
 __all__ = ["SampleForward", "check_rows", "sample_flags", "with_sample_axes"]
 
@@ -262,8 +262,7 @@ def _tried(flags: Sequence[bool], size: int, forward: SampleForward, everything:
 
 def _logits(task: Task) -> Tensor:
     state = ForwardState(task.model)
-    with quiet_no_grad(True):
-        try:
-            return task.forward()
-        finally:
-            state.restore()
+    try:
+        return logits_without_graph(task, True)
+    finally:
+        state.restore()

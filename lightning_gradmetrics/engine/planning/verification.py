@@ -8,9 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_gradmetrics.engine.checks.guards import logits_without_graph
 from lightning_gradmetrics.engine.functional import functional_moments
-from lightning_gradmetrics.engine.inputs.samples import close_rows
+from lightning_gradmetrics.engine.inputs.samples import close_rows, logits_without_graph
 from lightning_gradmetrics.engine.passes.agreement import VerificationNotes, agreeing, largest_norm
 from lightning_gradmetrics.engine.passes.gather import MomentTable
 from lightning_gradmetrics.engine.passes.plan import Plan, PlanError
@@ -302,12 +301,13 @@ def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -
     parameters = list(probe.task.restricted(names).parameters.values())
     for parameter in parameters:
         parameter.requires_grad_(True)
-    probe.after.restore_tensors()
-    before = loss_gradients(probe.losses[0][0][0], parameters)
     state.restore()
     try:
-        other = with_others_replaced(probe.task)
-        after = loss_gradients(other.unit_losses(0, other.forward())[0][0], parameters)
+        before = _gradients_of_first(
+            probe.task, parameters
+        )  # in the probe's own graph, a weight that has changed its type is unused
+        state.restore()
+        after = _gradients_of_first(with_others_replaced(probe.task), parameters)
     except Exception as error:  # the model may refuse a synthetic sample
         raise_if_out_of_memory(error)
         return
@@ -319,6 +319,11 @@ def _check_backward(probe: Probe, names: Collection[str], state: ForwardState) -
             state.restore()
             _check_reproducible(probe.task, state)
             raise coupled_model(f"the backward pass of {type(probe.task.model).__name__}")
+
+
+def _gradients_of_first(task: Task, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of the first sample's loss in the batch, for the first objective."""
+    return loss_gradients(task.unit_losses(0, task.forward())[0][0], parameters)
 
 
 def _check_reproducible(task: Task, state: ForwardState) -> None:
