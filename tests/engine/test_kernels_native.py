@@ -268,6 +268,44 @@ def test_gram_form_over_blocks_and_panels(shape, threads):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 1, 16, 33), (3, 13, 1040, 2065), (2, 270, 37, 21)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gram_form_of_rows(dtype, shape, threads):
+    """Rows that fill no vector, more channels than a chunk, more positions than a panel, rows that are not adjacent."""
+    samples, positions, inputs, outputs = shape
+    torch.manual_seed(0)
+    a = torch.randn(samples, positions, inputs, dtype=dtype)
+    g = torch.randn(samples, positions, outputs + 3, dtype=dtype)[..., 3:]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        total, square, bound = squares.native_linear_squares(a, g, True, 0.0).sums[:, 0].unbind(1)
+    finally:
+        torch.set_num_threads(before)
+    gradient = (g.double().mT @ a.double()).flatten(1)
+    exact = 1e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(square, gradient.square().sum(1), rtol=exact, atol=0)
+    torch.testing.assert_close(total, gradient.sum(1), rtol=0, atol=exact * float(gradient.abs().sum(1).max()))
+    assert bool((square <= bound * (1 + exact)).all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", ["adjacent", "strided"])
+@pytest.mark.parametrize(("left", "right"), [(1e-23, 1e17), (1e15, 1e15), (1e-24, 1e-3), (0.0, 1.0)])
+def test_gram_form_of_rows_whose_squares_are_out_of_range(channels, left, right):
+    """The squares of rows of one factor overflow or vanish in single precision, and the gradient does neither."""
+    torch.manual_seed(0)
+    a, g = 1e-5 * torch.randn(2, 5, 40), 1e-5 * torch.randn(2, 5, 50)
+    a[1, 3:] *= left / 1e-5
+    g[1, 3:] *= right / 1e-5
+    expected = (g.double().mT @ a.double()).square().sum((1, 2))
+    if channels == "strided":
+        a, g = (t.mT.contiguous().mT for t in (a, g))
+    torch.testing.assert_close(gram.linear_square(a, g)[2.0], expected, rtol=1e-5, atol=0)
+
+
+@needs_compiler
 def test_a_non_finite_sample_leaves_the_gram_sums_of_others_unchanged():
     torch.manual_seed(0)
     x, g = torch.randn(3, 20, 5, 5), torch.randn(3, 30, 5, 5)

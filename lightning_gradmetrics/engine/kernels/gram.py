@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_gradmetrics.engine.kernels.geometry import POINTWISE, ConvGeometry
+from lightning_gradmetrics.engine.kernels.geometry import POINTWISE, ConvGeometry, ceil_div
+from lightning_gradmetrics.engine.kernels.library import library_for
 from lightning_gradmetrics.engine.kernels.native import supports
-from lightning_gradmetrics.engine.kernels.squares import native_squares
+from lightning_gradmetrics.engine.kernels.squares import GramSums, native_linear_squares, native_squares
 from lightning_gradmetrics.gradients.lost_digits import LEAST
 from lightning_gradmetrics.gradients.statistics import Moments, accumulator
 
@@ -29,6 +30,18 @@ GAIN = 2.8
 
 COMPILED_GAIN = 1.2
 """The same ratio for the compiled Gram form, which computes half of each symmetric matrix and no border."""
+
+ROW_GAIN = 1.1
+"""The same ratio for the Gram form that reads rows where they are, whose operands come from a slower cache; measured."""
+
+ROW_PAIR_COST = 90
+"""Cost of a pair of positions in that form, in multiplications; measured."""
+
+PRODUCT_COST = 9
+"""Cost of the statistics of a gradient's entry in the product kernel, in multiplications; measured."""
+
+ROW_BLOCK = 4
+"""Positions of a block of that form: ``SIDE`` of ``linear_gram.c``."""
 
 TILE_WASTE = 1.3
 """Extra multiplications of the compiled form, because its tiles cover more than half of the matrix; measured."""
@@ -45,7 +58,26 @@ MOST_PADDING = 256
 
 def linear_gram_pays(a: Tensor, g: Tensor) -> bool:
     """Return whether :func:`linear_square` is cheaper than the product, by multiplications."""
-    return conv_gram_pays(a.mT, g.mT, POINTWISE)
+    if not _has_rows(a, g):
+        return conv_gram_pays(a.mT, g.mT, POINTWISE)
+    (samples, positions, outputs), inputs = g.shape, a.shape[2]
+    covered = ceil_div(positions, ROW_BLOCK) * ROW_BLOCK
+    pairs = covered * (covered + ROW_BLOCK) / 2
+    gram = ROW_GAIN * pairs * (inputs + outputs + ROW_PAIR_COST)
+    return gram * _idle(samples) < (positions + PRODUCT_COST) * inputs * outputs
+
+
+def _has_rows(a: Tensor, g: Tensor) -> bool:
+    """Return whether the compiled form for rows covers these operands."""
+    if not supports(g, {2.0}) or a.stride(2) != 1 or g.stride(2) != 1:
+        return False
+    lanes: int = library_for(g.dtype).tile_columns() // 2
+    return min(a.shape[2], g.shape[2]) >= lanes
+
+
+def _idle(tasks: int) -> float:
+    """Return the factor by which threads without a task prolong a Gram form, of which one thread computes a task."""
+    return max(1.0, torch.get_num_threads() / tasks)
 
 
 def conv_gram_pays(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
@@ -64,10 +96,9 @@ def conv_gram_pays(x: Tensor, g: Tensor, geometry: ConvGeometry) -> bool:
         return GAIN * (volume**2 * inputs + positions**2 * (outputs + 4 * entries)) < product
     if not _compiled_form_covers(geometry):
         return False
-    # One thread computes a sample's Gram form, so with fewer samples than threads some threads are idle.
-    idle = max(1.0, torch.get_num_threads() / (len(g) * geometry.groups))
     matrices = (x.shape[2:].numel() ** 2 * inputs + positions**2 * outputs) / 2
-    return COMPILED_GAIN * idle * (TILE_WASTE * matrices + PAIR_COST * entries * positions**2) < product
+    gram = COMPILED_GAIN * (TILE_WASTE * matrices + PAIR_COST * entries * positions**2)
+    return gram * _idle(len(g) * geometry.groups) < product
 
 
 def _compiled_form_covers(geometry: ConvGeometry) -> bool:
@@ -87,9 +118,9 @@ def _summed(left: Tensor, right: Tensor, direct: Callable[[Tensor], Tensor]) -> 
     return {2.0: _reliable((left * right).sum((1, 2, 3), dtype=dtype), bound.sum(1), direct)}
 
 
-def _compiled(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[Tensor], Tensor]) -> Moments:
-    """Return the sums of squares and the sums by the compiled kernels."""
-    sums, has_lost = native_squares(x, g, geometry, CANCELLED)
+def _checked(found: GramSums, direct: Callable[[Tensor], Tensor]) -> Moments:
+    """Return the sums of squares and the sums of the compiled kernels; computed directly where digits are lost."""
+    sums, has_lost = found
     total, square, bound = (sums[:, 0] if sums.shape[1] == 1 else sums.sum(1)).unbind(1)
     if has_lost:
         bound = bound.where((bound != 0) | (total == 0), torch.inf)
@@ -107,12 +138,13 @@ def _reliable(square: Tensor, bound: Tensor, direct: Callable[[Tensor], Tensor])
     return square
 
 
-def linear_square(a: Tensor, g: Tensor) -> Moments:
+def linear_square(a: Tensor, g: Tensor, with_sums: bool = False) -> Moments:
     """Return sums of squares of a linear layer's per-sample weight gradients, and their sums if those cost nothing extra.
 
     Args:
         a: ``(N, T, I)``.
         g: ``(N, T, O)``.
+        with_sums: Whether the sums are wanted.
 
     Returns:
         ``(N,)`` each.
@@ -121,8 +153,11 @@ def linear_square(a: Tensor, g: Tensor) -> Moments:
     def direct(rows: Tensor) -> Tensor:
         return (g[rows].mT @ a[rows]).double().square().sum((1, 2))
 
+    if _has_rows(a, g):
+        moments = _checked(native_linear_squares(a, g, with_sums, CANCELLED), direct)
+        return moments if with_sums else {2.0: moments[2.0]}
     if supports(g, {2.0}):
-        return _compiled(a.mT, g.mT, POINTWISE, direct)
+        return _checked(native_squares(a.mT, g.mT, POINTWISE, CANCELLED), direct)
     return _summed(_gram(a.mT)[:, None], _gram(g.mT)[:, None], direct)
 
 
@@ -141,7 +176,7 @@ def conv_square(x: Tensor, g: Tensor, geometry: ConvGeometry, direct: Callable[[
         ``(N,)`` each.
     """
     if supports(g, {2.0}) and _compiled_form_covers(geometry):
-        return _compiled(x, g, geometry, direct)
+        return _checked(native_squares(x, g, geometry, CANCELLED), direct)
     samples, groups, positions = len(g), geometry.groups, g.shape[2:].numel()
     gradients = _gram(g.reshape(samples * groups, g.shape[1] // groups, positions))
     shape = (samples, groups, positions, positions)

@@ -13,6 +13,7 @@ __all__ = [
     "GramJob",
     "GroupNormJob",
     "GroupNormLastJob",
+    "LinearGramJob",
     "LookupJob",
     "NormJob",
     "ProductJob",
@@ -168,6 +169,17 @@ class GramJob(ctypes.Structure):
     )
 
 
+class LinearGramJob(ctypes.Structure):
+    """``linear_gram_job`` of ``linear_gram.c``."""
+
+    _fields_ = (
+        _pointers("a g out")
+        + _integers("samples positions inputs outputs a_sample a_position g_sample g_position with_sums")
+        + _fields(ctypes.c_double, "cancelled")
+        + _counters("next lost")
+    )
+
+
 class ResidualJob(ctypes.Structure):
     """``residual_job`` of ``residuals.c``."""
 
@@ -227,6 +239,7 @@ JOB_SIZES: dict[str, type[ctypes.Structure]] = {
     "softmax_row_job_bytes": SoftmaxRowJob,
     "softmax_power_job_bytes": SoftmaxPowerJob,
     "gram_job_bytes": GramJob,
+    "linear_gram_job_bytes": LinearGramJob,
     "group_norm_job_bytes": GroupNormJob,
     "group_norm_last_job_bytes": GroupNormLastJob,
     "depthwise_job_bytes": DepthwiseJob,

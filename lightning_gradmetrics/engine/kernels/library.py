@@ -49,6 +49,7 @@ JOBS = (
     "segment_statistics",
     "position_statistics",
     "squares",
+    "linear_squares",
     "depthwise",
     "class_residuals",
     "looked_up_rows",

@@ -78,7 +78,7 @@ def _unfused(a: Tensor, g: Tensor, keys: frozenset[Moment]) -> Moments:
     a = a.to(g.dtype)
     gram = 2.0 in keys and keys <= {"sum", 2.0} and g.numel() > 0
     if gram and linear_gram_pays(a, g):
-        moments = linear_square(a, g)
+        moments = linear_square(a, g, "sum" in keys)
         if keys > moments.keys():
             moments["sum"] = _total(a, g)
         return chosen_moments(moments, keys)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_gradmetrics.engine.kernels.geometry import ConvGeometry, three
-from lightning_gradmetrics.engine.kernels.jobs import GramJob, Triple
+from lightning_gradmetrics.engine.kernels.jobs import GramJob, LinearGramJob, Triple
 from lightning_gradmetrics.engine.kernels.library import library_for
 from lightning_gradmetrics.engine.kernels.native import TensorLayout, run_job, scratch_address, threads_for
 
-__all__ = ["GramSums", "native_squares"]
+__all__ = ["GramSums", "native_linear_squares", "native_squares"]
 
 
 class GramSums(NamedTuple):
@@ -45,6 +45,35 @@ def native_squares(x: Tensor, g: Tensor, geometry: ConvGeometry, cancelled: floa
     job.x, job.g, job.out, job.cancelled = pixels.data_ptr(), gradients.data_ptr(), out.data_ptr(), cancelled
     job.scratch = scratch_address(job.scratch_bytes * threads)
     run_job(job, library_for(g.dtype).squares, threads)
+    return GramSums(out, job.lost > 0)
+
+
+def native_linear_squares(a: Tensor, g: Tensor, with_sums: bool, cancelled: float) -> GramSums:
+    """Return sums of a linear layer's weight gradients, by Gram matrices of rows that are read where they are.
+
+    Args:
+        a: The layer's input ``(N, T, I)``, whose channels are adjacent in memory and fill a vector at least.
+        g: The gradient of its output ``(N, T, O)``, likewise.
+        with_sums: Whether to compute the sums, not only the sums of squares.
+        cancelled: See :func:`native_squares`. The bound of such a sum of squares, or of one out of range, is infinite.
+    """
+    out = torch.empty(len(g), 1, 3, dtype=torch.float64)
+    job = LinearGramJob(
+        a=a.data_ptr(),
+        g=g.data_ptr(),
+        out=out.data_ptr(),
+        samples=len(g),
+        positions=g.shape[1],
+        inputs=a.shape[2],
+        outputs=g.shape[2],
+        a_sample=a.stride(0),
+        a_position=a.stride(1),
+        g_sample=g.stride(0),
+        g_position=g.stride(1),
+        with_sums=with_sums,
+        cancelled=cancelled,
+    )
+    run_job(job, library_for(g.dtype).linear_squares, threads_for())
     return GramSums(out, job.lost > 0)
 
 

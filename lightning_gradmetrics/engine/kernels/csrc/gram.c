@@ -8,7 +8,7 @@
 
 typedef struct {
   const REAL *x, *g;
-  double *out; /* (samples, groups, 3): sum, sum of squares, the largest value that the latter could have */
+  double *out; /* (samples, groups, 3): sum, sum of squares, its largest possible value or, if it has few digits, infinity */
   char *scratch;
   int64_t scratch_bytes, samples, groups, channels, columns; /* channels and columns of a group */
   int64_t in[3], out_size[3], kernel[3], stride[3], pad[3], dilation[3];
@@ -166,6 +166,9 @@ inline_always void all_pairs(const gram_job *j, const entry_list *e, const int64
     }
 }
 
+/* Whether the square of a row that is not zero has few digits. */
+inline_always int vanishes(double square, double sum) { return square < VANISHING && (square != 0 || sum != 0); }
+
 /* `masks` has room for those of each kernel entry of a line, and of the line itself. */
 static void combine(const gram_job *j, const REAL *k, const double *x_sums, const REAL *g, const double *g_sums,
                     mask *masks, double *out) {
@@ -173,7 +176,7 @@ static void combine(const gram_job *j, const REAL *k, const double *x_sums, cons
   mask *line = masks + j->kernel[2] * chunks(j);
   entry_list entries;
   int64_t p[3];
-  double sum = 0, square = 0, bound = 0;
+  double sum = 0, square = 0, bound = 0, doubtful = 0;
   for (int64_t q = 0; q < chunks(j) * WIDTH; q++) {
     line[q / WIDTH][q % WIDTH] = q < w ? -1 : 0;
     for (int64_t e = 0; e < j->kernel[2]; e++)
@@ -193,9 +196,12 @@ static void combine(const gram_job *j, const REAL *k, const double *x_sums, cons
         const double own = entries.square * g[number];
         square += own;
         bound += sqrt(own < 0 ? 0 : own);
+        if (vanishes(entries.square, entries.sum) || vanishes(g[number], g_sums[number]))
+          doubtful += sqrt(fmax(entries.square, VANISHING) * fmax(g[number], VANISHING));
         sum += entries.sum * g_sums[number];
       }
-  out[0] = sum, out[1] = square, out[2] = bound * bound;
+  const int has_digits = doubtful <= DOUBTFUL * bound && square < (double)INFINITY;
+  out[0] = sum, out[1] = square, out[2] = has_digits ? bound * bound : (double)INFINITY;
 }
 
 static void gram_piece(gram_job *j, int64_t task, char *scratch) {

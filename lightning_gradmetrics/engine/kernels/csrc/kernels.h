@@ -38,10 +38,13 @@ typedef REAL vec __attribute__((vector_size(BYTES), aligned(BYTES)));
 typedef REAL loose __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 
 #ifdef SINGLE
-#define LEAST 1e-28 /* smaller sums of squares may lack entries whose squares vanish in single precision */
+#define LEAST 1e-28     /* smaller sums of squares may lack entries whose squares vanish in single precision */
+#define VANISHING 1e-36 /* smaller sums of squares have few digits */
 #else
 #define LEAST 0
+#define VANISHING 0
 #endif
+#define DOUBTFUL 1e-7 /* fraction of the largest value of a Gram sum that rows with vanishing squares may have */
 
 /* Whether a sum of squares has all digits. */
 #define in_range(square) ((square) >= LEAST && (square) < (double)INFINITY)
