@@ -99,9 +99,9 @@ static void channel_block(depthwise_job *j, int64_t task, char *scratch) {
     const int count = j->entry_count - e < each ? (int)(j->entry_count - e) : (int)each;
     entry_tile(j, x, (const vec *)g, j->entries + e, count, acc);
     if (j->mode == ALL)
-      reduce(&s, acc, count, valid, ALL);
+      reduce(&s, acc, count, valid, ALL, 0);
     else
-      reduce(&s, acc, count, valid, SUMS);
+      reduce(&s, acc, count, valid, SUMS, 0);
   }
   finish(&s, j->out + task * STATISTICS);
   if (!in_range(j->out[task * STATISTICS + SQUARE])) atomic_fetch_add(&j->lost, 1);

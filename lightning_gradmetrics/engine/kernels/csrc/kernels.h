@@ -161,22 +161,24 @@ static void finish(running *s, double *out) {
   memcpy(out, s->total, sizeof s->total);
 }
 
-/* Adds a tile of G to the running statistics. `valid` counts the tile's columns that exist; the others hold zeros. */
-inline_always void reduce(running *s, vec acc[ROWS][2], int rows, int valid, int mode) {
+/* Adds a tile of G to the running statistics. `valid` counts the tile's columns that exist; the others hold zeros. The columns of
+ * a narrow tile fill one vector. */
+inline_always void reduce(running *s, vec acc[ROWS][2], int rows, int valid, int mode, int narrow) {
   /* Two chains of each statistic hide the latency of its instruction. */
   vec sum[2] = {{0}}, square[2] = {{0}}, absolute[2] = {{0}}, high[2], low[2];
   high[0] = high[1] = s->part[MAX], low[0] = low[1] = s->part[MIN];
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < 2; v++) {
+    for (int v = 0; v < (narrow ? 1 : 2); v++) {
+      const int chain = narrow ? r % 2 : v;
       vec a = acc[r][v];
-      sum[v] += a;
-      square[v] += a * a;
+      sum[chain] += a;
+      square[chain] += a * a;
       if (mode == ALL) {
-        absolute[v] += magnitude(a);
-        if (valid < COLS)
+        absolute[chain] += magnitude(a);
+        if (valid < (narrow ? WIDTH : COLS))
           for (int j = 0; j < WIDTH; j++) a[j] = v * WIDTH + j < valid ? a[j] : acc[r][0][0];
-        high[v] = larger(a, high[v]);
-        low[v] = smaller(a, low[v]);
+        high[chain] = larger(a, high[chain]);
+        low[chain] = smaller(a, low[chain]);
       }
     }
   s->part[SUM] += sum[0] + sum[1];

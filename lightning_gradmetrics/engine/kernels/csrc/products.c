@@ -28,14 +28,26 @@ typedef struct {
   atomic_int next, worker, lost; /* lost: the number of sums of squares out of range */
 } product_job;
 
+/* Copies a line, which may be so short that a call of memcpy would take longer. */
+inline_always void copy_line(const REAL *from, int64_t count, REAL *to) {
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) memcpy(to + i, from + i, sizeof(REAL) * WIDTH);
+#pragma GCC unroll 8
+  for (int part = WIDTH / 2; part > 0; part /= 2)
+    if (i + part <= count) {
+      memcpy(to + i, from + i, sizeof(REAL) * part);
+      i += part;
+    }
+}
+
 /* Copies one group's input with a border of zeros: to channel planes or, if channels are adjacent in memory, to
- * planes of ROWS channels each. */
-static void pack_input(const product_job *j, const REAL *x, REAL *to) {
+ * planes of ROWS channels each. The zeros are written unless they are there. */
+static void pack_input(const product_job *j, const REAL *x, REAL *to, int has_zeros) {
   const int64_t d = j->in[0], h = j->in[1], w = j->in[2];
   const int64_t dp = d + 2 * j->pad[0], hp = h + 2 * j->pad[1], wp = w + 2 * j->pad[2];
   const int64_t lanes = j->layout == INTERLEAVED ? ROWS : 1, planes = (j->channels + lanes - 1) / lanes;
   const int64_t plane = dp * hp * wp;
-  if (plane != d * h * w || planes * lanes != j->channels) memset(to, 0, sizeof(REAL) * planes * lanes * plane);
+  if (!has_zeros && (plane != d * h * w || planes * lanes != j->channels)) memset(to, 0, sizeof(REAL) * planes * lanes * plane);
   for (int64_t z = 0; z < d; z++)
     for (int64_t y = 0; y < h; y++)
       for (int64_t i = 0; lanes > 1 && i < w; i++) { /* all channels of a pixel, in the order of the memory */
@@ -51,7 +63,7 @@ static void pack_input(const product_job *j, const REAL *x, REAL *to) {
         const REAL *from = x + c * j->x_channel + z * j->x_step[0] + y * j->x_step[1];
         REAL *line = to + ((c * dp + z + j->pad[0]) * hp + y + j->pad[1]) * wp + j->pad[2];
         if (j->x_step[2] == 1)
-          memcpy(line, from, sizeof(REAL) * w);
+          copy_line(from, w, line);
         else
           for (int64_t i = 0; i < w; i++) line[i] = from[i * j->x_step[2]];
       }
@@ -170,10 +182,10 @@ inline_always void panel(const product_job *j, const REAL *x, const vec *g, int6
       if (scaled->weight)
         scale_tile(scaled->weight + r * scaled->step, scaled->step, scaled->scale, end - r < ROWS ? (int)(end - r) : ROWS,
                    acc, sums);
-      if (valid == COLS && end - r >= ROWS)
-        reduce(s, acc, ROWS, COLS, mode);
+      if (valid == (narrow ? WIDTH : COLS) && end - r >= ROWS)
+        reduce(s, acc, ROWS, narrow ? WIDTH : COLS, mode, narrow);
       else
-        reduce(s, acc, end - r < ROWS ? (int)(end - r) : ROWS, valid, mode);
+        reduce(s, acc, end - r < ROWS ? (int)(end - r) : ROWS, valid, mode, narrow);
     }
   }
   for (int c = 0; scaled->weight && c < valid; c++) scaled->products[c] += sums[c / WIDTH][c % WIDTH];
@@ -212,7 +224,7 @@ static scaling scaling_of(const product_job *j, int64_t n, int64_t group, int64_
   return found;
 }
 
-static void piece(product_job *j, int64_t task, char *scratch) {
+static void piece(product_job *j, int64_t task, char *scratch, int *has_zeros) {
   const int64_t part = task % j->pieces, group = task / j->pieces % j->groups, n = task / j->pieces / j->groups;
   const int64_t count = j->out_size[0] * j->out_size[1] * j->out_size[2];
   const int64_t panels = (j->columns + COLS - 1) / COLS, each = (panels + j->pieces - 1) / j->pieces;
@@ -226,7 +238,8 @@ static void piece(product_job *j, int64_t task, char *scratch) {
   if (first < last) {
     if (j->layout != IN_PLACE) {
       REAL *packed = (REAL *)g + each * COLS * count;
-      pack_input(j, x, packed);
+      pack_input(j, x, packed, *has_zeros);
+      *has_zeros = 1;
       x = packed;
     }
     const REAL *from = j->g + n * j->g_sample + (group * j->columns + first) * j->g_channel;
@@ -256,7 +269,8 @@ static void work(void *data) {
   product_job *j = data;
   char *scratch = j->scratch + atomic_fetch_add(&j->worker, 1) * j->scratch_bytes;
   const int64_t tasks = j->samples * j->groups * j->pieces;
-  for (int64_t task; (task = atomic_fetch_add(&j->next, 1)) < tasks;) piece(j, task, scratch);
+  int has_zeros = 0; /* whether this worker's packed input has its border, which no later sample changes */
+  for (int64_t task; (task = atomic_fetch_add(&j->next, 1)) < tasks;) piece(j, task, scratch, &has_zeros);
 }
 
 int tile_rows(void) { return ROWS; }
