@@ -26,19 +26,19 @@ def may_have_lost(powers: Tensor) -> bool:
     return not (float(low) >= LEAST and float(high) < math.inf)  # a comparison with NaN is False
 
 
-def lost_rows(powers: Tensor, sums: Tensor) -> Tensor | None:
+def lost_rows(powers: Tensor, factor: Tensor) -> Tensor | None:
     """Return the numbers of the samples for which that may be so; ``None`` if there are none.
 
     Args:
         powers: The sums of powers, ``(N,)``.
-        sums: The sums of the entries, ``(N,)``: where both are zero, all entries are.
+        factor: A factor of all entries, ``(N, ...)``: where it is zero, they are. Their sum may also be zero where they are not.
 
     Example:
-        >>> lost_rows(torch.tensor([1.0, 0.0, torch.inf]), torch.tensor([1.0, 0.0, 2.0]))
+        >>> lost_rows(torch.tensor([1.0, 0.0, torch.inf]), torch.tensor([[1.0], [0.0], [2.0]]))
         tensor([2])
     """
     if not may_have_lost(powers):
         return None
-    is_in_range = (powers >= LEAST) & (powers < math.inf)
-    rows = (~is_in_range & ((powers != 0) | (sums != 0))).nonzero()[:, 0]
+    rows = (~((powers >= LEAST) & (powers < math.inf))).nonzero()[:, 0]
+    rows = rows[factor[rows].flatten(1).any(1)]
     return rows if len(rows) else None

@@ -41,7 +41,7 @@ def checked_moments(
 
     Args:
         out: Statistics of pieces, ``(N, pieces, 5)``.
-        g: A tensor of the type of the entries.
+        g: The gradient of the layer's output, ``(N, ...)``, of the type of the entries.
         wanted: The wanted moments.
         may_have_lost: Whether the kernel has found a sum of squares out of range.
         wide: Computes the moments of the samples with these numbers in double precision.
@@ -49,7 +49,7 @@ def checked_moments(
     moments = joined_moments(out, wanted)
     if not may_have_lost or 2.0 not in moments or g.dtype != torch.float32 or library_for(torch.float64) is None:
         return moments
-    rows = lost_rows(moments[2.0], out[..., 0].sum(1))
+    rows = lost_rows(moments[2.0], g)
     if rows is not None:
         for key, values in wide(rows).items():
             moments[key][rows] = values
