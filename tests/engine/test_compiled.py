@@ -288,7 +288,7 @@ def test_kernels_of_layers_are_operators_of_the_graph(layers, statistics, graphs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1e-22, 1e20])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e20])
 def test_batches_whose_squares_overflow_or_vanish_run_eagerly(size):
     """In single precision; all later batches are compiled again."""
     torch.manual_seed(0)

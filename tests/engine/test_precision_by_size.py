@@ -164,3 +164,25 @@ def test_squares_neither_overflow_nor_vanish_in_single_precision(kind, size):
         expected = torch.stack([gradient.double().norm() for gradient in gradients])
         assert 0 < float(expected[0]) < torch.inf
         torch.testing.assert_close(found.norm(2)[3].double(), expected, rtol=1e-4, atol=0)
+
+
+class _Antisymmetric(nn.Module):
+    """Two tiny logits: the gradient of the head's weight adds up to exactly zero, and its squares vanish."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return 1e-24 * self.head(x).sum(1)
+
+
+def test_vanishing_squares_of_entries_that_add_up_to_zero_are_found():
+    torch.manual_seed(0)
+    model, x = _Antisymmetric().eval(), torch.randn(8, 5, 6)
+    for _ in range(3):
+        found = gradient_statistics(
+            model, x, "pseudo_label", lambda name: name == "head.weight", statistics=("l2",)
+        ).norm()
+        expected = 1e-24 * x.double().sum(1).norm(dim=1) / 2**0.5
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)

@@ -118,14 +118,17 @@ class Program:
         """Return whether the program was made for batches of this size."""
         return self.size == task.size and self.logits == logits_function(task)
 
-    def moments(self, task: Task, state: ProgramState) -> tuple[list[Moments], list[Moments], Tensor]:
+    def moments(
+        self, task: Task, state: ProgramState, in_any_range: bool = False
+    ) -> tuple[list[Moments], list[Moments], Tensor]:
         """Return the results of :meth:`run_on`, and compare the model with the graph.
 
         Raises:
+            OutOfRange: See :meth:`run_on`.
             PlanError: If the model's own forward pass makes other calls, or returns other logits, than the graph.
         """
         with torch.no_grad(), _no_more_casts(device_of(task).type):
-            moments, merged, logits = self.run_on(*state.arguments())
+            moments, merged, logits = self.run_on(*state.arguments(), in_any_range)
         if hasattr(task.logits, "seen"):  # an observer that compares them with the logits of another forward pass
             task.logits.seen = logits
         else:
@@ -133,7 +136,12 @@ class Program:
         return moments, merged, logits
 
     def run_on(
-        self, parameters: list[Tensor], buffers: list[Tensor], inputs: list[Tensor], labels: Tensor | None
+        self,
+        parameters: list[Tensor],
+        buffers: list[Tensor],
+        inputs: list[Tensor],
+        labels: Tensor | None,
+        in_any_range: bool = False,
     ) -> tuple[list[Moments], list[Moments], Tensor]:
         """Return the results without comparing the model.
 
@@ -142,15 +150,17 @@ class Program:
             buffers: The model's buffers.
             inputs: The model's inputs.
             labels: The labels, if there are any.
+            in_any_range: Whether to return sums of squares of which some may be wrong; the caller compares them.
 
         Returns:
             The moments ``(N, P)`` of each objective, the same merged over the parameters, ``(N,)``, and the logits ``(N, C)``.
 
         Raises:
-            OutOfRange: If squares of gradient entries overflow or vanish.
+            OutOfRange: If squares of gradient entries overflow or may have vanished.
         """
         *values, logits = self.run(parameters, buffers, inputs, labels)
-        if self.reads_range and not bool(values.pop()):
+        is_in_range = not self.reads_range or bool(values.pop())
+        if not (is_in_range or in_any_range):
             raise OutOfRange
         half = len(values) // 2
         return self._by_objective(values[:half]), self._by_objective(values[half:]), logits
